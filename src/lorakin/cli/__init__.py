@@ -1,0 +1,17 @@
+"""The command `lorakin`: one small file a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line and end the process: 0 done, 1 a bug, 2 bad input, 3 diverged, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
+    try:
+        from lorakin.cli.app import run
+    except ImportError as error:
+        sys.exit(f"lorakin's command needs more than its core ({error}); install it with: pip install 'lorakin[train]'")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""The commands together, and what the process ends with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+
+from lorakin.cli import demo, evaluate, generate, inspect, merge, train
+from lorakin.errors import LorakinError
+
+app = typer.Typer(
+    help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (train, generate, evaluate, merge, inspect, demo):
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
+    except LorakinError as error:
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(str(error), markup=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        show = getattr(error, "show", None)  # typer's own usage errors know how to show themselves
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+    return int(code or 0)

@@ -1,0 +1,51 @@
+"""`lorakin evaluate`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorakin.cli.options import Dtype, Json, Model, console_for, examples, print_json
+
+EXAMPLES = examples(
+    "lorakin evaluate --model smollm2 --adapter adapter --data held_out.jsonl",
+    "lorakin evaluate --model smollm2 --data held_out.jsonl --json",
+)
+
+
+def command(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on, in any format that train reads.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 1024,
+    loss_on: Annotated[str, typer.Option(help="answer or all.")] = "answer",
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
+    ] = True,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Loss and perplexity on the answers of a data set; loss and accuracy for a classifier."""
+    from lorakin.training.evaluate import evaluate_rows
+    from lorakin.training.train import described
+
+    console = console_for(as_json)
+    figures = evaluate_rows(
+        model,
+        adapter,
+        data,
+        batch_size=batch_size,
+        max_length=max_length,
+        loss_on=loss_on,
+        chat_template=chat_template,
+        dtype=dtype,
+    )
+    if as_json:
+        print_json({"model": model, "adapter": adapter, "data": data, **figures.as_dict()})
+    else:
+        console.print(described(figures), highlight=False)

@@ -1,0 +1,53 @@
+"""`lorakin generate`"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lorakin.cli.options import Dtype, Json, Model, examples, print_json
+
+EXAMPLES = examples(
+    'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
+    "lorakin generate --model smollm2 --adapter adapter --prompt - < question.txt",
+    'lorakin generate --model smollm2 --prompt "The base model alone" --temperature 0.7 --seed 1',
+)
+
+
+def command(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template/--no-chat-template", help="Put the prompt into the model's chat template, if it has one."
+        ),
+    ] = True,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with a model and an adapter, word by word as the answer comes."""
+    from lorakin.training.generate import answer
+    from lorakin.training.models import load_with_adapter
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = load_with_adapter(model, adapter, dtype)
+    said = answer(
+        loaded,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat_template=chat_template,
+        seed=seed,
+        stream=not as_json,
+    )
+    if as_json:
+        print_json({"prompt": text, "answer": said})

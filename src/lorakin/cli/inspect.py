@@ -1,0 +1,32 @@
+"""`lorakin inspect`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lorakin.cli.options import Json, console_for, examples, print_json
+
+EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --json")
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="An adapter's directory, lorakin's or PEFT's.")], as_json: Json = False
+) -> None:
+    """Show what an adapter is: member, rank, targets, sizes, base, and how much it changes each layer."""
+    from lorakin.storage.summary import summarise
+
+    summary = summarise(directory)
+    if as_json:
+        print_json(summary.as_dict())
+        return
+    console = console_for(False)
+    for name, value in summary.headline().items():
+        console.print(f"[bold]{name:<11}[/] {value}", highlight=False)
+    table = Table("layer", *summary.columns, title="‖ΔW‖ by layer and module")
+    for layer, norms in summary.by_layer().items():
+        table.add_row(layer, *(f"{norms[c]:.3f}" if c in norms else "" for c in summary.columns))
+    console.print(table)

@@ -1,0 +1,29 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a .gguf file, a model's directory, or a hub id.")]
+AdapterDir = Annotated[str, typer.Option("--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
+
+
+def console_for(as_json: bool) -> Console:
+    """Where a command talks to the user: not on stdout if that is to hold JSON."""
+    return Console(stderr=as_json, soft_wrap=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """The result on stdout, for scripts."""
+    print(json.dumps(content, indent=2))
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: commands to copy, one a paragraph."""
+    return "Examples:\n\n" + "\n\n".join(f"[cyan]{line}[/]" for line in lines)

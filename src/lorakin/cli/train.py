@@ -1,0 +1,100 @@
+"""`lorakin train`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakin.cli.options import Json, console_for, examples, print_json
+
+EXAMPLES = examples(
+    "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
+    "lorakin train --model org/model --data rows.parquet --rank 8 --targets q_proj,v_proj --epochs 3 --out adapter",
+    "lorakin train recipe.yaml --lr 1e-4 --out another",
+    "lorakin train --resume --out adapter",
+)
+
+
+def command(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="smollm2, a .gguf file, a model's directory, or a hub id.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="A new directory for the adapter.")] = None,
+    method: Annotated[str | None, typer.Option(help="The member of the family. [default: lora]")] = None,
+    rank: Annotated[int | None, typer.Option(help="[default: the method's own, 16 for lora]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale is alpha/rank. [default: the method's own, 32 for lora]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter's input. [default: 0]")] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora", help="Scale by alpha/√rank.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Names, globs or regular expressions of modules. [default: all-linear]")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave out.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,
+    modules_to_save: Annotated[list[str] | None, typer.Option(help="Modules to train whole.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out rows. [default: split off the data]")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Share to hold out, at most 256 rows. [default: 0.1]")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", "--learning-rate", help="[default: the method's own, 2e-4 for lora]")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the learning rate: cosine, linear, constant … [default: cosine]")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps. [default: 0.05]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one epoch]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches per optimizer step. [default: 1]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")] = None,
+    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: a fifth of the run]")] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on your data and save the adapter.
+
+    The data's format (messages, sharegpt, alpaca, prompt/completion, text + label, plain text) is detected and shown.
+    The effective recipe is written beside the adapter.
+    """
+    flags = {name: value for name, value in locals().items() if name not in ("recipe", "resume", "as_json")}
+    for name in ("targets", "exclude", "modules_to_save"):
+        flags[name] = [part for text in flags[name] or [] for part in _parts(text)]
+    from lorakin.training import train as training
+    from lorakin.training.recipe import read_recipe
+
+    console = console_for(as_json)
+    effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
+    run = training.prepare(effective, console, resume)
+    result = training.train(run)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    where = result.out
+    console.print(f"[bold]held out after[/]   {training.described(result.after)}", highlight=False)
+    console.print(
+        f"[bold]adapter[/]  {where} ({result.adapter_bytes / 2**20:.1f} MiB, "
+        f"{result.trainable_parameters:,} trained parameters); "
+        f"{where / training.PICTURE}, {where / training.METRICS}, {where / training.RECIPE}",
+        highlight=False,
+    )
+
+
+def _parts(text: str) -> list[str]:
+    """ "q_proj,v_proj" as two names; a regular expression with a comma in braces stays whole."""
+    return [text] if "{" in text else [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,186 @@
+"""The class swap: an adapted module becomes a subclass of its own class, with adapters hung on it as `.lorakin`.
+
+The module keeps its identity, its name, its parameters and their `state_dict` keys; the adapters' tensors add keys of
+the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets its class back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.errors import StateError
+from lorakin.family import Member, Pair
+from lorakin.surgery.layers import Layer, kind_of
+
+
+class Site(nn.Module):
+    """One adapter on one module: the member's tensors there, as parameters."""
+
+    member: Member
+    layer: type[Layer]
+
+    def __init__(self, member: Member, layer: type[Layer], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.member = member
+        self.layer = layer
+        for slot, tensor in tensors.items():
+            self.register_parameter(slot, nn.Parameter(tensor, requires_grad=slot not in member.frozen))
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters by slot, as the member named them."""
+        return dict(self.named_parameters(recurse=False))
+
+    def pair(self) -> Pair:
+        """The member's pair, in float32 or, where the tensors are float64, in float64."""
+        wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in self.named_parameters()}
+        return self.member.pair(wide)
+
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        """What the adapter adds to the module's output: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
+        x = self.layer.drop(x, self.member.dropout, self.training)
+        pair = self.pair()
+        dtype = module.weight.dtype
+        change = self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
+        if pair.gain is None:
+            return change
+        gain = self.layer.per_output(pair.gain, module)
+        grown = gain * change + (gain - 1) * self.layer.product(module, x)
+        return grown.to(change.dtype)
+
+
+class Copy(nn.Module):
+    """A whole module that an adapter trains in place of the base's: a copy of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class Hung(nn.Module):
+    """What hangs on one module: its adapters by name, which of them are in use, and the base's own parameters while some
+    are merged.
+
+    The adapters are children under their own names; names such as "keys" or "train" are no trouble, since the
+    children are reached through `self[name]` alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.base: dict[str, nn.Parameter] = {}
+
+    def __getitem__(self, name: str) -> Site | Copy:
+        return self._modules[name]  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, child: Site | Copy) -> None:
+        self._modules[name] = child
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def in_use(self) -> list[Any]:
+        """The active adapters that are not merged into the weight, in the order of activation."""
+        return [self._modules[name] for name in self.active if name not in self.merged]
+
+
+class Adapted(nn.Module):
+    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output."""
+
+    lorakin: Hung
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for site in self.lorakin.in_use():
+            out = out + site(self, x)
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickling and deepcopy name the module's own class instead.
+        return _revive, (Adapted, base_class(self)), self.__dict__
+
+
+class Replaced(nn.Module):
+    """Mixed in before a module's own class when an adapter trains the whole module: calls the active copy instead."""
+
+    lorakin: Hung
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for copy in self.lorakin.in_use():
+            return copy.module(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (Replaced, base_class(self)), self.__dict__
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether adapters hang on this very module."""
+    return isinstance(module, Adapted | Replaced)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before adapters were hung on it."""
+    return type(module).__bases__[1] if is_adapted(module) else type(module)
+
+
+def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
+    """Hang the adapter `name` on `module`; the first one swaps the module's class."""
+    mixin = Adapted if isinstance(child, Site) else Replaced
+    if not is_adapted(module):
+        module.__class__ = _combined(mixin, type(module))
+        module.lorakin = Hung()
+    elif not isinstance(module, mixin):
+        raise StateError(
+            f"adapter {name!r}: a {base_class(module).__name__} cannot be both adapted and trained whole; "
+            "remove the other adapter first"
+        )
+    hung = module.lorakin
+    assert isinstance(hung, Hung)
+    hung[name] = child
+
+
+def unhang(module: nn.Module, name: str) -> None:
+    """Take the adapter `name` off `module`; the last one gives the module its class back."""
+    hung = module.lorakin
+    assert isinstance(hung, Hung)
+    del hung[name]
+    if not len(hung):
+        module.__class__ = base_class(module)
+        del module.lorakin
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass of `mixin` and `base`."""
+    if (mixin, base) not in _CLASSES:
+        name = f"{mixin.__name__}{base.__name__}"
+        _CLASSES[mixin, base] = type(name, (mixin, base), {"__module__": base.__module__})
+    return _CLASSES[mixin, base]
+
+
+def _revive(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    cls = _combined(mixin, base)
+    return cls.__new__(cls)
+
+
+def new_site(module: nn.Module, member: Member, tensors: dict[str, Tensor]) -> Site:
+    """A site for `module`, on its device, with these tensors."""
+    kind = kind_of(module)
+    assert kind is not None
+    device = module.weight.device
+    assert isinstance(device, torch.device)
+    return Site(member, kind, {slot: tensor.to(device) for slot, tensor in tensors.items()})

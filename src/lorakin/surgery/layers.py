@@ -1,0 +1,238 @@
+"""The kinds of module that can be adapted, each seen as one matrix (outputs × inputs).
+
+A kind says how its module's weight is laid out and how the module applies a low-rank pair to its input.
+Everything else in lorakin works on the matrix and never asks which kind it is.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakin.family import Pair, Shape
+
+
+class Layer:
+    """How one kind of module holds and applies its weight. Methods are static: a kind has no state."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]]
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        """The module's weight as a matrix."""
+        raise NotImplementedError
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """`weight`, in the module's layout, as (outputs, inputs)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def layout(matrix: Tensor, module: Any) -> Tensor:
+        """The inverse of `matrix`: (outputs, inputs) in the layout of the module's weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        """up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
+        raise NotImplementedError
+
+    @staticmethod
+    def product(module: Any, x: Tensor) -> Tensor:
+        """W0·x, without the bias."""
+        raise NotImplementedError
+
+    @staticmethod
+    def per_output(vector: Tensor, module: Any) -> Tensor:
+        """`vector` (outputs,), shaped to multiply the module's output."""
+        return vector
+
+    @staticmethod
+    def drop(x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout of the branch's input."""
+        return F.dropout(x, p, training) if p > 0 and training else x
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        """Why this module cannot be adapted although it is of this kind, or None."""
+        return None
+
+
+class LinearLayer(Layer):
+    """nn.Linear: the weight is the matrix."""
+
+    modules = (nn.Linear,)
+
+    @staticmethod
+    def shape(module: nn.Linear) -> Shape:
+        return Shape(module.out_features, module.in_features)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight
+
+    @staticmethod
+    def layout(matrix: Tensor, module: nn.Linear) -> Tensor:
+        return matrix
+
+    @staticmethod
+    def branch(module: nn.Linear, x: Tensor, pair: Pair) -> Tensor:
+        return F.linear(F.linear(x, pair.down), pair.up)
+
+    @staticmethod
+    def product(module: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight)
+
+
+class TransposedLayer(Layer):
+    """transformers' Conv1D, the linear layer of GPT-2: the weight is the matrix transposed, (in, out)."""
+
+    modules = ()
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        inputs, outputs = module.weight.shape
+        return Shape(outputs, inputs)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.T
+
+    @staticmethod
+    def layout(matrix: Tensor, module: Any) -> Tensor:
+        return matrix.T
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        return F.linear(F.linear(x, pair.down), pair.up)
+
+    @staticmethod
+    def product(module: Any, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight.T)
+
+
+class EmbeddingLayer(Layer):
+    """nn.Embedding: the weight is the matrix transposed, (vocabulary, dim), and the input picks its columns.
+
+    The branch's input is an index, so dropout has nothing to act on.
+    """
+
+    modules = (nn.Embedding,)
+
+    @staticmethod
+    def shape(module: nn.Embedding) -> Shape:
+        return Shape(module.embedding_dim, module.num_embeddings, lookup=True)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.T
+
+    @staticmethod
+    def layout(matrix: Tensor, module: nn.Embedding) -> Tensor:
+        return matrix.T
+
+    @staticmethod
+    def branch(module: nn.Embedding, x: Tensor, pair: Pair) -> Tensor:
+        return F.linear(F.embedding(x, pair.down.T, padding_idx=module.padding_idx), pair.up)
+
+    @staticmethod
+    def product(module: nn.Embedding, x: Tensor) -> Tensor:
+        return F.embedding(x, module.weight, padding_idx=module.padding_idx)
+
+    @staticmethod
+    def drop(x: Tensor, p: float, training: bool) -> Tensor:
+        return x
+
+    @staticmethod
+    def refusal(module: nn.Embedding) -> str | None:
+        if module.max_norm is not None:
+            return "an embedding with max_norm rescales its own weight in every forward"
+        if module.scale_grad_by_freq or module.sparse:
+            return "an embedding with sparse or frequency-scaled gradients"
+        return None
+
+
+class ConvolutionLayer(Layer):
+    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1."""
+
+    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    @staticmethod
+    def layout(matrix: Tensor, module: Any) -> Tensor:
+        return matrix.view(-1, module.in_channels, *module.kernel_size)
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        hidden = module._conv_forward(x, ConvolutionLayer.layout(pair.down, module), None)
+        channel = hidden.ndim - 1 - len(module.kernel_size)
+        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+
+    @staticmethod
+    def product(module: Any, x: Tensor) -> Tensor:
+        out: Tensor = module._conv_forward(x, module.weight, None)
+        return out
+
+    @staticmethod
+    def per_output(vector: Tensor, module: Any) -> Tensor:
+        return vector.view(-1, *(1 for _ in module.kernel_size))
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        return f"a convolution with groups={module.groups}; only groups=1 is supported" if module.groups != 1 else None
+
+
+KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer)
+
+
+def kind_of(module: nn.Module) -> type[Layer] | None:
+    """The kind of layer that `module` is, or None if it is of no kind that can be adapted."""
+    for kind in KINDS:
+        if isinstance(module, kind.modules):
+            return kind
+    return TransposedLayer if is_transposed(module) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D. Only looks if transformers is loaded: this room does not import it."""
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and isinstance(module, utils.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is one of the layers that "all-linear" means."""
+    return kind_of(module) in (LinearLayer, TransposedLayer)
+
+
+def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why `module` cannot be adapted, or None if it can. `parent` is the module that holds it.
+
+    Refused are also layers whose parent uses the weight without calling the layer: an adapter there would do nothing.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
+        dtype = getattr(weight, "dtype", type(weight).__name__)
+        return f"a {type(module).__name__} whose weight is quantised ({dtype}), which this version does not adapt"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "the output projection of nn.MultiheadAttention, which reads its weight without calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "inside nn.TransformerEncoderLayer, whose fast path bypasses its linears in eval mode; "
+            "call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return kind.refusal(module)

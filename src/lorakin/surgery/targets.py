@@ -1,0 +1,200 @@
+"""Which modules of a model an adapter changes: names, globs, regular expressions, layers, or a function."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lorakin.errors import SettingError, TargetError
+from lorakin.surgery import layers
+
+Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+ALL_LINEAR = "all-linear"
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → module of the base model: what an adapter has hung on it is left out."""
+    return {path: module for path, module in model.named_modules() if "lorakin" not in path.split(".")}
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether `pattern` selects `path`: as a name (the whole path or its last parts), a glob, or a regular expression."""
+    if path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:
+        return False
+
+
+def resolve(pattern_values: dict[str, float], path: str, default: float) -> float:
+    """The value for `path`: of the first key K, in order, for which `(.*\\.)?(K)$` matches it; else `default`.
+
+    This is PEFT's rule for `rank_pattern` and `alpha_pattern`, so that the patterns mean the same there.
+    """
+    for key, value in pattern_values.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def check_patterns(option: str, pattern_values: dict[str, float], paths: Iterable[str]) -> None:
+    """Raise `TargetError` for a key that is no regular expression or selects none of `paths`."""
+    paths = list(paths)
+    for key in pattern_values:
+        try:
+            selects = any(resolve({key: 1.0}, path, 0.0) for path in paths)
+        except re.error as error:
+            raise TargetError(f"{option}: {key!r} is not a regular expression ({error})") from None
+        if not selects:
+            raise TargetError(f"{option}: {key!r} matches none of the adapted modules; {_near(key, paths)}")
+
+
+def select(
+    model: nn.Module,
+    targets: Targets,
+    exclude: str | Sequence[str] = (),
+    layer_indices: Sequence[int] | None = None,
+    reserved: Iterable[str] = (),
+) -> list[str]:
+    """Paths of the modules to adapt, in the model's order.
+
+    Args:
+        targets: "all-linear" (every linear layer but the head), a pattern or a list of them (see `matches`), or a
+            function of (path, module).
+        exclude: patterns to leave out.
+        layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
+        reserved: paths of modules that are trained whole; nothing inside them is adapted.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or only modules that cannot be adapted.
+    """
+    modules = named_modules(model)
+    reserved = tuple(reserved)
+    free = {path: m for path, m in modules.items() if path and not _inside(path, reserved)}
+    if callable(targets):
+        chosen = [path for path, module in free.items() if layers.kind_of(module) and targets(path, module)]
+        described = "the targets function"
+    elif targets == ALL_LINEAR:
+        chosen = _all_linear(model, free)
+        described = ALL_LINEAR
+    else:
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        if not patterns:
+            raise TargetError("no targets given; name modules, or use targets='all-linear'")
+        wanted = [path for pattern in patterns for path in _matching(pattern, free, modules)]
+        chosen = [path for path in free if path in set(wanted)]
+        described = ", ".join(patterns)
+        for path in chosen:
+            if reason := layers.refusal(free[path], _parent(modules, path)):
+                raise TargetError(f"{path} cannot be adapted: it is {reason}. Leave it out with exclude={path!r}")
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        if not any(matches(path, pattern) for path in modules):
+            raise TargetError(f"exclude: {pattern!r} matches no module; {_near(pattern, free)}")
+        chosen = [path for path in chosen if not matches(path, pattern)]
+    if layer_indices is not None:
+        chosen = _in_layers(chosen, layer_indices)
+    chosen = [path for path in chosen if layers.refusal(free[path], _parent(modules, path)) is None]
+    if not chosen:
+        kinds = sorted({type(m).__name__ for m in free.values() if layers.kind_of(m)})
+        there = f"its layers that can be adapted are of type {', '.join(kinds)}" if kinds else "it has none to adapt"
+        raise TargetError(f"{described} selects no layer of {type(model).__name__}; {there}")
+    return chosen
+
+
+def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Paths of the modules to train whole, selected by path or last parts of it.
+
+    Raises:
+        TargetError: a name that no module with parameters has.
+    """
+    modules = {path: m for path, m in named_modules(model).items() if path}
+    found = []
+    for name in names:
+        paths = [p for p in modules if p == name or p.endswith("." + name)]
+        if not paths:
+            raise TargetError(f"modules_to_save: {name!r} matches no module; {_near(name, modules)}")
+        if not any(True for p in paths for _ in modules[p].parameters()):
+            raise TargetError(f"modules_to_save: {name!r} has no parameters to train")
+        found += [p for p in paths if p not in found]
+    return [path for path in found if not _inside(path, [other for other in found if other != path])]
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Paths of the model's head: what a transformers model holds outside its `base_model`, and its output embeddings."""
+    paths = []
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        inside = {id(module) for module in base.modules()}
+        paths = [path for path, m in named_modules(model).items() if path and id(m) not in inside]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    paths += [path for path, module in named_modules(model).items() if module is output]
+    return [path for path in dict.fromkeys(paths) if any(True for _ in model.get_submodule(path).parameters())]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer indices from text such as "0-3,8,-1".
+
+    Raises:
+        SettingError: the text has another form.
+    """
+    indices: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", part)):
+            raise SettingError(f"layers must look like 0-3,8,-1, not {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        indices += range(first, last + 1)
+    return indices
+
+
+def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:
+    head = head_of(model)
+    return [path for path, module in free.items() if layers.is_linear(module) and not _inside(path, head)]
+
+
+def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[str]:
+    """Paths that `pattern` selects among the layers that can be adapted."""
+    found = [path for path in free if matches(path, pattern)]
+    usable = [path for path in found if layers.kind_of(free[path])]
+    if usable:
+        return usable
+    if found:
+        inside = [p for p in free if _inside(p, found) and layers.kind_of(free[p])]
+        hint = f"; it holds {', '.join(dict.fromkeys(p.rsplit('.', 1)[-1] for p in inside))}" if inside else ""
+        reason = layers.refusal(free[found[0]], _parent(modules, found[0]))
+        raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
+    raise TargetError(f"target {pattern!r} matches no module; {_near(pattern, [p for p in free if layers.kind_of(free[p])])}")
+
+
+def _in_layers(paths: list[str], indices: Sequence[int]) -> list[str]:
+    numbers = {path: int(m[1]) for path in paths if (m := re.search(r"(?:^|\.)(\d+)(?:\.|$)", path))}
+    count = max(numbers.values(), default=-1) + 1
+    for index in indices:
+        if not -count <= index < count:
+            raise TargetError(f"layers: there is no layer {index}; the selected modules lie in layers 0 to {count - 1}")
+    wanted = {index % count for index in indices}
+    return [path for path in paths if numbers.get(path) in wanted]
+
+
+def _inside(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root + ".") for root in roots)
+
+
+def _parent(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
+    return modules.get(path.rpartition(".")[0])
+
+
+def _near(pattern: str, paths: Iterable[str]) -> str:
+    """A hint at the names most like `pattern`."""
+    paths = list(paths)
+    names = list(dict.fromkeys([p.rsplit(".", 1)[-1] for p in paths] + paths))
+    close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
+    last_parts = list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()))
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"names there are: {', '.join(last_parts[:12])}{', …' if len(last_parts) > 12 else ''}"

@@ -1,0 +1,121 @@
+"""How well a model predicts held-out rows: loss per answer token and perplexity, or a classifier's loss and accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from lorakin.errors import DataError
+from lorakin.family.member import require
+from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
+from lorakin.training.models import load_with_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean loss over `count` answer tokens or, for a classifier, rows (which then has an accuracy)."""
+
+    loss: float
+    count: int
+    accuracy: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss) for a language model, None for a classifier."""
+        return None if self.accuracy is not None else math.exp(min(self.loss, 700))
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures by name, without those that do not apply."""
+        named = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy, "count": self.count}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
+    """The collator for `model`: asks for logits at the answers only if the model's forward can."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
+
+
+@torch.no_grad()
+def evaluate_answers(model: Any, tokenizer: Any, examples: Sequence[Row], batch_size: int) -> Evaluation:
+    """The loss per labelled token over all examples; longest examples together, so that little is padding."""
+    collate = answer_collator(model, tokenizer)
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            labels = batch.pop("labels")
+            tokens = int((labels[:, 1:] != IGNORED).sum())
+            total += float(answer_loss(model(**batch), labels, num_items_in_batch=1))
+            count += tokens
+    return Evaluation(total / count, count)
+
+
+@torch.no_grad()
+def evaluate_labels(model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int) -> Evaluation:
+    """A classifier's mean cross-entropy and accuracy over all examples."""
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
+    total, right = 0.0, 0
+    with _evaluating(model):
+        for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+    return Evaluation(total / len(ordered), len(ordered), right / len(ordered))
+
+
+def evaluate_rows(
+    model: str,
+    adapter: str | None,
+    name: str,
+    *,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    loss_on: str = "answer",
+    chat_template: bool = True,
+    dtype: str = "auto",
+) -> Evaluation:
+    """Evaluate a model, with an adapter or without, on all rows of a data set.
+
+    Raises:
+        LorakinError: the data, the model or the adapter cannot be used.
+    """
+    require(loss_on in ("answer", "all"), f"loss_on must be answer or all, not {loss_on!r}")
+    rows = read_rows(name)
+    if rows.is_classification and adapter is None:
+        raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
+    loaded = load_with_adapter(model, adapter, dtype)
+    is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
+    if is_classifier != rows.is_classification:
+        raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")
+    if is_classifier:
+        names = loaded.model.config.id2label
+        encoded = encode_labelled(rows, loaded.tokenizer, max_length, [names[number] for number in sorted(names)])
+        collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
+        return evaluate_labels(loaded.model, collate, encoded.examples, batch_size)
+    encoded = encode(rows, loaded.tokenizer, max_length, loss_on, chat_template)
+    return evaluate_answers(loaded.model, loaded.tokenizer, encoded.examples, batch_size)
+
+
+class _evaluating:
+    """Eval mode inside, the mode there was before outside."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        self.model.train(self.training)

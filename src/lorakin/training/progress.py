@@ -1,0 +1,104 @@
+"""What a user sees of a run while it lasts: a live bar on a terminal, lines elsewhere; and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import psutil
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def memory_bytes() -> int:
+    """What the process holds now: on a GPU the allocated memory, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object per line, appended as the run goes on."""
+
+    def __init__(self, path: Path, from_step: int = 0) -> None:
+        """Open `path`; rows of steps after `from_step`, left by an interrupted run, are dropped."""
+        self.path = path
+        kept = [row for row in self.rows() if row["step"] <= from_step] if from_step else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def add(self, step: int, **values: float) -> None:
+        """Append a row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far; a last line that was cut off by a kill is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def plot(self, path: Path) -> None:
+        """Draw the loss over the steps, and the held-out loss where it was taken."""
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = self.rows()
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
+        axes.set(xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+class Watch(transformers.TrainerCallback):
+    """A Trainer callback that shows step, loss, learning rate, tokens per second, time left and memory."""
+
+    def __init__(self, console: Console, metrics: Metrics) -> None:
+        self.console = console
+        self.metrics = metrics
+        self.progress = Progress(
+            TextColumn("[bold]step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first_tokens = time.perf_counter(), state.num_input_tokens_seen
+        self.last_line = 0.0
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        if self.console.is_terminal:
+            self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        speed = (state.num_input_tokens_seen - self.first_tokens) / (time.perf_counter() - self.started)
+        values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        memory = memory_bytes()
+        self.metrics.add(state.global_step, **values, tokens_per_second=round(speed, 1), memory_bytes=memory)
+        figures = f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {speed:,.0f} tok/s  {memory / 2**30:.1f} GiB"
+        self.progress.update(self.task, completed=state.global_step, figures=figures)
+        now = time.perf_counter()
+        if not self.console.is_terminal and (now - self.last_line > 15 or state.global_step == state.max_steps):
+            self.last_line = now
+            done = self.progress.tasks[0]
+            left = "" if done.time_remaining is None else f"  left {done.time_remaining:.0f} s"
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()

@@ -1,0 +1,153 @@
+"""A recipe: everything that decides a training run, as one YAML file that runs it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakin.errors import SettingError
+from lorakin.family import Member, member_named
+from lorakin.family.member import require
+
+
+@dataclasses.dataclass
+class Recipe:
+    """The settings of one run of `lorakin train`; the fields are the command's options.
+
+    `rank`, `alpha`, `dropout` and `lr` left at None take the method's own defaults.
+    """
+
+    model: str
+    data: str
+    out: str
+    method: str = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    rslora: bool | None = None
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["all-linear"])
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    layers: str | None = None
+    modules_to_save: list[str] = dataclasses.field(default_factory=list)
+    eval_data: str | None = None
+    holdout: float = 0.1
+    lr: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    max_length: int = 1024
+    loss_on: str = "answer"
+    chat_template: bool = True
+    gradient_checkpointing: bool = False
+    dtype: str = "auto"
+    save_every: int | None = None
+    seed: int = 0
+    labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _coerced(field.name, getattr(self, field.name), hints[field.name]))
+        require(self.steps is None or self.epochs is None, "give steps or epochs, not both")
+        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
+        require(self.epochs is None or self.epochs > 0, f"epochs must be positive, not {self.epochs}")
+        for name in ("batch_size", "accumulate", "max_length"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
+        require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
+        require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, not {self.loss_on!r}")
+        require(self.lr is None or self.lr > 0, f"lr must be positive, not {self.lr}")
+        require(self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, not {self.save_every}")
+
+    def member(self) -> Member:
+        """The member with the recipe's settings, and its own defaults for the others.
+
+        Raises:
+            SettingError: an unknown method, a setting it does not have, or a value outside its range.
+        """
+        cls = member_named(self.method)
+        given = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "rslora")}
+        given = {name: value for name, value in given.items() if value is not None}
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in given:
+            require(name in known, f"method {self.method!r} has no setting {name!r}; it has: {', '.join(sorted(known))}")
+        return cls(**given)
+
+    def save(self, path: Path) -> None:
+        """Write it as YAML, without the settings that are None."""
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [])}
+        header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
+        path.write_text(header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+FIELDS = {field.name for field in dataclasses.fields(Recipe)}
+
+
+def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe in the YAML file `path`, if any, with `flags` (those that are not None) over it.
+
+    Raises:
+        SettingError: no such file, not YAML, an unknown setting, a wrong type, or model, data or out missing.
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"the recipe {path} cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise SettingError(f"the recipe {path} is not YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
+        settings = {str(key): value for key, value in content.items()}
+    if unknown := sorted(set(settings) - FIELDS):
+        raise SettingError(
+            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
+        )
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    if "steps" in given:
+        settings.pop("epochs", None)
+    if "epochs" in given:
+        settings.pop("steps", None)
+    settings |= given
+    for name in ("model", "data", "out"):
+        require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
+    return Recipe(**settings)
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type: YAML reads 2e-4 as text, and a lone target need not be a list."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        require(all(isinstance(item, str | int | bool) for item in items), f"{name} must be a list of names, not {value!r}")
+        return [str(item) for item in items]
+    try:
+        if kind is bool:
+            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+            return value
+        if kind is int:
+            require(not isinstance(value, bool) and float(value) == int(float(value)), f"{name} must be whole, not {value!r}")
+            return int(float(value))
+        if kind is float:
+            require(not isinstance(value, bool), f"{name} must be a number, not {value!r}")
+            return float(value)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{name} must be a number, not {value!r}") from None
+    require(isinstance(value, str | int | float), f"{name} must be text, not {value!r}")
+    return str(value)

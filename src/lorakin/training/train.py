@@ -1,0 +1,353 @@
+"""One training run: model, data, adapter, transformers' Trainer, and what is left of it on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.text import Text as RichText
+
+from lorakin.adapter import Adapter, adapt
+from lorakin.errors import DataError, DivergedError, OutputError, SettingError
+from lorakin.surgery.targets import head_of, parse_layers
+from lorakin.training import data
+from lorakin.training.checkpoints import AdapterCheckpoints, last_checkpoint
+from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
+from lorakin.training.evaluate import Evaluation, answer_collator, evaluate_answers, evaluate_labels
+from lorakin.training.models import Loaded, load_model
+from lorakin.training.progress import Metrics, Watch
+from lorakin.training.recipe import Recipe, read_recipe
+
+RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to train: everything was read, checked and loaded, nothing trained yet."""
+
+    recipe: Recipe
+    out: Path
+    loaded: Loaded
+    adapter: Adapter
+    train: Encoded
+    held_out: Encoded
+    labels: list[str] | None
+    checkpoint: Path | None
+    console: Console
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        per_epoch = math.ceil(len(self.train.examples) / (self.recipe.batch_size * self.recipe.accumulate))
+        return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    def collator(self) -> Any:
+        """What makes batches of this run's examples."""
+        if self.labels is not None:
+            return transformers.DataCollatorWithPadding(self.loaded.tokenizer)
+        return answer_collator(self.loaded.model, self.loaded.tokenizer)
+
+    def evaluate(self) -> Evaluation:
+        """The model as it is now, on the held-out rows."""
+        size = self.recipe.batch_size
+        if self.labels is not None:
+            return evaluate_labels(self.loaded.model, self.collator(), self.held_out.examples, size)
+        return evaluate_answers(self.loaded.model, self.loaded.tokenizer, self.held_out.examples, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    out: Path
+    steps: int
+    before: Evaluation
+    after: Evaluation
+    trainable_parameters: int
+    adapter_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "steps": self.steps,
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "trainable_parameters": self.trainable_parameters,
+            "adapter_bytes": self.adapter_bytes,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):
+    """transformers' Trainer, checkpointing the adapter, and stopping at the first loss that is not finite.
+
+    It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
+    """
+
+    def __init__(self, adapter: Adapter, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.trained = [p for p in adapter.parameters() if p.requires_grad]
+        self.good: list[torch.Tensor] = []
+        self.good_step = -1
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if step != self.good_step:
+            self.good = [p.detach().clone() for p in self.trained]
+            self.good_step = step
+        return loss
+
+
+def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
+    """Check the recipe, then read the data, load the model and put the adapter in; the output directory comes last.
+
+    Raises:
+        LorakinError: whatever is wrong, before anything is trained or written.
+    """
+    out = Path(recipe.out).expanduser()
+    checkpoint = _check_out(recipe, out, resume)
+    member = recipe.member()
+    indices = parse_layers(recipe.layers) if recipe.layers is not None else None
+    rows = data.read_rows(recipe.data)
+    train_rows, held_rows = _held_out(recipe, rows)
+    labels = (recipe.labels or rows.labels()) if rows.is_classification else None
+    console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
+    loaded = load_model(recipe.model, recipe.dtype, labels)
+    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or member.learning_rate)
+    train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    torch.manual_seed(recipe.seed)
+    whole = recipe.modules_to_save or (head_of(loaded.model) if labels is not None else [])
+    adapter = adapt(
+        loaded.model,
+        member,
+        recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
+        exclude=recipe.exclude,
+        layers=indices,
+        modules_to_save=whole,
+        seed=recipe.seed,
+    )
+    run = Run(recipe, out, loaded, adapter, train, held_out, labels, checkpoint, console)
+    _describe(run)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        recipe.save(out / RECIPE)
+    except OSError as error:
+        raise OutputError(f"cannot write to --out {out}: {error.strerror}") from error
+    return run
+
+
+def train(run: Run) -> Result:
+    """Train, evaluate before and after, and write the adapter, `metrics.jsonl` and `loss.png` into the output directory.
+
+    Raises:
+        DivergedError: the loss is no longer finite. The adapter of the last step with a finite loss is saved.
+        OutputError: something cannot be written.
+    """
+    model, console = run.loaded.model, run.console
+    started = time.perf_counter()
+    resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
+    metrics = Metrics(run.out / METRICS, resumed)
+    before = _first_evaluation(run, metrics)
+    console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
+    trainer = _trainer(run, Watch(console, metrics))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except DivergedError as error:
+        raise _stopped(run, trainer, error) from None
+    run.adapter.save(run.out)
+    after = run.evaluate()
+    metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
+    metrics.plot(run.out / PICTURE)
+    model.eval()
+    return Result(
+        run.out,
+        run.total_steps,
+        before,
+        after,
+        run.adapter.trainable_parameters,
+        sum(file.stat().st_size for file in run.out.glob("adapter_*")),
+        time.perf_counter() - started,
+    )
+
+
+def described(evaluation: Evaluation) -> str:
+    """An evaluation in words."""
+    if evaluation.accuracy is not None:
+        return f"accuracy {evaluation.accuracy:.1%}, loss {evaluation.loss:.3f} over {evaluation.count:,} rows"
+    return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
+
+
+def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe to resume with: the one in the output directory, which flags must not contradict.
+
+    Raises:
+        SettingError: there is none, or a flag says something else than it.
+    """
+    saved = Path(flags["out"]) / RECIPE if flags.get("out") else None
+    if path is not None or saved is None or not saved.is_file():
+        return read_recipe(path, flags)
+    recipe = read_recipe(saved, {"out": flags["out"]})
+    wanted = read_recipe(saved, flags)
+    for name in flags:
+        if getattr(wanted, name) != getattr(recipe, name):
+            raise SettingError(
+                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
+                "to change it, start anew in another --out"
+            )
+    return recipe
+
+
+def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, if any, once the output directory may be used."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file, expected a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not resume:
+            raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
+        if not (out / RECIPE).is_file():
+            raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
+    return last_checkpoint(out / CHECKPOINTS) if resume else None
+
+
+def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
+    if recipe.eval_data is None:
+        return data.split(rows, recipe.holdout, recipe.seed)
+    held = data.read_rows(recipe.eval_data)
+    if held.is_classification != rows.is_classification:
+        raise DataError(f"{recipe.eval_data} has format {held.format.name}, but {recipe.data} has {rows.format.name}")
+    return rows, held
+
+
+def _encode(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
+    if labels is not None:
+        return data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    return data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+
+
+def _describe(run: Run) -> None:
+    """Show what will be trained on, with one rendered example and its loss mask, before it is."""
+    recipe, console = run.recipe, run.console
+    total = sum(p.numel() for p in run.loaded.model.parameters())
+    trained = run.adapter.trainable_parameters
+    console.print(
+        f"[bold]model[/]  {recipe.model} in {recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
+        f"{len(run.adapter.plan.sites)} modules"
+        + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
+        + f"; {trained:,} of {total:,} parameters train ({trained / total:.2%})",
+        highlight=False,
+    )
+    if run.train.dropped:
+        console.print(f"[yellow]{run.train.dropped:,} rows dropped[/]: no answer within {recipe.max_length} tokens")
+    console.print("[bold]one example[/] as the model will see it; the loss is taken on the [green]green[/] part:")
+    console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
+
+
+def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) -> RichText:
+    """An example as text: tokens with a loss in green and marked with ⟦ ⟧, the others dim."""
+    text = RichText()
+    if labels is not None:
+        text.append(tokenizer.decode(example["input_ids"]), style="dim")
+        return text.append(f" → ⟦{labels[example['labels']]}⟧", style="green")
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        learned = label != data.IGNORED
+        if not pieces or pieces[-1][0] != learned:
+            pieces.append((learned, []))
+        pieces[-1][1].append(token)
+    for learned, tokens in pieces:
+        words = tokenizer.decode(tokens)
+        text.append(f"⟦{words}⟧" if learned else words, style="green" if learned else "dim")
+    return text
+
+
+def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
+    """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
+    for row in metrics.rows():
+        if row["step"] == 0 and "eval_loss" in row:
+            return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
+    with run.adapter.disabled():
+        before = run.evaluate()
+    metrics.add(0, **{f"eval_{name}": value for name, value in before.as_dict().items()})
+    return before
+
+
+def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
+    recipe, model = run.recipe, run.loaded.model
+    assert recipe.lr is not None
+    if recipe.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.config.use_cache = False
+    args = transformers.TrainingArguments(
+        output_dir=str(run.out / CHECKPOINTS),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        max_steps=run.total_steps,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        train_sampling_strategy="group_by_length",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps",
+        save_steps=recipe.save_every or max(1, run.total_steps // 5),
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type != "cpu",
+    )
+    optimizer = run.adapter.optimizer(torch.optim.AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    trainer = AdapterTrainer(
+        run.adapter,
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(run.train.examples),
+        data_collator=run.collator(),
+        optimizers=(optimizer, None),
+        compute_loss_func=None if run.labels is not None else answer_loss,
+        callbacks=[watch],
+        processing_class=run.loaded.tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> DivergedError:
+    """Save the last good adapter and say what happened."""
+    advice = "try a lower --lr, or --dtype float32"
+    if not trainer.good:
+        return DivergedError(f"{error}, the first step of this run, so there is nothing to keep; {advice}", error.step)
+    with torch.no_grad():
+        for parameter, value in zip(trainer.trained, trainer.good, strict=True):
+            parameter.copy_(value)
+    run.adapter.save(run.out)
+    return DivergedError(
+        f"{error}; stopped, and the adapter after step {trainer.good_step}, the last with a finite loss, is in {run.out}; "
+        f"{advice}",
+        error.step,
+    )
+
+
+__all__ = ["AdapterTrainer", "AnswerCollator", "Result", "Run", "described", "prepare", "rendered", "resumed_recipe", "train"]

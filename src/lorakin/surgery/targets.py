@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from lorakin.errors import SettingError, TargetError
+from lorakin.errors import LorakinWarning, SettingError, TargetError
 from lorakin.surgery import layers
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -66,7 +67,7 @@ def select(
 
     Args:
         targets: "all-linear" (every linear layer but the head), a pattern or a list of them (see `matches`), or a
-            function of (path, module).
+            function of (path, module). "none" or [] adapts nothing, beside modules that are trained whole.
         exclude: patterns to leave out.
         layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
         reserved: paths of modules that are trained whole; nothing inside them is adapted.
@@ -85,7 +86,9 @@ def select(
         described = ALL_LINEAR
     else:
         patterns = [targets] if isinstance(targets, str) else list(targets)
-        if not patterns:
+        if not patterns or patterns == ["none"]:
+            if reserved:
+                return []
             raise TargetError("no targets given; name modules, or use targets='all-linear'")
         wanted = [path for pattern in patterns for path in _matching(pattern, free, modules)]
         chosen = [path for path in free if path in set(wanted)]
@@ -99,7 +102,7 @@ def select(
         chosen = [path for path in chosen if not matches(path, pattern)]
     if layer_indices is not None:
         chosen = _in_layers(chosen, layer_indices)
-    chosen = [path for path in chosen if layers.refusal(free[path], _parent(modules, path)) is None]
+    chosen = _without_refused(chosen, modules)
     if not chosen:
         kinds = sorted({type(m).__name__ for m in free.values() if layers.kind_of(m)})
         there = f"its layers that can be adapted are of type {', '.join(kinds)}" if kinds else "it has none to adapt"
@@ -179,6 +182,14 @@ def _in_layers(paths: list[str], indices: Sequence[int]) -> list[str]:
             raise TargetError(f"layers: there is no layer {index}; the selected modules lie in layers 0 to {count - 1}")
     wanted = {index % count for index in indices}
     return [path for path in paths if numbers.get(path) in wanted]
+
+
+def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """`chosen` without the layers that cannot be adapted, saying which and why."""
+    refused = {path: reason for path in chosen if (reason := layers.refusal(modules[path], _parent(modules, path)))}
+    for path, reason in refused.items():
+        warnings.warn(f"{path} is left out: it is {reason}", LorakinWarning, stacklevel=5)
+    return [path for path in chosen if path not in refused]
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:

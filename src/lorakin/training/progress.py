@@ -48,17 +48,30 @@ class Metrics:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        rows = self.rows()
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
+        training, held_out = self._points("loss"), self._points("eval_loss")
+        if training:
+            axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+            axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", linewidth=2, label="training, running mean")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", label="held out")
         axes.set(xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=120)
         plt.close(figure)
+
+    def _points(self, name: str) -> list[tuple[int, float]]:
+        return [(row["step"], row[name]) for row in self.rows() if name in row]
+
+
+def _smoothed(points: list[tuple[int, float]], keep: float = 0.9) -> list[tuple[int, float]]:
+    """An exponential running mean, unbiased at its start."""
+    mean, weight, out = 0.0, 0.0, []
+    for step, value in points:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append((step, mean / weight))
+    return out
 
 
 class Watch(transformers.TrainerCallback):

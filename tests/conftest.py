@@ -1,0 +1,148 @@
+"""Tiny models and data that the tests share. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lorakin as lk
+
+WORDS = "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it one two three".split()
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A Llama with two layers and hidden size 32, random but always the same."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": tied, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).to(dtype).eval()
+
+
+def tiny_gpt2() -> Any:
+    """A GPT-2, whose linear layers are Conv1D."""
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)
+    ).eval()
+
+
+def tiny_bert(labels: int = 2) -> Any:
+    """A BERT classifier with a fresh head."""
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=labels
+        )
+    ).eval()
+
+
+class ConvNet(nn.Module):
+    """Convolutions of one, two and three dimensions, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Conv1d(3, 4, 3, padding=1)
+        self.two = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, bias=False, padding_mode="circular")
+        self.three = nn.Conv3d(1, 2, 2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        x = self.two(x.unsqueeze(-1).expand(-1, -1, -1, 5))
+        x = x + self.three(x.unsqueeze(1)).mean()
+        return self.head(x.mean((2, 3)))
+
+
+def randomise(adapter: lk.Adapter, scale: float = 0.1, seed: int = 1) -> lk.Adapter:
+    """Give every tensor of the adapter random values, as training might have."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return adapter
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A word-level tokenizer with a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    specials = ["<pad>", "<|end|>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
+    raw = Tokenizer(WordLevel({word: number for number, word in enumerate(specials + WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        additional_special_tokens=specials[3:],
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """A tiny causal language model with its tokenizer, as a local directory."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(pad_token_id=0, eos_token_id=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """A tiny encoder without a head, with its tokenizer, as a local directory."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_bert().bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as JSONL and give the path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def chat_rows() -> list[dict[str, str]]:
+    """Questions with answers that a tiny model can learn: the answer repeats the animal and says where it is."""
+    animals, places = ("cat", "dog", "bird"), ("mat", "tree")
+    return [
+        {"prompt": f"what did the {animal} {verb}", "completion": f"the {animal} {verb} on the {place}"}
+        for animal in animals
+        for verb in ("sat", "ran", "flew")
+        for place in places
+        for _ in range(2)
+    ]

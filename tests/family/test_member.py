@@ -1,0 +1,91 @@
+"""The common form, and that a ninth member is one class: here one with a gain and a frozen tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import ConvNet, randomise, tiny_gpt2, tiny_llama
+from lorakin.family import Member, Pair, Shape, member_named
+
+
+@dataclass(frozen=True)
+class Gained(Member):
+    """y = g ⊙ (W0 x + B A x): LoRA of rank 2 with a trained gain and a frozen A."""
+
+    word: ClassVar[str] = "gained"
+    paper: ClassVar[str] = "none, arXiv none"
+    learning_rate: ClassVar[float] = 1e-3
+    frozen: ClassVar[frozenset[str]] = frozenset({"A"})
+    dropout: float = 0.0
+
+    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
+        A = torch.randn(2, shape.inputs, generator=generator, device=device) * 0.1
+        return {"A": A, "B": torch.zeros(shape.outputs, 2, device=device), "g": torch.ones(shape.outputs, device=device)}
+
+    def pair(self, tensors: Mapping[str, Tensor]) -> Pair:
+        return Pair(tensors["B"], tensors["A"], tensors["g"])
+
+
+def test_the_pair_is_the_common_form() -> None:
+    rng = np.random.default_rng(0)
+    W, up, down, gain = (rng.standard_normal(s) for s in ((5, 7), (5, 3), (3, 7), 5))
+    pair = Pair(torch.tensor(up), torch.tensor(down), torch.tensor(gain))
+    np.testing.assert_allclose(pair.applied_to(torch.tensor(W)).numpy(), gain[:, None] * (W + up @ down), rtol=1e-12)
+    np.testing.assert_allclose(pair._replace(gain=None).applied_to(torch.tensor(W)).numpy(), W + up @ down, rtol=1e-12)
+    assert pair.norm() == pytest.approx(np.linalg.norm(up @ down), rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_new_member_needs_no_other_code(make, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
+    model = make().double()
+    before = model(ids).logits
+    adapter = lk.adapt(model, Gained())
+    assert torch.equal(model(ids).logits, before), "a gain of one and B = 0 is the base to the bit"
+    assert {n.rsplit(".", 1)[1] for n, p in adapter.named_parameters() if p.requires_grad} == {"B", "g"}
+    randomise(adapter, 0.3)
+    changed = model(ids).logits
+    assert (changed - before).abs().max() > 1e-3
+    adapter.merge()
+    torch.testing.assert_close(model(ids).logits, changed, rtol=1e-9, atol=1e-9)
+    adapter.unmerge()
+    with adapter.disabled():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_the_gain_meets_convolutions_on_their_channels() -> None:
+    model = ConvNet().double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    adapter = randomise(lk.adapt(model, Gained(), targets=["one", "two", "three"]), 0.3)
+    changed = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), changed, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gain_reaches_the_dropped_base_product_too() -> None:
+    """§2 of the specification: y = W0 x + (g−1) ⊙ W0 x̃ + g ⊙ up(down x̃) + b."""
+    torch.manual_seed(0)
+    linear = torch.nn.Sequential(torch.nn.Linear(6, 4, dtype=torch.float64))
+    adapter = randomise(lk.adapt(linear, Gained(dropout=0.5), targets="0"))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    linear.train()
+    torch.manual_seed(7)
+    y = linear(x)
+    torch.manual_seed(7)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    site = adapter.site("0")
+    W, b, (A, B, g) = linear[0].weight, linear[0].bias, (site.A, site.B, site.g)
+    torch.testing.assert_close(y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b)
+
+
+def test_the_registry() -> None:
+    assert member_named("lora") is lk.LoRA
+    with pytest.raises(lk.SettingError, match=r"unknown method 'lorra'; this version has: lora"):
+        member_named("lorra")

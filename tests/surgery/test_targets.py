@@ -1,0 +1,121 @@
+"""Which modules are chosen, and the errors that name what was meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorakin as lk
+from conftest import ConvNet, tiny_bert, tiny_gpt2, tiny_llama
+from lorakin.surgery.targets import head_of, parse_layers, select
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def names(model: nn.Module, targets, **options) -> set[str]:  # type: ignore[no-untyped-def]
+    return set(select(model, targets, **options))
+
+
+def leaves(paths: set[str]) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path in paths}
+
+
+def test_all_linear_leaves_the_head_out() -> None:
+    chosen = names(tiny_llama(), "all-linear")
+    assert leaves(chosen) == ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+    assert len(chosen) == 14
+    assert names(tiny_gpt2(), "all-linear") == {
+        f"transformer.h.{i}.{m}" for i in (0, 1) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert not any("classifier" in path for path in names(tiny_bert(), "all-linear"))
+    assert "bert.pooler.dense" in names(tiny_bert(), "all-linear")
+    assert names(ConvNet(), "all-linear") == {"head"}, "a plain module has no head that could be known"
+
+
+def test_heads() -> None:
+    assert head_of(tiny_llama()) == ["lm_head"]
+    assert head_of(tiny_bert()) == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["self_attn.q_proj", "self_attn.v_proj"],
+        "model.layers.*.self_attn.[qv]_proj",
+        r".*\.(q|v)_proj",
+        r"model\.layers\.\d+\.self_attn\.(q_proj|v_proj)",
+        lambda path, module: path.endswith(("q_proj", "v_proj")),
+    ],
+)
+def test_names_globs_regular_expressions_and_functions(targets) -> None:  # type: ignore[no-untyped-def]
+    assert names(tiny_llama(), targets) == {f"model.layers.{i}.self_attn.{m}" for i in (0, 1) for m in ("q_proj", "v_proj")}
+
+
+def test_a_name_is_a_whole_part_of_the_path() -> None:
+    with pytest.raises(lk.TargetError, match="'proj' matches no module"):
+        names(tiny_llama(), "proj")
+
+
+def test_layers_and_exclusions() -> None:
+    assert names(tiny_llama(), "q_proj", layer_indices=[1]) == {"model.layers.1.self_attn.q_proj"}
+    assert names(tiny_llama(), "q_proj", layer_indices=[-2]) == {"model.layers.0.self_attn.q_proj"}
+    assert leaves(names(tiny_llama(), "all-linear", exclude=["*.mlp.*"])) == ATTENTION
+    assert leaves(names(tiny_llama(), "all-linear", exclude="o_proj")) == (ATTENTION - {"o_proj"}) | {
+        "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    with pytest.raises(lk.TargetError, match=r"no layer 2; .* layers 0 to 1"):
+        names(tiny_llama(), "q_proj", layer_indices=[2])
+    with pytest.raises(lk.TargetError, match="exclude: 'lm_hed' matches no module; did you mean lm_head"):
+        names(tiny_llama(), "all-linear", exclude="lm_hed")
+    with pytest.raises(lk.TargetError, match="selects no layer"):
+        names(tiny_llama(), "q_proj", exclude="q_proj")
+
+
+def test_layer_ranges_in_text() -> None:
+    assert parse_layers("0-2, 5,-1") == [0, 1, 2, 5, -1]
+    with pytest.raises(lk.SettingError, match="0-3,8,-1, not 'first'"):
+        parse_layers("first")
+
+
+def test_a_miss_lists_near_names() -> None:
+    with pytest.raises(lk.TargetError, match=r"'q_prj' matches no module; did you mean .*q_proj"):
+        names(tiny_llama(), ["q_prj", "v_proj"])
+    with pytest.raises(lk.TargetError, match="names there are: .*c_attn"):
+        names(tiny_gpt2(), "zzzzzz")
+
+
+def test_what_cannot_be_adapted_is_refused_by_name() -> None:
+    with pytest.raises(lk.TargetError, match=r"'self_attn' selects .* a LlamaAttention, .*it holds q_proj, k_proj"):
+        names(tiny_llama(), "self_attn")
+    with pytest.raises(lk.TargetError, match="no targets given"):
+        names(tiny_llama(), [])
+    depthwise = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    with pytest.raises(lk.TargetError, match="groups=4"):
+        names(depthwise, "0")
+    with pytest.raises(lk.TargetError, match="max_norm"):
+        names(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), "0")
+
+
+def test_layers_that_are_never_called_are_refused() -> None:
+    """An adapter on a layer whose weight the parent uses by itself would do nothing."""
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(lk.TargetError, match=r"a.out_proj cannot be adapted.*without calling it"):
+        names(attention, "out_proj")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(lk.TargetError, match="set_fastpath_enabled"):
+        names(encoder, "linear1")
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with pytest.warns(lk.LorakinWarning, match=r"out_proj is left out: .* without calling it"):
+            assert leaves(names(encoder, "all-linear")) == {"linear1", "linear2"}
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_quantised_weights_are_refused() -> None:
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(lk.TargetError, match="quantised"):
+        names(nn.Sequential(linear), "0")

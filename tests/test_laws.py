@@ -1,0 +1,96 @@
+"""The house's laws, held by reading the source: no member's name outside family/, imports one way, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lorakin
+from lorakin.family import FAMILY
+
+SOURCE = Path(lorakin.__file__).parent
+ROOMS = ["errors", "family", "surgery", "storage", "adapter", "training", "study", "cli"]
+"""From the ground up: a room may import only those before it."""
+PEFT_TABLE = SOURCE / "storage" / "peft_format.py"
+
+
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    if path == SOURCE / "__init__.py":
+        return
+    own = ROOMS.index(room(path))
+    for name in imported(ast.parse(path.read_text())):
+        if name.startswith("lorakin."):
+            other = name.split(".")[1]
+            assert other in ROOMS and ROOMS.index(other) <= own, f"{path} imports {name}, a room above it"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
+    allowed = {
+        "errors": set(),
+        "family": {"torch"},
+        "surgery": {"torch"},
+        "storage": {"torch", "safetensors"},
+        "adapter": {"torch"},
+    }
+    if path == SOURCE / "__init__.py" or room(path) not in allowed:
+        return
+    import sys
+
+    for name in imported(ast.parse(path.read_text())):
+        top = name.split(".")[0]
+        assert top in {"lorakin", *sys.stdlib_module_names} | allowed[room(path)], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_member_is_known_by_name_outside_the_family(path: Path) -> None:
+    if path in (SOURCE / "__init__.py", PEFT_TABLE) or room(path) == "family":
+        return
+    tree = ast.parse(path.read_text())
+    defaults = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)}  # `method: str = "lora"`
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            assert name not in {member.__name__ for member in FAMILY}, f"{path}:{node.lineno} names {name}"
+        if isinstance(node, ast.Constant) and id(node) not in defaults:
+            assert node.value not in {member.word for member in FAMILY}, f"{path}:{node.lineno} compares with {node.value!r}"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "family").glob("*.py")), ids=lambda p: p.name)
+def test_a_member_is_short_enough_to_read_beside_its_paper(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_error_is_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert not all(isinstance(line, ast.Pass) for line in node.body), f"{path}:{node.lineno}"
+
+
+def test_every_member_is_public_and_says_where_it_comes_from() -> None:
+    for member in FAMILY:
+        assert getattr(lorakin, member.__name__) is member
+        assert "arXiv" in member.paper
+        assert member.learning_rate > 0

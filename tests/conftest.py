@@ -56,11 +56,11 @@ def tiny_bert(labels: int = 2) -> Any:
 class ConvNet(nn.Module):
     """Convolutions of one, two and three dimensions, and a linear head."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding_mode: str = "circular") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.one = nn.Conv1d(3, 4, 3, padding=1)
-        self.two = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, bias=False, padding_mode="circular")
+        self.two = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, bias=False, padding_mode=padding_mode)
         self.three = nn.Conv3d(1, 2, 2)
         self.head = nn.Linear(6, 5)
 

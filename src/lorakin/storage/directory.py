@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,8 @@ def read(path: Path) -> Files:
             tensors = torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True)
         else:
             raise AdapterError(f"{path} has no {TENSORS}")
+    except pickle.UnpicklingError:
+        raise AdapterError(f"{path / OLD_TENSORS} cannot be read: it holds more than tensors, and is not run") from None
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise

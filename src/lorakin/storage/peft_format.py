@@ -19,7 +19,7 @@ from lorakin.errors import AdapterError, LorakinWarning, SettingError
 from lorakin.family import LoRA, Member, member_named
 from lorakin.surgery import layers
 from lorakin.surgery.graft import Graft, Plan, plan_for
-from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer
+from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, TransposedLayer
 from lorakin.surgery.targets import named_modules, resolve
 
 PREFIX = "base_model.model."
@@ -85,7 +85,7 @@ def to_config(graft: Graft) -> dict[str, Any]:
         "task_type": _task_type(graft.model),
         "base_model_name_or_path": getattr(graft.model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(plan.sites) and all(graft.site(path).layer is TransposedLayer for path in plan.sites),
         "inference_mode": True,
         "modules_to_save": sorted(plan.copies) or None,
         "target_modules": sorted(plan.sites),
@@ -144,11 +144,12 @@ def from_files(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
+    sites = {path: sites[path] for path in modules if path in sites}
     try:
         plan = plan_for(
             model,
             member,
-            [path for path in modules if path in sites],
+            list(sites),
             sorted(copies),
             dict(config.get("rank_pattern") or {}),
             dict(config.get("alpha_pattern") or {}),

@@ -55,8 +55,8 @@ def _folded(base: dict[str, nn.Parameter], path: str, adapters: list[Site | Copy
     for site in sites:
         folded = site.pair().applied_to(wide)
         changed = folded if changed is wide else changed + (folded - wide)
-    if not torch.isfinite(changed).all():
-        raise StateError(f"merging would write NaN or infinity into {path}; the weights are left as they were")
     new = torch.empty_like(weight)
     layer.matrix(new).copy_(changed)
+    if not torch.isfinite(new).all():
+        raise StateError(f"merging would write NaN or infinity into {path}; the weights are left as they were")
     return {"weight": nn.Parameter(new, weight.requires_grad)}

@@ -1,0 +1,162 @@
+"""LoRA against its NumPy reference and the papers' counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorakin as lk
+from lorakin.family import Shape
+from references import lora as reference
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number ≥ 1, not 0"),
+        ({"rank": -4}, "not -4"),
+        ({"rank": 2.5}, "not 2.5"),
+        ({"alpha": 0}, "alpha must be a positive number, not 0"),
+        ({"alpha": math.nan}, "not nan"),
+        ({"alpha": math.inf}, "not inf"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+        ({"dropout": -0.1}, "not -0.1"),
+        ({"init": "zeros"}, "init must be 'kaiming' or 'gaussian', not 'zeros'"),
+    ],
+)
+def test_settings_outside_their_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(lk.SettingError, match=message):
+        lk.LoRA(**settings)  # type: ignore[arg-type]
+
+
+def test_defaults_and_scales() -> None:
+    assert lk.LoRA() == lk.LoRA(16, 32.0, 0.0, False)
+    assert lk.LoRA().scaling == 2
+    for rank, alpha in ((8, 16.0), (6, 9.0)):
+        assert lk.LoRA(rank, alpha).scaling == pytest.approx(reference.scaling(rank, alpha))
+        assert lk.LoRA(rank, alpha, rslora=True).scaling == pytest.approx(reference.scaling(rank, alpha, rslora=True))
+
+
+def test_the_start() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = lk.LoRA(rank=64).start(Shape(8, 300), generator, torch.device("cpu"))
+    assert not start["B"].any()
+    assert start["A"].abs().max() <= 300**-0.5
+    assert start["A"].var().item() == pytest.approx(1 / 900, rel=0.05)
+    gaussian = lk.LoRA(rank=64, init="gaussian").start(Shape(8, 300), generator, torch.device("cpu"))
+    assert gaussian["A"].std().item() == pytest.approx(1 / 64, rel=0.05)
+    lookup = lk.LoRA(rank=64).start(Shape(300, 1000, lookup=True), generator, torch.device("cpu"))
+    assert not lookup["A"].any()
+    assert lookup["B"].std().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(11, 7)).to(dtype).train()
+    member = lk.LoRA(rank=3, alpha=5, dropout=dropout)
+    adapter = lk.adapt(model, member, "0")
+    with torch.no_grad():
+        adapter.site("0").B.normal_()
+    x = torch.randn(6, 11, dtype=dtype, requires_grad=True)
+    delta = torch.randn(6, 7, dtype=dtype)
+    torch.manual_seed(4)
+    y = model(x)
+    torch.manual_seed(4)
+    mask = nn.functional.dropout(torch.ones_like(x), dropout).numpy()
+    y.backward(delta)
+    site, linear = adapter.site("0"), model[0]
+    numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
+    expected = reference.forward(*numbers, s=member.scaling, mask=mask)
+    dA, dB, dx = reference.gradients(numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=mask)
+    for got, want in ((y, expected), (site.A.grad, dA), (site.B.grad, dB), (x.grad, dx)):
+        np.testing.assert_allclose(got.detach().numpy(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(11, 7)).to(dtype)
+    member = lk.LoRA(rank=3, alpha=5)
+    adapter = lk.adapt(model, member, "0")
+    site, linear = adapter.site("0"), model[0]
+    x, target = torch.randn(20, 11, dtype=dtype), torch.randn(20, 7, dtype=dtype)
+    A, B, losses = reference.train(
+        x.numpy(), target.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy(),
+        site.A.detach().numpy(), site.B.detach().numpy(), s=member.scaling, steps=25, lr=0.02, weight_decay=0.1,
+    )  # fmt: skip
+    optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+    seen = []
+    for _ in range(25):
+        loss = ((model(x) - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], "it learns"
+    np.testing.assert_allclose(seen[: len(losses)], losses[: len(seen)], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(site.A.detach().numpy(), A, rtol=tolerance, atol=10 * tolerance)
+    np.testing.assert_allclose(site.B.detach().numpy(), B, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_at_the_first_step_only_B_moves() -> None:
+    model = nn.Sequential(nn.Linear(5, 4))
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
+    model(torch.randn(3, 5)).square().sum().backward()
+    assert not adapter.site("0").A.grad.any()
+    assert adapter.site("0").B.grad.any()
+
+
+class Blocks(nn.Module):
+    """Linear layers of given names and shapes, repeated, on the meta device: only their sizes matter."""
+
+    def __init__(self, depth: int, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({name: nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()}) for _ in range(depth)
+            )
+
+
+def square(width: int) -> dict[str, tuple[int, int]]:
+    return dict.fromkeys(("q", "k", "v", "o"), (width, width))
+
+
+GPT3, ROBERTA, ROBERTA_LARGE = (96, square(12288)), (12, square(768)), (24, square(1024))
+GPT2_M, GPT2_L = (24, square(1024)), (36, square(1280))
+LLAMA_3B = (28, {"q": (3072, 3072), "k": (1024, 3072), "v": (1024, 3072), "o": (3072, 3072)})
+LLAMA_7B = (32, {**square(4096), "gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)})
+LLAMA_13B = (40, {**square(5120), "gate": (13824, 5120), "up": (13824, 5120), "down": (5120, 13824)})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "targets", "rank", "count"),
+    [
+        (GPT3, "qv", 1, 4_718_592),
+        (GPT3, "qv", 2, 9_437_184),
+        (GPT3, "qkvo", 1, 9_437_184),
+        (GPT3, "qv", 4, 18_874_368),
+        (GPT3, "qkvo", 2, 18_874_368),
+        (GPT3, "qv", 8, 37_748_736),
+        (GPT3, "qkvo", 4, 37_748_736),
+        (GPT3, "qv", 16, 75_497_472),
+        (GPT3, "qv", 64, 301_989_888),
+        (GPT3, "qkvo", 64, 603_979_776),
+        (ROBERTA, "qv", 8, 294_912),
+        (ROBERTA_LARGE, "qv", 8, 786_432),
+        (GPT2_M, "qv", 4, 393_216),
+        (GPT2_L, "qv", 4, 737_280),
+        (LLAMA_3B, "qv", 32, 9_175_040),
+        (LLAMA_7B, ["q", "k", "v", "up", "down"], 32, 56_098_816),
+        (LLAMA_7B, "all-linear", 64, 159_907_840),
+        (LLAMA_13B, "all-linear", 64, 250_347_520),
+    ],
+)
+def test_the_papers_counts(shapes: tuple[int, dict[str, tuple[int, int]]], targets: str, rank: int, count: int) -> None:
+    adapter = lk.adapt(Blocks(*shapes), lk.LoRA(rank=rank), targets if targets == "all-linear" else list(targets))
+    assert adapter.trainable_parameters == count

@@ -1,0 +1,235 @@
+"""Real PEFT, both ways: it loads our files and we load its, with equal logits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import lorakin as lk
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama
+
+peft = pytest.importorskip("peft")
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+def output(model: Any, ids: Tensor) -> Tensor:
+    if isinstance(model, ConvNet) or isinstance(getattr(getattr(model, "base_model", None), "model", None), ConvNet):
+        return model(torch.linspace(-1, 1, 48).view(2, 3, 8))
+    return model(ids).logits
+
+
+# what is adapted: model, our arguments, PEFT's arguments for the same
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        tiny_llama,
+        {"member": lk.LoRA(4, 8), "targets": ATTENTION},
+        {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION},
+    ),
+    "all-linear": (tiny_llama, {"member": lk.LoRA(4, 12)}, {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"}),
+    "rslora": (
+        tiny_llama,
+        {"member": lk.LoRA(4, 8, rslora=True), "targets": ATTENTION},
+        {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_rslora": True},
+    ),
+    "patterns": (
+        tiny_llama,
+        {
+            "member": lk.LoRA(4, 8, rslora=True),
+            "rank_pattern": {"layers.0.self_attn.q_proj": 6, "self_attn.k_proj": 2},
+            "alpha_pattern": {"v_proj": 3, "layers.0.self_attn.q_proj": 5},
+        },
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "target_modules": "all-linear",
+            "rank_pattern": {"layers.0.self_attn.q_proj": 6, "self_attn.k_proj": 2},
+            "alpha_pattern": {"v_proj": 3, "layers.0.self_attn.q_proj": 5},
+        },
+    ),
+    "conv1d": (
+        tiny_gpt2,
+        {"member": lk.LoRA(4, 8), "targets": "c_attn"},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]},
+    ),
+    "embedding": (
+        lambda: tiny_llama(tied=False),
+        {"member": lk.LoRA(4, 8), "targets": ["embed_tokens", "q_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "convolutions": (
+        ConvNet,
+        {"member": lk.LoRA(1, 3), "targets": ["one", "two", "three", "head"]},
+        {"r": 1, "lora_alpha": 3, "target_modules": ["one", "two", "three", "head"]},
+    ),
+    "head": (
+        lambda: tiny_bert(3),
+        {"member": lk.LoRA(2, 8), "targets": ["query", "value"], "modules_to_save": ["classifier"]},
+        {"r": 2, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+    ),
+}
+
+
+def peft_model(make: Callable[[], nn.Module], settings: dict[str, Any]) -> Any:
+    """A PEFT model whose adapter tensors are random, as after training."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make(), peft.LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_our_files(case: str, tmp_path: Path, ids: Tensor) -> None:
+    make, ours, _ = CASES[case]
+    model = make()
+    randomise(lk.adapt(model, **ours)).save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT only warns of missing keys
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*model_config|.*tie_word_embeddings")
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(output(theirs, ids), output(model, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_we_load_pefts_files(case: str, tmp_path: Path, ids: Tensor) -> None:
+    make, ours, settings = CASES[case]
+    theirs = peft_model(make, settings)
+    theirs.save_pretrained(tmp_path)
+    model = make()
+    adapter = lk.load(model, tmp_path)
+    torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
+    assert set(adapter.plan.sites) == set(lk.adapt(make(), **ours).plan.sites), "the same targets mean the same modules"
+    adapter.merge()
+    torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_files_are_laid_out_alike(case: str, tmp_path: Path) -> None:
+    make, ours, settings = CASES[case]
+    randomise(lk.adapt(make(), **ours)).save(tmp_path / "ours")
+    peft_model(make, settings).save_pretrained(tmp_path / "theirs")
+    read = [safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    shapes = [{key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if ".base_layer." not in key} for tensors in read]
+    assert shapes[0] == shapes[1]
+    configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    for field in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "rank_pattern", "alpha_pattern"):
+        assert configs[0].get(field) == (configs[1][field] or configs[0].get(field)), field
+    assert set(configs[0]) <= set(configs[1]), "only PEFT's own words"
+
+
+def test_a_named_adapter_of_peft(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(tiny_llama, {"r": 4, "target_modules": ATTENTION})
+    theirs.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    theirs.set_adapter("other")
+    model = tiny_llama()
+    lk.load(model, tmp_path / "other", name="mine")
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    lk.load(model, tmp_path)
+    theirs.set_adapter("default")
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_narrowed_targets_of_peft(tmp_path: Path, ids: Tensor) -> None:
+    for settings in (
+        {"target_modules": ATTENTION, "layers_to_transform": [1]},
+        {"target_modules": r".*\.(q|k)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+    ):
+        theirs = peft_model(tiny_llama, {"r": 2, **settings})
+        theirs.save_pretrained(tmp_path)
+        model = tiny_llama()
+        lk.load(model, tmp_path)
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_gradients_are_pefts(dtype: torch.dtype, tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(lambda: tiny_llama(dtype=dtype), {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama(dtype=dtype)
+    adapter = lk.load(model, tmp_path, trainable=True)
+    theirs(ids, labels=ids).loss.backward()
+    model(ids, labels=ids).loss.backward()
+    gradients = {
+        name.replace("base_model.model.", "").replace(".default", ""): p.grad
+        for name, p in theirs.named_parameters()
+        if p.grad is not None
+    }
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 2e-3}
+    for name, p in adapter.named_parameters():
+        path, slot = name.rsplit(".", 1)
+        torch.testing.assert_close(p.grad, gradients[f"{path}.lora_{slot}.weight"], **tolerance)
+
+
+def test_training_with_the_same_start_goes_the_same_way(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION)).train()
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama().train()
+    adapter = lk.load(model, tmp_path, trainable=True)
+    optimizers = [
+        torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0),
+        adapter.optimizer(torch.optim.AdamW, lr=1e-2),
+    ]
+    for _ in range(10):
+        losses = []
+        for one, optimizer in zip((theirs, model), optimizers, strict=True):
+            loss = one(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"use_dora": True}, "it uses DoRA"),
+        ({"lora_bias": True}, "a bias on B"),
+        ({"bias": "lora_only"}, "trains biases"),
+        ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+    ):
+        model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], **settings))
+        if "trainable_token_indices" in settings:
+            config = {**json.loads((tmp_path / "adapter_config.json").read_text()), "bias": "none", **settings}
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        else:
+            model.save_pretrained(tmp_path)
+        with pytest.raises(lk.AdapterError, match=message):
+            lk.load(tiny_bert(), tmp_path)
+    peft.get_peft_model(tiny_bert(), peft.IA3Config(target_modules=["query"], feedforward_modules=[])).save_pretrained(tmp_path)
+    with pytest.raises(lk.AdapterError, match="peft_type is 'IA3'"):
+        lk.load(tiny_bert(), tmp_path)
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
+    theirs = peft_model(lambda: tiny_llama(tied=False), {"r": 2, "target_modules": ["embed_tokens"]})
+    theirs.save_pretrained(tmp_path)
+    other = tiny_llama(tied=False)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(1)
+    with pytest.raises(lk.AdapterError, match="another base model: model.embed_tokens had another weight"):
+        lk.load(other, tmp_path)
+
+
+def test_peft_can_go_on_in_a_model_that_lorakin_left(ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.LoRA(rank=2))
+    adapter.remove()
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=ATTENTION))
+    assert torch.equal(wrapped(ids).logits, model(ids).logits)

@@ -1,0 +1,173 @@
+"""transformers' Trainer and TRL's SFTTrainer, unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import lorakin as lk
+from conftest import randomise, tiny_llama
+from lorakin.training import adapter_checkpoints
+
+ROWS = [
+    {"input_ids": [3 + (i * k) % 50 for k in range(1, 9)], "labels": [3 + (i * k) % 50 for k in range(1, 9)]} for i in range(16)
+]
+
+
+def arguments(out: Path, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "output_dir": str(out), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none",
+        "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "seed": 1,
+    }  # fmt: skip
+    return settings | changes
+
+
+def trainer(out: Path, model: Any, **changes: Any) -> transformers.Trainer:
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**arguments(out, **changes)),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        data_collator=transformers.default_data_collator,
+    )
+
+
+def adapted(**settings: Any) -> tuple[Any, lk.Adapter]:
+    model = tiny_llama()
+    return model, lk.adapt(model, lk.LoRA(rank=2, **settings), seed=0)
+
+
+def state(adapter: lk.Adapter) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trainer_with_its_own_optimizer(tmp_path: Path, checkpointing: bool | None) -> None:
+    model, adapter = adapted()
+    base = {key: t.clone() for key, t in model.state_dict().items() if ".lorakin." not in key}
+    options = {} if checkpointing is None else {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}
+    }  # fmt: skip
+    run = trainer(tmp_path, model, gradient_accumulation_steps=2, **options)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
+    assert all(p.any() for p in adapter.parameters())
+
+
+def test_trainer_with_ours_gives_the_same(tmp_path: Path) -> None:
+    results = []
+    for own in (True, False):
+        model, adapter = adapted()
+        run = trainer(tmp_path, model, weight_decay=0.0)
+        if own:
+            run.optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2)
+        run.train()
+        results.append(state(adapter))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoints_hold_the_adapter_and_resuming_is_exact(tmp_path: Path, dropout: float) -> None:
+    model, adapter = adapted(dropout=dropout)
+    adapter_checkpoints(trainer(tmp_path / "whole", model)).train()
+    whole = state(adapter)
+    files = {p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"} <= files
+    assert "model.safetensors" not in files
+    model, adapter = adapted(dropout=dropout)
+    randomise(adapter)
+    adapter_checkpoints(trainer(tmp_path / "again", model)).train(
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+    )
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items()), "bit for bit"
+
+
+def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:
+    model, adapter = adapted()
+    run = adapter_checkpoints(
+        trainer(
+            tmp_path, model, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, metric_for_best_model="loss",
+            learning_rate=1e-2,
+        )
+    )  # fmt: skip
+    run.eval_dataset = datasets.Dataset.from_list(ROWS)
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    other = tiny_llama()
+    loaded = lk.load(other, best)
+    assert all(torch.equal(p, state(adapter)[name]) for name, p in loaded.named_parameters())
+
+
+def test_two_adapters_lie_as_peft_lays_them(tmp_path: Path) -> None:
+    model, _ = adapted()
+    lk.adapt(model, lk.LoRA(rank=3), "q_proj", name="second")
+    adapter_checkpoints(trainer(tmp_path, model)).train()
+    assert (tmp_path / "checkpoint-6" / "adapter_config.json").exists()
+    assert lk.load(tiny_llama(), tmp_path / "checkpoint-6" / "second").plan.member.rank == 3
+
+
+@pytest.mark.filterwarnings("default::lorakin.errors.LorakinWarning")
+def test_a_plain_trainers_checkpoint_resumes_loudly(tmp_path: Path) -> None:
+    model, _ = adapted()
+    trainer(tmp_path, model).train()
+    model, _ = adapted()
+    with pytest.warns(lk.LorakinWarning, match="holds the base alone"):
+        trainer(tmp_path, model).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lk.StateError, match="no adapters to save"):
+        adapter_checkpoints(trainer(tmp_path, tiny_llama())).save_model()
+
+
+def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
+    trl = pytest.importorskip("trl")
+    model, adapter = adapted()
+    base = {key: t.clone() for key, t in model.state_dict().items() if ".lorakin." not in key}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": r["prompt"]}],
+            "completion": [{"role": "assistant", "content": r["completion"]}],
+        }
+        for r in chat_rows
+    ]
+    run = adapter_checkpoints(
+        trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, max_steps=8)),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+    )
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
+    lk.load(tiny_llama(), tmp_path / "checkpoint-6")
+    run.save_model(str(tmp_path / "final"))
+    lk.load(tiny_llama(), tmp_path / "final")
+    assert all(p.any() for p in adapter.parameters())
+
+
+def test_a_layer_that_the_trainer_never_calls_is_announced(tmp_path: Path, tokenizer: Any) -> None:
+    """TRL reads the head's weight without calling the head, so an adapter there never trains; saving says so."""
+    trl = pytest.importorskip("trl")
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.LoRA(rank=2), ["q_proj", "lm_head"])
+    trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, save_strategy="no")),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    ).train()
+    with pytest.warns(lk.LorakinWarning, match=r"changes nothing in 1 of 3 modules \(lm_head"):
+        adapter.save(tmp_path / "adapter")

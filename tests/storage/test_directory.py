@@ -1,0 +1,306 @@
+"""Saving whole or not at all, and refusing what is broken, incomplete or for another model."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from lorakin.storage import directory
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3, alpha=6))).save(tmp_path / "adapter")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps(config | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = safetensors.torch.load_file(path / TENSORS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path / TENSORS)
+
+
+def test_round_trip(saved: Path, ids: Tensor) -> None:
+    expected = tiny_llama()
+    randomise(lk.adapt(expected, lk.LoRA(rank=3, alpha=6)))
+    model = tiny_llama()
+    lk.load(model, saved)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_the_files(saved: Path) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS, "lorakin.json"]
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    assert list(config) == sorted(config)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert "use_rslora" not in config
+    with safetensors.safe_open(saved / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(key.startswith("base_model.model.model.layers.") for key in file.keys())  # noqa: SIM118
+    assert json.loads((saved / "lorakin.json").read_text())["member"] == "lora"
+
+
+def test_the_same_adapter_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    again = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3, alpha=6))).save(tmp_path / "again")
+    for name in (CONFIG, TENSORS, "lorakin.json"):
+        assert (saved / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_dtypes_are_kept(tmp_path: Path, ids: Tensor) -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    randomise(lk.adapt(model, lk.LoRA(rank=2), dtype=torch.float16)).save(tmp_path)
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / TENSORS).values()} == {torch.float16}
+    other = tiny_llama(dtype=torch.bfloat16)
+    assert {p.dtype for p in lk.load(other, tmp_path).parameters()} == {torch.float16}
+    assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
+    model = tiny_llama()
+    randomise(lk.adapt(model, lk.LoRA(rank=2, init="gaussian"))).save(tmp_path)
+    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=2, init="gaussian")
+    (tmp_path / "lorakin.json").unlink()
+    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=2)
+    (tmp_path / "lorakin.json").write_text('{"format": 99}')
+    with pytest.raises(lk.AdapterError, match="format 99, this version reads 1; update lorakin"):
+        lk.load(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; this version reads LORA"),
+        ({"use_dora": True}, "it uses DoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"layer_replication": [[0, 1]]}, "layer replication"),
+        ({"bias": "all"}, "trains biases"),
+        ({"init_lora_weights": "pissa"}, "initialised with 'pissa', which changes the base weight"),
+        ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
+        ({"r": 0}, "rank must be a whole number"),
+        ({"r": "three"}, "rank must be a whole number"),
+        ({"lora_alpha": None}, "settings that make no LoRA"),
+        ({"target_modules": ["q_proj"]}, "tensors for .* which the config does not target"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head, but the file has no tensors"),
+        ({"modules_to_save": ["lm_head"]}, "trained module lm_head lacks weight"),
+    ],
+)
+def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], message: str) -> None:
+    edit(saved, **change)
+    model = tiny_llama()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(lk.AdapterError, match=message):
+        lk.load(model, saved)
+    assert not lk.adapters(model)
+    assert set(model.state_dict()) == set(before), "the model is as it was"
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q.format("B")), "model.layers.0.self_attn.q_proj lacks lora_B.weight"),
+        (lambda t: [t.pop(Q.format(slot)) for slot in "AB"], "targets model.layers.0.self_attn.q_proj, but the file has no"),
+        (lambda t: t.update({"base_model.model.extra.weight": torch.ones(2)}), "belong to nothing: extra.weight"),
+        (lambda t: t.update({Q.format("A"): torch.ones(3, 31)}), r"shape \(3, 31\), expected \(3, 32\)"),
+        (lambda t: t[Q.format("A")].fill_(torch.nan), "lora_A.weight holds NaN"),
+        (lambda t: t.update({Q.format("A"): torch.ones(3, 32, dtype=torch.int8)}), "is torch.int8, expected a floating type"),
+        (lambda t: t.clear(), "the file has no tensors for it"),
+    ],
+)
+def test_tensors_that_do_not_fit(saved: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    edit_tensors(saved, change)
+    with pytest.raises(lk.AdapterError, match=message):
+        lk.load(tiny_llama(), saved)
+
+
+def test_another_base(saved: Path) -> None:
+    with pytest.raises(lk.AdapterError, match=r"for another base model: it adapts model.layers.0.* this GPT2LMHeadModel"):
+        lk.load(tiny_gpt2(), saved)
+    with pytest.raises(lk.AdapterError, match=r"expected \(3, 64\) for rank 3 on this base"):
+        lk.load(tiny_llama(hidden_size=64), saved)
+    with pytest.raises(lk.AdapterError, match="for another base model: it adapts model.layers.1"):
+        lk.load(tiny_llama(num_hidden_layers=1), saved)
+
+
+def test_a_head_of_another_size(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_bert(labels=3), lk.LoRA(rank=2), modules_to_save=["classifier"])).save(tmp_path)
+    with pytest.raises(lk.AdapterError, match=r"classifier.* has shape .*3"):
+        lk.load(tiny_bert(labels=2), tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop("base_model.model.classifier.bias"))
+    with pytest.raises(lk.AdapterError, match="trained module classifier lacks bias"):
+        lk.load(tiny_bert(labels=3), tmp_path)
+
+
+def test_unknown_settings_are_named_unless_empty(saved: Path) -> None:
+    edit(saved, some_new_thing=None, another=False)
+    lk.load(tiny_llama(), saved)
+    edit(saved, some_new_thing=3)
+    with pytest.warns(lk.LorakinWarning, match="unknown settings ignored: some_new_thing"):
+        lk.load(tiny_llama(), saved)
+
+
+def test_directories_that_hold_no_adapter(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(lk.AdapterError, match="there is no adapter directory"):
+        lk.load(tiny_llama(), tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(lk.AdapterError, match="has no adapter_config.json; is it an adapter's directory"):
+        lk.load(tiny_llama(), tmp_path / "empty")
+    whole = (saved / TENSORS).read_bytes()
+    (saved / TENSORS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lk.AdapterError, match="cannot be read"):
+        lk.load(tiny_llama(), saved)
+    (saved / TENSORS).unlink()
+    with pytest.raises(lk.AdapterError, match="has no adapter_model.safetensors"):
+        lk.load(tiny_llama(), saved)
+    for text, message in (("{", "cannot be read as JSON"), ("[]", "expected an object")):
+        (saved / CONFIG).write_text(text)
+        with pytest.raises(lk.AdapterError, match=message):
+            lk.load(tiny_llama(), saved)
+
+
+def test_the_old_pickle_is_read_without_running_it(saved: Path, ids: Tensor) -> None:
+    expected = tiny_llama()
+    lk.load(expected, saved)
+    tensors = safetensors.torch.load_file(saved / TENSORS)
+    (saved / TENSORS).unlink()
+    torch.save(tensors, saved / "adapter_model.bin")
+    model = tiny_llama()
+    lk.load(model, saved)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch " + str(saved / "ran"),)
+
+    torch.save(Evil(), saved / "adapter_model.bin")
+    with pytest.raises(lk.AdapterError, match="holds more than tensors, and is not run"):
+        lk.load(tiny_llama(), saved)
+    assert not (saved / "ran").exists()
+
+
+def test_an_adapter_that_learned_nothing_is_announced(tmp_path: Path) -> None:
+    adapter = lk.adapt(tiny_llama(), lk.LoRA(rank=2))
+    with pytest.warns(lk.LorakinWarning, match="changes nothing in every module"):
+        adapter.save(tmp_path / "a")
+    randomise(adapter)
+    with torch.no_grad():
+        adapter.site("model.layers.1.mlp.up_proj").B.zero_()
+    with pytest.warns(lk.LorakinWarning, match=r"changes nothing in 1 of 14 modules \(model.layers.1.mlp.up_proj"):
+        adapter.save(tmp_path / "b")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2)))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(lk.OutputError, match="cannot write to"):
+        adapter.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_old_adapter_whole(saved: Path, ids: Tensor) -> None:
+    """The size limit of a process makes its writes fail as a full disk does."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=5)))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    try:
+        with pytest.raises(lk.OutputError, match=r"cannot write to .*; what was there is unchanged"):
+            adapter.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_an_interrupt_anywhere_in_a_save_leaves_one_whole_adapter(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Ctrl-C at the n-th system call of a save: before the renames the old adapter is intact, after the first the new one."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=5)))
+    calls = iter(range(100))
+
+    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(directory.os, "fsync", interrupted(os.fsync))
+    monkeypatch.setattr(directory.os, "replace", interrupted(os.replace))
+    try:
+        adapter.save(saved)
+        assert at >= 6
+    except KeyboardInterrupt:
+        assert at < 6
+    monkeypatch.undo()
+    now = {p.name: p.read_bytes() for p in saved.iterdir()}
+    assert set(now) == set(before), "no temporary file is left"
+    rank = lk.load(tiny_llama(), saved).plan.member.rank
+    assert rank == (3 if at < 3 else 5)
+    assert (now == before) is (at < 3)
+
+
+def test_a_real_interrupt_while_saving(saved: Path) -> None:
+    """A process that saves over and over is stopped with SIGINT; what it leaves loads."""
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        sys.path[:0] = [{tests!r}]
+        from conftest import tiny_llama, randomise
+        import lorakin as lk
+        adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=5)))
+        print("saving", flush=True)
+        while True:
+            adapter.save({path!r})
+        """
+    ).format(tests=str(Path(__file__).parents[1]), path=str(saved))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(2)
+    process.wait(30)
+    assert lk.load(tiny_llama(), saved).plan.member.rank in (3, 5)
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS, "lorakin.json"]
+
+
+def test_restore_overwrites_in_place(saved: Path, ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=3, alpha=6)), seed=7)
+    tensors = adapter.parameters()
+    adapter.restore(saved)
+    expected = tiny_llama()
+    lk.load(expected, saved)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True)), "optimizers keep holding them"
+    assert all(p.requires_grad for p in adapter.parameters())
+    other = lk.adapt(tiny_llama(), lk.LoRA(rank=2))
+    with pytest.raises(lk.AdapterError, match="holds another adapter"):
+        other.restore(saved)

@@ -1,0 +1,167 @@
+"""Merging: the same output, and the base back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakin as lk
+from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
+def test_merge_and_unmerge(make, dtype: torch.dtype, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
+    model, exact = make().to(dtype), make().double()
+    base = {key: t.clone() for key, t in model.state_dict().items()}
+    exact.load_state_dict({key: t.double() for key, t in base.items()})
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=3)))
+    randomise(lk.adapt(exact, lk.LoRA(rank=3)))
+    y, truth = model(ids).logits, exact(ids).logits
+    adapter.merge()
+    assert adapter.is_merged
+    merged = model(ids).logits
+    assert merged.dtype == dtype
+    assert (merged.double() - truth).abs().max() < 2.5 * (y.double() - truth).abs().max() + 3e-6
+    assert (y.double() - truth).abs().max() < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.2)
+    adapter.unmerge()
+    now = model.state_dict()
+    assert all(torch.equal(now[key], t) for key, t in base.items()), "bit for bit"
+    assert torch.equal(model(ids).logits, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_merged_weight_is_computed_wide_and_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 17, dtype=dtype))
+    W = model[0].weight.detach().clone()
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=3, alpha=6), "0"))
+    site = adapter.site("0")
+    adapter.merge()
+    exact = (W.double() + 2.0 * site.B.double() @ site.A.double()).detach()
+    merged = model[0].weight.detach()
+    if dtype in (torch.float16, torch.bfloat16):
+        assert (merged != exact.to(dtype)).float().mean() < 0.01, "all but ties are the nearest number there is"
+    else:
+        torch.testing.assert_close(merged.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_one_by_one_is_all_at_once(ids: Tensor) -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    adapters = [randomise(lk.adapt(model, lk.LoRA(rank=2), name=name), seed=n) for n, name in enumerate("abc")]
+    lk.activate(model, list("abc"))
+    for adapter in adapters:
+        adapter.merge()
+    three = [model.get_submodule(path).weight.clone() for path in adapters[0].plan.sites]
+    adapters[1].unmerge()
+    adapters[1].merge()
+    adapters[0].unmerge()
+    adapters[0].merge()
+    for weight, path in zip(three, adapters[0].plan.sites, strict=True):
+        torch.testing.assert_close(model.get_submodule(path).weight, weight, rtol=1e-2, atol=1e-3)
+    for adapter in adapters:
+        adapter.unmerge()
+    fresh = tiny_llama(dtype=torch.bfloat16)
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in fresh.state_dict().items())
+
+
+def test_merging_twice_is_merging_once_and_ignores_dropout(ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2, dropout=0.5)))
+    y = model.eval()(ids).logits
+    model.train()
+    adapter.merge()
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    adapter.merge()
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-6)
+    adapter.unmerge()
+    adapter.unmerge()
+
+
+def test_train_and_eval_change_no_weight(ids: Tensor) -> None:
+    model = tiny_llama()
+    randomise(lk.adapt(model, lk.LoRA(rank=2)))
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    model.train().eval().train()
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in before.items())
+
+
+def test_disabling_works_while_merged(ids: Tensor) -> None:
+    model = tiny_llama()
+    base = model(ids).logits
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)))
+    adapter.merge()
+    merged = model(ids).logits
+    with adapter.disabled():
+        assert torch.equal(model(ids).logits, base)
+        with adapter.disabled():
+            assert torch.equal(model(ids).logits, base)
+        assert torch.equal(model(ids).logits, base)
+    assert adapter.is_merged
+    assert torch.equal(model(ids).logits, merged)
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
+    model = tiny_llama()
+    base = model(ids).logits
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)))
+    last = list(adapter.plan.sites)[-1]
+    with torch.no_grad():
+        adapter.site(last).B[0, 0] = torch.inf
+    with pytest.raises(lk.StateError, match=f"NaN or infinity into {last}"):
+        adapter.merge()
+    assert not adapter.is_merged
+    with adapter.disabled():
+        assert torch.equal(model(ids).logits, base)
+    half = nn.Sequential(nn.Linear(4, 4, dtype=torch.float16))
+    big = lk.adapt(half, lk.LoRA(rank=1), "0")
+    with torch.no_grad():
+        big.site("0").A.fill_(300)
+        big.site("0").B.fill_(300)
+    with pytest.raises(lk.StateError, match="NaN or infinity"):
+        big.merge()
+
+
+def test_for_good(ids: Tensor) -> None:
+    model = tiny_llama()
+    keys = set(model.state_dict())
+    one = randomise(lk.adapt(model, lk.LoRA(rank=2), name="one"))
+    y = model(ids).logits
+    two = lk.adapt(model, lk.LoRA(rank=2), name="two")
+    two.merge()
+    with pytest.raises(lk.StateError, match="'two' is merged too"):
+        one.merge(permanent=True)
+    two.remove()
+    one.merge(permanent=True)
+    assert set(model.state_dict()) == keys
+    assert not lk.adapters(model)
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_embeddings_come_apart_while_merged(tmp_path, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
+    """An adapter on the input embedding must not change the output embedding that shares its weight."""
+    model = tiny_llama(tied=True)
+    head = model.lm_head.weight.clone()
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["embed_tokens", "q_proj"]))
+    y = model(ids).logits
+    adapter.merge()
+    assert torch.equal(model.lm_head.weight, head)
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids).logits, y, rtol=1e-5, atol=1e-6)
+    adapter.unmerge()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+    assert torch.equal(model(ids).logits, y)
+
+
+def test_merging_leaves_an_untouched_tie_alone(tmp_path, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_llama(tied=True)
+    randomise(lk.adapt(model, lk.LoRA(rank=2))).merge()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True

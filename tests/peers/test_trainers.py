@@ -31,6 +31,7 @@ def arguments(out: Path, **changes: Any) -> dict[str, Any]:
 def trainer(out: Path, model: Any, **changes: Any) -> transformers.Trainer:
     return transformers.Trainer(
         model=model,
+        eval_dataset=datasets.Dataset.from_list(ROWS),
         args=transformers.TrainingArguments(**arguments(out, **changes)),
         train_dataset=datasets.Dataset.from_list(ROWS),
         data_collator=transformers.default_data_collator,
@@ -99,7 +100,6 @@ def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:
             learning_rate=1e-2,
         )
     )  # fmt: skip
-    run.eval_dataset = datasets.Dataset.from_list(ROWS)
     run.train()
     best = Path(run.state.best_model_checkpoint)
     other = tiny_llama()

@@ -109,7 +109,7 @@ def tokenizer() -> Any:
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     """A tiny causal language model with its tokenizer, as a local directory."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(pad_token_id=0, eos_token_id=1).save_pretrained(folder)
+    tiny_llama(pad_token_id=0, eos_token_id=1, initializer_range=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

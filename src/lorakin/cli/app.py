@@ -11,6 +11,8 @@ from rich.console import Console
 from lorakin.cli import demo, evaluate, generate, inspect, merge, train
 from lorakin.errors import LorakinError
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
     no_args_is_help=True,
@@ -32,9 +34,6 @@ def run(arguments: Sequence[str]) -> int:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False, soft_wrap=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -44,4 +43,6 @@ def run(arguments: Sequence[str]) -> int:
             raise
         show()
         return int(getattr(error, "exit_code", 2))
+    if code == INTERRUPTED:
+        errors.print("interrupted")
     return int(code or 0)

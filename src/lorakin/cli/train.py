@@ -81,7 +81,11 @@ def command(
     console = console_for(as_json)
     effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
     run = training.prepare(effective, console, resume)
-    result = training.train(run)
+    try:
+        result = training.train(run)
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on from the last checkpoint with: lorakin train --resume --out {run.out}", highlight=False)
+        raise
     if as_json:
         print_json(result.as_dict())
         return

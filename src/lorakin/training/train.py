@@ -18,6 +18,7 @@ from rich.text import Text as RichText
 
 from lorakin.adapter import Adapter, adapt
 from lorakin.errors import DataError, DivergedError, OutputError, SettingError
+from lorakin.storage import directory
 from lorakin.surgery.targets import head_of, parse_layers
 from lorakin.training import data
 from lorakin.training.checkpoints import AdapterCheckpoints, last_checkpoint
@@ -301,7 +302,7 @@ def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
         max_steps=run.total_steps,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup,
+        warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -342,7 +343,7 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
     with torch.no_grad():
         for parameter, value in zip(trainer.trained, trainer.good, strict=True):
             parameter.copy_(value)
-    run.adapter.save(run.out)
+    directory.save(run.adapter, run.out)
     return DivergedError(
         f"{error}; stopped, and the adapter after step {trainer.good_step}, the last with a finite loss, is in {run.out}; "
         f"{advice}",

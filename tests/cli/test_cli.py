@@ -1,0 +1,224 @@
+"""The command line as a user types it: results, JSON, help, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lorakin as lk
+from lorakin.cli.app import run
+from lorakin.cli.train import _parts
+
+COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
+
+
+@pytest.fixture
+def data(write_rows: Callable[..., str], chat_rows: list[dict[str, str]]) -> str:
+    return write_rows(chat_rows)
+
+
+@pytest.fixture
+def trained(model_dir: str, data: str, tmp_path: Path) -> Path:
+    out = tmp_path / "adapter"
+    code = run(
+        [
+            "train",
+            "-m",
+            model_dir,
+            "-d",
+            data,
+            "-o",
+            str(out),
+            "--steps",
+            "4",
+            "--rank",
+            "4",
+            "--lr",
+            "1e-2",
+            "--dtype",
+            "float32",
+        ]
+    )
+    assert code == 0
+    return out
+
+
+def training_of(model: str, data: str, out: Path) -> list[str]:
+    return ["train", "-m", model, "-d", data, "-o", str(out), "--steps=4", "--rank=4", "--lr=1e-2", "--dtype=float32"]
+
+
+def script(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from lorakin.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Examples" in shown
+    assert f"lorakin {command}" in shown
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_train_says_where_everything_is(model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(training_of(model_dir, data, tmp_path / "out")) == 0
+    shown = capsys.readouterr().out
+    for part in ("one example", "held out before", "held out after", "perplexity", "loss.png", "metrics.jsonl", "recipe.yaml"):
+        assert part in shown, part
+    assert str(tmp_path / "out") in shown
+
+
+def test_a_recipe_runs_with_flags_over_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["train", str(trained / "recipe.yaml"), "--steps", "2", "--out", str(tmp_path / "other"), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["steps"] == 2
+    assert result["out"] == str(tmp_path / "other")
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert result["adapter_bytes"] > 0
+    assert "one example" in captured.err
+    assert "rank: 4" in (tmp_path / "other" / "recipe.yaml").read_text()
+    assert run(["train", "--resume", "--out", str(tmp_path / "other")]) == 0
+
+
+def test_generate_streams_and_gives_json(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["generate", "-m", model_dir, "--prompt", "what did the cat ran", "--max-new-tokens", "5", "--dtype", "float32"]
+    capsys.readouterr()
+    assert run([*common, "--adapter", str(trained)]) == 0
+    streamed = capsys.readouterr().out.strip()
+    assert run([*common, "--adapter", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"prompt": "what did the cat ran", "answer": streamed}
+    assert run(common) == 0
+    assert capsys.readouterr().out.strip() != streamed, "without the adapter it is the base that answers"
+    assert run([*common, "--temperature", "5", "--seed", "1", "--json"]) == 0
+
+
+def test_evaluate(trained: Path, model_dir: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = []
+    for adapter in ([], ["--adapter", str(trained)]):
+        capsys.readouterr()
+        assert run(["evaluate", "-m", model_dir, "-d", data, "--json", "--dtype", "float32", *adapter]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[1]["loss"] < figures[0]["loss"]
+    assert figures[0]["perplexity"] == pytest.approx(2.718281828 ** figures[0]["loss"], rel=1e-6)
+    assert run(["evaluate", "-m", model_dir, "-d", data]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_merge(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] > 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    lk.load(base, trained)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(plain(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+    assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged")]) == 2
+
+
+def test_inspect(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["inspect", str(trained), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["member"] == "lora"
+    assert summary["base"] == model_dir
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    adapter = lk.load(base, trained)
+    for path, module in summary["modules"].items():
+        pair = adapter.site(path).pair()
+        assert module["rank"] == 4
+        assert module["norm"] == pytest.approx(float((pair.up @ pair.down).norm()), rel=1e-4)
+    assert run(["inspect", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("lora", "rank", "q_proj", "down_proj", "targets", "MiB"))
+
+
+def test_errors_are_one_line_and_exit_codes_mean_something(tmp_path: Path, data: str) -> None:
+    result = script("train", "--model", "/nowhere", "--data", data, "--out", str(tmp_path / "x"))
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "error: there is no model '/nowhere': expected smollm2, a .gguf file, a model's directory, or a hub id"
+    )
+    assert run(["inspect", str(tmp_path / "none")]) == 2
+    assert run(["train"]) == 2
+    assert run(["train", "--rank", "many"]) == 2
+    assert run(["fly"]) == 2
+    assert run(["train", "--model", "m", "--data", "d", "--out", "o", "--rank", "0"]) == 2
+
+
+def test_a_diverged_run_ends_with_3(model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["train", "-m", model_dir, "-d", data, "-o", str(tmp_path / "x"), "--steps", "40", "--dtype", "float32"]
+    assert run([*common, "--lr", "1e30", "--max-grad-norm", "1e30"]) == 3
+    assert "the loss became" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    arguments = [
+        "train",
+        "-m",
+        model_dir,
+        "-d",
+        data,
+        "-o",
+        str(out),
+        "--steps",
+        "3000",
+        "--save-every",
+        "5",
+        "--dtype",
+        "float32",
+    ]
+    command = [sys.executable, "-c", "from lorakin.cli import main; main()", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.time() + 90
+    while not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert f"lorakin train --resume --out {out}" in shown
+    from lorakin.training.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(out / "checkpoints")
+    assert checkpoint
+    assert lk.load(transformers.AutoModelForCausalLM.from_pretrained(model_dir), checkpoint)
+
+
+def test_target_lists_on_the_command_line() -> None:
+    assert _parts("q_proj,v_proj") == ["q_proj", "v_proj"]
+    assert _parts(r".*\.[a-z]{1,2}_proj") == [r".*\.[a-z]{1,2}_proj"]
+
+
+def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:
+    for name in ("typer", "rich", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('No module named {name}')")
+    result = script("train", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    assert "pip install 'lorakin[train]'" in result.stderr
+    core = "import sys; import lorakin as lk, torch; lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1)); "
+    core += (
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", core], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", "the library imports nothing but torch and safetensors"

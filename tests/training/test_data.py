@@ -1,0 +1,258 @@
+"""Formats, loss masks and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+import lorakin as lk
+from conftest import tiny_gpt2, tiny_llama
+from lorakin.training.data import (
+    IGNORED,
+    AnswerCollator,
+    Rows,
+    answer_loss,
+    encode,
+    encode_labelled,
+    prompt_ids,
+    read_rows,
+    split,
+    summary,
+)
+
+Write = Callable[..., str]
+
+SAME = {
+    "messages": {
+        "messages": [{"role": "user", "content": "what sat"}, {"role": "assistant", "content": "the cat sat"}],
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "what sat"}, {"from": "gpt", "value": "the cat sat"}]},
+    "alpaca": {"instruction": "what sat", "input": "", "output": "the cat sat"},
+    "prompt/completion": {"prompt": "what sat", "completion": "the cat sat"},
+}
+EXPECTED = "<|user|> what sat <|end|> <|assistant|>", "the cat sat <|end|>"
+
+
+def parts(ids: list[int], labels: list[int], tokenizer: Any) -> tuple[str, str]:
+    """The text without a loss and the text with one."""
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    masked = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    return tokenizer.decode(masked), tokenizer.decode(learned)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_formats_that_say_the_same_are_trained_the_same(name: str, write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([SAME[name]]))
+    assert rows.format.name == name
+    example = encode(rows, tokenizer, 100).examples[0]
+    assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
+
+
+@pytest.mark.parametrize("columns", [("prompt", "response"), ("question", "answer"), ("input", "output")])
+def test_other_names_of_prompt_and_completion(columns: tuple[str, str], write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([{columns[0]: "what sat", columns[1]: "the cat sat"}]))
+    example = encode(rows, tokenizer, 100).examples[0]
+    assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
+
+
+def test_conversational_prompt_and_completion(write_rows: Write, tokenizer: Any) -> None:
+    row = {"prompt": [{"role": "user", "content": "what sat"}], "completion": [{"role": "assistant", "content": "the cat sat"}]}
+    example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
+    assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
+
+
+def test_alpacas_input_follows_the_instruction(write_rows: Write, tokenizer: Any) -> None:
+    row = {"instruction": "what sat", "input": "on the mat", "output": "the cat"}
+    example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
+    assert tokenizer.decode(example["input_ids"]) == "<|user|> what sat on the mat <|end|> <|assistant|> the cat <|end|>"
+
+
+def test_the_loss_is_on_every_turn_of_the_assistant(write_rows: Write, tokenizer: Any) -> None:
+    turns = [
+        ("system", "good cat"),
+        ("user", "what sat"),
+        ("assistant", "the cat"),
+        ("user", "what ran"),
+        ("assistant", "the dog"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
+    assert parts(example["input_ids"], example["labels"], tokenizer) == (
+        "<|system|> good cat <|end|> <|user|> what sat <|end|> <|assistant|> <|user|> what ran <|end|> <|assistant|>",
+        "the cat <|end|> the dog <|end|>",
+    )
+
+
+def test_what_follows_the_end_of_a_turn_is_not_learned(write_rows: Write, tokenizer: Any) -> None:
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = tokenizer.chat_template.replace("<|end|> {% endfor %}", "<|end|> yes {% endfor %}")
+    example = encode(read_rows(write_rows([SAME["alpaca"]])), chatty, 100).examples[0]
+    assert parts(example["input_ids"], example["labels"], chatty)[1] == EXPECTED[1]
+    assert example["labels"][-1] == IGNORED
+
+
+def test_without_a_chat_template(write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([SAME["prompt/completion"]]))
+    example = encode(rows, tokenizer, 100, chat_template=False).examples[0]
+    assert parts(example["input_ids"], example["labels"], tokenizer) == ("what sat", "the cat sat <|end|>")
+    assert prompt_ids("what sat", tokenizer, chat_template=False) == tokenizer("what sat")["input_ids"]
+    assert tokenizer.decode(prompt_ids("what sat", tokenizer)) == EXPECTED[0], "generation prompts as training did"
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(lk.DataError, match=r"row 1: conversations need a tokenizer with a chat template"):
+        encode(read_rows(write_rows([SAME["messages"]])), plain, 100)
+
+
+def test_plain_text_and_the_loss_on_everything(write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([{"text": "the cat sat"}]))
+    assert rows.format.name == "plain text"
+    example = encode(rows, tokenizer, 100).examples[0]
+    assert tokenizer.decode(example["labels"]) == "the cat sat <|end|>"
+    example = encode(read_rows(write_rows([SAME["alpaca"]])), tokenizer, 100, loss_on="all").examples[0]
+    assert example["labels"] == example["input_ids"]
+
+
+def test_rows_that_are_cut_before_their_answer_are_dropped_and_counted(write_rows: Write, tokenizer: Any) -> None:
+    rows = [
+        SAME["alpaca"],
+        {"instruction": "the cat " * 20, "input": "", "output": "yes"},
+        {"instruction": "who", "input": "", "output": ""},
+    ]
+    encoded = encode(read_rows(write_rows(rows)), tokenizer, 12)
+    assert (len(encoded.examples), encoded.dropped) == (1, 2)
+    with pytest.raises(lk.DataError, match=r"all labels are masked: none of the 3 rows has an answer within --max-length 3"):
+        encode(read_rows(write_rows(rows)), tokenizer, 3)
+
+
+def test_files_of_every_kind(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"what {i}", "completion": "the cat"} for i in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    table.to_csv(tmp_path / "a.csv")
+    table.to_csv(tmp_path / "a.tsv", sep="\t")
+    table.to_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"):
+        assert [dict(row) for row in read_rows(str(tmp_path / name)).rows] == rows, name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("{", "cannot be read"),
+        ('{"colour": "red"}', r"has the columns colour, which are no known format; known are: messages \(messages\)"),
+    ],
+)
+def test_files_that_hold_no_data(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(lk.DataError, match=message):
+        read_rows(str(tmp_path / "bad.jsonl"))
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(lk.DataError, match="there is no data file"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "rows.txt").write_text("hello")
+    with pytest.raises(lk.DataError, match=r"expected a file ending in .jsonl"):
+        read_rows(str(tmp_path / "rows.txt"))
+    with pytest.raises(lk.DataError, match="'org/nothing' cannot be read"):
+        read_rows("org/nothing")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "wizard", "content": "x"}]}, r"row 2: unknown role 'wizard'; known are user"),
+        ({"messages": [{"role": "user", "content": None}]}, r"row 2: the user's content is None, expected text"),
+        ({"messages": None}, r"row 2: .* \(format messages\)"),
+    ],
+)
+def test_a_malformed_row_is_named(row: dict[str, Any], message: str, write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([SAME["messages"], row]))
+    with pytest.raises(lk.DataError, match=message):
+        encode(rows, tokenizer, 100)
+
+
+def test_splitting_is_by_seed_and_disjoint(write_rows: Write) -> None:
+    rows = read_rows(write_rows([{"text": str(i)} for i in range(50)]))
+    train, held = split(rows, 0.1, seed=3)
+    assert (len(train.rows), len(held.rows)) == (45, 5)
+    assert {r["text"] for r in train.rows} | {r["text"] for r in held.rows} == {str(i) for i in range(50)}
+    assert split(rows, 0.1, seed=3)[1] == held
+    assert split(rows, 0.1, seed=4)[1] != held
+    assert len(split(Rows("many", rows.format, rows.rows * 100), 0.5, 0)[1].rows) == 256
+    assert len(split(Rows("two", rows.format, rows.rows[:2]), 0.9, 0)[0].rows) == 1
+    with pytest.raises(lk.DataError, match="1 row is too few to set one apart"):
+        split(Rows("one", rows.format, rows.rows[:1]), 0.5, 0)
+
+
+def test_labels(write_rows: Write, tokenizer: Any) -> None:
+    rows = read_rows(write_rows([{"text": "good cat", "label": "yes"}, {"text": "bad dog", "label": "no"}]))
+    assert rows.is_classification
+    assert rows.labels() == ["no", "yes"]
+    assert summary(rows).startswith("2 rows, format text + label: 'yes' × 1")
+    encoded = encode_labelled(rows, tokenizer, 100, rows.labels())
+    assert [example["labels"] for example in encoded.examples] == [1, 0]
+    numbers = read_rows(write_rows([{"sentence": "a", "label": 10}, {"sentence": "b", "label": 2}]))
+    assert numbers.labels() == ["2", "10"], "numbers in their order"
+    with pytest.raises(lk.DataError, match="row 1: label 'yes' is none of a, b"):
+        encode_labelled(rows, tokenizer, 100, ["a", "b"])
+    for labels, message in (
+        ([0.5, 1.0], "label 0.5 is no class"),
+        ([1, 1], "all 2 rows have the same label 1"),
+        ([None, 1], "None"),
+    ):
+        bad = read_rows(write_rows([{"text": "a", "label": label} for label in labels]))
+        with pytest.raises(lk.DataError, match=message):
+            bad.labels()
+    with pytest.raises(lk.DataError, match="row 1: text is '', expected text"):
+        encode_labelled(read_rows(write_rows([{"text": "", "label": 1}, {"text": "a", "label": 0}])), tokenizer, 9, ["0", "1"])
+
+
+def test_class_labels_of_a_data_set_keep_their_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}], features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    rows = read_rows(str(tmp_path / "a.parquet"))
+    assert rows.labels() == ["neg", "pos"]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_loss_of_a_batch_is_the_models_own(make: Callable[[], Any], keep: bool) -> None:
+    """Logits only where labels are, padding and all: the same loss and the same gradients as the whole model's."""
+    model = make()
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for length, answer in ((9, 4), (5, 2), (7, 6)):
+        ids = torch.randint(3, 60, (length,), generator=generator).tolist()
+        examples.append({"input_ids": ids, "labels": [IGNORED] * (length - answer) + ids[-answer:]})
+    gradients, losses = [], []
+    whole = AnswerCollator(0, logits_to_keep=False)(examples)
+    losses.append(model(**whole).loss)
+    batch = AnswerCollator(0, logits_to_keep=keep)(examples)
+    labels = batch.pop("labels")
+    assert int((labels[:, 1:] != IGNORED).sum()) == int((whole["labels"][:, 1:] != IGNORED).sum())
+    outputs = model(**batch)
+    assert not keep or outputs.logits.shape[1] < whole["labels"].shape[1]
+    losses.append(answer_loss(outputs, labels))
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(answer_loss(model(**batch), labels, num_items_in_batch=1), losses[0] * 12)

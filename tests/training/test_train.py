@@ -1,0 +1,275 @@
+"""Whole runs on tiny models: what is left on disk, resuming to the bit, and stopping in time."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+import lorakin as lk
+from lorakin.training import train as training
+from lorakin.training.evaluate import evaluate_rows
+from lorakin.training.generate import answer
+from lorakin.training.merge import merge
+from lorakin.training.models import load_with_adapter
+from lorakin.training.recipe import Recipe, read_recipe
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def recipe(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path) -> Recipe:
+    data = write_rows(chat_rows, "train.jsonl")
+    return Recipe(
+        model=model_dir, data=data, eval_data=data, out=str(tmp_path / "out"), rank=8, lr=2e-2, steps=20, dtype="float32"
+    )
+
+
+def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str, training.Run]:
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    prepared = training.prepare(recipe, console, resume)
+    return training.train(prepared), text.getvalue(), prepared
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path / "adapter_model.safetensors")
+
+
+def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
+    result, shown, prepared = run(recipe)
+    assert result.after.loss < 0.5 * result.before.loss
+    assert result.after.perplexity < result.before.perplexity
+    out = result.out
+    assert {"adapter_model.safetensors", "adapter_config.json", "lorakin.json", "recipe.yaml", "metrics.jsonl", "loss.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert result.adapter_bytes > 0
+    assert result.trainable_parameters == sum(t.numel() for t in tensors(out).values())
+    for expected in ("format prompt/completion", "⟦the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
+        assert expected in shown, expected
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 21))
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(metrics[1])
+    assert metrics[0]["eval_loss"] == pytest.approx(result.before.loss)
+    assert metrics[-1]["eval_loss"] == pytest.approx(result.after.loss)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    again = evaluate_rows(recipe.model, str(out), recipe.data, dtype="float32")
+    assert again.loss == pytest.approx(result.after.loss, rel=1e-5), "evaluate says what train said"
+    said = answer(prepared.loaded, "what did the cat sat")
+    assert re.fullmatch("the (cat|dog|bird) (sat|ran|flew) on the (mat|tree)", said), said
+
+
+def test_the_effective_recipe_runs_again_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.lr, recipe.dtype, recipe.steps = None, "auto", 3
+    run(recipe)
+    saved = read_recipe(Path(recipe.out) / "recipe.yaml", {})
+    assert saved.lr == lk.LoRA.learning_rate
+    assert saved.dtype in ("float32", "bfloat16")
+    saved.out = str(tmp_path / "twin")
+    run(saved)
+    first, second = tensors(Path(recipe.out)), tensors(tmp_path / "twin")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path, dropout: float) -> None:
+    recipe.dropout, recipe.save_every, recipe.steps, recipe.accumulate = dropout, 3, 9, 2
+    run(recipe)
+    whole = tensors(Path(recipe.out))
+    half = tmp_path / "half"
+    shutil.copytree(recipe.out, half)
+    for name in ("adapter_model.safetensors", "loss.png"):  # as if it had been killed after step 6, in the middle of a save
+        (half / name).unlink()
+    (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
+    lines = (half / "metrics.jsonl").read_text().splitlines()
+    (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
+    resumed = training.resumed_recipe(None, {"out": str(half), "steps": 9})
+    result, _, _ = run(resumed, resume=True)
+    assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
+    assert result.before.loss == pytest.approx(json.loads(lines[0])["eval_loss"])
+    steps = [json.loads(line)["step"] for line in (half / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, *range(1, 10), 9], "no step twice"
+    with pytest.raises(lk.SettingError, match="where rank is 8, not 4; to change it, start anew"):
+        training.resumed_recipe(None, {"out": str(half), "rank": 4})
+
+
+def test_resuming_without_a_run(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(lk.OutputError, match=r"no recipe.yaml, so no run to go on with"):
+        run(recipe, resume=True)
+
+
+def test_an_output_directory_in_use_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(lk.OutputError, match=r"is not empty; choose another directory, or go on there with --resume"):
+        run(recipe)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    recipe.out = str(tmp_path / "out" / "mine.txt")
+    with pytest.raises(lk.OutputError, match="is a file, expected a directory"):
+        run(recipe)
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the fifth step is made NaN; the adapter after step 3, whose forward gave the last finite loss, is kept."""
+    real = training.answer_loss
+    seen: list[list[Tensor]] = []
+    holder: list[lk.Adapter] = []
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        if outputs.logits.requires_grad:
+            seen.append([p.detach().clone() for p in holder[0].parameters()])
+        value = real(outputs, labels, num_items_in_batch)
+        return value * float("nan") if len(seen) == 5 else value
+
+    monkeypatch.setattr(training, "answer_loss", loss)
+    prepared = training.prepare(recipe, Console(file=io.StringIO()))
+    holder.append(prepared.adapter)
+    with pytest.raises(lk.DivergedError, match=r"became nan at step 5; stopped, and the adapter after step 3.*--lr") as caught:
+        training.train(prepared)
+    assert caught.value.step == 5
+    assert caught.value.exit_code == 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(recipe.model)
+    kept = lk.load(model, recipe.out)
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), seen[3], strict=True))
+
+
+def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training, "answer_loss", lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * float("nan")
+    )
+    with pytest.raises(lk.DivergedError, match="at step 1, the first step of this run, so there is nothing to keep"):
+        run(recipe)
+    assert not (Path(recipe.out) / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "/nowhere/at/all"}, lk.ModelError, "there is no model '/nowhere/at/all'"),
+        ({"model": "org/not-there"}, lk.ModelError, "model 'org/not-there' cannot be loaded"),
+        ({"model": "missing.gguf"}, lk.ModelError, "there is no file missing.gguf"),
+        ({"data": "missing.jsonl"}, lk.DataError, "there is no data file missing.jsonl"),
+        ({"targets": ["q_prj"]}, lk.TargetError, "did you mean .*q_proj"),
+        ({"rank": 0}, lk.SettingError, "rank must be a whole number ≥ 1, not 0"),
+        ({"rank": 4096}, lk.SettingError, "rank 4096 is above"),
+        ({"max_length": 3}, lk.DataError, "all labels are masked"),
+        ({"layers": "7"}, lk.TargetError, "no layer 7"),
+        ({"dtype": "int3"}, lk.SettingError, "dtype must be auto"),
+        ({"method": "magic"}, lk.SettingError, "unknown method 'magic'"),
+    ],
+)
+def test_bad_input_fails_before_anything_is_written(
+    recipe: Recipe, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    for name, value in changes.items():
+        setattr(recipe, name, value)
+    with pytest.raises(error, match=message):
+        run(recipe)
+    assert not Path(recipe.out).exists()
+
+
+def test_options_reach_the_run(recipe: Recipe) -> None:
+    recipe.targets, recipe.exclude, recipe.layers = ["q_proj", "v_proj"], ["*.0.*.v_proj"], "0-1"
+    recipe.gradient_checkpointing, recipe.schedule, recipe.steps, recipe.epochs = True, "linear", None, 0.5
+    result, shown, prepared = run(recipe)
+    assert "3 modules" in shown
+    assert prepared.total_steps == result.steps == 3
+    assert prepared.loaded.model.model.layers[0].gradient_checkpointing
+
+
+def test_bfloat16_trains_float32_masters(recipe: Recipe) -> None:
+    recipe.dtype = "bfloat16"
+    result, _, prepared = run(recipe)
+    assert prepared.loaded.model.dtype == torch.bfloat16
+    assert result.after.loss < 0.6 * result.before.loss
+    assert {t.dtype for t in tensors(result.out).values()} == {torch.float32}
+
+
+@pytest.fixture
+def sentiment(bert_dir: str, write_rows: Write, tmp_path: Path) -> Recipe:
+    rows = [
+        {"text": f"the {word} {animal} {verb}", "label": label}
+        for word, label in (("good", "liked"), ("bad", "disliked"), ("fast", "liked"), ("slow", "disliked"))
+        for animal in ("cat", "dog", "bird")
+        for verb in ("sat", "ran", "flew")
+    ]
+    data = write_rows(rows, "labels.jsonl")
+    return Recipe(model=bert_dir, data=data, eval_data=data, out=str(tmp_path / "c"), rank=4, lr=1e-2, steps=30, batch_size=12)
+
+
+def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: Recipe, ids: Tensor) -> None:
+    result, shown, prepared = run(sentiment)
+    assert result.after.accuracy == 1.0
+    assert result.after.perplexity is None
+    assert "classifier trained whole" in shown
+    assert "⟦liked⟧" in shown or "⟦disliked⟧" in shown
+    assert prepared.recipe.labels == ["disliked", "liked"]
+    torch.manual_seed(99)  # the fresh head that evaluate loads is another one
+    again = evaluate_rows(sentiment.model, sentiment.out, sentiment.data)
+    assert again.accuracy == 1.0
+    assert again.loss == pytest.approx(result.after.loss, rel=1e-5)
+    loaded = load_with_adapter(sentiment.model, sentiment.out)
+    assert loaded.model.config.id2label == {0: "disliked", 1: "liked"}
+
+
+def test_the_head_alone(sentiment: Recipe) -> None:
+    sentiment.targets, sentiment.steps = ["none"], 4
+    result, _, _ = run(sentiment)
+    assert result.trainable_parameters == 2 * 32 + 2
+    assert evaluate_rows(sentiment.model, sentiment.out, sentiment.data).loss == pytest.approx(result.after.loss, rel=1e-5)
+
+
+def test_evaluating_what_does_not_suit(sentiment: Recipe, recipe: Recipe) -> None:
+    with pytest.raises(lk.DataError, match="the classifier would have a random head"):
+        evaluate_rows(sentiment.model, None, sentiment.data)
+    run(recipe)
+    with pytest.raises(lk.DataError, match="does not suit a LlamaForCausalLM"):
+        evaluate_rows(recipe.model, recipe.out, sentiment.data)
+    with pytest.raises(lk.SettingError, match="loss_on"):
+        evaluate_rows(recipe.model, None, recipe.data, loss_on="some")
+
+
+def test_a_merged_model_is_a_plain_directory_with_the_same_output(recipe: Recipe, tmp_path: Path, ids: Tensor) -> None:
+    result, _, prepared = run(recipe)
+    size = merge(recipe.model, recipe.out, str(tmp_path / "merged"))
+    assert size == sum(p.stat().st_size for p in (tmp_path / "merged").iterdir())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ids = ids % 30
+    torch.testing.assert_close(plain(ids).logits, prepared.loaded.model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert evaluate_rows(str(tmp_path / "merged"), None, recipe.data, dtype="float32").loss == pytest.approx(
+        result.after.loss, rel=1e-4
+    )
+    with pytest.raises(lk.OutputError, match="is not empty"):
+        merge(recipe.model, recipe.out, str(tmp_path / "merged"))
+
+
+def test_a_full_disk_leaves_no_half_merged_model(recipe: Recipe, tmp_path: Path) -> None:
+    import resource
+
+    recipe.steps = 1
+    run(recipe)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        with pytest.raises(lk.OutputError, match="cannot write the merged model"):
+            merge(recipe.model, recipe.out, str(tmp_path / "merged"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".merged*"))

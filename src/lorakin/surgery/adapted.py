@@ -6,12 +6,12 @@ the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the mo
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import StateError
 from lorakin.family import Member, Pair
 from lorakin.surgery.layers import Layer, kind_of
 
@@ -137,18 +137,26 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
-    mixin = Adapted if isinstance(child, Site) else Replaced
     if not is_adapted(module):
-        module.__class__ = _combined(mixin, type(module))
+        _swap_class(module, _combined(Adapted if isinstance(child, Site) else Replaced, type(module)))
         module.lorakin = Hung()
-    elif not isinstance(module, mixin):
-        raise StateError(
-            f"adapter {name!r}: a {base_class(module).__name__} cannot be both adapted and trained whole; "
-            "remove the other adapter first"
-        )
     hung = module.lorakin
     assert isinstance(hung, Hung)
     hung[name] = child
+
+
+def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
+    """Why `child` cannot be hung on `module` as the adapter `name`, or None if it can."""
+    if is_adapted(module):
+        hung = module.lorakin
+        assert isinstance(hung, Hung)
+        if isinstance(module, Adapted) is not isinstance(child, Site):
+            return "it is in use by another adapter in another way, adapted or trained whole; remove that one first"
+        if name in hung:
+            return f"it already has an adapter {name!r}, put there through another part of the model"
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        return "its forward was replaced on the instance, so an adapter would never be called"
+    return None
 
 
 def unhang(module: nn.Module, name: str) -> None:
@@ -157,8 +165,18 @@ def unhang(module: nn.Module, name: str) -> None:
     assert isinstance(hung, Hung)
     del hung[name]
     if not len(hung):
-        module.__class__ = base_class(module)
         del module.lorakin
+        _swap_class(module, base_class(module))
+
+
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the module's class, also for the hooks with which Accelerate spreads a model over devices.
+
+    Those shadow `forward` on the instance and call `_old_forward`, the method of the class that the module had then.
+    """
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = types.MethodType(cls.forward, module)
 
 
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Member
 from lorakin.surgery import layers
-from lorakin.surgery.adapted import Adapted, Copy, Hung, Site, hang, is_adapted, new_site, unhang
+from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, new_site, unhang
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
@@ -109,7 +109,7 @@ class Graft:
 
         Raises:
             SettingError: an unusable name, or one already taken.
-            StateError: adapters are merged, or a module is adapted and trained whole at once.
+            StateError: adapters are merged, or a module is in use in a way that does not go together.
         """
         registry = self._free_registry()
         children: dict[str, Site | Copy] = {}
@@ -123,9 +123,8 @@ class Graft:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
         for path, child in children.items():
-            module = self.model.get_submodule(path)
-            if is_adapted(module) and isinstance(module, Adapted) is not isinstance(child, Site):
-                raise StateError(f"{path} is already in use by another adapter in another way; remove that one first")
+            if reason := conflict(self.model.get_submodule(path), self.name, child):
+                raise StateError(f"{path} cannot be adapted: {reason}")
         registry.grafts[self.name] = self
         for path, child in children.items():
             child.train(self.model.training)

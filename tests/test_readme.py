@@ -1,0 +1,98 @@
+"""The README does what it says: its commands run, in order, and its Python example too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import lorakin as lk
+from conftest import tiny_llama
+from lorakin.cli.app import run
+from lorakin.family import FAMILY
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(first_word: str) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.split(" ")[0] == first_word]
+
+
+@pytest.mark.model
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = commands("lorakin")
+    assert len(lines) == 6
+    for line in lines:
+        arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
+        assert run(arguments) == 0, line
+    assert (tmp_path / "another-adapter" / "adapter_model.safetensors").exists()
+    assert "lr: 0.0001" in (tmp_path / "another-adapter" / "recipe.yaml").read_text()
+    assert (tmp_path / "merged-model" / "model.safetensors").exists()
+
+
+def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    assert len(example.strip().splitlines()) <= 11
+    ids = torch.arange(3, 12).unsqueeze(0)
+    names: dict[str, Any] = {
+        "model": tiny_llama(),
+        "another_model": tiny_llama(),
+        "batches": [{"input_ids": ids, "labels": ids}] * 2,
+    }
+    exec(example, names)
+    assert torch.equal(names["model"](ids).logits, names["another_model"](ids).logits)
+
+
+def test_make_has_the_targets_that_the_readme_names() -> None:
+    for target in {line.split()[1] for line in commands("make")} | set(re.findall(r"`make (\w+)`", README)):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_members_is_the_family() -> None:
+    rows = re.findall(r"^\| .*? \| `([a-z+-]+)` \| .* \| (yes|not yet) \|$", README, re.MULTILINE)
+    assert len(rows) == 8
+    assert [word for word, state in rows if state == "yes"] == [member.word for member in FAMILY]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_example_of_a_member_is_one(ids: torch.Tensor) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from lorakin.family import Member, Pair
+
+    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Member": Member, "Pair": Pair, "torch": torch}
+    names["__name__"] = "example"
+    sys.modules["example"] = SimpleNamespace(**names)  # type: ignore[assignment]
+    exec(code, names)
+    model = tiny_llama()
+    before = model(ids).logits
+    adapter = lk.adapt(model, names["Gained"]())
+    assert torch.equal(model(ids).logits, before)
+    assert adapter.trainable_parameters > 0

@@ -64,5 +64,5 @@ def compare_with_peft(adapter: Path, merged: Path) -> None:
         theirs = peft.PeftModel.from_pretrained(loaded.model, adapter).eval()(ids).logits
         plain = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
     assert (ours - base).abs().max() > 0.1
-    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=5e-4)

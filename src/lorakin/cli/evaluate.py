@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Dtype, Json, Model, console_for, examples, print_json
+from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, console_for, examples, print_json
 
 EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --adapter adapter --data held_out.jsonl",
@@ -17,16 +17,11 @@ EXAMPLES = examples(
 def command(
     model: Model,
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to evaluate on, in any format that train reads.")],
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")
-    ] = None,
+    adapter: MaybeAdapter = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 1024,
     loss_on: Annotated[str, typer.Option(help="answer or all.")] = "answer",
-    chat_template: Annotated[
-        bool,
-        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
-    ] = True,
+    chat_template: ChatTemplate = True,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Dtype, Json, Model, examples, print_json
+from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, examples, print_json
 
 EXAMPLES = examples(
     'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
@@ -19,17 +19,10 @@ EXAMPLES = examples(
 def command(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")
-    ] = None,
+    adapter: MaybeAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--chat-template/--no-chat-template", help="Put the prompt into the model's chat template, if it has one."
-        ),
-    ] = True,
+    chat_template: ChatTemplate = True,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     as_json: Json = False,

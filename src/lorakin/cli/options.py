@@ -12,6 +12,11 @@ MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smoll
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 AdapterDir = Annotated[str, typer.Option("--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
+]
+MaybeAdapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 
 

@@ -44,34 +44,27 @@ def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
 
 
 @torch.no_grad()
-def evaluate_answers(model: Any, tokenizer: Any, examples: Sequence[Row], batch_size: int) -> Evaluation:
-    """The loss per labelled token over all examples; longest examples together, so that little is padding."""
-    collate = answer_collator(model, tokenizer)
+def evaluate(model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int) -> Evaluation:
+    """The loss per labelled token over all examples, or a classifier's loss per row and accuracy.
+
+    Longest examples come first, so that little of a batch is padding; a model that is too large for memory fails at once.
+    """
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
-    total, count = 0.0, 0
+    total, count, right = 0.0, 0, None
     with _evaluating(model):
         for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             labels = batch.pop("labels")
-            tokens = int((labels[:, 1:] != IGNORED).sum())
-            total += float(answer_loss(model(**batch), labels, num_items_in_batch=1))
-            count += tokens
-    return Evaluation(total / count, count)
-
-
-@torch.no_grad()
-def evaluate_labels(model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int) -> Evaluation:
-    """A classifier's mean cross-entropy and accuracy over all examples."""
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
-    total, right = 0.0, 0
-    with _evaluating(model):
-        for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
-            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits.float()
-            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(-1) == labels).sum())
-    return Evaluation(total / len(ordered), len(ordered), right / len(ordered))
+            outputs = model(**batch)
+            if labels.ndim == 1:
+                logits = outputs.logits.float()
+                total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                right = (right or 0) + int((logits.argmax(-1) == labels).sum())
+                count += len(labels)
+            else:
+                total += float(answer_loss(outputs, labels, num_items_in_batch=1))
+                count += int((labels[:, 1:] != IGNORED).sum())
+    return Evaluation(total / count, count, None if right is None else right / count)
 
 
 def evaluate_rows(
@@ -102,9 +95,9 @@ def evaluate_rows(
         names = loaded.model.config.id2label
         encoded = encode_labelled(rows, loaded.tokenizer, max_length, [names[number] for number in sorted(names)])
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
-        return evaluate_labels(loaded.model, collate, encoded.examples, batch_size)
+        return evaluate(loaded.model, collate, encoded.examples, batch_size)
     encoded = encode(rows, loaded.tokenizer, max_length, loss_on, chat_template)
-    return evaluate_answers(loaded.model, loaded.tokenizer, encoded.examples, batch_size)
+    return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)
 
 
 class _evaluating:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ def memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most that the process has held so far, in the same sense."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Metrics:

@@ -23,7 +23,7 @@ from lorakin.surgery.targets import head_of, parse_layers
 from lorakin.training import data
 from lorakin.training.checkpoints import AdapterCheckpoints, last_checkpoint
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
-from lorakin.training.evaluate import Evaluation, answer_collator, evaluate_answers, evaluate_labels
+from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
@@ -59,10 +59,7 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """The model as it is now, on the held-out rows."""
-        size = self.recipe.batch_size
-        if self.labels is not None:
-            return evaluate_labels(self.loaded.model, self.collator(), self.held_out.examples, size)
-        return evaluate_answers(self.loaded.model, self.loaded.tokenizer, self.held_out.examples, size)
+        return evaluate(self.loaded.model, self.collator(), self.held_out.examples, self.recipe.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import lorakin as lk
+from conftest import interruptible
 from lorakin.cli.app import run
 from lorakin.cli.train import _parts
 
@@ -170,7 +171,7 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str,
         "float32",
     ]
     command = [sys.executable, "-c", "from lorakin.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     deadline = time.time() + 90
     while not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
         time.sleep(0.1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import lorakin as lk
-from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import interruptible, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from lorakin.storage import directory
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -282,7 +282,9 @@ def test_a_real_interrupt_while_saving(saved: Path) -> None:
             adapter.save({path!r})
         """
     ).format(tests=str(Path(__file__).parents[1]), path=str(saved))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     assert process.stdout
     assert process.stdout.readline() == "saving\n"
     process.send_signal(2)

@@ -32,6 +32,7 @@ def test_the_base_stays_itself(make, ids: Tensor) -> None:  # type: ignore[no-un
     assert all(isinstance(model.get_submodule(path), nn.Module) for path in adapter.plan.sites)
     assert torch.equal(model(ids).logits, before), "a fresh adapter is the identity to the bit"
     adapter.remove()
+    assert not lk.adapters(model)
     assert set(model.state_dict()) == keys
     assert not any("Adapted" in type(module).__name__ for module in model.modules())
     assert "_lorakin" not in model.__dict__

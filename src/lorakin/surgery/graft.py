@@ -125,6 +125,7 @@ class Graft:
         for path, child in children.items():
             if reason := conflict(self.model.get_submodule(path), self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
+        vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
             child.train(self.model.training)
@@ -323,9 +324,8 @@ def _plain_copy(module: nn.Module) -> nn.Module:
 
 
 def _registry(model: nn.Module) -> Registry:
-    registry = model.__dict__.get("_lorakin")
-    if registry is None:
-        registry = model.__dict__["_lorakin"] = Registry()
+    """The model's registry; of a model without adapters, an empty one that it does not hold."""
+    registry = vars(model).get("_lorakin") or Registry()
     assert isinstance(registry, Registry)
     return registry
 

@@ -97,6 +97,12 @@ def test_the_low_precision_forward_is_as_near_to_float64_as_its_arithmetic_allow
     assert error < 2.5 * base_error + 1e-7
 
 
+def test_an_adapter_in_low_precision_is_scaled_in_float32() -> None:
+    adapter = randomise(lk.adapt(nn.Sequential(nn.Linear(8, 8)), lk.LoRA(rank=3, alpha=7), "0", dtype=torch.bfloat16))
+    pair = adapter.site("0").pair()
+    assert torch.equal(pair.up, adapter.site("0").B.float() * (7 / 3)), "rounded to bfloat16 once, when it was stored"
+
+
 def test_the_branch_keeps_the_inputs_dtype() -> None:
     """An adapter that widens its input to float32 keeps a float32 copy of it until backward."""
     linear = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))

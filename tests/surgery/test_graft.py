@@ -195,6 +195,9 @@ def test_rank_and_alpha_of_their_own() -> None:
     assert members["model.layers.0.self_attn.q_proj"].scaling == pytest.approx(8 / 6**0.5)
     assert members["model.layers.0.self_attn.v_proj"].scaling == pytest.approx(3 / 4**0.5)
     assert members["model.layers.0.mlp.up_proj"].scaling == pytest.approx(8 / 4**0.5)
+    for part in ("proj", "layers.0", "self_attn"):  # a key is the end of the path, from a dot on
+        with pytest.raises(lk.TargetError, match=f"rank_pattern: '{part}' matches none"):
+            lk.adapt(tiny_llama(), lk.LoRA(rank=4), rank_pattern={part: 2})
     with pytest.raises(lk.TargetError, match="rank_pattern: 'q_prj' matches none"):
         lk.adapt(tiny_llama(), lk.LoRA(rank=4), rank_pattern={"q_prj": 2})
     with pytest.raises(lk.TargetError, match="not a regular expression"):

@@ -164,6 +164,15 @@ def test_unknown_settings_are_named_unless_empty(saved: Path) -> None:
         lk.load(tiny_llama(), saved)
 
 
+def test_a_setting_that_is_absent_has_pefts_default_not_ours(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=8, alpha=99, dropout=0.5))).save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    for field in ("r", "lora_alpha", "lora_dropout"):
+        del config[field]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=8, alpha=8, dropout=0.0)
+
+
 def test_directories_that_hold_no_adapter(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(lk.AdapterError, match="there is no adapter directory"):
         lk.load(tiny_llama(), tmp_path / "nowhere")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorakin.errors import AdapterError
+from lorakin.errors import AdapterError, SettingError
 from lorakin.family import Member
 from lorakin.storage import directory
 from lorakin.surgery import graft as surgery
@@ -127,6 +127,8 @@ def adapt(
         StateError: another adapter is merged at the moment.
     """
     model = surgery.root_of(model)
+    if not isinstance(member, Member):
+        raise SettingError(f"adapt needs a member with its settings, such as lk.LoRA(rank=16), not {member!r}")
     chosen = surgery.plan(
         model,
         member,

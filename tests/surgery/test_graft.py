@@ -389,6 +389,25 @@ def test_a_module_whose_forward_is_shadowed_is_refused() -> None:
     assert not lk.adapters(model)
 
 
+def test_a_module_that_was_replaced_is_noticed() -> None:
+    model = tiny_llama(tied=False)
+    adapter = lk.adapt(model, lk.LoRA(rank=2), ["embed_tokens", "q_proj"])
+    model.resize_token_embeddings(70)
+    with pytest.raises(
+        lk.StateError, match=r"model.embed_tokens is now 32 × 70, .* made for 32 × 64: .* resize_token_embeddings"
+    ):
+        adapter.merge()
+    model.model.embed_tokens = nn.Embedding(64, 32)
+    with pytest.raises(lk.StateError, match=r"model.embed_tokens is no longer the module that was adapted"):
+        adapter.merge()
+
+
+@pytest.mark.parametrize("member", [lk.LoRA, "lora", None, [lk.LoRA()]])
+def test_a_member_is_an_instance(member) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(lk.SettingError, match=r"such as lk.LoRA\(rank=16\), not "):
+        lk.adapt(tiny_llama(), member)
+
+
 def test_one_name_through_two_roots_is_refused() -> None:
     model = tiny_llama()
     lk.adapt(model.model, lk.LoRA(rank=2))

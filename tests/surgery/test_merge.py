@@ -126,6 +126,22 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
         big.merge()
 
 
+def test_moving_while_merged_moves_what_is_set_aside(ids: Tensor) -> None:
+    model = tiny_llama(tied=True)
+    base = {key: t.clone() for key, t in model.state_dict().items()}
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["embed_tokens", "q_proj"]))
+    adapter.merge()
+    model.to(torch.float64)
+    adapter.unmerge()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(torch.equal(model.state_dict()[key], t.double()) for key, t in base.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    adapter.merge()
+    model.to("meta")
+    adapter.unmerge()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def test_for_good(ids: Tensor) -> None:
     model = tiny_llama()
     keys = set(model.state_dict())

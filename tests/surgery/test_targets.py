@@ -114,6 +114,14 @@ def test_layers_that_are_never_called_are_refused() -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def test_computed_and_missing_weights_are_refused() -> None:
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(lk.TargetError, match=r"0 cannot be adapted: it is a ParametrizedLinear whose weight is computed"):
+        names(normed, "0")
+    with pytest.raises(lk.TargetError, match="gets its shape in the first forward"):
+        names(nn.Sequential(nn.LazyLinear(4)), "0")
+
+
 def test_quantised_weights_are_refused() -> None:
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)

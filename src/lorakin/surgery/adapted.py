@@ -73,6 +73,17 @@ class Hung(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.base: dict[str, nn.Parameter] = {}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Hung:
+        """Move and cast what is set aside together with the model."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for key, parameter in self.base.items():
+            moved = fn(parameter.data)
+            if moved.is_meta == parameter.is_meta:
+                parameter.data = moved  # the same object, so that a tied partner stays one
+            else:
+                self.base[key] = nn.Parameter(moved, parameter.requires_grad)
+        return self
+
     def __getitem__(self, name: str) -> Site | Copy:
         return self._modules[name]  # type: ignore[return-value]
 

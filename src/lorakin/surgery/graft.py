@@ -331,7 +331,13 @@ def _registry(model: nn.Module) -> Registry:
 
 
 def _hung(model: nn.Module, path: str) -> Hung:
-    hung = model.get_submodule(path).lorakin
+    module = model.get_submodule(path)
+    if not is_adapted(module):
+        raise StateError(
+            f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "
+            "in its place; do that before adapting"
+        )
+    hung = module.lorakin
     assert isinstance(hung, Hung)
     return hung
 

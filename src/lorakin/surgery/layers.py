@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import Pair, Shape
 
@@ -224,7 +225,11 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
-    weight = module.weight
+    weight = vars(module)["_parameters"].get("weight")
+    if weight is None:
+        return f"a {type(module).__name__} whose weight is computed (parametrized or normalised), not a parameter of its own"
+    if isinstance(weight, UninitializedParameter):
+        return f"a {type(module).__name__} that gets its shape in the first forward; run one before adapting"
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
         dtype = getattr(weight, "dtype", type(weight).__name__)
         return f"a {type(module).__name__} whose weight is quantised ({dtype}), which this version does not adapt"

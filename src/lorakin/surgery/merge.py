@@ -53,7 +53,13 @@ def _folded(base: dict[str, nn.Parameter], path: str, adapters: list[Site | Copy
     weight, layer = base["weight"], sites[0].layer
     changed = wide = layer.matrix(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
     for site in sites:
-        folded = site.pair().applied_to(wide)
+        pair = site.pair()
+        if (pair.up.shape[0], pair.down.shape[1]) != wide.shape:
+            raise StateError(
+                f"{path} is now {' × '.join(map(str, wide.shape))}, but its adapter was made for {pair.up.shape[0]} × "
+                f"{pair.down.shape[1]}: something, such as resize_token_embeddings, changed it; do that before adapting"
+            )
+        folded = pair.applied_to(wide)
         changed = folded if changed is wide else changed + (folded - wide)
     new = torch.empty_like(weight)
     layer.matrix(new).copy_(changed)

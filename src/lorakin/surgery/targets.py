@@ -85,7 +85,7 @@ def select(
         chosen = _all_linear(model, free)
         described = ALL_LINEAR
     else:
-        patterns = [targets] if isinstance(targets, str) else list(targets)
+        patterns = [targets] if isinstance(targets, str) else list(targets or [])
         if not patterns or patterns == ["none"]:
             if reserved:
                 return []

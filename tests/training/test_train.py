@@ -122,6 +122,9 @@ def test_an_output_directory_in_use_is_left_alone(recipe: Recipe, tmp_path: Path
     recipe.out = str(tmp_path / "out" / "mine.txt")
     with pytest.raises(lk.OutputError, match="is a file, expected a directory"):
         run(recipe)
+    recipe.out = str(tmp_path / "out" / "mine.txt" / "below")
+    with pytest.raises(lk.OutputError, match="mine.txt is not a directory that may be written to"):
+        run(recipe)
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from lorakin.cli import demo, evaluate, generate, inspect, merge, train
 from lorakin.errors import LorakinError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
@@ -36,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
-        return 0
+        return CLOSED_PIPE
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors know how to show themselves
         if show is None:

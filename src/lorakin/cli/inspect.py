@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lorakin.cli.options import Json, console_for, examples, print_json
@@ -26,7 +27,12 @@ def command(
     console = console_for(False)
     for name, value in summary.headline().items():
         console.print(f"[bold]{name:<11}[/] {value}", highlight=False)
-    table = Table("layer", *summary.columns, title="‖ΔW‖ by layer and module")
+    columns = summary.columns
+    last = [name.rpartition(".")[2] for name in columns]
+    titles = last if len(set(last)) == len(last) else columns
+    table = Table("layer", title="‖ΔW‖ by layer and module", padding=(0, 1, 0, 0), box=SIMPLE)
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
     for layer, norms in summary.by_layer().items():
-        table.add_row(layer, *(f"{norms[c]:.3f}" if c in norms else "" for c in summary.columns))
+        table.add_row(layer, *(f"{norms[c]:.3g}" if c in norms else "" for c in columns))
     console.print(table)

@@ -28,7 +28,7 @@ def command(
     rank: Annotated[int | None, typer.Option(help="[default: the method's own, 16 for lora]")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha/rank. [default: the method's own, 32 for lora]")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter's input. [default: 0]")] = None,
-    rslora: Annotated[bool | None, typer.Option("--rslora", help="Scale by alpha/√rank.")] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank. [default: no]")] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(help="Names, globs, regular expressions; none: the head alone. [default: all-linear]"),
@@ -58,7 +58,8 @@ def command(
         typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: a fifth of the run]")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -220,6 +221,9 @@ def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
             raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
         if not (out / RECIPE).is_file():
             raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
     return last_checkpoint(out / CHECKPOINTS) if resume else None
 
 

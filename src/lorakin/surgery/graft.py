@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -291,9 +292,19 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """`model` itself, or the module that `torch.compile` wrapped."""
+    """`model` itself, or the module that `torch.compile` wrapped.
+
+    Raises:
+        StateError: PEFT has put adapters of its own into the model.
+    """
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is not None and (taken := [path for path, m in inner.named_modules() if isinstance(m, peft.BaseTunerLayer)]):
+        raise StateError(
+            f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first (model.unload(), or "
+            "model.merge_and_unload() to keep them), or save them with PEFT and load the files with lorakin.load"
+        )
     return inner
 
 

@@ -26,8 +26,8 @@ class Adapter(Graft):
     """One named adapter in a model; made by `adapt` and `load`, found again by `adapters`."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Every tensor of the adapter."""
-        return [parameter for _, parameter in self.named_parameters()]
+        """Every tensor of the adapter, once."""
+        return list({id(parameter): parameter for _, parameter in self.named_parameters()}.values())
 
     @property
     def trainable_parameters(self) -> int:

@@ -23,14 +23,23 @@ from references import lora as reference
         ({"alpha": 0}, "alpha must be a positive number, not 0"),
         ({"alpha": math.nan}, "not nan"),
         ({"alpha": math.inf}, "not inf"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), not 1.0"),
         ({"dropout": -0.1}, "not -0.1"),
+        ({"rank": True}, "not True"),
+        ({"alpha": "8"}, "alpha must be a positive number, not '8'"),
+        ({"alpha": None}, "not None"),
+        ({"rslora": "yes"}, "rslora must be True or False, not 'yes'"),
         ({"init": "zeros"}, "init must be 'kaiming' or 'gaussian', not 'zeros'"),
     ],
 )
 def test_settings_outside_their_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(lk.SettingError, match=message):
         lk.LoRA(**settings)  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_become_plain() -> None:
+    member = lk.LoRA(rank=np.int64(4), alpha=np.float32(8), dropout=torch.tensor(0.5))  # type: ignore[arg-type]
+    assert [type(value) for value in (member.rank, member.alpha, member.dropout)] == [int, float, float]
 
 
 def test_defaults_and_scales() -> None:

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Member, Pair, Shape, require
+from lorakin.family.member import Member, Pair, Shape, number, require, whole_number
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class LoRA(Member):
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
     def __post_init__(self) -> None:
-        require(isinstance(self.rank, int) and self.rank >= 1, f"rank must be a whole number ≥ 1, not {self.rank!r}")
-        require(0 < self.alpha < float("inf"), f"alpha must be a positive number, not {self.alpha!r}")
-        require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout!r}")
+        whole_number(self, "rank", at_least=1)
+        number(self, "alpha", lambda alpha: 0 < alpha < float("inf"), "a positive number")
+        number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
+        require(isinstance(self.rslora, bool), f"rslora must be True or False, not {self.rslora!r}")
         require(self.init in ("kaiming", "gaussian"), f"init must be 'kaiming' or 'gaussian', not {self.init!r}")
 
     @property

@@ -8,8 +8,9 @@ tensors it hangs on a module, which of them train, and how they make the pair. C
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -85,3 +86,25 @@ def require(condition: bool, message: str) -> None:
     """Raise `SettingError(message)` unless `condition` holds."""
     if not condition:
         raise SettingError(message)
+
+
+def whole_number(settings: object, name: str, at_least: int) -> None:
+    """Make the field `name` of a frozen dataclass a plain int, or raise `SettingError`."""
+    value = getattr(settings, name)
+    try:
+        plain = operator.index(value)
+    except TypeError:
+        plain = at_least - 1
+    require(plain >= at_least and not isinstance(value, bool), f"{name} must be a whole number ≥ {at_least}, not {value!r}")
+    object.__setattr__(settings, name, plain)
+
+
+def number(settings: object, name: str, fits: Callable[[float], bool], expected: str) -> None:
+    """Make the field `name` of a frozen dataclass a plain float that `fits`, or raise `SettingError`."""
+    value = getattr(settings, name)
+    try:
+        plain = float("nan") if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        plain = float("nan")
+    require(fits(plain), f"{name} must be {expected}, not {value!r}")
+    object.__setattr__(settings, name, plain)

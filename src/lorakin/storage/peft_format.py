@@ -147,7 +147,6 @@ def from_files(
     sites = {path: sites[path] for path in modules if path in sites}
     try:
         plan = plan_for(
-            model,
             member,
             list(sites),
             sorted(copies),

@@ -7,11 +7,13 @@ the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the mo
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakin.errors import StateError
 from lorakin.family import Member, Pair
 from lorakin.surgery.layers import Layer, kind_of
 
@@ -71,17 +73,17 @@ class Hung(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.base: dict[str, nn.Parameter] = {}
+        self.base: dict[str, Tensor] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hung:
         """Move and cast what is set aside together with the model."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for key, parameter in self.base.items():
-            moved = fn(parameter.data)
-            if moved.is_meta == parameter.is_meta:
-                parameter.data = moved  # the same object, so that a tied partner stays one
+        for key, tensor in self.base.items():
+            moved = fn(tensor.data)
+            if moved.is_meta == tensor.is_meta:
+                tensor.data = moved  # the same object, so that a tied partner stays one
             else:
-                self.base[key] = nn.Parameter(moved, parameter.requires_grad)
+                self.base[key] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
         return self
 
     def __getitem__(self, name: str) -> Site | Copy:
@@ -99,6 +101,10 @@ class Hung(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def names(self) -> list[str]:
+        """The adapters here, in the order in which they came."""
+        return list(self._modules)
 
     def in_use(self) -> list[Any]:
         """The active adapters that are not merged into the weight, in the order of activation."""
@@ -129,11 +135,21 @@ class Replaced(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for copy in self.lorakin.in_use():
-            return copy.module(*args, **kwargs)
+            return copy.module.forward(*args, **kwargs)  # not its call: the module's own hooks run around this forward
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (Replaced, base_class(self)), self.__dict__
+        return _revive, (type(self).__bases__[0], base_class(self)), self.__dict__
+
+
+class ReplacedSequence(Replaced):
+    """`Replaced` for nn.Sequential, whose forward runs over its children: the adapters are not among them."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([child for key, child in self._modules.items() if key != "lorakin" and child is not None])
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -143,17 +159,31 @@ def is_adapted(module: nn.Module) -> bool:
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before adapters were hung on it."""
-    return type(module).__bases__[1] if is_adapted(module) else type(module)
+    cls = type(module)
+    if not is_adapted(module):
+        return cls
+    if cls not in _CLASSES.values():
+        raise StateError(
+            f"the class of an adapted {cls.__name__} was changed after it was adapted, by parametrizing or sharding it, say; "
+            "undo that first"
+        )
+    return cls.__bases__[1]
 
 
 def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
-        _swap_class(module, _combined(Adapted if isinstance(child, Site) else Replaced, type(module)))
+        _swap_class(module, _combined(_mixin(module, child), type(module)))
         module.lorakin = Hung()
     hung = module.lorakin
     assert isinstance(hung, Hung)
     hung[name] = child
+
+
+def _mixin(module: nn.Module, child: Site | Copy) -> type[nn.Module]:
+    if isinstance(child, Site):
+        return Adapted
+    return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
 
 
 def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:

@@ -62,18 +62,22 @@ def plan(
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
     check_patterns("rank_pattern", dict(rank_pattern or {}), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern or {}), paths)
-    return plan_for(model, member, paths, copies, rank_pattern or {}, alpha_pattern or {})
+    chosen = plan_for(member, paths, copies, rank_pattern or {}, alpha_pattern or {})
+    for path, there in chosen.sites.items():
+        kind = layers.kind_of(model.get_submodule(path))
+        assert kind is not None
+        there.check(kind.shape(model.get_submodule(path)), path)
+    return chosen
 
 
 def plan_for(
-    model: nn.Module,
     member: Member,
     paths: Sequence[str],
     copies: Sequence[str],
     rank_pattern: Mapping[str, int],
     alpha_pattern: Mapping[str, float],
 ) -> Plan:
-    """The plan for modules already chosen: gives each its rank and alpha and checks that they fit."""
+    """The plan for modules already chosen: gives each its rank and alpha."""
     sites = {}
     for path in paths:
         own: dict[str, Any] = {}
@@ -81,9 +85,6 @@ def plan_for(
             if pattern:
                 own[setting] = resolve(dict(pattern), path, getattr(member, setting))
         sites[path] = dataclasses.replace(member, **own) if own else member  # type: ignore[type-var]
-        kind = layers.kind_of(model.get_submodule(path))
-        assert kind is not None
-        sites[path].check(kind.shape(model.get_submodule(path)), path)
     return Plan(member, sites, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
 
 
@@ -140,10 +141,12 @@ class Graft:
         Merged weights are restored first.
         """
         self._require_present()
-        if self.is_merged:
+        if any(self.name in h.merged for h in self._hung_if_there()):
             self.unmerge()
         for path in self._paths():
-            unhang(self.model.get_submodule(path), self.name)
+            module = self.model.get_submodule(path)
+            if is_adapted(module):  # another module may have been put in its place
+                unhang(module, self.name)
         registry = _registry(self.model)
         del registry.grafts[self.name]
         _mark_base(self.model, registry)
@@ -240,6 +243,10 @@ class Graft:
             set_merged(self.model.get_submodule(path), path, rest)
         _follow_ties(self.model)
 
+    def _hung_if_there(self) -> list[Hung]:
+        modules = [self.model.get_submodule(path) for path in self._paths()]
+        return [module.lorakin for module in modules if is_adapted(module)]  # type: ignore[misc]
+
     def _paths(self) -> tuple[str, ...]:
         return (*self.plan.sites, *self.plan.copies)
 
@@ -285,6 +292,13 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             if path in replaced:
                 raise SettingError(f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them")
             replaced[path] = name
+    for name in names:
+        for path in known[name].plan.sites:
+            whole = next((copy for copy in replaced if path.startswith(copy + ".") and replaced[copy] != name), None)
+            if whole:
+                raise SettingError(
+                    f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains whole; activate one"
+                )
     for graft in known.values():
         for path in graft._paths():
             hung = _hung(model, path)
@@ -326,11 +340,11 @@ def fresh(generator: torch.Generator | None, dtype: torch.dtype | None) -> Calla
 def _plain_copy(module: nn.Module) -> nn.Module:
     """A copy of the base's own module, without what other adapters hang on it."""
     twin = copy.deepcopy(module)
-    if is_adapted(twin):
-        hung = twin.lorakin
+    for part in [part for part in twin.modules() if is_adapted(part)]:
+        hung = part.lorakin
         assert isinstance(hung, Hung)
-        for name in list(hung._modules):
-            unhang(twin, name)
+        for name in hung.names():
+            unhang(part, name)
     return twin
 
 
@@ -370,7 +384,9 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
             model_like._keys_to_ignore_on_save = others | ours
     if registry.grafts and registry.hook is None:
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
-        registry.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _tied_embeddings(model)
+        config = getattr(model, "config", None)
+        single = not getattr(config, "is_encoder_decoder", False)  # there the encoder's and decoder's stay tied to each other
+        registry.tied = single and getattr(config, "tie_word_embeddings", False) and _tied_embeddings(model)
     if not registry.grafts:
         registry.hook.remove()
         for key, parameter in _base_parameters(model):

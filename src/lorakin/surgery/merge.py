@@ -7,7 +7,7 @@ of each adapted weight while merged, and it leaves a tied partner of the weight 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.surgery.adapted import Copy, Hung, Site
@@ -24,32 +24,36 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
     """
     hung = module.lorakin
     assert isinstance(hung, Hung)
+    names = tuple(name for name in hung.names() if name in names)  # in one order, whatever order they were merged in
     if names:
-        base = hung.base or dict(_own_parameters(module))
-        replacement = _folded(base, path, [hung[name] for name in names])
+        base = hung.base or _own_tensors(module)
+        replacement = _folded(module, base, path, [hung[name] for name in names])
         hung.base = base
     else:
         replacement, hung.base = hung.base, {}
-    for key, parameter in replacement.items():
+    for key, tensor in replacement.items():
         owner, _, leaf = key.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, parameter)
+        setattr(module.get_submodule(owner), leaf, tensor)
     hung.merged = names
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors that merging replaces: the weight, or all that a module trained whole saves."""
     hung = module.lorakin
     assert isinstance(hung, Hung)
-    site = any(isinstance(child, Site) for child in hung.children())
-    own = [(key, p) for key, p in module.named_parameters(remove_duplicate=False) if not key.startswith("lorakin.")]
-    return [(key, p) for key, p in own if key == "weight"] if site else own
+    if any(isinstance(child, Site) for child in hung.children()):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return {"weight": weight}
+    saved = module.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in saved.items() if not key.startswith("lorakin.")}
 
 
 @torch.no_grad()
-def _folded(base: dict[str, nn.Parameter], path: str, adapters: list[Site | Copy]) -> dict[str, nn.Parameter]:
-    if isinstance(adapters[-1], Copy):
-        trained = dict(adapters[-1].module.named_parameters(remove_duplicate=False))
-        return {key: nn.Parameter(trained[key].detach().clone(), p.requires_grad) for key, p in base.items()}
+def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:
     sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
+    if not sites:
+        return _copied(base, path, adapters)
     weight, layer = base["weight"], sites[0].layer
     changed = wide = layer.matrix(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
     for site in sites:
@@ -61,8 +65,20 @@ def _folded(base: dict[str, nn.Parameter], path: str, adapters: list[Site | Copy
             )
         folded = pair.applied_to(wide)
         changed = folded if changed is wide else changed + (folded - wide)
-    new = torch.empty_like(weight)
-    layer.matrix(new).copy_(changed)
-    if not torch.isfinite(new).all():
+    return {"weight": _like(weight, layer.layout(changed, module), path)}
+
+
+def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:
+    copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
+    if len(copies) > 1:
+        raise StateError(f"two adapters that train {path} whole cannot both be merged; unmerge the other first")
+    trained = copies[0].module.state_dict()
+    return {key: _like(tensor, trained[key], path) for key, tensor in base.items()}
+
+
+def _like(old: Tensor, values: Tensor, path: str) -> Tensor:
+    """`values` with the dtype and memory layout of `old`, as a parameter if that is one; refused if not finite."""
+    new = torch.empty_like(old).copy_(values)
+    if new.is_floating_point() and not torch.isfinite(new).all():
         raise StateError(f"merging would write NaN or infinity into {path}; the weights are left as they were")
-    return {"weight": nn.Parameter(new, weight.requires_grad)}
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -21,7 +21,7 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     Raises:
         SettingError: the adapter has nothing to train (it was loaded with trainable=False).
     """
-    trained = [p for _, p in graft.named_parameters() if p.requires_grad]
+    trained = list({id(p): p for _, p in graft.named_parameters() if p.requires_grad}.values())  # a tied one once
     if not trained:
         raise SettingError(f"adapter {graft.name!r} has nothing to train; load it with trainable=True")
     return [{"params": trained, "lr": lr, **options}]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorakin.errors import AdapterError, SettingError
+from lorakin.errors import AdapterError, SettingError, StateError
 from lorakin.family import Member
 from lorakin.storage import directory
 from lorakin.surgery import graft as surgery
@@ -73,15 +73,17 @@ class Adapter(Graft):
         Raises:
             AdapterError: the directory holds another adapter than this one. Nothing is overwritten then.
         """
+        if self.is_merged:
+            raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
         contents = directory.read(Path(path)).match(self.model)
         if contents.plan != self.plan:
             raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.member}")
-        saved = {
-            f"{at}.{key}": t for at, state in (*contents.sites.items(), *contents.copies.items()) for key, t in state.items()
-        }
         with torch.no_grad():
-            for key, parameter in self.named_parameters():
-                parameter.copy_(saved[key])
+            for at, tensors in contents.sites.items():
+                for slot, parameter in self.site(at).tensors().items():
+                    parameter.copy_(tensors[slot])
+            for at, state in contents.copies.items():
+                self.copy_of(at).load_state_dict(state)
 
     def __repr__(self) -> str:
         state = "merged" if self.is_merged else "active" if self.is_active else "inactive"
@@ -161,7 +163,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     model = surgery.root_of(model)
     contents = directory.read(Path(path)).match(model)
     adapter = Adapter(model, name, contents.plan)
-    adapter.install(lambda at, module, member: contents.sites[at], contents.copies)
+
+    def tensors(at: str, module: nn.Module, member: Member) -> dict[str, torch.Tensor]:
+        saved = contents.sites[at]
+        if not trainable:
+            return dict(saved)  # in the file's dtype
+        return {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in saved.items()}  # float32 masters
+
+    adapter.install(tensors, contents.copies)
     if trainable:
         adapter.freeze_base()
     else:

@@ -217,6 +217,62 @@ def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
         lk.load(tiny_bert(), tmp_path)
 
 
+def test_a_rank_above_the_layer_is_read(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(tiny_llama, {"r": 40, "target_modules": ATTENTION})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_names_that_peft_matches_by_their_end(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(tiny_llama, {"r": 2, "target_modules": ATTENTION, "modules_to_save": ["norm"]})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    adapter = lk.load(model, tmp_path)
+    assert "model.layers.0.input_layernorm" in adapter.plan.copies
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_that_peft_saves_along(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(lambda: tiny_llama(tied=False), {"r": 2, "target_modules": ATTENTION})
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = tiny_llama(tied=False)
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    resized = tiny_llama(tied=False, vocab_size=70)
+    with pytest.raises(
+        lk.AdapterError, match=r"had another weight there, \(64, 32\), perhaps because its vocabulary was resized"
+    ):
+        lk.load(resized, tmp_path)
+
+
+class Stages(nn.Module):
+    """Two numbers in every path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(
+            nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))}) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage["blocks"]:
+                x = torch.tanh(block["q"](x))
+        return x
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "stages", None])
+def test_layer_patterns(pattern: str | None, tmp_path: Path) -> None:
+    theirs = peft_model(Stages, {"r": 2, "target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": pattern})
+    theirs.save_pretrained(tmp_path)
+    model, x = Stages(), torch.linspace(-1, 1, 8).view(2, 4)
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
 def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
     theirs = peft_model(lambda: tiny_llama(tied=False), {"r": 2, "target_modules": ["embed_tokens"]})
     theirs.save_pretrained(tmp_path)

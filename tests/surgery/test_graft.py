@@ -71,6 +71,14 @@ def test_flags_of_the_base_come_back(ids: Tensor) -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
+def test_flags_of_what_merging_parts_come_back() -> None:
+    model = tiny_llama(tied=True)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "embed_tokens"))
+    adapter.merge(permanent=True)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_trainability_is_data(ids: Tensor) -> None:
     """Law 7: switching, disabling, merging and loading change no requires_grad."""
     model = tiny_llama()
@@ -135,6 +143,29 @@ def test_several_adapters_add_switch_stack_and_go(ids: Tensor) -> None:
     assert torch.equal(model(ids).logits, base)
 
 
+def test_disabling_overlaps_and_leaves_nothing_stale(ids: Tensor) -> None:
+    model = tiny_llama()
+    base = model(ids).logits
+    one = randomise(lk.adapt(model, lk.LoRA(rank=2), name="one"))
+    y = model(ids).logits
+    first, second = one.disabled(), one.disabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, base)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, y)
+    with one.disabled():
+        two = randomise(lk.adapt(model, lk.LoRA(rank=2), "q_proj", name="two"))
+        with pytest.raises(lk.StateError, match="'one' is disabled at the moment"):
+            one.merge()
+    assert two.is_active
+    assert not one.is_active
+    two.remove()
+    lk.activate(model, ["one", "one"])
+    assert torch.equal(model(ids).logits, y), "named twice is active once"
+
+
 def test_stacking_adds_the_changes() -> None:
     linear = nn.Sequential(nn.Linear(5, 4)).double()
     x = torch.randn(3, 5, dtype=torch.float64)
@@ -154,6 +185,9 @@ def test_calls_that_the_state_forbids(ids: Tensor) -> None:
         lk.adapt(model, lk.LoRA(rank=2), name="one")
     with pytest.raises(lk.SettingError, match="no adapter 'two' in the model; there are: 'one'"):
         lk.activate(model, "two")
+    for name in ("base", "train"):
+        with pytest.raises(lk.SettingError, match=f"cannot be called '{name}'"):
+            lk.adapt(model, lk.LoRA(rank=2), name=name)
     for name in ("a.b", "", "a/b"):
         with pytest.raises(lk.SettingError, match="name must be text without"):
             lk.adapt(model, lk.LoRA(rank=2), name=name)
@@ -229,6 +263,70 @@ def test_modules_trained_whole(ids: Tensor) -> None:
         lk.activate(model, ["default", "other"])
     with pytest.raises(lk.StateError, match="classifier cannot be adapted: it is in use by another adapter in another way"):
         lk.adapt(model, lk.LoRA(rank=1), "classifier", name="third")
+
+
+def test_a_sequential_head(ids: Tensor) -> None:
+    model = tiny_bert()
+    model.classifier = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 2))
+    base = model(ids).logits
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"])
+    assert torch.equal(model(ids).logits, base)
+    randomise(adapter)
+    trained = model(ids).logits
+    with adapter.disabled():
+        assert torch.equal(model(ids).logits, base)
+    assert len(model.classifier) == 3
+    assert isinstance(model.classifier[-1], nn.Linear)
+    adapter.merge()
+    torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(ids).logits, trained, rtol=1e-4, atol=1e-5)
+    adapter.remove()
+    assert type(model.classifier) is nn.Sequential
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_hooks_of_a_whole_module_run_once(ids: Tensor) -> None:
+    model = tiny_bert()
+    model.classifier.register_forward_hook(lambda module, x, out: out + 1)
+    base = model(ids).logits
+    lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"])
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_tied_tensors_in_a_whole_module_train_once() -> None:
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pair[1].weight = pair[0].weight
+    adapter = lk.adapt(nn.ModuleDict({"fc": nn.Linear(4, 4), "pair": pair}), lk.LoRA(rank=1), "fc", modules_to_save=["pair"])
+    (group,) = adapter.parameter_groups(lr=1.0)
+    assert len(group["params"]) == len({id(p) for p in group["params"]})
+    assert adapter.trainable_parameters == 8 + 16 + 4 + 4
+
+
+def test_whole_modules_are_copied_without_other_adapters(ids: Tensor) -> None:
+    model = tiny_bert()
+    model.classifier = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2))
+    lk.adapt(model, lk.LoRA(rank=2), "classifier.0", name="inner")
+    outer = lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"], name="outer")
+    assert not any("lorakin" in name for name, _ in outer.named_parameters())
+    with pytest.raises(lk.SettingError, match="'inner' adapts classifier.0, inside classifier, which 'outer' trains whole"):
+        lk.activate(model, ["inner", "outer"])
+
+
+def test_a_class_that_was_changed_after_adapting_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapter = lk.adapt(model, lk.LoRA(rank=2))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(lk.StateError, match="was changed after it was adapted"):
+        adapter.remove()
+
+
+def test_offloaded_layers_are_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_llama()
+    accelerate.cpu_offload(model, "cpu")
+    with pytest.raises(lk.TargetError, match="q_proj cannot be adapted: it is offloaded by Accelerate"):
+        lk.adapt(model, lk.LoRA(rank=2), "q_proj")
 
 
 def test_only_a_head_can_be_trained(ids: Tensor) -> None:
@@ -400,6 +498,8 @@ def test_a_module_that_was_replaced_is_noticed() -> None:
     model.model.embed_tokens = nn.Embedding(64, 32)
     with pytest.raises(lk.StateError, match=r"model.embed_tokens is no longer the module that was adapted"):
         adapter.merge()
+    adapter.remove()
+    assert not lk.adapters(model)
 
 
 @pytest.mark.parametrize("member", [lk.LoRA, "lora", None, [lk.LoRA()]])

@@ -68,6 +68,18 @@ def test_one_by_one_is_all_at_once(ids: Tensor) -> None:
     assert all(torch.equal(model.state_dict()[key], t) for key, t in fresh.state_dict().items())
 
 
+def test_merging_is_wide_under_autocast_and_trainable_under_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=4), "0"))
+    adapter.merge()
+    weight = model[0].weight.clone()
+    adapter.unmerge()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        adapter.merge()
+    assert torch.equal(model[0].weight, weight)
+    assert not model[0].weight.is_inference()
+
+
 def test_merging_twice_is_merging_once_and_ignores_dropout(ids: Tensor) -> None:
     model = tiny_llama()
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2, dropout=0.5)))
@@ -140,6 +152,64 @@ def test_moving_while_merged_moves_what_is_set_aside(ids: Tensor) -> None:
     model.to("meta")
     adapter.unmerge()
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_memory_layouts_survive_a_merge(dimensions: int) -> None:
+    torch.manual_seed(0)
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dimensions]
+    kind = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+    model = nn.Sequential(kind(4, 6, 3)).to(memory_format=layout)
+    x = torch.randn(1, 4, *[5] * dimensions)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "0"))
+    y = model(x)
+    stride = model[0].weight.stride()
+    adapter.merge()
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+    assert model[0].weight.stride() == stride
+
+
+def test_the_order_of_merging_leaves_no_trace(ids: Tensor) -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    one, two = (randomise(lk.adapt(model, lk.LoRA(rank=2), name=name), seed=n) for n, name in enumerate("ab"))
+    one.merge()
+    two.merge()
+    weight = model.model.layers[0].mlp.up_proj.weight.clone()
+    with one.disabled():
+        pass
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
+def test_whole_modules_bring_their_buffers(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    base = {key: t.clone() for key, t in model.state_dict().items()}
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "0", modules_to_save=["1"]))
+    model.train()(torch.randn(16, 4) * 5 + 3)
+    model.eval()
+    x = torch.randn(3, 4)
+    y = model(x)
+    adapter.save(tmp_path)
+    adapter.merge()
+    torch.testing.assert_close(model(x), y)
+    adapter.unmerge()
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
+    adapter.copy_of("1").reset_running_stats()
+    adapter.restore(tmp_path)
+    assert torch.equal(model(x), y)
+
+
+def test_whole_modules_that_cannot_merge() -> None:
+    model = tiny_bert()
+    adapters = [lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save="classifier", name=name) for name in "ab"]
+    adapters[0].merge()
+    with pytest.raises(lk.StateError, match="two adapters that train classifier whole cannot both be merged"):
+        adapters[1].merge()
+    adapters[0].unmerge()
+    with torch.no_grad():
+        adapters[0].copy_of("classifier").weight[0, 0] = torch.nan
+    with pytest.raises(lk.StateError, match="NaN or infinity into classifier"):
+        adapters[0].merge()
 
 
 def test_for_good(ids: Tensor) -> None:

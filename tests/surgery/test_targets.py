@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,67 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
         names(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), "0")
 
 
+def test_words_and_lists_of_every_kind() -> None:
+    linear = names(tiny_llama(), "all-linear")
+    assert names(tiny_llama(), "ALL-LINEAR") == names(tiny_llama(), ["all-linear"]) == linear
+    assert names(tiny_llama(), ["all-linear", "lm_head"]) == linear | {"lm_head"}
+    assert names(tiny_llama(), {"q_proj"}) == names(tiny_llama(), ("q_proj",)) == names(tiny_llama(), "q_proj")
+    for wrong in ([nn.Linear], nn.Linear, re.compile("q"), 3, nn.Linear(2, 2)):
+        with pytest.raises(lk.TargetError, match="targets must be names, globs or regular expressions as text, or a function"):
+            names(tiny_llama(), wrong)
+
+
+def test_a_glob_is_not_read_as_a_regular_expression_too() -> None:
+    model = tiny_llama(num_hidden_layers=12)
+    assert {path.split(".")[2] for path in names(model, "model.layers.1.*")} == {"1"}
+    left = names(model, "all-linear", exclude="model.layers.1.*")
+    assert {path.split(".")[2] for path in left} == {str(n) for n in range(12)} - {"1"}
+
+
+def test_layers_are_counted_by_the_named_number() -> None:
+    model = nn.Sequential(tiny_llama())
+    assert names(model, "q_proj", layer_indices=[1]) == {"0.model.layers.1.self_attn.q_proj"}
+    assert names(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "all-linear", layer_indices=1) == {"1"}
+
+
+def test_exclusion_comes_before_refusal() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    assert names(model, "*", exclude="1") == {"0"}
+
+
+def test_what_is_trained_whole_is_no_target() -> None:
+    with pytest.raises(lk.TargetError, match="'classifier' selects classifier, which modules_to_save already trains whole"):
+        lk.adapt(tiny_bert(), lk.LoRA(rank=2), ["query", "classifier"], modules_to_save=["classifier"])
+
+
+def test_modules_that_are_never_called_are_not_trained_whole() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "heads": nn.ModuleList([nn.Linear(8, 8)]), "fc": nn.Linear(8, 8)})
+    for name, message in (("heads", "a ModuleList, which is never called itself"), ("out_proj", "without calling it")):
+        with pytest.raises(lk.TargetError, match=message):
+            lk.adapt(model, lk.LoRA(rank=2), "fc", modules_to_save=[name])
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 3
+
+
+class Spelled(nn.Linear):
+    """A forward of its own that says the same, as Falcon's linear has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_forward_of_its_own_has_to_mean_the_same() -> None:
+    model = nn.Sequential(Scaled(8, 8), Spelled(8, 8))
+    with pytest.raises(lk.TargetError, match="a Scaled whose forward does more than multiply by its weight"):
+        names(model, "0")
+    assert names(model, "1") == {"1"}
+    lk.adapt(model, lk.LoRA(rank=2), "1")
+    assert names(model, "1") == {"1"}, "also once it is adapted"
+
+
 def test_layers_that_are_never_called_are_refused() -> None:
     """An adapter on a layer whose weight the parent uses by itself would do nothing."""
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
@@ -120,6 +183,8 @@ def test_computed_and_missing_weights_are_refused() -> None:
         names(normed, "0")
     with pytest.raises(lk.TargetError, match="gets its shape in the first forward"):
         names(nn.Sequential(nn.LazyLinear(4)), "0")
+    with pytest.raises(lk.TargetError, match=r"quantised \(torch.float8_e4m3fn\)"):
+        names(nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), "0")
 
 
 def test_quantised_weights_are_refused() -> None:

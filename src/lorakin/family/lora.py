@@ -68,8 +68,8 @@ class LoRA(Member):
         )
 
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
-        A = torch.zeros(self.rank, shape.inputs, device=device)
-        B = torch.zeros(shape.outputs, self.rank, device=device)
+        A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
+        B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
         if shape.lookup:
             B.normal_(generator=generator)
         elif self.init == "gaussian":

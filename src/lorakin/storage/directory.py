@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,9 +88,11 @@ def write(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OutputError: nothing was changed in `path`, whose files are as they were.
     """
-    temporary = {name: path / f".{name}.{os.getpid()}.tmp" for name in files}
+    temporary = {name: path / f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files}
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if taken := [name for name in files if (path / name).is_dir()]:
+            raise IsADirectoryError(errno.EISDIR, f"{taken[0]} is a directory")
         for name, content in files.items():
             with open(temporary[name], "wb") as file:
                 file.write(content)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -63,12 +63,13 @@ UNSUPPORTED = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
+    "ensure_weight_tying": "adapters shared by tied weights",
     "target_parameters": "adapters on raw parameters",
     "trainable_token_indices": "trainable tokens",
 }
 # Fields that say nothing about the function of a finished adapter, or that the reader takes from elsewhere.
 SILENT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
     "task_type", "bias", "init_lora_weights",
@@ -149,7 +150,7 @@ def from_files(
         plan = plan_for(
             member,
             list(sites),
-            sorted(copies),
+            list(copies),
             dict(config.get("rank_pattern") or {}),
             dict(config.get("alpha_pattern") or {}),
         )
@@ -254,7 +255,9 @@ def _split_copies(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Tensors of the modules trained whole, by module path, and what is left."""
     names = config.get("modules_to_save") or []
-    paths = [path for path in modules if any(path == name or path.endswith("." + name) for name in names)]
+    named = [path for path in modules if any(path == name or path.endswith("." + name) for name in names)]
+    ends = tuple(names)  # PEFT takes every module whose path ends in the name, "norm" for "input_layernorm" too
+    paths = [p for p in modules if p in named or (ends and p.endswith(ends) and any(key.startswith(p + ".") for key in rest))]
     copies: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     left = {}
     for key, tensor in rest.items():
@@ -269,18 +272,22 @@ def _split_copies(
 def _without_base_embeddings(
     modules: Mapping[str, nn.Module], sites: Mapping[str, Any], rest: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    """PEFT adds the base's own weight of an adapted embedding; it must be the weight that this model has."""
+    """PEFT may add the base's own embedding and head; they must be the weights that this model has."""
     left = {}
     for key, tensor in rest.items():
-        path = key.removesuffix(".base_layer.weight")
-        if path == key or path not in sites:
+        path = key.removesuffix(".weight").removesuffix(".base_layer")
+        if path not in modules or not isinstance(modules[path], nn.Embedding | nn.Linear) or not key.endswith(".weight"):
             left[key] = tensor
             continue
         weight = modules[path].weight
         assert isinstance(weight, Tensor)
         here = weight.detach().cpu().float()
         if tensor.shape != here.shape or not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3):
-            raise AdapterError(f"{where}: it is for another base model: {path} had another weight there")
+            raise AdapterError(
+                f"{where}: it is for another base model: {path} had another weight there, {tuple(tensor.shape)}, perhaps "
+                "because its vocabulary was resized or trained; this model's is "
+                f"{tuple(here.shape)}. Resize, and load that weight first"
+            )
     return left
 
 
@@ -291,24 +298,36 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
-    wanted = {path for path, module in modules.items() if layers.kind_of(module) and _peft_match(targets, path)}
+    if not isinstance(targets, str):
+        targets = frozenset(targets)
+    wanted = {path for path, module in modules.items() if layers.kind_of(module) and _peft_match(targets, path, modules)}
     wanted = {path for path in wanted if not any(path == copy or path.startswith(copy + ".") for copy in copies)}
     if excluded := config.get("exclude_modules"):
         wanted = {path for path in wanted if not _peft_match(excluded, path)}
     chosen_layers = config.get("layers_to_transform")
     if chosen_layers is not None:
         numbers = {chosen_layers} if isinstance(chosen_layers, int) else set(chosen_layers)
-        wanted = {path for path in wanted if (m := re.search(r"\.(\d+)\.", path)) and int(m[1]) in numbers}
+        names = config.get("layers_pattern") or []  # the two rules are PEFT's own
+        rules = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([names] if isinstance(names, str) else names)]
+        rules = rules or [r".*?\.[^.]*\.(\d+)\."]
+        found = {path: next((int(m[1]) for rule in rules if (m := re.match(rule, path))), None) for path in wanted}
+        wanted = {path for path in wanted if found[path] in numbers}
     if missing := sorted(wanted - set(sites)):
         raise AdapterError(f"{where}: the config targets {_some(missing)}, but the file has no tensors for it")
     if extra := sorted(set(sites) - wanted):
         raise AdapterError(f"{where}: the file has tensors for {_some(extra)}, which the config does not target")
 
 
-def _peft_match(targets: str | Sequence[str], path: str) -> bool:
+def _peft_match(targets: str | Collection[str], path: str, known: Collection[str] = ()) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts.
+
+    An entry that is itself the path of a module in `known` means that one alone.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return any(path == entry or path.endswith("." + entry) for entry in targets)
+    parts = path.split(".")
+    entries = targets if isinstance(targets, frozenset) else frozenset(targets)
+    return path in entries or any((end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts)))
 
 
 def _read_site(

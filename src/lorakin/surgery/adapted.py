@@ -65,14 +65,14 @@ class Hung(nn.Module):
     """What hangs on one module: its adapters by name, which of them are in use, and the base's own parameters while some
     are merged.
 
-    The adapters are children under their own names; names such as "keys" or "train" are no trouble, since the
-    children are reached through `self[name]` alone.
+    The adapters are children under their own names.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.off: set[str] = set()
         self.base: dict[str, Tensor] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hung:
@@ -95,6 +95,7 @@ class Hung(nn.Module):
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
         self.active = tuple(other for other in self.active if other != name)
+        self.off.discard(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -108,7 +109,7 @@ class Hung(nn.Module):
 
     def in_use(self) -> list[Any]:
         """The active adapters that are not merged into the weight, in the order of activation."""
-        return [self._modules[name] for name in self.active if name not in self.merged]
+        return [self._modules[name] for name in self.active if name not in self.merged and name not in self.off]
 
 
 class Adapted(nn.Module):

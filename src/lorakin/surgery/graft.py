@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,11 +59,13 @@ def plan(
     modules_to_save: Sequence[str] = (),
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
-    copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save))
+    rank_pattern = {key: operator.index(rank) for key, rank in (rank_pattern or {}).items()}
+    alpha_pattern = {key: float(alpha) for key, alpha in (alpha_pattern or {}).items()}
+    copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
-    check_patterns("rank_pattern", dict(rank_pattern or {}), paths)
-    check_patterns("alpha_pattern", dict(alpha_pattern or {}), paths)
-    chosen = plan_for(member, paths, copies, rank_pattern or {}, alpha_pattern or {})
+    check_patterns("rank_pattern", dict(rank_pattern), paths)
+    check_patterns("alpha_pattern", dict(alpha_pattern), paths)
+    chosen = plan_for(member, paths, copies, rank_pattern, alpha_pattern)
     for path, there in chosen.sites.items():
         kind = layers.kind_of(model.get_submodule(path))
         assert kind is not None
@@ -95,6 +98,8 @@ class Graft:
         self.model = model
         self.name = name
         self.plan = plan
+        self._disabled = 0
+        self._merge_again = False
 
     def install(
         self,
@@ -130,7 +135,7 @@ class Graft:
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
-            child.train(self.model.training)
+            child.train(self.model.get_submodule(path).training)
             hang(self.model.get_submodule(path), self.name, child)
         _mark_base(self.model, registry)
         activate(self.model, self.name)
@@ -154,8 +159,10 @@ class Graft:
     def freeze_base(self) -> None:
         """Stop training everything that is not an adapter's, remembering what trained before."""
         registry = _registry(self.model)
-        for key, parameter in _base_parameters(self.model):
+        named = _base_parameters(self.model)
+        for key, parameter in named:
             registry.requires_grad.setdefault(key, parameter.requires_grad)
+        for _, parameter in named:
             parameter.requires_grad_(False)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -191,20 +198,22 @@ class Graft:
     def disabled(self) -> Iterator[None]:
         """Leave this adapter out of the forward inside the context, also while merged. Nests; trains nothing new."""
         self._require_present()
-        merged = self.is_merged
-        if merged:
-            self.unmerge()
-        hung = [_hung(self.model, path) for path in self._paths()]
-        before = [(h, h.active) for h in hung]
-        for h in hung:
-            h.active = tuple(name for name in h.active if name != self.name)
+        if not self._disabled:
+            self._merge_again = self.is_merged
+            if self._merge_again:
+                self.unmerge()
+        self._disabled += 1  # counted, so that contexts may overlap, and nothing stale is put back
+        for hung in self._hung_if_there():
+            hung.off.add(self.name)
         try:
             yield
         finally:
-            for h, active in before:
-                h.active = tuple(name for name in active if name in h)
-            if merged and self.name in _registry(self.model).grafts:
-                self.merge()
+            self._disabled -= 1
+            if not self._disabled:
+                for hung in self._hung_if_there():
+                    hung.off.discard(self.name)
+                if self._merge_again and _registry(self.model).grafts.get(self.name) is self:
+                    self.merge()
 
     def merge(self, *, permanent: bool = False) -> None:
         """Fold the adapter into the weights; the forward then costs what the base's does. Merging twice is merging once.
@@ -213,10 +222,12 @@ class Graft:
         With `permanent` they are given up and the adapter leaves the model, which is a plain model again.
 
         Raises:
-            StateError: a merged weight would not be finite (nothing is merged then), or `permanent` while another
-                adapter is merged.
+            StateError: a merged weight would not be finite (nothing is merged then), the adapter is disabled, or
+                `permanent` while another adapter is merged.
         """
         self._require_present()
+        if self._disabled:
+            raise StateError(f"adapter {self.name!r} is disabled at the moment; merge it outside of disabled()")
         if permanent and (others := [n for n, g in _registry(self.model).grafts.items() if g is not self and g.is_merged]):
             raise StateError(f"adapter {others[0]!r} is merged too; unmerge it before merging {self.name!r} for good")
         before = {path: _hung(self.model, path).merged for path in self._paths()}
@@ -258,6 +269,8 @@ class Graft:
         registry = _registry(self.model)
         if not self.name or not isinstance(self.name, str) or "." in self.name or "/" in self.name:
             raise SettingError(f"an adapter's name must be text without '.' and '/', not {self.name!r}")
+        if hasattr(Hung(), self.name):
+            raise SettingError(f"an adapter cannot be called {self.name!r}: torch's modules have an attribute of that name")
         if self.name in registry.grafts:
             raise SettingError(f"the model already has an adapter {self.name!r}; remove it first, or choose another name")
         if merged := [name for name, graft in registry.grafts.items() if graft.is_merged]:
@@ -279,7 +292,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         SettingError: an unknown name, or two adapters that both train the same module whole.
         StateError: an adapter is merged.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = _registry(model).grafts
     for name in names:
         if name not in known:
@@ -368,7 +381,8 @@ def _hung(model: nn.Module, path: str) -> Hung:
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in model.named_parameters() if "lorakin" not in key.split(".")]
+    named = model.named_parameters(remove_duplicate=False)  # under each of its names: merging may part what was tied
+    return [(key, p) for key, p in named if "lorakin" not in key.split(".")]
 
 
 def _mark_base(model: nn.Module, registry: Registry) -> None:

@@ -230,14 +230,53 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
         return f"a {type(module).__name__} whose weight is computed (parametrized or normalised), not a parameter of its own"
     if isinstance(weight, UninitializedParameter):
         return f"a {type(module).__name__} that gets its shape in the first forward; run one before adapting"
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         dtype = getattr(weight, "dtype", type(weight).__name__)
         return f"a {type(module).__name__} whose weight is quantised ({dtype}), which this version does not adapt"
+    if weight.is_meta and "_hf_hook" in vars(module):
+        return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
+    if reason := never_called(module, parent) or kind.refusal(module):
+        return reason
+    return (
+        None
+        if weight.is_meta or _forward_is_stock(module, kind)
+        else (f"a {type(module).__name__} whose forward does more than multiply by its weight and add its bias")
+    )
+
+
+def never_called(module: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why `module` would not be called, so that nothing hung on it would take part; None if it will be."""
     if isinstance(parent, nn.MultiheadAttention):
         return "the output projection of nn.MultiheadAttention, which reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return (
-            "inside nn.TransformerEncoderLayer, whose fast path bypasses its linears in eval mode; "
+            "inside nn.TransformerEncoderLayer, whose fast path bypasses its parts in eval mode; "
             "call torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    return kind.refusal(module)
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        return f"a {type(module).__name__}, which is never called itself; name the modules in it"
+    return None
+
+
+@torch.no_grad()
+def _forward_is_stock(module: Any, kind: type[Layer]) -> bool:
+    """Whether the module computes what its kind says: by its class, or for a subclass with a forward of its own, on a probe."""
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c) and not c.__module__.startswith("lorakin."))
+    if owner in (*kind.modules, *(nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_transposed(module):
+        return True
+    inputs = kind.shape(module).inputs
+    if kind is EmbeddingLayer:
+        probe = torch.arange(min(4, inputs), device=module.weight.device)
+    elif kind is LinearLayer:
+        probe = torch.linspace(-1, 1, 2 * inputs, device=module.weight.device, dtype=module.weight.dtype).view(2, inputs)
+    else:
+        return False
+    expected = kind.product(module, probe)
+    bias = getattr(module, "bias", None)
+    try:
+        said = vars(owner)["forward"](module, probe)
+    except Exception:  # whatever a forward of its own needs, it is not the stock one
+        return False
+    return isinstance(said, Tensor) and torch.allclose(
+        said, expected if bias is None else expected + bias, rtol=1e-3, atol=1e-3
+    )

@@ -27,7 +27,9 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
     names = tuple(name for name in hung.names() if name in names)  # in one order, whatever order they were merged in
     if names:
         base = hung.base or _own_tensors(module)
-        replacement = _folded(module, base, path, [hung[name] for name in names])
+        device = next(iter(base.values())).device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            replacement = _folded(module, base, path, [hung[name] for name in names])
         hung.base = base
     else:
         replacement, hung.base = hung.base, {}
@@ -49,7 +51,6 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in saved.items() if not key.startswith("lorakin.")}
 
 
-@torch.no_grad()
 def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:
     sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
     if not sites:

@@ -23,14 +23,16 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if "lorakin" not in path.split(".")}
 
 
-def matches(path: str, pattern: str) -> bool:
-    """Whether `pattern` selects `path`: as a name (the whole path or its last parts), a glob, or a regular expression."""
-    if path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern):
-        return True
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that `pattern` selects: as a name (a path or its last parts), else as a glob, else as a regular expression."""
+    paths = list(paths)
+    named = [path for path in paths if path == pattern or path.endswith("." + pattern)]
+    if found := named or [path for path in paths if fnmatch.fnmatchcase(path, pattern)]:
+        return found
     try:
-        return re.fullmatch(pattern, path) is not None
+        return [path for path in paths if re.fullmatch(pattern, path)]
     except re.error:
-        return False
+        return []
 
 
 def resolve(pattern_values: dict[str, float], path: str, default: float) -> float:
@@ -66,7 +68,7 @@ def select(
     """Paths of the modules to adapt, in the model's order.
 
     Args:
-        targets: "all-linear" (every linear layer but the head), a pattern or a list of them (see `matches`), or a
+        targets: "all-linear" (every linear layer but the head), a pattern or a list of them (see `matching`), or a
             function of (path, module). "none" or [] adapts nothing, beside modules that are trained whole.
         exclude: patterns to leave out.
         layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
@@ -78,30 +80,34 @@ def select(
     modules = named_modules(model)
     reserved = tuple(reserved)
     free = {path: m for path, m in modules.items() if path and not _inside(path, reserved)}
-    if callable(targets):
+    named: set[str] = set()
+    if callable(targets) and not isinstance(targets, type | nn.Module):
         chosen = [path for path, module in free.items() if layers.kind_of(module) and targets(path, module)]
         described = "the targets function"
-    elif targets == ALL_LINEAR:
-        chosen = _all_linear(model, free)
-        described = ALL_LINEAR
     else:
-        patterns = [targets] if isinstance(targets, str) else list(targets or [])
-        if not patterns or patterns == ["none"]:
-            if reserved:
-                return []
+        patterns = _patterns(targets)
+        if not patterns and reserved:
+            return []
+        if not patterns:
             raise TargetError("no targets given; name modules, or use targets='all-linear'")
-        wanted = [path for pattern in patterns for path in _matching(pattern, free, modules)]
-        chosen = [path for path in free if path in set(wanted)]
+        wanted: set[str] = set()
+        for pattern in patterns:
+            if pattern == ALL_LINEAR:
+                wanted |= set(_all_linear(model, free))
+            else:
+                named |= set(_matching(pattern, free, modules, reserved))
+        chosen = [path for path in free if path in wanted | named]
         described = ", ".join(patterns)
-        for path in chosen:
-            if reason := layers.refusal(free[path], _parent(modules, path)):
-                raise TargetError(f"{path} cannot be adapted: it is {reason}. Leave it out with exclude={path!r}")
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        if not any(matches(path, pattern) for path in modules):
+    for pattern in [exclude] if isinstance(exclude, str) else exclude or ():
+        excluded = set(matching(pattern, modules))
+        if not excluded:
             raise TargetError(f"exclude: {pattern!r} matches no module; {_near(pattern, free)}")
-        chosen = [path for path in chosen if not matches(path, pattern)]
+        chosen = [path for path in chosen if path not in excluded]
     if layer_indices is not None:
         chosen = _in_layers(chosen, layer_indices)
+    for path in chosen:
+        if path in named and (reason := layers.refusal(free[path], _parent(modules, path))):
+            raise TargetError(f"{path} cannot be adapted: it is {reason}. Leave it out with exclude={path!r}")
     chosen = _without_refused(chosen, modules)
     if not chosen:
         kinds = sorted({type(m).__name__ for m in free.values() if layers.kind_of(m)})
@@ -124,8 +130,11 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
             raise TargetError(f"modules_to_save: {name!r} matches no module; {_near(name, modules)}")
         if not any(True for p in paths for _ in modules[p].parameters()):
             raise TargetError(f"modules_to_save: {name!r} has no parameters to train")
+        for path in paths:
+            if reason := layers.never_called(modules[path], modules.get(path.rpartition(".")[0], model)):
+                raise TargetError(f"modules_to_save: {path} cannot be trained whole: it is {reason}")
         found += [p for p in paths if p not in found]
-    return [path for path in found if not _inside(path, [other for other in found if other != path])]
+    return [path for path in modules if path in found and not _inside(path, [other for other in found if other != path])]
 
 
 def head_of(model: nn.Module) -> list[str]:
@@ -160,9 +169,20 @@ def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:
     return [path for path, module in free.items() if layers.is_linear(module) and not _inside(path, head)]
 
 
-def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[str]:
+def _patterns(targets: object) -> list[str]:
+    """`targets` as a list of patterns; "all-linear" and "none" in any case."""
+    several = isinstance(targets, Iterable) and not isinstance(targets, str)
+    patterns = []
+    for entry in targets if several else [] if targets is None else [targets]:  # type: ignore[attr-defined]
+        if not isinstance(entry, str):
+            raise TargetError(f"targets must be names, globs or regular expressions as text, or a function, not {entry!r}")
+        patterns.append(ALL_LINEAR if entry.lower() == ALL_LINEAR else entry)
+    return [] if [pattern.lower() for pattern in patterns] == ["none"] else patterns
+
+
+def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Module], reserved: Iterable[str]) -> list[str]:
     """Paths that `pattern` selects among the layers that can be adapted."""
-    found = [path for path in free if matches(path, pattern)]
+    found = matching(pattern, free)
     usable = [path for path in found if layers.kind_of(free[path])]
     if usable:
         return usable
@@ -171,12 +191,16 @@ def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Mo
         hint = f"; it holds {', '.join(dict.fromkeys(p.rsplit('.', 1)[-1] for p in inside))}" if inside else ""
         reason = layers.refusal(free[found[0]], _parent(modules, found[0]))
         raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
+    if whole := matching(pattern, reserved):
+        raise TargetError(f"target {pattern!r} selects {whole[0]}, which modules_to_save already trains whole; leave out one")
     raise TargetError(f"target {pattern!r} matches no module; {_near(pattern, [p for p in free if layers.kind_of(free[p])])}")
 
 
 def _in_layers(paths: list[str], indices: Sequence[int]) -> list[str]:
-    numbers = {path: int(m[1]) for path in paths if (m := re.search(r"(?:^|\.)(\d+)(?:\.|$)", path))}
+    named, bare = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?:\.|$)", r"(?:^|\.)(\d+)(?:\.|$)"  # layers.3, else a Sequential's 3
+    numbers = {path: int(m[1]) for path in paths if (m := re.search(named, path) or re.search(bare, path))}
     count = max(numbers.values(), default=-1) + 1
+    indices = [indices] if isinstance(indices, int) else list(indices)
     for index in indices:
         if not -count <= index < count:
             raise TargetError(f"layers: there is no layer {index}; the selected modules lie in layers 0 to {count - 1}")

@@ -134,6 +134,16 @@ def test_inspect(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[st
     assert all(word in shown for word in ("lora", "rank", "q_proj", "down_proj", "targets", "MiB"))
 
 
+def test_inspecting_what_is_incomplete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(trained / "adapter_model.safetensors")
+    del tensors[next(key for key in tensors if "lora_B" in key)]
+    safetensors.torch.save_file(tensors, trained / "adapter_model.safetensors")
+    assert run(["inspect", str(trained)]) == 2
+    assert "lacks lora_B.weight" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_errors_are_one_line_and_exit_codes_mean_something(tmp_path: Path, data: str) -> None:
     result = script("train", "--model", "/nowhere", "--data", data, "--out", str(tmp_path / "x"))
     assert result.returncode == 2

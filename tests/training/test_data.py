@@ -161,6 +161,12 @@ def test_files_that_hold_no_data(content: str, message: str, tmp_path: Path) -> 
         read_rows(str(tmp_path / "bad.jsonl"))
 
 
+def test_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1"))
+    with pytest.raises(lk.DataError, match=r"cannot be read: 'utf-8' codec can't decode"):
+        read_rows(str(tmp_path / "latin.jsonl"))
+
+
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(lk.DataError, match="there is no data file"):
         read_rows(str(tmp_path / "none.jsonl"))
@@ -183,6 +189,36 @@ def test_a_malformed_row_is_named(row: dict[str, Any], message: str, write_rows:
     rows = read_rows(write_rows([SAME["messages"], row]))
     with pytest.raises(lk.DataError, match=message):
         encode(rows, tokenizer, 100)
+
+
+def test_numbers_and_parts_are_text(write_rows: Write, tokenizer: Any) -> None:
+    example = encode(read_rows(write_rows([{"prompt": "one", "completion": 2}])), tokenizer, 100)
+    assert len(example.examples) == 1
+    parted = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "what sat"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "the cat sat"}]},
+        ]
+    }
+    example = encode(read_rows(write_rows([parted])), tokenizer, 100)
+    assert parts(example.examples[0]["input_ids"], example.examples[0]["labels"], tokenizer) == EXPECTED
+
+
+def test_odd_conversations(write_rows: Write, tokenizer: Any) -> None:
+    first = [
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "who"},
+        {"role": "assistant", "content": "the cat"},
+    ]
+    encoded = encode(read_rows(write_rows([{"messages": first}, {"messages": []}])), tokenizer, 100)
+    assert encoded.dropped == 1
+    assert parts(encoded.examples[0]["input_ids"], encoded.examples[0]["labels"], tokenizer)[1] == "the cat <|end|>"
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(lk.DataError, match="row 1: roles must alternate"):
+        encode(read_rows(write_rows([SAME["messages"]])), strict, 100)
 
 
 def test_splitting_is_by_seed_and_disjoint(write_rows: Write) -> None:

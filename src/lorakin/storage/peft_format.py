@@ -205,6 +205,8 @@ def pairs_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapp
         rank = resolve(dict(config.get("rank_pattern") or {}), path, getattr(member, "rank"))  # noqa: B009
         alpha = resolve(dict(config.get("alpha_pattern") or {}), path, getattr(member, "alpha"))  # noqa: B009
         there = dataclasses.replace(member, rank=rank, alpha=alpha)  # type: ignore[type-var]
+        if missing := sorted(set(form.slots) - set(slots)):
+            raise AdapterError(f"{where}: {path} lacks {', '.join(form.slots[slot] for slot in missing)}")
         found[path] = (there, {slot: tensor.flatten(1) for slot, tensor in slots.items()})
     return found
 

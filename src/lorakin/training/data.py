@@ -52,7 +52,7 @@ def _alpaca(row: Row) -> list[Message]:
     question = _text(row["instruction"], "instruction")
     if extra := (row.get("input") or "").strip():
         question += "\n\n" + extra
-    return [_message("user", question), _message("assistant", row["output"])]
+    return [_message("user", question), _message("assistant", _text(row["output"], "output"))]
 
 
 def _asked(prompt: str, answer: str) -> Callable[[Row], list[Message] | Text]:
@@ -149,6 +149,7 @@ def read_rows(name: str) -> Rows:
             table = _read_file(path)
         else:
             table = datasets.load_dataset(name, split="train")
+        rows = table.to_list()
     except DataError:
         raise
     except Exception as error:  # the readers raise whatever their parsers do
@@ -164,7 +165,7 @@ def read_rows(name: str) -> Rows:
         )
     feature = table.features[found.columns[-1]]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    return Rows(name, found, table.to_list(), names)
+    return Rows(name, found, rows, names)
 
 
 def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
@@ -196,7 +197,7 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = "answer",
         try:
             content = rows.format.read(row)
             tokens = encode_one(content, tokenizer, loss_on, chat_template)
-        except (DataError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # a chat template raises whatever it likes about a conversation
             raise DataError(f"{rows.name}, row {number}: {error} (format {rows.format.name})") from error
         ids, labels = tokens[0][:max_length], tokens[1][:max_length]
         if any(label != IGNORED for label in labels[1:]):
@@ -307,11 +308,11 @@ def _encode_text(content: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
 def _encode_conversation(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[int]]:
     if not tokenizer.chat_template:
         raise DataError("conversations need a tokenizer with a chat template; use an instruct model, or prompt and completion")
-    ids = _render(messages, tokenizer)
+    ids = _render(messages, tokenizer) if messages else []
     labels = [IGNORED] * len(ids)
     for number, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"].strip():
-            continue
+        if not number or message["role"] != "assistant" or not message["content"].strip():
+            continue  # an answer to nothing is no answer: a first turn of the assistant is context
         start = _common(_render(messages[:number], tokenizer, answer_next=True), ids)
         end = _common(_render(messages[: number + 1], tokenizer), ids)
         turn = ids[start:end]
@@ -339,6 +340,10 @@ def _message(role: Any, content: Any) -> Message:
 
 
 def _text(value: Any, what: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # a column of numbers, as CSV readers see one
+    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(_text(part.get("text"), what) for part in value)
     if not isinstance(value, str):
         raise DataError(f"{what} is {value!r}, expected text")
     return value

@@ -84,6 +84,23 @@ def test_the_effective_recipe_runs_again_to_the_same_adapter(recipe: Recipe, tmp
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path) -> None:
+    """36 rows in batches of 8 are 5 steps an epoch; step 8 lies inside the second."""
+    recipe.save_every, recipe.steps = 8, 12
+    run(recipe)
+    whole, half = tensors(Path(recipe.out)), tmp_path / "half"
+    shutil.copytree(recipe.out, half)
+    shutil.rmtree(half / "checkpoints" / "checkpoint-12")
+    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
+
+
+def test_a_blow_up_in_the_last_step_is_no_success(recipe: Recipe) -> None:
+    recipe.lr, recipe.steps, recipe.warmup, recipe.max_grad_norm = 1e30, 1, 0.0, 1e30
+    with pytest.raises(lk.DivergedError):
+        run(recipe)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path, dropout: float) -> None:
     recipe.dropout, recipe.save_every, recipe.steps, recipe.accumulate = dropout, 3, 9, 2

@@ -167,10 +167,12 @@ def train(run: Run) -> Result:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        after = run.evaluate()
+        if not math.isfinite(after.loss) or not all(bool(torch.isfinite(p).all()) for p in trainer.trained):
+            raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)
     except DivergedError as error:
         raise _stopped(run, trainer, error) from None
     run.adapter.save(run.out)
-    after = run.evaluate()
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
     metrics.plot(run.out / PICTURE)
     model.eval()
@@ -307,7 +309,6 @@ def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -43,6 +43,7 @@ def test_the_member_takes_its_own_defaults() -> None:
         ({"chat_template": "yes please"}, "chat_template must be true or false"),
         ({"targets": {"a": 1}}, "targets must be a list of names"),
         ({"model": ["a"]}, "model must be text"),
+        ({"weight_decay": -1}, "weight_decay must not be negative"),
         ({"seed": -1}, r"seed must lie in \[0, 2\*\*32\), not -1"),
         ({"seed": None}, "seed must be a number, not None"),
     ],

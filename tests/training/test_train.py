@@ -190,6 +190,7 @@ def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch:
         ({"max_length": 3}, lk.DataError, "all labels are masked"),
         ({"layers": "7"}, lk.TargetError, "no layer 7"),
         ({"dtype": "int3"}, lk.SettingError, "dtype must be auto"),
+        ({"schedule": "foo"}, lk.SettingError, "schedule must be one of linear, .* not 'foo'"),
         ({"method": "magic"}, lk.SettingError, "unknown method 'magic'"),
     ],
 )
@@ -245,6 +246,10 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
     assert again.loss == pytest.approx(result.after.loss, rel=1e-5)
     loaded = load_with_adapter(sentiment.model, sentiment.out)
     assert loaded.model.config.id2label == {0: "disliked", 1: "liked"}
+    with pytest.raises(lk.ModelError, match="a BertForSequenceClassification, which classifies and cannot generate"):
+        answer(loaded, "the cat")
+    merge(sentiment.model, sentiment.out, sentiment.out + "-merged")
+    assert evaluate_rows(sentiment.out + "-merged", None, sentiment.data).accuracy == 1.0
 
 
 def test_a_language_model_as_a_classifier(sentiment: Recipe, model_dir: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.family.member import require
 from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
-from lorakin.training.models import load_with_adapter
+from lorakin.training.models import load_with_adapter, stored_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,10 @@ def evaluate_rows(
     """
     require(loss_on in ("answer", "all"), f"loss_on must be answer or all, not {loss_on!r}")
     rows = read_rows(name)
-    if rows.is_classification and adapter is None:
+    labels = stored_labels(model) if rows.is_classification and adapter is None else None
+    if rows.is_classification and adapter is None and labels is None:
         raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
-    loaded = load_with_adapter(model, adapter, dtype)
+    loaded = load_with_adapter(model, adapter, dtype, labels)
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")

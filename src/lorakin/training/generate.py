@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
+from lorakin.errors import ModelError
 from lorakin.training.data import prompt_ids
 from lorakin.training.models import Loaded
 
@@ -25,6 +26,8 @@ def answer(
     With `stream` the answer is also printed on stdout while it comes.
     """
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ModelError(f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and cannot generate")
     ids = torch.tensor([prompt_ids(prompt, tokenizer, chat_template)], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)

@@ -97,6 +97,16 @@ def load_with_adapter(name: str, adapter: str | None, dtype: str = "auto", label
     return loaded
 
 
+def stored_labels(name: str) -> list[str] | None:
+    """The classes of a model that is stored as a classifier, head included; None for any other."""
+    config = Path(name).expanduser() / "config.json"
+    if not config.is_file():
+        return None
+    stored = transformers.AutoConfig.from_pretrained(config.parent)
+    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in stored.architectures or ())
+    return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
+
+
 def _adapter_directory(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

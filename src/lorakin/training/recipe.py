@@ -63,6 +63,8 @@ class Recipe:
         require(self.epochs is None or self.epochs > 0, f"epochs must be positive, not {self.epochs}")
         for name in ("batch_size", "accumulate", "max_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.weight_decay >= 0, f"weight_decay must not be negative, not {self.weight_decay}")
+        require(self.max_grad_norm >= 0, f"max_grad_norm must not be negative, not {self.max_grad_norm}")
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
         require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")

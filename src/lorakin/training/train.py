@@ -120,6 +120,9 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     out = Path(recipe.out).expanduser()
     checkpoint = _check_out(recipe, out, resume)
     member = recipe.member()
+    schedules = [schedule.value for schedule in transformers.SchedulerType]
+    if recipe.schedule not in schedules:
+        raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
     rows = data.read_rows(recipe.data)
     train_rows, held_rows = _held_out(recipe, rows)

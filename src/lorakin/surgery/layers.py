@@ -237,11 +237,9 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
         return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
     if reason := never_called(module, parent) or kind.refusal(module):
         return reason
-    return (
-        None
-        if weight.is_meta or _forward_is_stock(module, kind)
-        else (f"a {type(module).__name__} whose forward does more than multiply by its weight and add its bias")
-    )
+    if weight.is_meta or _forward_is_stock(module, kind):
+        return None
+    return f"a {type(module).__name__} whose forward does more than multiply by its weight and add its bias"
 
 
 def never_called(module: nn.Module, parent: nn.Module | None) -> str | None:
@@ -262,7 +260,7 @@ def never_called(module: nn.Module, parent: nn.Module | None) -> str | None:
 def _forward_is_stock(module: Any, kind: type[Layer]) -> bool:
     """Whether the module computes what its kind says: by its class, or for a subclass with a forward of its own, on a probe."""
     owner = next(c for c in type(module).__mro__ if "forward" in vars(c) and not c.__module__.startswith("lorakin."))
-    if owner in (*kind.modules, *(nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_transposed(module):
+    if owner in kind.modules or is_transposed(module):
         return True
     inputs = kind.shape(module).inputs
     if kind is EmbeddingLayer:

@@ -85,9 +85,15 @@ def test_the_example_of_a_member_is_one(ids: torch.Tensor) -> None:
     from dataclasses import dataclass
     from typing import ClassVar
 
-    from lorakin.family import Member, Pair
+    from lorakin.family import Pair, Parametrisation
 
-    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Member": Member, "Pair": Pair, "torch": torch}
+    names: dict[str, Any] = {
+        "dataclass": dataclass,
+        "ClassVar": ClassVar,
+        "Parametrisation": Parametrisation,
+        "Pair": Pair,
+        "torch": torch,
+    }
     names["__name__"] = "example"
     sys.modules["example"] = SimpleNamespace(**names)  # type: ignore[assignment]
     exec(code, names)

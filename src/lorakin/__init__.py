@@ -1,6 +1,6 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
-from lorakin.adapter import Adapter, activate, adapt, adapters, load
+from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load
 from lorakin.errors import (
     AdapterError,
     DataError,
@@ -13,16 +13,22 @@ from lorakin.errors import (
     StateError,
     TargetError,
 )
-from lorakin.family import LoRA
+from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "DataError",
+    "DeltaLoRA",
     "DivergedError",
+    "DoRA",
     "LoRA",
+    "LoRADrop",
+    "LoRAFA",
+    "LoRAPlus",
     "LorakinError",
     "LorakinWarning",
     "ModelError",
@@ -30,8 +36,10 @@ __all__ = [
     "SettingError",
     "StateError",
     "TargetError",
+    "VeRA",
     "activate",
     "adapt",
     "adapters",
+    "importance",
     "load",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, SettingError, StateError
-from lorakin.family import Member
+from lorakin.family import Member, Method
 from lorakin.storage import directory
 from lorakin.surgery import graft as surgery
+from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.optimizer import check_attached, parameter_groups
+from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
 
+Loss = Callable[[nn.Module, Any], torch.Tensor]
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - the conventional letter for "an optimizer class"
 
 
@@ -38,22 +41,35 @@ class Adapter(Graft):
         """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them."""
         return parameter_groups(self, lr, **options)
 
-    def optimizer(self, cls: type[O] = torch.optim.AdamW, *, lr: float, **options: Any) -> O:  # type: ignore[assignment]
+    def optimizer(
+        self,
+        cls: type[O] = torch.optim.AdamW,  # type: ignore[assignment]
+        *,
+        lr: float,
+        total_steps: int | None = None,
+        **options: Any,
+    ) -> O:
         """An optimizer of class `cls` over the adapter's groups, attached.
 
         Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there.
+        `total_steps`, the optimizer steps of the run, is needed only for members that plan over it, such as AdaLoRA.
         """
         if "weight_decay" in inspect.signature(cls).parameters:
             options.setdefault("weight_decay", 0.0)
-        return self.attach(cls(self.parameter_groups(lr), **options))
+        return self.attach(cls(self.parameter_groups(lr), **options), total_steps)
 
-    def attach(self, optimizer: O) -> O:
-        """Check that `optimizer` trains the whole adapter, and hand it back.
+    def attach(self, optimizer: O, total_steps: int | None = None) -> O:
+        """Begin a run with `optimizer`, once it is clear that it trains the whole adapter as the method says; returns it.
+
+        What a member does at each step hangs on the optimizer's steps by itself; nothing need be called while training.
 
         Raises:
-            SettingError: it holds not all of the adapter's trainable tensors.
+            SettingError: it holds not all of the adapter's trainable tensors, or a member cannot be run like that.
+            StateError: it lacks learning rates that the method relates to each other.
         """
         check_attached(self, optimizer)
+        self.begin(total_steps)
+        trained_by(optimizer)
         return optimizer
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -62,9 +78,10 @@ class Adapter(Graft):
         Warns if the adapter, or part of it, changes nothing: training never reached it.
 
         Raises:
+            StateError: a member did not do what it is for, such as an allocator that never ran.
             OutputError: it cannot be written there; an adapter that was there is intact.
         """
-        directory.warn_of_zero_changes(self)
+        directory.check_trained(self)
         return directory.save(self, Path(path))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
@@ -76,23 +93,29 @@ class Adapter(Graft):
         if self.is_merged:
             raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
         contents = directory.read(Path(path)).match(self.model)
-        if contents.plan != self.plan:
-            raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.member}")
+        if not self._is_as(contents.plan):
+            raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")
         with torch.no_grad():
             for at, tensors in contents.sites.items():
-                for slot, parameter in self.site(at).tensors().items():
-                    parameter.copy_(tensors[slot])
+                self.site(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
+        if contents.state is not None:
+            self.restore_state(contents.state)
+
+    def _is_as(self, plan: surgery.Plan) -> bool:
+        """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
+        mine, other = ((list(p.sites), p.copies, p.rank_pattern, p.alpha_pattern) for p in (self.plan, plan))
+        return mine == other and self.plan.method.agrees_with(plan.method)
 
     def __repr__(self) -> str:
         state = "merged" if self.is_merged else "active" if self.is_active else "inactive"
-        return f"Adapter({self.name!r}, {self.plan.member}, {len(self.plan.sites)} modules, {state})"
+        return f"Adapter({self.name!r}, {self.plan.method}, {len(self.plan.sites)} modules, {state})"
 
 
 def adapt(
     model: nn.Module,
-    member: Member,
+    member: Member | Sequence[Member] | Method,
     targets: Targets = ALL_LINEAR,
     *,
     name: str = "default",
@@ -103,6 +126,7 @@ def adapt(
     modules_to_save: Sequence[str] = (),
     seed: int | None = None,
     dtype: torch.dtype | None = None,
+    probe: Sequence[Any] | None = None,
 ) -> Adapter:
     """Put a fresh adapter into `model`, which stays itself: same class, same names, same output until it is trained.
 
@@ -111,7 +135,7 @@ def adapt(
 
     Args:
         model: any module with linear, Conv1D, embedding or convolution layers.
-        member: what to put in, such as `LoRA(rank=16, alpha=32)`.
+        member: what to put in, such as `LoRA(rank=16, alpha=32)`, or members to combine: `[DoRA(rank=16), LoRAPlus()]`.
         targets: "all-linear" (every linear layer but the head); a name, glob or regular expression, or a list of
             them; or a function of (path, module). A name selects modules whose path ends in it.
         name: the adapter's name.
@@ -122,29 +146,101 @@ def adapt(
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
+        probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
 
     Raises:
-        SettingError: a rank above a weight's smaller side, a name that is taken.
+        SettingError: members that do not combine, a rank above a weight's smaller side, a name that is taken.
         TargetError: a pattern that selects nothing, or something that cannot be adapted.
         StateError: another adapter is merged at the moment.
     """
     model = surgery.root_of(model)
-    if not isinstance(member, Member):
-        raise SettingError(f"adapt needs a member with its settings, such as lk.LoRA(rank=16), not {member!r}")
-    chosen = surgery.plan(
-        model,
-        member,
-        targets,
-        exclude=exclude,
-        layer_indices=layers,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save,
-    )
-    adapter = Adapter(model, name, chosen)
-    adapter.install(surgery.fresh(None if seed is None else torch.Generator().manual_seed(seed), dtype))
+    method = Method.of(member)
+    places: dict[str, Any] = {
+        "exclude": exclude,
+        "layer_indices": layers,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "modules_to_save": modules_to_save,
+    }
+    if probe is not None:
+        method = method.with_importance(_importance(model, method, probe, targets, seed, places))
+    adapter = Adapter(model, name, surgery.plan(model, method, targets, **places))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    adapter.install(surgery.fresh(model, adapter.plan, generator, dtype))
     adapter.freeze_base()
     return adapter
+
+
+def importance(
+    model: nn.Module,
+    member: Member | Sequence[Member] | Method,
+    batches: Sequence[Any],
+    targets: Targets = ALL_LINEAR,
+    *,
+    lr: float | None = None,
+    loss: Loss | None = None,
+    seed: int | None = None,
+    **where: Any,
+) -> dict[str, float]:
+    """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
+
+    A plain pair is trained on `batches` for the member's `probe_epochs`, measured in eval mode and taken out again; the model
+    is as it was before. For LoRA-drop: I_k = g_k / Σ g, g_k = Σ ‖s·B_k A_k x‖² over the tokens that are not padding.
+
+    Args:
+        model: see `adapt`.
+        member: such as `LoRADrop(threshold=0.9)`, alone or with others.
+        batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
+        targets: see `adapt`; `where` takes its `exclude`, `layers`, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+        lr: learning rate of the probe.
+        loss: (model, batch) → loss, for models whose output has none.
+        seed: of the pair's initial tensors.
+
+    Returns:
+        Path → importance, in the model's order; for `LoRADrop(importance=…)`.
+
+    Raises:
+        SettingError: no member wants a probe; no batches.
+        StateError: the model has adapters.
+    """
+    where["layer_indices"] = where.pop("layers", None)
+    return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, where, lr, loss)
+
+
+def _importance(
+    model: nn.Module,
+    method: Method,
+    batches: Sequence[Any],
+    targets: Targets,
+    seed: int | None,
+    places: Mapping[str, Any],
+    lr: float | None = None,
+    loss: Loss | None = None,
+) -> dict[str, float]:
+    probe, batches = method.probe, list(batches)
+    if probe is None:
+        raise SettingError(f"{method.words} does not choose its modules by a probe, so there is nothing to probe for")
+    if not batches:
+        raise SettingError("a probe needs batches, and there are none")
+    if there := surgery.grafts(model):
+        raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
+    pilot = Adapter(model, "probe", surgery.plan(model, method.for_probe(), targets, **places))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    pilot.install(surgery.fresh(model, pilot.plan, generator, None))
+    pilot.freeze_base()
+    was_training = model.training
+    try:
+        optimizer: torch.optim.Optimizer = pilot.optimizer(lr=lr or pilot.plan.method.learning_rate)
+        model.train()
+        for _ in range(probe.epochs):
+            for batch in batches:
+                (model(**batch).loss if loss is None else loss(model, batch)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return energies(pilot, batches, probe.normalised)
+    finally:
+        model.train(was_training)
+        pilot.remove()
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:
@@ -164,13 +260,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     contents = directory.read(Path(path)).match(model)
     adapter = Adapter(model, name, contents.plan)
 
-    def tensors(at: str, module: nn.Module, member: Member) -> dict[str, torch.Tensor]:
-        saved = contents.sites[at]
-        if not trainable:
-            return dict(saved)  # in the file's dtype
-        return {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in saved.items()}  # float32 masters
-
-    adapter.install(tensors, contents.copies)
+    adapter.install(contents.masters() if trainable else contents.sites, contents.copies)
     if trainable:
         adapter.freeze_base()
     else:

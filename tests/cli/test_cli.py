@@ -126,7 +126,7 @@ def test_inspect(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[st
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     adapter = lk.load(base, trained)
     for path, module in summary["modules"].items():
-        pair = adapter.site(path).pair()
+        pair = adapter.pair_at(path)
         assert module["rank"] == 4
         assert module["norm"] == pytest.approx(float((pair.up @ pair.down).norm()), rel=1e-4)
     assert run(["inspect", str(trained)]) == 0
@@ -190,7 +190,7 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str,
     assert process.returncode == 130
     assert "interrupted" in errors
     assert f"lorakin train --resume --out {out}" in shown
-    from lorakin.training.checkpoints import last_checkpoint
+    from lorakin.training.trainers import last_checkpoint
 
     checkpoint = last_checkpoint(out / "checkpoints")
     assert checkpoint

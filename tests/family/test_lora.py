@@ -29,7 +29,7 @@ from references import lora as reference
         ({"alpha": "8"}, "alpha must be a positive number, not '8'"),
         ({"alpha": None}, "not None"),
         ({"rslora": "yes"}, "rslora must be True or False, not 'yes'"),
-        ({"init": "zeros"}, "init must be 'kaiming' or 'gaussian', not 'zeros'"),
+        ({"init": "zeros"}, "init must be 'kaiming' or 'gaussian' or 'orthonormal', not 'zeros'"),
     ],
 )
 def test_settings_outside_their_range(settings: dict[str, object], message: str) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_gpt2, tiny_llama
-from lorakin.family import Member, Pair, Shape, member_named
+from lorakin.family import Pair, Parametrisation, Shape, member_named
 
 
 @dataclass(frozen=True)
-class Gained(Member):
+class Gained(Parametrisation):
     """y = g ⊙ (W0 x + B A x): LoRA of rank 2 with a trained gain and a frozen A."""
 
     word: ClassVar[str] = "gained"
@@ -30,7 +30,7 @@ class Gained(Member):
         A = torch.randn(2, shape.inputs, generator=generator, device=device) * 0.1
         return {"A": A, "B": torch.zeros(shape.outputs, 2, device=device), "g": torch.ones(shape.outputs, device=device)}
 
-    def pair(self, tensors: Mapping[str, Tensor]) -> Pair:
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         return Pair(tensors["B"], tensors["A"], tensors["g"])
 
 
@@ -87,5 +87,5 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
 
 def test_the_registry() -> None:
     assert member_named("lora") is lk.LoRA
-    with pytest.raises(lk.SettingError, match=r"unknown method 'lorra'; this version has: lora"):
+    with pytest.raises(lk.SettingError, match=r"unknown method 'lorra'; this version has: lora, lora\+, lora-fa"):
         member_named("lorra")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
-from lorakin.training import adapter_checkpoints
+from lorakin.training import prepare_trainer
 
 ROWS = [
     {"input_ids": [3 + (i * k) % 50 for k in range(1, 9)], "labels": [3 + (i * k) % 50 for k in range(1, 9)]} for i in range(16)
@@ -79,22 +79,20 @@ def test_trainer_with_ours_gives_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpoints_hold_the_adapter_and_resuming_is_exact(tmp_path: Path, dropout: float) -> None:
     model, adapter = adapted(dropout=dropout)
-    adapter_checkpoints(trainer(tmp_path / "whole", model)).train()
+    prepare_trainer(trainer(tmp_path / "whole", model)).train()
     whole = state(adapter)
     files = {p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"} <= files
     assert "model.safetensors" not in files
     model, adapter = adapted(dropout=dropout)
     randomise(adapter)
-    adapter_checkpoints(trainer(tmp_path / "again", model)).train(
-        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
-    )
+    prepare_trainer(trainer(tmp_path / "again", model)).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items()), "bit for bit"
 
 
 def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:
     model, adapter = adapted()
-    run = adapter_checkpoints(
+    run = prepare_trainer(
         trainer(
             tmp_path, model, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, metric_for_best_model="loss",
             learning_rate=1e-2,
@@ -110,9 +108,9 @@ def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:
 def test_two_adapters_lie_as_peft_lays_them(tmp_path: Path) -> None:
     model, _ = adapted()
     lk.adapt(model, lk.LoRA(rank=3), "q_proj", name="second")
-    adapter_checkpoints(trainer(tmp_path, model)).train()
+    prepare_trainer(trainer(tmp_path, model)).train()
     assert (tmp_path / "checkpoint-6" / "adapter_config.json").exists()
-    assert lk.load(tiny_llama(), tmp_path / "checkpoint-6" / "second").plan.member.rank == 3
+    assert lk.load(tiny_llama(), tmp_path / "checkpoint-6" / "second").method.parametrisation.rank == 3
 
 
 @pytest.mark.filterwarnings("default::lorakin.errors.LorakinWarning")
@@ -126,7 +124,7 @@ def test_a_plain_trainers_checkpoint_resumes_loudly(tmp_path: Path) -> None:
 
 def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lk.StateError, match="no adapters to save"):
-        adapter_checkpoints(trainer(tmp_path, tiny_llama())).save_model()
+        prepare_trainer(trainer(tmp_path, tiny_llama())).save_model()
 
 
 def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
@@ -140,7 +138,7 @@ def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, s
         }
         for r in chat_rows
     ]
-    run = adapter_checkpoints(
+    run = prepare_trainer(
         trl.SFTTrainer(
             model=model,
             args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, max_steps=8)),

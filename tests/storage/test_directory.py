@@ -61,7 +61,8 @@ def test_the_files(saved: Path) -> None:
     with safetensors.safe_open(saved / TENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert all(key.startswith("base_model.model.model.layers.") for key in file.keys())  # noqa: SIM118
-    assert json.loads((saved / "lorakin.json").read_text())["member"] == "lora"
+    own = json.loads((saved / "lorakin.json").read_text())
+    assert [entry["member"] for entry in own["members"]] == ["lora"]
 
 
 def test_the_same_adapter_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -82,9 +83,9 @@ def test_dtypes_are_kept(tmp_path: Path, ids: Tensor) -> None:
 def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
     model = tiny_llama()
     randomise(lk.adapt(model, lk.LoRA(rank=2, init="gaussian"))).save(tmp_path)
-    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=2, init="gaussian")
+    assert lk.load(tiny_llama(), tmp_path).method.members == (lk.LoRA(rank=2, init="gaussian"),)
     (tmp_path / "lorakin.json").unlink()
-    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=2)
+    assert lk.load(tiny_llama(), tmp_path).method.members == (lk.LoRA(rank=2),)
     (tmp_path / "lorakin.json").write_text('{"format": 99}')
     with pytest.raises(lk.AdapterError, match="format 99, this version reads 1; update lorakin"):
         lk.load(tiny_llama(), tmp_path)
@@ -94,7 +95,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; this version reads LORA"),
-        ({"use_dora": True}, "it uses DoRA"),
+        ({"use_dora": True}, "says use_dora=True, but lorakin.json says that it is lora"),
         ({"use_qalora": True}, "QALoRA"),
         ({"layer_replication": [[0, 1]]}, "layer replication"),
         ({"bias": "all"}, "trains biases"),
@@ -102,7 +103,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
         ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
         ({"r": 0}, "rank must be a whole number"),
         ({"r": "three"}, "rank must be a whole number"),
-        ({"lora_alpha": None}, "settings that make no LoRA"),
+        ({"lora_alpha": None}, "settings that make no method of this version: alpha must be"),
         ({"target_modules": ["q_proj"]}, "tensors for .* which the config does not target"),
         ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head, but the file has no tensors"),
         ({"modules_to_save": ["lm_head"]}, "trained module lm_head lacks weight"),
@@ -171,7 +172,7 @@ def test_a_setting_that_is_absent_has_pefts_default_not_ours(tmp_path: Path) -> 
     for field in ("r", "lora_alpha", "lora_dropout"):
         del config[field]
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert lk.load(tiny_llama(), tmp_path).plan.member == lk.LoRA(rank=8, alpha=8, dropout=0.0)
+    assert lk.load(tiny_llama(), tmp_path).method.members == (lk.LoRA(rank=8, alpha=8, dropout=0.0),)
 
 
 def test_directories_that_hold_no_adapter(saved: Path, tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_an_interrupt_anywhere_in_a_save_leaves_one_whole_adapter(
     monkeypatch.undo()
     now = {p.name: p.read_bytes() for p in saved.iterdir()}
     assert set(now) == set(before), "no temporary file is left"
-    rank = lk.load(tiny_llama(), saved).plan.member.rank
+    rank = lk.load(tiny_llama(), saved).method.parametrisation.rank
     assert rank == (3 if at < 3 else 5)
     assert (now == before) is (at < 3)
 
@@ -305,7 +306,7 @@ def test_a_real_interrupt_while_saving(saved: Path) -> None:
     ended = process.poll() is not None
     process.kill()
     assert ended
-    assert lk.load(tiny_llama(), saved).plan.member.rank in (3, 5)
+    assert lk.load(tiny_llama(), saved).method.parametrisation.rank in (3, 5)
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS, "lorakin.json"]
 
 

@@ -99,7 +99,7 @@ def test_the_low_precision_forward_is_as_near_to_float64_as_its_arithmetic_allow
 
 def test_an_adapter_in_low_precision_is_scaled_in_float32() -> None:
     adapter = randomise(lk.adapt(nn.Sequential(nn.Linear(8, 8)), lk.LoRA(rank=3, alpha=7), "0", dtype=torch.bfloat16))
-    pair = adapter.site("0").pair()
+    pair = adapter.pair_at("0")
     assert torch.equal(pair.up, adapter.site("0").B.float() * (7 / 3)), "rounded to bfloat16 once, when it was stored"
 
 

@@ -22,8 +22,8 @@ def test_flags_win_and_what_is_written_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_the_member_takes_its_own_defaults() -> None:
-    assert Recipe(**NEEDED).member() == lk.LoRA()
-    assert Recipe(**NEEDED, rank=4, rslora=True).member() == lk.LoRA(rank=4, rslora=True)
+    assert Recipe(**NEEDED).build().members == (lk.LoRA(),)
+    assert Recipe(**NEEDED, rank=4, rslora=True).build().members == (lk.LoRA(rank=4, rslora=True),)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,6 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
 
 def test_methods_and_their_settings() -> None:
     with pytest.raises(lk.SettingError, match="unknown method 'lorra'"):
-        Recipe(**NEEDED, method="lorra").member()
+        Recipe(**NEEDED, method="lorra").build()
     with pytest.raises(lk.SettingError, match="rank must be a whole number"):
-        Recipe(**NEEDED, rank=0).member()
+        Recipe(**NEEDED, rank=0).build()

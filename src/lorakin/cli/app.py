@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from lorakin.cli import demo, evaluate, generate, inspect, merge, train
+from lorakin.cli import demo, evaluate, generate, inspect, merge, methods, train
 from lorakin.errors import LorakinError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, generate, evaluate, merge, inspect, demo):
+for module in (train, generate, evaluate, merge, inspect, methods, demo):
     app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 

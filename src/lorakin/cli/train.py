@@ -12,6 +12,7 @@ from lorakin.cli.options import MODEL_HELP, Json, console_for, examples, print_j
 EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
     "lorakin train --model org/model --data rows.parquet --rank 8 --targets q_proj,v_proj --epochs 3 --out adapter",
+    "lorakin train --model smollm2 --data rows.jsonl --method dora,lora+ --set ratio=8 --out adapter",
     "lorakin train recipe.yaml --lr 1e-4 --out another",
     "lorakin train --resume --out adapter",
 )
@@ -24,11 +25,18 @@ def command(
         str | None, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="A new directory for the adapter.")] = None,
-    method: Annotated[str | None, typer.Option(help="The member of the family. [default: lora]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A member of the family, or several: dora,lora+. See lorakin methods. [default: lora]"),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="[default: the method's own, 16 for lora]")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale is alpha/rank. [default: the method's own, 32 for lora]")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter's input. [default: 0]")] = None,
     rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank. [default: no]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of the method, as ratio=8; lorakin methods lists them."),
+    ] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(help="Names, globs, regular expressions; none: the head alone. [default: all-linear]"),
@@ -76,7 +84,9 @@ def command(
     for name in ("targets", "exclude", "modules_to_save"):
         flags[name] = [part for text in flags[name] or [] for part in _parts(text)]
     from lorakin.training import train as training
-    from lorakin.training.recipe import read_recipe
+    from lorakin.training.recipe import parse_settings, read_recipe
+
+    flags["settings"] = parse_settings(settings or [])
 
     console = console_for(as_json)
     effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)

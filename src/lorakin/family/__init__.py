@@ -1,10 +1,22 @@
 """The members, in order of complexity. A new one is a file here and a line in `FAMILY`."""
 
-from lorakin.errors import SettingError
-from lorakin.family.lora import LoRA
-from lorakin.family.member import Member, Pair, Shape
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-FAMILY: tuple[type[Member], ...] = (LoRA,)
+from lorakin.errors import SettingError
+from lorakin.family.adalora import AdaLoRA
+from lorakin.family.composition import AXES, Method, conflict
+from lorakin.family.delta_lora import DeltaLoRA
+from lorakin.family.dora import DoRA
+from lorakin.family.lora import LoRA
+from lorakin.family.lora_drop import LoRADrop
+from lorakin.family.lora_fa import LoRAFA
+from lorakin.family.lora_plus import LoRAPlus
+from lorakin.family.member import Member, Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Spot
+from lorakin.family.vera import VeRA
+
+FAMILY: tuple[type[Member], ...] = (LoRA, LoRAPlus, LoRAFA, VeRA, DoRA, AdaLoRA, LoRADrop, DeltaLoRA)
 
 
 def member_named(word: str) -> type[Member]:
@@ -19,4 +31,45 @@ def member_named(word: str) -> type[Member]:
     raise SettingError(f"unknown method {word!r}; this version has: {', '.join(m.word for m in FAMILY)}")
 
 
-__all__ = ["FAMILY", "LoRA", "Member", "Pair", "Shape", "member_named"]
+def method_named(words: str, settings: Mapping[str, Any]) -> Method:
+    """The method of the members in `words`, such as `dora,lora+`, with `settings` for whichever of them has one so named.
+
+    Raises:
+        SettingError: an unknown member or setting, a value outside its range, or members that do not combine.
+    """
+    kinds = [member_named(word.strip()) for word in words.split(",")]
+    fields = {kind: {field.name for field in dataclasses.fields(kind)} for kind in FAMILY}  # type: ignore[arg-type]
+    for name in settings:
+        if not any(name in fields[kind] for kind in kinds):
+            known = ", ".join(sorted(set().union(*(fields[kind] for kind in kinds))))
+            owners = [kind.word for kind in FAMILY if name in fields[kind]]
+            elsewhere = f"; {name} is a setting of {', '.join(owners)}" if owners else ""
+            raise SettingError(f"method {words!r} has no setting {name!r}; it has: {known}{elsewhere}")
+    return Method.of([kind(**{k: v for k, v in settings.items() if k in fields[kind]}) for kind in kinds])
+
+
+__all__ = [
+    "AXES",
+    "FAMILY",
+    "AdaLoRA",
+    "DeltaLoRA",
+    "DoRA",
+    "LoRA",
+    "LoRADrop",
+    "LoRAFA",
+    "LoRAPlus",
+    "Member",
+    "Method",
+    "Modifier",
+    "Pair",
+    "Parametrisation",
+    "Place",
+    "Role",
+    "Rule",
+    "Shape",
+    "Spot",
+    "VeRA",
+    "conflict",
+    "member_named",
+    "method_named",
+]

@@ -6,7 +6,8 @@ Forward:  y = W0 x + b + s · B (A x̃)             x̃ = dropout(x) in train mo
 Shapes:   W0 (out, in), A (r, in), B (out, r), s = alpha / r, or alpha / √r with `rslora`
 Trains:   A and B, r · (in + out) numbers
 Start:    B = 0, so training starts at the base model. A is uniform on ±1/√in, variance 1/(3·in), as public code
-          draws it (`kaiming`), or normal with deviation 1/r (`gaussian`; the paper says only "Gaussian").
+          draws it (`kaiming`); or normal with deviation 1/r (`gaussian`; the paper says only "Gaussian"); or has
+          orthogonal rows of length 1/√3 (`orthonormal`), the mean length of the first.
           An embedding swaps the roles: its vocabulary factor A is zero, B is standard normal.
 """
 
@@ -19,11 +20,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Member, Pair, Shape, number, require, whole_number
+from lorakin.family.member import Pair, Parametrisation, Role, Shape, Tensors
+from lorakin.family.settings import check_pair_settings, one_of, require, whole_number
 
 
 @dataclass(frozen=True)
-class LoRA(Member):
+class LoRA(Parametrisation):
     """Plain LoRA.
 
     Args:
@@ -31,7 +33,7 @@ class LoRA(Member):
         alpha: numerator of the scale, positive.
         dropout: probability of zeroing an entry of the branch's input, in [0, 1).
         rslora: scale by alpha/√rank instead of alpha/rank.
-        init: how A is drawn, `kaiming` or `gaussian`.
+        init: how A is drawn, `kaiming`, `gaussian` or `orthonormal`.
 
     Raises:
         SettingError: a value outside its range.
@@ -39,20 +41,19 @@ class LoRA(Member):
 
     word: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
+    decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is B·A"}
     learning_rate: ClassVar[float] = 2e-4
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthonormal"] = "kaiming"
 
     def __post_init__(self) -> None:
         whole_number(self, "rank", at_least=1)
-        number(self, "alpha", lambda alpha: 0 < alpha < float("inf"), "a positive number")
-        number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
-        require(isinstance(self.rslora, bool), f"rslora must be True or False, not {self.rslora!r}")
-        require(self.init in ("kaiming", "gaussian"), f"init must be 'kaiming' or 'gaussian', not {self.init!r}")
+        check_pair_settings(self)
+        one_of(self, "init", ("kaiming", "gaussian", "orthonormal"))
 
     @property
     def scaling(self) -> float:
@@ -60,24 +61,42 @@ class LoRA(Member):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def check(self, shape: Shape, where: str) -> None:
-        limit = min(shape.outputs, shape.inputs)
-        require(
-            self.rank <= limit,
-            f"rank {self.rank} is above what {where} can use: its weight is {shape.outputs} × {shape.inputs}, so at "
-            f"most rank {limit}. Lower the rank, give this module its own with rank_pattern, or leave it out with exclude.",
-        )
+        check_rank(self.rank, shape, where)
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
+    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
         B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
         if shape.lookup:
             B.normal_(generator=generator)
         elif self.init == "gaussian":
             A.normal_(0, 1 / self.rank, generator=generator)
+        elif self.init == "orthonormal":
+            A = orthonormal_rows(A.normal_(generator=generator)) / 3**0.5
         else:
             bound = shape.inputs**-0.5
             A.uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": B}
 
-    def pair(self, tensors: Mapping[str, Tensor]) -> Pair:
+    def roles(self, shape: Shape) -> dict[str, Role]:
+        return {"A": Role(starts_at_zero=shape.lookup), "B": Role(starts_at_zero=not shape.lookup)}
+
+    def projection(self, shape: Shape) -> str:
+        return "B" if shape.lookup else "A"
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         return Pair(up=self.scaling * tensors["B"], down=tensors["A"])
+
+
+def check_rank(rank: int, shape: Shape, where: str) -> None:
+    """Raise `SettingError` if the rank is above the smaller side of the weight at the path `where`."""
+    limit = min(shape.outputs, shape.inputs)
+    require(
+        rank <= limit,
+        f"rank {rank} is above what {where} can use: its weight is {shape.outputs} × {shape.inputs}, so at "
+        f"most rank {limit}. Lower the rank, give this module its own with rank_pattern, or leave it out with exclude.",
+    )
+
+
+def orthonormal_rows(wide: Tensor) -> Tensor:
+    """The rows of a matrix (r, in), r ≤ in, made orthonormal; without values on the meta device."""
+    return wide if wide.is_meta else torch.linalg.qr(wide.T)[0].T.contiguous()

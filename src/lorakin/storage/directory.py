@@ -1,10 +1,15 @@
-"""An adapter's directory: PEFT's two files, and beside them `lorakin.json` with what PEFT's cannot say."""
+"""An adapter's directory: PEFT's two files, and beside them lorakin's with what PEFT's cannot say.
+
+`lorakin.json` names the members with their settings; `lorakin.safetensors` holds tensors that PEFT has no form for, and
+what training remembers between steps.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -19,11 +24,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, OutputError
+from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
 from lorakin.storage import peft_format
 from lorakin.surgery.graft import Graft
 
-CONFIG, TENSORS, OLD_TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakin.json"
+CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
 FORMAT = 1
 
 
@@ -34,7 +40,7 @@ class Files:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    own: Mapping[str, Any]
+    own: peft_format.Own | None
 
     def match(self, model: nn.Module) -> peft_format.Contents:
         """Match with `model`; see `peft_format.from_files`."""
@@ -47,11 +53,54 @@ def save(graft: Graft, path: Path) -> Path:
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
-    member = graft.plan.member
-    own = {"format": FORMAT, "member": member.word, "settings": dataclasses.asdict(member)}  # type: ignore[call-overload]
-    tensors = safetensors.torch.save(peft_format.to_tensors(graft), metadata={"format": "pt"})
-    write(path, {TENSORS: tensors, CONFIG: _json(peft_format.to_config(graft)), OWN: _json(own)})
+    config, tensors = peft_format.to_files(graft)
+    files = {TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: _json(config)}
+    method = graft.plan.method
+    more: dict[str, Tensor] = {}
+    own: dict[str, Any] = {
+        "format": FORMAT,
+        "members": [{"member": m.word, "settings": dataclasses.asdict(m)} for m in method.members],  # type: ignore[call-overload]
+    }
+    if peft_format.native_form(graft) is None:
+        sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
+        own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
+        own["beside"] = hashlib.sha256(files[TENSORS]).hexdigest()
+        own["tensors"] = _packed(sites, "tensors", more, {})
+    elif shared := peft_format.shared_tensors(graft):
+        own["projection"] = peft_format.projection_checksum(shared)
+    if graft.rules is not None:
+        own["state"] = _packed(graft.state(), "state", more, {})
+    if more:
+        files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
+    files[OWN] = _json(own)
+    write(path, files)
+    if not more:
+        (path / OWN_TENSORS).unlink(missing_ok=True)  # of an adapter that was there before
     return path
+
+
+def _packed(value: Any, key: str, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
+    """`value` as JSON, its tensors put into `tensors` and named in their stead; one object twice is written once."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = key
+            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": seen[id(value)]}
+    if isinstance(value, Mapping):
+        return {str(k): _packed(v, f"{key}/{k}", tensors, seen) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_packed(v, f"{key}/{n}", tensors, seen) for n, v in enumerate(value)]
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
+    if isinstance(value, dict) and value.keys() == {"tensor"}:
+        if value["tensor"] not in tensors:
+            raise AdapterError(f"{path}: {OWN_TENSORS} lacks {value['tensor']}")
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        return {key: _unpacked(item, tensors, path) for key, item in value.items()}
+    return [_unpacked(item, tensors, path) for item in value] if isinstance(value, list) else value
 
 
 def read(path: Path) -> Files:
@@ -63,23 +112,50 @@ def read(path: Path) -> Files:
     if not path.is_dir():
         raise AdapterError(f"there is no adapter directory {path}")
     config = _read_json(path / CONFIG)
-    own = _read_json(path / OWN) if (path / OWN).exists() else {}
-    if own and own.get("format") != FORMAT:
+    tensors = _read_tensors(path)
+    return Files(path, config, tensors, _read_own(path))
+
+
+def _read_own(path: Path) -> peft_format.Own | None:
+    """lorakin's own part, or None where there is none, or where PEFT's part was written anew without it."""
+    if not (path / OWN).exists():
+        return None
+    own = _read_json(path / OWN)
+    if own.get("format") != FORMAT:
         raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
+    if "beside" in own and own["beside"] != hashlib.sha256((path / TENSORS).read_bytes()).hexdigest():
+        warnings.warn(
+            f"{path}: {TENSORS} is not the one that {OWN} was written with, so what {OWN} says is left aside and the adapter "
+            "is what PEFT's files say",
+            LorakinWarning,
+            stacklevel=4,
+        )
+        return None
+    try:
+        more = safetensors.torch.load_file(path / OWN_TENSORS) if (path / OWN_TENSORS).exists() else {}
+        members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
+        tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
+        state = _unpacked(own["state"], more, path) if "state" in own else None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
+    return peft_format.Own(members, tensors, own.get("patterns", [{}, {}]), state, own.get("projection"))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if (path / TENSORS).exists():
-            tensors = safetensors.torch.load_file(path / TENSORS)
-        elif (path / OLD_TENSORS).exists():
-            tensors = torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True)
-        else:
-            raise AdapterError(f"{path} has no {TENSORS}")
+            return safetensors.torch.load_file(path / TENSORS)
+        if (path / OLD_TENSORS).exists():
+            return dict(torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True))
+        raise AdapterError(f"{path} has no {TENSORS}")
     except pickle.UnpicklingError:
         raise AdapterError(f"{path / OLD_TENSORS} cannot be read: it holds more than tensors, and is not run") from None
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
-    return Files(path, config, tensors, own)
 
 
 def write(path: Path, files: Mapping[str, bytes]) -> None:
@@ -133,8 +209,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def warn_of_zero_changes(graft: Graft) -> None:
-    """Say so if the adapter, or part of it, is still exactly the base: training never reached it."""
+def check_trained(graft: Graft) -> None:
+    """See that the adapter is what it says: refuse one whose member never did its work, say what training never reached.
+
+    Raises:
+        StateError: a rule of the method never came to what it is for.
+    """
+    for rule in graft.rules or ():
+        if reason := rule.check(graft.steps):
+            raise StateError(f"adapter {graft.name!r} is not saved: {reason}")
+    for reason in graft.plan.method.unmoved(graft.places()):
+        warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
     still = [path for path in graft.plan.sites if _changes_nothing(graft, path)]
     if still:
         share = "every module" if len(still) == len(graft.plan.sites) else f"{len(still)} of {len(graft.plan.sites)} modules"
@@ -147,5 +232,8 @@ def warn_of_zero_changes(graft: Graft) -> None:
 
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
-    pair = graft.site(path).pair()
-    return not pair.up.is_meta and pair.gain is None and not (bool(pair.up.any()) and bool(pair.down.any()))
+    site = graft.site(path)
+    if not any(role.trained for role in site.roles().values()):
+        return False  # meant to
+    pair = site.method.low_rank(site.wide(), site.shape)
+    return not pair.up.is_meta and bool(pair.down.numel()) and not (bool(pair.up.any()) and bool(pair.down.any()))

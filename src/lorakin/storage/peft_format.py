@@ -6,21 +6,24 @@ This is the one place outside `family/` that knows members by name, since the fo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError
-from lorakin.family import LoRA, Member, member_named
+from lorakin.family import AdaLoRA, DoRA, LoRA, Member, Method, Modifier, Pair, Parametrisation, Shape, Spot, VeRA, member_named
+from lorakin.family.adalora import Triplets
 from lorakin.surgery import layers
-from lorakin.surgery.graft import Graft, Plan, plan_for
-from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, TransposedLayer
-from lorakin.surgery.targets import named_modules, resolve
+from lorakin.surgery.graft import Graft, Plan, plan_for, spot_of
+from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
+from lorakin.surgery.targets import named_modules
 
 PREFIX = "base_model.model."
 
@@ -30,27 +33,64 @@ class Form:
     """How PEFT writes one type of adapter: setting → config field, tensor → name after the module's path."""
 
     peft_type: str
-    member: type[Member]
+    members: tuple[type[Member], ...]
     fields: Mapping[str, str]
     defaults: Mapping[str, Any]
     slots: Mapping[str, str]
-    lookup_slots: Mapping[str, str]
+    lookup_slots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tensors of the whole model → their key."""
+    always: tuple[str, ...] = ()
+    """Fields that are written even where they are PEFT's default."""
+    layers: tuple[type[Layer], ...] = (LinearLayer, TransposedLayer)
 
 
 LORA = Form(
     peft_type="LORA",
-    member=LoRA,
+    members=(LoRA,),
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
-    slots={"A": "lora_A.weight", "B": "lora_B.weight"},
-    lookup_slots={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    slots={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    lookup_slots={"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
+    always=("r", "lora_alpha", "lora_dropout"),
+    layers=(LinearLayer, TransposedLayer, EmbeddingLayer, ConvolutionLayer),
 )
-FORMS = {LORA.peft_type: LORA}
-FORM_OF = {LoRA.word: LORA}
+VERA = Form(
+    peft_type="VERA",
+    members=(VeRA,),
+    fields={
+        "rank": "r", "dropout": "vera_dropout", "seed": "projection_prng_key", "d_init": "d_initial",
+        "save_projection": "save_projection",
+    },
+    defaults={"r": 256, "vera_dropout": 0.0, "projection_prng_key": 0, "d_initial": 0.1, "save_projection": True},
+    slots={"d": "vera_lambda_d", "b": "vera_lambda_b"},
+    shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+    always=("r", "projection_prng_key", "save_projection"),
+)  # fmt: skip
+ADALORA = Form(
+    peft_type="ADALORA",
+    members=(AdaLoRA,),
+    fields={
+        "initial_rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_rank": "target_r",
+        "total_steps": "total_step", "start": "tinit", "finish": "tfinal", "interval": "deltaT", "beta1": "beta1",
+        "beta2": "beta2", "orthogonality": "orth_reg_weight",
+    },
+    defaults={
+        "init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0, "target_r": 8, "total_step": None, "tinit": 0, "tfinal": 0,
+        "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5,
+    },
+    slots={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},
+    always=("init_r", "lora_alpha", "lora_dropout", "target_r", "total_step", "tinit", "tfinal", "orth_reg_weight"),
+)  # fmt: skip
+FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA)}
+FORM_OF = {LoRA.word: LORA, VeRA.word: VERA, Triplets.word: ADALORA}
+"""By the word of the parametrisation."""
+PLANNED = ("total_steps", "start", "finish", "interval")
+UNPLANNED = {"total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+"""For an adapter that was never trained: PEFT reads no schedule without a length."""
 
 # Fields that change what an adapter computes and that this version does not implement.
 UNSUPPORTED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on B",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
@@ -72,68 +112,144 @@ SILENT = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
-    "task_type", "bias", "init_lora_weights",
+    "task_type", "bias", "init_lora_weights", "use_dora", "init_weights",
 }  # fmt: skip
 # Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, …) change it.
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "lora_fa")
 
 
-def to_config(graft: Graft) -> dict[str, Any]:
-    """The adapter's `adapter_config.json`: PEFT's required fields and those that differ from its defaults."""
-    form, plan = FORM_OF[graft.plan.member.word], graft.plan
+def native_form(graft: Graft) -> Form | None:
+    """PEFT's form that holds exactly this adapter's tensors; None if it has none, and the pair is written in its stead."""
+    form, sites = FORM_OF.get(graft.plan.method.parametrisation.word), [graft.site(path) for path in graft.plan.sites]
+    if form is None or any(site.layer not in form.layers for site in sites):
+        return None
+    slots = {*form.slots, *form.shared}
+    return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
+
+
+def to_files(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The adapter's `adapter_config.json` and its tensors under PEFT's keys and in PEFT's shapes, contiguous, on the CPU.
+
+    The config has PEFT's required fields and those that differ from its defaults.
+    """
+    plan, form = graft.plan, native_form(graft)
     config: dict[str, Any] = {
-        "peft_type": form.peft_type,
+        "peft_type": (form or LORA).peft_type,
         "task_type": _task_type(graft.model),
         "base_model_name_or_path": getattr(graft.model, "name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": bool(plan.sites) and all(graft.site(path).layer is TransposedLayer for path in plan.sites),
         "inference_mode": True,
         "modules_to_save": sorted(plan.copies) or None,
-        "target_modules": sorted(plan.sites),
     }
+    more, tensors = _as_pairs(graft) if form is None else _as_they_are(graft, form)
+    config |= more
+    for path in plan.copies:
+        for key, tensor in graft.copy_of(path).state_dict().items():
+            tensors[f"{PREFIX}{path}.{key}"] = tensor
+    written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
+    return dict(sorted(config.items())), written
+
+
+def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config fields and tensors of an adapter whose tensors are PEFT's."""
+    plan = graft.plan
+    config: dict[str, Any] = {"target_modules": sorted(plan.sites)}
     for setting, field in form.fields.items():
-        value = getattr(plan.member, setting)
-        if field in ("r", "lora_alpha", "lora_dropout") or value != form.defaults[field]:
+        value = graft.method.setting(setting)
+        value = UNPLANNED.get(field) if value is None else value
+        if field in form.always or value != form.defaults[field]:
             config[field] = _whole(value)
     for field, pattern in (("rank_pattern", plan.rank_pattern), ("alpha_pattern", plan.alpha_pattern)):
         if pattern:
             config[field] = {key: _whole(value) for key, value in pattern.items()}
-    return dict(sorted(config.items()))
+    tensors: dict[str, Tensor] = {}
+    kept = {}
+    for path in plan.sites:
+        site, module = graft.site(path), graft.model.get_submodule(path)
+        for slot, tensor in graft.tensors_at(path).items():
+            if slot not in form.shared:
+                tensors[f"{PREFIX}{path}.{_slots(form, site.layer)[slot]}"] = _to_file(tensor, slot, module)
+            elif plan.method.setting("save_projection"):
+                tensors[form.shared[slot]] = tensor
+            if slot == "m":
+                config["use_dora"] = True
+        if form is ADALORA:
+            rank, initial = len(site.tensors()["E"]), plan.method.setting("initial_rank")
+            kept[f"{path}.lora_E"] = [True] * rank + [False] * (initial - rank)
+    if not all(all(row) for row in kept.values()):
+        config["rank_pattern"] = kept
+    return config, tensors
 
 
-def to_tensors(graft: Graft) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys and in PEFT's shapes, contiguous and on the CPU."""
-    form = FORM_OF[graft.plan.member.word]
-    tensors = {}
+def _as_pairs(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config fields and tensors of an adapter that PEFT has no form for: its pair as plain LoRA of scale 1, and m.
+
+    A module whose pair has rank 0 and no m changes nothing and is left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    gained = False
     for path in graft.plan.sites:
         site, module = graft.site(path), graft.model.get_submodule(path)
-        for slot, tensor in site.tensors().items():
-            tensors[f"{PREFIX}{path}.{_slots(form, site.layer)[slot]}"] = _to_file(tensor, slot, module)
-    for path in graft.plan.copies:
-        for key, tensor in graft.copy_of(path).state_dict().items():
-            tensors[f"{PREFIX}{path}.{key}"] = tensor
-    return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
+        wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in graft.tensors_at(path).items()}
+        pair = site.method.low_rank(wide, site.shape)
+        there = {"A": pair.down, "B": pair.up} | ({"m": wide["m"]} if "m" in wide else {})
+        gained |= "m" in wide
+        if not pair.down.shape[0] and "m" in wide:  # a gain alone: PEFT needs a rank
+            there |= {"A": pair.down.new_zeros(1, pair.down.shape[1]), "B": pair.up.new_zeros(pair.up.shape[0], 1)}
+        if there["A"].shape[0]:
+            ranks[path] = there["A"].shape[0]
+            names = _slots(LORA, site.layer)
+            tensors |= {f"{PREFIX}{path}.{names[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
+    most = max(ranks.values(), default=1)
+    smaller = {path: rank for path, rank in sorted(ranks.items()) if rank != most}
+    config: dict[str, Any] = {"target_modules": sorted(ranks), "r": most, "lora_alpha": most}
+    config["lora_dropout"] = graft.plan.method.dropout
+    if smaller:
+        config |= {field: {f"^{re.escape(p)}": r for p, r in smaller.items()} for field in ("rank_pattern", "alpha_pattern")}
+    return config | ({"use_dora": True} if gained else {}), tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """An adapter read from files and matched with a model: the plan, and the tensors of each of its modules."""
+    """An adapter read from files and matched with a model: the plan, the tensors of each of its modules, training's state."""
 
     plan: Plan
     sites: Mapping[str, Mapping[str, Tensor]]
     copies: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any] | None = None
+
+    def masters(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors in float32 at least, for training; those that were one object still are."""
+        made: dict[int, Tensor] = {}
+        return {
+            path: {slot: made.setdefault(id(t), t.to(torch.promote_types(t.dtype, torch.float32))) for slot, t in slots.items()}
+            for path, slots in self.sites.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """lorakin's own part of an adapter's files: the members, their tensors if PEFT has no form for them, training's state."""
+
+    members: tuple[tuple[str, Mapping[str, Any]], ...]
+    tensors: Mapping[str, Mapping[str, Tensor]] | None
+    patterns: Sequence[Mapping[str, Any]]
+    state: Mapping[str, Any] | None
+    projection: str | None
 
 
 def from_files(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any], where: str
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
 ) -> Contents:
-    """Match what stands in an adapter's files with `model`. `own` is lorakin's own file, or empty.
+    """Match what stands in an adapter's files with `model`. `own` is lorakin's own part, or None.
 
     Raises:
         AdapterError: anything missing, left over, misshapen, not finite, unsupported, or for another base.
     """
     form = check_config(config, where)
-    member = member_of(form, config, own, where)
+    method = method_of(form, config, own, where)
     modules = named_modules(model)
     sites, rest = _split(form, tensors)
     _check_paths(model, modules, sites, where)
@@ -145,21 +261,176 @@ def from_files(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
-    sites = {path: sites[path] for path in modules if path in sites}
-    try:
-        plan = plan_for(
-            member,
-            list(sites),
-            list(copies),
-            dict(config.get("rank_pattern") or {}),
-            dict(config.get("alpha_pattern") or {}),
-        )
-    except SettingError as error:
-        raise AdapterError(f"{where}: {error}") from None
-    read = {path: _read_site(form, plan.sites[path], path, modules[path], slots, where) for path, slots in sites.items()}
     for path, state in copies.items():
         _check_copy(modules[path], path, state, where)
-    return Contents(plan, read, copies)
+    if own is not None and own.tensors is not None:
+        _check_paths(model, modules, own.tensors, where)
+        read: dict[str, dict[str, Tensor]] = {path: dict(own.tensors[path]) for path in modules if path in own.tensors}
+        patterns: Sequence[Any] = own.patterns
+    else:
+        sites = {path: sites[path] for path in modules if path in sites}
+        read = {path: {slot: t.flatten(1) if t.dim() > 2 else t for slot, t in sites[path].items()} for path in sites}
+        patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}) if form is LORA else ({}, {})
+    try:
+        plan = plan_for(method, list(read), list(copies), dict(patterns[0]), dict(patterns[1]))
+        plan = _with_ranks_kept(plan, config, read)
+    except SettingError as error:
+        raise AdapterError(f"{where}: {error}") from None
+    spots = {path: spot_of(modules[path]) for path in read}
+    if own is None or own.tensors is None:
+        _check_shapes(form, plan, spots, modules, sites, where)
+        read = {path: _without_kernel(slots, spots[path]) for path, slots in read.items()}
+        _add_shared(form, config, own, method, spots, tensors, read, where)
+    _check_slots(plan, spots, read, where)
+    shared = plan.method.share(read, spots, plan.sites)
+    for path, slots in shared.items():
+        for slot, tensor in slots.items():
+            if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
+                raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
+    return Contents(plan, shared, copies, None if own is None else own.state)
+
+
+def _with_ranks_kept(plan: Plan, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]) -> Plan:
+    """The plan with the rank of each module whose ranks were pruned."""
+    scales = plan.method.parametrisation.per_rank
+    if not plan.method.parametrisation.per_rank_sides or scales is None:
+        return plan
+    sites = {}
+    for path, method in plan.sites.items():
+        rows = (config.get("rank_pattern") or {}).get(f"{path}.lora_E")
+        kept = (
+            len(read[path][scales]) if rows is None and scales in read[path] and read[path][scales].dim() else sum(rows or ())
+        )
+        sites[path] = method if kept == method.parametrisation.initial_rank else method.at(kept=kept)  # type: ignore[attr-defined]
+    return dataclasses.replace(plan, sites=sites)
+
+
+def _without_kernel(slots: Mapping[str, Tensor], spot: Spot) -> dict[str, Tensor]:
+    """A magnitude as a vector, whatever dimensions the module's own layout gave it."""
+    return {slot: t.reshape(-1) if slot == "m" else t for slot, t in slots.items()}
+
+
+def _add_shared(
+    form: Form,
+    config: Mapping[str, Any],
+    own: Own | None,
+    method: Method,
+    spots: Mapping[str, Spot],
+    tensors: Mapping[str, Tensor],
+    read: dict[str, dict[str, Tensor]],
+    where: str,
+) -> None:
+    """Give every module the tensors of the whole model: those in the file, or drawn again."""
+    if not form.shared or not spots:
+        return
+    found = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
+    saved = config.get("save_projection", form.defaults["save_projection"])
+    inputs, outputs = (max(getattr(spot.shape, side) for spot in spots.values()) for side in ("inputs", "outputs"))
+    if len(found) == len(form.shared):
+        rank = method.setting("rank")
+        for slot, wanted in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            have = tuple(found[slot].shape)
+            if len(have) != 2 or any(h < w for h, w in zip(have, wanted, strict=True)) or rank not in have:
+                raise AdapterError(
+                    f"{where}: {form.shared[slot]} has shape {have}, expected {wanted} for rank {rank} on this base"
+                )
+    elif saved:
+        raise AdapterError(f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it holds")
+    if not saved:
+        base = next(iter(spots.values())).weight
+        pair = method.parametrisation
+        assert isinstance(pair, VeRA)
+        drawn = dict(zip(("A", "B"), pair.draw(inputs, outputs, base.dtype, torch.device("cpu")), strict=True))
+        if len(found) == len(form.shared) and not all(torch.equal(drawn[slot], found[slot].float()) for slot in drawn):
+            warnings.warn(
+                f"{where}: the projections in the file are not those of its seed {pair.seed}; the file's are used",
+                LorakinWarning,
+                stacklevel=2,
+            )
+        found = found if len(found) == len(form.shared) else drawn
+        if own is not None and own.projection is not None and own.projection != projection_checksum(found):
+            raise AdapterError(
+                f"{where}: the projections drawn again from seed {pair.seed} are not those it was trained with; the "
+                f"base's dtype ({base.dtype}) or the adapted modules must be others. Load the base in the dtype of training"
+            )
+    for slots in read.values():
+        slots |= found
+
+
+def shared_tensors(graft: Graft) -> dict[str, Tensor]:
+    """The tensors of the whole model that the adapter's form has, by slot."""
+    form = native_form(graft)
+    if form is None or not form.shared or not graft.plan.sites:
+        return {}
+    tensors = graft.tensors_at(next(iter(graft.plan.sites)))
+    return {slot: tensors[slot] for slot in form.shared}
+
+
+def projection_checksum(shared: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the shared tensors' float32 values."""
+    plain = {slot: t.detach().cpu().to(torch.float32).contiguous() for slot, t in shared.items()}
+    return hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
+
+
+def _check_shapes(
+    form: Form,
+    plan: Plan,
+    spots: Mapping[str, Spot],
+    modules: Mapping[str, nn.Module],
+    sites: Mapping[str, Mapping[str, Tensor]],
+    where: str,
+) -> None:
+    """Each module has PEFT's tensors in PEFT's shapes, for the rank that the config says."""
+    for path, expected in _expected(plan, spots).items():
+        kind = layers.kind_of(modules[path])
+        assert kind is not None
+        names, rank = _slots(form, kind), getattr(plan.sites[path].parametrisation, "rank", "?")
+        wanted = {slot: t for slot, t in expected.items() if slot in names}
+        if missing := [names[slot] for slot in wanted if slot not in sites[path]]:
+            raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
+        if extra := [names[slot] for slot in sites[path] if slot not in wanted]:
+            raise AdapterError(f"{where}: {path} has {', '.join(extra)}, which its config does not announce")
+        for slot, tensor in wanted.items():
+            shape, have = tuple(_to_file(tensor, slot, modules[path]).shape), tuple(sites[path][slot].shape)
+            if have != shape and not (slot == "E" and have == (*shape, 1)):
+                raise AdapterError(
+                    f"{where}: {path}.{names[slot]} has shape {have}, expected {shape} for rank {rank} on this base; the "
+                    "config, the file and the base model do not fit together"
+                )
+            if not sites[path][slot].is_floating_point():
+                raise AdapterError(f"{where}: {path}.{names[slot]} is {sites[path][slot].dtype}, expected a floating type")
+
+
+def _check_slots(plan: Plan, spots: Mapping[str, Spot], read: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+    """The tensors of each module are those of the method, and fit together."""
+    for path, expected in _expected(plan, spots).items():
+        shape, method, slots = spots[path].shape, plan.sites[path], read[path]
+        known = method.roles(path, shape, expected).keys()
+        if missing := [slot for slot, t in expected.items() if slot not in slots and t.numel()]:
+            raise AdapterError(f"{where}: {path} lacks {', '.join(missing)} of {method.words}")
+        if extra := sorted(set(slots) - set(known)):
+            raise AdapterError(f"{where}: {path} has {', '.join(extra)}, which {method.words} does not have")
+        try:
+            pair = method.low_rank({slot: t.to("meta") for slot, t in slots.items()}, shape)
+            fits = (pair.up.shape[0], pair.down.shape[1]) == shape[:2] and pair.up.shape[1] == pair.down.shape[0]
+        except (RuntimeError, IndexError):
+            fits = False
+        wrong = [s for s, t in slots.items() if not (torch.isfinite(t).all() and t.is_floating_point())]
+        wrong += [s for s, t in expected.items() if s in slots and t.dim() == 1 and t.numel() and slots[s].shape != t.shape]
+        if wrong or not fits:
+            raise AdapterError(
+                f"{where}: the tensors of {path} do not fit {method.words} on this base ({', '.join(wrong or slots)})"
+            )
+
+
+def _expected(plan: Plan, spots: Mapping[str, Spot]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a fresh adapter of this plan, without values."""
+    meta = torch.device("meta")
+    bare = {
+        path: Spot(spot.shape, torch.empty(spot.weight.shape, dtype=spot.weight.dtype, device=meta))
+        for path, spot in spots.items()
+    }
+    return plan.method.start(bare, plan.sites, None, meta)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> Form:
@@ -172,6 +443,8 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")
+    if config.get("use_dora") and config["peft_type"] != LORA.peft_type:
+        raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
     init = config.get("init_lora_weights", True)
     if init not in HARMLESS_INITS:
         raise AdapterError(
@@ -185,29 +458,73 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     return form
 
 
-def member_of(form: Form, config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> Member:
-    """The member with its settings: lorakin's own file, if there is one, under what PEFT's config says."""
-    cls = form.member if not own else member_named(str(own.get("member")))
-    settings = dict(own.get("settings") or {})
-    settings |= {setting: config.get(field, form.defaults[field]) for setting, field in form.fields.items()}
+def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str) -> Method:
+    """The method with its settings: lorakin's own part, if there is one, under what PEFT's config says of a form of its own."""
+    said = {setting: config.get(field, form.defaults[field]) for setting, field in form.fields.items()}
+    if form is ADALORA and said["alpha"] <= 0:
+        said["alpha"] = said["initial_rank"]  # PEFT's rule
     try:
-        return cls(**settings)
+        if own is None:
+            kinds: tuple[type[Member], ...] = (*form.members, DoRA) if config.get("use_dora") else form.members
+            said |= dict.fromkeys(PLANNED, None)  # the run that the schedule was for is over
+            return Method.of([kind(**{k: v for k, v in said.items() if k in _fields(kind)}) for kind in kinds])
+        members = [member_named(word)(**settings) for word, settings in own.members]
+        if own.tensors is None:
+            pair = [member for member in members if isinstance(member, Parametrisation)] or members
+            members = [
+                dataclasses.replace(m, **{k: v for k, v in said.items() if k in _pair_fields(m)}) if m in pair else m  # type: ignore[type-var]
+                for m in members
+            ]
+        method = Method.of(members)
     except (TypeError, SettingError) as error:
-        raise AdapterError(f"{where}: settings that make no {cls.__name__}: {error}") from None
+        raise AdapterError(f"{where}: settings that make no method of this version: {error}") from None
+    gained = any("gain" in member.decides for member in method.members)
+    if gained != bool(config.get("use_dora")):
+        flag = f"use_dora={config.get('use_dora', False)!r}"
+        raise AdapterError(f"{where}: its adapter_config.json says {flag}, but lorakin.json says that it is {method.words}")
+    return method
 
 
-def pairs_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Path → (member there, its tensors as matrices), read from the files alone, without a model."""
+def _pair_fields(member: Member) -> set[str]:
+    """The settings of the pair among a member's."""
+    return set(member.pair_settings) if isinstance(member, Modifier) else _fields(type(member))
+
+
+def _fields(kind: type[Member]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def pairs_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str) -> dict[str, Pair]:
+    """Path → the pair there without its gain, read from the files alone, without a model.
+
+    Where only the base says how many inputs a module has (VERA), the widest's are taken.
+    """
     form = check_config(config, where)
-    member = member_of(form, config, own, where)
+    method = method_of(form, config, own, where)
+    if own is not None and own.tensors is not None:
+        sites: Mapping[str, Mapping[str, Tensor]] = own.tensors
+        plan = plan_for(method, list(sites), (), *own.patterns)
+    else:
+        sites = _split(form, tensors)[0]
+        shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
+        if form.shared and len(shared) < len(form.shared):
+            raise AdapterError(f"{where}: its projections are not in the file but drawn with the base model at hand")
+        sites = {
+            path: {slot: t.flatten(1) if t.dim() > 2 else t for slot, t in slots.items()} | shared
+            for path, slots in sites.items()
+        }
+        patterns = [config.get(field) or {} if form is LORA else {} for field in ("rank_pattern", "alpha_pattern")]
+        plan = plan_for(method, list(sites), (), *patterns)
+    plan = _with_ranks_kept(plan, config, sites)
+    needed = [slot for slot in form.slots if slot != "m" and (own is None or own.tensors is None)]
     found = {}
-    for path, slots in _split(form, tensors)[0].items():
-        rank = resolve(dict(config.get("rank_pattern") or {}), path, getattr(member, "rank"))  # noqa: B009
-        alpha = resolve(dict(config.get("alpha_pattern") or {}), path, getattr(member, "alpha"))  # noqa: B009
-        there = dataclasses.replace(member, rank=rank, alpha=alpha)  # type: ignore[type-var]
-        if missing := sorted(set(form.slots) - set(slots)):
-            raise AdapterError(f"{where}: {path} lacks {', '.join(form.slots[slot] for slot in missing)}")
-        found[path] = (there, {slot: tensor.flatten(1) for slot, tensor in slots.items()})
+    for path, slots in sites.items():
+        if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):
+            raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
+        outputs = max(len(slots[s]) for s in ("B", "P", "b") if s in slots) if "b" not in slots else len(slots["b"])
+        inputs = next(slots[s].shape[1] for s in ("A", "Q") if s in slots)
+        wide = {slot: t.float() for slot, t in slots.items()}
+        found[path] = plan.sites[path].low_rank(wide, Shape(outputs, inputs))
     return found
 
 
@@ -216,12 +533,15 @@ def _slots(form: Form, layer: type[Layer]) -> Mapping[str, str]:
 
 
 def _to_file(tensor: Tensor, slot: str, module: nn.Module) -> Tensor:
-    """A convolution's A keeps its kernel in the file, and its B is a convolution of kernel 1."""
+    """A convolution's A keeps its kernel in the file, its B is a convolution of kernel 1, its m lies along the channels."""
     if layers.kind_of(module) is not ConvolutionLayer:
         return tensor
     kernel = module.kernel_size
     assert isinstance(kernel, tuple)
-    return ConvolutionLayer.layout(tensor, module) if slot == "A" else tensor.view(*tensor.shape, *(1 for _ in kernel))
+    ones = (1,) * len(kernel)
+    if slot == "m":
+        return tensor.view(1, -1, *ones)
+    return ConvolutionLayer.layout(tensor, module) if slot == "A" else tensor.view(*tensor.shape, *ones)
 
 
 def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -230,6 +550,8 @@ def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     rest: dict[str, Tensor] = {}
     names = {name: slot for table in (form.slots, form.lookup_slots) for slot, name in table.items()}
     for key, tensor in tensors.items():
+        if key in form.shared.values():
+            continue
         bare = key.removeprefix(PREFIX)
         for name, slot in names.items():
             if bare.endswith("." + name):
@@ -330,26 +652,6 @@ def _peft_match(targets: str | Collection[str], path: str, known: Collection[str
     parts = path.split(".")
     entries = targets if isinstance(targets, frozenset) else frozenset(targets)
     return path in entries or any((end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts)))
-
-
-def _read_site(
-    form: Form, member: Member, path: str, module: nn.Module, slots: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    kind = layers.kind_of(module)
-    assert kind is not None
-    wanted = member.start(kind.shape(module), None, torch.device("meta"))
-    if missing := [_slots(form, kind)[slot] for slot in wanted if slot not in slots]:
-        raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
-    for slot, expected in wanted.items():
-        shape = tuple(_to_file(expected, slot, module).shape)
-        if tuple(slots[slot].shape) != shape:
-            raise AdapterError(
-                f"{where}: {path}.{_slots(form, kind)[slot]} has shape {tuple(slots[slot].shape)}, expected {shape} for rank "
-                f"{getattr(member, 'rank', '?')} on this base; the config, the file and the base model do not fit together"
-            )
-        if not slots[slot].is_floating_point():
-            raise AdapterError(f"{where}: {path}.{_slots(form, kind)[slot]} is {slots[slot].dtype}, expected a floating type")
-    return {slot: slots[slot].flatten(1) for slot in wanted}
 
 
 def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where: str) -> None:

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakin.family import Member
+from lorakin.family import Member, Method
 from lorakin.storage import directory, peft_format
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """An adapter at a glance. `norms` holds ‖up·down‖ (Frobenius) by module path."""
+    """An adapter at a glance. `norms` holds ‖up·down‖ (Frobenius, without a gain) by module path."""
 
     path: Path
-    member: Member
+    method: Method
     base: str | None
     ranks: Mapping[str, int]
     norms: Mapping[str, float]
@@ -28,23 +28,22 @@ class Summary:
     @property
     def columns(self) -> list[str]:
         """The names of the adapted modules, without their layers."""
-        return list(dict.fromkeys(_place(path)[1] for path in self.norms))
+        return list(dict.fromkeys(place_of(path)[1] for path in self.norms))
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Norms by layer and module name, layers in their order."""
         table: dict[str, dict[str, float]] = {}
         for path, norm in self.norms.items():
-            layer, name = _place(path)
+            layer, name = place_of(path)
             table.setdefault(layer, {})[name] = norm
         return dict(sorted(table.items(), key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0)))
 
     def headline(self) -> dict[str, str]:
         """The lines above the table."""
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in _settings(self.member).items())
         ranks = sorted(set(self.ranks.values()))
         names = self.columns
         lines = {
-            "member": f"{self.member.word} ({settings})",
+            "member" if len(self.method.members) == 1 else "members": "; ".join(map(_described, self.method.members)),
             "base": self.base or "not recorded",
             "targets": f"{len(self.norms)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
             "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
@@ -57,8 +56,8 @@ class Summary:
         """For `--json`."""
         return {
             "path": str(self.path),
-            "member": self.member.word,
-            "settings": _settings(self.member),
+            "member": self.method.words,
+            "settings": {member.word: _settings(member) for member in self.method.members},
             "base": self.base,
             "parameters": self.parameters,
             "bytes": self.size,
@@ -74,12 +73,11 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    found = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
-    pairs = {where: member.pair({slot: t.float() for slot, t in slots.items()}) for where, (member, slots) in found.items()}
+    pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
     form = peft_format.check_config(files.config, str(path))
     return Summary(
         path=path,
-        member=peft_format.member_of(form, files.config, files.own, str(path)),
+        method=peft_format.method_of(form, files.config, files.own, str(path)),
         base=files.config.get("base_model_name_or_path"),
         ranks={where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},
@@ -89,11 +87,17 @@ def summarise(path: Path) -> Summary:
     )
 
 
+def _described(member: Member) -> str:
+    """A member with those of its settings that are set."""
+    said = {k: v for k, v in _settings(member).items() if v is not None and not isinstance(v, Mapping)}
+    return f"{member.word} ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in said.items())})"
+
+
 def _settings(member: Member) -> dict[str, Any]:
     return {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}  # type: ignore[arg-type]
 
 
-def _place(path: str) -> tuple[str, str]:
+def place_of(path: str) -> tuple[str, str]:
     """A module's layer and its name inside the layer."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[1], match[2]) if match else ("–", path)

@@ -7,50 +7,78 @@ the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the mo
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Member, Pair
+from lorakin.family import Method, Pair, Role, Shape
 from lorakin.surgery.layers import Layer, kind_of
 
 
 class Site(nn.Module):
-    """One adapter on one module: the member's tensors there, as parameters."""
+    """One adapter on one module: its method's tensors there, as parameters."""
 
-    member: Member
-    layer: type[Layer]
-
-    def __init__(self, member: Member, layer: type[Layer], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, path: str, method: Method, layer: type[Layer], shape: Shape, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
         super().__init__()
-        self.member = member
+        self.path = path
+        self.method = method
         self.layer = layer
-        for slot, tensor in tensors.items():
-            self.register_parameter(slot, nn.Parameter(tensor, requires_grad=slot not in member.frozen))
+        self.shape = shape
+        for slot, parameter in parameters.items():
+            self.register_parameter(slot, parameter)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters by slot, as the member named them."""
+        """The parameters by slot, as the members named them."""
         return dict(self.named_parameters(recurse=False))
 
-    def pair(self) -> Pair:
-        """The member's pair, in float32 or, where the tensors are float64, in float64."""
-        wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in self.named_parameters()}
-        return self.member.pair(wide)
+    def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
+        own = self.tensors()
+        for slot in own.keys() - tensors.keys():
+            delattr(self, slot)
+        for slot, tensor in tensors.items():
+            if slot not in own:
+                device = next(iter(own.values())).device
+                self.register_parameter(slot, nn.Parameter(tensor.to(device), requires_grad=False))
+            elif own[slot].shape == tensor.shape:
+                own[slot].copy_(tensor)
+            else:
+                own[slot].grad, own[slot].data = None, tensor.to(own[slot])
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:
-        """What the adapter adds to the module's output: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
-        x = self.layer.drop(x, self.member.dropout, self.training)
-        pair = self.pair()
-        dtype = module.weight.dtype
-        change = self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
+    def roles(self) -> dict[str, Role]:
+        """What each of them is to an optimizer."""
+        return self.method.roles(self.path, self.shape, self.tensors())
+
+    def wide(self) -> dict[str, Tensor]:
+        """The tensors in float32 or, where they are float64, in float64."""
+        return {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in self.tensors().items()}
+
+    def pair(self, weight: Tensor) -> Pair:
+        """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
+        return self.method.pair(self.wide(), self.shape, weight)
+
+    def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
+        """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
+        hung = module.lorakin
+        dropped = self.layer.drop(x, self.method.dropout, self.training)
+        weight = hung.base.get("weight", module.weight)
+        pair = self.pair(self.layer.matrix(weight.detach()))
+        dtype = weight.dtype
+        change = self.layer.branch(module, dropped, Pair(pair.up.to(dtype), pair.down.to(dtype)))
         if pair.gain is None:
             return change
+        if dropped is x and not hung.merged:  # then W0 x is there already
+            bias = getattr(module, "bias", None)
+            product = out if bias is None else out - self.layer.per_output(bias, module)
+        else:
+            product = self.layer.product(module, dropped, weight)
         gain = self.layer.per_output(pair.gain, module)
-        grown = gain * change + (gain - 1) * self.layer.product(module, x)
-        return grown.to(change.dtype)
+        return (gain * change + (gain - 1) * product).to(change.dtype)
 
 
 class Copy(nn.Module):
@@ -62,10 +90,10 @@ class Copy(nn.Module):
 
 
 class Hung(nn.Module):
-    """What hangs on one module: its adapters by name, which of them are in use, and the base's own parameters while some
-    are merged.
+    """What hangs on one module: its adapters by name, which of them are in use, and what of the base's own is set aside.
 
-    The adapters are children under their own names.
+    The adapters are children under their own names. `base` holds the base's parameters while adapters are merged,
+    `unmoved` its weight while an adapter moves a copy of that.
     """
 
     def __init__(self) -> None:
@@ -74,16 +102,18 @@ class Hung(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.off: set[str] = set()
         self.base: dict[str, Tensor] = {}
+        self.unmoved: dict[str, Tensor] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hung:
         """Move and cast what is set aside together with the model."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for key, tensor in self.base.items():
-            moved = fn(tensor.data)
-            if moved.is_meta == tensor.is_meta:
-                tensor.data = moved  # the same object, so that a tied partner stays one
-            else:
-                self.base[key] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        for aside in (self.base, self.unmoved):
+            for key, tensor in aside.items():
+                moved = fn(tensor.data)
+                if moved.is_meta == tensor.is_meta:
+                    tensor.data = moved  # the same object, so that a tied partner stays one
+                else:
+                    aside[key] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
         return self
 
     def __getitem__(self, name: str) -> Site | Copy:
@@ -118,10 +148,10 @@ class Adapted(nn.Module):
     lorakin: Hung
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
+        base = out = super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         for site in self.lorakin.in_use():
-            out = out + site(self, x)
+            out = out + site(self, x, base)
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -237,10 +267,20 @@ def _revive(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def new_site(module: nn.Module, member: Member, tensors: dict[str, Tensor]) -> Site:
-    """A site for `module`, on its device, with these tensors."""
+def move_base(module: Any, change: Tensor) -> None:
+    """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
     kind = kind_of(module)
     assert kind is not None
-    device = module.weight.device
-    assert isinstance(device, torch.device)
-    return Site(member, kind, {slot: tensor.to(device) for slot, tensor in tensors.items()})
+    if not module.lorakin.unmoved:
+        module.lorakin.unmoved = {"weight": module.weight}
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    with torch.no_grad():
+        wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
+        module.weight.copy_(wide + kind.layout(change, module))
+
+
+def swap_moved(module: Any) -> None:
+    """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
+    for key, tensor in module.lorakin.unmoved.items():
+        module.lorakin.unmoved[key] = getattr(module, key)
+        setattr(module, key, tensor)

@@ -8,16 +8,16 @@ import dataclasses
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Member
-from lorakin.surgery import layers
-from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, new_site, unhang
+from lorakin.family import Method, Pair, Rule, Shape, Spot
+from lorakin.surgery import layers, stepping
+from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, move_base, swap_moved, unhang
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
@@ -26,12 +26,12 @@ from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_mo
 class Plan:
     """What an adapter will be, decided and checked before the model is touched.
 
-    `sites` holds the member of each adapted module, with its own rank and alpha where a pattern gives it some;
+    `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
     `copies` the paths of the modules trained whole.
     """
 
-    member: Member
-    sites: Mapping[str, Member]
+    method: Method
+    sites: Mapping[str, Method]
     copies: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -49,7 +49,7 @@ class Registry:
 
 def plan(
     model: nn.Module,
-    member: Member,
+    method: Method,
     targets: Targets = ALL_LINEAR,
     *,
     exclude: str | Sequence[str] = (),
@@ -65,16 +65,14 @@ def plan(
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
-    chosen = plan_for(member, paths, copies, rank_pattern, alpha_pattern)
+    chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
     for path, there in chosen.sites.items():
-        kind = layers.kind_of(model.get_submodule(path))
-        assert kind is not None
-        there.check(kind.shape(model.get_submodule(path)), path)
+        there.check(spot_of(model.get_submodule(path)).shape, path)
     return chosen
 
 
 def plan_for(
-    member: Member,
+    method: Method,
     paths: Sequence[str],
     copies: Sequence[str],
     rank_pattern: Mapping[str, int],
@@ -85,31 +83,52 @@ def plan_for(
     for path in paths:
         own: dict[str, Any] = {}
         for setting, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
-            if pattern:
-                own[setting] = resolve(dict(pattern), path, getattr(member, setting))
-        sites[path] = dataclasses.replace(member, **own) if own else member  # type: ignore[type-var]
-    return Plan(member, sites, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
+            if pattern and (value := resolve(dict(pattern), path, None)) is not None:
+                own[setting] = value
+        sites[path] = method.at(**own) if own else method
+    return Plan(method, sites, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
+
+
+def spot_of(module: nn.Module) -> Spot:
+    """The module's shape and its weight as a matrix, the base's own even while adapters are merged."""
+    kind, weight = layers.kind_of(module), module.weight
+    assert kind is not None
+    assert isinstance(weight, Tensor)
+    if is_adapted(module):
+        weight = module.lorakin.base.get("weight", weight)  # type: ignore[union-attr, operator]
+    return Spot(kind.shape(module), kind.matrix(weight.detach()))
 
 
 class Graft:
     """One named adapter in one model. Made by `install`; `lorakin.Adapter` adds files and optimizers to it."""
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        graft = super().__new__(cls)
+        stepping.watch(graft)  # here, so that a deep copy of the model is watched too
+        return graft
+
     def __init__(self, model: nn.Module, name: str, plan: Plan) -> None:
         self.model = model
         self.name = name
         self.plan = plan
+        self.running: Method | None = None
+        self.rules: list[Rule] | None = None
+        self.steps = 0
+        self._stepped = False
+        self._state: Mapping[str, Any] | None = None
         self._disabled = 0
         self._merge_again = False
 
     def install(
         self,
-        tensors: Callable[[str, nn.Module, Member], Mapping[str, Tensor]],
+        tensors: Mapping[str, Mapping[str, Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
         Args:
-            tensors: gives the tensors of the module at a path, for the member there.
+            tensors: the tensors of each module, by path and slot. One object in several places becomes one parameter, on
+                each device.
             copies: the state of the modules trained whole, by path; without it they start as the base's.
 
         Nothing is changed if anything fails.
@@ -120,9 +139,18 @@ class Graft:
         """
         registry = self._free_registry()
         children: dict[str, Site | Copy] = {}
-        for path, member in self.plan.sites.items():
+        made: dict[tuple[int, torch.device], nn.Parameter] = {}
+        for path, method in self.plan.sites.items():
             module = self.model.get_submodule(path)
-            children[path] = new_site(module, member, dict(tensors(path, module, member)))
+            kind, shape, device = layers.kind_of(module), spot_of(module).shape, module.weight.device
+            assert kind is not None
+            assert isinstance(device, torch.device)
+            roles, parameters = method.roles(path, shape, tensors[path]), {}
+            for slot, tensor in tensors[path].items():
+                if (id(tensor), device) not in made:
+                    made[id(tensor), device] = nn.Parameter(tensor.detach().to(device), roles[slot].trained)
+                parameters[slot] = made[id(tensor), device]
+            children[path] = Site(path, method, kind, shape, parameters)
         for path in self.plan.copies:
             whole = self.model.get_submodule(path)
             twin = _plain_copy(whole).requires_grad_(True)
@@ -151,6 +179,8 @@ class Graft:
         for path in self._paths():
             module = self.model.get_submodule(path)
             if is_adapted(module):  # another module may have been put in its place
+                if not self._disabled:
+                    swap_moved(module)
                 unhang(module, self.name)
         registry = _registry(self.model)
         del registry.grafts[self.name]
@@ -172,11 +202,24 @@ class Graft:
             inner = child.module if isinstance(child, Copy) else child
             yield from ((f"{path}.{key}", p) for key, p in inner.named_parameters(remove_duplicate=False))
 
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of them that train."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the adapter is in its model."""
+        return _registry(self.model).grafts.get(self.name) is self
+
     def site(self, path: str) -> Site:
         """The adapter's tensors on the module at `path`."""
         site = _hung(self.model, path)[self.name]
         assert isinstance(site, Site)
         return site
+
+    def pair_at(self, path: str) -> Pair:
+        """The pair of the module at `path`, with its gain over the base weight; in float32 at least."""
+        return self.site(path).pair(spot_of(self.model.get_submodule(path)).weight)
 
     def copy_of(self, path: str) -> nn.Module:
         """The adapter's own copy of the module at `path`, which it trains whole."""
@@ -202,6 +245,7 @@ class Graft:
             self._merge_again = self.is_merged
             if self._merge_again:
                 self.unmerge()
+            self._swap_moved()
         self._disabled += 1  # counted, so that contexts may overlap, and nothing stale is put back
         for hung in self._hung_if_there():
             hung.off.add(self.name)
@@ -212,7 +256,8 @@ class Graft:
             if not self._disabled:
                 for hung in self._hung_if_there():
                     hung.off.discard(self.name)
-                if self._merge_again and _registry(self.model).grafts.get(self.name) is self:
+                self._swap_moved()
+                if self._merge_again and self.is_present:
                     self.merge()
 
     def merge(self, *, permanent: bool = False) -> None:
@@ -243,7 +288,7 @@ class Graft:
         if permanent:
             for path in self._paths():
                 hung = _hung(self.model, path)
-                hung.base, hung.merged = {}, ()
+                hung.base, hung.unmoved, hung.merged = {}, {}, ()
             self.remove()
 
     def unmerge(self) -> None:
@@ -254,6 +299,69 @@ class Graft:
             set_merged(self.model.get_submodule(path), path, rest)
         _follow_ties(self.model)
 
+    def begin(self, total_steps: int | None = None) -> None:
+        """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
+
+        Raises:
+            SettingError: a member cannot be run like that.
+        """
+        running = self.plan.method.resolved(total_steps)
+        if self.rules is not None and not self._stepped and running == self.running:
+            return
+        self.running, self.rules = running, running.rules(self.places())
+        self.steps, self._stepped = 0, False
+        if self._state is not None:
+            self.restore_state(self._state)
+
+    @property
+    def method(self) -> Method:
+        """The method, with what its run has decided."""
+        return self.running or self.plan.method
+
+    def places(self) -> list[SitePlace]:
+        """The adapted modules, as members' rules see them."""
+        return [SitePlace(self, path) for path in self.plan.sites]
+
+    def before_step(self) -> None:
+        """Gradients are complete and an optimizer is about to use them."""
+        for rule in self.rules or ():
+            rule.before(self.steps + 1)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has taken a step."""
+        self.steps, self._stepped, self._state = self.steps + 1, True, None
+        for rule in self.rules or ():
+            rule.after(self.steps, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """How far training has come, for `restore_state`: numbers, tensors and dicts of them."""
+        return {"steps": self.steps, "rules": [rule.state() for rule in self.rules or ()]}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, also after a `begin` that follows before the first step. The tensors are restored already."""
+        self._state = state
+        if self.rules is not None:
+            self.steps = state["steps"]
+            for rule, saved in zip(self.rules, state["rules"], strict=True):
+                rule.restore(saved)
+
+    def tensors_at(self, path: str) -> dict[str, Tensor]:
+        """All that a file must hold of the module at `path`, by slot."""
+        tensors: dict[str, Tensor] = dict(self.site(path).tensors())
+        for rule in self.rules or ():
+            tensors |= rule.beside(path)
+        return tensors
+
+    @property
+    def has_moved_base(self) -> bool:
+        """Whether a copy of some base weight is in use that this adapter moves."""
+        return any(hung.unmoved and self.name in hung for hung in self._hung_if_there())
+
+    def _swap_moved(self) -> None:
+        for path in self.plan.sites:
+            if is_adapted(module := self.model.get_submodule(path)):
+                swap_moved(module)
+
     def _hung_if_there(self) -> list[Hung]:
         modules = [self.model.get_submodule(path) for path in self._paths()]
         return [module.lorakin for module in modules if is_adapted(module)]  # type: ignore[misc]
@@ -262,7 +370,7 @@ class Graft:
         return (*self.plan.sites, *self.plan.copies)
 
     def _require_present(self) -> None:
-        if _registry(self.model).grafts.get(self.name) is not self:
+        if not self.is_present:
             raise StateError(f"adapter {self.name!r} is no longer in the model")
 
     def _free_registry(self) -> Registry:
@@ -275,7 +383,58 @@ class Graft:
             raise SettingError(f"the model already has an adapter {self.name!r}; remove it first, or choose another name")
         if merged := [name for name, graft in registry.grafts.items() if graft.is_merged]:
             raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before adding another")
+        _check_unmoved(registry.grafts, "adding another")
         return registry
+
+
+class SitePlace:
+    """A site as a member's rule sees it. Looked up anew each time, since what shards a model exchanges its parameters."""
+
+    def __init__(self, graft: Graft, path: str) -> None:
+        self.graft = graft
+        self.path = path
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the module's weight."""
+        return self.graft.site(self.path).shape
+
+    @property
+    def method(self) -> Method:
+        """The method, with the module's own rank and alpha."""
+        return self.graft.plan.sites[self.path]
+
+    @property
+    def weight(self) -> Tensor:
+        """Its weight as a matrix, the base's own even while adapters are merged."""
+        return spot_of(self.graft.model.get_submodule(self.path)).weight
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The module's tensors by slot."""
+        return self.graft.site(self.path).tensors()
+
+    def put(self, slot: str, tensor: Tensor) -> None:
+        """Give it one more tensor, which does not train."""
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        self.graft.site(self.path).register_parameter(slot, parameter)
+
+    def take(self, slot: str) -> Tensor:
+        """Take such a tensor away from it."""
+        tensor = self.tensors()[slot].detach()
+        delattr(self.graft.site(self.path), slot)
+        return tensor
+
+    def move_base(self, change: Tensor) -> None:
+        """Add `change` (outputs, inputs) to the base weight, of which a copy is kept until the adapter goes."""
+        move_base(self.graft.model.get_submodule(self.path), change)
+
+
+def _check_unmoved(known: Mapping[str, Graft], purpose: str) -> None:
+    if moved := [name for name, graft in known.items() if graft.has_moved_base]:
+        raise StateError(
+            f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used beside it; save and load it "
+            f"(files hold the form that leaves the base alone), or remove it before {purpose}"
+        )
 
 
 def grafts(model: nn.Module) -> dict[str, Graft]:
@@ -299,6 +458,8 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             raise SettingError(f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
     if merged := [name for name, graft in known.items() if graft.is_merged]:
         raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
+    if len(known) > 1 or not names:
+        _check_unmoved(known, "switching")
     replaced: dict[str, str] = {}
     for name in names:
         for path in known[name].plan.copies:
@@ -335,19 +496,14 @@ def root_of(model: nn.Module) -> nn.Module:
     return inner
 
 
-def fresh(generator: torch.Generator | None, dtype: torch.dtype | None) -> Callable[..., dict[str, Tensor]]:
-    """For `Graft.install`: the member's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
-
-    def start(path: str, module: nn.Module, member: Member) -> dict[str, Tensor]:
-        kind, weight = layers.kind_of(module), module.weight
-        assert kind is not None
-        assert isinstance(weight, Tensor)
-        device = torch.device("meta" if weight.is_meta else "cpu")
-        wide = dtype or torch.promote_types(weight.dtype, torch.float32)
-        tensors = member.start(kind.shape(module), None if weight.is_meta else generator, device)
-        return {slot: tensor.to(wide) for slot, tensor in tensors.items()}
-
-    return start
+def fresh(
+    model: nn.Module, plan: Plan, generator: torch.Generator | None, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
+    spots = {path: spot_of(model.get_submodule(path)) for path in plan.sites}
+    meta = any(spot.weight.is_meta for spot in spots.values())
+    device = torch.device("meta" if meta else "cpu")
+    return plan.method.start(spots, plan.sites, None if meta else generator, device, dtype)
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
@@ -414,7 +570,7 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
         warnings.warn(
             f"the state dict just loaded has no tensors for {len(missing)} entries of this model's adapters "
             f"({missing[0]}, …), which keep their present values. A checkpoint of transformers' Trainer holds the base "
-            "alone unless the trainer went through lorakin.training.adapter_checkpoints(trainer); "
+            "alone unless the trainer went through lorakin.training.prepare_trainer(trainer); "
             "load adapters with lorakin.load",
             LorakinWarning,
             stacklevel=3,
@@ -433,4 +589,4 @@ def _follow_ties(model: nn.Module) -> None:
         model.config.tie_word_embeddings = _tied_embeddings(model)  # type: ignore[union-attr]
 
 
-__all__ = ["Graft", "Plan", "activate", "fresh", "grafts", "plan", "plan_for", "root_of"]
+__all__ = ["Graft", "Plan", "activate", "fresh", "grafts", "plan", "plan_for", "root_of", "spot_of"]

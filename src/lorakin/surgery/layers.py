@@ -44,8 +44,8 @@ class Layer:
         raise NotImplementedError
 
     @staticmethod
-    def product(module: Any, x: Tensor) -> Tensor:
-        """W0·x, without the bias."""
+    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """W0·x without the bias, for a weight in the module's layout."""
         raise NotImplementedError
 
     @staticmethod
@@ -86,8 +86,8 @@ class LinearLayer(Layer):
         return F.linear(F.linear(x, pair.down), pair.up)
 
     @staticmethod
-    def product(module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, module.weight)
+    def product(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
 
 class TransposedLayer(Layer):
@@ -113,8 +113,8 @@ class TransposedLayer(Layer):
         return F.linear(F.linear(x, pair.down), pair.up)
 
     @staticmethod
-    def product(module: Any, x: Tensor) -> Tensor:
-        return F.linear(x, module.weight.T)
+    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.T)
 
 
 class EmbeddingLayer(Layer):
@@ -142,8 +142,8 @@ class EmbeddingLayer(Layer):
         return F.linear(F.embedding(x, pair.down.T, padding_idx=module.padding_idx), pair.up)
 
     @staticmethod
-    def product(module: nn.Embedding, x: Tensor) -> Tensor:
-        return F.embedding(x, module.weight, padding_idx=module.padding_idx)
+    def product(module: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, padding_idx=module.padding_idx)
 
     @staticmethod
     def drop(x: Tensor, p: float, training: bool) -> Tensor:
@@ -182,8 +182,8 @@ class ConvolutionLayer(Layer):
         return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
 
     @staticmethod
-    def product(module: Any, x: Tensor) -> Tensor:
-        out: Tensor = module._conv_forward(x, module.weight, None)
+    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = module._conv_forward(x, weight, None)
         return out
 
     @staticmethod
@@ -269,7 +269,7 @@ def _forward_is_stock(module: Any, kind: type[Layer]) -> bool:
         probe = torch.linspace(-1, 1, 2 * inputs, device=module.weight.device, dtype=module.weight.dtype).view(2, inputs)
     else:
         return False
-    expected = kind.product(module, probe)
+    expected = kind.product(module, probe, module.weight)
     bias = getattr(module, "bias", None)
     try:
         said = vars(owner)["forward"](module, probe)

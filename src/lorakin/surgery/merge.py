@@ -58,13 +58,12 @@ def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: lis
     weight, layer = base["weight"], sites[0].layer
     changed = wide = layer.matrix(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
     for site in sites:
-        pair = site.pair()
-        if (pair.up.shape[0], pair.down.shape[1]) != wide.shape:
+        if site.shape[:2] != wide.shape:
             raise StateError(
-                f"{path} is now {' × '.join(map(str, wide.shape))}, but its adapter was made for {pair.up.shape[0]} × "
-                f"{pair.down.shape[1]}: something, such as resize_token_embeddings, changed it; do that before adapting"
+                f"{path} is now {' × '.join(map(str, wide.shape))}, but its adapter was made for {site.shape.outputs} × "
+                f"{site.shape.inputs}: something, such as resize_token_embeddings, changed it; do that before adapting"
             )
-        folded = pair.applied_to(wide)
+        folded = site.pair(layer.matrix(weight.detach())).applied_to(wide)
         changed = folded if changed is wide else changed + (folded - wide)
     return {"weight": _like(weight, layer.layout(changed, module), path)}
 

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -35,7 +35,7 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
         return []
 
 
-def resolve(pattern_values: dict[str, float], path: str, default: float) -> float:
+def resolve(pattern_values: Mapping[str, float], path: str, default: float | None) -> float | None:
     """The value for `path`: of the first key K, in order, for which `(.*\\.)?(K)$` matches it; else `default`.
 
     This is PEFT's rule for `rank_pattern` and `alpha_pattern`, so that the patterns mean the same there.

@@ -285,6 +285,17 @@ class AnswerCollator:
         return batch
 
 
+def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """About `share` of the examples, at least one of each class where they have classes, in random order."""
+    classes: dict[int | None, list[Row]] = {}
+    for example in examples:
+        classes.setdefault(example["labels"] if isinstance(example["labels"], int) else None, []).append(example)
+    chance = random.Random(seed)
+    chosen = [row for rows in classes.values() for row in chance.sample(rows, max(1, round(share * len(rows))))]
+    chance.shuffle(chosen)
+    return chosen
+
+
 def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Cross-entropy per labelled token, in float32: of a batch of `AnswerCollator`, over `num_items_in_batch` if given."""
     following = labels[:, 1:].to(outputs.logits.device)

@@ -13,7 +13,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
-from lorakin.family.member import require
+from lorakin.family.settings import require
 from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
 from lorakin.training.models import load_with_adapter, stored_labels
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lorakin.errors import SettingError
-from lorakin.family import Member, member_named
-from lorakin.family.member import require
+from lorakin.family import Method, method_named
+from lorakin.family.settings import require
 
 
 @dataclasses.dataclass
 class Recipe:
     """The settings of one run of `lorakin train`; the fields are the command's options.
 
-    `rank`, `alpha`, `dropout` and `lr` left at None take the method's own defaults.
+    `method` names a member of the family, or several, as `dora,lora+`. `rank`, `alpha`, `dropout` and `lr` left at None take
+    the method's own defaults; `settings` holds whatever else its members have, such as `ratio: 8`.
     """
 
     model: str
@@ -30,6 +32,7 @@ class Recipe:
     alpha: float | None = None
     dropout: float | None = None
     rslora: bool | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     targets: list[str] = dataclasses.field(default_factory=lambda: ["all-linear"])
     exclude: list[str] = dataclasses.field(default_factory=list)
     layers: str | None = None
@@ -72,23 +75,21 @@ class Recipe:
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
         require(self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, not {self.save_every}")
 
-    def member(self) -> Member:
-        """The member with the recipe's settings, and its own defaults for the others.
+    def build(self) -> Method:
+        """The method with the recipe's settings, and its members' own defaults for the others.
 
         Raises:
-            SettingError: an unknown method, a setting it does not have, or a value outside its range.
+            SettingError: an unknown member, a setting that none has, a value outside its range, members that do not combine.
         """
-        cls = member_named(self.method)
         given = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "rslora")}
         given = {name: value for name, value in given.items() if value is not None}
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for name in given:
-            require(name in known, f"method {self.method!r} has no setting {name!r}; it has: {', '.join(sorted(known))}")
-        return cls(**given)
+        for name in self.settings:
+            require(name not in given, f"{name} is given twice, as a setting of its own and under settings")
+        return method_named(self.method, given | self.settings)
 
     def save(self, path: Path) -> None:
         """Write it as YAML, without the settings that are None."""
-        settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [])}
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [], {})}
         header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
         path.write_text(header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -117,15 +118,43 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise SettingError(
             f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
         )
-    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    given = {key: value for key, value in flags.items() if value is not None and value not in ([], {})}
     if "steps" in given:
         settings.pop("epochs", None)
     if "epochs" in given:
         settings.pop("steps", None)
-    settings |= given
+    given_settings = {**(settings.get("settings") or {}), **given.pop("settings", {})}
+    settings |= given | ({"settings": given_settings} if given_settings else {})
     for name in ("model", "data", "out"):
         require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
     return Recipe(**settings)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`ratio=8` → {"ratio": 8}; values as YAML reads them.
+
+    Raises:
+        SettingError: a text without `=`, or with a value that is not YAML.
+    """
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        require(bool(equals and name.strip()), f"--set takes NAME=VALUE, such as ratio=8, not {text!r}")
+        try:
+            settings[name.strip()] = _plain(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise SettingError(f"--set {text!r}: {value!r} is no value") from None
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """2e-4, which YAML reads as text, as the number that it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:
@@ -134,6 +163,9 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is dict:
+        require(isinstance(value, dict), f"{name} must be lines such as 'ratio: 8', not {value!r}")
+        return {str(key): _plain(item) for key, item in value.items()}
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         require(all(isinstance(item, str | int | bool) for item in items), f"{name} must be a list of names, not {value!r}")

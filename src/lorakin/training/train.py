@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text as RichText
+from torch.utils.data import DataLoader
 
-from lorakin.adapter import Adapter, adapt
+from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, OutputError, SettingError
+from lorakin.family import Method
 from lorakin.storage import directory
+from lorakin.storage.summary import place_of
 from lorakin.surgery.targets import head_of, parse_layers
 from lorakin.training import data
-from lorakin.training.checkpoints import AdapterCheckpoints, last_checkpoint
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
 RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
+IMPORTANCE = "importance.json"
 
 
 @dataclasses.dataclass
@@ -39,12 +46,12 @@ class Run:
     recipe: Recipe
     out: Path
     loaded: Loaded
-    adapter: Adapter
     train: Encoded
     held_out: Encoded
     labels: list[str] | None
     checkpoint: Path | None
     console: Console
+    adapter: Adapter = dataclasses.field(init=False)
 
     @property
     def total_steps(self) -> int:
@@ -88,7 +95,7 @@ class Result:
         }
 
 
-class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):
+class AdapterTrainer(AdapterTraining, transformers.Trainer):
     """transformers' Trainer, checkpointing the adapter, and stopping at the first loss that is not finite.
 
     It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
@@ -119,7 +126,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     """
     out = Path(recipe.out).expanduser()
     checkpoint = _check_out(recipe, out, resume)
-    member = recipe.member()
+    method = recipe.build()
     schedules = [schedule.value for schedule in transformers.SchedulerType]
     if recipe.schedule not in schedules:
         raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
@@ -130,26 +137,71 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or member.learning_rate)
+    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
     train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     whole = recipe.modules_to_save or (head_of(loaded.model) if labels is not None else [])
-    adapter = adapt(
-        loaded.model,
-        member,
-        recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
-        exclude=recipe.exclude,
-        layers=indices,
-        modules_to_save=whole,
-        seed=recipe.seed,
-    )
-    run = Run(recipe, out, loaded, adapter, train, held_out, labels, checkpoint, console)
+    where: dict[str, Any] = {
+        "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
+        "exclude": recipe.exclude,
+        "layers": indices,
+        "modules_to_save": whole,
+        "seed": recipe.seed,
+    }
+    run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
+    method.resolved(run.total_steps)
+    found = None if method.probe is None else _importance(run, method, where)
+    run.adapter = adapt(loaded.model, method if found is None else method.with_importance(found), **where)
     _describe(run)
     try:
         out.mkdir(parents=True, exist_ok=True)
         recipe.save(out / RECIPE)
+        if found is not None:
+            (out / IMPORTANCE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write to --out {out}: {error.strerror}") from error
     return run
+
+
+def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
+    """What the probe found, or, of a resumed run, had found."""
+    probe, path = method.probe, run.out / IMPORTANCE
+    assert probe is not None
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    examples = data.stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
+    loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
+    device = run.loaded.model.device
+    batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
+    run.console.print(
+        f"[bold]probe[/]  {probe.epochs} passes over {len(examples)} examples ({len(batches)} batches): which modules matter?",
+        highlight=False,
+    )
+    loss = None if run.labels is not None else lambda model, batch: answer_loss(model(**without_labels(batch)), batch["labels"])
+    found = importance(run.loaded.model, method, batches, loss=loss, lr=run.recipe.lr, **where)
+    run.console.print(importance_table(method.with_importance(found), found))
+    return found
+
+
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is called with where the loss is ours."""
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def importance_table(method: Method, found: Mapping[str, float]) -> Table:
+    """Importances by layer and module; those that keep a pair of their own are marked."""
+    own = set(method.own_pairs(list(found)))
+    places = {path: place_of(path) for path in found}
+    columns = list(dict.fromkeys(name for _, name in places.values()))
+    rows: dict[str, dict[str, str]] = {}
+    for path, share in found.items():
+        layer, name = places[path]
+        rows.setdefault(layer, {})[name] = f"[bold green]{share:.2%} ●[/]" if path in own else f"{share:.2%}  "
+    table = Table("layer", title=f"importance: {len(own)} of {len(found)} modules keep a pair of their own (●)", box=SIMPLE)
+    for name in columns:
+        table.add_column(name.rpartition(".")[2], justify="right")
+    for layer, cells in rows.items():
+        table.add_row(layer, *(cells.get(name, "") for name in columns))
+    return table
 
 
 def train(run: Run) -> Result:
@@ -324,7 +376,9 @@ def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    optimizer = run.adapter.optimizer(torch.optim.AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = run.adapter.optimizer(
+        torch.optim.AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay, total_steps=run.total_steps
+    )
     trainer = AdapterTrainer(
         run.adapter,
         model=model,
@@ -347,7 +401,7 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
         return DivergedError(f"{error}, the first step of this run, so there is nothing to keep; {advice}", error.step)
     with torch.no_grad():
         for parameter, value in zip(trainer.trained, trainer.good, strict=True):
-            parameter.copy_(value)
+            parameter.data = value  # not copied: ranks may have been freed since
     directory.save(run.adapter, run.out)
     return DivergedError(
         f"{error}; stopped, and the adapter after step {trainer.good_step}, the last with a finite loss, is in {run.out}; "

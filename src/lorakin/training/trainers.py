@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer, and of TRL's, that hold the adapters instead of the whole base model."""
+"""transformers' Trainer, and TRL's, made to train adapters: their learning rates, their run's length, their checkpoints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from lorakin.adapter import Adapter, adapters
 from lorakin.errors import StateError
 from lorakin.storage import directory
+from lorakin.surgery.optimizer import regroup
 
 DEFAULT = "default"
 
 
-class AdapterCheckpoints:
-    """Mixed in before a Trainer class: saves and loads adapters where the Trainer would the model.
+class AdapterTraining:
+    """Mixed in before a Trainer class: optimizes, saves and loads adapters where the Trainer would the model.
 
     The adapter "default" lies in the checkpoint itself, any other in a directory of its name, as PEFT lays them out.
     """
@@ -22,6 +23,22 @@ class AdapterCheckpoints:
     model: Any
     args: Any
     state: Any
+    optimizer: Any
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer, with the groups of the adapters' methods; one that the user gave is left as it is."""
+        if self.optimizer is not None:
+            return self.optimizer
+        made: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        for adapter in self._trained():
+            regroup(adapter, made, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """As the Trainer does, and tell the adapters how long the run is."""
+        for adapter in self._trained():
+            adapter.begin(num_training_steps)
+        super().create_optimizer_and_scheduler(num_training_steps)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -35,6 +52,9 @@ class AdapterCheckpoints:
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _trained(self) -> list[Adapter]:
+        return [adapter for adapter in self._adapters().values() if any(p.requires_grad for p in adapter.parameters())]
+
     def _adapters(self) -> dict[str, Adapter]:
         found = adapters(self.model)
         if not found:
@@ -42,15 +62,15 @@ class AdapterCheckpoints:
         return found
 
 
-def adapter_checkpoints(trainer: Any) -> Any:
-    """Make `trainer` (any subclass of transformers' Trainer, TRL's included) checkpoint adapters only; returns it.
+def prepare_trainer(trainer: Any) -> Any:
+    """Make `trainer` (any subclass of transformers' Trainer, TRL's included) train adapters as their methods say; returns it.
 
-    Without this, a Trainer's checkpoint holds the base model alone, and resuming from it warns that the adapters keep
-    their present values.
+    Its optimizer gets their learning rates and decays, members that plan over the run are told its length, and checkpoints
+    hold the adapters with what training remembers, instead of the base model.
     """
     cls = type(trainer)
-    if not isinstance(trainer, AdapterCheckpoints):
-        trainer.__class__ = type(cls.__name__, (AdapterCheckpoints, cls), {"__module__": cls.__module__})
+    if not isinstance(trainer, AdapterTraining):
+        trainer.__class__ = type(cls.__name__, (AdapterTraining, cls), {"__module__": cls.__module__})
     return trainer
 
 

@@ -1,0 +1,68 @@
+"""`lorakin methods`"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from lorakin.cli.options import Json, console_for, examples, print_json
+from lorakin.family import FAMILY, Member, Method, Modifier, conflict
+
+EXAMPLES = examples("lorakin methods", "lorakin methods --json")
+
+
+def command(as_json: Json = False) -> None:
+    """Show the family: each member, its settings, and which of them combine."""
+    if as_json:
+        print_json({"members": [_described(member) for member in FAMILY], "refused": _refused(FAMILY)})
+        return
+    console = console_for(False)
+    for member in FAMILY:
+        console.print(f"[bold]{member.word}[/]  [dim]{member.paper}[/]", highlight=False)
+        for axis, choice in member.decides.items():
+            console.print(f"    {axis}: {choice}", highlight=False, markup=False)
+        settings = ", ".join(f"{name}={value}" for name, value in _described(member)["settings"].items())
+        console.print(f"    settings: {settings}", highlight=False, markup=False)
+        if member.remark:
+            console.print(f"    {member.remark}", highlight=False, markup=False)
+    table = Table(
+        "", *(member.word for member in FAMILY), box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0)
+    )
+    reasons: list[str] = []
+    for row in FAMILY:
+        cells = []
+        for column in FAMILY:
+            reason = None if row is column else conflict(*sorted((row, column), key=FAMILY.index))
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            cells.append("·" if row is column else "✔" if reason is None else f"✗{reasons.index(reason) + 1}")
+        table.add_row(row.word, *cells)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"✗{number} {reason}", highlight=False, markup=False)
+    console.print("More than two combine if each two of them do.", highlight=False)
+
+
+def _described(member: type[Member]) -> dict[str, Any]:
+    defaults = Method.of(member())
+    pair = {field.name for field in dataclasses.fields(defaults.parametrisation)}  # type: ignore[arg-type]
+    foreign = {field.name for field in dataclasses.fields(Modifier)} - pair  # settings of pairs that this one does not have
+    fields = [field for field in dataclasses.fields(member) if field.name not in foreign]  # type: ignore[arg-type]
+    return {
+        "word": member.word,
+        "paper": member.paper,
+        "decides": dict(member.decides),
+        "settings": {field.name: defaults.setting(field.name) for field in fields},
+        "learning_rate": defaults.learning_rate,
+        "remark": member.remark,
+    }
+
+
+def _refused(family: Sequence[type[Member]]) -> list[dict[str, str]]:
+    pairs = [(one, other) for n, one in enumerate(family) for other in family[n + 1 :]]
+    found = [(one, other, conflict(one, other)) for one, other in pairs]
+    return [{"one": one.word, "other": other.word, "reason": reason} for one, other, reason in found if reason is not None]

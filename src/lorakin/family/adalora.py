@@ -1,0 +1,168 @@
+"""AdaLoRA: the change as P·Λ·Q, all three learned; a global budget of ranks goes where it helps.
+
+Paper:    "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
+Forward:  y = W0 x + b + s · P (Λ (Q x̃))           s = alpha / (r0 + 1e-5), r0 the initial rank, also after pruning
+Shapes:   P (out, r0), Λ kept as E (r0, 1), Q (r0, in). No SVD is taken; an entry of Λ may be negative.
+Trains:   P, E, Q, r0 · (in + out + 1) numbers, fewer once ranks are freed
+Start:    P, Q normal with deviation 0.02, E = 0
+
+Before each step, with gradients of the loss and of γ·R, R the mean of ‖PᵀP − I‖ and ‖QQᵀ − I‖ over all P and Q:
+
+    I = |w · ∂w|      Ī ← β1·Ī + (1−β1)·I      U ← β2·U + (1−β2)·|I − Ī|      s(w) = Ī·U
+    S_j = s(λ_j) + mean s(P_·j) + mean s(Q_j·)                                for triplet j of each matrix
+
+After step n the b(n) triplets with the largest S keep their λ, all others get λ = 0:
+
+    n ≤ t_i              everything               (t_i `start`, t_f `finish`, T `total_steps`, b0 → b_T the budgets)
+    t_i < n < T − t_f    b = ⌊b_T + (b0 − b_T) · (1 − (n − t_i)/(T − t_i − t_f))³⌋, every `interval` steps
+    n = T − t_f          b_T, for good: triplets without λ are freed, with their gradients and optimizer state
+
+The numerator is n − t_i as in the authors' code; the paper's equation 12 also subtracts t_f, which exceeds b0 at first.
+R is in the mean of unsquared norms, as in the authors' code. On VeRA, d is pruned in Λ's place, by its own score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lorakin.family.lora import check_rank, orthonormal_rows
+from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Tensors
+from lorakin.family.settings import check_pair_settings, number, require, whole_number
+
+
+@dataclass(frozen=True)
+class Triplets(Parametrisation):
+    """P·Λ·Q, the pair that AdaLoRA brings: `initial_rank` triplets at first, `kept` of them once the others are freed."""
+
+    word: ClassVar[str] = "adalora's P·Λ·Q"
+    decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is P·Λ·Q"}
+    learning_rate: ClassVar[float] = 5e-4
+    per_rank: ClassVar[str | None] = "E"
+    per_rank_sides: ClassVar[tuple[str, ...]] = ("P", "Q")
+
+    initial_rank: int = 12
+    alpha: float = 32.0
+    dropout: float = 0.0
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pair_settings(self)
+        whole_number(self, "initial_rank", at_least=1)
+
+    @property
+    def rank(self) -> int:
+        """How many triplets there are."""
+        return self.initial_rank if self.kept is None else self.kept
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor in front of P·Λ·Q; the divisor stays the initial rank's."""
+        return self.alpha / (self.initial_rank + 1e-5)
+
+    def check(self, shape: Shape, where: str) -> None:
+        require(not shape.lookup, f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it")
+        check_rank(self.rank, shape, where)
+
+    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
+        P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
+        Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
+        E = torch.zeros(self.rank, 1, device=device, dtype=torch.float32)
+        return {"P": P.normal_(0, 0.02, generator=generator), "E": E, "Q": Q.normal_(0, 0.02, generator=generator)}
+
+    def roles(self, shape: Shape) -> dict[str, Role]:
+        return {"E": Role(starts_at_zero=True)}
+
+    def projection(self, shape: Shape) -> str:
+        return "Q"
+
+    def keep_projection(self, tensors: Tensors, shape: Shape) -> Tensors:
+        return {**tensors, "Q": orthonormal_rows(tensors["Q"])}
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
+        return Pair(up=self.scaling * tensors["P"], down=tensors["E"] * tensors["Q"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Modifier):
+    """AdaLoRA.
+
+    Args:
+        initial_rank: r0 of every module, 12 unless another member brings the pair.
+        target_rank: the average rank at the end.
+        total_steps: T, the optimizer steps of the run; a trainer knows it, otherwise `adapter.optimizer(…, total_steps=T)`.
+        start: t_i, the steps before pruning begins; 0.12·T.
+        finish: t_f, the steps after the ranks are fixed; 0.45·T.
+        interval: ΔT, the steps between two prunings; 1, 10 or 100 for T below 5,000, below 15,000 or more.
+        beta1, beta2: smoothing of the sensitivity and of its uncertainty.
+        orthogonality: γ, the weight of R.
+
+    Raises:
+        SettingError: a value outside its range, a schedule that does not fit the run.
+    """
+
+    word: ClassVar[str] = "adalora"
+    paper: ClassVar[str] = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512"
+    decides: ClassVar[Mapping[str, str]] = {"budget": "ranks are pruned while training"}
+    in_probe: ClassVar[bool] = False
+    pair_settings: ClassVar[tuple[str, ...]] = ("initial_rank", "alpha", "dropout", "rank", "rslora")
+
+    initial_rank: int | None = None
+    target_rank: int = 8
+    total_steps: int | None = None
+    start: int | None = None
+    finish: int | None = None
+    interval: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank is None, "adalora has no one rank: give initial_rank and target_rank instead of rank")
+        require(not self.rslora, "adalora's scale belongs to its initial rank, so rslora cannot apply")
+        whole_number(self, "target_rank", at_least=1)
+        for name, least in (("initial_rank", 1), ("total_steps", 1), ("start", 0), ("finish", 0), ("interval", 1)):
+            whole_number(self, name, at_least=least, optional=True)
+        for name in ("beta1", "beta2"):
+            number(self, name, lambda beta: 0 < beta < 1, "a number between 0 and 1")
+        number(self, "orthogonality", lambda gamma: 0 <= gamma < float("inf"), "a number ≥ 0")
+
+    def default_pair(self) -> type[Parametrisation]:
+        return Triplets
+
+    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+        if parametrisation.per_rank is None:
+            return f"{parametrisation.word} has no number for each rank to prune by; leave it out, adalora brings P·Λ·Q"
+        return None
+
+    def resolved(self, method: Any, total_steps: int | None) -> Self:
+        T = total_steps or self.total_steps
+        require(
+            self.total_steps in (None, T),
+            f"adalora has total_steps={self.total_steps}, but the run has {T}; leave it out, or make them the same",
+        )
+        require(
+            T is not None,
+            "adalora plans over the whole run and does not know its length: give total_steps, in AdaLoRA(total_steps=…) or "
+            "adapter.optimizer(…, total_steps=…), or let lorakin.training.prepare_trainer(trainer) tell it",
+        )
+        assert T is not None
+        start = round(0.12 * T) if self.start is None else self.start
+        finish = round(0.45 * T) if self.finish is None else self.finish
+        require(
+            start + finish < T,
+            f"adalora's start={start} and finish={finish} leave no step of {T} to prune in; their sum must be below it",
+        )
+        interval = self.interval or (1 if T < 5_000 else 10 if T < 15_000 else 100)
+        return dataclasses.replace(self, total_steps=T, start=start, finish=finish, interval=interval)
+
+    def rule(self, places: Sequence[Place]) -> Rule:
+        from lorakin.family.allocation import Allocation
+
+        return Allocation(self, places)

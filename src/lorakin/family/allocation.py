@@ -1,0 +1,190 @@
+"""AdaLoRA's training rule: the regulariser's gradient, the scores, the budget and the freeing of ranks.
+
+The equations stand in `adalora.py`; this is their other half, what happens at each optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.family.member import Place, Rule
+
+if TYPE_CHECKING:
+    from lorakin.family.adalora import AdaLoRA
+
+
+class Matrix:
+    """One P·Λ·Q of the budget, which several modules may share."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        pair = place.method.parametrisation
+        assert pair.per_rank is not None
+        self.scales = pair.per_rank
+        self.sides = pair.per_rank_sides
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Λ and those of P and Q that train, by slot."""
+        tensors = self.place.tensors()
+        return {slot: tensors[slot] for slot in (self.scales, *self.sides) if tensors[slot].requires_grad}
+
+    @property
+    def rank(self) -> int:
+        """How many triplets it has now, pruned ones included until they are freed."""
+        return len(self.place.tensors()[self.scales])
+
+
+class Allocation(Rule):
+    """Scores triplets before each step, keeps the best of them after it, and frees the others in the end."""
+
+    def __init__(self, member: AdaLoRA, places: Sequence[Place]) -> None:
+        self.member = member
+        shared: dict[int, Matrix] = {}
+        for place in places:
+            matrix = Matrix(place)
+            shared.setdefault(id(place.tensors()[matrix.scales]), matrix)
+        self.matrices = [matrix for matrix in shared.values() if matrix.factors()]
+        self.sensitivity: dict[str, Tensor] = {}
+        self.uncertainty: dict[str, Tensor] = {}
+        self.pattern: list[Tensor] | None = None
+        self.all = sum(matrix.rank for matrix in self.matrices)
+        self.target = min(self.all, len(self.matrices) * member.target_rank)
+        self.least, self.most = self.all, 0
+        self.freed = False
+
+    def budget(self, n: int) -> int:
+        """b(n), the triplets that may keep their λ after step n."""
+        start, end = self.member.start or 0, self._end
+        if n <= start:
+            return self.all
+        if n >= end:
+            return self.target
+        return self.target + (self.all - self.target) * (end - n) ** 3 // (end - start) ** 3  # exact in whole numbers
+
+    @property
+    def _end(self) -> int:
+        """The step after which the pattern is fixed, T − t_f."""
+        assert self.member.total_steps is not None
+        return self.member.total_steps - (self.member.finish or 0)
+
+    @torch.no_grad()
+    def before(self, n: int) -> None:
+        self._regularise()
+        if n > self._end:
+            return
+        for matrix in self.matrices:
+            for slot, w in matrix.factors().items():
+                if w.grad is not None:
+                    self._observe(
+                        f"{matrix.place.path}.{slot}", (w * w.grad).abs().to(torch.promote_types(w.dtype, torch.float32))
+                    )
+
+    def _regularise(self) -> None:
+        """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R."""
+        sides = [m.factors()[slot] for m in self.matrices for slot in m.sides if slot in m.factors()]
+        for side in sides:
+            if side.grad is None:
+                continue
+            tall = (side if side.shape[0] >= side.shape[1] else side.T).to(torch.promote_types(side.dtype, torch.float32))
+            excess = tall.T @ tall - torch.eye(tall.shape[1], device=tall.device, dtype=tall.dtype)
+            size = torch.linalg.matrix_norm(excess)
+            gradient = 2 * tall @ (excess / size.clamp(min=torch.finfo(size.dtype).tiny))
+            gradient = gradient * (self.member.orthogonality / len(sides))
+            side.grad.add_(gradient if tall.shape == side.shape else gradient.T)
+
+    def _observe(self, key: str, now: Tensor) -> None:
+        beta1, beta2 = self.member.beta1, self.member.beta2
+        mean = self.sensitivity.setdefault(key, torch.zeros_like(now))
+        spread = self.uncertainty.setdefault(key, torch.zeros_like(now))
+        mean.mul_(beta1).add_(now, alpha=1 - beta1)
+        spread.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
+
+    def _scores(self, matrix: Matrix) -> Tensor:
+        """S of every triplet of one matrix, (rank,)."""
+        total = torch.zeros(matrix.rank)
+        for slot in matrix.factors():
+            if (key := f"{matrix.place.path}.{slot}") in self.sensitivity:
+                score = self.sensitivity[key] * self.uncertainty[key]
+                if slot == matrix.scales:
+                    total = total + score.flatten().cpu()
+                else:
+                    total = total + score.mean(0 if slot == matrix.sides[0] else 1).cpu()
+        return total
+
+    @torch.no_grad()
+    def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
+        due = n == self._end or (n < self._end and n % (self.member.interval or 1) == 0)
+        if n > (self.member.start or 0) and due:
+            scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
+            best = torch.sort(scores, descending=True, stable=True).indices[: self.budget(n)]
+            kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
+            self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])))
+        elif self.pattern is not None and not self.freed and n > self._end:
+            self._switch_off(self.pattern)
+        if n == self._end:
+            self._free(optimizer)
+
+    def _switch_off(self, pattern: list[Tensor]) -> None:
+        for matrix, kept in zip(self.matrices, pattern, strict=True):
+            scales = matrix.place.tensors()[matrix.scales]
+            scales.mul_(kept.to(scales).view(-1, *(1 for _ in scales.shape[1:])))
+        self.pattern = pattern
+
+    def _free(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the pruned triplets out of parameters, gradients and optimizer state. The scores have done their work."""
+        assert self.pattern is not None
+        self.freed = all(matrix.sides for matrix in self.matrices)
+        for matrix, kept in zip(self.matrices, self.pattern, strict=True):
+            tensors = matrix.place.tensors()
+            for slot, axis in ((matrix.scales, 0), *zip(matrix.sides, (1, 0), strict=False)) if matrix.sides else ():
+                keep_only(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
+        self.sensitivity, self.uncertainty = {}, {}
+
+    def state(self) -> dict[str, Any]:
+        pattern = (
+            None if self.pattern is None else {m.place.path: kept for m, kept in zip(self.matrices, self.pattern, strict=True)}
+        )
+        counts = {"all": self.all, "freed": self.freed}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "pattern": pattern or {}, **counts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.all, self.freed = int(state["all"]), bool(state["freed"])
+        self.target = min(self.all, len(self.matrices) * self.member.target_rank)
+        devices = {m.place.path: m.place.tensors()[m.scales].device for m in self.matrices}
+        for name in ("sensitivity", "uncertainty"):
+            moved = {key: t.to(devices[key.rpartition(".")[0]], copy=True) for key, t in state[name].items()}
+            setattr(self, name, moved)
+        self.pattern = [state["pattern"][m.place.path].bool() for m in self.matrices] if state["pattern"] else None
+
+    def check(self, n: int) -> str | None:
+        if self.all == self.target:
+            return None
+        if self.pattern is None:
+            return (
+                f"adalora's allocator never pruned: it saw {n} of {self.member.total_steps} optimizer steps, and begins after "
+                f"{self.member.start}. Train with a torch optimizer that holds the adapter's tensors, for the whole run"
+            )
+        return None
+
+
+def keep_only(parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer) -> None:
+    """Shrink a parameter along `axis` in place, the same object, with its gradient and what the optimizer keeps for it.
+
+    State of another shape than the parameter's is given up; the optimizer then begins it anew.
+    """
+    old, kept = parameter.shape, kept.to(parameter.device)
+    state = optimizer.state.get(parameter, {})
+    for key, value in list(state.items()):
+        if isinstance(value, Tensor) and value.shape == old:
+            state[key] = value.index_select(axis, kept)
+        elif isinstance(value, Tensor) and value.numel() > 1:
+            state.clear()
+            break
+    smaller = parameter.data.index_select(axis, kept)
+    parameter.grad = None
+    parameter.data = parameter.data.to(torch.float16 if parameter.dtype != torch.float16 else torch.float32)
+    parameter.data = smaller  # by way of another dtype, at which autograd forgets the shape it expects of the gradient

@@ -1,0 +1,286 @@
+"""Members together: which combine, and what a combination computes.
+
+Every member declares the axes on which it decides something. Members that decide on different axes combine; two that
+decide on the same axis do not, and the refusal quotes both declarations. So legality is data, and this file names no member.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import SettingError
+from lorakin.family.lora import LoRA
+from lorakin.family.member import FIXED, Member, Modifier, Pair, Parametrisation, Place, Probe, Role, Rule, Shape, Spot, Tensors
+from lorakin.family.settings import require
+
+AXES = {
+    "parametrisation": "where the pair comes from",
+    "projection": "whether its random factor trains",
+    "rates": "who learns how fast",
+    "budget": "where ranks go while training",
+    "sharing": "which modules share a pair",
+    "base": "whether the base weight moves",
+    "gain": "whether each output has a trained length",
+}
+"""What members decide, in the order in which they act."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Members that work together: one parametrisation and what modifies it. Made by `Method.of`.
+
+    `members` are those the user named, in the order of their axes.
+    """
+
+    members: tuple[Member, ...]
+    parametrisation: Parametrisation
+
+    @classmethod
+    def of(cls, members: Member | Method | Iterable[Member]) -> Self:
+        """The method of one member or several; a pair that no member brings is plain LoRA's.
+
+        Raises:
+            SettingError: members that do not combine, or settings that contradict each other.
+        """
+        if isinstance(members, cls):
+            return members
+        several = isinstance(members, Iterable) and not isinstance(members, str | type)
+        given: tuple[Any, ...] = tuple(members) if several else (members,)  # type: ignore[arg-type]
+        for member in given:
+            if not isinstance(member, Member):
+                raise SettingError(f"expected a member with its settings, such as lk.LoRA(rank=16), not {member!r}")
+        require(bool(given), "a method needs at least one member, such as lk.LoRA(rank=16)")
+        axes = list(AXES)
+        ordered = tuple(sorted(given, key=lambda member: min(axes.index(axis) for axis in member.decides)))
+        for n, one in enumerate(ordered):
+            for other in ordered[n + 1 :]:
+                if reason := conflict(one, other):
+                    raise SettingError(reason)
+        method = cls(ordered, _parametrisation(ordered))
+        for modifier in method.modifiers:
+            modifier.check_pair(method.parametrisation)
+        return method
+
+    @cached_property
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """The members that are not the parametrisation."""
+        return tuple(member for member in self.members if isinstance(member, Modifier))
+
+    @property
+    def words(self) -> str:
+        """As on the command line: `dora,lora+`."""
+        return ",".join(member.word for member in self.members)
+
+    @property
+    def learning_rate(self) -> float:
+        """What to take when the user gives none."""
+        lr = self.parametrisation.learning_rate
+        for member in self.modifiers:
+            lr *= member.learning_rate_factor
+        return lr
+
+    @property
+    def dropout(self) -> float:
+        """Of the branch's input, in train mode."""
+        return self.parametrisation.dropout
+
+    def setting(self, name: str) -> Any:
+        """The setting `name` of the pair, or else of the first member that has one of that name; None if there is none."""
+        owners = (m for m in (self.parametrisation, *self.members) if name in _fields(m))
+        return next((getattr(m, name) for m in owners), None)
+
+    def at(self, **settings: Any) -> Method:
+        """The method of one module, with a rank or an alpha of its own."""
+        if unknown := [name for name in settings if name not in _fields(self.parametrisation)]:
+            raise SettingError(f"{self.words} has no {unknown[0]} of modules' own, so {unknown[0]}_pattern cannot apply")
+        return dataclasses.replace(self, parametrisation=dataclasses.replace(self.parametrisation, **settings))  # type: ignore[type-var]
+
+    def resolved(self, total_steps: int | None) -> Method:
+        """With settings left open decided for a run of so many steps.
+
+        Raises:
+            SettingError: a member cannot be run like that.
+        """
+        return dataclasses.replace(self, members=tuple(member.resolved(self, total_steps) for member in self.members))
+
+    def agrees_with(self, other: Method) -> bool:
+        """Whether it is `other`, but for settings that one of them leaves open."""
+        if self.words != other.words or self.parametrisation != other.parametrisation:
+            return False
+        settings = (
+            (getattr(mine, field.name), getattr(its, field.name))
+            for mine, its in zip(self.members, other.members, strict=True)
+            for field in dataclasses.fields(mine)  # type: ignore[arg-type]
+        )
+        return all(mine is None or its is None or mine == its for mine, its in settings)
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe that a member still needs before the method can be put into a model."""
+        return next((probe for member in self.modifiers if (probe := member.probe()) is not None), None)
+
+    def with_importance(self, importance: Mapping[str, float]) -> Method:
+        """The method with what a probe found: path → share of the importance."""
+        known = tuple(m.with_importance(importance) if isinstance(m, Modifier) else m for m in self.members)
+        return dataclasses.replace(self, members=known)
+
+    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+        """Those of `paths` whose pair is theirs alone."""
+        for member in self.modifiers:
+            paths = member.own_pairs(paths)
+        return list(paths)
+
+    def for_probe(self) -> Method:
+        """What a probe trains before this method does: the members that take part in one, and plain LoRA if none does."""
+        return Method.of([member for member in self.members if member.in_probe] or [LoRA(**_pair_settings(self.members))])
+
+    def select(self, paths: Sequence[str]) -> list[str]:
+        """Which of the targeted modules get a pair."""
+        for member in self.modifiers:
+            paths = member.select(paths)
+        return list(paths)
+
+    def check(self, shape: Shape, where: str) -> None:
+        """Raise `SettingError` if the method does not fit a weight of this shape; `where` is the module's path."""
+        self.parametrisation.check(shape, where)
+
+    def start(
+        self,
+        spots: Mapping[str, Spot],
+        methods: Mapping[str, Method],
+        generator: torch.Generator | None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensors]:
+        """The tensors of all modules at the start, by path and slot; shared ones are the same object.
+
+        They are float32, float64 on a float64 base, unless `dtype` says otherwise. `methods` has each module's own.
+        """
+        each = {path: method.parametrisation for path, method in methods.items()}
+        drawn = self.parametrisation.start_all(spots, each, generator, device)
+        cast: dict[tuple[int, torch.dtype], Tensor] = {}
+        for path, there in drawn.items():
+            wide = dtype or torch.promote_types(spots[path].weight.dtype, torch.float32)
+            drawn[path] = {slot: cast.setdefault((id(t), wide), t.to(wide)) for slot, t in there.items()}
+        for member in self.modifiers:
+            drawn = member.extend(drawn, spots, methods)
+        return self.share(drawn, spots, methods)
+
+    def share(
+        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+    ) -> dict[str, Tensors]:
+        """All modules' tensors, with one object wherever modules share a tensor."""
+        for member in self.modifiers:
+            tensors = member.share(tensors, spots, methods)
+        return tensors
+
+    def roles(self, path: str, shape: Shape, slots: Iterable[str]) -> dict[str, Role]:
+        """What each of a module's tensors is to an optimizer."""
+        pair = self.parametrisation
+        known = pair.roles(shape)
+        roles = {slot: FIXED if slot in pair.frozen else known.get(slot, Role()) for slot in slots}
+        for member in self.modifiers:
+            roles = member.amend_roles(roles, path, shape, pair)
+        return roles
+
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
+        """The pair without a gain, differentiable in the tensors."""
+        pair = self.parametrisation.pair(tensors, shape)
+        for member in self.modifiers:
+            pair = member.amend_pair(pair, tensors)
+        return pair
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor) -> Pair:
+        """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors."""
+        pair = self.low_rank(tensors, shape)
+        for member in self.modifiers:
+            gain = member.gain(pair, tensors, weight)
+            pair = pair if gain is None else pair._replace(gain=gain)
+        return pair
+
+    def rate(self, lr: float, role: Role, shape: Shape) -> float:
+        """The learning rate of a tensor, given the base rate."""
+        for member in self.modifiers:
+            lr = member.rate(lr, role, shape)
+        return lr
+
+    def unmoved(self, places: Sequence[Place]) -> list[str]:
+        """What of the members training never reached."""
+        return [reason for member in self.members if (reason := member.unmoved(places)) is not None]
+
+    def rules(self, places: Sequence[Place]) -> list[Rule]:
+        """What happens at each optimizer step; call `resolved` first."""
+        return [rule for member in self.members if (rule := member.rule(places)) is not None]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.members))
+
+
+def conflict(one: Member | type[Member], other: Member | type[Member]) -> str | None:
+    """Why two members do not combine, or None if they do. On two classes: as declared, with default settings."""
+    for axis in one.decides.keys() & other.decides.keys():
+        if one.word == other.word:
+            return f"{one.word} is given twice; give it once, with all its settings"
+        return (
+            f"{one.word} and {other.word} do not combine: both decide {AXES[axis]} "
+            f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
+        )
+    for pair, modifier in ((one, other), (other, one)):
+        kind = pair if isinstance(pair, type) else type(pair)
+        if issubclass(kind, Parametrisation):
+            instance = modifier() if isinstance(modifier, type) else modifier
+            if isinstance(instance, Modifier) and (reason := instance.misfit(kind)):
+                return f"{modifier.word} and {kind.word} do not combine: {reason}"
+    return None
+
+
+def _fields(member: Member | type[Member]) -> set[str]:
+    return {field.name for field in dataclasses.fields(member)}  # type: ignore[arg-type]
+
+
+def _pair_settings(members: Sequence[Member]) -> dict[str, Any]:
+    """What the modifiers say about the pair they share."""
+    said: dict[str, tuple[Any, str]] = {}
+    for member in members:
+        for name in member.pair_settings if isinstance(member, Modifier) else ():
+            value = getattr(member, name)
+            if value is None:
+                continue
+            if name in said and said[name][0] != value:
+                raise SettingError(
+                    f"{said[name][1]} has {name}={said[name][0]!r} and {member.word} has {name}={value!r}, but they share one "
+                    "pair; give it once"
+                )
+            said[name] = (value, member.word)
+    return {name: value for name, (value, _) in said.items()}
+
+
+def _parametrisation(members: tuple[Member, ...]) -> Parametrisation:
+    """The one that is named, else the one that a modifier needs, else plain LoRA, with what the modifiers say about it."""
+    settings = _pair_settings(members)
+    named = next((member for member in members if isinstance(member, Parametrisation)), None)
+    modifiers = [member for member in members if isinstance(member, Modifier)]
+    if named is None:
+        kind = next((kind for m in modifiers if (kind := m.default_pair()) is not None), LoRA)
+    known = _fields(named or kind)
+    if unknown := [name for name in settings if name not in known and settings[name]]:
+        word = named.word if named is not None else kind.word
+        raise SettingError(f"{word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply")
+    settings = {name: value for name, value in settings.items() if name in known}
+    if named is None:
+        defaults = {name: value for m in modifiers for name, value in m.pair_defaults.items() if name in known}
+        return kind(**(defaults | settings))
+    for name, value in settings.items():
+        if value != getattr(named, name):
+            raise SettingError(
+                f"{named.word} has {name}={getattr(named, name)!r}, but another member says {name}={value!r}; give it to "
+                f"{named.word} alone"
+            )
+    return named

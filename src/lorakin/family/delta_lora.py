@@ -1,0 +1,204 @@
+"""Delta-LoRA: after K steps the base weight moves too, with every step of the low-rank product.
+
+Paper:    "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv 2309.02411.
+Rule:     for every optimizer step n > K        W_n = W_{n−1} + λ · (P_n − P_{n−1}),      P_n = s · B_n A_n
+Forward:  y = W_n x + P_n x + b, the branch without dropout
+Gradient: W_n is a constant: A and B get the gradient of a plain pair, at the full effective weight.
+Trains:   what the pair trains
+Exactly:  the differences telescope, W_n = W0 + λ (P_n − P_K), so nothing need be written into the base:
+
+              y = W0 x + (1 + λ) · P_n x − λ · P_K x + b               up = [up_n, up_K],  down = [(1+λ) down_n ; −λ down_K]
+
+          The anchor P_K is a copy of the pair after K steps. The total change has rank 2r, r if K = 0 (then P_K = 0).
+          `update="telescoped"` is this. `update="in_place"` moves a copy of the base weight as the paper writes it, and is
+          saved as the telescoped form.
+Anchor:   the paper leaves open whether it counts steps from 0 or 1; here the anchor is the pair after exactly K steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from lorakin.family.member import FIXED, Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Spot, Tensors
+from lorakin.family.settings import number, one_of, require, whole_number
+
+ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaLoRA(Modifier):
+    """Delta-LoRA.
+
+    Args:
+        lam: λ, how far the base moves with the product.
+        start_step: K, the optimizer steps before it begins to.
+        update: `telescoped`, exact and without touching the base, or `in_place`, as the paper writes it.
+
+    Raises:
+        SettingError: a value outside its range; dropout, which the base's part of the forward cannot follow.
+    """
+
+    word: ClassVar[str] = "delta-lora"
+    paper: ClassVar[str] = "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+    decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
+    pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
+    in_probe: ClassVar[bool] = False
+    remark: ClassVar[str] = (
+        "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that before you keep it."
+    )
+
+    lam: float = 2.0
+    start_step: int = 500
+    update: Literal["telescoped", "in_place"] = "telescoped"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
+        whole_number(self, "start_step", at_least=0)
+        one_of(self, "update", ("telescoped", "in_place"))
+
+    def resolved(self, method: Any, total_steps: int | None) -> Self:
+        require(
+            total_steps is None or total_steps > self.start_step,
+            f"delta-lora begins after start_step={self.start_step} optimizer steps, but the run has {total_steps}, so it would "
+            "never begin; lower start_step or train longer",
+        )
+        return self
+
+    def check_pair(self, parametrisation: Parametrisation) -> None:
+        require(
+            not parametrisation.dropout,
+            f"delta-lora takes no dropout, but it is {parametrisation.dropout}: the base weight, which moves with the "
+            "pair, cannot drop inputs",
+        )
+
+    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+        if self.start_step or self.update == "in_place":
+            return tensors
+        return {path: there | self.empty_anchor(there) for path, there in tensors.items()}
+
+    @staticmethod
+    def empty_anchor(tensors: Tensors) -> Tensors:
+        """The anchor at K = 0, when the pair is zero: of rank 0."""
+        like = next(iter(tensors.values()))
+        return {ANCHOR_UP: like.new_zeros(0)}
+
+    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+        return {**roles, ANCHOR_UP: FIXED, ANCHOR_DOWN: FIXED}
+
+    def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
+        if ANCHOR_UP not in tensors:
+            return pair
+        up, down, grown = pair.up, pair.down, 1 + self.lam
+        slowed = Pair(_gradient_over(up, grown), _gradient_over(down, grown))
+        if not tensors[ANCHOR_UP].numel():
+            return Pair(slowed.up, grown * slowed.down)
+        if ANCHOR_DOWN not in tensors:  # down never trains, so that one pair holds both
+            return Pair(grown * slowed.up - self.lam * tensors[ANCHOR_UP], down)
+        return Pair(
+            torch.cat([slowed.up, tensors[ANCHOR_UP]], 1), torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0)
+        )
+
+    def rule(self, places: Sequence[Place]) -> Rule:
+        return (Anchoring if self.update == "telescoped" else InPlace)(self, places)
+
+
+class Anchoring(Rule):
+    """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
+
+    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+        self.member = member
+        self.places = places
+
+    def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
+        if n != self.member.start_step:
+            return
+        made: dict[tuple[int, ...], Tensors] = {}
+        for place in self.places:
+            if ANCHOR_UP not in place.tensors():
+                key = tuple(map(id, place.tensors().values()))  # modules that share their pair share its anchor
+                for slot, tensor in made.setdefault(key, anchor_of(place)).items():
+                    place.put(slot, tensor)
+
+    def check(self, n: int) -> str | None:
+        if n > self.member.start_step or any(ANCHOR_UP in place.tensors() for place in self.places):
+            return None
+        return (
+            f"delta-lora never began: training stopped after {n} optimizer steps, start_step is {self.member.start_step}; "
+            "what is saved is a plain pair"
+        )
+
+
+class InPlace(Rule):
+    """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it."""
+
+    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+        self.member = member
+        self.places = places
+        self.anchors: dict[str, Tensors] = {}
+        self.last: dict[str, Tensor] = {}
+        self.restore({})
+        if not member.start_step:
+            self._begin()
+
+    def _begin(self) -> None:
+        for place in self.places:
+            if place.path not in self.anchors:
+                self.anchors[place.path] = anchor_of(place, whole=True)
+                self.last[place.path] = product_of(place)
+
+    def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
+        for place in self.places:
+            if place.path in self.anchors:
+                product = product_of(place)
+                place.move_base(self.member.lam * (product - self.last[place.path]))
+                self.last[place.path] = product
+        if n == self.member.start_step:
+            self._begin()
+
+    def beside(self, path: str) -> Tensors:
+        return self.anchors.get(path, {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take anchors that came with a file off the modules, and move the base by what they say."""
+        for place in self.places:
+            if ANCHOR_UP in place.tensors():
+                anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
+                self.anchors[place.path] = anchor
+                self.last[place.path] = product = product_of(place)
+                place.move_base(self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]))
+
+    def check(self, n: int) -> str | None:
+        return None if self.anchors else Anchoring(self.member, self.places).check(n)
+
+
+def anchor_of(place: Place, whole: bool = False) -> Tensors:
+    """A copy of the place's pair, without `down` where that never trains, unless `whole`."""
+    with torch.enable_grad():
+        pair = pair_of(place)
+    anchor = {ANCHOR_UP: pair.up.detach().clone()}
+    return anchor | {ANCHOR_DOWN: pair.down.detach().clone()} if whole or pair.down.requires_grad else anchor
+
+
+@torch.no_grad()
+def product_of(place: Place) -> Tensor:
+    """P = up·down of the place (out, in), in the dtype of its pair."""
+    pair = pair_of(place)
+    return pair.up @ pair.down
+
+
+def pair_of(place: Place) -> Pair:
+    """The pair before the base's part is added, in float32 at least."""
+    wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in place.tensors().items()}
+    return place.method.parametrisation.pair(wide, place.shape)
+
+
+def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:
+    """The same values to the bit, their gradient divided."""
+    constant = tensor.detach()
+    return constant + (tensor - constant) / divisor

@@ -1,0 +1,105 @@
+"""DoRA: split the weight into a length for each output and a direction; the pair moves the direction, m the lengths.
+
+Paper:    "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; the constant norm, section 4.3.
+Forward:  V = W0 + up·down,  n_j = ‖V_j‖ (row j),  g = m / n
+
+              y = W0 x + (g − 1) ⊙ (W0 x̃) + g ⊙ up(down x̃) + b          without dropout: g ⊙ (V x) + b
+
+Shapes:   m, n, g (out): one number for each *output*, as the authors' code does
+Trains:   what the pair trains, and m: `out` more numbers, which never decay
+Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with G = ∂W
+Start:    m = n by the same function, so g is exactly 1. A row of length zero keeps gain 1; nothing is divided by it.
+Norm:     float32 at least, in blocks of rows and without forming V where that is accurate:
+
+              n_j² = ‖w_j‖² + 2 · up_j · (down w_jᵀ) + up_j (down downᵀ) up_jᵀ
+
+          A row that the pair nearly cancels is measured directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Shape, Spot, Tensors
+
+CANCELLED = 1e-3
+"""Below this share of what is added up, n² has lost too many digits to be used."""
+BLOCK = 1 << 20
+"""Numbers of the weight that are looked at at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Modifier):
+    """DoRA. Its settings are the pair's.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    word: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
+    decides: ClassVar[Mapping[str, str]] = {"gain": "a trained length for each output"}
+    learning_rate_factor: ClassVar[float] = 0.5
+    remark: ClassVar[str] = "Serves as PEFT's DoRA or merged; as a plain pair only approximately."
+
+    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+        extended = {}
+        for path, there in tensors.items():
+            shape, weight = spots[path]
+            pair = methods[path].low_rank({slot: t.to(weight.device) for slot, t in there.items()}, shape)
+            extended[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
+        return extended
+
+    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+        return {**roles, "m": Role(decays=False, of_pair=False)}
+
+    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
+        return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
+
+    def unmoved(self, places: Sequence[Place]) -> str | None:
+        still = [place.path for place in places if _is_at_start(place)]
+        if not still:
+            return None
+        return (
+            f"the magnitudes of {len(still)} of {len(places)} modules ({still[0]}, …) are exactly the base's row norms: "
+            "training never reached them"
+        )
+
+
+def _is_at_start(place: Place) -> bool:
+    m, weight = place.tensors()["m"], place.weight
+    nothing = weight.new_zeros(weight.shape[0], 1), weight.new_zeros(1, weight.shape[1])
+    return not m.is_meta and torch.equal(m, row_norms(weight, *nothing).to(m))
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """‖w_j + up_j·down‖ of every row j, (out,), a constant, in the dtype of the pair but float32 at least.
+
+    `weight` (out, in), `up` (out, k), `down` (k, in), in any floating dtypes.
+    """
+    wide = torch.promote_types(torch.promote_types(up.dtype, weight.dtype), torch.float32)
+    if weight.is_meta:
+        return torch.empty(len(weight), dtype=wide, device=weight.device)
+    up, down = up.to(wide), down.to(wide)
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = down @ down.T
+        rows = max(1, BLOCK // max(1, weight.shape[1]))
+        blocks = zip(torch.split(weight, rows), torch.split(up, rows), strict=True)
+        return torch.cat([_block_norms(w.to(wide), u, down, gram) for w, u in blocks])
+
+
+def _block_norms(weight: Tensor, up: Tensor, down: Tensor, gram: Tensor) -> Tensor:
+    own = torch.linalg.vector_norm(weight, dim=1).square()
+    moved = ((up @ gram) * up).sum(1)
+    square = own + 2 * ((weight @ down.T) * up).sum(1) + moved
+    norms: Tensor = square.clamp(min=0).sqrt()
+    if (cancelled := square < CANCELLED * (own + moved)).any():
+        norms[cancelled] = torch.linalg.vector_norm(weight[cancelled] + up[cancelled] @ down, dim=1)
+    return norms

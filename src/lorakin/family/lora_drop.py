@@ -1,0 +1,137 @@
+"""LoRA-drop: a short probe shows which modules' pairs change the output most; they keep a pair of their own.
+
+Paper:    "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation", arXiv 2402.07721.
+Stage 1:  train a plain pair on a small sample; then in eval mode, for each adapted module k, over all unmasked tokens x,
+
+              g_k = Σ_x ‖s · B_k A_k x‖²,      I_k = g_k / Σ_j g_j           (`importance`)
+
+Choose:   by descending I, ties in the model's order, the shortest prefix that sums to `threshold`; or the first `keep`.
+Stage 2:  everything starts anew. The chosen modules have a pair of their own; the others share one pair for each kind
+          (same name, same shape), `rest="shared"`, trained, its gradient the sum over its modules; or have one that
+          never trains, which stays zero, `rest="frozen"`; or have none, `rest="none"`.
+Trains:   r · (in + out) for each chosen module and each shared pair
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Self
+
+from lorakin.errors import LorakinWarning
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Shape, Spot, Tensors
+from lorakin.family.settings import number, one_of, require, whole_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRADrop(Modifier):
+    """LoRA-drop.
+
+    Args:
+        threshold: the share of all importance that the chosen modules have together, in (0, 1]; 0.9 unless `keep` is given.
+        keep: how many modules to choose instead.
+        rest: what the other modules get: `shared`, `frozen` or `none`.
+        sample: the share of the data that the probe is trained on.
+        probe_epochs: how often the probe sees it.
+        normalised: divide g_k by Σ ‖W0 x‖² first, where modules are of different kinds.
+        importance: path → I; found by a probe (`lorakin train`, or `adapt(…, probe=batches)`) if not given.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    word: ClassVar[str] = "lora-drop"
+    paper: ClassVar[str] = "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation, arXiv 2402.07721"
+    decides: ClassVar[Mapping[str, str]] = {"sharing": "modules that matter less share one pair"}
+    in_probe: ClassVar[bool] = False
+
+    threshold: float | None = None
+    keep: int | None = None
+    rest: Literal["shared", "frozen", "none"] = "shared"
+    sample: float = 0.1
+    probe_epochs: int = 3
+    normalised: bool = False
+    importance: Mapping[str, float] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threshold is None or self.keep is None, "give threshold or keep, not both")
+        if self.threshold is None and self.keep is None:
+            object.__setattr__(self, "threshold", 0.9)
+        number(self, "threshold", lambda share: 0 < share <= 1, "a number in (0, 1]", optional=True)
+        whole_number(self, "keep", at_least=1, optional=True)
+        one_of(self, "rest", ("shared", "frozen", "none"))
+        number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
+        whole_number(self, "probe_epochs", at_least=1)
+        require(isinstance(self.normalised, bool), f"normalised must be True or False, not {self.normalised!r}")
+
+    def probe(self) -> Probe | None:
+        return Probe(self.sample, self.probe_epochs, self.normalised) if self.importance is None else None
+
+    def with_importance(self, importance: Mapping[str, float]) -> Self:
+        return dataclasses.replace(self, importance=dict(importance))
+
+    def chosen(self) -> list[str]:
+        """The paths that keep a pair of their own, the most important first."""
+        assert self.importance is not None
+        ranked = sorted(self.importance, key=lambda path: -self.importance[path])  # type: ignore[index]
+        if self.keep is not None:
+            return ranked[: self.keep]
+        assert self.threshold is not None
+        count, total = 0, 0.0
+        while count < len(ranked) and total < self.threshold - 1e-12:
+            total += self.importance[ranked[count]]
+            count += 1
+        return ranked[:count]
+
+    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+        kept = set(self.chosen())
+        return [path for path in paths if path in kept]
+
+    def select(self, paths: Sequence[str]) -> list[str]:
+        require(
+            self.importance is not None,
+            "lora-drop chooses modules by a probe and has none: call adapt(…, probe=batches), or lk.importance for "
+            "LoRADrop(importance=…)",
+        )
+        assert self.importance is not None
+        if unknown := [path for path in paths if path not in self.importance]:
+            require(False, f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted")
+        require(
+            all(math.isfinite(i) and i >= 0 for i in self.importance.values()), "lora-drop's importance must be numbers ≥ 0"
+        )
+        values = [self.importance[path] for path in paths]
+        if len(values) > 1 and max(values) - min(values) <= 1e-9 * max(values):
+            warnings.warn(
+                "lora-drop: all modules are equally important, so the choice is by their order alone; was the probe trained?",
+                LorakinWarning,
+                stacklevel=2,
+            )
+        kept = set(self.chosen())
+        if all(path in kept for path in paths):
+            warnings.warn(
+                f"lora-drop chose all {len(paths)} modules, so nothing is shared; lower threshold or keep",
+                LorakinWarning,
+                stacklevel=2,
+            )
+        return [path for path in paths if path in kept] if self.rest == "none" else list(paths)
+
+    def share(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+        kept = set(self.chosen())
+        first: dict[object, Tensors] = {}
+        shared = {}
+        for path, there in tensors.items():
+            method, shape = methods[path], spots[path].shape
+            if path not in kept:
+                of_pair = {slot for slot, role in method.roles(path, shape, there).items() if role.of_pair}
+                kind = (path.rpartition(".")[2], shape, method.parametrisation)
+                there = there | {slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair}
+            shared[path] = there
+        return shared
+
+    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+        frozen = self.rest == "frozen" and path not in self.chosen()
+        return dict.fromkeys(roles, FIXED) if frozen else roles

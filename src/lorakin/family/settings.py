@@ -1,0 +1,54 @@
+"""How members check their settings: fields of frozen dataclasses, made plain or refused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+from lorakin.errors import SettingError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `SettingError(message)` unless `condition` holds."""
+    if not condition:
+        raise SettingError(message)
+
+
+def whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:
+    """Make the field `name` of a frozen dataclass a plain int (or None, if `optional`), or raise `SettingError`."""
+    value = getattr(settings, name)
+    if optional and value is None:
+        return
+    try:
+        plain = operator.index(value)
+    except TypeError:
+        plain = at_least - 1
+    require(plain >= at_least and not isinstance(value, bool), f"{name} must be a whole number ≥ {at_least}, not {value!r}")
+    object.__setattr__(settings, name, plain)
+
+
+def number(settings: object, name: str, fits: Callable[[float], bool], expected: str, optional: bool = False) -> None:
+    """Make the field `name` of a frozen dataclass a plain float that `fits` (or None), or raise `SettingError`."""
+    value = getattr(settings, name)
+    if optional and value is None:
+        return
+    try:
+        plain = float("nan") if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        plain = float("nan")
+    require(fits(plain), f"{name} must be {expected}, not {value!r}")
+    object.__setattr__(settings, name, plain)
+
+
+def check_pair_settings(settings: object, optional: bool = False) -> None:
+    """Make `alpha`, `dropout` and `rslora` (if there) plain and within their ranges, or raise `SettingError`."""
+    number(settings, "alpha", lambda alpha: 0 < alpha < float("inf"), "a positive number", optional)
+    number(settings, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)", optional)
+    rslora = getattr(settings, "rslora", None)
+    require(rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}")
+
+
+def one_of(settings: object, name: str, words: Sequence[str]) -> None:
+    """Raise `SettingError` unless the field `name` is one of `words`."""
+    value = getattr(settings, name)
+    require(value in words, f"{name} must be {' or '.join(map(repr, words))}, not {value!r}")

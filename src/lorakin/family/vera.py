@@ -1,0 +1,105 @@
+"""VeRA: one frozen random pair for the whole model; each layer trains two vectors that scale it.
+
+Paper:    "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, equation 2.
+Forward:  y = W0 x + b0 + b ⊙ (B (d ⊙ (A x̃)))        no alpha, no alpha/r; b0 is the layer's bias
+Shapes:   A (r, largest in) and B (largest out, r) over all targets, shared; a layer uses A[:, :in] and B[:out].
+          d (r), b (out) per layer.
+Trains:   b and d, r + out numbers per layer; the shared pair has r · (largest in + largest out) numbers, never trained.
+Start:    A, B uniform with bounds √(6/largest in), √(6/r); d = 0.1, b = 0.
+Draw:     one CPU generator of `seed`, A first and then B, row by row, rounded through the base's dtype: PEFT's order, so
+          its seed-only files are read to the bit. A new widest layer changes all of B and most of A, so files keep
+          the matrices, or with `save_projection=False` the widths and a checksum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lorakin.family.member import Pair, Parametrisation, Role, Shape, Spot, Tensors
+from lorakin.family.settings import number, require, whole_number
+
+
+@dataclass(frozen=True)
+class VeRA(Parametrisation):
+    """VeRA.
+
+    Args:
+        rank: rows of A, at least 1.
+        seed: of the shared pair.
+        d_init: where d starts, not 0.
+        dropout: probability of zeroing an entry of the branch's input, in [0, 1).
+        save_projection: whether files hold the shared pair or only what draws it again.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    word: ClassVar[str] = "vera"
+    paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"
+    decides: ClassVar[Mapping[str, str]] = {
+        "parametrisation": "the change is diag(b)·B·diag(d)·A over one random pair for all layers",
+        "projection": "A is frozen already",
+    }
+    learning_rate: ClassVar[float] = 2e-3
+    remark: ClassVar[str] = (
+        "Few trained numbers; the frozen shared pair is stored once beside them, unless save_projection=false."
+    )
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    per_rank: ClassVar[str | None] = "d"
+
+    rank: int = 256
+    seed: int = 0
+    d_init: float = 0.1
+    dropout: float = 0.0
+    save_projection: bool = True
+
+    def __post_init__(self) -> None:
+        whole_number(self, "rank", at_least=1)
+        whole_number(self, "seed", at_least=0)
+        number(self, "d_init", lambda d: d != 0 and math.isfinite(d), "a number other than 0")
+        number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
+        require(isinstance(self.save_projection, bool), f"save_projection must be True or False, not {self.save_projection!r}")
+
+    def check(self, shape: Shape, where: str) -> None:
+        require(not shape.lookup, f"vera adapts layers that multiply by their weight; {where} is an embedding: exclude it")
+
+    def start_all(
+        self, spots: Mapping[str, Spot], each: Mapping[str, Self], generator: torch.Generator | None, device: torch.device
+    ) -> dict[str, Tensors]:
+        if not spots:
+            return {}
+        A, B = self.draw(
+            max(spot.shape.inputs for spot in spots.values()),
+            max(spot.shape.outputs for spot in spots.values()),
+            next(iter(spots.values())).weight.dtype,
+            device,
+        )
+        return {path: {"A": A, "B": B, **self.vectors(spot.shape, device)} for path, spot in spots.items()}
+
+    def draw(self, inputs: int, outputs: int, base: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The shared pair, A (r, inputs) and B (outputs, r), float32."""
+        A = torch.empty(self.rank, inputs, device=device, dtype=torch.float32)
+        B = torch.empty(outputs, self.rank, device=device, dtype=torch.float32)
+        generator = None if A.is_meta else torch.Generator().manual_seed(self.seed)
+        for matrix, fan_in in ((A, inputs), (B, self.rank)):
+            bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan_in))
+            matrix.uniform_(-bound, bound, generator=generator)
+        return tuple(matrix.to(base).to(torch.float32) for matrix in (A, B))  # type: ignore[return-value]
+
+    def vectors(self, shape: Shape, device: torch.device) -> Tensors:
+        """b and d of one layer at the start."""
+        d = torch.full((self.rank,), self.d_init, device=device, dtype=torch.float32)
+        return {"d": d, "b": torch.zeros(shape.outputs, device=device, dtype=torch.float32)}
+
+    def roles(self, shape: Shape) -> dict[str, Role]:
+        return {"b": Role(starts_at_zero=True, decays=False), "d": Role(decays=False)}
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
+        A, B, d, b = (tensors[slot] for slot in ("A", "B", "d", "b"))
+        return Pair(up=b.unsqueeze(1) * B[: shape.outputs], down=d.unsqueeze(1) * A[:, : shape.inputs])

@@ -1,0 +1,65 @@
+"""How much each module's pair changes the outputs, measured on data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.surgery.adapted import Site
+from lorakin.surgery.graft import Graft
+from lorakin.surgery.layers import ConvolutionLayer
+
+
+@torch.no_grad()
+def energies(graft: Graft, batches: Sequence[Any], normalised: bool = False) -> dict[str, float]:
+    """Path → its share of Σ ‖up(down x)‖² over all inputs x of `batches` that are not padding, in eval mode; sums to 1.
+
+    Args:
+        graft: the adapter, active. A gain counts for nothing.
+        batches: mappings that the model takes; a (batch, length) `attention_mask` says what is padding.
+        normalised: divide each module's sum by its Σ ‖W0 x‖² first.
+    """
+    model, sums, own = graft.model, dict.fromkeys(graft.plan.sites, 0.0), dict.fromkeys(graft.plan.sites, 0.0)
+    mask: Tensor | None = None
+
+    def watch(path: str, site: Site) -> Any:
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            pair = site.method.low_rank(site.wide(), site.shape)
+            dtype = module.weight.dtype
+            change = site.layer.branch(module, x, pair._replace(up=pair.up.to(dtype), down=pair.down.to(dtype)))
+            sums[path] += _energy(change, mask, site)
+            if normalised:
+                own[path] += _energy(site.layer.product(module, x, module.weight), mask, site)
+
+        return before
+
+    modules = {path: model.get_submodule(path) for path in graft.plan.sites}
+    hooks = [m.register_forward_pre_hook(watch(path, graft.site(path)), with_kwargs=True) for path, m in modules.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            model(**batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if normalised:
+        sums = {path: value / own[path] if own[path] else 0.0 for path, value in sums.items()}
+    total = sum(sums.values())
+    return {path: value / total if total else 1 / len(sums) for path, value in sums.items()}
+
+
+def _energy(output: Tensor, mask: Tensor | None, site: Site) -> float:
+    squares = output.double().square()
+    if mask is not None and mask.dim() == 2 and site.layer is not ConvolutionLayer:
+        if squares.shape[:2] == mask.shape:
+            squares = squares * mask.unsqueeze(-1)
+        elif squares.shape[0] == mask.numel() and squares.dim() == 2:
+            squares = squares * mask.reshape(-1, 1)
+    return float(squares.sum())

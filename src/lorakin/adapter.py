@@ -168,6 +168,7 @@ def adapt(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapter.install(surgery.fresh(model, adapter.plan, generator, dtype))
     adapter.freeze_base()
+    adapter.is_fresh = True
     return adapter
 
 

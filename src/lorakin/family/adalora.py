@@ -24,6 +24,7 @@ R is in the mean of unsquared norms, as in the authors' code. On VeRA, d is prun
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -31,6 +32,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lorakin.errors import LorakinWarning
 from lorakin.family.lora import check_rank, orthonormal_rows
 from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
@@ -141,6 +143,10 @@ class AdaLoRA(Modifier):
             return f"{parametrisation.word} has no number for each rank to prune by; leave it out, adalora brings P·Λ·Q"
         return None
 
+    @property
+    def acts_at_steps(self) -> bool:
+        return True
+
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         T = total_steps or self.total_steps
         require(
@@ -159,6 +165,13 @@ class AdaLoRA(Modifier):
             start + finish < T,
             f"adalora's start={start} and finish={finish} leave no step of {T} to prune in; their sum must be below it",
         )
+        initial = method.parametrisation.rank
+        if self.target_rank >= initial:
+            warnings.warn(
+                f"target_rank={self.target_rank} is not below initial_rank={initial}, so adalora prunes nothing",
+                LorakinWarning,
+                stacklevel=2,
+            )
         interval = self.interval or (1 if T < 5_000 else 10 if T < 15_000 else 100)
         return dataclasses.replace(self, total_steps=T, start=start, finish=finish, interval=interval)
 

@@ -53,8 +53,7 @@ class Allocation(Rule):
         self.pattern: list[Tensor] | None = None
         self.all = sum(matrix.rank for matrix in self.matrices)
         self.target = min(self.all, len(self.matrices) * member.target_rank)
-        self.least, self.most = self.all, 0
-        self.freed = False
+        self.freed = self.blind = False
 
     def budget(self, n: int) -> int:
         """b(n), the triplets that may keep their λ after step n."""
@@ -120,6 +119,7 @@ class Allocation(Rule):
         due = n == self._end or (n < self._end and n % (self.member.interval or 1) == 0)
         if n > (self.member.start or 0) and due:
             scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
+            self.blind = bool((scores == scores[0]).all())
             best = torch.sort(scores, descending=True, stable=True).indices[: self.budget(n)]
             kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
             self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])))
@@ -160,14 +160,21 @@ class Allocation(Rule):
             setattr(self, name, moved)
         self.pattern = [state["pattern"][m.place.path].bool() for m in self.matrices] if state["pattern"] else None
 
+    def gave_up(self, place: Place) -> bool:
+        scales = place.tensors()[place.method.parametrisation.per_rank or ""]
+        patterns = zip(self.matrices, self.pattern or (), strict=False)
+        return any(m.place.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns)
+
     def check(self, n: int) -> str | None:
         if self.all == self.target:
             return None
-        if self.pattern is None:
+        if n < self._end:
             return (
-                f"adalora's allocator never pruned: it saw {n} of {self.member.total_steps} optimizer steps, and begins after "
-                f"{self.member.start}. Train with a torch optimizer that holds the adapter's tensors, for the whole run"
+                f"adalora has not come to its final ranks: this is step {n} of {self.member.total_steps}, they are fixed after "
+                f"step {self._end}; until then {self.all} ranks are kept for {self.target}"
             )
+        if self.blind:
+            return "adalora's scores were all equal, so the ranks went by the modules' order alone: did gradients reach them?"
         return None
 
 

@@ -63,7 +63,11 @@ class Method:
             for other in ordered[n + 1 :]:
                 if reason := conflict(one, other):
                     raise SettingError(reason)
-        method = cls(ordered, _parametrisation(ordered))
+        pair = _parametrisation(ordered)
+        for member in ordered:
+            if isinstance(member, Modifier) and (reason := member.misfit(type(pair))):
+                raise SettingError(f"{member.word} and {pair.word} do not combine: {reason}")
+        method = cls(ordered, pair)
         for modifier in method.modifiers:
             modifier.check_pair(method.parametrisation)
         return method

@@ -62,6 +62,10 @@ class DeltaLoRA(Modifier):
         whole_number(self, "start_step", at_least=0)
         one_of(self, "update", ("telescoped", "in_place"))
 
+    @property
+    def acts_at_steps(self) -> bool:
+        return True
+
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         require(
             total_steps is None or total_steps > self.start_step,

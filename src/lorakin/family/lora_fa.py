@@ -53,6 +53,10 @@ class LoRAFA(Modifier):
         super().__post_init__()
         require(isinstance(self.corrected, bool), f"corrected must be True or False, not {self.corrected!r}")
 
+    @property
+    def acts_at_steps(self) -> bool:
+        return self.corrected
+
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if self.corrected and parametrisation.per_rank is not None:
             return "its corrected gradient is defined for a plain product B·A; leave corrected=True out"

@@ -148,6 +148,10 @@ class Rule:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
         return {}
 
+    def gave_up(self, place: Place) -> bool:
+        """Whether the member itself has taken all ranks from this module, so that it is right if it changes nothing."""
+        return False
+
     def check(self, n: int) -> str | None:
         """What the member was to do and did not, after n steps; asked when the adapter is saved."""
         return None
@@ -166,6 +170,11 @@ class Member(ABC):
     """What a user should know before choosing it."""
     in_probe: ClassVar[bool] = True
     """Whether it takes part in a probe that precedes training."""
+
+    @property
+    def acts_at_steps(self) -> bool:
+        """Whether without its `rule` it would be another method."""
+        return False
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""

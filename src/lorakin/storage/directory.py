@@ -213,14 +213,19 @@ def check_trained(graft: Graft) -> None:
     """See that the adapter is what it says: refuse one whose member never did its work, say what training never reached.
 
     Raises:
-        StateError: a rule of the method never came to what it is for.
+        StateError: a member that acts at optimizer steps never saw one.
     """
-    for rule in graft.rules or ():
-        if reason := rule.check(graft.steps):
-            raise StateError(f"adapter {graft.name!r} is not saved: {reason}")
-    for reason in graft.plan.method.unmoved(graft.places()):
+    acting = [member.word for member in graft.method.members if member.acts_at_steps]
+    if acting and graft.is_fresh and not graft.steps:
+        raise StateError(
+            f"adapter {graft.name!r} is not saved: {', '.join(acting)} acts at optimizer steps and never saw one, so this is "
+            "not what it says. Train with a torch optimizer that holds the adapter's tensors, such as adapter.optimizer(…)"
+        )
+    unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
+    for reason in (*unfinished, *graft.method.unmoved(graft.places())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
-    still = [path for path in graft.plan.sites if _changes_nothing(graft, path)]
+    reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
+    still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
         share = "every module" if len(still) == len(graft.plan.sites) else f"{len(still)} of {len(graft.plan.sites)} modules"
         warnings.warn(

@@ -111,6 +111,7 @@ class Graft:
         self.model = model
         self.name = name
         self.plan = plan
+        self.is_fresh = False
         self.running: Method | None = None
         self.rules: list[Rule] | None = None
         self.steps = 0

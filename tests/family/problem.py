@@ -1,0 +1,77 @@
+"""A small regression that every member's training is compared on: one linear layer or two, inputs, targets."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import lorakin as lk
+
+BOTH_PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+def linear(dtype: torch.dtype = torch.float64, *widths: int) -> nn.Sequential:
+    """Linear layers of these widths, 11 → 7 if none are given."""
+    torch.manual_seed(0)
+    widths = widths or (11, 7)
+    return nn.Sequential(*(nn.Linear(i, o) for i, o in itertools.pairwise(widths))).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float64, inputs: int = 11, outputs: int = 7, rows: int = 20) -> tuple[Tensor, Tensor]:
+    """Inputs (rows, inputs) and targets (rows, outputs)."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype) for n in (inputs, outputs))  # type: ignore[return-value]
+
+
+def array(tensor: Tensor) -> NDArray[Any]:
+    """A copy of the tensor's values, which later steps do not change."""
+    return tensor.detach().numpy().copy()
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> list[float]:
+    """Full-batch steps on the mean squared error; the loss before each."""
+    losses = []
+    for _ in range(steps):
+        loss = ((model(x) - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def close(got: Tensor | list[float], want: Any, tolerance: float) -> None:
+    """Equal within `tolerance`, relative and absolute."""
+    values = got.detach().numpy() if isinstance(got, Tensor) else got
+    np.testing.assert_allclose(values, want, rtol=tolerance, atol=tolerance)
+
+
+def randomised(adapter: lk.Adapter, scale: float = 0.3) -> lk.Adapter:
+    """Every trained tensor moved away from where it started."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    return adapter
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What autograd keeps of a forward besides parameters: unique storages."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(kept.values())

@@ -1,0 +1,256 @@
+"""AdaLoRA against NumPy: forward, gradients, schedule, scores, masks; and what is freed in the end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorakin as lk
+from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised
+from lorakin.family.allocation import Allocation
+from references import adalora as reference
+
+SCHEDULE = {"start": 3, "finish": 8, "interval": 2}
+T = 25
+
+
+def triples(model: nn.Module, adapter: lk.Adapter) -> list[dict[str, object]]:
+    """The layers of `model` as the reference wants them."""
+    found = []
+    for path in adapter.plan.sites:
+        module, site = model.get_submodule(path), adapter.site(path)
+        found.append({k: array(t) for k, t in (("W0", module.weight), ("bias", module.bias), *site.tensors().items())})
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), BOTH_PRECISIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
+    model = linear(dtype).train()
+    adapter = randomised(lk.adapt(model, lk.AdaLoRA(initial_rank=4, alpha=6, dropout=dropout), "0"))
+    site, x, delta = adapter.site("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    torch.manual_seed(4)
+    y = model(x)
+    torch.manual_seed(4)
+    mask = nn.functional.dropout(torch.ones_like(x), dropout).detach().numpy()
+    y.backward(delta)
+    s = reference.scaling(6, 4)
+    numbers = [array(t) for t in (x, model[0].weight, site.P, site.E, site.Q)]
+    close(y, reference.forward(*numbers[:2], array(model[0].bias), *numbers[2:], s=s, mask=mask), tolerance)
+    dP, dE, dQ, dx = reference.gradients(*numbers, s=s, delta=array(delta), mask=mask)
+    for got, want in ((site.P.grad, dP), (site.E.grad, dE), (site.Q.grad, dQ), (x.grad, dx)):
+        close(got, want, 10 * tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), BOTH_PRECISIONS)
+@pytest.mark.parametrize(("gamma", "steps"), [(0.1, T - 8), (0.0, T)])
+def test_training_with_its_masks(dtype: torch.dtype, tolerance: float, gamma: float, steps: int) -> None:
+    """Two layers that compete for one budget: the same triplets survive, with the same values, as in the reference.
+
+    After T − t_f the reference goes on with masked triplets, we without them; with γ = 0 that is the same.
+    """
+    model, (x, target) = linear(dtype, 11, 9, 7), data(dtype)
+    member = lk.AdaLoRA(initial_rank=4, target_rank=2, alpha=8, orthogonality=gamma, **SCHEDULE)
+    adapter = lk.adapt(model, member)
+    layers = triples(model, adapter)
+    schedule = (T, SCHEDULE["start"], SCHEDULE["finish"], SCHEDULE["interval"])
+    wanted = reference.train(
+        array(x), array(target), layers, reference.scaling(8, 4), *schedule, 2, lr=0.02, gamma=gamma, weight_decay=0.05
+    )
+    optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.02, weight_decay=0.05, total_steps=T)
+    seen, ranks = [], []
+    for n in range(1, steps + 1):
+        seen += fit(model, optimizer, x, target, 1)
+        if n in (6, 8):
+            zeros = [~adapter.site(path).E.flatten().bool().numpy() for path in adapter.plan.sites]
+            for zero, kept in zip(zeros, wanted["kept"][n - 1], strict=True):
+                np.testing.assert_array_equal(zero, ~kept)
+        ranks.append(sum(len(adapter.site(path).E) for path in adapter.plan.sites))
+    close(seen, wanted["losses"][:steps], tolerance)
+    assert ranks == [8] * (T - 8 - 1) + [4] * (steps - (T - 8 - 1)), "freed when the pattern is fixed"
+    assert wanted["losses"][-1] < 0.9 * wanted["losses"][0], "it learns"
+    if steps < T:
+        return
+    for path, layer, kept in zip(adapter.plan.sites, wanted["layers"], wanted["kept"][-1], strict=True):
+        site = adapter.site(path)
+        for got, want in ((site.P, layer["P"][:, kept]), (site.E, layer["E"][kept]), (site.Q, layer["Q"][kept])):
+            close(got, want, 20 * tolerance)
+
+
+def test_the_regulariser_is_added_exactly_once_a_step() -> None:
+    """Under accumulation too, and in the gradient alone: the loss is the task's."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = randomised(lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, orthogonality=0.3, **SCHEDULE)))
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=T)
+    for part in (slice(0, 10), slice(10, 20)):
+        (((model(x[part]) - target[part]) ** 2).mean() / 2).backward()
+    task = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    optimizer.step()
+    sites = [adapter.site(path) for path in adapter.plan.sites]
+    _, (dPs, dQs) = reference.regulariser([array(s.P) for s in sites], [array(s.Q) for s in sites])
+    for path, dP, dQ in zip(adapter.plan.sites, dPs, dQs, strict=True):
+        site = adapter.site(path)
+        close(site.P.grad - task[f"{path}.P"], 0.3 * dP, 1e-10)
+        close(site.Q.grad - task[f"{path}.Q"], 0.3 * dQ, 1e-10)
+        assert torch.equal(site.E.grad, task[f"{path}.E"])
+
+
+def allocation(all_ranks: list[int], total: int, start: int, finish: int, interval: int, target: int) -> Allocation:
+    model = linear(torch.float32, *[64] * (len(all_ranks) + 1))
+    member = lk.AdaLoRA(initial_rank=all_ranks[0], target_rank=target, start=start, finish=finish, interval=interval)
+    adapter = lk.adapt(model, member)
+    adapter.begin(total)
+    (rule,) = adapter.rules or ()
+    assert isinstance(rule, Allocation)
+    return rule
+
+
+def test_the_budget_is_the_papers() -> None:
+    rule = allocation([12] * 3, 20, 2, 5, 1, 4)
+    assert [rule.budget(n) for n in range(1, 21)] == [36, 36, 30, 26, 22, 19, 17, 15, 14, 13, *[12] * 10]
+    rule = allocation([12] * 72, 10000, 1000, 2000, 10, 8)
+    assert [rule.budget(n) for n in (1000, 1001, 1100, 2000, 4500, 8000)] == [864, 863, 851, 757, 612, 576]
+
+
+def test_the_budget_is_exact_in_whole_numbers() -> None:
+    rule = allocation([5] * 25, 7, 1, 1, 1, 1)
+    assert [rule.budget(n) for n in range(1, 8)] == [reference.budget(n, 7, 1, 1, 125, 25) for n in range(1, 8)]
+
+
+def test_ties_fall_to_the_first() -> None:
+    """All scores equal: exactly b triplets remain, the first in the model's order."""
+    rule = allocation([4] * 2, 10, 1, 4, 1, 2)
+    for matrix in rule.matrices:
+        matrix.place.tensors()["E"].data.fill_(1)
+    rule.after(6, torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    assert [len(matrix.place.tensors()["E"]) for matrix in rule.matrices] == [4, 0], "rank 0 is legal"
+
+
+def test_scores_that_are_all_equal_are_announced() -> None:
+    rule = allocation([4] * 2, 10, 1, 4, 1, 2)
+    rule.after(6, torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    assert "scores were all equal" in (rule.check(10) or "")
+
+
+def test_equal_ranks_are_no_crash_but_no_pruning() -> None:
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=4, **SCHEDULE))
+    with pytest.warns(lk.LorakinWarning, match="target_rank=4 is not below initial_rank=4, so adalora prunes nothing"):
+        optimizer = adapter.optimizer(lr=0.01, total_steps=T)
+    fit(model, optimizer, x, target, T)
+    assert {len(adapter.site(path).E) for path in adapter.plan.sites} == {4}
+
+
+def test_what_is_pruned_is_freed() -> None:
+    """Parameters, gradients and optimizer state shrink, the same objects; the function does not change."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, **SCHEDULE))
+    before = adapter.parameters()
+    optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.01, total_steps=T)
+    fit(model, optimizer, x, target, T - 9)
+    trained = adapter.trainable_parameters
+    loss = ((model(x) - target) ** 2).mean()  # its graph outlives the step that frees
+    loss.backward()
+    masked = copy.deepcopy(model)
+    optimizer.step()
+    sites = [adapter.site(path) for path in adapter.plan.sites]
+    ranks = [len(site.E) for site in sites]
+    assert sum(ranks) == 4
+    assert [id(p) for p in adapter.parameters()] == [id(p) for p in before]
+    for site, rank, (i, o) in zip(sites, ranks, ((11, 9), (9, 7)), strict=True):
+        assert (site.P.shape, site.E.shape, site.Q.shape) == ((o, rank), (rank, 1), (rank, i))
+        for tensor in site.tensors().values():
+            assert tensor.grad is None
+            assert optimizer.state[tensor]["exp_avg"].shape == tensor.shape
+            assert optimizer.state[tensor]["exp_avg_sq"].shape == tensor.shape
+    assert adapter.trainable_parameters < trained
+    assert lk.adapters(masked)["default"].trainable_parameters == trained, "a copy of the model is its own"
+    optimizer.zero_grad()
+    fit(model, optimizer, x, target, 8)
+    with pytest.raises(AssertionError):
+        close(model(x), array(masked(x)), 1e-6)
+
+
+def test_state_of_another_shape_is_given_up() -> None:
+    """Adafactor keeps rows and columns: what no longer fits begins anew."""
+    from transformers.optimization import Adafactor
+
+    model, (x, target) = linear(torch.float32, 11, 9, 7), data(torch.float32)
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, **SCHEDULE))
+    optimizer = adapter.optimizer(Adafactor, lr=0.01, relative_step=False, scale_parameter=False, total_steps=T)
+    losses = fit(model, optimizer, x, target, T)
+    assert losses[-1] < losses[0]
+
+
+def test_the_length_of_the_run_is_asked_for() -> None:
+    adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2))
+    with pytest.raises(lk.SettingError, match=r"does not know its length: give total_steps.*prepare_trainer"):
+        adapter.optimizer(lr=1e-3)
+    with pytest.raises(lk.SettingError, match="does not know its length"):
+        torch.optim.AdamW(adapter.parameters(), lr=1e-3).step()
+    with pytest.raises(lk.SettingError, match=r"total_steps=9, but the run has 10"):
+        lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=9)).optimizer(lr=1e-3, total_steps=10)
+    with pytest.raises(lk.SettingError, match=r"start=6 and finish=4 leave no step of 10 to prune in"):
+        lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2, start=6, finish=4)).optimizer(lr=1e-3, total_steps=10)
+
+
+def test_the_schedule_that_is_left_open() -> None:
+    for total, interval in ((4_999, 1), (5_000, 10), (15_000, 100)):
+        adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=6, target_rank=2))
+        adapter.begin(total)
+        chosen = [adapter.method.setting(name) for name in ("total_steps", "start", "finish", "interval")]
+        assert chosen == [total, round(0.12 * total), round(0.45 * total), interval]
+
+
+def test_an_allocator_that_never_ran_is_no_adapter(tmp_path: Path) -> None:
+    model, (x, target) = linear(), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=6, target_rank=2))
+    for _ in range(5):  # by hand, without an optimizer
+        ((model(x) - target) ** 2).mean().backward()
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    with pytest.raises(lk.StateError, match=r"is not saved: adalora acts at optimizer steps and never saw one"):
+        adapter.save(tmp_path)
+    adapter.remove()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=6, target_rank=2, start=3, finish=2))
+    fit(model, adapter.optimizer(lr=0.01, total_steps=10), x, target, 3)
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(lk.LorakinWarning, match="step 3 of 10, they are fixed after step 8; until then 6 ranks are kept for 2"):
+        adapter.save(tmp_path)
+
+
+def test_saved_ranks_are_the_true_ones(tmp_path: Path) -> None:
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, **SCHEDULE))
+    fit(model, adapter.optimizer(lr=0.01, total_steps=T), x, target, T)
+    ranks = {path: len(adapter.site(path).E) for path in adapter.plan.sites}
+    adapter.save(tmp_path)
+    other = linear(torch.float64, 11, 9, 7)
+    loaded = lk.load(other, tmp_path)
+    assert {path: len(loaded.site(path).E) for path in loaded.plan.sites} == ranks
+    assert torch.equal(other(x), model(x))
+    assert loaded.rules is None, "inference holds no training state"
+
+
+def test_settings_outside_their_range() -> None:
+    for settings, message in (
+        ({"rank": 8}, "give initial_rank and target_rank instead of rank"),
+        ({"rslora": True}, "rslora cannot apply"),
+        ({"target_rank": 0}, "target_rank must be a whole number ≥ 1"),
+        ({"beta1": 1.0}, "beta1 must be a number between 0 and 1"),
+        ({"orthogonality": -1}, "orthogonality must be a number ≥ 0"),
+        ({"interval": 0}, "interval must be a whole number ≥ 1"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            lk.AdaLoRA(**settings)  # type: ignore[arg-type]
+    with pytest.raises(lk.SettingError, match="rank 12 is above what 0 can use"):
+        lk.adapt(linear(), lk.AdaLoRA())
+    with pytest.raises(lk.SettingError, match=r"has no rank, so rank=4 cannot apply"):
+        lk.adapt(linear(), [lk.AdaLoRA(initial_rank=4), lk.DoRA(rank=4)])

@@ -1,0 +1,196 @@
+"""Members together: which pairs are legal, why others are not, and that every legal one does all that an adapter does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import tiny_gpt2
+from lorakin.family import FAMILY, Method, conflict, method_named
+from lorakin.storage import directory
+
+STEPS, STOP = 10, 5
+SMALL: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "lora+": {"ratio": 4.0},
+    "lora-fa": {},
+    "vera": {"rank": 6},
+    "dora": {},
+    "adalora": {"target_rank": 2, "start": 1, "finish": 3},
+    "lora-drop": {"keep": 3},
+    "delta-lora": {"start_step": 4},
+}
+REFUSED = {
+    ("lora", "vera"): "both decide where the pair comes from",
+    ("lora", "adalora"): "lora has no number for each rank to prune by; leave it out",
+    ("lora+", "lora-fa"): "both decide who learns how fast",
+    ("lora-fa", "vera"): "both decide whether its random factor trains",
+}
+WORDS = [member.word for member in FAMILY]
+PAIRS = list(itertools.combinations(WORDS, 2))
+TRIPLES = [
+    ("lora-fa", "dora", "lora-drop"),
+    ("dora", "lora+", "lora-drop"),
+    ("vera", "dora", "lora+"),
+    ("vera", "dora", "delta-lora"),
+    ("dora", "adalora", "lora-fa"),
+    ("dora", "adalora", "delta-lora"),
+    ("adalora", "lora-drop", "lora+"),
+    ("lora-drop", "dora", "delta-lora"),
+    ("vera", "dora", "adalora", "lora-drop", "lora+", "delta-lora"),
+]
+LEGAL = [(word,) for word in WORDS] + [pair for pair in PAIRS if pair not in REFUSED] + TRIPLES
+
+
+def members(words: tuple[str, ...]) -> list[Any]:
+    kinds = {member.word: member for member in FAMILY}
+    return [kinds[word](**SMALL[word]) for word in words]
+
+
+def batch(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids}
+
+
+def begin(words: tuple[str, ...], ids: Tensor, importance: Any = None) -> tuple[Any, lk.Adapter, torch.optim.Optimizer]:
+    """A tiny GPT-2 in float64 (its layers are Conv1D, and it rounds nothing to float32) with the method in it."""
+    model = tiny_gpt2().double()
+    method = Method.of(members(words))
+    if method.probe is not None and importance is not None:
+        method = method.with_importance(importance)
+    adapter = lk.adapt(model, method, seed=0, probe=[batch(ids)] if method.probe is not None else None)
+    return model, adapter, adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=STEPS)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    loss = model(**batch(ids)).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="×".join)
+def test_the_table(pair: tuple[str, str]) -> None:
+    one, other = (next(member for member in FAMILY if member.word == word) for word in pair)
+    for first, second in ((one, other), (other, one)):
+        reason = conflict(first, second)
+        assert (reason is None) == (pair not in REFUSED)
+        if reason is None:
+            continue
+        assert all(word in reason for word in pair), "it names both"
+        assert REFUSED[pair] in reason
+        with pytest.raises(lk.SettingError, match="do not combine"):
+            lk.adapt(tiny_gpt2(), members((first.word, second.word)))
+
+
+@pytest.mark.parametrize("words", LEGAL, ids="×".join)
+def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path) -> None:
+    """Identity at the start, the loss falls, resume, save and load, merge, the plain pair, removal."""
+    base = tiny_gpt2().double()
+    before = base(ids).logits
+    model, adapter, optimizer = begin(words, ids)
+    assert torch.equal(model(ids).logits, before), "a fresh adapter is the identity"
+    losses = [step(model, optimizer, ids) for _ in range(STOP)]
+    directory.save(adapter, tmp_path / "half")
+    half = copy.deepcopy(optimizer.state_dict())
+    losses += [step(model, optimizer, ids) for _ in range(STEPS - STOP)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(t, base.state_dict()[key]) for key, t in model.state_dict().items() if "lorakin" not in key)
+    trained = model(ids).logits
+    assert (trained - before).abs().max() > 1e-4
+
+    other, resumed, again = begin(words, ids, adapter.method.setting("importance"))
+    resumed.restore(tmp_path / "half")
+    again.load_state_dict(half)
+    assert [step(other, again, ids) for _ in range(STEPS - STOP)] == losses[STOP:], "resumed to the bit"
+    assert torch.equal(other(ids).logits, trained)
+
+    adapter.save(tmp_path / "whole")
+    for trainable in (False, True):
+        fresh = tiny_gpt2().double()
+        loaded = lk.load(fresh, tmp_path / "whole", trainable=trainable)
+        torch.testing.assert_close(fresh(ids).logits, trained, rtol=1e-14, atol=1e-14)
+        assert loaded.trainable_parameters == (adapter.trainable_parameters if trainable else 0)
+        assert loaded.method.agrees_with(adapter.plan.method)
+
+    plain = tiny_gpt2().double()
+    for path in adapter.plan.sites:
+        pair = adapter.pair_at(path)
+        weight = plain.get_submodule(path).weight
+        with torch.no_grad():
+            weight.copy_(pair.applied_to(weight.T).T)
+    torch.testing.assert_close(plain(ids).logits, trained, rtol=1e-10, atol=1e-12)
+
+    adapter.merge()
+    torch.testing.assert_close(model(ids).logits, trained, rtol=1e-10, atol=1e-12)
+    adapter.unmerge()
+    with adapter.disabled():
+        assert torch.equal(model(ids).logits, before)
+    adapter.remove()
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("words", LEGAL, ids="×".join)
+def test_what_is_legal_is_read_by_peft(words: tuple[str, ...], ids: Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, adapter, optimizer = begin(words, ids)
+    for _ in range(STEPS):
+        step(model, optimizer, ids)
+    adapter.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
+    for name in ("lorakin.json", "lorakin.safetensors"):
+        (tmp_path / name).unlink(missing_ok=True)
+    ours = tiny_gpt2().double()
+    lk.load(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-10, atol=1e-12)
+
+
+def test_the_order_in_which_members_are_named_is_nothing() -> None:
+    one, other = Method.of([lk.LoRAPlus(), lk.DoRA(rank=4)]), Method.of([lk.DoRA(rank=4), lk.LoRAPlus()])
+    assert one == other
+    assert one.words == "lora+,dora"
+    assert one.parametrisation == lk.LoRA(rank=4)
+
+
+def test_what_members_say_about_their_pair() -> None:
+    assert Method.of([lk.DoRA(rank=4), lk.LoRAFA(alpha=8)]).parametrisation == lk.LoRA(rank=4, alpha=8)
+    assert Method.of([lk.LoRA(rank=4), lk.DoRA(rank=4)]).parametrisation == lk.LoRA(rank=4)
+    for given, message in (
+        ([lk.DoRA(rank=4), lk.LoRAFA(rank=8)], "dora has rank=4|lora-fa has rank=8.*but they share one pair"),
+        ([lk.LoRA(rank=4), lk.DoRA(rank=8)], "lora has rank=4, but another member says rank=8"),
+        ([lk.DoRA(), lk.DoRA()], "dora is given twice"),
+        ([], "a method needs at least one member"),
+        ([lk.DoRA(), "lora+"], r"expected a member with its settings, such as lk.LoRA\(rank=16\), not 'lora\+'"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            Method.of(given)  # type: ignore[arg-type]
+
+
+def test_methods_by_their_words() -> None:
+    assert method_named("dora, lora+", {"rank": 8, "ratio": 4}) == Method.of([lk.DoRA(rank=8), lk.LoRAPlus(ratio=4, rank=8)])
+    assert method_named("vera,dora", {"rank": 8}).parametrisation == lk.VeRA(rank=8)
+    for words, settings, message in (
+        ("lora", {"ratio": 4}, r"method 'lora' has no setting 'ratio'; it has: .*; ratio is a setting of lora\+"),
+        ("lora,dorra", {}, "unknown method 'dorra'; this version has: lora, "),
+        ("vera", {"alpha": 8}, "method 'vera' has no setting 'alpha'"),
+        ("adalora,dora", {"rank": 8}, "adalora has no one rank"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            method_named(words, settings)
+
+
+def test_the_usual_learning_rate() -> None:
+    rates = {member.word: Method.of(member()).learning_rate for member in FAMILY}
+    assert rates == pytest.approx(
+        {"lora": 2e-4, "lora+": 1e-4, "lora-fa": 2e-4, "vera": 2e-3, "dora": 1e-4, "adalora": 5e-4, "lora-drop": 2e-4,
+         "delta-lora": 2e-4}
+    )  # fmt: skip
+    assert Method.of([lk.VeRA(), lk.DoRA()]).learning_rate == pytest.approx(1e-3)

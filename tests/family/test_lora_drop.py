@@ -1,0 +1,233 @@
+"""LoRA-drop against NumPy: importance, choice, groups, the shared pair's gradient; and its two stages in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakin as lk
+from conftest import randomise, tiny_bert, tiny_llama
+from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear
+from lorakin.surgery.energy import energies
+from references import lora_drop as reference
+
+IMPORTANCE = {"0": 0.1, "1": 0.5, "2": 0.15, "3": 0.25}
+
+
+def batches(ids: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids, "labels": ids}] * 2
+
+
+def test_the_importance_is_the_papers(ids: Tensor) -> None:
+    """Σ ‖s·B·A·x‖² over unmasked tokens, from the inputs that the modules really get."""
+    model = tiny_bert().double()
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2, alpha=5), targets=["query", "value", "dense"]), 0.3)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.plan.sites}
+    for path in seen:
+        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0]))
+    model.train()
+    shares = energies(adapter, [{"input_ids": ids, "attention_mask": mask}])
+    assert model.training, "the mode is put back"
+    expected = []
+    for path, (x,) in seen.items():
+        site = adapter.site(path)
+        keep = mask.bool().numpy() if x.dim() == 3 else None
+        expected.append(reference.energy(array(x), array(site.A), array(site.B), 2.5, keep))
+    close(list(shares.values()), reference.importance(expected), 1e-9)
+    with adapter.disabled():
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
+    model = linear(torch.float64, 6, 6, 6)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)), 0.3)
+    x = data(inputs=6)[0]
+    with torch.no_grad():
+        inputs = [x, model[0](x)]
+        ratios = []
+        for path, given in zip(adapter.plan.sites, inputs, strict=True):
+            pair = adapter.pair_at(path)
+            own = (given @ model.get_submodule(path).weight.T).square().sum()
+            ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x)
+
+    called = Called()
+    adapter.remove()
+    adapter = randomise(lk.adapt(called, lk.LoRA(rank=2)), 0.3)
+    shares = energies(adapter, [{"x": x}], normalised=True)
+    close(list(shares.values()), np.array(ratios) / sum(ratios), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"threshold": 0.5}, {"threshold": 0.51}, {"threshold": 1.0}, {"keep": 1}, {"keep": 3}, {"keep": 9}]
+)
+def test_the_choice(settings: dict[str, float]) -> None:
+    paths, values = list(IMPORTANCE), np.array(list(IMPORTANCE.values()))
+    chosen = lk.LoRADrop(**settings, importance=IMPORTANCE).chosen()  # type: ignore[arg-type]
+    assert chosen == [paths[n] for n in reference.choose(values, **settings)]  # type: ignore[arg-type]
+
+
+def test_ties_fall_to_the_first() -> None:
+    assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).chosen() == ["a", "b"]
+    assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == ["a", "b"], "0.6 + 0.3 is 0.9"
+
+
+def test_the_others_share_by_name_and_shape() -> None:
+    model = tiny_llama()
+    paths = list(lk.adapt(model, lk.LoRA(rank=2)).plan.sites)
+    kept = [path for path in paths if path.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))]
+    share = {path: (10.0 if path in kept else 1.0) for path in paths}
+    adapter = lk.adapt(tiny_llama(), lk.LoRADrop(keep=2, importance=share, rank=2))
+    found: dict[int, list[str]] = {}
+    for path in paths:
+        found.setdefault(id(adapter.site(path).B), []).append(path)
+    keys = [(path.rpartition(".")[2],) for path in paths]
+    groups = reference.groups(keys, [paths.index(path) for path in kept])
+    expected = sorted([[paths[n] for n in members] for members in groups.values()] + [[path] for path in kept])
+    assert sorted(found.values()) == expected
+
+
+def test_the_papers_count() -> None:
+    """RoBERTa-base, q and v at rank 8: 10 of 24 kept and two shared pairs are one half."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(768, 768), nn.Linear(768, 768)
+
+    with torch.device("meta"):
+        model = nn.Sequential(*(Layer() for _ in range(12)))
+    paths = list(lk.adapt(model, lk.LoRA(rank=8), name="all").plan.sites)
+    share = {path: 1.0 / (n + 1) for n, path in enumerate(paths)}
+    adapter = lk.adapt(model, lk.LoRADrop(keep=10, importance=share, rank=8))
+    assert adapter.trainable_parameters == 147_456
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), BOTH_PRECISIONS)
+def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
+    """Its gradient is the sum over the modules that share it."""
+    model, (x, target) = linear(dtype, 8, 8, 8), data(dtype, 8, 8)
+    share = {"0": 0.5, "1": 0.5}
+    holder = nn.ModuleDict({"0": nn.ModuleDict({"fc": model[0]}), "1": nn.ModuleDict({"fc": model[1]})})
+    member = lk.LoRADrop(threshold=1e-9, importance={"0.fc": share["0"], "1.fc": share["1"], "z": 9.0}, rank=3, alpha=6)
+    with pytest.warns(lk.LorakinWarning, match="equally important"):
+        adapter = lk.adapt(holder, member)
+    one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))
+    assert one.A is two.A
+    layers = [{"W0": array(module.weight), "bias": array(module.bias)} for module in model]
+    A, B, losses = reference.train_shared(array(x), array(target), layers, array(one.A), array(one.B), 2, 25, 0.01)
+    seen = fit(model, adapter.optimizer(lr=0.01), x, target, 25)
+    assert losses[-1] < 0.9 * losses[0], "it learns"
+    close(seen, losses, tolerance)
+    close(one.A, A, 10 * tolerance)
+    close(two.B, B, 10 * tolerance)
+
+
+@pytest.mark.parametrize("rest", ["shared", "frozen", "none"])
+def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None:
+    model = tiny_llama().double()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    logits = model(ids).logits
+    adapter = lk.adapt(model, lk.LoRADrop(keep=5, rest=rest, rank=2), probe=batches(ids), seed=0)  # type: ignore[arg-type]
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if key in before), "the base is untouched"
+    assert torch.equal(model(ids).logits, logits), "everything starts anew"
+    assert len(adapter.plan.sites) == (5 if rest == "none" else 14)
+    groups = {id(t) for t in adapter.parameters() if t.requires_grad}
+    own = set(adapter.method.own_pairs(list(adapter.plan.sites)))
+    assert len(own) == 5
+    kinds = {path.rpartition(".")[2] for path in adapter.plan.sites if path not in own}
+    assert len(groups) == 2 * (5 + (len(kinds) if rest == "shared" else 0))
+    optimizer = adapter.optimizer(lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    adapter.save(tmp_path)
+    other = tiny_llama().double()
+    loaded = lk.load(other, tmp_path, trainable=True)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert loaded.trainable_parameters == adapter.trainable_parameters, "what was shared is shared again"
+    assert loaded.method.setting("importance") == adapter.method.setting("importance")
+
+
+def test_the_probe_leaves_no_trace(ids: Tensor) -> None:
+    model = tiny_llama()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    keys = set(model.state_dict())
+    found = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
+    assert list(found) == [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"
+    ]
+    assert sum(found.values()) == pytest.approx(1)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert set(model.state_dict()) == keys
+    assert not lk.adapters(model)
+    again = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
+    assert again == found
+
+
+def test_a_pair_that_is_shared_must_be_one_in_the_file(ids: Tensor, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.LoRADrop(keep=2, rank=2), probe=batches(ids), seed=0)
+    randomise(adapter).save(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    own = adapter.method.own_pairs(list(adapter.plan.sites))
+    path = next(p for p in adapter.plan.sites if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own))
+    tensors[f"base_model.model.{path}.lora_B.weight"] += 1
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(lk.AdapterError, match="shares its pair with others, but its B in the file is another"):
+        lk.load(tiny_llama(), tmp_path)
+
+
+def test_guards(ids: Tensor) -> None:
+    with pytest.raises(lk.SettingError, match=r"chooses modules by a probe and has none: call adapt\(…, probe=batches\)"):
+        lk.adapt(tiny_llama(), lk.LoRADrop())
+    with pytest.raises(lk.SettingError, match="lora does not choose its modules by a probe"):
+        lk.adapt(tiny_llama(), lk.LoRA(), probe=batches(ids))
+    with pytest.raises(lk.SettingError, match="a probe needs batches, and there are none"):
+        lk.adapt(tiny_llama(), lk.LoRADrop(), probe=[])
+    with pytest.raises(lk.SettingError, match="says nothing about model.layers.0.self_attn.q_proj"):
+        lk.adapt(tiny_llama(), lk.LoRADrop(importance=IMPORTANCE))
+    model = tiny_llama()
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    with pytest.warns(lk.LorakinWarning, match="all modules are equally important"):
+        lk.adapt(model, lk.LoRADrop(keep=3, importance=dict.fromkeys(paths, 0.1)))
+    rising = {path: float(n) for n, path in enumerate(paths)}
+    with pytest.warns(lk.LorakinWarning, match="chose all 14 modules, so nothing is shared"):
+        lk.adapt(tiny_llama(), lk.LoRADrop(keep=14, importance=rising))
+    lk.adapt(model, lk.LoRA(), name="other")
+    with pytest.raises(lk.StateError, match="the probe needs the model to itself"):
+        lk.adapt(model, lk.LoRADrop(), probe=batches(ids))
+
+
+def test_settings_outside_their_range() -> None:
+    assert lk.LoRADrop().threshold == 0.9
+    for settings, message in (
+        ({"threshold": 0.5, "keep": 3}, "give threshold or keep, not both"),
+        ({"threshold": 0}, r"threshold must be a number in \(0, 1\]"),
+        ({"keep": 0}, "keep must be a whole number ≥ 1"),
+        ({"rest": "gone"}, "rest must be 'shared' or 'frozen' or 'none'"),
+        ({"sample": 2}, r"sample must be a number in \(0, 1\]"),
+        ({"probe_epochs": 0}, "probe_epochs must be a whole number"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            lk.LoRADrop(**settings)  # type: ignore[arg-type]

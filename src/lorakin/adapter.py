@@ -238,7 +238,7 @@ def _importance(
                 (model(**batch).loss if loss is None else loss(model, batch)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        return energies(pilot, batches, probe.normalised)
+        return energies(pilot, batches, probe.normalised, loss)
     finally:
         model.train(was_training)
         pilot.remove()

@@ -44,6 +44,7 @@ class Summary:
         names = self.columns
         lines = {
             "member" if len(self.method.members) == 1 else "members": "; ".join(map(_described, self.method.members)),
+            **({} if self.method.parametrisation in self.method.members else {"pair": _described(self.method.parametrisation)}),
             "base": self.base or "not recorded",
             "targets": f"{len(self.norms)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
             "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
@@ -90,6 +91,8 @@ def summarise(path: Path) -> Summary:
 def _described(member: Member) -> str:
     """A member with those of its settings that are set."""
     said = {k: v for k, v in _settings(member).items() if v is not None and not isinstance(v, Mapping)}
+    if not said:
+        return member.word
     return f"{member.word} ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in said.items())})"
 
 

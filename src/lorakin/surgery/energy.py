@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from lorakin.surgery.layers import ConvolutionLayer
 
 
 @torch.no_grad()
-def energies(graft: Graft, batches: Sequence[Any], normalised: bool = False) -> dict[str, float]:
+def energies(
+    graft: Graft, batches: Sequence[Any], normalised: bool = False, call: Callable[[Any, Any], Any] | None = None
+) -> dict[str, float]:
     """Path → its share of Σ ‖up(down x)‖² over all inputs x of `batches` that are not padding, in eval mode; sums to 1.
 
     Args:
         graft: the adapter, active. A gain counts for nothing.
         batches: mappings that the model takes; a (batch, length) `attention_mask` says what is padding.
+        call: (model, batch) → anything, to run the model; by default on the batch without its labels.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
     """
     model, sums, own = graft.model, dict.fromkeys(graft.plan.sites, 0.0), dict.fromkeys(graft.plan.sites, 0.0)
@@ -43,8 +46,11 @@ def energies(graft: Graft, batches: Sequence[Any], normalised: bool = False) -> 
     model.eval()
     try:
         for batch in batches:
-            mask = batch.get("attention_mask")
-            model(**batch)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if call is None:
+                model(**{key: value for key, value in batch.items() if key != "labels"})
+            else:
+                call(model, batch)
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -122,6 +122,51 @@ def test_a_plain_trainers_checkpoint_resumes_loudly(tmp_path: Path) -> None:
         trainer(tmp_path, model).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+MEMBERS: list[Any] = [
+    lk.LoRAPlus(ratio=4, rank=2),
+    lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2),
+    [lk.DoRA(rank=2), lk.DeltaLoRA(start_step=2)],
+]
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda m: str(m)[:12])
+def test_a_prepared_trainer_needs_nothing_else(member: Any, tmp_path: Path) -> None:
+    """It makes the optimizer itself, with the method's rates and decays, and tells the length of the run; and resumes."""
+    results = []
+    for part in ("whole", "again"):
+        model = tiny_llama()
+        adapter = lk.adapt(model, member, seed=0)
+        run = prepare_trainer(trainer(tmp_path / part, model, weight_decay=0.1))
+        run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if part == "again" else None)
+        assert adapter.steps == 6
+        results.append(state(adapter))
+        rates = {
+            id(p): (group["initial_lr"], group["weight_decay"]) for group in run.optimizer.param_groups for p in group["params"]
+        }
+        for group in adapter.parameter_groups(lr=1e-2, weight_decay=0.1):
+            assert all(rates[id(p)] == (group["lr"], group["weight_decay"]) for p in group["params"])
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(t, results[1][name]) for name, t in results[0].items()), "bit for bit"
+
+
+@pytest.mark.parametrize(
+    ("member", "message"), [(MEMBERS[0], "learn at different rates"), (MEMBERS[1], "does not know its length")]
+)
+def test_a_plain_trainer_does_not_make_another_method_of_it(member: Any, message: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    lk.adapt(model, member)
+    with pytest.raises(lk.LorakinError, match=message):
+        trainer(tmp_path, model, weight_decay=0.0).train()
+
+
+def test_a_plain_trainer_is_enough_where_nothing_need_be_told(tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapter = lk.adapt(model, [lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=6, start=1, finish=2), lk.DoRA()])
+    trainer(tmp_path, model, gradient_accumulation_steps=2, max_grad_norm=0.1).train()
+    assert sum(len(adapter.site(path).E) for path in adapter.plan.sites) == 14 * 2
+    adapter.save(tmp_path / "adapter")
+
+
 def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lk.StateError, match="no adapters to save"):
         prepare_trainer(trainer(tmp_path, tiny_llama())).save_model()
@@ -154,6 +199,22 @@ def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, s
     run.save_model(str(tmp_path / "final"))
     lk.load(tiny_llama(), tmp_path / "final")
     assert all(p.any() for p in adapter.parameters())
+
+
+def test_sft_trainer_with_members_that_act_at_steps(tmp_path: Path, tokenizer: Any) -> None:
+    trl = pytest.importorskip("trl")
+    model = tiny_llama()
+    adapter = lk.adapt(model, [lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2), lk.LoRAPlus(ratio=4)])
+    prepare_trainer(
+        trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=True)),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+        )
+    ).train()
+    assert sum(len(adapter.site(path).E) for path in adapter.plan.sites) == 14 * 2
+    adapter.save(tmp_path / "adapter")
 
 
 def test_a_layer_that_the_trainer_never_calls_is_announced(tmp_path: Path, tokenizer: Any) -> None:

@@ -43,6 +43,8 @@ class Form:
     always: tuple[str, ...] = ()
     """Fields that are written even where they are PEFT's default."""
     layers: tuple[type[Layer], ...] = (LinearLayer, TransposedLayer)
+    ignored: tuple[str, ...] = ()
+    """Fields that PEFT writes and does not read."""
 
 
 LORA = Form(
@@ -80,6 +82,7 @@ ADALORA = Form(
         "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5,
     },
     slots={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},
+    ignored=("r",),
     always=("init_r", "lora_alpha", "lora_dropout", "target_r", "total_step", "tinit", "tfinal", "orth_reg_weight"),
 )  # fmt: skip
 FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA)}
@@ -452,7 +455,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
             "convert it with PEFT (path_initial_model_for_weight_conversion) first"
         )
     form = FORMS[peft_type]
-    known = {*SILENT, *UNSUPPORTED, *form.fields.values()}
+    known = {*SILENT, *UNSUPPORTED, *form.fields.values(), *form.ignored}
     if strange := sorted(key for key, value in config.items() if key not in known and value not in (None, False, {}, [])):
         warnings.warn(f"{where}: unknown settings ignored: {', '.join(strange)}", LorakinWarning, stacklevel=2)
     return form
@@ -469,7 +472,8 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
             said |= dict.fromkeys(PLANNED, None)  # the run that the schedule was for is over
             return Method.of([kind(**{k: v for k, v in said.items() if k in _fields(kind)}) for kind in kinds])
         members = [member_named(word)(**settings) for word, settings in own.members]
-        if own.tensors is None:
+        method = Method.of(members)
+        if own.tensors is None and any(method.setting(name) != value for name, value in said.items() if name not in PLANNED):
             pair = [member for member in members if isinstance(member, Parametrisation)] or members
             members = [
                 dataclasses.replace(m, **{k: v for k, v in said.items() if k in _pair_fields(m)}) if m in pair else m  # type: ignore[type-var]

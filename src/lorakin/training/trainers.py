@@ -34,11 +34,11 @@ class AdapterTraining:
             regroup(adapter, made, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         return self.optimizer
 
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """As the Trainer does, and tell the adapters how long the run is."""
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's schedule; and the adapters are told how long the run is."""
         for adapter in self._trained():
             adapter.begin(num_training_steps)
-        super().create_optimizer_and_scheduler(num_training_steps)  # type: ignore[misc]
+        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

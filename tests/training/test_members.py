@@ -1,0 +1,156 @@
+"""Every member through `lorakin train`, on a language model and on a classifier: it learns, and resumes to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+import lorakin as lk
+from lorakin.cli.app import run as command
+from lorakin.family import FAMILY
+from lorakin.training import train as training
+from lorakin.training.recipe import Recipe
+
+Write = Callable[..., str]
+WORDS = [member.word for member in FAMILY]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adalora": {"initial_rank": 6, "target_rank": 3, "start": 2, "finish": 3},
+    "delta-lora": {"start_step": 4},
+    "lora-drop": {"keep": 5, "probe_epochs": 1, "sample": 0.5},
+    "vera": {"rank": 16},
+    "vera,dora": {"rank": 16},
+    "adalora,dora,lora-drop": {"initial_rank": 6, "target_rank": 3, "start": 2, "finish": 3, "keep": 5},
+}
+RATES = {"vera": 0.3, "vera,dora": 0.3}
+
+
+@pytest.fixture
+def recipe(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(words: str, **changes: Any) -> Recipe:
+        data = write_rows(chat_rows, "train.jsonl")
+        settings = {"model": model_dir, "data": data, "eval_data": data, "out": str(tmp_path / "out"), "dtype": "float32"}
+        settings |= {"lr": RATES.get(words, 2e-2), "steps": 10, "save_every": 3, "settings": SETTINGS.get(words, {})}
+        return Recipe(**(settings | {"method": words} | changes))
+
+    return make
+
+
+def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str]:
+    text = io.StringIO()
+    prepared = training.prepare(recipe, Console(file=text, width=200), resume)
+    return training.train(prepared), text.getvalue()
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("words", [*WORDS, "vera,dora", "adalora,dora,lora-drop"])
+def test_it_learns_and_resumes_to_the_bit(words: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    given = recipe(words)
+    result, shown = run(given)
+    assert result.after.loss < result.before.loss - 0.01
+    assert words in shown
+    whole = tensors(result.out)
+    for stop in (3, 6, 9):
+        half = tmp_path / f"half-{stop}"
+        shutil.copytree(result.out, half)
+        (half / "adapter_model.safetensors").unlink()
+        for later in (half / "checkpoints").glob("checkpoint-*"):
+            if int(later.name.removeprefix("checkpoint-")) > stop:
+                shutil.rmtree(later)
+        if not (half / "checkpoints" / f"checkpoint-{stop}").exists():
+            continue  # only the last two are kept
+        run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+        again = tensors(half)
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(t, again[key]) for key, t in whole.items())
+    model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
+    adapter = lk.load(model, result.out)
+    assert set(adapter.method.words.split(",")) == set(words.split(","))
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_classifier(words: str, recipe: Callable[..., Recipe], bert_dir: str, write_rows: Write) -> None:
+    rows = [
+        {"text": f"the {animal} {verb} yes", "label": verb} for animal in ("cat", "dog", "bird") for verb in ("sat", "ran")
+    ] * 6
+    data = write_rows(rows, "labels.jsonl")
+    lr = {"lora+": 2e-3, "adalora": 5e-2, "delta-lora": 2e-3}.get(words, 2e-2)
+    result, _ = run(recipe(words, model=bert_dir, data=data, eval_data=data, steps=30, batch_size=12, lr=lr))
+    assert result.after.loss < result.before.loss
+    assert result.after.accuracy is not None
+
+
+def test_lora_drops_probe_is_shown_saved_and_not_run_twice(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    given = recipe("lora-drop")
+    result, shown = run(given)
+    assert "1 passes over 18 examples (3 batches): which modules matter?" in shown
+    assert "importance: 5 of 14 modules keep a pair of their own" in shown
+    importance = json.loads((result.out / "importance.json").read_text())
+    assert len(importance) == 14
+    assert sum(importance.values()) == pytest.approx(1)
+    own = json.loads((result.out / "lorakin.json").read_text())
+    assert own["members"][0]["settings"]["importance"] == importance
+    changed = dict(zip(importance, list(importance.values())[::-1], strict=True))
+    (result.out / "importance.json").write_text(json.dumps(changed))
+    shutil.rmtree(result.out / "checkpoints")
+    _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
+    assert "which modules matter" not in shown
+    own = json.loads((result.out / "lorakin.json").read_text())
+    assert own["members"][0]["settings"]["importance"] == changed
+
+
+def test_settings_on_the_command_line(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(chat_rows)
+    base = ["train", "-m", model_dir, "-d", data, "--dtype", "float32", "--steps", "2"]
+    out = tmp_path / "adapter"
+    given = ["--method", "dora,lora+", "--rank", "4", "--set", "ratio=8", "--out", str(out)]
+    assert command([*base, *given]) == 0
+    assert "method: dora,lora+\nrank: 4\nsettings:\n  ratio: 8" in (out / "recipe.yaml").read_text()
+    assert command(["train", str(out / "recipe.yaml"), "--set", "ratio=2e0", "--out", str(tmp_path / "again")]) == 0
+    assert "ratio: 2.0" in (tmp_path / "again" / "recipe.yaml").read_text()
+    capsys.readouterr()
+    assert command(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "lora+ (rank 4, ratio 8" in shown
+    assert "dora (rank 4)" in shown
+    for words, setting, message in (
+        ("lora", "ratio=8", r"has no setting 'ratio'; it has"),
+        ("lora+", "ratio", "--set takes NAME=VALUE, such as ratio=8, not 'ratio'"),
+        ("lora+", "ratio=[", "is no value"),
+        ("lora+", "ratio=fast", "ratio must be a number ≥ 1, not 'fast'"),
+        ("lora,vera", "ratio=1", "has no setting 'ratio'"),
+        ("delta-lora", "start_step=2", "begins after start_step=2 optimizer steps, but the run has 2"),
+        ("lora+,lora-fa", "ratio=2", "both decide who learns how fast"),
+    ):
+        where = tmp_path / "never"
+        assert command([*base, "--method", words, "--set", setting, "--out", str(where)]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+        assert not where.exists()
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in WORDS)
+    assert "lora-fa and vera do not combine" in shown.replace("\n", " ").replace("vera and lora-fa", "lora-fa and vera")
+    assert command(["methods", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [member["word"] for member in content["members"]] == WORDS
+    assert len(content["refused"]) == 4
+    assert content["members"][0]["settings"] == {"rank": 16, "alpha": 32.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}

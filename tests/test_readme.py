@@ -17,7 +17,7 @@ import torch
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.cli.app import run
-from lorakin.family import FAMILY
+from lorakin.family import FAMILY, Method
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
         assert run(arguments) == 0, line
@@ -68,9 +68,11 @@ def test_make_has_the_targets_that_the_readme_names() -> None:
 
 
 def test_the_table_of_members_is_the_family() -> None:
-    rows = re.findall(r"^\| .*? \| `([a-z+-]+)` \| .* \| (yes|not yet) \|$", README, re.MULTILINE)
-    assert len(rows) == 8
-    assert [word for word, state in rows if state == "yes"] == [member.word for member in FAMILY]
+    assert re.findall(r"^\| .*? \| `([a-z+-]+)` \| \[.* \|$", README, re.MULTILINE) == [member.word for member in FAMILY]
+    page = (ROOT / "docs" / "members.md").read_text()
+    assert re.findall(r"^\| `([a-z+-]+)` \| .* \| \de-\d \|$", page, re.MULTILINE) == [member.word for member in FAMILY]
+    for rate, member in zip(re.findall(r"\| (\de-\d) \|$", page, re.MULTILINE), FAMILY, strict=True):
+        assert float(rate) == pytest.approx(Method.of(member()).learning_rate)
 
 
 def test_links_lead_somewhere() -> None:

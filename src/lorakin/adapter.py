@@ -95,6 +95,7 @@ class Adapter(Graft):
         contents = directory.read(Path(path)).match(self.model)
         if not self._is_as(contents.plan):
             raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")
+        self.end()
         with torch.no_grad():
             for at, tensors in contents.sites.items():
                 self.site(at).overwrite(tensors)

@@ -12,6 +12,7 @@ import torch
 import lorakin as lk
 from conftest import tiny_llama
 from family.problem import array, close, data, fit, linear
+from lorakin.storage import directory
 from references import delta_lora as reference
 
 FORMS = ["telescoped", "in_place"]
@@ -141,8 +142,6 @@ def test_resuming_before_at_and_after_the_anchor(update: Any, stop: int, tmp_pat
     x, target = data()
     model, adapter, optimizer = begin()
     whole = fit(model, optimizer, x, target, stop)
-    from lorakin.storage import directory
-
     directory.save(adapter, tmp_path)
     kept = copy.deepcopy(optimizer.state_dict())
     whole = fit(model, optimizer, x, target, 6)
@@ -157,6 +156,28 @@ def test_resuming_before_at_and_after_the_anchor(update: Any, stop: int, tmp_pat
     else:  # the moved weight is made again from the anchor: the same but for rounding
         close(rest, whole, 1e-12)
         close(other(x), array(model(x)), 1e-12)
+
+
+@pytest.mark.parametrize("update", FORMS)
+def test_going_back_and_forth_within_a_run(update: Any, tmp_path: Path) -> None:
+    """As a Trainer does that loads its best checkpoint: from a later state to an earlier one, and to a later one again."""
+    model, (x, target) = linear(), data()
+    adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, start_step=2, update=update), "0")
+    optimizer = adapter.optimizer(lr=0.05)
+    outputs = {}
+    for steps in (1, 4, 7):
+        fit(model, optimizer, x, target, steps - adapter.steps)
+        directory.save(adapter, tmp_path / str(steps))
+        outputs[steps] = array(model(x))
+    for steps in (4, 1, 7, 4):
+        adapter.restore(tmp_path / str(steps))
+        assert adapter.steps == steps
+        close(model(x), outputs[steps], 1e-12)
+    optimizer = adapter.optimizer(lr=0.05)  # a second run goes on from what was learned
+    adapter.restore(tmp_path / "7")
+    close(model(x), outputs[7], 1e-12)
+    adapter.optimizer(lr=0.05)
+    close(model(x), outputs[7], 1e-12)
 
 
 def test_what_is_saved_in_place_is_the_form_that_leaves_the_base_alone(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
+from lorakin.family.allocation import Allocation
 from lorakin.family.lora import check_rank, orthonormal_rows
 from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
@@ -176,6 +177,4 @@ class AdaLoRA(Modifier):
         return dataclasses.replace(self, total_steps=T, start=start, finish=finish, interval=interval)
 
     def rule(self, places: Sequence[Place]) -> Rule:
-        from lorakin.family.allocation import Allocation
-
         return Allocation(self, places)

@@ -224,7 +224,7 @@ class Method:
         return [rule for member in self.members if (rule := member.rule(places)) is not None]
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.members))
+        return f"{self.words} on {self.parametrisation}"
 
 
 def conflict(one: Member | type[Member], other: Member | type[Member]) -> str | None:

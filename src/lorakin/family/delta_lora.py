@@ -146,7 +146,7 @@ class InPlace(Rule):
         self.places = places
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
-        self.restore({})
+        self.restore({})  # of an earlier run
         if not member.start_step:
             self._begin()
 
@@ -168,8 +168,15 @@ class InPlace(Rule):
     def beside(self, path: str) -> Tensors:
         return self.anchors.get(path, {})
 
+    def end(self) -> None:
+        """Give the anchors to the modules and the base its own weight: the telescoped form of the same."""
+        for place in self.places:
+            for slot, tensor in self.anchors.pop(place.path, {}).items():
+                place.put(slot, tensor)
+            place.restore_base()
+
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take anchors that came with a file off the modules, and move the base by what they say."""
+        """Take anchors that are there off the modules, and move the base by what they say."""
         for place in self.places:
             if ANCHOR_UP in place.tensors():
                 anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}

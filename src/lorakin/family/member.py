@@ -122,7 +122,10 @@ class Place(Protocol):
         """Take such a tensor away from it."""
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to the base weight, of which a copy is kept until the adapter goes."""
+        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+
+    def restore_base(self) -> None:
+        """Put the base's own weight back, if it was moved."""
 
 
 class Rule:
@@ -136,6 +139,9 @@ class Rule:
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         """The step has been taken: change tensors."""
+
+    def end(self) -> None:
+        """The run is over, or goes on elsewhere: leave nothing outside the adapter's tensors."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: numbers, texts, tensors, and dicts of them."""

@@ -309,10 +309,16 @@ class Graft:
         running = self.plan.method.resolved(total_steps)
         if self.rules is not None and not self._stepped and running == self.running:
             return
+        self.end()
         self.running, self.rules = running, running.rules(self.places())
         self.steps, self._stepped = 0, False
         if self._state is not None:
             self.restore_state(self._state)
+
+    def end(self) -> None:
+        """Let the rules of the run leave nothing outside the adapter's tensors."""
+        for rule in self.rules or ():
+            rule.end()
 
     @property
     def method(self) -> Method:
@@ -426,8 +432,14 @@ class SitePlace:
         return tensor
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to the base weight, of which a copy is kept until the adapter goes."""
+        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
         move_base(self.graft.model.get_submodule(self.path), change)
+
+    def restore_base(self) -> None:
+        """Put the base's own weight back, if it was moved."""
+        module: Any = self.graft.model.get_submodule(self.path)
+        swap_moved(module)
+        module.lorakin.unmoved = {}
 
 
 def _check_unmoved(known: Mapping[str, Graft], purpose: str) -> None:

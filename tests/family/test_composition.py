@@ -153,6 +153,30 @@ def test_what_is_legal_is_read_by_peft(words: tuple[str, ...], ids: Tensor, tmp_
     torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("words", [(word,) for word in WORDS] + TRIPLES, ids="×".join)
+def test_compiled_in_one_graph(words: tuple[str, ...], ids: Tensor) -> None:
+    model, _, optimizer = begin(words, ids)
+    step(model, optimizer, ids)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_an_alpha_of_its_own_that_pefts_form_would_lose(ids: Tensor, tmp_path: Path) -> None:
+    """PEFT ignores alpha_pattern in an ADALORA file, so the pair is written instead."""
+    peft = pytest.importorskip("peft")
+    model = tiny_gpt2().double()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4), alpha_pattern={"c_fc": 64})
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0, 0.1)
+    directory.save(adapter, tmp_path)
+    for read in (
+        lambda: peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval(),
+        lambda: lk.load(tiny_gpt2().double(), tmp_path).model,
+    ):
+        torch.testing.assert_close(read()(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
+
+
 def test_the_order_in_which_members_are_named_is_nothing() -> None:
     one, other = Method.of([lk.LoRAPlus(), lk.DoRA(rank=4)]), Method.of([lk.DoRA(rank=4), lk.LoRAPlus()])
     assert one == other

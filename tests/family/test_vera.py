@@ -113,5 +113,6 @@ def test_settings_outside_their_range() -> None:
     with pytest.raises(lk.SettingError, match="vera has no alpha, so alpha=8.0 cannot apply"):
         lk.adapt(tiny_llama(), [lk.VeRA(rank=2), lk.DoRA(alpha=8)])
     lk.adapt(tiny_llama(), lk.VeRA(rank=300))  # the rank may exceed the layers' widths
-    with pytest.raises(lk.SettingError, match="vera has no rank of modules' own|rank_pattern"):
-        lk.adapt(tiny_llama(), [lk.AdaLoRA()], rank_pattern={"q_proj": 3})
+    for member in (lk.VeRA(rank=4), lk.AdaLoRA(), [lk.VeRA(rank=4), lk.DoRA()]):
+        with pytest.raises(lk.SettingError, match="takes no rank for single modules, so rank_pattern cannot apply"):
+            lk.adapt(tiny_llama(), member, rank_pattern={"q_proj": 3})

@@ -46,6 +46,7 @@ class Triplets(Parametrisation):
     word: ClassVar[str] = "adalora's P·Λ·Q"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is P·Λ·Q"}
     learning_rate: ClassVar[float] = 5e-4
+    per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     per_rank: ClassVar[str | None] = "E"
     per_rank_sides: ClassVar[tuple[str, ...]] = ("P", "Q")
 

@@ -102,8 +102,8 @@ class Method:
 
     def at(self, **settings: Any) -> Method:
         """The method of one module, with a rank or an alpha of its own."""
-        if unknown := [name for name in settings if name not in _fields(self.parametrisation)]:
-            raise SettingError(f"{self.words} has no {unknown[0]} of modules' own, so {unknown[0]}_pattern cannot apply")
+        if unknown := [name for name in settings if name not in self.parametrisation.per_module]:
+            raise SettingError(f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern cannot apply")
         return dataclasses.replace(self, parametrisation=dataclasses.replace(self.parametrisation, **settings))  # type: ignore[type-var]
 
     def resolved(self, total_steps: int | None) -> Method:

@@ -96,6 +96,9 @@ def row_norms(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _block_norms(weight: Tensor, up: Tensor, down: Tensor, gram: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # there the sum is fused into the norm, and a choice by values would break the graph
+        formed: Tensor = torch.linalg.vector_norm(weight + up @ down, dim=1)
+        return formed
     own = torch.linalg.vector_norm(weight, dim=1).square()
     moved = ((up @ gram) * up).sum(1)
     square = own + 2 * ((weight @ down.T) * up).sum(1) + moved

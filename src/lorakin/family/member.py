@@ -202,6 +202,8 @@ class Parametrisation(Member):
     """The learning rate that `lorakin train` takes when none is given."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors that are kept but never trained."""
+    per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
+    """Settings that single modules may have their own of."""
     per_rank: ClassVar[str | None] = None
     """The tensor that scales each rank, by which a rank can be switched off; None if there is none."""
     per_rank_sides: ClassVar[tuple[str, ...]] = ()

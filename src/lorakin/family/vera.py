@@ -51,6 +51,7 @@ class VeRA(Parametrisation):
         "Few trained numbers; the frozen shared pair is stored once beside them, unless save_projection=false."
     )
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    per_module: ClassVar[frozenset[str]] = frozenset()
     per_rank: ClassVar[str | None] = "d"
 
     rank: int = 256

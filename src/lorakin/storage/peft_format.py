@@ -124,7 +124,8 @@ HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "lora_fa")
 def native_form(graft: Graft) -> Form | None:
     """PEFT's form that holds exactly this adapter's tensors; None if it has none, and the pair is written in its stead."""
     form, sites = FORM_OF.get(graft.plan.method.parametrisation.word), [graft.site(path) for path in graft.plan.sites]
-    if form is None or any(site.layer not in form.layers for site in sites):
+    patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
+    if form is None or (patterns and form is not LORA) or any(site.layer not in form.layers for site in sites):
         return None
     slots = {*form.slots, *form.shared}
     return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None

@@ -157,6 +157,7 @@ def test_what_is_legal_is_read_by_peft(words: tuple[str, ...], ids: Tensor, tmp_
 def test_compiled_in_one_graph(words: tuple[str, ...], ids: Tensor) -> None:
     model, _, optimizer = begin(words, ids)
     step(model, optimizer, ids)
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-12, atol=1e-12)
 

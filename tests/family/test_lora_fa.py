@@ -71,6 +71,22 @@ def test_the_corrected_gradient_is_the_nearest_to_the_full_one() -> None:
     torch.testing.assert_close(site.B.T @ (2 * site.B @ site.A.grad - full), torch.zeros(2, 9, dtype=torch.float64))
 
 
+def test_a_shared_pairs_gradient_is_corrected_once() -> None:
+    model, (x, target) = (
+        nn.Sequential(*(nn.ModuleDict({"fc": layer}) for layer in linear(torch.float64, 8, 8, 8))),
+        data(inputs=8, outputs=8),
+    )
+    share = {"0.fc": 0.1, "1.fc": 0.2, "elsewhere": 9.0}
+    adapter = randomised(lk.adapt(model, [lk.LoRADrop(keep=1, importance=share), lk.LoRAFA(rank=3, alpha=6, corrected=True)]))
+    one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))
+    assert one.B is two.B
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0)
+    ((model[1]["fc"](model[0]["fc"](x)) - target) ** 2).mean().backward()
+    plain = array(one.B.grad)
+    optimizer.step()
+    close(one.B.grad, reference.corrected(plain, array(one.A), 2), 1e-10)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_backward_keeps_Ax_and_never_x(dropout: float) -> None:
     """LoRA keeps x (in numbers a token) and A x (r); LoRA-FA keeps A x alone, and a mask if it drops."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lorakin.storage import directory
 from lorakin.surgery import graft as surgery
 from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
-from lorakin.surgery.optimizer import check_attached, parameter_groups
+from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
 
@@ -70,6 +71,7 @@ class Adapter(Graft):
         check_attached(self, optimizer)
         self.begin(total_steps)
         trained_by(optimizer)
+        check_rates(self, optimizer)
         return optimizer
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -163,10 +165,12 @@ def adapt(
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
     }
+    if probe is not None and method.setting("importance") is not None:
+        raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
     if probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
     adapter = Adapter(model, name, surgery.plan(model, method, targets, **places))
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     adapter.install(surgery.fresh(model, adapter.plan, generator, dtype))
     adapter.freeze_base()
     adapter.is_fresh = True
@@ -182,7 +186,11 @@ def importance(
     lr: float | None = None,
     loss: Loss | None = None,
     seed: int | None = None,
-    **where: Any,
+    exclude: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -193,7 +201,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets: see `adapt`; `where` takes its `exclude`, `layers`, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -205,8 +213,14 @@ def importance(
         SettingError: no member wants a probe; no batches.
         StateError: the model has adapters.
     """
-    where["layer_indices"] = where.pop("layers", None)
-    return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, where, lr, loss)
+    places = {
+        "exclude": exclude,
+        "layer_indices": layers,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "modules_to_save": modules_to_save,
+    }
+    return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 
 
 def _importance(
@@ -219,20 +233,28 @@ def _importance(
     lr: float | None = None,
     loss: Loss | None = None,
 ) -> dict[str, float]:
-    probe, batches = method.probe, list(batches)
+    probe = method.probe
+    try:
+        batches = list(batches)
+    except TypeError:
+        raise SettingError(f"a probe needs a list of batches, not {batches!r}") from None
     if probe is None:
         raise SettingError(f"{method.words} does not choose its modules by a probe, so there is nothing to probe for")
     if not batches:
         raise SettingError("a probe needs batches, and there are none")
+    if loss is None and not all(isinstance(batch, Mapping) and "labels" in batch for batch in batches):
+        raise SettingError(
+            "a probe's batches must be mappings with labels, so that the model's output has a loss; or give loss="
+        )
     if there := surgery.grafts(model):
         raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
     pilot = Adapter(model, "probe", surgery.plan(model, method.for_probe(), targets, **places))
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     pilot.install(surgery.fresh(model, pilot.plan, generator, None))
     pilot.freeze_base()
     was_training = model.training
     try:
-        optimizer: torch.optim.Optimizer = pilot.optimizer(lr=lr or pilot.plan.method.learning_rate)
+        optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
         model.train()
         for _ in range(probe.epochs):
             for batch in batches:
@@ -243,6 +265,15 @@ def _importance(
     finally:
         model.train(was_training)
         pilot.remove()
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return None
+    try:
+        return torch.Generator().manual_seed(operator.index(seed))
+    except (TypeError, RuntimeError, OverflowError):
+        raise SettingError(f"seed must be a whole number of at most 64 bits, not {seed!r}") from None
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:

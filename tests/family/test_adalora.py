@@ -100,6 +100,36 @@ def test_the_regulariser_is_added_exactly_once_a_step() -> None:
         assert torch.equal(site.E.grad, task[f"{path}.E"])
 
 
+@pytest.mark.parametrize("betas", [(0.85, 0.85), (0.6, 0.9)])
+def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
+    """Of every triplet, over steps in which sensitivities rise and fall, with smoothing factors that can be told apart."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    member = lk.AdaLoRA(initial_rank=4, target_rank=2, start=8, finish=3, beta1=betas[0], beta2=betas[1], orthogonality=0.0)
+    adapter = randomised(lk.adapt(model, member))
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.3, total_steps=T)
+    (rule,) = adapter.rules or ()
+    assert isinstance(rule, Allocation)
+    expected = reference.Scores(*betas)
+    for n in range(6):
+        ((model(x) - (-1) ** n * n * target) ** 2).mean().backward()
+        for path in adapter.plan.sites:
+            for slot, w in adapter.site(path).tensors().items():
+                expected.update(f"{path}.{slot}", array(w), array(w.grad))
+        optimizer.step()
+        optimizer.zero_grad()
+        for path, matrix in zip(adapter.plan.sites, rule.matrices, strict=True):
+            scores = [expected.score(f"{path}.{slot}") for slot in ("P", "E", "Q")]
+            close(rule._scores(matrix), reference.triplet_scores(*scores), 1e-10)
+
+
+def test_the_start() -> None:
+    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).site("0")
+    assert not site.E.any()
+    for factor in (site.P, site.Q):
+        assert factor.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(factor.mean().item()) < 0.002
+
+
 def allocation(all_ranks: list[int], total: int, start: int, finish: int, interval: int, target: int) -> Allocation:
     model = linear(torch.float32, *[64] * (len(all_ranks) + 1))
     member = lk.AdaLoRA(initial_rank=all_ranks[0], target_rank=target, start=start, finish=finish, interval=interval)

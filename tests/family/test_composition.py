@@ -30,13 +30,14 @@ SMALL: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("lora", "vera"): "both decide where the pair comes from",
     ("lora", "adalora"): "lora has no number for each rank to prune by; leave it out",
-    ("lora+", "lora-fa"): "both decide who learns how fast",
+    ("lora+", "lora-fa"): "nothing trains but the factor that starts at zero",
     ("lora-fa", "vera"): "both decide whether its random factor trains",
 }
 WORDS = [member.word for member in FAMILY]
 PAIRS = list(itertools.combinations(WORDS, 2))
 TRIPLES = [
     ("lora-fa", "dora", "lora-drop"),
+    ("lora-fa", "dora", "lora+"),
     ("dora", "lora+", "lora-drop"),
     ("vera", "dora", "lora+"),
     ("vera", "dora", "delta-lora"),
@@ -88,6 +89,15 @@ def test_the_table(pair: tuple[str, str]) -> None:
         assert REFUSED[pair] in reason
         with pytest.raises(lk.SettingError, match="do not combine"):
             lk.adapt(tiny_gpt2(), members((first.word, second.word)))
+
+
+def test_what_two_cannot_a_third_may_make_sound() -> None:
+    """LoRA+ with LoRA-FA has B alone to give a rate; with DoRA there are magnitudes that keep the base rate."""
+    adapter = lk.adapt(tiny_gpt2(), [lk.DoRA(rank=2), lk.LoRAFA(), lk.LoRAPlus(ratio=8)])
+    rates = {id(p): group["lr"] for group in adapter.parameter_groups(lr=1e-3) for p in group["params"]}
+    for name, parameter in adapter.named_parameters():
+        slot = name.rpartition(".")[2]
+        assert rates.get(id(parameter)) == (None if slot == "A" else pytest.approx(8e-3 if slot == "B" else 1e-3))
 
 
 @pytest.mark.parametrize("words", LEGAL, ids="×".join)

@@ -234,9 +234,11 @@ def test_a_run_that_never_began_is_announced(tmp_path: Path) -> None:
 
 
 def test_dropout_is_refused() -> None:
-    for members in (lk.DeltaLoRA(dropout=0.1), [lk.LoRA(dropout=0.1), lk.DeltaLoRA()], [lk.VeRA(dropout=0.1), lk.DeltaLoRA()]):
+    with pytest.raises(lk.SettingError, match=r"delta-lora takes no dropout, but it is 0.1"):
+        lk.DeltaLoRA(dropout=0.1)
+    for pair in (lk.LoRA(dropout=0.1), lk.VeRA(dropout=0.1)):
         with pytest.raises(lk.SettingError, match=r"delta-lora takes no dropout, but it is 0.1"):
-            lk.adapt(tiny_llama(), members)
+            lk.adapt(tiny_llama(), [pair, lk.DeltaLoRA()])
 
 
 def test_settings() -> None:

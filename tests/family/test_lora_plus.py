@@ -126,6 +126,32 @@ def test_an_optimizer_with_one_rate_for_all_is_refused() -> None:
         fit(model, optimizer, x, target, 1)
 
 
+def test_two_optimizers_or_a_schedule_do_not_undo_it_silently() -> None:
+    model, (x, target) = linear(), data()
+    adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
+    for slot in ("A", "B"):
+        optimizer = torch.optim.AdamW([adapter.site("0").tensors()[slot]], lr=1e-3)
+        with pytest.raises(lk.SettingError, match="one optimizer has to hold them all"):
+            fit(model, optimizer, x, target, 1)
+    optimizer = adapter.optimizer(lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+    with pytest.raises(lk.StateError, match="which OneCycleLR does not"):
+        fit(model, optimizer, x, target, 1)
+    optimizer = adapter.optimizer(lr=1e-3)
+    fit(model, optimizer, x, target, 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 5e-4
+    with pytest.warns(lk.LorakinWarning, match="at step 2 the learning rates .* are no longer related as lora"):
+        fit(model, optimizer, x, target, 1)
+    fit(model, optimizer, x, target, 1)  # said once
+
+
+@pytest.mark.parametrize("lr", [-1e-3, float("nan"), "1e-3", None, True])
+def test_what_is_no_learning_rate(lr: object) -> None:
+    with pytest.raises(lk.SettingError, match="lr must be a number ≥ 0, not"):
+        lk.adapt(linear(), lk.LoRAPlus(rank=2)).optimizer(lr=lr)  # type: ignore[arg-type]
+
+
 def test_an_optimizer_that_finds_one_rate_itself_is_refused() -> None:
     class Prodigy(torch.optim.AdamW):
         """Like prodigyopt's: its defaults hold d0."""

@@ -168,8 +168,10 @@ def test_a_plain_trainer_is_enough_where_nothing_need_be_told(tmp_path: Path) ->
 
 
 def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(lk.StateError, match="no adapters to save"):
-        prepare_trainer(trainer(tmp_path, tiny_llama())).save_model()
+    with pytest.raises(lk.StateError, match="the trainer's model has no adapters"):
+        prepare_trainer(trainer(tmp_path, tiny_llama()))
+    with pytest.raises(lk.SettingError, match="expected a Trainer of transformers or TRL, not a LlamaForCausalLM"):
+        prepare_trainer(tiny_llama())
 
 
 def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:

@@ -44,7 +44,7 @@ def command(as_json: Json = False) -> None:
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"✗{number} {reason}", highlight=False, markup=False)
-    console.print("More than two combine if each two of them do.", highlight=False)
+    console.print("More than two combine if each two of them do; a reason says where it depends on a third.", highlight=False)
 
 
 def _described(member: type[Member]) -> dict[str, Any]:

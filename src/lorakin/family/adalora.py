@@ -46,6 +46,7 @@ class Triplets(Parametrisation):
     word: ClassVar[str] = "adalora's P·Λ·Q"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is P·Λ·Q"}
     learning_rate: ClassVar[float] = 5e-4
+    in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     per_rank: ClassVar[str | None] = "E"
     per_rank_sides: ClassVar[tuple[str, ...]] = ("P", "Q")
@@ -80,7 +81,7 @@ class Triplets(Parametrisation):
         return {"P": P.normal_(0, 0.02, generator=generator), "E": E, "Q": Q.normal_(0, 0.02, generator=generator)}
 
     def roles(self, shape: Shape) -> dict[str, Role]:
-        return {"E": Role(starts_at_zero=True)}
+        return {"P": Role(), "E": Role(starts_at_zero=True), "Q": Role()}
 
     def projection(self, shape: Shape) -> str:
         return "Q"

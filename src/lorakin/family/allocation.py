@@ -28,9 +28,9 @@ class Matrix:
         self.sides = pair.per_rank_sides
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """Λ and those of P and Q that train, by slot."""
+        """Λ and those of P and Q that train, by slot, unless all triplets are gone."""
         tensors = self.place.tensors()
-        return {slot: tensors[slot] for slot in (self.scales, *self.sides) if tensors[slot].requires_grad}
+        return {s: tensors[s] for s in (self.scales, *self.sides) if self.place.trains(s) and tensors[s].numel()}
 
     @property
     def rank(self) -> int:
@@ -47,7 +47,7 @@ class Allocation(Rule):
         for place in places:
             matrix = Matrix(place)
             shared.setdefault(id(place.tensors()[matrix.scales]), matrix)
-        self.matrices = [matrix for matrix in shared.values() if matrix.factors()]
+        self.matrices = [matrix for matrix in shared.values() if matrix.place.trains(matrix.scales)]
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
         self.pattern: list[Tensor] | None = None
@@ -193,5 +193,6 @@ def keep_only(parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch
             break
     smaller = parameter.data.index_select(axis, kept)
     parameter.grad = None
+    parameter.requires_grad_(parameter.requires_grad and bool(smaller.numel()))  # some optimizers divide by the size
     parameter.data = parameter.data.to(torch.float16 if parameter.dtype != torch.float16 else torch.float32)
     parameter.data = smaller  # by way of another dtype, at which autograd forgets the shape it expects of the gradient

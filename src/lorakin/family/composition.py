@@ -61,15 +61,21 @@ class Method:
         ordered = tuple(sorted(given, key=lambda member: min(axes.index(axis) for axis in member.decides)))
         for n, one in enumerate(ordered):
             for other in ordered[n + 1 :]:
-                if reason := conflict(one, other):
+                if reason := _clash(one, other):
                     raise SettingError(reason)
-        pair = _parametrisation(ordered)
-        for member in ordered:
-            if isinstance(member, Modifier) and (reason := member.misfit(type(pair))):
-                raise SettingError(f"{member.word} and {pair.word} do not combine: {reason}")
+        modifiers = [member for member in ordered if isinstance(member, Modifier)]
+        named = next((member for member in ordered if isinstance(member, Parametrisation)), None)
+        kind = type(named) if named is not None else _kind(modifiers)
+        for member in modifiers:
+            if reason := member.misfit(kind):
+                raise SettingError(f"{member.word} and {kind.word} do not combine: {reason}")
+        pair = _parametrisation(named, kind, modifiers)
         method = cls(ordered, pair)
+        roles = method.roles("", shape := Shape(1, 1), pair.roles(shape))
         for modifier in method.modifiers:
-            modifier.check_pair(method.parametrisation)
+            modifier.check_pair(pair)
+            if reason := modifier.vacuous(method, roles):
+                raise SettingError(reason)
         return method
 
     @cached_property
@@ -142,8 +148,11 @@ class Method:
         return list(paths)
 
     def for_probe(self) -> Method:
-        """What a probe trains before this method does: the members that take part in one, and plain LoRA if none does."""
-        return Method.of([member for member in self.members if member.in_probe] or [LoRA(**_pair_settings(self.members))])
+        """What a probe trains before this method does: the members that take part in one, on the pair or plain LoRA like it."""
+        pair = self.parametrisation
+        if not pair.in_probe:
+            pair = LoRA(**{name: getattr(pair, name) for name in ("rank", "alpha", "dropout")})
+        return Method.of([pair, *(member for member in self.modifiers if member.in_probe)])
 
     def select(self, paths: Sequence[str]) -> list[str]:
         """Which of the targeted modules get a pair."""
@@ -227,8 +236,17 @@ class Method:
         return f"{self.words} on {self.parametrisation}"
 
 
-def conflict(one: Member | type[Member], other: Member | type[Member]) -> str | None:
-    """Why two members do not combine, or None if they do. On two classes: as declared, with default settings."""
+def conflict(one: type[Member], other: type[Member]) -> str | None:
+    """Why two members, with their default settings, do not combine; None if they do."""
+    try:
+        Method.of([one(), other()])
+    except SettingError as error:
+        return str(error)
+    return None
+
+
+def _clash(one: Member, other: Member) -> str | None:
+    """Why two members do not combine, as far as their declarations say."""
     for axis in one.decides.keys() & other.decides.keys():
         if one.word == other.word:
             return f"{one.word} is given twice; give it once, with all its settings"
@@ -236,12 +254,6 @@ def conflict(one: Member | type[Member], other: Member | type[Member]) -> str | 
             f"{one.word} and {other.word} do not combine: both decide {AXES[axis]} "
             f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
         )
-    for pair, modifier in ((one, other), (other, one)):
-        kind = pair if isinstance(pair, type) else type(pair)
-        if issubclass(kind, Parametrisation):
-            instance = modifier() if isinstance(modifier, type) else modifier
-            if isinstance(instance, Modifier) and (reason := instance.misfit(kind)):
-                return f"{modifier.word} and {kind.word} do not combine: {reason}"
     return None
 
 
@@ -249,11 +261,11 @@ def _fields(member: Member | type[Member]) -> set[str]:
     return {field.name for field in dataclasses.fields(member)}  # type: ignore[arg-type]
 
 
-def _pair_settings(members: Sequence[Member]) -> dict[str, Any]:
+def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
     """What the modifiers say about the pair they share."""
     said: dict[str, tuple[Any, str]] = {}
-    for member in members:
-        for name in member.pair_settings if isinstance(member, Modifier) else ():
+    for member in modifiers:
+        for name in member.pair_settings:
             value = getattr(member, name)
             if value is None:
                 continue
@@ -266,17 +278,19 @@ def _pair_settings(members: Sequence[Member]) -> dict[str, Any]:
     return {name: value for name, (value, _) in said.items()}
 
 
-def _parametrisation(members: tuple[Member, ...]) -> Parametrisation:
-    """The one that is named, else the one that a modifier needs, else plain LoRA, with what the modifiers say about it."""
-    settings = _pair_settings(members)
-    named = next((member for member in members if isinstance(member, Parametrisation)), None)
-    modifiers = [member for member in members if isinstance(member, Modifier)]
-    if named is None:
-        kind = next((kind for m in modifiers if (kind := m.default_pair()) is not None), LoRA)
-    known = _fields(named or kind)
+def _kind(modifiers: Sequence[Modifier]) -> type[Parametrisation]:
+    """The parametrisation that a modifier needs, else plain LoRA."""
+    return next((kind for modifier in modifiers if (kind := modifier.default_pair()) is not None), LoRA)
+
+
+def _parametrisation(
+    named: Parametrisation | None, kind: type[Parametrisation], modifiers: Sequence[Modifier]
+) -> Parametrisation:
+    """The one that is named, or one of this kind, with what the modifiers say about it."""
+    settings = _pair_settings(modifiers)
+    known = _fields(kind)
     if unknown := [name for name in settings if name not in known and settings[name]]:
-        word = named.word if named is not None else kind.word
-        raise SettingError(f"{word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply")
+        raise SettingError(f"{kind.word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply")
     settings = {name: value for name, value in settings.items() if name in known}
     if named is None:
         defaults = {name: value for m in modifiers for name, value in m.pair_defaults.items() if name in known}

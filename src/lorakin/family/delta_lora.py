@@ -17,6 +17,7 @@ Anchor:   the paper leaves open whether it counts steps from 0 or 1; here the an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from lorakin.errors import LorakinWarning
 from lorakin.family.member import FIXED, Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Spot, Tensors
 from lorakin.family.settings import number, one_of, require, whole_number
 
@@ -58,6 +60,8 @@ class DeltaLoRA(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dropout:
+            self._refuse_dropout(self.dropout)
         number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
         whole_number(self, "start_step", at_least=0)
         one_of(self, "update", ("telescoped", "in_place"))
@@ -75,10 +79,13 @@ class DeltaLoRA(Modifier):
         return self
 
     def check_pair(self, parametrisation: Parametrisation) -> None:
+        self._refuse_dropout(parametrisation.dropout)
+
+    @staticmethod
+    def _refuse_dropout(dropout: float) -> None:
         require(
-            not parametrisation.dropout,
-            f"delta-lora takes no dropout, but it is {parametrisation.dropout}: the base weight, which moves with the "
-            "pair, cannot drop inputs",
+            not dropout,
+            f"delta-lora takes no dropout, but it is {dropout}: the base weight, which moves with the pair, cannot drop inputs",
         )
 
     def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
@@ -147,6 +154,13 @@ class InPlace(Rule):
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
         self.restore({})  # of an earlier run
+        if narrow := [place.weight.dtype for place in places if place.weight.dtype.itemsize < 4]:
+            warnings.warn(
+                f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; "
+                "update='telescoped' is exact",
+                LorakinWarning,
+                stacklevel=2,
+            )
         if not member.start_step:
             self._begin()
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from lorakin.family.member import Pair, Parametrisation, Role, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, one_of, require, whole_number
 
+INITS = ("kaiming", "gaussian", "orthonormal")
+
 
 @dataclass(frozen=True)
 class LoRA(Parametrisation):
@@ -53,7 +55,7 @@ class LoRA(Parametrisation):
     def __post_init__(self) -> None:
         whole_number(self, "rank", at_least=1)
         check_pair_settings(self)
-        one_of(self, "init", ("kaiming", "gaussian", "orthonormal"))
+        one_of(self, "init", INITS)
 
     @property
     def scaling(self) -> float:

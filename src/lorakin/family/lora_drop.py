@@ -66,6 +66,9 @@ class LoRADrop(Modifier):
         one_of(self, "rest", ("shared", "frozen", "none"))
         number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
         whole_number(self, "probe_epochs", at_least=1)
+        given = self.importance
+        right = given is None or (isinstance(given, Mapping) and given and all(map(_is_share, given.values())))
+        require(bool(right), f"importance must map modules' paths to numbers ≥ 0, not {str(given)[:80]}")
         require(isinstance(self.normalised, bool), f"normalised must be True or False, not {self.normalised!r}")
 
     def probe(self) -> Probe | None:
@@ -100,9 +103,6 @@ class LoRADrop(Modifier):
         assert self.importance is not None
         if unknown := [path for path in paths if path not in self.importance]:
             require(False, f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted")
-        require(
-            all(math.isfinite(i) and i >= 0 for i in self.importance.values()), "lora-drop's importance must be numbers ≥ 0"
-        )
         values = [self.importance[path] for path in paths]
         if len(values) > 1 and max(values) - min(values) <= 1e-9 * max(values):
             warnings.warn(
@@ -133,5 +133,9 @@ class LoRADrop(Modifier):
         return shared
 
     def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
-        frozen = self.rest == "frozen" and path not in self.chosen()
+        frozen = self.rest == "frozen" and self.importance is not None and path not in self.chosen()
         return dict.fromkeys(roles, FIXED) if frozen else roles
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

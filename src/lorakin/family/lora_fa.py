@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorakin.family.lora import INITS
 from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Shape, Spot, Tensors
-from lorakin.family.settings import require
+from lorakin.family.settings import one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,7 @@ class LoRAFA(Modifier):
     paper: ClassVar[str] = (
         "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, arXiv 2308.03303"
     )
-    decides: ClassVar[Mapping[str, str]] = {
-        "projection": "the random factor A stays as it was drawn",
-        "rates": "only the factor that starts at zero learns",
-    }
+    decides: ClassVar[Mapping[str, str]] = {"projection": "the random factor A stays as it was drawn"}
     pair_settings: ClassVar[tuple[str, ...]] = (*Modifier.pair_settings, "init")
 
     corrected: bool = False
@@ -52,6 +50,8 @@ class LoRAFA(Modifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(isinstance(self.corrected, bool), f"corrected must be True or False, not {self.corrected!r}")
+        if self.init is not None:
+            one_of(self, "init", INITS)
 
     @property
     def acts_at_steps(self) -> bool:

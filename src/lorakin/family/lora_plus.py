@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lorakin.family.member import Modifier, Role, Shape
 from lorakin.family.settings import number
+
+if TYPE_CHECKING:
+    from lorakin.family.composition import Method
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,15 @@ class LoRAPlus(Modifier):
         super().__post_init__()
         number(self, "ratio", lambda ratio: 1 <= ratio < float("inf"), "a number ≥ 1")
         number(self, "embedding_lr", lambda lr: 0 < lr < float("inf"), "a positive number", optional=True)
+
+    def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
+        if any(role.trained and not role.starts_at_zero for role in roles.values()):
+            return None
+        others = " and ".join(member.word for member in method.members if "projection" in member.decides)
+        return (
+            f"lora+ and {others} do not combine: nothing trains but the factor that starts at zero, so ratio would only "
+            "multiply the learning rate; raise that. With dora they do, since magnitudes keep the base rate"
+        )
 
     def rate(self, lr: float, role: Role, shape: Shape) -> float:
         if shape.lookup and self.embedding_lr is not None:

@@ -115,6 +115,9 @@ class Place(Protocol):
     def tensors(self) -> dict[str, nn.Parameter]:
         """Its tensors by slot."""
 
+    def trains(self, slot: str) -> bool:
+        """Whether the method trains this tensor."""
+
     def put(self, slot: str, tensor: Tensor) -> None:
         """Give it one more tensor, which does not train."""
 
@@ -271,6 +274,10 @@ class Modifier(Member):
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         """Why it cannot work on such a pair, or None."""
+        return None
+
+    def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
+        """Why it would do nothing in this method, whose pair has tensors of these roles; or None."""
         return None
 
     def check_pair(self, parametrisation: Parametrisation) -> None:

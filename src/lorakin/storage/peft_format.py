@@ -139,7 +139,7 @@ def to_files(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
     plan, form = graft.plan, native_form(graft)
     config: dict[str, Any] = {
         "peft_type": (form or LORA).peft_type,
-        "task_type": _task_type(graft.model),
+        "task_type": _task_type(graft.model, plan.copies),
         "base_model_name_or_path": getattr(graft.model, "name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": bool(plan.sites) and all(graft.site(path).layer is TransposedLayer for path in plan.sites),
@@ -285,6 +285,10 @@ def from_files(
         _check_shapes(form, plan, spots, modules, sites, where)
         read = {path: _without_kernel(slots, spots[path]) for path, slots in read.items()}
         _add_shared(form, config, own, method, spots, tensors, read, where)
+    expected = _expected(plan, spots)  # whose order of tensors a fresh adapter has, and its optimizer's state
+    read = {
+        path: dict(sorted(slots.items(), key=lambda item: _position(item[0], expected[path]))) for path, slots in read.items()
+    }
     _check_slots(plan, spots, read, where)
     shared = plan.method.share(read, spots, plan.sites)
     for path, slots in shared.items():
@@ -292,6 +296,10 @@ def from_files(
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
                 raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
     return Contents(plan, shared, copies, None if own is None else own.state)
+
+
+def _position(slot: str, expected: Mapping[str, Tensor]) -> int:
+    return list(expected).index(slot) if slot in expected else len(expected)
 
 
 def _with_ranks_kept(plan: Plan, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]) -> Plan:
@@ -672,8 +680,11 @@ def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where
             )
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for the model's task, by the ending that transformers gives its classes."""
+def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:
+    """PEFT's word for the model's task, by the ending that transformers gives its classes.
+
+    For tasks with a head of their own PEFT expects the file to hold that head, so without one the task stays open.
+    """
     endings = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
@@ -682,7 +693,8 @@ def _task_type(model: nn.Module) -> str | None:
         "ForQuestionAnswering": "QUESTION_ANS",
         "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }
-    return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    task = next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    return task if whole or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
 def _whole(value: Any) -> Any:

@@ -48,7 +48,8 @@ class Site(nn.Module):
             elif own[slot].shape == tensor.shape:
                 own[slot].copy_(tensor)
             else:
-                own[slot].grad, own[slot].data = None, tensor.to(own[slot])
+                own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)  # in torch's memory, aligned as ever
+                own[slot].requires_grad_(own[slot].requires_grad and bool(tensor.numel()))
 
     def roles(self) -> dict[str, Role]:
         """What each of them is to an optimizer."""

@@ -22,7 +22,7 @@ def energies(
     Args:
         graft: the adapter, active. A gain counts for nothing.
         batches: mappings that the model takes; a (batch, length) `attention_mask` says what is padding.
-        call: (model, batch) → anything, to run the model; by default on the batch without its labels.
+        call: (model, batch) → anything, to run the model; by default on the batch as keywords.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
     """
     model, sums, own = graft.model, dict.fromkeys(graft.plan.sites, 0.0), dict.fromkeys(graft.plan.sites, 0.0)
@@ -48,7 +48,7 @@ def energies(
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             if call is None:
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+                model(**batch)
             else:
                 call(model, batch)
     finally:

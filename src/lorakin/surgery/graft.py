@@ -59,8 +59,13 @@ def plan(
     modules_to_save: Sequence[str] = (),
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
-    rank_pattern = {key: operator.index(rank) for key, rank in (rank_pattern or {}).items()}
-    alpha_pattern = {key: float(alpha) for key, alpha in (alpha_pattern or {}).items()}
+    try:
+        rank_pattern = {key: operator.index(rank) for key, rank in dict(rank_pattern or {}).items()}
+        alpha_pattern = {key: float(alpha) for key, alpha in dict(alpha_pattern or {}).items()}
+    except (TypeError, ValueError):
+        raise SettingError(
+            f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and {alpha_pattern!r}"
+        ) from None
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
@@ -116,6 +121,8 @@ class Graft:
         self.rules: list[Rule] | None = None
         self.steps = 0
         self._stepped = False
+        self.rate_factors: dict[float, int] = {}
+        self.warned_of_rates = False
         self._state: Mapping[str, Any] | None = None
         self._disabled = 0
         self._merge_again = False
@@ -204,8 +211,12 @@ class Graft:
             yield from ((f"{path}.{key}", p) for key, p in inner.named_parameters(remove_duplicate=False))
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of them that train."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        """Those of them that train; none once the adapter is gone."""
+        return ((name, p) for name, p in (self.named_parameters() if self.is_present else ()) if p.requires_grad)
+
+    def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The base model's own."""
+        return _base_parameters(self.model)
 
     @property
     def is_present(self) -> bool:
@@ -306,12 +317,15 @@ class Graft:
         Raises:
             SettingError: a member cannot be run like that.
         """
+        if total_steps is not None and (isinstance(total_steps, bool | str) or operator.index(total_steps) < 1):
+            raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
         running = self.plan.method.resolved(total_steps)
         if self.rules is not None and not self._stepped and running == self.running:
             return
         self.end()
         self.running, self.rules = running, running.rules(self.places())
         self.steps, self._stepped = 0, False
+        self.rate_factors, self.warned_of_rates = {}, False
         if self._state is not None:
             self.restore_state(self._state)
 
@@ -420,6 +434,10 @@ class SitePlace:
         """The module's tensors by slot."""
         return self.graft.site(self.path).tensors()
 
+    def trains(self, slot: str) -> bool:
+        """Whether the method trains this tensor."""
+        return self.graft.site(self.path).roles()[slot].trained
+
     def put(self, slot: str, tensor: Tensor) -> None:
         """Give it one more tensor, which does not train."""
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
@@ -496,10 +514,12 @@ def root_of(model: nn.Module) -> nn.Module:
     """`model` itself, or the module that `torch.compile` wrapped.
 
     Raises:
+        SettingError: it is no model.
         StateError: PEFT has put adapters of its own into the model.
     """
     inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    if not isinstance(inner, nn.Module):
+        raise SettingError(f"expected a model, a torch.nn.Module, not {model!r}")
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is not None and (taken := [path for path, m in inner.named_modules() if isinstance(m, peft.BaseTunerLayer)]):
         raise StateError(

@@ -22,8 +22,10 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
         options: other options of the optimizer, put into every group; decay is 0 where the method says that none may act.
 
     Raises:
-        SettingError: the adapter has nothing to train (it was loaded with trainable=False).
+        SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr` is no rate.
     """
+    if not isinstance(lr, float | int | torch.Tensor) or isinstance(lr, bool) or not 0 <= float(lr) < float("inf"):
+        raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, role in _rates(graft, lr):
         groups.setdefault((rate, role.decays), []).append(parameter)
@@ -52,30 +54,47 @@ def check_attached(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     if missing:
         raise SettingError(
             f"the optimizer holds none of {len(missing)} trainable tensors of adapter {graft.name!r} "
-            f"({missing[0]}, …); build it from adapter.parameter_groups(lr=…)"
+            f"({missing[0]}, …); one optimizer has to hold them all: build it from adapter.parameter_groups(lr=…)"
         )
 
 
 def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
-    """See that the optimizer's groups leave the method what it is.
+    """See that the optimizer leaves the method what it is.
 
     Raises:
-        StateError: rates that the method relates to each other are not so related.
+        SettingError: it holds a part of an adapter that needs the whole in one, or it evaluates the model within its step.
+        StateError: it trains what the method keeps frozen, or finds one rate for tensors that are to have several.
 
-    Warns of decay on a tensor that must not decay.
+    Warns of decay on a tensor that must not decay, and of base weights that train beside the adapter.
     """
-    method = graft.plan.method
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    base: dict[float, float] = {}
-    decayed: set[float] = set()
-    for (parameter, rate, role), (_, double, _) in zip(_rates(graft, 1.0), _rates(graft, 2.0), strict=True):
-        group = group_of.get(id(parameter))
-        if group is None:
-            continue
-        if not role.decays:
-            decayed.add(float(group.get("weight_decay") or 0))
-        if double == 2 * rate:  # not a rate of its own, whatever the base's
-            base.setdefault(rate, float(group.get("initial_lr", group["lr"])) / rate)
+    method, groups = graft.plan.method, _group_of(optimizer)
+    related = len(_factors(graft)) > 1
+    acting = any(member.acts_at_steps for member in method.members)
+    if related or acting:
+        check_attached(graft, optimizer)
+    if acting and isinstance(optimizer, torch.optim.LBFGS):
+        raise SettingError(
+            f"LBFGS evaluates the model several times within a step, which {method.words} cannot follow; use another"
+        )
+    if related and "d0" in optimizer.defaults:  # Prodigy and D-Adaptation
+        raise StateError(
+            f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo {method.words}; use another "
+            "optimizer, or leave that member out"
+        )
+    for path in graft.plan.sites:
+        site = graft.site(path)
+        for slot, role in site.roles().items():
+            parameter = site.tensors().get(slot)
+            if parameter is not None and parameter.requires_grad and not role.trained and id(parameter) in groups:
+                raise StateError(
+                    f"the optimizer trains {path}.{slot}, which {method.words} keeps as it is: something set its "
+                    "requires_grad. Set it back, and build the optimizer from adapter.parameter_groups(lr=…)"
+                )
+    decayed = {
+        float(groups[id(p)].get("weight_decay") or 0)
+        for p, _, role in _rates(graft, 1.0)
+        if id(p) in groups and not role.decays
+    }
     if any(decayed):
         warnings.warn(
             f"the optimizer decays tensors of adapter {graft.name!r}, such as a magnitude, that {method.words} must not decay "
@@ -83,18 +102,59 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
             LorakinWarning,
             stacklevel=2,
         )
-    rates = list(base.values())
-    if any(abs(rate - rates[0]) > 1e-6 * abs(rates[0]) for rate in rates):
+    base = [name for name, p in graft.base_parameters() if p.requires_grad and id(p) in groups]
+    if base:
+        warnings.warn(
+            f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), which adapter {graft.name!r} "
+            "does not hold and its files will not either; name them in modules_to_save, or build the optimizer from "
+            "adapter.parameter_groups(lr=…)",
+            LorakinWarning,
+            stacklevel=2,
+        )
+
+
+def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
+    """See that the rates in use are related as the method says: an error at the first step, later, once, a warning.
+
+    Raises:
+        StateError: they are not.
+    """
+    factors = graft.rate_factors = graft.rate_factors or _factors(graft)
+    if len(factors) < 2:
+        return
+    groups = _group_of(optimizer)
+    bases = [float(groups[number]["lr"]) / factor for factor, number in factors.items() if number in groups]
+    if all(abs(base - bases[0]) <= 1e-6 * abs(bases[0]) for base in bases):
+        return
+    words = graft.plan.method.words
+    if not graft.steps:
         raise StateError(
-            f"adapter {graft.name!r} is {method.words}, whose tensors learn at different rates, but the optimizer does not "
+            f"adapter {graft.name!r} is {words}, whose tensors learn at different rates, but the optimizer does not "
             "have them: build it with adapter.optimizer(…) or from adapter.parameter_groups(lr=…), or let "
-            "lorakin.training.prepare_trainer(trainer) do so"
+            "lorakin.training.prepare_trainer(trainer) do so. A schedule has to multiply all groups' rates alike, "
+            "which OneCycleLR does not"
         )
-    if len(rates) > 1 and "d0" in optimizer.defaults:  # Prodigy and D-Adaptation, which set one rate for all groups
-        raise StateError(
-            f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo {method.words}; use another "
-            "optimizer, or leave that member out"
+    if not graft.warned_of_rates:
+        graft.warned_of_rates = True
+        warnings.warn(
+            f"at step {graft.steps + 1} the learning rates of adapter {graft.name!r} are no longer related as {words} says; a "
+            "schedule with a least or a greatest rate does that, as does setting group['lr'] by hand",
+            LorakinWarning,
+            stacklevel=2,
         )
+
+
+def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _factors(graft: Graft) -> dict[float, int]:
+    """How many times the base rate the tensors have, each with (the id of) one tensor that has it; absolute rates left out."""
+    factors: dict[float, int] = {}
+    for (parameter, rate, _), (_, double, _) in zip(_rates(graft, 1.0), _rates(graft, 2.0), strict=True):
+        if double == 2 * rate:
+            factors.setdefault(rate, id(parameter))
+    return factors
 
 
 def _rates(graft: Graft, lr: float) -> list[tuple[nn.Parameter, float, Role]]:

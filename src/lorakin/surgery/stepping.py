@@ -2,11 +2,12 @@
 
 torch calls its global step hooks once for each real step of any optimizer: under any training loop, Trainer, Accelerate,
 gradient accumulation and loss scaling. So a member that has something to do at each step is never forgotten, and a method
-that an optimizer would silently change (one rate for all, decay on a magnitude) is noticed at its first step.
+that an optimizer would silently change (one rate for all, decay on a magnitude) is noticed when it steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
 
+
+@dataclasses.dataclass
+class Seen:
+    """What is known of one optimizer: the adapters that it trains, and those of them that the step under way is a step of."""
+
+    state: tuple[int, int]
+    trained: list[weakref.ref[Graft]]
+    stepping: list[weakref.ref[Graft]] = dataclasses.field(default_factory=list)
+
+
 _GRAFTS: weakref.WeakSet[Graft] = weakref.WeakSet()
-_TRAINED: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, list[weakref.ref[Graft]]]] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Seen] = weakref.WeakKeyDictionary()
 _HOOKS: list[Any] = []
 
 
@@ -31,37 +42,46 @@ def watch(graft: Graft) -> None:
 def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
     """The adapters that `optimizer` trains. Each is checked when it is seen with this optimizer for the first time."""
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
-    if optimizer not in _TRAINED or _TRAINED[optimizer][0] != state:
-        from lorakin.surgery.optimizer import check_attached, check_groups
+    seen = _SEEN.get(optimizer)
+    if seen is None or seen.state != state:
+        from lorakin.surgery.optimizer import check_groups
 
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        known = {ref() for ref in _TRAINED[optimizer][1]} if optimizer in _TRAINED else set()
         found = [graft for graft in _GRAFTS if graft.is_present and any(id(p) in held for _, p in graft.trained())]
+        known = [] if seen is None else _alive(seen.trained)
         for graft in found:
             if graft not in known:
                 check_groups(graft, optimizer)
                 if graft.rules is None:
                     graft.begin()
-                if graft.rules:
-                    check_attached(graft, optimizer)
-        _TRAINED[optimizer] = (state, [weakref.ref(graft) for graft in found])
-    alive = (ref() for ref in _TRAINED[optimizer][1])
-    return [graft for graft in alive if graft is not None and graft.is_present]
+        _SEEN[optimizer] = seen = Seen(state, [weakref.ref(graft) for graft in found])
+    return [graft for graft in _alive(seen.trained) if graft.is_present]
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     grafts = trained_by(optimizer)
-    if grafts and any(graft.rules for graft in grafts):
+    _SEEN[optimizer].stepping = []
+    if not grafts:
+        return
+    from lorakin.surgery.optimizer import check_rates
+
+    stepping = [] if _skips(optimizer) else [g for g in grafts if any(p.grad is not None for _, p in g.trained())]
+    _SEEN[optimizer].stepping = [weakref.ref(graft) for graft in stepping]
+    if any(graft.rules for graft in stepping):
         _unscale(optimizer)
-        if not _skips(optimizer):
-            for graft in grafts:
-                graft.before_step()
+    for graft in stepping:
+        check_rates(graft, optimizer)
+        graft.before_step()
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _skips(optimizer):
-        for graft in trained_by(optimizer):
-            graft.after_step(optimizer)
+    seen = _SEEN.get(optimizer)
+    for graft in _alive(seen.stepping) if seen is not None else ():
+        graft.after_step(optimizer)
+
+
+def _alive(references: list[weakref.ref[Graft]]) -> list[Graft]:
+    return [graft for reference in references if (graft := reference()) is not None]
 
 
 def _unscale(optimizer: torch.optim.Optimizer) -> None:

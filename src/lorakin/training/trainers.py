@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from lorakin.adapter import Adapter, adapters
-from lorakin.errors import StateError
+from lorakin.errors import SettingError, StateError
 from lorakin.storage import directory
 from lorakin.surgery.optimizer import regroup
 
@@ -67,7 +69,15 @@ def prepare_trainer(trainer: Any) -> Any:
 
     Its optimizer gets their learning rates and decays, members that plan over the run are told its length, and checkpoints
     hold the adapters with what training remembers, instead of the base model.
+
+    Raises:
+        SettingError: it is no trainer.
+        StateError: its model has no adapters.
     """
+    if not isinstance(trainer, transformers.Trainer):
+        raise SettingError(f"expected a Trainer of transformers or TRL, not a {type(trainer).__name__}")
+    if not adapters(trainer.model):
+        raise StateError("the trainer's model has no adapters; call lorakin.adapt(model, …) first")
     cls = type(trainer)
     if not isinstance(trainer, AdapterTraining):
         trainer.__class__ = type(cls.__name__, (AdapterTraining, cls), {"__module__": cls.__module__})

@@ -212,14 +212,30 @@ def test_what_members_say_about_their_pair() -> None:
 def test_methods_by_their_words() -> None:
     assert method_named("dora, lora+", {"rank": 8, "ratio": 4}) == Method.of([lk.DoRA(rank=8), lk.LoRAPlus(ratio=4, rank=8)])
     assert method_named("vera,dora", {"rank": 8}).parametrisation == lk.VeRA(rank=8)
+    assert method_named("vera,adalora", {"rank": 8, "target_rank": 2}).parametrisation == lk.VeRA(rank=8)
     for words, settings, message in (
         ("lora", {"ratio": 4}, r"method 'lora' has no setting 'ratio'; it has: .*; ratio is a setting of lora\+"),
-        ("lora,dorra", {}, "unknown method 'dorra'; this version has: lora, "),
+        ("lora,dorra", {}, r"unknown method 'dorra' \(did you mean 'dora'\?\); this version has: lora, "),
+        ("LoRA+", {}, r"unknown method 'LoRA\+' \(did you mean 'lora\+'\?\)"),
+        ("dora,", {}, "method 'dora,' has a comma without a member beside it"),
         ("vera", {"alpha": 8}, "method 'vera' has no setting 'alpha'"),
         ("adalora,dora", {"rank": 8}, "adalora has no one rank"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             method_named(words, settings)
+
+
+def test_a_probe_is_on_the_methods_own_pair() -> None:
+    for given, pair in (
+        ([lk.LoRADrop(rank=4, alpha=8), lk.DoRA()], lk.LoRA(rank=4, alpha=8)),
+        ([lk.LoRADrop(), lk.AdaLoRA(initial_rank=6, alpha=9)], lk.LoRA(rank=6, alpha=9)),
+        ([lk.LoRADrop(), lk.VeRA(rank=5), lk.DeltaLoRA(start_step=1)], lk.VeRA(rank=5)),
+        ([lk.LoRADrop(), lk.DeltaLoRA()], lk.LoRA(rank=8, alpha=16)),
+    ):
+        probe = Method.of(given).for_probe()
+        assert probe.parametrisation == pair
+        assert probe.probe is None
+        assert {member.word for member in probe.modifiers} == {m.word for m in given if m.word == "dora"}
 
 
 def test_the_usual_learning_rate() -> None:

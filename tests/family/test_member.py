@@ -87,5 +87,7 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
 
 def test_the_registry() -> None:
     assert member_named("lora") is lk.LoRA
-    with pytest.raises(lk.SettingError, match=r"unknown method 'lorra'; this version has: lora, lora\+, lora-fa"):
+    with pytest.raises(
+        lk.SettingError, match=r"unknown method 'lorra' \(did you mean 'lora'\?\); this version has: lora, lora\+, lora-fa"
+    ):
         member_named("lorra")

@@ -360,3 +360,96 @@ def test_restore_overwrites_in_place(saved: Path, ids: Tensor) -> None:
     other = lk.adapt(tiny_llama(), lk.LoRA(rank=2))
     with pytest.raises(lk.AdapterError, match="holds another adapter"):
         other.restore(saved)
+
+
+def trained_beside(path: Path, seed: int = 0) -> Any:
+    """A Delta-LoRA, whose own tensors stand beside PEFT's; in `path`."""
+    torch.manual_seed(0)
+    model = tiny_llama()
+    adapter = lk.adapt(model, [lk.DeltaLoRA(rank=2, start_step=1), lk.DoRA()], seed=seed)
+    optimizer = adapter.optimizer(lr=0.05)
+    ids = torch.arange(3, 12).unsqueeze(0)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save(path)
+    return model
+
+
+def test_files_of_two_adapters_do_not_mix(tmp_path: Path, ids: Tensor) -> None:
+    """Ours beside PEFT's that it was not written with: what PEFT's say counts, and it is said."""
+    one = trained_beside(tmp_path / "one")
+    trained_beside(tmp_path / "two", seed=1)
+    (tmp_path / "one" / "lorakin.safetensors").write_bytes((tmp_path / "two" / "lorakin.safetensors").read_bytes())
+    other = tiny_llama()
+    with pytest.warns(lk.LorakinWarning, match=r"lorakin.safetensors is not the one that lorakin.json was written with"):
+        adapter = lk.load(other, tmp_path / "one")
+    assert adapter.method.words == "lora,dora"
+    torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-4, atol=1e-4)
+    (tmp_path / "two" / TENSORS).write_bytes((tmp_path / "one" / TENSORS).read_bytes())
+    with pytest.warns(lk.LorakinWarning, match=f"{TENSORS} is not the one"):
+        lk.load(tiny_llama(), tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (CONFIG, lambda config: config.update(lora_alpha=2 * config["lora_alpha"])),
+        (CONFIG, lambda config: config.update(use_rslora=True)),
+        (CONFIG, lambda config: config.update(r=5)),
+        ("lorakin.json", lambda own: own["members"][0]["settings"].update(lam=5.0)),
+        ("lorakin.json", lambda own: own["members"][0]["settings"].update(alpha=64.0)),
+    ],
+)
+def test_what_ours_and_pefts_files_say_must_be_the_same(name: str, change: Any, tmp_path: Path) -> None:
+    trained_beside(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    change(content)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(lk.AdapterError, match=r"say another change than lorakin.json; one of them was edited"):
+        lk.load(tiny_llama(), tmp_path)
+
+
+def test_damage_to_our_own_files(tmp_path: Path) -> None:
+    import hashlib
+
+    trained_beside(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("lorakin.json", "lorakin.safetensors")}
+    tensors = safetensors.torch.load(whole["lorakin.safetensors"])
+    tensors[next(key for key in tensors if key.endswith("/B"))][0, 0] = float("nan")
+    own = json.loads(whole["lorakin.json"])
+    (tmp_path / "lorakin.safetensors").write_bytes(safetensors.torch.save(tensors))
+    own["beside"]["lorakin.safetensors"] = hashlib.sha256((tmp_path / "lorakin.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "lorakin.json").write_text(json.dumps(own))
+    with pytest.raises(lk.AdapterError, match=r"of lorakin.safetensors holds NaN or infinity"):
+        lk.load(tiny_llama(), tmp_path)
+    for change, message in (
+        (lambda own: own.update(state={"steps": "x", "rules": 7}), "its state is none"),
+        (lambda own: own.update(members="all"), "is damaged"),
+        (lambda own: own["tensors"].clear(), "lorakin.json lacks the tensors of"),
+    ):
+        own = json.loads(whole["lorakin.json"])
+        change(own)
+        (tmp_path / "lorakin.safetensors").write_bytes(whole["lorakin.safetensors"])
+        (tmp_path / "lorakin.json").write_text(json.dumps(own))
+        with pytest.raises(lk.AdapterError, match=message):
+            lk.load(tiny_llama(), tmp_path)
+
+
+def test_a_shared_pair_that_was_damaged(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_llama(), lk.VeRA(rank=4))).save(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS)
+    tensors["base_model.vera_A"] *= 2
+    safetensors.torch.save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+    with pytest.raises(lk.AdapterError, match="its shared pair is not the one that it was trained with"):
+        lk.load(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("member", [lk.LoRA(rank=2), lk.VeRA(rank=4), lk.AdaLoRA(initial_rank=4), [lk.VeRA(rank=4), lk.DoRA()]])
+def test_a_loaded_adapters_tensors_come_in_the_order_of_a_fresh_ones(member: Any, tmp_path: Path) -> None:
+    """Or an optimizer's saved state would go to the wrong tensors."""
+    adapter = randomise(lk.adapt(tiny_llama(), member))
+    directory.save(adapter, tmp_path)
+    loaded = lk.load(tiny_llama(), tmp_path, trainable=True)
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in adapter.named_parameters()]

@@ -159,3 +159,62 @@ def test_accelerate(tmp_path: Any) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert adapter.steps == 3
+
+
+def test_an_adapter_that_takes_no_part_takes_no_step() -> None:
+    """Its gradients are absent while another is active, and its allocator does not prune on."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2))
+    optimizer = adapter.optimizer(lr=0.01, total_steps=10)
+    fit(model, optimizer, x, target, 2)
+    lk.adapt(model, lk.LoRA(rank=2), name="other")
+    fit(model, optimizer, x, target, 3)
+    assert adapter.steps == 2
+    lk.activate(model, "default")
+    fit(model, optimizer, x, target, 1)
+    assert adapter.steps == 3
+
+
+def test_what_the_method_keeps_frozen_is_not_trained() -> None:
+    model, (x, target) = linear(), data()
+    adapter = lk.adapt(model, lk.LoRAFA(rank=2))
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(True)
+    with pytest.raises(lk.StateError, match=r"the optimizer trains 0.A, which lora-fa keeps as it is"):
+        fit(model, torch.optim.SGD(adapter.parameters(), lr=0.1), x, target, 1)
+
+
+def test_a_base_that_trains_beside_the_adapter_is_announced() -> None:
+    model, (x, target) = linear(), data()
+    lk.adapt(model, lk.LoRA(rank=2))
+    model.requires_grad_(True)
+    with pytest.warns(lk.LorakinWarning, match=r"also trains 2 tensors of the base model \(0.weight, …\)"):
+        fit(model, torch.optim.SGD(model.parameters(), lr=0.1), x, target, 1)
+
+
+def test_an_optimizer_that_cannot_be_followed_is_refused() -> None:
+    adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2))
+    with pytest.raises(lk.SettingError, match="LBFGS evaluates the model several times within a step, which adalora cannot"):
+        adapter.attach(torch.optim.LBFGS(adapter.parameters()), total_steps=10)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
+    with torch.no_grad():
+        adapter.site("1").P.zero_()  # nothing there can matter
+    optimizer = adapter.optimizer(cls, lr=0.01, total_steps=12)
+    for group in optimizer.param_groups:
+        group["params"] = list(group["params"])
+    (rule,) = adapter.rules or ()
+    fit(model, optimizer, x, target, 7)
+    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
+    fit(model, optimizer, x, target, 5)
+    assert [len(adapter.site(path).E) for path in adapter.plan.sites] == [2, 0]
+
+
+@pytest.mark.parametrize("steps", [0, -1, "5", 2.5, True])
+def test_what_is_no_number_of_steps(steps: Any) -> None:
+    with pytest.raises(lk.SettingError, match="total_steps must be a whole number"):
+        lk.adapt(linear(), lk.LoRA(rank=2)).optimizer(lr=0.1, total_steps=steps)

@@ -98,7 +98,7 @@ def test_lora_drops_probe_is_shown_saved_and_not_run_twice(recipe: Callable[...,
     given = recipe("lora-drop")
     result, shown = run(given)
     assert "1 passes over 18 examples (3 batches): which modules matter?" in shown
-    assert "importance: 5 of 14 modules keep a pair of their own" in shown
+    assert "importance in %: 5 of 14 modules keep a pair of their own" in shown
     importance = json.loads((result.out / "importance.json").read_text())
     assert len(importance) == 14
     assert sum(importance.values()) == pytest.approx(1)
@@ -142,6 +142,81 @@ def test_settings_on_the_command_line(
         assert command([*base, "--method", words, "--set", setting, "--out", str(where)]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
         assert not where.exists()
+
+
+def test_a_probe_that_was_interrupted_goes_on(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is there before the probe, so --resume knows what to do."""
+    given = recipe("lora-drop")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "importance", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(given)
+    assert (Path(given.out) / "recipe.yaml").is_file()
+    result, shown = run(training.resumed_recipe(None, {"out": given.out}), resume=True)
+    assert "which modules matter" in shown
+    (result.out / "importance.json").write_text("{")
+    with pytest.raises(lk.SettingError, match=r"importance.json cannot be read .*; remove it to probe again"):
+        run(training.resumed_recipe(None, {"out": given.out}), resume=True)
+
+
+def test_what_is_wrong_is_said_before_a_probe(recipe: Callable[..., Recipe]) -> None:
+    given = recipe("lora-drop", targets=["q_prj"])
+    with pytest.raises(lk.TargetError, match="q_prj"):
+        run(given)
+    assert not Path(given.out).exists()
+
+
+def test_a_checkpoint_without_its_optimizer_is_none(recipe: Callable[..., Recipe]) -> None:
+    result, _ = run(recipe("lora"))
+    whole = tensors(result.out)
+    (result.out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
+    _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
+    assert "step 10/10" in shown
+    assert "step 9/10" not in shown
+    assert all(torch.equal(t, whole[key]) for key, t in tensors(result.out).items())
+
+
+@pytest.mark.filterwarnings("default::lorakin.errors.LorakinWarning")
+def test_words_and_settings_on_the_command_line(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(chat_rows)
+    base = ["train", "-m", model_dir, "-d", data, "--dtype", "float32", "--steps", "2"]
+    out = tmp_path / "adapter"
+    given = ["--method", "dora", "--method", "lora+", "--set", "ratio=8", "--set", "embedding_lr=None", "--out", str(out)]
+    assert command([*base, *given]) == 0
+    assert "method: dora,lora+" in (out / "recipe.yaml").read_text()
+    assert command(["inspect", str(out)]) == 0
+    assert "‖up·down‖ by layer and module, without the magnitudes" in capsys.readouterr().out
+    assert command(["train", str(out / "recipe.yaml"), "--method", "lora", "--out", str(tmp_path / "plain")]) == 0, (
+        "ratio is gone"
+    )
+    assert command([*base, "--method", "lora+", "--set", "ratio=8", "--set", "ratio=9", "--out", str(tmp_path / "never")]) == 2
+    assert "--set gives ratio twice" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text(f"model: {model_dir}\ndata: {data}\nout: {tmp_path / 'never'}\nsettings: [ratio=4]\n")
+    assert command(["train", str(tmp_path / "bad.yaml")]) == 2
+    assert "settings must be lines such as 'ratio: 8', not ['ratio=4']" in capsys.readouterr().err
+    assert (
+        command([*base, "--method", "adalora", "--set", "target_rank=12", "--steps", "9", "--out", str(tmp_path / "warned")])
+        == 0
+    )
+    shown = capsys.readouterr().err
+    assert "warning: target_rank=12 is not below initial_rank=12" in shown
+    assert ".py:" not in shown.split("warning:")[1].splitlines()[0]
+    vera = ["--method", "vera", "--rank", "4", "--set", "save_projection=false", "--out", str(tmp_path / "vera")]
+    assert command([*base, *vera]) == 0
+    capsys.readouterr()
+    assert command(["inspect", str(tmp_path / "vera")]) == 0
+    assert "the shared pair is not in the file" in capsys.readouterr().out
+    drop = ["--method", "lora-drop", "--set", "keep=4", "--out", str(tmp_path / "drop")]
+    assert command([*base, *drop]) == 0
+    capsys.readouterr()
+    assert command(["inspect", str(tmp_path / "drop")]) == 0
+    assert "4 of 14 modules have a pair of their own" in capsys.readouterr().out
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from lorakin.cli import demo, evaluate, generate, inspect, merge, methods, train
-from lorakin.errors import LorakinError
+from lorakin.errors import LorakinError, LorakinWarning
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
@@ -29,6 +31,16 @@ for module in (train, generate, evaluate, merge, inspect, methods, demo):
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
     errors = Console(stderr=True, highlight=False)
+    shown = warnings.showwarning
+
+    def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, LorakinWarning):
+            return shown(message, category, *rest, **more)
+        errors.print("[bold yellow]warning:[/] ", end="")
+        errors.print(str(message), markup=False, soft_wrap=True)
+        return None
+
+    warnings.showwarning = show_ours
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:
@@ -44,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         show()
         return int(getattr(error, "exit_code", 2))
+    finally:
+        warnings.showwarning = shown
     if code == INTERRUPTED:
         errors.print("interrupted")
     return int(code or 0)

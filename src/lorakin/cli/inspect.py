@@ -27,10 +27,17 @@ def command(
     console = console_for(False)
     for name, value in summary.headline().items():
         console.print(f"[bold]{name:<11}[/] {value}", highlight=False)
+    if not summary.norms:
+        console.print(
+            "no norms: the shared pair is not in the file but drawn again with the base model at hand", highlight=False
+        )
+        return
+    gained = any("gain" in member.decides for member in summary.method.members)
+    title = "‖up·down‖ by layer and module, without the magnitudes" if gained else "‖ΔW‖ by layer and module"
     columns = summary.columns
     last = [name.rpartition(".")[2] for name in columns]
     titles = last if len(set(last)) == len(last) else columns
-    table = Table("layer", title="‖ΔW‖ by layer and module", padding=(0, 1, 0, 0), box=SIMPLE)
+    table = Table("layer", title=title, padding=(0, 1, 0, 0), box=SIMPLE)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold")
     for layer, norms in summary.by_layer().items():

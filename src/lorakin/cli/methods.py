@@ -26,12 +26,12 @@ def command(as_json: Json = False) -> None:
         for axis, choice in member.decides.items():
             console.print(f"    {axis}: {choice}", highlight=False, markup=False)
         settings = ", ".join(f"{name}={value}" for name, value in _described(member)["settings"].items())
-        console.print(f"    settings: {settings}", highlight=False, markup=False)
+        rate = Method.of(member()).learning_rate
+        console.print(f"    settings: {settings}; usual learning rate {rate:g}", highlight=False, markup=False)
         if member.remark:
             console.print(f"    {member.remark}", highlight=False, markup=False)
-    table = Table(
-        "", *(member.word for member in FAMILY), box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0)
-    )
+    numbers = [str(number) for number in range(1, len(FAMILY) + 1)]
+    table = Table("", *numbers, box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0))
     reasons: list[str] = []
     for row in FAMILY:
         cells = []
@@ -40,7 +40,7 @@ def command(as_json: Json = False) -> None:
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append("·" if row is column else "✔" if reason is None else f"✗{reasons.index(reason) + 1}")
-        table.add_row(row.word, *cells)
+        table.add_row(f"{len(table.rows) + 1} {row.word}", *cells)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"✗{number} {reason}", highlight=False, markup=False)

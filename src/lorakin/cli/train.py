@@ -26,7 +26,7 @@ def command(
     ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="A new directory for the adapter.")] = None,
     method: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="A member of the family, or several: dora,lora+. See lorakin methods. [default: lora]"),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="[default: the method's own, 16 for lora]")] = None,
@@ -87,14 +87,15 @@ def command(
     from lorakin.training.recipe import parse_settings, read_recipe
 
     flags["settings"] = parse_settings(settings or [])
+    flags["method"] = ",".join(method) if method else None
 
     console = console_for(as_json)
     effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
-    run = training.prepare(effective, console, resume)
     try:
-        result = training.train(run)
+        result = training.train(training.prepare(effective, console, resume))
     except KeyboardInterrupt:
-        console.print(f"stopped; go on from the last checkpoint with: lorakin train --resume --out {run.out}", highlight=False)
+        if (Path(effective.out) / training.RECIPE).is_file():
+            console.print(f"stopped; go on with: lorakin train --resume --out {effective.out}", highlight=False, soft_wrap=True)
         raise
     if as_json:
         print_json(result.as_dict())

@@ -1,6 +1,7 @@
 """The members, in order of complexity. A new one is a file here and a line in `FAMILY`."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,12 @@ def member_named(word: str) -> type[Member]:
     Raises:
         SettingError: there is none; the message lists those there are.
     """
-    for member in FAMILY:
-        if member.word == word:
-            return member
-    raise SettingError(f"unknown method {word!r}; this version has: {', '.join(m.word for m in FAMILY)}")
+    words = {member.word: member for member in FAMILY}
+    if word in words:
+        return words[word]
+    near = difflib.get_close_matches(word.lower(), words, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    raise SettingError(f"unknown method {word!r}{meant}; this version has: {', '.join(words)}")
 
 
 def method_named(words: str, settings: Mapping[str, Any]) -> Method:
@@ -37,6 +40,8 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
     Raises:
         SettingError: an unknown member or setting, a value outside its range, or members that do not combine.
     """
+    if not all(word.strip() for word in words.split(",")):
+        raise SettingError(f"method {words!r} has a comma without a member beside it; expected words such as dora,lora+")
     kinds = [member_named(word.strip()) for word in words.split(",")]
     fields = {kind: {field.name for field in dataclasses.fields(kind)} for kind in FAMILY}  # type: ignore[arg-type]
     for name in settings:
@@ -45,7 +50,10 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
             owners = [kind.word for kind in FAMILY if name in fields[kind]]
             elsewhere = f"; {name} is a setting of {', '.join(owners)}" if owners else ""
             raise SettingError(f"method {words!r} has no setting {name!r}; it has: {known}{elsewhere}")
-    return Method.of([kind(**{k: v for k, v in settings.items() if k in fields[kind]}) for kind in kinds])
+    pair = next((kind for kind in kinds if issubclass(kind, Parametrisation)), None)
+    taken = fields[pair] if pair is not None else set()  # settings of the pair go to the member that brings it, alone
+    given = [{k: v for k, v in settings.items() if k in fields[kind] and (kind is pair or k not in taken)} for kind in kinds]
+    return Method.of([kind(**own) for kind, own in zip(kinds, given, strict=True)])
 
 
 __all__ = [

@@ -64,7 +64,7 @@ def save(graft: Graft, path: Path) -> Path:
     if peft_format.native_form(graft) is None:
         sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
         own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
-        own["beside"] = hashlib.sha256(files[TENSORS]).hexdigest()
+        own["beside"] = {TENSORS: _sha256(files[TENSORS])}
         own["tensors"] = _packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft):
         own["projection"] = peft_format.projection_checksum(shared)
@@ -72,6 +72,7 @@ def save(graft: Graft, path: Path) -> Path:
         own["state"] = _packed(graft.state(), "state", more, {})
     if more:
         files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
+        own.setdefault("beside", {})[OWN_TENSORS] = _sha256(files[OWN_TENSORS])
     files[OWN] = _json(own)
     write(path, files)
     if not more:
@@ -123,20 +124,25 @@ def _read_own(path: Path) -> peft_format.Own | None:
     own = _read_json(path / OWN)
     if own.get("format") != FORMAT:
         raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
-    if "beside" in own and own["beside"] != hashlib.sha256((path / TENSORS).read_bytes()).hexdigest():
-        warnings.warn(
-            f"{path}: {TENSORS} is not the one that {OWN} was written with, so what {OWN} says is left aside and the adapter "
-            "is what PEFT's files say",
-            LorakinWarning,
-            stacklevel=4,
-        )
-        return None
+    for name, digest in dict(own.get("beside") or {}).items():
+        if not (path / name).is_file() or _sha256((path / name).read_bytes()) != digest:
+            warnings.warn(
+                f"{path}: {name} is not the one that {OWN} was written with, so what {OWN} says is left aside and the adapter "
+                "is what PEFT's files say",
+                LorakinWarning,
+                stacklevel=4,
+            )
+            return None
     try:
         more = safetensors.torch.load_file(path / OWN_TENSORS) if (path / OWN_TENSORS).exists() else {}
         members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
         tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
         state = _unpacked(own["state"], more, path) if "state" in own else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
+            raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")
+        if spoilt := [key for key, t in more.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+            raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
@@ -191,6 +197,10 @@ def _rename(path: Path, temporary: Mapping[str, Path]) -> None:
     for name, source in temporary.items():
         if source.exists():
             os.replace(source, path / name)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from lorakin.family.adalora import Triplets
 from lorakin.surgery import layers
 from lorakin.surgery.graft import Graft, Plan, plan_for, spot_of
 from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
-from lorakin.surgery.targets import named_modules
+from lorakin.surgery.targets import named_modules, resolve
 
 PREFIX = "base_model.model."
 
@@ -269,6 +269,8 @@ def from_files(
         _check_copy(modules[path], path, state, where)
     if own is not None and own.tensors is not None:
         _check_paths(model, modules, own.tensors, where)
+        if absent := sorted(set(sites) - set(own.tensors)):
+            raise AdapterError(f"{where}: lorakin.json lacks the tensors of {_some(absent)}")
         read: dict[str, dict[str, Tensor]] = {path: dict(own.tensors[path]) for path in modules if path in own.tensors}
         patterns: Sequence[Any] = own.patterns
     else:
@@ -290,6 +292,8 @@ def from_files(
         path: dict(sorted(slots.items(), key=lambda item: _position(item[0], expected[path]))) for path, slots in read.items()
     }
     _check_slots(plan, spots, read, where)
+    if own is not None and own.tensors is not None:
+        _check_pairs(plan, spots, read, config, sites, where)
     shared = plan.method.share(read, spots, plan.sites)
     for path, slots in shared.items():
         for slot, tensor in slots.items():
@@ -300,6 +304,39 @@ def from_files(
 
 def _position(slot: str, expected: Mapping[str, Tensor]) -> int:
     return list(expected).index(slot) if slot in expected else len(expected)
+
+
+def _check_pairs(
+    plan: Plan,
+    spots: Mapping[str, Spot],
+    read: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    sites: Mapping[str, Mapping[str, Tensor]],
+    where: str,
+) -> None:
+    """The pairs of our own tensors are those that PEFT's files hold, so that both say the same function."""
+    ranks, alphas = (config.get(field) or {} for field in ("rank_pattern", "alpha_pattern"))
+    for path, slots in read.items():
+        pair = plan.sites[path].low_rank(
+            {s: t.to(torch.promote_types(t.dtype, torch.float32)) for s, t in slots.items()}, spots[path].shape
+        )
+        theirs = sites.get(path, {})
+        if not theirs and not pair.down.shape[0]:
+            continue
+        rank = resolve(ranks, path, config.get("r", LORA.defaults["r"])) or 1
+        alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        same = {"A", "B"} <= theirs.keys() and theirs["B"].flatten(1).shape[1] == rank and abs(scale - 1) < 1e-6
+        if same and pair.down.shape[0]:
+            same = all(
+                ours.shape == t.flatten(1).shape and torch.allclose(ours, t.flatten(1).to(ours), rtol=1e-3, atol=1e-6)
+                for ours, t in ((pair.up, theirs["B"]), (pair.down, theirs["A"]))
+            )
+        if not same:
+            raise AdapterError(
+                f"{where}: for {path} adapter_config.json and adapter_model.safetensors say another change than lorakin.json; "
+                "one of them was edited. Without lorakin.json the adapter is what PEFT's files say"
+            )
 
 
 def _with_ranks_kept(plan: Plan, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]) -> Plan:
@@ -346,6 +383,10 @@ def _add_shared(
                 raise AdapterError(
                     f"{where}: {form.shared[slot]} has shape {have}, expected {wanted} for rank {rank} on this base"
                 )
+        if own is not None and own.projection is not None and own.projection != projection_checksum(found):
+            raise AdapterError(
+                f"{where}: its shared pair is not the one that it was trained with: lorakin.json has another checksum"
+            )
     elif saved:
         raise AdapterError(f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it holds")
     if not saved:
@@ -507,38 +548,40 @@ def _fields(kind: type[Member]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 
 
-def pairs_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str) -> dict[str, Pair]:
-    """Path → the pair there without its gain, read from the files alone, without a model.
+def pairs_of(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
+) -> tuple[Plan, dict[str, Pair]]:
+    """The plan, and path → the pair there without its gain, read from the files alone, without a model.
 
-    Where only the base says how many inputs a module has (VERA), the widest's are taken.
+    Where only the base says how many inputs a module has (VERA), the widest's are taken; where a shared pair would have to
+    be drawn with the base at hand, there are no pairs.
     """
     form = check_config(config, where)
     method = method_of(form, config, own, where)
     if own is not None and own.tensors is not None:
         sites: Mapping[str, Mapping[str, Tensor]] = own.tensors
-        plan = plan_for(method, list(sites), (), *own.patterns)
+        plan, needed = plan_for(method, list(sites), (), *own.patterns), set[str]()
     else:
-        sites = _split(form, tensors)[0]
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
-        if form.shared and len(shared) < len(form.shared):
-            raise AdapterError(f"{where}: its projections are not in the file but drawn with the base model at hand")
         sites = {
             path: {slot: t.flatten(1) if t.dim() > 2 else t for slot, t in slots.items()} | shared
-            for path, slots in sites.items()
+            for path, slots in _split(form, tensors)[0].items()
         }
         patterns = [config.get(field) or {} if form is LORA else {} for field in ("rank_pattern", "alpha_pattern")]
-        plan = plan_for(method, list(sites), (), *patterns)
+        plan, needed = plan_for(method, list(sites), (), *patterns), set(form.slots) - {"m"}
     plan = _with_ranks_kept(plan, config, sites)
-    needed = [slot for slot in form.slots if slot != "m" and (own is None or own.tensors is None)]
-    found = {}
     for path, slots in sites.items():
         if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
-        outputs = max(len(slots[s]) for s in ("B", "P", "b") if s in slots) if "b" not in slots else len(slots["b"])
-        inputs = next(slots[s].shape[1] for s in ("A", "Q") if s in slots)
-        wide = {slot: t.float() for slot, t in slots.items()}
-        found[path] = plan.sites[path].low_rank(wide, Shape(outputs, inputs))
-    return found
+    if form.shared and not any(form.shared.keys() <= slots.keys() for slots in sites.values()):
+        return plan, {}
+    return plan, {path: _pair_of_files(plan.sites[path], slots) for path, slots in sites.items()}
+
+
+def _pair_of_files(method: Method, slots: Mapping[str, Tensor]) -> Pair:
+    outputs = len(slots["b"]) if "b" in slots else len(slots["B"] if "B" in slots else slots["P"])
+    inputs = (slots["A"] if "A" in slots else slots["Q"]).shape[1]
+    return method.low_rank({slot: t.float() for slot, t in slots.items()}, Shape(outputs, inputs))
 
 
 def _slots(form: Form, layer: type[Layer]) -> Mapping[str, str]:

@@ -28,7 +28,7 @@ class Summary:
     @property
     def columns(self) -> list[str]:
         """The names of the adapted modules, without their layers."""
-        return list(dict.fromkeys(place_of(path)[1] for path in self.norms))
+        return list(dict.fromkeys(place_of(path)[1] for path in self.ranks))
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Norms by layer and module name, layers in their order."""
@@ -46,11 +46,14 @@ class Summary:
             "member" if len(self.method.members) == 1 else "members": "; ".join(map(_described, self.method.members)),
             **({} if self.method.parametrisation in self.method.members else {"pair": _described(self.method.parametrisation)}),
             "base": self.base or "not recorded",
-            "targets": f"{len(self.norms)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
+            "targets": f"{len(self.ranks)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
             "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-            "parameters": f"{self.parameters:,}",
+            "numbers": f"{self.parameters:,} in the file",
             "size": f"{self.size / 2**20:.2f} MiB in {self.path}",
         }
+        own = self.method.own_pairs(list(self.ranks))
+        if len(own) < len(self.ranks):
+            lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
         return lines | ({"whole": ", ".join(self.whole)} if self.whole else {})
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,7 +66,8 @@ class Summary:
             "parameters": self.parameters,
             "bytes": self.size,
             "modules_to_save": list(self.whole),
-            "modules": {path: {"rank": self.ranks[path], "norm": norm} for path, norm in self.norms.items()},
+            "pair": _settings(self.method.parametrisation),
+            "modules": {path: {"rank": rank, "norm": self.norms.get(path)} for path, rank in self.ranks.items()},
         }
 
 
@@ -74,13 +78,13 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
-    form = peft_format.check_config(files.config, str(path))
+    plan, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    known = {where: getattr(method.parametrisation, "rank", 0) for where, method in plan.sites.items()}
     return Summary(
         path=path,
-        method=peft_format.method_of(form, files.config, files.own, str(path)),
+        method=plan.method,
         base=files.config.get("base_model_name_or_path"),
-        ranks={where: pair.down.shape[0] for where, pair in pairs.items()},
+        ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},
         whole=tuple(files.config.get("modules_to_save") or ()),
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),

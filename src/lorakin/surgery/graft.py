@@ -317,7 +317,7 @@ class Graft:
         Raises:
             SettingError: a member cannot be run like that.
         """
-        if total_steps is not None and (isinstance(total_steps, bool | str) or operator.index(total_steps) < 1):
+        if total_steps is not None and (not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1):
             raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
         running = self.plan.method.resolved(total_steps)
         if self.rules is not None and not self._stepped and running == self.running:

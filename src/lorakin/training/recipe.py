@@ -89,9 +89,13 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it as YAML, without the settings that are None."""
+        path.write_text(self.text(path.name), encoding="utf-8")
+
+    def text(self, name: str) -> str:
+        """What `save` writes into a file of this name."""
         settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [], {})}
-        header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
-        path.write_text(header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        header = f"# Run it again: lorakin train {name} --out ANOTHER_DIRECTORY\n"
+        return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 FIELDS = {field.name for field in dataclasses.fields(Recipe)}
@@ -123,6 +127,10 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         settings.pop("epochs", None)
     if "epochs" in given:
         settings.pop("steps", None)
+    inner = settings.get("settings") or {}
+    require(isinstance(inner, dict), f"settings must be lines such as 'ratio: 8', not {inner!r}")
+    if given.get("method") not in (None, settings.get("method")):
+        settings.pop("settings", None)  # they are another method's
     given_settings = {**(settings.get("settings") or {}), **given.pop("settings", {})}
     settings |= given | ({"settings": given_settings} if given_settings else {})
     for name in ("model", "data", "out"):
@@ -136,9 +144,10 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingError: a text without `=`, or with a value that is not YAML.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        require(name.strip() not in settings, f"--set gives {name.strip()} twice")
         require(bool(equals and name.strip()), f"--set takes NAME=VALUE, such as ratio=8, not {text!r}")
         try:
             settings[name.strip()] = _plain(yaml.safe_load(value))
@@ -149,6 +158,8 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """2e-4, which YAML reads as text, as the number that it is."""
+    if value == "None":
+        return None
     if isinstance(value, str):
         try:
             return float(value)

@@ -149,17 +149,25 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
     method.resolved(run.total_steps)
-    found = None if method.probe is None else _importance(run, method, where)
-    run.adapter = adapt(loaded.model, method if found is None else method.with_importance(found), **where)
+    if method.probe is None:
+        run.adapter = adapt(loaded.model, method, **where)
+        _describe(run)
+        _write(run, RECIPE, recipe.text(RECIPE))
+        return run
+    adapt(loaded.model, method.for_probe(), **where).remove()  # so that what is wrong is said before anything is written
+    _write(run, RECIPE, recipe.text(RECIPE))
+    found = _importance(run, method, where)
+    _write(run, IMPORTANCE, json.dumps(found, indent=1) + "\n")
+    run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        recipe.save(out / RECIPE)
-        if found is not None:
-            (out / IMPORTANCE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write to --out {out}: {error.strerror}") from error
     return run
+
+
+def _write(run: Run, name: str, text: str) -> None:
+    try:
+        directory.write(run.out, {name: text.encode()})
+    except OutputError as error:
+        raise OutputError(f"cannot write to --out {run.out}: {error}") from error
 
 
 def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
@@ -167,7 +175,10 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
     probe, path = method.probe, run.out / IMPORTANCE
     assert probe is not None
     if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise SettingError(f"{path} cannot be read ({error}); remove it to probe again") from None
     examples = data.stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
@@ -195,10 +206,11 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     rows: dict[str, dict[str, str]] = {}
     for path, share in found.items():
         layer, name = places[path]
-        rows.setdefault(layer, {})[name] = f"[bold green]{share:.2%} ●[/]" if path in own else f"{share:.2%}  "
-    table = Table("layer", title=f"importance: {len(own)} of {len(found)} modules keep a pair of their own (●)", box=SIMPLE)
+        rows.setdefault(layer, {})[name] = f"[bold green]{100 * share:.2f}●[/]" if path in own else f"{100 * share:.2f} "
+    title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
+    table = Table("layer", title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name.rpartition(".")[2], justify="right")
+        table.add_column(name.rpartition(".")[2], justify="right", no_wrap=True)
     for layer, cells in rows.items():
         table.add_row(layer, *(cells.get(name, "") for name in columns))
     return table

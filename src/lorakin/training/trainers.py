@@ -85,11 +85,12 @@ def prepare_trainer(trainer: Any) -> Any:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None. The Trainer's state is written last, so it marks one."""
+    """The newest complete checkpoint in `folder`, or None."""
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", directory.CONFIG)
     numbered = []
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / "trainer_state.json").is_file():
+        if number.isdigit() and all((path / name).is_file() for name in needed):
             numbered.append((int(number), path))
     return max(numbered)[1] if numbered else None
 

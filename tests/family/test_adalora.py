@@ -206,6 +206,21 @@ def test_what_is_pruned_is_freed() -> None:
         close(model(x), array(masked(x)), 1e-6)
 
 
+def test_on_vera_what_is_pruned_stays_pruned() -> None:
+    """There is nothing to free, so the pattern is applied after every step; scores are not kept once it is fixed."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, [lk.VeRA(rank=6), lk.AdaLoRA(target_rank=2, start=3, finish=8)])
+    optimizer = adapter.optimizer(lr=0.05, total_steps=T)
+    fit(model, optimizer, x, target, T - 8)
+    pruned = [adapter.site(path).d == 0 for path in adapter.plan.sites]
+    assert sum(int(zero.sum()) for zero in pruned) == 2 * 6 - 2 * 2
+    fit(model, optimizer, x, target, 8)
+    for path, zero in zip(adapter.plan.sites, pruned, strict=True):
+        assert torch.equal(adapter.site(path).d == 0, zero)
+    (rule,) = adapter.rules or ()
+    assert rule.state()["sensitivity"] == {}
+
+
 def test_state_of_another_shape_is_given_up() -> None:
     """Adafactor keeps rows and columns: what no longer fits begins anew."""
     from transformers.optimization import Adafactor

@@ -85,6 +85,22 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
     torch.testing.assert_close(y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b)
 
 
+def test_a_new_member_meets_the_others(ids: Tensor) -> None:
+    """It combines where it has what they need, and is refused by name where it has not."""
+    model = tiny_gpt2().double()
+    before = model(ids).logits
+    adapter = lk.adapt(model, [Gained(), lk.DeltaLoRA(start_step=1)])
+    assert torch.equal(model(ids).logits, before)
+    adapter.remove()
+    for other, message in (
+        (lk.LoRAFA(), "gained has no random factor to keep"),
+        (lk.AdaLoRA(), "gained has no number for each rank to prune by"),
+        (lk.LoRA(), "gained and lora do not combine|lora and gained do not combine"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            lk.adapt(model, [Gained(), other])
+
+
 def test_the_registry() -> None:
     assert member_named("lora") is lk.LoRA
     with pytest.raises(

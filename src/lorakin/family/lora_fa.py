@@ -58,6 +58,8 @@ class LoRAFA(Modifier):
         return self.corrected
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+        if parametrisation.projection is Parametrisation.projection:
+            return f"{parametrisation.word} has no random factor to keep as it was drawn"
         if self.corrected and parametrisation.per_rank is not None:
             return "its corrected gradient is defined for a plain product B·A; leave corrected=True out"
         return None

@@ -91,6 +91,15 @@ def test_a_new_member_meets_the_others(ids: Tensor) -> None:
     before = model(ids).logits
     adapter = lk.adapt(model, [Gained(), lk.DeltaLoRA(start_step=1)])
     assert torch.equal(model(ids).logits, before)
+    optimizer = adapter.optimizer(lr=0.05)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    site = next(adapter.site(path) for path in adapter.plan.sites)
+    pair = adapter.pair_at(site.path)
+    assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
+    assert pair.up.shape[1] == 2
     adapter.remove()
     for other, message in (
         (lk.LoRAFA(), "gained has no random factor to keep"),

@@ -1,8 +1,8 @@
 """Members together: which combine, and what a combination computes.
 
 Every member declares the axes on which it decides something. Members that decide on different axes combine; two that
-decide on the same axis do not, and the refusal quotes both declarations. So legality is data, and this file names no member but LoRA, whose
-pair is everyone's default.
+decide on the same axis do not, and the refusal quotes both declarations. So legality is data, and this file names no
+member but LoRA, whose pair is everyone's default.
 """
 
 from __future__ import annotations

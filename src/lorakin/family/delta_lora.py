@@ -108,11 +108,12 @@ class DeltaLoRA(Modifier):
         up, down, grown = pair.up, pair.down, 1 + self.lam
         slowed = Pair(_gradient_over(up, grown), _gradient_over(down, grown))
         if not tensors[ANCHOR_UP].numel():
-            return Pair(slowed.up, grown * slowed.down)
+            return pair._replace(up=slowed.up, down=grown * slowed.down)
         if ANCHOR_DOWN not in tensors:  # down never trains, so that one pair holds both
-            return Pair(grown * slowed.up - self.lam * tensors[ANCHOR_UP], down)
-        return Pair(
-            torch.cat([slowed.up, tensors[ANCHOR_UP]], 1), torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0)
+            return pair._replace(up=grown * slowed.up - self.lam * tensors[ANCHOR_UP])
+        return pair._replace(
+            up=torch.cat([slowed.up, tensors[ANCHOR_UP]], 1),
+            down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
         )
 
     def rule(self, places: Sequence[Place]) -> Rule:

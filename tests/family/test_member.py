@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
     torch.testing.assert_close(y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b)
 
 
-def test_a_new_member_meets_the_others(ids: Tensor) -> None:
+def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
     """It combines where it has what they need, and is refused by name where it has not."""
     model = tiny_gpt2().double()
     before = model(ids).logits
@@ -100,6 +101,10 @@ def test_a_new_member_meets_the_others(ids: Tensor) -> None:
     pair = adapter.pair_at(site.path)
     assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
     assert pair.up.shape[1] == 2
+    peft = pytest.importorskip("peft")
+    adapter.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
     adapter.remove()
     for other, message in (
         (lk.LoRAFA(), "gained has no random factor to keep"),

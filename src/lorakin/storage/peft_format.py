@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, LorakinWarning, SettingError
 from lorakin.family import AdaLoRA, DoRA, LoRA, Member, Method, Modifier, Pair, Parametrisation, Shape, Spot, VeRA, member_named
 from lorakin.family.adalora import Triplets
+from lorakin.family.dora import row_norms
 from lorakin.surgery import layers
 from lorakin.surgery.graft import Graft, Plan, plan_for, spot_of
 from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
@@ -187,9 +188,9 @@ def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _as_pairs(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors of an adapter that PEFT has no form for: its pair as plain LoRA of scale 1, and m.
+    """Config fields and tensors of an adapter that PEFT has no form for: its pair as plain LoRA of scale 1, a gain as DoRA's m.
 
-    A module whose pair has rank 0 and no m changes nothing and is left out.
+    A module whose pair has rank 0 and no gain changes nothing and is left out.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -198,9 +199,15 @@ def _as_pairs(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
         site, module = graft.site(path), graft.model.get_submodule(path)
         wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in graft.tensors_at(path).items()}
         pair = site.method.low_rank(wide, site.shape)
-        there = {"A": pair.down, "B": pair.up} | ({"m": wide["m"]} if "m" in wide else {})
-        gained |= "m" in wide
-        if not pair.down.shape[0] and "m" in wide:  # a gain alone: PEFT needs a rank
+        there = {"A": pair.down, "B": pair.up}
+        if "m" in wide:
+            there["m"] = wide["m"]
+        elif pair.gain is not None:
+            aside = module.lorakin.unmoved  # type: ignore[union-attr]
+            own = site.layer.matrix(aside["weight"].detach()) if aside else spot_of(module).weight  # type: ignore[index]
+            there["m"] = pair.gain * row_norms(own, pair.up, pair.down)
+        gained |= "m" in there
+        if not pair.down.shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
             there |= {"A": pair.down.new_zeros(1, pair.down.shape[1]), "B": pair.up.new_zeros(pair.up.shape[0], 1)}
         if there["A"].shape[0]:
             ranks[path] = there["A"].shape[0]

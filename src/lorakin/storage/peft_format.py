@@ -232,12 +232,11 @@ class Contents:
     state: Mapping[str, Any] | None = None
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors in float32 at least, for training; those that were one object still are."""
-        made: dict[int, Tensor] = {}
-        return {
-            path: {slot: made.setdefault(id(t), t.to(torch.promote_types(t.dtype, torch.float32))) for slot, t in slots.items()}
-            for path, slots in self.sites.items()
+        """The tensors in float32 at least, for training, in memory of their own; those that were one object still are."""
+        own = {
+            id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for s in self.sites.values() for t in s.values()
         }
+        return {path: {slot: own[id(t)] for slot, t in slots.items()} for path, slots in self.sites.items()}
 
 
 @dataclasses.dataclass(frozen=True)

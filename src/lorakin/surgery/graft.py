@@ -362,6 +362,8 @@ class Graft:
         """Go on from `state`, also after a `begin` that follows before the first step. The tensors are restored already."""
         self._state = state
         if self.rules is not None:
+            if len(self.rules) != len(state["rules"]):
+                raise StateError(f"the state to go on from is of another method than {self.plan.method.words}")
             self.steps = state["steps"]
             for rule, saved in zip(self.rules, state["rules"], strict=True):
                 rule.restore(saved)

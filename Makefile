@@ -1,7 +1,7 @@
 # make demo       set up .venv, then fine-tune a real model and show what it learned
 # make test       set up .venv, then lint, types and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
-# make family     all eight members on two real models: what each learns and costs (about 45 minutes on two cores)
+# make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make check      lint and types only
 # make clean      remove what these made
 

@@ -23,17 +23,18 @@ def batches(ids: Tensor) -> list[dict[str, Tensor]]:
 
 
 def test_the_importance_is_the_papers(ids: Tensor) -> None:
-    """Σ ‖s·B·A·x‖² over unmasked tokens, from the inputs that the modules really get."""
+    """Σ ‖s·B·A·x‖² over unmasked tokens, from the inputs that the modules get in eval mode."""
     model = tiny_bert().double()
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2, alpha=5), targets=["query", "value", "dense"]), 0.3)
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
-    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.plan.sites}
-    for path in seen:
-        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0]))
     model.train()
     shares = energies(adapter, [{"input_ids": ids, "attention_mask": mask}])
     assert model.training, "the mode is put back"
+    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.plan.sites}
+    for path in seen:
+        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0]))
+    model.eval()(ids, attention_mask=mask)
     expected = []
     for path, (x,) in seen.items():
         site = adapter.site(path)

@@ -193,6 +193,21 @@ def test_what_is_saved_in_place_is_the_form_that_leaves_the_base_alone(tmp_path:
     assert loaded.pair_at("0").down.shape[0] == 6
 
 
+@pytest.mark.parametrize("update", FORMS)
+def test_what_was_learned_stays_when_training_goes_on(update: Any, tmp_path: Path) -> None:
+    """Its anchor came with the file; a new run takes no other at step K."""
+    model, (x, target) = linear(), data()
+    adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, start_step=2, update=update), "0")
+    fit(model, adapter.optimizer(lr=0.05), x, target, 6)
+    adapter.save(tmp_path)
+    other = linear()
+    again = lk.load(other, tmp_path, trainable=True)
+    learned = array(other(x))
+    close(model(x), learned, 1e-12)
+    fit(other, again.optimizer(torch.optim.SGD, lr=0.0), x, target, 4)
+    close(other(x), learned, 1e-12)
+
+
 def test_a_moved_base_has_the_model_to_itself() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, start_step=0, update="in_place"), "0")

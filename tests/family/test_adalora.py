@@ -130,6 +130,23 @@ def test_the_start() -> None:
         assert abs(factor.mean().item()) < 0.002
 
 
+def test_on_lora_fa_the_regulariser_is_on_P_alone() -> None:
+    """Q is frozen and orthonormal there: the mean is over the P of all modules."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = randomised(
+        lk.adapt(model, [lk.AdaLoRA(initial_rank=4, target_rank=2, orthogonality=0.3, **SCHEDULE), lk.LoRAFA()])
+    )
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=T)
+    ((model(x) - target) ** 2).mean().backward()
+    sites = [adapter.site(path) for path in adapter.plan.sites]
+    task = [site.P.grad.clone() for site in sites]
+    optimizer.step()
+    for site, before in zip(sites, task, strict=True):
+        P = array(site.P)
+        _, ((dP, *_), _) = reference.regulariser([P], [array(site.Q)])
+        close(site.P.grad - before, 0.3 * dP, 1e-10)  # one P and one Q there, two P here: the same count
+
+
 def allocation(all_ranks: list[int], total: int, start: int, finish: int, interval: int, target: int) -> Allocation:
     model = linear(torch.float32, *[64] * (len(all_ranks) + 1))
     member = lk.AdaLoRA(initial_rank=all_ranks[0], target_rank=target, start=start, finish=finish, interval=interval)

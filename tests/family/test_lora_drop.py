@@ -232,3 +232,14 @@ def test_settings_outside_their_range() -> None:
     ):
         with pytest.raises(lk.SettingError, match=message):
             lk.LoRADrop(**settings)  # type: ignore[arg-type]
+
+
+def test_the_probe_of_an_encoder_decoder(ids: Tensor) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    found = lk.importance(transformers.T5ForConditionalGeneration(config), lk.LoRADrop(rank=2), batches(ids), seed=0, lr=1e-2)
+    assert sum(found.values()) == pytest.approx(1)

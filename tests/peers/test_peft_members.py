@@ -237,3 +237,11 @@ def test_pefts_dora_is_nan_on_a_zero_row_and_ours_is_not(ids: Tensor, tmp_path: 
     assert theirs(ids).logits.isnan().any()
     lk.load(base, tmp_path)
     assert torch.isfinite(base(ids).logits).all()
+
+
+def test_a_classifier_without_a_trained_head_is_read_by_peft(ids: Tensor, tmp_path: Path) -> None:
+    """PEFT expects a head in the file of a classification task, so without one the task stays open."""
+    model = tiny_bert()
+    randomised(lk.adapt(model, lk.DoRA(rank=2)), 0.1).save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)

@@ -28,7 +28,7 @@ from movie_sentiment import snippets
 from rich.console import Console
 
 import lorakin as lk
-from lorakin.family import FAMILY, Method, method_named
+from lorakin.family import FAMILY, Method, member_named, method_named
 from lorakin.training.data import answer_loss
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.recipe import Recipe
@@ -57,12 +57,7 @@ TASKS = (
 
 def settings_of(word: str, steps: int) -> dict[str, Any]:
     """What a short run needs besides the defaults: Delta-LoRA begins after a quarter of it."""
-    return {"start_step": steps // 4} if "start_step" in {f.name for f in dataclasses.fields(kind(word))} else {}  # type: ignore[arg-type]
-
-
-def kind(word: str) -> type:
-    """The member called `word`."""
-    return next(member for member in FAMILY if member.word == word)
+    return {"start_step": steps // 4} if "start_step" in member_named(word).setting_names() else {}
 
 
 def write_data(task: Task, folder: Path) -> None:

@@ -18,6 +18,7 @@ from lorakin.storage import directory
 from lorakin.surgery import graft as surgery
 from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
+from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
@@ -169,12 +170,7 @@ def adapt(
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
     if probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    adapter = Adapter(model, name, surgery.plan(model, method, targets, **places))
-    generator = _generator(seed)
-    adapter.install(surgery.fresh(model, adapter.plan, generator, dtype))
-    adapter.freeze_base()
-    adapter.is_fresh = True
-    return adapter
+    return _fresh(model, name, surgery.plan(model, method, targets, **places), seed, dtype)
 
 
 def importance(
@@ -248,23 +244,27 @@ def _importance(
         )
     if there := surgery.grafts(model):
         raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
-    pilot = Adapter(model, "probe", surgery.plan(model, method.for_probe(), targets, **places))
-    generator = _generator(seed)
-    pilot.install(surgery.fresh(model, pilot.plan, generator, None))
-    pilot.freeze_base()
-    was_training = model.training
+    pilot = _fresh(model, "probe", surgery.plan(model, method.for_probe(), targets, **places), seed)
     try:
         optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
-        model.train()
-        for _ in range(probe.epochs):
-            for batch in batches:
-                (model(**batch).loss if loss is None else loss(model, batch)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        with in_mode(model, training=True):
+            for _ in range(probe.epochs):
+                for batch in batches:
+                    (model(**batch).loss if loss is None else loss(model, batch)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
         return energies(pilot, batches, probe.normalised, loss)
     finally:
-        model.train(was_training)
         pilot.remove()
+
+
+def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
+    """A new adapter by this plan, in the model, whose base is frozen."""
+    adapter = Adapter(model, name, plan)
+    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype))
+    adapter.freeze_base()
+    adapter.is_fresh = True
+    return adapter
 
 
 def _generator(seed: int | None) -> torch.Generator | None:

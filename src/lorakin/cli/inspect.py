@@ -18,7 +18,7 @@ def command(
     directory: Annotated[Path, typer.Argument(help="An adapter's directory, lorakin's or PEFT's.")], as_json: Json = False
 ) -> None:
     """Show what an adapter is: member, rank, targets, sizes, base, and how much it changes each layer."""
-    from lorakin.storage.summary import summarise
+    from lorakin.storage.summary import by_layer, summarise
 
     summary = summarise(directory)
     if as_json:
@@ -40,6 +40,6 @@ def command(
     table = Table("layer", title=title, padding=(0, 1, 0, 0), box=SIMPLE)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold")
-    for layer, norms in summary.by_layer().items():
+    for layer, norms in by_layer(summary.norms).items():
         table.add_row(layer, *(f"{norms[c]:.3g}" if c in norms else "" for c in columns))
     console.print(table)

@@ -49,8 +49,7 @@ def command(as_json: Json = False) -> None:
 
 def _described(member: type[Member]) -> dict[str, Any]:
     defaults = Method.of(member())
-    pair = {field.name for field in dataclasses.fields(defaults.parametrisation)}  # type: ignore[arg-type]
-    foreign = {field.name for field in dataclasses.fields(Modifier)} - pair  # settings of pairs that this one does not have
+    foreign = Modifier.setting_names() - defaults.parametrisation.setting_names()  # of pairs, which this one's does not have
     fields = [field for field in dataclasses.fields(member) if field.name not in foreign]  # type: ignore[arg-type]
     return {
         "word": member.word,

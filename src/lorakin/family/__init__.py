@@ -1,6 +1,5 @@
 """The members, in order of complexity. A new one is a file here and a line in `FAMILY`."""
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,8 @@ from lorakin.family.lora import LoRA
 from lorakin.family.lora_drop import LoRADrop
 from lorakin.family.lora_fa import LoRAFA
 from lorakin.family.lora_plus import LoRAPlus
-from lorakin.family.member import Member, Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Spot
+from lorakin.family.member import Member, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.pair import Pair, Shape, widened
 from lorakin.family.vera import VeRA
 
 FAMILY: tuple[type[Member], ...] = (LoRA, LoRAPlus, LoRAFA, VeRA, DoRA, AdaLoRA, LoRADrop, DeltaLoRA)
@@ -43,7 +43,7 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
     if not all(word.strip() for word in words.split(",")):
         raise SettingError(f"method {words!r} has a comma without a member beside it; expected words such as dora,lora+")
     kinds = [member_named(word.strip()) for word in words.split(",")]
-    fields = {kind: {field.name for field in dataclasses.fields(kind)} for kind in FAMILY}  # type: ignore[arg-type]
+    fields = {kind: kind.setting_names() for kind in FAMILY}
     for name in settings:
         if not any(name in fields[kind] for kind in kinds):
             known = ", ".join(sorted(set().union(*(fields[kind] for kind in kinds))))
@@ -51,7 +51,9 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
             elsewhere = f"; {name} is a setting of {', '.join(owners)}" if owners else ""
             raise SettingError(f"method {words!r} has no setting {name!r}; it has: {known}{elsewhere}")
     pair = next((kind for kind in kinds if issubclass(kind, Parametrisation)), None)
-    taken = fields[pair] if pair is not None else set()  # settings of the pair go to the member that brings it, alone
+    taken = (
+        fields[pair] if pair is not None else frozenset[str]()
+    )  # settings of the pair go to the member that brings it, alone
     given = [{k: v for k, v in settings.items() if k in fields[kind] and (kind is pair or k not in taken)} for kind in kinds]
     return Method.of([kind(**own) for kind, own in zip(kinds, given, strict=True)])
 
@@ -80,4 +82,5 @@ __all__ = [
     "conflict",
     "member_named",
     "method_named",
+    "widened",
 ]

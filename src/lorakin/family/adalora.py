@@ -35,7 +35,8 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation
 from lorakin.family.lora import check_rank, orthonormal_rows
-from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Tensors
+from lorakin.family.member import Modifier, Parametrisation, Place, Role, Rule
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
 
 

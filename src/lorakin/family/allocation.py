@@ -26,11 +26,12 @@ class Matrix:
         assert pair.per_rank is not None
         self.scales = pair.per_rank
         self.sides = pair.per_rank_sides
+        self.trained = tuple(slot for slot in (self.scales, *self.sides) if place.trains(slot))
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Λ and those of P and Q that train, by slot, unless all triplets are gone."""
         tensors = self.place.tensors()
-        return {s: tensors[s] for s in (self.scales, *self.sides) if self.place.trains(s) and tensors[s].numel()}
+        return {slot: tensors[slot] for slot in self.trained if tensors[slot].numel()}
 
     @property
     def rank(self) -> int:
@@ -47,7 +48,7 @@ class Allocation(Rule):
         for place in places:
             matrix = Matrix(place)
             shared.setdefault(id(place.tensors()[matrix.scales]), matrix)
-        self.matrices = [matrix for matrix in shared.values() if matrix.place.trains(matrix.scales)]
+        self.matrices = [matrix for matrix in shared.values() if matrix.scales in matrix.trained]
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
         self.pattern: list[Tensor] | None = None
@@ -84,7 +85,7 @@ class Allocation(Rule):
 
     def _regularise(self) -> None:
         """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R."""
-        sides = [m.factors()[slot] for m in self.matrices for slot in m.sides if slot in m.factors()]
+        sides = [factor for m in self.matrices for slot, factor in m.factors().items() if slot != m.scales]
         for side in sides:
             if side.grad is None:
                 continue
@@ -145,11 +146,9 @@ class Allocation(Rule):
         self.sensitivity, self.uncertainty = {}, {}
 
     def state(self) -> dict[str, Any]:
-        pattern = (
-            None if self.pattern is None else {m.place.path: kept for m, kept in zip(self.matrices, self.pattern, strict=True)}
-        )
+        pattern = {m.place.path: kept for m, kept in zip(self.matrices, self.pattern or (), strict=False)}
         counts = {"all": self.all, "freed": self.freed}
-        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "pattern": pattern or {}, **counts}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "pattern": pattern, **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.all, self.freed = int(state["all"]), bool(state["freed"])

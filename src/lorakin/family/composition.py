@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.lora import LoRA
-from lorakin.family.member import FIXED, Member, Modifier, Pair, Parametrisation, Place, Probe, Role, Rule, Shape, Spot, Tensors
+from lorakin.family.member import FIXED, Member, Modifier, Parametrisation, Place, Probe, Role, Rule, Spot
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import require
 
 AXES = {
@@ -104,7 +105,7 @@ class Method:
 
     def setting(self, name: str) -> Any:
         """The setting `name` of the pair, or else of the first member that has one of that name; None if there is none."""
-        owners = (m for m in (self.parametrisation, *self.members) if name in _fields(m))
+        owners = (m for m in (self.parametrisation, *self.members) if name in m.setting_names())
         return next((getattr(m, name) for m in owners), None)
 
     def at(self, **settings: Any) -> Method:
@@ -126,9 +127,9 @@ class Method:
         if self.words != other.words or self.parametrisation != other.parametrisation:
             return False
         settings = (
-            (getattr(mine, field.name), getattr(its, field.name))
+            (getattr(mine, name), getattr(its, name))
             for mine, its in zip(self.members, other.members, strict=True)
-            for field in dataclasses.fields(mine)  # type: ignore[arg-type]
+            for name in mine.setting_names()
         )
         return all(mine is None or its is None or mine == its for mine, its in settings)
 
@@ -258,10 +259,6 @@ def _clash(one: Member, other: Member) -> str | None:
     return None
 
 
-def _fields(member: Member | type[Member]) -> set[str]:
-    return {field.name for field in dataclasses.fields(member)}  # type: ignore[arg-type]
-
-
 def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
     """What the modifiers say about the pair they share."""
     said: dict[str, tuple[Any, str]] = {}
@@ -289,7 +286,7 @@ def _parametrisation(
 ) -> Parametrisation:
     """The one that is named, or one of this kind, with what the modifiers say about it."""
     settings = _pair_settings(modifiers)
-    known = _fields(kind)
+    known = kind.setting_names()
     if unknown := [name for name in settings if name not in known and settings[name]]:
         raise SettingError(f"{kind.word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply")
     settings = {name: value for name, value in settings.items() if name in known}

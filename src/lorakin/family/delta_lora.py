@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Pair, Parametrisation, Place, Role, Rule, Shape, Spot, Tensors
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.pair import Pair, Shape, Tensors, widened
 from lorakin.family.settings import number, one_of, require, whole_number
 
 ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
@@ -146,12 +147,11 @@ class Anchoring(Rule):
         )
 
 
-class InPlace(Rule):
-    """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it."""
+class InPlace(Anchoring):
+    """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it. It keeps the anchors itself."""
 
     def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
-        self.member = member
-        self.places = places
+        super().__init__(member, places)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
         self.restore({})  # of an earlier run
@@ -200,7 +200,7 @@ class InPlace(Rule):
                 place.move_base(self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]))
 
     def check(self, n: int) -> str | None:
-        return None if self.anchors else Anchoring(self.member, self.places).check(n)
+        return None if self.anchors else super().check(n)
 
 
 def anchor_of(place: Place, whole: bool = False) -> Tensors:
@@ -220,8 +220,7 @@ def product_of(place: Place) -> Tensor:
 
 def pair_of(place: Place) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
-    wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in place.tensors().items()}
-    return place.method.parametrisation.pair(wide, place.shape)
+    return place.method.parametrisation.pair(widened(place.tensors()), place.shape)
 
 
 def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:

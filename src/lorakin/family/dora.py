@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Modifier, Pair, Parametrisation, Place, Role, Shape, Spot, Tensors
+from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
+from lorakin.family.pair import Pair, Shape, Tensors
 
 CANCELLED = 1e-3
 """Below this share of what is added up, n² has lost too many digits to be used."""

@@ -20,7 +20,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Pair, Parametrisation, Role, Shape, Tensors
+from lorakin.family.member import Parametrisation, Role
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, one_of, require, whole_number
 
 INITS = ("kaiming", "gaussian", "orthonormal")

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Shape, Spot, Tensors
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Spot
+from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import number, one_of, require, whole_number
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lorakin.family.lora import INITS
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Shape, Spot, Tensors
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import one_of, require
 
 

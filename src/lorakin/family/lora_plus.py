@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from lorakin.family.member import Modifier, Role, Shape
+from lorakin.family.member import Modifier, Role
+from lorakin.family.pair import Shape
 from lorakin.family.settings import number
 
 if TYPE_CHECKING:

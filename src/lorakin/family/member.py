@@ -1,15 +1,13 @@
-"""What every member of the family is: a frozen weight, a low-rank pair beside it, perhaps a gain over both.
+"""What every member of the family is: one file that says what it decides about a weight's low-rank pair (`pair.py`).
 
-    W  =  diag(gain) · (W0 + up · down)          up: (out, k)   down: (k, in)   gain: (out,) or absent
-
-Merging, files, counts, norms and pictures are written once, against `Pair`. A member is one file that says what it
-decides: a *parametrisation* hangs tensors on a weight and makes the pair of them; a *modifier* changes how a pair is
+A *parametrisation* hangs tensors on a weight and makes the pair of them; a *modifier* changes how a pair is
 started, trained, shared, moved or scaled. What happens while training is a member's `Rule`, driven by the optimizer's
 steps. `composition.py` puts members together. CONTRIBUTING.md shows a member in ten lines.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,46 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, whole_number
 
 if TYPE_CHECKING:
     from lorakin.family.composition import Method
-
-Tensors = dict[str, Tensor]
-"""A module's tensors by slot. Modules that share a tensor hold the same object."""
-
-
-class Shape(NamedTuple):
-    """The matrix that a module's weight is, whatever the module's own layout.
-
-    `outputs` × `inputs`; a convolution's `inputs` are its input channels times its kernel. A `lookup` (an embedding)
-    picks columns of the matrix instead of multiplying by it: its `inputs` are the vocabulary.
-    """
-
-    outputs: int
-    inputs: int
-    lookup: bool = False
-
-
-class Pair(NamedTuple):
-    """The change of one weight: `up` (outputs, k), `down` (k, inputs), `gain` (outputs,) or None.
-
-    Scales such as alpha/rank live inside `up`.
-    """
-
-    up: Tensor
-    down: Tensor
-    gain: Tensor | None = None
-
-    def applied_to(self, weight: Tensor) -> Tensor:
-        """The changed weight diag(gain)·(W0 + up·down), (outputs, inputs), in the dtype of `weight`."""
-        changed = weight + (self.up.to(weight.dtype) @ self.down.to(weight.dtype))
-        return changed if self.gain is None else self.gain.to(weight.dtype).unsqueeze(1) * changed
-
-    def norm(self) -> float:
-        """The Frobenius norm of up·down, without forming it."""
-        up, down = self.up.double(), self.down.double()
-        return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
 class Role(NamedTuple):
@@ -184,6 +147,11 @@ class Member(ABC):
     def acts_at_steps(self) -> bool:
         """Whether without its `rule` it would be another method."""
         return False
+
+    @classmethod
+    def setting_names(cls) -> frozenset[str]:
+        """The names of its settings."""
+        return frozenset(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""

@@ -21,7 +21,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Pair, Parametrisation, Role, Shape, Spot, Tensors
+from lorakin.family.member import Parametrisation, Role, Spot
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import number, require, whole_number
 
 

@@ -53,7 +53,8 @@ def save(graft: Graft, path: Path) -> Path:
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
-    config, tensors = peft_format.to_files(graft)
+    form = peft_format.native_form(graft)
+    config, tensors = peft_format.to_files(graft, form)
     files = {TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: _json(config)}
     method = graft.plan.method
     more: dict[str, Tensor] = {}
@@ -61,12 +62,12 @@ def save(graft: Graft, path: Path) -> Path:
         "format": FORMAT,
         "members": [{"member": m.word, "settings": dataclasses.asdict(m)} for m in method.members],  # type: ignore[call-overload]
     }
-    if peft_format.native_form(graft) is None:
+    if form is None:
         sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
         own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
         own["beside"] = {TENSORS: _sha256(files[TENSORS])}
         own["tensors"] = _packed(sites, "tensors", more, {})
-    elif shared := peft_format.shared_tensors(graft):
+    elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
     if graft.rules is not None:
         own["state"] = _packed(graft.state(), "state", more, {})

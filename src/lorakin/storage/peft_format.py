@@ -18,7 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError
-from lorakin.family import AdaLoRA, DoRA, LoRA, Member, Method, Modifier, Pair, Parametrisation, Shape, Spot, VeRA, member_named
+from lorakin.family import (
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    Member,
+    Method,
+    Modifier,
+    Pair,
+    Parametrisation,
+    Shape,
+    Spot,
+    VeRA,
+    member_named,
+    widened,
+)
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.surgery import layers
@@ -132,12 +146,12 @@ def native_form(graft: Graft) -> Form | None:
     return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
 
 
-def to_files(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The adapter's `adapter_config.json` and its tensors under PEFT's keys and in PEFT's shapes, contiguous, on the CPU.
 
-    The config has PEFT's required fields and those that differ from its defaults.
+    `form` is its native form. The config has PEFT's required fields and those that differ from its defaults.
     """
-    plan, form = graft.plan, native_form(graft)
+    plan = graft.plan
     config: dict[str, Any] = {
         "peft_type": (form or LORA).peft_type,
         "task_type": _task_type(graft.model, plan.copies),
@@ -197,7 +211,7 @@ def _as_pairs(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
     gained = False
     for path in graft.plan.sites:
         site, module = graft.site(path), graft.model.get_submodule(path)
-        wide = {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in graft.tensors_at(path).items()}
+        wide = widened(graft.tensors_at(path))
         pair = site.method.low_rank(wide, site.shape)
         there = {"A": pair.down, "B": pair.up}
         if "m" in wide:
@@ -278,26 +292,22 @@ def from_files(
         if absent := sorted(set(sites) - set(own.tensors)):
             raise AdapterError(f"{where}: lorakin.json lacks the tensors of {_some(absent)}")
         read: dict[str, dict[str, Tensor]] = {path: dict(own.tensors[path]) for path in modules if path in own.tensors}
-        patterns: Sequence[Any] = own.patterns
     else:
-        sites = {path: sites[path] for path in modules if path in sites}
-        read = {path: {slot: t.flatten(1) if t.dim() > 2 else t for slot, t in sites[path].items()} for path in sites}
-        patterns = (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}) if form is LORA else ({}, {})
+        read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
-        plan = plan_for(method, list(read), list(copies), dict(patterns[0]), dict(patterns[1]))
+        plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
         plan = _with_ranks_kept(plan, config, read)
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
-    if own is None or own.tensors is None:
-        _check_shapes(form, plan, spots, modules, sites, where)
-        read = {path: _without_kernel(slots, spots[path]) for path, slots in read.items()}
-        _add_shared(form, config, own, method, spots, tensors, read, where)
     expected = _expected(plan, spots)  # whose order of tensors a fresh adapter has, and its optimizer's state
+    if own is None or own.tensors is None:
+        _check_shapes(form, plan, expected, modules, sites, where)
+        _add_shared(form, config, own, method, spots, tensors, read, where)
     read = {
         path: dict(sorted(slots.items(), key=lambda item: _position(item[0], expected[path]))) for path, slots in read.items()
     }
-    _check_slots(plan, spots, read, where)
+    _check_slots(plan, expected, spots, read, where)
     if own is not None and own.tensors is not None:
         _check_pairs(plan, spots, read, config, sites, where)
     shared = plan.method.share(read, spots, plan.sites)
@@ -323,9 +333,7 @@ def _check_pairs(
     """The pairs of our own tensors are those that PEFT's files hold, so that both say the same function."""
     ranks, alphas = (config.get(field) or {} for field in ("rank_pattern", "alpha_pattern"))
     for path, slots in read.items():
-        pair = plan.sites[path].low_rank(
-            {s: t.to(torch.promote_types(t.dtype, torch.float32)) for s, t in slots.items()}, spots[path].shape
-        )
+        pair = plan.sites[path].low_rank(widened(slots), spots[path].shape)
         theirs = sites.get(path, {})
         if not theirs and not pair.down.shape[0]:
             continue
@@ -360,9 +368,16 @@ def _with_ranks_kept(plan: Plan, config: Mapping[str, Any], read: Mapping[str, M
     return dataclasses.replace(plan, sites=sites)
 
 
-def _without_kernel(slots: Mapping[str, Tensor], spot: Spot) -> dict[str, Tensor]:
-    """A magnitude as a vector, whatever dimensions the module's own layout gave it."""
-    return {slot: t.reshape(-1) if slot == "m" else t for slot, t in slots.items()}
+def _matrices(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's tensors in the file as matrices, a magnitude as a vector, without the dimensions of a kernel."""
+    return {slot: t.reshape(-1) if slot == "m" else t.flatten(1) if t.dim() > 2 else t for slot, t in slots.items()}
+
+
+def _patterns(form: Form, config: Mapping[str, Any], own: Own | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ranks and alphas of single modules: in our own part where that holds the tensors, else in PEFT's if it reads them."""
+    if own is not None and own.tensors is not None:
+        return dict(own.patterns[0]), dict(own.patterns[1])
+    return (dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})) if form is LORA else ({}, {})
 
 
 def _add_shared(
@@ -379,9 +394,10 @@ def _add_shared(
     if not form.shared or not spots:
         return
     found = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
+    found = found if len(found) == len(form.shared) else {}
     saved = config.get("save_projection", form.defaults["save_projection"])
     inputs, outputs = (max(getattr(spot.shape, side) for spot in spots.values()) for side in ("inputs", "outputs"))
-    if len(found) == len(form.shared):
+    if found:
         rank = method.setting("rank")
         for slot, wanted in (("A", (rank, inputs)), ("B", (outputs, rank))):
             have = tuple(found[slot].shape)
@@ -396,30 +412,29 @@ def _add_shared(
     elif saved:
         raise AdapterError(f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it holds")
     if not saved:
-        base = next(iter(spots.values())).weight
-        pair = method.parametrisation
-        assert isinstance(pair, VeRA)
-        drawn = dict(zip(("A", "B"), pair.draw(inputs, outputs, base.dtype, torch.device("cpu")), strict=True))
-        if len(found) == len(form.shared) and not all(torch.equal(drawn[slot], found[slot].float()) for slot in drawn):
+        pair, base = method.parametrisation, next(iter(spots.values())).weight
+        fresh = next(iter(pair.start_all(spots, dict.fromkeys(spots, pair), None, torch.device("cpu")).values()))
+        drawn, seed = {slot: fresh[slot] for slot in form.shared}, method.setting("seed")
+        if not found:
+            found = drawn
+            if own is not None and own.projection is not None and own.projection != projection_checksum(found):
+                raise AdapterError(
+                    f"{where}: the projections drawn again from seed {seed} are not those it was trained with; the base's "
+                    f"dtype ({base.dtype}) or the adapted modules must be others. Load the base in the dtype of training"
+                )
+        elif not all(torch.equal(drawn[slot], found[slot].float()) for slot in drawn):
             warnings.warn(
-                f"{where}: the projections in the file are not those of its seed {pair.seed}; the file's are used",
+                f"{where}: the projections in the file are not those of its seed {seed}; the file's are used",
                 LorakinWarning,
                 stacklevel=2,
-            )
-        found = found if len(found) == len(form.shared) else drawn
-        if own is not None and own.projection is not None and own.projection != projection_checksum(found):
-            raise AdapterError(
-                f"{where}: the projections drawn again from seed {pair.seed} are not those it was trained with; the "
-                f"base's dtype ({base.dtype}) or the adapted modules must be others. Load the base in the dtype of training"
             )
     for slots in read.values():
         slots |= found
 
 
-def shared_tensors(graft: Graft) -> dict[str, Tensor]:
-    """The tensors of the whole model that the adapter's form has, by slot."""
-    form = native_form(graft)
-    if form is None or not form.shared or not graft.plan.sites:
+def shared_tensors(graft: Graft, form: Form) -> dict[str, Tensor]:
+    """The tensors of the whole model that the adapter has, whose form this is, by slot."""
+    if not form.shared or not graft.plan.sites:
         return {}
     tensors = graft.tensors_at(next(iter(graft.plan.sites)))
     return {slot: tensors[slot] for slot in form.shared}
@@ -434,17 +449,17 @@ def projection_checksum(shared: Mapping[str, Tensor]) -> str:
 def _check_shapes(
     form: Form,
     plan: Plan,
-    spots: Mapping[str, Spot],
+    expected: Mapping[str, Mapping[str, Tensor]],
     modules: Mapping[str, nn.Module],
     sites: Mapping[str, Mapping[str, Tensor]],
     where: str,
 ) -> None:
     """Each module has PEFT's tensors in PEFT's shapes, for the rank that the config says."""
-    for path, expected in _expected(plan, spots).items():
+    for path, fresh in expected.items():
         kind = layers.kind_of(modules[path])
         assert kind is not None
         names, rank = _slots(form, kind), getattr(plan.sites[path].parametrisation, "rank", "?")
-        wanted = {slot: t for slot, t in expected.items() if slot in names}
+        wanted = {slot: t for slot, t in fresh.items() if slot in names}
         if missing := [names[slot] for slot in wanted if slot not in sites[path]]:
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
         if extra := [names[slot] for slot in sites[path] if slot not in wanted]:
@@ -460,12 +475,18 @@ def _check_shapes(
                 raise AdapterError(f"{where}: {path}.{names[slot]} is {sites[path][slot].dtype}, expected a floating type")
 
 
-def _check_slots(plan: Plan, spots: Mapping[str, Spot], read: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
-    """The tensors of each module are those of the method, and fit together."""
-    for path, expected in _expected(plan, spots).items():
+def _check_slots(
+    plan: Plan,
+    expected: Mapping[str, Mapping[str, Tensor]],
+    spots: Mapping[str, Spot],
+    read: Mapping[str, Mapping[str, Tensor]],
+    where: str,
+) -> None:
+    """The tensors of each module, which are finite, are those of the method, and fit together."""
+    for path, fresh in expected.items():
         shape, method, slots = spots[path].shape, plan.sites[path], read[path]
-        known = method.roles(path, shape, expected).keys()
-        if missing := [slot for slot, t in expected.items() if slot not in slots and t.numel()]:
+        known = method.roles(path, shape, fresh).keys()
+        if missing := [slot for slot, t in fresh.items() if slot not in slots and t.numel()]:
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)} of {method.words}")
         if extra := sorted(set(slots) - set(known)):
             raise AdapterError(f"{where}: {path} has {', '.join(extra)}, which {method.words} does not have")
@@ -474,8 +495,8 @@ def _check_slots(plan: Plan, spots: Mapping[str, Spot], read: Mapping[str, Mappi
             fits = (pair.up.shape[0], pair.down.shape[1]) == shape[:2] and pair.up.shape[1] == pair.down.shape[0]
         except (RuntimeError, IndexError):
             fits = False
-        wrong = [s for s, t in slots.items() if not (torch.isfinite(t).all() and t.is_floating_point())]
-        wrong += [s for s, t in expected.items() if s in slots and t.dim() == 1 and t.numel() and slots[s].shape != t.shape]
+        wrong = [s for s, t in slots.items() if not t.is_floating_point()]
+        wrong += [s for s, t in fresh.items() if s in slots and t.dim() == 1 and t.numel() and slots[s].shape != t.shape]
         if wrong or not fits:
             raise AdapterError(
                 f"{where}: the tensors of {path} do not fit {method.words} on this base ({', '.join(wrong or slots)})"
@@ -526,7 +547,7 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
         if own is None:
             kinds: tuple[type[Member], ...] = (*form.members, DoRA) if config.get("use_dora") else form.members
             said |= dict.fromkeys(PLANNED, None)  # the run that the schedule was for is over
-            return Method.of([kind(**{k: v for k, v in said.items() if k in _fields(kind)}) for kind in kinds])
+            return Method.of([kind(**{k: v for k, v in said.items() if k in kind.setting_names()}) for kind in kinds])
         members = [member_named(word)(**settings) for word, settings in own.members]
         method = Method.of(members)
         if own.tensors is None and any(method.setting(name) != value for name, value in said.items() if name not in PLANNED):
@@ -535,7 +556,7 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
                 dataclasses.replace(m, **{k: v for k, v in said.items() if k in _pair_fields(m)}) if m in pair else m  # type: ignore[type-var]
                 for m in members
             ]
-        method = Method.of(members)
+            method = Method.of(members)
     except (TypeError, SettingError) as error:
         raise AdapterError(f"{where}: settings that make no method of this version: {error}") from None
     gained = any("gain" in member.decides for member in method.members)
@@ -545,13 +566,9 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
     return method
 
 
-def _pair_fields(member: Member) -> set[str]:
+def _pair_fields(member: Member) -> frozenset[str]:
     """The settings of the pair among a member's."""
-    return set(member.pair_settings) if isinstance(member, Modifier) else _fields(type(member))
-
-
-def _fields(kind: type[Member]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return frozenset(member.pair_settings) if isinstance(member, Modifier) else member.setting_names()
 
 
 def pairs_of(
@@ -566,15 +583,12 @@ def pairs_of(
     method = method_of(form, config, own, where)
     if own is not None and own.tensors is not None:
         sites: Mapping[str, Mapping[str, Tensor]] = own.tensors
-        plan, needed = plan_for(method, list(sites), (), *own.patterns), set[str]()
+        needed = set[str]()
     else:
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
-        sites = {
-            path: {slot: t.flatten(1) if t.dim() > 2 else t for slot, t in slots.items()} | shared
-            for path, slots in _split(form, tensors)[0].items()
-        }
-        patterns = [config.get(field) or {} if form is LORA else {} for field in ("rank_pattern", "alpha_pattern")]
-        plan, needed = plan_for(method, list(sites), (), *patterns), set(form.slots) - {"m"}
+        sites = {path: _matrices(slots) | shared for path, slots in _split(form, tensors)[0].items()}
+        needed = set(form.slots) - {"m"}
+    plan = plan_for(method, list(sites), (), *_patterns(form, config, own))
     plan = _with_ranks_kept(plan, config, sites)
     for path, slots in sites.items():
         if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):

@@ -6,10 +6,12 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakin.family import Member, Method
 from lorakin.storage import directory, peft_format
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +31,6 @@ class Summary:
     def columns(self) -> list[str]:
         """The names of the adapted modules, without their layers."""
         return list(dict.fromkeys(place_of(path)[1] for path in self.ranks))
-
-    def by_layer(self) -> dict[str, dict[str, float]]:
-        """Norms by layer and module name, layers in their order."""
-        table: dict[str, dict[str, float]] = {}
-        for path, norm in self.norms.items():
-            layer, name = place_of(path)
-            table.setdefault(layer, {})[name] = norm
-        return dict(sorted(table.items(), key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0)))
 
     def headline(self) -> dict[str, str]:
         """The lines above the table."""
@@ -102,6 +96,15 @@ def _described(member: Member) -> str:
 
 def _settings(member: Member) -> dict[str, Any]:
     return {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}  # type: ignore[arg-type]
+
+
+def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Values of modules, by path, as layer → module name → value, layers in their order."""
+    table: dict[str, dict[str, T]] = {}
+    for path, value in values.items():
+        layer, name = place_of(path)
+        table.setdefault(layer, {})[name] = value
+    return dict(sorted(table.items(), key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0)))
 
 
 def place_of(path: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Method, Pair, Role, Shape
+from lorakin.family import Method, Pair, Role, Shape, widened
 from lorakin.surgery.layers import Layer, kind_of
 
 
@@ -57,11 +57,16 @@ class Site(nn.Module):
 
     def wide(self) -> dict[str, Tensor]:
         """The tensors in float32 or, where they are float64, in float64."""
-        return {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in self.tensors().items()}
+        return widened(self.tensors())
 
     def pair(self, weight: Tensor) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
         return self.method.pair(self.wide(), self.shape, weight)
+
+    def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
+        """up(down x), without a gain, in the base's dtype."""
+        dtype = module.weight.dtype
+        return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
@@ -69,8 +74,7 @@ class Site(nn.Module):
         dropped = self.layer.drop(x, self.method.dropout, self.training)
         weight = hung.base.get("weight", module.weight)
         pair = self.pair(self.layer.matrix(weight.detach()))
-        dtype = weight.dtype
-        change = self.layer.branch(module, dropped, Pair(pair.up.to(dtype), pair.down.to(dtype)))
+        change = self.branch(module, dropped, pair)
         if pair.gain is None:
             return change
         if dropped is x and not hung.merged:  # then W0 x is there already

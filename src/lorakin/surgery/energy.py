@@ -11,6 +11,7 @@ from torch import Tensor
 from lorakin.surgery.adapted import Site
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.layers import ConvolutionLayer
+from lorakin.surgery.mode import in_mode
 
 
 @torch.no_grad()
@@ -32,9 +33,7 @@ def energies(
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             pair = site.method.low_rank(site.wide(), site.shape)
-            dtype = module.weight.dtype
-            change = site.layer.branch(module, x, pair._replace(up=pair.up.to(dtype), down=pair.down.to(dtype)))
-            sums[path] += _energy(change, mask, site)
+            sums[path] += _energy(site.branch(module, x, pair), mask, site)
             if normalised:
                 own[path] += _energy(site.layer.product(module, x, module.weight), mask, site)
 
@@ -42,17 +41,15 @@ def energies(
 
     modules = {path: model.get_submodule(path) for path in graft.plan.sites}
     hooks = [m.register_forward_pre_hook(watch(path, graft.site(path)), with_kwargs=True) for path, m in modules.items()]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if call is None:
-                model(**batch)
-            else:
-                call(model, batch)
+        with in_mode(model, training=False):
+            for batch in batches:
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                if call is None:
+                    model(**batch)
+                else:
+                    call(model, batch)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     if normalised:

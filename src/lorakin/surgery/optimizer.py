@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Role
-from lorakin.surgery.graft import Graft
+
+if TYPE_CHECKING:
+    from lorakin.surgery.graft import Graft
 
 
 def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, Any]]:
@@ -49,7 +51,7 @@ def regroup(graft: Graft, optimizer: torch.optim.Optimizer, lr: float, **options
 
 def check_attached(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     """Raise `SettingError` unless `optimizer` holds every trainable tensor of the adapter."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = group_of(optimizer)
     missing = [name for name, p in graft.trained() if id(p) not in held]
     if missing:
         raise SettingError(
@@ -67,7 +69,7 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
 
     Warns of decay on a tensor that must not decay, and of base weights that train beside the adapter.
     """
-    method, groups = graft.plan.method, _group_of(optimizer)
+    method, groups = graft.plan.method, group_of(optimizer)
     related = len(_factors(graft)) > 1
     acting = any(member.acts_at_steps for member in method.members)
     if related or acting:
@@ -90,6 +92,12 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
                     f"the optimizer trains {path}.{slot}, which {method.words} keeps as it is: something set its "
                     "requires_grad. Set it back, and build the optimizer from adapter.parameter_groups(lr=…)"
                 )
+    _warn_of_side_effects(graft, groups)
+
+
+def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> None:
+    """Warn of decay on tensors that must not decay, and of base weights that train beside the adapter."""
+    words = graft.plan.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
         for p, _, role in _rates(graft, 1.0)
@@ -97,7 +105,7 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     }
     if any(decayed):
         warnings.warn(
-            f"the optimizer decays tensors of adapter {graft.name!r}, such as a magnitude, that {method.words} must not decay "
+            f"the optimizer decays tensors of adapter {graft.name!r}, such as a magnitude, that {words} must not decay "
             f"(weight_decay={max(decayed)}); build it from adapter.parameter_groups(lr=…, weight_decay=…)",
             LorakinWarning,
             stacklevel=2,
@@ -122,7 +130,7 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     factors = graft.rate_factors = graft.rate_factors or _factors(graft)
     if len(factors) < 2:
         return
-    groups = _group_of(optimizer)
+    groups = group_of(optimizer)
     bases = [float(groups[number]["lr"]) / factor for factor, number in factors.items() if number in groups]
     if all(abs(base - bases[0]) <= 1e-6 * abs(bases[0]) for base in bases):
         return
@@ -144,7 +152,8 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+def group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of each tensor that the optimizer holds, by the tensor's id."""
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lorakin.surgery.optimizer import check_groups, check_rates, group_of
+
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
 
@@ -44,9 +46,7 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
-        from lorakin.surgery.optimizer import check_groups
-
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = group_of(optimizer)
         found = [graft for graft in _GRAFTS if graft.is_present and any(id(p) in held for _, p in graft.trained())]
         known = [] if seen is None else _alive(seen.trained)
         for graft in found:
@@ -63,8 +63,6 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     _SEEN[optimizer].stepping = []
     if not grafts:
         return
-    from lorakin.surgery.optimizer import check_rates
-
     stepping = [] if _skips(optimizer) else [g for g in grafts if any(p.grad is not None for _, p in g.trained())]
     _SEEN[optimizer].stepping = [weakref.ref(graft) for graft in stepping]
     if any(graft.rules for graft in stepping):

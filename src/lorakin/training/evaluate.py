@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
 from lorakin.family.settings import require
+from lorakin.surgery.mode import in_mode
 from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
 from lorakin.training.models import load_with_adapter, stored_labels
 
@@ -51,7 +52,7 @@ def evaluate(model: Any, collate: Callable[..., Any], examples: Sequence[Row], b
     """
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
     total, count, right = 0.0, 0, None
-    with _evaluating(model):
+    with in_mode(model, training=False):
         for batch in DataLoader(ordered, batch_size=batch_size, collate_fn=collate):  # type: ignore[arg-type]
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             labels = batch.pop("labels")
@@ -99,17 +100,3 @@ def evaluate_rows(
         return evaluate(loaded.model, collate, encoded.examples, batch_size)
     encoded = encode(rows, loaded.tokenizer, max_length, loss_on, chat_template)
     return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)
-
-
-class _evaluating:
-    """Eval mode inside, the mode there was before outside."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        self.model.train(self.training)

@@ -14,6 +14,7 @@ import yaml
 from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
+from lorakin.storage import directory
 
 
 @dataclasses.dataclass
@@ -88,14 +89,15 @@ class Recipe:
         return method_named(self.method, given | self.settings)
 
     def save(self, path: Path) -> None:
-        """Write it as YAML, without the settings that are None."""
-        path.write_text(self.text(path.name), encoding="utf-8")
+        """Write it as YAML, whole or not at all, without the settings that are None.
 
-    def text(self, name: str) -> str:
-        """What `save` writes into a file of this name."""
+        Raises:
+            OutputError: it cannot be written there.
+        """
         settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [], {})}
-        header = f"# Run it again: lorakin train {name} --out ANOTHER_DIRECTORY\n"
-        return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
+        text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        directory.write(path.parent, {path.name: text.encode()})
 
 
 FIELDS = {field.name for field in dataclasses.fields(Recipe)}
@@ -127,12 +129,11 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         settings.pop("epochs", None)
     if "epochs" in given:
         settings.pop("steps", None)
-    inner = settings.get("settings") or {}
+    inner = settings.pop("settings", None) or {}
     require(isinstance(inner, dict), f"settings must be lines such as 'ratio: 8', not {inner!r}")
     if given.get("method") not in (None, settings.get("method")):
-        settings.pop("settings", None)  # they are another method's
-    given_settings = {**(settings.get("settings") or {}), **given.pop("settings", {})}
-    settings |= given | ({"settings": given_settings} if given_settings else {})
+        inner = {}  # they are another method's
+    settings |= given | {"settings": inner | given.get("settings", {})}
     for name in ("model", "data", "out"):
         require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
     return Recipe(**settings)

@@ -25,7 +25,7 @@ from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import directory
-from lorakin.storage.summary import place_of
+from lorakin.storage.summary import by_layer
 from lorakin.surgery.targets import head_of, parse_layers
 from lorakin.training import data
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
@@ -152,22 +152,15 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
         _describe(run)
-        _write(run, RECIPE, recipe.text(RECIPE))
+        recipe.save(out / RECIPE)
         return run
     adapt(loaded.model, method.for_probe(), **where).remove()  # so that what is wrong is said before anything is written
-    _write(run, RECIPE, recipe.text(RECIPE))
+    recipe.save(out / RECIPE)
     found = _importance(run, method, where)
-    _write(run, IMPORTANCE, json.dumps(found, indent=1) + "\n")
+    directory.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()})
     run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
     return run
-
-
-def _write(run: Run, name: str, text: str) -> None:
-    try:
-        directory.write(run.out, {name: text.encode()})
-    except OutputError as error:
-        raise OutputError(f"cannot write to --out {run.out}: {error}") from error
 
 
 def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
@@ -187,32 +180,28 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
         f"[bold]probe[/]  {probe.epochs} passes over {len(examples)} examples ({len(batches)} batches): which modules matter?",
         highlight=False,
     )
-    loss = None if run.labels is not None else lambda model, batch: answer_loss(model(**without_labels(batch)), batch["labels"])
+
+    def loss_on_answers(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return answer_loss(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"])
+
+    loss = None if run.labels is not None else loss_on_answers
     found = importance(run.loaded.model, method, batches, loss=loss, lr=run.recipe.lr, **where)
     run.console.print(importance_table(method.with_importance(found), found))
     return found
 
 
-def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is called with where the loss is ours."""
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
 def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     """Importances by layer and module; those that keep a pair of their own are marked."""
     own = set(method.own_pairs(list(found)))
-    places = {path: place_of(path) for path in found}
-    columns = list(dict.fromkeys(name for _, name in places.values()))
-    rows: dict[str, dict[str, str]] = {}
-    for path, share in found.items():
-        layer, name = places[path]
-        rows.setdefault(layer, {})[name] = f"[bold green]{100 * share:.2f}●[/]" if path in own else f"{100 * share:.2f} "
+    cells = {p: f"[bold green]{100 * share:.2f}●[/]" if p in own else f"{100 * share:.2f} " for p, share in found.items()}
+    rows = by_layer(cells)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
     table = Table("layer", title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name.rpartition(".")[2], justify="right", no_wrap=True)
-    for layer, cells in rows.items():
-        table.add_row(layer, *(cells.get(name, "") for name in columns))
+    for layer, row in rows.items():
+        table.add_row(layer, *(row.get(name, "") for name in columns))
     return table
 
 

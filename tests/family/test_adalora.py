@@ -13,6 +13,7 @@ from torch import nn
 import lorakin as lk
 from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised
 from lorakin.family.allocation import Allocation
+from lorakin.storage import directory
 from references import adalora as reference
 
 SCHEDULE = {"start": 3, "finish": 8, "interval": 2}
@@ -221,6 +222,29 @@ def test_what_is_pruned_is_freed() -> None:
     fit(model, optimizer, x, target, 8)
     with pytest.raises(AssertionError):
         close(model(x), array(masked(x)), 1e-6)
+
+
+def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
+    """After its ranks were freed a run goes back to a checkpoint that still has them; and an empty module loads as one."""
+    model, (x, target) = linear(torch.float64, 11, 9, 7), data()
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01, total_steps=12)
+    (rule,) = adapter.rules or ()
+    assert isinstance(rule, Allocation)
+    fit(model, optimizer, x, target, 2)
+    directory.save(adapter, tmp_path / "early")
+    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
+    fit(model, optimizer, x, target, 10)
+    directory.save(adapter, tmp_path / "late")
+    assert not any(t.requires_grad or t.numel() for t in adapter.site("1").tensors().values())
+    loaded = lk.load(linear(torch.float64, 11, 9, 7), tmp_path / "late", trainable=True)
+    assert not any(t.requires_grad for t in loaded.site("1").tensors().values())
+    assert all(t.requires_grad for t in loaded.site("0").tensors().values())
+    adapter.restore(tmp_path / "early")
+    assert all(t.requires_grad and t.numel() for t in adapter.site("1").tensors().values())
+    before = array(adapter.site("1").Q)
+    fit(model, optimizer, x, target, 1)
+    assert (array(adapter.site("1").Q) != before).any()
 
 
 def test_on_vera_what_is_pruned_stays_pruned() -> None:

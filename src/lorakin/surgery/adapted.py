@@ -18,6 +18,11 @@ from lorakin.family import Method, Pair, Role, Shape, widened
 from lorakin.surgery.layers import Layer, kind_of
 
 
+def trains(role: Role, tensor: Tensor) -> bool:
+    """Whether a tensor is trained: as its role says, unless it is empty, which some optimizers cannot bear."""
+    return role.trained and bool(tensor.numel())
+
+
 class Site(nn.Module):
     """One adapter on one module: its method's tensors there, as parameters."""
 
@@ -48,8 +53,10 @@ class Site(nn.Module):
             elif own[slot].shape == tensor.shape:
                 own[slot].copy_(tensor)
             else:
+                was_empty = not own[slot].numel()
                 own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)  # in torch's memory, aligned as ever
-                own[slot].requires_grad_(own[slot].requires_grad and bool(tensor.numel()))
+                if was_empty or not tensor.numel():
+                    own[slot].requires_grad_(trains(self.roles()[slot], tensor))
 
     def roles(self) -> dict[str, Role]:
         """What each of them is to an optimizer."""

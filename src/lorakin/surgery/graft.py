@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot
 from lorakin.surgery import layers, stepping
-from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, move_base, swap_moved, unhang
+from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, move_base, swap_moved, trains, unhang
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
@@ -156,7 +156,7 @@ class Graft:
             roles, parameters = method.roles(path, shape, tensors[path]), {}
             for slot, tensor in tensors[path].items():
                 if (id(tensor), device) not in made:
-                    made[id(tensor), device] = nn.Parameter(tensor.detach().to(device), roles[slot].trained)
+                    made[id(tensor), device] = nn.Parameter(tensor.detach().to(device), trains(roles[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
             children[path] = Site(path, method, kind, shape, parameters)
         for path in self.plan.copies:

@@ -1,6 +1,7 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
 from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load
+from lorakin.conversion import as_lora, combine
 from lorakin.errors import (
     AdapterError,
     DataError,
@@ -40,6 +41,8 @@ __all__ = [
     "activate",
     "adapt",
     "adapters",
+    "as_lora",
+    "combine",
     "importance",
     "load",
 ]

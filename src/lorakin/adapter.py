@@ -15,6 +15,7 @@ from torch import nn
 from lorakin.errors import AdapterError, SettingError, StateError
 from lorakin.family import Member, Method
 from lorakin.storage import directory
+from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
 from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
@@ -290,9 +291,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             as it was before.
     """
     model = surgery.root_of(model)
-    contents = directory.read(Path(path)).match(model)
-    adapter = Adapter(model, name, contents.plan)
+    return placed(model, name, directory.read(Path(path)).match(model), trainable)
 
+
+def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
+    """Put into `model` what was read from an adapter's files, as the active adapter."""
+    adapter = Adapter(model, name, contents.plan)
     adapter.install(contents.masters() if trainable else contents.sites, contents.copies)
     if trainable:
         adapter.freeze_base()

@@ -151,23 +151,73 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
 
     `form` is its native form. The config has PEFT's required fields and those that differ from its defaults.
     """
-    plan = graft.plan
-    config: dict[str, Any] = {
-        "peft_type": (form or LORA).peft_type,
-        "task_type": _task_type(graft.model, plan.copies),
-        "base_model_name_or_path": getattr(graft.model, "name_or_path", None) or None,
+    copies = {path: graft.copy_of(path).state_dict() for path in graft.plan.copies}
+    if form is None:
+        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout)
+    config, tensors = _as_they_are(graft, form)
+    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, list(graft.plan.sites), copies)
+
+
+def pairs_to_files(
+    model: nn.Module,
+    sites: Mapping[str, Mapping[str, Tensor]],
+    *,
+    alphas: Mapping[str, float] | None = None,
+    copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    dropout: float = 0.0,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The files of plain LoRA: of the pairs B·A, or with an `m` DoRA, in the modules of `model` at these paths.
+
+    Args:
+        model: the base.
+        sites: path → `A` (r, inputs), `B` (outputs, r) and perhaps `m` (outputs,), as matrices. A module whose rank is 0 and
+            that has no `m` changes nothing and is left out.
+        alphas: path → alpha, the scale being alpha/r; without it alpha is r everywhere and the scale 1.
+        copies: path → state of the modules trained whole.
+        dropout: of the branch's input.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    gained = False
+    for path, slots in sites.items():
+        there, module = dict(slots), model.get_submodule(path)
+        gained |= "m" in there
+        if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
+            there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
+        if there["A"].shape[0]:
+            ranks[path] = there["A"].shape[0]
+            kind = layers.kind_of(module)
+            assert kind is not None
+            tensors |= {f"{PREFIX}{path}.{_slots(LORA, kind)[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
+    alphas = {path: ranks[path] if alphas is None else alphas[path] for path in ranks}
+    config: dict[str, Any] = {"peft_type": LORA.peft_type, "target_modules": sorted(ranks), "lora_dropout": dropout}
+    for field, values, pattern in (("r", ranks, "rank_pattern"), ("lora_alpha", alphas, "alpha_pattern")):
+        most = max(values.values(), default=1)
+        config[field] = _whole(most)
+        if own := {f"^{re.escape(path)}": _whole(value) for path, value in sorted(values.items()) if value != most}:
+            config[pattern] = own
+    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, list(ranks), copies or {})
+
+
+def _finished(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    paths: Sequence[str],
+    copies: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """With what every config says, and the modules trained whole; all in order."""
+    heading = {
+        "task_type": _task_type(model, copies),
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": bool(plan.sites) and all(graft.site(path).layer is TransposedLayer for path in plan.sites),
+        "fan_in_fan_out": bool(paths) and all(layers.kind_of(model.get_submodule(p)) is TransposedLayer for p in paths),
         "inference_mode": True,
-        "modules_to_save": sorted(plan.copies) or None,
+        "modules_to_save": sorted(copies) or None,
     }
-    more, tensors = _as_pairs(graft) if form is None else _as_they_are(graft, form)
-    config |= more
-    for path in plan.copies:
-        for key, tensor in graft.copy_of(path).state_dict().items():
-            tensors[f"{PREFIX}{path}.{key}"] = tensor
+    tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
-    return dict(sorted(config.items())), written
+    return dict(sorted((heading | dict(config)).items())), written
 
 
 def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -201,39 +251,19 @@ def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Te
     return config, tensors
 
 
-def _as_pairs(graft: Graft) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors of an adapter that PEFT has no form for: its pair as plain LoRA of scale 1, a gain as DoRA's m.
-
-    A module whose pair has rank 0 and no gain changes nothing and is left out.
-    """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    gained = False
+def _as_pairs(graft: Graft) -> dict[str, dict[str, Tensor]]:
+    """For `pairs_to_files`, an adapter that PEFT has no form for: its pair with the scale in it, a gain as DoRA's m."""
+    sites = {}
     for path in graft.plan.sites:
-        site, module = graft.site(path), graft.model.get_submodule(path)
+        site = graft.site(path)
         wide = widened(graft.tensors_at(path))
         pair = site.method.low_rank(wide, site.shape)
-        there = {"A": pair.down, "B": pair.up}
+        sites[path] = {"A": pair.down, "B": pair.up}
         if "m" in wide:
-            there["m"] = wide["m"]
+            sites[path]["m"] = wide["m"]
         elif pair.gain is not None:
-            aside = module.lorakin.unmoved  # type: ignore[union-attr]
-            own = site.layer.matrix(aside["weight"].detach()) if aside else spot_of(module).weight  # type: ignore[index]
-            there["m"] = pair.gain * row_norms(own, pair.up, pair.down)
-        gained |= "m" in there
-        if not pair.down.shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
-            there |= {"A": pair.down.new_zeros(1, pair.down.shape[1]), "B": pair.up.new_zeros(pair.up.shape[0], 1)}
-        if there["A"].shape[0]:
-            ranks[path] = there["A"].shape[0]
-            names = _slots(LORA, site.layer)
-            tensors |= {f"{PREFIX}{path}.{names[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
-    most = max(ranks.values(), default=1)
-    smaller = {path: rank for path, rank in sorted(ranks.items()) if rank != most}
-    config: dict[str, Any] = {"target_modules": sorted(ranks), "r": most, "lora_alpha": most}
-    config["lora_dropout"] = graft.plan.method.dropout
-    if smaller:
-        config |= {field: {f"^{re.escape(p)}": r for p, r in smaller.items()} for field in ("rank_pattern", "alpha_pattern")}
-    return config | ({"use_dora": True} if gained else {}), tensors
+            sites[path]["m"] = pair.gain * row_norms(graft.base_weight(path), pair.up, pair.down)
+    return sites
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Method, Pair, Rule, Shape, Spot
+from lorakin.family import Method, Pair, Rule, Shape, Spot, widened
 from lorakin.surgery import layers, stepping
 from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, move_base, swap_moved, trains, unhang
 from lorakin.surgery.merge import set_merged
@@ -232,6 +232,17 @@ class Graft:
     def pair_at(self, path: str) -> Pair:
         """The pair of the module at `path`, with its gain over the base weight; in float32 at least."""
         return self.site(path).pair(spot_of(self.model.get_submodule(path)).weight)
+
+    def base_weight(self, path: str) -> Tensor:
+        """The weight of the module at `path` as a matrix, the base's own even while adapters are merged or have moved it."""
+        module: Any = self.model.get_submodule(path)
+        aside, weight = module.lorakin.unmoved.get("weight"), spot_of(module).weight
+        return weight if aside is None else self.site(path).layer.matrix(aside.detach())
+
+    def change_at(self, path: str) -> Pair:
+        """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
+        site = self.site(path)
+        return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
 
     def copy_of(self, path: str) -> nn.Module:
         """The adapter's own copy of the module at `path`, which it trains whole."""

@@ -1,0 +1,173 @@
+"""Plain LoRA from any adapter, and one adapter from several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.adapter import Adapter, adapters, placed
+from lorakin.errors import SettingError, StateError
+from lorakin.family import Pair
+from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
+from lorakin.storage import peft_format
+from lorakin.surgery.graft import root_of
+from lorakin.surgery.layers import LinearLayer, TransposedLayer
+from lorakin.surgery.samples import input_samples
+
+KERNEL = 8
+"""Portable ranks are multiples of it, which suits the kernels that serve them."""
+
+
+class Plain(NamedTuple):
+    """A plain adapter, and by module path how near it comes to what it stands for."""
+
+    adapter: Adapter
+    fits: dict[str, Fit]
+
+
+@torch.no_grad()
+def as_lora(
+    adapter: Adapter,
+    name: str = "plain",
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    batches: Sequence[Mapping[str, Any]] = (),
+    portable: bool = False,
+) -> Plain:
+    """Put a plain LoRA with the function of `adapter` beside it in the model, and make that the active one.
+
+    It is exact for every method without a gain. With one (DoRA) the nearest plain LoRA is of limited rank: name the rank, or
+    the error. Both can also make an exact one smaller.
+
+    Args:
+        adapter: any adapter that is in a model.
+        name: of the new one.
+        rank: the largest that a module gets.
+        error: each module gets the smallest rank whose relative error is at most this: ‖ΔW − B·A‖ / ‖ΔW‖, or with
+            `batches` the same of the module's outputs.
+        batches: what the model takes as keywords; with them the outputs that linear modules give on this data count,
+            not the weights alone.
+        portable: one rank, a multiple of 8, for all modules, and scale 1: the form that vLLM and llama.cpp read.
+
+    Raises:
+        SettingError: a gain and neither rank nor error, or something that the portable form cannot hold.
+        StateError: the adapter is merged, or has moved the base weights in place.
+    """
+    if adapter.is_merged:
+        raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before converting it")
+    if rank is not None and rank < 1:
+        raise SettingError(f"rank must be at least 1, not {rank}")
+    if error is not None and not 0 < error < 1:
+        raise SettingError(f"error must be between 0 and 1, not {error}")
+    roots = _Roots(input_samples(adapter, batches) if batches else {})
+    pairs, fits = {}, {}
+    for path in adapter.plan.sites:
+        change = adapter.change_at(path)
+        if change.gain is not None and rank is None and error is None:
+            raise SettingError(
+                f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain ({path}, …), which "
+                "no plain LoRA does exactly. Name a rank or an error for the nearest one (rank=…, error=…; --rank, --error), "
+                "or merge it into the model, which is exact"
+            )
+        pairs[path], fits[path] = nearest(change, adapter.base_weight(path), rank=rank, error=error, root=roots.at(path))
+    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
+    if portable:
+        pairs = _portable(adapter, pairs)
+    return Plain(_adapter_of(adapter.model, name, pairs, copies), fits)
+
+
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str = "combined",
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+) -> Plain:
+    """Put one adapter in the model that changes each weight by Σ weight · change, over the adapters named, and make it active.
+
+    Without rank or error it is exact: the pairs stand beside each other, and ranks add up. Modules trained whole change by the
+    weighted sum of their changes too.
+
+    Args:
+        model: holds the adapters.
+        weights: adapter's name → weight; any number, 0 leaves it out.
+        name: of the new adapter.
+        rank, error: see `as_lora`; the sum's nearest pair of that rank, or within that error.
+
+    Raises:
+        SettingError: no adapter of that name; one with a gain (DoRA), whose change is no pair.
+        StateError: an adapter is merged.
+    """
+    model = root_of(model)
+    known = adapters(model)
+    if missing := [one for one in weights if one not in known]:
+        raise SettingError(f"no adapter {missing[0]!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
+    parts: dict[str, list[Pair]] = {}
+    for one, weight in weights.items():
+        if known[one].is_merged:
+            raise StateError(f"adapter {one!r} is merged; unmerge it before combining it")
+        for path in known[one].plan.sites if weight else ():
+            change = known[one].change_at(path)
+            if change.gain is not None:
+                raise SettingError(
+                    f"adapter {one!r} ({known[one].plan.method.words}) scales the base weight by a gain, so its change cannot "
+                    "be added to others; make a plain LoRA of it first: lorakin.as_lora, or lorakin export --to lora"
+                )
+            parts.setdefault(path, []).append(change._replace(up=weight * change.up))
+    pairs, fits = {}, {}
+    for path, changes in parts.items():
+        whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
+        pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
+    return Plain(_adapter_of(model, name, pairs, _combined_copies(model, known, weights)), fits)
+
+
+class _Roots:
+    """The root of E[x·xᵀ] of each module that has samples; modules with one sample share it while they follow each other."""
+
+    def __init__(self, samples: Mapping[str, Tensor]) -> None:
+        self.samples = samples
+        self.last: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def at(self, path: str) -> Tensor | None:
+        if path not in self.samples:
+            return None
+        if self.last[0] is not self.samples[path]:
+            self.last = (self.samples[path], root_of_samples(self.samples[path]))
+        return self.last[1]
+
+
+def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """All of one rank; refused if there is something that other readers do not take."""
+    if copies := list(adapter.plan.copies):
+        raise SettingError(f"{', '.join(copies)} is trained whole, which the portable form cannot hold; merge instead")
+    strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
+    if strange:
+        raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
+    most = max(1, *(pair.down.shape[0] for pair in pairs.values()))
+    return {path: padded(pair, -(-most // KERNEL) * KERNEL) for path, pair in pairs.items()}
+
+
+def _combined_copies(
+    model: nn.Module, known: Mapping[str, Adapter], weights: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """Each module trained whole: the base's, plus the weighted changes. What is not floating is the last adapter's."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for one, weight in weights.items():
+        for path in known[one].plan.copies if weight else ():
+            own = {key: t for key, t in model.get_submodule(path).state_dict().items() if "lorakin" not in key.split(".")}
+            state = states.setdefault(path, dict(own))
+            for key, value in known[one].copy_of(path).state_dict().items():
+                state[key] = state[key] + weight * (value - own[key]) if value.is_floating_point() else value
+    return states
+
+
+def _adapter_of(model: nn.Module, name: str, pairs: Mapping[str, Pair], copies: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
+    sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
+    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
+    return placed(model, name, peft_format.from_files(model, config, tensors, None, f"adapter {name!r}"))

@@ -1,0 +1,56 @@
+"""What the adapted modules see: a sample of their inputs on data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.surgery.graft import Graft
+from lorakin.surgery.layers import LinearLayer, TransposedLayer
+from lorakin.surgery.mode import in_mode
+
+
+@torch.no_grad()
+def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int = 1024) -> dict[str, Tensor]:
+    """Path → (tokens, inputs), at most `limit` inputs of each linear module, evenly drawn from all tokens that are not padding.
+
+    Modules that read one tensor, such as q, k and v, hold one sample together. Embeddings and convolutions have none.
+    """
+    model, share = graft.model, max(1, limit // max(1, len(batches)))
+    seen: dict[str, list[Tensor]] = {}
+    taken: dict[int, tuple[Tensor, Tensor]] = {}
+    mask: Tensor | None = None
+
+    def watch(path: str) -> Any:
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if id(x) not in taken:  # the tensor is kept beside its sample, so that its id stays its own
+                taken[id(x)] = (x, _drawn(x, mask, share))
+            seen.setdefault(path, []).append(taken[id(x)][1])
+
+        return before
+
+    paths = [path for path in graft.plan.sites if graft.site(path).layer in (LinearLayer, TransposedLayer)]
+    hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths]
+    try:
+        with in_mode(model, training=False):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                model(**batch)
+                taken.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    joined: dict[tuple[int, ...], Tensor] = {}
+    return {path: joined.setdefault(tuple(map(id, parts)), torch.cat(parts)) for path, parts in seen.items()}
+
+
+def _drawn(x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.dim() == 2 and mask.numel() == len(tokens):
+        tokens = tokens[mask.reshape(-1).bool()]
+    chosen = torch.linspace(0, len(tokens) - 1, min(count, len(tokens)), device=x.device).round().long()
+    return tokens[chosen].float().cpu()

@@ -1,0 +1,257 @@
+"""Plain LoRA from every member, and several adapters as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import lorakin as lk
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama
+from lorakin.family.low_rank import nearest
+
+MEMBERS: dict[str, Any] = {
+    "lora": lk.LoRA(4, 8, rslora=True),
+    "lora+": lk.LoRAPlus(rank=4),
+    "lora-fa": lk.LoRAFA(rank=4),
+    "vera": lk.VeRA(rank=8),
+    "adalora": lk.AdaLoRA(initial_rank=4, target_rank=2),
+    "lora-drop": lk.LoRADrop(keep=3, rank=4),
+    "delta-lora": lk.DeltaLoRA(rank=4, start_step=1),
+    "adalora,delta-lora": [lk.AdaLoRA(initial_rank=4, target_rank=2), lk.DeltaLoRA(start_step=1)],
+}
+
+
+def trained(model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 3, **more: Any) -> lk.Adapter:
+    """A few large steps, so that what acts at steps has acted and the change is far from nothing."""
+    batch = {"input_ids": ids, "labels": ids}
+    if isinstance(member, lk.LoRADrop):
+        more["probe"] = [batch]
+    adapter = lk.adapt(model, member, name=name, seed=3, **more)
+    optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.1, total_steps=steps)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapter
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits.double()
+
+
+@pytest.mark.parametrize("word", MEMBERS)
+def test_every_member_without_a_gain_is_plain_lora_exactly(word: str, ids: Tensor, tmp_path: Path) -> None:
+    model = tiny_llama().double()
+    base = logits(model, ids)
+    adapter = trained(model, MEMBERS[word], ids)
+    want = logits(model, ids)
+    assert (want - base).abs().max() > 0.05
+    plain, fits = lk.as_lora(adapter)
+    assert plain.plan.method.words == "lora" and not adapter.is_active and plain.is_active
+    torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=1e-6)  # files hold float32 unless the pair is wider
+    assert all(fit.error == 0 and fit.gain is None for fit in fits.values())
+    plain.save(tmp_path / "plain")
+    fresh = tiny_llama().double()
+    lk.load(fresh, tmp_path / "plain")
+    torch.testing.assert_close(logits(fresh, ids), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
+def test_other_layers(make: Callable[[], Any], ids: Tensor) -> None:
+    model = make()
+    adapter = randomise(lk.adapt(model, lk.LoRA(4, 8), targets="all-linear"))
+    want = logits(model, ids)
+    plain, _ = lk.as_lora(adapter)
+    torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=1e-5)
+    assert plain.plan.sites.keys() == adapter.plan.sites.keys()
+
+
+def test_convolutions_and_embeddings() -> None:
+    x = torch.linspace(-1, 1, 48).view(2, 3, 8)
+    model = ConvNet()
+    randomise(lk.adapt(model, lk.LoRA(2, 4), targets=["one", "two", "head"]))
+    want = model(x)
+    lk.as_lora(lk.adapters(model)["default"], "copy")
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-5)
+
+
+def test_the_portable_form(ids: Tensor, tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapter = randomise(lk.adapt(model, lk.LoRA(4, 8), rank_pattern={"q_proj": 6}, alpha_pattern={"v_proj": 3}))
+    want = logits(model, ids)
+    plain, _ = lk.as_lora(adapter, portable=True)
+    plain.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert isinstance(config["lora_alpha"], int)
+    assert not {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora"} & config.keys()
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
+    assert {t.shape[0] if "lora_A" in key else t.shape[1] for key, t in tensors.items()} == {8}
+    torch.testing.assert_close(logits(reader_of_one_factor(tiny_llama(), config, tensors), ids), want, rtol=0, atol=1e-5)
+
+
+def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """What vLLM knows of a file: r, lora_alpha, target_modules and pairs of tensors; one factor for all."""
+    factor = config["lora_alpha"] / config["r"]
+    with torch.no_grad():
+        for path in config["target_modules"]:
+            key = f"base_model.model.{path}.lora_"
+            change = factor * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+            model.get_submodule(path).weight += change
+    return model
+
+
+def test_what_the_portable_form_cannot_hold() -> None:
+    model = tiny_bert()
+    adapter = lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"])
+    with pytest.raises(lk.SettingError, match=r"classifier is trained whole.*merge"):
+        lk.as_lora(adapter, portable=True)
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.LoRA(2), targets="embed_tokens")
+    with pytest.raises(lk.SettingError, match="embed_tokens is no linear layer"):
+        lk.as_lora(adapter, portable=True)
+
+
+DORAS: dict[str, Any] = {
+    "dora": lk.DoRA(rank=4),
+    "dora,lora+": [lk.DoRA(rank=4), lk.LoRAPlus()],
+    "dora,vera": [lk.DoRA(), lk.VeRA(rank=8)],
+    "dora,adalora": [lk.DoRA(), lk.AdaLoRA(initial_rank=4, target_rank=2)],
+    "dora,delta-lora": [lk.DoRA(rank=4), lk.DeltaLoRA(start_step=1)],
+}
+
+
+@pytest.mark.parametrize("word", DORAS)
+def test_a_gain_has_a_nearest_plain_lora(word: str, ids: Tensor) -> None:
+    model = tiny_llama()
+    base = logits(model, ids)
+    adapter = trained(model, DORAS[word], ids)
+    want = logits(model, ids)
+    with pytest.raises(lk.SettingError, match=r"gain.*--rank"):
+        lk.as_lora(adapter)
+    errors = []
+    for rank in (2, 8, 32):
+        plain, fits = lk.as_lora(adapter, rank=rank)
+        errors.append(float((logits(model, ids) - want).abs().max()))
+        assert all(fit.rank <= rank and fit.gain is not None and fit.gain > 0 for fit in fits.values())
+        path = next(iter(fits))
+        with torch.no_grad():
+            change = adapter.change_at(path).applied_to(adapter.base_weight(path)) - adapter.base_weight(path)
+            pair = plain.pair_at(path)
+        assert fits[path].error == pytest.approx(float((change - pair.up @ pair.down).norm() / change.norm()), abs=1e-5)
+        plain.remove()
+    assert errors[0] > errors[2] and errors[2] < 1e-4, "at full rank it is exact"
+    assert errors[0] < float((want - base).abs().max())
+
+
+def test_by_error_each_module_gets_the_rank_it_needs(ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = trained(model, lk.DoRA(rank=4), ids)
+    plain, fits = lk.as_lora(adapter, error=0.2)
+    assert all(fit.error <= 0.2 for fit in fits.values())
+    assert len({fit.rank for fit in fits.values()}) > 1
+    smaller = {
+        path: nearest(adapter.change_at(path), adapter.base_weight(path), rank=f.rank - 1)[1] for path, f in fits.items()
+    }
+    assert all(fit.error > 0.2 for fit in smaller.values()), "no rank is spent for nothing"
+    assert {path: plain.pair_at(path).down.shape[0] for path in fits} == {path: fit.rank for path, fit in fits.items()}
+
+
+def test_data_makes_the_outputs_better(ids: Tensor) -> None:
+    model = tiny_llama(initializer_range=0.3)
+    adapter = trained(model, lk.DoRA(rank=4), ids)
+    more = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(8))
+    mask = torch.ones_like(more)
+    mask[0, 12:] = 0
+    batches = [{"input_ids": more, "attention_mask": mask}]
+    want = logits(model, ids)
+    wrong = []
+    for given in ([], batches):
+        plain, fits = lk.as_lora(adapter, rank=8, batches=given)
+        wrong.append(float((logits(model, ids) - want).square().mean()))
+        assert all((fit.output_error is None) is not bool(given) for fit in fits.values())
+        plain.remove()
+        lk.activate(model, "default")
+    assert wrong[1] < wrong[0]
+
+
+def test_truncation_of_a_pair(ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = randomise(lk.adapt(model, lk.LoRA(8, 16)), 0.3)
+    plain, fits = lk.as_lora(adapter, rank=3)
+    for path, fit in fits.items():
+        pair = adapter.pair_at(path)
+        values = torch.linalg.svdvals((pair.up @ pair.down).double())
+        assert fit.rank == 3 and fit.error == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-5)
+    assert plain.plan.method.setting("rank") == 3
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"error": 0.0}, {"error": 1.5}])
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    adapter = lk.adapt(tiny_llama(), lk.LoRA(4))
+    with pytest.raises(lk.SettingError):
+        lk.as_lora(adapter, **settings)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: t.clone() for key, t in model.state_dict().items() if "lorakin" not in key}
+
+
+def test_combining_is_the_sum_of_the_changes(ids: Tensor) -> None:
+    model = tiny_llama()
+    first = trained(model, lk.LoRA(4, 8), ids, "first", targets=["q_proj", "up_proj"])
+    second = trained(model, lk.VeRA(rank=8), ids, "second", targets=["q_proj", "v_proj"])
+    changes: dict[str, Tensor] = {}
+    for adapter, weight in ((first, 0.7), (second, -0.4)):
+        for path in adapter.plan.sites:
+            pair = adapter.change_at(path)
+            changes[path] = changes.get(path, 0) + weight * (pair.up @ pair.down)
+    twin = tiny_llama()
+    with torch.no_grad():
+        for path, change in changes.items():
+            twin.get_submodule(path).weight += change
+    combined, fits = lk.combine(model, {"first": 0.7, "second": -0.4})
+    assert combined.is_active and not first.is_active
+    torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=0, atol=1e-5)
+    assert all(fit.error == 0 for fit in fits.values())
+    assert combined.pair_at("model.layers.0.self_attn.q_proj").down.shape[0] == 12
+    smaller, fits = lk.combine(model, {"first": 0.7, "second": -0.4}, "smaller", rank=4)
+    assert smaller.pair_at("model.layers.0.self_attn.q_proj").down.shape[0] == 4
+    assert fits["model.layers.0.self_attn.q_proj"].error > 0
+
+
+def test_combining_modules_trained_whole(ids: Tensor) -> None:
+    model = tiny_bert()
+    base = model.classifier.weight.detach().clone()
+    for name, seed in (("a", 1), ("b", 2)):
+        randomise(lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name), seed=seed)
+    own = {name: lk.adapters(model)[name].copy_of("classifier").weight.detach() for name in "ab"}
+    combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25})
+    want = base + 0.5 * (own["a"] - base) + 0.25 * (own["b"] - base)
+    torch.testing.assert_close(combined.copy_of("classifier").weight, want)
+
+
+def test_what_cannot_be_combined(ids: Tensor) -> None:
+    model = tiny_llama()
+    lk.adapt(model, lk.DoRA(rank=2), name="gained")
+    plain = lk.adapt(model, lk.LoRA(2), name="plain")
+    with pytest.raises(lk.SettingError, match=r"'gained' \(dora\).*as_lora"):
+        lk.combine(model, {"plain": 1, "gained": 1})
+    with pytest.raises(lk.SettingError, match="no adapter 'other'"):
+        lk.combine(model, {"other": 1})
+    lk.activate(model, "plain")
+    plain.merge()
+    with pytest.raises(lk.StateError, match="merged"):
+        lk.combine(model, {"plain": 1})
+    with pytest.raises(lk.StateError, match="merged"):
+        lk.as_lora(plain)

@@ -277,7 +277,14 @@ def _generator(seed: int | None) -> torch.Generator | None:
         raise SettingError(f"seed must be a whole number of at most 64 bits, not {seed!r}") from None
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", trainable: bool = False) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    other_base: bool = False,
+) -> Adapter:
     """Put the adapter saved in the directory `path`, by lorakin or by PEFT, into `model`, and make it the active one.
 
     Args:
@@ -285,13 +292,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         path: the adapter's directory.
         name: the name it gets here; files carry none.
         trainable: go on training it, which freezes the base; otherwise no `requires_grad` changes.
+        other_base: also if the adapter remembers a base with other weights than these.
 
     Raises:
         AdapterError: missing, unknown or misshapen tensors, unsupported settings, or another base. The model is then
             as it was before.
     """
     model = surgery.root_of(model)
-    return placed(model, name, directory.read(Path(path)).match(model), trainable)
+    return placed(model, name, directory.read(Path(path)).match(model, other_base), trainable)
 
 
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
 from lorakin.storage import peft_format
+from lorakin.storage.fingerprint import difference, fingerprint, own_weights
 from lorakin.surgery.graft import Graft
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -42,9 +43,20 @@ class Files:
     tensors: Mapping[str, Tensor]
     own: peft_format.Own | None
 
-    def match(self, model: nn.Module) -> peft_format.Contents:
-        """Match with `model`; see `peft_format.from_files`."""
-        return peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
+    def match(self, model: nn.Module, other_base: bool = False) -> peft_format.Contents:
+        """Match with `model`; see `peft_format.from_files`.
+
+        Raises:
+            AdapterError: also if the adapter remembers another base, unless `other_base`.
+        """
+        contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
+        remembered = None if other_base or self.own is None else self.own.base
+        if remembered and (apart := difference(remembered, own_weights(model, contents.sites))):
+            raise AdapterError(
+                f"{self.path}: it is for another base model: {apart}. Load that base, or, if this one is meant, say so with "
+                "other_base=True or --other-base"
+            )
+        return contents
 
 
 def save(graft: Graft, path: Path) -> Path:
@@ -69,6 +81,8 @@ def save(graft: Graft, path: Path) -> Path:
         own["tensors"] = _packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
+    if graft.plan.sites:
+        own["base"] = fingerprint(graft.model, own_weights(graft.model, graft.plan.sites))
     if graft.rules is not None:
         own["state"] = _packed(graft.state(), "state", more, {})
     if more:
@@ -147,7 +161,7 @@ def _read_own(path: Path) -> peft_format.Own | None:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(members, tensors, own.get("patterns", [{}, {}]), state, own.get("projection"))
+    return peft_format.Own(members, tensors, own.get("patterns", [{}, {}]), state, own.get("projection"), own.get("base"))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -292,6 +292,7 @@ class Own:
     patterns: Sequence[Mapping[str, Any]]
     state: Mapping[str, Any] | None
     projection: str | None
+    base: Mapping[str, Any] | None
 
 
 def from_files(

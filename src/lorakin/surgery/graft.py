@@ -104,6 +104,14 @@ def spot_of(module: nn.Module) -> Spot:
     return Spot(kind.shape(module), kind.matrix(weight.detach()))
 
 
+def own_weight(module: nn.Module) -> Tensor:
+    """The module's weight as a matrix, the base's own even while adapters are merged or have moved it."""
+    kind, spot = layers.kind_of(module), spot_of(module)
+    assert kind is not None
+    aside = module.lorakin.unmoved.get("weight") if is_adapted(module) else None  # type: ignore[union-attr, operator]
+    return spot.weight if aside is None else kind.matrix(aside.detach())
+
+
 class Graft:
     """One named adapter in one model. Made by `install`; `lorakin.Adapter` adds files and optimizers to it."""
 
@@ -234,10 +242,8 @@ class Graft:
         return self.site(path).pair(spot_of(self.model.get_submodule(path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
-        """The weight of the module at `path` as a matrix, the base's own even while adapters are merged or have moved it."""
-        module: Any = self.model.get_submodule(path)
-        aside, weight = module.lorakin.unmoved.get("weight"), spot_of(module).weight
-        return weight if aside is None else self.site(path).layer.matrix(aside.detach())
+        """The weight of the module at `path` as a matrix; see `own_weight`."""
+        return own_weight(self.model.get_submodule(path))
 
     def change_at(self, path: str) -> Pair:
         """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
@@ -635,4 +641,4 @@ def _follow_ties(model: nn.Module) -> None:
         model.config.tie_word_embeddings = _tied_embeddings(model)  # type: ignore[union-attr]
 
 
-__all__ = ["Graft", "Plan", "activate", "fresh", "grafts", "plan", "plan_for", "root_of", "spot_of"]
+__all__ = ["Graft", "Plan", "activate", "fresh", "grafts", "own_weight", "plan", "plan_for", "root_of", "spot_of"]

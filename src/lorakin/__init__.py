@@ -1,6 +1,6 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
-from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load
+from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, mixed_batch
 from lorakin.conversion import as_lora, combine
 from lorakin.errors import (
     AdapterError,
@@ -45,4 +45,5 @@ __all__ = [
     "combine",
     "importance",
     "load",
+    "mixed_batch",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import os
@@ -19,6 +20,7 @@ from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
 from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
+from lorakin.surgery.mixed import mixed
 from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
@@ -327,3 +329,20 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: an adapter is merged.
     """
     surgery.activate(surgery.root_of(model), names)
+
+
+def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+    """`with mixed_batch(model, ["a", None, "b"]): model(…)`: row n uses the adapter `names[n]` alone, None being the base.
+
+    Also in `generate`, with beams or several sequences a row. Any method's adapters go together; for inference the pairs of a
+    linear layer are stacked, which is much faster than running the adapters one after the other. Contexts nest.
+
+    Args:
+        model: holds the adapters, none of them merged.
+        names: one for each row of the batch.
+
+    Raises:
+        SettingError: an unknown name; in the forward, a batch with another number of rows.
+        StateError: an adapter is merged or has moved the base weights; in the forward, a module whose rows are not the batch's.
+    """
+    return mixed(surgery.root_of(model), names)

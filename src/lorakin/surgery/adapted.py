@@ -105,7 +105,7 @@ class Hung(nn.Module):
     """What hangs on one module: its adapters by name, which of them are in use, and what of the base's own is set aside.
 
     The adapters are children under their own names. `base` holds the base's parameters while adapters are merged,
-    `unmoved` its weight while an adapter moves a copy of that.
+    `unmoved` its weight while an adapter moves a copy of that, `rows` which adapter each row of a mixed batch uses.
     """
 
     def __init__(self) -> None:
@@ -115,6 +115,7 @@ class Hung(nn.Module):
         self.off: set[str] = set()
         self.base: dict[str, Tensor] = {}
         self.unmoved: dict[str, Tensor] = {}
+        self.rows: Any = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hung:
         """Move and cast what is set aside together with the model."""
@@ -162,6 +163,8 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = out = super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        if self.lorakin.rows is not None:
+            return self.lorakin.rows.adapted(self, x, base)
         for site in self.lorakin.in_use():
             out = out + site(self, x, base)
         return out
@@ -177,6 +180,9 @@ class Replaced(nn.Module):
     lorakin: Hung
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.lorakin.rows is not None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            return self.lorakin.rows.replaced(self, super().forward(*args, **kwargs), x)
         for copy in self.lorakin.in_use():
             return copy.module.forward(*args, **kwargs)  # not its call: the module's own hooks run around this forward
         return super().forward(*args, **kwargs)

@@ -502,14 +502,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    known = _registry(model).grafts
-    for name in names:
-        if name not in known:
-            raise SettingError(f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
-    if merged := [name for name, graft in known.items() if graft.is_merged]:
-        raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
-    if len(known) > 1 or not names:
-        _check_unmoved(known, "switching")
+    known = check_switchable(model, names)
     replaced: dict[str, str] = {}
     for name in names:
         for path in known[name].plan.copies:
@@ -527,6 +520,19 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         for path in graft._paths():
             hung = _hung(model, path)
             hung.active = tuple(name for name in names if name in hung)
+
+
+def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Graft]:
+    """The adapters in `model`, once it is clear that those of these names can be used instead of the active ones."""
+    known = _registry(model).grafts
+    for name in names:
+        if name not in known:
+            raise SettingError(f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
+    if merged := [name for name, graft in known.items() if graft.is_merged]:
+        raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
+    if len(known) > 1 or not names:
+        _check_unmoved(known, "switching")
+    return known
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -641,4 +647,16 @@ def _follow_ties(model: nn.Module) -> None:
         model.config.tie_word_embeddings = _tied_embeddings(model)  # type: ignore[union-attr]
 
 
-__all__ = ["Graft", "Plan", "activate", "fresh", "grafts", "own_weight", "plan", "plan_for", "root_of", "spot_of"]
+__all__ = [
+    "Graft",
+    "Plan",
+    "activate",
+    "check_switchable",
+    "fresh",
+    "grafts",
+    "own_weight",
+    "plan",
+    "plan_for",
+    "root_of",
+    "spot_of",
+]

@@ -1,0 +1,169 @@
+"""One batch, several adapters: each row uses its own, or none.
+
+For inference all adapters of a linear module are stacked: down (n, r, inputs), up (n, outputs, r), padded to the largest rank.
+A row then picks its pair out of the stack. With few tokens a row (decoding) that is one product with all pairs side by side,
+masked to the row's own; with many it is a batched product. Everything else (other layers, training, modules trained whole) goes
+adapter by adapter over its rows, in the ordinary way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakin.errors import SettingError, StateError
+from lorakin.family.low_rank import padded
+from lorakin.surgery.adapted import Hung, Site, is_adapted
+from lorakin.surgery.graft import check_switchable, grafts
+from lorakin.surgery.layers import LinearLayer, TransposedLayer
+
+FEW_TOKENS = 4
+"""Up to so many tokens a row masking costs less than picking."""
+
+
+class Stack(NamedTuple):
+    """The pairs of one module, in its weight's dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs) or None."""
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None
+
+
+class Rows:
+    """Which adapter each row of a batch uses: `names[numbers[row]]`."""
+
+    def __init__(self, wanted: Sequence[str | None]) -> None:
+        self.wanted = tuple(wanted)
+        self.names: list[str | None] = list(dict.fromkeys(wanted))
+        self.numbers = torch.tensor([self.names.index(name) for name in wanted])
+        self.sizes: set[int] = {len(self.wanted)}
+        self.stacks: dict[int, Stack] = {}
+        self.spread: dict[tuple[int, torch.device], Tensor] = {}
+        self.masks: dict[tuple[int, torch.device, torch.dtype, int], Tensor] = {}
+
+    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: learn the batch's size and length."""
+        tensors = [kwargs[key] for key in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(key), Tensor)]
+        first = next(iter(tensors or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]), None)
+        if first is None:
+            return
+        rows = first.shape[0]
+        if rows % len(self.wanted):
+            raise SettingError(f"the batch has {rows} rows, but adapters are named for {len(self.wanted)}")
+        self.sizes = {len(self.wanted), rows, rows * first.shape[1] if first.dim() > 1 else rows}
+
+    def numbers_for(self, x: Tensor, module: nn.Module) -> Tensor:
+        """(rows of x,): the number of each row's adapter. A row of the batch may be several of x: beams, or its tokens."""
+        rows = x.shape[0]
+        if rows not in self.sizes:
+            raise StateError(
+                f"a {type(module).__name__} was called with {rows} rows, which are not those of the batch, so it is not known "
+                "which adapter each uses; such a module cannot be in a mixed batch"
+            )
+        key = rows, x.device
+        if key not in self.spread:
+            self.spread[key] = self.numbers.to(x.device).repeat_interleave(rows // len(self.wanted))
+        return self.spread[key]
+
+    def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
+        """The output of an adapted module, of which `base` is the base's."""
+        numbers, stack = self.numbers_for(x, module), self.stacks.get(id(module))
+        if stack is None or module.training:
+            hung = module.lorakin
+            sites = [hung[name] if name is not None and name in hung else None for name in self.names]
+            there = [site for site in sites if site is not None]
+            if not there:
+                return base
+            trains = any(parameter.requires_grad for site in there for parameter in site.parameters())
+            plain = there[0].layer not in (LinearLayer, TransposedLayer) or (trains and torch.is_grad_enabled())
+            if plain or module.training:
+                return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
+            stack = _stack(module, sites)
+            if not trains:
+                self.stacks[id(module)] = stack
+        return self._stacked(stack, module, x, base, numbers)
+
+    def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
+        """The output of a module that adapters train whole, of which `base` is the base's."""
+        if not isinstance(base, Tensor):
+            raise StateError(f"a {type(module).__name__} that is trained whole gives no single tensor, so not in a mixed batch")
+        numbers = self.numbers_for(x, module)
+        return self._each(module.lorakin, base, numbers, lambda copy, rows: copy.module.forward(x[rows]))
+
+    def _each(self, hung: Hung, base: Tensor, numbers: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        out = base
+        for number, name in enumerate(self.names):
+            if name is not None and name in hung and len(rows := (numbers == number).nonzero()[:, 0]):
+                out = out.index_copy(0, rows, call(hung[name], rows).to(out.dtype))
+        return out
+
+    def _stacked(self, stack: Stack, module: Any, x: Tensor, base: Tensor, numbers: Tensor) -> Tensor:
+        """W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b, with the pair and gain of each row."""
+        count, rank, inputs = stack.down.shape
+        tokens = x.reshape(len(x), -1, inputs)
+        into = base if stack.gain is None else torch.zeros_like(base)
+        if tokens.shape[1] <= FEW_TOKENS:
+            hidden = F.linear(tokens, stack.down.view(-1, inputs)) * self._mask(numbers, x.dtype, rank)
+            flat = into.reshape(-1, into.shape[-1])
+            change = flat.addmm_(hidden.view(-1, count * rank), stack.up.view(count * rank, -1))
+        else:
+            hidden = torch.bmm(tokens, stack.down.index_select(0, numbers).transpose(1, 2))
+            change = into.reshape(len(x), -1, into.shape[-1]).baddbmm_(hidden, stack.up.index_select(0, numbers))
+        change = change.view(base.shape)
+        if stack.gain is None:
+            return change
+        gain = stack.gain[numbers].view(len(x), *(1 for _ in base.shape[1:-1]), -1)
+        bias = getattr(module, "bias", None)
+        product = base if bias is None else base - bias
+        return base + (gain * change + (gain - 1) * product).to(base.dtype)
+
+    def _mask(self, numbers: Tensor, dtype: torch.dtype, rank: int) -> Tensor:
+        """(rows, 1, n·r): 1 where a hidden number is of the row's own adapter."""
+        key = len(numbers), numbers.device, dtype, rank
+        if key not in self.masks:
+            own = F.one_hot(numbers, len(self.names)).to(dtype)
+            self.masks[key] = own.repeat_interleave(rank, 1).unsqueeze(1)
+        return self.masks[key]
+
+
+@contextlib.contextmanager
+def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row n of every batch uses the adapter `names[n]` alone, None being the base. See `lorakin.mixed_batch`."""
+    if isinstance(names, str) or not names:
+        raise SettingError(f"expected a list with an adapter's name, or None, for each row, not {names!r}")
+    check_switchable(model, [name for name in names if name is not None])
+    rows = Rows(names)
+    known = grafts(model)
+    paths = dict.fromkeys(path for name in known for path in (*known[name].plan.sites, *known[name].plan.copies))
+    hung = [module.lorakin for path in paths if is_adapted(module := model.get_submodule(path))]
+    before = [h.rows for h in hung]  # type: ignore[union-attr]
+    hook = model.register_forward_pre_hook(rows.note_batch, with_kwargs=True)
+    for h in hung:
+        h.rows = rows  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        hook.remove()
+        for h, was in zip(hung, before, strict=True):
+            h.rows = was  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _stack(module: Any, sites: Sequence[Site | None]) -> Stack:
+    weight = module.weight
+    there = [site for site in sites if site is not None]
+    pairs = {id(site): site.pair(site.layer.matrix(weight.detach())) for site in there}
+    rank = max(pair.down.shape[0] for pair in pairs.values())
+    one = next(iter(pairs.values()))
+    nothing = one._replace(up=one.up.new_zeros(one.up.shape[0], rank), down=one.down.new_zeros(rank, one.down.shape[1]))
+    chosen = [nothing._replace(gain=None) if site is None else padded(pairs[id(site)], rank) for site in sites]
+    gain = None
+    if any(pair.gain is not None for pair in chosen):
+        gain = torch.stack([one.up.new_ones(one.up.shape[0]) if pair.gain is None else pair.gain for pair in chosen])
+    down, up = torch.stack([pair.down for pair in chosen]), torch.stack([pair.up.T for pair in chosen])
+    return Stack(down.to(weight.dtype), up.to(weight.dtype), gain)

@@ -1,7 +1,7 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
 from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, mixed_batch
-from lorakin.conversion import as_lora, combine
+from lorakin.conversion import as_lora, combine, convert
 from lorakin.errors import (
     AdapterError,
     DataError,
@@ -13,6 +13,7 @@ from lorakin.errors import (
     SettingError,
     StateError,
     TargetError,
+    VerificationError,
 )
 from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
 
@@ -38,11 +39,13 @@ __all__ = [
     "StateError",
     "TargetError",
     "VeRA",
+    "VerificationError",
     "activate",
     "adapt",
     "adapters",
     "as_lora",
     "combine",
+    "convert",
     "importance",
     "load",
     "mixed_batch",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
 from lorakin.storage import peft_format
+from lorakin.storage.foreign import read_foreign
 from lorakin.surgery.graft import root_of
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 from lorakin.surgery.samples import input_samples
@@ -26,6 +29,14 @@ class Plain(NamedTuple):
 
     adapter: Adapter
     fits: dict[str, Fit]
+
+
+class Converted(NamedTuple):
+    """An adapter from another library's file, that library's name, and what to know."""
+
+    adapter: Adapter
+    format: str
+    notes: list[str]
 
 
 @torch.no_grad()
@@ -77,7 +88,7 @@ def as_lora(
     copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
     if portable:
         pairs = _portable(adapter, pairs)
-    return Plain(_adapter_of(adapter.model, name, pairs, copies), fits)
+    return Plain(of_pairs(adapter.model, name, pairs, copies), fits)
 
 
 @torch.no_grad()
@@ -124,7 +135,48 @@ def combine(
     for path, changes in parts.items():
         whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
         pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
-    return Plain(_adapter_of(model, name, pairs, _combined_copies(model, known, weights)), fits)
+    return Plain(of_pairs(model, name, pairs, _combined_copies(model, known, weights)), fits)
+
+
+def of_pairs(
+    model: nn.Module, name: str, pairs: Mapping[str, Pair], copies: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Adapter:
+    """Put plain LoRA of scale 1 with these pairs, by module path, into the model, as the active adapter.
+
+    Args:
+        copies: path → state of the modules trained whole.
+    """
+    sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
+    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
+    return placed(model, name, peft_format.from_files(model, config, tensors, None, f"adapter {name!r}"))
+
+
+def convert(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", alpha: float | None = None) -> Converted:
+    """Put the adapter in another library's file into `model`, as the active one.
+
+    Read are loralib, torchtune, mlx-lm and LyCORIS/kohya; `lorakin.storage.foreign` has the names and the scale of each.
+
+    Args:
+        model: its base.
+        path: the file, or the directory that holds it.
+        name: the name it gets here.
+        alpha: where the file does not say it: the scale is alpha/rank.
+
+    Raises:
+        AdapterError: an unknown format, left-over or misshapen tensors, or a kind of adapter that is no low-rank pair.
+        SettingError: the file needs an alpha.
+    """
+    model = root_of(model)
+    found = read_foreign(Path(path), model, alpha=alpha)
+    sites = {}
+    alphas = {}
+    for at, slots in found.sites.items():
+        scale, rank = found.scales[at], len(slots["A"])
+        plain = scale > 0  # PEFT has no other, so they go into B
+        sites[at] = slots if plain else slots | {"B": scale * slots["B"]}
+        alphas[at] = scale * rank if plain else float(rank)
+    files = peft_format.pairs_to_files(model, sites, alphas=alphas)
+    return Converted(placed(model, name, peft_format.from_files(model, *files, None, str(path))), found.format, found.notes)
 
 
 class _Roots:
@@ -165,9 +217,3 @@ def _combined_copies(
             for key, value in known[one].copy_of(path).state_dict().items():
                 state[key] = state[key] + weight * (value - own[key]) if value.is_floating_point() else value
     return states
-
-
-def _adapter_of(model: nn.Module, name: str, pairs: Mapping[str, Pair], copies: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
-    sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
-    return placed(model, name, peft_format.from_files(model, config, tensors, None, f"adapter {name!r}"))

@@ -39,6 +39,12 @@ class OutputError(LorakinError, OSError):
     """A result that cannot be written where the user asked."""
 
 
+class VerificationError(LorakinError, RuntimeError):
+    """What was written is not the model that was trained, within the tolerance. It was not kept."""
+
+    exit_code = 4
+
+
 class DivergedError(LorakinError, RuntimeError):
     """The loss became NaN or infinite. `step` is the optimizer step (counted from 1) at which it was seen."""
 

@@ -17,14 +17,19 @@ from rich.console import Console
 from torch import Tensor
 
 import lorakin as lk
+from lorakin.serving.export import export
+from lorakin.serving.job import Order
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
-from lorakin.training.merge import merge
 from lorakin.training.models import load_with_adapter
 from lorakin.training.recipe import Recipe, read_recipe
 
 Write = Callable[..., str]
+
+
+def merge(model: str, adapter: str, out: str) -> int:
+    return export(Order(adapter, "merged", out, model)).size
 
 
 @pytest.fixture
@@ -291,7 +296,7 @@ def test_evaluating_what_does_not_suit(sentiment: Recipe, recipe: Recipe) -> Non
 def test_a_merged_model_is_a_plain_directory_with_the_same_output(recipe: Recipe, tmp_path: Path, ids: Tensor) -> None:
     result, _, prepared = run(recipe)
     size = merge(recipe.model, recipe.out, str(tmp_path / "merged"))
-    assert size == sum(p.stat().st_size for p in (tmp_path / "merged").iterdir())
+    assert size == sum(p.stat().st_size for p in (tmp_path / "merged").iterdir() if p.name != "export.json")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = ids % 30
@@ -311,7 +316,7 @@ def test_a_full_disk_leaves_no_half_merged_model(recipe: Recipe, tmp_path: Path)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
     try:
-        with pytest.raises(lk.OutputError, match="cannot write the merged model"):
+        with pytest.raises(lk.OutputError, match="cannot write to --out"):
             merge(recipe.model, recipe.out, str(tmp_path / "merged"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -16,6 +16,13 @@ ChatTemplate = Annotated[
     bool,
     typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
 ]
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", "-m", help=f"{MODEL_HELP} By default the one that the adapter names.")
+]
+NoVerify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Read what was written back, and compare it with the trained model.")
+]
+OtherBase = Annotated[bool, typer.Option("--other-base", help="Also on a base with other weights than the adapter's own.")]
 MaybeAdapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 

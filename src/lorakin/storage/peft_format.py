@@ -712,8 +712,8 @@ def _without_base_embeddings(
             continue
         weight = modules[path].weight
         assert isinstance(weight, Tensor)
-        here = weight.detach().cpu().float()
-        if tensor.shape != here.shape or not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3):
+        here = weight.detach() if weight.is_meta else weight.detach().cpu().float()
+        if tensor.shape != here.shape or (not here.is_meta and not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3)):
             raise AdapterError(
                 f"{where}: it is for another base model: {path} had another weight there, {tuple(tensor.shape)}, perhaps "
                 "because its vocabulary was resized or trained; this model's is "

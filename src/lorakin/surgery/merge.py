@@ -6,11 +6,15 @@ of each adapted weight while merged, and it leaves a tied partner of the weight 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
+from lorakin.family import Pair
 from lorakin.surgery.adapted import Copy, Hung, Site
+from lorakin.surgery.layers import Layer
 
 
 def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
@@ -56,16 +60,37 @@ def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: lis
     if not sites:
         return _copied(base, path, adapters)
     weight, layer = base["weight"], sites[0].layer
-    changed = wide = layer.matrix(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = layer.matrix(weight.detach())
     for site in sites:
-        if site.shape[:2] != wide.shape:
+        if site.shape[:2] != matrix.shape:
             raise StateError(
-                f"{path} is now {' × '.join(map(str, wide.shape))}, but its adapter was made for {site.shape.outputs} × "
+                f"{path} is now {' × '.join(map(str, matrix.shape))}, but its adapter was made for {site.shape.outputs} × "
                 f"{site.shape.inputs}: something, such as resize_token_embeddings, changed it; do that before adapting"
             )
-        folded = site.pair(layer.matrix(weight.detach())).applied_to(wide)
-        changed = folded if changed is wide else changed + (folded - wide)
-    return {"weight": _like(weight, layer.layout(changed, module), path)}
+    return {"weight": folded(weight, layer, module, [site.pair(matrix) for site in sites], path)}
+
+
+def folded(
+    weight: Tensor, layer: type[Layer], module: nn.Module, pairs: Sequence[Pair], path: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`weight` with the pairs folded in, computed in float32 (float64 for a float64 weight) and rounded once.
+
+    Args:
+        weight: as the module holds it.
+        layer: the module's kind.
+        module: gives the layout; its own weight is not read.
+        pairs: over `weight` as a matrix; several add up.
+        path: for the error.
+        dtype: of the result, by default the weight's.
+
+    Raises:
+        StateError: the result would not be finite.
+    """
+    changed = wide = layer.matrix(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+    for pair in pairs:
+        one = pair.applied_to(wide)
+        changed = one if changed is wide else changed + (one - wide)
+    return _like(weight if dtype is None else weight.to(dtype), layer.layout(changed, module), path)
 
 
 def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:

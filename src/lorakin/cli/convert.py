@@ -1,0 +1,34 @@
+"""`lorakin convert`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakin.cli.options import Json, Model, console_for, examples, print_json
+
+EXAMPLES = examples("lorakin convert adapters.safetensors --model smollm2 --out adapter")
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="A file of loralib, torchtune, mlx-lm or kohya, or its directory.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A directory for the adapter.")],
+    alpha: Annotated[float | None, typer.Option(help="Where the file does not say it; the scale is alpha/rank.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read another library's LoRA file and save it in PEFT's layout."""
+    import lorakin as lk
+    from lorakin.training.models import load_model
+
+    converted = lk.convert(load_model(model, "base").model, source, alpha=alpha)
+    converted.adapter.save(out)
+    if as_json:
+        print_json({"out": str(out), "format": converted.format, "notes": converted.notes})
+        return
+    console = console_for(False)
+    console.print(f"{converted.format} adapter in {out}: {converted.adapter}", highlight=False, markup=False)
+    for note in converted.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)

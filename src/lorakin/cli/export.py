@@ -1,0 +1,54 @@
+"""`lorakin export`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorakin.cli.options import Json, MaybeModel, NoVerify, OtherBase, console_for, examples, print_json
+
+EXAMPLES = examples(
+    "lorakin export adapter --to lora --portable --out plain",
+    "lorakin export adapter --to lora --rank 32 --data rows.jsonl --out plain",
+    "lorakin export adapter --to gguf --out for-llama-cpp",
+    "lorakin export adapter --to gguf-merged --dtype q8_0 --out for-ollama",
+)
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(help="An adapter's directory, lorakin's or PEFT's, or a hub id.")],
+    to: Annotated[str, typer.Option("--to", help="lora, merged, gguf or gguf-merged: adapters and whole models.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="A new directory.")],
+    model: MaybeModel = None,
+    rank: Annotated[int | None, typer.Option(help="The largest rank of a module; DoRA needs this or --error.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="The smallest rank whose relative error is at most this, in each module.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Rows like those of training: the outputs on them count, and they are read."),
+    ] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="One rank and scale 1, which vLLM needs.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged).")
+    ] = None,
+    verify: NoVerify = True,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Tolerate a mean KL of so much, in nats, instead of what the precision explains.")
+    ] = None,
+    other_base: OtherBase = False,
+    as_json: Json = False,
+) -> None:
+    """Make of an adapter what others serve: plain LoRA, a merged model, or either as GGUF; compared with the trained model."""
+    from lorakin.serving.export import export
+    from lorakin.serving.job import Order
+
+    order = Order(adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base)
+    exported = export(order)
+    if as_json:
+        print_json(exported.as_dict())
+        return
+    console = console_for(False)
+    for line in exported.lines():
+        console.print(line, highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""Files with which other programs run what was trained here."""

@@ -1,0 +1,133 @@
+"""An adapter as something that is served: plain LoRA, a merged model, or either as GGUF; written, read back, compared, kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lorakin
+from lorakin.errors import AdapterError, OutputError, SettingError
+from lorakin.family.low_rank import Fit
+from lorakin.serving.job import Job, Order
+from lorakin.serving.targets import TARGETS, Target
+from lorakin.serving.verify import Agreement, compare, record, tolerance_for
+from lorakin.storage import directory
+from lorakin.training.models import adapter_directory
+
+REPORT = "export.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written, how near it is, and by module path how near its pairs are (plain LoRA)."""
+
+    order: Order
+    size: int
+    agreement: Agreement | None
+    fits: Mapping[str, Fit]
+
+    def lines(self) -> list[str]:
+        """What a user wants to know."""
+        lines = [f"{self.order.to} in {self.order.out} ({self.size / 2**20:,.1f} MiB)"]
+        if any(fit.error for fit in self.fits.values()):
+            worst = sorted(self.fits.items(), key=lambda item: -item[1].error)[:3]
+            lines.append("nearest pairs, worst first:")
+            lines += [f"  {path}: {_described(fit)}" for path, fit in worst]
+            ranks = [fit.rank for fit in self.fits.values()]
+            lines.append(f"ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all")
+        lines.append("not compared" if self.agreement is None else f"compared with the trained model: {self.agreement}")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report."""
+        return {
+            "lorakin": lorakin.__version__,
+            "order": dataclasses.asdict(self.order),
+            "bytes": self.size,
+            "verified": None if self.agreement is None else self.agreement.as_dict(),
+            "modules": {path: dataclasses.asdict(fit) for path, fit in self.fits.items()},
+        }
+
+
+def _described(fit: Fit) -> str:
+    parts = [f"rank {fit.rank}", f"relative error {fit.error:.3g}"]
+    if fit.output_error is not None:
+        parts.append(f"of the outputs {fit.output_error:.3g}")
+    if fit.gain is not None:
+        parts.append(f"largest |g − 1| {fit.gain:.3g}")
+    return ", ".join(parts)
+
+
+def export(order: Order) -> Exported:
+    """Write what the order asks for into the new directory `order.out`, read it back, and compare.
+
+    Raises:
+        SettingError: an unknown target, or settings that it does not have.
+        AdapterError, ModelError, DataError: something cannot be loaded, or cannot be held by the target.
+        VerificationError: what was written is not the model that was trained. Nothing is kept then.
+        OutputError: `order.out` is not empty or cannot be written.
+    """
+    target = _target(order)
+    files = directory.read(adapter_directory(order.adapter))
+    name = order.model or files.config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{order.adapter} does not say what its base model is; name it with --model")
+    job = Job(order, files, name)
+    with _new_directory(order.out) as partial:
+        transcript = record(job.base(), job.texts()) if order.verify else None
+        target.write(job, partial)
+        agreement = None
+        if transcript is not None:
+            written = target.read(job, partial)
+            agreement = compare(transcript, written)
+            precisions = str(written.dtype).removeprefix("torch."), order.dtype or "float32"
+            is_nearest = any(fit.error > 0 for fit in job.fits.values())
+            agreement.check(tolerance_for(precisions, is_nearest, order.max_kl), f"--to {order.to}")
+        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        exported = Exported(order, size, agreement, job.fits)
+        (partial / REPORT).write_text(json.dumps(exported.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return exported
+
+
+def _target(order: Order) -> type[Target]:
+    """The target, once every setting is one that it has."""
+    if order.to not in TARGETS:
+        raise SettingError(f"--to {order.to} is unknown; there are: {', '.join(TARGETS)}")
+    target = TARGETS[order.to]
+    if order.dtype is not None and order.dtype not in target.dtypes:
+        raise SettingError(f"--to {order.to} writes {', '.join(target.dtypes)}, not --dtype {order.dtype}")
+    given = {"--rank": order.rank, "--error": order.error, "--portable": order.portable or None}
+    if not target.is_pairs and (wrong := [name for name, value in given.items() if value is not None]):
+        raise SettingError(f"--to {order.to} changes the weights themselves, so it has no {wrong[0]}")
+    return target
+
+
+@contextlib.contextmanager
+def _new_directory(out: str) -> Iterator[Path]:
+    """A directory beside `out` that takes its place at the end, and leaves nothing if there is an error."""
+    target = Path(out).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"--out {out} is not empty; choose another directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to --out {out}: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to --out {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

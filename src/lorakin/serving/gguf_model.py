@@ -1,0 +1,206 @@
+"""A whole model as a GGUF file that llama.cpp runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lorakin.errors import ModelError
+from lorakin.serving.gguf_format import (
+    ARCHITECTURES,
+    ELSEWHERE,
+    EMBEDDING,
+    HEAD,
+    TYPES,
+    Stored,
+    architecture_of,
+    check_dtype,
+    gguf_name,
+    row_order,
+    skeleton,
+    write_file,
+)
+from lorakin.serving.gguf_vocabulary import read_vocabulary
+
+_FILE = gguf.LlamaFileType
+_FILE_TYPES = {"f32": _FILE.ALL_F32, "f16": _FILE.MOSTLY_F16, "bf16": _FILE.MOSTLY_BF16, "q8_0": _FILE.MOSTLY_Q8_0}
+_ROTATIONS = ("default", "linear", "yarn", "llama3")
+
+
+def write_model(
+    path: Path, config: Any, tokenizer_dir: Path, tensors: Mapping[str, Tensor], *, dtype: str = "f16", name: str | None = None
+) -> None:
+    """Write a model with its tokenizer as one file. One tensor at a time is in memory beside what `tensors` holds.
+
+    Args:
+        path: the file; one that is there is replaced.
+        config: the model's transformers config.
+        tokenizer_dir: a directory with its tokenizer, as `save_pretrained` writes it.
+        tensors: the weights under transformers' names, a `state_dict()` or a mapping that loads each when asked. A tied head
+            may be left out.
+        dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows that q8_0 does not divide become f16.
+        name: what the file calls the model.
+
+    Raises:
+        ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors that are missing, that
+            the model does not have, or of another shape; NaN, infinity, or numbers too large for `dtype`.
+        OutputError: the file cannot be written.
+        SettingError: an unknown dtype.
+    """
+    check_dtype(dtype, tuple(TYPES))
+    architecture = architecture_of(config)
+    _check(config)
+    stored = _stored(config, tensors, dtype)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
+    writer.add_type(gguf.GGUFType.MODEL)
+    if name is not None:
+        writer.add_name(name)
+    _add_hyperparameters(writer, config)
+    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    read_vocabulary(tokenizer_dir, config.vocab_size).add_to(writer)
+    write_file(path, writer, stored)
+
+
+def _check(config: Any) -> None:
+    """Raises ModelError for what llama.cpp would compute otherwise than transformers, or not load."""
+    kind = config.model_type
+    if not ARCHITECTURES[kind].whole:
+        whole = ", ".join(other for other, one in ARCHITECTURES.items() if one.whole)
+        raise ModelError(f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: {whole}. {ELSEWHERE}")
+    rope = config.rope_parameters
+    rotation = rope.get("rope_type", "default")
+    yarn = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
+    problems = {
+        f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu": config.hidden_act not in ("silu", "swish"),
+        f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}": rotation not in _ROTATIONS,
+        "llama.cpp has Llama 3's rotation for Llama and Mistral only": rotation == "llama3"
+        and kind not in ("llama", "mistral"),
+        f"its yarn rotation sets {', '.join(yarn)}": rotation == "yarn" and bool(yarn),
+        "its yarn rotation is not truncated": rotation == "yarn" and not rope.get("truncate", True),
+        "it rotates a part of each head only": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "llama.cpp has no attention_bias for qwen3": kind == "qwen3" and config.attention_bias,
+        "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2": kind == "qwen2"
+        and _head_dim(config) * config.num_attention_heads != config.hidden_size,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise ModelError(f"this {kind} model cannot be written as GGUF: {problem}")
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Stored]:
+    """The file's tensors, after all were found to be the model's: none missing, none left over."""
+    expected = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
+    names = {key: gguf_name(config, key) for key in expected}
+    if left := [key for key in tensors if key not in expected]:
+        raise ModelError(f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters before")
+    optional = {key for key in names if config.tie_word_embeddings and names[key] == HEAD}
+    for key in optional & set(tensors):
+        embedding = next(other for other in names if names[other] == EMBEDDING)
+        if torch.equal(tensors[key], tensors[embedding]):
+            del expected[key]
+    if missing := [key for key in expected if key not in tensors and key not in optional]:
+        raise ModelError(f"{missing[0]} is missing from the tensors of this {config.model_type} model")
+    stored = []
+    for key, shape in expected.items():
+        if key not in tensors:
+            continue
+        name = names[key]
+        assert name is not None  # of the architectures written whole every tensor has one
+        order = row_order(config, key, shape[0])
+        kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
+        stored.append(Stored(name, shape, kind, _reader(tensors, key, shape, order), key))
+    if config.rope_parameters.get("rope_type") == "llama3":
+        factors = _rope_factors(config)
+        stored.insert(0, Stored("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"))
+    return stored
+
+
+def _reader(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], order: Tensor | None) -> Callable[[], Tensor]:
+    """What loads one tensor in llama.cpp's order of rows, and refuses it if it has another shape than the model's."""
+
+    def read() -> Tensor:
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"{key} has the shape {tuple(tensor.shape)}, the model's config says {shape}")
+        return tensor if order is None else tensor[order.to(tensor.device)]
+
+    return read
+
+
+def _rope_factors(config: Any) -> Tensor:
+    """By what llama.cpp divides each rotation's frequency, (head_dim / 2,) float32, for Llama 3's long contexts."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    dim = _head_dim(config)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    factors: Tensor = (plain / scaled.double()).float()
+    return factors
+
+
+def _add_hyperparameters(writer: Any, config: Any) -> None:
+    """Shapes, norms and rotation under llama.cpp's keys.
+
+    The context is no longer than the sliding window, if there is one: llama.cpp has no window for these architectures, and
+    up to that length there is no difference.
+    """
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+
+
+def read_model(path: Path, source: Path) -> nn.Module:
+    """The model in a file that `write_model` wrote, in float32, as transformers runs it: to see that it is what was meant.
+
+    Args:
+        path: the file.
+        source: the directory of the model that it was made of, for its config.
+
+    Raises:
+        ModelError: the file lacks a tensor of the model, or has another.
+    """
+    config = transformers.AutoConfig.from_pretrained(source)
+    reader = gguf.GGUFReader(path)
+    held = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+    config.tie_word_embeddings = HEAD not in held
+    state = {}
+    for key, tensor in skeleton(config).state_dict().items():
+        name = gguf_name(config, key)
+        if name == HEAD and config.tie_word_embeddings:
+            name = EMBEDDING
+        if name not in held or held[name].shape != tensor.shape:
+            raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
+        order = row_order(config, key, tensor.shape[0])
+        state[key] = held[name] if order is None else held[name][torch.argsort(order)]
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(state)
+    return model

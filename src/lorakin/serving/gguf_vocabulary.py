@@ -1,0 +1,201 @@
+"""A transformers tokenizer as llama.cpp knows it.
+
+Two kinds have a form there. Byte-level BPE, GPT-2's, with one of several ways of cutting text into words first, which
+llama.cpp knows by name; SentencePiece's BPE, Llama 2's, which merges in the order of scores instead of a list of merges.
+Everything is read from the tokenizer as transformers runs it, so that a file says what the model was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import transformers
+
+from lorakin.errors import ModelError
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES, _WORDS = ("ByteLevel", False), ("ByteLevel", True)
+_SPACE = "▁"
+
+Steps = tuple[tuple[Any, ...], ...]
+KNOWN: dict[tuple[Steps, bool], str] = {
+    ((_WORDS,), False): "gpt-2",
+    ((("Digits", True), _WORDS), False): "smollm",
+    ((("Split", _LETTERS + r"\p{N}" + _REST), _BYTES), False): "qwen2",
+    ((("Split", _LETTERS + r"\p{N}{1,3}" + _REST), _BYTES), True): "llama-bpe",
+    ((("Split", _LETTERS + r"\p{N}{1,3}" + _REST), _BYTES), False): "smaug-bpe",
+    ((("Split", _TEKKEN), _BYTES), True): "tekken",
+}
+"""llama.cpp's `tokenizer.ggml.pre` by the steps that cut the text, and whether words in the vocabulary are taken unmerged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says of a tokenizer. `merges` belong to byte-level BPE ("gpt2"), `scores` to SentencePiece ("llama")."""
+
+    model: str
+    pre: str
+    tokens: Sequence[str]
+    types: Sequence[int]
+    merges: Sequence[str]
+    scores: Sequence[float]
+    special: dict[str, int]
+    add_bos: bool
+    add_eos: bool
+    space_prefix: bool
+    template: Any
+
+    def add_to(self, writer: Any) -> None:
+        """Put it into the GGUFWriter's metadata."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        for kind, number in self.special.items():
+            getattr(writer, f"add_{kind}_token_id")(number)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        writer.add_add_space_prefix(self.space_prefix)
+        if self.template:
+            writer.add_chat_template(self.template)
+
+
+def read_vocabulary(directory: Path, size: int) -> Vocabulary:
+    """The tokenizer saved in `directory`, for a model with `size` rows in its embedding.
+
+    Raises:
+        ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{directory} has no tokenizer that can be loaded ({str(error).strip().splitlines()[0]})") from error
+    model, where = parts["model"], f"{directory}: the tokenizer"
+    unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model.get(key) for key in unlike):
+        raise ModelError(f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE only")
+    ids = tokenizer.get_vocab()
+    if max(ids.values()) >= size:
+        raise ModelError(f"{where} has the token {max(ids.values())}, the model's embedding only {size} rows")
+    added = {token["id"]: token for token in parts["added_tokens"]}
+    pieces = bool(model.get("byte_fallback"))
+    tokens, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
+    for token, number in ids.items():
+        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+        if number in added:
+            types[number] = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+            tokens[number] = token if added[number]["special"] else token.replace(_SPACE, " ")
+        if pieces and token == model.get("unk_token"):
+            types[number] = gguf.TokenType.UNKNOWN
+        elif pieces and number not in added and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            types[number] = gguf.TokenType.BYTE
+    before, after = _around(tokenizer, where)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    template = tokenizer.chat_template
+    return Vocabulary(
+        model="llama" if pieces else "gpt2",
+        pre="default" if pieces else _pre(parts, where),
+        tokens=tokens,
+        types=types,
+        merges=[] if pieces else [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges],
+        scores=_scores(tokens, types, merges, where) if pieces else [],
+        special={kind: number for kind, number in known.items() if number is not None},
+        add_bos=before,
+        add_eos=after,
+        space_prefix=pieces and _space_prefix(parts, where),
+        template=[{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else template,
+    )
+
+
+def _around(tokenizer: Any, where: str) -> tuple[bool, bool]:
+    """Whether the tokenizer puts BOS before and EOS after a text.
+
+    Raises:
+        ModelError: it puts anything else there.
+    """
+    plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    for before in ([], [tokenizer.bos_token_id]):
+        for after in ([], [tokenizer.eos_token_id]):
+            if full == before + plain + after:
+                return bool(before), bool(after)
+    raise ModelError(f"{where} turns 'a' into {full}, which is not {plain} with BOS before or EOS after it, as llama.cpp can")
+
+
+def _steps(part: dict[str, Any] | None) -> Steps:
+    """A pre_tokenizer of tokenizer.json in a form to compare: what changes the cut, in order."""
+    if part is None:
+        return ()
+    kind = part["type"]
+    if kind == "Sequence":
+        return tuple(step for inner in part["pretokenizers"] for step in _steps(inner))
+    if kind == "ByteLevel" and not part["add_prefix_space"]:
+        return (("ByteLevel", part.get("use_regex", True)),)
+    if kind == "Digits":
+        return (("Digits", part["individual_digits"]),)
+    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
+        return (("Split", part["pattern"]["Regex"]),)
+    return ((kind, json.dumps(part, sort_keys=True, ensure_ascii=False)),)
+
+
+def _pre(parts: dict[str, Any], where: str) -> str:
+    """llama.cpp's name for how a byte-level tokenizer cuts text into words. It does not normalise; NFC is let pass."""
+    normalizer = parts["normalizer"]
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        raise ModelError(f"{where} normalises text by {normalizer['type']}, which llama.cpp does not for byte-level BPE")
+    steps, unmerged = _steps(parts["pre_tokenizer"]), bool(parts["model"].get("ignore_merges"))
+    if (steps, unmerged) not in KNOWN:
+        raise ModelError(
+            f"{where} cuts text in a way that is not known here under a name of llama.cpp's (ignore_merges: {unmerged}): "
+            f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. Known are: {', '.join(KNOWN.values())}. Use "
+            "llama.cpp's convert_hf_to_gguf.py"
+        )
+    return KNOWN[steps, unmerged]
+
+
+def _space_prefix(parts: dict[str, Any], where: str) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before the text.
+
+    Raises:
+        ModelError: it prepares text in another way than by writing spaces as ▁.
+    """
+    normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    if cutter is None and steps and steps[-1] == replace and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}]):
+        return len(steps) == 2
+    if not steps and cutter and cutter["type"] == "Metaspace" and cutter["replacement"] == _SPACE and not cutter["split"]:
+        return bool(cutter["prepend_scheme"] != "never")
+    prepares = json.dumps([normalizer, cutter], ensure_ascii=False)
+    raise ModelError(f"{where} prepares text as llama.cpp does not for SentencePiece: {prepares}")
+
+
+def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], where: str) -> list[float]:
+    """For each token how early it is merged: 0 for the first, −1 for the next, and single characters last.
+
+    Raises:
+        ModelError: a byte is missing, which llama.cpp needs for characters that are no tokens.
+    """
+    if sum(kind == gguf.TokenType.BYTE for kind in types) != 256:
+        raise ModelError(f"{where} falls back on bytes without having all 256 of them as tokens <0x00> to <0xFF>")
+    order: dict[str, int] = {}
+    for left, right in merges:
+        order.setdefault(left + right, len(order))
+    last = len(order)
+    return [-float(order.get(t, last)) if kind == gguf.TokenType.NORMAL else 0.0 for t, kind in zip(tokens, types, strict=True)]

@@ -1,0 +1,97 @@
+"""An export under way: what is wanted, and the base with its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+
+from lorakin.adapter import Adapter, adapters
+from lorakin.conversion import as_lora
+from lorakin.family.low_rank import Fit
+from lorakin.storage import directory
+from lorakin.training.data import encode, encode_labelled, read_rows
+from lorakin.training.models import Loaded, labels_of, load_with_adapter
+
+CALIBRATION, READING, BATCH = 64, 16, 8
+"""Rows of the data that a nearest pair is fitted to, and that are read to compare."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is wanted, as `lorakin export --help` has it; `None` is the target's default."""
+
+    adapter: str
+    to: str
+    out: str
+    model: str | None = None
+    dtype: str | None = None
+    rank: int | None = None
+    error: float | None = None
+    portable: bool = False
+    data: str | None = None
+    max_kl: float | None = None
+    verify: bool = True
+    other_base: bool = False
+
+
+class Job:
+    """An order under way: the base with its adapter, loaded when first asked for, and what is made of them."""
+
+    def __init__(self, order: Order, files: directory.Files, name: str) -> None:
+        self.order = order
+        self.files = files
+        self.name = name
+        self.fits: Mapping[str, Fit] = {}
+        self._loaded: Loaded | None = None
+
+    def base(self) -> Loaded:
+        """The base with its adapter, in the dtype that the base is stored in."""
+        if self._loaded is None:
+            self._loaded = load_with_adapter(self.name, str(self.files.path), "base", other_base=self.order.other_base)
+        return self._loaded
+
+    def bare(self) -> Loaded:
+        """The base without adapters."""
+        for adapter in adapters(self.base().model).values():
+            adapter.remove()
+        return self.base()
+
+    def forget(self) -> None:
+        """Free the model's memory; it is loaded again when asked for."""
+        self._loaded = None
+
+    def labels(self) -> list[str] | None:
+        """The classes, if the adapter is a classifier's."""
+        return labels_of(self.files) if self.files.config.get("task_type") == "SEQ_CLS" else None
+
+    def plain(self) -> Adapter:
+        """The adapter as plain LoRA, beside itself in the model."""
+        loaded, order = self.base(), self.order
+        fitted = [row["input_ids"] for row in self.rows()[:CALIBRATION]]
+        pad = transformers.DataCollatorWithPadding(loaded.tokenizer)
+        batches = [
+            pad([{"input_ids": ids} for ids in fitted[n : n + BATCH]]).to(loaded.model.device)
+            for n in range(0, len(fitted), BATCH)
+        ]
+        (adapter,) = adapters(loaded.model).values()
+        made = as_lora(adapter, rank=order.rank, error=order.error, batches=batches, portable=order.portable)
+        self.fits = made.fits
+        return made.adapter
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of the data as token ids and labels; none without data."""
+        if self.order.data is None:
+            return []
+        rows, loaded = read_rows(self.order.data), self.base()
+        if rows.is_classification:
+            names = loaded.model.config.id2label
+            return encode_labelled(rows, loaded.tokenizer, 512, [names[n] for n in sorted(names)]).examples
+        return encode(rows, loaded.tokenizer, 512).examples
+
+    def texts(self) -> list[list[int]]:
+        """The token ids to compare on: rows that no pair is fitted to, if there are enough."""
+        rows = self.rows()
+        return [row["input_ids"] for row in (rows[CALIBRATION:] or rows)[:READING]]

@@ -1,0 +1,222 @@
+"""A base model with an adapter folded in, tensor by tensor, straight from the files: neither model is ever whole in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorakin.errors import AdapterError, ModelError
+from lorakin.family import widened
+from lorakin.storage.directory import Files
+from lorakin.storage.fingerprint import difference
+from lorakin.surgery import layers
+from lorakin.surgery.merge import folded
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+"""Files of a model's directory that hold weights; all others go along unchanged."""
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+"""safetensors' words for dtypes."""
+
+
+class NotStreamed(ModelError):
+    """The base is stored in another way than under the model's own names in safetensors, so it must be loaded whole."""
+
+
+class Merged(Mapping[str, Tensor]):
+    """Name → tensor of the merged model, as transformers names and stores it; each is read and folded when it is asked for.
+
+    Raises:
+        NotStreamed: the base is not stored under the model's own names in safetensors.
+        AdapterError: the adapter does not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        files: Files,
+        labels: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        other_base: bool = False,
+    ) -> None:
+        self.base, self.dtype, self.path = base, dtype, files.path
+        self.model = _skeleton(base, labels)
+        self.config: Any = self.model.config
+        self.contents = files.match(self.model, other_base)
+        self.remembered = None if other_base or files.own is None else files.own.base
+        self.names, self.shards = _where(base, self.model)
+        self._add_what_is_new()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, _ = self.kind(name)
+        if (copied := self._copied(name)) is not None:
+            return copied.to(dtype).contiguous()
+        stored, path = self._stored(name), name.removesuffix(".weight")
+        if path in self.contents.plan.sites and name.endswith(".weight"):
+            return self._folded(path, stored, dtype)
+        return stored.to(dtype).contiguous()
+
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor, without reading it. What the base does not have is of its first tensor's dtype."""
+        copied = self._copied(name)
+        file, key = self.names[name if name in self.names else next(iter(self.names))]
+        with safe_open(self.base / file, framework="pt") as shard:
+            stored = shard.get_slice(key)
+            dtype, shape = BY_NAME[stored.get_dtype()], tuple(stored.get_shape())
+        dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        return dtype, shape if copied is None else tuple(copied.shape)
+
+    def _copied(self, name: str) -> Tensor | None:
+        """The tensor of a module that the adapter trained whole, if it is of one."""
+        for path, state in self.contents.copies.items():
+            if name.startswith(path + "."):
+                return state[name.removeprefix(path + ".")]
+        return None
+
+    def write(self, out: Path) -> None:
+        """Write the model into the directory `out`, shard by shard as the base is, with the base's other files beside it."""
+        for file in self.base.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHTS):
+                shutil.copyfile(file, out / file.name)
+        (out / "config.json").write_text(json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8")
+        total = 0
+        for shard in sorted(set(self.shards.values())):
+            total += self._write_shard(out / shard, [name for name, file in self.shards.items() if file == shard])
+        if (self.base / INDEX).is_file():
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.shards.items()))}
+            (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_shard(self, path: Path, names: Sequence[str]) -> int:
+        """Write a safetensors file one tensor at a time, which its library cannot; returns the bytes of the tensors.
+
+        The format: the header's length (8 bytes, little-endian), the header as JSON, then the tensors without gaps.
+        """
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            dtype, shape = self.kind(name)
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(path, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name in names:
+                tensor = self[name]
+                if (tensor.dtype, tuple(tensor.shape)) != self.kind(name):
+                    raise ModelError(f"{name} is stored with shape {tuple(tensor.shape)}, expected {self.kind(name)[1]}")
+                tensor.view(-1).view(torch.uint8).numpy().tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return end
+
+    def _written_config(self) -> dict[str, Any]:
+        """The base's config.json, with what the merged model is beyond it."""
+        config: dict[str, Any] = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
+        config["architectures"] = [type(self.model).__name__]
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        if self.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        if "id2label" in self.config.to_diff_dict() and type(self.model).__name__.endswith("Classification"):
+            config |= {key: getattr(self.config, key) for key in ("id2label", "label2id")}
+        return config
+
+    def _add_what_is_new(self) -> None:
+        """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
+        last = max(self.shards.values())
+        changed = {f"{path}.weight" for path in self.contents.plan.sites}
+        changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
+        self.untied = False
+        for names in _tied(self.model):
+            if changed & set(names):
+                source = next((self.names[name] for name in names if name in self.names), None)
+                for name in names if source is not None else ():
+                    self.names.setdefault(name, source)  # type: ignore[arg-type]
+                    self.shards.setdefault(name, last)
+                self.untied = True
+                self.config.tie_word_embeddings = False
+        for name in sorted(changed - self.shards.keys()):
+            if name.removesuffix(".weight") in self.contents.plan.sites:
+                raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
+            self.shards[name] = last
+
+    def _stored(self, name: str) -> Tensor:
+        file, key = self.names[name]
+        with safe_open(self.base / file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(key)
+        return tensor
+
+    def _folded(self, path: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        module, method = self.model.get_submodule(path), self.contents.plan.sites[path]
+        kind = layers.kind_of(module)
+        assert kind is not None
+        matrix = kind.matrix(stored)
+        if self.remembered and (apart := difference(self.remembered, {path: matrix})):
+            raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
+        pair = method.pair(widened(self.contents.sites[path]), kind.shape(module), matrix)
+        return folded(stored, kind, module, [pair], path, dtype).contiguous()
+
+
+def _skeleton(base: Path, labels: Sequence[str] | None) -> nn.Module:
+    """The model of a directory, without memory for its weights: a language model, or a classifier with these classes."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(config)
+    return model
+
+
+def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The model's name of each stored tensor → its file and its name there; and → the file that it is to be written to."""
+    if (base / INDEX).is_file():
+        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (base / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise NotStreamed(f"{base} holds no {SINGLE} or {INDEX}")
+    own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
+    names: dict[str, tuple[str, str]] = {}
+    for file in files:
+        with safe_open(base / file, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 - not a mapping
+                known = (name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own)
+                names[next(known, key)] = (file, key)
+    return names, {name: file for name, (file, _) in names.items()}
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one object."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

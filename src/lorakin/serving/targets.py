@@ -1,0 +1,183 @@
+"""What an adapter can be exported to: how each target is written, and how it is read back to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from lorakin.adapter import Adapter, adapters, load
+from lorakin.conversion import of_pairs
+from lorakin.errors import AdapterError, OutputError
+from lorakin.serving import gguf_format, gguf_model, ollama
+from lorakin.serving.job import Job
+from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.training.models import (
+    DTYPES,
+    PACKAGED,
+    Loaded,
+    directory_of,
+    load_model,
+    load_with_adapter,
+    packaged,
+    quiet_loading,
+    stored_labels,
+)
+
+GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
+GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+
+
+class Target:
+    """One kind of result. `dtypes` are those it is written in, the first unless another is asked for."""
+
+    word: ClassVar[str]
+    says: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]]
+    is_pairs: ClassVar[bool]
+    """Whether it holds low-rank pairs beside the base, so that ranks matter."""
+
+    @staticmethod
+    def write(job: Job, folder: Path) -> None:
+        """Write it into the empty directory `folder`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read(job: Job, folder: Path) -> Any:
+        """The model that `folder` holds, ready to answer."""
+        raise NotImplementedError
+
+
+class PlainLoRA(Target):
+    """An adapter's directory that every reader of LoRA knows."""
+
+    word: ClassVar[str] = "lora"
+    says = "a plain LoRA adapter, with --portable for vLLM and llama.cpp"
+    dtypes = ("float32", "float16", "bfloat16")
+    is_pairs = True
+
+    @staticmethod
+    def write(job: Job, folder: Path) -> None:
+        plain = job.plain()
+        if job.order.dtype is not None:
+            _narrow(plain, DTYPES[job.order.dtype])
+        plain.save(folder)
+
+    @staticmethod
+    def read(job: Job, folder: Path) -> Any:
+        model = job.bare().model
+        load(model, folder, other_base=job.order.other_base)
+        return model
+
+
+class MergedModel(Target):
+    """A plain transformers directory that needs lorakin no more."""
+
+    word = "merged"
+    says = "a transformers model with the adapter folded in"
+    dtypes = ("base", "float32", "float16", "bfloat16")
+    is_pairs = False
+
+    @staticmethod
+    def write(job: Job, folder: Path) -> None:
+        job.forget()
+        dtype = DTYPES.get(job.order.dtype or "")
+        try:
+            _merged(job, dtype).write(folder)
+        except NotStreamed:
+            loaded = _folded(job, "base" if dtype is None else "float32")
+            with quiet_loading():
+                loaded.model.to(dtype).save_pretrained(folder)
+                loaded.tokenizer.save_pretrained(folder)
+
+    @staticmethod
+    def read(job: Job, folder: Path) -> Any:
+        return load_model(str(folder), "base", stored_labels(str(folder))).model
+
+
+class GGUFAdapter(Target):
+    """A LoRA for llama.cpp, with a Modelfile for Ollama."""
+
+    word = "gguf"
+    says = "a LoRA adapter for llama.cpp and Ollama"
+    dtypes = ("float32", "float16", "bfloat16")
+    is_pairs = True
+
+    @staticmethod
+    def write(job: Job, folder: Path) -> None:
+        loaded, plain = job.base(), job.plain()
+        if whole := plain.plan.copies:
+            raise AdapterError(f"{', '.join(whole)} is trained whole, which no GGUF adapter holds; use --to gguf-merged")
+        pairs = {path: plain.change_at(path) for path in plain.plan.sites}
+        gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
+        base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()
+        source = str(base) if base.suffix == ".gguf" else "./base.gguf"
+        text = ollama.modelfile(source, f"./{GGUF_ADAPTER}", loaded.tokenizer)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def read(job: Job, folder: Path) -> Any:
+        model = job.bare().model
+        of_pairs(model, "written", gguf_format.read_adapter(folder / GGUF_ADAPTER, model.config))
+        return model
+
+
+class GGUFModel(Target):
+    """A model for llama.cpp, with a Modelfile for Ollama."""
+
+    word = "gguf-merged"
+    says = "a model for llama.cpp and Ollama with the adapter folded in"
+    dtypes = ("float16", "float32", "bfloat16", "q8_0")
+    is_pairs = False
+
+    @staticmethod
+    def write(job: Job, folder: Path) -> None:
+        job.forget()
+        source = directory_of(job.name)
+        tensors: Mapping[str, Tensor]
+        try:
+            tensors = merged = _merged(job, torch.float32)  # the file's dtype is the only rounding
+            config = merged.config
+        except NotStreamed:
+            model = _folded(job, "float32").model
+            tensors, config = model.state_dict(), model.config
+        word = _gguf_word(job, "float16")
+        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=Path(job.name).name)
+        with quiet_loading():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
+
+    @staticmethod
+    def read(job: Job, folder: Path) -> Any:
+        return gguf_model.read_model(folder / GGUF_MODEL, directory_of(job.name))
+
+
+TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
+
+
+def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
+    return Merged(directory_of(job.name), job.files, job.labels(), dtype, job.order.other_base)
+
+
+def _folded(job: Job, dtype: str) -> Loaded:
+    """The whole model in memory, with the adapter folded in."""
+    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base)
+    for adapter in adapters(loaded.model).values():
+        adapter.merge(permanent=True)
+    return loaded
+
+
+def _gguf_word(job: Job, default: str) -> str:
+    return GGUF_WORDS[job.order.dtype or default]
+
+
+def _narrow(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Give all tensors one dtype; refused if a number becomes infinite."""
+    for name, parameter in adapter.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if not torch.isfinite(parameter).all():
+            raise OutputError(f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype")

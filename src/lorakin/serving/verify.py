@@ -1,0 +1,163 @@
+"""Proof that what was written is the model that was trained: both read the same prompts, and their logits are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import VerificationError
+from lorakin.surgery.mode import in_mode
+from lorakin.training.data import prompt_ids
+from lorakin.training.models import Loaded
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "def add(a, b):\n    return",
+    "List three fruits.",
+    "Translate to German: Good morning, how are you?",
+    "A train leaves at 9:40 and arrives at 11:05. How long does the journey take?",
+    "The film was far too long, and yet I would watch it again.",
+    "Explain in simple words why the sky is blue.",
+)
+CONTINUATION = 16
+LONGEST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What the target's precision may change: the largest logit difference as a share of the largest logit, and the mean KL."""
+
+    logit: float
+    divergence: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-6),
+    "float16": Tolerance(2e-2, 3e-4),
+    "bfloat16": Tolerance(2e-1, 1e-2),
+    "q8_0": Tolerance(2e-1, 1e-2),
+}
+"""By the less precise of what is compared; docs/exporting.md has what was measured."""
+NEAREST = Tolerance(float("inf"), 2e-2)
+"""Of a nearest pair, which is not exact in any precision: so far KL alone decides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """What the trained model said: per text its token ids and its logits at each place, (places, vocabulary) or (classes,)."""
+
+    texts: list[list[int]]
+    logits: list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far two models' logits are apart, over `places` places of the same texts.
+
+    `divergence` is the mean of KL(trained ‖ written) in nats, `tokens` the share of places where both find the same token (or
+    class) the most likely.
+    """
+
+    largest: float
+    mean: float
+    divergence: float
+    tokens: float
+    places: int
+    largest_logit: float
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For the report."""
+        return {
+            "max_logit_difference": self.largest,
+            "mean_logit_difference": self.mean,
+            "mean_kl": self.divergence,
+            "token_agreement": self.tokens,
+            "places": self.places,
+            "largest_logit": self.largest_logit,
+        }
+
+    def check(self, tolerance: Tolerance, what: str) -> None:
+        """Raises VerificationError if the two are further apart than `tolerance`."""
+        share = self.largest / max(self.largest_logit, 1e-30)
+        if share <= tolerance.logit and self.divergence <= tolerance.divergence:
+            return
+        raise VerificationError(
+            f"{what} is not the model that was trained: {self}. Tolerated are a KL of {tolerance.divergence:g} and a logit "
+            f"difference of {tolerance.logit:g} times the largest logit ({tolerance.logit * self.largest_logit:.3g}). Nothing "
+            "was kept; --max-kl allows more, --no-verify leaves this check out"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.largest:.3g} (mean {self.mean:.2g}, largest logit {self.largest_logit:.3g}), "
+            f"KL {self.divergence:.2g}, same token in {self.tokens:.2%} of {self.places} places"
+        )
+
+
+def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | None) -> Tolerance:
+    """What is tolerated between models of these precisions, or where pairs are only near; `max_kl` overrules both."""
+    if max_kl is not None:
+        return Tolerance(float("inf"), max_kl)
+    if is_nearest:
+        return NEAREST
+    known = [TOLERANCES[precision] for precision in precisions if precision in TOLERANCES]
+    return max(known, key=lambda tolerance: tolerance.logit, default=TOLERANCES["float32"])
+
+
+def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
+    """Let the model read `texts` (token ids), or `PROMPTS` and what it says to them."""
+    chosen = [list(text)[:LONGEST] for text in texts] or _own_texts(loaded)
+    return Transcript(chosen, logits_of(loaded.model, chosen))
+
+
+def compare(transcript: Transcript, model: Any) -> Agreement:
+    """How far `model` is from the one that the transcript is of."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    largest = top = 0.0
+    count = numbers = 0
+    for trained, written in zip(transcript.logits, logits_of(model, transcript.texts), strict=True):
+        difference = (trained - written).abs()
+        divergence, same = _divergence(trained, written)
+        sums += torch.stack([difference.double().sum(), divergence.sum(), same.double().sum()])
+        worst = float(difference.max())
+        largest = worst if worst != worst else max(largest, worst)  # NaN stays
+        top = max(top, float(trained.abs().max()))
+        count, numbers = count + len(divergence), numbers + difference.numel()
+    return Agreement(largest, float(sums[0]) / numbers, float(sums[1]) / count, float(sums[2]) / count, count, top)
+
+
+def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(trained ‖ written) and whether the most likely token is the same, at each place."""
+    rows, others = trained.reshape(-1, trained.shape[-1]).double(), written.reshape(-1, written.shape[-1]).double()
+    said, heard = rows.log_softmax(-1), others.log_softmax(-1)
+    return (said.exp() * (said - heard)).sum(-1), rows.argmax(-1) == others.argmax(-1)
+
+
+@torch.no_grad()
+def logits_of(model: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The model's logits on each text, in float32 on the CPU."""
+    with in_mode(model, training=False):
+        return [model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu() for ids in texts]
+
+
+def _own_texts(loaded: Loaded) -> list[list[int]]:
+    prompts = [prompt_ids(prompt, loaded.tokenizer) for prompt in PROMPTS]
+    if not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
+        return [prompt[:LONGEST] for prompt in prompts]
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=loaded.model.device)
+        out = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=CONTINUATION,
+            do_sample=False,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+        )
+        texts.append(out[0].tolist())
+    return texts

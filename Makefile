@@ -2,6 +2,7 @@
 # make test       set up .venv, then lint, types and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
+# make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 20 minutes; needs npm)
 # make check      lint and types only
 # make clean      remove what these made
 
@@ -10,12 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sentiment family check clean
+.PHONY: demo test sentiment family interop check clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
 
-test: check
+test: check $(VENV)/.llama
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: $(VENV)/.test
@@ -28,6 +29,9 @@ sentiment: $(VENV)/.train
 
 family: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/family.py --out family
+
+interop: $(VENV)/.test $(VENV)/.llama
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorakin needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 …")'
@@ -43,5 +47,13 @@ $(VENV)/.test: $(VENV)/.train
 	$(PIP) --editable '.[test]'
 	@touch $@
 
+# llama.cpp, prebuilt, from npm: a peer of the tests, which say so where it is missing
+$(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.json $(VENV)/bin/python
+	@mkdir -p $(VENV)/llama && cp tests/peers/llama/package*.json $(VENV)/llama
+	@if command -v npm > /dev/null; \
+	then npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
+	else echo "npm is not installed, so what needs llama.cpp is skipped"; fi
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo family build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo family interop build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

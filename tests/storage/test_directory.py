@@ -102,7 +102,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "initialised with 'pissa', which changes the base weight"),
         ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
         ({"r": 0}, "rank must be a whole number"),
-        ({"r": "three"}, "rank must be a whole number"),
+        ({"r": "three"}, "r is 'three', expected a whole number"),
         ({"lora_alpha": None}, "settings that make no method of this version: alpha must be"),
         ({"target_modules": ["q_proj"]}, "tensors for .* which the config does not target"),
         ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head, but the file has no tensors"),

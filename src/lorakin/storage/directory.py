@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
 from lorakin.storage import peft_format
-from lorakin.storage.fingerprint import difference, fingerprint, own_weights
+from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint, own_weights
 from lorakin.surgery.graft import Graft
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -139,7 +139,10 @@ def _read_own(path: Path) -> peft_format.Own | None:
     own = _read_json(path / OWN)
     if own.get("format") != FORMAT:
         raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
-    for name, digest in dict(own.get("beside") or {}).items():
+    beside = own.get("beside") or {}
+    if not isinstance(beside, dict) or any(name not in (TENSORS, OWN_TENSORS) for name in beside):
+        raise AdapterError(f"{path / OWN} names files that are not an adapter's: {str(beside)[:80]}")
+    for name, digest in beside.items():
         if not (path / name).is_file() or _sha256((path / name).read_bytes()) != digest:
             warnings.warn(
                 f"{path}: {name} is not the one that {OWN} was written with, so what {OWN} says is left aside and the adapter "
@@ -155,13 +158,18 @@ def _read_own(path: Path) -> peft_format.Own | None:
         state = _unpacked(own["state"], more, path) if "state" in own else None
         if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
             raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")
+        base, patterns = own.get("base"), own.get("patterns", [{}, {}])
+        if base is not None and not is_fingerprint(base):
+            raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
+        if len(patterns) != 2 or not all(isinstance(pattern, dict) for pattern in patterns):
+            raise AdapterError(f"{path / OWN}: its patterns are none: {str(patterns)[:80]}")
         if spoilt := [key for key, t in more.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
             raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(members, tensors, own.get("patterns", [{}, {}]), state, own.get("projection"), own.get("base"))
+    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), base)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -224,13 +232,26 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
+        if named := sorted(inner.parent.name for inner in path.parent.glob(f"*/{path.name}")):
+            raise AdapterError(
+                f"{path.parent} holds adapters in directories of their own ({', '.join(named)}); load one of them"
+            ) from None
         raise AdapterError(f"{path.parent} has no {path.name}; is it an adapter's directory?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise AdapterError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key stands twice: readers differ in which one they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands in it twice")
     return content
 
 

@@ -6,6 +6,7 @@ the same base. Rounding to float16 or bfloat16 moves them by 0.2 % at most, anot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,15 @@ def fingerprint(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, An
         "name": getattr(model, "name_or_path", None) or None,
         "weights": {path: sample for path in _spread(list(weights)) if (sample := _sample(weights[path])) is not None},
     }
+
+
+def is_fingerprint(value: Any) -> bool:
+    """Whether `value`, from a file, has the form that `fingerprint` gives."""
+    weights = value.get("weights") if isinstance(value, dict) else None
+    return isinstance(weights, dict) and all(
+        isinstance(numbers, list) and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        for numbers in weights.values()
+    )
 
 
 def difference(remembered: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str | None:

@@ -35,6 +35,7 @@ from lorakin.family import (
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
+from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
 from lorakin.surgery.graft import Graft, Plan, plan_for, spot_of
 from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
@@ -547,7 +548,7 @@ def _expected(plan: Plan, spots: Mapping[str, Spot]) -> dict[str, dict[str, Tens
 def check_config(config: Mapping[str, Any], where: str) -> Form:
     """The form that `adapter_config.json` names, once nothing in it is beyond this version."""
     peft_type = config.get("peft_type")
-    if peft_type not in FORMS:
+    if not isinstance(peft_type, str) or peft_type not in FORMS:
         raise AdapterError(f"{where}: peft_type is {peft_type!r}; this version reads {', '.join(FORMS)}")
     for field, what in UNSUPPORTED.items():
         if config.get(field):
@@ -556,8 +557,10 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
         raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")
     if config.get("use_dora") and config["peft_type"] != LORA.peft_type:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
+    if reason := misfit(config):
+        raise AdapterError(f"{where}: {reason}")
     init = config.get("init_lora_weights", True)
-    if init not in HARMLESS_INITS:
+    if isinstance(init, dict | list) or init not in HARMLESS_INITS:
         raise AdapterError(
             f"{where}: it was initialised with {init!r}, which changes the base weight, so on the plain base it is wrong; "
             "convert it with PEFT (path_initial_model_for_weight_conversion) first"
@@ -626,13 +629,21 @@ def pairs_of(
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
     if form.shared and not any(form.shared.keys() <= slots.keys() for slots in sites.values()):
         return plan, {}
-    return plan, {path: _pair_of_files(plan.sites[path], slots) for path, slots in sites.items()}
+    return plan, {path: _pair_of_files(plan.sites[path], slots, f"{where}: {path}") for path, slots in sites.items()}
 
 
-def _pair_of_files(method: Method, slots: Mapping[str, Tensor]) -> Pair:
-    outputs = len(slots["b"]) if "b" in slots else len(slots["B"] if "B" in slots else slots["P"])
-    inputs = (slots["A"] if "A" in slots else slots["Q"]).shape[1]
-    return method.low_rank({slot: t.float() for slot, t in slots.items()}, Shape(outputs, inputs))
+def _pair_of_files(method: Method, slots: Mapping[str, Tensor], where: str) -> Pair:
+    shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in slots.items())
+    misfit = AdapterError(f"{where}: its tensors make no pair of {method.words}: {shapes}")
+    try:
+        outputs = len(slots["b"]) if "b" in slots else len(slots["B"] if "B" in slots else slots["P"])
+        inputs = (slots["A"] if "A" in slots else slots["Q"]).shape[1]
+        pair = method.low_rank({slot: t.float() for slot, t in slots.items()}, Shape(outputs, inputs))
+    except (RuntimeError, IndexError, KeyError, TypeError):
+        raise misfit from None
+    if pair.up.dim() != 2 or pair.down.dim() != 2 or pair.up.shape[1] != pair.down.shape[0]:
+        raise misfit
+    return pair
 
 
 def _slots(form: Form, layer: type[Layer]) -> Mapping[str, str]:
@@ -772,6 +783,8 @@ def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where
             raise AdapterError(
                 f"{where}: {path}.{key} has shape {tuple(state[key].shape)}, this model's has {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() != state[key].is_floating_point():
+            raise AdapterError(f"{where}: {path}.{key} is {state[key].dtype}, this model's is {tensor.dtype}")
 
 
 def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:

@@ -1,0 +1,227 @@
+"""Every member, trained on SmolLM2, in every other reader: PEFT, plain LoRA, a merged model, llama.cpp. Is it the same model?
+
+    make interop       (or: PYTHONPATH=tests python examples/interop.py [--steps 10] [--out interop])
+
+Each member is trained for a few steps on docstrings by `lorakin train`, exported by `lorakin export`, and read by software
+that is not lorakin's: PEFT loads the adapter, and the plain LoRA in the portable form; transformers loads the merged model;
+llama.cpp (through node) runs the F32 base with the GGUF adapter, and the merged GGUF. All are compared with the trained model
+in float32 on 20 prompts and the 24 tokens that it says to each: the largest difference of a logit, and the share of places with
+the same likeliest token. llama.cpp answers by itself instead: the largest difference of the log-probabilities of the 50
+likeliest tokens, over all places up to where it first says something else, and how many of the 20 answers are the same.
+DoRA has no exact plain LoRA, so it has a table by rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+import lorakin as lk
+from family import TASKS, settings_of, train, write_data
+from lorakin.family import FAMILY, member_named
+from lorakin.serving.export import export
+from lorakin.serving.gguf_model import write_model
+from lorakin.serving.job import Order
+from lorakin.serving.verify import Transcript, compare, logits_of
+from lorakin.training.data import prompt_ids
+from lorakin.training.docstrings import docstring_rows
+from lorakin.training.models import directory_of, load_model
+from peers import llama_cpp
+
+MODEL, TASK = "smollm2", TASKS[0]
+SAID, TOP = 24, 50
+RANKS = (8, 16, 32, 64, 128, 256)
+PROMPTS = (
+    *[row["prompt"] for row in docstring_rows() if len(row["prompt"]) < 240][:12],
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "List three fruits.",
+    "Translate to German: Good morning, how are you?",
+    "A train leaves at 9:40 and arrives at 11:05. How long does the journey take?",
+    "Explain in simple words why the sky is blue.",
+    "The film was far too long, and yet I would watch it again.",
+    "Who wrote Hamlet?",
+)
+
+
+class Trained:
+    """What a trained model says: 20 prompts, the tokens it answers with, its logits on both."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.prompts = [prompt_ids(prompt, tokenizer) for prompt in PROMPTS]
+        texts = [greedy(model, prompt) for prompt in self.prompts]
+        self.said = [text[len(prompt) :] for text, prompt in zip(texts, self.prompts, strict=True)]
+        self.transcript = Transcript(texts, logits_of(model, texts))
+
+    def against(self, model: Any) -> dict[str, Any]:
+        """Figures of a model that transformers runs."""
+        found = compare(self.transcript, model)
+        return {"difference": found.largest, "tokens": found.tokens, "kl": found.divergence}
+
+    def against_llama(self, model: Path, loras: Sequence[Path] = ()) -> dict[str, Any]:
+        """Figures of llama.cpp, which answers by itself: at each place up to where it first says something else."""
+        answers = llama_cpp.run(model, self.prompts, loras=loras, max_tokens=SAID, top=TOP)
+        worst, same, places = 0.0, 0, 0
+        for answer, said, logits in zip(answers, self.said, self.transcript.logits, strict=True):
+            expected = logits[-SAID - 1 : -1].double().log_softmax(-1)
+            for number, (place, ours) in enumerate(zip(answer.logprobs, expected, strict=True)):
+                if answer.tokens[:number] == said[:number]:
+                    worst = max(worst, *(abs(value - float(ours[token])) for token, value in place.items()))
+                    same += answer.tokens[number] == said[number]
+                    places += 1
+        equal = sum(answer.tokens == said for answer, said in zip(answers, self.said, strict=True))
+        return {"difference": worst, "tokens": same / places, "answers": equal}
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    """The prompt and the likeliest `SAID` tokens after it; no token ends them."""
+    ids = torch.tensor([prompt])
+    settings: dict[str, Any] = {"max_new_tokens": SAID, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    return list(out[0].tolist())
+
+
+def base() -> Any:
+    """SmolLM2 in float32, without adapters."""
+    return load_model(MODEL, "float32").model
+
+
+def peft_reads(folder: Path) -> Any:
+    """The base with the adapter in this directory, by PEFT alone."""
+    return peft.PeftModel.from_pretrained(base(), folder).eval()
+
+
+def base_gguf(out: Path) -> Path:
+    """The base as an F32 GGUF file."""
+    path = out / "base.gguf"
+    if not path.is_file():
+        model, source = base(), directory_of(MODEL)
+        write_model(path, model.config, source, model.state_dict(), dtype="f32")
+    return path
+
+
+def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """All figures of one member."""
+    loaded = load_model(MODEL, "float32")
+    plain_model = logits_of(loaded.model, [prompt_ids(PROMPTS[0], loaded.tokenizer)])[0]
+    lk.load(loaded.model, adapter)
+    trained = Trained(loaded.model, loaded.tokenizer)
+    moved = float((logits_of(loaded.model, [trained.prompts[0]])[0] - plain_model).abs().max())
+    del loaded
+    figures: dict[str, dict[str, Any]] = {"trained": {"moved": moved}, "peft": trained.against(peft_reads(adapter))}
+    gained = any("gain" in member_named(one).decides for one in word.split(","))
+    work = out / "work"
+
+    def through(to: str, read: Callable[[Path], dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        shutil.rmtree(work, ignore_errors=True)
+        done = export(Order(str(adapter), to, str(work), MODEL, verify=False, **settings))
+        errors = [fit.error for fit in done.fits.values()]
+        size = sum(file.stat().st_size for file in work.glob("adapter*")) / 2**20
+        more = {"errors": [statistics.median(errors), max(errors)]} if any(errors) else {}
+        return {**read(work), **more, "mib": size}
+
+    figures["merged"] = through("merged", lambda folder: trained.against(load_model(str(folder), "base").model))
+    figures["gguf-merged"] = through(
+        "gguf-merged", lambda folder: trained.against_llama(folder / "model.gguf"), dtype="float32"
+    )
+    for rank in RANKS if gained else (None,):
+        name = "" if rank is None else f" {rank}"
+        figures[f"plain{name}"] = through("lora", lambda folder: trained.against(peft_reads(folder)), rank=rank, portable=True)
+        if rank is None or rank >= RANKS[-1]:
+            figures["gguf"] = through(
+                "gguf",
+                lambda folder: trained.against_llama(base_gguf(out), [folder / "adapter.gguf"]),
+                rank=rank,
+            )
+    shutil.rmtree(work, ignore_errors=True)
+    return figures
+
+
+def cell(figures: dict[str, Any] | None) -> str:
+    """A difference, agreement, and of llama.cpp how many of 20 answers are the same."""
+    if figures is None:
+        return "–"
+    answers = f", {figures['answers']}/{len(PROMPTS)}" if "answers" in figures else ""
+    return f"{figures['difference']:.1e}, {figures['tokens']:.2%}{answers}"
+
+
+def report(results: dict[str, dict[str, dict[str, Any]]], steps: int) -> str:
+    """The tables as Markdown."""
+    versions = (
+        f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"peft {peft.__version__}, lorakin {lk.__version__}"
+    )
+    lines = [
+        versions,
+        "",
+        f"### SmolLM2-135M, each member after {steps} steps: largest difference, places with the same token",
+        "",
+        "| member | changed by | PEFT | plain LoRA, portable, in PEFT | merged, transformers | GGUF adapter, llama.cpp "
+        "| merged GGUF, llama.cpp |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for word, figures in results.items():
+        plain = cell(figures.get("plain")) if "plain" in figures else "by rank, below"
+        gguf = cell(figures["gguf"]) + ("" if "plain" in figures else f" (rank {RANKS[-1]})")
+        cells = [f"`{word}`", f"{figures['trained']['moved']:.1f}", cell(figures["peft"]), plain, cell(figures["merged"])]
+        lines.append(f"| {' | '.join([*cells, gguf, cell(figures['gguf-merged'])])} |")
+    for word, figures in results.items():
+        if "plain" in figures:
+            continue
+        lines += [
+            "",
+            f"### `{word}` as plain LoRA",
+            "",
+            "| rank | relative error of a module, median | worst | largest difference of a logit | KL | same token | MiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for rank in RANKS:
+            one = figures[f"plain {rank}"]
+            median, worst = one["errors"]
+            lines.append(
+                f"| {rank} | {median:.3f} | {worst:.3f} | {one['difference']:.2f} | {one['kl']:.1e} | {one['tokens']:.2%} "
+                f"| {one['mib']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train, export, read, compare; `interop.md` and `interop.json` in the output directory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("interop"))
+    parser.add_argument("--members", default=",".join(member.word for member in FAMILY))
+    arguments = parser.parse_args()
+    if reason := llama_cpp.available():
+        raise SystemExit(f"make interop compares with llama.cpp, but {reason}")
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_data(TASK, out)
+    results: dict[str, Any] = {}
+    for word in arguments.members.split(","):
+        train(TASK, word, out, arguments.steps)
+        known = out / f"{word}.figures.json"
+        if not known.is_file():
+            known.write_text(json.dumps(measured(word, out / word, out)))
+        results[word] = json.loads(known.read_text())
+        print(f"{word}: {settings_of(word, arguments.steps) or ''} {results[word]}", flush=True)
+    (out / "interop.json").write_text(json.dumps(results, indent=2) + "\n")
+    text = report(results, arguments.steps)
+    (out / "interop.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,12 +48,11 @@ $(VENV)/.test: $(VENV)/.train
 	@touch $@
 
 # llama.cpp, prebuilt, from npm: a peer of the tests, which say so where it is missing
-$(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.json $(VENV)/bin/python
+$(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.json | $(VENV)/bin/python
 	@mkdir -p $(VENV)/llama && cp tests/peers/llama/package*.json $(VENV)/llama
-	@if command -v npm > /dev/null; \
-	then npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
-	else echo "npm is not installed, so what needs llama.cpp is skipped"; fi
-	@touch $@
+	@if command -v npm > /dev/null \
+		&& npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
+	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
 
 clean:
 	rm -rf $(VENV) demo family interop build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -38,7 +38,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 8
+    assert len(lines) == 11
     for line in lines:
         arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
         assert run(arguments) == 0, line

@@ -14,10 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import gguf
+import numpy as np
 
 HERE = Path(__file__).parent / "llama"
 SECONDS = 300
@@ -41,6 +46,8 @@ class Answer:
 
 def available() -> str | None:
     """Why llama.cpp cannot run here, or None if it can."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return f"llama.cpp comes prebuilt for Linux on x86-64 here, not for {sys.platform} on {platform.machine()}"
     node = shutil.which("node")
     if node is None:
         return "llama.cpp needs node, which is not installed"
@@ -90,6 +97,28 @@ def run(
         Answer(answer["tokens"], [dict(place) for place in answer["logprobs"]], [dict(place) for place in answer["prompt"]])
         for answer in json.loads(done.stdout)
     ]
+
+
+def dequantise(source: Path, target: Path) -> Path:
+    """Write the GGUF model `source` to `target` with every tensor in float32 and the same metadata, and return `target`.
+
+    llama.cpp then computes what transformers does with the dequantised model, but for the order of its sums.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == gguf.Keys.General.ARCHITECTURE:  # the header's own, and what the writer has put
+            continue
+        value = gguf.LlamaFileType.ALL_F32 if name == gguf.Keys.General.FILE_TYPE else field.contents()
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, values.reshape(tensor.shape[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def _installed() -> Path:

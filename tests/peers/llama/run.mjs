@@ -12,7 +12,6 @@
 //   logprobs    for each, the `top` most likely tokens there as [token, natural log of its probability]
 //   prompt      with `score`, the same for what follows each token of the prompt; else empty
 // llama.cpp's own messages go to stderr.
-import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
 import { text } from "node:stream/consumers";
 import { pathToFileURL } from "node:url";
@@ -28,7 +27,7 @@ const llama = await getLlama({
     gpu: false,
     build: "never",
     skipDownload: true,
-    maxThreads: availableParallelism(),
+    maxThreads: 1, // its threads spin while they wait for each other: on a busy machine more of them take many times longer
     logger: (level, message) => process.stderr.write(`${level}: ${message.trimEnd()}\n`),
 });
 

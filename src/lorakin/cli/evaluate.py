@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, console_for, examples, print_json
+from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, OtherBase, console_for, examples, print_json
 
 EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --adapter adapter --data held_out.jsonl",
@@ -23,6 +23,7 @@ def command(
     loss_on: Annotated[str, typer.Option(help="answer or all.")] = "answer",
     chat_template: ChatTemplate = True,
     dtype: Dtype = "auto",
+    other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Loss and perplexity on the answers of a data set; loss and accuracy for a classifier."""
@@ -39,6 +40,7 @@ def command(
         loss_on=loss_on,
         chat_template=chat_template,
         dtype=dtype,
+        other_base=other_base,
     )
     if as_json:
         print_json({"model": model, "adapter": adapter, "data": data, **figures.as_dict()})

@@ -78,6 +78,7 @@ def evaluate_rows(
     loss_on: str = "answer",
     chat_template: bool = True,
     dtype: str = "auto",
+    other_base: bool = False,
 ) -> Evaluation:
     """Evaluate a model, with an adapter or without, on all rows of a data set.
 
@@ -89,7 +90,7 @@ def evaluate_rows(
     labels = stored_labels(model) if rows.is_classification and adapter is None else None
     if rows.is_classification and adapter is None and labels is None:
         raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
-    loaded = load_with_adapter(model, adapter, dtype, labels)
+    loaded = load_with_adapter(model, adapter, dtype, labels, other_base)
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")

@@ -117,6 +117,68 @@ def test_merge(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.Cap
     assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged")]) == 2
 
 
+def test_export(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    out = tmp_path / "plain"
+    assert run(["export", str(trained), "--to", "lora", "--portable", "-o", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"]["token_agreement"] == 1 and report["order"]["model"] is None, "the adapter names its base"
+    assert report == json.loads((out / "export.json").read_text())
+    assert run(["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "9", "-o", str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().out
+    assert "worst first" in said and "rank 1, relative error 0." in said and "compared with the trained model" in said
+    assert run(["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "1e-9", "-o", str(tmp_path / "two")]) == 4
+    assert "not the model that was trained" in capsys.readouterr().err and not (tmp_path / "two").exists()
+
+
+def test_combine(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "sum")
+    assert run(["combine", f"{trained}=0.25", f"{trained}=0.75", "-m", model_dir, "-o", out]) == 0
+    assert "rank 8, exact" in capsys.readouterr().out
+    one, both = (transformers.AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2))
+    lk.load(one, trained)
+    lk.load(both, out)
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(both(ids).logits, one(ids).logits, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert run(["combine", str(trained), f"{trained}=-1", "--rank", "2", "-m", model_dir, "-o", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == out
+    assert run(["combine", f"{trained}=much", "-m", model_dir, "-o", out]) == 2
+    assert "'much' is no number" in capsys.readouterr().err
+
+
+def test_convert(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((3, 32), (32, 3)))
+    path = "model.layers.1.self_attn.o_proj"
+    torch.save({f"{path}.lora_A": a, f"{path}.lora_B": b}, tmp_path / "lora.pt")
+    out = str(tmp_path / "converted")
+    assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "-o", out]) == 2
+    assert "alpha" in capsys.readouterr().err
+    assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 0
+    assert "loralib adapter" in capsys.readouterr().out
+    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2))
+    lk.load(ours, out)
+    with torch.no_grad():
+        theirs.get_submodule(path).weight += 2 * b @ a
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_another_base(trained: Path, model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    model.save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "other")
+    for command in (["generate", "-p", "the cat", "--max-new-tokens", "2"], ["evaluate", "-d", data]):
+        arguments = [*command, "-m", str(tmp_path / "other"), "-a", str(trained), "--dtype", "float32"]
+        assert run(arguments) == 2
+        assert "5.0% from that one" in capsys.readouterr().err
+        assert run([*arguments, "--other-base"]) == 0
+
+
 def test_inspect(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run(["inspect", str(trained), "--json"]) == 0

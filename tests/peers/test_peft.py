@@ -73,6 +73,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
         {"member": lk.LoRA(1, 3), "targets": ["one", "two", "three", "head"]},
         {"r": 1, "lora_alpha": 3, "target_modules": ["one", "two", "three", "head"]},
     ),
+    "dora-conv1d": (
+        tiny_gpt2,
+        {"member": lk.DoRA(rank=4, alpha=8), "targets": "c_attn"},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "dora-embedding": (
+        lambda: tiny_llama(tied=False),
+        {"member": lk.DoRA(rank=4, alpha=8), "targets": ["embed_tokens", "q_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    ),
+    "dora-convolutions": (
+        lambda: ConvNet("zeros"),
+        {"member": lk.DoRA(rank=1, alpha=3), "targets": ["one", "two", "three", "head"]},
+        {"r": 1, "lora_alpha": 3, "target_modules": ["one", "two", "three", "head"], "use_dora": True},
+    ),
     "head": (
         lambda: tiny_bert(3),
         {"member": lk.LoRA(2, 8), "targets": ["query", "value"], "modules_to_save": ["classifier"]},
@@ -81,10 +96,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
 }
 
 
-def peft_model(make: Callable[[], nn.Module], settings: dict[str, Any]) -> Any:
+def peft_model(make: Callable[[], nn.Module], settings: dict[str, Any], name: str = "default") -> Any:
     """A PEFT model whose adapter tensors are random, as after training."""
     torch.manual_seed(3)
-    model = peft.get_peft_model(make(), peft.LoraConfig(**settings)).eval()
+    model = peft.get_peft_model(make(), peft.LoraConfig(**settings), adapter_name=name).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
@@ -105,13 +120,16 @@ def test_peft_loads_our_files(case: str, tmp_path: Path, ids: Tensor) -> None:
     torch.testing.assert_close(output(theirs, ids), output(model, ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["default", "q_proj"])  # a name that is also a module's, which PEFT itself once mixed up
 @pytest.mark.parametrize("case", CASES)
-def test_we_load_pefts_files(case: str, tmp_path: Path, ids: Tensor) -> None:
+def test_we_load_pefts_files_and_it_ours_again(case: str, name: str, tmp_path: Path, ids: Tensor) -> None:
     make, ours, settings = CASES[case]
-    theirs = peft_model(make, settings)
+    theirs = peft_model(make, settings, name)
     theirs.save_pretrained(tmp_path)
     model = make()
-    adapter = lk.load(model, tmp_path)
+    adapter = lk.load(model, tmp_path if name == "default" else tmp_path / name, name=name)
+    back = peft.PeftModel.from_pretrained(make(), adapter.save(tmp_path / "again"), adapter_name=name).eval()
+    torch.testing.assert_close(output(back, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
     assert set(adapter.plan.sites) == set(lk.adapt(make(), **ours).plan.sites), "the same targets mean the same modules"
     adapter.merge()

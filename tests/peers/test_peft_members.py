@@ -17,6 +17,7 @@ from torch import Tensor
 import lorakin as lk
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from family.problem import randomised
+from lorakin.storage import directory
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -88,6 +89,8 @@ def test_its_files_are_read(case: str, name: str, ids: Tensor, tmp_path: Path) -
     adapter = lk.load(model, tmp_path if name == "default" else tmp_path / name, name=name)
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     assert adapter.method.words == ("lora,dora" if case == "dora" else case)
+    back = peft.PeftModel.from_pretrained(tiny_llama(), directory.save(adapter, tmp_path / "again"), adapter_name=name).eval()
+    torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
@@ -96,8 +99,6 @@ def test_our_files_on_other_layers(case: str, make: Any, ids: Tensor, tmp_path: 
     model = make()
     whole = ["classifier"] if make is tiny_bert else []
     adapter = randomised(lk.adapt(model, CASES[case][0], modules_to_save=whole), 0.1)
-    from lorakin.storage import directory
-
     directory.save(adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)

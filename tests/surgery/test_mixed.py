@@ -165,6 +165,28 @@ def test_contexts_nest_and_an_error_leaves_nothing_behind() -> None:
         assert torch.equal(model(ids).logits, plain)
 
 
+def test_inside_no_adapter_comes_or_goes_but_one_may_be_disabled() -> None:
+    model = filled(tiny_llama(), ["one", "two"])
+    one = lk.adapters(model)["one"]
+    ids = torch.arange(3, 13).view(2, -1)
+    with torch.no_grad(), lk.mixed_batch(model, ["one", "two"]):
+        both = model(ids).logits
+        for forbidden in (
+            lambda: lk.adapt(model, lk.LoRA(2), name="three"),
+            one.remove,
+            one.merge,
+            lambda: lk.activate(model, "one"),
+        ):
+            with pytest.raises(lk.StateError, match="inside mixed_batch"):
+                forbidden()
+        with one.disabled():
+            off = model(ids).logits
+        assert torch.equal(model(ids).logits, both)
+        with lk.mixed_batch(model, [None, "two"]):
+            torch.testing.assert_close(off, model(ids).logits)
+    one.remove()
+
+
 class Gathering(nn.Module):
     """Calls a layer with other rows than the batch's, as routed experts are called."""
 

@@ -45,6 +45,7 @@ class Registry:
     requires_grad: dict[str, bool] = dataclasses.field(default_factory=dict)
     hook: Any = None
     tied: bool = False
+    mixed: int = 0
 
 
 def plan(
@@ -190,6 +191,7 @@ class Graft:
         Merged weights are restored first.
         """
         self._require_present()
+        _check_unmixed(_registry(self.model), "removed")
         if any(self.name in h.merged for h in self._hung_if_there()):
             self.unmerge()
         for path in self._paths():
@@ -300,6 +302,7 @@ class Graft:
                 `permanent` while another adapter is merged.
         """
         self._require_present()
+        _check_unmixed(_registry(self.model), "merged")
         if self._disabled:
             raise StateError(f"adapter {self.name!r} is disabled at the moment; merge it outside of disabled()")
         if permanent and (others := [n for n, g in _registry(self.model).grafts.items() if g is not self and g.is_merged]):
@@ -424,6 +427,7 @@ class Graft:
         if merged := [name for name, graft in registry.grafts.items() if graft.is_merged]:
             raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before adding another")
         _check_unmoved(registry.grafts, "adding another")
+        _check_unmixed(registry, "added")
         return registry
 
 
@@ -479,6 +483,11 @@ class SitePlace:
         module.lorakin.unmoved = {}
 
 
+def _check_unmixed(registry: Registry, what: str) -> None:
+    if registry.mixed:
+        raise StateError(f"inside mixed_batch the adapters are what they were when it began; none can be {what}")
+
+
 def _check_unmoved(known: Mapping[str, Graft], purpose: str) -> None:
     if moved := [name for name, graft in known.items() if graft.has_moved_base]:
         raise StateError(
@@ -503,6 +512,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = check_switchable(model, names)
+    _check_unmixed(_registry(model), "switched")
     replaced: dict[str, str] = {}
     for name in names:
         for path in known[name].plan.copies:
@@ -533,6 +543,17 @@ def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Gra
     if len(known) > 1 or not names:
         _check_unmoved(known, "switching")
     return known
+
+
+@contextlib.contextmanager
+def mixing(model: nn.Module) -> Iterator[list[Hung]]:
+    """Inside, no adapter comes, goes, is merged or switched. Yields what hangs on the model's modules."""
+    registry = _registry(model)
+    registry.mixed += 1
+    try:
+        yield [hung for graft in registry.grafts.values() for hung in graft._hung_if_there()]
+    finally:
+        registry.mixed -= 1
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.family.low_rank import padded
-from lorakin.surgery.adapted import Hung, Site, is_adapted
-from lorakin.surgery.graft import check_switchable, grafts
+from lorakin.surgery.adapted import Hung, Site
+from lorakin.surgery.graft import check_switchable, mixing
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 
 FEW_TOKENS = 4
@@ -72,10 +72,9 @@ class Rows:
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """The output of an adapted module, of which `base` is the base's."""
-        numbers, stack = self.numbers_for(x, module), self.stacks.get(id(module))
-        if stack is None or module.training:
-            hung = module.lorakin
-            sites = [hung[name] if name is not None and name in hung else None for name in self.names]
+        numbers, stack, hung = self.numbers_for(x, module), self.stacks.get(id(module)), module.lorakin
+        if stack is None or module.training or hung.off:
+            sites = [hung[name] if name is not None and name in hung and name not in hung.off else None for name in self.names]
             there = [site for site in sites if site is not None]
             if not there:
                 return base
@@ -84,7 +83,7 @@ class Rows:
             if plain or module.training:
                 return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
             stack = _stack(module, sites)
-            if not trains:
+            if not trains and not hung.off:
                 self.stacks[id(module)] = stack
         return self._stacked(stack, module, x, base, numbers)
 
@@ -98,7 +97,7 @@ class Rows:
     def _each(self, hung: Hung, base: Tensor, numbers: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
         out = base
         for number, name in enumerate(self.names):
-            if name is not None and name in hung and len(rows := (numbers == number).nonzero()[:, 0]):
+            if name is not None and name in hung and name not in hung.off and len(rows := (numbers == number).nonzero()[:, 0]):
                 out = out.index_copy(0, rows, call(hung[name], rows).to(out.dtype))
         return out
 
@@ -138,19 +137,17 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise SettingError(f"expected a list with an adapter's name, or None, for each row, not {names!r}")
     check_switchable(model, [name for name in names if name is not None])
     rows = Rows(names)
-    known = grafts(model)
-    paths = dict.fromkeys(path for name in known for path in (*known[name].plan.sites, *known[name].plan.copies))
-    hung = [module.lorakin for path in paths if is_adapted(module := model.get_submodule(path))]
-    before = [h.rows for h in hung]  # type: ignore[union-attr]
-    hook = model.register_forward_pre_hook(rows.note_batch, with_kwargs=True)
-    for h in hung:
-        h.rows = rows  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        hook.remove()
-        for h, was in zip(hung, before, strict=True):
-            h.rows = was  # type: ignore[union-attr]
+    with mixing(model) as hung:
+        before = [one.rows for one in hung]
+        hook = model.register_forward_pre_hook(rows.note_batch, with_kwargs=True)
+        for one in hung:
+            one.rows = rows
+        try:
+            yield
+        finally:
+            hook.remove()
+            for one, was in zip(hung, before, strict=True):
+                one.rows = was
 
 
 @torch.no_grad()

@@ -354,3 +354,30 @@ class TestComparing:
     )
     def test_which_tolerance(self, precisions: Any, near: bool, max_kl: float | None, want: verify.Tolerance) -> None:
         assert verify.tolerance_for(precisions, near, max_kl) == want
+
+
+def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    randomise(lk.adapt(tiny_llama(), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].to(
+        torch.float8_e4m3fn
+    )
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    merged = Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
+    with pytest.raises(
+        lk.ModelError, match=r"layers\.0\.self_attn\.q_proj is stored as torch.float8.*before that is quantised"
+    ):
+        merged["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_an_index_that_points_elsewhere(base_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(base_dir, tmp_path / "base")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: f"../base/{file}" for key, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
+    with pytest.raises(lk.ModelError, match="a file outside of it"):
+        export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False))

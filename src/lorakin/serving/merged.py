@@ -177,6 +177,11 @@ class Merged(Mapping[str, Tensor]):
         module, method = self.model.get_submodule(path), self.contents.plan.sites[path]
         kind = layers.kind_of(module)
         assert kind is not None
+        if stored.shape != module.weight.shape or not stored.is_floating_point() or stored.element_size() < 2:
+            raise ModelError(
+                f"{path} is stored as {stored.dtype}, {tuple(stored.shape)}, which is no plain weight of this model; an "
+                "adapter is folded into the base before that is quantised"
+            )
         matrix = kind.matrix(stored)
         if self.remembered and (apart := difference(self.remembered, {path: matrix})):
             raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
@@ -186,13 +191,16 @@ class Merged(Mapping[str, Tensor]):
 
 def _skeleton(base: Path, labels: Sequence[str] | None) -> nn.Module:
     """The model of a directory, without memory for its weights: a language model, or a classifier with these classes."""
-    config = transformers.AutoConfig.from_pretrained(base)
-    if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: number for number, label in enumerate(labels)}
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return model
 
 
@@ -204,6 +212,8 @@ def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], di
         files = [SINGLE]
     else:
         raise NotStreamed(f"{base} holds no {SINGLE} or {INDEX}")
+    if strange := [file for file in files if Path(file).name != file]:
+        raise ModelError(f"{base / INDEX} names a file outside of it: {strange[0]}")
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
     names: dict[str, tuple[str, str]] = {}
     for file in files:

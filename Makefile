@@ -20,8 +20,8 @@ test: check $(VENV)/.llama
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: $(VENV)/.test
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 sentiment: $(VENV)/.train

@@ -122,6 +122,12 @@ def test_what_the_portable_form_cannot_hold() -> None:
         lk.as_lora(adapter, portable=True)
 
 
+def test_a_rank_beyond_what_vllm_serves() -> None:
+    adapter = lk.adapt(tiny_llama(), lk.VeRA(rank=600), targets="q_proj")
+    with pytest.warns(lk.LorakinWarning, match="rank 600, and vLLM serves 512"):
+        lk.as_lora(adapter, portable=True)
+
+
 DORAS: dict[str, Any] = {
     "dora": lk.DoRA(rank=4),
     "dora,lora+": [lk.DoRA(rank=4), lk.LoRAPlus()],

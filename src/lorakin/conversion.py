@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.adapter import Adapter, adapters, placed
-from lorakin.errors import SettingError, StateError
+from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
 from lorakin.storage import peft_format
@@ -22,6 +23,8 @@ from lorakin.surgery.samples import input_samples
 
 KERNEL = 8
 """Portable ranks are multiples of it, which suits the kernels that serve them."""
+LARGEST = 512
+"""The largest rank that vLLM serves."""
 
 
 class Plain(NamedTuple):
@@ -201,8 +204,14 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
     if strange:
         raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
-    most = max(1, *(pair.down.shape[0] for pair in pairs.values()))
-    return {path: padded(pair, -(-most // KERNEL) * KERNEL) for path, pair in pairs.items()}
+    most = -(-max(1, *(pair.down.shape[0] for pair in pairs.values())) // KERNEL) * KERNEL
+    if most > LARGEST:
+        warnings.warn(
+            f"the portable form has rank {most}, and vLLM serves {LARGEST} at most; rank=… (--rank) makes it smaller",
+            LorakinWarning,
+            stacklevel=3,
+        )
+    return {path: padded(pair, most) for path, pair in pairs.items()}
 
 
 def _combined_copies(

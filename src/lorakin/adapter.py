@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
 from lorakin.surgery.energy import energies
 from lorakin.surgery.graft import Graft
-from lorakin.surgery.mixed import mixed
+from lorakin.surgery.mixed import MixedBatch
 from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
@@ -331,18 +331,21 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     surgery.activate(surgery.root_of(model), names)
 
 
-def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+def mixed_batch(model: nn.Module, names: Iterable[str | None]) -> contextlib.AbstractContextManager[None]:
     """`with mixed_batch(model, ["a", None, "b"]): model(…)`: row n uses the adapter `names[n]` alone, None being the base.
 
-    Also in `generate`, with beams or several sequences a row. Any method's adapters go together; for inference the pairs of a
-    linear layer are stacked, which is much faster than running the adapters one after the other. Contexts nest.
+    Also in `generate`: a batch of k times as many rows, as beams make, takes each name k times in a row. Any method's adapters
+    go together. For inference the pairs of a linear layer are stacked when it is first called, and kept while nothing in them
+    trains: do not change their tensors inside. Contexts nest, and one may be entered again; one thread at a time. Training
+    works too, if the backward pass is inside. Modules must have the batch as their first dimension.
 
     Args:
         model: holds the adapters, none of them merged.
         names: one for each row of the batch.
 
     Raises:
-        SettingError: an unknown name; in the forward, a batch with another number of rows.
-        StateError: an adapter is merged or has moved the base weights; in the forward, a module whose rows are not the batch's.
+        SettingError: an unknown name; in the forward, a batch whose rows are no multiple of the names.
+        StateError: an adapter is merged or has moved the base weights, or another thread is in such a context; inside, adding,
+            removing, merging or switching adapters; in the forward, a module whose rows are not the batch's.
     """
-    return mixed(surgery.root_of(model), names)
+    return MixedBatch(surgery.root_of(model), names)

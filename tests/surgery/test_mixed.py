@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from lorakin.surgery.graft import hanging
 
 MEMBERS: dict[str, Any] = {
     "one": lk.LoRA(4, 8),
@@ -187,6 +190,64 @@ def test_inside_no_adapter_comes_or_goes_but_one_may_be_disabled() -> None:
     one.remove()
 
 
+def test_autocast_other_precisions_and_positions_that_all_rows_share() -> None:
+    ids = torch.randint(3, 64, (len(ROWS), 6), generator=torch.Generator().manual_seed(1))
+    model = filled(tiny_llama())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = one_by_one(model, ROWS, lambda rows: model(ids[rows]).logits)
+        for length in (6, 2):
+            with lk.mixed_batch(model, ROWS):
+                torch.testing.assert_close(model(ids[:, :length]).logits, want[:, :length], rtol=0.05, atol=0.05)
+    model = filled(tiny_gpt2(), ["one", "two"], targets=["wpe", "c_attn"])
+    names: list[str | None] = ["two", None, "one", "two"]
+    want = one_by_one(model, names, lambda rows: model(ids[rows]).logits)
+    with torch.no_grad(), lk.mixed_batch(model, names):
+        torch.testing.assert_close(model(ids[:4]).logits, want, rtol=0, atol=1e-5)
+
+
+def test_one_context_again_and_others_left_in_another_order() -> None:
+    model = filled(tiny_llama(), ["one", "two"])
+    lk.activate(model, [])
+    ids = torch.arange(3, 23).view(4, -1)
+    first, second = lk.mixed_batch(model, (name for name in ["one", "two", None, None])), lk.mixed_batch(model, ["two"] * 2)
+    with torch.no_grad():
+        base = model(ids).logits
+        with first:
+            want = model(ids).logits
+        with first:
+            assert torch.equal(model(ids).logits, want)
+            with pytest.raises(lk.StateError, match="entered already"):
+                first.__enter__()
+        first.__enter__()
+        second.__enter__()
+        assert model(ids[:2]).logits.shape[0] == 2, "the inner one has other rows"
+        first.__exit__(None, None, None)
+        assert not torch.allclose(model(ids[:2]).logits, base[:2])
+        copied = copy.deepcopy(model)
+        second.__exit__(None, None, None)
+        assert torch.equal(model(ids).logits, base) and torch.equal(copied(ids).logits, base)
+        lk.activate(copied, "one")
+
+
+def test_another_thread_is_kept_out() -> None:
+    model = filled(tiny_llama(), ["one"])
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with lk.mixed_batch(model, ["one"]):
+                pass
+        except lk.StateError as error:
+            errors.append(error)
+
+    with lk.mixed_batch(model, ["one"]):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert "another thread" in str(errors[0])
+    assert all(hung.rows is None for hung in hanging(model))
+
+
 class Gathering(nn.Module):
     """Calls a layer with other rows than the batch's, as routed experts are called."""
 
@@ -202,9 +263,9 @@ def test_what_cannot_be_mixed() -> None:
     model = filled(tiny_llama(), ["one", "two"])
     with pytest.raises(lk.SettingError, match="no adapter 'three'"), lk.mixed_batch(model, ["three"]):
         pass
-    for names in ("one", []):
-        with pytest.raises(lk.SettingError, match="for each row"), lk.mixed_batch(model, names):
-            pass
+    for names in ("one", [], [3]):
+        with pytest.raises(lk.SettingError, match="for each row"):
+            lk.mixed_batch(model, names)  # type: ignore[arg-type]
     lk.activate(model, "one")
     lk.adapters(model)["one"].merge()
     with pytest.raises(lk.StateError, match="merged"), lk.mixed_batch(model, ["one"]):

@@ -37,6 +37,9 @@ class Plan:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+NONE_HERE = "none (name the model that was adapted, not a part of it or what wraps it)"
+
+
 @dataclasses.dataclass
 class Registry:
     """What a model remembers about the adapters in it, in its attribute `_lorakin`."""
@@ -45,7 +48,6 @@ class Registry:
     requires_grad: dict[str, bool] = dataclasses.field(default_factory=dict)
     hook: Any = None
     tied: bool = False
-    mixed: int = 0
 
 
 def plan(
@@ -191,7 +193,7 @@ class Graft:
         Merged weights are restored first.
         """
         self._require_present()
-        _check_unmixed(_registry(self.model), "removed")
+        _check_unmixed(self.model, "removed")
         if any(self.name in h.merged for h in self._hung_if_there()):
             self.unmerge()
         for path in self._paths():
@@ -302,7 +304,7 @@ class Graft:
                 `permanent` while another adapter is merged.
         """
         self._require_present()
-        _check_unmixed(_registry(self.model), "merged")
+        _check_unmixed(self.model, "merged")
         if self._disabled:
             raise StateError(f"adapter {self.name!r} is disabled at the moment; merge it outside of disabled()")
         if permanent and (others := [n for n, g in _registry(self.model).grafts.items() if g is not self and g.is_merged]):
@@ -427,7 +429,7 @@ class Graft:
         if merged := [name for name, graft in registry.grafts.items() if graft.is_merged]:
             raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before adding another")
         _check_unmoved(registry.grafts, "adding another")
-        _check_unmixed(registry, "added")
+        _check_unmixed(self.model, "added")
         return registry
 
 
@@ -483,8 +485,8 @@ class SitePlace:
         module.lorakin.unmoved = {}
 
 
-def _check_unmixed(registry: Registry, what: str) -> None:
-    if registry.mixed:
+def _check_unmixed(model: nn.Module, what: str) -> None:
+    if any(hung.rows is not None for hung in hanging(model)):
         raise StateError(f"inside mixed_batch the adapters are what they were when it began; none can be {what}")
 
 
@@ -512,7 +514,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = check_switchable(model, names)
-    _check_unmixed(_registry(model), "switched")
+    _check_unmixed(model, "switched")
     replaced: dict[str, str] = {}
     for name in names:
         for path in known[name].plan.copies:
@@ -537,7 +539,7 @@ def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Gra
     known = _registry(model).grafts
     for name in names:
         if name not in known:
-            raise SettingError(f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
+            raise SettingError(f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or NONE_HERE}")
     if merged := [name for name, graft in known.items() if graft.is_merged]:
         raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
     if len(known) > 1 or not names:
@@ -545,15 +547,10 @@ def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Gra
     return known
 
 
-@contextlib.contextmanager
-def mixing(model: nn.Module) -> Iterator[list[Hung]]:
-    """Inside, no adapter comes, goes, is merged or switched. Yields what hangs on the model's modules."""
-    registry = _registry(model)
-    registry.mixed += 1
-    try:
-        yield [hung for graft in registry.grafts.values() for hung in graft._hung_if_there()]
-    finally:
-        registry.mixed -= 1
+def hanging(model: nn.Module) -> list[Hung]:
+    """What hangs on the model's modules, once each."""
+    found = [hung for graft in _registry(model).grafts.values() for hung in graft._hung_if_there()]
+    return list(dict.fromkeys(found))
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -8,8 +8,8 @@ adapter by adapter over its rows, in the ordinary way.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.family.low_rank import padded
 from lorakin.surgery.adapted import Hung, Site
-from lorakin.surgery.graft import check_switchable, mixing
+from lorakin.surgery.graft import check_switchable, hanging
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 
 FEW_TOKENS = 4
@@ -34,72 +34,121 @@ class Stack(NamedTuple):
     gain: Tensor | None
 
 
-class Rows:
-    """Which adapter each row of a batch uses: `names[numbers[row]]`."""
+class MixedBatch:
+    """Which adapter each row of a batch uses, as a context: inside, row n of every batch uses `wanted[n]` alone.
 
-    def __init__(self, wanted: Sequence[str | None]) -> None:
-        self.wanted = tuple(wanted)
-        self.names: list[str | None] = list(dict.fromkeys(wanted))
-        self.numbers = torch.tensor([self.names.index(name) for name in wanted])
-        self.sizes: set[int] = {len(self.wanted)}
+    See `lorakin.mixed_batch`. The contexts of one model share `open`, those entered and not yet left, the last of which counts.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Iterable[str | None]) -> None:
+        self.model = model
+        self.wanted = () if isinstance(wanted, str) else tuple(wanted)
+        if not self.wanted or not all(name is None or isinstance(name, str) for name in self.wanted):
+            raise SettingError(f"expected a list with an adapter's name, or None, for each row, not {wanted!r}")
+        self.names: list[str | None] = list(dict.fromkeys(self.wanted))
+        self.numbers = torch.tensor([self.names.index(name) for name in self.wanted])
+        self._check()
+
+    def _check(self) -> None:
+        check_switchable(self.model, [name for name in self.names if name is not None])
+
+    def __enter__(self) -> None:
+        self._check()
+        self.hung = hanging(self.model)
+        others: list[MixedBatch] = next((one.rows.open for one in self.hung if one.rows is not None), [])
+        if self in others:
+            raise StateError("this mixed batch is entered already; make another with mixed_batch")
+        if any(other.thread != threading.get_ident() for other in others):
+            raise StateError("another thread has a mixed batch on this model; one model serves one thread at a time")
+        self.thread = threading.get_ident()
+        self.open = others
+        self.open.append(self)
+        self.sizes = {len(self.wanted)}
         self.stacks: dict[int, Stack] = {}
         self.spread: dict[tuple[int, torch.device], Tensor] = {}
         self.masks: dict[tuple[int, torch.device, torch.dtype, int], Tensor] = {}
+        self.hook = self.model.register_forward_pre_hook(lambda *called: self._note_batch(*called), with_kwargs=True)
+        self._let_count()
 
-    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+        self.open.remove(self)
+        self._let_count()
+
+    def _let_count(self) -> None:
+        """The last one entered counts, whatever order they are left in."""
+        for one in self.hung:
+            one.rows = self.open[-1] if self.open else None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model is in no context; the hook, a function, goes along and does nothing there."""
+
+    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: learn the batch's size and length."""
         tensors = [kwargs[key] for key in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(key), Tensor)]
         first = next(iter(tensors or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]), None)
-        if first is None:
+        if first is None or module is not self.model or self is not self.open[-1]:
             return
         rows = first.shape[0]
         if rows % len(self.wanted):
             raise SettingError(f"the batch has {rows} rows, but adapters are named for {len(self.wanted)}")
         self.sizes = {len(self.wanted), rows, rows * first.shape[1] if first.dim() > 1 else rows}
 
-    def numbers_for(self, x: Tensor, module: nn.Module) -> Tensor:
-        """(rows of x,): the number of each row's adapter. A row of the batch may be several of x: beams, or its tokens."""
-        rows = x.shape[0]
+    def _numbers_for(self, rows: int, device: torch.device, module: nn.Module) -> Tensor:
+        """(rows,): the number of each row's adapter. A row of the batch may be several here: beams, or its tokens."""
         if rows not in self.sizes:
             raise StateError(
                 f"a {type(module).__name__} was called with {rows} rows, which are not those of the batch, so it is not known "
                 "which adapter each uses; such a module cannot be in a mixed batch"
             )
-        key = rows, x.device
-        if key not in self.spread:
-            self.spread[key] = self.numbers.to(x.device).repeat_interleave(rows // len(self.wanted))
-        return self.spread[key]
+        if (rows, device) not in self.spread:
+            self.spread[rows, device] = self.numbers.to(device).repeat_interleave(rows // len(self.wanted))
+        return self.spread[rows, device]
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """The output of an adapted module, of which `base` is the base's."""
-        numbers, stack, hung = self.numbers_for(x, module), self.stacks.get(id(module)), module.lorakin
-        if stack is None or module.training or hung.off:
-            sites = [hung[name] if name is not None and name in hung and name not in hung.off else None for name in self.names]
-            there = [site for site in sites if site is not None]
-            if not there:
-                return base
-            trains = any(parameter.requires_grad for site in there for parameter in site.parameters())
-            plain = there[0].layer not in (LinearLayer, TransposedLayer) or (trains and torch.is_grad_enabled())
-            if plain or module.training:
-                return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
-            stack = _stack(module, sites)
-            if not trains and not hung.off:
-                self.stacks[id(module)] = stack
+        hung = module.lorakin
+        sites = [hung[name] if self._uses(hung, name) else None for name in self.names]
+        if not any(sites):
+            return base
+        if x.shape[0] == 1 < len(self.wanted):  # one input for all rows, such as positions
+            x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
+        numbers = self._numbers_for(x.shape[0], x.device, module)
+        stack = None if hung.off or module.training else self._stack_of(module, sites)
+        if stack is None or not stack.down.dtype == x.dtype == base.dtype:  # under autocast they differ
+            return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
         return self._stacked(stack, module, x, base, numbers)
 
     def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
         """The output of a module that adapters train whole, of which `base` is the base's."""
         if not isinstance(base, Tensor):
             raise StateError(f"a {type(module).__name__} that is trained whole gives no single tensor, so not in a mixed batch")
-        numbers = self.numbers_for(x, module)
+        numbers = self._numbers_for(x.shape[0], x.device, module)
         return self._each(module.lorakin, base, numbers, lambda copy, rows: copy.module.forward(x[rows]))
+
+    @staticmethod
+    def _uses(hung: Hung, name: str | None) -> bool:
+        return name is not None and name in hung and name not in hung.off
 
     def _each(self, hung: Hung, base: Tensor, numbers: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
         out = base
         for number, name in enumerate(self.names):
-            if name is not None and name in hung and name not in hung.off and len(rows := (numbers == number).nonzero()[:, 0]):
-                out = out.index_copy(0, rows, call(hung[name], rows).to(out.dtype))
+            if self._uses(hung, name) and len(rows := (numbers == number).nonzero()[:, 0]):
+                out = out.index_copy(0, rows, call(hung[str(name)], rows).to(out.dtype))
         return out
+
+    def _stack_of(self, module: Any, sites: Sequence[Site | None]) -> Stack | None:
+        """The module's stack: kept while nothing in it trains, anew where something does, None where that needs gradients."""
+        if id(module) in self.stacks:
+            return self.stacks[id(module)]
+        there = [site for site in sites if site is not None]
+        trains = any(parameter.requires_grad for site in there for parameter in site.parameters())
+        if there[0].layer not in (LinearLayer, TransposedLayer) or (trains and torch.is_grad_enabled()):
+            return None
+        stack = _stack(module, sites)
+        if not trains:
+            self.stacks[id(module)] = stack
+        return stack
 
     def _stacked(self, stack: Stack, module: Any, x: Tensor, base: Tensor, numbers: Tensor) -> Tensor:
         """W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b, with the pair and gain of each row."""
@@ -128,26 +177,6 @@ class Rows:
             own = F.one_hot(numbers, len(self.names)).to(dtype)
             self.masks[key] = own.repeat_interleave(rank, 1).unsqueeze(1)
         return self.masks[key]
-
-
-@contextlib.contextmanager
-def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, row n of every batch uses the adapter `names[n]` alone, None being the base. See `lorakin.mixed_batch`."""
-    if isinstance(names, str) or not names:
-        raise SettingError(f"expected a list with an adapter's name, or None, for each row, not {names!r}")
-    check_switchable(model, [name for name in names if name is not None])
-    rows = Rows(names)
-    with mixing(model) as hung:
-        before = [one.rows for one in hung]
-        hook = model.register_forward_pre_hook(rows.note_batch, with_kwargs=True)
-        for one in hung:
-            one.rows = rows
-        try:
-            yield
-        finally:
-            hook.remove()
-            for one, was in zip(hung, before, strict=True):
-                one.rows = was
 
 
 @torch.no_grad()

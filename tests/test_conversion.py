@@ -114,7 +114,7 @@ def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, 
 def test_what_the_portable_form_cannot_hold() -> None:
     model = tiny_bert()
     adapter = lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"])
-    with pytest.raises(lk.SettingError, match=r"classifier is trained whole.*merge"):
+    with pytest.raises(lk.SettingError, match=r"trained whole \(classifier\); merge"):
         lk.as_lora(adapter, portable=True)
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRA(2), targets="embed_tokens")
@@ -261,3 +261,70 @@ def test_what_cannot_be_combined(ids: Tensor) -> None:
         lk.combine(model, {"plain": 1})
     with pytest.raises(lk.StateError, match="merged"):
         lk.as_lora(plain)
+
+
+def test_the_data_is_seen_by_the_adapter_that_is_converted(ids: Tensor) -> None:
+    fits = []
+    for active in ("gained", "noise"):
+        model = tiny_llama(initializer_range=0.3)
+        adapter = trained(model, lk.DoRA(rank=4), ids, "gained")
+        randomise(lk.adapt(model, lk.LoRA(4), name="noise"), 2.0)
+        lk.activate(model, active)
+        _, found = lk.as_lora(adapter, rank=4, batches=[{"input_ids": ids}])
+        assert lk.adapters(model)["plain"].is_active
+        fits.append(found)
+    assert fits[0] == fits[1]
+
+
+def test_what_is_not_finite_is_not_converted(ids: Tensor) -> None:
+    model = tiny_llama()
+    adapter = randomise(lk.adapt(model, lk.DoRA(rank=4)))
+    with torch.no_grad():
+        adapter.site("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
+    with pytest.raises(lk.StateError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
+        lk.as_lora(adapter, rank=2)
+
+
+def test_a_rank_that_leaves_more_than_the_error_is_said() -> None:
+    adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(8)), 0.3)
+    with pytest.warns(lk.LorakinWarning, match=r"relative error above 0\.1 in 14 of 14 modules"):
+        lk.as_lora(adapter, rank=1, error=0.1)
+
+
+@pytest.mark.parametrize("weights", [{}, {"a": 0}, {"a": "much"}, {"a": float("nan")}, ["a"]])
+def test_sums_of_nothing(weights: Any) -> None:
+    model = tiny_llama()
+    lk.adapt(model, lk.LoRA(2), name="a")
+    with pytest.raises(lk.SettingError):
+        lk.combine(model, weights)
+    for limits in ({"rank": 0}, {"rank": 2.5}, {"error": 2}, {"error": -1}, {"rank": True}):
+        with pytest.raises(lk.SettingError):
+            lk.combine(model, {"a": 1.0}, **limits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batches", [{"input_ids": 1}, [torch.ones(1)]])
+def test_batches_that_are_none(batches: Any) -> None:
+    with pytest.raises(lk.SettingError, match="list of mappings"):
+        lk.as_lora(lk.adapt(tiny_llama(), lk.LoRA(2)), batches=batches)
+
+
+def test_a_file_with_magnitudes_in_one_module_alone(tmp_path: Path, ids: Tensor) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    paths = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    want = tiny_llama().double()
+    for path, gained in zip(paths, (True, False), strict=True):
+        weight = want.get_submodule(path).weight
+        outputs, inputs = weight.shape
+        down, up = torch.randn(2, inputs, generator=generator) * 0.1, torch.randn(outputs, 2, generator=generator) * 0.1
+        name = "lora_transformer_" + path.replace(".", "_")
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
+        with torch.no_grad():
+            weight += 2 * up.double() @ down.double()
+            if gained:
+                tensors[f"{name}.dora_scale"] = 1.1 * weight.norm(dim=1, keepdim=True).float()
+                weight *= 1.1
+    safetensors.torch.save_file(tensors, tmp_path / "kohya.safetensors")
+    model = tiny_llama()
+    lk.convert(model, tmp_path / "kohya.safetensors")
+    torch.testing.assert_close(logits(model, ids), logits(want, ids), rtol=0, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -73,11 +75,10 @@ def as_lora(
     """
     if adapter.is_merged:
         raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before converting it")
-    if rank is not None and rank < 1:
-        raise SettingError(f"rank must be at least 1, not {rank}")
-    if error is not None and not 0 < error < 1:
-        raise SettingError(f"error must be between 0 and 1, not {error}")
-    roots = _Roots(input_samples(adapter, batches) if batches else {})
+    _check_limits(rank, error)
+    if not all(isinstance(batch, Mapping) for batch in batches) or isinstance(batches, Mapping):
+        raise SettingError(f"batches must be a list of mappings that the model takes as keywords, not {str(batches)[:80]}")
+    seen = _Seen(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
     for path in adapter.plan.sites:
         change = adapter.change_at(path)
@@ -87,7 +88,11 @@ def as_lora(
                 "no plain LoRA does exactly. Name a rank or an error for the nearest one (rank=…, error=…; --rank, --error), "
                 "or merge it into the model, which is exact"
             )
-        pairs[path], fits[path] = nearest(change, adapter.base_weight(path), rank=rank, error=error, root=roots.at(path))
+        _check_finite(change, adapter, path)
+        weight = adapter.base_weight(path)
+        pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=seen.root(path))
+        fits[path] = seen.judged(fit, change, pairs[path], weight, path)
+    _warn_if_missed(fits, error)
     copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
     if portable:
         pairs = _portable(adapter, pairs)
@@ -119,6 +124,13 @@ def combine(
         StateError: an adapter is merged.
     """
     model = root_of(model)
+    _check_limits(rank, error)
+    if not isinstance(weights, Mapping) or not all(_is_number(weight) for weight in weights.values()):
+        raise SettingError(f"expected an adapter's name → its weight, a finite number, for each adapter, not {weights!r}")
+    if not any(weights.values()):
+        raise SettingError(
+            f"there is nothing to combine in {dict(weights)!r}: name at least one adapter with a weight other than 0"
+        )
     known = adapters(model)
     if missing := [one for one in weights if one not in known]:
         raise SettingError(f"no adapter {missing[0]!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
@@ -128,6 +140,7 @@ def combine(
             raise StateError(f"adapter {one!r} is merged; unmerge it before combining it")
         for path in known[one].plan.sites if weight else ():
             change = known[one].change_at(path)
+            _check_finite(change, known[one], path)
             if change.gain is not None:
                 raise SettingError(
                     f"adapter {one!r} ({known[one].plan.method.words}) scales the base weight by a gain, so its change cannot "
@@ -138,6 +151,7 @@ def combine(
     for path, changes in parts.items():
         whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
         pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
+    _warn_if_missed(fits, error)
     return Plain(of_pairs(model, name, pairs, _combined_copies(model, known, weights)), fits)
 
 
@@ -182,25 +196,64 @@ def convert(model: nn.Module, path: str | os.PathLike[str], *, name: str = "defa
     return Converted(placed(model, name, peft_format.from_files(model, *files, None, str(path))), found.format, found.notes)
 
 
-class _Roots:
-    """The root of E[x·xᵀ] of each module that has samples; modules with one sample share it while they follow each other."""
+class _Seen:
+    """What modules see: samples of their inputs by path, and the root of E[x·xᵀ], made once for modules that share a sample."""
 
     def __init__(self, samples: Mapping[str, Tensor]) -> None:
         self.samples = samples
         self.last: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def at(self, path: str) -> Tensor | None:
+    def root(self, path: str) -> Tensor | None:
         if path not in self.samples:
             return None
         if self.last[0] is not self.samples[path]:
             self.last = (self.samples[path], root_of_samples(self.samples[path]))
         return self.last[1]
 
+    def judged(self, fit: Fit, change: Pair, near: Pair, weight: Tensor, path: str) -> Fit:
+        """The fit with the error of the outputs on the samples themselves, without what the root adds to them."""
+        if path not in self.samples:
+            return fit
+        x = self.samples[path].to(weight.device)
+        wide = weight.to(x.dtype)
+        true = x @ (change.applied_to(wide) - wide).T
+        apart = true - (x @ near.down.to(x.dtype).T) @ near.up.to(x.dtype).T
+        return dataclasses.replace(fit, output_error=float(apart.norm() / true.norm().clamp(min=1e-30)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_limits(rank: int | None, error: float | None) -> None:
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise SettingError(f"rank must be a whole number of at least 1, not {rank!r}")
+    if error is not None and not (_is_number(error) and 0 < error < 1):
+        raise SettingError(f"error must be between 0 and 1, not {error!r}")
+
+
+def _check_finite(change: Pair, adapter: Adapter, path: str) -> None:
+    if not all(torch.isfinite(part).all() for part in change if part is not None):
+        raise StateError(f"adapter {adapter.name!r} holds NaN or infinity in {path}; it cannot be converted")
+
+
+def _warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
+    """Say where the rank, which wins, left more than the error that was asked for."""
+    missed = [path for path, fit in fits.items() if error is not None and fit.asked > error]
+    if missed:
+        worst = max(missed, key=lambda path: fits[path].asked)
+        warnings.warn(
+            f"the rank leaves a relative error above {error:g} in {len(missed)} of {len(fits)} modules "
+            f"({fits[worst].asked:.2g} in {worst}); allow a larger rank, or leave it open",
+            LorakinWarning,
+            stacklevel=4,
+        )
+
 
 def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """All of one rank; refused if there is something that other readers do not take."""
     if copies := list(adapter.plan.copies):
-        raise SettingError(f"{', '.join(copies)} is trained whole, which the portable form cannot hold; merge instead")
+        raise SettingError(f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead")
     strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
     if strange:
         raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")

@@ -4,6 +4,11 @@ A message says what was wrong, what was expected and what to do, and repeats wha
 The command line prints it without a traceback and ends with the class's `exit_code`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 
 class LorakinError(Exception):
     """Base of all errors below; catch this one to catch them all."""
@@ -40,9 +45,13 @@ class OutputError(LorakinError, OSError):
 
 
 class VerificationError(LorakinError, RuntimeError):
-    """What was written is not the model that was trained, within the tolerance. It was not kept."""
+    """What was written is not the model that was trained, within the tolerance. It was not kept; `report` has the figures."""
 
     exit_code = 4
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class DivergedError(LorakinError, RuntimeError):

@@ -127,22 +127,32 @@ def test_export(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.Ca
     assert run(["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "9", "-o", str(tmp_path / "one")]) == 0
     said = capsys.readouterr().out
     assert "worst first" in said and "rank 1, relative error 0." in said and "compared with the trained model" in said
-    assert run(["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "1e-9", "-o", str(tmp_path / "two")]) == 4
+    refused = ["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "1e-9", "-o", str(tmp_path / "two")]
+    assert run([*refused, "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["verified"]["mean_kl"] > 1e-9, "a script learns how far it was"
+    assert run(refused) == 4
     assert "not the model that was trained" in capsys.readouterr().err and not (tmp_path / "two").exists()
 
 
 def test_combine(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "sum")
     assert run(["combine", f"{trained}=0.25", f"{trained}=0.75", "-m", model_dir, "-o", out]) == 0
-    assert "rank 8, exact" in capsys.readouterr().out
+    assert "rank 4, exact" in capsys.readouterr().out
     one, both = (transformers.AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2))
     lk.load(one, trained)
     lk.load(both, out)
     ids = torch.arange(12).unsqueeze(0)
     torch.testing.assert_close(both(ids).logits, one(ids).logits, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
-    assert run(["combine", str(trained), f"{trained}=-1", "--rank", "2", "-m", model_dir, "-o", out, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["out"] == out
+    less = ["combine", str(trained), "--rank", "1", "-m", model_dir, "--json", "-o"]
+    assert run([*less, out]) == 2, "what is there is left alone"
+    assert run([*less, str(tmp_path / "less"), "--max-kl", "1e-12"]) == 4
+    assert not (tmp_path / "less").exists()
+    assert run([*less, str(tmp_path / "less"), "--max-kl", "9"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ranks"] == [1] and report["largest_relative_error"] > 0 and 0 < report["verified"]["mean_kl"] < 9
+    assert report == json.loads((tmp_path / "less" / "export.json").read_text())
+    assert run(["combine", f"{trained}=0", "-m", model_dir, "-o", str(tmp_path / "none")]) == 2
     assert run(["combine", f"{trained}=much", "-m", model_dir, "-o", out]) == 2
     assert "'much' is no number" in capsys.readouterr().err
 
@@ -157,6 +167,7 @@ def test_convert(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "alpha" in capsys.readouterr().err
     assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 0
     assert "loralib adapter" in capsys.readouterr().out
+    assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 2, "not over another"
     ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2))
     lk.load(ours, out)
     with torch.no_grad():
@@ -175,7 +186,7 @@ def test_another_base(trained: Path, model_dir: str, data: str, tmp_path: Path, 
     for command in (["generate", "-p", "the cat", "--max-new-tokens", "2"], ["evaluate", "-d", data]):
         arguments = [*command, "-m", str(tmp_path / "other"), "-a", str(trained), "--dtype", "float32"]
         assert run(arguments) == 2
-        assert "5.0% from that one" in capsys.readouterr().err
+        assert "5.00% from that one" in capsys.readouterr().err
         assert run([*arguments, "--other-base"]) == 0
 
 
@@ -202,6 +213,7 @@ def test_inspecting_what_is_incomplete(trained: Path, capsys: pytest.CaptureFixt
     tensors = safetensors.torch.load_file(trained / "adapter_model.safetensors")
     del tensors[next(key for key in tensors if "lora_B" in key)]
     safetensors.torch.save_file(tensors, trained / "adapter_model.safetensors")
+    (trained / "lorakin.json").unlink()
     assert run(["inspect", str(trained)]) == 2
     assert "lacks lora_B.weight" in capsys.readouterr().err.replace("\n", " ")
 

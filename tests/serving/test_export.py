@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
 from lorakin.serving.gguf_format import read_adapter
-from lorakin.serving.job import Order
+from lorakin.serving.job import Job, Order
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.storage import directory
 from lorakin.training.models import load_model
@@ -228,6 +230,7 @@ class TestRefusals:
         export(Order(adapter, "lora", str(tmp_path / "unseen"), rank=1, verify=False))
         assert json.loads((tmp_path / "unseen" / "export.json").read_text())["verified"] is None
 
+    @pytest.mark.filterwarnings("ignore::lorakin.LorakinWarning")  # the damage is also seen by its checksum
     @pytest.mark.parametrize("to", TARGETS)
     def test_a_fault_in_what_was_written_is_found(
         self, to: str, base_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -381,3 +384,84 @@ def test_an_index_that_points_elsewhere(base_dir: str, tmp_path: Path) -> None:
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
     with pytest.raises(lk.ModelError, match="a file outside of it"):
         export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("to", "target"), [("merged", "float32"), ("merged", "float16"), ("gguf-merged", None)])
+def test_a_half_precision_base_is_judged_by_its_own_precision(
+    dtype: torch.dtype, to: str, target: str | None, base_dir: str, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(base_dir, half, ignore=shutil.ignore_patterns("*.safetensors*"))
+    transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype).save_pretrained(half)
+    adapter = adapter_on(str(half), MEMBERS["lora"], tmp_path / "adapter")
+    done = export(Order(adapter, to, str(tmp_path / "out"), dtype=target))
+    assert done.agreement is not None and done.agreement.divergence < 1e-2
+
+
+class TestBrokenBases:
+    def test_truncated(self, base_dir: str, tmp_path: Path) -> None:
+        adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
+        shutil.copytree(base_dir, tmp_path / "base")
+        shard = sorted((tmp_path / "base").glob("*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:1000])
+        for verified in (True, False):
+            with pytest.raises(lk.ModelError, match="cannot be (read|loaded)"):
+                export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=verified))
+
+    def test_a_tensor_is_missing(self, tmp_path: Path, tokenizer: Any) -> None:
+        tiny_llama().save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        file = tmp_path / "base" / "model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        randomise(lk.adapt(tiny_llama(), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
+        for verified in (True, False):
+            order = Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=verified)
+            with pytest.raises(lk.ModelError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight.*would be random"):
+                export(order)
+
+    def test_a_base_of_another_name_that_nothing_tells_apart(self, base_dir: str, tmp_path: Path) -> None:
+        adapter = Path(adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter"))
+        (adapter / "lorakin.json").unlink()
+        shutil.copytree(base_dir, tmp_path / "another")
+        with pytest.warns(lk.LorakinWarning, match="holds nothing to tell"):
+            export(Order(str(adapter), "lora", str(tmp_path / "out"), str(tmp_path / "another")))
+
+
+def test_the_bases_other_files_go_along_in_their_folders(base_dir: str, tmp_path: Path) -> None:
+    adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
+    shutil.copytree(base_dir, tmp_path / "base")
+    (tmp_path / "base" / "chat_templates").mkdir()
+    (tmp_path / "base" / "chat_templates" / "extra.jinja").write_text("{{ messages }}")
+    (tmp_path / "base" / "original").mkdir()
+    (tmp_path / "base" / "original" / "consolidated.pth").write_bytes(b"weights")
+    export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False))
+    assert (tmp_path / "out" / "chat_templates" / "extra.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out" / "original").exists()
+
+
+def test_rows_to_fit_to_are_not_rows_to_compare_on(base_dir: str, tmp_path: Path, write_rows: Any) -> None:
+    adapter = adapter_on(base_dir, MEMBERS["dora"], tmp_path / "adapter")
+    for count, read in ((3, 0), (8, 2), (200, 16)):
+        data = write_rows([{"prompt": f"the fox {n}", "completion": "jumps"} for n in range(count)], f"{count}.jsonl")
+        job = Job(Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir)
+        fitted, compared = job._parts()
+        assert len(compared) == len(job.texts()) == read and len(fitted) == min(64, count - read)
+        assert not [row for row in compared if row in list(fitted)]
+
+
+def test_an_end_from_outside_leaves_nothing(base_dir: str, tmp_path: Path) -> None:
+    adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
+    code = (
+        "import sys, time; from lorakin.serving.targets import MergedModel; "
+        "MergedModel.write = staticmethod(lambda job, folder: (print('writing', flush=True), time.sleep(60))); "
+        f"sys.argv = ['lorakin', 'merge', '-a', {adapter!r}, '-o', {str(tmp_path / 'out')!r}, '--no-verify']; "
+        "from lorakin.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.terminate()
+    assert process.wait(30) == 143
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

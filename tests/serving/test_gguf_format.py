@@ -17,7 +17,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from conftest import TEMPLATE, tiny_gpt2, tiny_llama
-from lorakin.errors import AdapterError, LorakinError, ModelError, OutputError, SettingError
+from lorakin.errors import AdapterError, LorakinError, LorakinWarning, ModelError, OutputError, SettingError
 from lorakin.family import Pair
 from lorakin.serving import gguf_vocabulary
 from lorakin.serving.gguf_format import ARCHITECTURES, read_adapter, skeleton, write_adapter
@@ -194,7 +194,8 @@ class TestModel:
 
     def test_the_context_ends_where_the_sliding_window_begins_to_matter(self, words: Path, tmp_path: Path) -> None:
         model = tiny("mistral", sliding_window=48)
-        write_model(tmp_path / "m.gguf", model.config, words, model.state_dict())
+        with pytest.warns(LorakinWarning, match="context is cut to that, 48 tokens"):
+            write_model(tmp_path / "m.gguf", model.config, words, model.state_dict())
         assert gguf.GGUFReader(tmp_path / "m.gguf").fields["llama.context_length"].contents() == 48
 
     @pytest.mark.parametrize(

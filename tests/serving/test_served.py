@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[i
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     prompts = [prompt_ids(prompt, loaded.tokenizer) for prompt in PROMPTS]
     said: list[list[int]] = []
     logprobs = []

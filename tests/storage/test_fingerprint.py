@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import lorakin as lk
-from conftest import randomise, tiny_gpt2, tiny_llama
+from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture
@@ -36,7 +37,10 @@ def test_the_same_base_in_any_precision(saved: Path, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_base_is_refused_with_the_difference(saved: Path, dtype: torch.dtype) -> None:
     model = nudged(0.02, dtype)
-    with pytest.raises(lk.AdapterError, match=r"another base model: it was made on .*LlamaForCausalLM.*\d\.\d%.*--other-base"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"made on .*LlamaForCausalLM.*here is another: \d+\.\d+%.*--other-base",
+    ):
         lk.load(model, saved)
     assert not lk.adapters(model)
     lk.load(model, saved, other_base=True)
@@ -46,7 +50,7 @@ def test_one_changed_layer_is_seen(saved: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 1.1
-    with pytest.raises(lk.AdapterError, match=r"layers\.1\.mlp\.down_proj here is another: 10\.0%"):
+    with pytest.raises(lk.AdapterError, match=r"layers\.1\.mlp\.down_proj here is another: 10\.00%"):
         lk.load(model, saved)
 
 
@@ -73,9 +77,46 @@ def test_what_adapters_do_to_the_weight_does_not_count(saved: Path, tmp_path: Pa
 def test_it_is_small_and_stands_in_lorakin_json(saved: Path, tmp_path: Path) -> None:
     base = json.loads((saved / "lorakin.json").read_text())["base"]
     assert base["class"] == "LlamaForCausalLM" and base["model_type"] == "llama"
-    assert len(base["weights"]) == 8 and all(len(numbers) == 16 for numbers in base["weights"].values())
+    assert base["weights"].keys() == dict(tiny_llama().named_parameters(remove_duplicate=False)).keys()
+    assert all(len(text.split()) == 6 for text in base["weights"].values())
     gpt2 = randomise(lk.adapt(tiny_gpt2(), lk.LoRA(2))).save(tmp_path / "gpt2")
     lk.load(tiny_gpt2(), gpt2)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"]
+)
+def test_what_is_not_adapted_counts_too(name: str, tmp_path: Path) -> None:
+    saved = randomise(lk.adapt(tiny_llama(tied=False), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
+    model = tiny_llama(tied=False)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.002)
+    with pytest.raises(lk.AdapterError, match=rf"the weight of {name.removesuffix('.weight')} here is another: 0\.20%"):
+        lk.load(model, saved)
+
+
+def test_other_shapes_and_other_architectures(tmp_path: Path) -> None:
+    saved = randomise(lk.adapt(tiny_llama(), lk.LoRA(2))).save(tmp_path / "adapter")
+    with pytest.raises(lk.AdapterError, match=r"where model\.embed_tokens\.weight is 64x32; here it is 80x32"):
+        lk.load(tiny_llama(vocab_size=80), saved)
+    settings = tiny_llama().config.to_dict()
+    mistral = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**{k: v for k, v in settings.items() if k not in ("model_type", "architectures")})
+    )
+    mistral.load_state_dict(tiny_llama().state_dict())
+    with pytest.raises(lk.AdapterError, match="a 'llama' model, and this is a 'mistral' model"):
+        lk.load(mistral, saved)
+
+
+def test_a_head_that_is_trained_whole_is_not_the_bases(tmp_path: Path) -> None:
+    saved = randomise(lk.adapt(tiny_bert(), lk.LoRA(2), modules_to_save=["classifier"])).save(tmp_path / "adapter")
+    model = tiny_bert()
+    torch.nn.init.normal_(model.classifier.weight)
+    lk.load(model, saved)
+    torch.nn.init.normal_(model.bert.pooler.dense.weight)
+    lk.adapters(model)["default"].remove()
+    with pytest.raises(lk.AdapterError, match="pooler"):
+        lk.load(model, saved)
 
 
 def test_without_it_the_adapter_loads_as_what_peft_says(saved: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
 def main() -> None:
-    """Run the command line and end the process: 0 done, 1 a bug, 2 bad input, 3 diverged, 130 interrupted."""
+    """Run the command line and end the process: 0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same, 130 interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an end that cleans up
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
     try:

@@ -15,18 +15,20 @@ EXAMPLES = examples("lorakin convert adapters.safetensors --model smollm2 --out 
 def command(
     source: Annotated[Path, typer.Argument(help="A file of loralib, torchtune, mlx-lm or kohya, or its directory.")],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A directory for the adapter.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the adapter.")],
     alpha: Annotated[float | None, typer.Option(help="Where the file does not say it; the scale is alpha/rank.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read another library's LoRA file and save it in PEFT's layout."""
     import lorakin as lk
+    from lorakin.serving.output import new_directory
     from lorakin.training.models import load_model
 
-    converted = lk.convert(load_model(model, "base").model, source, alpha=alpha)
-    converted.adapter.save(out)
+    with new_directory(out) as partial:
+        converted = lk.convert(load_model(model, "base").model, source, alpha=alpha)
+        converted.adapter.save(partial)
     if as_json:
-        print_json({"out": str(out), "format": converted.format, "notes": converted.notes})
+        print_json({"out": out, "format": converted.format, "notes": converted.notes})
         return
     console = console_for(False)
     console.print(f"{converted.format} adapter in {out}: {converted.adapter}", highlight=False, markup=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Json, MaybeModel, NoVerify, OtherBase, console_for, examples, print_json
+from lorakin.cli.options import Json, MaxKL, MaybeModel, NoVerify, OtherBase, console_for, examples, print_json
 
 EXAMPLES = examples(
     "lorakin export adapter --to lora --portable --out plain",
@@ -34,18 +34,22 @@ def command(
         str | None, typer.Option(help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged).")
     ] = None,
     verify: NoVerify = True,
-    max_kl: Annotated[
-        float | None, typer.Option(help="Tolerate a mean KL of so much, in nats, instead of what the precision explains.")
-    ] = None,
+    max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Make of an adapter what others serve: plain LoRA, a merged model, or either as GGUF; compared with the trained model."""
+    from lorakin.errors import VerificationError
     from lorakin.serving.export import export
     from lorakin.serving.job import Order
 
     order = Order(adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base)
-    exported = export(order)
+    try:
+        exported = export(order)
+    except VerificationError as error:
+        if as_json:
+            print_json(dict(error.report))
+        raise
     if as_json:
         print_json(exported.as_dict())
         return

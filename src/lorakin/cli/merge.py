@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lorakin.cli import export
-from lorakin.cli.options import AdapterDir, Json, MaybeModel, NoVerify, OtherBase, examples
+from lorakin.cli.options import AdapterDir, Json, MaxKL, MaybeModel, NoVerify, OtherBase, examples
 
 EXAMPLES = examples("lorakin merge --model smollm2 --adapter adapter --out merged")
 
@@ -20,8 +20,11 @@ def command(
         str, typer.Option(help="Of the merged weights: base (as the base model's are stored), float32, bfloat16, float16.")
     ] = "base",
     verify: NoVerify = True,
+    max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model; the same as `lorakin export --to merged`."""
-    export.command(adapter, "merged", out, model, dtype=dtype, verify=verify, other_base=other_base, as_json=as_json)
+    export.command(
+        adapter, "merged", out, model, dtype=dtype, verify=verify, max_kl=max_kl, other_base=other_base, as_json=as_json
+    )

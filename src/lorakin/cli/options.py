@@ -22,6 +22,9 @@ MaybeModel = Annotated[
 NoVerify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Read what was written back, and compare it with the trained model.")
 ]
+MaxKL = Annotated[
+    float | None, typer.Option(help="Tolerate a mean KL of so much, in nats, instead of what the precision explains.")
+]
 OtherBase = Annotated[bool, typer.Option("--other-base", help="Also on a base with other weights than the adapter's own.")]
 MaybeAdapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]

@@ -28,6 +28,8 @@ class Fit:
     """The same of the module's outputs, over the inputs that `root` stands for."""
     gain: float | None = None
     """The largest |g − 1|, for a change with a gain."""
+    asked: float = 0.0
+    """The error that a limit on the error is about: of the outputs over C if there is a root, else of the weights."""
 
 
 def nearest(
@@ -61,11 +63,14 @@ def nearest(
     down = vectors.T @ core
     near = Pair(_times(left, vectors * values), down / values.unsqueeze(1))  # both sides of one size, for narrow dtypes
     rest = core - vectors @ down
+    of_weights = _ratio(rest, core)
+    of_outputs = None if root is None else _ratio(seen - vectors @ (vectors.T @ seen), seen)
     fit = Fit(
         rank=kept,
-        error=_ratio(rest, core),
-        output_error=None if root is None else _ratio(seen - vectors @ (vectors.T @ seen), seen),
+        error=of_weights,
+        output_error=of_outputs,
         gain=None if pair.gain is None else float((pair.gain - 1).abs().max()),
+        asked=of_weights if of_outputs is None else of_outputs,
     )
     return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lorakin
-from lorakin.errors import AdapterError, OutputError, SettingError
+from lorakin.errors import AdapterError, SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.serving.job import Job, Order
+from lorakin.serving.output import new_directory
 from lorakin.serving.targets import TARGETS, Target
-from lorakin.serving.verify import Agreement, compare, record, tolerance_for
+from lorakin.serving.verify import Agreement, check_limit, compare, record, tolerance_for
 from lorakin.storage import directory
 from lorakin.training.models import adapter_directory
 
@@ -76,19 +73,20 @@ def export(order: Order) -> Exported:
     target = _target(order)
     files = directory.read(adapter_directory(order.adapter))
     name = order.model or files.config.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise AdapterError(f"{order.adapter} does not say what its base model is; name it with --model")
     job = Job(order, files, name)
-    with _new_directory(order.out) as partial:
+    with new_directory(order.out) as partial:
         transcript = record(job.base(), job.texts()) if order.verify else None
         target.write(job, partial)
         agreement = None
         if transcript is not None:
             written = target.read(job, partial)
             agreement = compare(transcript, written)
-            precisions = str(written.dtype).removeprefix("torch."), order.dtype or "float32"
+            precisions = transcript.dtype, str(written.dtype).removeprefix("torch."), order.dtype or target.dtypes[0]
             is_nearest = any(fit.error > 0 for fit in job.fits.values())
-            agreement.check(tolerance_for(precisions, is_nearest, order.max_kl), f"--to {order.to}")
+            report = Exported(order, 0, agreement, job.fits).as_dict()
+            agreement.check(tolerance_for(precisions, is_nearest, order.max_kl), f"what was written ({order.to})", report)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         exported = Exported(order, size, agreement, job.fits)
         (partial / REPORT).write_text(json.dumps(exported.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -105,29 +103,7 @@ def _target(order: Order) -> type[Target]:
     given = {"--rank": order.rank, "--error": order.error, "--portable": order.portable or None}
     if not target.is_pairs and (wrong := [name for name, value in given.items() if value is not None]):
         raise SettingError(f"--to {order.to} changes the weights themselves, so it has no {wrong[0]}")
+    if order.data is not None and not target.is_pairs and not order.verify:
+        raise SettingError(f"--to {order.to} needs --data only to compare, which --no-verify leaves out")
+    check_limit(order.max_kl)
     return target
-
-
-@contextlib.contextmanager
-def _new_directory(out: str) -> Iterator[Path]:
-    """A directory beside `out` that takes its place at the end, and leaves nothing if there is an error."""
-    target = Path(out).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise OutputError(f"--out {out} is not empty; choose another directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write to --out {out}: {error.strerror}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write to --out {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

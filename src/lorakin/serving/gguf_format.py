@@ -72,7 +72,7 @@ TYPES: dict[str, Any] = {"f32": _TYPE.F32, "f16": _TYPE.F16, "bf16": _TYPE.BF16,
 ADAPTER_DTYPES = ("f32", "f16", "bf16")
 ADAPTER_TYPE: Final = "lora"
 EMBEDDING, HEAD, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
-ELSEWHERE = "merge the adapter and convert the merged model with llama.cpp's convert_hf_to_gguf.py"
+ELSEWHERE = "use --to gguf-merged, or --to merged and llama.cpp's convert_hf_to_gguf.py"
 
 
 @dataclasses.dataclass(frozen=True)

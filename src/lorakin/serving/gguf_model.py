@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lorakin.errors import ModelError
+from lorakin.errors import LorakinWarning, ModelError
 from lorakin.serving.gguf_format import (
     ARCHITECTURES,
     ELSEWHERE,
@@ -58,6 +59,12 @@ def write_model(
     check_dtype(dtype, tuple(TYPES))
     architecture = architecture_of(config)
     _check(config)
+    if (window := getattr(config, "sliding_window", None)) and window < config.max_position_embeddings:
+        warnings.warn(
+            f"llama.cpp has no sliding window for this architecture, so the file's context is cut to that, {window} tokens",
+            LorakinWarning,
+            stacklevel=2,
+        )
     stored = _stored(config, tensors, dtype)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
     writer.add_type(gguf.GGUFType.MODEL)

@@ -70,7 +70,7 @@ class Job:
     def plain(self) -> Adapter:
         """The adapter as plain LoRA, beside itself in the model."""
         loaded, order = self.base(), self.order
-        fitted = [row["input_ids"] for row in self.rows()[:CALIBRATION]]
+        fitted = [row["input_ids"] for row in self._parts()[0]]
         pad = transformers.DataCollatorWithPadding(loaded.tokenizer)
         batches = [
             pad([{"input_ids": ids} for ids in fitted[n : n + BATCH]]).to(loaded.model.device)
@@ -92,6 +92,11 @@ class Job:
         return encode(rows, loaded.tokenizer, 512).examples
 
     def texts(self) -> list[list[int]]:
-        """The token ids to compare on: rows that no pair is fitted to, if there are enough."""
+        """The token ids to compare on: rows that no pair is fitted to; none if there are too few, or no data."""
+        return [row["input_ids"] for row in self._parts()[1]]
+
+    def _parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+        """Rows to fit to, and a quarter or so to compare on."""
         rows = self.rows()
-        return [row["input_ids"] for row in (rows[CALIBRATION:] or rows)[:READING]]
+        apart = min(READING, len(rows) // 4)
+        return rows[: len(rows) - apart][:CALIBRATION], rows[len(rows) - apart :]

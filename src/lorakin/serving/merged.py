@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
 from lorakin.storage.directory import Files
-from lorakin.storage.fingerprint import difference
+from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
 from lorakin.surgery.merge import folded
 
@@ -85,7 +85,7 @@ class Merged(Mapping[str, Tensor]):
         """Dtype and shape of a tensor, without reading it. What the base does not have is of its first tensor's dtype."""
         copied = self._copied(name)
         file, key = self.names[name if name in self.names else next(iter(self.names))]
-        with safe_open(self.base / file, framework="pt") as shard:
+        with _opened(self.base / file) as shard:
             stored = shard.get_slice(key)
             dtype, shape = BY_NAME[stored.get_dtype()], tuple(stored.get_shape())
         dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
@@ -100,9 +100,11 @@ class Merged(Mapping[str, Tensor]):
 
     def write(self, out: Path) -> None:
         """Write the model into the directory `out`, shard by shard as the base is, with the base's other files beside it."""
-        for file in self.base.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHTS):
-                shutil.copyfile(file, out / file.name)
+        for file in self.base.rglob("*"):
+            inside = file.relative_to(self.base)
+            if file.is_file() and not file.name.endswith(WEIGHTS) and not any(part.startswith(".") for part in inside.parts):
+                (out / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, out / inside)
         (out / "config.json").write_text(json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8")
         total = 0
         for shard in sorted(set(self.shards.values())):
@@ -130,7 +132,7 @@ class Merged(Mapping[str, Tensor]):
                 tensor = self[name]
                 if (tensor.dtype, tuple(tensor.shape)) != self.kind(name):
                     raise ModelError(f"{name} is stored with shape {tuple(tensor.shape)}, expected {self.kind(name)[1]}")
-                tensor.view(-1).view(torch.uint8).numpy().tofile(file)
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         return end
@@ -162,6 +164,9 @@ class Merged(Mapping[str, Tensor]):
                     self.shards.setdefault(name, last)
                 self.untied = True
                 self.config.tie_word_embeddings = False
+        partners = {name for names in _tied(self.model) for name in names if self.shards.keys() & set(names)}
+        if lacking := sorted(self.model.state_dict().keys() - self.shards.keys() - changed - partners):
+            raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
         for name in sorted(changed - self.shards.keys()):
             if name.removesuffix(".weight") in self.contents.plan.sites:
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
@@ -169,8 +174,11 @@ class Merged(Mapping[str, Tensor]):
 
     def _stored(self, name: str) -> Tensor:
         file, key = self.names[name]
-        with safe_open(self.base / file, framework="pt") as shard:
+        with _opened(self.base / file) as shard:
             tensor: Tensor = shard.get_tensor(key)
+        here = {"weights": {name: text} if (text := sample(tensor)) else {}}
+        if self.remembered and (apart := difference(self.remembered, here)):
+            raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         return tensor
 
     def _folded(self, path: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,8 +191,6 @@ class Merged(Mapping[str, Tensor]):
                 "adapter is folded into the base before that is quantised"
             )
         matrix = kind.matrix(stored)
-        if self.remembered and (apart := difference(self.remembered, {path: matrix})):
-            raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         pair = method.pair(widened(self.contents.sites[path]), kind.shape(module), matrix)
         return folded(stored, kind, module, [pair], path, dtype).contiguous()
 
@@ -217,11 +223,19 @@ def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], di
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
     names: dict[str, tuple[str, str]] = {}
     for file in files:
-        with safe_open(base / file, framework="pt") as shard:
+        with _opened(base / file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
                 known = (name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own)
                 names[next(known, key)] = (file, key)
     return names, {name: file for name, (file, _) in names.items()}
+
+
+def _opened(path: Path) -> Any:
+    """The safetensors file, or an error that says whose fault it is that it cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the base model's {path} cannot be read: {error}") from error
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -111,7 +111,7 @@ class GGUFAdapter(Target):
     def write(job: Job, folder: Path) -> None:
         loaded, plain = job.base(), job.plain()
         if whole := plain.plan.copies:
-            raise AdapterError(f"{', '.join(whole)} is trained whole, which no GGUF adapter holds; use --to gguf-merged")
+            raise AdapterError(f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged")
         pairs = {path: plain.change_at(path) for path in plain.plan.sites}
         gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()

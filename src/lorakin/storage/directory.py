@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
 from lorakin.storage import peft_format
-from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint, own_weights
+from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.graft import Graft
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -51,7 +51,7 @@ class Files:
         """
         contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
         remembered = None if other_base or self.own is None else self.own.base
-        if remembered and (apart := difference(remembered, own_weights(model, contents.sites))):
+        if remembered and (apart := difference(remembered, fingerprint(model))):
             raise AdapterError(
                 f"{self.path}: it is for another base model: {apart}. Load that base, or, if this one is meant, say so with "
                 "other_base=True or --other-base"
@@ -73,21 +73,20 @@ def save(graft: Graft, path: Path) -> Path:
     own: dict[str, Any] = {
         "format": FORMAT,
         "members": [{"member": m.word, "settings": dataclasses.asdict(m)} for m in method.members],  # type: ignore[call-overload]
+        "beside": {TENSORS: _sha256(files[TENSORS])},
     }
     if form is None:
         sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
         own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
-        own["beside"] = {TENSORS: _sha256(files[TENSORS])}
         own["tensors"] = _packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    if graft.plan.sites:
-        own["base"] = fingerprint(graft.model, own_weights(graft.model, graft.plan.sites))
+    own["base"] = fingerprint(graft.model)
     if graft.rules is not None:
         own["state"] = _packed(graft.state(), "state", more, {})
     if more:
         files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
-        own.setdefault("beside", {})[OWN_TENSORS] = _sha256(files[OWN_TENSORS])
+        own["beside"][OWN_TENSORS] = _sha256(files[OWN_TENSORS])
     files[OWN] = _json(own)
     write(path, files)
     if not more:

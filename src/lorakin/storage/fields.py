@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import re._parser as parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Mapping
 from typing import Any
+
+REPEATS = 6
+"""Open repeats in a pattern; PEFT's own have up to four."""
 
 
 def _number(value: Any) -> bool:
@@ -24,10 +28,37 @@ def _text(value: Any) -> bool:
 
 
 def _pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
+    """A regular expression that can be matched in reasonable time: no open repeat inside another, and few of them."""
+    if not isinstance(value, str):
         return False
+    try:
+        tree = parser.parse(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return 0 <= _open_repeats(tree, inside=False) <= REPEATS
+
+
+def _open_repeats(tree: Any, inside: bool) -> int:
+    """How many repeats without a limit there are; -1 if one is inside another, or repeats a choice."""
+    count = 0
+    for operation, content in tree:
+        is_open = operation in (parser.MAX_REPEAT, parser.MIN_REPEAT) and content[1] == parser.MAXREPEAT
+        if inside and (is_open or operation is parser.BRANCH):
+            return -1
+        for part in _parts(content):
+            found = _open_repeats(part, inside or is_open)
+            if found < 0:
+                return -1
+            count += found
+        count += is_open
+    return count
+
+
+def _parts(content: Any) -> list[Any]:
+    """The sub-expressions in what an operation holds."""
+    if isinstance(content, parser.SubPattern):
+        return [content]
+    return [part for one in content for part in _parts(one)] if isinstance(content, tuple | list) else []
 
 
 def _names(value: Any) -> bool:

@@ -1,63 +1,69 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
-Kept are a few numbers of a few weights, not a hash of them: a base loaded in bfloat16 has other bits than in float32, and is
-the same base. Rounding to float16 or bfloat16 moves them by 0.2 % at most, another fine-tune of the same model by more.
+Of every base parameter that is not the adapter's own: dtype, shape and four numbers, evenly spread. Not a hash, since a base
+loaded in bfloat16 has other bits than in float32 and is the same base: between two dtypes rounding is allowed for, within one
+only the last digits written. What is trained whole is left out; so are quantised and meta tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakin.surgery.graft import own_weight
+from lorakin.surgery.graft import own_parameters
 
-MODULES, NUMBERS = 8, 16
-TOLERANCE = 0.005
-"""Relative: above what rounding does."""
-
-
-def own_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
-    """Path → the base's own weight there, as a matrix, whatever adapters do with it at the moment."""
-    return {path: own_weight(model.get_submodule(path)) for path in paths}
+NUMBERS = 4
+ROUNDING, DIGITS, NOTHING = 5e-3, 2e-4, 1e-6
+"""Relative: more than float16 and bfloat16 round; more than is lost in writing. Absolute: less than a float16 can hold."""
 
 
-def fingerprint(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The base's class, model type and name, and numbers of its adapted `weights` (path → matrix), for `lorakin.json`."""
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters."""
     return {
         "class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": getattr(model, "name_or_path", None) or None,
-        "weights": {path: sample for path in _spread(list(weights)) if (sample := _sample(weights[path])) is not None},
+        "weights": {name: text for name, weight in own_parameters(model).items() if (text := sample(weight)) is not None},
     }
 
 
-def is_fingerprint(value: Any) -> bool:
-    """Whether `value`, from a file, has the form that `fingerprint` gives."""
-    weights = value.get("weights") if isinstance(value, dict) else None
-    return isinstance(weights, dict) and all(
-        isinstance(numbers, list) and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
-        for numbers in weights.values()
-    )
-
-
-def difference(remembered: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str | None:
-    """How the base with these adapted `weights` differs from the one remembered, or None if it is the same."""
-    worst, where = 0.0, ""
-    for path, numbers in dict(remembered.get("weights") or {}).items():
-        here = _sample(weights[path]) if path in weights else None
-        if here is None or len(here) != len(numbers):
-            continue
-        then, now = torch.tensor(numbers, dtype=torch.float64), torch.tensor(here, dtype=torch.float64)
-        apart = float((then - now).norm() / max(float(then.norm()), 1e-30))
-        if apart > worst:
-            worst, where = apart, path
-    if worst <= TOLERANCE:
+def sample(weight: Tensor) -> str | None:
+    """A parameter in short, `float32 64x32 0.0123 -0.045 …`; None if it has no plain values."""
+    if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2 or not weight.numel():
         return None
-    return f"it was made on {described(remembered)}, and the weight of {where} here is another: {worst:.1%} from that one"
+    flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
+    places = torch.unravel_index(flat.to(weight.device), weight.shape)
+    shape = "x".join(map(str, weight.shape))
+    numbers = " ".join(f"{value:.5g}" for value in weight.detach()[places].tolist())
+    return f"{str(weight.dtype).removeprefix('torch.')} {shape} {numbers}"
+
+
+def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """How the base `here` differs from the one remembered, or None if it is the same, as far as one sees."""
+    made = f"it was made on {described(remembered)}"
+    kinds = remembered.get("model_type"), here.get("model_type")
+    if None not in kinds and kinds[0] != kinds[1]:
+        return f"{made}, a {kinds[0]!r} model, and this is a {kinds[1]!r} model"
+    worst, where = 0.0, ""
+    for name, then in remembered["weights"].items():
+        now = here["weights"].get(name)
+        if now is None or now == then:
+            continue
+        if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
+            return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}"
+        if (apart := _apart(then, now)) > worst:
+            worst, where = apart, name
+    return f"{made}, and {name_of(where)} here is another: {worst:.2%} from that one" if where else None
+
+
+def name_of(parameter: str) -> str:
+    """`the weight of model.layers.0.mlp.up_proj`."""
+    owner, _, leaf = parameter.rpartition(".")
+    return f"the {leaf} of {owner}" if owner else parameter
 
 
 def described(remembered: Mapping[str, Any]) -> str:
@@ -66,17 +72,26 @@ def described(remembered: Mapping[str, Any]) -> str:
     return f"{name} ({kind})" if name else str(kind)
 
 
-def _spread(paths: Sequence[str]) -> list[str]:
-    """At most `MODULES` of them, from first to last."""
-    if len(paths) <= MODULES:
-        return list(paths)
-    return [paths[round(n * (len(paths) - 1) / (MODULES - 1))] for n in range(MODULES)]
+def is_fingerprint(value: Any) -> bool:
+    """Whether `value`, from a file, has the form that `fingerprint` gives."""
+    weights = value.get("weights") if isinstance(value, dict) else None
+    return isinstance(weights, dict) and all(_is_sample(text) for text in weights.values())
 
 
-def _sample(weight: Tensor) -> list[float] | None:
-    """Numbers from all over the matrix; None if it has no values, or quantised ones."""
-    if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
-        return None
-    flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
-    rows, columns = flat // weight.shape[1], flat % weight.shape[1]
-    return [float(f"{value:.6g}") for value in weight.detach()[rows.to(weight.device), columns.to(weight.device)].tolist()]
+def _is_sample(text: Any) -> bool:
+    parts = text.split() if isinstance(text, str) else []
+    try:
+        return len(parts) > 2 and all(math.isfinite(float(part)) for part in parts[2:])
+    except ValueError:
+        return False
+
+
+def _apart(then: str, now: str) -> float:
+    """How far two samples are apart, relative to the first; 0 within what precision explains."""
+    (dtype, _, *before), (other, _, *after) = then.split(), now.split()
+    old, new = (torch.tensor([float(number) for number in numbers], dtype=torch.float64) for numbers in (before, after))
+    if len(old) != len(new):
+        return 1.0
+    size, gap = float(old.norm()), float((old - new).norm())
+    allowed = (DIGITS if dtype == other else ROUNDING) * size + NOTHING
+    return 0.0 if gap <= allowed else gap / max(size, 1e-30)

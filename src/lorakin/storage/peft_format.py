@@ -37,7 +37,7 @@ from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
-from lorakin.surgery.graft import Graft, Plan, plan_for, spot_of
+from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
 from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
 from lorakin.surgery.targets import named_modules, resolve
 
@@ -179,10 +179,13 @@ def pairs_to_files(
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    gained = False
+    gained = any("m" in slots for slots in sites.values())
     for path, slots in sites.items():
         there, module = dict(slots), model.get_submodule(path)
-        gained |= "m" in there
+        if gained and "m" not in there:  # PEFT has magnitudes everywhere or nowhere: here the one that is no gain
+            scale = 1.0 if alphas is None else alphas[path] / max(1, len(there["A"]))
+            wide = widened(there)
+            there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
         if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
             there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
         if there["A"].shape[0]:
@@ -315,6 +318,8 @@ def from_files(
         raise AdapterError(f"{where}: tensors that belong to nothing: {_some(rest)}; the file is damaged or of another kind")
     _check_targets(modules, config, sites, copies, where)
     for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
     for path, state in copies.items():

@@ -115,6 +115,20 @@ def own_weight(module: nn.Module) -> Tensor:
     return spot.weight if aside is None else kind.matrix(aside.detach())
 
 
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters by name, whatever adapters do with them; without modules that an adapter trains whole."""
+    whole = tuple(f"{path}." for graft in _registry(model).grafts.values() for path in graft.plan.copies)
+    own: dict[str, Tensor] = {}
+    for name, parameter in _base_parameters(model):
+        if whole and name.startswith(whole):
+            continue
+        path, _, leaf = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        aside = module.lorakin if is_adapted(module) else Hung()
+        own[name] = aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
+    return own
+
+
 class Graft:
     """One named adapter in one model. Made by `install`; `lorakin.Adapter` adds files and optimizers to it."""
 
@@ -167,7 +181,8 @@ class Graft:
             roles, parameters = method.roles(path, shape, tensors[path]), {}
             for slot, tensor in tensors[path].items():
                 if (id(tensor), device) not in made:
-                    made[id(tensor), device] = nn.Parameter(tensor.detach().to(device), trains(roles[slot], tensor))
+                    there = tensor.detach() if device.type == "meta" else tensor.detach().to(device)  # values are not given up
+                    made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
             children[path] = Site(path, method, kind, shape, parameters)
         for path in self.plan.copies:

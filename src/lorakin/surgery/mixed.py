@@ -46,6 +46,7 @@ class MixedBatch:
         if not self.wanted or not all(name is None or isinstance(name, str) for name in self.wanted):
             raise SettingError(f"expected a list with an adapter's name, or None, for each row, not {wanted!r}")
         self.names: list[str | None] = list(dict.fromkeys(self.wanted))
+        self.thread = 0
         self.numbers = torch.tensor([self.names.index(name) for name in self.wanted])
         self._check()
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakin.surgery.graft import Graft
+from lorakin.surgery.graft import Graft, activate, grafts
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 from lorakin.surgery.mode import in_mode
 
 
 @torch.no_grad()
 def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int = 1024) -> dict[str, Tensor]:
-    """Path → (tokens, inputs), at most `limit` inputs of each linear module, evenly drawn from all tokens that are not padding.
+    """Path → (tokens, inputs), with this adapter active: at most `limit` inputs of each linear module, without padding.
 
     Modules that read one tensor, such as q, k and v, hold one sample together. Embeddings and convolutions have none.
     """
@@ -35,6 +35,8 @@ def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int
 
     paths = [path for path in graft.plan.sites if graft.site(path).layer in (LinearLayer, TransposedLayer)]
     hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths]
+    active = [name for name, one in grafts(model).items() if one.is_active]
+    activate(model, graft.name)
     try:
         with in_mode(model, training=False):
             for batch in batches:
@@ -42,6 +44,7 @@ def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int
                 model(**batch)
                 taken.clear()
     finally:
+        activate(model, active)
         for hook in hooks:
             hook.remove()
     joined: dict[tuple[int, ...], Tensor] = {}

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import huggingface_hub
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import nn
 
 from lorakin.adapter import load
-from lorakin.errors import AdapterError, ModelError, SettingError
+from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
 from lorakin.storage import directory
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
@@ -72,10 +74,16 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
     with quiet_loading():
         try:
-            model = auto.from_pretrained(source, dtype=DTYPES.get(chosen, "auto"), **task)
+            model, found = auto.from_pretrained(source, dtype=DTYPES.get(chosen, "auto"), output_loading_info=True, **task)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if labels is None and (missing := sorted(found["missing_keys"])):
+        raise ModelError(
+            f"model {name!r} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f" of a {type(model).__name__}, which would be random; is it a complete language model?"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if labels is not None and model.config.pad_token_id is None:
@@ -101,6 +109,14 @@ def load_with_adapter(
     if labels is None and files.config.get("task_type") == "SEQ_CLS":
         labels = labels_of(files)
     loaded = load_model(name, dtype, labels)
+    said = files.config.get("base_model_name_or_path")
+    known = files.own is not None and files.own.base is not None
+    if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
+        warnings.warn(
+            f"{files.path} says that its base is {said}, not {name}, and holds nothing to tell whether they are the same",
+            LorakinWarning,
+            stacklevel=2,
+        )
     load(loaded.model, files.path, other_base=other_base)
     return loaded
 

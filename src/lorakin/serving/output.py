@@ -1,0 +1,48 @@
+"""A result's directory, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lorakin.errors import LorakinError, OutputError
+
+
+@contextlib.contextmanager
+def new_directory(out: str) -> Iterator[Path]:
+    """A directory beside `out` that takes its place at the end, and leaves nothing if there is an error.
+
+    Raises:
+        OutputError: `out` is a file or not empty, or it cannot be written.
+    """
+    target = Path(out).expanduser()
+    try:
+        if not out.strip():
+            raise OutputError("--out is empty; give a new directory")
+        target = target.resolve()
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise OutputError(f"--out {out} is not empty; choose another directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".lorakin-", dir=target.parent))
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to --out {out}: {error.strerror or error}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        if isinstance(error, LorakinError) and not isinstance(error, OutputError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).replace(str(partial), out)
+        raise OutputError(f"cannot write to --out {out}: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,8 @@ that is not lorakin's: PEFT loads the adapter, and the plain LoRA in the portabl
 llama.cpp (through node) runs the F32 base with the GGUF adapter, and the merged GGUF. All are compared with the trained model
 in float32 on 20 prompts and the 24 tokens that it says to each: the largest difference of a logit, and the share of places with
 the same likeliest token. llama.cpp answers by itself instead: the largest difference of the log-probabilities of the 50
-likeliest tokens, over all places up to where it first says something else, and how many of the 20 answers are the same.
+likeliest tokens, over all places up to where it first says something else, and how many of the 20 answers are the same. On the
+packaged 4-bit base, which llama.cpp runs with 8-bit activations, the difference is the quantisation's, with or without adapter.
 DoRA has no exact plain LoRA, so it has a table by rank.
 """
 
@@ -36,7 +37,7 @@ from lorakin.serving.job import Order
 from lorakin.serving.verify import Transcript, compare, logits_of
 from lorakin.training.data import prompt_ids
 from lorakin.training.docstrings import docstring_rows
-from lorakin.training.models import directory_of, load_model
+from lorakin.training.models import directory_of, load_model, packaged
 from peers import llama_cpp
 
 MODEL, TASK = "smollm2", TASKS[0]
@@ -72,16 +73,16 @@ class Trained:
     def against_llama(self, model: Path, loras: Sequence[Path] = ()) -> dict[str, Any]:
         """Figures of llama.cpp, which answers by itself: at each place up to where it first says something else."""
         answers = llama_cpp.run(model, self.prompts, loras=loras, max_tokens=SAID, top=TOP)
-        worst, same, places = 0.0, 0, 0
+        apart, same, places = [], 0, 0
         for answer, said, logits in zip(answers, self.said, self.transcript.logits, strict=True):
             expected = logits[-SAID - 1 : -1].double().log_softmax(-1)
             for number, (place, ours) in enumerate(zip(answer.logprobs, expected, strict=True)):
                 if answer.tokens[:number] == said[:number]:
-                    worst = max(worst, *(abs(value - float(ours[token])) for token, value in place.items()))
+                    apart += [abs(value - float(ours[token])) for token, value in place.items()]
                     same += answer.tokens[number] == said[number]
                     places += 1
         equal = sum(answer.tokens == said for answer, said in zip(answers, self.said, strict=True))
-        return {"difference": worst, "tokens": same / places, "answers": equal}
+        return {"difference": max(apart), "mean": statistics.mean(apart), "tokens": same / places, "answers": equal}
 
 
 @torch.no_grad()
@@ -145,8 +146,16 @@ def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
                 lambda folder: trained.against_llama(base_gguf(out), [folder / "adapter.gguf"]),
                 rank=rank,
             )
+            figures["4-bit"] = trained.against_llama(packaged(MODEL), [out / "work" / "adapter.gguf"])
     shutil.rmtree(work, ignore_errors=True)
     return figures
+
+
+def base_alone(out: Path) -> dict[str, dict[str, Any]]:
+    """The base without an adapter in llama.cpp, in F32 and as packaged: what the reader and the quantisation do alone."""
+    loaded = load_model(MODEL, "float32")
+    said = Trained(loaded.model, loaded.tokenizer)
+    return {"gguf": said.against_llama(base_gguf(out)), "4-bit": said.against_llama(packaged(MODEL))}
 
 
 def cell(figures: dict[str, Any] | None) -> str:
@@ -157,7 +166,12 @@ def cell(figures: dict[str, Any] | None) -> str:
     return f"{figures['difference']:.1e}, {figures['tokens']:.2%}{answers}"
 
 
-def report(results: dict[str, dict[str, dict[str, Any]]], steps: int) -> str:
+def four_bit(figures: dict[str, dict[str, Any]]) -> str:
+    """The mean difference too, since this base is another one: the quantisation's."""
+    return f"mean {figures['4-bit']['mean']:.3f}, {cell(figures['4-bit'])}"
+
+
+def report(results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[str, Any]], steps: int) -> str:
     """The tables as Markdown."""
     versions = (
         f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -169,14 +183,15 @@ def report(results: dict[str, dict[str, dict[str, Any]]], steps: int) -> str:
         f"### SmolLM2-135M, each member after {steps} steps: largest difference, places with the same token",
         "",
         "| member | changed by | PEFT | plain LoRA, portable, in PEFT | merged, transformers | GGUF adapter, llama.cpp "
-        "| merged GGUF, llama.cpp |",
-        "|---|---|---|---|---|---|---|",
+        "| merged GGUF, llama.cpp | GGUF adapter on the 4-bit base |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| (none) | – | – | – | – | {cell(alone['gguf'])} | – | {four_bit(alone)} |",
     ]
     for word, figures in results.items():
         plain = cell(figures.get("plain")) if "plain" in figures else "by rank, below"
         gguf = cell(figures["gguf"]) + ("" if "plain" in figures else f" (rank {RANKS[-1]})")
         cells = [f"`{word}`", f"{figures['trained']['moved']:.1f}", cell(figures["peft"]), plain, cell(figures["merged"])]
-        lines.append(f"| {' | '.join([*cells, gguf, cell(figures['gguf-merged'])])} |")
+        lines.append(f"| {' | '.join([*cells, gguf, cell(figures['gguf-merged']), four_bit(figures)])} |")
     for word, figures in results.items():
         if "plain" in figures:
             continue
@@ -217,8 +232,9 @@ def main() -> None:
             known.write_text(json.dumps(measured(word, out / word, out)))
         results[word] = json.loads(known.read_text())
         print(f"{word}: {settings_of(word, arguments.steps) or ''} {results[word]}", flush=True)
-    (out / "interop.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = report(results, arguments.steps)
+    alone = base_alone(out)
+    (out / "interop.json").write_text(json.dumps({"base": alone, **results}, indent=2) + "\n")
+    text = report(results, alone, arguments.steps)
     (out / "interop.md").write_text(text, encoding="utf-8")
     print(text)
 

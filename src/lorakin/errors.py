@@ -6,7 +6,7 @@ The command line prints it without a traceback and ends with the class's `exit_c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -66,3 +66,9 @@ class DivergedError(LorakinError, RuntimeError):
 
 class LorakinWarning(UserWarning):
     """Something that would otherwise make an adapter pretend to work."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -447,7 +447,7 @@ def test_rows_to_fit_to_are_not_rows_to_compare_on(base_dir: str, tmp_path: Path
     for count, read in ((3, 0), (8, 2), (200, 16)):
         data = write_rows([{"prompt": f"the fox {n}", "completion": "jumps"} for n in range(count)], f"{count}.jsonl")
         job = Job(Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir)
-        fitted, compared = job._parts()
+        fitted, compared = job.parts
         assert len(compared) == len(job.texts()) == read and len(fitted) == min(64, count - read)
         assert not [row for row in compared if row in list(fitted)]
 

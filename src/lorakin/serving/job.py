@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import transformers
@@ -70,7 +71,7 @@ class Job:
     def plain(self) -> Adapter:
         """The adapter as plain LoRA, beside itself in the model."""
         loaded, order = self.base(), self.order
-        fitted = [row["input_ids"] for row in self._parts()[0]]
+        fitted = [row["input_ids"] for row in self.parts[0]]
         pad = transformers.DataCollatorWithPadding(loaded.tokenizer)
         batches = [
             pad([{"input_ids": ids} for ids in fitted[n : n + BATCH]]).to(loaded.model.device)
@@ -81,8 +82,7 @@ class Job:
         self.fits = made.fits
         return made.adapter
 
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of the data as token ids and labels; none without data."""
+    def _rows(self) -> Sequence[Mapping[str, Any]]:
         if self.order.data is None:
             return []
         rows, loaded = read_rows(self.order.data), self.base()
@@ -93,10 +93,11 @@ class Job:
 
     def texts(self) -> list[list[int]]:
         """The token ids to compare on: rows that no pair is fitted to; none if there are too few, or no data."""
-        return [row["input_ids"] for row in self._parts()[1]]
+        return [row["input_ids"] for row in self.parts[1]]
 
-    def _parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        """Rows to fit to, and a quarter or so to compare on."""
-        rows = self.rows()
+    @cached_property
+    def parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+        """Rows of the data to fit to, and a quarter or so to compare on, as token ids and labels; none without data."""
+        rows = self._rows()
         apart = min(READING, len(rows) // 4)
         return rows[: len(rows) - apart][:CALIBRATION], rows[len(rows) - apart :]

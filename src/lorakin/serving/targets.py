@@ -36,7 +36,6 @@ class Target:
     """One kind of result. `dtypes` are those it is written in, the first unless another is asked for."""
 
     word: ClassVar[str]
-    says: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     is_pairs: ClassVar[bool]
     """Whether it holds low-rank pairs beside the base, so that ranks matter."""
@@ -56,7 +55,6 @@ class PlainLoRA(Target):
     """An adapter's directory that every reader of LoRA knows."""
 
     word: ClassVar[str] = "lora"
-    says = "a plain LoRA adapter, with --portable for vLLM and llama.cpp"
     dtypes = ("float32", "float16", "bfloat16")
     is_pairs = True
 
@@ -78,7 +76,6 @@ class MergedModel(Target):
     """A plain transformers directory that needs lorakin no more."""
 
     word = "merged"
-    says = "a transformers model with the adapter folded in"
     dtypes = ("base", "float32", "float16", "bfloat16")
     is_pairs = False
 
@@ -103,7 +100,6 @@ class GGUFAdapter(Target):
     """A LoRA for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf"
-    says = "a LoRA adapter for llama.cpp and Ollama"
     dtypes = ("float32", "float16", "bfloat16")
     is_pairs = True
 
@@ -130,7 +126,6 @@ class GGUFModel(Target):
     """A model for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf-merged"
-    says = "a model for llama.cpp and Ollama with the adapter folded in"
     dtypes = ("float16", "float32", "bfloat16", "q8_0")
     is_pairs = False
 

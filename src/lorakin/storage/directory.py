@@ -126,7 +126,7 @@ def read(path: Path) -> Files:
     """
     if not path.is_dir():
         raise AdapterError(f"there is no adapter directory {path}")
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     tensors = _read_tensors(path)
     return Files(path, config, tensors, _read_own(path))
 
@@ -135,7 +135,7 @@ def _read_own(path: Path) -> peft_format.Own | None:
     """lorakin's own part, or None where there is none, or where PEFT's part was written anew without it."""
     if not (path / OWN).exists():
         return None
-    own = _read_json(path / OWN)
+    own = read_json(path / OWN)
     if own.get("format") != FORMAT:
         raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
     beside = own.get("beside") or {}
@@ -229,7 +229,12 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        AdapterError: no such file, no JSON, no object, or a key that stands twice.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:

@@ -24,7 +24,6 @@ that mlx-lm adapts is adapted as the head too if the two are tied. With magnitud
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pickle
 import re
@@ -37,8 +36,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, SettingError
+from lorakin.errors import AdapterError, SettingError, some
 from lorakin.family import FAMILY, Shape
+from lorakin.storage.directory import read_json
 from lorakin.surgery import layers
 from lorakin.surgery.layers import EmbeddingLayer
 from lorakin.surgery.targets import named_modules
@@ -78,7 +78,8 @@ def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) ->
     if alpha is not None and (isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha < math.inf)):
         raise SettingError(f"alpha must be a positive number, not {alpha!r}")
     file = _file_at(path)
-    source = _Source(str(file), _tensors(file), _config(file.parent / CONFIG), model, named_modules(model), alpha)
+    config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).exists() else {}
+    source = _Source(str(file), _tensors(file), config, model, named_modules(model), alpha)
     return _reader(source)(source)
 
 
@@ -107,7 +108,7 @@ class _Source:
             else:
                 sites.setdefault(key.removesuffix(f".{ending}"), {})[endings[ending]] = tensor
         if rest:
-            raise self.error(f"tensors that belong to nothing: {_some(rest)}; the file is damaged or of another kind")
+            raise self.error(f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
         for path, slots in sites.items():
             if absent := [ending for ending in list(endings)[:2] if endings[ending] not in slots]:
                 raise self.error(f"{path} lacks {', '.join(absent)}; the file is damaged or incomplete")
@@ -196,14 +197,14 @@ def _reader(source: _Source) -> Callable[[_Source], Foreign]:
         if any(re.fullmatch(marks, key) for key in keys):
             return reader
     raise source.error(
-        f"tensors of no known adapter format, such as {_some(keys) or 'none at all'}; read are loralib's, torchtune's, "
+        f"tensors of no known adapter format, such as {some(keys) or 'none at all'}; read are loralib's, torchtune's, "
         "mlx-lm's and kohya's or LyCORIS' files, and PEFT's as a directory"
     )
 
 
 def _loralib(source: _Source) -> Foreign:
     if biases := [key for key in source.tensors if key.rpartition(".")[2] == "bias"]:
-        raise source.error(f"it trains biases ({_some(biases)}), which this version does not implement")
+        raise source.error(f"it trains biases ({some(biases)}), which this version does not implement")
     found = Foreign("loralib", {}, {}, [])
     for path, slots in source.split({"lora_A": "A", "lora_B": "B"}).items():
         module, shape = source.module(path)
@@ -350,7 +351,7 @@ def _kohya(source: _Source) -> Foreign:
         else:
             rest.append(key)
     if rest:
-        raise source.error(f"tensors that belong to nothing: {_some(rest)}; the file is damaged or of another kind")
+        raise source.error(f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
     paths = _flat_paths(source)
     found: dict[str, Foreign] = {}
     errors: dict[str, AdapterError] = {}
@@ -426,9 +427,7 @@ def _file_at(path: Path) -> Path:
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
     usual = [path / name for name in USUAL_NAMES if path / name in files]
     if not usual and len(files) != 1:
-        raise AdapterError(
-            f"{path} holds {_some(file.name for file in files) or 'no file of tensors'}; name the adapter's file"
-        )
+        raise AdapterError(f"{path} holds {some(file.name for file in files) or 'no file of tensors'}; name the adapter's file")
     return (usual or files)[0]
 
 
@@ -451,21 +450,3 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise AdapterError(f"{file}: {key!r} is {type(tensor).__name__}, expected a tensor under a name")
     return {key: tensor.detach() for key, tensor in content.items()}
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """The config beside the tensors, empty where there is none."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file} holds {type(content).__name__}, expected an object")
-    return content
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

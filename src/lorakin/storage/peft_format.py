@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, SettingError
+from lorakin.errors import AdapterError, LorakinWarning, SettingError, some
 from lorakin.family import (
     AdaLoRA,
     DoRA,
@@ -315,7 +315,7 @@ def from_files(
     copies, rest = _split_copies(modules, config, rest)
     rest = _without_base_embeddings(modules, sites, rest, where)
     if rest:
-        raise AdapterError(f"{where}: tensors that belong to nothing: {_some(rest)}; the file is damaged or of another kind")
+        raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
     _check_targets(modules, config, sites, copies, where)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() < 2:
@@ -327,7 +327,7 @@ def from_files(
     if own is not None and own.tensors is not None:
         _check_paths(model, modules, own.tensors, where)
         if absent := sorted(set(sites) - set(own.tensors)):
-            raise AdapterError(f"{where}: lorakin.json lacks the tensors of {_some(absent)}")
+            raise AdapterError(f"{where}: lorakin.json lacks the tensors of {some(absent)}")
         read: dict[str, dict[str, Tensor]] = {path: dict(own.tensors[path]) for path in modules if path in own.tensors}
     else:
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
@@ -689,8 +689,7 @@ def _check_paths(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapp
     unknown = [path for path in sites if path not in modules]
     if unknown:
         raise AdapterError(
-            f"{where}: it is for another base model: it adapts {_some(unknown)}, "
-            f"which this {type(model).__name__} does not have"
+            f"{where}: it is for another base model: it adapts {some(unknown)}, which this {type(model).__name__} does not have"
         )
     for path in sites:
         if reason := layers.refusal(modules[path], modules.get(path.rpartition(".")[0])):
@@ -760,9 +759,9 @@ def _check_targets(
         found = {path: next((int(m[1]) for rule in rules if (m := re.match(rule, path))), None) for path in wanted}
         wanted = {path for path in wanted if found[path] in numbers}
     if missing := sorted(wanted - set(sites)):
-        raise AdapterError(f"{where}: the config targets {_some(missing)}, but the file has no tensors for it")
+        raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
     if extra := sorted(set(sites) - wanted):
-        raise AdapterError(f"{where}: the file has tensors for {_some(extra)}, which the config does not target")
+        raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
 
 
 def _peft_match(targets: str | Collection[str], path: str, known: Collection[str] = ()) -> bool:
@@ -780,9 +779,9 @@ def _peft_match(targets: str | Collection[str], path: str, known: Collection[str
 def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where: str) -> None:
     wanted = {key: t for key, t in module.state_dict().items() if "lorakin" not in key.split(".")}
     if missing := sorted(set(wanted) - set(state)):
-        raise AdapterError(f"{where}: the trained module {path} lacks {_some(missing)}")
+        raise AdapterError(f"{where}: the trained module {path} lacks {some(missing)}")
     if extra := sorted(set(state) - set(wanted)):
-        raise AdapterError(f"{where}: the trained module {path} has {_some(extra)}, which this model's does not")
+        raise AdapterError(f"{where}: the trained module {path} has {some(extra)}, which this model's does not")
     for key, tensor in wanted.items():
         if tensor.shape != state[key].shape:
             raise AdapterError(
@@ -812,8 +811,3 @@ def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:
 def _whole(value: Any) -> Any:
     """Whole floats as ints: other readers insist that alpha is one."""
     return int(value) if isinstance(value, float) and value.is_integer() and not math.isinf(value) and value != 0 else value
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_the_probe_leaves_no_trace(ids: Tensor) -> None:
     assert again == found
 
 
-def test_a_pair_that_is_shared_must_be_one_in_the_file(ids: Tensor, tmp_path: Path) -> None:
+def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(ids: Tensor, tmp_path: Path) -> None:
     import safetensors.torch
 
     model = tiny_llama()
@@ -195,6 +196,13 @@ def test_a_pair_that_is_shared_must_be_one_in_the_file(ids: Tensor, tmp_path: Pa
     path = next(p for p in adapter.plan.sites if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own))
     tensors[f"base_model.model.{path}.lora_B.weight"] += 1
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(lk.LorakinWarning, match="left aside"):
+        loaded = lk.load(tiny_llama(), tmp_path)
+    assert loaded.method.words == "lora"
+    assert torch.equal(loaded.site(path).B, adapter.site(path).B + 1)
+    own_part = json.loads((tmp_path / "lorakin.json").read_text())
+    own_part["beside"] = {}
+    (tmp_path / "lorakin.json").write_text(json.dumps(own_part))
     with pytest.raises(lk.AdapterError, match="shares its pair with others, but its B in the file is another"):
         lk.load(tiny_llama(), tmp_path)
 

@@ -165,7 +165,7 @@ class Merged(Mapping[str, Tensor]):
                 self.untied = True
                 self.config.tie_word_embeddings = False
         partners = {name for names in _tied(self.model) for name in names if self.shards.keys() & set(names)}
-        if lacking := sorted(self.model.state_dict().keys() - self.shards.keys() - changed - partners):
+        if lacking := sorted(dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
         for name in sorted(changed - self.shards.keys()):
             if name.removesuffix(".weight") in self.contents.plan.sites:

@@ -78,7 +78,7 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if labels is None and (missing := sorted(found["missing_keys"])):
+    if labels is None and (missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())):
         raise ModelError(
             f"model {name!r} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")

@@ -33,12 +33,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def sample(weight: Tensor) -> str | None:
     """A parameter in short, `float32 64x32 0.0123 -0.045 …`; None if it has no plain values."""
-    if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2 or not weight.numel():
+    weight = weight.detach()
+    plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
+    if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
     flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
     places = torch.unravel_index(flat.to(weight.device), weight.shape)
     shape = "x".join(map(str, weight.shape))
-    numbers = " ".join(f"{value:.5g}" for value in weight.detach()[places].tolist())
+    numbers = " ".join(f"{value:.5g}" for value in weight[places].tolist())
     return f"{str(weight.dtype).removeprefix('torch.')} {shape} {numbers}"
 
 

@@ -322,3 +322,20 @@ def test_a_full_disk_leaves_no_half_merged_model(recipe: Recipe, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
+    tokenizer: Any, write_rows: Write, tmp_path: Path, ids: Tensor
+) -> None:
+    from conftest import tiny_bert
+
+    transformers.BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "mlm")
+    tokenizer.save_pretrained(tmp_path / "mlm")
+    rows = [{"text": f"the {animal} {verb}", "label": verb} for animal in ("cat", "dog", "bird") for verb in ("sat", "ran")] * 4
+    recipe = Recipe(
+        model=str(tmp_path / "mlm"), data=write_rows(rows), out=str(tmp_path / "out"), steps=2, settings={"rank": 2}
+    )
+    _, _, prepared = run(recipe)
+    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.plan.copies)
+    loaded = load_with_adapter(recipe.model, recipe.out, "float32")
+    torch.testing.assert_close(loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits)

@@ -1,8 +1,9 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
-Of every base parameter that is not the adapter's own: dtype, shape and four numbers, evenly spread. Not a hash, since a base
-loaded in bfloat16 has other bits than in float32 and is the same base: between two dtypes rounding is allowed for, within one
-only the last digits written. What is trained whole is left out; so are quantised and meta tensors.
+Of every base parameter that is not trained whole: four numbers, evenly spread, the shape, and the narrowest dtype that holds
+those numbers, whatever the tensor's is. Not a hash, since a base in bfloat16 has other bits than in float32 and is the same
+base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Quantised
+tensors are left out.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from lorakin.surgery.graft import own_parameters
 
 NUMBERS = 4
-ROUNDING, DIGITS, NOTHING = 5e-3, 2e-4, 1e-6
-"""Relative: more than float16 and bfloat16 round; more than is lost in writing. Absolute: less than a float16 can hold."""
+ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
+"""Relative: one step of bfloat16 and more; more than is lost in writing. Absolute: less than a float16 can hold."""
+PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -40,8 +42,10 @@ def sample(weight: Tensor) -> str | None:
     flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
     places = torch.unravel_index(flat.to(weight.device), weight.shape)
     shape = "x".join(map(str, weight.shape))
-    numbers = " ".join(f"{value:.5g}" for value in weight[places].tolist())
-    return f"{str(weight.dtype).removeprefix('torch.')} {shape} {numbers}"
+    values = weight[places]
+    held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
+    numbers = " ".join(f"{value:.5g}" for value in values.tolist())
+    return f"{str(held).removeprefix('torch.')} {shape} {numbers}"
 
 
 def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
@@ -90,10 +94,11 @@ def _is_sample(text: Any) -> bool:
 
 def _apart(then: str, now: str) -> float:
     """How far two samples are apart, relative to the first; 0 within what precision explains."""
-    (dtype, _, *before), (other, _, *after) = then.split(), now.split()
+    (held, _, *before), (other, _, *after) = then.split(), now.split()
     old, new = (torch.tensor([float(number) for number in numbers], dtype=torch.float64) for numbers in (before, after))
     if len(old) != len(new):
         return 1.0
     size, gap = float(old.norm()), float((old - new).norm())
-    allowed = (DIGITS if dtype == other else ROUNDING) * size + NOTHING
+    exact = held == other and held not in ("bfloat16", "float16")
+    allowed = (DIGITS if exact else ROUNDING) * size + NOTHING
     return 0.0 if gap <= allowed else gap / max(size, 1e-30)

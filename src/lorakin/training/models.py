@@ -42,12 +42,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclasses.dataclass
 class Loaded:
-    """A base model with its tokenizer."""
+    """A base model with its tokenizer. `fresh` are the paths of modules that its files lack, so that they are random."""
 
     model: Any
     tokenizer: Any
     name: str
     dtype: str
+    fresh: tuple[str, ...] = ()
 
 
 def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Loaded:
@@ -78,7 +79,8 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if labels is None and (missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())):
+    missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
+    if labels is None and missing:
         raise ModelError(
             f"model {name!r} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
@@ -90,7 +92,8 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     model.to(best_device())
-    return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."))
+    fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
+    return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
 
 
 def load_with_adapter(

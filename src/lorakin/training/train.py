@@ -26,7 +26,7 @@ from lorakin.errors import DataError, DivergedError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import directory
 from lorakin.storage.summary import by_layer
-from lorakin.surgery.targets import head_of, parse_layers
+from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.training import data
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
@@ -139,7 +139,9 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     loaded = load_model(recipe.model, recipe.dtype, labels)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
     train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
-    whole = recipe.modules_to_save or (head_of(loaded.model) if labels is not None else [])
+    whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
+    heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
+    whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
     where: dict[str, Any] = {
         "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
         "exclude": recipe.exclude,

@@ -2,7 +2,7 @@
 # make test       set up .venv, then lint, types and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
-# make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 20 minutes; needs npm)
+# make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make check      lint and types only
 # make clean      remove what these made
 

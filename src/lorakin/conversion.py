@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from lorakin.adapter import Adapter, adapters, placed
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
+from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
 from lorakin.surgery.graft import root_of
@@ -125,7 +125,7 @@ def combine(
     """
     model = root_of(model)
     _check_limits(rank, error)
-    if not isinstance(weights, Mapping) or not all(_is_number(weight) for weight in weights.values()):
+    if not isinstance(weights, Mapping) or not all(is_finite_number(weight) for weight in weights.values()):
         raise SettingError(f"expected an adapter's name → its weight, a finite number, for each adapter, not {weights!r}")
     if not any(weights.values()):
         raise SettingError(
@@ -221,14 +221,10 @@ class _Seen:
         return dataclasses.replace(fit, output_error=float(apart.norm() / true.norm().clamp(min=1e-30)))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_limits(rank: int | None, error: float | None) -> None:
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise SettingError(f"rank must be a whole number of at least 1, not {rank!r}")
-    if error is not None and not (_is_number(error) and 0 < error < 1):
+    if error is not None and not (is_finite_number(error) and 0 < error < 1):
         raise SettingError(f"error must be between 0 and 1, not {error!r}")
 
 

@@ -15,7 +15,6 @@ Trains:   r · (in + out) for each chosen module and each shared pair
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import ClassVar, Literal, Self
 from lorakin.errors import LorakinWarning
 from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Spot
 from lorakin.family.pair import Shape, Tensors
-from lorakin.family.settings import number, one_of, require, whole_number
+from lorakin.family.settings import is_finite_number, number, one_of, require, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,4 +138,4 @@ class LoRADrop(Modifier):
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return is_finite_number(value) and value >= 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 from lorakin.errors import SettingError
 
@@ -12,6 +14,11 @@ def require(condition: bool, message: str) -> None:
     """Raise `SettingError(message)` unless `condition` holds."""
     if not condition:
         raise SettingError(message)
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is an int or a float, no bool, NaN or infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import lorakin
 from lorakin.adapter import load
 from lorakin.conversion import combine
-from lorakin.serving.output import new_directory
+from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.verify import check_limit, compare, record, tolerance_for
 from lorakin.training.models import adapter_directory, load_model
-
-REPORT = "export.json"
 
 
 def combine_directories(
@@ -62,5 +59,5 @@ def combine_directories(
             report["verified"] = agreement.as_dict()
             report["agreement"] = str(agreement)
             written.remove()
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(partial, report)
     return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +10,11 @@ import lorakin
 from lorakin.errors import AdapterError, SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.serving.job import Job, Order
-from lorakin.serving.output import new_directory
+from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.targets import TARGETS, Target
 from lorakin.serving.verify import Agreement, check_limit, compare, record, tolerance_for
 from lorakin.storage import directory
 from lorakin.training.models import adapter_directory
-
-REPORT = "export.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def export(order: Order) -> Exported:
             agreement.check(tolerance_for(precisions, is_nearest, order.max_kl), f"what was written ({order.to})", report)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         exported = Exported(order, size, agreement, job.fits)
-        (partial / REPORT).write_text(json.dumps(exported.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_report(partial, exported.as_dict())
     return exported
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from lorakin.errors import LorakinError, OutputError
+
+REPORT = "export.json"
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Put what is known of a result beside it."""
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

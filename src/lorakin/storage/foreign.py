@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, some
 from lorakin.family import FAMILY, Shape
+from lorakin.family.settings import is_finite_number
 from lorakin.storage.directory import read_json
 from lorakin.surgery import layers
 from lorakin.surgery.layers import EmbeddingLayer
@@ -171,7 +172,7 @@ class _Source:
     def number(self, holder: Mapping[str, Any], name: str) -> float:
         """A number of the config."""
         value = holder[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_finite_number(value):
             raise self.error(f"its {CONFIG} says {name}={value!r}, expected a number")
         return value
 

@@ -33,6 +33,8 @@ DTYPES = {
 }  # fmt: skip
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 """safetensors' words for dtypes."""
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a stored tensor."""
 
 
 class NotStreamed(ModelError):
@@ -60,7 +62,7 @@ class Merged(Mapping[str, Tensor]):
         self.config: Any = self.model.config
         self.contents = files.match(self.model, other_base)
         self.remembered = None if other_base or files.own is None else files.own.base
-        self.names, self.shards = _where(base, self.model)
+        self.names, self.kinds, self.shards = _where(base, self.model)
         self._add_what_is_new()
 
     def __iter__(self) -> Iterator[str]:
@@ -81,13 +83,10 @@ class Merged(Mapping[str, Tensor]):
             return self._folded(path, stored, dtype)
         return stored.to(dtype).contiguous()
 
-    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    def kind(self, name: str) -> Kind:
         """Dtype and shape of a tensor, without reading it. What the base does not have is of its first tensor's dtype."""
         copied = self._copied(name)
-        file, key = self.names[name if name in self.names else next(iter(self.names))]
-        with _opened(self.base / file) as shard:
-            stored = shard.get_slice(key)
-            dtype, shape = BY_NAME[stored.get_dtype()], tuple(stored.get_shape())
+        dtype, shape = self.kinds[name if name in self.kinds else next(iter(self.kinds))]
         dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
         return dtype, shape if copied is None else tuple(copied.shape)
 
@@ -158,9 +157,10 @@ class Merged(Mapping[str, Tensor]):
         self.untied = False
         for names in _tied(self.model):
             if changed & set(names):
-                source = next((self.names[name] for name in names if name in self.names), None)
+                source = next((name for name in names if name in self.names), None)
                 for name in names if source is not None else ():
-                    self.names.setdefault(name, source)  # type: ignore[arg-type]
+                    self.names.setdefault(name, self.names[source])  # type: ignore[index]
+                    self.kinds.setdefault(name, self.kinds[source])  # type: ignore[index]
                     self.shards.setdefault(name, last)
                 self.untied = True
                 self.config.tie_word_embeddings = False
@@ -210,8 +210,8 @@ def _skeleton(base: Path, labels: Sequence[str] | None) -> nn.Module:
     return model
 
 
-def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """The model's name of each stored tensor → its file and its name there; and → the file that it is to be written to."""
+def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:
+    """The model's name of each stored tensor → its file and its name there; → its kind; → the file it is to be written to."""
     if (base / INDEX).is_file():
         files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     elif (base / SINGLE).is_file():
@@ -222,12 +222,14 @@ def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], di
         raise ModelError(f"{base / INDEX} names a file outside of it: {strange[0]}")
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
     names: dict[str, tuple[str, str]] = {}
+    kinds: dict[str, Kind] = {}
     for file in files:
         with _opened(base / file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
                 known = (name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own)
-                names[next(known, key)] = (file, key)
-    return names, {name: file for name, (file, _) in names.items()}
+                name, stored = next(known, key), shard.get_slice(key)
+                names[name], kinds[name] = (file, key), (BY_NAME[stored.get_dtype()], tuple(stored.get_shape()))
+    return names, kinds, {name: file for name, (file, _) in names.items()}
 
 
 def _opened(path: Path) -> Any:

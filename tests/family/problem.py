@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lorakin as lk
+from lorakin.surgery.fused import Dropped
 
 BOTH_PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -49,6 +50,12 @@ def close(got: Tensor | list[float], want: Any, tolerance: float) -> None:
     """Equal within `tolerance`, relative and absolute."""
     values = got.detach().numpy() if isinstance(got, Tensor) else got
     np.testing.assert_allclose(values, want, rtol=tolerance, atol=tolerance)
+
+
+def mask(x: Tensor, p: float) -> NDArray[Any]:
+    """What the branch's dropout, if it comes next, will multiply the entries of `x` by."""
+    rows = torch.ones_like(x).reshape(-1, x.shape[-1])
+    return np.ones(x.shape) if not p else array((drawn := Dropped.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
 
 
 def randomised(adapter: lk.Adapter, scale: float = 0.3) -> lk.Adapter:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorakin as lk
-from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised
+from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, mask, randomised
 from lorakin.family.allocation import Allocation
 from lorakin.storage import directory
 from references import adalora as reference
@@ -38,12 +38,12 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
-    mask = nn.functional.dropout(torch.ones_like(x), dropout).detach().numpy()
+    dropped = mask(x, dropout)
     y.backward(delta)
     s = reference.scaling(6, 4)
     numbers = [array(t) for t in (x, model[0].weight, site.P, site.E, site.Q)]
-    close(y, reference.forward(*numbers[:2], array(model[0].bias), *numbers[2:], s=s, mask=mask), tolerance)
-    dP, dE, dQ, dx = reference.gradients(*numbers, s=s, delta=array(delta), mask=mask)
+    close(y, reference.forward(*numbers[:2], array(model[0].bias), *numbers[2:], s=s, mask=dropped), tolerance)
+    dP, dE, dQ, dx = reference.gradients(*numbers, s=s, delta=array(delta), mask=dropped)
     for got, want in ((site.P.grad, dP), (site.E.grad, dE), (site.Q.grad, dQ), (x.grad, dx)):
         close(got, want, 10 * tolerance)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lorakin as lk
+from family.problem import mask
 from lorakin.family import Shape
 from references import lora as reference
 
@@ -77,12 +78,12 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
-    mask = nn.functional.dropout(torch.ones_like(x), dropout).numpy()
+    dropped = mask(x, dropout)
     y.backward(delta)
     site, linear = adapter.site("0"), model[0]
     numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
-    expected = reference.forward(*numbers, s=member.scaling, mask=mask)
-    dA, dB, dx = reference.gradients(numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=mask)
+    expected = reference.forward(*numbers, s=member.scaling, mask=dropped)
+    dA, dB, dx = reference.gradients(numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=dropped)
     for got, want in ((y, expected), (site.A.grad, dA), (site.B.grad, dB), (x.grad, dx)):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=tolerance, atol=tolerance)
 

@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import lorakin as lk
 from conftest import tiny_llama
-from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, randomised
+from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear, mask, randomised
 from references import vera as reference
 
 
@@ -24,13 +23,13 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     y = model[0](x)
     torch.manual_seed(4)
-    mask = nn.functional.dropout(torch.ones_like(x), dropout).detach().numpy()
+    dropped = mask(x, dropout)
     y.backward(delta)
     numbers = [array(t) for t in (x, model[0].weight, site.A, site.B, site.d, site.b)]
     assert site.A.shape == (5, 11)
     assert site.B.shape == (13, 5)
-    close(y, reference.forward(*numbers[:2], array(model[0].bias), *numbers[2:], mask=mask), tolerance)
-    dd, db, dx = reference.gradients(*numbers, delta=array(delta), mask=mask)
+    close(y, reference.forward(*numbers[:2], array(model[0].bias), *numbers[2:], mask=dropped), tolerance)
+    dd, db, dx = reference.gradients(*numbers, delta=array(delta), mask=dropped)
     for got, want in ((site.d.grad, dd), (site.b.grad, db), (x.grad, dx)):
         close(got, want, 10 * tolerance)
 

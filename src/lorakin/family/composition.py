@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family.lora import LoRA
 from lorakin.family.member import FIXED, Member, Modifier, Parametrisation, Place, Probe, Role, Rule, Spot
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight
 from lorakin.family.settings import require
 
 AXES = {
@@ -212,8 +212,18 @@ class Method:
             pair = member.amend_pair(pair, tensors)
         return pair
 
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor) -> Pair:
-        """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors."""
+    def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
+        """The pair as frozen matrices between trained vectors, if it is that and no member makes something else of it."""
+        kinds = [type(member) for member in self.modifiers]
+        if any(kind.amend_pair is not Modifier.amend_pair or kind.gain is not Modifier.gain for kind in kinds):
+            return None
+        return self.parametrisation.chain(tensors)
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
+        """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
+
+        A `Weight` that is kept between forwards saves what does not change; see `Modifier.gain`.
+        """
         pair = self.low_rank(tensors, shape)
         for member in self.modifiers:
             gain = member.gain(pair, tensors, weight)

@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 
 from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, blocks
 
 CANCELLED = 1e-3
-"""Below this share of what is added up, n² has lost too many digits to be used."""
-BLOCK = 1 << 20
-"""Numbers of the weight that are looked at at a time."""
+"""Below this share of what is added up, n² has lost too many digits to be used (more in a narrow dtype)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class DoRA(Modifier):
     def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
         return {**roles, "m": Role(decays=False, of_pair=False)}
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor:
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
@@ -80,30 +78,30 @@ def _is_at_start(place: Place) -> bool:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
     """‖w_j + up_j·down‖ of every row j, (out,), a constant, in the dtype of the pair but float32 at least.
 
-    `weight` (out, in), `up` (out, k), `down` (k, in), in any floating dtypes.
+    `weight` (out, in), `up` (out, k), `down` (k, in), in any floating dtypes. Of a `Weight`, which training keeps, ‖w_j‖² is
+    known, and `down` is rounded to the weight's dtype before they meet, as it is in the forward.
     """
-    wide = torch.promote_types(torch.promote_types(up.dtype, weight.dtype), torch.float32)
-    if weight.is_meta:
-        return torch.empty(len(weight), dtype=wide, device=weight.device)
+    matrix = weight if isinstance(weight, Tensor) else weight.matrix
+    wide = torch.promote_types(torch.promote_types(up.dtype, matrix.dtype), torch.float32)
+    if matrix.is_meta:
+        return torch.empty(len(matrix), dtype=wide, device=matrix.device)
     up, down = up.to(wide), down.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):
-        gram = down @ down.T
-        rows = max(1, BLOCK // max(1, weight.shape[1]))
-        blocks = zip(torch.split(weight, rows), torch.split(up, rows), strict=True)
-        return torch.cat([_block_norms(w.to(wide), u, down, gram) for w, u in blocks])
-
-
-def _block_norms(weight: Tensor, up: Tensor, down: Tensor, gram: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # there the sum is fused into the norm, and a choice by values would break the graph
-        formed: Tensor = torch.linalg.vector_norm(weight + up @ down, dim=1)
-        return formed
-    own = torch.linalg.vector_norm(weight, dim=1).square()
-    moved = ((up @ gram) * up).sum(1)
-    square = own + 2 * ((weight @ down.T) * up).sum(1) + moved
-    norms: Tensor = square.clamp(min=0).sqrt()
-    if (cancelled := square < CANCELLED * (own + moved)).any():
-        norms[cancelled] = torch.linalg.vector_norm(weight[cancelled] + up[cancelled] @ down, dim=1)
-    return norms
+    with torch.autocast(matrix.device.type, enabled=False):
+        if torch.compiler.is_compiling():  # there the sum is fused into the norm; a choice by values would break the graph
+            formed: Tensor = torch.linalg.vector_norm(matrix + up @ down, dim=1)
+            return formed
+        if isinstance(weight, Tensor):
+            own = Weight(matrix).squares
+            met = torch.cat([rows.to(wide) @ down.T for rows in blocks(matrix)])
+        else:
+            own, met = weight.squares, matrix @ down.to(matrix.dtype).T
+        moved = ((up @ (down @ down.T)) * up).sum(1)
+        square = own + 2 * (met * up).sum(1) + moved
+        norms = square.clamp(min=0).sqrt()
+        lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
+        if (cancelled := square < lost * (own + moved)).any():
+            norms[cancelled] = torch.linalg.vector_norm(matrix[cancelled].to(wide) + up[cancelled] @ down, dim=1)
+        return norms

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight
 from lorakin.family.settings import check_pair_settings, whole_number
 
 if TYPE_CHECKING:
@@ -212,6 +212,10 @@ class Parametrisation(Member):
         """The pair that these tensors stand for, differentiable in them."""
         raise NotImplementedError
 
+    def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
+        """The same pair as frozen matrices between trained vectors, if it is that."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Modifier(Member):
@@ -287,7 +291,7 @@ class Modifier(Member):
         """What this member makes of the pair."""
         return pair
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
+    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor | None:
         """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
         return None
 

@@ -8,6 +8,7 @@ Merging, files, counts, norms and pictures are written once, against `Pair`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,46 @@ class Pair(NamedTuple):
         """The Frobenius norm of up·down, without forming it."""
         up, down = self.up.double(), self.down.double()
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+
+class Chain(NamedTuple):
+    """A pair of which only two vectors train, diag(outer)·up and diag(inner)·down, around frozen matrices.
+
+    `outer` (outputs,), `up` (≥ outputs, k), `inner` (k,), `down` (k, ≥ inputs): the leading part of the matrices counts.
+    """
+
+    outer: Tensor
+    up: Tensor
+    inner: Tensor
+    down: Tensor
+
+    def pair(self, shape: Shape) -> Pair:
+        """The same as a pair, differentiable in the vectors."""
+        up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
+        return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
+
+
+class Weight:
+    """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """‖w_j‖² of every row j, (outputs,), float32 at least; computed once, in blocks of rows."""
+        wide = torch.promote_types(self.matrix.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(rows.to(wide), dim=1) for rows in blocks(self.matrix)]
+        return torch.cat(norms).square()
+
+
+BLOCK = 1 << 20
+"""Numbers of a weight that are looked at at a time."""
+
+
+def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The rows of `matrix`, `BLOCK` numbers at a time."""
+    return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))
 
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.member import Parametrisation, Role, Spot
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Chain, Pair, Shape, Tensors
 from lorakin.family.settings import number, require, whole_number
 
 
@@ -102,6 +102,8 @@ class VeRA(Parametrisation):
     def roles(self, shape: Shape) -> dict[str, Role]:
         return {"b": Role(starts_at_zero=True, decays=False), "d": Role(decays=False)}
 
+    def chain(self, tensors: Mapping[str, Tensor]) -> Chain:
+        return Chain(outer=tensors["b"], up=tensors["B"], inner=tensors["d"], down=tensors["A"])
+
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        A, B, d, b = (tensors[slot] for slot in ("A", "B", "d", "b"))
-        return Pair(up=b.unsqueeze(1) * B[: shape.outputs], down=d.unsqueeze(1) * A[:, : shape.inputs])
+        return self.chain(tensors).pair(shape)

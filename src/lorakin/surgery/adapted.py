@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Method, Pair, Role, Shape, widened
-from lorakin.surgery.layers import Layer, kind_of
+from lorakin.family import Method, Pair, Role, Shape, Weight, widened
+from lorakin.surgery import fused
+from lorakin.surgery.layers import Layer, LinearLayer, kind_of
 
 
 def trains(role: Role, tensor: Tensor) -> bool:
@@ -34,6 +35,8 @@ class Site(nn.Module):
         self.method = method
         self.layer = layer
         self.shape = shape
+        self.siblings = path.rpartition(".")[0]
+        self._seen: tuple[object, Weight] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
 
@@ -69,6 +72,28 @@ class Site(nn.Module):
     def pair(self, weight: Tensor) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
         return self.method.pair(self.wide(), self.shape, weight)
+
+    def fused(self, module: Any, x: Any) -> Tensor | None:
+        """The output of the adapted module, the base's part included, where `surgery/fused.py` can compute it."""
+        if self.layer is not LinearLayer or not fused.applies(x, module.weight):
+            return None
+        tensors, dropout = self.wide(), self.method.dropout if self.training else 0.0
+        chain = self.method.chain(tensors)
+        if chain is not None:
+            return fused.linear_with_chain(x, module.weight, module.bias, chain, dropout, self.siblings)
+        pair = self.method.pair(tensors, self.shape, self._weight(module.weight.detach()))
+        if pair.gain is not None and dropout:  # which needs another product with the weight
+            return None
+        return fused.linear_with_pair(x, module.weight, module.bias, pair, dropout)
+
+    def _weight(self, matrix: Tensor) -> Weight:
+        """The weight with what is remembered of it, for as long as it is the same."""
+        if torch.compiler.is_compiling():
+            return Weight(matrix)
+        now = fused.state_of(matrix)
+        if self._seen is None or self._seen[0] != now:
+            self._seen = now, Weight(matrix)
+        return self._seen[1]
 
     def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down x), without a gain, in the base's dtype."""
@@ -161,11 +186,17 @@ class Adapted(nn.Module):
     lorakin: Hung
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = out = super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.lorakin.rows is not None:
-            return self.lorakin.rows.adapted(self, x, base)
-        for site in self.lorakin.in_use():
+        hung = self.lorakin
+        sites = hung.in_use()
+        if len(sites) == 1 and hung.rows is None and not hung.merged and not torch.compiler.is_compiling():
+            stock = getattr(super().forward, "__func__", None) is nn.Linear.forward
+            if stock and (whole := sites[0].fused(self, x)) is not None:
+                return whole
+        base = out = super().forward(*args, **kwargs)
+        if hung.rows is not None:
+            return hung.rows.adapted(self, x, base)
+        for site in sites:
             out = out + site(self, x, base)
         return out
 

@@ -1,0 +1,320 @@
+"""The adapted linear layer as one autograd function: one pass, and nothing kept for backward that can be made again.
+
+    y = g ⊙ (W0 x + up(down x̃)) + b
+
+Plain autograd keeps float32 copies of inputs, dropout masks and the products between; here backward gets the input and the
+r numbers per token `down x̃`, in the base's dtype. Not even the input where `down` never trains (LoRA-FA, VeRA), and the
+masks of dropout are drawn again from their seed. The up and down products go into the base's own output and gradient.
+
+The trained tensors stay float32; the products are in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lorakin.family import Chain, Pair
+
+
+def applies(x: Any, weight: Tensor) -> bool:
+    """Whether the functions below compute what F.linear and a pair beside it would.
+
+    They know plain tensors. A compiler makes its own of plain operations; function transforms, tracing and forward-mode
+    derivatives need those too.
+    """
+    if type(x) not in PLAIN or type(weight) not in PLAIN or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    if not torch.is_autocast_enabled(x.device.type):
+        right = x.dtype == weight.dtype
+    else:
+        right = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return right and x.device == weight.device and not transformed
+
+
+def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, dropout: float) -> Tensor:
+    """g ⊙ (W0 x + up(down x̃)) + b of x (…, in), (…, out); under autocast in its dtype."""
+    drop = Dropped.drawn(dropout) if dropout else None
+    with _autocast_off(x, weight, bias) as (x, weight, bias):
+        out: Tensor = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, drop)  # type: ignore[no-untyped-call]
+        return out
+
+
+def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, dropout: float, siblings: str) -> Tensor:
+    """W0 x + outer ⊙ up(inner ⊙ (down x̃)) + b of x (…, in), (…, out); under autocast in its dtype.
+
+    Modules of the same `siblings` that are called with one x share the product with `down`, unless they drop inputs.
+    """
+    given = x
+    with _autocast_off(x, weight, bias) as (x, weight, bias):
+        down, up = _frozen(chain.down), _frozen(chain.up)
+        inputs, outputs = weight.shape[1], weight.shape[0]
+        narrow = down.narrowed(weight.dtype)[:, :inputs]
+        if dropout:
+            u = DroppedProduct.apply(x, narrow, Dropped.drawn(dropout))  # type: ignore[no-untyped-call]
+        else:
+            u = down.product(given, siblings, lambda: F.linear(x, narrow))
+        count = x.numel() // inputs
+        merged = not dropout and 2 * inputs * outputs < count * (2 * outputs + inputs)
+        out: Tensor = LinearWithChain.apply(  # type: ignore[no-untyped-call]
+            x, u, weight, bias, chain.outer, up.narrowed(weight.dtype)[:outputs], chain.inner, narrow, merged
+        )
+        return out
+
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def state_of(tensor: Tensor) -> object:
+    """What changes when the tensor's values do, unless they are written around autograd."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
+
+
+@contextlib.contextmanager
+def _autocast_off(x: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
+    """The tensors in autocast's dtype with autocast off, if it is on; as they are if not."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield [x, *others]
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield [None if t is None else t.to(dtype) for t in (x, *others)]
+
+
+class Frozen:
+    """What is remembered of a matrix that never trains: itself in another dtype, and the latest product of each place."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = weakref.ref(matrix)
+        self.narrow: tuple[object, Tensor] | None = None
+        self.products: dict[str, tuple[Any, ...]] = {}
+
+    def narrowed(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`."""
+        matrix = self.matrix()
+        assert matrix is not None
+        now = state_of(matrix), dtype
+        if self.narrow is None or self.narrow[0] != now:
+            self.narrow = now, matrix.detach().to(dtype)
+        return self.narrow[1]
+
+    def product(self, x: Tensor, place: str, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave for the same x in the same place as long as someone, such as a graph, holds that."""
+        if x.is_inference():
+            return compute()
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        if (latest := self.products.get(place)) is not None:
+            then, version, kept = latest[0](), latest[1], latest[2]()
+            if then is x and version == x._version and isinstance(kept, Tensor) and kept.requires_grad == wants_grad:
+                return kept
+        product = compute()
+        self.products[place] = weakref.ref(x), x._version, weakref.ref(product)
+        return product
+
+
+_FROZEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _frozen(matrix: Tensor) -> Frozen:
+    if matrix not in _FROZEN:
+        _FROZEN[matrix] = Frozen(matrix)
+    known: Frozen = _FROZEN[matrix]
+    return known
+
+
+class Dropped(NamedTuple):
+    """Dropout whose mask is never kept: its seed draws the same positions again.
+
+    The gaps between the dropped entries of a Bernoulli process are geometric, so that p·n numbers are drawn, not n.
+    """
+
+    p: float
+    seed: int
+
+    @classmethod
+    def drawn(cls, p: float) -> Dropped:
+        """With a seed from torch's default generator."""
+        return cls(p, int(torch.randint(1 << 62, ())))
+
+    @property
+    def scale(self) -> float:
+        """What the entries that are left are to be multiplied by."""
+        return 1 / (1 - self.p)
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Which of `count` entries are dropped, ascending; what lies past the end is `count` itself."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+        draws = int(count * self.p + 8 * math.sqrt(count * self.p) + 16)  # 8 deviations: the process passes the end
+        uniform = torch.rand(draws, generator=generator, device=device)
+        gaps = uniform.neg_().log1p_().div_(math.log1p(-self.p)).to(torch.int64)
+        return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=count)
+
+    def zeroed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """A copy of `x` with zeros in the places that are dropped; nothing is scaled."""
+        whole = x.new_empty(x.numel() + 1)  # the last takes the positions past the end
+        kept: Tensor = whole[:-1].view(x.shape).copy_(x)
+        whole.index_fill_(0, self.positions(x.numel(), x.device) if positions is None else positions, 0)
+        return kept
+
+
+class LinearWithPair(torch.autograd.Function):
+    """y = g ⊙ (W0 x + up(down x̃)) + b for x (…, in), weight (out, in), up (out, k), down (k, in), gain (out,).
+
+    Without a gain, x̃ may be dropped. For the gradient of the gain, Σ δ ⊙ (y − b)/g, the output
+    is kept, which what follows often keeps too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        up: Tensor, down: Tensor, gain: Tensor | None, drop: Dropped | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.drop, ctx.dtypes = drop, (up.dtype, down.dtype, None if gain is None else gain.dtype)
+        down = down if drop is None else down * drop.scale
+        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = (rows if drop is None else drop.zeroed(rows)) @ down.T
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(hidden, up.T)
+        more = output = None
+        if gain is not None:
+            more = (gain - 1).to(weight.dtype)  # the distance from 1, which a gain would lose in a narrow dtype
+            y.addcmul_(y if bias is None else y - bias, more)
+        if ctx.needs_input_grad[5]:
+            output, ctx.changed = _unwatched(y)
+        needs_rows = any(ctx.needs_input_grad[n] for n in (1, 4, 5))
+        ctx.save_for_backward(rows if needs_rows else None, hidden, weight, bias, up, down, more, output)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, weight, bias, up, down, more, output = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, _ = ctx.needs_input_grad
+        drop: Dropped | None = ctx.drop
+        delta = grad.reshape(-1, grad.shape[-1])
+        for_x = for_up = for_down = for_gain = None
+        if needs_gain:
+            gain = more + 1
+            if ctx.changed() or bool((gain.abs() < LEAST_GAIN).any()):  # then the output does not tell what was multiplied
+                product, gain = torch.addmm(rows @ weight.T, hidden, up.T), torch.ones_like(gain)
+            else:
+                product = output.view(delta.shape) if bias is None else output.view(delta.shape) - bias
+            for_gain = (delta * product).sum(0).to(ctx.dtypes[2]) / gain
+        for_bias = delta.sum(0) if needs_bias else None
+        if more is not None:
+            delta = torch.addcmul(delta, delta, more)
+        for_weight = delta.T @ rows if needs_weight else None
+        if needs_up:
+            for_up = (hidden.T @ delta).T.to(ctx.dtypes[0])
+        back = delta @ up
+        dropped = None if drop is None else drop.positions(len(delta) * weight.shape[1], delta.device)
+        if needs_down:
+            for_down = (back.T @ (rows if drop is None else drop.zeroed(rows, dropped))).to(ctx.dtypes[1])
+            for_down = for_down if drop is None else for_down * drop.scale
+        if needs_x:
+            for_x = (delta @ weight).addmm_(back, down) if dropped is None else _plus_kept(delta, weight, back, down, dropped)
+            for_x = for_x.view(*grad.shape[:-1], -1)
+        return for_x, for_weight, for_bias, for_up, for_down, for_gain, None
+
+
+LEAST_GAIN = 2**-4
+"""Below it an output has lost too many digits of what was multiplied."""
+
+
+def _unwatched(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """The output to keep although others may overwrite it, as an activation in place does; and whether one has.
+
+    Autograd refuses to give back what was overwritten. So it gets an alias that counts its own changes, and an empty tensor
+    that counts the output's tells of them.
+    """
+    counter = output.detach()
+    counter.data = output.new_empty(0)
+    before = counter._version
+    return output.data, lambda: counter._version != before
+
+
+def _plus_kept(flat: Tensor, weight: Tensor, back: Tensor, down: Tensor, dropped: Tensor) -> Tensor:
+    """flat·weight + back·down, the second part not where the input was dropped."""
+    whole = flat.new_empty(len(flat) * weight.shape[1] + 1)
+    product = torch.mm(flat, weight, out=whole[:-1].view(len(flat), -1))
+    alone = whole[dropped]
+    product.addmm_(back, down)
+    whole[dropped] = alone
+    return product
+
+
+class DroppedProduct(torch.autograd.Function):
+    """down x̃ for x (…, in) and a frozen down (k, in), of which nothing but `down` is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Dropped) -> Tensor:
+        ctx.drop = drop
+        ctx.save_for_backward(down)
+        return F.linear(drop.zeroed(x), down * drop.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (down,) = ctx.saved_tensors
+        return ctx.drop.zeroed(grad @ (down * ctx.drop.scale)), None, None
+
+
+class LinearWithChain(torch.autograd.Function):
+    """y = W0 x + outer ⊙ up(inner ⊙ u) + b, with u = down x (…, k), where nothing but outer (out,) and inner (k,) trains.
+
+    Both gradients come from C = δᵀu (out, k), and neither needs x. Where it is cheaper the weight is W0 + change, for the
+    forward and again for the backward, and u takes part in nothing but C.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None,
+        outer: Tensor, up: Tensor, inner: Tensor, down: Tensor, merged: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.merged = merged
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, weight, outer, up, inner, down)
+        if merged:
+            return F.linear(x, _merged(weight, outer, up, inner, down), bias)
+        y = F.linear(x, weight, bias)
+        flat = y.view(-1, y.shape[-1])
+        flat.addmm_(u.reshape(len(flat), -1) * inner.to(u.dtype), _scaled(outer, up).T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, weight, outer, up, inner, down = ctx.saved_tensors
+        needs_x, needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        for_weight = flat.T @ x.reshape(len(flat), -1) if needs_weight else None
+        for_bias = flat.sum(0) if needs_bias else None
+        common = (flat.T @ u.reshape(len(flat), -1)) * up
+        for_outer, for_inner = common.to(outer.dtype) @ inner, outer @ common.to(outer.dtype)
+        for_x = for_u = None
+        if needs_x:
+            for_x = (flat @ (_merged(weight, outer, up, inner, down) if ctx.merged else weight)).view(*grad.shape[:-1], -1)
+        if needs_u and not ctx.merged:
+            for_u = ((flat @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
+        return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None
+
+
+def _scaled(outer: Tensor, up: Tensor) -> Tensor:
+    """diag(outer)·up, rounded once to the dtype of `up`."""
+    return (outer.unsqueeze(1) * up).to(up.dtype)
+
+
+def _merged(weight: Tensor, outer: Tensor, up: Tensor, inner: Tensor, down: Tensor) -> Tensor:
+    return torch.addmm(weight, _scaled(outer, up), inner.to(down.dtype).unsqueeze(1) * down)

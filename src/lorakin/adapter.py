@@ -26,6 +26,8 @@ from lorakin.surgery.optimizer import check_attached, check_rates, parameter_gro
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
 
+FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers that have a kernel of one pass over each tensor."""
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - the conventional letter for "an optimizer class"
 
@@ -57,10 +59,14 @@ class Adapter(Graft):
         """An optimizer of class `cls` over the adapter's groups, attached.
 
         Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there.
+        torch's Adam, AdamW and SGD take their fused kernel where nothing else is asked for.
         `total_steps`, the optimizer steps of the run, is needed only for members that plan over it, such as AdaLoRA.
         """
         if "weight_decay" in inspect.signature(cls).parameters:
             options.setdefault("weight_decay", 0.0)
+        if cls in FUSED and not {"foreach", "differentiable"} & options.keys():
+            devices = {parameter.device.type for parameter in self.parameters()}
+            options.setdefault("fused", devices <= {"cpu", "cuda"})
         return self.attach(cls(self.parameter_groups(lr), **options), total_steps)
 
     def attach(self, optimizer: O, total_steps: int | None = None) -> O:

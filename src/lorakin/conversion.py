@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakin.adapter import Adapter, adapters, placed
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Pair
+from lorakin.family import Pair, all_finite
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
@@ -229,7 +229,7 @@ def _check_limits(rank: int | None, error: float | None) -> None:
 
 
 def _check_finite(change: Pair, adapter: Adapter, path: str) -> None:
-    if not all(torch.isfinite(part).all() for part in change if part is not None):
+    if not all(all_finite(part) for part in change if part is not None):
         raise StateError(f"adapter {adapter.name!r} holds NaN or infinity in {path}; it cannot be converted")
 
 

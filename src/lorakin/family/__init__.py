@@ -14,7 +14,7 @@ from lorakin.family.lora_drop import LoRADrop
 from lorakin.family.lora_fa import LoRAFA
 from lorakin.family.lora_plus import LoRAPlus
 from lorakin.family.member import Member, Modifier, Parametrisation, Place, Role, Rule, Spot
-from lorakin.family.pair import Chain, Pair, Shape, Weight, widened
+from lorakin.family.pair import Chain, Pair, Shape, Weight, all_finite, widened
 from lorakin.family.vera import VeRA
 
 FAMILY: tuple[type[Member], ...] = (LoRA, LoRAPlus, LoRAFA, VeRA, DoRA, AdaLoRA, LoRADrop, DeltaLoRA)
@@ -81,6 +81,7 @@ __all__ = [
     "Spot",
     "VeRA",
     "Weight",
+    "all_finite",
     "conflict",
     "member_named",
     "method_named",

@@ -74,34 +74,46 @@ class Allocation(Rule):
     @torch.no_grad()
     def before(self, n: int) -> None:
         self._regularise()
-        if n > self._end:
-            return
-        for matrix in self.matrices:
-            for slot, w in matrix.factors().items():
-                if w.grad is not None:
-                    self._observe(
-                        f"{matrix.place.path}.{slot}", (w * w.grad).abs().to(torch.promote_types(w.dtype, torch.float32))
-                    )
+        if n <= self._end:
+            self._observe()
 
     def _regularise(self) -> None:
         """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R."""
         sides = [factor for m in self.matrices for slot, factor in m.factors().items() if slot != m.scales]
-        for side in sides:
-            if side.grad is None:
-                continue
-            tall = (side if side.shape[0] >= side.shape[1] else side.T).to(torch.promote_types(side.dtype, torch.float32))
-            excess = tall.T @ tall - torch.eye(tall.shape[1], device=tall.device, dtype=tall.dtype)
-            size = torch.linalg.matrix_norm(excess)
-            gradient = 2 * tall @ (excess / size.clamp(min=torch.finfo(size.dtype).tiny))
-            gradient = gradient * (self.member.orthogonality / len(sides))
-            side.grad.add_(gradient if tall.shape == side.shape else gradient.T)
+        with_grad = [side for side in sides if side.grad is not None]
+        if not with_grad:
+            return
+        wide = [side.to(torch.promote_types(side.dtype, torch.float32)) for side in with_grad]
+        excess = [side.T @ side if side.shape[0] >= side.shape[1] else side @ side.T for side in wide]
+        for gram in excess:
+            gram.diagonal().sub_(1)
+        sizes = [size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)]
+        torch._foreach_mul_(excess, 2 * self.member.orthogonality / len(sides))
+        for parameter, side, gram, size in zip(with_grad, wide, excess, sizes, strict=True):
+            factors = (side, gram.div_(size)) if side.shape[0] >= side.shape[1] else (gram.div_(size), side)
+            grad = parameter.grad
+            assert grad is not None
+            if grad.dtype == side.dtype:
+                grad.addmm_(*factors)
+            else:
+                grad.add_(factors[0] @ factors[1])
 
-    def _observe(self, key: str, now: Tensor) -> None:
-        beta1, beta2 = self.member.beta1, self.member.beta2
-        mean = self.sensitivity.setdefault(key, torch.zeros_like(now))
-        spread = self.uncertainty.setdefault(key, torch.zeros_like(now))
-        mean.mul_(beta1).add_(now, alpha=1 - beta1)
-        spread.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
+    def _observe(self) -> None:
+        """Ī and U take in |w · ∂w| of every tensor of the budget."""
+        seen = {f"{m.place.path}.{slot}": w for m in self.matrices for slot, w in m.factors().items() if w.grad is not None}
+        if not seen:
+            return
+        sizes = torch._foreach_mul([w.detach() for w in seen.values()], [w.grad for w in seen.values() if w.grad is not None])
+        torch._foreach_abs_(sizes)
+        now = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in sizes]
+        for key, each in zip(seen, now, strict=True):
+            if key not in self.sensitivity:
+                self.sensitivity[key], self.uncertainty[key] = torch.zeros_like(each), torch.zeros_like(each)
+        means, spreads = ([known[key] for key in seen] for known in (self.sensitivity, self.uncertainty))
+        torch._foreach_lerp_(means, now, 1 - self.member.beta1)
+        torch._foreach_sub_(now, means)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(spreads, now, 1 - self.member.beta2)
 
     def _scores(self, matrix: Matrix) -> Tensor:
         """S of every triplet of one matrix, (rank,)."""

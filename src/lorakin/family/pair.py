@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
     def applied_to(self, weight: Tensor) -> Tensor:
         """The changed weight diag(gain)·(W0 + up·down), (outputs, inputs), in the dtype of `weight`."""
-        changed = weight + (self.up.to(weight.dtype) @ self.down.to(weight.dtype))
+        changed = torch.addmm(weight, self.up.to(weight.dtype), self.down.to(weight.dtype))
         return changed if self.gain is None else self.gain.to(weight.dtype).unsqueeze(1) * changed
 
     def norm(self) -> float:
@@ -89,6 +89,11 @@ BLOCK = 1 << 20
 def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """The rows of `matrix`, `BLOCK` numbers at a time."""
     return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, from its extremes: far quicker than by each number."""
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError, OutputError, SettingError
-from lorakin.family import Pair, Shape
+from lorakin.family import Pair, Shape, all_finite
 from lorakin.surgery.layers import kind_of
 
 
@@ -142,7 +142,7 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
         ModelError: NaN, infinity, or a number too large for `dtype`; the message names `source`.
     """
     tensor = tensor.detach().cpu().contiguous()
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise ModelError(f"{source} holds NaN or infinity, so it is not written")
     if dtype == "bf16":
         narrow = tensor.to(torch.bfloat16)
@@ -151,7 +151,7 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
         narrow = tensor.to(torch.float16 if dtype == "f16" else torch.float32)
         array = narrow.numpy()
     block_scale = narrow.abs().amax() / 127 if dtype == "q8_0" and narrow.numel() else torch.zeros(())
-    if not torch.isfinite(narrow).all() or block_scale > torch.finfo(torch.float16).max:
+    if not all_finite(narrow) or block_scale > torch.finfo(torch.float16).max:
         largest = float(tensor.abs().max())
         raise ModelError(f"{source} holds {largest:g}, too large for {dtype}; write it as bf16 or f32")
     return gguf.quants.quantize(array, _TYPE.Q8_0) if dtype == "q8_0" else array
@@ -322,7 +322,7 @@ def _pair(a: Tensor, b: Tensor, alpha: float, place: Place, where: str) -> Pair:
             f"{where}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} do not fit the base model's weight, "
             f"{place.shape.outputs} × {place.shape.inputs}"
         )
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+    if not (all_finite(up) and all_finite(down)):
         raise AdapterError(f"{where} holds NaN or infinity")
     if place.order is not None:
         up = up[torch.argsort(place.order)]

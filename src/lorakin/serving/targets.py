@@ -13,6 +13,7 @@ from torch import Tensor
 from lorakin.adapter import Adapter, adapters, load
 from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError
+from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed
@@ -174,5 +175,5 @@ def _narrow(adapter: Adapter, dtype: torch.dtype) -> None:
     """Give all tensors one dtype; refused if a number becomes infinite."""
     for name, parameter in adapter.named_parameters():
         parameter.data = parameter.data.to(dtype)
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise OutputError(f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype")

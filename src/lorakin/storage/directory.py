@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
+from lorakin.family import all_finite
 from lorakin.storage import peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.graft import Graft
@@ -162,7 +163,7 @@ def _read_own(path: Path) -> peft_format.Own | None:
             raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
         if len(patterns) != 2 or not all(isinstance(pattern, dict) for pattern in patterns):
             raise AdapterError(f"{path / OWN}: its patterns are none: {str(patterns)[:80]}")
-        if spoilt := [key for key, t in more.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        if spoilt := [key for key, t in more.items() if t.is_floating_point() and not all_finite(t)]:
             raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterError):

@@ -40,9 +40,9 @@ def sample(weight: Tensor) -> str | None:
     if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
     flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
-    places = torch.unravel_index(flat.to(weight.device), weight.shape)
     shape = "x".join(map(str, weight.shape))
-    values = weight[places]
+    flat = flat.to(weight.device)
+    values = weight.view(-1)[flat] if weight.is_contiguous() else weight[torch.unravel_index(flat, weight.shape)]
     held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
     numbers = " ".join(f"{value:.5g}" for value in values.tolist())
     return f"{str(held).removeprefix('torch.')} {shape} {numbers}"

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, some
-from lorakin.family import FAMILY, Shape
+from lorakin.family import FAMILY, Shape, all_finite
 from lorakin.family.settings import is_finite_number
 from lorakin.storage.directory import read_json
 from lorakin.surgery import layers
@@ -137,7 +137,7 @@ class _Source:
         for slot, tensor in slots.items():
             if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
                 raise self.error(f"{slot} of {path} is {tensor.dtype} ({tensor.layout}), expected a dense floating tensor")
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise self.error(f"{slot} of {path} holds NaN or infinity")
         fits = A.ndim == B.ndim == 2 and (len(B), A.shape[1]) == shape[:2] and B.shape[1] == len(A) > 0
         if not fits or (m is not None and tuple(m.shape) != shape[:1]):

@@ -30,6 +30,7 @@ from lorakin.family import (
     Shape,
     Spot,
     VeRA,
+    all_finite,
     member_named,
     widened,
 )
@@ -320,7 +321,7 @@ def from_files(
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() < 2:
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
     for path, state in copies.items():
         _check_copy(modules[path], path, state, where)

@@ -250,6 +250,17 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return cls.__bases__[1]
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)`, for those who ask for many."""
+    module = model
+    for part in path.split(".") if path else ():
+        inner = module._modules.get(part)
+        if inner is None:
+            return model.get_submodule(path)
+        module = inner
+    return module
+
+
 def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):

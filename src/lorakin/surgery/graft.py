@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot, widened
 from lorakin.surgery import layers, stepping
-from lorakin.surgery.adapted import Copy, Hung, Site, conflict, hang, is_adapted, move_base, swap_moved, trains, unhang
+from lorakin.surgery.adapted import (
+    Copy,
+    Hung,
+    Site,
+    conflict,
+    hang,
+    is_adapted,
+    module_at,
+    move_base,
+    swap_moved,
+    trains,
+    unhang,
+)
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
@@ -75,7 +87,7 @@ def plan(
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
     for path, there in chosen.sites.items():
-        there.check(spot_of(model.get_submodule(path)).shape, path)
+        there.check(spot_of(module_at(model, path)).shape, path)
     return chosen
 
 
@@ -123,7 +135,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
         if whole and name.startswith(whole):
             continue
         path, _, leaf = name.rpartition(".")
-        module: Any = model.get_submodule(path)
+        module: Any = module_at(model, path)
         aside = module.lorakin if is_adapted(module) else Hung()
         own[name] = aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
     return own
@@ -174,7 +186,7 @@ class Graft:
         children: dict[str, Site | Copy] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         for path, method in self.plan.sites.items():
-            module = self.model.get_submodule(path)
+            module = module_at(self.model, path)
             kind, shape, device = layers.kind_of(module), spot_of(module).shape, module.weight.device
             assert kind is not None
             assert isinstance(device, torch.device)
@@ -186,19 +198,19 @@ class Graft:
                 parameters[slot] = made[id(tensor), device]
             children[path] = Site(path, method, kind, shape, parameters)
         for path in self.plan.copies:
-            whole = self.model.get_submodule(path)
+            whole = module_at(self.model, path)
             twin = _plain_copy(whole).requires_grad_(True)
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
         for path, child in children.items():
-            if reason := conflict(self.model.get_submodule(path), self.name, child):
+            if reason := conflict(module_at(self.model, path), self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
-            child.train(self.model.get_submodule(path).training)
-            hang(self.model.get_submodule(path), self.name, child)
+            child.train(module_at(self.model, path).training)
+            hang(module_at(self.model, path), self.name, child)
         _mark_base(self.model, registry)
         activate(self.model, self.name)
 
@@ -212,7 +224,7 @@ class Graft:
         if any(self.name in h.merged for h in self._hung_if_there()):
             self.unmerge()
         for path in self._paths():
-            module = self.model.get_submodule(path)
+            module = module_at(self.model, path)
             if is_adapted(module):  # another module may have been put in its place
                 if not self._disabled:
                     swap_moved(module)
@@ -258,11 +270,11 @@ class Graft:
 
     def pair_at(self, path: str) -> Pair:
         """The pair of the module at `path`, with its gain over the base weight; in float32 at least."""
-        return self.site(path).pair(spot_of(self.model.get_submodule(path)).weight)
+        return self.site(path).pair(spot_of(module_at(self.model, path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
         """The weight of the module at `path` as a matrix; see `own_weight`."""
-        return own_weight(self.model.get_submodule(path))
+        return own_weight(module_at(self.model, path))
 
     def change_at(self, path: str) -> Pair:
         """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
@@ -328,10 +340,10 @@ class Graft:
         try:
             for path, merged in before.items():
                 if self.name not in merged:
-                    set_merged(self.model.get_submodule(path), path, (*merged, self.name))
+                    set_merged(module_at(self.model, path), path, (*merged, self.name))
         except BaseException:
             for path, merged in before.items():
-                set_merged(self.model.get_submodule(path), path, merged)
+                set_merged(module_at(self.model, path), path, merged)
             raise
         _follow_ties(self.model)
         if permanent:
@@ -345,7 +357,7 @@ class Graft:
         self._require_present()
         for path in self._paths():
             rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
-            set_merged(self.model.get_submodule(path), path, rest)
+            set_merged(module_at(self.model, path), path, rest)
         _follow_ties(self.model)
 
     def begin(self, total_steps: int | None = None) -> None:
@@ -419,11 +431,11 @@ class Graft:
 
     def _swap_moved(self) -> None:
         for path in self.plan.sites:
-            if is_adapted(module := self.model.get_submodule(path)):
+            if is_adapted(module := module_at(self.model, path)):
                 swap_moved(module)
 
     def _hung_if_there(self) -> list[Hung]:
-        modules = [self.model.get_submodule(path) for path in self._paths()]
+        modules = [module_at(self.model, path) for path in self._paths()]
         return [module.lorakin for module in modules if is_adapted(module)]  # type: ignore[misc]
 
     def _paths(self) -> tuple[str, ...]:
@@ -468,7 +480,7 @@ class SitePlace:
     @property
     def weight(self) -> Tensor:
         """Its weight as a matrix, the base's own even while adapters are merged."""
-        return spot_of(self.graft.model.get_submodule(self.path)).weight
+        return spot_of(module_at(self.graft.model, self.path)).weight
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The module's tensors by slot."""
@@ -491,11 +503,11 @@ class SitePlace:
 
     def move_base(self, change: Tensor) -> None:
         """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
-        move_base(self.graft.model.get_submodule(self.path), change)
+        move_base(module_at(self.graft.model, self.path), change)
 
     def restore_base(self) -> None:
         """Put the base's own weight back, if it was moved."""
-        module: Any = self.graft.model.get_submodule(self.path)
+        module: Any = module_at(self.graft.model, self.path)
         swap_moved(module)
         module.lorakin.unmoved = {}
 
@@ -591,7 +603,7 @@ def fresh(
     model: nn.Module, plan: Plan, generator: torch.Generator | None, dtype: torch.dtype | None
 ) -> dict[str, dict[str, Tensor]]:
     """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
-    spots = {path: spot_of(model.get_submodule(path)) for path in plan.sites}
+    spots = {path: spot_of(module_at(model, path)) for path in plan.sites}
     meta = any(spot.weight.is_meta for spot in spots.values())
     device = torch.device("meta" if meta else "cpu")
     return plan.method.start(spots, plan.sites, None if meta else generator, device, dtype)
@@ -616,7 +628,7 @@ def _registry(model: nn.Module) -> Registry:
 
 
 def _hung(model: nn.Module, path: str) -> Hung:
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     if not is_adapted(module):
         raise StateError(
             f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Pair
+from lorakin.family import Pair, all_finite
 from lorakin.surgery.adapted import Copy, Hung, Site
 from lorakin.surgery.layers import Layer
 
@@ -104,6 +104,6 @@ def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> 
 def _like(old: Tensor, values: Tensor, path: str) -> Tensor:
     """`values` with the dtype and memory layout of `old`, as a parameter if that is one; refused if not finite."""
     new = torch.empty_like(old).copy_(values)
-    if new.is_floating_point() and not torch.isfinite(new).all():
+    if new.is_floating_point() and not all_finite(new):
         raise StateError(f"merging would write NaN or infinity into {path}; the weights are left as they were")
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -16,6 +16,7 @@ from lorakin.errors import (
     VerificationError,
 )
 from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
+from lorakin.surgery.light import fuse, unfuse
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,9 @@ __all__ = [
     "as_lora",
     "combine",
     "convert",
+    "fuse",
     "importance",
     "load",
     "mixed_batch",
+    "unfuse",
 ]

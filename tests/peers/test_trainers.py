@@ -174,9 +174,12 @@ def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
         prepare_trainer(tiny_llama())
 
 
-def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]], fused: bool) -> None:
     trl = pytest.importorskip("trl")
     model, adapter = adapted()
+    if fused:
+        lk.fuse(model)
     base = {key: t.clone() for key, t in model.state_dict().items() if ".lorakin." not in key}
     rows = [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -339,3 +340,16 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
     assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.plan.copies)
     loaded = load_with_adapter(recipe.model, recipe.out, "float32")
     torch.testing.assert_close(loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits)
+
+
+def test_a_fused_run_is_the_same_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakin.surgery.deferred import CrossEntropy
+
+    plain, _, _ = run(recipe)
+    calls = []
+    forward = CrossEntropy.forward
+    monkeypatch.setattr(CrossEntropy, "forward", staticmethod(lambda *args: (calls.append(1), forward(*args))[1]))
+    fused, _, prepared = run(dataclasses.replace(recipe, fuse=True, out=str(tmp_path / "fused")))
+    assert len(calls) == recipe.steps, "the loss of every step was computed without logits"
+    assert fused.after.loss == pytest.approx(plain.after.loss, rel=1e-2)
+    assert type(prepared.loaded.model.lm_head) is torch.nn.Linear, "the model is itself again"

@@ -69,6 +69,10 @@ def command(
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
     ] = None,
+    fuse: Annotated[
+        bool | None,
+        typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: a fifth of the run]")] = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,

@@ -202,7 +202,7 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickling and deepcopy name the module's own class instead.
-        return _revive, (Adapted, base_class(self)), self.__dict__
+        return revive, (Adapted, base_class(self)), self.__dict__
 
 
 class Replaced(nn.Module):
@@ -219,7 +219,7 @@ class Replaced(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (type(self).__bases__[0], base_class(self)), self.__dict__
+        return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
 
 
 class ReplacedSequence(Replaced):
@@ -264,7 +264,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
-        _swap_class(module, _combined(_mixin(module, child), type(module)))
+        _swap_class(module, combined(_mixin(module, child), type(module)))
         module.lorakin = Hung()
     hung = module.lorakin
     assert isinstance(hung, Hung)
@@ -314,7 +314,7 @@ def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of `mixin` and `base`."""
     if (mixin, base) not in _CLASSES:
         name = f"{mixin.__name__}{base.__name__}"
@@ -322,8 +322,8 @@ def _combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[mixin, base]
 
 
-def _revive(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    cls = _combined(mixin, base)
+def revive(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    cls = combined(mixin, base)
     return cls.__new__(cls)
 
 

@@ -33,14 +33,20 @@ def applies(x: Any, weight: Tensor) -> bool:
     They know plain tensors. A compiler makes its own of plain operations; function transforms, tracing and forward-mode
     derivatives need those too.
     """
-    if type(x) not in PLAIN or type(weight) not in PLAIN or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
         return False
     if not torch.is_autocast_enabled(x.device.type):
         right = x.dtype == weight.dtype
     else:
         right = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    return right and x.device == weight.device and not transformed
+    return right and x.device == weight.device and plainly()
+
+
+def plainly() -> bool:
+    """Whether calls are run as they come: not compiled, traced or transformed."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, dropout: float) -> Tensor:
@@ -74,6 +80,29 @@ def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Cha
 
 
 PLAIN = (Tensor, nn.Parameter)
+
+
+class Recipe(NamedTuple):
+    """How a tensor is made again from others that are kept anyway, so that it need not be kept."""
+
+    make: Callable[..., Tensor]
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def put(cls, tensor: Tensor, make: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
+        """`tensor`, remembering its recipe."""
+        tensor._lorakin_recipe = cls(make, tuple(part.detach() for part in parts))  # type: ignore[attr-defined]
+        return tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Recipe:
+        """The tensor's recipe; one that keeps it, if it has none."""
+        recipe = getattr(tensor, "_lorakin_recipe", None)
+        return recipe if isinstance(recipe, cls) else cls(_itself, (tensor,))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def state_of(tensor: Tensor) -> object:
@@ -184,7 +213,7 @@ class LinearWithPair(torch.autograd.Function):
         ctx.drop, ctx.dtypes = drop, (up.dtype, down.dtype, None if gain is None else gain.dtype)
         down = down if drop is None else down * drop.scale
         up, down = up.to(weight.dtype), down.to(weight.dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        rows, recipe = x.reshape(-1, x.shape[-1]), Recipe.of(x)
         hidden = (rows if drop is None else drop.zeroed(rows)) @ down.T
         y = F.linear(x, weight, bias)
         y.view(-1, y.shape[-1]).addmm_(hidden, up.T)
@@ -194,35 +223,41 @@ class LinearWithPair(torch.autograd.Function):
             y.addcmul_(y if bias is None else y - bias, more)
         if ctx.needs_input_grad[5]:
             output, ctx.changed = _unwatched(y)
-        needs_rows = any(ctx.needs_input_grad[n] for n in (1, 4, 5))
-        ctx.save_for_backward(rows if needs_rows else None, hidden, weight, bias, up, down, more, output)
+        ctx.make = recipe.make
+        parts = recipe.parts if any(ctx.needs_input_grad[n] for n in (1, 4, 5)) else ()
+        ctx.save_for_backward(hidden, weight, bias, up, down, more, output, *parts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, weight, bias, up, down, more, output = ctx.saved_tensors
+        hidden, weight, bias, up, down, more, output, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, _ = ctx.needs_input_grad
         drop: Dropped | None = ctx.drop
         delta = grad.reshape(-1, grad.shape[-1])
+
+        def rows() -> Tensor:
+            made: Tensor = ctx.make(*parts)
+            return made.reshape(len(delta), -1)
+
         for_x = for_up = for_down = for_gain = None
         if needs_gain:
             gain = more + 1
             if ctx.changed() or bool((gain.abs() < LEAST_GAIN).any()):  # then the output does not tell what was multiplied
-                product, gain = torch.addmm(rows @ weight.T, hidden, up.T), torch.ones_like(gain)
+                product, gain = torch.addmm(rows() @ weight.T, hidden, up.T), torch.ones_like(gain)
             else:
                 product = output.view(delta.shape) if bias is None else output.view(delta.shape) - bias
             for_gain = (delta * product).sum(0).to(ctx.dtypes[2]) / gain
         for_bias = delta.sum(0) if needs_bias else None
         if more is not None:
             delta = torch.addcmul(delta, delta, more)
-        for_weight = delta.T @ rows if needs_weight else None
+        for_weight = delta.T @ rows() if needs_weight else None
         if needs_up:
             for_up = (hidden.T @ delta).T.to(ctx.dtypes[0])
         back = delta @ up
         dropped = None if drop is None else drop.positions(len(delta) * weight.shape[1], delta.device)
         if needs_down:
-            for_down = (back.T @ (rows if drop is None else drop.zeroed(rows, dropped))).to(ctx.dtypes[1])
+            for_down = (back.T @ (rows() if drop is None else drop.zeroed(rows(), dropped))).to(ctx.dtypes[1])
             for_down = for_down if drop is None else for_down * drop.scale
         if needs_x:
             for_x = (delta @ weight).addmm_(back, down) if dropped is None else _plus_kept(delta, weight, back, down, dropped)

@@ -53,6 +53,7 @@ class Recipe:
     loss_on: str = "answer"
     chat_template: bool = True
     gradient_checkpointing: bool = False
+    fuse: bool = False
     dtype: str = "auto"
     save_every: int | None = None
     seed: int = 0

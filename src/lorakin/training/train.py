@@ -26,6 +26,7 @@ from lorakin.errors import DataError, DivergedError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import directory
 from lorakin.storage.summary import by_layer
+from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.training import data
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
@@ -137,6 +138,8 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels)
+    if recipe.fuse:
+        fuse(loaded.model)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
     train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
@@ -234,6 +237,7 @@ def train(run: Run) -> Result:
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
     metrics.plot(run.out / PICTURE)
     model.eval()
+    unfuse(model)
     return Result(
         run.out,
         run.total_steps,

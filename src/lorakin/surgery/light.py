@@ -1,0 +1,182 @@
+"""Norms, gated activations and the loss of Llama-like models in less memory, the adapters aside. Opt in with `lorakin.fuse`.
+
+A norm keeps its input and one number a token, a gated activation its two inputs; what they give is made again for those
+layers that need it in backward (`Recipe`). The head's logits are not made at all where nothing but a cross-entropy asks for
+them (`Deferred`). Values are those of the modules they replace, to the bit where those are transformers' own.
+
+As everywhere in this room the module changes its class and keeps its name, parameters and state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakin.errors import SettingError
+from lorakin.surgery.adapted import combined, revive
+from lorakin.surgery.deferred import Deferred
+from lorakin.surgery.fused import PLAIN, Recipe, plainly
+
+
+class Norm(torch.autograd.Function):
+    """w · (x · scale) over the last dimension, in float32 and rounded to the dtype of x before w, as Llama's.
+
+    `scale` is `scale_of(x)`; the gradient knows that it depends on x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, weight)
+        return normed(x, scale, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, weight = ctx.saved_tensors
+        direction = x * scale
+        for_weight = (grad * direction.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        wide = (grad * weight).float()
+        along = (wide * direction).mean(-1, keepdim=True)
+        for_x = wide.sub_(direction.mul_(along)).mul_(scale).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return for_x, for_weight, None
+
+
+def scale_of(x: Tensor, epsilon: Any) -> Tensor:
+    """1 / √(mean x² + ε) over the last dimension (…, 1), float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+
+
+def normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """What `Norm` gives, from the scale of each token."""
+    return weight * (x * scale).to(x.dtype)
+
+
+class Gate(torch.autograd.Function):
+    """silu(gate) · up, of which both inputs are kept and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """What `Gate` gives."""
+    return F.silu(gate).mul_(up)
+
+
+class LightNorm(nn.Module):
+    """Mixed in before a norm's own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        if not _lightly(x, weight):
+            return super().forward(x)  # type: ignore[no-any-return]
+        scale = scale_of(x.detach(), self.variance_epsilon)
+        out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
+        return Recipe.put(out, normed, (x, scale, weight))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return revive, (LightNorm, type(self).__bases__[1]), self.__dict__
+
+
+class LightGate(nn.Module):
+    """Mixed in before the class of a gated MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Any = self
+        gate, up = parts.gate_proj(x), parts.up_proj(x)
+        if not _lightly(gate, up):
+            return parts.down_proj(parts.act_fn(gate) * up)  # type: ignore[no-any-return]
+        hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
+        return parts.down_proj(Recipe.put(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return revive, (LightGate, type(self).__bases__[1]), self.__dict__
+
+
+class LightHead(nn.Module):
+    """Mixed in before the class of a head: in train mode its logits are made when something asks for them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        head: Any = self
+        deferrable = self.training and head.bias is None and not head.weight.requires_grad and _lightly(x, head.weight)
+        if not deferrable or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return Deferred.of(x, head.weight)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return revive, (LightHead, type(self).__bases__[1]), self.__dict__
+
+
+LIGHT = (LightNorm, LightGate, LightHead)
+
+
+def _lightly(x: Any, other: Tensor) -> bool:
+    """Whether something is to be kept for a backward, of tensors that the functions here know."""
+    if type(x) not in PLAIN or type(other) not in PLAIN or not torch.is_grad_enabled():
+        return False
+    return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and plainly()
+
+
+def fuse(model: nn.Module) -> int:
+    """Make the norms, gated activations and head of `model` light; returns how many modules that were.
+
+    Raises:
+        SettingError: none of them is of a kind that this knows.
+    """
+    found: dict[nn.Module, type[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, LIGHT):
+            continue
+        if mixin := next((mixin for mixin, fits in FITS.items() if fits(module)), None):
+            found[module] = mixin
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is nn.Linear:
+        found[head] = LightHead
+    if not found and not any(isinstance(module, LIGHT) for module in model.modules()):
+        raise SettingError(
+            f"fuse found nothing in a {type(model).__name__} that it knows: Llama's RMSNorm and gated SiLU, and a linear head"
+        )
+    for module, mixin in found.items():
+        module.__class__ = combined(mixin, type(module))
+    return len(found)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give the modules that `fuse` changed their own classes back."""
+    for module in model.modules():
+        if type(module).__bases__[0] in LIGHT:
+            module.__class__ = type(module).__bases__[1]
+
+
+@torch.no_grad()
+def _is_norm(module: Any) -> bool:
+    weight = vars(module)["_parameters"].get("weight")
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon") or weight is None:
+        return False
+    if type(weight) not in PLAIN or weight.is_meta or "_hf_hook" in vars(module):
+        return False
+    probe = torch.linspace(-3, 2, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
+    return torch.equal(module(probe), normed(probe, scale_of(probe, module.variance_epsilon), weight))
+
+
+def _is_gated(module: Any) -> bool:
+    children = dict(module.named_children())
+    named = {"gate_proj", "up_proj", "down_proj"} <= children.keys()
+    silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
+    return named and silu and len(children) == 4 and type(module).__name__.endswith("MLP")
+
+
+FITS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {LightNorm: _is_norm, LightGate: _is_gated}

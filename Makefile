@@ -3,6 +3,7 @@
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
+# make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make check      lint and types only
 # make clean      remove what these made
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sentiment family interop check clean
+.PHONY: demo test sentiment family interop bench check clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -32,6 +33,9 @@ family: $(VENV)/.train
 
 interop: $(VENV)/.test $(VENV)/.llama
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop
+
+bench: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorakin needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 …")'
@@ -55,4 +59,4 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
 
 clean:
-	rm -rf $(VENV) demo family interop build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo family interop bench build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Spread, interleaved, ratio, saved_bytes
-from benchmarks.subjects import SUBJECTS, Decoder, Subject, batch, ours, theirs
+import lorakin as lk
+from benchmarks.measure import interleaved, ratio, saved_bytes
+from benchmarks.subjects import SUBJECTS, Decoder, Subject, batch, ours, theirs, twin
 
 Inputs = tuple[torch.Tensor, torch.Tensor]
 
@@ -20,42 +21,41 @@ def forward_of(model: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: model(x.detach().requires_grad_(), weights).loss
 
 
-def step_of(
-    model: Any, inputs: tuple[torch.Tensor, torch.Tensor], after: Callable[[], Any] = lambda: None
-) -> Callable[[], None]:
+def step_of(model: Any, inputs: Inputs, after: Callable[[], Any] | None = None) -> Callable[[], None]:
     """A call that goes forward and backward and then does what belongs to the step."""
     forward = forward_of(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
         forward().backward()
-        after()
+        if after is not None:
+            after()
         for parameter in trained:
             parameter.grad = None
 
     return step
 
 
-def compared(
-    base: Decoder, subject: Subject, inputs: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The models of one comparison, and what each does after its backward."""
+def compared(base: Decoder, subject: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """The models of one comparison by variant, and what some of them do after their backward."""
     model, adapter = ours(base, subject)
     models, after = {"frozen": base, "lorakin": model}, {}
     if subject.acts:
         optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=10_000)
         after["lorakin"] = lambda: (adapter.before_step(), adapter.after_step(optimizer))
     if subject.theirs is not None:
-        for name, narrow in (("peft", False), ("peft narrow", True)):
+        for name, narrow in (("PEFT", False), ("PEFT narrow", True)):
             models[name] = peer = theirs(base, subject, narrow)
             if subject.acts:
                 after[name] = _allocating(peer)
     if subject.name == "lora":
-        models["full"] = copy.deepcopy(base).requires_grad_(True)
+        models["lorakin fused"] = twin(model)
+        lk.fuse(models["lorakin fused"])
+        models["full fine-tuning"] = copy.deepcopy(base).requires_grad_(True)
     return models, after
 
 
-def _allocating(peer: Any) -> Callable[[], None]:
+def _allocating(peer: Any) -> Callable[[], Any]:
     steps = iter(range(1, 10_000))
     return lambda: peer.base_model.update_and_allocate(next(steps))
 
@@ -63,16 +63,56 @@ def _allocating(peer: Any) -> Callable[[], None]:
 def measure(base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4) -> list[dict[str, Any]]:
     """One row for each variant of each member: time over the frozen base, by clock, and bytes saved over it."""
     inputs, table = batch(base, rows, length), []
-    device = str(inputs[0].device.type)
     for name in names:
-        models, after = compared(base, SUBJECTS[name], inputs)
-        seconds = interleaved(
-            {key: step_of(m, inputs, after.get(key, lambda: None)) for key, m in models.items()}, rounds, device
-        )
-        bytes_ = {key: saved_bytes(m, forward_of(m, inputs)) for key, m in models.items()}
-        for key in models:
-            if key != "frozen":
-                spreads: dict[str, Spread] = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
-                table.append({"member": name, "variant": key, **spreads, "saved": bytes_[key] / bytes_["frozen"]})
-                print(name, key, spreads["thread"], "wall", spreads["wall"], f"saved {table[-1]['saved']:.3f}", flush=True)
+        models, after = compared(base, SUBJECTS[name])
+        steps = {key: step_of(model, inputs, after.get(key)) for key, model in models.items()}
+        seconds = interleaved(steps, rounds, inputs[0].device.type)
+        kept = {key: saved_bytes(model, forward_of(model, inputs)) for key, model in models.items()}
+        for key in list(models)[1:]:
+            spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
+            table.append({"member": name, "variant": key, **spreads, "saved": round(kept[key] / kept["frozen"], 3)})
+            print(f"{name}, {key}: {spreads['thread']}, saved {table[-1]['saved']:.2f}", flush=True)
     return table
+
+
+def compiled(base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4) -> list[dict[str, Any]]:
+    """The same under torch.compile, over the frozen base without it: one row for each variant of each member."""
+    inputs, table = batch(base, rows, length), []
+    for name in names:
+        models, _ = compared(base, SUBJECTS[name])
+        chosen = {key: models[key] for key in ("frozen", "lorakin", "PEFT") if key in models}
+        steps = {key: step_of(model, inputs) for key, model in chosen.items()}
+        for key, model in chosen.items():
+            torch._dynamo.reset()
+            steps[f"{key}, compiled"] = step_of(torch.compile(model, fullgraph=key == "lorakin"), inputs)
+        seconds = interleaved(steps, rounds, inputs[0].device.type)
+        for key in list(steps)[1:]:
+            spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
+            table.append({"member": name, "variant": key, **spreads})
+            print(f"{name}, {key}: {spreads['thread']}", flush=True)
+    return table
+
+
+def accuracy(base: Decoder, names: Sequence[str], length: int = 64, rows: int = 2) -> list[dict[str, Any]]:
+    """How far the gradients of the trained tensors are from float64: ‖g − g64‖ / ‖g64‖ over all of them."""
+    inputs, table = batch(base, rows, length), []
+    for name in names:
+        models, _ = compared(base, SUBJECTS[name])
+        for key in ("lorakin", "PEFT", "PEFT narrow"):
+            if key not in models:
+                continue
+            exact = _gradients(copy.deepcopy(models[key]).double(), tuple(t.double() for t in inputs))
+            got = _gradients(models[key], inputs)
+            error = torch.cat([(g.double() - e).flatten() for g, e in zip(got, exact, strict=True)]).norm()
+            table.append(
+                {"member": name, "variant": key, "error": float(error / torch.cat([e.flatten() for e in exact]).norm())}
+            )
+            print(f"{name}, {key}: gradient error {table[-1]['error']:.4f}", flush=True)
+    return table
+
+
+def _gradients(model: Any, inputs: Any) -> list[torch.Tensor]:
+    forward_of(model, inputs)().backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found

@@ -77,18 +77,19 @@ def _begin_delta(adapter: lk.Adapter) -> None:
         rule.after(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 
-def _lora(**settings: Any) -> Callable[[], peft.PeftConfig]:
-    return lambda: peft.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, **settings)
+def lora_config(rank: int = 16, **settings: Any) -> Callable[[], peft.PeftConfig]:
+    """PEFT's LoRA on all linear layers."""
+    return lambda: peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, **settings)
 
 
 SUBJECTS: dict[str, Subject] = {
     subject.name: subject
     for subject in (
-        Subject("lora", lambda: lk.LoRA(16, 32), _lora()),
-        Subject("lora, dropout 0.05", lambda: lk.LoRA(16, 32, dropout=0.05), _lora(lora_dropout=0.05)),
-        Subject("lora+", lambda: [lk.LoRA(16, 32), lk.LoRAPlus()], _lora()),
-        Subject("lora-fa", lambda: lk.LoRAFA(rank=16, alpha=32), _lora(), frozen_down=True),
-        Subject("dora", lambda: lk.DoRA(rank=16, alpha=32), _lora(use_dora=True)),
+        Subject("lora", lambda: lk.LoRA(16, 32), lora_config()),
+        Subject("lora, dropout 0.05", lambda: lk.LoRA(16, 32, dropout=0.05), lora_config(lora_dropout=0.05)),
+        Subject("lora+", lambda: [lk.LoRA(16, 32), lk.LoRAPlus()], lora_config()),
+        Subject("lora-fa", lambda: lk.LoRAFA(rank=16, alpha=32), lora_config(), frozen_down=True),
+        Subject("dora", lambda: lk.DoRA(rank=16, alpha=32), lora_config(use_dora=True)),
         Subject(
             "vera",
             lambda: lk.VeRA(rank=256),

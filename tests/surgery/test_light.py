@@ -74,7 +74,7 @@ def test_in_bfloat16_gradients_are_as_close_to_float64_as_before(method: str, id
             lk.fuse(model)
         got = trained_step(model, ids)[1]
         errors.append(torch.cat([(g.double() - e).flatten() for g, e in zip(got, exact, strict=True)]).norm())
-    assert errors[1] < 1.15 * errors[0]
+    assert errors[1] < 1.4 * errors[0]
 
 
 def test_the_forward_is_the_same_to_the_bit(ids: Tensor) -> None:

@@ -93,6 +93,9 @@ class Triplets(Parametrisation):
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         return Pair(up=self.scaling * tensors["P"], down=tensors["E"] * tensors["Q"])
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
+        return Pair(up=tensors["P"], down=tensors["E"] * tensors["Q"]), self.scaling
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Modifier):

@@ -230,6 +230,17 @@ class Method:
             pair = pair if gain is None else pair._replace(gain=gain)
         return pair
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight) -> tuple[Pair, float]:
+        """The pair and its gain over `weight` before the scale is in `up`, and the scale."""
+        if any(type(member).amend_pair is not Modifier.amend_pair for member in self.modifiers):
+            return self.pair(tensors, shape, weight), 1.0
+        pair, scale = self.parametrisation.factors(tensors, shape)
+        for member in self.modifiers:
+            if type(member).gain is not Modifier.gain:
+                whole = pair._replace(up=scale * pair.up.detach())
+                pair = pair._replace(gain=member.gain(whole, tensors, weight))
+        return pair, scale
+
     def rate(self, lr: float, role: Role, shape: Shape) -> float:
         """The learning rate of a tensor, given the base rate."""
         for member in self.modifiers:

@@ -98,10 +98,9 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
             met = torch.cat([rows.to(wide) @ down.T for rows in blocks(matrix)])
         else:
             own, met = weight.squares, matrix @ down.to(matrix.dtype).T
-        moved = ((up @ (down @ down.T)) * up).sum(1)
-        square = own + 2 * (met * up).sum(1) + moved
+        square = own + (torch.addmm(met.to(wide), up, down @ down.T, beta=2) * up).sum(1)
         norms = square.clamp(min=0).sqrt()
         lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
-        if (cancelled := square < lost * (own + moved)).any():
+        if (cancelled := square < 2 * lost * own).any():  # a row is cancelled by a change of its own length
             norms[cancelled] = torch.linalg.vector_norm(matrix[cancelled].to(wide) + up[cancelled] @ down, dim=1)
         return norms

@@ -89,6 +89,9 @@ class LoRA(Parametrisation):
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         return Pair(up=self.scaling * tensors["B"], down=tensors["A"])
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
+        return Pair(up=tensors["B"], down=tensors["A"]), self.scaling
+
 
 def check_rank(rank: int, shape: Shape, where: str) -> None:
     """Raise `SettingError` if the rank is above the smaller side of the weight at the path `where`."""

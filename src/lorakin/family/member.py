@@ -212,6 +212,10 @@ class Parametrisation(Member):
         """The pair that these tensors stand for, differentiable in them."""
         raise NotImplementedError
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
+        """The same pair before its scale is in `up`, and the scale, so that kernels can take the tensors as they are."""
+        return self.pair(tensors, shape), 1.0
+
     def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
         """The same pair as frozen matrices between trained vectors, if it is that."""
         return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family import Method, Pair, Role, Shape, Weight, widened
 from lorakin.surgery import fused
+from lorakin.surgery.fused import Ready
 from lorakin.surgery.layers import Layer, LinearLayer, kind_of
 
 
@@ -36,13 +37,14 @@ class Site(nn.Module):
         self.layer = layer
         self.shape = shape
         self.siblings = path.rpartition(".")[0]
-        self._seen: tuple[object, Weight] | None = None
+        self._squares: tuple[object, Tensor] | None = None
+        self._ready: tuple[object, Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters by slot, as the members named them."""
-        return dict(self.named_parameters(recurse=False))
+        return dict(self._parameters)  # type: ignore[arg-type]
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
@@ -81,19 +83,33 @@ class Site(nn.Module):
         chain = self.method.chain(tensors)
         if chain is not None:
             return fused.linear_with_chain(x, module.weight, module.bias, chain, dropout, self.siblings)
-        pair = self.method.pair(tensors, self.shape, self._weight(module.weight.detach()))
+        if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            return fused.linear_with_ready(x, module.weight, module.bias, self._as_ready(tensors, module.weight))
+        self._ready = None
+        pair, scale = self._factors(tensors, module.weight)
         if pair.gain is not None and dropout:  # which needs another product with the weight
             return None
-        return fused.linear_with_pair(x, module.weight, module.bias, pair, dropout)
+        return fused.linear_with_pair(x, module.weight, module.bias, pair, scale, dropout)
 
-    def _weight(self, matrix: Tensor) -> Weight:
-        """The weight with what is remembered of it, for as long as it is the same."""
-        if torch.compiler.is_compiling():
-            return Weight(matrix)
-        now = fused.state_of(matrix)
-        if self._seen is None or self._seen[0] != now:
-            self._seen = now, Weight(matrix)
-        return self._seen[1]
+    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+        """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
+        weight, now = Weight(matrix.detach()), fused.state_of(matrix)
+        if self._squares is not None and self._squares[0] == now:
+            weight.squares = self._squares[1]
+        factors = self.method.factors(tensors, self.shape, weight)
+        if "squares" in vars(weight):
+            self._squares = now, weight.squares
+        return factors
+
+    def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
+        """The pair as inference takes it, made once for as long as nothing changes."""
+        now = [fused.state_of(tensor) for tensor in (matrix, *self.tensors().values())]
+        if self._ready is None or self._ready[0] != now:
+            self._ready = now, Ready.of(*self._factors(tensors, matrix), matrix.dtype)
+        return self._ready[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_squares": None, "_ready": None}
 
     def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down x), without a gain, in the base's dtype."""

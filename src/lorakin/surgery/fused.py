@@ -49,12 +49,48 @@ def plainly() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
-def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, dropout: float) -> Tensor:
-    """g ⊙ (W0 x + up(down x̃)) + b of x (…, in), (…, out); under autocast in its dtype."""
+class Ready(NamedTuple):
+    """A pair as the products take it: in the base's dtype, its scale apart, its gain as the distance from 1.
+
+    A narrow dtype has few digits near 1, so that it would lose most of a gain.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    more: Tensor | None
+
+    @classmethod
+    def of(cls, pair: Pair, scale: float, dtype: torch.dtype) -> Ready:
+        """`pair` with its `scale` left apart, in `dtype`."""
+        more = None if pair.gain is None else (pair.gain - 1).to(dtype)
+        return cls(pair.up.to(dtype), pair.down.to(dtype), scale, more)
+
+
+def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, scale: float, dropout: float) -> Tensor:
+    """g ⊙ (W0 x + scale · up(down x̃)) + b of x (…, in), (…, out); under autocast in its dtype."""
     drop = Dropped.drawn(dropout) if dropout else None
-    with _autocast_off(x, weight, bias) as (x, weight, bias):
-        out: Tensor = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, drop)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if not torch.is_autocast_enabled(x.device.type):
+        out = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, scale, drop)  # type: ignore[no-untyped-call]
         return out
+    with _autocast_off(x, weight, bias) as (x, weight, bias):
+        out = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, scale, drop)  # type: ignore[no-untyped-call]
+        return out
+
+
+def linear_with_ready(x: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready) -> Tensor:
+    """The same without gradients and dropout, for a pair that is ready."""
+    y = F.linear(x, weight, bias)
+    _add_pair(y, x.reshape(-1, x.shape[-1]) @ ready.down.T, bias, ready, ready.scale)
+    return y
+
+
+def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, ready: Ready, scale: float) -> None:
+    """y ← g ⊙ (y − b + scale · up(hidden)) + b, in place."""
+    y.view(-1, y.shape[-1]).addmm_(hidden, ready.up.T, alpha=scale)
+    if ready.more is not None:
+        y.addcmul_(y if bias is None else y - bias, ready.more)
 
 
 def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, dropout: float, siblings: str) -> Tensor:
@@ -199,41 +235,38 @@ class Dropped(NamedTuple):
 
 
 class LinearWithPair(torch.autograd.Function):
-    """y = g ⊙ (W0 x + up(down x̃)) + b for x (…, in), weight (out, in), up (out, k), down (k, in), gain (out,).
+    """y = g ⊙ (W0 x + scale · up(down x̃)) + b for x (…, in), weight (out, in), up (out, k), down (k, in), gain (out,).
 
-    Without a gain, x̃ may be dropped. For the gradient of the gain, Σ δ ⊙ (y − b)/g, the output
-    is kept, which what follows often keeps too.
+    Without a gain, x̃ may be dropped. For the gradient of the gain, Σ δ ⊙ (y − b)/g, the output is kept, which what follows
+    often keeps too.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
-        up: Tensor, down: Tensor, gain: Tensor | None, drop: Dropped | None,
+        up: Tensor, down: Tensor, gain: Tensor | None, scale: float, drop: Dropped | None,
     ) -> Tensor:  # fmt: skip
-        ctx.drop, ctx.dtypes = drop, (up.dtype, down.dtype, None if gain is None else gain.dtype)
-        down = down if drop is None else down * drop.scale
-        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        ready = Ready.of(Pair(up, down, gain), scale, weight.dtype)
+        ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
         rows, recipe = x.reshape(-1, x.shape[-1]), Recipe.of(x)
-        hidden = (rows if drop is None else drop.zeroed(rows)) @ down.T
+        hidden = (rows if drop is None else drop.zeroed(rows)) @ ready.down.T
         y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(hidden, up.T)
-        more = output = None
-        if gain is not None:
-            more = (gain - 1).to(weight.dtype)  # the distance from 1, which a gain would lose in a narrow dtype
-            y.addcmul_(y if bias is None else y - bias, more)
+        _add_pair(y, hidden, bias, ready, ctx.scale)
+        output = None
         if ctx.needs_input_grad[5]:
             output, ctx.changed = _unwatched(y)
         ctx.make = recipe.make
         parts = recipe.parts if any(ctx.needs_input_grad[n] for n in (1, 4, 5)) else ()
-        ctx.save_for_backward(hidden, weight, bias, up, down, more, output, *parts)
+        ctx.save_for_backward(hidden, weight, bias, up, down, ready.more, output, *parts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, up, down, more, output, *parts = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, _ = ctx.needs_input_grad
-        drop: Dropped | None = ctx.drop
+        hidden, weight, bias, wide_up, wide_down, more, output, *parts = ctx.saved_tensors
+        up, down = wide_up.to(weight.dtype), wide_down.to(weight.dtype)
+        needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, *_ = ctx.needs_input_grad
+        drop, scale = ctx.drop, ctx.scale
         delta = grad.reshape(-1, grad.shape[-1])
 
         def rows() -> Tensor:
@@ -244,25 +277,27 @@ class LinearWithPair(torch.autograd.Function):
         if needs_gain:
             gain = more + 1
             if ctx.changed() or bool((gain.abs() < LEAST_GAIN).any()):  # then the output does not tell what was multiplied
-                product, gain = torch.addmm(rows() @ weight.T, hidden, up.T), torch.ones_like(gain)
+                product, gain = torch.addmm(rows() @ weight.T, hidden, up.T, alpha=scale), torch.ones_like(gain)
             else:
                 product = output.view(delta.shape) if bias is None else output.view(delta.shape) - bias
-            for_gain = (delta * product).sum(0).to(ctx.dtypes[2]) / gain
+            for_gain = (delta * product).sum(0).to(wide_up.dtype) / gain
         for_bias = delta.sum(0) if needs_bias else None
         if more is not None:
             delta = torch.addcmul(delta, delta, more)
         for_weight = delta.T @ rows() if needs_weight else None
         if needs_up:
-            for_up = (hidden.T @ delta).T.to(ctx.dtypes[0])
+            for_up = (hidden.T @ delta).T.to(wide_up.dtype).mul_(scale)
         back = delta @ up
         dropped = None if drop is None else drop.positions(len(delta) * weight.shape[1], delta.device)
         if needs_down:
-            for_down = (back.T @ (rows() if drop is None else drop.zeroed(rows(), dropped))).to(ctx.dtypes[1])
-            for_down = for_down if drop is None else for_down * drop.scale
+            for_down = (back.T @ (rows() if drop is None else drop.zeroed(rows(), dropped))).to(wide_down.dtype).mul_(scale)
         if needs_x:
-            for_x = (delta @ weight).addmm_(back, down) if dropped is None else _plus_kept(delta, weight, back, down, dropped)
+            if dropped is None:
+                for_x = (delta @ weight).addmm_(back, down, alpha=scale)
+            else:
+                for_x = _plus_kept(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], -1)
-        return for_x, for_weight, for_bias, for_up, for_down, for_gain, None
+        return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 
 
 LEAST_GAIN = 2**-4
@@ -281,12 +316,12 @@ def _unwatched(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     return output.data, lambda: counter._version != before
 
 
-def _plus_kept(flat: Tensor, weight: Tensor, back: Tensor, down: Tensor, dropped: Tensor) -> Tensor:
-    """flat·weight + back·down, the second part not where the input was dropped."""
-    whole = flat.new_empty(len(flat) * weight.shape[1] + 1)
-    product = torch.mm(flat, weight, out=whole[:-1].view(len(flat), -1))
+def _plus_kept(delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, dropped: Tensor) -> Tensor:
+    """delta·weight + scale · back·down, the second part not where the input was dropped."""
+    whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
+    product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), -1))
     alone = whole[dropped]
-    product.addmm_(back, down)
+    product.addmm_(back, down, alpha=scale)
     whole[dropped] = alone
     return product
 

@@ -38,7 +38,7 @@ class Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
-        direction = x * scale
+        direction = x.float() * scale  # not x · scale: mixed dtypes go a slow way
         for_weight = (grad * direction.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         wide = (grad * weight).float()
         along = (wide * direction).mean(-1, keepdim=True)
@@ -53,7 +53,7 @@ def scale_of(x: Tensor, epsilon: Any) -> Tensor:
 
 def normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
     """What `Norm` gives, from the scale of each token."""
-    return weight * (x * scale).to(x.dtype)
+    return weight * (x.float() * scale).to(x.dtype)
 
 
 class Gate(torch.autograd.Function):

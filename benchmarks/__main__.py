@@ -1,0 +1,128 @@
+"""`python -m benchmarks`: lorakin beside PEFT, the frozen base and full fine-tuning, on this machine.
+
+    python -m benchmarks                          everything, both shapes, both dtypes: about an hour on two cores
+    python -m benchmarks --quick                  tiny sizes, a minute: does it run?
+    python -m benchmarks steps --shape S --dtype bfloat16 --members lora,dora
+    python -m benchmarks --device cuda
+
+Times are ratios taken in one process, the calls interleaved, their order reversed every other round: median (lowest–highest).
+On a CPU one thread works, and its own clock counts, unless `--threads` gives more; then it is the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import lorakin
+from benchmarks import chores, mixed_batch, report, scaling, steps, whole
+from benchmarks.subjects import SHAPES, SUBJECTS, decoder
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("steps", "whole", "chores", "serving", "accuracy", "compiled", "scaling")
+
+
+def main() -> None:
+    """Measure what was asked for and write `results.json`, `results.md` and `scaling.png`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="the first two by default")
+    parser.add_argument("--shape", action="append", choices=tuple(SHAPES), help="both by default")
+    parser.add_argument("--members", help=f"by comma, of: {'; '.join(SUBJECTS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    arguments = parser.parse_args()
+    if unknown := [part for part in arguments.parts if part not in PARTS]:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    members = [name.strip() for name in (arguments.members or ";".join(SUBJECTS)).replace(",", ";").split(";")]
+    members = _known(members, parser)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads)
+    results = {"machine": _machine(arguments), **_measured(arguments, members)}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if "scaling" in results:
+        scaling.plot(results["scaling"], arguments.out / "scaling.png")
+    (arguments.out / "results.md").write_text(report.markdown(results), encoding="utf-8")
+    print(f"{arguments.out}/results.md, {arguments.out}/results.json")
+
+
+def _known(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The subjects meant; `dropout` is that of lora."""
+    names = {name.replace(",", "").split(" 0")[0]: name for name in SUBJECTS}
+    found = []
+    for word in dict.fromkeys(words):
+        if word.startswith("dropout"):
+            word = "lora dropout"
+        if word not in names:
+            parser.error(f"no member {word!r}; there are {', '.join(names)}")
+        found.append(names[word])
+    return list(dict.fromkeys(found))
+
+
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    return {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{cpu} ({platform.machine()})",
+        "threads": arguments.threads,
+        "clock": "wall" if arguments.device == "cuda" or arguments.threads > 1 else "thread",
+        "versions": {
+            "lorakin": lorakin.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _measured(arguments: argparse.Namespace, members: list[str]) -> dict[str, Any]:
+    quick, device, rounds = arguments.quick, arguments.device, 2 if arguments.quick else arguments.rounds
+    shapes = arguments.shape or (["S"] if quick else list(SHAPES))
+    dtypes = arguments.dtype or (["bfloat16"] if quick else ["float32", "bfloat16"])
+    parts = arguments.parts or list(PARTS)
+    size = {"length": 16, "rows": 1} if quick else {"length": 256, "rows": 4}
+    results: dict[str, Any] = {}
+    for shape in shapes:
+        for dtype in dtypes:
+            kind = getattr(torch, dtype)
+            base = decoder(SHAPES[shape], kind, device, 1 if quick else None)
+            if "steps" in parts:
+                results.setdefault("steps", {})[f"{shape} {dtype}"] = steps.measure(base, members, rounds, **size)
+            if "accuracy" in parts and shape == "S":  # float64 at the width of W takes minutes
+                results.setdefault("accuracy", {})[f"{shape} {dtype}"] = steps.accuracy(base, members)
+    narrow = getattr(torch, dtypes[-1])
+    layers = 1 if quick else 12
+    if "whole" in parts:
+        results["whole"] = {dtypes[-1]: whole.measure("S", layers if quick else 6, narrow, rounds, device)}
+        results["peak"] = {dtypes[-1]: whole.peaks("S", layers, dtypes[-1], device=device)}
+    if "chores" in parts:
+        results["chores"] = chores.measure(SHAPES["S"], 2 if quick else 30, narrow, rounds, device)
+    if "serving" in parts:
+        results["serving"] = mixed_batch.measure(1 if quick else 12, narrow, rounds, device=device)
+    if "compiled" in parts and not quick:
+        base = decoder(SHAPES["S"], narrow, device, 1)
+        wanted = [name for name in ("lora", "dora", "vera") if name in members]
+        results["compiled"] = steps.compiled(base, wanted, rounds, **size)
+    if "scaling" in parts:
+        results["scaling"] = scaling.measure(narrow, 1 if quick else 3, device, 2 if quick else None)
+    return results
+
+
+if __name__ == "__main__":
+    main()

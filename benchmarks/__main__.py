@@ -23,11 +23,11 @@ import torch
 import transformers
 
 import lorakin
-from benchmarks import chores, mixed_batch, report, scaling, steps, whole
+from benchmarks import chores, mixed_batch, profiles, report, scaling, steps, whole
 from benchmarks.subjects import SHAPES, SUBJECTS, decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("steps", "whole", "chores", "serving", "accuracy", "compiled", "scaling")
+PARTS = ("steps", "whole", "chores", "serving", "accuracy", "compiled", "scaling", "profile")
 
 
 def main() -> None:
@@ -104,6 +104,8 @@ def _measured(arguments: argparse.Namespace, members: list[str]) -> dict[str, An
             base = decoder(SHAPES[shape], kind, device, 1 if quick else None)
             if "steps" in parts:
                 results.setdefault("steps", {})[f"{shape} {dtype}"] = steps.measure(base, members, rounds, **size)
+            if "profile" in parts and device == "cpu":
+                results.setdefault("profile", {})[f"{shape} {dtype}"] = profiles.measure(base, members, **size)
             if "accuracy" in parts and shape == "S":  # float64 at the width of W takes minutes
                 results.setdefault("accuracy", {})[f"{shape} {dtype}"] = steps.accuracy(base, members)
     narrow = getattr(torch, dtypes[-1])

@@ -36,7 +36,13 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"{machine['device']}, threads: {machine['threads']}; {versions}. Times: {clock}, median (lowest–highest).", ""]
     for kind, rows in results.get("steps", {}).items():
         lines += [f"**A step, {kind}: × the frozen base**", "", *_steps(rows, kind, machine["clock"]), ""]
-    for name, make in (("whole", _whole), ("chores", _chores), ("serving", _serving), ("accuracy", _accuracy)):
+    for name, make in (
+        ("whole", _whole),
+        ("chores", _chores),
+        ("serving", _serving),
+        ("accuracy", _accuracy),
+        ("profile", _profile),
+    ):
         if name in results:
             lines += [*make(results, machine["clock"]), ""]
     if "compiled" in results:
@@ -123,6 +129,19 @@ def _scaling(rows: Sequence[dict[str, Any]]) -> list[str]:
         "saved, PEFT",
     ]
     return ["**Scaling**", "", *_table(head, cells)]
+
+
+def _profile(results: dict[str, Any], clock: str) -> list[str]:
+    lines = []
+    for kind, rows in results["profile"].items():
+        cells = [
+            [row["member"], row["operation"], f"{row['frozen']:.1f}", f"{row['lorakin']:.1f}"]
+            for row in rows
+            if row["operation"] == "all" or row["lorakin"] - row["frozen"] > 0.5
+        ]
+        head = ["member", "operation", "frozen, ms", "with the adapter, ms"]
+        lines += [f"**Where the time goes, {kind}, under the profiler**", "", *_table(head, cells), ""]
+    return lines
 
 
 def _spread(figures: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lorakin as lk
-from lorakin.surgery.fused import Dropped
+from lorakin.surgery.dropout import Dropped
 
 BOTH_PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lorakin as lk
 from conftest import randomise, tiny_llama
 from family.problem import saved_bytes
-from lorakin.surgery.fused import Dropped
+from lorakin.surgery.dropout import Dropped
 
 METHODS: dict[str, Any] = {
     "lora": lk.LoRA(rank=3),

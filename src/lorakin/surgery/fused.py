@@ -12,7 +12,6 @@ The trained tensors stay float32; the products are in the base's dtype.
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorakin.family import Chain, Pair
+from lorakin.surgery.dropout import Dropped, DroppedProduct
 
 
 def applies(x: Any, weight: Tensor) -> bool:
@@ -123,18 +123,20 @@ class Recipe(NamedTuple):
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
+    version: int = 0
 
     @classmethod
     def put(cls, tensor: Tensor, make: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
         """`tensor`, remembering its recipe."""
-        tensor._lorakin_recipe = cls(make, tuple(part.detach() for part in parts))  # type: ignore[attr-defined]
+        recipe = cls(make, tuple(part.detach() for part in parts), tensor._version)
+        tensor._lorakin_recipe = recipe  # type: ignore[attr-defined]
         return tensor
 
     @classmethod
     def of(cls, tensor: Tensor) -> Recipe:
-        """The tensor's recipe; one that keeps it, if it has none."""
+        """The tensor's recipe; one that keeps it, if it has none or was changed since."""
         recipe = getattr(tensor, "_lorakin_recipe", None)
-        return recipe if isinstance(recipe, cls) else cls(_itself, (tensor,))
+        return recipe if isinstance(recipe, cls) and recipe.version == tensor._version else cls(_itself, (tensor,))
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -179,13 +181,13 @@ class Frozen:
         """`compute()`, or what it gave for the same x in the same place as long as someone, such as a graph, holds that."""
         if x.is_inference():
             return compute()
-        wants_grad = torch.is_grad_enabled() and x.requires_grad
-        if (latest := self.products.get(place)) is not None:
-            then, version, kept = latest[0](), latest[1], latest[2]()
-            if then is x and version == x._version and isinstance(kept, Tensor) and kept.requires_grad == wants_grad:
+        now = state_of(x), self.narrow and self.narrow[0], torch.is_grad_enabled() and x.requires_grad
+        if (latest := self.products.get(place)) is not None and latest[0]() is x and latest[1] == now:
+            kept = latest[2]()
+            if isinstance(kept, Tensor):
                 return kept
         product = compute()
-        self.products[place] = weakref.ref(x), x._version, weakref.ref(product)
+        self.products[place] = weakref.ref(x), now, weakref.ref(product)
         return product
 
 
@@ -197,41 +199,6 @@ def _frozen(matrix: Tensor) -> Frozen:
         _FROZEN[matrix] = Frozen(matrix)
     known: Frozen = _FROZEN[matrix]
     return known
-
-
-class Dropped(NamedTuple):
-    """Dropout whose mask is never kept: its seed draws the same positions again.
-
-    The gaps between the dropped entries of a Bernoulli process are geometric, so that p·n numbers are drawn, not n.
-    """
-
-    p: float
-    seed: int
-
-    @classmethod
-    def drawn(cls, p: float) -> Dropped:
-        """With a seed from torch's default generator."""
-        return cls(p, int(torch.randint(1 << 62, ())))
-
-    @property
-    def scale(self) -> float:
-        """What the entries that are left are to be multiplied by."""
-        return 1 / (1 - self.p)
-
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """Which of `count` entries are dropped, ascending; what lies past the end is `count` itself."""
-        generator = torch.Generator(device).manual_seed(self.seed)
-        draws = int(count * self.p + 8 * math.sqrt(count * self.p) + 16)  # 8 deviations: the process passes the end
-        uniform = torch.rand(draws, generator=generator, device=device)
-        gaps = uniform.neg_().log1p_().div_(math.log1p(-self.p)).to(torch.int64)
-        return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=count)
-
-    def zeroed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """A copy of `x` with zeros in the places that are dropped; nothing is scaled."""
-        whole = x.new_empty(x.numel() + 1)  # the last takes the positions past the end
-        kept: Tensor = whole[:-1].view(x.shape).copy_(x)
-        whole.index_fill_(0, self.positions(x.numel(), x.device) if positions is None else positions, 0)
-        return kept
 
 
 class LinearWithPair(torch.autograd.Function):
@@ -295,7 +262,7 @@ class LinearWithPair(torch.autograd.Function):
             if dropped is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
-                for_x = _plus_kept(delta, weight, back, down, scale, dropped)
+                for_x = drop.product_beside(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], -1)
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 
@@ -314,32 +281,6 @@ def _unwatched(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     counter.data = output.new_empty(0)
     before = counter._version
     return output.data, lambda: counter._version != before
-
-
-def _plus_kept(delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, dropped: Tensor) -> Tensor:
-    """delta·weight + scale · back·down, the second part not where the input was dropped."""
-    whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
-    product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), -1))
-    alone = whole[dropped]
-    product.addmm_(back, down, alpha=scale)
-    whole[dropped] = alone
-    return product
-
-
-class DroppedProduct(torch.autograd.Function):
-    """down x̃ for x (…, in) and a frozen down (k, in), of which nothing but `down` is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Dropped) -> Tensor:
-        ctx.drop = drop
-        ctx.save_for_backward(down)
-        return F.linear(drop.zeroed(x), down * drop.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (down,) = ctx.saved_tensors
-        return ctx.drop.zeroed(grad @ (down * ctx.drop.scale)), None, None
 
 
 class LinearWithChain(torch.autograd.Function):

@@ -140,6 +140,27 @@ def test_copies_pickles_and_files_know_the_own_classes(ids: Tensor, tmp_path: An
     assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
+def test_an_adapted_head_is_right_and_comes_off_first(ids: Tensor) -> None:
+    model = tiny_llama().train()
+    lk.fuse(model)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=3), ["lm_head", "q_proj"]))
+    loss, gradients = trained_step(model, ids)
+    with pytest.raises(lk.StateError, match="lm_head was fused and then adapted; remove the adapter before unfuse"):
+        lk.unfuse(model)
+    plain = tiny_llama().train()
+    other = lk.adapt(plain, lk.LoRA(rank=3), ["lm_head", "q_proj"])
+    with torch.no_grad():
+        for mine, its in zip(other.parameters(), adapter.parameters(), strict=True):
+            mine.copy_(its)
+    expected, wanted = trained_step(plain, ids)
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    adapter.remove()
+    lk.unfuse(model)
+    assert type(model.lm_head) is nn.Linear
+
+
 def test_a_model_of_another_kind_is_refused_and_other_norms_stay(ids: Tensor) -> None:
     with pytest.raises(lk.SettingError, match=r"fuse found nothing in a Sequential that it knows"):
         lk.fuse(nn.Sequential(nn.Linear(2, 2)))

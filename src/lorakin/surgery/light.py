@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakin.errors import SettingError
+from lorakin.errors import SettingError, StateError
 from lorakin.surgery.adapted import combined, revive
 from lorakin.surgery.deferred import Deferred
 from lorakin.surgery.fused import PLAIN, Recipe, plainly
@@ -155,10 +155,16 @@ def fuse(model: nn.Module) -> int:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give the modules that `fuse` changed their own classes back."""
-    for module in model.modules():
-        if type(module).__bases__[0] in LIGHT:
-            module.__class__ = type(module).__bases__[1]
+    """Give the modules that `fuse` changed their own classes back.
+
+    Raises:
+        StateError: one of them was adapted, or is trained whole by an adapter, since.
+    """
+    light = {path: module for path, module in model.named_modules() if isinstance(module, LIGHT)}
+    if taken := [path for path, module in light.items() if type(module).__bases__[0] not in LIGHT]:
+        raise StateError(f"{taken[0]} was fused and then adapted; remove the adapter before unfuse")
+    for module in light.values():
+        module.__class__ = type(module).__bases__[1]
 
 
 @torch.no_grad()

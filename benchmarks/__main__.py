@@ -12,9 +12,11 @@ On a CPU one thread works, and its own clock counts, unless `--threads` gives mo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,30 @@ def main() -> None:
     members = _known(members, parser)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
-    results = {"machine": _machine(arguments), **_measured(arguments, members)}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if "scaling" in results:
-        scaling.plot(results["scaling"], arguments.out / "scaling.png")
-    (arguments.out / "results.md").write_text(report.markdown(results), encoding="utf-8")
+    results = _earlier(arguments.out, _machine(arguments))
+    for path, figures in _measured(arguments, members):
+        *outer, last = path
+        inner = results
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = figures
+        _write(arguments.out, results)  # after each part, so that what was measured is there whatever becomes of the rest
     print(f"{arguments.out}/results.md, {arguments.out}/results.json")
+
+
+def _earlier(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before in the same place on the same machine: a run of some parts adds to it."""
+    path = out / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return earlier if earlier.get("machine") == machine else {"machine": machine}
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(report.markdown(results), encoding="utf-8")
+    if "scaling" in results:
+        scaling.plot(results["scaling"], out / "scaling.png")
 
 
 def _known(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -91,39 +110,37 @@ def _cpu_lines() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _measured(arguments: argparse.Namespace, members: list[str]) -> dict[str, Any]:
+def _measured(arguments: argparse.Namespace, members: list[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each part's figures as soon as they are there, and where they belong."""
     quick, device, rounds = arguments.quick, arguments.device, 2 if arguments.quick else arguments.rounds
     shapes = arguments.shape or (["S"] if quick else list(SHAPES))
     dtypes = arguments.dtype or (["bfloat16"] if quick else ["float32", "bfloat16"])
     parts = arguments.parts or list(PARTS)
     size = {"length": 16, "rows": 1} if quick else {"length": 256, "rows": 4}
-    results: dict[str, Any] = {}
-    for shape in shapes:
-        for dtype in dtypes:
-            kind = getattr(torch, dtype)
-            base = decoder(SHAPES[shape], kind, device, 1 if quick else None)
-            if "steps" in parts:
-                results.setdefault("steps", {})[f"{shape} {dtype}"] = steps.measure(base, members, rounds, **size)
-            if "profile" in parts and device == "cpu":
-                results.setdefault("profile", {})[f"{shape} {dtype}"] = profiles.measure(base, members, **size)
-            if "accuracy" in parts and shape == "S":  # float64 at the width of W takes minutes
-                results.setdefault("accuracy", {})[f"{shape} {dtype}"] = steps.accuracy(base, members)
-    narrow = getattr(torch, dtypes[-1])
+    for shape, dtype in itertools.product(shapes, dtypes) if {"steps", "accuracy", "profile"} & set(parts) else ():
+        kind = f"{shape} {dtype}"
+        base = decoder(SHAPES[shape], getattr(torch, dtype), device, 1 if quick else None)
+        if "steps" in parts:
+            yield ("steps", kind), steps.measure(base, members, rounds, **size)
+        if "profile" in parts and device == "cpu":
+            yield ("profile", kind), profiles.measure(base, members, **size)
+        if "accuracy" in parts and shape == "S":  # float64 at the width of W takes minutes
+            yield ("accuracy", kind), steps.accuracy(base, members)
+    narrow, dtype = getattr(torch, dtypes[-1]), dtypes[-1]
     layers = 1 if quick else 12
     if "whole" in parts:
-        results["whole"] = {dtypes[-1]: whole.measure("S", layers if quick else 6, narrow, rounds, device)}
-        results["peak"] = {dtypes[-1]: whole.peaks("S", layers, dtypes[-1], device=device)}
+        yield ("whole", dtype), whole.measure("S", layers if quick else 6, narrow, rounds, device)
+        yield ("peak", dtype), whole.peaks("S", layers, dtype, device=device)
     if "chores" in parts:
-        results["chores"] = chores.measure(SHAPES["S"], 2 if quick else 30, narrow, rounds, device)
+        yield ("chores",), chores.measure(SHAPES["S"], 2 if quick else 30, narrow, rounds, device)
     if "serving" in parts:
-        results["serving"] = mixed_batch.measure(1 if quick else 12, narrow, rounds, device=device)
+        yield ("serving",), mixed_batch.measure(1 if quick else 12, narrow, rounds, device=device)
     if "compiled" in parts and not quick:
         base = decoder(SHAPES["S"], narrow, device, 1)
         wanted = [name for name in ("lora", "dora", "vera") if name in members]
-        results["compiled"] = steps.compiled(base, wanted, rounds, **size)
+        yield ("compiled",), steps.compiled(base, wanted, rounds, **size)
     if "scaling" in parts:
-        results["scaling"] = scaling.measure(narrow, 1 if quick else 3, device, 2 if quick else None)
-    return results
+        yield ("scaling",), scaling.measure(narrow, 1 if quick else 3, device, 2 if quick else None)
 
 
 if __name__ == "__main__":

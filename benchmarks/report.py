@@ -65,7 +65,9 @@ def _steps(rows: Sequence[dict[str, Any]], kind: str, clock: str) -> list[str]:
 def _whole(results: dict[str, Any], clock: str) -> list[str]:
     lines = []
     for dtype, rows in results["whole"].items():
-        peak = results["peak"][dtype]
+        peak = results.get("peak", {}).get(dtype)
+        if peak is None:
+            continue
         times = {"frozen": "1", **{row["variant"]: _spread(row[clock]) for row in rows}}
         cells = [[name, times[name], f"{mib:.0f}", f"{mib / peak['peft']:.2f}"] for name, mib in peak.items()]
         head = ["variant", "step, × frozen", "peak of a step over idle, MiB", "× PEFT"]

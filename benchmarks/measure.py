@@ -59,14 +59,16 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """The bytes that autograd keeps of a forward for the backward: each storage once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        alive.append(tensor)
+        return tensor.detach()  # an output itself would hold its own graph, for ever
 
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or keep(t), lambda t: t):  # type: ignore[func-returns-value]
-        alive.append(forward())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()  # which holds the graph, and that what is kept, until all is counted
+    del loss
     return sum(kept.values())

@@ -72,12 +72,14 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """What autograd keeps of a forward besides parameters: unique storages."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
+    alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        alive.append(tensor)
+        return tensor.detach()  # an output itself would hold its own graph, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)

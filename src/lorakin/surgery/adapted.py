@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family import Method, Pair, Role, Shape, Weight, widened
 from lorakin.surgery import fused
+from lorakin.surgery.autograd import Seen
 from lorakin.surgery.fused import Ready
 from lorakin.surgery.layers import Layer, LinearLayer, kind_of
 
@@ -37,8 +38,8 @@ class Site(nn.Module):
         self.layer = layer
         self.shape = shape
         self.siblings = path.rpartition(".")[0]
-        self._squares: tuple[object, Tensor] | None = None
-        self._ready: tuple[object, Ready] | None = None
+        self._squares: tuple[list[Seen], Tensor] | None = None
+        self._ready: tuple[list[Seen], Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
 
@@ -93,20 +94,23 @@ class Site(nn.Module):
 
     def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
-        weight, now = Weight(matrix.detach()), fused.state_of(matrix)
+        weight, now = Weight(matrix.detach()), Seen.of(matrix)
         if self._squares is not None and self._squares[0] == now:
             weight.squares = self._squares[1]
         factors = self.method.factors(tensors, self.shape, weight)
-        if "squares" in vars(weight):
+        if now is not None and "squares" in vars(weight):
             self._squares = now, weight.squares
         return factors
 
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
-        """The pair as inference takes it, made once for as long as nothing changes."""
-        now = [fused.state_of(tensor) for tensor in (matrix, *self.tensors().values())]
-        if self._ready is None or self._ready[0] != now:
-            self._ready = now, Ready.of(*self._factors(tensors, matrix), matrix.dtype)
-        return self._ready[1]
+        """The pair as inference takes it; of an adapter that does not train made once for as long as nothing changes."""
+        own = self.tensors().values()
+        now = None if any(tensor.requires_grad for tensor in own) else Seen.of(matrix, *own)
+        if now is not None and self._ready is not None and self._ready[0] == now:
+            return self._ready[1]
+        ready = Ready.of(*self._factors(tensors, matrix), matrix.dtype)
+        self._ready = None if now is None else (now, ready)
+        return ready
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None, "_ready": None}

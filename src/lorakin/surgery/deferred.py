@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lorakin.surgery.autograd import backward_once
 
 BLOCK = 1 << 23
 """Logits that are made at a time."""
@@ -31,25 +32,41 @@ class CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows = max(1, BLOCK // len(weight))
+        rows, left_out = max(1, BLOCK // len(weight)), (target == ignored).unsqueeze(1)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.T).to(wide)
-            wanted, counts = target[part].clamp(min=0).unsqueeze(1), (target[part] != ignored).to(wide).unsqueeze(1)
+            wanted = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
             size = logits.logsumexp(-1, keepdim=True)
-            total += ((size - logits.gather(1, wanted)) * counts).sum()
+            total += (size - logits.gather(1, wanted)).masked_fill_(left_out[part], 0).sum()
             if gradient is not None:
                 share = logits.sub_(size).exp_()
                 share.scatter_add_(1, wanted, torch.full_like(size, -1))
-                torch.mm(share.mul_(counts).to(weight.dtype), weight, out=gradient[part])
+                torch.mm(share.masked_fill_(left_out[part], 0).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        return (gradient.to(grad.dtype) * grad).to(gradient.dtype), None, None, None
+
+
+class Head(torch.autograd.Function):
+    """The logits as autograd sees them: whoever hands back a gradient of theirs reaches h."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight)
+        shape = (*hidden.shape[:-1], len(weight))
+        return Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=hidden.device)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, None, None
 
 
 class Deferred(Tensor):
@@ -57,34 +74,36 @@ class Deferred(Tensor):
 
     hidden: Tensor
     weight: Tensor
+    logits: Tensor | None
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Deferred:
         """Those of `hidden` and a head's weight (vocabulary, in), later to be cast to `dtype`."""
-        logits: Deferred = Tensor._make_wrapper_subclass(
-            Deferred, (*hidden.shape[:-1], len(weight)), dtype=dtype or hidden.dtype, device=hidden.device
-        )
-        logits.hidden, logits.weight = hidden, weight
+        logits: Deferred = Head.apply(hidden, weight, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
+        logits.hidden, logits.weight, logits.logits = hidden, weight, None
         return logits
 
     def made(self) -> Tensor:
-        """The logits."""
-        return F.linear(self.hidden, self.weight).to(self.dtype)
+        """The logits, from now on these."""
+        if self.logits is None:
+            self.logits = F.linear(self.hidden, self.weight).to(self.dtype)
+        return self.logits
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if function in KEPT and isinstance(args[0], Deferred):
-            kept = KEPT[function](*args, **kwargs)
-            if kept is not None:
-                return kept
+        kwargs, first = kwargs or {}, args[0] if args else None
         attribute = getattr(getattr(function, "__self__", None), "__name__", None) if function.__name__ == "__get__" else None
         if function in READS or attribute in ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        return function(*_made(args), **_made(kwargs))
+        if function in KEPT and isinstance(first, Deferred) and first.logits is None:
+            kept = KEPT[function](*args, **kwargs)
+            if kept is not None:
+                return kept
+        result = function(*_made(args), **_made(kwargs))
+        return first if isinstance(first, Deferred) and result is first.logits else result  # it was written into
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -156,6 +175,10 @@ def _cross_entropy(
     if not usual or reduction not in ("mean", "sum") or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
         return None
     if logits.dtype != torch.promote_types(logits.hidden.dtype, torch.float32):  # a softmax in a narrow dtype was asked for
+        return None
+    if target.dtype != torch.int64 or len(target) != len(logits.hidden):
+        return None  # torch has its own word on these
+    if target.device.type == "cpu" and bool(((target < 0) | (target >= len(logits.weight)))[target != ignore_index].any()):
         return None
     total: Tensor = CrossEntropy.apply(logits.hidden, logits.weight, target, ignore_index)  # type: ignore[no-untyped-call]
     return total / (target != ignore_index).sum() if reduction == "mean" else total

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lorakin.surgery.autograd import backward_once
 
 
 class Dropped(NamedTuple):
@@ -66,7 +67,7 @@ class DroppedProduct(torch.autograd.Function):
         return F.linear(drop.zeroed(x), down * drop.scale)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (down,) = ctx.saved_tensors
         return ctx.drop.zeroed(grad @ (down * ctx.drop.scale)), None, None

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorakin.family import Chain, Pair
+from lorakin.surgery.autograd import PLAIN, Seen, backward_once, plainly
 from lorakin.surgery.dropout import Dropped, DroppedProduct
 
 
@@ -40,13 +39,6 @@ def applies(x: Any, weight: Tensor) -> bool:
     else:
         right = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
     return right and x.device == weight.device and plainly()
-
-
-def plainly() -> bool:
-    """Whether calls are run as they come: not compiled, traced or transformed."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 class Ready(NamedTuple):
@@ -106,16 +98,13 @@ def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Cha
         if dropout:
             u = DroppedProduct.apply(x, narrow, Dropped.drawn(dropout))  # type: ignore[no-untyped-call]
         else:
-            u = down.product(given, siblings, lambda: F.linear(x, narrow))
+            u = down.product(given, siblings, lambda: Product.apply(x, narrow))  # type: ignore[no-untyped-call]
         count = x.numel() // inputs
         merged = not dropout and 2 * inputs * outputs < count * (2 * outputs + inputs)
         out: Tensor = LinearWithChain.apply(  # type: ignore[no-untyped-call]
             x, u, weight, bias, chain.outer, up.narrowed(weight.dtype)[:outputs], chain.inner, narrow, merged
         )
         return out
-
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 class Recipe(NamedTuple):
@@ -143,11 +132,6 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def state_of(tensor: Tensor) -> object:
-    """What changes when the tensor's values do, unless they are written around autograd."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
-
-
 @contextlib.contextmanager
 def _autocast_off(x: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
     """The tensors in autocast's dtype with autocast off, if it is on; as they are if not."""
@@ -165,23 +149,27 @@ class Frozen:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = weakref.ref(matrix)
-        self.narrow: tuple[object, Tensor] | None = None
+        self.narrow: tuple[list[Seen], Tensor] | None = None
         self.products: dict[str, tuple[Any, ...]] = {}
 
     def narrowed(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`."""
         matrix = self.matrix()
         assert matrix is not None
-        now = state_of(matrix), dtype
-        if self.narrow is None or self.narrow[0] != now:
+        now = Seen.of(matrix)
+        if now is None:
+            self.narrow = None
+            return matrix.detach().to(dtype)
+        if self.narrow is None or self.narrow[0] != now or self.narrow[1].dtype != dtype:
             self.narrow = now, matrix.detach().to(dtype)
         return self.narrow[1]
 
     def product(self, x: Tensor, place: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it gave for the same x in the same place as long as someone, such as a graph, holds that."""
-        if x.is_inference():
+        if x.is_inference() or self.narrow is None:
             return compute()
-        now = state_of(x), self.narrow and self.narrow[0], torch.is_grad_enabled() and x.requires_grad
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        now = Seen(x), self.narrow[0], self.narrow[1].dtype, wants_grad
         if (latest := self.products.get(place)) is not None and latest[0]() is x and latest[1] == now:
             kept = latest[2]()
             if isinstance(kept, Tensor):
@@ -199,6 +187,20 @@ def _frozen(matrix: Tensor) -> Frozen:
         _FROZEN[matrix] = Frozen(matrix)
     known: Frozen = _FROZEN[matrix]
     return known
+
+
+class Product(torch.autograd.Function):
+    """down x for x (…, in) and a frozen down (k, in). It keeps nothing that a first backward would give up for a second."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor) -> Tensor:
+        ctx.down = down
+        return F.linear(x, down)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.down, None
 
 
 class LinearWithPair(torch.autograd.Function):
@@ -228,7 +230,7 @@ class LinearWithPair(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, wide_up, wide_down, more, output, *parts = ctx.saved_tensors
         up, down = wide_up.to(weight.dtype), wide_down.to(weight.dtype)
@@ -238,7 +240,7 @@ class LinearWithPair(torch.autograd.Function):
 
         def rows() -> Tensor:
             made: Tensor = ctx.make(*parts)
-            return made.reshape(len(delta), -1)
+            return made.reshape(len(delta), weight.shape[1])
 
         for_x = for_up = for_down = for_gain = None
         if needs_gain:
@@ -263,7 +265,7 @@ class LinearWithPair(torch.autograd.Function):
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
                 for_x = drop.product_beside(delta, weight, back, down, scale, dropped)
-            for_x = for_x.view(*grad.shape[:-1], -1)
+            for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 
 
@@ -301,22 +303,24 @@ class LinearWithChain(torch.autograd.Function):
             return F.linear(x, _merged(weight, outer, up, inner, down), bias)
         y = F.linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
-        flat.addmm_(u.reshape(len(flat), -1) * inner.to(u.dtype), _scaled(outer, up).T)
+        flat.addmm_(u.reshape(len(flat), len(inner)) * inner.to(u.dtype), _scaled(outer, up).T)
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u, weight, outer, up, inner, down = ctx.saved_tensors
         needs_x, needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])
-        for_weight = flat.T @ x.reshape(len(flat), -1) if needs_weight else None
+        for_weight = flat.T @ x.reshape(len(flat), weight.shape[1]) if needs_weight else None
         for_bias = flat.sum(0) if needs_bias else None
-        common = (flat.T @ u.reshape(len(flat), -1)) * up
+        common = (flat.T @ u.reshape(len(flat), len(inner))) * up
         for_outer, for_inner = common.to(outer.dtype) @ inner, outer @ common.to(outer.dtype)
         for_x = for_u = None
         if needs_x:
-            for_x = (flat @ (_merged(weight, outer, up, inner, down) if ctx.merged else weight)).view(*grad.shape[:-1], -1)
+            for_x = (flat @ (_merged(weight, outer, up, inner, down) if ctx.merged else weight)).view(
+                *grad.shape[:-1], weight.shape[1]
+            )
         if needs_u and not ctx.merged:
             for_u = ((flat @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
         return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None

@@ -9,18 +9,19 @@ As everywhere in this room the module changes its class and keeps its name, para
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lorakin.errors import SettingError, StateError
-from lorakin.surgery.adapted import combined, revive
+from lorakin.surgery.adapted import combined, is_adapted, revive
+from lorakin.surgery.autograd import PLAIN, backward_once, plainly
 from lorakin.surgery.deferred import Deferred
-from lorakin.surgery.fused import PLAIN, Recipe, plainly
+from lorakin.surgery.fused import Recipe
 
 
 class Norm(torch.autograd.Function):
@@ -35,7 +36,7 @@ class Norm(torch.autograd.Function):
         return normed(x, scale, weight)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
         direction = x.float() * scale  # not x · scale: mixed dtypes go a slow way
@@ -65,7 +66,7 @@ class Gate(torch.autograd.Function):
         return gated(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
@@ -138,7 +139,7 @@ def fuse(model: nn.Module) -> int:
     """
     found: dict[nn.Module, type[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, LIGHT):
+        if isinstance(module, LIGHT) or is_adapted(module):  # of one trained whole, the adapter's copy is a module too
             continue
         if mixin := next((mixin for mixin, fits in FITS.items() if fits(module)), None):
             found[module] = mixin
@@ -178,11 +179,33 @@ def _is_norm(module: Any) -> bool:
     return torch.equal(module(probe), normed(probe, scale_of(probe, module.variance_epsilon), weight))
 
 
+@torch.no_grad()
 def _is_gated(module: Any) -> bool:
     children = dict(module.named_children())
     named = {"gate_proj", "up_proj", "down_proj"} <= children.keys()
     silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
-    return named and silu and len(children) == 4 and type(module).__name__.endswith("MLP")
+    if not (named and silu and len(children) == 4 and type(module).__name__.endswith("MLP")):
+        return False
+    weight = vars(module.gate_proj)["_parameters"].get("weight")
+    if type(weight) not in PLAIN or weight.is_meta or "_hf_hook" in vars(module):
+        return False
+    probe = torch.linspace(-1, 1, module.gate_proj.in_features, device=weight.device)
+    probe = torch.stack([probe, 1000 * probe.flip(0)]).to(weight.dtype)  # the second meets limits, if there are any
+    with _evaluating(module):
+        expected = module.down_proj(module.act_fn(module.gate_proj(probe)) * module.up_proj(probe))
+        return torch.allclose(module(probe), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the module and all in it, which may be of several modes."""
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
 
 
 FITS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {LightNorm: _is_norm, LightGate: _is_gated}

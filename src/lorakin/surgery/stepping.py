@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lorakin.surgery.autograd import STEPS
 from lorakin.surgery.optimizer import check_groups, check_rates, group_of
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    STEPS.taken += 1
     seen = _SEEN.get(optimizer)
     for graft in _alive(seen.stepping) if seen is not None else ():
         graft.after_step(optimizer)

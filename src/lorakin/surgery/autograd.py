@@ -1,0 +1,74 @@
+"""What all autograd functions here share: when they apply, how their backwards run, and how they see that a tensor changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def plainly() -> bool:
+    """Whether calls are run as they come: not compiled, traced or transformed."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward that is not differentiated itself and keeps to the dtypes of its forward, also under autocast."""
+
+    @functools.wraps(function)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):
+            return function(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return function(ctx, grad)
+
+    return once_differentiable(backward)
+
+
+class Steps:
+    """How many steps optimizers have taken in this process since there are adapters."""
+
+    taken = 0
+
+
+STEPS = Steps()
+
+
+class Seen:
+    """A tensor as it was, to tell whether it still is that: its storage (not kept alive), its place there, and its changes.
+
+    Autograd counts changes, but not those of torch's fused optimizers, so any optimizer's step in the process is one too. Nor
+    does it count what is written through `.data`: nothing that may be trained should be remembered by this.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self.form = self._form(tensor)
+
+    @staticmethod
+    def _form(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version, STEPS.taken
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> list[Seen] | None:
+        """The tensors as they are; None if one cannot tell when they change."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        return [cls(tensor) for tensor in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Seen) or self.form != other.form:
+            return False
+        return bool(self.storage == other.storage and not self.storage.expired())  # type: ignore[no-untyped-call]
+
+    __hash__ = None  # type: ignore[assignment]

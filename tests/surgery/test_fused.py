@@ -308,3 +308,119 @@ def test_generation_and_training_agree() -> None:
         with torch.inference_mode():
             without = model(ids).logits
         assert torch.equal(with_gradients, without)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_inference_between_steps_never_uses_an_older_adapter(method: str, cls: Any) -> None:
+    """torch's fused optimizers change tensors without autograd's counting it, and so do writes through .data."""
+    model = net(torch.bfloat16)
+    adapter = adapted(model, METHODS[method])
+    optimizer = adapter.optimizer(cls, lr=1e-3)
+    x = torch.randn(5, 9).bfloat16()
+
+    def right() -> bool:
+        with torch.no_grad():
+            return torch.equal(model(x), copy.deepcopy(model)(x))
+
+    for _ in range(3):
+        model(x).float().square().sum().backward()
+        assert right()
+        optimizer.step()
+        assert right()
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.data.mul_(1.1)
+        assert right()
+        optimizer.zero_grad()
+
+
+def test_a_frozen_adapter_follows_a_base_that_an_optimizer_moves() -> None:
+    model = net(torch.bfloat16)
+    adapter = adapted(model, lk.DoRA(rank=3))
+    for parameter in model.parameters():
+        parameter.requires_grad_("lorakin" not in str(parameter))
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.5, fused=True)
+    x = torch.randn(5, 9).bfloat16()
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(x), copy.deepcopy(model)(x))
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9), (9,), (2, 1, 3, 9)])
+@pytest.mark.parametrize("method", [*METHODS, "dropout"])
+def test_inputs_of_every_shape_go_forward_and_backward(method: str, shape: tuple[int, ...]) -> None:
+    model = net()
+    adapted(model, METHODS.get(method, lk.LoRA(rank=3, dropout=0.3)))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    assert out.shape == (*shape[:-1], 4)
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_siblings_backward_apart() -> None:
+    """As plain layers do: each has a graph of its own."""
+    block = Siblings(12).double()
+    randomise(lk.adapt(block, lk.VeRA(rank=5)))
+    x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+    q, k = block.q(x), block.k(x)
+    q.sum().backward()
+    k.sum().backward()
+    apart = x.grad
+    x.grad = None
+    (block.q(x) + block.k(x)).sum().backward()
+    torch.testing.assert_close(x.grad, apart)
+
+
+def test_siblings_see_another_dtype_and_other_matrices() -> None:
+    block = Siblings(12)
+    adapter = randomise(lk.adapt(block, lk.VeRA(rank=5)))
+    x = torch.randn(6, 12, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        held = block(x)
+    torch.testing.assert_close(block(x), torch.func.vmap(block)(x))
+    held = block(x)
+    with torch.no_grad():
+        adapter.site("q").A.mul_(2)
+    torch.testing.assert_close(block(x), torch.func.vmap(block)(x))
+    assert held.requires_grad
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_a_backward_inside_autocast_keeps_to_its_forward(method: str) -> None:
+    model = net(torch.float32)
+    adapted(model, METHODS[method])
+    x = torch.randn(20, 9)
+    expected = fused(model, x)
+    inner = x.clone().requires_grad_()
+    out = model(inner)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.square().sum().backward()
+    torch.testing.assert_close(inner.grad, expected["x"])
+
+
+def test_nothing_holds_an_adapter_or_a_weight_alive() -> None:
+    import gc
+    import weakref
+
+    for member in METHODS.values():
+        model = net()
+        adapter = adapted(model, member)
+        x = torch.randn(5, 9, dtype=torch.float64)
+        fused(model, x)
+        with torch.no_grad():
+            model(x)
+        held = [weakref.ref(p) for p in (*adapter.parameters(), model[0].weight)]
+        adapter.remove()
+        del adapter, model
+        gc.collect()
+        assert not any(ref() is not None for ref in held), member

@@ -177,6 +177,58 @@ def test_a_model_of_another_kind_is_refused_and_other_norms_stay(ids: Tensor) ->
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+class Clamped(nn.Module):
+    """An MLP with the names of a gated one, that does something else too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
+        return hidden
+
+
+class ClampedMLP(Clamped):
+    pass
+
+
+def test_an_mlp_that_does_more_is_left_as_it_is() -> None:
+    model = nn.Sequential(ClampedMLP(), nn.Linear(8, 8))
+    with pytest.raises(lk.SettingError, match="fuse found nothing"):
+        lk.fuse(model)
+
+
+def test_a_norm_that_is_trained_whole_goes_on_training(ids: Tensor) -> None:
+    for order in ("fuse", "adapt"):
+        model = tiny_llama().train()
+        if order == "fuse":
+            lk.fuse(model)
+        adapter = lk.adapt(model, lk.LoRA(rank=3), modules_to_save=["norm"])
+        if order == "adapt":
+            lk.fuse(model)
+        model(ids, labels=ids).loss.backward()
+        assert adapter.copy_of("model.norm").weight.grad.any(), order  # type: ignore[union-attr, operator]
+        adapter.remove()
+        lk.unfuse(model)
+        assert type(model.model.norm) is transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+
+def test_a_hook_may_change_what_a_norm_gives(ids: Tensor) -> None:
+    """Then it is kept, not made again."""
+    gradients = []
+    for light in (False, True):
+        model = tiny_llama().train()
+        randomise(lk.adapt(model, lk.LoRA(rank=3), seed=0))
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda module, args, out: (out.mul_(3), None)[1])
+        if light:
+            lk.fuse(model)
+        gradients.append(trained_step(model, ids)[1])
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 def deferred(dtype: torch.dtype = torch.float32) -> tuple[Deferred, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(3, 7, 10, dtype=dtype, requires_grad=True)
@@ -249,6 +301,86 @@ def test_whatever_is_asked_of_deferred_logits_they_answer(use: Any) -> None:
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     torch.testing.assert_close(got.made() if isinstance(got, Deferred) else got, want)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.__setitem__((..., slice(5, None)), -1e4),
+        lambda t: t.div_(0.1),
+        lambda t: t.masked_fill_(torch.arange(23) > 20, -1e4),
+        lambda t: t.clamp_(max=0.5),
+    ],
+)
+def test_what_is_written_into_deferred_logits_stays(write: Any) -> None:
+    logits, hidden, real = deferred()
+    target = torch.arange(21) % 5
+    write(logits)
+    real = real.clone()
+    write(real)
+    got, want = (cross_entropy(t.view(-1, 23), target) for t in (logits, real))
+    torch.testing.assert_close(got, want)
+    for mine, its in zip(torch.autograd.grad(got, hidden), torch.autograd.grad(want, hidden), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+class Doubled(torch.autograd.Function):
+    """Somebody's own function, which autograd hands its arguments past Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_gradients_reach_the_hidden_states_through_others_functions() -> None:
+    logits, hidden, real = deferred()
+    assert logits.requires_grad
+    got = torch.autograd.grad(Doubled.apply(logits).square().sum(), hidden)[0]
+    want = torch.autograd.grad(Doubled.apply(real).square().sum(), hidden)[0]
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [
+        (torch.full((21,), -1), {}),
+        (torch.full((21,), 23), {}),
+        (torch.zeros(20, dtype=torch.long), {}),
+        (torch.zeros(1, dtype=torch.long), {}),
+        (torch.zeros(21, dtype=torch.int32), {}),
+    ],
+)
+def test_targets_that_torch_refuses_are_refused(target: Tensor, more: dict[str, Any]) -> None:
+    logits, _, real = deferred()
+    with pytest.raises((IndexError, ValueError, RuntimeError)) as theirs:
+        cross_entropy(real.view(-1, 23), target, **more)
+    with pytest.raises(type(theirs.value)):
+        cross_entropy(logits.view(-1, 23), target, **more)
+
+
+def test_what_is_ignored_may_be_anything() -> None:
+    logits, hidden, real = deferred()
+    target = torch.arange(21) % 5
+    target[3] = 300
+    torch.testing.assert_close(*(cross_entropy(t.view(-1, 23), target, ignore_index=300) for t in (logits, real)))
+    with torch.no_grad():
+        hidden[0, 3] = float("nan")
+    loss = cross_entropy(Deferred.of(hidden, logits.weight).view(-1, 23), target, ignore_index=300)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert torch.isfinite(loss)
+    assert not gradient[0, 3].any()
+    assert torch.isfinite(gradient).all()
+
+
+def test_a_scaled_loss_in_float16_does_not_overflow() -> None:
+    logits, hidden, _ = deferred(torch.float16)
+    target = torch.arange(21) % 5
+    loss = cross_entropy(logits.float().view(-1, 23), target) * 2.0**17
+    assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 
 
 def test_reading_the_form_of_deferred_logits_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

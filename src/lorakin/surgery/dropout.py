@@ -50,7 +50,7 @@ class Dropped(NamedTuple):
     def product_beside(delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, positions: Tensor) -> Tensor:
         """delta·weight + scale · back·down, the second part not where the input was dropped."""
         whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
-        product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), -1))
+        product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), weight.shape[1]))
         alone = whole[positions]
         product.addmm_(back, down, alpha=scale)
         whole[positions] = alone

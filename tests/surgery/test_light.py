@@ -240,6 +240,7 @@ def test_the_loss_of_deferred_logits_is_theirs(monkeypatch: pytest.MonkeyPatch) 
     from lorakin.surgery import deferred as module
 
     monkeypatch.setattr(module, "BLOCK", 23 * 4)  # four tokens at a time
+    monkeypatch.setattr(module, "ROWS", 1)
     logits, hidden, real = deferred(torch.float64)
     target = torch.randint(0, 23, (21,))
     target[5:9] = -100

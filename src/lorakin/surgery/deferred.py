@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lorakin.surgery.autograd import backward_once
 
-BLOCK = 1 << 23
-"""Logits that are made at a time."""
+BLOCK = 1 << 22
+"""Logits that are made at a time, of `ROWS` tokens at least."""
+ROWS = 32
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -32,17 +33,18 @@ class CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows, left_out = max(1, BLOCK // len(weight)), (target == ignored).unsqueeze(1)
+        rows, left_out = max(ROWS, BLOCK // len(weight)), (target == ignored).unsqueeze(1)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.T).to(wide)
             wanted = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
-            size = logits.logsumexp(-1, keepdim=True)
-            total += (size - logits.gather(1, wanted)).masked_fill_(left_out[part], 0).sum()
+            said, top = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
+            shares = logits.sub_(top).exp_()
+            whole = shares.sum(-1, keepdim=True)
+            total += (top + whole.log() - said).masked_fill_(left_out[part], 0).sum()
             if gradient is not None:
-                share = logits.sub_(size).exp_()
-                share.scatter_add_(1, wanted, torch.full_like(size, -1))
-                torch.mm(share.masked_fill_(left_out[part], 0).to(weight.dtype), weight, out=gradient[part])
+                shares.div_(whole).scatter_add_(1, wanted, torch.full_like(whole, -1))
+                torch.mm(shares.masked_fill_(left_out[part], 0).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 

@@ -18,7 +18,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor]
 def forward_of(model: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
     """A call that gives the loss, with gradients wanted at the input, as inside a deeper model."""
     x, weights = inputs
-    return lambda: model(x.detach().requires_grad_(), weights).loss
+    return lambda: model(x.detach().requires_grad_(), weights)["loss"]
 
 
 def step_of(model: Any, inputs: Inputs, after: Callable[[], Any] | None = None) -> Callable[[], None]:
@@ -96,7 +96,7 @@ def compiled(base: Decoder, names: Sequence[str], rounds: int, length: int = 256
 def accuracy(base: Decoder, names: Sequence[str], length: int = 64, rows: int = 2) -> list[dict[str, Any]]:
     """How far the gradients of the trained tensors are from float64: ‖g − g64‖ / ‖g64‖ over all of them."""
     inputs, table = batch(base, rows, length), []
-    for name in names:
+    for name in (name for name in names if "dropout" not in name):  # whose masks are drawn anew
         models, _ = compared(base, SUBJECTS[name])
         for key in ("lorakin", "PEFT", "PEFT narrow"):
             if key not in models:

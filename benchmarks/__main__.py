@@ -25,11 +25,11 @@ import torch
 import transformers
 
 import lorakin
-from benchmarks import chores, mixed_batch, profiles, report, scaling, steps, whole
+from benchmarks import chores, dispatch, mixed_batch, profiles, report, scaling, steps, whole
 from benchmarks.subjects import SHAPES, SUBJECTS, decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("steps", "whole", "chores", "serving", "accuracy", "compiled", "scaling", "profile")
+PARTS = ("steps", "whole", "chores", "serving", "dispatch", "accuracy", "compiled", "scaling", "profile")
 
 
 def main() -> None:
@@ -135,6 +135,8 @@ def _measured(arguments: argparse.Namespace, members: list[str]) -> Iterator[tup
         yield ("chores",), chores.measure(SHAPES["S"], 2 if quick else 30, narrow, rounds, device)
     if "serving" in parts:
         yield ("serving",), mixed_batch.measure(1 if quick else 12, narrow, rounds, device=device)
+    if "dispatch" in parts:
+        yield ("dispatch",), dispatch.measure(members, narrow, rounds, device)
     if "compiled" in parts and not quick:
         base = decoder(SHAPES["S"], narrow, device, 1)
         wanted = [name for name in ("lora", "dora", "vera") if name in members]

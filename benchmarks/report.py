@@ -40,6 +40,7 @@ def markdown(results: dict[str, Any]) -> str:
         ("whole", _whole),
         ("chores", _chores),
         ("serving", _serving),
+        ("dispatch", _dispatch),
         ("accuracy", _accuracy),
         ("profile", _profile),
     ):
@@ -94,6 +95,12 @@ def _serving(results: dict[str, Any], clock: str) -> list[str]:
     ]
     head = ["tokens a request", "× PEFT", "bar", "× base alone"]
     return ["**16 requests for 8 adapters in one batch, forward**", "", *_table(head, cells)]
+
+
+def _dispatch(results: dict[str, Any], clock: str) -> list[str]:
+    cells = [[row["member"], _spread(row["step"]), _spread(row["forward"])] for row in results["dispatch"]]
+    head = ["member", "step", "forward without gradients"]
+    return ["**Dispatch: one token through one layer, × PEFT**", "", *_table(head, cells)]
 
 
 def _accuracy(results: dict[str, Any], clock: str) -> list[str]:

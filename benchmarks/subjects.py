@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,10 @@ SUBJECTS: dict[str, Subject] = {
 }  # fmt: skip
 
 
-def ours(base: nn.Module, subject: Subject) -> tuple[Any, lk.Adapter]:
+def ours(base: nn.Module, subject: Subject, targets: Sequence[str] = LINEARS) -> tuple[Any, lk.Adapter]:
     """The base with lorakin's adapter, every trained tensor away from its start."""
     model = twin(base)
-    adapter = lk.adapt(model, subject.ours(), LINEARS, seed=0)
+    adapter = lk.adapt(model, subject.ours(), targets, seed=0)
     _shake(adapter.parameters())
     subject.prepare(adapter)
     return model, adapter

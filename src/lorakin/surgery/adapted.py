@@ -94,22 +94,24 @@ class Site(nn.Module):
 
     def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
-        weight, now = Weight(matrix.detach()), Seen.of(matrix)
-        if self._squares is not None and self._squares[0] == now:
+        weight = Weight(matrix.detach())
+        if self._squares is not None and self._squares[0][0].is_still(matrix):
             weight.squares = self._squares[1]
+            return self.method.factors(tensors, self.shape, weight)
         factors = self.method.factors(tensors, self.shape, weight)
-        if now is not None and "squares" in vars(weight):
-            self._squares = now, weight.squares
+        if "squares" in vars(weight) and (seen := Seen.of(matrix)):
+            self._squares = seen, weight.squares
         return factors
 
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
         """The pair as inference takes it; of an adapter that does not train made once for as long as nothing changes."""
-        own = self.tensors().values()
-        now = None if any(tensor.requires_grad for tensor in own) else Seen.of(matrix, *own)
-        if now is not None and self._ready is not None and self._ready[0] == now:
+        there = (matrix, *self.tensors().values())
+        if self._ready is not None and all(map(Seen.is_still, self._ready[0], there)):
             return self._ready[1]
         ready = Ready.of(*self._factors(tensors, matrix), matrix.dtype)
-        self._ready = None if now is None else (now, ready)
+        trained = any(tensor.requires_grad for tensor in self.parameters(recurse=False))
+        seen = None if trained else Seen.of(*there)
+        self._ready = None if seen is None else (seen, ready)
         return ready
 
     def __getstate__(self) -> dict[str, Any]:

@@ -53,11 +53,8 @@ class Seen:
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self.form = self._form(tensor)
-
-    @staticmethod
-    def _form(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version, STEPS.taken
+        self.pointer, self.version, self.steps = tensor.data_ptr(), tensor._version, STEPS.taken
+        self.dtype, self.shape = tensor.dtype, tensor.shape
 
     @classmethod
     def of(cls, *tensors: Tensor) -> list[Seen] | None:
@@ -66,9 +63,14 @@ class Seen:
             return None
         return [cls(tensor) for tensor in tensors]
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Seen) or self.form != other.form:
-            return False
-        return bool(self.storage == other.storage and not self.storage.expired())  # type: ignore[no-untyped-call]
-
-    __hash__ = None  # type: ignore[assignment]
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is what was seen."""
+        return bool(
+            self.pointer == tensor.data_ptr()
+            and not tensor.is_inference()
+            and self.version == tensor._version
+            and self.steps == STEPS.taken
+            and self.dtype == tensor.dtype
+            and self.shape == tensor.shape
+            and not self.storage.expired()  # type: ignore[no-untyped-call]
+        )

@@ -149,33 +149,32 @@ class Frozen:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = weakref.ref(matrix)
-        self.narrow: tuple[list[Seen], Tensor] | None = None
+        self.narrow: Tensor | None = None
+        self.seen: list[Seen] = []
         self.products: dict[str, tuple[Any, ...]] = {}
 
     def narrowed(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`."""
         matrix = self.matrix()
         assert matrix is not None
-        now = Seen.of(matrix)
-        if now is None:
-            self.narrow = None
-            return matrix.detach().to(dtype)
-        if self.narrow is None or self.narrow[0] != now or self.narrow[1].dtype != dtype:
-            self.narrow = now, matrix.detach().to(dtype)
-        return self.narrow[1]
+        if self.narrow is None or self.narrow.dtype != dtype or not self.seen[0].is_still(matrix):
+            self.products.clear()
+            self.narrow, self.seen = None, Seen.of(matrix) or []
+            if not self.seen:
+                return matrix.detach().to(dtype)
+            self.narrow = matrix.detach().to(dtype)
+        return self.narrow
 
     def product(self, x: Tensor, place: str, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, or what it gave for the same x in the same place as long as someone, such as a graph, holds that."""
-        if x.is_inference() or self.narrow is None:
+        """`compute()`, or what it gave for the same x in the same place as long as a graph holds that."""
+        if not (torch.is_grad_enabled() and x.requires_grad) or self.narrow is None:
             return compute()
-        wants_grad = torch.is_grad_enabled() and x.requires_grad
-        now = Seen(x), self.narrow[0], self.narrow[1].dtype, wants_grad
-        if (latest := self.products.get(place)) is not None and latest[0]() is x and latest[1] == now:
+        if (latest := self.products.get(place)) is not None and latest[0]() is x and latest[1].is_still(x):
             kept = latest[2]()
             if isinstance(kept, Tensor):
                 return kept
         product = compute()
-        self.products[place] = weakref.ref(x), now, weakref.ref(product)
+        self.products[place] = weakref.ref(x), Seen(x), weakref.ref(product)
         return product
 
 
@@ -303,7 +302,11 @@ class LinearWithChain(torch.autograd.Function):
             return F.linear(x, _merged(weight, outer, up, inner, down), bias)
         y = F.linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
-        flat.addmm_(u.reshape(len(flat), len(inner)) * inner.to(u.dtype), _scaled(outer, up).T)
+        hidden = u.reshape(len(flat), len(inner)) * inner.to(u.dtype)
+        if len(flat) < len(inner):  # few tokens: rather their outputs than the matrix
+            flat.addcmul_(hidden @ up.T, outer.to(u.dtype))
+        else:
+            flat.addmm_(hidden, _scaled(outer, up).T)
         return y
 
     @staticmethod

@@ -37,7 +37,7 @@ def _chores(base: Decoder, folder: Path) -> Pairs:
     fresh, bare = twin(base), twin(base)
 
     def inject() -> None:
-        lk.adapt(fresh, lora.ours(), LINEARS)
+        lk.adapt(fresh, lora.ours(), LINEARS).remove()
 
     def load() -> None:
         lk.load(fresh, folder / "lorakin").remove()
@@ -53,13 +53,9 @@ def _chores(base: Decoder, folder: Path) -> Pairs:
         other.merge_adapter()
         other.unmerge_adapter()
 
-    def clean() -> None:
-        for one in lk.adapters(fresh).values():
-            one.remove()
-
     return {
         f"optimizer step, {len(adapter.parameters())} tensors": (_stepping(mine, adapter.optimizer(lr=1e-4)), _stepping(other)),
-        "put adapters in": ((lambda: (inject(), clean())), lambda: peft.get_peft_model(bare, lora.theirs()).unload()),
+        "put adapters in": (inject, lambda: peft.get_peft_model(bare, lora.theirs()).unload()),
         "load": (load, peft_load),
         "save": (lambda: adapter.save(folder / "lorakin"), lambda: other.save_pretrained(folder / "peft")),
         "merge and unmerge": (merge, peft_merge),
@@ -93,8 +89,8 @@ def _allocation(base: Decoder) -> Pairs:
     (rule,) = adapter.rules or ()
     return {
         "adalora: allocator": (
-            lambda: (rule._observe(), rule.after(next(steps), optimizer)),
+            lambda: (rule.observe(), rule.after(next(steps), optimizer)),
             lambda: other.base_model.update_and_allocate(next(steps)),
         ),
-        "adalora: regulariser": (rule._regularise, regulariser),
+        "adalora: regulariser": (rule.regularise, regulariser),
     }

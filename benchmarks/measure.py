@@ -69,6 +69,5 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
         return tensor.detach()  # an output itself would hold its own graph, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward()  # which holds the graph, and that what is kept, until all is counted
-    del loss
+        forward()
     return sum(kept.values())

@@ -12,7 +12,7 @@ import transformers
 
 import lorakin as lk
 from benchmarks.measure import interleaved, ratio
-from benchmarks.subjects import LINEARS, SHAPES
+from benchmarks.subjects import LINEARS, SHAPES, config, lora_config
 
 
 def measure(
@@ -52,9 +52,7 @@ def measure(
 
 def _decoder(layers: int, dtype: torch.dtype, device: str) -> Any:
     torch.manual_seed(0)
-    sizes = {key: value for key, value in SHAPES["S"].items() if key != "layers"}
-    config = transformers.LlamaConfig(num_hidden_layers=layers, vocab_size=4096, use_cache=False, **sizes)
-    return transformers.LlamaModel(config).to(device, dtype).eval()
+    return transformers.LlamaModel(config(SHAPES["S"], layers, 4096)).to(device, dtype).eval()
 
 
 def _ours(base: Any, adapters: int) -> Any:
@@ -68,8 +66,8 @@ def _ours(base: Any, adapters: int) -> Any:
 
 
 def _theirs(base: Any, adapters: int) -> Any:
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS)
-    model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
+    lora = lora_config()()
+    model = peft.get_peft_model(copy.deepcopy(base), lora, adapter_name="a0")
     for number in range(1, adapters):
-        model.add_adapter(f"a{number}", config)
+        model.add_adapter(f"a{number}", lora)
     return model.eval()

@@ -22,14 +22,19 @@ SHAPES: dict[str, dict[str, int]] = {
 """S is SmolLM2-135M's shape, W TinyLlama's; with so many layers as make the figures steady."""
 
 
+def config(shape: dict[str, int], layers: int, vocabulary: int, **more: Any) -> transformers.LlamaConfig:
+    """A Llama of one of `SHAPES`, with so many layers."""
+    sizes = {**shape, **more, "num_hidden_layers": layers, "vocab_size": vocabulary, "use_cache": False}
+    sizes.pop("layers", None)
+    return transformers.LlamaConfig(**sizes)
+
+
 class Decoder(nn.Module):
     """A Llama decoder without embeddings and head; its loss is a fixed linear form of the output."""
 
     def __init__(self, shape: dict[str, int], layers: int | None = None) -> None:
         super().__init__()
-        sizes = {key: value for key, value in shape.items() if key != "layers"}
-        config = transformers.LlamaConfig(num_hidden_layers=layers or shape["layers"], vocab_size=8, use_cache=False, **sizes)
-        self.decoder = transformers.LlamaModel(config)
+        self.decoder = transformers.LlamaModel(config(shape, layers or shape["layers"], 8))
 
     def forward(self, x: Tensor, weights: Tensor) -> Any:
         """x and weights (batch, length, hidden)."""

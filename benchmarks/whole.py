@@ -18,7 +18,7 @@ import transformers
 
 import lorakin as lk
 from benchmarks.measure import interleaved, ratio
-from benchmarks.subjects import SHAPES, SUBJECTS, ours, theirs, twin
+from benchmarks.subjects import SHAPES, SUBJECTS, config, ours, theirs, twin
 
 VARIANTS = ("frozen", "fused frozen", "lorakin", "fused", "peft", "peft narrow")
 
@@ -26,11 +26,8 @@ VARIANTS = ("frozen", "fused frozen", "lorakin", "fused", "peft", "peft narrow")
 def model(shape: str, layers: int, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A causal model of a shape with SmolLM2's vocabulary, random weights, tied head, frozen, in train mode."""
     torch.manual_seed(0)
-    sizes = {key: value for key, value in SHAPES[shape].items() if key != "layers"}
-    config = transformers.LlamaConfig(
-        num_hidden_layers=layers, vocab_size=49_152, tie_word_embeddings=True, use_cache=False, **sizes
-    )
-    return transformers.LlamaForCausalLM(config).to(device, dtype).train().requires_grad_(False)
+    tied = config(SHAPES[shape], layers, 49_152, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(tied).to(device, dtype).train().requires_grad_(False)
 
 
 def variant(base: Any, name: str, member: str = "lora") -> Any:

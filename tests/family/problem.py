@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks import measure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -70,17 +71,4 @@ def randomised(adapter: lk.Adapter, scale: float = 0.3) -> lk.Adapter:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """What autograd keeps of a forward besides parameters: unique storages."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor.detach()  # an output itself would hold its own graph, for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
+    return measure.saved_bytes(model, lambda: model(x))

@@ -73,11 +73,11 @@ class Allocation(Rule):
 
     @torch.no_grad()
     def before(self, n: int) -> None:
-        self._regularise()
+        self.regularise()
         if n <= self._end:
-            self._observe()
+            self.observe()
 
-    def _regularise(self) -> None:
+    def regularise(self) -> None:
         """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R."""
         sides = [factor for m in self.matrices for slot, factor in m.factors().items() if slot != m.scales]
         with_grad = [side for side in sides if side.grad is not None]
@@ -98,7 +98,7 @@ class Allocation(Rule):
             else:
                 grad.add_(factors[0] @ factors[1])
 
-    def _observe(self) -> None:
+    def observe(self) -> None:
         """Ī and U take in |w · ∂w| of every tensor of the budget."""
         seen = {f"{m.place.path}.{slot}": w for m in self.matrices for slot, w in m.factors().items() if w.grad is not None}
         if not seen:

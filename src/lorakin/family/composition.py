@@ -214,15 +214,12 @@ class Method:
 
     def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
         """The pair as frozen matrices between trained vectors, if it is that and no member makes something else of it."""
-        kinds = [type(member) for member in self.modifiers]
-        if any(kind.amend_pair is not Modifier.amend_pair or kind.gain is not Modifier.gain for kind in kinds):
-            return None
-        return self.parametrisation.chain(tensors)
+        return None if self._that_have("amend_pair") or self._that_have("gain") else self.parametrisation.chain(tensors)
 
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
         """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
 
-        A `Weight` that is kept between forwards saves what does not change; see `Modifier.gain`.
+        A `Weight` that is kept between forwards saves what does not change.
         """
         pair = self.low_rank(tensors, shape)
         for member in self.modifiers:
@@ -232,14 +229,17 @@ class Method:
 
     def factors(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight) -> tuple[Pair, float]:
         """The pair and its gain over `weight` before the scale is in `up`, and the scale."""
-        if any(type(member).amend_pair is not Modifier.amend_pair for member in self.modifiers):
+        if self._that_have("amend_pair"):
             return self.pair(tensors, shape, weight), 1.0
         pair, scale = self.parametrisation.factors(tensors, shape)
-        for member in self.modifiers:
-            if type(member).gain is not Modifier.gain:
-                whole = pair._replace(up=scale * pair.up.detach())
-                pair = pair._replace(gain=member.gain(whole, tensors, weight))
+        for member in self._that_have("gain"):
+            whole = pair._replace(up=scale * pair.up.detach())
+            pair = pair._replace(gain=member.gain(whole, tensors, weight))
         return pair, scale
+
+    def _that_have(self, hook: str) -> list[Modifier]:
+        """The modifiers with an own method of this name, not `Modifier`'s that does nothing."""
+        return [member for member in self.modifiers if getattr(type(member), hook) is not getattr(Modifier, hook)]
 
     def rate(self, lr: float, role: Role, shape: Shape) -> float:
         """The learning rate of a tensor, given the base rate."""

@@ -38,8 +38,8 @@ class Site(nn.Module):
         self.layer = layer
         self.shape = shape
         self.siblings = path.rpartition(".")[0]
-        self._squares: tuple[list[Seen], Tensor] | None = None
-        self._ready: tuple[list[Seen], Ready] | None = None
+        self._squares: tuple[Seen, Tensor] | None = None
+        self._ready: tuple[Seen, Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
 
@@ -95,7 +95,7 @@ class Site(nn.Module):
     def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
         weight = Weight(matrix.detach())
-        if self._squares is not None and self._squares[0][0].is_still(matrix):
+        if self._squares is not None and self._squares[0].is_still(matrix):
             weight.squares = self._squares[1]
             return self.method.factors(tensors, self.shape, weight)
         factors = self.method.factors(tensors, self.shape, weight)
@@ -106,7 +106,7 @@ class Site(nn.Module):
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
         """The pair as inference takes it; of an adapter that does not train made once for as long as nothing changes."""
         there = (matrix, *self.tensors().values())
-        if self._ready is not None and all(map(Seen.is_still, self._ready[0], there)):
+        if self._ready is not None and self._ready[0].is_still(*there):
             return self._ready[1]
         ready = Ready.of(*self._factors(tensors, matrix), matrix.dtype)
         trained = any(tensor.requires_grad for tensor in self.parameters(recurse=False))
@@ -202,7 +202,14 @@ class Hung(nn.Module):
         return [self._modules[name] for name in self.active if name not in self.merged and name not in self.off]
 
 
-class Adapted(nn.Module):
+class Swapped(nn.Module):
+    """Whatever is mixed in before a module's own class: the class is made at run time, so copies name the own one instead."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
+
+
+class Adapted(Swapped):
     """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output."""
 
     lorakin: Hung
@@ -222,12 +229,8 @@ class Adapted(nn.Module):
             out = out + site(self, x, base)
         return out
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickling and deepcopy name the module's own class instead.
-        return revive, (Adapted, base_class(self)), self.__dict__
 
-
-class Replaced(nn.Module):
+class Replaced(Swapped):
     """Mixed in before a module's own class when an adapter trains the whole module: calls the active copy instead."""
 
     lorakin: Hung
@@ -239,9 +242,6 @@ class Replaced(nn.Module):
         for copy in self.lorakin.in_use():
             return copy.module.forward(*args, **kwargs)  # not its call: the module's own hooks run around this forward
         return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
 
 
 class ReplacedSequence(Replaced):
@@ -260,9 +260,9 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before adapters were hung on it."""
+    """The class that the module had before the latest of what was mixed in."""
     cls = type(module)
-    if not is_adapted(module):
+    if not isinstance(module, Swapped):
         return cls
     if cls not in _CLASSES.values():
         raise StateError(

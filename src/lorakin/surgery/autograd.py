@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,32 +45,27 @@ STEPS = Steps()
 
 
 class Seen:
-    """A tensor as it was, to tell whether it still is that: its storage (not kept alive), its place there, and its changes.
+    """Tensors as they were, to tell whether they still are that: their storages (not kept alive), places there, and changes.
 
     Autograd counts changes, but not those of torch's fused optimizers, so any optimizer's step in the process is one too. Nor
     does it count what is written through `.data`: nothing that may be trained should be remembered by this.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self.pointer, self.version, self.steps = tensor.data_ptr(), tensor._version, STEPS.taken
-        self.dtype, self.shape = tensor.dtype, tensor.shape
+    def __init__(self, *tensors: Tensor) -> None:
+        self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]  # type: ignore[no-untyped-call]
+        self.form = self._form(tensors)
+
+    @staticmethod
+    def _form(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+        return [(t.data_ptr(), t._version, STEPS.taken, t.dtype, t.shape) for t in tensors]
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> list[Seen] | None:
+    def of(cls, *tensors: Tensor) -> Seen | None:
         """The tensors as they are; None if one cannot tell when they change."""
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
-        return [cls(tensor) for tensor in tensors]
+        return None if any(tensor.is_inference() for tensor in tensors) else cls(*tensors)
 
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is what was seen."""
-        return bool(
-            self.pointer == tensor.data_ptr()
-            and not tensor.is_inference()
-            and self.version == tensor._version
-            and self.steps == STEPS.taken
-            and self.dtype == tensor.dtype
-            and self.shape == tensor.shape
-            and not self.storage.expired()  # type: ignore[no-untyped-call]
-        )
+    def is_still(self, *tensors: Tensor) -> bool:
+        """Whether `tensors` are what was seen."""
+        if any(tensor.is_inference() for tensor in tensors) or self.form != self._form(tensors):
+            return False
+        return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ a time and computes the gradient of the hidden states in the same pass; anything
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def _viewed(logits: Deferred, *shape: Any) -> Deferred | None:
     sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape)
     if not sizes or sizes[-1] not in (-1, logits.shape[-1]) or not all(isinstance(size, int) for size in sizes):
         return None
-    if sizes[-1] == -1 and logits.hidden.numel() // logits.hidden.shape[-1] != _product(sizes[:-1]):
+    if sizes[-1] == -1 and logits.hidden.numel() // logits.hidden.shape[-1] != math.prod(sizes[:-1]):
         return None
     return Deferred.of(logits.hidden.reshape(*sizes[:-1], logits.hidden.shape[-1]), logits.weight, logits.dtype)
 
@@ -184,13 +185,6 @@ def _cross_entropy(
         return None
     total: Tensor = CrossEntropy.apply(logits.hidden, logits.weight, target, ignore_index)  # type: ignore[no-untyped-call]
     return total / (target != ignore_index).sum() if reduction == "mean" else total
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 KEPT: dict[Any, Callable[..., Any]] = {

@@ -62,25 +62,21 @@ class Ready(NamedTuple):
 def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, scale: float, dropout: float) -> Tensor:
     """g ⊙ (W0 x + scale · up(down x̃)) + b of x (…, in), (…, out); under autocast in its dtype."""
     drop = Dropped.drawn(dropout) if dropout else None
-    out: Tensor
-    if not torch.is_autocast_enabled(x.device.type):
-        out = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, scale, drop)  # type: ignore[no-untyped-call]
-        return out
     with _autocast_off(x, weight, bias) as (x, weight, bias):
-        out = LinearWithPair.apply(x, weight, bias, pair.up, pair.down, pair.gain, scale, drop)  # type: ignore[no-untyped-call]
+        out: Tensor = LinearWithPair.apply(x, weight, bias, *pair, scale, drop)  # type: ignore[no-untyped-call]
         return out
 
 
 def linear_with_ready(x: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready) -> Tensor:
     """The same without gradients and dropout, for a pair that is ready."""
     y = F.linear(x, weight, bias)
-    _add_pair(y, x.reshape(-1, x.shape[-1]) @ ready.down.T, bias, ready, ready.scale)
+    _add_pair(y, x.reshape(-1, x.shape[-1]) @ ready.down.T, bias, ready)
     return y
 
 
-def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, ready: Ready, scale: float) -> None:
+def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, ready: Ready) -> None:
     """y ← g ⊙ (y − b + scale · up(hidden)) + b, in place."""
-    y.view(-1, y.shape[-1]).addmm_(hidden, ready.up.T, alpha=scale)
+    y.view(-1, y.shape[-1]).addmm_(hidden, ready.up.T, alpha=ready.scale)
     if ready.more is not None:
         y.addcmul_(y if bias is None else y - bias, ready.more)
 
@@ -150,20 +146,19 @@ class Frozen:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = weakref.ref(matrix)
         self.narrow: Tensor | None = None
-        self.seen: list[Seen] = []
+        self.seen: Seen | None = None
         self.products: dict[str, tuple[Any, ...]] = {}
 
     def narrowed(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`."""
         matrix = self.matrix()
         assert matrix is not None
-        if self.narrow is None or self.narrow.dtype != dtype or not self.seen[0].is_still(matrix):
-            self.products.clear()
-            self.narrow, self.seen = None, Seen.of(matrix) or []
-            if not self.seen:
-                return matrix.detach().to(dtype)
-            self.narrow = matrix.detach().to(dtype)
-        return self.narrow
+        if self.narrow is not None and self.narrow.dtype == dtype and self.seen is not None and self.seen.is_still(matrix):
+            return self.narrow
+        self.products.clear()
+        narrow, self.seen = matrix.detach().to(dtype), Seen.of(matrix)
+        self.narrow = None if self.seen is None else narrow
+        return narrow
 
     def product(self, x: Tensor, place: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it gave for the same x in the same place as long as a graph holds that."""
@@ -214,12 +209,12 @@ class LinearWithPair(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
         up: Tensor, down: Tensor, gain: Tensor | None, scale: float, drop: Dropped | None,
     ) -> Tensor:  # fmt: skip
-        ready = Ready.of(Pair(up, down, gain), scale, weight.dtype)
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
+        ready = Ready.of(Pair(up, down, gain), ctx.scale, weight.dtype)
         rows, recipe = x.reshape(-1, x.shape[-1]), Recipe.of(x)
         hidden = (rows if drop is None else drop.zeroed(rows)) @ ready.down.T
         y = F.linear(x, weight, bias)
-        _add_pair(y, hidden, bias, ready, ctx.scale)
+        _add_pair(y, hidden, bias, ready)
         output = None
         if ctx.needs_input_grad[5]:
             output, ctx.changed = _unwatched(y)
@@ -317,13 +312,12 @@ class LinearWithChain(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         for_weight = flat.T @ x.reshape(len(flat), weight.shape[1]) if needs_weight else None
         for_bias = flat.sum(0) if needs_bias else None
-        common = (flat.T @ u.reshape(len(flat), len(inner))) * up
-        for_outer, for_inner = common.to(outer.dtype) @ inner, outer @ common.to(outer.dtype)
+        common = ((flat.T @ u.reshape(len(flat), len(inner))) * up).to(outer.dtype)
+        for_outer, for_inner = common @ inner, outer @ common
         for_x = for_u = None
         if needs_x:
-            for_x = (flat @ (_merged(weight, outer, up, inner, down) if ctx.merged else weight)).view(
-                *grad.shape[:-1], weight.shape[1]
-            )
+            whole = _merged(weight, outer, up, inner, down) if ctx.merged else weight
+            for_x = (flat @ whole).view(*grad.shape[:-1], weight.shape[1])
         if needs_u and not ctx.merged:
             for_u = ((flat @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
         return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None

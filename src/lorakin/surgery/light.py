@@ -9,8 +9,7 @@ As everywhere in this room the module changes its class and keeps its name, para
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
-from lorakin.surgery.adapted import combined, is_adapted, revive
+from lorakin.surgery.adapted import Swapped, base_class, combined, is_adapted
 from lorakin.surgery.autograd import PLAIN, backward_once, plainly
 from lorakin.surgery.deferred import Deferred
 from lorakin.surgery.fused import Recipe
+from lorakin.surgery.mode import in_mode
 
 
 class Norm(torch.autograd.Function):
@@ -77,7 +77,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-class LightNorm(nn.Module):
+class LightNorm(Swapped):
     """Mixed in before a norm's own class."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,11 +88,8 @@ class LightNorm(nn.Module):
         out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
         return Recipe.put(out, normed, (x, scale, weight))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return revive, (LightNorm, type(self).__bases__[1]), self.__dict__
 
-
-class LightGate(nn.Module):
+class LightGate(Swapped):
     """Mixed in before the class of a gated MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,11 +100,8 @@ class LightGate(nn.Module):
         hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
         return parts.down_proj(Recipe.put(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return revive, (LightGate, type(self).__bases__[1]), self.__dict__
 
-
-class LightHead(nn.Module):
+class LightHead(Swapped):
     """Mixed in before the class of a head: in train mode its logits are made when something asks for them."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +110,6 @@ class LightHead(nn.Module):
         if not deferrable or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)  # type: ignore[no-any-return]
         return Deferred.of(x, head.weight)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return revive, (LightHead, type(self).__bases__[1]), self.__dict__
 
 
 LIGHT = (LightNorm, LightGate, LightHead)
@@ -161,20 +152,25 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         StateError: one of them was adapted, or is trained whole by an adapter, since.
     """
-    light = {path: module for path, module in model.named_modules() if isinstance(module, LIGHT)}
+    light: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if isinstance(module, LIGHT)}
     if taken := [path for path, module in light.items() if type(module).__bases__[0] not in LIGHT]:
         raise StateError(f"{taken[0]} was fused and then adapted; remove the adapter before unfuse")
     for module in light.values():
-        module.__class__ = type(module).__bases__[1]
+        module.__class__ = base_class(module)
+
+
+def _can_be_probed(module: Any) -> bool:
+    """Whether the module's weight is there, a plain tensor with values."""
+    weight = vars(module)["_parameters"].get("weight")
+    return type(weight) in PLAIN and not weight.is_meta and "_hf_hook" not in vars(module)
 
 
 @torch.no_grad()
 def _is_norm(module: Any) -> bool:
-    weight = vars(module)["_parameters"].get("weight")
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon") or weight is None:
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    if not named or not _can_be_probed(module):
         return False
-    if type(weight) not in PLAIN or weight.is_meta or "_hf_hook" in vars(module):
-        return False
+    weight = module.weight
     probe = torch.linspace(-3, 2, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
     return torch.equal(module(probe), normed(probe, scale_of(probe, module.variance_epsilon), weight))
 
@@ -186,26 +182,14 @@ def _is_gated(module: Any) -> bool:
     silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
     if not (named and silu and len(children) == 4 and type(module).__name__.endswith("MLP")):
         return False
-    weight = vars(module.gate_proj)["_parameters"].get("weight")
-    if type(weight) not in PLAIN or weight.is_meta or "_hf_hook" in vars(module):
+    if "_hf_hook" in vars(module) or not _can_be_probed(module.gate_proj):
         return False
+    weight = module.gate_proj.weight
     probe = torch.linspace(-1, 1, module.gate_proj.in_features, device=weight.device)
     probe = torch.stack([probe, 1000 * probe.flip(0)]).to(weight.dtype)  # the second meets limits, if there are any
-    with _evaluating(module):
+    with in_mode(module, training=False):
         expected = module.down_proj(module.act_fn(module.gate_proj(probe)) * module.up_proj(probe))
         return torch.allclose(module(probe), expected, rtol=0, atol=0, equal_nan=True)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the module and all in it, which may be of several modes."""
-    before = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before.items():
-            part.training = training
 
 
 FITS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {LightNorm: _is_norm, LightGate: _is_gated}

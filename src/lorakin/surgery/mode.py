@@ -10,10 +10,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside, the mode there was before outside."""
-    before = model.training
+    """Train or eval mode inside; outside, each part has the mode that it had before."""
+    before = {part: part.training for part in model.modules()}
     model.train(training)
     try:
         yield
     finally:
-        model.train(before)
+        for part, mode in before.items():
+            part.training = mode

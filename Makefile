@@ -2,6 +2,7 @@
 # make test       set up .venv, then lint, types and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
+# make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make check      lint and types only
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sentiment family interop bench check clean
+.PHONY: demo test sentiment family claims interop bench check clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -30,6 +31,9 @@ sentiment: $(VENV)/.train
 
 family: $(VENV)/.train
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/family.py --out family
+
+claims: $(VENV)/.train
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/claims.py --out claims $(QUICK)
 
 interop: $(VENV)/.test $(VENV)/.llama
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop
@@ -59,4 +63,4 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
 
 clean:
-	rm -rf $(VENV) demo family interop bench build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo family claims interop bench build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -33,15 +33,22 @@ def commands(first_word: str) -> list[str]:
 
 
 @pytest.mark.model
-def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_run(
+    tmp_path: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 11
+    assert len(lines) == 13
     for line in lines:
         arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
+        if arguments[0] == "compare":  # dozens of runs, so on a tiny model, and of few steps
+            arguments = [{"smollm2": model_dir, "steps=200": "steps=4"}.get(word, word) for word in arguments]
+            arguments += ["--seeds", "1", "--lr-sweep", "1e-3"]
         assert run(arguments) == 0, line
+    assert (tmp_path / "comparison" / "report.html").exists()
+    assert (tmp_path / "my-adapter.html").exists()
     assert (tmp_path / "another-adapter" / "adapter_model.safetensors").exists()
     assert "lr: 0.0001" in (tmp_path / "another-adapter" / "recipe.yaml").read_text()
     assert (tmp_path / "merged-model" / "model.safetensors").exists()

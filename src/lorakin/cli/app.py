@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from lorakin.cli import combine, convert, demo, evaluate, export, generate, inspect, merge, methods, train
+from lorakin.cli import combine, compare, convert, demo, evaluate, export, generate, inspect, merge, methods, plan, train
 from lorakin.errors import LorakinError, LorakinWarning
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, generate, evaluate, export, merge, combine, convert, inspect, methods, demo):
+for module in (train, plan, compare, generate, evaluate, export, merge, combine, convert, inspect, methods, demo):
     app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 

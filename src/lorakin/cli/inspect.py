@@ -11,16 +11,25 @@ from rich.table import Table
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 
-EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --json")
+EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --html adapter.html", "lorakin inspect adapter --json")
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="An adapter's directory, lorakin's or PEFT's.")], as_json: Json = False
+    directory: Annotated[Path, typer.Argument(help="An adapter's directory, lorakin's or PEFT's.")],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page with pictures by layer, and the ranks that would do, into this file."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what an adapter is: member, rank, targets, sizes, base, and how much it changes each layer."""
     from lorakin.storage.summary import by_layer, summarise
 
     summary = summarise(directory)
+    if html is not None:
+        from lorakin.study import adapter_page, page
+
+        page.write(html, adapter_page.render(summary))
     if as_json:
         print_json(summary.as_dict())
         return
@@ -32,8 +41,7 @@ def command(
             "no norms: the shared pair is not in the file but drawn again with the base model at hand", highlight=False
         )
         return
-    gained = any("gain" in member.decides for member in summary.method.members)
-    title = "‖up·down‖ by layer and module, without the magnitudes" if gained else "‖ΔW‖ by layer and module"
+    title = "‖up·down‖ by layer and module, without the magnitudes" if summary.gained else "‖ΔW‖ by layer and module"
     columns = summary.columns
     last = [name.rpartition(".")[2] for name in columns]
     titles = last if len(set(last)) == len(last) else columns

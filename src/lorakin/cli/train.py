@@ -74,7 +74,9 @@ def command(
         typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: a fifth of the run]")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints, 0: none. [default: a fifth of the run]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     as_json: Json = False,

@@ -154,6 +154,11 @@ class AdaLoRA(Modifier):
     def acts_at_steps(self) -> bool:
         return True
 
+    @classmethod
+    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+        initial = rank + max(1, rank // 2)
+        return {"rank": None, "target_rank": rank, "initial_rank": initial, "alpha": scaling * initial}
+
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         T = total_steps or self.total_steps
         require(

@@ -10,8 +10,7 @@ Exactly:  the differences telescope, W_n = W0 + λ (P_n − P_K), so nothing nee
               y = W0 x + (1 + λ) · P_n x − λ · P_K x + b               up = [up_n, up_K],  down = [(1+λ) down_n ; −λ down_K]
 
           The anchor P_K is a copy of the pair after K steps. The total change has rank 2r, r if K = 0 (then P_K = 0).
-          `update="telescoped"` is this. `update="in_place"` moves a copy of the base weight as the paper writes it, and is
-          saved as the telescoped form.
+          `update="telescoped"` is this. `update="in_place"` moves a copy of the base weight, and is saved as this.
 Anchor:   the paper leaves open whether it counts steps from 0 or 1; here the anchor is the pair after exactly K steps.
 """
 
@@ -51,9 +50,7 @@ class DeltaLoRA(Modifier):
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
     in_probe: ClassVar[bool] = False
-    remark: ClassVar[str] = (
-        "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that before you keep it."
-    )
+    remark: ClassVar[str] = "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
 
     lam: float = 2.0
     start_step: int = 500
@@ -61,8 +58,7 @@ class DeltaLoRA(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dropout:
-            self._refuse_dropout(self.dropout)
+        self._refuse_dropout(self.dropout)
         number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
         whole_number(self, "start_step", at_least=0)
         one_of(self, "update", ("telescoped", "in_place"))
@@ -70,6 +66,14 @@ class DeltaLoRA(Modifier):
     @property
     def acts_at_steps(self) -> bool:
         return True
+
+    @property
+    def alpha_factor(self) -> float:
+        return 1 + self.lam
+
+    @classmethod
+    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+        return super().fair(rank, scaling, steps) | {"start_step": min(cls.start_step, steps // 4)}
 
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         require(
@@ -83,11 +87,8 @@ class DeltaLoRA(Modifier):
         self._refuse_dropout(parametrisation.dropout)
 
     @staticmethod
-    def _refuse_dropout(dropout: float) -> None:
-        require(
-            not dropout,
-            f"delta-lora takes no dropout, but it is {dropout}: the base weight, which moves with the pair, cannot drop inputs",
-        )
+    def _refuse_dropout(dropout: float | None) -> None:
+        require(not dropout, f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs")
 
     def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
         if self.start_step or self.update == "in_place":
@@ -125,8 +126,7 @@ class Anchoring(Rule):
     """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
 
     def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
-        self.member = member
-        self.places = places
+        self.member, self.places, self.turns = member, places, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         if n != self.member.start_step:

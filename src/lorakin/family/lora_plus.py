@@ -56,6 +56,10 @@ class LoRAPlus(Modifier):
         number(self, "ratio", lambda ratio: 1 <= ratio < float("inf"), "a number ≥ 1")
         number(self, "embedding_lr", lambda lr: 0 < lr < float("inf"), "a positive number", optional=True)
 
+    @property
+    def alpha_factor(self) -> float:
+        return self.ratio
+
     def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
         if any(role.trained and not role.starts_at_zero for role in roles.values()):
             return None

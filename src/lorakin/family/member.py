@@ -100,6 +100,9 @@ class Rule:
     n counts real optimizer steps from 1: accumulated batches are one step, a skipped step is none.
     """
 
+    turns: tuple[int, ...] = ()
+    """The steps after which it holds more tensors than before, so that memory is planned for what follows them."""
+
     def before(self, n: int) -> None:
         """Gradients are complete, unscaled, not yet used: read or change them."""
 
@@ -152,6 +155,16 @@ class Member(ABC):
     def setting_names(cls) -> frozenset[str]:
         """The names of its settings."""
         return frozenset(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @property
+    def alpha_factor(self) -> float:
+        """Under Adam it is its pair alone with alpha times this, to be compared with that; 1 if it is no such thing."""
+        return 1.0
+
+    @classmethod
+    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+        """Its settings beside others of one rank and scale, in a run of so many steps; None for what it does not have."""
+        return {"rank": rank, "alpha": scaling * rank}
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""

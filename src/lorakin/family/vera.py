@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,10 @@ class VeRA(Parametrisation):
         number(self, "d_init", lambda d: d != 0 and math.isfinite(d), "a number other than 0")
         number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
         require(isinstance(self.save_projection, bool), f"save_projection must be True or False, not {self.save_projection!r}")
+
+    @classmethod
+    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+        return {"rank": None, "alpha": None}  # its rank is a drawn pair's, which costs little, and it has no alpha
 
     def check(self, shape: Shape, where: str) -> None:
         require(not shape.lookup, f"vera adapts layers that multiply by their weight; {where} is an embedding: exclude it")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakin.family import Member, Method
+from lorakin.family import Member, Method, Pair
 from lorakin.storage import directory, peft_format
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """An adapter at a glance. `norms` holds ‖up·down‖ (Frobenius, without a gain) by module path."""
+    """An adapter at a glance. `norms` holds ‖up·down‖ (Frobenius, without a gain) by module path, `pairs` up and down."""
 
     path: Path
     method: Method
@@ -26,6 +26,12 @@ class Summary:
     whole: tuple[str, ...]
     parameters: int
     size: int
+    pairs: Mapping[str, Pair] = dataclasses.field(repr=False)
+
+    @property
+    def gained(self) -> bool:
+        """Whether there are magnitudes, a gain over each pair, which `norms` leave out."""
+        return any("gain" in member.decides for member in self.method.members)
 
     @property
     def columns(self) -> list[str]:
@@ -83,6 +89,7 @@ def summarise(path: Path) -> Summary:
         whole=tuple(files.config.get("modules_to_save") or ()),
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
+        pairs=pairs,
     )
 
 

@@ -181,7 +181,8 @@ def _cross_entropy(
         return None
     if target.dtype != torch.int64 or len(target) != len(logits.hidden):
         return None  # torch has its own word on these
-    if target.device.type == "cpu" and bool(((target < 0) | (target >= len(logits.weight)))[target != ignore_index].any()):
+    wrong = ((target < 0) | (target >= len(logits.weight))) & (target != ignore_index)
+    if target.device.type == "cpu" and bool(wrong.any()):
         return None
     total: Tensor = CrossEntropy.apply(logits.hidden, logits.weight, target, ignore_index)  # type: ignore[no-untyped-call]
     return total / (target != ignore_index).sum() if reduction == "mean" else total

@@ -64,14 +64,7 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
         SettingError: an unknown dtype.
     """
     chosen = resolve_dtype(dtype, classification=labels is not None)
-    source = _source(name)
-    task: dict[str, Any] = {}
-    if labels is not None:
-        task = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {v: i for i, v in enumerate(labels)},
-        }
+    source, task = _source(name), _task(labels)
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
     with quiet_loading():
         try:
@@ -94,6 +87,31 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     model.to(best_device())
     fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
+
+
+def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
+    """The config of the model that `load_model` would load; of a hub id its config.json alone is fetched.
+
+    Raises:
+        ModelError: nothing of that name can be found.
+    """
+    place, task = _located(name), _task(labels)
+    if isinstance(place, Path) and place.suffix == ".gguf":
+        converted = _conversion_of(place)
+        known = (converted / "config.json").is_file()
+        place, task = (converted, task) if known else (place.parent, {"gguf_file": place.name, **task})
+    try:
+        with quiet_loading():
+            return transformers.AutoConfig.from_pretrained(str(place), **task)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {name!r} has no config that can be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _task(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a classifier's config says of its classes."""
+    if labels is None:
+        return {}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}}
 
 
 def load_with_adapter(
@@ -230,26 +248,37 @@ def directory_of(name: str) -> Path:
 
 def _source(name: str) -> str:
     """What transformers can load for `name`."""
+    place = _located(name)
+    return str(_dequantised(place) if isinstance(place, Path) and place.suffix == ".gguf" else place)
+
+
+def _located(name: str) -> Path | str:
+    """A `.gguf` file or a model's directory on this machine; else a hub id."""
     path = packaged(name) if name in PACKAGED else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {name}")
-        return str(_dequantised(path))
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} is a directory without a config.json, so no transformers model")
-        return str(path)
+        return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         known = ", ".join(PACKAGED)
         raise ModelError(f"there is no model {name!r}: expected {known}, a .gguf file, a model's directory, or a hub id")
     return name
 
 
-def _dequantised(path: Path) -> Path:
-    """A GGUF file as a normal float32 model directory, converted once and kept in the cache."""
+def _conversion_of(path: Path) -> Path:
+    """Where the model directory made of a GGUF file is, or will be."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{CONVERSION}".encode()).hexdigest()[:16]
-    target = cache_directory() / f"{path.stem}-{key}"
+    return cache_directory() / f"{path.stem}-{key}"
+
+
+def _dequantised(path: Path) -> Path:
+    """A GGUF file as a normal float32 model directory, converted once and kept in the cache."""
+    target = _conversion_of(path)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ class Recipe:
         require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
         require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, not {self.loss_on!r}")
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
-        require(self.save_every is None or self.save_every >= 1, f"save_every must be at least 1, not {self.save_every}")
+        require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")
 
     def build(self) -> Method:
         """The method with the recipe's settings, and its members' own defaults for the others.

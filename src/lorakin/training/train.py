@@ -141,7 +141,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     if recipe.fuse:
         fuse(loaded.model)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
-    train, held_out = (_encode(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
     whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
@@ -210,8 +210,13 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     return table
 
 
-def train(run: Run) -> Result:
+def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> Result:
     """Train, evaluate before and after, and write the adapter, `metrics.jsonl` and `loss.png` into the output directory.
+
+    Args:
+        run: what `prepare` made.
+        before: the held-out figures of the untrained model, where they are known.
+        callbacks: more of the Trainer's, to watch the run.
 
     Raises:
         DivergedError: the loss is no longer finite. The adapter of the last step with a finite loss is saved.
@@ -221,9 +226,9 @@ def train(run: Run) -> Result:
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
     metrics = Metrics(run.out / METRICS, resumed)
-    before = _first_evaluation(run, metrics)
+    before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
-    trainer = _trainer(run, Watch(console, metrics))
+    trainer = _trainer(run, [Watch(console, metrics), *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -300,7 +305,8 @@ def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
     return rows, held
 
 
-def _encode(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
+def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
+    """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
         return data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
     return data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
@@ -353,13 +359,11 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
+def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.config.use_cache = False
+        checkpointed(model)
     args = transformers.TrainingArguments(
         output_dir=str(run.out / CHECKPOINTS),
         per_device_train_batch_size=recipe.batch_size,
@@ -374,7 +378,7 @@ def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
-        save_strategy="steps",
+        save_strategy="no" if recipe.save_every == 0 else "steps",
         save_steps=recipe.save_every or max(1, run.total_steps // 5),
         save_total_limit=2,
         report_to="none",
@@ -394,11 +398,18 @@ def _trainer(run: Run, watch: Watch) -> AdapterTrainer:
         data_collator=run.collator(),
         optimizers=(optimizer, None),
         compute_loss_func=None if run.labels is not None else answer_loss,
-        callbacks=[watch],
+        callbacks=callbacks,
         processing_class=run.loaded.tokenizer,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def checkpointed(model: Any) -> None:
+    """Let a transformers model make the activations of each layer again in backward instead of keeping them."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.config.use_cache = False
 
 
 def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> DivergedError:
@@ -417,4 +428,15 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
     )
 
 
-__all__ = ["AdapterTrainer", "AnswerCollator", "Result", "Run", "described", "prepare", "rendered", "resumed_recipe", "train"]
+__all__ = [
+    "AdapterTrainer",
+    "AnswerCollator",
+    "Result",
+    "Run",
+    "described",
+    "encoded",
+    "prepare",
+    "rendered",
+    "resumed_recipe",
+    "train",
+]

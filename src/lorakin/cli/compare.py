@@ -1,0 +1,115 @@
+"""`lorakin compare`"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lorakin.cli.options import MODEL_HELP, Json, console_for, examples, print_json
+
+EXAMPLES = examples(
+    "lorakin compare --model smollm2 --data rows.jsonl --budget steps=200 --out comparison",
+    "lorakin compare --model smollm2 --data rows.jsonl --methods 'dora vera dora,adalora' --seeds 5 --out comparison",
+    "lorakin compare --model org/model --data rows.parquet --budget minutes=10,params=2m --devices cuda:0,cuda:1 --out runs",
+)
+
+
+def command(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
+    data: Annotated[str, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="A directory: a new one, or one where a comparison was interrupted.")],
+    methods: Annotated[
+        list[str] | None, typer.Option(help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Of each trial: steps=… or minutes=…; and params=…, the most that may be trained.")
+    ] = "steps=200",
+    seeds: Annotated[int, typer.Option(help="Runs of each method at its best learning rate.")] = 3,
+    lr_sweep: Annotated[str, typer.Option(help="auto: half decades around each method's own; or rates, 1e-4,3e-4.")] = "auto",
+    devices: Annotated[
+        str,
+        typer.Option(help="Where trials run, one at a time on each: cuda:0,cuda:1 or cpu,cpu. auto: all cards or the CPU."),
+    ] = "auto",
+    eval_data: Annotated[str | None, typer.Option(help="Rows to report on. [default: split off the data]")] = None,
+    rank: Annotated[int | None, typer.Option(help="At which methods are compared. [default: 16]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale is alpha/rank, the same for all. [default: 2 × rank]")] = None,
+    dropout: Annotated[float, typer.Option(help="For those that can have it.")] = 0.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as ratio=8.")
+    ] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches per optimizer step. [default: 1]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")] = None,
+    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of the learning rate. [default: cosine]")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
+    ] = None,
+    fuse: Annotated[
+        bool | None,
+        typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which method, on this model and data? Each under one budget, its learning rate tuned, over several seeds.
+
+    Plain LoRA, the methods, and controls that tell what a difference comes from. Every trial is one row in results.jsonl;
+    the same command goes on where a killed one was. The answer is report.html, which opens in any browser.
+    """
+    from lorakin.study import arms, compare, report, workers
+    from lorakin.study.progress import Board
+    from lorakin.training.recipe import parse_settings
+
+    shared: dict[str, Any] = {
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "max_length": max_length,
+        "loss_on": loss_on,
+        "chat_template": chat_template,
+        "schedule": schedule,
+        "gradient_checkpointing": gradient_checkpointing,
+        "fuse": fuse,
+        "dtype": dtype,
+        "targets": [part for text in targets or [] for part in text.split(",")] or None,
+    }
+    console = console_for(as_json)
+    comparison = compare.Comparison(
+        model=model,
+        data=data,
+        out=out,
+        methods=arms.methods_of(" ".join(methods or ["all"])),
+        budget=budget,
+        seeds=seeds,
+        sweep=lr_sweep,
+        eval_data=eval_data,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        settings=parse_settings(settings or []),
+        recipe={name: value for name, value in shared.items() if value is not None},
+    )
+    places = workers.devices_of(devices)
+    with compare.locked(comparison):
+        study = compare.prepare(comparison, console)
+        try:
+            with Board(console, len(places)) as board:
+                workers.run(study, places, board)
+        finally:
+            if study.results.rows:
+                report.write(study)
+    compare.check_ran(study)
+    findings = report.findings(study)
+    if as_json:
+        print_json(findings.as_dict())
+        return
+    for sentence in findings.verdict:
+        console.print(sentence.replace("**", ""), highlight=False, markup=False)
+    console.print(f"the report: {study.out / compare.REPORT}", highlight=False)

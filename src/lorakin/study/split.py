@@ -1,0 +1,83 @@
+"""A data set in three parts that never meet: to train on, to choose learning rates by, and to report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from lorakin.errors import DataError
+from lorakin.storage import directory
+from lorakin.training.data import Rows, read_rows
+
+TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
+LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How many rows each part has, how many were left out as repeats, and the classes of a classifier."""
+
+    train: int
+    tune: int
+    report: int
+    repeats: int
+    labels: list[str] | None
+
+
+def split_into(folder: Path, name: str, eval_name: str | None, batch: int) -> Parts:
+    """Write the three parts of the data set `name` into `folder`; those that `eval_name` has are the ones to report on.
+
+    A row that is there twice is taken once, so that no held-out row was trained on. The draw is the same every time.
+
+    Raises:
+        DataError: data that cannot be read, or too little for parts of 16 rows and one batch.
+    """
+    rows = read_rows(name)
+    given = read_rows(eval_name) if eval_name is not None else None
+    if given is not None and given.is_classification != rows.is_classification:
+        raise DataError(f"{eval_name} has format {given.format.name}, but {name} has {rows.format.name}")
+    labels = rows.labels() if rows.is_classification else None
+    report = _distinct(given) if given is not None else []
+    seen = {_key(row) for row in report}
+    distinct = [row for row in _distinct(rows) if _key(row) not in seen]
+    random.Random(0).shuffle(distinct)
+    tune = _share(len(distinct), 0.1, MOST_TUNE)
+    held = tune + (_share(len(distinct), 0.15, MOST_REPORT) if given is None else 0)
+    if len(distinct) < held + max(batch, LEAST_HELD) or (given is not None and not report):
+        repeated = f" ({len(distinct)} without repeats)" if len(distinct) < len(rows.rows) else ""
+        raise DataError(
+            f"{name}: {len(rows.rows)} rows{repeated} are too few to compare on: {held} are held out, to choose learning rates "
+            f"by and to report on, and at least {max(batch, LEAST_HELD)} must be left to train on; give more rows"
+            + ("" if eval_name else ", or the rows to report on with --eval-data")
+        )
+    parts = {TUNE: distinct[:tune], REPORT: report or distinct[tune:held], TRAIN: distinct[held:]}
+    text = {part: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen) for part, chosen in parts.items()}
+    directory.write(folder, {part: content.encode() for part, content in text.items()})
+    repeats = len(rows.rows) - len(distinct)
+    return Parts(len(parts[TRAIN]), len(parts[TUNE]), len(parts[REPORT]), repeats, labels)
+
+
+def _share(count: int, share: float, most: int) -> int:
+    return min(max(LEAST_HELD, round(share * count)), most)
+
+
+def _distinct(rows: Rows) -> list[dict[str, Any]]:
+    """The rows in their format's columns, classes by name, each once."""
+    column = rows.format.columns[-1] if rows.label_names else None
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows.rows:
+        plain = {name: row[name] for name in (*rows.format.columns, "input") if name in row}
+        if column is not None and rows.label_names is not None:
+            plain[column] = rows.label_names[row[column]]
+        try:
+            found.setdefault(_key(plain), plain)
+        except TypeError as error:
+            raise DataError(f"{rows.name}: a row holds what JSON cannot: {error}") from None
+    return list(found.values())
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True)

@@ -1,0 +1,88 @@
+"""`lorakin plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny_llama
+from lorakin.cli.app import run
+from lorakin.family import FAMILY
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A model's directory with a config and nothing else."""
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert run(["plan", "--json", "--batch-size", "2", "--max-length", "16", "--dtype", "float32", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_all_members_are_planned_of_a_config_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = planned(capsys, "--model", model, "--memory", "4GB", "--set", "target_rank=4")
+    assert [row["method"] for row in said["methods"]] == [member.word for member in FAMILY]
+    assert all(row["fits"] and row["peak"] == max(row["peaks"].values()) for row in said["methods"] if "peak" in row)
+    assert said["memory"] == 4 * 10**9
+    refused = [row for row in said["methods"] if "reason" in row]
+    assert all("has no setting 'target_rank'" in row["reason"] for row in refused)
+
+
+def test_a_table_with_reasons_and_suggestions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--batch-size", "2", "--max-length", "16", "--dtype", "float32", "--memory", "8GiB"]
+    words = f"{FAMILY[0].word} {FAMILY[4].word},{FAMILY[1].word} nonsense"
+    assert run(["plan", "--model", model, "--method", words, "--rank", "4", *options]) == 0
+    said = capsys.readouterr().out
+    assert "nonsense: cannot run like that: unknown method 'nonsense'" in said
+    assert "largest batch for" in said and "--batch-size 256" in said
+    assert "3,712" in said  # 2 layers of rank 4: q, o 64 numbers a rank, k, v 48, gate, up, down 80
+
+
+def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = planned(capsys, "--model", model, "--method", FAMILY[0].word, "--memory", "600kB")
+    (row,) = said["methods"]
+    assert row["fits"] is False
+    assert row["remedies"] == {}
+    assert said["suggestions"] == {}
+
+
+def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--model", model, "--method", FAMILY[0].word, "--rank", "500"]) == 2
+    assert "no method can run like that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--memory", "lots"], "memory must be a size such as 24GB"),
+        (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+        (["--quantize", "int3"], "quantize must be nf4 or int8, not 'int3'"),
+        (["--dtype", "int8"], "dtype must be auto"),
+        (["--model", "./nowhere"], "there is no model './nowhere'"),
+        (["--layers", "all"], "layers must look like"),
+    ],
+)
+def test_bad_options_are_errors(model: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--model", model, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_card_that_is_not_here_needs_its_memory(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = planned(capsys, "--model", model, "--method", FAMILY[0].word, "--device", "cuda", "--memory", "24GB")
+    assert said["methods"][0]["fits"] is True
+    assert "loading" not in said["methods"][0]["peaks"]
+
+
+def test_quantised_bases_are_smaller(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", model, "--method", FAMILY[0].word, "--device", "cuda", "--memory", "1MB"]
+    (row,) = planned(capsys, *common, "--quantize", "nf4")["methods"]
+    numbers = sum(p.numel() for p in tiny_llama().parameters())
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert row["weight_bytes"] == pytest.approx(4 * (numbers - linear) + linear * 4.127 / 8, abs=200)  # and rotary tables

@@ -62,6 +62,7 @@ def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixt
     [
         (["--memory", "lots"], "memory must be a size such as 24GB"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["--max-length", "100000"], "max_length 100000 is more than the model has positions for, which is 2048"),
         (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["--quantize", "int3"], "quantize must be nf4 or int8, not 'int3'"),
         (["--dtype", "int8"], "dtype must be auto"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorakin.errors import SettingError
-from lorakin.family import FAMILY, method_named
+from lorakin.family import FAMILY, Parametrisation, method_named
 from lorakin.study import arms
 from lorakin.study.arms import CONTROL, MEMBER, REFERENCE, Arm, arms_of, limits_of, methods_of
 
@@ -42,6 +42,15 @@ def test_each_control_is_what_its_arm_comes_to_under_adam() -> None:
     for explained, words, alpha in (("lora+", "lora", 64.0), ("delta-lora", "lora", 48.0), ("dora,lora+", "dora", 64.0)):
         control = controls[explained]
         assert (control.words, control.method(40).setting("alpha"), control.method(40).setting("rank")) == (words, alpha, 8)
+
+
+def test_a_member_without_rank_and_scale_is_taken_as_it_is() -> None:
+    """Such as the one in CONTRIBUTING.md."""
+
+    class Gained(Parametrisation):
+        setting_names = classmethod(lambda cls: frozenset({"dropout"}))
+
+    assert Gained.fair(8, 2.0, 40) == {}
 
 
 def test_plain_lora_is_always_there_and_first() -> None:

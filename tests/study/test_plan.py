@@ -195,6 +195,22 @@ def test_options_save_what_they_say() -> None:
     assert wide == pytest.approx(2 * plain, rel=0.05)
 
 
+def test_models_of_other_kinds_are_planned_or_refused_with_a_reason() -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    experts = transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **sizes)
+    gpt = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)
+    gemma = transformers.Gemma2Config(num_key_value_heads=2, head_dim=16, **sizes)  # with a tensor that its class makes
+    method = method_named(WORDS[0], {"rank": 4})
+    attention, gated = (64 + 64) + 2 * (64 + 32) + (64 + 64), 3 * (64 + 96)  # numbers a rank: q, k, v, o; gate, up, down
+    conv = (64 + 192) + (64 + 64) + 2 * (64 + 256)
+    for config, numbers in ((experts, attention), (gpt, conv), (gemma, attention + gated)):
+        there = rehearse(Conditions(config, torch.bfloat16, batch_size=2, max_length=16), method, MACHINE)
+        assert there.trainable_parameters == 2 * 4 * numbers
+        assert there.peaks[FORWARD].kinds["activations"] > 0
+    with pytest.raises(ModelError, match="Mixtral cannot be planned with 2 rows of 16 tokens: on tensors without numbers"):
+        rehearse(Conditions(experts, torch.float32, batch_size=2, max_length=16), method, MACHINE)
+
+
 def test_accumulated_gradients_are_alive_in_the_next_forward() -> None:
     one, several = (rehearse_whole(conditions(accumulate=n), method_named(WORDS[0], {}), MACHINE) for n in (1, 4))
     more = several.peaks[FORWARD].total - one.peaks[FORWARD].total

@@ -39,7 +39,10 @@ def command(
     labels: Annotated[int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens per row; all rows are planned as long as that.")] = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per row; all rows are planned as long as that. [default: 1024, or what the model can take]"),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps, for members that plan over the run.")] = 1000,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="Norms, activations, loss in less memory (Llama-like models).")] = False,

@@ -163,8 +163,9 @@ class Member(ABC):
 
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        """Its settings beside others of one rank and scale, in a run of so many steps; None for what it does not have."""
-        return {"rank": rank, "alpha": scaling * rank}
+        """Its settings beside others of one rank and scale, in a run of so many steps; None for what it refuses from them."""
+        common = {"rank": rank, "alpha": scaling * rank}
+        return {name: value for name, value in common.items() if name in cls.setting_names()}
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""

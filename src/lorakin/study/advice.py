@@ -18,7 +18,6 @@ from lorakin.study.plan import (
     available_memory,
     frozen_step,
     imported_bytes,
-    largest_batch,
     parse_memory,
     planned,
     remedies,
@@ -28,7 +27,7 @@ from lorakin.surgery.targets import ALL_LINEAR, parse_layers
 from lorakin.training.models import DTYPES, best_device, config_of, resolve_dtype
 from lorakin.training.recipe import parse_settings
 
-LARGEST_BATCH, LARGEST_RANK = 256, 256
+USUAL_LENGTH, LARGEST_BATCH, LARGEST_RANK = 1024, 256, 256
 DEARER = 0.03
 """By how much memory may grow for a higher rank to be suggested."""
 
@@ -81,9 +80,10 @@ class Advice:
     @property
     def memory_line(self) -> str:
         """What there is."""
-        what = "Python and its libraries" if self.conditions.device == "cpu" else "CUDA's context (assumed)"
-        there = "unknown: there is no card here; give --memory" if self.memory is None else size(self.memory)
-        return f"{there}, of which {what} take {size(self.imported)}"
+        if self.memory is None:
+            return "unknown: there is no card here, so give --memory"
+        what = "Python and its libraries" if self.conditions.device == "cpu" else "assumed for CUDA's context"
+        return f"{size(self.memory)}, of it {size(self.imported)} {what}"
 
     def lines(self) -> Iterator[str]:
         """What is to be said below the table."""
@@ -93,8 +93,9 @@ class Advice:
         for row in self.rows:
             if row.plan is None:
                 yield f"{row.method}: cannot run like that: {row.reason}"
-            elif row.plan.phase in (LOADING, EVALUATION):
-                yield f"{row.method}: its peak is not in training but in {row.plan.phase}"
+        for phase in (LOADING, EVALUATION):
+            if there := [row.method for row in self.rows if row.plan is not None and row.plan.phase == phase]:
+                yield f"the peak of {', '.join(there)} is not in training but in {phase}"
         for row in self.rows:
             if row.fits is False:
                 ways = "; ".join(f"{words} ({size(plan.peak)})" for words, plan in row.remedies)
@@ -155,21 +156,27 @@ def advise(
 
 
 def conditions_of(
-    model: str, *, labels: int | None, dtype: str, device: str | None, targets: Sequence[str], layers: str | None, **others: Any
-) -> Conditions:
-    """`Conditions` from the command line's words."""
-    for name in ("batch_size", "max_length", "accumulate", "steps"):
+    model: str, *, labels: int | None, dtype: str, device: str | None, targets: Sequence[str], layers: str | None,
+    max_length: int | None, **others: Any,
+) -> Conditions:  # fmt: skip
+    """`Conditions` from the command line's words; `max_length` None is `USUAL_LENGTH`, or what the model has positions for."""
+    for name in ("batch_size", "accumulate", "steps"):
         require(others[name] >= 1, f"{name} must be at least 1, not {others[name]}")
     require(labels is None or labels >= 2, f"labels must be at least 2, not {labels}")
     require(device in (None, "cpu", "cuda"), f"device must be cpu or cuda, not {device!r}")
     classes = None if labels is None else [str(number) for number in range(labels)]
     config = config_of(model, classes)
+    positions = getattr(config, "max_position_embeddings", None) or USUAL_LENGTH
+    length = min(USUAL_LENGTH, positions) if max_length is None else max_length
+    require(length >= 1, f"max_length must be at least 1, not {length}")
+    require(length <= positions, f"max_length {length} is more than the model has positions for, which is {positions}")
     chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
     return Conditions(
         config=config,
         dtype=chosen,
         device=device or best_device().type,
         labels=labels,
+        max_length=length,
         padded=others["batch_size"] > 1,
         targets=targets[0] if len(targets) == 1 else list(targets) or ALL_LINEAR,
         layers=None if layers is None else parse_layers(layers),
@@ -206,10 +213,8 @@ def suggestions(conditions: Conditions, row: Row, method: Method, left: int, qua
     """The largest batch for a method that fits, and the highest rank that costs hardly more."""
     assert row.plan is not None
     said = {}
-    largest = largest_batch(conditions, method, left, LARGEST_BATCH, quantize)
-    if largest is not None:
-        words, plan = largest
-        said["batch"] = f"largest batch for {row.method}: {words}, {size(plan.peak)} (powers of two up to {LARGEST_BATCH})"
+    rows, plan = doubled_batch(conditions, method, row.plan, left, quantize)
+    said["batch"] = f"largest batch for {row.method}, doubled up to {LARGEST_BATCH}: --batch-size {rows}, {size(plan.peak)}"
     if (higher := highest_rank(conditions, method, row.plan, left, quantize)) is not None:
         rank, plan = higher
         said["rank"] = (
@@ -219,6 +224,17 @@ def suggestions(conditions: Conditions, row: Row, method: Method, left: int, qua
     if conditions.targets == ALL_LINEAR:
         said["targets"] = f"targets: all-linear, {row.plan.modules} modules, fits, so there is no reason to adapt fewer"
     return said
+
+
+def doubled_batch(conditions: Conditions, method: Method, plan: Plan, left: int, quantize: str | None) -> tuple[int, Plan]:
+    """The batch, doubled as often as it fits, and its plan."""
+    rows = conditions.batch_size
+    while 2 * rows <= LARGEST_BATCH:
+        larger = planned(dataclasses.replace(conditions, batch_size=2 * rows, padded=True), method, 1.0, quantize)
+        if larger.peak > left:
+            break
+        rows, plan = 2 * rows, larger
+    return rows, plan
 
 
 def highest_rank(

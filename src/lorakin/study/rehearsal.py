@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lorakin.adapter import Adapter, adapt
-from lorakin.errors import LorakinError
+from lorakin.errors import LorakinError, ModelError
 from lorakin.family import Method
 from lorakin.study.skeleton import built, give_tensors, supposed
 from lorakin.study.traced import Machine, Peak, Traced
@@ -57,11 +58,6 @@ class Conditions:
     layers: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
     steps: int = 1000
-
-    @property
-    def tokens(self) -> int:
-        """Of one batch."""
-        return self.batch_size * self.max_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +165,13 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
     """Rehearse the steps at which most is alive: those that begin with all that optimizer and members will ever hold.
 
     Raises:
+        ModelError: the model's way depends on numbers.
         LorakinError: whatever `adapt` or the method says against this model or these settings.
     """
-    rows = _rows(conditions)
-    with Fakes() as fake, Traced(machine) as traced, warnings.catch_warnings():
+    rows, model = _rows(conditions), built(conditions.config, conditions.dtype, conditions.labels is not None)
+    with _rehearsable(conditions), Fakes() as fake, Traced(machine) as traced, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # they are all 0
-        model = _model(conditions, traced)
+        _get_ready(model, conditions, traced)
         where = _where(conditions, model)
         with traced.phase(SETUP, makes="adapter"):
             adapter = adapt(model, supposed(model, method, **where), **where, seed=0)
@@ -197,14 +194,33 @@ def frozen_seconds(conditions: Conditions, machine: Machine) -> float:
     if depths is not None:
         one, two = (frozen_seconds(shallow(conditions, depth), machine) for depth in depths[:2])
         return one + int(conditions.config.num_hidden_layers - depths[0]) / (depths[1] - depths[0]) * (two - one)
-    rows = _rows(conditions)
-    with Fakes() as fake, Traced(machine) as traced:
-        model = _model(conditions, traced)
+    rows, model = _rows(conditions), built(conditions.config, conditions.dtype, conditions.labels is not None)
+    with _rehearsable(conditions), Fakes() as fake, Traced(machine) as traced:
+        _get_ready(model, conditions, traced)
         model.requires_grad_(False)
         model.enable_input_require_grads()
         with traced.phase(FORWARD, makes="activations"):
             torch.autograd.backward(_loss(model, _given(rows, conditions, model, fake)))
         return float(traced.seconds[FORWARD])
+
+
+@contextlib.contextmanager
+def _rehearsable(conditions: Conditions) -> Iterator[None]:
+    """Say of a model that cannot do without numbers that it cannot, instead of torch's log of it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled = True
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, LorakinError):
+            raise
+        kind = type(conditions.config).__name__.removesuffix("Config")
+        raise ModelError(
+            f"{kind} cannot be planned with {conditions.batch_size} rows of {conditions.max_length} tokens: on tensors without "
+            f"numbers its forward or backward fails: {str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        log.disabled = False
 
 
 class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -286,8 +302,9 @@ class _Run:
             _loss(self.model, self.batch)
 
 
-def _model(conditions: Conditions, traced: Traced) -> Any:
-    model = built(conditions.config, conditions.dtype, conditions.labels is not None).train()
+def _get_ready(model: Any, conditions: Conditions, traced: Traced) -> None:
+    """Give a skeleton its tensors, and make it what the run makes of it before it is adapted."""
+    model.train()
     with traced.phase("", makes="weights"):
         give_tensors(model)
     traced.pieces = 0  # weights come once and stay, so that they leave no holes
@@ -295,7 +312,6 @@ def _model(conditions: Conditions, traced: Traced) -> Any:
         fuse(model)
     if conditions.gradient_checkpointing:
         checkpointed(model)
-    return model
 
 
 def _where(conditions: Conditions, model: Any) -> dict[str, Any]:

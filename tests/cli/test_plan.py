@@ -60,7 +60,7 @@ def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--memory", "lots"], "memory must be a size such as 24GB"),
+        (["--memory", "lots"], "memory must be a size with its unit, such as 24GB"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--max-length", "100000"], "max_length 100000 is more than the model has positions for, which is 2048"),
         (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),

@@ -286,6 +286,7 @@ def test_a_budget_that_fits_no_trial(model_dir: str, tmp_path: Path, capsys: Any
         ({"rank": "1000"}, "rank 1000 is above what"),
         ({"targets": "nothing"}, "nothing"),
         ({"batch_size": "99"}, "64 rows are too few to compare on"),
+        ({"max_length": "4"}, "64 rows (64 rows without an answer within --max-length) are too few to compare on"),
     ],
 )
 def test_bad_input_is_told_before_anything_runs(

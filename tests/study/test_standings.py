@@ -55,21 +55,21 @@ def test_holm() -> None:
 
 def test_differences_are_taken_seed_by_seed() -> None:
     """The values differ more from seed to seed than from arm to arm."""
-    everything = rows("lora", [2.0, 3.0, 4.0]) + rows("x", [1.9, 2.9, 3.91]) + [base(5.0)]
+    everything = rows("lora", [2.0, 3.0, 4.0]) + rows("x", [1.9, 2.9, 3.91]) + [base(9.0)]
     plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
     assert other.ahead is not None
     assert other.ahead.mean == pytest.approx(0.29 / 3)
     assert other.ahead.half < 0.02
     assert other.quality is not None
     assert other.quality.half > 2
-    assert other.share == pytest.approx((5 - 8.71 / 3) / (5 - 3))
+    assert other.share == pytest.approx((9 - 8.71 / 3) / (9 - 3))
     assert plain.ahead is None
     assert plain.share == 1.0
     assert bare.share == 0.0
 
 
 def test_of_accuracy_more_is_better() -> None:
-    everything = rows("lora", [0.7, 0.8], "accuracy") + rows("x", [0.8, 0.91], "accuracy") + [base(0.5, "accuracy")]
+    everything = rows("lora", [0.74, 0.76], "accuracy") + rows("x", [0.84, 0.87], "accuracy") + [base(0.5, "accuracy")]
     _, other, _ = standings([PLAIN, arm("x"), BARE], everything, "accuracy")
     assert other.ahead is not None
     assert other.ahead.mean == pytest.approx(0.105)
@@ -101,7 +101,10 @@ def test_one_seed_says_nothing_and_no_run_even_less() -> None:
     one = standings([PLAIN, arm("x")], rows("lora", [2.0]) + rows("x", [1.0]), "loss")
     assert verdict(one, "loss")[0].startswith("**One seed tells no noise from difference**")
     assert verdict(standings([PLAIN, arm("x")], [], "loss"), "loss")[0].startswith("**There is nothing to compare with yet**")
-    assert verdict(standings([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss"), "loss")[0].startswith("**Only tuned lora")
+    assert verdict(standings([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss"), "loss")[0].startswith(
+        "**There is nothing beside"
+    )
+    assert len(verdict(one, "loss")) == 2  # and that one rate is no sweep
 
 
 def test_what_is_thrifty_lean_or_behind_is_said() -> None:
@@ -118,6 +121,13 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
     assert "Behind it by more than the noise: behind (by 0.500)." in said
 
 
+def test_where_there_is_nothing_to_learn_the_verdict_says_so_first() -> None:
+    everything = rows("lora", [2.0, 2.1]) + rows("x", [2.0, 2.3]) + [base(2.06)]
+    plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
+    assert plain.share is other.share is None  # of nothing
+    assert verdict([plain, other, bare], "loss")[0].startswith("**Tuned lora is not better than the untrained base")
+
+
 def test_a_control_is_held_against_what_it_explains() -> None:
     control = arm("lora-alpha-x3", CONTROL, explains="delta")
     everything = rows("lora", [2.0, 2.1]) + rows("delta", [1.8, 1.93]) + rows("lora-alpha-x3", [1.81, 1.92])
@@ -132,7 +142,7 @@ def test_limits_and_troubles_are_told() -> None:
     everything = rows("lora", [2.0, 2.1]) + rows("x", [2.0, 2.2]) + rows(FULL, [1.5, 1.61]) + [diverged, lost]
     arms = [PLAIN, arm("x"), arm("lost"), arm("no", refused="it cannot"), whole]
     said = " ".join(verdict(standings(arms, everything, "loss"), "loss"))
-    assert "Full is ahead of tuned lora by 0.495." in said
+    assert "Full is ahead of tuned lora by 0.495 ± 0.064." in said
     assert "**Left out**: no, because it cannot" in said
     assert "**No run of lost ended well**: the loss became inf at step 1" in said
     assert "kept in the results and counted against their learning rate: x (1), lost (1)." in said

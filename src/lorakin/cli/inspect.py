@@ -30,6 +30,7 @@ def command(
         from lorakin.study import adapter_page, page
 
         page.write(html, adapter_page.render(summary))
+        console_for(as_json).print(f"the page: {html}", highlight=False)
     if as_json:
         print_json(summary.as_dict())
         return

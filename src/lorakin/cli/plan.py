@@ -77,7 +77,7 @@ def show(advice: Advice, console: Console) -> None:
     console.print(f"[bold]model[/]  {advice.headline}", highlight=False)
     console.print(f"[bold]memory[/] {advice.memory_line}", highlight=False)
     table = Table("method", box=SIMPLE, padding=(0, 1, 0, 0))
-    for title in ("trained", "adapter", "optimizer", "activations", "peak", "step ×", "fits"):
+    for title in ("rank", "trained", "adapter", "optimizer", "activations", "peak", "step ×", "fits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in advice.rows:
         if row.plan is not None:
@@ -92,6 +92,7 @@ def _cells(plan: Plan, fits: bool | None) -> list[str]:
 
     return [
         plan.method + ("*" if plan.supposed else ""),
+        "" if plan.rank is None else str(plan.rank),
         f"{plan.trainable_parameters:,}",
         size(plan.adapter_bytes),
         size(plan.optimizer_bytes),

@@ -100,7 +100,7 @@ class Advice:
             if row.fits is False:
                 ways = "; ".join(f"{words} ({size(plan.peak)})" for words, plan in row.remedies)
                 nothing = "nothing that was tried, not even all options and one row a batch"
-                yield f"{row.method} does not fit; it does with: {ways or nothing}"
+                yield f"{row.method} does not fit; it does with any one of: {ways or nothing}"
         yield from self.suggestions.values()
 
     def as_dict(self) -> dict[str, Any]:

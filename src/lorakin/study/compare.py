@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from lorakin.study.results import DONE, REFUSED, SEED, TIMING, Results, Row, Tri
 from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
-from lorakin.training.models import resolve_dtype
+from lorakin.training.data import Rows, with_answers
+from lorakin.training.models import load_tokenizer, resolve_dtype
 from lorakin.training.recipe import Recipe
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
@@ -183,20 +184,32 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     if resumed:
         parts, dtype = split.Parts(**saved["parts"]), saved["dtype"]
     else:
-        parts = split.split_into(out / DATA, comparison.data, comparison.eval_data, batch)
+        parts = split.split_into(out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison))
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
         content = {**_asked(comparison), "parts": dataclasses.asdict(parts), "dtype": dtype}
         directory.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
-    repeats = f"; {parts.repeats} repeats left out" if parts.repeats else ""
-    held = f"{parts.tune} to choose learning rates by, {parts.report} to report{repeats}"
+    left = f"; left out: {parts.left_out}" if parts.left_out else ""
+    held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"
     console.print(f"[bold]data[/]     {parts.train:,} rows to train on, {held}", highlight=False)
     for arm in arms:
         if reason := schedule.refusal(arm, study.results.rows):
             console.print(f"[bold yellow]left out[/] {arm.title}: {reason}", highlight=False)
     return study
+
+
+def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:
+    """Gives those rows that have something to learn from."""
+    recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
+
+    def usable(rows: Rows) -> Rows:
+        if rows.is_classification:
+            return rows
+        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+
+    return usable
 
 
 def _asked(comparison: Comparison) -> dict[str, Any]:

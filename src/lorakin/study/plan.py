@@ -51,6 +51,8 @@ class Plan:
     trainable_parameters: int
     adapter_bytes: int
     """All of the adapter's tensors, frozen ones included, each once."""
+    rank: int | None
+    """Of the pairs as training begins; methods have defaults of their own. None of a pair that has no one rank."""
     modules: int
     """How many are adapted."""
     weight_bytes: int
@@ -128,6 +130,7 @@ def planned(conditions: Conditions, method: Method, frozen: float, quantize: str
         method=method.words,
         trainable_parameters=rehearsed.trainable_parameters,
         adapter_bytes=rehearsed.adapter_bytes,
+        rank=getattr(method.parametrisation, "rank", None),
         modules=rehearsed.modules,
         weight_bytes=at["weights"] - saved,
         optimizer_bytes=at.get("optimizer", 0),
@@ -213,7 +216,7 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
     unit = match[2].lower() if match else None
     if match is None or unit not in UNITS or not unit or float(match[1]) <= 0:
-        raise SettingError(f"memory must be a size such as 24GB, 24GiB or 24000MB, not {text!r}")
+        raise SettingError(f"memory must be a size with its unit, such as 24GB, 24GiB or 24000MB, not {text!r}")
     return int(float(match[1]) * UNITS[unit])
 
 

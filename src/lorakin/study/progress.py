@@ -45,7 +45,7 @@ class Board:
     def finished(self, study: Study, row: Row) -> None:
         """A trial has ended."""
         done, left = len(study.results.rows), study.expected()
-        figures = f"{row.step_seconds:.3g} s a step" if row.trial.stage == TIMING else _figures(row.report)
+        figures = f"{row.step_seconds:.3g} s a step" if row.trial.stage == TIMING else _figures(row.tune)
         said = figures if row.status == DONE else f"{row.status}: {row.reason}"
         tail = "" if self.console.is_terminal else f"  {best_so_far(study)}, {time_left(study, left, self.workers)} left"
         self.console.print(f"[{done}/{done + left}] {row.trial.name}  {said}{tail}", highlight=False, markup=False)
@@ -59,7 +59,7 @@ def best_so_far(study: Study) -> str:
         if (rate := schedule.best_rate(losses := schedule.swept(arm.name, study.results.rows))) is not None
     }
     title = min(best, key=lambda name: best[name], default=None)
-    return "" if title is None else f"best so far {title} {best[title]:.3f}"
+    return "" if title is None else f"best so far {title} {best[title]:.4f}"
 
 
 def time_left(study: Study, trials: int, workers: int) -> str:
@@ -71,7 +71,5 @@ def time_left(study: Study, trials: int, workers: int) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{math.ceil(seconds / 60)} min"
 
 
-def _figures(report: dict[str, float] | None) -> str:
-    if report is None:
-        return ""
-    return f"accuracy {report['accuracy']:.1%}" if "accuracy" in report else f"loss {report['loss']:.4f}"
+def _figures(tune: dict[str, float] | None) -> str:
+    return "" if tune is None else f"tuning loss {tune['loss']:.4f}"

@@ -10,7 +10,7 @@ from typing import Any
 from lorakin.storage.summary import place_of
 from lorakin.study import arms as arms_
 from lorakin.study import charts, page, pictures, schedule
-from lorakin.study.compare import REPORT, Study
+from lorakin.study.compare import REPORT, TRIALS, Study
 from lorakin.study.page import Cell, Code, Column, Figure, Section, Table, Text
 from lorakin.study.results import DONE, TIMING, Row
 from lorakin.study.standings import Estimate, Ratio, Standing, leaders, measure_of, standings
@@ -36,7 +36,7 @@ class Findings:
 def findings(study: Study) -> Findings:
     """What is known from the rows so far."""
     measure = measure_of(study.results.rows)
-    found = standings(study.arms, study.results.rows, measure, swept=study.comparison.sweeps.rates is None)
+    found = standings(study.arms, study.results.rows, measure)
     return Findings(measure, found, verdict(found, measure))
 
 
@@ -52,7 +52,8 @@ def write(study: Study) -> None:
 def html(study: Study, found: Findings) -> str:
     """The page."""
     asked, left = study.comparison, study.expected()
-    subtitle = f"`{asked.model}` on `{asked.data}`: {len(study.arms)} arms, {asked.spent} each, {asked.seeds} seeds."
+    seeds = "one seed" if asked.seeds == 1 else f"{asked.seeds} seeds"
+    subtitle = f"`{asked.model}` on `{asked.data}`: {len(study.arms)} arms, {asked.spent} each, {seeds}."
     if left:
         subtitle += f" **Unfinished**: about {left} trials are still to run."
     troubles = [_troubles(found)] if any(s.ended or s.refused for s in found.standings) else []
@@ -77,7 +78,8 @@ def _to_use(study: Study, found: Findings) -> Code:
               for name, value in best.arm.settings(steps).items()]  # fmt: skip
     words += [] if best.lr is None else [f"--lr {best.lr:g}"]
     words += [f"--steps {steps}", *(_flag(name, value) for name, value in asked.recipe.items()), "--out adapter"]
-    return Code(f"To train {best.arm.title} as it was tuned here:", " ".join(words))
+    kept = f"The adapters of the runs above are in `{study.out / TRIALS}`."
+    return Code(f"To train {best.arm.title} with what was found here, on all rows. {kept}", " ".join(words))
 
 
 def _flag(name: str, value: Any) -> str:
@@ -230,6 +232,9 @@ def _method(study: Study, found: Findings) -> Text:
     asked, parts, rows = study.comparison, study.parts, study.results.rows
     timed = [f"{s.arm.title} {study.steps(s.arm.name)}" for s in found.standings if any(r.trial.stage == TIMING for r in rows)]
     probes = [s.arm.title for s in found.standings if any(row.importance for row in s.done)]
+    counts = {int(row.report["count"]) for row in rows if row.report and found.measure == "loss"}
+    counted = f", which have {max(counts):,} answer tokens" if counts else ""
+    left = f"; left out were {parts.left_out}" if parts.left_out else ""
     devices = sorted({row.device for row in rows if row.device})
     swept = (
         "one run with the first seed at the method's usual rate and at half decades above it, further while the best is at an "
@@ -239,7 +244,7 @@ def _method(study: Study, found: Findings) -> Text:
     )
     return Text(
         f"**Data**: {parts.train:,} rows to train on, {parts.tune} to choose learning rates by, {parts.report} to report on, "
-        f"the same for all; {parts.repeats} repeated rows were left out. The table's figures are of the rows to report on.",
+        f"the same for all{left}. The table's figures are of the rows to report on{counted}.",
         f"**Budget**: {asked.spent} for every trial; the same rows in the same order for all arms of one seed."
         + (f" Steps that made: {', '.join(timed)}." if timed else "")
         + (f" The probe of {', '.join(probes)} comes on top." if probes else ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +19,61 @@ LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How many rows each part has, how many were left out as repeats, and the classes of a classifier."""
+    """How many rows each part has, what was left out, in words, and the classes of a classifier."""
 
     train: int
     tune: int
     report: int
-    repeats: int
+    left_out: str
     labels: list[str] | None
 
 
-def split_into(folder: Path, name: str, eval_name: str | None, batch: int) -> Parts:
+def split_into(folder: Path, name: str, eval_name: str | None, batch: int, usable: Callable[[Rows], Rows]) -> Parts:
     """Write the three parts of the data set `name` into `folder`; those that `eval_name` has are the ones to report on.
 
     A row that is there twice is taken once, so that no held-out row was trained on. The draw is the same every time.
 
+    Args:
+        folder: where to; made if need be.
+        name: a file or a hub data set.
+        eval_name: another, or None.
+        batch: rows of an optimizer step.
+        usable: gives those rows that a model can learn from.
+
     Raises:
-        DataError: data that cannot be read, or too little for parts of 16 rows and one batch.
+        DataError: data that cannot be read, or too little for parts of 16 rows and one batch. Nothing is written then.
     """
     rows = read_rows(name)
     given = read_rows(eval_name) if eval_name is not None else None
     if given is not None and given.is_classification != rows.is_classification:
         raise DataError(f"{eval_name} has format {given.format.name}, but {name} has {rows.format.name}")
-    labels = rows.labels() if rows.is_classification else None
-    report = _distinct(given) if given is not None else []
-    seen = {_key(row) for row in report}
-    distinct = [row for row in _distinct(rows) if _key(row) not in seen]
+    report = _distinct(usable(given)) if given is not None else []
+    if given is not None and len(report) < LEAST_HELD:
+        raise DataError(f"{eval_name}: {len(report)} rows that can be used are too few to report on; at least {LEAST_HELD}")
+    kept, reported = usable(rows), {_key(row) for row in report}
+    once = _distinct(kept)
+    distinct = [row for row in once if _key(row) not in reported]
+    counts = {
+        "without an answer within --max-length": len(rows.rows) - len(kept.rows),
+        "that are there before": len(kept.rows) - len(once),
+        "that are to be reported on": len(once) - len(distinct),
+    }
+    left_out = ", ".join(f"{count:,} rows {why}" for why, count in counts.items() if count)
     random.Random(0).shuffle(distinct)
     tune = _share(len(distinct), 0.1, MOST_TUNE)
     held = tune + (_share(len(distinct), 0.15, MOST_REPORT) if given is None else 0)
-    if len(distinct) < held + max(batch, LEAST_HELD) or (given is not None and not report):
-        repeated = f" ({len(distinct)} without repeats)" if len(distinct) < len(rows.rows) else ""
+    if len(distinct) < held + max(batch, LEAST_HELD):
+        without = f" ({left_out})" if left_out else ""
         raise DataError(
-            f"{name}: {len(rows.rows)} rows{repeated} are too few to compare on: {held} are held out, to choose learning rates "
+            f"{name}: {len(rows.rows)} rows{without} are too few to compare on: {held} are held out, to choose learning rates "
             f"by and to report on, and at least {max(batch, LEAST_HELD)} must be left to train on; give more rows"
             + ("" if eval_name else ", or the rows to report on with --eval-data")
         )
     parts = {TUNE: distinct[:tune], REPORT: report or distinct[tune:held], TRAIN: distinct[held:]}
     text = {part: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen) for part, chosen in parts.items()}
     directory.write(folder, {part: content.encode() for part, content in text.items()})
-    repeats = len(rows.rows) - len(distinct)
-    return Parts(len(parts[TRAIN]), len(parts[TUNE]), len(parts[REPORT]), repeats, labels)
+    labels = rows.labels() if rows.is_classification else None
+    return Parts(len(parts[TRAIN]), len(parts[TUNE]), len(parts[REPORT]), left_out, labels)
 
 
 def _share(count: int, share: float, most: int) -> int:

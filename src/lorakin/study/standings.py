@@ -80,7 +80,8 @@ class Standing:
 
     `rows` are its runs at its best learning rate `lr`, `ended` those of all its trials that did not end well. `quality` is the
     loss or the accuracy on the report rows; `ahead` how much better than plain LoRA it is, positive whichever way the measure
-    goes, and `p` its corrected p-value; `share` the part of plain LoRA's improvement over the base that it reaches.
+    goes, and `p` its corrected p-value; `share` the part of plain LoRA's improvement over the base that it reaches, None if
+    that is not beyond the noise. `at_edge`: no rate on one side of the best was tried.
     """
 
     arm: Arm
@@ -136,20 +137,20 @@ class Standing:
         }
 
 
-def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str, swept: bool = True) -> list[Standing]:
+def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str) -> list[Standing]:
     """Where every arm stands, in the arms' order.
 
     Args:
         arms: plain LoRA is the first.
         rows: the results.
         measure: "loss", of which less is better, or "accuracy".
-        swept: whether learning rates were swept, so that the best of all may lie at an edge.
     """
     sign = 1.0 if measure == "accuracy" else -1.0
     reference = schedule.chosen(arms[0].name, rows)
     plain = _values(reference, measure)
     base = _mean(_values(schedule.chosen(arms_.BASE, rows), measure))
-    gained = None if base is None or not plain else sign * (statistics.fmean(plain.values()) - base)
+    better = None if base is None or not plain else Estimate.of([sign * (value - base) for value in plain.values()])
+    gained = better.mean if better is not None and better.mean > 0 and better.excludes_zero else None
     found = []
     for arm in arms:
         mine = schedule.chosen(arm.name, rows)
@@ -164,10 +165,10 @@ def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str, swept: boo
             ended=[row for row in rows if row.trial.arm == arm.name and row.status in (DIVERGED, FAILED)],
             refused=schedule.refusal(arm, rows),
             lr=best,
-            at_edge=swept and best is not None and best in (known[0], known[-1]),
+            at_edge=best is not None and best in (known[0], known[-1]),
             quality=Estimate.of(list(values.values())) if values else None,
             ahead=ahead,
-            share=sign * (mean - base) / gained if gained and gained > 0 and mean is not None and base is not None else None,
+            share=sign * (mean - base) / gained if gained and mean is not None and base is not None else None,
             time=Ratio.of(_figures(mine, "step_work"), _figures(reference, "step_work")),
             memory=Ratio.of(_figures(mine, "peak_bytes"), _figures(reference, "peak_bytes")),
         ))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from lorakin.study.arms import CONTROL, FULL, HEAD, MEMBER, PLAIN
+from lorakin.study.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
 from lorakin.study.results import DIVERGED
 from lorakin.study.standings import Estimate, Standing, leaders
 
@@ -19,7 +19,19 @@ def verdict(found: Sequence[Standing], measure: str) -> list[str]:
     if reference.quality is None:
         return [f"**There is nothing to compare with yet**: tuned {PLAIN} has no finished run."]
     members = [s for s in found if s.kind == MEMBER and s.ahead is not None]
-    said = [_leaders(members, reference, measure), *_worse(members, measure), *_thrifty(members, reference), *_lean(members)]
+    if reference.quality.count < 2:
+        return [
+            f"**One seed tells no noise from difference**, so nothing is said of which method is better than tuned {PLAIN}; "
+            "compare with --seeds 3 or more.",
+            *_troubles(found),
+        ]
+    said = [
+        *_headroom(found),
+        _leaders(members, reference, measure),
+        *_worse(members, measure),
+        *_thrifty(members, reference),
+        *_lean(members),
+    ]
     said += [sentence for s in found if s.kind == CONTROL for sentence in _control(s, found, measure)]
     said += [sentence for s in found if s.arm.name in (FULL, HEAD) for sentence in _limit(s, measure)]
     return said + _troubles(found)
@@ -44,12 +56,7 @@ def interval(estimate: Estimate, measure: str) -> str:
 def _leaders(members: Sequence[Standing], reference: Standing, measure: str) -> str:
     seeds = reference.quality.count if reference.quality else 0
     if not members:
-        return f"**Only tuned {PLAIN} has finished**, so there is nothing to say about the others yet."
-    if seeds < 2:
-        return (
-            f"**One seed tells no noise from difference**, so nothing is said of which method is better than tuned {PLAIN}; "
-            "compare with --seeds 3 or more."
-        )
+        return f"**There is nothing beside tuned {PLAIN}** that has finished, so there is nothing to compare it with."
     best = leaders(members)
     perhaps = [s for s in members if s not in best and s.ahead and s.ahead.mean > 0 and s.ahead.excludes_zero]
     if best:
@@ -69,6 +76,15 @@ def _leaders(members: Sequence[Standing], reference: Standing, measure: str) -> 
             "more seeds would tell."
         )
     return lead
+
+
+def _headroom(found: Sequence[Standing]) -> list[str]:
+    if found[0].share is not None or not any(s.arm.name == BASE and s.quality for s in found):
+        return []
+    return [
+        f"**Tuned {PLAIN} is not better than the untrained base by more than the noise**, so this budget on this data cannot "
+        "tell methods apart: train longer, or on more rows."
+    ]
 
 
 def _worse(members: Sequence[Standing], measure: str) -> list[str]:
@@ -121,11 +137,11 @@ def _control(control: Standing, found: Sequence[Standing], measure: str) -> list
 
 
 def _limit(limit: Standing, measure: str) -> list[str]:
-    if limit.ahead is None:
+    if limit.ahead is None or limit.ahead.count < 2:
         return []
-    noise = "" if limit.ahead.excludes_zero else ", which is within the noise"
-    title = limit.arm.title.capitalize()
-    return [f"{title} is {_side(limit.ahead)} of tuned {PLAIN} by {amount(abs(limit.ahead.mean), measure)}{noise}."]
+    noise = "" if limit.ahead.excludes_zero else ", within the noise"
+    by = f"{amount(abs(limit.ahead.mean), measure)} ± {amount(limit.ahead.half, measure)}"
+    return [f"{limit.arm.title.capitalize()} is {_side(limit.ahead)} of tuned {PLAIN} by {by}{noise}."]
 
 
 def _side(difference: Estimate) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,24 +192,39 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = "answer",
     Raises:
         DataError: a malformed row, conversations without a chat template, or no row with anything to learn from.
     """
-    examples, masked = [], 0
-    for number, row in enumerate(rows.rows, 1):
-        try:
-            content = rows.format.read(row)
-            tokens = encode_one(content, tokenizer, loss_on, chat_template)
-        except Exception as error:  # a chat template raises whatever it likes about a conversation
-            raise DataError(f"{rows.name}, row {number}: {error} (format {rows.format.name})") from error
-        ids, labels = tokens[0][:max_length], tokens[1][:max_length]
-        if any(label != IGNORED for label in labels[1:]):
-            examples.append({"input_ids": ids, "labels": labels})
-        else:
-            masked += 1
+    encoded = list(_encode_rows(rows, tokenizer, max_length, loss_on, chat_template))
+    examples = [example for example in encoded if _has_answer(example)]
     if not examples:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows.rows)} rows has an answer within "
             f"--max-length {max_length} tokens; raise it, or check that the answers are not empty"
         )
-    return Encoded(examples, masked)
+    return Encoded(examples, len(encoded) - len(examples))
+
+
+def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = "answer", chat_template: bool = True) -> Rows:
+    """The rows that `encode` keeps, those that have something to learn from within `max_length` tokens.
+
+    Raises:
+        DataError: a malformed row, or conversations without a chat template.
+    """
+    encoded = _encode_rows(rows, tokenizer, max_length, loss_on, chat_template)
+    return dataclasses.replace(
+        rows, rows=[row for row, example in zip(rows.rows, encoded, strict=True) if _has_answer(example)]
+    )
+
+
+def _encode_rows(rows: Rows, tokenizer: Any, max_length: int, loss_on: str, chat_template: bool) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows.rows, 1):
+        try:
+            ids, labels = encode_one(rows.format.read(row), tokenizer, loss_on, chat_template)
+        except Exception as error:  # a chat template raises whatever it likes about a conversation
+            raise DataError(f"{rows.name}, row {number}: {error} (format {rows.format.name})") from error
+        yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _has_answer(example: Row) -> bool:
+    return any(label != IGNORED for label in example["labels"][1:])
 
 
 def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequence[str]) -> Encoded:

@@ -69,7 +69,7 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     with quiet_loading():
         try:
             model, found = auto.from_pretrained(source, dtype=DTYPES.get(chosen, "auto"), output_loading_info=True, **task)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            tokenizer = _tokenizer(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
@@ -79,14 +79,32 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f" of a {type(model).__name__}, which would be random; is it a complete language model?"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if labels is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     model.to(best_device())
     fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the model that `load_model` would load; of a hub id its files alone are fetched.
+
+    Raises:
+        ModelError: there is none.
+    """
+    with quiet_loading():
+        try:
+            return _tokenizer(_source(name))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model {name!r} has no tokenizer: {str(error).strip().splitlines()[0]}") from error
+
+
+def _tokenizer(source: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
 
 
 def config_of(name: str, labels: Sequence[str] | None = None) -> Any:

@@ -30,16 +30,19 @@ def test_all_members_are_planned_of_a_config_alone(model: str, capsys: pytest.Ca
     assert [row["method"] for row in said["methods"]] == [member.word for member in FAMILY]
     assert all(row["fits"] and row["peak"] == max(row["peaks"].values()) for row in said["methods"] if "peak" in row)
     assert said["memory"] == 4 * 10**9
-    refused = [row for row in said["methods"] if "reason" in row]
-    assert all("has no setting 'target_rank'" in row["reason"] for row in refused)
+    assert {row["method"]: row["rank"] for row in said["methods"]}["adalora"] == 12  # only it has the setting
+    fair = {
+        row["method"]: row["rank"] for row in planned(capsys, "--model", model, "--rank", "4", "--memory", "4GB")["methods"]
+    }
+    assert fair == dict.fromkeys(fair, 4) | {"vera": 256, "adalora": 6}
 
 
 def test_a_table_with_reasons_and_suggestions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch-size", "2", "--max-length", "16", "--dtype", "float32", "--memory", "8GiB"]
-    words = f"{FAMILY[0].word} {FAMILY[4].word},{FAMILY[1].word} nonsense"
+    words = f"{FAMILY[0].word} {FAMILY[4].word},{FAMILY[1].word} {FAMILY[2].word},{FAMILY[1].word}"
     assert run(["plan", "--model", model, "--method", words, "--rank", "4", *options]) == 0
     said = capsys.readouterr().out
-    assert "nonsense: cannot run like that: unknown method 'nonsense'" in said
+    assert "cannot run like that: lora+ and lora-fa do not combine" in said.replace("\n", " ")
     assert "largest batch for" in said and "--batch-size 256" in said
     assert "3,712" in said  # 2 layers of rank 4: q, o 64 numbers a rank, k, v 48, gate, up, down 80
 
@@ -61,6 +64,8 @@ def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixt
     ("options", "said"),
     [
         (["--memory", "lots"], "memory must be a size with its unit, such as 24GB"),
+        (["--method", "lorra"], "unknown method 'lorra'"),
+        (["--set", "ratoi=2"], "has no setting 'ratoi'"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--max-length", "100000"], "max_length 100000 is more than the model has positions for, which is 2048"),
         (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),

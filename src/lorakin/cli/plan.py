@@ -28,7 +28,9 @@ def command(
         list[str] | None,
         typer.Option(help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="[default: each method's own]")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of plain LoRA, the others at a fair size beside it. [default: each method's own]")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as dropout=0.1.")
     ] = None,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from lorakin.errors import LorakinError, SettingError
-from lorakin.family import FAMILY, Method, method_named
+from lorakin.family import Method, method_named
 from lorakin.family.settings import require
+from lorakin.study.arms import fair_settings, given_to, methods_of
 from lorakin.study.plan import (
     LOADING,
     QUANTISED,
@@ -30,6 +31,10 @@ from lorakin.training.recipe import parse_settings
 USUAL_LENGTH, LARGEST_BATCH, LARGEST_RANK = 1024, 256, 256
 DEARER = 0.03
 """By how much memory may grow for a higher rank to be suggested."""
+
+
+SCALING = 2.0
+"""alpha / rank of a plain pair, which memory does not depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +134,8 @@ def advise(
     Args:
         model: a packaged model, a `.gguf` file, a directory or a hub id.
         method: texts of methods with spaces between, or "all"; None is all.
-        rank, settings: for each method that has them.
+        rank: of a plain pair; the others are taken at their fair size beside it (see `Member.fair`). None: each one's own.
+        settings: for whichever methods have them.
         labels, dtype, device: see `Conditions`; None is what `lorakin train` would take.
         memory: such as "24GB"; None is what is free.
         where: other fields of `Conditions`; `targets`, `layers` as on the command line.
@@ -144,9 +150,11 @@ def advise(
     imported = imported_bytes(conditions.device)
     room = available_of(conditions.device, imported) if room is None else room
     left = None if room is None else room - imported
-    given = parse_settings(settings or []) | ({} if rank is None else {"rank": rank})
+    sized = given_to(methods_of(" ".join(method or ["all"])), parse_settings(settings or []))
+    if rank is not None:
+        sized = {words: {**fair_settings(words, rank, SCALING, conditions.steps), **own} for words, own in sized.items()}
     frozen = frozen_step(conditions)
-    found = {words: _row(conditions, words, given, frozen, quantize, left) for words in words_of(method)}
+    found = {words: _row(conditions, words, given, frozen, quantize, left) for words, given in sized.items()}
     rows = [row for row, _ in found.values()]
     if all(row.plan is None for row in rows):
         raise SettingError("no method can run like that: " + "; ".join(f"{row.method}: {row.reason}" for row in rows))
@@ -182,12 +190,6 @@ def conditions_of(
         layers=None if layers is None else parse_layers(layers),
         **others,
     )
-
-
-def words_of(method: Sequence[str] | None) -> list[str]:
-    """The methods that were asked for, each once, as `dora,lora+`."""
-    words = [word for text in method or ["all"] for word in text.split()]
-    return list(dict.fromkeys(w for word in words for w in ([m.word for m in FAMILY] if word == "all" else [word])))
 
 
 def available_of(device: str, imported: int) -> int | None:

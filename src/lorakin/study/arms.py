@@ -45,11 +45,7 @@ class Arm:
 
     def settings(self, steps: int) -> dict[str, Any]:
         """The method's settings in a run of so many steps."""
-        fair = [member_named(word.strip()).fair(self.rank, self.scaling, steps) for word in self.words.split(",")]
-        lacking = {name for settings in fair for name, value in settings.items() if value is None}
-        fair.sort(key=lambda settings: None in settings.values())  # who has settings of its own instead is asked last
-        merged = {name: value for settings in fair for name, value in settings.items() if name not in lacking}
-        return merged | dict(self.given)
+        return fair_settings(self.words, self.rank, self.scaling, steps) | dict(self.given)
 
     def method(self, steps: int) -> Method:
         """The method in a run of so many steps.
@@ -85,6 +81,14 @@ class Arm:
         return at(low)
 
 
+def fair_settings(words: str, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+    """A method's settings beside others of one rank and scale, in a run of so many steps; see `Member.fair`."""
+    fair = [member_named(word.strip()).fair(rank, scaling, steps) for word in words.split(",")]
+    lacking = {name for settings in fair for name, value in settings.items() if value is None}
+    fair.sort(key=lambda settings: None in settings.values())  # who has settings of its own instead is asked last
+    return {name: value for settings in fair for name, value in settings.items() if name not in lacking}
+
+
 def decided(words: str) -> set[str]:
     """The axes on which the members of a method decide something."""
     return {axis for word in words.split(",") for axis in member_named(word.strip()).decides}
@@ -109,6 +113,19 @@ def methods_of(words: str) -> list[str]:
     return found
 
 
+def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Method → those of the settings `given` that one of its members has.
+
+    Raises:
+        SettingError: a setting that none of the methods has.
+    """
+    names = {word: frozenset().union(*(member_named(m.strip()).setting_names() for m in word.split(","))) for word in methods}
+    for name in given:
+        if not any(name in known for known in names.values()):
+            method_named(methods[-1], {name: given[name]})  # which says that it has no such setting
+    return {word: {name: value for name, value in given.items() if name in known} for word, known in names.items()}
+
+
 def arms_of(methods: Sequence[str], size: tuple[int, float], steps: int, given: Mapping[str, Any], dropout: float) -> list[Arm]:
     """Plain LoRA, the methods, and the controls that they call for; those that cannot be run are refused with the reason.
 
@@ -123,16 +140,12 @@ def arms_of(methods: Sequence[str], size: tuple[int, float], steps: int, given: 
         SettingError: a setting that none of the methods has.
     """
     words = [PLAIN, *(word for word in methods if word != PLAIN)]
-    names = {word: frozenset().union(*(member_named(m.strip()).setting_names() for m in word.split(","))) for word in words}
-    for name in given:
-        if not any(name in known for known in names.values()):
-            method_named(",".join(words[-1:]), {name: given[name]})  # which says that it has no such setting
     arms = [
         _built(Arm(
             name=word, title=word, kind=REFERENCE if word == PLAIN else MEMBER, words=word, rank=size[0], scaling=size[1],
-            given={name: value for name, value in given.items() if name in names[word]},
+            given=own,
         ), steps, dropout)
-        for word in words
+        for word, own in given_to(words, given).items()
     ]  # fmt: skip
     return arms + list(_controls(arms, steps, dropout))
 

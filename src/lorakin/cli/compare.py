@@ -6,7 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakin.cli.options import MODEL_HELP, Json, console_for, examples, print_json
+from lorakin.cli.options import (
+    MODEL_HELP,
+    Accumulate,
+    BatchSize,
+    Checkpointing,
+    Fuse,
+    Json,
+    LossOn,
+    MaxLength,
+    RecipeChatTemplate,
+    RecipeDtype,
+    Schedule,
+    console_for,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     "lorakin compare --model smollm2 --data rows.jsonl --budget steps=200 --out comparison",
@@ -39,24 +54,15 @@ def command(
         list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as ratio=8.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per optimizer step. [default: 1]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")] = None,
-    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
-    ] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of the learning rate. [default: cosine]")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
-    ] = None,
-    fuse: Annotated[
-        bool | None,
-        typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    max_length: MaxLength = None,
+    loss_on: LossOn = None,
+    chat_template: RecipeChatTemplate = None,
+    schedule: Schedule = None,
+    gradient_checkpointing: Checkpointing = None,
+    fuse: Fuse = None,
+    dtype: RecipeDtype = None,
     as_json: Json = False,
 ) -> None:
     """Which method, on this model and data? Each under one budget, its learning rate tuned, over several seeds.

@@ -29,6 +29,25 @@ OtherBase = Annotated[bool, typer.Option("--other-base", help="Also on a base wi
 MaybeAdapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 
+BatchSize = Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step. [default: 1]")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")]
+LossOn = Annotated[str | None, typer.Option(help="answer or all. [default: answer]")]
+Schedule = Annotated[str | None, typer.Option(help="Of the learning rate: cosine, linear, constant … [default: cosine]")]
+RecipeDtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")]
+RecipeChatTemplate = Annotated[
+    bool | None,
+    typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
+]
+Fuse = Annotated[
+    bool | None,
+    typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
+]
+
 
 def console_for(as_json: bool) -> Console:
     """Where a command talks to the user: not on stdout if that is to hold JSON."""

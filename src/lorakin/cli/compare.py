@@ -20,6 +20,7 @@ from lorakin.cli.options import (
     Schedule,
     console_for,
     examples,
+    parts,
     print_json,
 )
 
@@ -84,7 +85,7 @@ def command(
         "gradient_checkpointing": gradient_checkpointing,
         "fuse": fuse,
         "dtype": dtype,
-        "targets": [part for text in targets or [] for part in text.split(",")] or None,
+        "targets": parts(targets) or None,
     }
     console = console_for(as_json)
     comparison = compare.Comparison(
@@ -109,10 +110,8 @@ def command(
             with Board(console, len(places)) as board:
                 workers.run(study, places, board)
         finally:
-            if study.results.rows:
-                report.write(study)
+            findings = report.write(study) if study.results.rows else report.findings(study)
     compare.check_ran(study)
-    findings = report.findings(study)
     if as_json:
         print_json(findings.as_dict())
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -47,6 +48,12 @@ Fuse = Annotated[
     bool | None,
     typer.Option("--fuse/--no-fuse", help="Norms, activations, loss in less memory (Llama-like models). [default: no]"),
 ]
+
+
+def parts(texts: Sequence[str] | None) -> list[str]:
+    """ "q_proj,v_proj" as two names; a regular expression with a comma in braces stays whole."""
+    split = ([text] if "{" in text else text.split(",") for text in texts or [])
+    return [part.strip() for several in split for part in several if part.strip()]
 
 
 def console_for(as_json: bool) -> Console:

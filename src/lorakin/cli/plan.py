@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from lorakin.cli.options import Json, Model, console_for, examples, print_json
+from lorakin.cli.options import Json, Model, console_for, examples, parts, print_json
 
 if TYPE_CHECKING:
     from lorakin.study.advice import Advice
@@ -66,7 +66,7 @@ def command(
     asked = {name: value for name, value in locals().items() if name not in ("as_json", "advise")}
     console = console_for(as_json)
     for name in ("targets", "exclude", "modules_to_save"):
-        asked[name] = [part for text in asked[name] or [] for part in ([text] if "{" in text else text.split(","))]
+        asked[name] = parts(asked[name])
     advice = advise(**asked)
     if as_json:
         print_json(advice.as_dict())

@@ -21,6 +21,7 @@ from lorakin.cli.options import (
     Schedule,
     console_for,
     examples,
+    parts,
     print_json,
 )
 
@@ -92,7 +93,7 @@ def command(
     """
     flags = {name: value for name, value in locals().items() if name not in ("recipe", "resume", "as_json")}
     for name in ("targets", "exclude", "modules_to_save"):
-        flags[name] = [part for text in flags[name] or [] for part in _parts(text)]
+        flags[name] = parts(flags[name])
     from lorakin.training import train as training
     from lorakin.training.recipe import parse_settings, read_recipe
 
@@ -118,8 +119,3 @@ def command(
         f"{where / training.PICTURE}, {where / training.METRICS}, {where / training.RECIPE}",
         highlight=False,
     )
-
-
-def _parts(text: str) -> list[str]:
-    """ "q_proj,v_proj" as two names; a regular expression with a comma in braces stays whole."""
-    return [text] if "{" in text else [part.strip() for part in text.split(",") if part.strip()]

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from lorakin.family import Member, Method, Pair
 from lorakin.storage import directory, peft_format
 
+IMPORTANCE = "importance.json"
+"""What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
 T = TypeVar("T")
 
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 
 from lorakin.errors import AdapterError
 from lorakin.storage.directory import read_json
-from lorakin.storage.summary import Summary
+from lorakin.storage.summary import IMPORTANCE, Summary
 from lorakin.study import page, pictures, spectrum
 from lorakin.study.page import Block, Code, Column, Section, Table, Text
 
-IMPORTANCE = "importance.json"
-"""What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
 MAGNITUDES = (
     "This is the product of each pair alone. The adapter also has magnitudes, one for each output; how much they change the "
     "weights depends on the base model, which is not in the files."

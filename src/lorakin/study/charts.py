@@ -11,7 +11,8 @@ import altair as alt
 
 from lorakin.study import arms as arms_
 from lorakin.study.page import Cell, Column, Figure, Table
-from lorakin.study.standings import Standing
+from lorakin.study.standings import Standing, sign_of
+from lorakin.training.progress import running_mean
 
 SMOOTHING = 0.8
 WIDTH, HEIGHT, LETTER, LINE = 900, 320, 6.5, 13
@@ -51,7 +52,7 @@ class Cost(NamedTuple):
 
 def pareto(shown: Sequence[Standing], cost: Cost, measure: str) -> Figure:
     """Quality with its interval against cost; a line along those that nothing cheaper matches."""
-    sign = 1.0 if measure == "accuracy" else -1.0
+    sign = sign_of(measure)
     points = sorted(_priced(shown, cost), key=lambda point: (point["cost"], -sign * point["mean"]))
     front: list[dict[str, Any]] = []
     for point in points:
@@ -159,7 +160,7 @@ def loss_curves(title: str, group: Sequence[Standing]) -> Figure:
 
 
 def _curve(s: Standing) -> list[dict[str, Any]]:
-    lines = [smoothed(row.losses) for row in s.done]
+    lines = [running_mean(row.losses, SMOOTHING) for row in s.done]
     rows = []
     for step in range(max(map(len, lines))):
         there = [line[step] for line in lines if step < len(line)]
@@ -177,15 +178,6 @@ def _loss_panel(rows: list[dict[str, Any]], plain: list[dict[str, Any]], span: t
     other = alt.Chart(alt.InlineData(values=plain)).mark_line(strokeDash=[4, 3], color=MUTED).encode(x=x, y=y)
     chart: alt.TopLevelMixin = alt.layer(band, other, line).properties(width="container", height=170)
     return chart
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """An exponential running mean, unbiased at its start."""
-    mean, weight, out = 0.0, 0.0, []
-    for loss in losses:
-        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * loss, SMOOTHING * weight + (1 - SMOOTHING)
-        out.append(mean / weight)
-    return out
 
 
 def rate_curves(swept: Mapping[str, Mapping[float, float]], best: Mapping[str, float]) -> Figure:

@@ -13,8 +13,8 @@ from lorakin.study import charts, page, pictures, schedule
 from lorakin.study.compare import REPORT, TRIALS, Study
 from lorakin.study.page import Cell, Code, Column, Figure, Section, Table, Text
 from lorakin.study.results import DONE, TIMING, Row
-from lorakin.study.standings import Estimate, Ratio, Standing, leaders, measure_of, standings
-from lorakin.study.verdict import amount, percent, verdict
+from lorakin.study.standings import Ratio, Standing, leaders, measure_of, standings
+from lorakin.study.verdict import percent, verdict, with_interval
 
 NAME = "Which method, on this model and data?"
 
@@ -40,13 +40,15 @@ def findings(study: Study) -> Findings:
     return Findings(measure, found, verdict(found, measure))
 
 
-def write(study: Study) -> None:
-    """Write `report.html` into the comparison's directory.
+def write(study: Study) -> Findings:
+    """Write `report.html` into the comparison's directory; returns what it says.
 
     Raises:
         OutputError: it cannot be written.
     """
-    page.write(study.out / REPORT, html(study, findings(study)))
+    found = findings(study)
+    page.write(study.out / REPORT, html(study, found))
+    return found
 
 
 def html(study: Study, found: Findings) -> str:
@@ -131,8 +133,8 @@ def _cells(s: Standing, measure: str) -> list[page.Value]:
     row = s.done[0] if s.done and s.lr is not None else None
     return [
         s.arm.title,
-        None if s.quality is None else Cell(_with_interval(s.quality, measure), s.quality.mean),
-        None if s.ahead is None else Cell(_with_interval(s.ahead, measure, signed=True), s.ahead.mean),
+        None if s.quality is None else Cell(with_interval(s.quality, measure), s.quality.mean),
+        None if s.ahead is None else Cell(with_interval(s.ahead, measure, signed=True), s.ahead.mean),
         None if s.share is None else Cell(percent(s.share), s.share),
         None if s.lr is None else Cell(f"{s.lr:g}{' (edge)' if s.at_edge else ''}", s.lr),
         None if row is None else row.trained,
@@ -141,12 +143,6 @@ def _cells(s: Standing, measure: str) -> list[page.Value]:
         _ratio(s.time),
         _ratio(s.memory),
     ]
-
-
-def _with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str:
-    sign = ("−" if estimate.mean < 0 else "+") if signed else ""
-    mean = f"{100 * estimate.mean:.1f} %" if measure == "accuracy" and not signed else amount(abs(estimate.mean), measure)
-    return f"{sign}{mean}" + (f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else "")
 
 
 def _ratio(ratio: Ratio | None) -> page.Value:

@@ -145,7 +145,7 @@ def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str) -> list[St
         rows: the results.
         measure: "loss", of which less is better, or "accuracy".
     """
-    sign = 1.0 if measure == "accuracy" else -1.0
+    sign = sign_of(measure)
     reference = schedule.chosen(arms[0].name, rows)
     plain = _values(reference, measure)
     base = _mean(_values(schedule.chosen(arms_.BASE, rows), measure))
@@ -156,8 +156,6 @@ def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str) -> list[St
         mine = schedule.chosen(arm.name, rows)
         values, losses = _values(mine, measure), schedule.swept(arm.name, rows)
         best, known = schedule.best_rate(losses), sorted(losses)
-        both = sorted(values.keys() & plain.keys()) if arm is not arms[0] else []
-        ahead = Estimate.of([sign * (values[seed] - plain[seed]) for seed in both]) if both else None
         mean = _mean(values)
         found.append(Standing(
             arm=arm,
@@ -167,13 +165,25 @@ def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str) -> list[St
             lr=best,
             at_edge=best is not None and best in (known[0], known[-1]),
             quality=Estimate.of(list(values.values())) if values else None,
-            ahead=ahead,
+            ahead=None if arm is arms[0] else apart(mine, reference, measure),
             share=sign * (mean - base) / gained if gained and mean is not None and base is not None else None,
             time=Ratio.of(_figures(mine, "step_work"), _figures(reference, "step_work")),
             memory=Ratio.of(_figures(mine, "peak_bytes"), _figures(reference, "peak_bytes")),
         ))  # fmt: skip
     corrected = holm({s.arm.name: s.ahead.p for s in found if s.kind == arms_.MEMBER and s.ahead is not None})
     return [dataclasses.replace(s, p=corrected.get(s.arm.name, s.ahead.p if s.ahead else 1.0)) for s in found]
+
+
+def sign_of(measure: str) -> float:
+    """What makes more of a measure better."""
+    return 1.0 if measure == "accuracy" else -1.0
+
+
+def apart(rows: Sequence[Row], others: Sequence[Row], measure: str) -> Estimate | None:
+    """How far runs are ahead of others, seed by seed, positive if they are better; None if no seed ended well in both."""
+    mine, theirs = _values(rows, measure), _values(others, measure)
+    both = sorted(mine.keys() & theirs.keys())
+    return Estimate.of([sign_of(measure) * (mine[seed] - theirs[seed]) for seed in both]) if both else None
 
 
 def leaders(found: Sequence[Standing]) -> list[Standing]:

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
+from lorakin.storage.summary import IMPORTANCE
 from lorakin.study import observe
 from lorakin.study.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
 from lorakin.training import data, train
@@ -138,7 +139,7 @@ def _report(job: Job, ready: train.Run) -> Evaluation:
 
 
 def _importance(out: Path) -> dict[str, float]:
-    path = out / train.IMPORTANCE
+    path = out / IMPORTANCE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 

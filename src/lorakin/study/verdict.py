@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from lorakin.study.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
 from lorakin.study.results import DIVERGED
-from lorakin.study.standings import Estimate, Standing, leaders
+from lorakin.study.standings import Estimate, Standing, apart, leaders
 
 ENOUGH, THRIFTY = 0.9, 0.5
 """A thrifty method reaches so much of plain LoRA's improvement with at most so many of its numbers."""
@@ -51,6 +52,13 @@ def interval(estimate: Estimate, measure: str) -> str:
     """The interval in words."""
     low, high = estimate.mean - estimate.half, estimate.mean + estimate.half
     return f"95 % interval {amount(low, measure)} to {amount(high, measure)}"
+
+
+def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str:
+    """A value, or if `signed` a difference, and half of its interval where it has one."""
+    sign = ("−" if estimate.mean < 0 else "+") if signed else ""
+    mean = f"{100 * estimate.mean:.1f} %" if measure == "accuracy" and not signed else amount(abs(estimate.mean), measure)
+    return f"{sign}{mean}" + (f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else "")
 
 
 def _leaders(members: Sequence[Standing], reference: Standing, measure: str) -> str:
@@ -121,18 +129,13 @@ def _lean(members: Sequence[Standing]) -> list[str]:
 def _control(control: Standing, found: Sequence[Standing], measure: str) -> list[str]:
     """What an arm is by theory, beside what it was measured to be."""
     twin = next((s for s in found if s.arm.name == control.arm.explains), None)
-    if twin is None or not twin.done or not control.done:
+    difference = None if twin is None else apart(twin.rows, control.rows, measure)
+    if twin is None or difference is None or difference.count < 2:
         return []
-    theirs, its = ({row.trial.seed: row.report for row in s.done if row.report} for s in (twin, control))
-    seeds = sorted(theirs.keys() & its.keys())
-    if len(seeds) < 2:
-        return []
-    sign = 1.0 if measure == "accuracy" else -1.0
-    apart = Estimate.of([sign * (theirs[seed][measure] - its[seed][measure]) for seed in seeds])
-    same = "here they differ" if apart.excludes_zero else "here they are the same within the noise"
+    same = "here they differ" if difference.excludes_zero else "here they are the same within the noise"
     return [
-        f"By theory {twin.arm.title} comes to {control.arm.title} under Adam: {same} ({_side(apart)} by "
-        f"{amount(abs(apart.mean), measure)} ± {amount(apart.half, measure)})."
+        f"By theory {twin.arm.title} comes to {control.arm.title} under Adam: {same} ({_side(difference)} by "
+        f"{amount(abs(difference.mean), measure)} ± {amount(difference.half, measure)})."
     ]
 
 

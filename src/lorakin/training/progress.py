@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Metrics:
         training, held_out = self._points("loss"), self._points("eval_loss")
         if training:
             axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
-            axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", linewidth=2, label="training, running mean")
+            steps, losses = zip(*training, strict=True)
+            axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=2, label="training, running mean")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", label="held out")
         axes.set(xlabel="step", ylabel="loss")
@@ -77,12 +79,12 @@ class Metrics:
         return [(row["step"], row[name]) for row in self.rows() if name in row]
 
 
-def _smoothed(points: list[tuple[int, float]], keep: float = 0.9) -> list[tuple[int, float]]:
+def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """An exponential running mean, unbiased at its start."""
     mean, weight, out = 0.0, 0.0, []
-    for step, value in points:
+    for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append((step, mean / weight))
+        out.append(mean / weight)
     return out
 
 

@@ -25,7 +25,7 @@ from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import directory
-from lorakin.storage.summary import by_layer
+from lorakin.storage.summary import IMPORTANCE, by_layer
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.training import data
@@ -37,7 +37,6 @@ from lorakin.training.recipe import Recipe, read_recipe
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
 RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
-IMPORTANCE = "importance.json"
 
 
 @dataclasses.dataclass

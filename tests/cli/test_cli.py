@@ -19,7 +19,7 @@ import transformers
 import lorakin as lk
 from conftest import interruptible
 from lorakin.cli.app import run
-from lorakin.cli.train import _parts
+from lorakin.cli.options import parts
 
 COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
 
@@ -272,8 +272,8 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str,
 
 
 def test_target_lists_on_the_command_line() -> None:
-    assert _parts("q_proj,v_proj") == ["q_proj", "v_proj"]
-    assert _parts(r".*\.[a-z]{1,2}_proj") == [r".*\.[a-z]{1,2}_proj"]
+    assert parts(["q_proj,v_proj"]) == ["q_proj", "v_proj"]
+    assert parts([r".*\.[a-z]{1,2}_proj"]) == [r".*\.[a-z]{1,2}_proj"]
 
 
 def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:

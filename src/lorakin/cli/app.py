@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         return None
 
     warnings.showwarning = show_ours
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which tells of every cast of every layer
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:

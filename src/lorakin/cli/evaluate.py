@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, OtherBase, console_for, examples, print_json
+from lorakin.cli.options import (
+    ChatTemplate,
+    Dtype,
+    Json,
+    MaybeAdapter,
+    Model,
+    OtherBase,
+    Quantize,
+    console_for,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     "lorakin evaluate --model smollm2 --adapter adapter --data held_out.jsonl",
@@ -23,6 +34,7 @@ def command(
     loss_on: Annotated[str, typer.Option(help="answer or all.")] = "answer",
     chat_template: ChatTemplate = True,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
@@ -41,6 +53,7 @@ def command(
         chat_template=chat_template,
         dtype=dtype,
         other_base=other_base,
+        quantize=quantize,
     )
     if as_json:
         print_json({"model": model, "adapter": adapter, "data": data, **figures.as_dict()})

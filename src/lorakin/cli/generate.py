@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, OtherBase, examples, print_json
+from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, OtherBase, Quantize, examples, print_json
 
 EXAMPLES = examples(
     'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
@@ -25,6 +25,7 @@ def command(
     chat_template: ChatTemplate = True,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    quantize: Quantize = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +34,7 @@ def command(
     from lorakin.training.models import load_with_adapter
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load_with_adapter(model, adapter, dtype, other_base=other_base)
+    loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, quantize=quantize)
     said = answer(
         loaded,
         text,

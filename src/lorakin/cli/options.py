@@ -40,6 +40,9 @@ RecipeChatTemplate = Annotated[
     bool | None,
     typer.Option("--chat-template/--no-chat-template", help="Put prompts into the model's chat template, if it has one."),
 ]
+Quantize = Annotated[
+    str | None, typer.Option(help="Keep the base's linear layers in few bits: nf4, int8, torchao-int8. [default: no]")
+]
 Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),

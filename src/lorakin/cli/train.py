@@ -16,6 +16,7 @@ from lorakin.cli.options import (
     Json,
     LossOn,
     MaxLength,
+    Quantize,
     RecipeChatTemplate,
     RecipeDtype,
     Schedule,
@@ -29,6 +30,7 @@ EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
     "lorakin train --model org/model --data rows.parquet --rank 8 --targets q_proj,v_proj --epochs 3 --out adapter",
     "lorakin train --model smollm2 --data rows.jsonl --method dora,lora+ --set ratio=8 --out adapter",
+    "lorakin train --model org/model --data rows.jsonl --quantize nf4 --gradient-checkpointing --out adapter",
     "lorakin train recipe.yaml --lr 1e-4 --out another",
     "lorakin train --resume --out adapter",
 )
@@ -79,6 +81,7 @@ def command(
     gradient_checkpointing: Checkpointing = None,
     fuse: Fuse = None,
     dtype: RecipeDtype = None,
+    quantize: Quantize = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, 0: none. [default: a fifth of the run]")
     ] = None,

@@ -154,14 +154,12 @@ class InPlace(Anchoring):
         super().__init__(member, places)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
+        weights, exact = [place.weight for place in places], "update='telescoped' is exact"
+        require(all(isinstance(w, Tensor) for w in weights), f"delta-lora in place cannot move quantised weights; {exact}")
         self.restore({})  # of an earlier run
-        if narrow := [place.weight.dtype for place in places if place.weight.dtype.itemsize < 4]:
-            warnings.warn(
-                f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; "
-                "update='telescoped' is exact",
-                LorakinWarning,
-                stacklevel=2,
-            )
+        if narrow := [weight.dtype for weight in weights if weight.dtype.itemsize < 4]:
+            lost = f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; {exact}"
+            warnings.warn(lost, LorakinWarning, stacklevel=2)
         if not member.start_step:
             self._begin()
 

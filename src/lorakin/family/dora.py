@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, blocks
+from lorakin.family.pair import Pair, Shape, Tensors, Weight
 
 CANCELLED = 1e-3
 """Below this share of what is added up, n² has lost too many digits to be used (more in a narrow dtype)."""
@@ -73,7 +73,7 @@ class DoRA(Modifier):
 
 def _is_at_start(place: Place) -> bool:
     m, weight = place.tensors()["m"], place.weight
-    nothing = weight.new_zeros(weight.shape[0], 1), weight.new_zeros(1, weight.shape[1])
+    nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
     return not m.is_meta and torch.equal(m, row_norms(weight, *nothing).to(m))
 
 
@@ -84,23 +84,23 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
     `weight` (out, in), `up` (out, k), `down` (k, in), in any floating dtypes. Of a `Weight`, which training keeps, ‖w_j‖² is
     known, and `down` is rounded to the weight's dtype before they meet, as it is in the forward.
     """
-    matrix = weight if isinstance(weight, Tensor) else weight.matrix
-    wide = torch.promote_types(torch.promote_types(up.dtype, matrix.dtype), torch.float32)
-    if matrix.is_meta:
-        return torch.empty(len(matrix), dtype=wide, device=matrix.device)
+    kept = Weight(weight) if isinstance(weight, Tensor) else weight
+    wide = torch.promote_types(torch.promote_types(up.dtype, kept.dtype), torch.float32)
+    if kept.device.type == "meta":
+        return torch.empty(kept.shape[0], dtype=wide, device=kept.device)
     up, down = up.to(wide), down.to(wide)
-    with torch.autocast(matrix.device.type, enabled=False):
+    with torch.autocast(kept.device.type, enabled=False):
         if torch.compiler.is_compiling():  # there the sum is fused into the norm; a choice by values would break the graph
-            formed: Tensor = torch.linalg.vector_norm(matrix + up @ down, dim=1)
+            formed: Tensor = torch.linalg.vector_norm(kept.matrix + up @ down, dim=1)
             return formed
+        own = kept.squares
         if isinstance(weight, Tensor):
-            own = Weight(matrix).squares
-            met = torch.cat([rows.to(wide) @ down.T for rows in blocks(matrix)])
+            met = torch.cat([rows.to(wide) @ down.T for rows in kept.blocks()])
         else:
-            own, met = weight.squares, matrix @ down.to(matrix.dtype).T
+            met = kept.product(down)
         square = own + (torch.addmm(met.to(wide), up, down @ down.T, beta=2) * up).sum(1)
         norms = square.clamp(min=0).sqrt()
         lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
         if (cancelled := square < 2 * lost * own).any():  # a row is cancelled by a change of its own length
-            norms[cancelled] = torch.linalg.vector_norm(matrix[cancelled].to(wide) + up[cancelled] @ down, dim=1)
+            norms[cancelled] = torch.linalg.vector_norm(kept.rows(cancelled).to(wide) + up[cancelled] @ down, dim=1)
         return norms

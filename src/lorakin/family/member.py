@@ -42,7 +42,7 @@ class Spot(NamedTuple):
     """A weight that is about to be adapted: its shape, and its matrix (outputs, inputs), on the meta device if unknown."""
 
     shape: Shape
-    weight: Tensor
+    weight: Tensor | Weight
 
 
 class Probe(NamedTuple):
@@ -72,7 +72,7 @@ class Place(Protocol):
         """The method, with this module's own rank and alpha."""
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | Weight:
         """Its base weight as a matrix (outputs, inputs)."""
 
     def tensors(self) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ Merging, files, counts, norms and pictures are written once, against `Pair`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -69,17 +69,38 @@ class Chain(NamedTuple):
 
 
 class Weight:
-    """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward."""
+    """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward.
+
+    `surgery/quantised.py` has one that holds no numbers, so what needs few of them should ask for few.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+        self._matrix = matrix
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    @property
+    def matrix(self) -> Tensor:
+        """All of it."""
+        return self._matrix
 
     @cached_property
     def squares(self) -> Tensor:
         """‖w_j‖² of every row j, (outputs,), float32 at least; computed once, in blocks of rows."""
-        wide = torch.promote_types(self.matrix.dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(rows.to(wide), dim=1) for rows in blocks(self.matrix)]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(rows.to(wide), dim=1) for rows in self.blocks()]
         return torch.cat(norms).square()
+
+    def blocks(self) -> Iterable[Tensor]:
+        """Its rows in order, `BLOCK` numbers at a time."""
+        return blocks(self.matrix)
+
+    def product(self, down: Tensor) -> Tensor:
+        """W0·downᵀ (outputs, k) of `down` (k, inputs), in the dtype in which the forward multiplies."""
+        return self.matrix @ down.to(self.dtype).T
+
+    def rows(self, which: Tensor) -> Tensor:
+        """The rows that a mask (outputs,) selects."""
+        return self.matrix[which]
 
 
 BLOCK = 1 << 20

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
@@ -72,7 +73,7 @@ class Site(nn.Module):
         """The tensors in float32 or, where they are float64, in float64."""
         return widened(self.tensors())
 
-    def pair(self, weight: Tensor) -> Pair:
+    def pair(self, weight: Tensor | Weight) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
         return self.method.pair(self.wide(), self.shape, weight)
 
@@ -119,15 +120,14 @@ class Site(nn.Module):
 
     def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down x), without a gain, in the base's dtype."""
-        dtype = module.weight.dtype
+        dtype = self.layer.dtype(module, x)
         return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
         hung = module.lorakin
         dropped = self.layer.drop(x, self.method.dropout, self.training)
-        weight = hung.base.get("weight", module.weight)
-        pair = self.pair(self.layer.matrix(weight.detach()))
+        pair = self.pair(self.layer.weight(module))
         change = self.branch(module, dropped, pair)
         if pair.gain is None:
             return change
@@ -135,7 +135,7 @@ class Site(nn.Module):
             bias = getattr(module, "bias", None)
             product = out if bias is None else out - self.layer.per_output(bias, module)
         else:
-            product = self.layer.product(module, dropped, weight)
+            product = self.layer.product(module, dropped, hung.base.get("weight", module._parameters.get("weight")))
         gain = self.layer.per_output(pair.gain, module)
         return (gain * change + (gain - 1) * product).to(change.dtype)
 
@@ -152,7 +152,8 @@ class Hung(nn.Module):
     """What hangs on one module: its adapters by name, which of them are in use, and what of the base's own is set aside.
 
     The adapters are children under their own names. `base` holds the base's parameters while adapters are merged,
-    `unmoved` its weight while an adapter moves a copy of that, `rows` which adapter each row of a mixed batch uses.
+    `unmoved` its weight while an adapter moves a copy of that, `dense` what a quantised module multiplies by while merged,
+    `rows` which adapter each row of a mixed batch uses.
     """
 
     def __init__(self) -> None:
@@ -162,11 +163,13 @@ class Hung(nn.Module):
         self.off: set[str] = set()
         self.base: dict[str, Tensor] = {}
         self.unmoved: dict[str, Tensor] = {}
+        self.dense: Tensor | None = None
         self.rows: Any = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hung:
         """Move and cast what is set aside together with the model."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dense = None if self.dense is None else fn(self.dense)
         for aside in (self.base, self.unmoved):
             for key, tensor in aside.items():
                 moved = fn(tensor.data)
@@ -213,6 +216,7 @@ class Adapted(Swapped):
     """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output."""
 
     lorakin: Hung
+    bias: Tensor | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -222,7 +226,7 @@ class Adapted(Swapped):
             stock = getattr(super().forward, "__func__", None) is nn.Linear.forward
             if stock and (whole := sites[0].fused(self, x)) is not None:
                 return whole
-        base = out = super().forward(*args, **kwargs)
+        base = out = super().forward(*args, **kwargs) if hung.dense is None else F.linear(x, hung.dense, self.bias)
         if hung.rows is not None:
             return hung.rows.adapted(self, x, base)
         for site in sites:

@@ -35,7 +35,7 @@ def energies(
             pair = site.method.low_rank(site.wide(), site.shape)
             sums[path] += _energy(site.branch(module, x, pair), mask, site)
             if normalised:
-                own[path] += _energy(site.layer.product(module, x, module.weight), mask, site)
+                own[path] += _energy(site.layer.product(module, x, module._parameters.get("weight")), mask, site)
 
         return before
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Method, Pair, Rule, Shape, Spot, widened
-from lorakin.surgery import layers, stepping
+from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
+from lorakin.surgery import layers, quantised, stepping
 from lorakin.surgery.adapted import (
     Copy,
     Hung,
@@ -60,6 +60,7 @@ class Registry:
     requires_grad: dict[str, bool] = dataclasses.field(default_factory=dict)
     hook: Any = None
     tied: bool = False
+    flags: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
 def plan(
@@ -111,20 +112,18 @@ def plan_for(
 
 def spot_of(module: nn.Module) -> Spot:
     """The module's shape and its weight as a matrix, the base's own even while adapters are merged."""
-    kind, weight = layers.kind_of(module), module.weight
+    kind = layers.kind_of(module)
     assert kind is not None
-    assert isinstance(weight, Tensor)
-    if is_adapted(module):
-        weight = module.lorakin.base.get("weight", weight)  # type: ignore[union-attr, operator]
-    return Spot(kind.shape(module), kind.matrix(weight.detach()))
+    return Spot(kind.shape(module), kind.weight(module))
 
 
 def own_weight(module: nn.Module) -> Tensor:
     """The module's weight as a matrix, the base's own even while adapters are merged or have moved it."""
-    kind, spot = layers.kind_of(module), spot_of(module)
+    kind = layers.kind_of(module)
     assert kind is not None
     aside = module.lorakin.unmoved.get("weight") if is_adapted(module) else None  # type: ignore[union-attr, operator]
-    return spot.weight if aside is None else kind.matrix(aside.detach())
+    weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())
+    return weight if isinstance(weight, Tensor) else weight.matrix
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -187,9 +186,9 @@ class Graft:
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         for path, method in self.plan.sites.items():
             module = module_at(self.model, path)
-            kind, shape, device = layers.kind_of(module), spot_of(module).shape, module.weight.device
+            kind = layers.kind_of(module)
             assert kind is not None
-            assert isinstance(device, torch.device)
+            shape, device = kind.shape(module), kind.device(module)
             roles, parameters = method.roles(path, shape, tensors[path]), {}
             for slot, tensor in tensors[path].items():
                 if (id(tensor), device) not in made:
@@ -206,6 +205,7 @@ class Graft:
         for path, child in children.items():
             if reason := conflict(module_at(self.model, path), self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
+        quantised.keep_trainable(self.model)
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
@@ -340,24 +340,28 @@ class Graft:
         try:
             for path, merged in before.items():
                 if self.name not in merged:
-                    set_merged(module_at(self.model, path), path, (*merged, self.name))
+                    set_merged(module_at(self.model, path), path, (*merged, self.name), quantised.dtype_of(self.model))
         except BaseException:
             for path, merged in before.items():
-                set_merged(module_at(self.model, path), path, merged)
+                set_merged(module_at(self.model, path), path, merged, quantised.dtype_of(self.model))
             raise
         _follow_ties(self.model)
+        dense = {path: weight for path in self._paths() if (weight := _hung(self.model, path).dense) is not None}
+        if dense:
+            _warn_of_dense(dense)
         if permanent:
             for path in self._paths():
                 hung = _hung(self.model, path)
                 hung.base, hung.unmoved, hung.merged = {}, {}, ()
             self.remove()
+            quantised.replace(self.model, dense)
 
     def unmerge(self) -> None:
         """Give the base its own parameters back, bit for bit."""
         self._require_present()
         for path in self._paths():
             rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
-            set_merged(module_at(self.model, path), path, rest)
+            set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
         _follow_ties(self.model)
 
     def begin(self, total_steps: int | None = None) -> None:
@@ -478,7 +482,7 @@ class SitePlace:
         return self.graft.plan.sites[self.path]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | Weight:
         """Its weight as a matrix, the base's own even while adapters are merged."""
         return spot_of(module_at(self.graft.model, self.path)).weight
 
@@ -604,7 +608,7 @@ def fresh(
 ) -> dict[str, dict[str, Tensor]]:
     """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
     spots = {path: spot_of(module_at(model, path)) for path in plan.sites}
-    meta = any(spot.weight.is_meta for spot in spots.values())
+    meta = any(spot.weight.device.type == "meta" for spot in spots.values())
     device = torch.device("meta" if meta else "cpu")
     return plan.method.start(spots, plan.sites, None if meta else generator, device, dtype)
 
@@ -656,12 +660,14 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
             ours = {key for key, _ in module.named_parameters(remove_duplicate=False) if "lorakin" in key.split(".")}
             model_like._keys_to_ignore_on_save = others | ours
     if registry.grafts and registry.hook is None:
+        registry.flags = quantised.take_flags(model)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
         config = getattr(model, "config", None)
         single = not getattr(config, "is_encoder_decoder", False)  # there the encoder's and decoder's stay tied to each other
         registry.tied = single and getattr(config, "tie_word_embeddings", False) and _tied_embeddings(model)
     if not registry.grafts:
         registry.hook.remove()
+        vars(model).update(registry.flags)
         for key, parameter in _base_parameters(model):
             parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
         del model.__dict__["_lorakin"]
@@ -678,6 +684,17 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
             LorakinWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_dense(dense: Mapping[str, Tensor]) -> None:
+    size = sum(weight.numel() * weight.element_size() for weight in dense.values())
+    warnings.warn(
+        f"the base is quantised: merged, its {len(dense)} adapted layers are {next(iter(dense.values())).dtype} and take "
+        f"{size / 2**30:.2f} GiB. To keep what was learned in a full-precision model, merge into the base that was quantised, "
+        "with lorakin merge --model",
+        LorakinWarning,
+        stacklevel=3,
+    )
 
 
 def _tied_embeddings(model: nn.Module) -> bool:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorakin.family import Pair, Shape
+from lorakin.family import Pair, Shape, Weight
+from lorakin.surgery import quantised
 
 
 class Layer:
@@ -37,6 +38,25 @@ class Layer:
     def layout(matrix: Tensor, module: Any) -> Tensor:
         """The inverse of `matrix`: (outputs, inputs) in the layout of the module's weight."""
         raise NotImplementedError
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor | Weight:
+        """The module's weight as a matrix, the base's own even while adapters are merged."""
+        hung = vars(module)["_modules"].get("lorakin")
+        own = module.weight if hung is None else hung.base.get("weight", module.weight)
+        return cls.matrix(own.detach())
+
+    @staticmethod
+    def dtype(module: Any, x: Tensor) -> torch.dtype:
+        """In which the module multiplies, and so does an adapter on it."""
+        dtype: torch.dtype = module.weight.dtype
+        return dtype
+
+    @staticmethod
+    def device(module: Any) -> torch.device:
+        """Where the module's weight is."""
+        device: torch.device = module.weight.device
+        return device
 
     @staticmethod
     def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
@@ -67,7 +87,7 @@ class Layer:
 class LinearLayer(Layer):
     """nn.Linear: the weight is the matrix."""
 
-    modules = (nn.Linear,)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     @staticmethod
     def shape(module: nn.Linear) -> Shape:
@@ -88,6 +108,36 @@ class LinearLayer(Layer):
     @staticmethod
     def product(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+
+class QuantisedLayer(LinearLayer):
+    """A linear layer that keeps its weight in few bits; see `quantised.py`."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        return quantised.shape_of(module)
+
+    @classmethod
+    def weight(cls, module: Any) -> Weight:
+        return quantised.packed_weight(module)
+
+    @staticmethod
+    def dtype(module: Any, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    @staticmethod
+    def device(module: Any) -> torch.device:
+        return quantised.device_of(module)
+
+    @staticmethod
+    def product(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        return quantised.product(module, x)
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        return quantised.refusal(module)
 
 
 class TransposedLayer(Layer):
@@ -200,6 +250,8 @@ KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer,
 
 def kind_of(module: nn.Module) -> type[Layer] | None:
     """The kind of layer that `module` is, or None if it is of no kind that can be adapted."""
+    if quantised.is_quantised(module):
+        return QuantisedLayer
     for kind in KINDS:
         if isinstance(module, kind.modules):
             return kind
@@ -214,7 +266,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is one of the layers that "all-linear" means."""
-    return kind_of(module) in (LinearLayer, TransposedLayer)
+    return kind_of(module) in (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
 def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
@@ -225,6 +277,8 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
+    if kind is QuantisedLayer:
+        return never_called(module, parent) or kind.refusal(module)
     weight = vars(module)["_parameters"].get("weight")
     if weight is None:
         return f"a {type(module).__name__} whose weight is computed (parametrized or normalised), not a parameter of its own"
@@ -232,7 +286,7 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
         return f"a {type(module).__name__} that gets its shape in the first forward; run one before adapting"
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         dtype = getattr(weight, "dtype", type(weight).__name__)
-        return f"a {type(module).__name__} whose weight is quantised ({dtype}), which this version does not adapt"
+        return f"a {type(module).__name__} whose weight is quantised ({dtype}), and no linear layer"
     if weight.is_meta and "_hf_hook" in vars(module):
         return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
     if reason := never_called(module, parent) or kind.refusal(module):

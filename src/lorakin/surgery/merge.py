@@ -1,7 +1,8 @@
 """Folding adapters into the weights of one module and taking them out again, bit for bit.
 
 The base's own parameters are set aside, not overwritten, and come back as the same objects. That costs one more copy
-of each adapted weight while merged, and it leaves a tied partner of the weight as it was.
+of each adapted weight while merged, and it leaves a tied partner of the weight as it was. A quantised weight stays where it
+is and is not used while merged: rounding the merged weight into so few bits again would lose most of what was learned.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import Pair, all_finite
+from lorakin.surgery import layers
 from lorakin.surgery.adapted import Copy, Hung, Site
-from lorakin.surgery.layers import Layer
+from lorakin.surgery.layers import Layer, QuantisedLayer
 
 
-def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
+def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> None:
     """Make the module's parameters those of the base with the adapters `names` folded in; () restores the base's own.
 
     The weight is computed from W0 in float32 (float64 for a float64 base) and rounded once, so that merging several
-    adapters one by one gives the bits of merging them at once.
+    adapters one by one gives the bits of merging them at once. That of a quantised module becomes a plain one in `dtype`.
 
     Raises:
         StateError: a merged weight would not be finite; the module is left as it was.
@@ -29,6 +31,10 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
     hung = module.lorakin
     assert isinstance(hung, Hung)
     names = tuple(name for name in hung.names() if name in names)  # in one order, whatever order they were merged in
+    if layers.kind_of(module) is QuantisedLayer and any(isinstance(child, Site) for child in hung.children()):
+        hung.dense = _dense(module, path, [hung[name] for name in names], dtype) if names else None
+        hung.merged = names
+        return
     if names:
         base = hung.base or _own_tensors(module)
         device = next(iter(base.values())).device.type
@@ -41,6 +47,13 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, tensor)
     hung.merged = names
+
+
+@torch.no_grad()
+def _dense(module: nn.Module, path: str, adapters: list[Site | Copy], dtype: torch.dtype) -> Tensor:
+    matrix = QuantisedLayer.weight(module).matrix
+    pairs = [adapter.pair(matrix) for adapter in adapters if isinstance(adapter, Site)]
+    return folded(matrix, QuantisedLayer, module, pairs, path, dtype)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -20,14 +20,14 @@ from lorakin.errors import SettingError, StateError
 from lorakin.family.low_rank import padded
 from lorakin.surgery.adapted import Hung, Site
 from lorakin.surgery.graft import check_switchable, hanging
-from lorakin.surgery.layers import LinearLayer, TransposedLayer
+from lorakin.surgery.layers import LinearLayer, QuantisedLayer, TransposedLayer
 
 FEW_TOKENS = 4
 """Up to so many tokens a row masking costs less than picking."""
 
 
 class Stack(NamedTuple):
-    """The pairs of one module, in its weight's dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs) or None."""
+    """The pairs of one module, in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs) or None."""
 
     down: Tensor
     up: Tensor
@@ -115,7 +115,7 @@ class MixedBatch:
         if x.shape[0] == 1 < len(self.wanted):  # one input for all rows, such as positions
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
-        stack = None if hung.off or module.training else self._stack_of(module, sites)
+        stack = None if hung.off or module.training else self._stack_of(module, x, sites)
         if stack is None or not stack.down.dtype == x.dtype == base.dtype:  # under autocast they differ
             return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
         return self._stacked(stack, module, x, base, numbers)
@@ -138,15 +138,15 @@ class MixedBatch:
                 out = out.index_copy(0, rows, call(hung[str(name)], rows).to(out.dtype))
         return out
 
-    def _stack_of(self, module: Any, sites: Sequence[Site | None]) -> Stack | None:
+    def _stack_of(self, module: Any, x: Tensor, sites: Sequence[Site | None]) -> Stack | None:
         """The module's stack: kept while nothing in it trains, anew where something does, None where that needs gradients."""
         if id(module) in self.stacks:
             return self.stacks[id(module)]
         there = [site for site in sites if site is not None]
         trains = any(parameter.requires_grad for site in there for parameter in site.parameters())
-        if there[0].layer not in (LinearLayer, TransposedLayer) or (trains and torch.is_grad_enabled()):
+        if there[0].layer not in (LinearLayer, QuantisedLayer, TransposedLayer) or (trains and torch.is_grad_enabled()):
             return None
-        stack = _stack(module, sites)
+        stack = _stack(module, sites, there[0].layer.dtype(module, x))
         if not trains:
             self.stacks[id(module)] = stack
         return stack
@@ -181,10 +181,9 @@ class MixedBatch:
 
 
 @torch.no_grad()
-def _stack(module: Any, sites: Sequence[Site | None]) -> Stack:
-    weight = module.weight
+def _stack(module: Any, sites: Sequence[Site | None], dtype: torch.dtype) -> Stack:
     there = [site for site in sites if site is not None]
-    pairs = {id(site): site.pair(site.layer.matrix(weight.detach())) for site in there}
+    pairs = {id(site): site.pair(site.layer.weight(module)) for site in there}
     rank = max(pair.down.shape[0] for pair in pairs.values())
     one = next(iter(pairs.values()))
     nothing = one._replace(up=one.up.new_zeros(one.up.shape[0], rank), down=one.down.new_zeros(rank, one.down.shape[1]))
@@ -193,4 +192,4 @@ def _stack(module: Any, sites: Sequence[Site | None]) -> Stack:
     if any(pair.gain is not None for pair in chosen):
         gain = torch.stack([one.up.new_ones(one.up.shape[0]) if pair.gain is None else pair.gain for pair in chosen])
     down, up = torch.stack([pair.down for pair in chosen]), torch.stack([pair.up.T for pair in chosen])
-    return Stack(down.to(weight.dtype), up.to(weight.dtype), gain)
+    return Stack(down.to(dtype), up.to(dtype), gain)

@@ -79,6 +79,7 @@ def evaluate_rows(
     chat_template: bool = True,
     dtype: str = "auto",
     other_base: bool = False,
+    quantize: str | None = None,
 ) -> Evaluation:
     """Evaluate a model, with an adapter or without, on all rows of a data set.
 
@@ -90,7 +91,7 @@ def evaluate_rows(
     labels = stored_labels(model) if rows.is_classification and adapter is None else None
     if rows.is_classification and adapter is None and labels is None:
         raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
-    loaded = load_with_adapter(model, adapter, dtype, labels, other_base)
+    loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")

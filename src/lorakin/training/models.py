@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """llama.cpp's names of tokenizers that take a number digit by digit."""
 CONVERSION = 2
 """Raised when what is made of a GGUF file changes, so that no old one is taken from the cache."""
+QUANTISATIONS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
+    "nf4": ("bitsandbytes", lambda dtype: transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )),
+    "int8": ("bitsandbytes", lambda dtype: transformers.BitsAndBytesConfig(load_in_8bit=True)),
+    "torchao-int8": ("torchao", lambda dtype: transformers.TorchAoConfig(_torchao().Int8WeightOnlyConfig())),
+}  # fmt: skip
+"""What `quantize` may be → the package that it needs, and transformers' config of it for a dtype to compute in."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,24 +60,34 @@ class Loaded:
     fresh: tuple[str, ...] = ()
 
 
-def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Loaded:
+def _torchao() -> Any:
+    return importlib.import_module("torchao.quantization")
+
+
+def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None, quantize: str | None = None) -> Loaded:
     """Load a causal language model, or with `labels` a classifier whose head is new.
 
     Args:
         name: a packaged model ("smollm2", "minilm"), a `.gguf` file, a local directory, or a hub id.
         dtype: "float32", "bfloat16", "float16", "base" (as the weights are stored), or "auto" (see `fastest_dtype`).
         labels: the classes, in order.
+        quantize: one of `QUANTISATIONS`: keep the linear layers, but for the head, in so few bits. Without it a model that is
+            stored quantised stays as it is.
 
     Raises:
         ModelError: nothing of that name can be found or loaded.
-        SettingError: an unknown dtype.
+        SettingError: an unknown dtype or quantisation, or one whose package is missing.
     """
     chosen = resolve_dtype(dtype, classification=labels is not None)
+    options: dict[str, Any] = {"dtype": DTYPES.get(chosen, "auto"), "output_loading_info": True}
+    if quantize is not None:
+        computing = DTYPES.get(chosen, torch.bfloat16)
+        options |= {"quantization_config": _quantisation(quantize, computing), "device_map": {"": best_device()}}
     source, task = _source(name), _task(labels)
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
     with quiet_loading():
         try:
-            model, found = auto.from_pretrained(source, dtype=DTYPES.get(chosen, "auto"), output_loading_info=True, **task)
+            model, found = auto.from_pretrained(source, **options, **task)
             tokenizer = _tokenizer(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -82,9 +101,20 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     if labels is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
-    model.to(best_device())
+    if getattr(model, "hf_quantizer", None) is None:  # which has put it there
+        model.to(best_device())
     fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
+
+
+def _quantisation(word: str, dtype: torch.dtype) -> Any:
+    """transformers' config for a word of `QUANTISATIONS`."""
+    if word not in QUANTISATIONS:
+        raise SettingError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {word!r}")
+    package, config = QUANTISATIONS[word]
+    if importlib.util.find_spec(package) is None:
+        raise SettingError(f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}")
+    return config(dtype)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -133,8 +163,9 @@ def _task(labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def load_with_adapter(
-    name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False
-) -> Loaded:
+    name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False,
+    quantize: str | None = None,
+) -> Loaded:  # fmt: skip
     """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
 
     The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`.
@@ -143,11 +174,11 @@ def load_with_adapter(
         ModelError, AdapterError: one of them cannot be loaded, or they do not fit together.
     """
     if adapter is None:
-        return load_model(name, dtype, labels)
+        return load_model(name, dtype, labels, quantize)
     files = directory.read(adapter_directory(adapter))
     if labels is None and files.config.get("task_type") == "SEQ_CLS":
         labels = labels_of(files)
-    loaded = load_model(name, dtype, labels)
+    loaded = load_model(name, dtype, labels, quantize)
     said = files.config.get("base_model_name_or_path")
     known = files.own is not None and files.own.base is not None
     if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():

@@ -55,6 +55,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     fuse: bool = False
     dtype: str = "auto"
+    quantize: str | None = None
     save_every: int | None = None
     seed: int = 0
     labels: list[str] | None = None

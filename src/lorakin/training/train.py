@@ -136,7 +136,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     labels = (recipe.labels or rows.labels()) if rows.is_classification else None
     console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
-    loaded = load_model(recipe.model, recipe.dtype, labels)
+    loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
@@ -317,7 +317,7 @@ def _describe(run: Run) -> None:
     total = sum(p.numel() for p in run.loaded.model.parameters())
     trained = run.adapter.trainable_parameters
     console.print(
-        f"[bold]model[/]  {recipe.model} in {recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
+        f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
         + f"; {trained:,} of {total:,} parameters train ({trained / total:.2%})",

@@ -9,6 +9,7 @@ import torch
 
 import lorakin as lk
 from conftest import tiny_llama
+from lorakin.surgery.quantised import is_quantised
 from lorakin.training import models
 from lorakin.training.generate import answer
 
@@ -59,3 +60,17 @@ def test_smollm2_is_the_dequantised_file() -> None:
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert all(p.requires_grad for p in loaded.model.parameters())
     assert "Paris" in answer(loaded, "What is the capital of France?", max_new_tokens=12)
+
+
+@pytest.mark.parametrize("word", models.QUANTISATIONS)
+def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str, model_dir: str) -> None:
+    model = models.load_model(model_dir, "float32", quantize=word).model
+    assert is_quantised(model.model.layers[0].mlp.up_proj)
+    assert not is_quantised(model.lm_head)
+    loaded = models.load_model(bert_dir, "float32", ["no", "yes"], quantize=word)
+    assert is_quantised(loaded.model.bert.encoder.layer[1].attention.self.query)
+    assert loaded.fresh == ("classifier",)
+    assert type(loaded.model.classifier.weight) is torch.nn.Parameter
+    assert loaded.model.classifier.weight.dtype == torch.float32
+    with pytest.raises(lk.SettingError, match="quantize must be one of nf4, int8, torchao-int8, not 'int3'"):
+        models.load_model(model_dir, quantize="int3")

@@ -17,6 +17,9 @@ from lorakin.errors import LorakinError, LorakinWarning
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 
+CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Libraries that warn of every cast of every layer, or of what they cannot load when they are merely imported."""
+
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
     no_args_is_help=True,
@@ -42,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
         return None
 
     warnings.showwarning = show_ours
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which tells of every cast of every layer
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:

@@ -28,6 +28,7 @@ from torch import nn
 from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
 from lorakin.storage import directory
+from lorakin.surgery.targets import head_of
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
 PACKAGED = {
@@ -38,14 +39,20 @@ DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """llama.cpp's names of tokenizers that take a number digit by digit."""
 CONVERSION = 2
 """Raised when what is made of a GGUF file changes, so that no old one is taken from the cache."""
-QUANTISATIONS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
-    "nf4": ("bitsandbytes", lambda dtype: transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+QUANTISATIONS: dict[str, tuple[str, Callable[[torch.dtype, list[str] | None], Any]]] = {
+    "nf4": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
     )),
-    "int8": ("bitsandbytes", lambda dtype: transformers.BitsAndBytesConfig(load_in_8bit=True)),
-    "torchao-int8": ("torchao", lambda dtype: transformers.TorchAoConfig(_torchao().Int8WeightOnlyConfig())),
+    "int8": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
+        load_in_8bit=True, llm_int8_skip_modules=skip
+    )),
+    "torchao-int8": ("torchao", lambda dtype, skip: transformers.TorchAoConfig(
+        importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(), modules_to_not_convert=skip
+    )),
 }  # fmt: skip
-"""What `quantize` may be → the package that it needs, and transformers' config of it for a dtype to compute in."""
+"""What `quantize` may be → the package that it needs, and transformers' config of it: for a dtype to compute in, with modules
+that stay as they are (None: the head)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,10 +65,6 @@ class Loaded:
     name: str
     dtype: str
     fresh: tuple[str, ...] = ()
-
-
-def _torchao() -> Any:
-    return importlib.import_module("torchao.quantization")
 
 
 def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None, quantize: str | None = None) -> Loaded:
@@ -79,14 +82,15 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
         SettingError: an unknown dtype or quantisation, or one whose package is missing.
     """
     chosen = resolve_dtype(dtype, classification=labels is not None)
-    options: dict[str, Any] = {"dtype": DTYPES.get(chosen, "auto"), "output_loading_info": True}
-    if quantize is not None:
-        computing = DTYPES.get(chosen, torch.bfloat16)
-        options |= {"quantization_config": _quantisation(quantize, computing), "device_map": {"": best_device()}}
     source, task = _source(name), _task(labels)
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+    options: dict[str, Any] = {"dtype": DTYPES.get(chosen, "auto"), "output_loading_info": True}
+    made = None if quantize is None else _quantisation(quantize)
     with quiet_loading():
         try:
+            if made is not None:
+                config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
+                options |= {"quantization_config": config, "device_map": {"": best_device()}}
             model, found = auto.from_pretrained(source, **options, **task)
             tokenizer = _tokenizer(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -107,14 +111,23 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
 
 
-def _quantisation(word: str, dtype: torch.dtype) -> Any:
-    """transformers' config for a word of `QUANTISATIONS`."""
+def _quantisation(word: str) -> Callable[[torch.dtype, list[str] | None], Any]:
+    """What makes transformers' config for a word of `QUANTISATIONS`."""
     if word not in QUANTISATIONS:
         raise SettingError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {word!r}")
     package, config = QUANTISATIONS[word]
     if importlib.util.find_spec(package) is None:
         raise SettingError(f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}")
-    return config(dtype)
+    return config
+
+
+def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | None:
+    """The modules of a classifier that its files lack: they are drawn at random and trained, so they are not quantised."""
+    if not task:
+        return None
+    model, found = auto.from_pretrained(source, device_map="meta", output_loading_info=True, **task)
+    missing = {key.rpartition(".")[0] for key in found["missing_keys"] if key in dict(model.named_parameters())}
+    return sorted(missing | set(head_of(model)))
 
 
 def load_tokenizer(name: str) -> Any:

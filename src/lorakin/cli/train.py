@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from lorakin.cli.options import (
     MODEL_HELP,
@@ -97,13 +98,14 @@ def command(
     flags = {name: value for name, value in locals().items() if name not in ("recipe", "resume", "as_json")}
     for name in ("targets", "exclude", "modules_to_save"):
         flags[name] = parts(flags[name])
+    from lorakin.training import processes
     from lorakin.training import train as training
     from lorakin.training.recipe import parse_settings, read_recipe
 
     flags["settings"] = parse_settings(settings or [])
     flags["method"] = ",".join(method) if method else None
 
-    console = console_for(as_json)
+    console = console_for(as_json) if processes.is_first() else Console(quiet=True)
     effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
     try:
         result = training.train(training.prepare(effective, console, resume))
@@ -111,8 +113,9 @@ def command(
         if (Path(effective.out) / training.RECIPE).is_file():
             console.print(f"stopped; go on with: lorakin train --resume --out {effective.out}", highlight=False, soft_wrap=True)
         raise
-    if as_json:
+    if as_json and processes.is_first():
         print_json(result.as_dict())
+    if as_json:
         return
     where = result.out
     console.print(f"[bold]held out after[/]   {training.described(result.after)}", highlight=False)

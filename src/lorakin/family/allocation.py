@@ -138,7 +138,7 @@ class Allocation(Rule):
             self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])))
         elif self.pattern is not None and not self.freed and n > self._end:
             self._switch_off(self.pattern)
-        if n == self._end:
+        if n == self._end and not is_replicated():  # what reduces gradients over processes has sized its buffers
             self._free(optimizer)
 
     def _switch_off(self, pattern: list[Tensor]) -> None:
@@ -187,6 +187,12 @@ class Allocation(Rule):
         if self.blind:
             return "adalora's scores were all equal, so the ranks went by the modules' order alone: did gradients reach them?"
         return None
+
+
+def is_replicated() -> bool:
+    """Whether this is one of several processes that train together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
 
 
 def keep_only(parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer) -> None:

@@ -74,6 +74,8 @@ class DoRA(Modifier):
 def _is_at_start(place: Place) -> bool:
     m, weight = place.tensors()["m"], place.weight
     nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
+    if hasattr(weight, "placements"):  # sharded, so that this process knows some of its rows
+        return False
     return not m.is_meta and torch.equal(m, row_norms(weight, *nothing).to(m))
 
 

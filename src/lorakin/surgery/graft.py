@@ -31,6 +31,7 @@ from lorakin.surgery.adapted import (
     unhang,
 )
 from lorakin.surgery.merge import set_merged
+from lorakin.surgery.replicated import Averaging, averaged
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
 
@@ -159,6 +160,7 @@ class Graft:
         self._stepped = False
         self.rate_factors: dict[float, int] = {}
         self.warned_of_rates = False
+        self.averaging: Averaging | None = None
         self._state: Mapping[str, Any] | None = None
         self._disabled = 0
         self._merge_again = False
@@ -252,6 +254,10 @@ class Graft:
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those of them that train; none once the adapter is gone."""
         return ((name, p) for name, p in (self.named_parameters() if self.is_present else ()) if p.requires_grad)
+
+    def modules(self) -> list[nn.Module]:
+        """What holds its tensors in each place of the model: for what shards or moves a model and should leave them out."""
+        return [_hung(self.model, path)[self.name] for path in self._paths()]
 
     def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The base model's own."""
@@ -379,6 +385,7 @@ class Graft:
         self.running, self.rules = running, running.rules(self.places())
         self.steps, self._stepped = 0, False
         self.rate_factors, self.warned_of_rates = {}, False
+        self.averaging = averaged(self, self.averaging)
         if self._state is not None:
             self.restore_state(self._state)
 
@@ -398,6 +405,10 @@ class Graft:
 
     def before_step(self) -> None:
         """Gradients are complete and an optimizer is about to use them."""
+        if not self._stepped and self.averaging is None:  # the base may have been sharded after the optimizer was made
+            self.averaging = averaged(self, None)
+            if self.averaging is not None:
+                self.averaging.average()
         for rule in self.rules or ():
             rule.before(self.steps + 1)
 

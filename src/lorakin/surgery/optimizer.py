@@ -31,7 +31,7 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, role in _rates(graft, lr):
         groups.setdefault((rate, role.decays), []).append(parameter)
-    if not groups:
+    if not any(parameter.requires_grad for parameters in groups.values() for parameter in parameters):
         raise SettingError(f"adapter {graft.name!r} has nothing to train; load it with trainable=True")
     return [
         {"params": parameters, "lr": rate, **options, **({} if decays else {"weight_decay": 0.0})}
@@ -167,13 +167,16 @@ def _factors(graft: Graft) -> dict[float, int]:
 
 
 def _rates(graft: Graft, lr: float) -> list[tuple[nn.Parameter, float, Role]]:
-    """Every trainable tensor once, with its rate and role. Modules trained whole have the base rate."""
+    """Every trainable tensor once, with its rate and role. Modules trained whole have the base rate.
+
+    One whose ranks were all freed stays in its group, so that the optimizer of a resumed run has the groups of the first.
+    """
     found: dict[int, tuple[nn.Parameter, float, Role]] = {}
     for path in graft.plan.sites:
         site = graft.site(path)
         roles = site.roles()
         for slot, parameter in site.tensors().items():
-            if parameter.requires_grad:
+            if parameter.requires_grad or (roles[slot].trained and not parameter.numel()):
                 rate = graft.plan.method.rate(lr, roles[slot], site.shape)
                 found.setdefault(id(parameter), (parameter, rate, roles[slot]))
     for _, parameter in graft.trained():

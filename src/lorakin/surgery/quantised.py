@@ -31,7 +31,8 @@ def is_quantised(module: nn.Module) -> bool:
     if isinstance(weight, UninitializedParameter):
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        return type(weight) not in PLAIN and _unpacks(weight)
+        packed = [*weight.shape] != [module.out_features, module.in_features]  # bits kept in a float's place
+        return packed or (type(weight) not in PLAIN and _unpacks(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
 
@@ -126,8 +127,8 @@ def rows_of(module: nn.Module) -> Rows | None:
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
-    if getattr(weight, "quant_state", None) is not None:
-        return _four_bits(weight)
+    if (state := getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)) is not None:
+        return _four_bits(weight, state)
     if hasattr(weight, "SCB"):
         holder: Any = module
         scales: Tensor = holder.state.SCB if weight.SCB is None else weight.SCB
@@ -142,10 +143,10 @@ def _unpacks(weight: Tensor) -> bool:
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def _four_bits(weight: Any) -> Rows:
+def _four_bits(weight: Any, state: Any) -> Rows:
     """Rows of bitsandbytes' 4-bit weights: two numbers a byte, row after row, a scale for each `blocksize` numbers."""
-    _lay_out(weight)
-    library, state = sys.modules["bitsandbytes"].functional, weight.quant_state
+    _lay_out(weight, state)
+    library = sys.modules["bitsandbytes"].functional
     inputs, size = state.shape[1], state.blocksize
 
     def rows(start: int, stop: int) -> Tensor:
@@ -234,6 +235,16 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         vars(model).update({flag: False for flag in FLAGS if hasattr(model, flag)})
 
 
+def not_to_shard(model: nn.Module) -> list[nn.Module]:
+    """The quantised layers whose tensors FSDP2 cannot cut: of integers, or of a class of their own."""
+
+    def can_be_cut(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and not _unpacks(tensor)
+
+    own = {module: (*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in model.modules()}
+    return [module for module, tensors in own.items() if is_quantised(module) and not all(map(can_be_cut, tensors))]
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Undo and forbid what bitsandbytes does to 4-bit weights on some CPUs when they are used for inference.
 
@@ -242,12 +253,11 @@ def keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            _lay_out(module.weight)
+            _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
 
 
-def _lay_out(weight: Any) -> None:
+def _lay_out(weight: Any, state: Any) -> None:
     """Give a 4-bit weight its usual layout back; its scales stay rounded to bfloat16, as they were used."""
-    state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         scales, state.original_nested = state.absmax.T.reshape(-1).float(), False  # of which the library loses the order
         undo = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse

@@ -29,6 +29,7 @@ from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
 from lorakin.storage import directory
 from lorakin.surgery.targets import head_of
+from lorakin.training import processes
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
 PACKAGED = {
@@ -238,7 +239,9 @@ def labels_of(files: directory.Files) -> list[str]:
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one, else the CPU."""
+    """A GPU if there is one, this process's own if there are several processes; else the CPU."""
+    if processes.count() > 1:
+        return torch.device(processes.joined().device)
     accelerator = torch.accelerator.current_accelerator()
     return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
 

@@ -38,14 +38,21 @@ def peak_memory_bytes() -> int:
 class Metrics:
     """`metrics.jsonl`: one JSON object per line, appended as the run goes on."""
 
-    def __init__(self, path: Path, from_step: int = 0) -> None:
-        """Open `path`; rows of steps after `from_step`, left by an interrupted run, are dropped."""
-        self.path = path
+    def __init__(self, path: Path, from_step: int = 0, writes: bool = True) -> None:
+        """Open `path`; rows of steps after `from_step`, left by an interrupted run, are dropped.
+
+        Of several processes one `writes`.
+        """
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [row for row in self.rows() if row["step"] <= from_step] if from_step else []
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def add(self, step: int, **values: float) -> None:
         """Append a row."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lorakin.storage import directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
-from lorakin.training import data
+from lorakin.training import data, processes
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
@@ -56,7 +56,8 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = math.ceil(len(self.train.examples) / (self.recipe.batch_size * self.recipe.accumulate))
+        each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
+        per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
 
     def collator(self) -> Any:
@@ -110,7 +111,7 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
-        if not torch.isfinite(loss):
+        if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
@@ -126,6 +127,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     """
     out = Path(recipe.out).expanduser()
     checkpoint = _check_out(recipe, out, resume)
+    processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
     schedules = [schedule.value for schedule in transformers.SchedulerType]
     if recipe.schedule not in schedules:
@@ -156,15 +158,22 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
         _describe(run)
-        recipe.save(out / RECIPE)
+        _written(lambda: recipe.save(out / RECIPE))
         return run
     adapt(loaded.model, method.for_probe(), **where).remove()  # so that what is wrong is said before anything is written
-    recipe.save(out / RECIPE)
-    found = _importance(run, method, where)
-    directory.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()})
+    _written(lambda: recipe.save(out / RECIPE))
+    found = processes.agreed(_importance(run, method, where))
+    _written(lambda: directory.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
     run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
     return run
+
+
+def _written(write: Callable[[], Any]) -> None:
+    """Let the first process write, and the others wait until it has."""
+    if processes.is_first():
+        write()
+    processes.wait()
 
 
 def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
@@ -224,10 +233,10 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     model, console = run.loaded.model, run.console
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
-    metrics = Metrics(run.out / METRICS, resumed)
+    metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
-    trainer = _trainer(run, [Watch(console, metrics), *callbacks])
+    trainer = _trainer(run, [*([Watch(console, metrics)] if processes.is_first() else []), *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -237,9 +246,9 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
             raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)
     except DivergedError as error:
         raise _stopped(run, trainer, error) from None
-    run.adapter.save(run.out)
+    _written(lambda: run.adapter.save(run.out))
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
-    metrics.plot(run.out / PICTURE)
+    _written(lambda: metrics.plot(run.out / PICTURE))
     model.eval()
     unfuse(model)
     return Result(
@@ -349,9 +358,9 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
-    for row in metrics.rows():
-        if row["step"] == 0 and "eval_loss" in row:
-            return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
+    known = [row for row in metrics.rows() if row["step"] == 0 and "eval_loss" in row]
+    for row in processes.agreed(known):
+        return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():
         before = run.evaluate()
     metrics.add(0, **{f"eval_{name}": value for name, value in before.as_dict().items()})
@@ -371,6 +380,7 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
+        weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -386,16 +396,12 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    optimizer = run.adapter.optimizer(
-        torch.optim.AdamW, lr=recipe.lr, weight_decay=recipe.weight_decay, total_steps=run.total_steps
-    )
     trainer = AdapterTrainer(
         run.adapter,
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(run.train.examples),
         data_collator=run.collator(),
-        optimizers=(optimizer, None),
         compute_loss_func=None if run.labels is not None else answer_loss,
         callbacks=callbacks,
         processing_class=run.loaded.tokenizer,
@@ -419,7 +425,7 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
     with torch.no_grad():
         for parameter, value in zip(trainer.trained, trainer.good, strict=True):
             parameter.data = value  # not copied: ranks may have been freed since
-    directory.save(run.adapter, run.out)
+    _written(lambda: directory.save(run.adapter, run.out))
     return DivergedError(
         f"{error}; stopped, and the adapter after step {trainer.good_step}, the last with a finite loss, is in {run.out}; "
         f"{advice}",

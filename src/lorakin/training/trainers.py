@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import transformers
 from lorakin.adapter import Adapter, adapters
 from lorakin.errors import SettingError, StateError
 from lorakin.storage import directory
+from lorakin.surgery import quantised
 from lorakin.surgery.optimizer import regroup
 
 DEFAULT = "default"
@@ -26,6 +29,40 @@ class AdapterTraining:
     args: Any
     state: Any
     optimizer: Any
+    accelerator: Any
+    is_fsdp_enabled: bool
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's training; where the base is to be sharded, every process keeps the adapters whole."""
+        sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if sharding is not None and sharding.fsdp_version != 2:
+            raise SettingError("FSDP 1 flattens the adapters' tensors; use FSDP2 (fsdp_version: 2)")
+        if sharding is not None:
+            whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
+            sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The adapters, by the process that saves."""
+        with self._unsharded():
+            super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._unsharded():
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._unsharded():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """While files are written and read, which hold nothing of the sharded base."""
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = sharded
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, with the groups of the adapters' methods; one that the user gave is left as it is."""

@@ -1,0 +1,85 @@
+"""Adapters beside a base that is sharded over processes (FSDP2): every process holds the adapter whole.
+
+What shards the base has to leave the adapter out (`ignored_params`). Its tensors are small, and members look at whole ones:
+ranks are compared over the model, pairs are shared between layers, anchors come in the middle of a run. So nothing else
+averages their gradients over the processes; here it is done once at the end of each backward, before anything uses them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from lorakin.errors import StateError
+
+if TYPE_CHECKING:
+    from lorakin.surgery.graft import Graft
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def base_is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the base are sharded."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and any(is_sharded(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))
+
+
+class Averaging:
+    """Averages the gradients of an adapter's tensors over all processes, once at the end of each backward."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.queued = False
+        self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in parameters]  # type: ignore[no-untyped-call]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self.queued:
+            self.queued = True
+            Variable._execution_engine.queue_callback(self.average)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace every gradient by its mean. Where it was accumulated, means of means are the mean."""
+        self.queued = False
+        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
+            held = [p for p in self.parameters if p.dtype == dtype]  # all of them, so that processes agree on the sizes
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            for parameter, mean in zip(held, torch.split(flat, [p.numel() for p in held]), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view_as(parameter))
+
+    def stop(self) -> None:
+        """Average no more."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def averaged(graft: Graft, known: Averaging | None) -> Averaging | None:
+    """What averages the adapter's gradients, `known` if that is still it; None where something else does or nothing need.
+
+    Raises:
+        StateError: the adapter itself is sharded.
+    """
+    trained = list({id(p): p for _, p in graft.trained()}.values())
+    if any(is_sharded(parameter) for parameter in trained):
+        raise StateError(
+            f"adapter {graft.name!r} was sharded together with the base, but its method needs whole tensors: shard with "
+            "fully_shard(…, ignored_params=set(adapter.parameters())); with Accelerate, set "
+            "accelerator.state.fsdp_plugin.ignored_modules = adapter.modules() before prepare(); "
+            "lorakin.training.prepare_trainer does it for transformers' Trainer"
+        )
+    if not base_is_sharded(graft.model):
+        return None
+    if known is not None and known.parameters == trained:
+        return known
+    if known is not None:
+        known.stop()
+    return Averaging(trained)

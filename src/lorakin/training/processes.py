@@ -1,0 +1,52 @@
+"""The processes that train one model together, as torchrun or `accelerate launch` started them; usually this one alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def joined() -> Any:
+    """Accelerate's state of this process; the first call makes the processes find each other."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return count() == 1 or bool(joined().is_main_process)
+
+
+def wait() -> None:
+    """Go on when all are here."""
+    if count() > 1:
+        joined().wait_for_everyone()
+
+
+def agreed(value: T) -> T:
+    """What the first process has for `value`, in all of them."""
+    if count() == 1:
+        return value
+    joined()
+    held = [value]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether something holds in every process."""
+    if count() == 1:
+        return holds
+    there = torch.tensor(int(holds), device=joined().device)
+    torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MIN)
+    return bool(there)

@@ -1,0 +1,71 @@
+"""Two processes on the CPU (gloo), under DDP and FSDP2: what they learn is what one process learns from the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_llama
+from training.worker import BASES, MEMBERS, train
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(*command: str, limit: int = 400) -> subprocess.CompletedProcess[str]:
+    """Run a command in two processes with one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, timeout=limit, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every member on every base, under each engine."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "plain")
+    for engine in ("ddp", "fsdp2"):
+        launch(str(WORKER), engine, str(folder), ",".join(MEMBERS), ",".join(BASES))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for base in BASES:
+        for member in MEMBERS:
+            train(member, base, "one", folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_two_processes_are_one(member: str, engine: str, base: str, together: Path) -> None:
+    one, two = (together / f"{which}-{member}-{base}" for which in ("one", engine))
+    losses = [torch.tensor(json.loads((place / "losses.json").read_text())) for place in (one, two)]
+    assert len(losses[0]) == 8
+    loose = base == "int8"  # which rounds each row of activations by its largest, in batches of other sizes
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=3e-3 if loose else 1e-4)
+    (mine, config), (theirs, wanted) = (
+        (load_file(place / "adapter" / "adapter_model.safetensors"), json.loads((place / "adapter" / "adapter_config.json").read_text()))
+        for place in (two, one)
+    )  # fmt: skip
+    assert config == wanted
+    assert mine.keys() == theirs.keys()
+    apart = sum(float((mine[key] - theirs[key]).double().square().sum()) for key in mine) ** 0.5
+    size = sum(float(tensor.double().square().sum()) for tensor in theirs.values()) ** 0.5
+    assert apart < (3e-2 if loose else 1e-3) * size, apart / size
+    assert (two / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert (two / "checkpoints" / "checkpoint-4" / "optimizer.pt").is_file()

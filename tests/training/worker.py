@@ -1,0 +1,103 @@
+"""One of two processes of tests/training/test_processes.py: trains members on bases under one engine, and saves what came out.
+
+    torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER,… BASE,…
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+import lorakin as lk
+from conftest import tiny_llama
+from lorakin.surgery.replicated import is_sharded
+from lorakin.training import prepare_trainer
+from lorakin.training.models import QUANTISATIONS
+
+STEPS, ROWS, GLOBAL_BATCH = 8, 64, 8
+
+MEMBERS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: lk.LoRA(rank=4),
+    "lora+": lambda: lk.LoRAPlus(rank=4, ratio=4),
+    "lora-fa": lambda: lk.LoRAFA(rank=4),
+    "vera": lambda: lk.VeRA(rank=8),
+    "dora": lambda: lk.DoRA(rank=4),
+    "adalora": lambda: lk.AdaLoRA(initial_rank=6, target_rank=3, start=1, finish=4, interval=1),
+    "lora-drop": lambda: lk.LoRADrop(rank=4, keep=4),
+    "delta-lora": lambda: lk.DeltaLoRA(rank=4, start_step=3),
+}
+BASES = ["plain", *QUANTISATIONS]
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randint(3, 64, (9,), generator=generator) for _ in range(ROWS)]
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+def load(base: str, folder: Path) -> Any:
+    """The tiny Llama, plain or quantised."""
+    if base == "plain":
+        return tiny_llama(hidden_size=64, intermediate_size=128)
+    _, config = QUANTISATIONS[base]
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "plain", dtype=torch.float32, quantization_config=config(torch.float32, None)
+    )
+
+
+def train(member: str, base: str, engine: str, folder: Path) -> None:
+    """Train, and save the losses and the adapter at `folder`/`engine`-`member`-`base`."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model, data = load(base, folder), rows()
+    probe = [{key: torch.stack([row[key] for row in data[:4]]) for key in data[0]}] if member == "lora-drop" else None
+    adapter = lk.adapt(model, MEMBERS[member](), seed=0, probe=probe)
+    place = folder / f"{engine}-{member}-{base}"
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    args = transformers.TrainingArguments(
+        str(place / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, learning_rate=5e-3,
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="steps", save_steps=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=0, data_seed=0, optim="sgd" if member == "vera" else "adamw_torch",
+        **sharding if engine == "fsdp2" else {},
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, args, train_dataset=data)  # type: ignore[arg-type]
+    if engine == "fsdp2":  # Accelerate chooses it for GPUs alone; the rest of its path is the same
+        state = trainer.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        vars(state)["fsdp_plugin"] = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        trainer.is_fsdp_enabled = True
+    trainer.remove_callback(transformers.PrinterCallback)
+    prepare_trainer(trainer).train()
+    wrapped = type(trainer.model_wrapped).__name__
+    assert {"one": wrapped == type(model).__name__, "ddp": "DistributedData" in wrapped, "fsdp2": "FSDP" in wrapped}[engine]
+    assert not any(is_sharded(p) for p in adapter.parameters())
+    assert is_sharded(model.model.embed_tokens.weight) == (engine == "fsdp2")
+    for name, parameter in adapter.named_parameters():
+        assert_same_everywhere(name, parameter.detach(), world)
+    if int(os.environ.get("RANK", "0")) == 0:
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        (place / "losses.json").write_text(json.dumps(losses))
+        adapter.save(place / "adapter")
+
+
+def assert_same_everywhere(name: str, tensor: torch.Tensor, world: int) -> None:
+    if world > 1:
+        both = [torch.empty_like(tensor) for _ in range(world)]
+        torch.distributed.all_gather(both, tensor.contiguous())
+        assert all(torch.equal(tensor, other) for other in both), f"{name} differs between the processes"
+
+
+if __name__ == "__main__":
+    engine, folder, members, bases = sys.argv[1:]
+    for base in bases.split(","):
+        for member in members.split(","):
+            train(member, base, engine, Path(folder))

@@ -1,6 +1,6 @@
 """One of two processes of tests/training/test_processes.py: trains members on bases under one engine, and saves what came out.
 
-    torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER,… BASE,…
+torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER,… BASE,…
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class Matrix:
         tensors = self.place.tensors()
         return {slot: tensors[slot] for slot in self.trained if tensors[slot].numel()}
 
+    def axes(self) -> list[tuple[str, int]]:
+        """Where its triplets lie: each of its tensors, and along which axis."""
+        return [(self.scales, 0), *zip(self.sides, (1, 0), strict=False)]
+
     @property
     def rank(self) -> int:
         """How many triplets it has now, pruned ones included until they are freed."""
@@ -73,20 +77,26 @@ class Allocation(Rule):
 
     @torch.no_grad()
     def before(self, n: int) -> None:
-        self.regularise()
+        fixed = n > self._end and not self.freed
+        self.regularise(self.pattern if fixed else None)
         if n <= self._end:
             self.observe()
 
-    def regularise(self) -> None:
-        """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R."""
-        sides = [factor for m in self.matrices for slot, factor in m.factors().items() if slot != m.scales]
-        with_grad = [side for side in sides if side.grad is not None]
+    def regularise(self, pattern: list[Tensor] | None = None) -> None:
+        """∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count, and so for Q: the exact gradient of γ·R.
+
+        Of a `pattern` only the triplets that were kept count; what stands beside the others is zero.
+        """
+        kept = pattern or [torch.ones(matrix.rank, dtype=torch.bool) for matrix in self.matrices]
+        alive = [(m, k) for m, k in zip(self.matrices, kept, strict=True) if k.any()]
+        sides = [(factor, k) for m, k in alive for slot, factor in m.factors().items() if slot != m.scales]
+        with_grad = [side for side, _ in sides if side.grad is not None]
         if not with_grad:
             return
         wide = [side.to(torch.promote_types(side.dtype, torch.float32)) for side in with_grad]
         excess = [side.T @ side if side.shape[0] >= side.shape[1] else side @ side.T for side in wide]
-        for gram in excess:
-            gram.diagonal().sub_(1)
+        for gram, k in zip(excess, (k for side, k in sides if side.grad is not None), strict=True):
+            gram.diagonal().sub_(k.to(gram))
         sizes = [size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)]
         torch._foreach_mul_(excess, 2 * self.member.orthogonality / len(sides))
         for parameter, side, gram, size in zip(with_grad, wide, excess, sizes, strict=True):
@@ -135,16 +145,19 @@ class Allocation(Rule):
             self.blind = bool((scores == scores[0]).all())
             best = torch.sort(scores, descending=True, stable=True).indices[: self.budget(n)]
             kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
-            self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])))
+            self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])), for_good=n == self._end)
         elif self.pattern is not None and not self.freed and n > self._end:
-            self._switch_off(self.pattern)
-        if n == self._end and not is_replicated():  # what reduces gradients over processes has sized its buffers
+            self._switch_off(self.pattern, for_good=True)
+        if n == (self.member.total_steps if is_replicated() else self._end):  # buffers for all processes' gradients have sizes
             self._free(optimizer)
 
-    def _switch_off(self, pattern: list[Tensor]) -> None:
+    def _switch_off(self, pattern: list[Tensor], for_good: bool) -> None:
+        """Set the λ of pruned triplets to zero; for good also what stands on both their sides, as if they were freed."""
         for matrix, kept in zip(self.matrices, pattern, strict=True):
-            scales = matrix.place.tensors()[matrix.scales]
-            scales.mul_(kept.to(scales).view(-1, *(1 for _ in scales.shape[1:])))
+            tensors = matrix.place.tensors()
+            for slot, axis in matrix.axes() if for_good else [(matrix.scales, 0)]:
+                tensor = tensors[slot]
+                tensor.mul_(kept.to(tensor).view([-1 if along == axis else 1 for along in range(tensor.ndim)]))
         self.pattern = pattern
 
     def _free(self, optimizer: torch.optim.Optimizer) -> None:
@@ -153,7 +166,7 @@ class Allocation(Rule):
         self.freed = all(matrix.sides for matrix in self.matrices)
         for matrix, kept in zip(self.matrices, self.pattern, strict=True):
             tensors = matrix.place.tensors()
-            for slot, axis in ((matrix.scales, 0), *zip(matrix.sides, (1, 0), strict=False)) if matrix.sides else ():
+            for slot, axis in matrix.axes() if matrix.sides else ():
                 keep_only(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         self.sensitivity, self.uncertainty = {}, {}
 

@@ -32,7 +32,7 @@ def is_quantised(module: nn.Module) -> bool:
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
         packed = [*weight.shape] != [module.out_features, module.in_features]  # bits kept in a float's place
-        return packed or (type(weight) not in PLAIN and _unpacks(weight))
+        return packed or (type(weight) not in PLAIN and is_packed(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
 
@@ -133,12 +133,12 @@ def rows_of(module: nn.Module) -> Rows | None:
         holder: Any = module
         scales: Tensor = holder.state.SCB if weight.SCB is None else weight.SCB
         return lambda start, stop: weight.data[start:stop] * (scales[start:stop, None] / 127)
-    if _unpacks(weight):
+    if is_packed(weight):
         return lambda start, stop: weight.detach()[start:stop].dequantize()
     return None
 
 
-def _unpacks(weight: Tensor) -> bool:
+def is_packed(weight: Tensor) -> bool:
     """Whether a tensor's class says how to undo its quantisation, as torchao's do."""
     return type(weight).dequantize is not Tensor.dequantize
 
@@ -238,11 +238,12 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
     """The quantised layers whose tensors FSDP2 cannot cut: of integers, or of a class of their own."""
 
-    def can_be_cut(tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and not _unpacks(tensor)
-
-    own = {module: (*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in model.modules()}
-    return [module for module, tensors in own.items() if is_quantised(module) and not all(map(can_be_cut, tensors))]
+    found = []
+    for module in filter(is_quantised, model.modules()):
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(is_packed(tensor) or not tensor.is_floating_point() for tensor in tensors):
+            found.append(module)
+    return found
 
 
 def keep_trainable(model: nn.Module) -> None:

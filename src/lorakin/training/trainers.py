@@ -33,13 +33,15 @@ class AdapterTraining:
     is_fsdp_enabled: bool
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training; where the base is to be sharded, every process keeps the adapters whole."""
+        """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent."""
         sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
         if sharding is not None and sharding.fsdp_version != 2:
             raise SettingError("FSDP 1 flattens the adapters' tensors; use FSDP2 (fsdp_version: 2)")
         if sharding is not None:
             whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
+        if unsent := [name for name, p in self.model.named_parameters() if quantised.is_packed(p)]:
+            self.model._ddp_params_and_buffers_to_ignore = unsent
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

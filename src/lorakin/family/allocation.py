@@ -148,7 +148,9 @@ class Allocation(Rule):
             self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])), for_good=n == self._end)
         elif self.pattern is not None and not self.freed and n > self._end:
             self._switch_off(self.pattern, for_good=True)
-        if n == (self.member.total_steps if is_replicated() else self._end):  # buffers for all processes' gradients have sizes
+        if n == (
+            self.member.total_steps if several_processes() else self._end
+        ):  # buffers for all processes' gradients have sizes
             self._free(optimizer)
 
     def _switch_off(self, pattern: list[Tensor], for_good: bool) -> None:
@@ -202,7 +204,7 @@ class Allocation(Rule):
         return None
 
 
-def is_replicated() -> bool:
+def several_processes() -> bool:
     """Whether this is one of several processes that train together."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1

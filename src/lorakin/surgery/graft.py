@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
+from lorakin.family.allocation import several_processes
 from lorakin.surgery import layers, quantised, stepping
 from lorakin.surgery.adapted import (
     Copy,
@@ -31,7 +32,7 @@ from lorakin.surgery.adapted import (
     unhang,
 )
 from lorakin.surgery.merge import set_merged
-from lorakin.surgery.replicated import Averaging, averaged
+from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
 
 
@@ -385,7 +386,9 @@ class Graft:
         self.running, self.rules = running, running.rules(self.places())
         self.steps, self._stepped = 0, False
         self.rate_factors, self.warned_of_rates = {}, False
-        self.averaging = averaged(self, self.averaging)
+        if self.averaging is not None:
+            self.averaging.stop()
+        self.averaging = Averaging(self) if several_processes() else None
         if self._state is not None:
             self.restore_state(self._state)
 
@@ -405,10 +408,8 @@ class Graft:
 
     def before_step(self) -> None:
         """Gradients are complete and an optimizer is about to use them."""
-        if not self._stepped and self.averaging is None:  # the base may have been sharded after the optimizer was made
-            self.averaging = averaged(self, None)
-            if self.averaging is not None:
-                self.averaging.average()
+        if self.averaging is not None and not self._stepped:
+            check_whole(self)
         for rule in self.rules or ():
             rule.before(self.steps + 1)
 

@@ -7,6 +7,7 @@ averages their gradients over the processes; here it is done once at the end of 
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,29 +25,32 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
-def base_is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of the base are sharded."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return several and any(is_sharded(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))
-
-
 class Averaging:
-    """Averages the gradients of an adapter's tensors over all processes, once at the end of each backward."""
+    """Averages the gradients of an adapter over all processes at the end of each backward, if the base turns out to be sharded.
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.queued = False
-        self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in parameters]  # type: ignore[no-untyped-call]
+    That is known when the first gradients are there, since what shards a model often does so after the optimizer was made.
+    """
+
+    def __init__(self, graft: Graft) -> None:
+        self.graft = weakref.ref(graft)
+        self.parameters = list({id(p): p for _, p in graft.trained()}.values())
+        self.is_due = False
+        self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]  # type: ignore[no-untyped-call]
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self.queued:
-            self.queued = True
+        if not self.is_due:
+            self.is_due = True
             Variable._execution_engine.queue_callback(self.average)
 
     @torch.no_grad()
     def average(self) -> None:
         """Replace every gradient by its mean. Where it was accumulated, means of means are the mean."""
-        self.queued = False
+        self.is_due = False
+        graft = self.graft()
+        if graft is None or not _base_is_sharded(graft.model):  # then DDP averages
+            self.stop()
+            return
+        check_whole(graft)
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             held = [p for p in self.parameters if p.dtype == dtype]  # all of them, so that processes agree on the sizes
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held])
@@ -60,26 +64,19 @@ class Averaging:
         """Average no more."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
 
 
-def averaged(graft: Graft, known: Averaging | None) -> Averaging | None:
-    """What averages the adapter's gradients, `known` if that is still it; None where something else does or nothing need.
-
-    Raises:
-        StateError: the adapter itself is sharded.
-    """
-    trained = list({id(p): p for _, p in graft.trained()}.values())
-    if any(is_sharded(parameter) for parameter in trained):
+def check_whole(graft: Graft) -> None:
+    """Raise `StateError` if the adapter itself was sharded."""
+    if any(is_sharded(parameter) for _, parameter in graft.trained()):
         raise StateError(
             f"adapter {graft.name!r} was sharded together with the base, but its method needs whole tensors: shard with "
             "fully_shard(…, ignored_params=set(adapter.parameters())); with Accelerate, set "
             "accelerator.state.fsdp_plugin.ignored_modules = adapter.modules() before prepare(); "
             "lorakin.training.prepare_trainer does it for transformers' Trainer"
         )
-    if not base_is_sharded(graft.model):
-        return None
-    if known is not None and known.parameters == trained:
-        return known
-    if known is not None:
-        known.stop()
-    return Averaging(trained)
+
+
+def _base_is_sharded(model: nn.Module) -> bool:
+    return any(is_sharded(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))

@@ -55,6 +55,8 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
                 check_groups(graft, optimizer)
                 if graft.rules is None:
                     graft.begin()
+                    if graft.averaging is not None:  # whose gradients came before
+                        graft.averaging.average()
         _SEEN[optimizer] = seen = Seen(state, [weakref.ref(graft) for graft in found])
     return [graft for graft in _alive(seen.trained) if graft.is_present]
 

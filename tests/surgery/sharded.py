@@ -1,0 +1,59 @@
+"""One of two processes of tests/surgery/test_replicated.py: FSDP2 by hand, an own loop that accumulates and clips.
+
+torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|wrong
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import lorakin as lk
+from conftest import tiny_llama
+
+
+def run(order: str, rank: int, world: int) -> list[float]:
+    """Train; `order` says when the base is sharded. The norms of the gradients and the sum of the adapter's sizes."""
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.DoRA(rank=4), seed=0)
+    left_out = set() if order == "wrong" else set(adapter.parameters())
+
+    def shard() -> None:
+        for layer in model.model.layers:
+            fully_shard(layer, ignored_params=left_out)
+        fully_shard(model, ignored_params=left_out)
+
+    if order in ("early", "wrong"):
+        shard()
+    if order == "plain":  # an optimizer that lorakin first sees at its first step
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2), weight_decay=0.0)
+        shard()
+    else:
+        optimizer = adapter.optimizer(lr=1e-2)
+    if order == "late":
+        shard()
+    generator, said = torch.Generator().manual_seed(1), []
+    for _ in range(4):
+        for _ in range(2):
+            ids = torch.randint(3, 64, (4, 9), generator=generator)[rank::world]
+            (model(input_ids=ids, labels=ids).loss / 2).backward()
+        trained = [p for p in adapter.parameters() if p.requires_grad]
+        if order != "plain":
+            said.append(float(torch.nn.utils.clip_grad_norm_(trained, 0.1)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*said, sum(float(p.double().abs().sum()) for p in adapter.parameters())]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    figures = run(sys.argv[1], dist.get_rank(), dist.get_world_size())
+    if dist.get_rank() == 0:
+        print("figures", *figures)
+    dist.destroy_process_group()

@@ -249,11 +249,11 @@ def test_a_full_disk_leaves_the_old_adapter_whole(saved: Path, ids: Tensor) -> N
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", range(10))
 def test_an_interrupt_anywhere_in_a_save_leaves_one_whole_adapter(
     saved: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Ctrl-C at the n-th system call of a save: before the renames the old adapter is intact, after the first the new one."""
+    """Ctrl-C at the n-th system call of a save: until the record is there the old adapter is intact, then the new one counts."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=5)))
     calls = iter(range(100))
@@ -266,19 +266,19 @@ def test_an_interrupt_anywhere_in_a_save_leaves_one_whole_adapter(
 
         return call
 
-    monkeypatch.setattr(directory.os, "fsync", interrupted(os.fsync))
-    monkeypatch.setattr(directory.os, "replace", interrupted(os.replace))
+    monkeypatch.setattr(os, "fsync", interrupted(os.fsync))
+    monkeypatch.setattr(os, "replace", interrupted(os.replace))
     try:
         adapter.save(saved)
-        assert at >= 6
+        assert at >= 8
     except KeyboardInterrupt:
-        assert at < 6
+        assert at < 8
     monkeypatch.undo()
     now = {p.name: p.read_bytes() for p in saved.iterdir()}
     assert set(now) == set(before), "no temporary file is left"
     rank = lk.load(tiny_llama(), saved).method.parametrisation.rank
-    assert rank == (3 if at < 3 else 5)
-    assert (now == before) is (at < 3)
+    assert rank == (3 if at < 5 else 5)
+    assert (now == before) is (at < 5)
 
 
 def test_a_real_interrupt_while_saving(saved: Path) -> None:

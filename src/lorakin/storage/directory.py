@@ -6,14 +6,10 @@ what training remembers between steps.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import pickle
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, OutputError, StateError
+from lorakin.errors import AdapterError, LorakinWarning, StateError
 from lorakin.family import all_finite
-from lorakin.storage import peft_format
+from lorakin.storage import atomic, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.graft import Graft
 
@@ -61,7 +57,7 @@ class Files:
 
 
 def save(graft: Graft, path: Path) -> Path:
-    """Write the adapter into the directory `path`, made if need be. Every file is written beside its place and then renamed.
+    """Write the adapter into the directory `path`, made if need be, all of its files or none.
 
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
@@ -89,7 +85,7 @@ def save(graft: Graft, path: Path) -> Path:
         files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
         own["beside"][OWN_TENSORS] = _sha256(files[OWN_TENSORS])
     files[OWN] = _json(own)
-    write(path, files)
+    atomic.write(path, files)
     if not more:
         (path / OWN_TENSORS).unlink(missing_ok=True)  # of an adapter that was there before
     return path
@@ -127,6 +123,10 @@ def read(path: Path) -> Files:
     """
     if not path.is_dir():
         raise AdapterError(f"there is no adapter directory {path}")
+    try:
+        atomic.finish(path)
+    except OSError as error:
+        raise AdapterError(f"{path}: a save that was cut off cannot be finished ({error})") from None
     config = read_json(path / CONFIG)
     tensors = _read_tensors(path)
     return Files(path, config, tensors, _read_own(path))
@@ -185,41 +185,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
-
-
-def write(path: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` (name → content) into the directory `path`: all are written under other names first, then renamed.
-
-    Raises:
-        OutputError: nothing was changed in `path`, whose files are as they were.
-    """
-    temporary = {name: path / f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if taken := [name for name in files if (path / name).is_dir()]:
-            raise IsADirectoryError(errno.EISDIR, f"{taken[0]} is a directory")
-        for name, content in files.items():
-            with open(temporary[name], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        try:
-            _rename(path, temporary)
-        except KeyboardInterrupt:
-            _rename(path, temporary)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}; what was there is unchanged") from error
-    finally:
-        for leftover in temporary.values():
-            with contextlib.suppress(OSError):
-                leftover.unlink()
-
-
-def _rename(path: Path, temporary: Mapping[str, Path]) -> None:
-    for name, source in temporary.items():
-        if source.exists():
-            os.replace(source, path / name)
 
 
 def _sha256(content: bytes) -> str:

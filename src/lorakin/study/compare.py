@@ -23,7 +23,7 @@ from lorakin.adapter import adapt
 from lorakin.errors import LorakinError, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import directory
+from lorakin.storage import atomic
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
 from lorakin.study.arms import Arm
@@ -189,7 +189,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     arms = _arms(comparison, parts, dtype)
     if not resumed:
         content = {**_asked(comparison), "parts": dataclasses.asdict(parts), "dtype": dtype}
-        directory.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
+        atomic.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
     held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"

@@ -25,7 +25,7 @@ import altair as alt
 import vl_convert
 
 from lorakin.errors import OutputError
-from lorakin.storage import directory
+from lorakin.storage import atomic
 
 GENERATOR = '<meta name="generator" content="lorakin">'
 MISSING = "–"
@@ -212,7 +212,7 @@ def write(path: Path, html: str) -> None:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error
-    directory.write(path.parent, {path.name: html.encode()})
+    atomic.write(path.parent, {path.name: html.encode()})
 
 
 def _marked_up(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
-from lorakin.storage import directory
+from lorakin.storage import atomic
 from lorakin.training.data import Rows, read_rows
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
@@ -71,7 +71,7 @@ def split_into(folder: Path, name: str, eval_name: str | None, batch: int, usabl
         )
     parts = {TUNE: distinct[:tune], REPORT: report or distinct[tune:held], TRAIN: distinct[held:]}
     text = {part: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen) for part, chosen in parts.items()}
-    directory.write(folder, {part: content.encode() for part, content in text.items()})
+    atomic.write(folder, {part: content.encode() for part, content in text.items()})
     labels = rows.labels() if rows.is_classification else None
     return Parts(len(parts[TRAIN]), len(parts[TUNE]), len(parts[REPORT]), left_out, labels)
 

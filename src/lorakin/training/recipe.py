@@ -14,7 +14,7 @@ import yaml
 from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import directory
+from lorakin.storage import atomic
 
 
 @dataclasses.dataclass
@@ -99,7 +99,7 @@ class Recipe:
         settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [], {})}
         header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
         text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        directory.write(path.parent, {path.name: text.encode()})
+        atomic.write(path.parent, {path.name: text.encode()})
 
 
 FIELDS = {field.name for field in dataclasses.fields(Recipe)}

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, OutputError, SettingError
 from lorakin.family import Method
-from lorakin.storage import directory
+from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
@@ -163,7 +163,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     adapt(loaded.model, method.for_probe(), **where).remove()  # so that what is wrong is said before anything is written
     _written(lambda: recipe.save(out / RECIPE))
     found = processes.agreed(_importance(run, method, where))
-    _written(lambda: directory.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
+    _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
     run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
     return run

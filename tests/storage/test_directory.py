@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_the_old_adapter_whole(saved: Path, ids: Tensor) -> N
 def test_an_interrupt_anywhere_in_a_save_leaves_one_whole_adapter(
     saved: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Ctrl-C at the n-th system call of a save: until the record is there the old adapter is intact, then the new one counts."""
+    """Ctrl-C at the n-th system call of a save: until the record is there the old adapter counts, then the new."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=5)))
     calls = iter(range(100))

@@ -36,6 +36,8 @@ from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
+TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
+"""In the RuntimeErrors that torch.save makes of a disk that is full."""
 RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
 
 
@@ -246,6 +248,13 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
             raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)
     except DivergedError as error:
         raise _stopped(run, trainer, error) from None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in TORCHS_WRITERS):
+            raise
+        raise OutputError(
+            f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is room, "
+            f"go on with --resume --out {run.out}"
+        ) from error
     _written(lambda: run.adapter.save(run.out))
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
     _written(lambda: metrics.plot(run.out / PICTURE))

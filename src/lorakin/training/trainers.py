@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from lorakin.storage import directory
 from lorakin.surgery import quantised
 from lorakin.surgery.optimizer import regroup
 
-DEFAULT = "default"
+DEFAULT, STATE = "default", "trainer_state.json"
 
 
 class AdapterTraining:
@@ -125,13 +126,19 @@ def prepare_trainer(trainer: Any) -> Any:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, or None."""
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", directory.CONFIG)
-    numbered = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and all((path / name).is_file() for name in needed):
-            numbered.append((int(number), path))
-    return max(numbered)[1] if numbered else None
+    numbered = [(int(number), path) for path in folder.glob("checkpoint-*") if (number := path.name[11:]).isdigit()]
+    return next((path for _, path in sorted(numbered, reverse=True) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all of it was written: the Trainer's state comes last, and not at once."""
+    if not all((checkpoint / name).is_file() for name in (STATE, "optimizer.pt", "scheduler.pt", directory.CONFIG)):
+        return False
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _place(folder: str | os.PathLike[str], name: str) -> Path:

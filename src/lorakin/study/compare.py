@@ -34,7 +34,7 @@ from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.training.data import Rows, with_answers
 from lorakin.training.models import load_tokenizer, resolve_dtype
-from lorakin.training.recipe import Recipe
+from lorakin.training.recipe import Recipe, read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"
@@ -180,7 +180,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     resumed = _check_out(comparison, out)
     recipe = comparison.base_recipe
     batch = recipe.batch_size * recipe.accumulate
-    saved = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8")) if resumed else {}
+    saved = read_yaml(out / SETTINGS, "the comparison") if resumed else {}
     if resumed:
         parts, dtype = split.Parts(**saved["parts"]), saved["dtype"]
     else:
@@ -225,7 +225,7 @@ def _check_out(comparison: Comparison, out: Path) -> bool:
         if out.is_dir() and any(path.name not in (DATA, LOCK) for path in out.iterdir()):
             raise OutputError(f"--out {out} is not empty and holds no comparison; choose another directory")
         return False
-    saved = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8"))
+    saved = read_yaml(out / SETTINGS, "the comparison")
     for name, value in _asked(comparison).items():
         if saved.get(name) != value:
             raise SettingError(

@@ -117,10 +117,10 @@ class Rows:
         if self.label_names:
             return self.label_names
         column = self.format.columns[1]
-        values = {row[column] for row in self.rows}
-        if any(not isinstance(v, str | int | bool) and not (isinstance(v, float) and v.is_integer()) for v in values):
-            bad = next(v for v in values if not isinstance(v, str | int | bool))
-            raise DataError(f"{self.name}: label {bad!r} is no class; expected text or whole numbers")
+        given = [row[column] for row in self.rows]
+        if odd := [v for v in given if not isinstance(v, str | int) and not (isinstance(v, float) and v.is_integer())]:
+            raise DataError(f"{self.name}: label {str(odd[0])[:80]!r} is no class; expected text or whole numbers")
+        values = set(given)
         if len(values) < 2:
             raise DataError(f"{self.name}: all {len(self.rows)} rows have the same label {next(iter(values))!r}")
         if len({isinstance(v, str) for v in values}) > 1:

@@ -20,7 +20,6 @@ import gguf
 import huggingface_hub
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -30,6 +29,7 @@ from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingErro
 from lorakin.storage import directory
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
+from lorakin.training.recipe import read_yaml
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
 PACKAGED = {
@@ -229,7 +229,8 @@ def adapter_directory(name: str) -> Path:
 def labels_of(files: directory.Files) -> list[str]:
     """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
     recipe = files.path / "recipe.yaml"
-    if recipe.is_file() and (labels := (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("labels")):
+    said = read_yaml(recipe) if recipe.is_file() else None
+    if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:
         return [str(label) for label in labels]
     whole = files.config.get("modules_to_save") or []
     heads = [t for key, t in files.tensors.items() if any(f".{name}." in key for name in whole) and key.endswith(".weight")]

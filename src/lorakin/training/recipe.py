@@ -113,12 +113,7 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """
     settings: dict[str, Any] = {}
     if path is not None:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError(f"the recipe {path} cannot be read: {error}") from None
-        except yaml.YAMLError as error:
-            raise SettingError(f"the recipe {path} is not YAML: {error}") from None
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
         settings = {str(key): value for key, value in content.items()}
@@ -139,6 +134,38 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for name in ("model", "data", "out"):
         require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
     return Recipe(**settings)
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML's plain values. No aliases: a few lines of them stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", None)
+        return super().compose_node(parent, index)
+
+
+MOST_BYTES = 1 << 20
+"""Of a recipe: one that is longer is something else."""
+
+
+def read_yaml(path: Path, what: str = "the recipe") -> Any:
+    """What the YAML file `path` holds: numbers, texts, lists and mappings, nothing that is run.
+
+    Raises:
+        SettingError: it cannot be read, is too long, or is not YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        require(len(content) <= MOST_BYTES, f"{what} {path} is longer than {MOST_BYTES:,} bytes, so it is none")
+        return yaml.load(content.decode("utf-8"), _Plain)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{what} {path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{what} {path} is not YAML: {error}") from None
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -194,7 +221,7 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
         if kind is float:
             require(not isinstance(value, bool), f"{name} must be a number, not {value!r}")
             return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, SettingError):
             raise
         raise SettingError(f"{name} must be a number, not {value!r}") from None

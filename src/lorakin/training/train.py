@@ -252,8 +252,8 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in TORCHS_WRITERS):
             raise
         raise OutputError(
-            f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is room, "
-            f"go on with --resume --out {run.out}"
+            f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is "
+            f"room, go on with --resume --out {run.out}"
         ) from error
     _written(lambda: run.adapter.save(run.out))
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})

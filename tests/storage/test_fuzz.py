@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 import lorakin as lk
+import soak
 from conftest import randomise, tiny_llama
 from lorakin.storage import directory
 from lorakin.storage.summary import summarise
 
-COUNT = int(os.environ.get("LORAKIN_FUZZ", "400"))
+COUNT = soak.count("LORAKIN_FUZZ", 400)
 MEMBERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "patterns": (lk.LoRA(4, 8, rslora=True), {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "dora": (lk.DoRA(rank=2), {"targets": ["q_proj", "down_proj"]}),
@@ -203,7 +204,7 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", lk.LorakinWarning)
-                adapter = lk.load(model, folder)
+                adapter = lk.load(model, folder, trainable=bool(number % 2))
         except lk.LorakinError:
             refused[kind] += 1
         else:
@@ -211,6 +212,11 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
             assert kind not in MUST_FAIL, f"{kind} of {word} (number {number}) was loaded"
             with torch.no_grad():
                 assert model(ids).logits.isfinite().all()
+            if number % 2:  # go on training it, from where it says that it was
+                with contextlib.suppress(lk.LorakinError), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", lk.LorakinWarning)
+                    adapter.restore(folder)
+                    adapter.optimizer(torch.optim.SGD, lr=0.1, total_steps=3)
             adapter.remove()
         assert not lk.adapters(model) and not (folder / "executed").exists()
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -222,6 +228,10 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, base)
     assert all(count == refused[kind] for kind, count in tried.items() if kind in MUST_FAIL)
     assert all(count >= COUNT // len(MUTATIONS) for count in tried.values())
+    soak.record(
+        "Hostile files", files="adapter directories", tried=COUNT, refused=sum(refused.values()),
+        usable=COUNT - sum(refused.values()), code_run=0,
+    )  # fmt: skip
 
 
 def test_the_directories_load_as_they_are(sources: dict[str, Path]) -> None:

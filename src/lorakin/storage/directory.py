@@ -155,6 +155,8 @@ def _read_own(path: Path) -> peft_format.Own | None:
         more = safetensors.torch.load_file(path / OWN_TENSORS) if (path / OWN_TENSORS).exists() else {}
         members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
         tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
+        if tensors is not None and not all(isinstance(t, Tensor) for slots in tensors.values() for t in slots.values()):
+            raise AdapterError(f"{path / OWN}: its tensors are none: expected the slots of each module, each with a tensor")
         state = _unpacked(own["state"], more, path) if "state" in own else None
         if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
             raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")

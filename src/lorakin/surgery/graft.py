@@ -430,8 +430,13 @@ class Graft:
             if len(self.rules) != len(state["rules"]):
                 raise StateError(f"the state to go on from is of another method than {self.plan.method.words}")
             self.steps = state["steps"]
-            for rule, saved in zip(self.rules, state["rules"], strict=True):
-                rule.restore(saved)
+            try:
+                for rule, saved in zip(self.rules, state["rules"], strict=True):
+                    rule.restore(saved)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise StateError(
+                    f"what training would go on from is damaged ({error}); go back to an earlier checkpoint"
+                ) from None
 
     def tensors_at(self, path: str) -> dict[str, Tensor]:
         """All that a file must hold of the module at `path`, by slot."""

@@ -29,6 +29,7 @@ from lorakin.storage.summary import IMPORTANCE, by_layer
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.training import data, processes
+from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
@@ -238,7 +239,8 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
-    trainer = _trainer(run, [*([Watch(console, metrics)] if processes.is_first() else []), *callbacks])
+    seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
+    trainer = _trainer(run, [*seen, *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -256,6 +258,12 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
             f"room, go on with --resume --out {run.out}"
         ) from error
     _written(lambda: run.adapter.save(run.out))
+    if after.loss >= before.loss:
+        warn(
+            console,
+            f"the adapter learned nothing that helps on the held-out rows: loss {before.loss:.3f} before, {after.loss:.3f} "
+            "after. Try another --lr, more --steps, or more rows",
+        )
     metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
     _written(lambda: metrics.plot(run.out / PICTURE))
     model.eval()
@@ -341,6 +349,12 @@ def _describe(run: Run) -> None:
         + f"; {trained:,} of {total:,} parameters train ({trained / total:.2%})",
         highlight=False,
     )
+    if twice := repeated(run.train.examples, run.held_out.examples):
+        warn(
+            console,
+            f"{twice} of {len(run.held_out.examples)} held-out rows are trained on, too: the held-out figures will look better "
+            "than they are. Remove rows that stand twice, or give other rows with --eval-data",
+        )
     if run.train.dropped:
         console.print(f"[yellow]{run.train.dropped:,} rows dropped[/]: no answer within {recipe.max_length} tokens")
     console.print("[bold]one example[/] as the model will see it; the loss is taken on the [green]green[/] part:")

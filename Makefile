@@ -5,6 +5,7 @@
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
+# make soak       the slow suite: killed 200 times, 10,000 hostile files, members × bases × engines (about 40 minutes)
 # make check      lint and types only
 # make clean      remove what these made
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sentiment family claims interop bench check clean
+.PHONY: demo test sentiment family claims interop bench soak check clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -41,6 +42,13 @@ interop: $(VENV)/.test $(VENV)/.llama
 bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench
 
+soak: $(VENV)/.test
+	rm -rf soak && mkdir soak
+	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 $(BIN)/python -m pytest \
+		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_kills.py tests/training/test_members.py \
+		tests/training/test_processes.py tests/surgery/test_quantised.py tests/surgery/test_replicated.py
+	$(BIN)/python tests/soak.py soak
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorakin needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
@@ -63,4 +71,4 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
 
 clean:
-	rm -rf $(VENV) demo family claims interop bench build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo family claims interop bench soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

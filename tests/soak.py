@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+MATRIX = "Members × bases × engines: how far the adapter is from one process on the plain numbers (relative)"
 FOLDER = "LORAKIN_SOAK"
 """Names the variable that says where figures are kept; nothing is kept without it."""
 
@@ -30,12 +31,27 @@ def record(what: str, **figures: Any) -> None:
             file.write(json.dumps({"what": what, **figures}) + "\n")
 
 
+def cell(what: str, row: str, column: str, value: str) -> None:
+    """Keep one cell of a table that many tests fill."""
+    record(what, row=row, column=column, value=value)
+
+
+def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The lines of one table as its rows: those of `record` as they are, those of `cell` by row."""
+    if any("column" not in line for line in lines):
+        return [{key: str(value) for key, value in line.items()} for line in lines]
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
+        rows.setdefault(line["row"], {"": line["row"]})[line["column"]] = line["value"]
+    return list(rows.values())
+
+
 def main(folder: str) -> None:
     """Print the figures in `folder` as tables, in Markdown too, in `soak.md`."""
     lines = [json.loads(line) for line in (Path(folder) / "figures.jsonl").read_text().splitlines()]
     text, console = "", Console()
     for what in dict.fromkeys(line["what"] for line in lines):
-        rows = [{key: str(value) for key, value in line.items() if key != "what"} for line in lines if line["what"] == what]
+        rows = rows_of([{key: v for key, v in line.items() if key != "what"} for line in lines if line["what"] == what])
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = Table(*columns, title=what)
         for row in rows:

@@ -17,6 +17,7 @@ from lorakin.errors import (
 )
 from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
 from lorakin.surgery.light import fuse, unfuse
+from lorakin.surgery.reference import reference
 
 __version__ = "0.1.0"
 
@@ -51,5 +52,6 @@ __all__ = [
     "importance",
     "load",
     "mixed_batch",
+    "reference",
     "unfuse",
 ]

@@ -253,3 +253,16 @@ def test_a_named_adapter_of_peft_is_pointed_to(sources: dict[str, Path], tmp_pat
     shutil.copytree(sources["dora"], tmp_path / "out" / "french")
     with pytest.raises(lk.AdapterError, match=r"french.*load one of"):
         lk.load(tiny_llama(tied=False), tmp_path / "out")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_never_end_is_refused(field: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(sources["patterns"], folder)
+    (folder / "lorakin.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    endless = "(([a-z._0-9]*)*)*!"
+    config[field] = {endless: 2} if field.endswith("pattern") else endless
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(lk.AdapterError, match="expected .*regular expression"):
+        lk.load(tiny_llama(tied=False), folder)

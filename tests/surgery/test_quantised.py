@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorakin as lk
+import soak
 from conftest import randomise, tiny_llama
 from lorakin.errors import LorakinWarning, SettingError
 from lorakin.surgery import quantised
@@ -143,9 +144,13 @@ def test_training_is_that_on_the_numbers_themselves(name: str, member: str, stor
     assert losses[-1] < losses[0]
     close = {"rtol": 5e-5, "atol": 1e-6} if name in EXACT else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(truth), **close)
+    both = list(zip(adapter.named_parameters(), exact.named_parameters(), strict=True))
     if name in EXACT:
-        for (path, mine), (_, theirs) in zip(adapter.named_parameters(), exact.named_parameters(), strict=True):
+        for (path, mine), (_, theirs) in both:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=path)
+    apart = sum(float((mine - theirs).double().square().sum()) for (_, mine), (_, theirs) in both)
+    size = sum(float(theirs.double().square().sum()) for _, (_, theirs) in both)
+    soak.cell(soak.MATRIX, member, f"{name}, one process", f"✔ {(apart / size) ** 0.5:.0e}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorakinWarning)
         apart = model(ids).logits

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import lorakin as lk
+import soak
 from lorakin.cli.app import run as command
 from lorakin.family import FAMILY
 from lorakin.training import train as training
@@ -64,6 +65,7 @@ def test_it_learns_and_resumes_to_the_bit(words: str, recipe: Callable[..., Reci
     assert result.after.loss < result.before.loss - 0.01
     assert words in shown
     whole = tensors(result.out)
+    apart = []
     for stop in (3, 6, 9):
         half = tmp_path / f"half-{stop}"
         shutil.copytree(result.out, half)
@@ -77,6 +79,8 @@ def test_it_learns_and_resumes_to_the_bit(words: str, recipe: Callable[..., Reci
         again = tensors(half)
         assert whole.keys() == again.keys()
         assert all(torch.equal(t, again[key]) for key, t in whole.items())
+        apart += [float((t - again[key]).abs().max()) for key, t in whole.items() if t.numel()]
+    soak.record("Resumed against uninterrupted", method=words, resumes=2, tensors=len(apart), largest_difference=max(apart))
     model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
     adapter = lk.load(model, result.out)
     assert set(adapter.method.words.split(",")) == set(words.split(","))

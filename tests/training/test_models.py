@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,28 @@ def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str,
     assert loaded.model.classifier.weight.dtype == torch.float32
     with pytest.raises(lk.SettingError, match="quantize must be one of nf4, int8, torchao-int8, not 'int3'"):
         models.load_model(model_dir, quantize="int3")
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_that_comes_with_a_model_is_not_run(part: str, model_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Theirs: pass\n")
+    file = folder / {"config": "config.json", "tokenizer": "tokenizer_config.json"}[part]
+    auto = {"config": {"AutoConfig": "theirs.Theirs"}, "tokenizer": {"AutoTokenizer": ["theirs.Theirs", None]}}[part]
+    content = json.loads(file.read_text()) | {"auto_map": auto}
+    if part == "config":
+        content |= {"model_type": "theirs", "auto_map": auto | {"AutoModelForCausalLM": "theirs.Theirs"}}
+    else:
+        content |= {"tokenizer_class": "Theirs"}
+    file.write_text(json.dumps(content))
+    with contextlib.suppress(lk.ModelError):
+        models.load_model(str(folder))
+    with contextlib.suppress(lk.ModelError):
+        models.config_of(str(folder))
+    with contextlib.suppress(lk.ModelError):
+        models.load_tokenizer(str(folder))
+    assert not (tmp_path / "executed").exists()
+    if part == "config":
+        with pytest.raises(lk.ModelError, match="contains custom code"):
+            models.load_model(str(folder))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import soak
 from conftest import tiny_llama
 from training.worker import BASES, MEMBERS, train
 
@@ -66,6 +67,7 @@ def test_two_processes_are_one(member: str, engine: str, base: str, together: Pa
     apart = sum(float((mine[key] - theirs[key]).double().square().sum()) for key in mine) ** 0.5
     size = sum(float(tensor.double().square().sum()) for tensor in theirs.values()) ** 0.5
     assert apart < (3e-2 if loose else 1e-3) * size, apart / size
+    soak.cell(soak.MATRIX, member, f"{base}, {engine.upper()}", f"✔ {apart / size:.0e}")
     assert (two / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
     assert (two / "checkpoints" / "checkpoint-4" / "optimizer.pt").is_file()
 

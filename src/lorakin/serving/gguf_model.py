@@ -195,7 +195,7 @@ def read_model(path: Path, source: Path) -> nn.Module:
     Raises:
         ModelError: the file lacks a tensor of the model, or has another.
     """
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     reader = gguf.GGUFReader(path)
     held = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
     config.tie_word_embeddings = HEAD not in held

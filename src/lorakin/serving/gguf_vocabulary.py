@@ -82,7 +82,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{directory} has no tokenizer that can be loaded ({str(error).strip().splitlines()[0]})") from error

@@ -199,7 +199,7 @@ def _skeleton(base: Path, labels: Sequence[str] | None) -> nn.Module:
     """The model of a directory, without memory for its weights: a language model, or a classifier with these classes."""
     auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: number for number, label in enumerate(labels)}

@@ -671,7 +671,8 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
     With no adapter left, undo that and give the base its `requires_grad` flags back.
     """
     for module in model.modules():
-        if hasattr(module, "_keys_to_ignore_on_save"):
+        by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)  # sentence-transformers
+        if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
             model_like: Any = module
             others = {k for k in model_like._keys_to_ignore_on_save or () if "lorakin" not in k.split(".")}
             ours = {key for key, _ in module.named_parameters(remove_duplicate=False) if "lorakin" in key.split(".")}

@@ -92,7 +92,7 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
             if made is not None:
                 config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
                 options |= {"quantization_config": config, "device_map": {"": best_device()}}
-            model, found = auto.from_pretrained(source, **options, **task)
+            model, found = auto.from_pretrained(source, trust_remote_code=False, **options, **task)
             tokenizer = _tokenizer(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -126,7 +126,7 @@ def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | No
     """The modules of a classifier that its files lack: they are drawn at random and trained, so they are not quantised."""
     if not task:
         return None
-    model, found = auto.from_pretrained(source, device_map="meta", output_loading_info=True, **task)
+    model, found = auto.from_pretrained(source, trust_remote_code=False, device_map="meta", output_loading_info=True, **task)
     missing = {key.rpartition(".")[0] for key in found["missing_keys"] if key in dict(model.named_parameters())}
     return sorted(missing | set(head_of(model)))
 
@@ -145,7 +145,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _tokenizer(source: str) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -164,7 +164,7 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
         place, task = (converted, task) if known else (place.parent, {"gguf_file": place.name, **task})
     try:
         with quiet_loading():
-            return transformers.AutoConfig.from_pretrained(str(place), **task)
+            return transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False, **task)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {name!r} has no config that can be read: {str(error).strip().splitlines()[0]}") from error
 
@@ -210,7 +210,7 @@ def stored_labels(name: str) -> list[str] | None:
     config = Path(name).expanduser() / "config.json"
     if not config.is_file():
         return None
-    stored = transformers.AutoConfig.from_pretrained(config.parent)
+    stored = transformers.AutoConfig.from_pretrained(config.parent, trust_remote_code=False)
     is_classifier = any(kind.endswith("ForSequenceClassification") for kind in stored.architectures or ())
     return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
 

@@ -1,0 +1,44 @@
+"""The base model beside the adapted one, in the same memory: for what compares the two, such as DPO."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+from torch import nn
+
+from lorakin.errors import SettingError
+from lorakin.surgery.adapted import Swapped, combined
+from lorakin.surgery.graft import grafts, root_of
+
+
+class Reference(Swapped):
+    """Mixed in before the class of a model's shallow copy: whatever it is called for, the adapters are off meanwhile."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as off:
+            for graft in grafts(vars(self)["_adapted"]).values():
+                off.enter_context(graft.disabled())
+            return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Reference:
+        """Nothing: its modules are the adapted model's, which says what mode they are in."""
+        return self
+
+
+def reference(model: nn.Module) -> nn.Module:
+    """The model as it is without its adapters, for as long as they are in it: another object, with the same parameters.
+
+    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. Its mode is the adapted model's.
+
+    Raises:
+        SettingError: there are no adapters in it.
+    """
+    model = root_of(model)
+    if not grafts(model):
+        raise SettingError("a reference is the model without its adapters, but it has none; call lorakin.adapt(model, …) first")
+    view = copy.copy(model)
+    vars(view)["_adapted"] = model  # not as a part of it
+    view.__class__ = combined(Reference, type(model))
+    return view

@@ -1,6 +1,6 @@
 """How much of an adapter survives when the merged weight is rounded into few bits again.
 
-    python -m benchmarks.requantise [--steps 40]
+    python -m benchmarks.requantise [--steps 30]
 
 SmolLM2 on functions and their docstrings, LoRA trained on the quantised base. For every adapted weight W, with V = W + ΔW and
 Q the quantisation: the share of ΔW that is left, ⟨Q(V) − Q(W), ΔW⟩ / ‖ΔW‖², and the error beside it, ‖Q(V) − V‖ / ‖ΔW‖. Then
@@ -68,7 +68,7 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
     for path in run.adapter.plan.sites:
         module: Any = module_at(run.loaded.model, path)
         weight, change = run.adapter.base_weight(path), run.adapter.change_at(path)
-        merged = change.applied_to(weight)
+        merged = change.applied_to(weight).detach()
         moved, rounded = merged - weight, ROUNDINGS[word](merged)
         size = float(moved.square().sum())
         left.append(float(((rounded - ROUNDINGS[word](weight)) * moved).sum()) / size)
@@ -85,7 +85,7 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     table = Table(
         "base", "of ΔW survives (median)", "rounding error / ΔW (median)", "held-out loss: base / adapter / merged, rounded"

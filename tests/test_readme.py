@@ -40,7 +40,7 @@ def test_the_commands_run(
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
-    assert len(lines) == 13
+    assert len(lines) == 14
     for line in lines:
         arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
         if arguments[0] == "compare":  # dozens of runs, so on a tiny model, and of few steps

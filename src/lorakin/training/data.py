@@ -119,7 +119,7 @@ class Rows:
         column = self.format.columns[1]
         given = [row[column] for row in self.rows]
         if odd := [v for v in given if not isinstance(v, str | int) and not (isinstance(v, float) and v.is_integer())]:
-            raise DataError(f"{self.name}: label {str(odd[0])[:80]!r} is no class; expected text or whole numbers")
+            raise DataError(f"{self.name}: label {repr(odd[0])[:80]} is no class; expected text or whole numbers")
         values = set(given)
         if len(values) < 2:
             raise DataError(f"{self.name}: all {len(self.rows)} rows have the same label {next(iter(values))!r}")

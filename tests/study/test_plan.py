@@ -245,7 +245,7 @@ def test_quantising_is_arithmetic_over_the_linear_layers() -> None:
     assert largest == 2 * 64 * 96
     rows = 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     assert planning.quantised(conditions(dtype=torch.bfloat16), "int8")[0] == weights - 4 * rows
-    with pytest.raises(SettingError, match="nf4 or int8, not 'int3'"):
+    with pytest.raises(SettingError, match="one of nf4, int8, torchao-int8, not 'int3'"):
         planning.quantised(conditions(), "int3")
 
 

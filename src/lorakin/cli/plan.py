@@ -50,7 +50,7 @@ def command(
     fuse: Annotated[bool, typer.Option("--fuse", help="Norms, activations, loss in less memory (Llama-like models).")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, base, or auto, as lorakin train takes it.")] = "auto",
     quantize: Annotated[
-        str | None, typer.Option(help="nf4 or int8: the base's linear layers in bitsandbytes' formats, by arithmetic alone.")
+        str | None, typer.Option(help="nf4, int8, torchao-int8: the base's linear layers in few bits, by arithmetic alone.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what lorakin train would take]")] = None,
     memory: Annotated[str | None, typer.Option(help="What there is, as 24GB. [default: what is free here]")] = None,

@@ -145,7 +145,7 @@ def advise(
         ModelError: no such model.
     """
     room = None if memory is None else parse_memory(memory)
-    require(quantize is None or quantize in QUANTISED, f"quantize must be {' or '.join(QUANTISED)}, not {quantize!r}")
+    require(quantize is None or quantize in QUANTISED, f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}")
     conditions = conditions_of(model, labels=labels, dtype=dtype, device=device, **where)
     imported = imported_bytes(conditions.device)
     room = available_of(conditions.device, imported) if room is None else room

@@ -38,8 +38,8 @@ CARD = Machine(flops=2e14, bandwidth=1.5e12, dispatch=5e-6)
 """What is assumed of a card: about an A100."""
 DISPATCH = 8e-6
 """Seconds that an operation takes before it begins, Python's share in autograd functions included."""
-QUANTISED = {"nf4": 4.127 / 8, "int8": 1.0}
-"""Bytes that bitsandbytes keeps of a weight; int8 has a float32 for each output, too."""
+QUANTISED = {"nf4": 4.127 / 8, "int8": 1.0, "torchao-int8": 1.0}
+"""Bytes that are kept of a weight; eight bits have a float32 for each output, too."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -170,17 +170,17 @@ def quantised(conditions: Conditions, quantize: str) -> tuple[int, int]:
     """Bytes that quantising saves, and those of the largest weight made whole again, which is needed for a moment.
 
     Raises:
-        SettingError: another quantisation than nf4 or int8.
+        SettingError: another quantisation than those of `QUANTISED`.
     """
     if quantize not in QUANTISED:
-        raise SettingError(f"quantize must be {' or '.join(QUANTISED)}, not {quantize!r}")
+        raise SettingError(f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}")
     model = built(conditions.config, conditions.dtype, conditions.labels is not None)
     heads = tuple(head_of(model))
     saved = largest = 0.0
     for path, module in model.named_modules():
         if is_linear(module) and not path.startswith(heads or (" ",)):
             weight = module.weight
-            scales = 4 * len(weight) if quantize == "int8" else 0
+            scales = 4 * len(weight) if QUANTISED[quantize] == 1 else 0
             saved += weight.numel() * (weight.element_size() - QUANTISED[quantize]) - scales
             largest = max(largest, weight.numel() * weight.element_size())
     return round(saved), round(largest)

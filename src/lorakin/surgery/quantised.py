@@ -83,17 +83,18 @@ class PackedWeight(Weight):
 
     def blocks(self) -> Iterator[Tensor]:
         """Its rows in order, `BLOCK` numbers at a time, float32."""
+        return self._blocks(rows_of(self.module) or _by_backward(self.module))
+
+    def _blocks(self, read: Rows) -> Iterator[Tensor]:
         outputs, inputs = self.shape
         step = max(1, BLOCK // max(1, inputs))
-        read = rows_of(self.module) or _by_backward(self.module)
-        for start in range(0, outputs, step):
-            yield read(start, min(start + step, outputs)).to(torch.float32)
+        return (read(start, min(start + step, outputs)).to(torch.float32) for start in range(0, outputs, step))
 
     def product(self, down: Tensor) -> Tensor:
         """W0·downᵀ, (outputs, k), float32."""
-        if rows_of(self.module) is None:  # then its rows are dear, and its forward is this product
+        if (read := rows_of(self.module)) is None:  # then its rows are dear, and its forward is this product
             return product(self.module, down).T.to(torch.float32)
-        return torch.cat([rows @ down.to(rows.dtype).T for rows in self.blocks()])
+        return torch.cat([rows @ down.to(rows.dtype).T for rows in self._blocks(read)])
 
     def rows(self, which: Tensor) -> Tensor:
         """Those rows, by a mask."""
@@ -147,16 +148,15 @@ def _four_bits(weight: Any, state: Any) -> Rows:
     """Rows of bitsandbytes' 4-bit weights: two numbers a byte, row after row, a scale for each `blocksize` numbers."""
     _lay_out(weight, state)
     library = sys.modules["bitsandbytes"].functional
-    inputs, size = state.shape[1], state.blocksize
+    inputs, size, scales = state.shape[1], state.blocksize, state.absmax
+    if state.nested:
+        scales = library.dequantize_blockwise(scales, state.state2) + state.offset
 
     def rows(start: int, stop: int) -> Tensor:
         first, behind = start * inputs, stop * inputs
         if inputs % size:  # a scale is for numbers of several rows
             whole: Tensor = library.dequantize_4bit(weight.data, state)
             return whole[start:stop]
-        scales = state.absmax
-        if state.nested:
-            scales = library.dequantize_blockwise(scales, state.state2) + state.offset
         part = library.QuantState(
             absmax=scales[first // size : behind // size].float(),
             shape=torch.Size((stop - start, inputs)),
@@ -237,7 +237,6 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
     """The quantised layers whose tensors FSDP2 cannot cut: of integers, or of a class of their own."""
-
     found = []
     for module in filter(is_quantised, model.modules()):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))

@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many there are."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many there are, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def joined() -> Any:

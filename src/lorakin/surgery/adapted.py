@@ -56,12 +56,13 @@ class Site(nn.Module):
         for slot, tensor in tensors.items():
             if slot not in own:
                 device = next(iter(own.values())).device
-                self.register_parameter(slot, nn.Parameter(tensor.to(device), requires_grad=False))
+                own_memory = tensor.to(device, copy=True)  # torch's, aligned as ever: else sums differ in their last bits
+                self.register_parameter(slot, nn.Parameter(own_memory, requires_grad=False))
             elif own[slot].shape == tensor.shape:
                 own[slot].copy_(tensor)
             else:
                 was_empty = not own[slot].numel()
-                own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)  # in torch's memory, aligned as ever
+                own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
                 if was_empty or not tensor.numel():
                     own[slot].requires_grad_(trains(self.roles()[slot], tensor))
 

@@ -244,7 +244,11 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            if run.checkpoint is None or resumed < run.total_steps:
+                trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            else:  # it was over, but not saved; the Trainer would take one step more
+                run.adapter.begin(run.total_steps)
+                run.adapter.restore(run.checkpoint)
         after = run.evaluate()
         if not math.isfinite(after.loss) or not all(bool(torch.isfinite(p).all()) for p in trainer.trained):
             raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)

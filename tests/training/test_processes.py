@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lorakin as lk
 import soak
 from conftest import tiny_llama
-from training.worker import BASES, MEMBERS, train
+from training.worker import BASES, MEMBERS, load, train
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -52,6 +53,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def changes(folder: Path) -> dict[str, torch.Tensor]:
+    """What the adapter changes, as whole matrices: how far two of them are apart says something, whatever they start from."""
+    adapter = lk.load(load("plain", folder), folder)
+    weights = {path: adapter.base_weight(path).double() for path in adapter.plan.sites}
+    return {path: adapter.change_at(path).applied_to(weight).detach() - weight for path, weight in weights.items()}
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("member", MEMBERS)
@@ -61,12 +69,12 @@ def test_two_processes_are_one(member: str, engine: str, base: str, together: Pa
     assert len(losses[0]) == 8
     loose = base == "int8"  # which rounds each row of activations by its largest, in batches of other sizes
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=3e-3 if loose else 1e-4)
-    mine, theirs = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (two, one))
+    mine, theirs = (changes(place / "adapter") for place in (two, one))
     assert (two / "adapter" / "adapter_config.json").read_text() == (one / "adapter" / "adapter_config.json").read_text()
     assert mine.keys() == theirs.keys()
-    apart = sum(float((mine[key] - theirs[key]).double().square().sum()) for key in mine) ** 0.5
-    size = sum(float(tensor.double().square().sum()) for tensor in theirs.values()) ** 0.5
-    assert apart < (3e-2 if loose else 1e-3) * size, apart / size
+    apart = sum(float((mine[key] - theirs[key]).square().sum()) for key in mine) ** 0.5
+    size = sum(float(change.square().sum()) for change in theirs.values()) ** 0.5
+    assert apart < (5e-2 if loose else 1e-3) * size, apart / size
     soak.cell(soak.MATRIX, member, f"{base}, {engine.upper()}", f"✔ {apart / size:.0e}")
     assert (two / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
     assert (two / "checkpoints" / "checkpoint-4" / "optimizer.pt").is_file()

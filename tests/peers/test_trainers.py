@@ -88,6 +88,11 @@ def test_checkpoints_hold_the_adapter_and_resuming_is_exact(tmp_path: Path, drop
     randomise(adapter)
     prepare_trainer(trainer(tmp_path / "again", model)).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items()), "bit for bit"
+    model, adapter = adapted(dropout=dropout)
+    over = prepare_trainer(trainer(tmp_path / "over", model))
+    over.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert over.state.global_step == 6, "not a step more than it was asked for"
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items())
 
 
 def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:

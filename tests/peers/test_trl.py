@@ -91,6 +91,8 @@ def test_a_reference_is_the_base_whatever_becomes_of_the_adapters(ids: torch.Ten
     assert not torch.equal(changed, base)
     assert torch.equal(model(ids).logits, changed)
     assert ours.eval() is ours
+    assert ours.requires_grad_(False) is ours
+    assert any(p.requires_grad for p in model.parameters())
     assert model.training
     adapter.merge()
     torch.testing.assert_close(ours(ids).logits, base)
@@ -101,6 +103,17 @@ def test_a_reference_is_the_base_whatever_becomes_of_the_adapters(ids: torch.Ten
         other.site("model.layers.0.mlp.up_proj").B.normal_()
     assert torch.equal(ours(ids).logits, base)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+def test_a_head_that_trl_never_calls_is_announced(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
+    model = tiny_llama(tied=False)
+    adapter = lk.adapt(model, lk.LoRA(rank=4), ["q_proj"], modules_to_save=["lm_head"])
+    rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in chat_rows]
+    args = trl.SFTConfig(**settings(tmp_path, save_strategy="no"))
+    trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    prepare_trainer(trainer).train()
+    with pytest.warns(lk.LorakinWarning, match="trains lm_head whole, but it is exactly the base's"):
+        adapter.save(tmp_path / "adapter")
 
 
 def test_a_reward_model(tmp_path: Path, tokenizer: Any) -> None:

@@ -1,6 +1,6 @@
 """One of two processes of tests/surgery/test_replicated.py: FSDP2 by hand, an own loop that accumulates and clips.
 
-torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|wrong
+torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|wrong|unused
 """
 
 from __future__ import annotations
@@ -51,9 +51,45 @@ def run(order: str, rank: int, world: int) -> list[float]:
     return [*said, sum(float(p.double().abs().sum()) for p in adapter.parameters())]
 
 
+class Experts(torch.nn.Module):
+    """Two experts, of which a batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        out: torch.Tensor = self.experts[which](x)
+        return out
+
+
+def run_unused(rank: int, world: int) -> list[float]:
+    """Each process uses an expert of its own, so that it has no gradient for the other's adapter."""
+    model = Experts()
+    adapter = lk.adapt(model, lk.LoRA(rank=2), seed=0)
+    if world > 1:
+        fully_shard(model, ignored_params=set(adapter.parameters()))
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.5)
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    for _ in range(4):
+        mine = [rank] if world > 1 else [0, 1]
+        for which in mine:
+            (model(x[which], which).square().sum() / len(mine)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sums = torch.tensor([float(p.detach().double().square().sum()) for p in adapter.parameters()], dtype=torch.float64)
+    if world > 1:
+        both = [torch.empty_like(sums) for _ in range(world)]
+        dist.all_gather(both, sums)
+        assert torch.equal(both[0], both[1]), "the processes differ"
+    return sums.tolist()
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    figures = run(sys.argv[1], dist.get_rank(), dist.get_world_size())
+    order, place = sys.argv[1], (dist.get_rank(), dist.get_world_size())
+    figures = run_unused(*place) if order == "unused" else run(order, *place)
     if dist.get_rank() == 0:
         print("figures", *figures)
     dist.destroy_process_group()

@@ -308,3 +308,51 @@ def test_the_norm_never_holds_the_weight(stored: str) -> None:
     linear.to("cpu")
     largest = max(rows.numel() for rows in quantised.packed_weight(linear).blocks())
     assert largest <= 2**20 == 2048 * 2048 // 4
+
+
+def test_what_cannot_be_trained_whole_is_refused(stored: str) -> None:
+    for name in ("nf4", "int8", "torchao-int8"):
+        with pytest.raises(lk.TargetError, match=r"layers\.1\.mlp\.down_proj cannot be trained whole: it is quantised"):
+            lk.adapt(load(name, stored), lk.LoRA(rank=2), ["v_proj"], modules_to_save=["layers.1.mlp.down_proj"])
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_model_merged_in_part_can_be_saved_and_loaded(name: str, stored: str, ids: Tensor, tmp_path: Path) -> None:
+    model = load(name, stored)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["v_proj"]))
+    with pytest.warns(LorakinWarning, match="its 2 adapted layers are torch.float32"):
+        adapter.merge(permanent=True)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert quantised.is_quantised(again.model.layers[0].mlp.up_proj)
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("there", ["plain", "nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("name", ["plain", "nf4", "nf4-nested", "int8", "torchao-int8", "torchao-int4"])
+def test_an_adapter_knows_its_base_in_few_bits_too(name: str, there: str, stored: str, tmp_path: Path) -> None:
+    def base(kind: str, folder: str) -> Any:
+        return tiny_llama(**SIZES) if kind == "plain" and folder == stored else (
+            transformers.AutoModelForCausalLM.from_pretrained(folder) if kind == "plain" else load(kind, folder)
+        )  # fmt: skip
+
+    randomise(lk.adapt(base(name, stored), lk.LoRA(rank=2))).save(tmp_path / "a")
+    lk.load(base(there, stored), tmp_path / "a")
+    other = tiny_llama(**SIZES)
+    with torch.no_grad():
+        for path, parameter in other.named_parameters():
+            if path.endswith("_proj.weight"):
+                parameter.neg_()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(lk.AdapterError, match="it is for another base model"):
+        lk.load(base(there, str(tmp_path / "other")), tmp_path / "a")
+
+
+def test_the_library_gets_its_layout_back(stored: str) -> None:
+    model = load("nf4", stored)
+    before = [getattr(module, "support_avx512bf16_for_cpu", None) for module in model.modules()]
+    adapter = lk.adapt(model, lk.LoRA(rank=2))
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
+    adapter.remove()
+    assert [getattr(module, "support_avx512bf16_for_cpu", None) for module in model.modules()] == before

@@ -31,3 +31,7 @@ def test_an_optimizer_that_is_seen_late(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_sharded_adapter_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"was sharded together with the base.*ignored_params=set"):
         launch(SCRIPT, "wrong")
+
+
+def test_a_tensor_that_a_process_does_not_use() -> None:
+    assert figures("unused") == pytest.approx(sharded.run_unused(0, 1), rel=1e-5)

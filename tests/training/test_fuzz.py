@@ -145,6 +145,9 @@ def test_aliases_and_long_files_are_refused(tmp_path: Path) -> None:
     file.write_text(LAUGHS)
     with pytest.raises(lk.SettingError, match="aliases"):
         read_recipe(file, {})
+    file.write_text("model: x\nsteps: 1\nsteps: 2\n")
+    with pytest.raises(lk.SettingError, match="steps stands in it twice"):
+        read_recipe(file, {})
     file.write_text("# " + "x" * (1 << 20) + "\nmodel: x")
     with pytest.raises(lk.SettingError, match=r"longer than 1,048,576 bytes, so it is none"):
         read_recipe(file, {})

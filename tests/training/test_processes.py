@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import lorakin as lk
 import soak
 from conftest import tiny_llama
+from lorakin.training import train as training
 from training.worker import BASES, MEMBERS, load, train
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -113,6 +115,8 @@ def test_the_command_in_two_processes(model_dir: str, chat_rows: list[dict[str, 
     assert [row.get("loss") for row in rows[1]] == pytest.approx([row.get("loss") for row in rows[0]], abs=1e-4)
     whole = load_file(tmp_path / "two" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-6")
+    with pytest.raises(lk.SettingError, match="was trained by 2 processes, and there are 1 now"):
+        training.prepare(training.resumed_recipe(None, {"out": str(tmp_path / "two")}), Console(quiet=True), resume=True)
     launch("-m", "lorakin", "train", "--resume", "--out", str(tmp_path / "two"))
     again = load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items()), "to the bit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ for module in (train, plan, compare, generate, evaluate, export, merge, combine,
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes talks
     shown = warnings.showwarning
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -24,6 +24,7 @@ from lorakin.errors import AdapterError, LorakinWarning, StateError
 from lorakin.family import all_finite
 from lorakin.storage import atomic, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
+from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -242,6 +243,14 @@ def check_trained(graft: Graft) -> None:
     unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
     for reason in (*unfinished, *graft.method.unmoved(graft.places())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
+    whole = [path for path in graft.plan.copies if graft.is_fresh and graft.steps and _is_the_bases(graft, path)]
+    if whole:
+        warnings.warn(
+            f"adapter {graft.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it. "
+            "TRL's trainers read a head's weight without calling the head",
+            LorakinWarning,
+            stacklevel=3,
+        )
     reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
@@ -252,6 +261,11 @@ def check_trained(graft: Graft) -> None:
             LorakinWarning,
             stacklevel=3,
         )
+
+
+def _is_the_bases(graft: Graft, path: str) -> bool:
+    base = module_at(graft.model, path).state_dict()
+    return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in graft.copy_of(path).state_dict().items())
 
 
 def _changes_nothing(graft: Graft, path: str) -> bool:

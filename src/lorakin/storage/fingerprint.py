@@ -2,8 +2,9 @@
 
 Of every base parameter that is not trained whole: four numbers, evenly spread, the shape, and the narrowest dtype that holds
 those numbers, whatever the tensor's is. Not a hash, since a base in bfloat16 has other bits than in float32 and is the same
-base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Quantised
-tensors are left out.
+base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Of a quantised
+layer they are the numbers that its bits stand for, which are far from those that were rounded into them: all such layers are
+compared together, and only another model shows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import own_parameters
+from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
 
-NUMBERS = 4
+NUMBERS, PACKED = 4, "packed"
 ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
 """Relative: one step of bfloat16 and more; more than is lost in writing. Absolute: less than a float16 can hold."""
+FEW_BITS = 0.5
+"""Relative: how far rounding to four bits moves the numbers of all layers together, and more; another model's are 1.4 away."""
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,8 +34,21 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": getattr(model, "name_or_path", None) or None,
-        "weights": {name: text for name, weight in own_parameters(model).items() if (text := sample(weight)) is not None},
+        "weights": {name: text for name, weight in own_parameters(model).items() if (text := _text(model, name, weight))},
     }
+
+
+def _text(model: nn.Module, name: str, weight: Tensor) -> str | None:
+    path, _, leaf = name.rpartition(".")
+    module = module_at(model, path)
+    if leaf != "weight" or weight.is_meta or not is_quantised(module):
+        return sample(weight)
+    if (rows := rows_of(module)) is None:
+        return None
+    outputs, inputs = shape_of(module)[:2]
+    places = torch.linspace(0, outputs * inputs - 1, NUMBERS, dtype=torch.float64).round().long().tolist()
+    numbers = [float(rows(at // inputs, at // inputs + 1)[0, at % inputs]) for at in places]
+    return f"{PACKED} {outputs}x{inputs} {' '.join(f'{number:.5g}' for number in numbers)}"
 
 
 def sample(weight: Tensor) -> str | None:
@@ -54,15 +72,19 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     kinds = remembered.get("model_type"), here.get("model_type")
     if None not in kinds and kinds[0] != kinds[1]:
         return f"{made}, a {kinds[0]!r} model, and this is a {kinds[1]!r} model"
-    worst, where = 0.0, ""
+    worst, where, packed = 0.0, "", []
     for name, then in remembered["weights"].items():
         now = here["weights"].get(name)
         if now is None or now == then:
             continue
         if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
             return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}"
-        if (apart := _apart(then, now)) > worst:
+        if PACKED in (then.split()[0], now.split()[0]):
+            packed.append((then, now))
+        elif (apart := _apart(then, now)) > worst:
             worst, where = apart, name
+    if packed and (apart := _apart_together(packed)) > FEW_BITS:
+        return f"{made}, and the quantised layers here stand for others: {apart:.0%} from those"
     return f"{made}, and {name_of(where)} here is another: {worst:.2%} from that one" if where else None
 
 
@@ -90,6 +112,13 @@ def _is_sample(text: Any) -> bool:
         return len(parts) > 2 and all(math.isfinite(float(part)) for part in parts[2:])
     except ValueError:
         return False
+
+
+def _apart_together(pairs: list[tuple[str, str]]) -> float:
+    """How far all of these samples are apart, relative to the first of each."""
+    old, new = ([float(number) for pair in pairs for number in pair[side].split()[2:]] for side in (0, 1))
+    gaps = math.hypot(*(a - b for a, b in zip(old, new, strict=False)))
+    return gaps / max(math.hypot(*old), 1e-30)
 
 
 def _apart(then: str, now: str) -> float:

@@ -63,6 +63,7 @@ class Registry:
     hook: Any = None
     tied: bool = False
     flags: dict[str, bool] = dataclasses.field(default_factory=dict)
+    laid_out: list[nn.Module] = dataclasses.field(default_factory=list)
 
 
 def plan(
@@ -208,7 +209,7 @@ class Graft:
         for path, child in children.items():
             if reason := conflict(module_at(self.model, path), self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
-        quantised.keep_trainable(self.model)
+        registry.laid_out += quantised.keep_trainable(self.model)
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
@@ -686,6 +687,7 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
     if not registry.grafts:
         registry.hook.remove()
         vars(model).update(registry.flags)
+        quantised.give_back(registry.laid_out)
         for key, parameter in _base_parameters(model):
             parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
         del model.__dict__["_lorakin"]
@@ -708,7 +710,7 @@ def _warn_of_dense(dense: Mapping[str, Tensor]) -> None:
     size = sum(weight.numel() * weight.element_size() for weight in dense.values())
     warnings.warn(
         f"the base is quantised: merged, its {len(dense)} adapted layers are {next(iter(dense.values())).dtype} and take "
-        f"{size / 2**30:.2f} GiB. To keep what was learned in a full-precision model, merge into the base that was quantised, "
+        f"{size / 2**20:,.1f} MiB. To keep what was learned in a full-precision model, merge into the base that was quantised, "
         "with lorakin merge --model",
         LorakinWarning,
         stacklevel=3,

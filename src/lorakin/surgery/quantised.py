@@ -233,6 +233,10 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if weights and quantizer is not None and not any(is_quantised(module) for module in model.modules()):
         quantizer.remove_quantization_config(model)
         vars(model).update({flag: False for flag in FLAGS if hasattr(model, flag)})
+    config: Any = getattr(quantizer, "quantization_config", None)
+    if weights and hasattr(config, "llm_int8_skip_modules"):
+        skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *weights]
+        config.llm_int8_skip_modules = list(dict.fromkeys(skipped))  # else what is saved cannot be loaded again
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
@@ -245,15 +249,25 @@ def not_to_shard(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Undo and forbid what bitsandbytes does to 4-bit weights on some CPUs when they are used for inference.
+def keep_trainable(model: nn.Module) -> list[nn.Module]:
+    """Let a quantised model be trained, and by DDP; returns the modules that `give_back` should have again.
 
-    It lays them out for a kernel without a backward: after an evaluation no gradient would pass any more.
+    On some CPUs bitsandbytes lays 4-bit weights that are used for inference out for a kernel without a backward: after an
+    evaluation no gradient would pass. And DDP would send every process the tensors of classes that cannot be sent.
     """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
+    changed = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in changed:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
+    if unsent := [name for name, parameter in model.named_parameters() if is_packed(parameter)]:
+        model._ddp_params_and_buffers_to_ignore = unsent  # type: ignore[assignment]
+    return changed
+
+
+def give_back(modules: list[nn.Module]) -> None:
+    """Allow them what `keep_trainable` forbade."""
+    for module in modules:
+        module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
 def _lay_out(weight: Any, state: Any) -> None:

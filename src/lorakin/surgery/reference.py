@@ -26,11 +26,16 @@ class Reference(Swapped):
         """Nothing: its modules are the adapted model's, which says what mode they are in."""
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Reference:
+        """Nothing: its parameters are the adapted model's. Called, it is under the adapters' rules; use `torch.no_grad()`."""
+        return self
+
 
 def reference(model: nn.Module) -> nn.Module:
     """The model as it is without its adapters, for as long as they are in it: another object, with the same parameters.
 
-    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. Its mode is the adapted model's.
+    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. It is the base when it is called and in
+    `generate`; its parts, as `reference.model`, are the adapted model's, and so is its mode.
 
     Raises:
         SettingError: there are no adapters in it.

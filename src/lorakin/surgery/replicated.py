@@ -53,12 +53,14 @@ class Averaging:
         check_whole(graft)
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             held = [p for p in self.parameters if p.dtype == dtype]  # all of them, so that processes agree on the sizes
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held])
+            grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held]
+            there = torch.tensor([float(p.grad is not None) for p in held], dtype=dtype, device=held[0].device)
+            flat = torch.cat([*grads, there])
             torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            for parameter, mean in zip(held, torch.split(flat, [p.numel() for p in held]), strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.copy_(mean.view_as(parameter))
+            *means, there = torch.split(flat / torch.distributed.get_world_size(), [*(p.numel() for p in held), len(held)])
+            for parameter, mean, anywhere in zip(held, means, there.tolist(), strict=True):
+                if anywhere:  # also where this process did not use it
+                    parameter.grad = mean.view_as(parameter).clone()
 
     def stop(self) -> None:
         """Average no more."""

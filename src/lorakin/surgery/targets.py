@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, TargetError
-from lorakin.surgery import layers
+from lorakin.surgery import layers, quantised
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -133,6 +133,11 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         for path in paths:
             if reason := layers.never_called(modules[path], modules.get(path.rpartition(".")[0], model)):
                 raise TargetError(f"modules_to_save: {path} cannot be trained whole: it is {reason}")
+            if any(quantised.is_quantised(part) for part in modules[path].modules()):
+                raise TargetError(
+                    f"modules_to_save: {path} cannot be trained whole: it is quantised. Adapt it, or load the model with it "
+                    "left out (bitsandbytes: llm_int8_skip_modules; torchao: modules_to_not_convert)"
+                )
         found += [p for p in paths if p not in found]
     return [path for path in modules if path in found and not _inside(path, [other for other in found if other != path])]
 

@@ -254,7 +254,7 @@ def resolve_dtype(dtype: str, classification: bool = False) -> str:
         SettingError: an unknown dtype.
     """
     if dtype == "auto":
-        return "float32" if classification else fastest_dtype()
+        return "float32" if classification else processes.agreed(fastest_dtype())
     if dtype not in (*DTYPES, "base"):
         raise SettingError(f"dtype must be auto, base, {', '.join(DTYPES)}, not {dtype!r}")
     return dtype

@@ -144,6 +144,12 @@ class _Plain(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", None)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands in it twice", None)
+        return super().construct_mapping(node, deep)
+
 
 MOST_BYTES = 1 << 20
 """Of a recipe: one that is longer is something else."""

@@ -22,7 +22,7 @@ from rich.text import Text as RichText
 from torch.utils.data import DataLoader
 
 from lorakin.adapter import Adapter, adapt, importance
-from lorakin.errors import DataError, DivergedError, OutputError, SettingError
+from lorakin.errors import DataError, DivergedError, ModelError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
@@ -239,16 +239,17 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
+    if not math.isfinite(before.loss):
+        raise ModelError(
+            f"the base's own held-out loss is {before.loss}: weights that are not finite, or too large for {run.recipe.dtype}; "
+            "try --dtype float32, or another model"
+        )
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
     trainer = _trainer(run, [*seen, *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            if run.checkpoint is None or resumed < run.total_steps:
-                trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-            else:  # it was over, but not saved; the Trainer would take one step more
-                run.adapter.begin(run.total_steps)
-                run.adapter.restore(run.checkpoint)
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         after = run.evaluate()
         if not math.isfinite(after.loss) or not all(bool(torch.isfinite(p).all()) for p in trainer.trained):
             raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)
@@ -322,7 +323,13 @@ def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
-    return last_checkpoint(out / CHECKPOINTS) if resume else None
+    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
+    if checkpoint is not None and (before := len(list(checkpoint.glob("rng_state*.pth")))) not in (0, processes.count()):
+        raise SettingError(
+            f"--resume: {out} was trained by {before} processes, and there are {processes.count()} now, which would see other "
+            f"rows; start {before}, or start anew in another --out"
+        )
+    return checkpoint
 
 
 def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:

@@ -41,9 +41,26 @@ class AdapterTraining:
         if sharding is not None:
             whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
-        if unsent := [name for name, p in self.model.named_parameters() if quantised.is_packed(p)]:
-            self.model._ddp_params_and_buffers_to_ignore = unsent
+        if over := self._over(*args, **kwargs):
+            return over
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _over(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The end of a run that goes on from its last checkpoint, from which the Trainer would take one step more."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if not resume_from_checkpoint or self.args.max_steps <= 0:
+            return None
+        if not (said := Path(resume_from_checkpoint) / STATE).is_file():
+            return None
+        state = transformers.TrainerState.load_from_json(str(said))
+        if state.global_step < self.args.max_steps:
+            return None
+        self.state = state
+        for adapter in self._trained():
+            adapter.begin(self.args.max_steps)
+        self._load_from_checkpoint(str(resume_from_checkpoint))
+        return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The adapters, by the process that saves."""

@@ -20,6 +20,7 @@ import lorakin as lk
 import soak
 from conftest import tiny_llama
 from lorakin.training import train as training
+from lorakin.training.progress import Metrics
 from training.worker import BASES, MEMBERS, load, train
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -84,20 +85,8 @@ def test_two_processes_are_one(member: str, engine: str, base: str, together: Pa
 
 def test_the_command_in_two_processes(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Any, tmp_path: Path) -> None:
     data, held = write_rows((chat_rows * 4)[:32], "train.jsonl"), write_rows(chat_rows[:6], "held.jsonl")
-    words = [
-        "train",
-        "--model",
-        model_dir,
-        "--data",
-        data,
-        "--eval-data",
-        held,
-        "--method",
-        "lora-drop,dora",
-        "--dtype",
-        "float32",
-    ]
-    words += ["--steps", "6", "--save-every", "2", "--lr", "1e-2", "--set", "keep=5"]
+    words = f"train --model {model_dir} --data {data} --eval-data {held} --method lora-drop,dora --set keep=5".split()
+    words += "--steps 6 --save-every 2 --lr 1e-2 --dtype float32".split()
     one = subprocess.run(
         [sys.executable, "-m", "lorakin", *words, "--batch-size", "8", "--out", str(tmp_path / "one"), "--json"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -109,9 +98,7 @@ def test_the_command_in_two_processes(model_dir: str, chat_rows: list[dict[str, 
     assert second["trainable_parameters"] == first["trainable_parameters"]
     files = [{path.name for path in (tmp_path / which).iterdir()} for which in ("one", "two")]
     assert files[0] == files[1]
-    rows = [
-        [json.loads(line) for line in (tmp_path / which / "metrics.jsonl").read_text().splitlines()] for which in ("one", "two")
-    ]
+    rows = [Metrics(tmp_path / which / "metrics.jsonl", writes=False).rows() for which in ("one", "two")]
     assert [row.get("loss") for row in rows[1]] == pytest.approx([row.get("loss") for row in rows[0]], abs=1e-4)
     whole = load_file(tmp_path / "two" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-6")

@@ -19,6 +19,11 @@ FOLDER = "LORAKIN_SOAK"
 """Names the variable that says where figures are kept; nothing is kept without it."""
 
 
+def is_slow() -> bool:
+    """Whether this is the slow suite."""
+    return FOLDER in os.environ
+
+
 def count(variable: str, usually: int) -> int:
     """How often to try: what the variable says, or `usually`."""
     return int(os.environ.get(variable) or usually)

@@ -239,11 +239,6 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
-    if not math.isfinite(before.loss):
-        raise ModelError(
-            f"the base's own held-out loss is {before.loss}: weights that are not finite, or too large for {run.recipe.dtype}; "
-            "try --dtype float32, or another model"
-        )
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
     trainer = _trainer(run, [*seen, *callbacks])
     try:
@@ -397,6 +392,11 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
         return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():
         before = run.evaluate()
+    if not math.isfinite(before.loss):
+        raise ModelError(
+            f"the base's own held-out loss is {before.loss}: weights that are not finite, or too large for {run.recipe.dtype}; "
+            "try --dtype float32, or another model"
+        )
     metrics.add(0, **{f"eval_{name}": value for name, value in before.as_dict().items()})
     return before
 

@@ -36,6 +36,19 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).to(dtype).eval()
 
 
+MEMBERS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: lk.LoRA(rank=4),
+    "lora+": lambda: lk.LoRAPlus(rank=4, ratio=4),
+    "lora-fa": lambda: lk.LoRAFA(rank=4),
+    "vera": lambda: lk.VeRA(rank=8),
+    "dora": lambda: lk.DoRA(rank=4),
+    "adalora": lambda: lk.AdaLoRA(initial_rank=6, target_rank=3, start=1, finish=4, interval=1),
+    "lora-drop": lambda: lk.LoRADrop(rank=4, keep=4),
+    "delta-lora": lambda: lk.DeltaLoRA(rank=4, start_step=3),
+}
+"""Every member at a size for tiny models, for runs of six steps or more; LoRA-drop wants a probe."""
+
+
 def tiny_gpt2() -> Any:
     """A GPT-2, whose linear layers are Conv1D."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 import soak
-from conftest import randomise, tiny_llama
+from conftest import MEMBERS, randomise, tiny_llama
 from lorakin.errors import LorakinWarning, SettingError
 from lorakin.surgery import quantised
 from lorakin.training import prepare_trainer
@@ -110,18 +110,6 @@ def change_of(adapter: lk.Adapter) -> Tensor:
     weights = {path: adapter.base_weight(path).double() for path in adapter.plan.sites}
     changed = [(adapter.change_at(path).applied_to(weight) - weight).detach() for path, weight in weights.items()]
     return torch.cat([change.flatten() for change in changed])
-
-
-MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=4),
-    "lora+": lambda: lk.LoRAPlus(rank=4, ratio=4),
-    "lora-fa": lambda: lk.LoRAFA(rank=4),
-    "vera": lambda: lk.VeRA(rank=8),
-    "dora": lambda: lk.DoRA(rank=4),
-    "adalora": lambda: lk.AdaLoRA(initial_rank=6, target_rank=3, start=1, finish=1, interval=1),
-    "lora-drop": lambda: lk.LoRADrop(rank=4, keep=4),
-    "delta-lora": lambda: lk.DeltaLoRA(rank=4, start_step=2),
-}
 
 
 def trained(model: Any, member: str, ids: Tensor, steps: int = 6) -> tuple[lk.Adapter, list[float]]:

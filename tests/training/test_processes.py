@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 import lorakin as lk
 import soak
-from conftest import tiny_llama
+from conftest import MEMBERS, tiny_llama
 from lorakin.training import train as training
 from lorakin.training.progress import Metrics
-from training.worker import BASES, MEMBERS, load, train
+from training.worker import BASES, load, train
 
 TRIED = BASES if soak.is_slow() else ["plain", "nf4"]
 WORKER = Path(__file__).with_name("worker.py")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,13 @@ import transformers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import lorakin as lk
-from conftest import tiny_llama
-from lorakin.surgery.replicated import is_sharded
+from conftest import MEMBERS, tiny_llama
+from lorakin.family.pair import is_sharded
 from lorakin.training import prepare_trainer
 from lorakin.training.models import QUANTISATIONS
 
 STEPS, ROWS, GLOBAL_BATCH = 8, 64, 8
 
-MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=4),
-    "lora+": lambda: lk.LoRAPlus(rank=4, ratio=4),
-    "lora-fa": lambda: lk.LoRAFA(rank=4),
-    "vera": lambda: lk.VeRA(rank=8),
-    "dora": lambda: lk.DoRA(rank=4),
-    "adalora": lambda: lk.AdaLoRA(initial_rank=6, target_rank=3, start=1, finish=4, interval=1),
-    "lora-drop": lambda: lk.LoRADrop(rank=4, keep=4),
-    "delta-lora": lambda: lk.DeltaLoRA(rank=4, start_step=3),
-}
 BASES = ["plain", *QUANTISATIONS]
 
 

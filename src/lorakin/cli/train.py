@@ -113,9 +113,9 @@ def command(
         if (Path(effective.out) / training.RECIPE).is_file():
             console.print(f"stopped; go on with: lorakin train --resume --out {effective.out}", highlight=False, soft_wrap=True)
         raise
-    if as_json and processes.is_first():
-        print_json(result.as_dict())
     if as_json:
+        if processes.is_first():
+            print_json(result.as_dict())
         return
     where = result.out
     console.print(f"[bold]held out after[/]   {training.described(result.after)}", highlight=False)

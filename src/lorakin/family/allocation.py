@@ -148,9 +148,8 @@ class Allocation(Rule):
             self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])), for_good=n == self._end)
         elif self.pattern is not None and not self.freed and n > self._end:
             self._switch_off(self.pattern, for_good=True)
-        if n == (
-            self.member.total_steps if several_processes() else self._end
-        ):  # buffers for all processes' gradients have sizes
+        last = self.member.total_steps if several_processes() else self._end  # what averages gradients has sized its buffers
+        if n == last:
             self._free(optimizer)
 
     def _switch_off(self, pattern: list[Tensor], for_good: bool) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
-from lorakin.family.pair import Pair, Shape, Tensors, Weight
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_sharded
 
 CANCELLED = 1e-3
 """Below this share of what is added up, n² has lost too many digits to be used (more in a narrow dtype)."""
@@ -73,9 +73,9 @@ class DoRA(Modifier):
 
 def _is_at_start(place: Place) -> bool:
     m, weight = place.tensors()["m"], place.weight
-    nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
-    if hasattr(weight, "placements"):  # sharded, so that this process knows some of its rows
+    if is_sharded(weight):  # this process knows some of its rows
         return False
+    nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
     return not m.is_meta and torch.equal(m, row_norms(weight, *nothing).to(m))
 
 

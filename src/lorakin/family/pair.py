@@ -112,6 +112,11 @@ def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, from its extremes: far quicker than by each number."""
     return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -46,9 +46,14 @@ def _text(model: nn.Module, name: str, weight: Tensor) -> str | None:
     if (rows := rows_of(module)) is None:
         return None
     outputs, inputs = shape_of(module)[:2]
-    places = torch.linspace(0, outputs * inputs - 1, NUMBERS, dtype=torch.float64).round().long().tolist()
+    places = _places(outputs * inputs).tolist()
     numbers = [float(rows(at // inputs, at // inputs + 1)[0, at % inputs]) for at in places]
     return f"{PACKED} {outputs}x{inputs} {' '.join(f'{number:.5g}' for number in numbers)}"
+
+
+def _places(count: int) -> Tensor:
+    """Of so many numbers those that are written down, evenly spread."""
+    return torch.linspace(0, count - 1, min(NUMBERS, count), dtype=torch.float64).round().long()
 
 
 def sample(weight: Tensor) -> str | None:
@@ -57,9 +62,8 @@ def sample(weight: Tensor) -> str | None:
     plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
     if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
-    flat = torch.linspace(0, weight.numel() - 1, min(NUMBERS, weight.numel()), dtype=torch.float64).round().long()
     shape = "x".join(map(str, weight.shape))
-    flat = flat.to(weight.device)
+    flat = _places(weight.numel()).to(weight.device)
     values = weight.view(-1)[flat] if weight.is_contiguous() else weight[torch.unravel_index(flat, weight.shape)]
     held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
     numbers = " ".join(f"{value:.5g}" for value in values.tolist())

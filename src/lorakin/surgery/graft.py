@@ -344,14 +344,14 @@ class Graft:
             raise StateError(f"adapter {self.name!r} is disabled at the moment; merge it outside of disabled()")
         if permanent and (others := [n for n, g in _registry(self.model).grafts.items() if g is not self and g.is_merged]):
             raise StateError(f"adapter {others[0]!r} is merged too; unmerge it before merging {self.name!r} for good")
-        before = {path: _hung(self.model, path).merged for path in self._paths()}
+        before, dtype = {path: _hung(self.model, path).merged for path in self._paths()}, quantised.dtype_of(self.model)
         try:
             for path, merged in before.items():
                 if self.name not in merged:
-                    set_merged(module_at(self.model, path), path, (*merged, self.name), quantised.dtype_of(self.model))
+                    set_merged(module_at(self.model, path), path, (*merged, self.name), dtype)
         except BaseException:
             for path, merged in before.items():
-                set_merged(module_at(self.model, path), path, merged, quantised.dtype_of(self.model))
+                set_merged(module_at(self.model, path), path, merged, dtype)
             raise
         _follow_ties(self.model)
         dense = {path: weight for path in self._paths() if (weight := _hung(self.model, path).dense) is not None}

@@ -8,21 +8,17 @@ averages their gradients over the processes; here it is done once at the end of 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from lorakin.errors import StateError
+from lorakin.family.pair import is_sharded
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether this process holds a part of the tensor only."""
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
 class Averaging:

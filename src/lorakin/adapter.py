@@ -18,7 +18,7 @@ from lorakin.family import Member, Method
 from lorakin.storage import directory
 from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
-from lorakin.surgery.energy import energies
+from lorakin.surgery.energy import check_called, energies
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.mixed import MixedBatch
 from lorakin.surgery.mode import in_mode
@@ -255,6 +255,7 @@ def _importance(
         raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
     pilot = _fresh(model, "probe", surgery.plan(model, method.for_probe(), targets, **places), seed)
     try:
+        check_called(pilot)
         optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
         with in_mode(model, training=True):
             for _ in range(probe.epochs):

@@ -36,10 +36,21 @@ from lorakin.family import (
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
+from lorakin.family.low_rank import padded
+from lorakin.storage import expert_stacks
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
+from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
-from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, Layer, LinearLayer, TransposedLayer
+from lorakin.surgery.layers import (
+    ConvolutionLayer,
+    EmbeddingLayer,
+    ExpertLayer,
+    Layer,
+    LinearLayer,
+    QuantisedLayer,
+    TransposedLayer,
+)
 from lorakin.surgery.targets import named_modules, resolve
 
 PREFIX = "base_model.model."
@@ -59,7 +70,7 @@ class Form:
     """Tensors of the whole model → their key."""
     always: tuple[str, ...] = ()
     """Fields that are written even where they are PEFT's default."""
-    layers: tuple[type[Layer], ...] = (LinearLayer, TransposedLayer)
+    layers: tuple[type[Layer], ...] = (LinearLayer, QuantisedLayer, TransposedLayer)
     ignored: tuple[str, ...] = ()
     """Fields that PEFT writes and does not read."""
 
@@ -72,7 +83,7 @@ LORA = Form(
     slots={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
     lookup_slots={"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
     always=("r", "lora_alpha", "lora_dropout"),
-    layers=(LinearLayer, TransposedLayer, EmbeddingLayer, ConvolutionLayer),
+    layers=(LinearLayer, QuantisedLayer, TransposedLayer, EmbeddingLayer, ConvolutionLayer, ExpertLayer),
 )
 VERA = Form(
     peft_type="VERA",
@@ -124,7 +135,6 @@ UNSUPPORTED = {
     "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
     "ensure_weight_tying": "adapters shared by tied weights",
-    "target_parameters": "adapters on raw parameters",
     "trainable_token_indices": "trainable tokens",
 }
 # Fields that say nothing about the function of a finished adapter, or that the reader takes from elsewhere.
@@ -132,7 +142,7 @@ SILENT = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
-    "task_type", "bias", "init_lora_weights", "use_dora", "init_weights",
+    "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
 }  # fmt: skip
 # Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, …) change it.
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "lora_fa")
@@ -143,6 +153,8 @@ def native_form(graft: Graft) -> Form | None:
     form, sites = FORM_OF.get(graft.plan.method.parametrisation.word), [graft.site(path) for path in graft.plan.sites]
     patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
     if form is None or (patterns and form is not LORA) or any(site.layer not in form.layers for site in sites):
+        return None
+    if not expert_stacks.are_whole(graft.model, graft.plan.sites):
         return None
     slots = {*form.slots, *form.shared}
     return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
@@ -182,7 +194,7 @@ def pairs_to_files(
     ranks: dict[str, int] = {}
     gained = any("m" in slots for slots in sites.values())
     for path, slots in sites.items():
-        there, module = dict(slots), model.get_submodule(path)
+        there, module = dict(slots), module_at(model, path)
         if gained and "m" not in there:  # PEFT has magnitudes everywhere or nowhere: here the one that is no gain
             scale = 1.0 if alphas is None else alphas[path] / max(1, len(there["A"]))
             wide = widened(there)
@@ -216,13 +228,14 @@ def _finished(
         "task_type": _task_type(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": bool(paths) and all(layers.kind_of(model.get_submodule(p)) is TransposedLayer for p in paths),
+        "fan_in_fan_out": bool(paths) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in paths),
         "inference_mode": True,
         "modules_to_save": sorted(copies) or None,
     }
+    own, tensors = expert_stacks.stacked(model, config, tensors, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
-    return dict(sorted((heading | dict(config)).items())), written
+    return dict(sorted((heading | own).items())), written
 
 
 def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -240,7 +253,7 @@ def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Te
     tensors: dict[str, Tensor] = {}
     kept = {}
     for path in plan.sites:
-        site, module = graft.site(path), graft.model.get_submodule(path)
+        site, module = graft.site(path), module_at(graft.model, path)
         for slot, tensor in graft.tensors_at(path).items():
             if slot not in form.shared:
                 tensors[f"{PREFIX}{path}.{_slots(form, site.layer)[slot]}"] = _to_file(tensor, slot, module)
@@ -308,8 +321,7 @@ def from_files(
     Raises:
         AdapterError: anything missing, left over, misshapen, not finite, unsupported, or for another base.
     """
-    form = check_config(config, where)
-    method = method_of(form, config, own, where)
+    form, method, config, tensors = _read(model, config, tensors, own, where)
     modules = named_modules(model)
     sites, rest = _split(form, tensors)
     _check_paths(model, modules, sites, where)
@@ -347,7 +359,7 @@ def from_files(
     }
     _check_slots(plan, expected, spots, read, where)
     if own is not None and own.tensors is not None:
-        _check_pairs(plan, spots, read, config, sites, where)
+        _check_pairs(plan, modules, spots, read, config, sites, where)
     shared = plan.method.share(read, spots, plan.sites)
     for path, slots in shared.items():
         for slot, tensor in slots.items():
@@ -356,12 +368,26 @@ def from_files(
     return Contents(plan, shared, copies, None if own is None else own.state)
 
 
+def _read(
+    model: nn.Module | None, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
+) -> tuple[Form, Method, Mapping[str, Any], Mapping[str, Tensor]]:
+    """The form, the method, and the files with a pair for each module that has one."""
+    form = check_config(config, where)
+    known = None if own is None or own.tensors is None else own.tensors.keys()
+    if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
+        dropouts = [settings.get("dropout") for _, settings in own.members]
+        config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
+    config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX)
+    return form, method_of(form, config, own, where), config, tensors
+
+
 def _position(slot: str, expected: Mapping[str, Tensor]) -> int:
     return list(expected).index(slot) if slot in expected else len(expected)
 
 
 def _check_pairs(
     plan: Plan,
+    modules: Mapping[str, nn.Module],
     spots: Mapping[str, Spot],
     read: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
@@ -375,6 +401,8 @@ def _check_pairs(
         theirs = sites.get(path, {})
         if not theirs and not pair.down.shape[0]:
             continue
+        if layers.kind_of(modules[path]) is ExpertLayer and "A" in theirs:  # all of a stack have one rank there
+            pair = padded(pair, max(len(theirs["A"]), pair.down.shape[0]))
         rank = resolve(ranks, path, config.get("r", LORA.defaults["r"])) or 1
         alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -619,8 +647,7 @@ def pairs_of(
     Where only the base says how many inputs a module has (VERA), the widest's are taken; where a shared pair would have to
     be drawn with the base at hand, there are no pairs.
     """
-    form = check_config(config, where)
-    method = method_of(form, config, own, where)
+    form, method, config, tensors = _read(None, config, tensors, own, where)
     if own is not None and own.tensors is not None:
         sites: Mapping[str, Mapping[str, Tensor]] = own.tensors
         needed = set[str]()
@@ -747,7 +774,9 @@ def _check_targets(
         return
     if not isinstance(targets, str):
         targets = frozenset(targets)
-    wanted = {path for path, module in modules.items() if layers.kind_of(module) and _peft_match(targets, path, modules)}
+    experts = {path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer}  # not targeted as modules
+    targetable = modules.keys() - experts
+    wanted = {path for path in targetable if layers.kind_of(modules[path]) and _peft_match(targets, path, targetable)}
     wanted = {path for path in wanted if not any(path == copy or path.startswith(copy + ".") for copy in copies)}
     if excluded := config.get("exclude_modules"):
         wanted = {path for path in wanted if not _peft_match(excluded, path)}
@@ -761,7 +790,7 @@ def _check_targets(
         wanted = {path for path in wanted if found[path] in numbers}
     if missing := sorted(wanted - set(sites)):
         raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
-    if extra := sorted(set(sites) - wanted):
+    if extra := sorted(set(sites) - wanted - experts):
         raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
 
 

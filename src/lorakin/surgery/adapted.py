@@ -6,7 +6,6 @@ the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the mo
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.errors import StateError
 from lorakin.family import Method, Pair, Role, Shape, Weight, widened
-from lorakin.surgery import fused
+from lorakin.surgery import experts, fused
 from lorakin.surgery.autograd import Seen
 from lorakin.surgery.fused import Ready
 from lorakin.surgery.layers import Layer, LinearLayer, kind_of
+from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
 
 def trains(role: Role, tensor: Tensor) -> bool:
@@ -89,12 +88,12 @@ class Site(nn.Module):
         if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return fused.linear_with_ready(x, module.weight, module.bias, self._as_ready(tensors, module.weight))
         self._ready = None
-        pair, scale = self._factors(tensors, module.weight)
+        pair, scale = self.factors(tensors, module.weight)
         if pair.gain is not None and dropout:  # which needs another product with the weight
             return None
         return fused.linear_with_pair(x, module.weight, module.bias, pair, scale, dropout)
 
-    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+    def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
         weight = Weight(matrix.detach())
         if self._squares is not None and self._squares[0].is_still(matrix):
@@ -110,7 +109,7 @@ class Site(nn.Module):
         there = (matrix, *self.tensors().values())
         if self._ready is not None and self._ready[0].is_still(*there):
             return self._ready[1]
-        ready = Ready.of(*self._factors(tensors, matrix), matrix.dtype)
+        ready = Ready.of(*self.factors(tensors, matrix), matrix.dtype)
         trained = any(tensor.requires_grad for tensor in self.parameters(recurse=False))
         seen = None if trained else Seen.of(*there)
         self._ready = None if seen is None else (seen, ready)
@@ -203,14 +202,11 @@ class Hung(nn.Module):
 
     def in_use(self) -> list[Any]:
         """The active adapters that are not merged into the weight, in the order of activation."""
-        return [self._modules[name] for name in self.active if name not in self.merged and name not in self.off]
+        return [self._modules[name] for name in self.names_in_use()]
 
-
-class Swapped(nn.Module):
-    """Whatever is mixed in before a module's own class: the class is made at run time, so copies name the own one instead."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
+    def names_in_use(self) -> list[str]:
+        """Their names."""
+        return [name for name in self.active if name not in self.merged and name not in self.off]
 
 
 class Adapted(Swapped):
@@ -264,24 +260,14 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, Adapted | Replaced)
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before the latest of what was mixed in."""
-    cls = type(module)
-    if not isinstance(module, Swapped):
-        return cls
-    if cls not in _CLASSES.values():
-        raise StateError(
-            f"the class of an adapted {cls.__name__} was changed after it was adapted, by parametrizing or sharding it, say; "
-            "undo that first"
-        )
-    return cls.__bases__[1]
-
-
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """`model.get_submodule(path)`, for those who ask for many."""
-    module = model
-    for part in path.split(".") if path else ():
+    """The module at a path, also if it is one of a stack of experts, which torch does not know; raises as `get_submodule`."""
+    module, parts = model, path.split(".") if path else []
+    for n, part in enumerate(parts):
         inner = module._modules.get(part)
+        if (inner is None or isinstance(inner, experts.Stack)) and len(parts) == n + 2:
+            inner = experts.matrix_of(module, part, parts[-1])
+            return model.get_submodule(path) if inner is None else inner
         if inner is None:
             return model.get_submodule(path)
         module = inner
@@ -291,8 +277,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
-        _swap_class(module, combined(_mixin(module, child), type(module)))
+        swap_class(module, combined(_mixin(module, child), type(module)))
         module.lorakin = Hung()
+        if isinstance(module, experts.ExpertMatrix):
+            experts.attach(module)
     hung = module.lorakin
     assert isinstance(hung, Hung)
     hung[name] = child
@@ -313,7 +301,8 @@ def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
             return "it is in use by another adapter in another way, adapted or trained whole; remove that one first"
         if name in hung:
             return f"it already has an adapter {name!r}, put there through another part of the model"
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
+    called = module.experts if isinstance(module, experts.ExpertMatrix) else module
+    if "forward" in vars(called) and "_old_forward" not in vars(called):
         return "its forward was replaced on the instance, so an adapter would never be called"
     return None
 
@@ -325,33 +314,9 @@ def unhang(module: nn.Module, name: str) -> None:
     del hung[name]
     if not len(hung):
         del module.lorakin
-        _swap_class(module, base_class(module))
-
-
-def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the module's class, also for the hooks with which Accelerate spreads a model over devices.
-
-    Those shadow `forward` on the instance and call `_old_forward`, the method of the class that the module had then.
-    """
-    module.__class__ = cls
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = types.MethodType(cls.forward, module)
-
-
-_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `mixin` and `base`."""
-    if (mixin, base) not in _CLASSES:
-        name = f"{mixin.__name__}{base.__name__}"
-        _CLASSES[mixin, base] = type(name, (mixin, base), {"__module__": base.__module__})
-    return _CLASSES[mixin, base]
-
-
-def revive(mixin: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    cls = combined(mixin, base)
-    return cls.__new__(cls)
+        swap_class(module, base_class(module))
+        if isinstance(module, experts.ExpertMatrix):
+            experts.detach(module)
 
 
 def move_base(module: Any, change: Tensor) -> None:
@@ -359,7 +324,7 @@ def move_base(module: Any, change: Tensor) -> None:
     kind = kind_of(module)
     assert kind is not None
     if not module.lorakin.unmoved:
-        module.lorakin.unmoved = {"weight": module.weight}
+        module.lorakin.unmoved = {"weight": experts.set_aside(module, module.weight)}
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     with torch.no_grad():
         wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
@@ -369,5 +334,5 @@ def move_base(module: Any, change: Tensor) -> None:
 def swap_moved(module: Any) -> None:
     """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
     for key, tensor in module.lorakin.unmoved.items():
-        module.lorakin.unmoved[key] = getattr(module, key)
+        module.lorakin.unmoved[key] = experts.set_aside(module, getattr(module, key))
         setattr(module, key, tensor)

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakin.errors import SettingError
 from lorakin.surgery.adapted import Site
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.layers import ConvolutionLayer
 from lorakin.surgery.mode import in_mode
+
+
+def check_called(graft: Graft) -> None:
+    """Raise `SettingError` if the outputs of some module cannot be measured, since it is never called."""
+    if experts := graft.experts():
+        raise SettingError(
+            f"the output of each module is to be measured, and {experts[0]}, one expert of a stack, is never called by itself; "
+            "leave the experts out of the targets"
+        )
 
 
 @torch.no_grad()
@@ -26,6 +36,7 @@ def energies(
         call: (model, batch) → anything, to run the model; by default on the batch as keywords.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
     """
+    check_called(graft)
     model, sums, own = graft.model, dict.fromkeys(graft.plan.sites, 0.0), dict.fromkeys(graft.plan.sites, 0.0)
     mask: Tensor | None = None
 

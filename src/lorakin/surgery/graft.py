@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
 from lorakin.family.allocation import several_processes
-from lorakin.surgery import layers, quantised, stepping
+from lorakin.surgery import experts, layers, quantised, stepping
 from lorakin.surgery.adapted import (
     Copy,
     Hung,
@@ -31,9 +31,10 @@ from lorakin.surgery.adapted import (
     trains,
     unhang,
 )
+from lorakin.surgery.layers import ExpertLayer
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
-from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, resolve, select
+from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,9 @@ def plan(
         ) from None
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
+    stacks = {path.rpartition(".")[0] for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer}
+    rank_pattern = for_stacks(rank_pattern, stacks)
+    alpha_pattern = for_stacks(alpha_pattern, stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
@@ -139,7 +143,8 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
         path, _, leaf = name.rpartition(".")
         module: Any = module_at(model, path)
         aside = module.lorakin if is_adapted(module) else Hung()
-        own[name] = aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
+        own_stack = experts.own_stack(module, leaf)
+        own[name] = aside.unmoved.get(leaf, aside.base.get(leaf, parameter)) if own_stack is None else own_stack
     return own
 
 
@@ -288,6 +293,10 @@ class Graft:
         """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
         site = self.site(path)
         return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+
+    def experts(self) -> list[str]:
+        """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
+        return [path for path in self.plan.sites if self.site(path).layer is ExpertLayer]
 
     def copy_of(self, path: str) -> nn.Module:
         """The adapter's own copy of the module at `path`, which it trains whole."""

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import Pair, Shape, Weight
 from lorakin.surgery import quantised
+from lorakin.surgery.experts import ExpertMatrix
 
 
 class Layer:
@@ -140,6 +141,23 @@ class QuantisedLayer(LinearLayer):
         return quantised.refusal(module)
 
 
+class ExpertLayer(LinearLayer):
+    """One matrix of a stack of experts; see `experts.py`. Its module is never called."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (ExpertMatrix,)
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        return Shape(*module.weight.shape)
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        weight = module.weight
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return None
+        return f"one of the experts of a {type(module.experts).__name__}, which are quantised ({weight.dtype})"
+
+
 class TransposedLayer(Layer):
     """transformers' Conv1D, the linear layer of GPT-2: the weight is the matrix transposed, (in, out)."""
 
@@ -245,7 +263,7 @@ class ConvolutionLayer(Layer):
         return f"a convolution with groups={module.groups}; only groups=1 is supported" if module.groups != 1 else None
 
 
-KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer)
+KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer, ExpertLayer)
 
 
 def kind_of(module: nn.Module) -> type[Layer] | None:
@@ -277,7 +295,7 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
-    if kind is QuantisedLayer:
+    if kind in (QuantisedLayer, ExpertLayer):
         return never_called(module, parent) or kind.refusal(module)
     weight = vars(module)["_parameters"].get("weight")
     if weight is None:

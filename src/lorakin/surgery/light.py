@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
-from lorakin.surgery.adapted import Swapped, base_class, combined, is_adapted
+from lorakin.surgery.adapted import is_adapted
 from lorakin.surgery.autograd import PLAIN, backward_once, plainly
 from lorakin.surgery.deferred import Deferred
 from lorakin.surgery.fused import Recipe
 from lorakin.surgery.mode import in_mode
+from lorakin.surgery.swapped import Swapped, base_class, combined
 
 
 class Norm(torch.autograd.Function):

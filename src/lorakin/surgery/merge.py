@@ -16,6 +16,7 @@ from lorakin.errors import StateError
 from lorakin.family import Pair, all_finite
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import Copy, Hung, Site
+from lorakin.surgery.experts import set_aside
 from lorakin.surgery.layers import Layer, QuantisedLayer
 
 
@@ -63,7 +64,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     if any(isinstance(child, Site) for child in hung.children()):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return {"weight": weight}
+        return {"weight": set_aside(module, weight)}
     saved = module.state_dict(keep_vars=True)
     return {key: tensor for key, tensor in saved.items() if not key.startswith("lorakin.")}
 

@@ -51,7 +51,13 @@ class MixedBatch:
         self._check()
 
     def _check(self) -> None:
-        check_switchable(self.model, [name for name in self.names if name is not None])
+        names = [name for name in self.names if name is not None]
+        known = check_switchable(self.model, names)
+        if of_experts := [name for name in names if known[name].experts()]:
+            raise SettingError(
+                f"adapter {of_experts[0]!r} adapts experts, which see the tokens of all rows together, so it cannot be in a "
+                "mixed batch; run its rows by themselves"
+            )
 
     def __enter__(self) -> None:
         self._check()

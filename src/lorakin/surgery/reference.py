@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lorakin.errors import SettingError
-from lorakin.surgery.adapted import Swapped, combined
 from lorakin.surgery.graft import grafts, root_of
+from lorakin.surgery.swapped import Swapped, combined
 
 
 class Reference(Swapped):

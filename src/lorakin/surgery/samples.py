@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakin.surgery.graft import Graft, activate, grafts
-from lorakin.surgery.layers import LinearLayer, TransposedLayer
+from lorakin.surgery.layers import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.surgery.mode import in_mode
 
 
@@ -33,7 +33,7 @@ def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int
 
         return before
 
-    paths = [path for path in graft.plan.sites if graft.site(path).layer in (LinearLayer, TransposedLayer)]
+    paths = [path for path in graft.plan.sites if graft.site(path).layer in (LinearLayer, QuantisedLayer, TransposedLayer)]
     hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths]
     active = [name for name, one in grafts(model).items() if one.is_active]
     activate(model, graft.name)

@@ -7,20 +7,30 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, TargetError
-from lorakin.surgery import layers, quantised
+from lorakin.surgery import experts, layers, quantised
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
+N = TypeVar("N")
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of the base model: what an adapter has hung on it is left out."""
-    return {path: module for path, module in model.named_modules() if "lorakin" not in path.split(".")}
+    """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has hung on it."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if "lorakin" in path.split(".") or isinstance(module, experts.Stack | experts.ExpertMatrix):
+            continue
+        found[path] = module
+        for stack in experts.stack_names(module):
+            matrices = ((n, experts.matrix_of(module, stack, str(n))) for n in range(experts.count(module._parameters[stack])))
+            found |= {f"{path}.{stack}.{n}": matrix for n, matrix in matrices if matrix is not None}
+    return found
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
@@ -35,6 +45,14 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
         return []
 
 
+def _matching_modules(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of `modules` that `pattern` selects; of a stack of experts, selected as the parameter that it is, all."""
+    stacks = {path.rpartition(".")[0] for path, module in modules.items() if isinstance(module, experts.ExpertMatrix)}
+    found = set(matching(pattern, [*modules, *stacks]))
+    whole = stacks & found
+    return [path for path in modules if path in found or path.rpartition(".")[0] in whole]
+
+
 def resolve(pattern_values: Mapping[str, float], path: str, default: float | None) -> float | None:
     """The value for `path`: of the first key K, in order, for which `(.*\\.)?(K)$` matches it; else `default`.
 
@@ -44,6 +62,19 @@ def resolve(pattern_values: Mapping[str, float], path: str, default: float | Non
         if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
+
+
+def for_stacks(pattern_values: Mapping[str, N], stacks: Iterable[str]) -> dict[str, N]:
+    """`rank_pattern` or `alpha_pattern` in which the keys that match a stack of experts match its matrices too."""
+    of_one, stacks = r"(?:\.\d+)?", list(stacks)
+
+    def reaches(key: str) -> bool:
+        try:
+            return not key.endswith(of_one) and any(resolve({key: 1.0}, stack, 0.0) for stack in stacks)
+        except re.error:
+            return False  # which `check_patterns` reports
+
+    return {f"(?:{key}){of_one}" if reaches(key) else key: value for key, value in pattern_values.items()}
 
 
 def check_patterns(option: str, pattern_values: dict[str, float], paths: Iterable[str]) -> None:
@@ -99,7 +130,7 @@ def select(
         chosen = [path for path in free if path in wanted | named]
         described = ", ".join(patterns)
     for pattern in [exclude] if isinstance(exclude, str) else exclude or ():
-        excluded = set(matching(pattern, modules))
+        excluded = set(_matching_modules(pattern, modules))
         if not excluded:
             raise TargetError(f"exclude: {pattern!r} matches no module; {_near(pattern, free)}")
         chosen = [path for path in chosen if path not in excluded]
@@ -187,7 +218,7 @@ def _patterns(targets: object) -> list[str]:
 
 def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Module], reserved: Iterable[str]) -> list[str]:
     """Paths that `pattern` selects among the layers that can be adapted."""
-    found = matching(pattern, free)
+    found = _matching_modules(pattern, free)
     usable = [path for path in found if layers.kind_of(free[path])]
     if usable:
         return usable

@@ -1,0 +1,227 @@
+"""Experts that a model keeps as one parameter of three dimensions, as transformers 5 does: each is a matrix like any other.
+
+A parameter (experts, outputs, inputs), or (experts, inputs, outputs) where the module says `is_transposed`, is a *stack*, and
+so is a router's weight (experts, inputs), of one. Each matrix of a stack is seen as a module of its own, `<path of the
+parameter>.<number>`, which members, merges, files and counts take for a linear layer. None of these is ever called: with
+adapters on them the module that owns the parameter runs its own forward on a twin of itself whose stacks are
+`implicit.Changed`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakin.family import Pair
+from lorakin.family.low_rank import padded
+from lorakin.surgery.implicit import Change, Changed, formed
+from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
+
+ALIGNED = 8
+"""Ranks are padded to a multiple of this: kernels take rows of 16 bytes or several times that."""
+
+
+class ExpertMatrix(nn.Module):
+    """One matrix of a stack. Its `weight` (outputs, inputs) is a view of the parameter; other values are written there."""
+
+    bias = None
+    experts: nn.Module
+    stack: str
+    number: int
+
+    def __init__(self, experts: nn.Module, stack: str, number: int) -> None:
+        super().__init__()
+        self.training = experts.training
+        vars(self).update(experts=experts, stack=stack, number=number)  # no child of this: it is the other way round
+
+    @property
+    def weight(self) -> Tensor:
+        """Its own, (outputs, inputs)."""
+        parameter = self.experts._parameters[self.stack]
+        assert parameter is not None
+        matrix = _part(parameter, self.number)
+        return matrix.T if is_transposed(self.experts) else matrix
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+            return
+        with torch.no_grad():
+            self.weight.copy_(value)
+
+
+def _hung(matrix: nn.Module | None) -> Any:
+    assert matrix is not None
+    return matrix.lorakin
+
+
+def _own_weight(matrix: Any) -> Tensor:
+    """The base's own (outputs, inputs), even while adapters are merged."""
+    weight: Tensor = _hung(matrix).base.get("weight", matrix.weight)
+    return weight.detach()
+
+
+def count(parameter: Tensor) -> int:
+    """How many matrices a stack has."""
+    return len(parameter) if parameter.dim() == 3 else 1
+
+
+def _part(parameter: Tensor, number: int) -> Tensor:
+    return parameter[number] if parameter.dim() == 3 else parameter
+
+
+class Stack(nn.Module):
+    """Those matrices of one parameter that are adapted, by number, as children of the module that owns it."""
+
+    experts: nn.Module
+    name: str
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        super().__init__()
+        vars(self).update(experts=experts, name=name)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The one that the experts have at the moment."""
+        parameter = self.experts._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+    def own(self) -> Tensor:
+        """The parameter with the base's own values, also where adapters are merged or have moved it."""
+        aside = {int(n): there for n, m in self._modules.items() if (there := {**_hung(m).base, **_hung(m).unmoved})}
+        if not aside:
+            return self.parameter
+        own = self.parameter.detach().clone()
+        for number, there in aside.items():
+            _part(own, number).copy_(there["weight"].T if is_transposed(self.experts) else there["weight"])
+        return own
+
+    def changed(self) -> Tensor | None:
+        """The parameter with what the adapters in use make of it; None if there are none."""
+        sites: dict[str, dict[int, Any]] = {}
+        for number, matrix in self._modules.items():
+            hung = _hung(matrix)
+            for name in hung.names_in_use() if hung.rows is None else ():  # adapters of experts are in no mixed batch
+                sites.setdefault(name, {})[int(number)] = hung[name]
+        if not sites:
+            return None
+        weight, by_columns = self.parameter, not is_transposed(self.experts)
+        changes = tuple(self._change(weight, of_one) for of_one in sites.values())
+        return formed(weight, changes, by_columns) if torch.compiler.is_compiling() else Changed(weight, changes, by_columns)
+
+    def _change(self, weight: Tensor, sites: Mapping[int, Any]) -> Change:
+        """What one adapter does, its pairs side by side and, where a matrix has none, zeros for one."""
+        some, owns = next(iter(sites.values())), {n: _own_weight(self._modules[str(n)]) for n in sites}
+        pairs = {number: site.factors(site.wide(), owns[number]) for number, site in sites.items()}
+        none = Pair(weight.new_zeros(some.shape.outputs, 0), weight.new_zeros(0, some.shape.inputs)), 0.0
+        up, down, gain = side_by_side([pairs.get(number, none) for number in range(count(weight))])
+        up, down, base = up.to(weight.dtype), down.to(weight.dtype), weight
+        if gain is not None and any(_hung(self._modules[str(number)]).base for number in sites):
+            base = self.own()
+        left, right = (down.mT, up.mT) if is_transposed(self.experts) else (up, down)
+        change = Change(left, right, gain, base, some.method.dropout if some.training else 0.0)
+        return change if weight.dim() == 3 else change.each(lambda part: part if part is base else part[0])
+
+
+def side_by_side(factors: Sequence[tuple[Pair, float]]) -> Pair:
+    """Pairs and their scales as one pair of three dimensions: up (n, outputs, r), down (n, r, inputs), gain (n, outputs)."""
+    ranks, scales = [pair.down.shape[0] for pair, _ in factors], {scale for _, scale in factors}
+    most = max(ranks)
+    pairs = [pair if pair.down.shape[0] == most else padded(pair, most) for pair, _ in factors]
+    up, down = torch.stack([pair.up for pair in pairs]), torch.stack([pair.down for pair in pairs])
+    if len(scales) == 1:
+        up = up * scales.pop()
+    else:
+        up = up * torch.tensor([scale for _, scale in factors], dtype=up.dtype, device=up.device).view(-1, 1, 1)
+    if more := -most % ALIGNED:
+        up, down = F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
+    gains = [pair.gain for pair in pairs]
+    if all(gain is None for gain in gains):
+        return Pair(up, down)
+    return Pair(up, down, torch.stack([up.new_ones(up.shape[1]) if gain is None else gain for gain in gains]))
+
+
+class AdaptedExperts(Swapped):
+    """Mixed in before the class of experts of which some matrices are adapted: its forward sees the changed stacks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        changed = {stack.name: stack.changed() for stack in stacks(self)}
+        weights = {name: weight for name, weight in changed.items() if weight is not None}
+        if torch.compiler.is_compiling():  # which takes no module that is made in a forward
+            vars(self).update(weights)
+            out = super().forward(*args, **kwargs)
+            for name in weights:
+                del vars(self)[name]
+            return out
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), **weights)  # where they are found before the parameters
+        return super(AdaptedExperts, twin).forward(*args, **kwargs)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether its stacks are (experts, inputs, outputs), as transformers says it."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def stacks(experts: nn.Module) -> list[Stack]:
+    """Those of its stacks in which something is adapted."""
+    return [child for child in experts._modules.values() if isinstance(child, Stack)]
+
+
+def stack_names(module: nn.Module) -> list[str]:
+    """The parameters of `module` that are stacks, in its order."""
+    experts = getattr(module, "num_experts", None)
+    if experts is None or isinstance(module, nn.Linear):
+        return []
+    held = {name: p for name, p in module._parameters.items() if p is not None and p.dim() and p.shape[0] == experts}
+    return [name for name, p in held.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight")]
+
+
+def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
+    """The matrix of this number in decimals, the one that is adapted if it is; None if there is none."""
+    adapted = experts._modules.get(stack)
+    if isinstance(adapted, Stack) and number in adapted._modules:
+        return adapted._modules[number]  # type: ignore[return-value]
+    parameter = experts._parameters.get(stack)
+    if parameter is None or stack not in stack_names(experts) or not re.fullmatch("0|[1-9][0-9]*", number):
+        return None
+    return ExpertMatrix(experts, stack, int(number)) if int(number) < count(parameter) else None
+
+
+def attach(matrix: ExpertMatrix) -> None:
+    """Let the experts' module know of a matrix on which an adapter hangs."""
+    experts = matrix.experts
+    if not isinstance(experts, AdaptedExperts):
+        swap_class(experts, combined(AdaptedExperts, type(experts)))
+    stack = experts._modules.setdefault(matrix.stack, Stack(experts, matrix.stack))
+    assert stack is not None
+    stack._modules[str(matrix.number)] = matrix
+
+
+def detach(matrix: ExpertMatrix) -> None:
+    """Undo `attach`."""
+    experts = matrix.experts
+    stack = experts._modules[matrix.stack]
+    assert stack is not None
+    del stack._modules[str(matrix.number)]
+    if not stack._modules:
+        del experts._modules[matrix.stack]
+    if not stacks(experts):
+        swap_class(experts, base_class(experts))
+
+
+def own_stack(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of this name with the base's own values, if it is a stack in which something is adapted."""
+    stack = module._modules.get(name)
+    return stack.own() if isinstance(stack, Stack) else None
+
+
+def set_aside(module: nn.Module, weight: Tensor) -> Tensor:
+    """What to keep of a module's weight when other values take its place; those of experts are written over it."""
+    return weight.detach().clone() if isinstance(module, ExpertMatrix) else weight

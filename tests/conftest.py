@@ -57,6 +57,32 @@ def tiny_gpt2() -> Any:
     ).eval()
 
 
+def tiny_mixtral(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    """A Mixtral with four experts held in parameters (experts, outputs, inputs), run by the named kernel of transformers."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).to(dtype).eval()
+    model.set_experts_implementation(kernel)
+    return model
+
+
+def tiny_gpt_oss(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    """A GPT-OSS, whose experts are held the other way round, (experts, inputs, outputs), and have biases."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).set_experts_implementation(kernel)
+    return model
+
+
 def tiny_bert(labels: int = 2) -> Any:
     """A BERT classifier with a fresh head."""
     torch.manual_seed(0)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss, tiny_llama, tiny_mixtral
+from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 
 ATTENTION = ["q_proj", "v_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def output(model: Any, ids: Tensor) -> Tensor:
@@ -88,6 +90,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
         {"member": lk.DoRA(rank=1, alpha=3), "targets": ["one", "two", "three", "head"]},
         {"r": 1, "lora_alpha": 3, "target_modules": ["one", "two", "three", "head"], "use_dora": True},
     ),
+    "experts": (
+        tiny_mixtral,
+        {"member": lk.LoRA(4, 8), "targets": ["q_proj", "gate_up_proj", "down_proj", "gate.weight"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "gate.weight"]},
+    ),
+    "experts-transposed": (
+        tiny_gpt_oss,
+        {"member": lk.LoRA(4, 8), "targets": ["down_proj", "gate_up_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": EXPERTS},
+    ),
     "head": (
         lambda: tiny_bert(3),
         {"member": lk.LoRA(2, 8), "targets": ["query", "value"], "modules_to_save": ["classifier"]},
@@ -142,7 +154,9 @@ def test_the_files_are_laid_out_alike(case: str, tmp_path: Path) -> None:
     randomise(lk.adapt(make(), **ours)).save(tmp_path / "ours")
     peft_model(make, settings).save_pretrained(tmp_path / "theirs")
     read = [safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
-    shapes = [{key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if ".base_layer." not in key} for tensors in read]
+    shapes = [
+        {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if ".base_layer.weight" not in key} for tensors in read
+    ]
     assert shapes[0] == shapes[1]
     configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
     for field in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "rank_pattern", "alpha_pattern"):
@@ -232,6 +246,59 @@ def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
     peft.get_peft_model(tiny_bert(), peft.IA3Config(target_modules=["query"], feedforward_modules=[])).save_pretrained(tmp_path)
     with pytest.raises(lk.AdapterError, match="peft_type is 'IA3'"):
         lk.load(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},  # PEFT then takes the experts and the router too, gate_up_proj at twice the rank
+        {"target_modules": r".*\.(q|k)_proj", "target_parameters": ["mlp.experts.down_proj"]},
+        {"target_modules": ATTENTION, "target_parameters": EXPERTS, "rank_pattern": {r".*\.down_proj": 6}},
+        {"target_modules": [], "target_parameters": EXPERTS, "use_rslora": True, "alpha_pattern": {r".*\.down_proj": 3}},
+    ],
+)
+def test_target_parameters_of_peft(settings: dict[str, Any], tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(tiny_mixtral, {"r": 4, **settings})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_mixtral()
+    adapter = lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    read = [
+        safetensors.torch.load_file(where / "adapter_model.safetensors") for where in (tmp_path, adapter.save(tmp_path / "x"))
+    ]
+    assert read[0].keys() == read[1].keys() and all(torch.equal(read[0][key], read[1][key]) for key in read[0])
+    back = peft.PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "x").eval()
+    assert torch.equal(back(ids).logits, theirs(ids).logits)
+    assert summarise(tmp_path).ranks == summarise(tmp_path / "x").ranks, "without a model"
+    assert summarise(tmp_path).norms == pytest.approx({path: adapter.pair_at(path).norm() for path in adapter.plan.sites})
+
+
+def test_pefts_experts_train_as_ours(tmp_path: Path, ids: Tensor) -> None:
+    theirs = peft_model(tiny_mixtral, {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": EXPERTS})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_mixtral()
+    adapter = lk.load(model, tmp_path, trainable=True)
+    theirs(ids, labels=ids).loss.backward()
+    model(ids, labels=ids).loss.backward()
+    for outer, name in (("lora_", "down_proj"), ("base_layer.lora_", "gate_up_proj")):
+        for layer in range(2):
+            owner = theirs.get_submodule(f"base_model.model.model.layers.{layer}.mlp.experts")
+            down = owner.get_submodule(f"{outer}A.default").weight.grad.view(4, 4, -1)
+            up = owner.get_submodule(f"{outer}B.default").weight.grad
+            for number in range(4):
+                own = adapter.site(f"model.layers.{layer}.mlp.experts.{name}.{number}").tensors()
+                torch.testing.assert_close(own["A"].grad, down[number], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(own["B"].grad, up.view(len(up), 4, 4)[..., number], rtol=1e-5, atol=1e-6)
+
+
+def test_what_peft_has_no_form_for_among_experts(tmp_path: Path, ids: Tensor) -> None:
+    some = lk.adapt(model := tiny_mixtral(), lk.LoRA(rank=4, dropout=0.1), targets=["down_proj.1", "gate_up_proj.0"])
+    randomise(some).save(tmp_path / "some")
+    theirs = peft.PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "some").eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    randomise(lk.adapt(tiny_mixtral(), lk.DoRA(rank=4), targets="down_proj")).save(tmp_path / "dora")
+    with pytest.raises(ValueError, match="does not work with use_dora"):
+        peft.PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "dora")
 
 
 def test_a_rank_above_the_layer_is_read(tmp_path: Path, ids: Tensor) -> None:

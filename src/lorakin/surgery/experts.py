@@ -121,12 +121,13 @@ class Stack(nn.Module):
         pairs = {number: site.factors(site.wide(), owns[number]) for number, site in sites.items()}
         none = Pair(weight.new_zeros(some.shape.outputs, 0), weight.new_zeros(0, some.shape.inputs)), 0.0
         up, down, gain = side_by_side([pairs.get(number, none) for number in range(count(weight))])
-        up, down, base = up.to(weight.dtype), down.to(weight.dtype), weight
-        if gain is not None and any(_hung(self._modules[str(number)]).base for number in sites):
-            base = self.own()
+        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        is_own = gain is None or not any(_hung(self._modules[str(number)]).base for number in sites)
         left, right = (down.mT, up.mT) if is_transposed(self.experts) else (up, down)
-        change = Change(left, right, gain, base, some.method.dropout if some.training else 0.0)
-        return change if weight.dim() == 3 else change.each(lambda part: part if part is base else part[0])
+        dropout = some.method.dropout if some.training else 0.0
+        if weight.dim() == 3:
+            return Change(left, right, gain, None if is_own else self.own(), dropout)
+        return Change(left[0], right[0], None if gain is None else gain[0], None if is_own else self.own(), dropout)
 
 
 def side_by_side(factors: Sequence[tuple[Pair, float]]) -> Pair:

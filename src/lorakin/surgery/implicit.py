@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lorakin.errors import StateError
+from lorakin.surgery.autograd import backward_once
 
 Product = Callable[..., Tensor]
 
@@ -37,24 +38,46 @@ ADDRESSES = frozenset({"data_ptr", "untyped_storage", "storage", "__dlpack__"})
 class Change:
     """What one adapter does to the weight: left·right, and a gain over both, for each of the outputs.
 
-    `left` (…, rows, r), `right` (…, r, cols), `gain` (…, outputs) or None; `own` is the weight that the gain multiplies, like
-    `Changed.weight`; `dropout` the probability of zeroing an entry of this change's input.
+    `left` (…, rows, r), `right` (…, r, cols), `gain` (…, outputs) or None; `own` is the weight that the gain multiplies, where
+    it is not `Changed.weight`; `dropout` the probability of zeroing an entry of this change's input.
     """
 
     left: Tensor
     right: Tensor
     gain: Tensor | None
-    own: Tensor
+    own: Tensor | None
     dropout: float = 0.0
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> Change:
-        """The same with all its tensors given through `function`, which keeps their last two dimensions, a gain's last one."""
-        gain = None if self.gain is None else function(self.gain)
-        return Change(function(self.left), function(self.right), gain, function(self.own), self.dropout)
+    def picked(self, which: Any) -> Change:
+        """That of some of the matrices."""
+        gain, own = (None if part is None else part[which] for part in (self.gain, self.own))
+        return Change(self.left[which], self.right[which], gain, own, self.dropout)
 
     def turned(self) -> Change:
         """That of the transposed weight."""
-        return dataclasses.replace(self, left=self.right.mT, right=self.left.mT, own=self.own.mT)
+        own = None if self.own is None else self.own.mT
+        return dataclasses.replace(self, left=self.right.mT, right=self.left.mT, own=own)
+
+
+class Scaled(torch.autograd.Function):
+    """Each row of x (rows, outputs) times its own of gains (n, outputs), in the dtype of x; no product is kept but x.
+
+    `which` (rows,) says which gain; with None there is one for all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, which: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, gain, which)
+        return (x * (gain if which is None else gain[which])).to(x.dtype)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, which = ctx.saved_tensors
+        by_row = gain if which is None else gain[which]
+        each = grad.to(gain.dtype) * x
+        of_gain = each.sum_to_size(gain.shape) if which is None else torch.zeros_like(gain).index_add_(0, which, each)
+        return (grad * by_row).to(x.dtype), of_gain, None
 
 
 class Changed(Tensor):
@@ -97,7 +120,7 @@ class Changed(Tensor):
 
     def picked(self, which: Any) -> Changed:
         """Of a stack (experts, rows, cols) the one that a number selects, or those that a vector of numbers does."""
-        return Changed(self.weight[which], tuple(c.each(lambda part: part[which]) for c in self.changes), self.by_columns)
+        return Changed(self.weight[which], tuple(change.picked(which) for change in self.changes), self.by_columns)
 
     def turned(self) -> Changed:
         """Transposed in the last two dimensions."""
@@ -105,16 +128,19 @@ class Changed(Tensor):
 
     def times(self, product: Product, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x·W for `product`, one of torch's; `offsets` say where in the rows of `x` each expert's end, if it is grouped."""
-        out = product(x, self.weight)
+        out = base = product(x, self.weight)
         for change in self.changes:
             dropped = F.dropout(x, change.dropout) if change.dropout else x
             low = product(product(dropped, change.left), change.right)
-            if change.gain is not None:
-                same = dropped is x and change.own is self.weight
-                own = out if same and change is self.changes[0] else product(dropped, change.own)
-                gain = change.gain.unsqueeze(-2) if offsets is None else change.gain[_expert_of(x, offsets)]
-                low = ((gain - 1) * own + gain * low).to(out.dtype)
-            out = out + low
+            if change.gain is None:
+                out = out + low
+                continue
+            gain = change.gain.unsqueeze(-2) if offsets is None else change.gain
+            which = None if offsets is None else _expert_of(x, offsets)
+            same = dropped is x and change.own is None
+            own = base if same else product(dropped, self.weight if change.own is None else change.own)
+            scaled = Scaled.apply(own + low, gain, which)  # type: ignore[no-untyped-call]
+            out = scaled if out is own else out + (scaled - own)
         return out
 
 
@@ -134,7 +160,8 @@ def formed(weight: Tensor, changes: Sequence[Change], by_columns: bool) -> Tenso
         low = change.left @ change.right
         if change.gain is not None:
             gain = change.gain.unsqueeze(-1 if by_columns else -2)
-            low = ((gain - 1) * change.own + gain * low).to(weight.dtype)
+            own = weight if change.own is None else change.own
+            low = ((gain - 1) * own + gain * low).to(weight.dtype)
         total = total + low
     return total
 
@@ -162,7 +189,7 @@ def _answer(name: str, func: Product, args: Sequence[Any], kwargs: Mapping[str, 
         if name in PRODUCTS and first.by_columns and isinstance(second, Tensor) and second.dim() > 1:
             return first.turned().times(func, second.mT).mT  # W·y = (yᵀ·Wᵀ)ᵀ
         return None
-    if not isinstance(second, Changed):
+    if not isinstance(second, Changed) or first.dim() < 2:
         return None
     if name == "linear":
         bias = kwargs.get("bias", third)

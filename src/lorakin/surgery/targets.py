@@ -179,9 +179,10 @@ def head_of(model: nn.Module) -> list[str]:
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:
         inside = {id(module) for module in base.modules()}
-        paths = [path for path, m in named_modules(model).items() if path and id(m) not in inside]
+        paths = [path for path, module in model.named_modules() if path and id(module) not in inside]
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    paths += [path for path, module in named_modules(model).items() if module is output]
+    paths += [path for path, module in model.named_modules() if module is output]
+    paths = [path for path in paths if "lorakin" not in path.split(".")]
     return [path for path in dict.fromkeys(paths) if any(True for _ in model.get_submodule(path).parameters())]
 
 
@@ -224,7 +225,7 @@ def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Mo
         return usable
     if found:
         inside = [p for p in free if _inside(p, found) and layers.kind_of(free[p])]
-        hint = f"; it holds {', '.join(dict.fromkeys(p.rsplit('.', 1)[-1] for p in inside))}" if inside else ""
+        hint = f"; it holds {', '.join(dict.fromkeys(map(_name, inside)))}" if inside else ""
         reason = layers.refusal(free[found[0]], _parent(modules, found[0]))
         raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
     if whole := matching(pattern, reserved):
@@ -260,12 +261,17 @@ def _parent(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
     return modules.get(path.rpartition(".")[0])
 
 
+def _name(path: str) -> str:
+    """The last part of a path that is no number."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
+
+
 def _near(pattern: str, paths: Iterable[str]) -> str:
     """A hint at the names most like `pattern`."""
     paths = list(paths)
     names = list(dict.fromkeys([p.rsplit(".", 1)[-1] for p in paths] + paths))
     close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
-    last_parts = list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()))
+    last_parts = list(dict.fromkeys(map(_name, paths)))
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"names there are: {', '.join(last_parts[:12])}{', …' if len(last_parts) > 12 else ''}"

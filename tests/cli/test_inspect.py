@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 import lorakin as lk
-from conftest import randomise, tiny_llama
+from conftest import randomise, tiny_llama, tiny_mixtral
 from lorakin.cli.app import run
 from lorakin.family import FAMILY, Member, Method
 from lorakin.storage.summary import summarise
@@ -135,6 +136,16 @@ def test_an_adapter_of_peft(tmp_path: Path) -> None:
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
     norm = float(2 * (tensors[key.format("B")] @ tensors[key.format("A")]).norm())
     assert f">{norm:.3g}<" in text
+
+
+def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = lk.adapt(tiny_mixtral(), lk.LoRA(rank=4), targets=["q_proj", "gate_up_proj", "down_proj"])
+    randomise(adapter).save(tmp_path / "a")
+    assert run(["inspect", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "18 modules: self_attn.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj" in shown
+    norms = [adapter.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm() for n in range(4)]
+    assert f"{math.hypot(*norms):.3g}" in shown
 
 
 def test_what_is_in_the_way_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lorakin as lk
 import soak
+from conftest import tiny_mixtral
 from lorakin.cli.app import run as command
 from lorakin.family import FAMILY
 from lorakin.training import train as training
@@ -69,9 +70,26 @@ class Keeping(transformers.TrainerCallback):
         shutil.copytree(Path(args.output_dir) / name, self.folder / name)
 
 
+@pytest.fixture
+def experts(tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
+    """Of a recipe: a model with experts, and that they are adapted."""
+    folder = tmp_path / "experts"
+    tiny_mixtral().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model": str(folder), "targets": ["all-linear", "gate_up_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("words", ["lora", "lora-fa", "dora", "adalora"])
+def test_with_experts(words: str, experts: dict[str, Any], recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    resumes_from_any_step(words, recipe(words, save_every=1, **experts), tmp_path)
+
+
 @pytest.mark.parametrize("words", [*WORDS, "vera,dora", "adalora,dora,lora-drop"])
 def test_it_learns_and_resumes_to_the_bit_from_any_step(words: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    given = recipe(words, save_every=1)
+    resumes_from_any_step(words, recipe(words, save_every=1), tmp_path)
+
+
+def resumes_from_any_step(words: str, given: Recipe, tmp_path: Path) -> None:
     text = io.StringIO()
     prepared = training.prepare(given, Console(file=text, width=200))
     result = training.train(prepared, callbacks=[Keeping(tmp_path / "kept")])
@@ -90,7 +108,8 @@ def test_it_learns_and_resumes_to_the_bit_from_any_step(words: str, recipe: Call
         assert whole.keys() == again.keys()
         assert all(torch.equal(t, again[key]) for key, t in whole.items()), f"from step {stop}"
         apart += [float((t - again[key]).abs().max()) for key, t in whole.items() if t.numel()]
-    soak.record("Resumed from each step, against uninterrupted", method=words, resumes=10, largest_difference=max(apart))
+    method = f"{words} with experts" if "gate_up_proj" in given.targets else words
+    soak.record("Resumed from each step, against uninterrupted", method=method, resumes=10, largest_difference=max(apart))
     model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
     adapter = lk.load(model, result.out)
     assert set(adapter.method.words.split(",")) == set(words.split(","))

@@ -18,14 +18,15 @@ import transformers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import lorakin as lk
-from conftest import MEMBERS, tiny_llama
+from conftest import MEMBERS, tiny_llama, tiny_mixtral
 from lorakin.family.pair import is_sharded
 from lorakin.training import prepare_trainer
 from lorakin.training.models import QUANTISATIONS
 
 STEPS, ROWS, GLOBAL_BATCH = 8, 64, 8
 
-BASES = ["plain", *QUANTISATIONS]
+BASES = ["plain", "experts", *QUANTISATIONS]
+EXPERTS = ["q_proj", "gate_up_proj", "down_proj"]
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -35,7 +36,9 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 def load(base: str, folder: Path) -> Any:
-    """The tiny Llama, plain or quantised."""
+    """The tiny Llama, plain or quantised, or a tiny Mixtral."""
+    if base == "experts":
+        return tiny_mixtral("grouped_mm")
     if base == "plain":
         return tiny_llama(hidden_size=64, intermediate_size=128)
     _, config = QUANTISATIONS[base]
@@ -49,9 +52,12 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     model, data = load(base, folder), rows()
     probe = [{key: torch.stack([row[key] for row in data[:4]]) for key in data[0]}] if member == "lora-drop" else None
-    adapter = lk.adapt(model, MEMBERS[member](), seed=0, probe=probe)
+    adapter = lk.adapt(model, MEMBERS[member](), EXPERTS if base == "experts" else "all-linear", seed=0, probe=probe)
     place = folder / f"{engine}-{member}-{base}"
-    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    sharding = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [type(model.model.layers[0]).__name__]},
+    }
     sgd = member == "vera"  # whose gradients are so small that Adam would make their last digits into steps
     args = transformers.TrainingArguments(
         str(place / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, logging_steps=1,
@@ -90,4 +96,5 @@ if __name__ == "__main__":
     engine, folder, members, bases = sys.argv[1:]
     for base in bases.split(","):
         for member in members.split(","):
-            train(member, base, engine, Path(folder))
+            if (base, member) != ("experts", "lora-drop"):  # whose probe is refused there
+                train(member, base, engine, Path(folder))

@@ -43,12 +43,13 @@ def command(
         )
         return
     title = "‖up·down‖ by layer and module, without the magnitudes" if summary.gained else "‖ΔW‖ by layer and module"
+    title += "; a parameter's experts together" if summary.has_experts else ""
     columns = summary.columns
     last = [name.rpartition(".")[2] for name in columns]
     titles = last if len(set(last)) == len(last) else columns
     table = Table("layer", title=title, padding=(0, 1, 0, 0), box=SIMPLE)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold")
-    for layer, norms in by_layer(summary.norms).items():
+    for layer, norms in by_layer(summary.norms_together).items():
         table.add_row(layer, *(f"{norms[c]:.3g}" if c in norms else "" for c in columns))
     console.print(table)

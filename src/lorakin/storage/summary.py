@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakin.family import Member, Method, Pair
-from lorakin.storage import directory, peft_format
+from lorakin.storage import directory, expert_stacks, peft_format
 
 IMPORTANCE = "importance.json"
 """What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
@@ -29,6 +30,8 @@ class Summary:
     parameters: int
     size: int
     pairs: Mapping[str, Pair] = dataclasses.field(repr=False)
+    has_experts: bool = False
+    """Modules whose path ends in a number are matrices of a stack of experts."""
 
     @property
     def gained(self) -> bool:
@@ -37,8 +40,20 @@ class Summary:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the adapted modules, without their layers."""
-        return list(dict.fromkeys(place_of(path)[1] for path in self.ranks))
+        """The names of the adapted modules, without their layers; a stack of experts is one."""
+        return list(dict.fromkeys(place_of(self._whole(path))[1] for path in self.ranks))
+
+    @property
+    def norms_together(self) -> dict[str, float]:
+        """`norms`, with that of a whole stack in place of its experts'."""
+        squares: dict[str, float] = {}
+        for path, norm in self.norms.items():
+            squares[self._whole(path)] = squares.get(self._whole(path), 0.0) + norm**2
+        return {path: math.sqrt(square) for path, square in squares.items()}
+
+    def _whole(self, path: str) -> str:
+        stack, _, number = path.rpartition(".")
+        return stack if self.has_experts and number.isdigit() else path
 
     def headline(self) -> dict[str, str]:
         """The lines above the table."""
@@ -92,6 +107,7 @@ def summarise(path: Path) -> Summary:
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
         pairs=pairs,
+        has_experts=bool(files.config.get(expert_stacks.FIELD)),
     )
 
 

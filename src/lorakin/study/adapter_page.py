@@ -67,7 +67,7 @@ def _change(summary: Summary) -> list[Block]:
     if not any(summary.norms.values()):
         return [Text(UNTRAINED)]
     notes = [MAGNITUDES] * summary.gained + [TOO_WIDE] * _shared(summary)
-    return [pictures.change_by_layer(summary.norms, of="up·down" if summary.gained else "ΔW", note=" ".join(notes))]
+    return [pictures.change_by_layer(summary.norms_together, of="up·down" if summary.gained else "ΔW", note=" ".join(notes))]
 
 
 def _spectra(summary: Summary) -> list[Section]:

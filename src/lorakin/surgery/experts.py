@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.family import Pair
+from lorakin.family import Pair, Weight
 from lorakin.family.low_rank import padded
+from lorakin.family.pair import is_sharded
 from lorakin.surgery.implicit import Change, Changed, formed
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
@@ -47,12 +48,46 @@ class ExpertMatrix(nn.Module):
         matrix = _part(parameter, self.number)
         return matrix.T if is_transposed(self.experts) else matrix
 
+    @property
+    def shape(self) -> torch.Size:
+        """(outputs, inputs), also of a parameter of which this process holds a part."""
+        parameter = self.experts._parameters[self.stack]
+        assert parameter is not None
+        return torch.Size(reversed(parameter.shape[-2:])) if is_transposed(self.experts) else parameter.shape[-2:]
+
+    def sharded(self) -> Weight | None:
+        """Its weight if the parameter is sharded over processes, so that to look at it is for all of them together."""
+        parameter = self.experts._parameters[self.stack]
+        return Sharded(self, parameter) if is_sharded(parameter) else None
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
             super().__setattr__(name, value)
             return
         with torch.no_grad():
             self.weight.copy_(value)
+
+
+class Sharded(Weight):
+    """One matrix of a stack that is sharded over processes."""
+
+    def __init__(self, module: ExpertMatrix, parameter: Any) -> None:
+        self.module, self.parameter = module, parameter
+        self.shape, self.dtype, self.device, self.placements = (
+            module.shape,
+            parameter.dtype,
+            parameter.device,
+            parameter.placements,
+        )
+
+    def full_tensor(self) -> Tensor:
+        """All of it, for all processes to ask for together."""
+        matrix = _part(self.parameter.full_tensor(), self.module.number)
+        return matrix.T if is_transposed(self.module.experts) else matrix
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.full_tensor()
 
 
 def _hung(matrix: nn.Module | None) -> Any:

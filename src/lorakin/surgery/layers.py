@@ -148,7 +148,12 @@ class ExpertLayer(LinearLayer):
 
     @staticmethod
     def shape(module: Any) -> Shape:
-        return Shape(*module.weight.shape)
+        return Shape(*module.shape)
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor | Weight:
+        sharded: Weight | None = module.sharded()
+        return super().weight(module) if sharded is None else sharded
 
     @staticmethod
     def refusal(module: Any) -> str | None:

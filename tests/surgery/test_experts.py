@@ -221,6 +221,21 @@ def test_dropout_is_of_the_branchs_input_alone(gained: bool, product: str, monke
     torch.testing.assert_close(PRODUCTS[product](x, stack).double(), torch.from_numpy(want), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_inference_sees_every_change(ids: Tensor, tmp_path: Path) -> None:
+    near(lk.adapt(tiny_mixtral(), lk.DoRA(rank=4), targets=BOTH)).save(tmp_path)
+    model = tiny_mixtral()
+    adapter = lk.load(model, tmp_path)
+    first = model(ids).logits
+    assert torch.equal(model(ids).logits, first)
+    for change in (lambda: near(adapter, 0.2), lambda: experts_of(model).down_proj.mul_(1.1)):
+        change()
+        twin = copy.deepcopy(model)  # which remembers nothing
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-6)
+        assert (model(ids).logits - first).abs().max() > 1e-3
+        first = model(ids).logits
+
+
 def test_dropout_in_training_alone(ids: Tensor) -> None:
     model = tiny_mixtral()
     near(lk.adapt(model, lk.LoRA(rank=4, dropout=0.5), targets=BOTH))

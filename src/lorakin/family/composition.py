@@ -237,6 +237,11 @@ class Method:
             pair = pair._replace(gain=member.gain(whole, tensors, weight))
         return pair, scale
 
+    @cached_property
+    def gains(self) -> bool:
+        """Whether a member has a gain over the pair, for which the weight itself counts."""
+        return bool(self._that_have("gain"))
+
     def _that_have(self, hook: str) -> list[Modifier]:
         """The modifiers with an own method of this name, not `Modifier`'s that does nothing."""
         return [member for member in self.modifiers if getattr(type(member), hook) is not getattr(Modifier, hook)]

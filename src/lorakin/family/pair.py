@@ -124,4 +124,5 @@ def all_finite(tensor: Tensor) -> bool:
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors in float32, those in float64 as they are: what pairs are computed in."""
-    return {slot: t.to(torch.promote_types(t.dtype, torch.float32)) for slot, t in tensors.items()}
+    wide = (torch.float32, torch.float64)
+    return {slot: t if t.dtype in wide else t.to(torch.promote_types(t.dtype, wide[0])) for slot, t in tensors.items()}

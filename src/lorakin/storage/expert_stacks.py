@@ -45,6 +45,12 @@ class Scale(NamedTuple):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+def scale_of(method: Method) -> Scale:
+    """What a method says of its pair; of one that has no such settings, nothing that is ever read."""
+    pair = method.parametrisation
+    return Scale(getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False))
+
+
 def scale_at(config: Mapping[str, Any], path: str) -> Scale:
     """What a config of PEFT's says of the pair at `path`."""
     rank = resolve(config.get("rank_pattern") or {}, path, config.get("r", 8))
@@ -53,28 +59,30 @@ def scale_at(config: Mapping[str, Any], path: str) -> Scale:
 
 
 def stacked(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], scales: Mapping[str, Scale], prefix: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The files of an adapter with the pairs of experts put together as PEFT has them; others stay as they are."""
-    paths = [path for path in config["target_modules"] if isinstance(module_at(model, path), ExpertMatrix)]
-    if not paths:
-        return dict(config), dict(tensors)
-    config = {**config, "target_modules": [path for path in config["target_modules"] if path not in set(paths)]}
+    """The files of an adapter with the pairs of experts put together as PEFT has them; others stay as they are.
+
+    `scales` are those of all its pairs, by path.
+    """
     owners: dict[str, dict[str, dict[int, str]]] = {}
-    for path in paths:
-        stack, _, number = path.rpartition(".")
-        owner, _, name = stack.rpartition(".")
-        owners.setdefault(owner, {}).setdefault(name, {})[int(number)] = path
+    for path in scales:
+        if isinstance(module_at(model, path), ExpertMatrix):
+            owner, name, number = path.rsplit(".", 2)
+            owners.setdefault(owner, {}).setdefault(name, {})[int(number)] = path
+    if not owners:
+        return dict(config), dict(tensors)
+    paths = {path for stacks in owners.values() for matrices in stacks.values() for path in matrices.values()}
+    config = _without(config, paths)
     done, left, parameters = dict[str, Tensor](), dict(tensors), list[str]()
     for owner, stacks in owners.items():
         names = [name for name in stack_names(module_at(model, owner)) if name in stacks]
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
-            scales = {n: scale_at(config, path) for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
-            scale, together = _together(there, scales, matrices)
+            scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
-            config = _without(config, stacks[name].values(), f"{owner}.{name}", scale)
+            _set_scale(config, f"{owner}.{name}", scale)
         parameters += [f"{owner}.{name}" for name in names]
     return {**config, FIELD: parameters, "lora_dropout": 0.0}, left | done  # of dropout there PEFT will hear nothing
 
@@ -125,17 +133,21 @@ def _together(
     return scale, parts
 
 
-def _without(config: Mapping[str, Any], paths: Iterable[str], stack: str, scale: Scale) -> dict[str, Any]:
-    """The config with one rank and one alpha for a stack, in place of those that it has for single experts."""
-    config = dict(config)
+def _without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The config without what it says of these modules one by one."""
     single = {f"^{re.escape(path)}" for path in paths}
+    rest = {**config, "target_modules": [path for path in config["target_modules"] if path not in paths]}
+    for field in ("rank_pattern", "alpha_pattern"):
+        rest[field] = {key: value for key, value in rest.get(field, {}).items() if key not in single}
+    return {field: value for field, value in rest.items() if value or not field.endswith("_pattern")}
+
+
+def _set_scale(config: dict[str, Any], stack: str, scale: Scale) -> None:
+    """Let `config` say this rank and alpha of a stack."""
     for field, usual, value in (("rank_pattern", "r", scale.rank), ("alpha_pattern", "lora_alpha", scale.alpha)):
-        patterns = {key: own for key, own in (config.get(field) or {}).items() if key not in single}
+        patterns = config.get(field, {})
         if resolve(patterns, stack, config[usual]) != value:
-            patterns = {f"^{re.escape(stack)}": int(value) if float(value).is_integer() else value} | patterns
-        config.pop(field, None)
-        config |= {field: patterns} if patterns else {}
-    return config
+            config[field] = {f"^{re.escape(stack)}": int(value) if float(value).is_integer() else value} | patterns
 
 
 def unstacked(

@@ -90,7 +90,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("true or false", _flag, ("use_rslora", "use_dora", "save_projection", "fan_in_fan_out", "inference_mode")),
     ("a regular expression or a list of names", _names, ("target_modules", "exclude_modules", "layers_pattern")),
-    ("a list of names", lambda value: _names(value) and not _text(value), ("modules_to_save",)),
+    ("a list of names", lambda value: _names(value) and not _text(value), ("modules_to_save", "target_parameters")),
     ("text", _text, ("base_model_name_or_path", "task_type")),
     ("a layer's number or a list of them", _layers, ("layers_to_transform",)),
     ("regular expressions with ranks", _patterns(_kept), ("rank_pattern",)),

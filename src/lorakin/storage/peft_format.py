@@ -38,6 +38,7 @@ from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
 from lorakin.storage import expert_stacks
+from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
@@ -169,7 +170,8 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
     if form is None:
         return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout)
     config, tensors = _as_they_are(graft, form)
-    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, list(graft.plan.sites), copies)
+    scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
+    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, scales, copies)
 
 
 def pairs_to_files(
@@ -213,26 +215,27 @@ def pairs_to_files(
         config[field] = _whole(most)
         if own := {f"^{re.escape(path)}": _whole(value) for path, value in sorted(values.items()) if value != most}:
             config[pattern] = own
-    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, list(ranks), copies or {})
+    scales = {path: Scale(ranks[path], alphas[path], False) for path in ranks}
+    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, scales, copies or {})
 
 
 def _finished(
     model: nn.Module,
     config: Mapping[str, Any],
     tensors: dict[str, Tensor],
-    paths: Sequence[str],
+    scales: Mapping[str, Scale],
     copies: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """With what every config says, and the modules trained whole; all in order."""
+    """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     heading = {
         "task_type": _task_type(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": bool(paths) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in paths),
+        "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
         "inference_mode": True,
         "modules_to_save": sorted(copies) or None,
     }
-    own, tensors = expert_stacks.stacked(model, config, tensors, PREFIX)
+    own, tensors = expert_stacks.stacked(model, config, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakin.family import Pair, Weight
 from lorakin.family.low_rank import padded
 from lorakin.family.pair import is_sharded
+from lorakin.surgery.autograd import Seen
 from lorakin.surgery.implicit import Change, Changed, formed
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
@@ -37,8 +38,8 @@ class ExpertMatrix(nn.Module):
 
     def __init__(self, experts: nn.Module, stack: str, number: int) -> None:
         super().__init__()
-        self.training = experts.training
-        vars(self).update(experts=experts, stack=stack, number=number)  # no child of this: it is the other way round
+        own = {"experts": experts, "stack": stack, "number": number, "training": experts.training}
+        vars(self).update(own)  # so that the experts are no child of this: it is the other way round
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +93,7 @@ class Sharded(Weight):
 
 def _hung(matrix: nn.Module | None) -> Any:
     assert matrix is not None
-    return matrix.lorakin
+    return matrix._modules["lorakin"]
 
 
 def _own_weight(matrix: Any) -> Tensor:
@@ -119,6 +120,10 @@ class Stack(nn.Module):
     def __init__(self, experts: nn.Module, name: str) -> None:
         super().__init__()
         vars(self).update(experts=experts, name=name)
+        self._ready: tuple[Seen, Changed] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -147,13 +152,23 @@ class Stack(nn.Module):
         if not sites:
             return None
         weight, by_columns = self.parameter, not is_transposed(self.experts)
-        changes = tuple(self._change(weight, of_one) for of_one in sites.values())
-        return formed(weight, changes, by_columns) if torch.compiler.is_compiling() else Changed(weight, changes, by_columns)
+        if torch.compiler.is_compiling():
+            return formed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
+        there = [weight, *(p for of_one in sites.values() for site in of_one.values() for p in site._parameters.values())]
+        if self._ready is not None and not torch.is_grad_enabled() and self._ready[0].is_still(*there):
+            return self._ready[1]
+        changed = Changed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
+        lasts = not torch.is_grad_enabled() and not any(p.requires_grad for p in there[1:])
+        seen = Seen.of(*there) if lasts else None
+        self._ready = None if seen is None else (seen, changed)
+        return changed
 
     def _change(self, weight: Tensor, sites: Mapping[int, Any]) -> Change:
         """What one adapter does, its pairs side by side and, where a matrix has none, zeros for one."""
-        some, owns = next(iter(sites.values())), {n: _own_weight(self._modules[str(n)]) for n in sites}
-        pairs = {number: site.factors(site.wide(), owns[number]) for number, site in sites.items()}
+        some = next(iter(sites.values()))
+        of_gain = some.method.gains  # for which alone the weight counts
+        own = {number: _own_weight(self._modules[str(number)]) if of_gain else weight for number in sites}
+        pairs = {number: site.factors(site.wide(), own[number]) for number, site in sites.items()}
         none = Pair(weight.new_zeros(some.shape.outputs, 0), weight.new_zeros(0, some.shape.inputs)), 0.0
         up, down, gain = side_by_side([pairs.get(number, none) for number in range(count(weight))])
         up, down = up.to(weight.dtype), down.to(weight.dtype)

@@ -193,8 +193,9 @@ class Graft:
         registry = self._free_registry()
         children: dict[str, Site | Copy] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
+        modules = {path: module_at(self.model, path) for path in self._paths()}
         for path, method in self.plan.sites.items():
-            module = module_at(self.model, path)
+            module = modules[path]
             kind = layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
@@ -206,20 +207,18 @@ class Graft:
                 parameters[slot] = made[id(tensor), device]
             children[path] = Site(path, method, kind, shape, parameters)
         for path in self.plan.copies:
-            whole = module_at(self.model, path)
-            twin = _plain_copy(whole).requires_grad_(True)
+            twin = _plain_copy(modules[path]).requires_grad_(True)
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
         for path, child in children.items():
-            if reason := conflict(module_at(self.model, path), self.name, child):
+            if reason := conflict(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
         registry.laid_out += quantised.keep_trainable(self.model)
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
-            child.train(module_at(self.model, path).training)
-            hang(module_at(self.model, path), self.name, child)
+            hang(modules[path], self.name, child.train(modules[path].training))
         _mark_base(self.model, registry)
         activate(self.model, self.name)
 

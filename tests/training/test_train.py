@@ -101,6 +101,22 @@ def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path)
     assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
 
 
+def test_resuming_with_other_rows(recipe: Recipe) -> None:
+    recipe.save_every, recipe.steps = 2, 4
+    run(recipe)
+    file = Path(recipe.data)
+    rows = file.read_text().splitlines()
+    shutil.rmtree(Path(recipe.out) / "checkpoints" / "checkpoint-4")
+    before = tensors(Path(recipe.out))
+    for changed in (rows[::-1], rows[:-1], [*rows[:-1], rows[0]]):
+        file.write_text("\n".join(changed) + "\n")
+        with pytest.raises(lk.DataError, match=r"the rows of .*train.jsonl, or how they are tokenised, have changed since"):
+            run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
+    file.write_text("\n".join(rows) + "\n")
+    run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
+    assert all(torch.equal(before[key], t) for key, t in tensors(Path(recipe.out)).items())
+
+
 def test_a_blow_up_in_the_last_step_is_no_success(recipe: Recipe) -> None:
     recipe.lr, recipe.steps, recipe.warmup, recipe.max_grad_norm = 1e30, 1, 0.0, 1e30
     with pytest.raises(lk.DivergedError):

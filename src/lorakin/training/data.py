@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -298,6 +300,17 @@ class AnswerCollator:
             batch["labels"] = torch.cat([labels.new_full((len(examples), 1), IGNORED), following[:, keep]], 1)
             batch["logits_to_keep"] = keep
         return batch
+
+
+def digest(*parts: Sequence[Row]) -> int:
+    """A number of 48 bits that other rows, or the same in another order, do not have."""
+    found = hashlib.sha256()
+    for part in parts:
+        for row in part:
+            labels = row["labels"] if isinstance(row["labels"], list) else [row["labels"]]
+            found.update(array.array("q", [len(row["input_ids"]), *row["input_ids"], *labels]).tobytes())
+        found.update(b"|")
+    return int(found.hexdigest()[:12], 16)
 
 
 def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[Row]:

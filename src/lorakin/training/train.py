@@ -388,7 +388,13 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
     known = [row for row in metrics.rows() if row["step"] == 0 and "eval_loss" in row]
+    rows = data.digest(run.train.examples, run.held_out.examples)
     for row in processes.agreed(known):
+        if row.get("rows", rows) != rows:
+            raise DataError(
+                f"--resume: the rows of {run.recipe.data}, or how they are tokenised, have changed since {run.out} was begun, "
+                "so it would go on with others; put them back, or start anew in another --out"
+            )
         return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():
         before = run.evaluate()
@@ -397,7 +403,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
             f"the base's own held-out loss is {before.loss}: weights that are not finite, or too large for {run.recipe.dtype}; "
             "try --dtype float32, or another model"
         )
-    metrics.add(0, **{f"eval_{name}": value for name, value in before.as_dict().items()})
+    metrics.add(0, rows=rows, **{f"eval_{name}": value for name, value in before.as_dict().items()})
     return before
 
 

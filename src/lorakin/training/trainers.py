@@ -16,8 +16,23 @@ from lorakin.errors import SettingError, StateError
 from lorakin.storage import directory
 from lorakin.surgery import quantised
 from lorakin.surgery.optimizer import regroup
+from lorakin.surgery.partitioned import follow, gather
 
 DEFAULT, STATE = "default", "trainer_state.json"
+ZERO = "latest"
+"""DeepSpeed's last file, which names the directory of the states."""
+PERSISTENT = "stage3_param_persistence_threshold"
+
+
+class Following(transformers.TrainerCallback):
+    """Once DeepSpeed has made its optimizer of the Trainer's, lets the adapters see the steps of that."""
+
+    def __init__(self, trained: list[Adapter]) -> None:
+        self.trained = trained
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer is there, and no step was taken."""
+        follow(kwargs["optimizer"].optimizer, self.trained)
 
 
 class AdapterTraining:
@@ -32,6 +47,10 @@ class AdapterTraining:
     optimizer: Any
     accelerator: Any
     is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    model_wrapped: Any
+    callback_handler: Any
+    add_callback: Any
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent."""
@@ -41,9 +60,24 @@ class AdapterTraining:
         if sharding is not None:
             whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
+        if self.is_deepspeed_enabled:
+            self._keep_whole(*args, **kwargs)
         if over := self._over(*args, **kwargs):
             return over
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _keep_whole(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        largest, name = max(p.numel() for adapter in self._trained() for p in adapter.parameters()), PERSISTENT
+        set_to = zero.get(name, "auto")
+        zero[name] = max(largest, set_to if isinstance(set_to, int) else 100_000)  # which is DeepSpeed's own
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint:  # DeepSpeed's files hold tensors, the adapters' what the rules remember
+            self._load_from_checkpoint(str(resume_from_checkpoint))
+        self.callback_handler.pop_callback(Following)
+        self.add_callback(Following(self._trained()))
 
     def _over(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The end of a run that goes on from its last checkpoint, from which the Trainer would take one step more."""
@@ -64,10 +98,13 @@ class AdapterTraining:
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The adapters, by the process that saves."""
-        with self._unsharded():
+        gather(list(self._adapters().values()))
+        with self._whole():
             super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # whose engine knows the tensors that there were when it was made
+            self.model_wrapped.param_names = {p: name for name, p in self.model.named_parameters()}
         with self._unsharded():
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
@@ -84,6 +121,16 @@ class AdapterTraining:
         finally:
             self.is_fsdp_enabled = sharded
 
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """While the adapters are saved: nothing of the base need be put together for that."""
+        cut, self.is_deepspeed_enabled = self.is_deepspeed_enabled, False
+        try:
+            with self._unsharded():
+                yield
+        finally:
+            self.is_deepspeed_enabled = cut
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, with the groups of the adapters' methods; one that the user gave is left as it is."""
         if self.optimizer is not None:
@@ -95,6 +142,7 @@ class AdapterTraining:
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's schedule; and the adapters are told how long the run is."""
+        gather(list(self._adapters().values()))
         for adapter in self._trained():
             adapter.begin(num_training_steps)
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
@@ -149,7 +197,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     """Whether all of it was written: the Trainer's state comes last, and not at once."""
-    if not all((checkpoint / name).is_file() for name in (STATE, "optimizer.pt", "scheduler.pt", directory.CONFIG)):
+    optimizer = "optimizer.pt" if not (checkpoint / ZERO).is_file() else ZERO
+    if not all((checkpoint / name).is_file() for name in (STATE, optimizer, "scheduler.pt", directory.CONFIG)):
         return False
     try:
         json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

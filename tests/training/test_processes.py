@@ -67,6 +67,43 @@ def changes(folder: Path, base: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("member", "base"), TRAINED)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_are_one(member: str, engine: str, base: str, together: Path) -> None:
+    are_one(member, engine, base, together)
+    assert (together / f"{engine}-{member}-{base}" / "checkpoints" / "checkpoint-4" / "optimizer.pt").is_file()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def zero(request: pytest.FixtureRequest, together: Path) -> str:
+    """Every member under one stage of DeepSpeed's ZeRO."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make soak does it)")
+    engine = f"zero{request.param}"
+    alone = [(member, base) for member in MEMBERS for base in ("plain", "experts")]  # ZeRO-3 patches torch for the first model
+    for members, bases in alone if engine == "zero3" else [(",".join(MEMBERS), "plain,experts")]:
+        launch(str(WORKER), engine, str(together), members, bases)
+    return engine
+
+
+@pytest.mark.parametrize(("member", "base"), [(member, base) for member, base in TRAINED if base in ("plain", "experts")])
+def test_zero_is_one(member: str, base: str, zero: str, together: Path) -> None:
+    are_one(member, zero, base, together)
+
+
+@pytest.mark.parametrize("member", ["lora", "adalora", "delta-lora"])
+def test_zero_resumes(member: str, zero: str, together: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = together / f"{zero}-{member}-plain"
+    whole = load_file(place / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(place / "checkpoints" / "checkpoint-8")
+    monkeypatch.setenv("LORAKIN_RESUME", "1")
+    launch(str(WORKER), zero, str(together), member, "plain")
+    again = load_file(place / "adapter" / "adapter_model.safetensors")
+    apart = max(float((tensor - again[key]).abs().max()) for key, tensor in whole.items())
+    assert apart == 0
+    soak.record(
+        "Resumed from each step, against uninterrupted", method=f"{member}, {zero}", resumes=1, largest_difference=apart
+    )
+
+
+def are_one(member: str, engine: str, base: str, together: Path) -> None:
+    """The losses and the adapter of two processes are those of one."""
     one, two = (together / f"{which}-{member}-{base}" for which in ("one", engine))
     losses = [torch.tensor(json.loads((place / "losses.json").read_text())) for place in (one, two)]
     assert len(losses[0]) == 8
@@ -80,7 +117,6 @@ def test_two_processes_are_one(member: str, engine: str, base: str, together: Pa
     assert apart < (5e-2 if loose else 1e-3) * size, apart / size
     soak.cell(soak.MATRIX, member, f"{base}, {engine.upper()}", f"✔ {apart / size:.0e}")
     assert (two / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
-    assert (two / "checkpoints" / "checkpoint-4" / "optimizer.pt").is_file()
 
 
 def test_the_command_in_two_processes(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Any, tmp_path: Path) -> None:

@@ -47,6 +47,19 @@ def load(base: str, folder: Path) -> Any:
     )
 
 
+def options(engine: str, model: Any) -> dict[str, Any]:
+    """What the Trainer is told of an engine."""
+    if engine == "fsdp2":
+        block = type(model.model.layers[0]).__name__
+        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
+    if not engine.startswith("zero"):
+        return {}
+    batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 1}  # so that all of the base is cut
+    config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": config | dict.fromkeys(batches, "auto")}
+
+
 def train(member: str, base: str, engine: str, folder: Path) -> None:
     """Train, and save the losses and the adapter at `folder`/`engine`-`member`-`base`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -54,16 +67,12 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
     probe = [{key: torch.stack([row[key] for row in data[:4]]) for key in data[0]}] if member == "lora-drop" else None
     adapter = lk.adapt(model, MEMBERS[member](), EXPERTS if base == "experts" else "all-linear", seed=0, probe=probe)
     place = folder / f"{engine}-{member}-{base}"
-    sharding = {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [type(model.model.layers[0]).__name__]},
-    }
     sgd = member == "vera"  # whose gradients are so small that Adam would make their last digits into steps
     args = transformers.TrainingArguments(
         str(place / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, logging_steps=1,
         learning_rate=0.5 if sgd else 5e-3, optim="sgd" if sgd else "adamw_torch", lr_scheduler_type="constant",
         save_strategy="steps", save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, seed=0, data_seed=0,
-        **sharding if engine == "fsdp2" else {},
+        **options(engine, model),
     )  # fmt: skip
     trainer = transformers.Trainer(model, args, train_dataset=data)  # type: ignore[arg-type]
     if engine == "fsdp2":  # Accelerate chooses it for GPUs alone; the rest of its path is the same
@@ -72,11 +81,14 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
         vars(state)["fsdp_plugin"] = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
         trainer.is_fsdp_enabled = True
     trainer.remove_callback(transformers.PrinterCallback)
-    prepare_trainer(trainer).train()
+    half = place / "checkpoints" / "checkpoint-4"
+    resume = os.environ.get("LORAKIN_RESUME")
+    prepare_trainer(trainer).train(resume_from_checkpoint=str(half) if resume else None)
     wrapped = type(trainer.model_wrapped).__name__
-    assert {"one": wrapped == type(model).__name__, "ddp": "DistributedData" in wrapped, "fsdp2": "FSDP" in wrapped}[engine]
-    assert not any(is_sharded(p) for p in adapter.parameters())
-    assert is_sharded(model.model.embed_tokens.weight) == (engine == "fsdp2")
+    assert {"one": type(model).__name__, "ddp": "DistributedData", "fsdp2": "FSDP"}.get(engine, "DeepSpeed") in wrapped
+    assert not any(is_sharded(p) or getattr(p, "ds_tensor", p).numel() > p.numel() for p in adapter.parameters())
+    embeddings = model.model.embed_tokens.weight
+    assert is_sharded(embeddings) == (engine == "fsdp2") and (not embeddings.numel()) == (engine == "zero3")
     for name, parameter in adapter.named_parameters():
         assert_same_everywhere(name, parameter.detach(), world)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import SettingError, StateError
+from lorakin.errors import StateError
 from lorakin.family import all_finite
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakin.errors import StateError
+
 Tensors = dict[str, Tensor]
 """A module's tensors by slot. Modules that share a tensor hold the same object."""
 
@@ -112,9 +114,36 @@ def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))
 
 
-def is_sharded(tensor: object) -> bool:
-    """Whether this process holds a part of the tensor only."""
+class ShardedWeight(Weight):
+    """A weight of whose numbers this process holds a part, or none."""
+
+    def __init__(self, shape: torch.Size, like: Tensor) -> None:
+        self.shape, self.dtype, self.device = shape, like.dtype, like.device
+
+    @property
+    def matrix(self) -> Tensor:
+        raise StateError(
+            "the base is sharded over processes, so the numbers of a weight that the adapter's files need are not here; let "
+            "one process load the last checkpoint and save it"
+        )
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is one of torch's DTensors."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether this process holds a part of the tensor only: one of torch's DTensors, or cut by DeepSpeed."""
+    if hasattr(tensor, "ds_id") and isinstance(tensor, Tensor):
+        return tensor.numel() != tensor.ds_numel  # type: ignore[attr-defined, no-any-return]
+    return isinstance(tensor, ShardedWeight) or is_distributed(tensor)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of it, also where DeepSpeed has cut it."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.family import Pair, Weight
+from lorakin.family import Pair
 from lorakin.family.low_rank import padded
-from lorakin.family.pair import is_sharded
+from lorakin.family.pair import whole_shape
 from lorakin.surgery.autograd import Seen
 from lorakin.surgery.implicit import Change, Changed, formed
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
@@ -44,22 +44,21 @@ class ExpertMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Its own, (outputs, inputs)."""
-        parameter = self.experts._parameters[self.stack]
-        assert parameter is not None
-        matrix = _part(parameter, self.number)
+        matrix = _part(self.parameter, self.number)
         return matrix.T if is_transposed(self.experts) else matrix
 
     @property
     def shape(self) -> torch.Size:
         """(outputs, inputs), also of a parameter of which this process holds a part."""
+        shape = whole_shape(self.parameter)[-2:]
+        return torch.Size(reversed(shape)) if is_transposed(self.experts) else torch.Size(shape)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """That of the stack."""
         parameter = self.experts._parameters[self.stack]
         assert parameter is not None
-        return torch.Size(reversed(parameter.shape[-2:])) if is_transposed(self.experts) else parameter.shape[-2:]
-
-    def sharded(self) -> Weight | None:
-        """Its weight if the parameter is sharded over processes, so that to look at it is for all of them together."""
-        parameter = self.experts._parameters[self.stack]
-        return Sharded(self, parameter) if is_sharded(parameter) else None
+        return parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
@@ -67,28 +66,6 @@ class ExpertMatrix(nn.Module):
             return
         with torch.no_grad():
             self.weight.copy_(value)
-
-
-class Sharded(Weight):
-    """One matrix of a stack that is sharded over processes."""
-
-    def __init__(self, module: ExpertMatrix, parameter: Any) -> None:
-        self.module, self.parameter = module, parameter
-        self.shape, self.dtype, self.device, self.placements = (
-            module.shape,
-            parameter.dtype,
-            parameter.device,
-            parameter.placements,
-        )
-
-    def full_tensor(self) -> Tensor:
-        """All of it, for all processes to ask for together."""
-        matrix = _part(self.parameter.full_tensor(), self.module.number)
-        return matrix.T if is_transposed(self.module.experts) else matrix
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.full_tensor()
 
 
 def _hung(matrix: nn.Module | None) -> Any:
@@ -104,7 +81,8 @@ def _own_weight(matrix: Any) -> Tensor:
 
 def count(parameter: Tensor) -> int:
     """How many matrices a stack has."""
-    return len(parameter) if parameter.dim() == 3 else 1
+    shape = whole_shape(parameter)
+    return shape[0] if len(shape) == 3 else 1
 
 
 def _part(parameter: Tensor, number: int) -> Tensor:
@@ -230,8 +208,9 @@ def stack_names(module: nn.Module) -> list[str]:
     experts = getattr(module, "num_experts", None)
     if experts is None or isinstance(module, nn.Linear):
         return []
-    held = {name: p for name, p in module._parameters.items() if p is not None and p.dim() and p.shape[0] == experts}
-    return [name for name, p in held.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight")]
+    shapes = {name: whole_shape(p) for name, p in module._parameters.items() if p is not None}
+    held = {name: len(shape) for name, shape in shapes.items() if shape and shape[0] == experts}
+    return [name for name, dimensions in held.items() if dimensions == 3 or (dimensions == 2 and name == "weight")]
 
 
 def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import Pair, Shape, Weight
+from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.surgery import quantised
 from lorakin.surgery.experts import ExpertMatrix
 
@@ -43,6 +44,9 @@ class Layer:
     @classmethod
     def weight(cls, module: Any) -> Tensor | Weight:
         """The module's weight as a matrix, the base's own even while adapters are merged."""
+        held = vars(module)["_parameters"].get("weight")
+        if held is not None and hasattr(held, "ds_id") and is_sharded(held):
+            return ShardedWeight(cls.matrix(torch.empty(whole_shape(held), device="meta")).shape, held)
         hung = vars(module)["_modules"].get("lorakin")
         own = module.weight if hung is None else hung.base.get("weight", module.weight)
         return cls.matrix(own.detach())
@@ -152,8 +156,7 @@ class ExpertLayer(LinearLayer):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor | Weight:
-        sharded: Weight | None = module.sharded()
-        return super().weight(module) if sharded is None else sharded
+        return ShardedWeight(module.shape, module.parameter) if is_sharded(module.parameter) else super().weight(module)
 
     @staticmethod
     def refusal(module: Any) -> str | None:
@@ -170,7 +173,7 @@ class TransposedLayer(Layer):
 
     @staticmethod
     def shape(module: Any) -> Shape:
-        inputs, outputs = module.weight.shape
+        inputs, outputs = whole_shape(module.weight)
         return Shape(outputs, inputs)
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import Shape, Weight
-from lorakin.family.pair import BLOCK
+from lorakin.family.pair import BLOCK, whole_shape
 from lorakin.surgery.autograd import PLAIN
 
 Rows = Callable[[int, int], Tensor]
@@ -31,7 +31,7 @@ def is_quantised(module: nn.Module) -> bool:
     if isinstance(weight, UninitializedParameter):
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        packed = [*weight.shape] != [module.out_features, module.in_features]  # bits kept in a float's place
+        packed = [*whole_shape(weight)] != [module.out_features, module.in_features]  # bits kept in a float's place
         return packed or (type(weight) not in PLAIN and is_packed(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from lorakin.errors import StateError
-from lorakin.family.pair import is_sharded
+from lorakin.family.pair import is_distributed
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -67,7 +67,7 @@ class Averaging:
 
 def check_whole(graft: Graft) -> None:
     """Raise `StateError` if the adapter itself was sharded."""
-    if any(is_sharded(parameter) for _, parameter in graft.trained()):
+    if any(is_distributed(parameter) for _, parameter in graft.trained()):
         raise StateError(
             f"adapter {graft.name!r} was sharded together with the base, but its method needs whole tensors: shard with "
             "fully_shard(…, ignored_params=set(adapter.parameters())); with Accelerate, set "
@@ -77,4 +77,4 @@ def check_whole(graft: Graft) -> None:
 
 
 def _base_is_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))
+    return any(is_distributed(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))

@@ -92,4 +92,5 @@ if __name__ == "__main__":
     figures = run_unused(*place) if order == "unused" else run(order, *place)
     if dist.get_rank() == 0:
         print("figures", *figures)
+    dist.barrier()  # or the one that leaves first may break the other
     dist.destroy_process_group()

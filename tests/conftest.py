@@ -83,6 +83,19 @@ def tiny_gpt_oss(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> A
     return model
 
 
+def tiny_llama4() -> Any:
+    """A Llama 4, whose experts multiply all at once, without saying which way round they are held."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def tiny_bert(labels: int = 2) -> Any:
     """A BERT classifier with a fresh head."""
     torch.manual_seed(0)

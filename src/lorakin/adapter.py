@@ -255,7 +255,7 @@ def _importance(
         raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
     pilot = _fresh(model, "probe", surgery.plan(model, method.for_probe(), targets, **places), seed)
     try:
-        check_called(pilot)
+        check_called(model, pilot.plan.sites)
         optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
         with in_mode(model, training=True):
             for _ in range(probe.epochs):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss, tiny_llama, tiny_mixtral
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss, tiny_llama, tiny_llama4, tiny_mixtral
 from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
@@ -271,6 +271,27 @@ def test_target_parameters_of_peft(settings: dict[str, Any], tmp_path: Path, ids
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert summarise(tmp_path).ranks == summarise(tmp_path / "x").ranks, "without a model"
     assert summarise(tmp_path).norms == pytest.approx({path: adapter.pair_at(path).norm() for path in adapter.plan.sites})
+
+
+def test_a_pattern_that_means_nothing_to_peft(tmp_path: Path, ids: Tensor) -> None:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": EXPERTS}
+    theirs = peft_model(tiny_mixtral, settings | {"alpha_pattern": {r"down_proj\.0": 3}})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_mixtral()
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_peft_reads_the_other_way_round(tmp_path: Path, ids: Tensor) -> None:
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": names}
+    theirs = peft_model(tiny_llama4, settings)
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama4()
+    adapter = lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    back = peft.PeftModel.from_pretrained(tiny_llama4(), adapter.save(tmp_path / "again")).eval()
+    assert torch.equal(back(ids).logits, theirs(ids).logits)
 
 
 def test_pefts_experts_train_as_ours(tmp_path: Path, ids: Tensor) -> None:

@@ -493,3 +493,13 @@ def test_eight_bit_tensors(saved: Path) -> None:
     edit_tensors(saved, lambda t: t.update({Q.format("A"): t[Q.format("A")].to(torch.float8_e4m3fn)}))
     with pytest.raises(lk.AdapterError, match="is torch.float8_e4m3fn; expected float32"):
         lk.load(tiny_llama(), saved)
+
+
+def test_complex_numbers_are_refused(tmp_path: Path) -> None:
+    lk.adapt(tiny_llama(), lk.LoRA(rank=2), targets="q_proj").save(tmp_path)
+    (tmp_path / "lorakin.json").unlink()
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({key: tensor.to(torch.complex64) for key, tensor in tensors.items()}, file)
+    with pytest.raises(lk.AdapterError, match=r"is torch.complex64; expected float32"):
+        lk.load(tiny_llama(), tmp_path)

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 import lorakin as lk
-from conftest import MEMBERS, tiny_gpt_oss, tiny_mixtral
-from lorakin.surgery import implicit
+from conftest import MEMBERS, tiny_gpt_oss, tiny_llama4, tiny_mixtral
+from lorakin.surgery import experts, implicit
 from references import dora as dora_truth
 from references import lora as lora_truth
 
@@ -119,7 +119,7 @@ def test_every_member_merges_and_comes_back(member: str, ids: Tensor, tmp_path: 
     assert torch.equal(model(ids).logits, base)
     assert list(model.state_dict()) == keys and all(map(torch.equal, model.parameters(), parameters))
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True) if one.dim() == 3)
-    assert type(experts_of(model)).__name__ == "MixtralExperts" and "gate_up_proj" not in experts_of(model)._modules
+    assert type(experts_of(model)).__name__ == "MixtralExperts" and not any("proj" in key for key in experts_of(model)._modules)
 
 
 def test_for_good(ids: Tensor) -> None:
@@ -236,12 +236,28 @@ def test_inference_sees_every_change(ids: Tensor, tmp_path: Path) -> None:
         first = model(ids).logits
 
 
-def test_dropout_in_training_alone(ids: Tensor) -> None:
+@torch.no_grad()
+def test_dropout_in_training_alone(ids: Tensor, tmp_path: Path) -> None:
+    near(lk.adapt(tiny_mixtral(), lk.DoRA(rank=4, dropout=0.5), targets=BOTH)).save(tmp_path)
     model = tiny_mixtral()
-    near(lk.adapt(model, lk.LoRA(rank=4, dropout=0.5), targets=BOTH))
-    assert torch.equal(model(ids).logits, model(ids).logits)
-    model.train()
-    assert not torch.equal(model(ids).logits, model(ids).logits)
+    lk.load(model, tmp_path)
+    whole = model(ids).logits
+    for _ in range(2):
+        assert torch.equal(model.eval()(ids).logits, whole)
+        assert not torch.equal(model.train()(ids).logits, whole)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_experts_whose_ranks_are_all_gone(kernel: str, ids: Tensor) -> None:
+    model = tiny_mixtral(kernel)
+    adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2), ["q_proj", "down_proj.0"])
+    for path in adapter.plan.sites:
+        if "experts" in path:
+            site = adapter.site(path)
+            with torch.no_grad():
+                site.overwrite({"P": torch.zeros(32, 0), "E": torch.zeros(0, 1), "Q": torch.zeros(0, 48)})
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
 
 
 def test_gradient_checkpointing(ids: Tensor) -> None:
@@ -289,7 +305,7 @@ def test_which_are_meant() -> None:
     assert sites("gate.weight") == ["model.layers.0.mlp.gate.weight.0", "model.layers.1.mlp.gate.weight.0"]
     with pytest.raises(lk.TargetError, match=r"'experts' selects .*MixtralExperts.*it holds gate_up_proj, down_proj"):
         sites("experts")
-    with pytest.raises(lk.TargetError, match=r"'down_proj.4' matches no module; did you mean"):
+    with pytest.raises(lk.TargetError, match=r"'down_proj.4' matches no module; down_proj holds the experts 0 to 3"):
         sites("down_proj.4")
 
 
@@ -379,34 +395,58 @@ def test_a_kernel_that_takes_addresses_is_refused(ids: Tensor) -> None:
         model(ids)
 
 
-def llama4() -> Any:
-    """A Llama 4, whose experts multiply all at once, without saying which way round they are held."""
-    torch.manual_seed(0)
-    config = transformers.Llama4TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1,
-    )  # fmt: skip
-    model = transformers.Llama4ForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 @pytest.mark.parametrize("member", ["lora", "dora"])
 def test_experts_of_another_kind(member: str, ids: Tensor) -> None:
-    model = llama4()
+    model = tiny_llama4()
     adapter = near(lk.adapt(model, MEMBERS[member](), targets=["experts.gate_up_proj", "experts.down_proj"]))
     want = model(ids).logits.detach()
-    assert (want - llama4()(ids).logits).abs().max() > 1e-3
+    assert (want - tiny_llama4()(ids).logits).abs().max() > 1e-3
     adapter.merge()
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_where_the_inputs_are_not_seen(ids: Tensor) -> None:
-    model = llama4().train()
-    lk.adapt(model, lk.LoRA(rank=4, dropout=0.1), targets=["experts.down_proj"])
+def test_which_way_round_experts_are_held(ids: Tensor) -> None:
+    """Where transformers does not say it, as of Llama 4, the two parameters do."""
+    adapter = lk.adapt(tiny_llama4(), lk.DoRA(rank=4), targets=["experts.gate_up_proj", "experts.down_proj"])
+    sites = {path.split(".")[-2]: adapter.site(path) for path in adapter.plan.sites}
+    shapes = {name: {slot: tuple(t.shape) for slot, t in site.tensors().items()} for name, site in sites.items()}
+    assert shapes["gate_up_proj"] == {"A": (4, 32), "B": (96, 4), "m": (96,)}
+    assert shapes["down_proj"] == {"A": (4, 48), "B": (32, 4), "m": (32,)}
+    adapter.remove()
+    model = tiny_llama4().train()
+    lk.adapt(model, lk.LoRA(rank=4, dropout=0.5), targets=["experts.down_proj"])
+    model(ids)
+    odd = torch.nn.Module()
+    odd.gate_up_proj, odd.down_proj = (torch.nn.Parameter(torch.ones(2, *shape)) for shape in ((8, 8), (4, 8)))
+    assert experts.is_transposed(odd), "square, but down_proj tells"
+    odd.down_proj = torch.nn.Parameter(torch.ones(2, 8, 4))
+    assert not experts.is_transposed(odd)
+
+
+def test_dropout_where_the_inputs_are_not_seen() -> None:
+    x, change = torch.ones(2, 5), implicit.Change(torch.ones(3, 5, 2), torch.ones(3, 2, 4), None, None, 0.5)
+    stack = implicit.Changed(torch.ones(3, 5, 4), (change,))
     with pytest.raises(lk.StateError, match="give the adapter dropout=0"):
-        model(ids)
+        x @ stack[0]
+
+
+def test_what_torch_does_with_names(ids: Tensor) -> None:
+    model = tiny_mixtral()
+    own = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapter = near(lk.adapt(model, lk.LoRA(rank=4), targets=BOTH))
+    want = model(ids).logits.detach()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert torch.equal(torch.func.functional_call(model, trained, (ids,)).logits, want)
+    with pytest.warns(lk.LorakinWarning, match="has no tensors for"):
+        model.load_state_dict(own, assign=True, strict=False)
+    assert torch.equal(model(ids).logits, want)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(model(ids).logits, want)
+    experts_of(model).down_proj = torch.nn.Parameter(own[f"{LAYER}.down_proj"])
+    assert torch.equal(model(ids).logits, want)
+    adapter.merge()
+    adapter.unmerge()
+    assert torch.equal(model(ids).logits, want)
 
 
 @pytest.mark.parametrize("used", ["vector", "sum", "slice", "mask", "out", "iterated"])

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lorakin as lk
@@ -33,6 +34,23 @@ def test_all_linear_leaves_the_head_out() -> None:
     assert not any("classifier" in path for path in names(tiny_bert(), "all-linear"))
     assert "bert.pooler.dense" in names(tiny_bert(), "all-linear")
     assert names(ConvNet(), "all-linear") == {"head"}, "a plain module has no head that could be known"
+
+
+def test_all_linear_leaves_gates_out() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.shared_expert_gate = nn.Linear(32, 1, bias=False)
+    assert not any("gate" in path and "gate_proj" not in path for path in select(model, "all-linear"))
+    assert select(model, "shared_expert_gate") == ["model.layers.0.mlp.shared_expert_gate"]
+
+
+def test_a_projection_that_mamba_reads_without_calling_it() -> None:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config)
+    with pytest.warns(lk.LorakinWarning, match="dt_proj is left out: it is the time-step projection of a Mamba mixer"):
+        chosen = select(model, "all-linear")
+    assert [path.rpartition(".")[2] for path in chosen] == ["in_proj", "x_proj", "out_proj"]
+    with pytest.raises(lk.TargetError, match="reads its weight without calling it"):
+        select(model, "dt_proj")
 
 
 def test_heads() -> None:

@@ -127,6 +127,13 @@ def test_a_classifier(words: str, recipe: Callable[..., Recipe], bert_dir: str, 
     assert result.after.accuracy is not None
 
 
+def test_what_cannot_be_measured_is_refused_at_once(experts: dict[str, Any], recipe: Callable[..., Recipe]) -> None:
+    given = recipe("lora-drop", **experts)
+    with pytest.raises(lk.SettingError, match="one expert of a stack, is never called by itself"):
+        run(given)
+    assert not Path(given.out).exists()
+
+
 def test_lora_drops_probe_is_shown_saved_and_not_run_twice(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     given = recipe("lora-drop")
     result, shown = run(given)

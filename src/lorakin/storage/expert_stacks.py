@@ -23,7 +23,7 @@ from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
 from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import ExpertMatrix, count, stack_names
+from lorakin.surgery.experts import ExpertMatrix, count, is_transposed, says_transposed, stack_names
 from lorakin.surgery.graft import own_weight
 from lorakin.surgery.targets import for_stacks, resolve
 
@@ -80,6 +80,8 @@ def stacked(
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
+            if _is_turned(module_at(model, owner)):
+                there = {number: _turned(slots) for number, slots in there.items()}
             scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
             _set_scale(config, f"{owner}.{name}", scale)
@@ -103,6 +105,16 @@ def experts_in(model: nn.Module, stack: str) -> int:
     """How many matrices the parameter at this path holds."""
     owner, _, name = stack.rpartition(".")
     return count(module_at(model, owner)._parameters[name])  # type: ignore[arg-type]
+
+
+def _is_turned(owner: nn.Module) -> bool:
+    """Whether PEFT takes the inputs of its stacks for outputs, since transformers does not say which is which (Llama 4)."""
+    return is_transposed(owner) and not says_transposed(owner)
+
+
+def _turned(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the transposed change, (B·A)ᵀ = Aᵀ·Bᵀ."""
+    return {**slots, "A": slots["B"].T, "B": slots["A"].T} if {"A", "B"} <= slots.keys() else dict(slots)
 
 
 def _taken(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -181,10 +193,24 @@ def unstacked(
             experts = None if model is None else experts_in(model, stack)
             for number, own in enumerate(_apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")):
                 path = f"{stack}.{number}"
+                own = _turned(own) if model is not None and _is_turned(module_at(model, owner)) else own
                 if known is None or path in known or own["B"].any():
                     apart |= {f"{prefix}{path}.{NAMES[slot]}": tensor for slot, tensor in own.items()}
-    changed = {field: for_stacks(config.get(field) or {}, stacks) for field in ("rank_pattern", "alpha_pattern")}
+    counts = Counter(key.removeprefix(prefix).rsplit(".", 3)[0] for key in apart if key.endswith(NAMES["A"]))
+    changed = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = {key: value for key, value in (config.get(field) or {}).items() if not _is_of_one(key, stacks, counts)}
+        changed[field] = for_stacks(patterns, stacks)
     return {**config, FIELD: None, **changed}, left | apart
+
+
+def _is_of_one(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bool:
+    """Whether a pattern matches single experts of a stack and not the stack, so that it means nothing to PEFT."""
+    one = {key: 1.0}
+    return any(
+        not resolve(one, stack, 0.0) and any(resolve(one, f"{stack}.{n}", 0.0) for n in range(counts[stack]))
+        for stack in stacks
+    )
 
 
 def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterator[tuple[str, list[str]]]:

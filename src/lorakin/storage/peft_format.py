@@ -334,7 +334,7 @@ def from_files(
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
     _check_targets(modules, config, sites, copies, where)
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.element_size() < 2:
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
         if not all_finite(tensor):
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")

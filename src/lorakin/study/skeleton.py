@@ -16,6 +16,7 @@ from lorakin.errors import ModelError
 from lorakin.family import Method
 from lorakin.surgery import graft
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.energy import check_called
 from lorakin.surgery.targets import ALL_LINEAR, Targets
 from lorakin.training.models import DTYPES, config_of, resolve_dtype
 
@@ -95,6 +96,7 @@ def supposed(model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **
         return method
     places: dict[str, Any] = {"layer_indices": where.get("layers")} | {k: v for k, v in where.items() if k in PLACES}
     paths = graft.plan(model, method.for_probe(), targets, **places).sites
+    check_called(model, paths)
     shapes = {path: graft.spot_of(module_at(model, path)).shape for path in paths}
     ranked = sorted(shapes, key=lambda path: -(shapes[path].inputs + shapes[path].outputs))
     return method.with_importance(_almost_equal(ranked))

@@ -265,7 +265,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     module, parts = model, path.split(".") if path else []
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
-        if (inner is None or isinstance(inner, experts.Stack)) and len(parts) == n + 2:
+        if inner is None and len(parts) == n + 2:
             inner = experts.matrix_of(module, part, parts[-1])
             return model.get_submodule(path) if inner is None else inner
         if inner is None:

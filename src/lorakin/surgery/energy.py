@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakin.errors import SettingError
-from lorakin.surgery.adapted import Site
+from lorakin.surgery import layers
+from lorakin.surgery.adapted import Site, module_at
 from lorakin.surgery.graft import Graft
-from lorakin.surgery.layers import ConvolutionLayer
+from lorakin.surgery.layers import ConvolutionLayer, ExpertLayer
 from lorakin.surgery.mode import in_mode
 
 
-def check_called(graft: Graft) -> None:
-    """Raise `SettingError` if the outputs of some module cannot be measured, since it is never called."""
-    if experts := graft.experts():
+def check_called(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `SettingError` if the outputs of one of these modules cannot be measured, since it is never called."""
+    if experts := [path for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer]:
         raise SettingError(
             f"the output of each module is to be measured, and {experts[0]}, one expert of a stack, is never called by itself; "
             "leave the experts out of the targets"
@@ -36,7 +37,7 @@ def energies(
         call: (model, batch) → anything, to run the model; by default on the batch as keywords.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
     """
-    check_called(graft)
+    check_called(graft.model, graft.plan.sites)
     model, sums, own = graft.model, dict.fromkeys(graft.plan.sites, 0.0), dict.fromkeys(graft.plan.sites, 0.0)
     mask: Tensor | None = None
 

@@ -24,6 +24,8 @@ from lorakin.surgery.autograd import Seen
 from lorakin.surgery.implicit import Change, Changed, formed
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
+PREFIX = "lorakin_"
+"""Before the name of a stack's module, which hangs beside the parameter: two of one name are more than torch can bear."""
 ALIGNED = 8
 """Ranks are padded to a multiple of this: kernels take rows of 16 bytes or several times that."""
 
@@ -132,11 +134,13 @@ class Stack(nn.Module):
         weight, by_columns = self.parameter, not is_transposed(self.experts)
         if torch.compiler.is_compiling():
             return formed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
+        one_of_each = [next(iter(of_one.values())) for of_one in sites.values()]
+        drops = any(site.training and site.method.dropout for site in one_of_each)
         there = [weight, *(p for of_one in sites.values() for site in of_one.values() for p in site._parameters.values())]
-        if self._ready is not None and not torch.is_grad_enabled() and self._ready[0].is_still(*there):
+        lasts = not torch.is_grad_enabled() and not drops and not any(p.requires_grad for p in there[1:])
+        if self._ready is not None and lasts and self._ready[0].is_still(*there):
             return self._ready[1]
         changed = Changed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
-        lasts = not torch.is_grad_enabled() and not any(p.requires_grad for p in there[1:])
         seen = Seen.of(*there) if lasts else None
         self._ready = None if seen is None else (seen, changed)
         return changed
@@ -168,7 +172,7 @@ def side_by_side(factors: Sequence[tuple[Pair, float]]) -> Pair:
         up = up * scales.pop()
     else:
         up = up * torch.tensor([scale for _, scale in factors], dtype=up.dtype, device=up.device).view(-1, 1, 1)
-    if more := -most % ALIGNED:
+    if more := -most % ALIGNED if most else ALIGNED:
         up, down = F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
     gains = [pair.gain for pair in pairs]
     if all(gain is None for gain in gains):
@@ -194,8 +198,20 @@ class AdaptedExperts(Swapped):
 
 
 def is_transposed(experts: nn.Module) -> bool:
-    """Whether its stacks are (experts, inputs, outputs), as transformers says it."""
-    return bool(getattr(experts, "is_transposed", False))
+    """Whether its stacks are (experts, inputs, outputs): as transformers says it, else by how the two of a gated MLP fit."""
+    said = says_transposed(experts)
+    if said is not None:
+        return said
+    up, down = (experts._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None:
+        return False
+    (_, hidden, twice), (_, inner, out) = whole_shape(up), whole_shape(down)
+    return (hidden, twice) == (out, 2 * inner)
+
+
+def says_transposed(experts: nn.Module) -> bool | None:
+    """What transformers says of a module's stacks, which is what PEFT goes by; None if nothing."""
+    return None if (said := getattr(experts, "is_transposed", None)) is None else bool(said)
 
 
 def stacks(experts: nn.Module) -> list[Stack]:
@@ -215,7 +231,7 @@ def stack_names(module: nn.Module) -> list[str]:
 
 def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
     """The matrix of this number in decimals, the one that is adapted if it is; None if there is none."""
-    adapted = experts._modules.get(stack)
+    adapted = experts._modules.get(PREFIX + stack)
     if isinstance(adapted, Stack) and number in adapted._modules:
         return adapted._modules[number]  # type: ignore[return-value]
     parameter = experts._parameters.get(stack)
@@ -229,7 +245,7 @@ def attach(matrix: ExpertMatrix) -> None:
     experts = matrix.experts
     if not isinstance(experts, AdaptedExperts):
         swap_class(experts, combined(AdaptedExperts, type(experts)))
-    stack = experts._modules.setdefault(matrix.stack, Stack(experts, matrix.stack))
+    stack = experts._modules.setdefault(PREFIX + matrix.stack, Stack(experts, matrix.stack))
     assert stack is not None
     stack._modules[str(matrix.number)] = matrix
 
@@ -237,18 +253,18 @@ def attach(matrix: ExpertMatrix) -> None:
 def detach(matrix: ExpertMatrix) -> None:
     """Undo `attach`."""
     experts = matrix.experts
-    stack = experts._modules[matrix.stack]
+    stack = experts._modules[PREFIX + matrix.stack]
     assert stack is not None
     del stack._modules[str(matrix.number)]
     if not stack._modules:
-        del experts._modules[matrix.stack]
+        del experts._modules[PREFIX + matrix.stack]
     if not stacks(experts):
         swap_class(experts, base_class(experts))
 
 
 def own_stack(module: nn.Module, name: str) -> Tensor | None:
     """The parameter of this name with the base's own values, if it is a stack in which something is adapted."""
-    stack = module._modules.get(name)
+    stack = module._modules.get(PREFIX + name)
     return stack.own() if isinstance(stack, Stack) else None
 
 

@@ -295,6 +295,12 @@ def is_linear(module: nn.Module) -> bool:
     return kind_of(module) in (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
+def is_gate(module: nn.Module) -> bool:
+    """Whether it is a linear layer of one output, such as the gate of a shared expert: a pair has nothing to factor there."""
+    kind = kind_of(module)
+    return kind is not None and kind.shape(module).outputs == 1
+
+
 def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why `module` cannot be adapted, or None if it can. `parent` is the module that holds it.
 
@@ -326,6 +332,8 @@ def never_called(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why `module` would not be called, so that nothing hung on it would take part; None if it will be."""
     if isinstance(parent, nn.MultiheadAttention):
         return "the output projection of nn.MultiheadAttention, which reads its weight without calling it"
+    if parent is not None and getattr(parent, "dt_proj", None) is module and hasattr(parent, "x_proj"):
+        return "the time-step projection of a Mamba mixer, which reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return (
             "inside nn.TransformerEncoderLayer, whose fast path bypasses its parts in eval mode; "

@@ -99,8 +99,8 @@ def select(
     """Paths of the modules to adapt, in the model's order.
 
     Args:
-        targets: "all-linear" (every linear layer but the head), a pattern or a list of them (see `matching`), or a
-            function of (path, module). "none" or [] adapts nothing, beside modules that are trained whole.
+        targets: "all-linear" (every linear layer but the head and gates of one output), a pattern or a list of them (see
+            `matching`), or a function of (path, module). "none" or [] adapts nothing, beside modules that are trained whole.
         exclude: patterns to leave out.
         layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
         reserved: paths of modules that are trained whole; nothing inside them is adapted.
@@ -203,7 +203,7 @@ def parse_layers(text: str) -> list[int]:
 
 def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:
     head = head_of(model)
-    return [path for path, module in free.items() if layers.is_linear(module) and not _inside(path, head)]
+    return [path for path, m in free.items() if layers.is_linear(m) and not layers.is_gate(m) and not _inside(path, head)]
 
 
 def _patterns(targets: object) -> list[str]:
@@ -230,6 +230,10 @@ def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Mo
         raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
     if whole := matching(pattern, reserved):
         raise TargetError(f"target {pattern!r} selects {whole[0]}, which modules_to_save already trains whole; leave out one")
+    stack, _, number = pattern.rpartition(".")
+    if number.isdigit() and (ones := [p for p in _matching_modules(stack, free) if isinstance(free[p], experts.ExpertMatrix)]):
+        highest = max(int(path.rpartition(".")[2]) for path in ones)
+        raise TargetError(f"target {pattern!r} matches no module; {stack} holds the experts 0 to {highest}")
     raise TargetError(f"target {pattern!r} matches no module; {_near(pattern, [p for p in free if layers.kind_of(free[p])])}")
 
 

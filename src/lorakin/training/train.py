@@ -26,6 +26,7 @@ from lorakin.errors import DataError, DivergedError, ModelError, OutputError, Se
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.training import data, processes
@@ -163,7 +164,9 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         _describe(run)
         _written(lambda: recipe.save(out / RECIPE))
         return run
-    adapt(loaded.model, method.for_probe(), **where).remove()  # so that what is wrong is said before anything is written
+    pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
+    pilot.remove()
+    check_called(loaded.model, pilot.plan.sites)
     _written(lambda: recipe.save(out / RECIPE))
     found = processes.agreed(_importance(run, method, where))
     _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))

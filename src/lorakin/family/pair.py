@@ -136,7 +136,7 @@ def is_distributed(tensor: object) -> bool:
 def is_sharded(tensor: object) -> bool:
     """Whether this process holds a part of the tensor only: one of torch's DTensors, or cut by DeepSpeed."""
     if hasattr(tensor, "ds_id") and isinstance(tensor, Tensor):
-        return tensor.numel() != tensor.ds_numel  # type: ignore[attr-defined, no-any-return]
+        return tensor.ds_status.name != "AVAILABLE"  # type: ignore[attr-defined, no-any-return]
     return isinstance(tensor, ShardedWeight) or is_distributed(tensor)
 
 

@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
 
 
-def follow(optimizer: Any, grafts: Sequence[Graft]) -> None:
+Freed = list[tuple[nn.Parameter, Tensor]]
+"""Tensors that a rule has made smaller, and what they are then: ZeRO-3 goes on gathering all of them."""
+
+
+def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
     """Let the adapters see the steps of `optimizer`, that of a DeepSpeed engine with ZeRO.
+
+    Returns what is to be called when training is over, and leaves the adapters as their rules have made them.
 
     Raises:
         SettingError: a member will make tensors while training, for which ZeRO-3 has no place.
@@ -36,17 +42,23 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> None:
                 f"zero_optimization.stage3_param_persistence_threshold to {largest} at least; "
                 "lorakin.training.prepare_trainer does it for transformers' Trainer"
             )
-    step = optimizer.step
+    step, freed = optimizer.step, Freed()
 
     @functools.wraps(step)
     def followed(*args: Any, **kwargs: Any) -> Any:
-        return _step(optimizer, [graft for graft in grafts if graft.is_present], lambda: step(*args, **kwargs))
+        return _step(optimizer, [graft for graft in grafts if graft.is_present], lambda: step(*args, **kwargs), freed)
+
+    def settle() -> None:
+        gather(grafts)
+        for parameter, smaller in freed:
+            parameter.data = smaller
 
     optimizer.step = followed
+    return settle
 
 
 @torch.no_grad()
-def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any]) -> Any:
+def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], freed: Freed) -> Any:
     acting = [graft for graft in grafts if graft.rules]
     trained = list({id(p): p for graft in acting for _, p in graft.trained()}.values())
     clip, scale = optimizer.clip_grad, optimizer.loss_scale
@@ -76,7 +88,9 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any]) -> A
     for graft in grafts:
         graft.after_step(optimizer.optimizer)
     for parameter, old in zip(trained, before, strict=True):
-        if parameter.shape == old.shape and not torch.equal(parameter, old):
+        if parameter.shape != old.shape:
+            freed.append((parameter, parameter.data))
+        elif not torch.equal(parameter, old):
             _put_master(parameter)
     _adopt(optimizer, acting)
     return done

@@ -32,7 +32,11 @@ class Following(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is there, and no step was taken."""
-        follow(kwargs["optimizer"].optimizer, self.trained)
+        self.settle = follow(kwargs["optimizer"].optimizer, self.trained)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No more steps come."""
+        self.settle()
 
 
 class AdapterTraining:

@@ -18,7 +18,7 @@ from lorakin.errors import LorakinError, LorakinWarning
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 
-CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
+CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
 """Libraries that warn of every cast of every layer, or of what they cannot load when they are merely imported."""
 
 app = typer.Typer(
@@ -31,6 +31,10 @@ app = typer.Typer(
 )
 for module in (train, plan, compare, generate, evaluate, export, merge, combine, convert, inspect, methods, demo):
     app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,6 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     warnings.showwarning = show_ours
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
+        logging.getLogger(chatty).addFilter(_is_serious)  # one of them sets its level anew, and writes where results go
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:

@@ -1,7 +1,8 @@
 """Folding adapters into the weights of one module and taking them out again, bit for bit.
 
 The base's own parameters are set aside, not overwritten, and come back as the same objects. That costs one more copy
-of each adapted weight while merged, and it leaves a tied partner of the weight as it was. A quantised weight stays where it
+of each adapted weight while merged, and it leaves a tied partner of the weight as it was. Experts in one parameter are
+written over, and what was there is kept aside. A quantised weight stays where it
 is and is not used while merged: rounding the merged weight into so few bits again would lose most of what was learned.
 """
 

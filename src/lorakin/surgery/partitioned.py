@@ -61,7 +61,7 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
 def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], freed: Freed) -> Any:
     acting = [graft for graft in grafts if graft.rules]
     trained = list({id(p): p for graft in acting for _, p in graft.trained()}.values())
-    clip, scale = optimizer.clip_grad, optimizer.loss_scale
+    clip, scale = optimizer.clip_grad, getattr(optimizer, "loss_scale", 1.0)
     gradients = [_whole_gradient(p) / scale for p in trained]
     if not all(map(all_finite, gradients)):  # then the step will be skipped
         return step()
@@ -81,7 +81,7 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
         done = step()
     finally:
         optimizer.clip_grad = clip
-    if optimizer.overflow:
+    if getattr(optimizer, "overflow", False):
         return done
     gather(acting)
     before = [parameter.clone() for parameter in trained]

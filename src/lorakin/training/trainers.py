@@ -72,14 +72,15 @@ class AdapterTraining:
 
     def _keep_whole(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> None:
         """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
-        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        largest, name = max(p.numel() for adapter in self._trained() for p in adapter.parameters()), PERSISTENT
-        set_to = zero.get(name, "auto")
-        zero[name] = max(largest, set_to if isinstance(set_to, int) else 100_000)  # which is DeepSpeed's own
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint:  # DeepSpeed's files hold tensors, the adapters' what the rules remember
             self._load_from_checkpoint(str(resume_from_checkpoint))
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if not zero.get("stage"):  # then torch's own optimizer steps over the adapters' tensors
+            return
+        largest, set_to = max(p.numel() for a in self._trained() for p in a.parameters()), zero.get(PERSISTENT, "auto")
+        zero[PERSISTENT] = max(largest, set_to if isinstance(set_to, int) else 100_000)  # which is DeepSpeed's own
         self.callback_handler.pop_callback(Following)
         self.add_callback(Following(self._trained()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,18 @@ def test_saved_and_loaded_on_either_base(name: str, stored: str, ids: Tensor, tm
     plain = tiny_llama(**SIZES)
     lk.load(plain, tmp_path / "a")
     assert (plain(ids).logits - expected).abs().max() < 0.3 * (expected - tiny_llama(**SIZES)(ids).logits).abs().max()
+
+
+@pytest.mark.parametrize("member", ["lora", "dora", "vera"])
+def test_files_are_pefts_own_form(member: str, stored: str, tmp_path: Path) -> None:
+    """As those of an adapter on the plain base, and no second copy of the tensors beside them."""
+    for name in ("plain", "nf4"):
+        model = tiny_llama() if name == "plain" else load(name, stored)
+        randomise(lk.adapt(model, MEMBERS[member](), "q_proj", seed=0)).save(tmp_path / name)
+    plain, packed = ({file.name for file in (tmp_path / name).iterdir()} for name in ("plain", "nf4"))
+    assert plain == packed == {"adapter_config.json", "adapter_model.safetensors", "lorakin.json"}
+    one, other = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("plain", "nf4"))
+    assert one == other | {"base_model_name_or_path": None}
 
 
 @pytest.mark.parametrize("name", ["nf4", "torchao-int8"])

@@ -2,8 +2,8 @@
 
 The base's own parameters are set aside, not overwritten, and come back as the same objects. That costs one more copy
 of each adapted weight while merged, and it leaves a tied partner of the weight as it was. Experts in one parameter are
-written over, and what was there is kept aside. A quantised weight stays where it
-is and is not used while merged: rounding the merged weight into so few bits again would lose most of what was learned.
+written over, and what was there is kept aside. A quantised weight stays where it is and is not used while merged: rounding
+the merged weight into so few bits again would lose most of what was learned.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
-# make soak       the slow suite: killed 200 times, 10,000 hostile files, members × bases × engines (about 20 minutes)
+# make soak       the slow suite: killed 200 times, 10,000 hostile files, members × bases × engines (about 25 minutes)
 # make check      lint and types only
 # make clean      remove what these made
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|wrong|unus
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -91,6 +92,7 @@ if __name__ == "__main__":
     order, place = sys.argv[1], (dist.get_rank(), dist.get_world_size())
     figures = run_unused(*place) if order == "unused" else run(order, *place)
     if dist.get_rank() == 0:
-        print("figures", *figures)
+        print("figures", *figures, flush=True)
     dist.barrier()  # or the one that leaves first may break the other
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo's may abort while the interpreter is taken down

@@ -79,7 +79,7 @@ def experts(tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
     return {"model": str(folder), "targets": ["all-linear", "gate_up_proj", "down_proj"]}
 
 
-@pytest.mark.parametrize("words", ["lora", "lora-fa", "dora", "adalora"])
+@pytest.mark.parametrize("words", ["lora", "lora-fa", "dora", "adalora"] if soak.is_slow() else ["dora", "adalora"])
 def test_with_experts(words: str, experts: dict[str, Any], recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     resumes_from_any_step(words, recipe(words, save_every=1, **experts), tmp_path)
 

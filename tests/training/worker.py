@@ -1,6 +1,6 @@
 """One of two processes of tests/training/test_processes.py: trains members on bases under one engine, and saves what came out.
 
-torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER,… BASE,…
+torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER:BASE …
 """
 
 from __future__ import annotations
@@ -104,8 +104,6 @@ def assert_same_everywhere(name: str, tensor: torch.Tensor, world: int) -> None:
 
 
 if __name__ == "__main__":
-    engine, folder, members, bases = sys.argv[1:]
-    for base in bases.split(","):
-        for member in members.split(","):
-            if (base, member) != ("experts", "lora-drop"):  # whose probe is refused there
-                train(member, base, engine, Path(folder))
+    engine, folder, *cells = sys.argv[1:]
+    for cell in cells:
+        train(*cell.split(":"), engine, Path(folder))

@@ -104,37 +104,28 @@ class AdapterTraining:
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The adapters, by the process that saves."""
         gather(list(self._adapters().values()))
-        with self._whole():
+        with self._without("is_fsdp_enabled", "is_deepspeed_enabled"):
             super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:  # whose engine knows the tensors that there were when it was made
             self.model_wrapped.param_names = {p: name for name, p in self.model.named_parameters()}
-        with self._unsharded():
+        with self._without("is_fsdp_enabled"):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._unsharded():
+        with self._without("is_fsdp_enabled"):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     @contextlib.contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """While files are written and read, which hold nothing of the sharded base."""
-        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+    def _without(self, *flags: str) -> Iterator[None]:
+        """While files are written and read that hold nothing of the base: as if what these flags say did not cut it."""
+        set_to = {flag: getattr(self, flag) for flag in flags}
+        vars(self).update(dict.fromkeys(flags, False))
         try:
             yield
         finally:
-            self.is_fsdp_enabled = sharded
-
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """While the adapters are saved: nothing of the base need be put together for that."""
-        cut, self.is_deepspeed_enabled = self.is_deepspeed_enabled, False
-        try:
-            with self._unsharded():
-                yield
-        finally:
-            self.is_deepspeed_enabled = cut
+            vars(self).update(set_to)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, with the groups of the adapters' methods; one that the user gave is left as it is."""

@@ -229,6 +229,14 @@ def stack_names(module: nn.Module) -> list[str]:
     return [name for name, dimensions in held.items() if dimensions == 3 or (dimensions == 2 and name == "weight")]
 
 
+def matrices(experts: nn.Module, stack: str) -> list[nn.Module]:
+    """All of a stack in order, an adapted one as it hangs there."""
+    adapted, parameter = experts._modules.get(PREFIX + stack), experts._parameters[stack]
+    assert parameter is not None
+    hanging = adapted._modules if isinstance(adapted, Stack) else {}
+    return [hanging.get(str(n)) or ExpertMatrix(experts, stack, n) for n in range(count(parameter))]
+
+
 def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
     """The matrix of this number in decimals, the one that is adapted if it is; None if there is none."""
     adapted = experts._modules.get(PREFIX + stack)

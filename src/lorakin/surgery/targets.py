@@ -28,8 +28,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         found[path] = module
         for stack in experts.stack_names(module):
-            matrices = ((n, experts.matrix_of(module, stack, str(n))) for n in range(experts.count(module._parameters[stack])))
-            found |= {f"{path}.{stack}.{n}": matrix for n, matrix in matrices if matrix is not None}
+            found |= {f"{path}.{stack}.{n}": matrix for n, matrix in enumerate(experts.matrices(module, stack))}
     return found
 
 

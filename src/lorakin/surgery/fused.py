@@ -69,9 +69,23 @@ def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair,
 
 def linear_with_ready(x: Tensor, weight: Tensor, bias: Tensor | None, ready: Ready) -> Tensor:
     """The same without gradients and dropout, for a pair that is ready."""
-    y = F.linear(x, weight, bias)
+    y = _linear(x, weight, bias)
     _add_pair(y, x.reshape(-1, x.shape[-1]) @ ready.down.T, bias, ready)
     return y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W0 x + b of x (…, in), (…, out), as a tensor that is no view.
+
+    `F.linear` with a bias gives a view of a matrix where x has more than two dimensions. Autograd
+    lets nobody write in place into a view that a function returned, as `nn.ReLU(inplace=True)`
+    does behind a layer.
+    """
+    if bias is None or x.dim() < 3:
+        return F.linear(x, weight, bias)
+    flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T)
+    whole: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(weight)])
+    return whole
 
 
 def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, ready: Ready) -> None:
@@ -213,7 +227,7 @@ class LinearWithPair(torch.autograd.Function):
         ready = Ready.of(Pair(up, down, gain), ctx.scale, weight.dtype)
         rows, recipe = x.reshape(-1, x.shape[-1]), Recipe.of(x)
         hidden = (rows if drop is None else drop.zeroed(rows)) @ ready.down.T
-        y = F.linear(x, weight, bias)
+        y = _linear(x, weight, bias)
         _add_pair(y, hidden, bias, ready)
         output = None
         if ctx.needs_input_grad[5]:
@@ -294,8 +308,8 @@ class LinearWithChain(torch.autograd.Function):
         ctx.merged = merged
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, weight, outer, up, inner, down)
         if merged:
-            return F.linear(x, _merged(weight, outer, up, inner, down), bias)
-        y = F.linear(x, weight, bias)
+            return _linear(x, _merged(weight, outer, up, inner, down), bias)
+        y = _linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
         hidden = u.reshape(len(flat), len(inner)) * inner.to(u.dtype)
         if len(flat) < len(inner):  # few tokens: rather their outputs than the matrix

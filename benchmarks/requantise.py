@@ -73,8 +73,8 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
         size = float(moved.square().sum())
         left.append(float(((rounded - ROUNDINGS[word](weight)) * moved).sum()) / size)
         error.append(float((rounded - merged).norm()) / size**0.5)
-        module.lorakin.dense = rounded.to(next(run.loaded.model.parameters()).dtype)  # as a merge would leave it, but rounded
-        module.lorakin.merged = (run.adapter.name,)
+        hung_on(module).dense = rounded.to(next(run.loaded.model.parameters()).dtype)  # as a merge would leave it, but rounded
+        hung_on(module).merged = (run.adapter.name,)
         assert QuantisedLayer.shape(module)[:2] == rounded.shape
     with torch.no_grad():
         again = run.evaluate()

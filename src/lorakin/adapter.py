@@ -113,6 +113,7 @@ class Adapter(Graft):
                 self.site(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
+            self.take_buffers(contents.buffers)
         if contents.state is not None:
             self.restore_state(contents.state)
 
@@ -314,8 +315,10 @@ def load(
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
     adapter = Adapter(model, name, contents.plan)
-    adapter.install(contents.masters() if trainable else contents.sites, contents.copies)
+    tensors = contents.masters() if trainable else contents.sites
+    adapter.install(tensors, contents.copies, None if trainable else contents.buffers)
     if trainable:
+        adapter.take_buffers(contents.buffers)
         adapter.freeze_base()
     else:
         for parameter in adapter.parameters():

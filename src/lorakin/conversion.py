@@ -20,6 +20,7 @@ from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
 from lorakin.surgery.graft import root_of
+from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 from lorakin.surgery.samples import input_samples
 
@@ -270,7 +271,7 @@ def _combined_copies(
     states: dict[str, dict[str, Tensor]] = {}
     for one, weight in weights.items():
         for path in known[one].plan.copies if weight else ():
-            own = {key: t for key, t in model.get_submodule(path).state_dict().items() if "lorakin" not in key.split(".")}
+            own = base_state(model.get_submodule(path))
             state = states.setdefault(path, dict(own))
             for key, value in known[one].copy_of(path).state_dict().items():
                 state[key] = state[key] + weight * (value - own[key]) if value.is_floating_point() else value

@@ -185,7 +185,7 @@ def test_calls_that_the_state_forbids(ids: Tensor) -> None:
         lk.adapt(model, lk.LoRA(rank=2), name="one")
     with pytest.raises(lk.SettingError, match="no adapter 'two' in the model; there are: 'one'"):
         lk.activate(model, "two")
-    for name in ("base", "train"):
+    for name in ("half", "train"):
         with pytest.raises(lk.SettingError, match=f"cannot be called '{name}'"):
             lk.adapt(model, lk.LoRA(rank=2), name=name)
     for name in ("a.b", "", "a/b"):

@@ -43,16 +43,6 @@ def test_all_linear_leaves_gates_out() -> None:
     assert select(model, "shared_expert_gate") == ["model.layers.0.mlp.shared_expert_gate"]
 
 
-def test_a_projection_that_mamba_reads_without_calling_it() -> None:
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
-    model = transformers.MambaForCausalLM(config)
-    with pytest.warns(lk.LorakinWarning, match="dt_proj is left out: it is the time-step projection of a Mamba mixer"):
-        chosen = select(model, "all-linear")
-    assert [path.rpartition(".")[2] for path in chosen] == ["in_proj", "x_proj", "out_proj"]
-    with pytest.raises(lk.TargetError, match="reads its weight without calling it"):
-        select(model, "dt_proj")
-
-
 def test_heads() -> None:
     assert head_of(tiny_llama()) == ["lm_head"]
     assert head_of(tiny_bert()) == ["classifier"]
@@ -151,48 +141,10 @@ def test_what_is_trained_whole_is_no_target() -> None:
         lk.adapt(tiny_bert(), lk.LoRA(rank=2), ["query", "classifier"], modules_to_save=["classifier"])
 
 
-def test_modules_that_are_never_called_are_not_trained_whole() -> None:
-    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "heads": nn.ModuleList([nn.Linear(8, 8)]), "fc": nn.Linear(8, 8)})
-    for name, message in (("heads", "a ModuleList, which is never called itself"), ("out_proj", "without calling it")):
-        with pytest.raises(lk.TargetError, match=message):
-            lk.adapt(model, lk.LoRA(rank=2), "fc", modules_to_save=[name])
-
-
-class Scaled(nn.Embedding):
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids) * 3
-
-
-class Spelled(nn.Linear):
-    """A forward of its own that says the same, as Falcon's linear has."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T + self.bias
-
-
-def test_a_forward_of_its_own_has_to_mean_the_same() -> None:
-    model = nn.Sequential(Scaled(8, 8), Spelled(8, 8))
-    with pytest.raises(lk.TargetError, match="a Scaled whose forward does more than multiply by its weight"):
-        names(model, "0")
-    assert names(model, "1") == {"1"}
-    lk.adapt(model, lk.LoRA(rank=2), "1")
-    assert names(model, "1") == {"1"}, "also once it is adapted"
-
-
-def test_layers_that_are_never_called_are_refused() -> None:
-    """An adapter on a layer whose weight the parent uses by itself would do nothing."""
-    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(lk.TargetError, match=r"a.out_proj cannot be adapted.*without calling it"):
-        names(attention, "out_proj")
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
-    with pytest.raises(lk.TargetError, match="set_fastpath_enabled"):
-        names(encoder, "linear1")
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with pytest.warns(lk.LorakinWarning, match=r"out_proj is left out: .* without calling it"):
-            assert leaves(names(encoder, "all-linear")) == {"linear1", "linear2"}
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+def test_containers_are_not_trained_whole() -> None:
+    model = nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(8, 8)]), "fc": nn.Linear(8, 8)})
+    with pytest.raises(lk.TargetError):
+        lk.adapt(model, lk.LoRA(rank=2), "fc", modules_to_save=["heads"])
 
 
 def test_computed_and_missing_weights_are_refused() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, StateError
+from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
 from lorakin.storage import atomic, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
@@ -63,6 +63,7 @@ def save(graft: Graft, path: Path) -> Path:
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
+    graft.check_sizes()
     form = peft_format.native_form(graft)
     config, tensors = peft_format.to_files(graft, form)
     files = {TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: _json(config)}
@@ -80,6 +81,8 @@ def save(graft: Graft, path: Path) -> Path:
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
     own["base"] = fingerprint(graft.model)
+    if moved := graft.moved_buffers():
+        own["buffers"] = _packed(moved, "buffers", more, {})
     if graft.rules is not None:
         own["state"] = _packed(graft.state(), "state", more, {})
     if more:
@@ -161,6 +164,9 @@ def _read_own(path: Path) -> peft_format.Own | None:
         state = _unpacked(own["state"], more, path) if "state" in own else None
         if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
             raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")
+        buffers = _unpacked(own.get("buffers", {}), more, path)
+        if not all(isinstance(t, Tensor) for t in buffers.values()):
+            raise AdapterError(f"{path / OWN}: its buffers are none: expected a tensor for each name")
         base, patterns = own.get("base"), own.get("patterns", [{}, {}])
         if base is not None and not is_fingerprint(base):
             raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
@@ -172,7 +178,7 @@ def _read_own(path: Path) -> peft_format.Own | None:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), base)
+    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), base, buffers)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -243,6 +249,13 @@ def check_trained(graft: Graft) -> None:
     unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
     for reason in (*unfinished, *graft.method.unmoved(graft.places())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
+    if moved := sorted(graft.moved_buffers()):
+        warnings.warn(
+            f"training moved buffers of the base ({some(moved)}); they are saved beside adapter {graft.name!r}, in a file that "
+            "lorakin reads and PEFT does not. For PEFT, train what owns them whole, with modules_to_save",
+            LorakinWarning,
+            stacklevel=3,
+        )
     whole = [path for path in graft.plan.copies if graft.is_fresh and graft.steps and _is_the_bases(graft, path)]
     if whole:
         warnings.warn(

@@ -124,7 +124,7 @@ class _Source:
                 f"it is for another base model: it adapts {path}, which this {type(self.model).__name__} does not have"
             )
         module = self.modules[path]
-        if reason := layers.refusal(module, self.modules.get(path.rpartition(".")[0])):
+        if reason := layers.refusal(module):
             raise self.error(f"it adapts {path}, but that is {reason}")
         kind = layers.kind_of(module)
         assert kind is not None

@@ -42,7 +42,9 @@ from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.buffers import misfit_of_buffers
 from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
+from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import (
     ConvolutionLayer,
     EmbeddingLayer,
@@ -295,6 +297,8 @@ class Contents:
     sites: Mapping[str, Mapping[str, Tensor]]
     copies: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any] | None = None
+    buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Of the base, by name, as training left them."""
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
         """The tensors in float32 at least, for training, in memory of their own; those that were one object still are."""
@@ -314,6 +318,7 @@ class Own:
     state: Mapping[str, Any] | None
     projection: str | None
     base: Mapping[str, Any] | None
+    buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def from_files(
@@ -368,7 +373,11 @@ def from_files(
         for slot, tensor in slots.items():
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
                 raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
-    return Contents(plan, shared, copies, None if own is None else own.state)
+    if own is None:
+        return Contents(plan, shared, copies)
+    if reason := misfit_of_buffers(model, own.buffers):
+        raise AdapterError(f"{where}: {reason}")
+    return Contents(plan, shared, copies, own.state, own.buffers)
 
 
 def _read(
@@ -723,7 +732,7 @@ def _check_paths(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapp
             f"{where}: it is for another base model: it adapts {some(unknown)}, which this {type(model).__name__} does not have"
         )
     for path in sites:
-        if reason := layers.refusal(modules[path], modules.get(path.rpartition(".")[0])):
+        if reason := layers.refusal(modules[path]):
             raise AdapterError(f"{where}: it adapts {path}, but that is {reason}")
 
 
@@ -810,7 +819,7 @@ def _peft_match(targets: str | Collection[str], path: str, known: Collection[str
 
 
 def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where: str) -> None:
-    wanted = {key: t for key, t in module.state_dict().items() if "lorakin" not in key.split(".")}
+    wanted = base_state(module)
     if missing := sorted(set(wanted) - set(state)):
         raise AdapterError(f"{where}: the trained module {path} lacks {some(missing)}")
     if extra := sorted(set(state) - set(wanted)):

@@ -6,253 +6,139 @@ the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.family import Method, Pair, Role, Shape, Weight, widened
-from lorakin.surgery import experts, fused
-from lorakin.surgery.autograd import Seen
-from lorakin.surgery.fused import Ready
-from lorakin.surgery.layers import Layer, LinearLayer, kind_of
+from lorakin.errors import StateError
+from lorakin.family.pair import whole_shape
+from lorakin.surgery import experts
+from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
+from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
+from lorakin.surgery.reading import changed_weight, is_in_forward
+from lorakin.surgery.site import Copy, Site, brought
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
 
-def trains(role: Role, tensor: Tensor) -> bool:
-    """Whether a tensor is trained: as its role says, unless it is empty, which some optimizers cannot bear."""
-    return role.trained and bool(tensor.numel())
+class Adapted(Swapped):
+    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
 
-
-class Site(nn.Module):
-    """One adapter on one module: its method's tensors there, as parameters."""
-
-    def __init__(
-        self, path: str, method: Method, layer: type[Layer], shape: Shape, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
-        super().__init__()
-        self.path = path
-        self.method = method
-        self.layer = layer
-        self.shape = shape
-        self.siblings = path.rpartition(".")[0]
-        self._squares: tuple[Seen, Tensor] | None = None
-        self._ready: tuple[Seen, Ready] | None = None
-        for slot, parameter in parameters.items():
-            self.register_parameter(slot, parameter)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters by slot, as the members named them."""
-        return dict(self._parameters)  # type: ignore[arg-type]
-
-    def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
-        own = self.tensors()
-        for slot in own.keys() - tensors.keys():
-            delattr(self, slot)
-        for slot, tensor in tensors.items():
-            if slot not in own:
-                device = next(iter(own.values())).device
-                own_memory = tensor.to(device, copy=True)  # torch's, aligned as ever: else sums differ in their last bits
-                self.register_parameter(slot, nn.Parameter(own_memory, requires_grad=False))
-            elif own[slot].shape == tensor.shape:
-                own[slot].copy_(tensor)
-            else:
-                was_empty = not own[slot].numel()
-                own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
-                if was_empty or not tensor.numel():
-                    own[slot].requires_grad_(trains(self.roles()[slot], tensor))
-
-    def roles(self) -> dict[str, Role]:
-        """What each of them is to an optimizer."""
-        return self.method.roles(self.path, self.shape, self.tensors())
-
-    def wide(self) -> dict[str, Tensor]:
-        """The tensors in float32 or, where they are float64, in float64."""
-        return widened(self.tensors())
-
-    def pair(self, weight: Tensor | Weight) -> Pair:
-        """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
-        return self.method.pair(self.wide(), self.shape, weight)
-
-    def fused(self, module: Any, x: Any) -> Tensor | None:
-        """The output of the adapted module, the base's part included, where `surgery/fused.py` can compute it."""
-        if self.layer is not LinearLayer or not fused.applies(x, module.weight):
-            return None
-        tensors, dropout = self.wide(), self.method.dropout if self.training else 0.0
-        chain = self.method.chain(tensors)
-        if chain is not None:
-            return fused.linear_with_chain(x, module.weight, module.bias, chain, dropout, self.siblings)
-        if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return fused.linear_with_ready(x, module.weight, module.bias, self._as_ready(tensors, module.weight))
-        self._ready = None
-        pair, scale = self.factors(tensors, module.weight)
-        if pair.gain is not None and dropout:  # which needs another product with the weight
-            return None
-        return fused.linear_with_pair(x, module.weight, module.bias, pair, scale, dropout)
-
-    def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
-        weight = Weight(matrix.detach())
-        if self._squares is not None and self._squares[0].is_still(matrix):
-            weight.squares = self._squares[1]
-            return self.method.factors(tensors, self.shape, weight)
-        factors = self.method.factors(tensors, self.shape, weight)
-        if "squares" in vars(weight) and (seen := Seen.of(matrix)):
-            self._squares = seen, weight.squares
-        return factors
-
-    def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
-        """The pair as inference takes it; of an adapter that does not train made once for as long as nothing changes."""
-        there = (matrix, *self.tensors().values())
-        if self._ready is not None and self._ready[0].is_still(*there):
-            return self._ready[1]
-        ready = Ready.of(*self.factors(tensors, matrix), matrix.dtype)
-        trained = any(tensor.requires_grad for tensor in self.parameters(recurse=False))
-        seen = None if trained else Seen.of(*there)
-        self._ready = None if seen is None else (seen, ready)
-        return ready
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_squares": None, "_ready": None}
-
-    def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
-        """up(down x), without a gain, in the base's dtype."""
-        dtype = self.layer.dtype(module, x)
-        return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
-
-    def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
-        """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
-        hung = module.lorakin
-        dropped = self.layer.drop(x, self.method.dropout, self.training)
-        pair = self.pair(self.layer.weight(module))
-        change = self.branch(module, dropped, pair)
-        if pair.gain is None:
-            return change
-        if dropped is x and not hung.merged:  # then W0 x is there already
-            bias = getattr(module, "bias", None)
-            product = out if bias is None else out - self.layer.per_output(bias, module)
-        else:
-            product = self.layer.product(module, dropped, hung.base.get("weight", module._parameters.get("weight")))
-        gain = self.layer.per_output(pair.gain, module)
-        return (gain * change + (gain - 1) * product).to(change.dtype)
-
-
-class Copy(nn.Module):
-    """A whole module that an adapter trains in place of the base's: a copy of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-class Hung(nn.Module):
-    """What hangs on one module: its adapters by name, which of them are in use, and what of the base's own is set aside.
-
-    The adapters are children under their own names. `base` holds the base's parameters while adapters are merged,
-    `unmoved` its weight while an adapter moves a copy of that, `dense` what a quantised module multiplies by while merged,
-    `rows` which adapter each row of a mixed batch uses.
+    Who reads its weight in a forward, without calling the module, gets the changed weight.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.off: set[str] = set()
-        self.base: dict[str, Tensor] = {}
-        self.unmoved: dict[str, Tensor] = {}
-        self.dense: Tensor | None = None
-        self.rows: Any = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Hung:
-        """Move and cast what is set aside together with the model."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dense = None if self.dense is None else fn(self.dense)
-        for aside in (self.base, self.unmoved):
-            for key, tensor in aside.items():
-                moved = fn(tensor.data)
-                if moved.is_meta == tensor.is_meta:
-                    tensor.data = moved  # the same object, so that a tied partner stays one
-                else:
-                    aside[key] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-        return self
-
-    def __getitem__(self, name: str) -> Site | Copy:
-        return self._modules[name]  # type: ignore[return-value]
-
-    def __setitem__(self, name: str, child: Site | Copy) -> None:
-        self._modules[name] = child
-
-    def __delitem__(self, name: str) -> None:
-        del self._modules[name]
-        self.active = tuple(other for other in self.active if other != name)
-        self.off.discard(name)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def names(self) -> list[str]:
-        """The adapters here, in the order in which they came."""
-        return list(self._modules)
-
-    def in_use(self) -> list[Any]:
-        """The active adapters that are not merged into the weight, in the order of activation."""
-        return [self._modules[name] for name in self.names_in_use()]
-
-    def names_in_use(self) -> list[str]:
-        """Their names."""
-        return [name for name in self.active if name not in self.merged and name not in self.off]
-
-
-class Adapted(Swapped):
-    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output."""
-
-    lorakin: Hung
+    lorakin: Adapters
     bias: Tensor | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        hung = self.lorakin
+        hung = hung_on(self)
         sites = hung.in_use()
+        _check_size(self, hung, sites)
+        if hung.by_weight:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        hung.inside += 1
+        try:
+            with brought(sites):
+                return self._changed(hung, sites, x, args, kwargs)
+        finally:
+            hung.inside -= 1
+
+    def _changed(self, hung: Hung, sites: list[Site], x: Any, args: Any, kwargs: Any) -> Any:
+        own_forward = super().forward
         if len(sites) == 1 and hung.rows is None and not hung.merged and not torch.compiler.is_compiling():
-            stock = getattr(super().forward, "__func__", None) is nn.Linear.forward
+            stock = getattr(own_forward, "__func__", None) is nn.Linear.forward
             if stock and (whole := sites[0].fused(self, x)) is not None:
                 return whole
-        base = out = super().forward(*args, **kwargs) if hung.dense is None else F.linear(x, hung.dense, self.bias)
+        base = out = own_forward(*args, **kwargs) if hung.dense is None else F.linear(x, hung.dense, self.bias)
         if hung.rows is not None:
             return hung.rows.adapted(self, x, base)
         for site in sites:
             out = out + site(self, x, base)
         return out
 
+    def __getattr__(self, name: str) -> Any:
+        hung = hung_or_none(self) if name == "weight" else None
+        if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
+            return changed_weight(self, hung)
+        return super().__getattr__(name)
+
 
 class Replaced(Swapped):
-    """Mixed in before a module's own class when an adapter trains the whole module: calls the active copy instead."""
+    """Mixed in before a module's own class when an adapter trains the whole module: its copy is used instead.
 
-    lorakin: Hung
+    Also by who reads its tensors and parts in a forward, or calls another of its methods.
+    """
+
+    lorakin: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.lorakin.rows is not None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            return self.lorakin.rows.replaced(self, super().forward(*args, **kwargs), x)
-        for copy in self.lorakin.in_use():
-            return copy.module.forward(*args, **kwargs)  # not its call: the module's own hooks run around this forward
-        return super().forward(*args, **kwargs)
+        hung = hung_on(self)
+        if hung.rows is None:
+            for copy in hung.in_use():
+                return copy.module.forward(*args, **kwargs)  # not its call: the module's own hooks run around this forward
+        hung.inside += 1
+        try:
+            out = super().forward(*args, **kwargs)
+        finally:
+            hung.inside -= 1
+        if hung.rows is None:
+            return out
+        return hung.rows.replaced(self, out, args[0] if args else next(iter(kwargs.values())))
+
+    def __getattr__(self, name: str) -> Any:
+        if name != KEY and (copy := _copy_in_use(self, 3)) is not None:
+            return getattr(copy, name)
+        return super().__getattr__(name)
 
 
 class ReplacedSequence(Replaced):
-    """`Replaced` for nn.Sequential, whose forward runs over its children: the adapters are not among them."""
+    """`Replaced` for nn.Sequential, whose parts are its children: the adapters are not among them."""
+
+    def _parts(self) -> list[nn.Module]:
+        here: nn.Module = _copy_in_use(self, 4) or self
+        return [child for key, child in here._modules.items() if key != KEY and child is not None]
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter([child for key, child in self._modules.items() if key != "lorakin" and child is not None])
+        return iter(self._parts())
 
     def __len__(self) -> int:
-        return len(self._modules) - 1
+        return len(self._parts())
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = self._parts()[index]
+        return nn.Sequential(*parts) if isinstance(index, slice) else parts
+
+
+def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
+    """The copy that answers for `module` to the function `depth` calls above this, or None."""
+    hung = hung_or_none(module)
+    if hung is None or hung.inside or not (copies := hung.in_use()) or not is_in_forward(depth - 1):
+        return None
+    if hung.rows is not None:
+        raise StateError(
+            f"a {type(module).__name__} that is trained whole is read without being called, so it cannot be in a mixed batch"
+        )
+    own: nn.Module = copies[0].module
+    return own
+
+
+def _check_size(module: Any, hung: Hung, sites: list[Any]) -> None:
+    """Raise `StateError` if the module was resized after it was adapted."""
+    weight = module._parameters.get("weight")
+    if sites and hung.shape is not None and weight is not None and weight.shape != hung.shape:
+        raise StateError(resized(sites[0].path, hung.shape, weight.shape))
+
+
+def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
+    """What to say of a module that is no longer as large as its adapter."""
+    return (
+        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at {' x '.join(map(str, before))}: "
+        "something, such as resize_token_embeddings, changed it since. Resize a model before it is adapted; "
+        "here, remove the adapter, resize, and adapt again"
+    )
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -278,12 +164,16 @@ def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
-        module.lorakin = Hung()
+        hung = Hung()
+        module.lorakin = hung.adapters
+        if isinstance(child, Site):
+            hung.by_weight = has_own_forward(module, child.layer)
+            weight = module._parameters.get("weight")
+            if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
+                hung.shape = whole_shape(weight)
         if isinstance(module, experts.ExpertMatrix):
             experts.attach(module)
-    hung = module.lorakin
-    assert isinstance(hung, Hung)
-    hung[name] = child
+    hung_on(module)[name] = child
 
 
 def _mixin(module: nn.Module, child: Site | Copy) -> type[nn.Module]:
@@ -295,8 +185,7 @@ def _mixin(module: nn.Module, child: Site | Copy) -> type[nn.Module]:
 def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
     """Why `child` cannot be hung on `module` as the adapter `name`, or None if it can."""
     if is_adapted(module):
-        hung = module.lorakin
-        assert isinstance(hung, Hung)
+        hung = hung_on(module)
         if isinstance(module, Adapted) is not isinstance(child, Site):
             return "it is in use by another adapter in another way, adapted or trained whole; remove that one first"
         if name in hung:
@@ -309,8 +198,7 @@ def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
 
 def unhang(module: nn.Module, name: str) -> None:
     """Take the adapter `name` off `module`; the last one gives the module its class back."""
-    hung = module.lorakin
-    assert isinstance(hung, Hung)
+    hung = hung_on(module)
     del hung[name]
     if not len(hung):
         del module.lorakin
@@ -323,8 +211,9 @@ def move_base(module: Any, change: Tensor) -> None:
     """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
     kind = kind_of(module)
     assert kind is not None
-    if not module.lorakin.unmoved:
-        module.lorakin.unmoved = {"weight": experts.set_aside(module, module.weight)}
+    hung = hung_on(module)
+    if not hung.unmoved:
+        hung.unmoved = {"weight": experts.set_aside(module, module.weight)}
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     with torch.no_grad():
         wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
@@ -333,6 +222,7 @@ def move_base(module: Any, change: Tensor) -> None:
 
 def swap_moved(module: Any) -> None:
     """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
-    for key, tensor in module.lorakin.unmoved.items():
-        module.lorakin.unmoved[key] = experts.set_aside(module, getattr(module, key))
+    unmoved = hung_on(module).unmoved
+    for key, tensor in unmoved.items():
+        unmoved[key] = experts.set_aside(module, getattr(module, key))
         setattr(module, key, tensor)

@@ -49,7 +49,7 @@ class Seen:
     """Tensors as they were, to tell whether they still are that: their storages (not kept alive), places there, and changes.
 
     Autograd counts changes, but not those of torch's fused optimizers, so any optimizer's step in the process is one too. Nor
-    does it count what is written through `.data`: nothing that may be trained should be remembered by this.
+    does it count what is written through `.data`: an adapter's tensors should not be remembered by this alone (see `Copied`).
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -70,3 +70,23 @@ class Seen:
         if any(tensor.is_inference() for tensor in tensors) or self.form != self._form(tensors):
             return False
         return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
+
+
+class Copied:
+    """The numbers of a few small tensors, to tell whether they still are those.
+
+    Unlike `Seen` it notices what is written through `.data`, as moving averages do. On CPUs alone:
+    elsewhere to compare is to wait for the device.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.copies = [tensor.detach().clone() for tensor in tensors]
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Copied | None:
+        """The tensors as they are; None where they cannot be compared."""
+        return cls(*tensors) if all(tensor.device.type == "cpu" for tensor in tensors) else None
+
+    def is_still(self, *tensors: Tensor) -> bool:
+        """Whether `tensors` hold the same numbers."""
+        return len(tensors) == len(self.copies) and all(map(torch.equal, self.copies, tensors))

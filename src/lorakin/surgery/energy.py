@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError
 from lorakin.surgery import layers
-from lorakin.surgery.adapted import Site, module_at
+from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.layers import ConvolutionLayer, ExpertLayer
 from lorakin.surgery.mode import in_mode
+from lorakin.surgery.site import Site
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
 from lorakin.family.pair import whole_shape
-from lorakin.surgery.autograd import Seen
+from lorakin.surgery.autograd import Copied, Seen
+from lorakin.surgery.hung import hung_on
 from lorakin.surgery.implicit import Change, Changed, formed
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
@@ -72,7 +73,7 @@ class ExpertMatrix(nn.Module):
 
 def _hung(matrix: nn.Module | None) -> Any:
     assert matrix is not None
-    return matrix._modules["lorakin"]
+    return hung_on(matrix)
 
 
 def _own_weight(matrix: Any) -> Tensor:
@@ -100,7 +101,7 @@ class Stack(nn.Module):
     def __init__(self, experts: nn.Module, name: str) -> None:
         super().__init__()
         vars(self).update(experts=experts, name=name)
-        self._ready: tuple[Seen, Changed] | None = None
+        self._ready: tuple[Seen, Copied, Changed] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
@@ -138,11 +139,12 @@ class Stack(nn.Module):
         drops = any(site.training and site.method.dropout for site in one_of_each)
         there = [weight, *(p for of_one in sites.values() for site in of_one.values() for p in site._parameters.values())]
         lasts = not torch.is_grad_enabled() and not drops and not any(p.requires_grad for p in there[1:])
-        if self._ready is not None and lasts and self._ready[0].is_still(*there):
-            return self._ready[1]
+        known = self._ready if lasts else None
+        if known is not None and known[0].is_still(weight) and known[1].is_still(*there[1:]):
+            return known[2]
         changed = Changed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
-        seen = Seen.of(*there) if lasts else None
-        self._ready = None if seen is None else (seen, changed)
+        seen, copied = (Seen.of(weight), Copied.of(*there[1:])) if lasts else (None, None)
+        self._ready = None if seen is None or copied is None else (seen, copied, changed)
         return changed
 
     def _change(self, weight: Tensor, sites: Mapping[int, Any]) -> Change:

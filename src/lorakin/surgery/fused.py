@@ -164,9 +164,11 @@ class Frozen:
         self.products: dict[str, tuple[Any, ...]] = {}
 
     def narrowed(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`."""
+        """The matrix in `dtype`; without gradients made anew, since it may be written through `.data`."""
         matrix = self.matrix()
         assert matrix is not None
+        if not torch.is_grad_enabled():
+            return matrix.detach().to(dtype)
         if self.narrow is not None and self.narrow.dtype == dtype and self.seen is not None and self.seen.is_still(matrix):
             return self.narrow
         self.products.clear()

@@ -17,23 +17,25 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
 from lorakin.family.allocation import several_processes
+from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts, layers, quantised, stepping
 from lorakin.surgery.adapted import (
-    Copy,
-    Hung,
-    Site,
     conflict,
     hang,
     is_adapted,
     module_at,
     move_base,
+    resized,
     swap_moved,
-    trains,
     unhang,
 )
+from lorakin.surgery.before_forward import BeforeForward
+from lorakin.surgery.buffers import Buffers, own_buffers
+from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
+from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
 
 
@@ -65,6 +67,10 @@ class Registry:
     tied: bool = False
     flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     laid_out: list[nn.Module] = dataclasses.field(default_factory=list)
+    before_forward: BeforeForward | None = None
+    buffers: Buffers = dataclasses.field(default_factory=Buffers)
+    ignored: dict[nn.Module, set[str]] = dataclasses.field(default_factory=dict)
+    """What `_keys_to_ignore_on_save` of a module holds that is lorakin's."""
 
 
 def plan(
@@ -128,7 +134,7 @@ def own_weight(module: nn.Module) -> Tensor:
     """The module's weight as a matrix, the base's own even while adapters are merged or have moved it."""
     kind = layers.kind_of(module)
     assert kind is not None
-    aside = module.lorakin.unmoved.get("weight") if is_adapted(module) else None  # type: ignore[union-attr, operator]
+    aside = hung_on(module).unmoved.get("weight") if is_adapted(module) else None
     weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())
     return weight if isinstance(weight, Tensor) else weight.matrix
 
@@ -142,7 +148,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
             continue
         path, _, leaf = name.rpartition(".")
         module: Any = module_at(model, path)
-        aside = module.lorakin if is_adapted(module) else Hung()
+        aside = hung_or_none(module) or Hung()
         own_stack = experts.own_stack(module, leaf)
         own[name] = aside.unmoved.get(leaf, aside.base.get(leaf, parameter)) if own_stack is None else own_stack
     return own
@@ -169,6 +175,7 @@ class Graft:
         self.warned_of_rates = False
         self.averaging: Averaging | None = None
         self._state: Mapping[str, Any] | None = None
+        self.buffers: dict[str, Tensor] = {}
         self._disabled = 0
         self._merge_again = False
 
@@ -176,6 +183,7 @@ class Graft:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
@@ -183,6 +191,7 @@ class Graft:
             tensors: the tensors of each module, by path and slot. One object in several places becomes one parameter, on
                 each device.
             copies: the state of the modules trained whole, by path; without it they start as the base's.
+            buffers: what its own buffers hold, by name; without it they start as the base's.
 
         Nothing is changed if anything fails.
 
@@ -220,6 +229,9 @@ class Graft:
         for path, child in children.items():
             hang(modules[path], self.name, child.train(modules[path].training))
         _mark_base(self.model, registry)
+        own = own_buffers(self.model, self.plan.copies) if buffers is None else buffers
+        self.buffers = {name: buffer.detach().clone() for name, buffer in own.items()}
+        registry.buffers.add(self.model, self)
         activate(self.model, self.name)
 
     def remove(self) -> None:
@@ -239,6 +251,7 @@ class Graft:
                 unhang(module, self.name)
         registry = _registry(self.model)
         del registry.grafts[self.name]
+        registry.buffers.show(self.model, registry.grafts)
         _mark_base(self.model, registry)
 
     def freeze_base(self) -> None:
@@ -313,6 +326,39 @@ class Graft:
         """Whether the adapter takes part in the forward."""
         return any(self.name in _hung(self.model, path).active for path in self._paths())
 
+    @property
+    def is_off(self) -> bool:
+        """Whether it is disabled at the moment."""
+        return self._disabled > 0
+
+    def moved_buffers(self) -> dict[str, Tensor]:
+        """Those of its own buffers that are no longer the base's, by name."""
+        return _registry(self.model).buffers.moved(self.model, self)
+
+    def take_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Let its own buffers hold these values, and the base's where none is given."""
+        known = _registry(self.model).buffers
+        for name in self.buffers:
+            known.of(self.model, self, name).copy_(values.get(name, known.base[name]))
+
+    def average_if_several(self) -> None:
+        """Get ready for a backward, in case that several processes train."""
+        if self.averaging is None and several_processes() and any(True for _ in self.trained()):
+            self.averaging = Averaging(self)
+
+    def check_sizes(self) -> None:
+        """Raise `StateError` if a module was resized since it was adapted."""
+        for path in self.plan.sites:
+            hung, module = _hung(self.model, path), module_at(self.model, path)
+            weight = module._parameters.get("weight")
+            if weight is not None and hung.shape not in (None, whole_shape(weight)):
+                raise StateError(resized(path, hung.shape or (), whole_shape(weight)))
+        for path in self.plan.copies:
+            base, own = (base_state(m) for m in (module_at(self.model, path), self.copy_of(path)))
+            for key in own.keys() & base.keys():
+                if whole_shape(own[key]) != whole_shape(base[key]):
+                    raise StateError(resized(f"{path}.{key}", whole_shape(own[key]), whole_shape(base[key])))
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Leave this adapter out of the forward inside the context, also while merged. Nests; trains nothing new."""
@@ -325,6 +371,7 @@ class Graft:
         self._disabled += 1  # counted, so that contexts may overlap, and nothing stale is put back
         for hung in self._hung_if_there():
             hung.off.add(self.name)
+        self._show_buffers()
         try:
             yield
         finally:
@@ -333,6 +380,7 @@ class Graft:
                 for hung in self._hung_if_there():
                     hung.off.discard(self.name)
                 self._swap_moved()
+                self._show_buffers()
                 if self._merge_again and self.is_present:
                     self.merge()
 
@@ -369,6 +417,7 @@ class Graft:
             for path in self._paths():
                 hung = _hung(self.model, path)
                 hung.base, hung.unmoved, hung.merged = {}, {}, ()
+            _registry(self.model).buffers.give_up(self.model, self)
             self.remove()
             quantised.replace(self.model, dense)
 
@@ -464,9 +513,13 @@ class Graft:
             if is_adapted(module := module_at(self.model, path)):
                 swap_moved(module)
 
+    def _show_buffers(self) -> None:
+        registry = _registry(self.model)
+        registry.buffers.show(self.model, registry.grafts)
+
     def _hung_if_there(self) -> list[Hung]:
         modules = [module_at(self.model, path) for path in self._paths()]
-        return [module.lorakin for module in modules if is_adapted(module)]  # type: ignore[misc]
+        return [hung_on(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
         return (*self.plan.sites, *self.plan.copies)
@@ -479,7 +532,7 @@ class Graft:
         registry = _registry(self.model)
         if not self.name or not isinstance(self.name, str) or "." in self.name or "/" in self.name:
             raise SettingError(f"an adapter's name must be text without '.' and '/', not {self.name!r}")
-        if hasattr(Hung(), self.name):
+        if hasattr(Hung().adapters, self.name):
             raise SettingError(f"an adapter cannot be called {self.name!r}: torch's modules have an attribute of that name")
         if self.name in registry.grafts:
             raise SettingError(f"the model already has an adapter {self.name!r}; remove it first, or choose another name")
@@ -539,7 +592,7 @@ class SitePlace:
         """Put the base's own weight back, if it was moved."""
         module: Any = module_at(self.graft.model, self.path)
         swap_moved(module)
-        module.lorakin.unmoved = {}
+        hung_on(module).unmoved = {}
 
 
 def _check_unmixed(model: nn.Module, what: str) -> None:
@@ -589,6 +642,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         for path in graft._paths():
             hung = _hung(model, path)
             hung.active = tuple(name for name in names if name in hung)
+    _registry(model).buffers.show(model, known)
 
 
 def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Graft]:
@@ -643,9 +697,7 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     """A copy of the base's own module, without what other adapters hang on it."""
     twin = copy.deepcopy(module)
     for part in [part for part in twin.modules() if is_adapted(part)]:
-        hung = part.lorakin
-        assert isinstance(hung, Hung)
-        for name in hung.names():
+        for name in hung_on(part).names():
             unhang(part, name)
     return twin
 
@@ -664,14 +716,11 @@ def _hung(model: nn.Module, path: str) -> Hung:
             f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "
             "in its place; do that before adapting"
         )
-    hung = module.lorakin
-    assert isinstance(hung, Hung)
-    return hung
+    return hung_on(module)
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    named = model.named_parameters(remove_duplicate=False)  # under each of its names: merging may part what was tied
-    return [(key, p) for key, p in named if "lorakin" not in key.split(".")]
+    return base_parameters(model)
 
 
 def _mark_base(model: nn.Module, registry: Registry) -> None:
@@ -683,17 +732,22 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
         by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)  # sentence-transformers
         if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
             model_like: Any = module
-            others = {k for k in model_like._keys_to_ignore_on_save or () if "lorakin" not in k.split(".")}
-            ours = {key for key, _ in module.named_parameters(remove_duplicate=False) if "lorakin" in key.split(".")}
-            model_like._keys_to_ignore_on_save = others | ours
+            skip, every = ours(module), module.named_parameters(remove_duplicate=False)
+            own = {key for key, _ in every if key.startswith(skip)}
+            others = set(model_like._keys_to_ignore_on_save or ()) - registry.ignored.get(module, set())
+            registry.ignored[module] = own
+            model_like._keys_to_ignore_on_save = others | own
     if registry.grafts and registry.hook is None:
         registry.flags = quantised.take_flags(model)
+        registry.before_forward = BeforeForward(model, registry.grafts)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
         config = getattr(model, "config", None)
         single = not getattr(config, "is_encoder_decoder", False)  # there the encoder's and decoder's stay tied to each other
         registry.tied = single and getattr(config, "tie_word_embeddings", False) and _tied_embeddings(model)
     if not registry.grafts:
         registry.hook.remove()
+        if registry.before_forward is not None:
+            registry.before_forward.handle.remove()
         vars(model).update(registry.flags)
         quantised.give_back(registry.laid_out)
         for key, parameter in _base_parameters(model):
@@ -702,7 +756,8 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
 
 
 def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
-    missing = [key for key in incompatible.missing_keys if "lorakin" in key.split(".")]
+    skip = ours(model)
+    missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
     if missing:
         warnings.warn(
             f"the state dict just loaded has no tensors for {len(missing)} entries of this model's adapters "

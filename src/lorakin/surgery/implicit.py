@@ -84,7 +84,7 @@ class Changed(Tensor):
     """`weight` (…, rows, cols) with changes, of which the columns, or else the rows, are what inputs are multiplied by."""
 
     weight: Tensor
-    changes: tuple[Change, ...]
+    changes: Any  # tuple[Change, ...]
     by_columns: bool
 
     @staticmethod
@@ -144,6 +144,57 @@ class Changed(Tensor):
         return out
 
 
+class Read(Changed):
+    """A changed weight that may also go where torch cannot look: into an autograd function.
+
+    What computes with it through torch is answered by its parts, as ever. A function of autograd's
+    gives back a gradient of the whole, which `Edge` passes on to the adapters' tensors. The changes
+    are made when something computes: most who read a weight ask for its dtype.
+    """
+
+    make: Callable[[], tuple[Change, ...]]
+    made: tuple[Change, ...] | None
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Made anew in each grad mode: what was made without gradients has none."""
+        if torch.is_grad_enabled():
+            if self.made is None:
+                self.made = self.make()
+            return self.made
+        return self.make()
+
+
+class Edge(torch.autograd.Function):
+    """A `Read` as autograd sees it: the output of a function of the adapters' tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, make: Callable[[], tuple[Change, ...]], by_columns: bool, *tensors: Tensor) -> Tensor:
+        ctx.make, ctx.by_columns = make, by_columns
+        ctx.save_for_backward(weight, *tensors)
+        return Tensor._make_wrapper_subclass(Read, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
+        with torch.enable_grad():
+            whole = formed(weight.detach(), ctx.make(), ctx.by_columns)
+        found = iter(torch.autograd.grad(whole, wanted, grad, allow_unused=True) if wanted else ())
+        own = grad if ctx.needs_input_grad[0] else None
+        return own, None, None, *(next(found) if n else None for n in ctx.needs_input_grad[3:])
+
+
+def read(weight: Tensor, make: Callable[[], tuple[Change, ...]], by_columns: bool, tensors: Sequence[Tensor]) -> Tensor:
+    """`weight` with the changes that `make` makes of `tensors`; formed at once for a compiler."""
+    if torch.compiler.is_compiling():
+        return formed(weight, make(), by_columns)
+    whole: Read = Edge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
+    whole.weight, whole.make, whole.made, whole.by_columns = weight, make, None, by_columns
+    return whole
+
+
 def formed(weight: Tensor, changes: Sequence[Change], by_columns: bool) -> Tensor:
     """`weight` with the changes in it, differentiable in them; see `Changed`.
 
@@ -189,6 +240,8 @@ def _answer(name: str, func: Product, args: Sequence[Any], kwargs: Mapping[str, 
         if name in PRODUCTS and first.by_columns and isinstance(second, Tensor) and second.dim() > 1:
             return first.turned().times(func, second.mT).mT  # W·y = (yᵀ·Wᵀ)ᵀ
         return None
+    if name == "embedding" and isinstance(second, Changed):
+        return _picked(second, first, kwargs.get("padding_idx", third))
     if not isinstance(second, Changed) or first.dim() < 2:
         return None
     if name == "linear":
@@ -201,6 +254,20 @@ def _answer(name: str, func: Product, args: Sequence[Any], kwargs: Mapping[str, 
         offsets = kwargs.get("offs", third)
         return second.times(lambda x, weight: func(x, weight, offs=offsets), first, offsets)
     return second.times(func, first) if name in PRODUCTS and "out" not in kwargs else None
+
+
+def _picked(weight: Changed, rows: Tensor, padding: int | None) -> Tensor | None:
+    """The rows of a changed table; None if it is turned round, or a gain is for its rows."""
+    if weight.by_columns:
+        return None
+    out = base = F.embedding(rows, weight.weight, padding)
+    for change in weight.changes:
+        low = F.embedding(rows, change.left, padding) @ change.right
+        if change.gain is not None:
+            own = base if change.own is None else F.embedding(rows, change.own, padding)
+            low = ((change.gain - 1) * own + change.gain * low).to(base.dtype)
+        out = out + low
+    return out
 
 
 def _picks(index: object) -> bool:

@@ -19,6 +19,7 @@ from lorakin.family import Pair, Shape, Weight
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.surgery import quantised
 from lorakin.surgery.experts import ExpertMatrix
+from lorakin.surgery.hung import hung_or_none
 
 
 class Layer:
@@ -47,7 +48,7 @@ class Layer:
         held = vars(module)["_parameters"].get("weight")
         if held is not None and hasattr(held, "ds_id") and is_sharded(held):
             return ShardedWeight(cls.matrix(torch.empty(whole_shape(held), device="meta")).shape, held)
-        hung = vars(module)["_modules"].get("lorakin")
+        hung = hung_or_none(module)
         own = module.weight if hung is None else hung.base.get("weight", module.weight)
         return cls.matrix(own.detach())
 
@@ -301,16 +302,13 @@ def is_gate(module: nn.Module) -> bool:
     return kind is not None and kind.shape(module).outputs == 1
 
 
-def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why `module` cannot be adapted, or None if it can. `parent` is the module that holds it.
-
-    Refused are also layers whose parent uses the weight without calling the layer: an adapter there would do nothing.
-    """
+def refusal(module: nn.Module) -> str | None:
+    """Why `module` cannot be adapted, or None if it can."""
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
     if kind in (QuantisedLayer, ExpertLayer):
-        return never_called(module, parent) or kind.refusal(module)
+        return kind.refusal(module)
     weight = vars(module)["_parameters"].get("weight")
     if weight is None:
         return f"a {type(module).__name__} whose weight is computed (parametrized or normalised), not a parameter of its own"
@@ -321,48 +319,21 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str | None:
         return f"a {type(module).__name__} whose weight is quantised ({dtype}), and no linear layer"
     if weight.is_meta and "_hf_hook" in vars(module):
         return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
-    if reason := never_called(module, parent) or kind.refusal(module):
-        return reason
-    if weight.is_meta or _forward_is_stock(module, kind):
-        return None
-    return f"a {type(module).__name__} whose forward does more than multiply by its weight and add its bias"
+    return kind.refusal(module)
 
 
-def never_called(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why `module` would not be called, so that nothing hung on it would take part; None if it will be."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "the output projection of nn.MultiheadAttention, which reads its weight without calling it"
-    if parent is not None and getattr(parent, "dt_proj", None) is module and hasattr(parent, "x_proj"):
-        return "the time-step projection of a Mamba mixer, which reads its weight without calling it"
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "inside nn.TransformerEncoderLayer, whose fast path bypasses its parts in eval mode; "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
-        return f"a {type(module).__name__}, which is never called itself; name the modules in it"
-    return None
+def is_container(module: nn.Module) -> bool:
+    """Whether it only holds other modules and is never called itself."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-@torch.no_grad()
-def _forward_is_stock(module: Any, kind: type[Layer]) -> bool:
-    """Whether the module computes what its kind says: by its class, or for a subclass with a forward of its own, on a probe."""
-    owner = next(c for c in type(module).__mro__ if "forward" in vars(c) and not c.__module__.startswith("lorakin."))
-    if owner in kind.modules or is_transposed(module):
-        return True
-    inputs = kind.shape(module).inputs
-    if kind is EmbeddingLayer:
-        probe = torch.arange(min(4, inputs), device=module.weight.device)
-    elif kind is LinearLayer:
-        probe = torch.linspace(-1, 1, 2 * inputs, device=module.weight.device, dtype=module.weight.dtype).view(2, inputs)
-    else:
+def has_own_forward(module: nn.Module, kind: type[Layer]) -> bool:
+    """Whether the module's class does more than its kind says, as a scaled embedding does.
+
+    An adapter changes such a module's weight as the forward reads it, and not its output.
+    """
+    if kind in (QuantisedLayer, ExpertLayer) or is_transposed(module):
         return False
-    expected = kind.product(module, probe, module.weight)
-    bias = getattr(module, "bias", None)
-    try:
-        said = vars(owner)["forward"](module, probe)
-    except Exception:  # whatever a forward of its own needs, it is not the stock one
-        return False
-    return isinstance(said, Tensor) and torch.allclose(
-        said, expected if bias is None else expected + bias, rtol=1e-3, atol=1e-3
-    )
+    classes = (c for c in type(module).__mro__ if "forward" in vars(c))
+    owner = next(c for c in classes if not c.__module__.startswith("lorakin."))
+    return owner not in kind.modules

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family import Pair, all_finite
 from lorakin.surgery import layers
-from lorakin.surgery.adapted import Copy, Hung, Site
 from lorakin.surgery.experts import set_aside
+from lorakin.surgery.hung import hung_on, ours
 from lorakin.surgery.layers import Layer, QuantisedLayer
+from lorakin.surgery.site import Copy, Site
 
 
 def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -30,10 +31,9 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torc
     Raises:
         StateError: a merged weight would not be finite; the module is left as it was.
     """
-    hung = module.lorakin
-    assert isinstance(hung, Hung)
+    hung = hung_on(module)
     names = tuple(name for name in hung.names() if name in names)  # in one order, whatever order they were merged in
-    if layers.kind_of(module) is QuantisedLayer and any(isinstance(child, Site) for child in hung.children()):
+    if layers.kind_of(module) is QuantisedLayer and any(isinstance(child, Site) for child in hung.values()):
         hung.dense = _dense(module, path, [hung[name] for name in names], dtype) if names else None
         hung.merged = names
         return
@@ -60,14 +60,13 @@ def _dense(module: nn.Module, path: str, adapters: list[Site | Copy], dtype: tor
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The base's tensors that merging replaces: the weight, or all that a module trained whole saves."""
-    hung = module.lorakin
-    assert isinstance(hung, Hung)
-    if any(isinstance(child, Site) for child in hung.children()):
+    hung = hung_on(module)
+    if any(isinstance(child, Site) for child in hung.values()):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return {"weight": set_aside(module, weight)}
-    saved = module.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in saved.items() if not key.startswith("lorakin.")}
+    saved, skip = module.state_dict(keep_vars=True), ours(module)
+    return {key: tensor for key, tensor in saved.items() if not key.startswith(skip)}
 
 
 def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:

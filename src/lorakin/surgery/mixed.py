@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.family.low_rank import padded
-from lorakin.surgery.adapted import Hung, Site
 from lorakin.surgery.graft import check_switchable, hanging
+from lorakin.surgery.hung import Hung, hung_on
 from lorakin.surgery.layers import LinearLayer, QuantisedLayer, TransposedLayer
+from lorakin.surgery.site import Site
 
 FEW_TOKENS = 4
 """Up to so many tokens a row masking costs less than picking."""
@@ -114,7 +115,7 @@ class MixedBatch:
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """The output of an adapted module, of which `base` is the base's."""
-        hung = module.lorakin
+        hung = hung_on(module)
         sites = [hung[name] if self._uses(hung, name) else None for name in self.names]
         if not any(sites):
             return base
@@ -131,7 +132,7 @@ class MixedBatch:
         if not isinstance(base, Tensor):
             raise StateError(f"a {type(module).__name__} that is trained whole gives no single tensor, so not in a mixed batch")
         numbers = self._numbers_for(x.shape[0], x.device, module)
-        return self._each(module.lorakin, base, numbers, lambda copy, rows: copy.module.forward(x[rows]))
+        return self._each(hung_on(module), base, numbers, lambda copy, rows: copy.module.forward(x[rows]))
 
     @staticmethod
     def _uses(hung: Hung, name: str | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Role
+from lorakin.surgery.adapted import module_at
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -58,6 +60,26 @@ def check_attached(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer holds none of {len(missing)} trainable tensors of adapter {graft.name!r} "
             f"({missing[0]}, …); one optimizer has to hold them all: build it from adapter.parameter_groups(lr=…)"
         )
+
+
+def check_base_is_still(graft: Graft, held: Container[int]) -> None:
+    """See that an optimizer, which holds the tensors of these ids, does not train the base under a frozen adapter.
+
+    Raises:
+        StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
+    """
+    frozen = not (graft.is_fresh or any(True for _ in graft.trained()))
+    if not frozen or not graft.is_active or graft.is_off:
+        return
+    weights = ((path, module_at(graft.model, path)._parameters.get("weight")) for path in graft.plan.sites)
+    for path, weight in weights:
+        if weight is not None and weight.requires_grad and id(weight) in held:
+            raise StateError(
+                f"the optimizer trains the base weight of {path}, but not adapter {graft.name!r}, which was "
+                "loaded frozen and changes that weight. To train the adapter, load it with trainable=True, which "
+                "freezes the base. To train the base, first make the adapter a part of it with "
+                "adapter.merge(permanent=True), or take it out with adapter.remove()"
+            )
 
 
 def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:

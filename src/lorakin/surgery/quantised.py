@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from lorakin.family import Shape, Weight
 from lorakin.family.pair import BLOCK, whole_shape
 from lorakin.surgery.autograd import PLAIN
+from lorakin.surgery.hung import base_parameters
 
 Rows = Callable[[int, int], Tensor]
 """(first, behind the last) → those rows of the weight, (rows, inputs), in a floating dtype."""
@@ -214,7 +215,7 @@ def take_flags(model: nn.Module) -> dict[str, bool]:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """In which a model computes whose linear layers are quantised: that of its other parameters."""
-    floats = (p.dtype for name, p in model.named_parameters() if "lorakin" not in name.split(".") and type(p) in PLAIN)
+    floats = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
     return next((dtype for dtype in floats if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
 
 

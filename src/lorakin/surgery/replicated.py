@@ -16,6 +16,7 @@ from torch.autograd import Variable
 
 from lorakin.errors import StateError
 from lorakin.family.pair import is_distributed
+from lorakin.surgery.hung import base_parameters
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -77,4 +78,4 @@ def check_whole(graft: Graft) -> None:
 
 
 def _base_is_sharded(model: nn.Module) -> bool:
-    return any(is_distributed(p) for name, p in model.named_parameters() if "lorakin" not in name.split("."))
+    return any(is_distributed(parameter) for _, parameter in base_parameters(model))

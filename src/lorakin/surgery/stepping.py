@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorakin.surgery.autograd import STEPS
-from lorakin.surgery.optimizer import check_groups, check_rates, group_of
+from lorakin.surgery.optimizer import check_base_is_still, check_groups, check_rates, group_of
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -50,6 +50,8 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
         held = group_of(optimizer)
         found = [graft for graft in _GRAFTS if graft.is_present and any(id(p) in held for _, p in graft.trained())]
         known = [] if seen is None else _alive(seen.trained)
+        for graft in [graft for graft in _GRAFTS if graft.is_present and graft not in found]:
+            check_base_is_still(graft, held)
         for graft in found:
             if graft not in known:
                 check_groups(graft, optimizer)

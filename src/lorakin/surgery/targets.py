@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, TargetError
 from lorakin.surgery import experts, layers, quantised
+from lorakin.surgery.hung import Adapters, ours
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -23,8 +24,10 @@ N = TypeVar("N")
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has hung on it."""
     found: dict[str, nn.Module] = {}
+    skip = ours(model)
     for path, module in model.named_modules():
-        if "lorakin" in path.split(".") or isinstance(module, experts.Stack | experts.ExpertMatrix):
+        ours_too = isinstance(module, Adapters | experts.Stack | experts.ExpertMatrix)
+        if ours_too or path.startswith(skip):
             continue
         found[path] = module
         for stack in experts.stack_names(module):
@@ -136,7 +139,7 @@ def select(
     if layer_indices is not None:
         chosen = _in_layers(chosen, layer_indices)
     for path in chosen:
-        if path in named and (reason := layers.refusal(free[path], _parent(modules, path))):
+        if path in named and (reason := layers.refusal(free[path])):
             raise TargetError(f"{path} cannot be adapted: it is {reason}. Leave it out with exclude={path!r}")
     chosen = _without_refused(chosen, modules)
     if not chosen:
@@ -161,8 +164,11 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         if not any(True for p in paths for _ in modules[p].parameters()):
             raise TargetError(f"modules_to_save: {name!r} has no parameters to train")
         for path in paths:
-            if reason := layers.never_called(modules[path], modules.get(path.rpartition(".")[0], model)):
-                raise TargetError(f"modules_to_save: {path} cannot be trained whole: it is {reason}")
+            if layers.is_container(modules[path]):
+                raise TargetError(
+                    f"modules_to_save: {path} cannot be trained whole: it is a "
+                    f"{type(modules[path]).__name__}, which is never called itself; name the modules in it"
+                )
             if any(quantised.is_quantised(part) for part in modules[path].modules()):
                 raise TargetError(
                     f"modules_to_save: {path} cannot be trained whole: it is quantised. Adapt it, or load the model with it "
@@ -181,8 +187,9 @@ def head_of(model: nn.Module) -> list[str]:
         paths = [path for path, module in model.named_modules() if path and id(module) not in inside]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     paths += [path for path, module in model.named_modules() if module is output]
-    paths = [path for path in paths if "lorakin" not in path.split(".")]
-    return [path for path in dict.fromkeys(paths) if any(True for _ in model.get_submodule(path).parameters())]
+    skip = ours(model)
+    own = (p for p in paths if not f"{p}.".startswith(skip))
+    return [path for path in dict.fromkeys(own) if any(True for _ in model.get_submodule(path).parameters())]
 
 
 def parse_layers(text: str) -> list[int]:
@@ -225,7 +232,7 @@ def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Mo
     if found:
         inside = [p for p in free if _inside(p, found) and layers.kind_of(free[p])]
         hint = f"; it holds {', '.join(dict.fromkeys(map(_name, inside)))}" if inside else ""
-        reason = layers.refusal(free[found[0]], _parent(modules, found[0]))
+        reason = layers.refusal(free[found[0]])
         raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
     if whole := matching(pattern, reserved):
         raise TargetError(f"target {pattern!r} selects {whole[0]}, which modules_to_save already trains whole; leave out one")
@@ -250,7 +257,7 @@ def _in_layers(paths: list[str], indices: Sequence[int]) -> list[str]:
 
 def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """`chosen` without the layers that cannot be adapted, saying which and why."""
-    refused = {path: reason for path in chosen if (reason := layers.refusal(modules[path], _parent(modules, path)))}
+    refused = {path: reason for path in chosen if (reason := layers.refusal(modules[path]))}
     for path, reason in refused.items():
         warnings.warn(f"{path} is left out: it is {reason}", LorakinWarning, stacklevel=5)
     return [path for path in chosen if path not in refused]
@@ -258,10 +265,6 @@ def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[s
 
 def _inside(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
-
-
-def _parent(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
-    return modules.get(path.rpartition(".")[0])
 
 
 def _name(path: str) -> str:

@@ -1,0 +1,109 @@
+"""Who reads a tensor of a module without calling the module.
+
+`nn.MultiheadAttention` and others multiply by a layer's weight themselves. What they must see is the
+changed weight; what saves, moves or ties a model must see the base's own. The difference is where
+the reader stands: in the forward of some module, or outside of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.errors import LorakinWarning, StateError
+from lorakin.surgery.hung import Hung
+from lorakin.surgery.implicit import Change, read
+from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, kind_of
+
+_CALL = nn.Module._call_impl.__code__
+MACHINERY = (
+    "accelerate",
+    "deepspeed",
+    "lorakin",
+    "torch.distributed",
+    "torch.nn.modules.module",
+    "torch.nn.utils",
+)
+"""Packages that look after parameters, also during a forward, and compute nothing with them."""
+
+
+def is_in_forward(depth: int) -> bool:
+    """Whether a tensor is read to compute with, by the function `depth` calls above the caller."""
+    if torch.compiler.is_compiling():  # what is compiled is a forward, and has no frames to look at
+        return True
+    frame: FrameType | None = sys._getframe(depth + 1)
+    assert frame is not None
+    reader = frame.f_globals.get("__name__", "")
+    if reader.startswith(MACHINERY) and any(reader == name or reader.startswith(name + ".") for name in MACHINERY):
+        return False
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def changed_weight(module: Any, hung: Hung) -> Tensor:
+    """The module's weight with what its adapters in use make of it, differentiable in their tensors."""
+    weight: Tensor = module._parameters["weight"]
+    sites: list[Any] = hung.in_use()
+    kind = kind_of(module)
+    if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
+        return weight
+    if hung.rows is not None:
+        raise StateError(f"{sites[0].path} is read without being called, so it cannot be in a mixed batch")
+    for site in sites:
+        if site.training and site.method.dropout and not site.shape.lookup:
+            warnings.warn(
+                f"the dropout of the adapter does not act in {site.path}: the model reads its weight "
+                "without calling it, and dropout is for the inputs of a call",
+                LorakinWarning,
+                stacklevel=3,
+            )
+    if kind is ConvolutionLayer:
+        return _formed(module, hung, sites)
+    by_columns = kind is LinearLayer
+    there = [p for site in sites for p in site.parameters(recurse=False)]
+    return read(weight, lambda: tuple(_as_change(module, hung, site, by_columns) for site in sites), by_columns, there)
+
+
+def _as_change(module: Any, hung: Hung, site: Any, by_columns: bool) -> Change:
+    """What one adapter does to the weight, in the weight's layout and dtype."""
+    with outside(hung), torch.autocast(module._parameters["weight"].device.type, enabled=False):
+        pair = site.pair(site.layer.weight(module))
+    dtype = module._parameters["weight"].dtype
+    up, down = pair.up.to(dtype), pair.down.to(dtype)
+    left, right = (up, down) if by_columns else (down.T, up.T)
+    own = hung.base.get("weight") if pair.gain is not None else None
+    return Change(left, right, pair.gain, own)
+
+
+def _formed(module: Any, hung: Hung, sites: list[Any]) -> Tensor:
+    """The changed weight of a convolution, which is no matrix."""
+    weight: Tensor = module._parameters["weight"]
+    total = weight
+    with outside(hung), torch.autocast(weight.device.type, enabled=False):
+        for site in sites:
+            matrix = site.layer.weight(module)
+            assert isinstance(matrix, Tensor)
+            wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            change = site.pair(matrix).applied_to(wide) - wide
+            total = total + site.layer.layout(change, module).to(weight.dtype)
+    return total
+
+
+@contextlib.contextmanager
+def outside(hung: Hung) -> Iterator[None]:
+    """Inside, the module's tensors are the base's own also for who reads them in a forward."""
+    hung.inside += 1
+    try:
+        yield
+    finally:
+        hung.inside -= 1

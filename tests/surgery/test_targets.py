@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import lorakin as lk

@@ -97,13 +97,15 @@ def tiny_llama4() -> Any:
 
 
 def tiny_bert(labels: int = 2) -> Any:
-    """A BERT classifier with a fresh head."""
+    """A BERT classifier whose head looks trained: its bias is not zero."""
     torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(
+    model = transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=labels
         )
     ).eval()
+    nn.init.normal_(model.classifier.bias, std=0.02)
+    return model
 
 
 def interruptible() -> None:

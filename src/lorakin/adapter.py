@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorakin.errors import AdapterError, SettingError, StateError
+from lorakin.errors import AdapterError, LorakinWarning, SettingError, StateError
 from lorakin.family import Member, Method
 from lorakin.storage import directory
 from lorakin.storage.peft_format import Contents
@@ -24,7 +25,7 @@ from lorakin.surgery.mixed import MixedBatch
 from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
-from lorakin.surgery.targets import ALL_LINEAR, Targets
+from lorakin.surgery.targets import ALL_LINEAR, Targets, new_heads
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers that have a kernel of one pass over each tensor."""
@@ -180,7 +181,15 @@ def adapt(
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
     if probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    return _fresh(model, name, surgery.plan(model, method, targets, **places), seed, dtype)
+    adapter = _fresh(model, name, surgery.plan(model, method, targets, **places), seed, dtype)
+    if heads := new_heads(model, (*adapter.plan.sites, *adapter.plan.copies)):
+        warnings.warn(
+            f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
+            f"train it, nor does its file hold it. Train it whole, with modules_to_save={heads!r}",
+            LorakinWarning,
+            stacklevel=2,
+        )
+    return adapter
 
 
 def importance(

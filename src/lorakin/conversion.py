@@ -97,7 +97,8 @@ def as_lora(
     copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
     if portable:
         pairs = _portable(adapter, pairs)
-    return Plain(of_pairs(adapter.model, name, pairs, copies), fits)
+    plain = of_pairs(adapter.model, name, pairs, copies, adapter.moved_buffers())
+    return Plain(plain, fits)
 
 
 @torch.no_grad()
@@ -153,20 +154,27 @@ def combine(
         whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
         pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
     _warn_if_missed(fits, error)
-    return Plain(of_pairs(model, name, pairs, _combined_copies(model, known, weights)), fits)
+    copies, buffers = _combined_copies(model, known, weights), _combined_buffers(known, weights)
+    return Plain(of_pairs(model, name, pairs, copies, buffers), fits)
 
 
 def of_pairs(
-    model: nn.Module, name: str, pairs: Mapping[str, Pair], copies: Mapping[str, Mapping[str, Tensor]] | None = None
+    model: nn.Module,
+    name: str,
+    pairs: Mapping[str, Pair],
+    copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put plain LoRA of scale 1 with these pairs, by module path, into the model, as the active adapter.
 
     Args:
         copies: path → state of the modules trained whole.
+        buffers: name → a buffer of the base that training moved.
     """
     sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
     config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
-    return placed(model, name, peft_format.from_files(model, config, tensors, None, f"adapter {name!r}"))
+    contents = peft_format.from_files(model, config, tensors, None, f"adapter {name!r}")
+    return placed(model, name, dataclasses.replace(contents, buffers=buffers or {}))
 
 
 def convert(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", alpha: float | None = None) -> Converted:
@@ -262,6 +270,17 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
             stacklevel=3,
         )
     return {path: padded(pair, most) for path, pair in pairs.items()}
+
+
+def _combined_buffers(known: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Each buffer that training moved: the base's plus the weighted changes; what counts, the last adapter's."""
+    found: dict[str, Tensor] = {}
+    for one, weight in weights.items():
+        for name, moved in known[one].moved_buffers().items() if weight else ():
+            base = known[one].base_buffer(name).to(moved.device)
+            change = weight * (moved - base) if moved.is_floating_point() else moved - base
+            found[name] = found.get(name, base) + change
+    return found
 
 
 def _combined_copies(

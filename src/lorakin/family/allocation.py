@@ -119,6 +119,9 @@ class Allocation(Rule):
         for key, each in zip(seen, now, strict=True):
             if key not in self.sensitivity:
                 self.sensitivity[key], self.uncertainty[key] = torch.zeros_like(each), torch.zeros_like(each)
+            elif self.sensitivity[key].device != each.device:  # the model was moved since
+                for known in (self.sensitivity, self.uncertainty):
+                    known[key] = known[key].to(each.device)
         means, spreads = ([known[key] for key in seen] for known in (self.sensitivity, self.uncertainty))
         torch._foreach_lerp_(means, now, 1 - self.member.beta1)
         torch._foreach_sub_(now, means)

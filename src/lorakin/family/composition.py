@@ -182,11 +182,17 @@ class Method:
         drawn = self.parametrisation.start_all(spots, each, generator, device)
         cast: dict[tuple[int, torch.dtype], Tensor] = {}
         for path, there in drawn.items():
-            wide = dtype or torch.promote_types(spots[path].weight.dtype, torch.float32)
+            wide = torch.promote_types(spots[path].weight.dtype, torch.float32)
             drawn[path] = {slot: cast.setdefault((id(t), wide), t.to(wide)) for slot, t in there.items()}
         for member in self.modifiers:
             drawn = member.extend(drawn, spots, methods)
-        return self.share(drawn, spots, methods)
+        shared = self.share(drawn, spots, methods)
+        if dtype is None:
+            return shared
+        asked: dict[int, Tensor] = {}
+        return {
+            path: {slot: asked.setdefault(id(t), t.to(dtype)) for slot, t in there.items()} for path, there in shared.items()
+        }
 
     def share(
         self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]

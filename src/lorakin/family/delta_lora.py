@@ -173,7 +173,7 @@ class InPlace(Anchoring):
         for place in self.places:
             if place.path in self.anchors:
                 product = product_of(place)
-                place.move_base(self.member.lam * (product - self.last[place.path]))
+                place.move_base(self.member.lam * (product - self.last[place.path].to(product.device)))
                 self.last[place.path] = product
         if n == self.member.start_step:
             self._begin()

@@ -1,17 +1,20 @@
-"""What an adapted model does before each forward of its own: two things that nobody else can know.
+"""What an adapted model does before each forward of its own: three things that are not known before.
 
-Whether several processes train it is known once they are there, at the first training forward; and
-how it checkpoints activations, which a Trainer decides when training begins.
+Whether the adapted modules are still there; whether several processes train the model, which shows
+at the first training forward; and how it checkpoints activations, as a Trainer decides when training
+begins.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lorakin.errors import StateError
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -26,16 +29,36 @@ class BeforeForward:
     def __init__(self, model: nn.Module, grafts: dict[str, Graft]) -> None:
         self.grafts = grafts
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.held: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.handle = model.register_forward_pre_hook(self)
 
+    def hold(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """See before each forward that the modules at these paths are those that are there now."""
+        places = (path.rpartition(".")[::2] for path in dict.fromkeys(paths) if path)
+        parents = ((model.get_submodule(owner), leaf, f"{owner}.{leaf}".lstrip(".")) for owner, leaf in places)
+        self.held = [(parent, leaf, parent._modules[leaf], path) for parent, leaf, path in parents]  # type: ignore[misc]
+
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
+            return
+        for parent, leaf, module, path in self.held:
+            if parent._modules.get(leaf) is not module:
+                raise StateError(exchanged(path))
+        if not (model.training and torch.is_grad_enabled()):
             return
         for module in self.checkpointing:
             if module.gradient_checkpointing:
                 _let_gradients_pass(module)
         for graft in self.grafts.values():
             graft.average_if_several()
+
+
+def exchanged(path: str) -> str:
+    """What to say of a path where another module stands than the one that was adapted."""
+    return (
+        f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "
+        "in its place. Do that before adapting; here, remove the adapter, and adapt again"
+    )
 
 
 def _let_gradients_pass(module: Any) -> None:

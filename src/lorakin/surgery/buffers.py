@@ -69,13 +69,22 @@ class Buffers:
         """The adapter's own buffer of this name."""
         return _get(model, name) if self.shown[name] == graft.name else graft.buffers[name]
 
+    def all(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
+        """The base's own, of those that an adapter may move; see `own_buffers`."""
+        here = own_buffers(model, whole)
+        return {name: self.own(model, name) if name in self.shown else b for name, b in here.items()}
+
+    def own(self, model: nn.Module, name: str) -> Tensor:
+        """The base's own."""
+        return _get(model, name) if self.shown[name] is None else self.base[name]
+
     def moved(self, model: nn.Module, graft: Graft) -> dict[str, Tensor]:
         """Those of the adapter's that are no longer the base's."""
         names = (name for name in graft.buffers if self._moved(model, graft, name))
         return {name: self.of(model, graft, name) for name in names}
 
     def _moved(self, model: nn.Module, graft: Graft, name: str) -> bool:
-        own, base = self.of(model, graft, name), self.base[name]
+        own, base = self.of(model, graft, name), self.own(model, name)
         return not own.is_meta and not torch.equal(own, base.to(own))
 
     def add(self, model: nn.Module, graft: Graft) -> None:

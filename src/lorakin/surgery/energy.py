@@ -74,6 +74,7 @@ def energies(
 def _energy(output: Tensor, mask: Tensor | None, site: Site) -> float:
     squares = output.double().square()
     if mask is not None and mask.dim() == 2 and site.layer is not ConvolutionLayer:
+        mask = mask.to(squares.device)
         if squares.shape[:2] == mask.shape:
             squares = squares * mask.unsqueeze(-1)
         elif squares.shape[0] == mask.numel() and squares.dim() == 2:

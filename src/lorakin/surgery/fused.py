@@ -104,7 +104,8 @@ def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Cha
     with _autocast_off(x, weight, bias) as (x, weight, bias):
         down, up = _frozen(chain.down), _frozen(chain.up)
         inputs, outputs = weight.shape[1], weight.shape[0]
-        narrow = down.narrowed(weight.dtype)[:, :inputs]
+        narrow = down.narrowed(weight)[:, :inputs]
+        inner, outer = chain.inner.to(weight.device), chain.outer.to(weight.device)
         if dropout:
             u = DroppedProduct.apply(x, narrow, Dropped.drawn(dropout))  # type: ignore[no-untyped-call]
         else:
@@ -112,7 +113,7 @@ def linear_with_chain(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Cha
         count = x.numel() // inputs
         merged = not dropout and 2 * inputs * outputs < count * (2 * outputs + inputs)
         out: Tensor = LinearWithChain.apply(  # type: ignore[no-untyped-call]
-            x, u, weight, bias, chain.outer, up.narrowed(weight.dtype)[:outputs], chain.inner, narrow, merged
+            x, u, weight, bias, outer, up.narrowed(weight)[:outputs], inner, narrow, merged
         )
         return out
 
@@ -159,26 +160,33 @@ class Frozen:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = weakref.ref(matrix)
-        self.narrow: Tensor | None = None
+        self.narrow: dict[torch.device, Tensor] = {}
         self.seen: Seen | None = None
         self.products: dict[str, tuple[Any, ...]] = {}
 
-    def narrowed(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`; without gradients made anew, since it may be written through `.data`."""
+    def narrowed(self, like: Tensor) -> Tensor:
+        """The matrix in the dtype and on the device of `like`.
+
+        Without gradients it is made anew, since it may be written through `.data`.
+        """
         matrix = self.matrix()
         assert matrix is not None
         if not torch.is_grad_enabled():
-            return matrix.detach().to(dtype)
-        if self.narrow is not None and self.narrow.dtype == dtype and self.seen is not None and self.seen.is_still(matrix):
-            return self.narrow
+            return matrix.detach().to(like.device, like.dtype)
+        if self.seen is None or not self.seen.is_still(matrix):
+            self.narrow, self.seen = {}, Seen.of(matrix)
+        kept = self.narrow.get(like.device)
+        if kept is not None and kept.dtype == like.dtype:
+            return kept
         self.products.clear()
-        narrow, self.seen = matrix.detach().to(dtype), Seen.of(matrix)
-        self.narrow = None if self.seen is None else narrow
+        narrow = matrix.detach().to(like.device, like.dtype)
+        if self.seen is not None:
+            self.narrow[like.device] = narrow
         return narrow
 
     def product(self, x: Tensor, place: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it gave for the same x in the same place as long as a graph holds that."""
-        if not (torch.is_grad_enabled() and x.requires_grad) or self.narrow is None:
+        if not (torch.is_grad_enabled() and x.requires_grad) or not self.narrow:
             return compute()
         if (latest := self.products.get(place)) is not None and latest[0]() is x and latest[1].is_still(x):
             kept = latest[2]()

@@ -29,8 +29,8 @@ from lorakin.surgery.adapted import (
     swap_moved,
     unhang,
 )
-from lorakin.surgery.before_forward import BeforeForward
-from lorakin.surgery.buffers import Buffers, own_buffers
+from lorakin.surgery.before_forward import BeforeForward, exchanged
+from lorakin.surgery.buffers import Buffers
 from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer
 from lorakin.surgery.merge import set_merged
@@ -229,7 +229,7 @@ class Graft:
         for path, child in children.items():
             hang(modules[path], self.name, child.train(modules[path].training))
         _mark_base(self.model, registry)
-        own = own_buffers(self.model, self.plan.copies) if buffers is None else buffers
+        own = registry.buffers.all(self.model, self.plan.copies) if buffers is None else buffers
         self.buffers = {name: buffer.detach().clone() for name, buffer in own.items()}
         registry.buffers.add(self.model, self)
         activate(self.model, self.name)
@@ -334,6 +334,10 @@ class Graft:
     def moved_buffers(self) -> dict[str, Tensor]:
         """Those of its own buffers that are no longer the base's, by name."""
         return _registry(self.model).buffers.moved(self.model, self)
+
+    def base_buffer(self, name: str) -> Tensor:
+        """The base's own buffer of this name, which may be set aside."""
+        return _registry(self.model).buffers.own(self.model, name)
 
     def take_buffers(self, values: Mapping[str, Tensor]) -> None:
         """Let its own buffers hold these values, and the base's where none is given."""
@@ -712,10 +716,7 @@ def _registry(model: nn.Module) -> Registry:
 def _hung(model: nn.Module, path: str) -> Hung:
     module = module_at(model, path)
     if not is_adapted(module):
-        raise StateError(
-            f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "
-            "in its place; do that before adapting"
-        )
+        raise StateError(exchanged(path))
     return hung_on(module)
 
 
@@ -744,6 +745,10 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
         config = getattr(model, "config", None)
         single = not getattr(config, "is_encoder_decoder", False)  # there the encoder's and decoder's stay tied to each other
         registry.tied = single and getattr(config, "tie_word_embeddings", False) and _tied_embeddings(model)
+    if registry.before_forward is not None:
+        paths = [p for graft in registry.grafts.values() for p in graft._paths()]
+        called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
+        registry.before_forward.hold(model, (p for p in called if is_adapted(module_at(model, p))))
     if not registry.grafts:
         registry.hook.remove()
         if registry.before_forward is not None:

@@ -54,6 +54,6 @@ def input_samples(graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int
 def _drawn(x: Tensor, mask: Tensor | None, count: int) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if mask is not None and mask.dim() == 2 and mask.numel() == len(tokens):
-        tokens = tokens[mask.reshape(-1).bool()]
+        tokens = tokens[mask.reshape(-1).bool().to(x.device)]
     chosen = torch.linspace(0, len(tokens) - 1, min(count, len(tokens)), device=x.device).round().long()
     return tokens[chosen].float().cpu()

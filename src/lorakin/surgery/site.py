@@ -65,29 +65,35 @@ class Site(nn.Module):
         """What each of them is to an optimizer."""
         return self.method.roles(self.path, self.shape, self.tensors())
 
-    def wide(self) -> dict[str, Tensor]:
-        """The tensors in float32 or, where they are float64, in float64."""
-        return widened(self.tensors())
+    def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The tensors in float32 or, where they are float64, in float64; on `device`.
+
+        One that modules share may be on another device than the module, when a model was spread
+        over several after it was adapted.
+        """
+        wide = widened(self.tensors())
+        return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
 
     def pair(self, weight: Tensor | Weight) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
-        return self.method.pair(self.wide(), self.shape, weight)
+        return self.method.pair(self.wide(weight.device), self.shape, weight)
 
     def fused(self, module: Any, x: Any) -> Tensor | None:
         """The output of the adapted module, the base's part included, where `surgery/fused.py` can compute it."""
-        if self.layer is not LinearLayer or not fused.applies(x, module.weight):
+        weight, bias = module.weight, module.bias
+        if self.layer is not LinearLayer or not fused.applies(x, weight):
             return None
-        tensors, dropout = self.wide(), self.method.dropout if self.training else 0.0
-        chain = self.method.chain(tensors)
-        if chain is not None:
-            return fused.linear_with_chain(x, module.weight, module.bias, chain, dropout, self.siblings)
+        dropout = self.method.dropout if self.training else 0.0
+        if (chain := self.method.chain(self.wide())) is not None:  # whose frozen matrices are moved once
+            return fused.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
+        tensors = self.wide(weight.device)
         if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return fused.linear_with_ready(x, module.weight, module.bias, self._as_ready(tensors, module.weight))
+            return fused.linear_with_ready(x, weight, bias, self._as_ready(tensors, weight))
         self._ready = None
-        pair, scale = self.factors(tensors, module.weight)
+        pair, scale = self.factors(tensors, weight)
         if pair.gain is not None and dropout:  # which needs another product with the weight
             return None
-        return fused.linear_with_pair(x, module.weight, module.bias, pair, scale, dropout)
+        return fused.linear_with_pair(x, weight, bias, pair, scale, dropout)
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""

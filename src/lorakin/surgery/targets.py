@@ -129,6 +129,7 @@ def select(
                 wanted |= set(_all_linear(model, free))
             else:
                 named |= set(_matching(pattern, free, modules, reserved))
+                _warn_of_strangers(pattern, modules)
         chosen = [path for path in free if path in wanted | named]
         described = ", ".join(patterns)
     for pattern in [exclude] if isinstance(exclude, str) else exclude or ():
@@ -192,6 +193,26 @@ def head_of(model: nn.Module) -> list[str]:
     return [path for path in dict.fromkeys(own) if any(True for _ in model.get_submodule(path).parameters())]
 
 
+def new_heads(model: nn.Module, reached: Iterable[str]) -> list[str]:
+    """Paths of a task's head that looks as it was made, not trained, and that no adapter at `reached` is in.
+
+    A linear layer is made with a bias of zeros; of one without a bias nobody can tell. The output
+    embedding of a language model is no such head: it comes with the model.
+    """
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return []
+    heads, reached = head_of(model), tuple(reached)
+    heads = [path for path in heads if not _inside(path, [other for other in heads if other != path])]
+    new = []
+    for path in heads:
+        linear = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)]
+        biases = [m.bias for m in linear if m.bias is not None and not m.bias.is_meta]
+        touched = any(_inside(path, [one]) or _inside(one, [path]) for one in reached)
+        if linear and not touched and not any(bool(bias.any()) for bias in biases):
+            new.append(path)
+    return new
+
+
 def parse_layers(text: str) -> list[int]:
     """Layer indices from text such as "0-3,8,-1".
 
@@ -244,15 +265,27 @@ def _matching(pattern: str, free: dict[str, nn.Module], modules: dict[str, nn.Mo
 
 
 def _in_layers(paths: list[str], indices: Sequence[int]) -> list[str]:
+    """Those of `paths` inside the layers of these numbers, counted in each stack of layers by itself.
+
+    An encoder's and a decoder's layers, or a vision tower's and a language model's, are stacks of
+    their own: -1 is the last of each.
+    """
     named, bare = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?:\.|$)", r"(?:^|\.)(\d+)(?:\.|$)"  # layers.3, else a Sequential's 3
-    numbers = {path: int(m[1]) for path in paths if (m := re.search(named, path) or re.search(bare, path))}
-    count = max(numbers.values(), default=-1) + 1
+    found = {path: m for path in paths if (m := re.search(named, path) or re.search(bare, path))}
+    places = {path: (path[: m.start(1)], int(m[1])) for path, m in found.items()}
+    counts: dict[str, int] = {}
+    for stack, number in places.values():
+        counts[stack] = max(counts.get(stack, 0), number + 1)
     indices = [indices] if isinstance(indices, int) else list(indices)
     for index in indices:
-        if not -count <= index < count:
-            raise TargetError(f"layers: there is no layer {index}; the selected modules lie in layers 0 to {count - 1}")
-    wanted = {index % count for index in indices}
-    return [path for path in paths if numbers.get(path) in wanted]
+        if not any(-count <= index < count for count in counts.values()):
+            there = ", ".join(f"{stack}0 to {stack}{count - 1}" for stack, count in counts.items())
+            raise TargetError(f"layers: there is no layer {index}; the selected modules lie in {there or 'no numbered layers'}")
+
+    def is_wanted(stack: str, number: int) -> bool:
+        return any(number == index % counts[stack] for index in indices if -counts[stack] <= index < counts[stack])
+
+    return [path for path in paths if path in places and is_wanted(*places[path])]
 
 
 def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -261,6 +294,26 @@ def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[s
     for path, reason in refused.items():
         warnings.warn(f"{path} is left out: it is {reason}", LorakinWarning, stacklevel=5)
     return [path for path in chosen if path not in refused]
+
+
+def _warn_of_strangers(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+    """Say which words of a regular expression stand in no path of the model: what they name is not adapted.
+
+    `gate_proj|up_proj|down_proj` finds the down_proj of experts alone whose gate and up are one parameter.
+    """
+    if re.fullmatch(r"[\w.*?-]*", pattern):  # a name or a glob
+        return
+    there = " ".join(modules)
+    words = re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\.|\[[^]]*\]|\(\?P<\w+>", " ", pattern))
+    if strangers := [word for word in dict.fromkeys(words) if word not in there]:
+        names = sorted({_name(path) for path in modules if path})
+        near = {word: [name for name in names if word.split("_")[0] in name.split("_")] for word in strangers}
+        found = [f"{word!r} (there is {', '.join(close)})" if close else repr(word) for word, close in near.items()]
+        warnings.warn(
+            f"target {pattern!r} names {' and '.join(found)}, which no module has, so nothing there is adapted",
+            LorakinWarning,
+            stacklevel=5,
+        )
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:

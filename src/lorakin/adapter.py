@@ -25,6 +25,7 @@ from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
+from lorakin.surgery.words import described, in_one_line
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers that have a kernel of one pass over each tensor."""
@@ -122,8 +123,10 @@ class Adapter(Graft):
         return mine == other and self.plan.method.agrees_with(plan.method)
 
     def __repr__(self) -> str:
-        state = "merged" if self.is_merged else "active" if self.is_active else "inactive"
-        return f"Adapter({self.name!r}, {self.plan.method}, {len(self.plan.sites)} modules, {state})"
+        return in_one_line(self)
+
+    def __str__(self) -> str:
+        return described(self)
 
 
 def adapt(

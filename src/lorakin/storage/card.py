@@ -31,6 +31,8 @@ PIPELINES = {
     "QUESTION_ANS": "question-answering",
 }
 """PEFT's word for a task -> the hub's, where only one can be meant."""
+TAGS = "lora lorakin".split()
+"""The hub's own words, by which people look for adapters of any method of the family."""
 LONGEST = 300
 """Characters of a name or a note; what is longer is cut."""
 
@@ -77,7 +79,7 @@ def _mark(body: str) -> str:
 def _front(graft: Graft, config: Mapping[str, Any]) -> list[str]:
     """The YAML that the hub reads. `library_name: peft` is what its adapters' pages and widgets go by."""
     base, task = base_id(graft), PIPELINES.get(str(config.get("task_type")))
-    tags = ["lora", "lorakin", *(member.word for member in graft.method.members)]
+    tags = [*TAGS, *(member.word for member in graft.method.members)]
     return [
         "---",
         *([f'base_model: "{base}"', "base_model_relation: adapter"] if base else []),

@@ -148,10 +148,15 @@ def test_a_cache_that_another_program_filled_is_warned_of(hub: Hub, saved: Path,
     from huggingface_hub import hf_hub_download
 
     hub.put("org/adapter", saved)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        hf_hub_download("org/adapter", name)
+    knows = hasattr(sys.modules["huggingface_hub"], "get_cached_repo_tree")
+    hf_hub_download("org/adapter", "adapter_config.json")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(AdapterError, match="org/adapter.*a part" if knows else "org/adapter"):
+            adapter_directory("org/adapter")
+    hf_hub_download("org/adapter", "adapter_model.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    if hasattr(sys.modules["huggingface_hub"], "get_cached_repo_tree"):
+    if knows:
         with pytest.warns(LorakinWarning, match=r"lorakin\.json"):
             adapter_directory("org/adapter")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

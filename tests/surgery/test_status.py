@@ -99,6 +99,12 @@ def test_what_a_member_freezes_by_design_is_regular(word: str) -> None:
     assert lk.status(model).requires_grad == {"default": "irregular"}
 
 
+def test_of_what_wraps_an_adapted_model_it_is_the_state_of_that() -> None:
+    model = tiny_llama()
+    lk.adapt(model, lk.LoRA(2))
+    assert lk.status(nn.Sequential(nn.Identity(), model)) == lk.status(torch.compile(model)) == lk.status(model)
+
+
 def test_states_in_some_modules_only_are_irregular() -> None:
     model = tiny_llama()
     lk.adapt(model, lk.LoRA(2))

@@ -189,7 +189,7 @@ def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
     if experts and dora:
         return ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter that it takes:"
     said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
-    said += "; to train on with this method takes lorakin" if converted else ""
+    said += ", and only lorakin trains on with this method" if converted else ""
     return f"{said}; experts in one parameter need a recent version, 0.21 was tried:" if experts else f"{said}:"
 
 

@@ -43,7 +43,7 @@ def adapter_directory(
         AdapterError: the hub has no such adapter, does not give it, or cannot be reached and the cache lacks it.
     """
     inside = _inside(subfolder)
-    path = Path(name).expanduser()
+    path = Path(name) if Path(name).exists() else Path(name).expanduser()  # `save` writes to a `~` as it stands
     if path.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         if revision is not None:
             _warn(f"revision={revision!r} is not used: {name} is a path on this machine, and only the hub has revisions")
@@ -86,6 +86,8 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
 def _without_adapter(library: Any, folder: Path, name: str, revision: str | None, token: Token, inside: str) -> str:
     """Why a repository has no adapter where it was looked for, and where it has some."""
     lacks = CONFIG if not (folder / CONFIG).is_file() else TENSORS
+    if not _is_listed(library, name, revision):
+        return f"it cannot be asked now, and its cache holds a part without {lacks}; load it once with the hub in reach"
     try:
         files = library.HfApi(token=token).list_repo_files(name, revision=revision)
     except Exception:  # it is an error already; without the list it says less

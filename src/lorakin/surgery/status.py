@@ -70,13 +70,14 @@ def status(model: nn.Module) -> Status:
 
         print(lk.status(model))
 
-    Works on a model without adapters too. Nothing is changed.
+    Works on a model without adapters too; of what wraps an adapted model (DDP, say) it is the state of that one.
 
     Raises:
         SettingError: it is no model.
         StateError: PEFT has put adapters of its own into it.
     """
-    model = root_of(model)
+    whole = root_of(model)
+    model = next((module for module in whole.modules() if grafts(module)), whole)
     there = grafts(model)
     trainable, total = parameter_counts(model)
     return Status(

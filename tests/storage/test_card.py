@@ -59,10 +59,16 @@ def test_what_it_says_of_each_member(word: str, tmp_path: Path) -> None:
     assert ModelCard(text).data.base_model == "org/base"
 
 
-def test_the_code_in_it_runs(tmp_path: Path, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("word", ["lora", "vera", "dora", "adalora"])
+def test_the_code_in_it_runs(word: str, tmp_path: Path, ids: torch.Tensor) -> None:
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
-    adapter = randomise(lk.adapt(named(base, "org/base"), lk.DoRA(rank=2)))
+    adapter = lk.adapt(named(base, "org/base"), MEMBERS[word]())
+    optimizer = adapter.optimizer(lr=1e-2, total_steps=8)
+    for _ in range(8):
+        base(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     text = saved(adapter, tmp_path / "adapter")
     ours, peers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for code in (ours, peers):

@@ -99,6 +99,11 @@ def test_what_a_member_freezes_by_design_is_regular(word: str) -> None:
     assert lk.status(model).requires_grad == {"default": "irregular"}
 
 
+def test_a_base_module_may_be_called_lorakin() -> None:
+    model = nn.ModuleDict({"lorakin": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    assert lk.status(model).total_parameters == numbers(model) == 40
+
+
 def test_of_what_wraps_an_adapted_model_it_is_the_state_of_that() -> None:
     model = tiny_llama()
     lk.adapt(model, lk.LoRA(2))

@@ -69,8 +69,10 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     Shared tensors count once. A weight in few bits counts as its matrix, outputs x inputs, not as the bytes that hold it.
     """
     counted: dict[int, tuple[int, bool]] = {}
-    for path, module in model.named_modules():
-        if "lorakin" not in path.split("."):
+    modules = list(model.modules())
+    adapters = {id(part) for module in modules if isinstance(module, Hung) for part in module.modules()}
+    for module in modules:
+        if id(module) not in adapters:
             counted |= _own_counts(module)
     for graft in grafts(model).values():
         counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(graft)}

@@ -18,6 +18,7 @@ from lorakin.errors import (
 from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.reference import reference
+from lorakin.surgery.status import Status, status
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "OutputError",
     "SettingError",
     "StateError",
+    "Status",
     "TargetError",
     "VeRA",
     "VerificationError",
@@ -53,5 +55,6 @@ __all__ = [
     "load",
     "mixed_batch",
     "reference",
+    "status",
     "unfuse",
 ]

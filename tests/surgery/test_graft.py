@@ -527,4 +527,4 @@ def test_the_seed_decides_the_draw() -> None:
 def test_the_repr_says_what_it_is() -> None:
     adapter = lk.adapt(tiny_llama(), lk.LoRA(rank=2))
     assert repr(adapter).startswith("Adapter('default', lora on LoRA(rank=2, alpha=32.0")
-    assert repr(adapter).endswith("14 modules, active)")
+    assert "14 modules, " in repr(adapter) and repr(adapter).endswith("train, active)")

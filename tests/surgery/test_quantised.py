@@ -256,7 +256,7 @@ def test_files_are_pefts_own_form(member: str, stored: str, tmp_path: Path) -> N
         model = tiny_llama() if name == "plain" else load(name, stored)
         randomise(lk.adapt(model, MEMBERS[member](), "q_proj", seed=0)).save(tmp_path / name)
     plain, packed = ({file.name for file in (tmp_path / name).iterdir()} for name in ("plain", "nf4"))
-    assert plain == packed == {"adapter_config.json", "adapter_model.safetensors", "lorakin.json"}
+    assert plain == packed == {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorakin.json"}
     one, other = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("plain", "nf4"))
     assert one == other | {"base_model_name_or_path": None}
 

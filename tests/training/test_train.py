@@ -62,6 +62,8 @@ def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     assert {"adapter_model.safetensors", "adapter_config.json", "lorakin.json", "recipe.yaml", "metrics.jsonl", "loss.png"} <= {
         p.name for p in out.iterdir()
     }
+    card = (out / "README.md").read_text()
+    assert f"loss {result.before.loss:.3f}" in card and f"loss {result.after.loss:.3f}" in card and "20 steps" in card
     assert result.adapter_bytes > 0
     assert result.trainable_parameters == sum(t.numel() for t in tensors(out).values())
     for expected in ("format prompt/completion", "⟦the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):

@@ -15,7 +15,9 @@ EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --html a
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="An adapter's directory, lorakin's or PEFT's.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter's directory, lorakin's or PEFT's, or a hub id.")
+    ],
     html: Annotated[
         Path | None,
         typer.Option("--html", help="Write a page with pictures by layer, and the ranks that would do, into this file."),
@@ -23,9 +25,10 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Show what an adapter is: member, rank, targets, sizes, base, and how much it changes each layer."""
+    from lorakin.storage.hub import adapter_directory
     from lorakin.storage.summary import by_layer, summarise
 
-    summary = summarise(directory)
+    summary = summarise(adapter_directory(adapter))
     if html is not None:
         from lorakin.study import adapter_page, page
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smollm2 or minilm."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-AdapterDir = Annotated[str, typer.Option("--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's.")]
+AdapterDir = Annotated[str, typer.Option("--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's, or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")]
 ChatTemplate = Annotated[
     bool,
@@ -27,7 +27,9 @@ MaxKL = Annotated[
     float | None, typer.Option(help="Tolerate a mean KL of so much, in nats, instead of what the precision explains.")
 ]
 OtherBase = Annotated[bool, typer.Option("--other-base", help="Also on a base with other weights than the adapter's own.")]
-MaybeAdapter = Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter's directory; without it, the base.")]
+MaybeAdapter = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="An adapter's directory or hub id; without it, the base.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 
 BatchSize = Annotated[int | None, typer.Option(help="Rows at a time. [default: 8]")]

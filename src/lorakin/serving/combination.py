@@ -10,7 +10,7 @@ from lorakin.adapter import load
 from lorakin.conversion import combine
 from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.verify import check_limit, compare, record, tolerance_for
-from lorakin.training.models import adapter_directory, load_model
+from lorakin.training.models import load_model
 
 
 def combine_directories(
@@ -37,7 +37,7 @@ def combine_directories(
         loaded = load_model(model, "base")
         weights = {}
         for number, (directory, weight) in enumerate(parts.items()):
-            load(loaded.model, adapter_directory(directory), name=f"part{number}", other_base=other_base)
+            load(loaded.model, directory, name=f"part{number}", other_base=other_base)
             weights[f"part{number}"] = weight
         summed = combine(loaded.model, weights, "exact")
         transcript = record(loaded) if verify else None

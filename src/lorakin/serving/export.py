@@ -13,8 +13,7 @@ from lorakin.serving.job import Job, Order
 from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.targets import TARGETS, Target
 from lorakin.serving.verify import Agreement, check_limit, compare, record, tolerance_for
-from lorakin.storage import directory
-from lorakin.training.models import adapter_directory
+from lorakin.storage import directory, hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def export(order: Order) -> Exported:
         OutputError: `order.out` is not empty or cannot be written.
     """
     target = _target(order)
-    files = directory.read(adapter_directory(order.adapter))
+    files = directory.read(hub.adapter_directory(order.adapter))
     name = order.model or files.config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise AdapterError(f"{order.adapter} does not say what its base model is; name it with --model")

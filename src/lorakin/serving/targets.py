@@ -17,6 +17,7 @@ from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.surgery.words import in_words
 from lorakin.training.models import (
     DTYPES,
     PACKAGED,
@@ -64,7 +65,10 @@ class PlainLoRA(Target):
         plain = job.plain()
         if job.order.dtype is not None:
             _narrow(plain, DTYPES[job.order.dtype])
-        plain.save(folder)
+        original = next(iter(adapters(job.base().model).values()))
+        worst = max((fit.error for fit in job.fits.values()), default=0.0)
+        nearest = {"Nearest pairs": f"largest relative error {worst:.3g}"} if worst else {}
+        plain.save(folder, notes={"Made from": in_words(original.method), **nearest})
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""An adapter's directory: PEFT's two files, and beside them lorakin's with what PEFT's cannot say.
+"""An adapter's directory: PEFT's two files, beside them lorakin's with what PEFT's cannot say, and a model card.
 
 `lorakin.json` names the members with their settings; `lorakin.safetensors` holds tensors that PEFT has no form for, and
 what training remembers between steps.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
-from lorakin.storage import atomic, peft_format
+from lorakin.storage import atomic, card, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft
@@ -57,8 +57,10 @@ class Files:
         return contents
 
 
-def save(graft: Graft, path: Path) -> Path:
+def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None) -> Path:
     """Write the adapter into the directory `path`, made if need be, all of its files or none.
+
+    Among them is a model card, README.md, unless a person's is there. `notes` and `home` are for it: see `card.content`.
 
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
@@ -89,6 +91,9 @@ def save(graft: Graft, path: Path) -> Path:
         files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
         own["beside"][OWN_TENSORS] = _sha256(files[OWN_TENSORS])
     files[OWN] = _json(own)
+    text = card.content(graft, config, notes or {}, home, converted=form is None)
+    if (readme := card.for_saving(path / card.CARD, text)) is not None:
+        files[card.CARD] = readme
     atomic.write(path, files)
     if not more:
         (path / OWN_TENSORS).unlink(missing_ok=True)  # of an adapter that was there before

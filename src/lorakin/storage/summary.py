@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakin.family import Member, Method, Pair
+from lorakin.family import Method, Pair
 from lorakin.storage import directory, expert_stacks, peft_format
+from lorakin.surgery.words import member_in_words, settings_of
 
 IMPORTANCE = "importance.json"
 """What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
@@ -60,8 +61,12 @@ class Summary:
         ranks = sorted(set(self.ranks.values()))
         names = self.columns
         lines = {
-            "member" if len(self.method.members) == 1 else "members": "; ".join(map(_described, self.method.members)),
-            **({} if self.method.parametrisation in self.method.members else {"pair": _described(self.method.parametrisation)}),
+            "member" if len(self.method.members) == 1 else "members": "; ".join(map(member_in_words, self.method.members)),
+            **(
+                {}
+                if self.method.parametrisation in self.method.members
+                else {"pair": member_in_words(self.method.parametrisation)}
+            ),
             "base": self.base or "not recorded",
             "targets": f"{len(self.ranks)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
             "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
@@ -78,12 +83,12 @@ class Summary:
         return {
             "path": str(self.path),
             "member": self.method.words,
-            "settings": {member.word: _settings(member) for member in self.method.members},
+            "settings": {member.word: settings_of(member) for member in self.method.members},
             "base": self.base,
             "parameters": self.parameters,
             "bytes": self.size,
             "modules_to_save": list(self.whole),
-            "pair": _settings(self.method.parametrisation),
+            "pair": settings_of(self.method.parametrisation),
             "modules": {path: {"rank": rank, "norm": self.norms.get(path)} for path, rank in self.ranks.items()},
         }
 
@@ -109,18 +114,6 @@ def summarise(path: Path) -> Summary:
         pairs=pairs,
         has_experts=bool(files.config.get(expert_stacks.FIELD)),
     )
-
-
-def _described(member: Member) -> str:
-    """A member with those of its settings that are set."""
-    said = {k: v for k, v in _settings(member).items() if v is not None and not isinstance(v, Mapping)}
-    if not said:
-        return member.word
-    return f"{member.word} ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in said.items())})"
-
-
-def _settings(member: Member) -> dict[str, Any]:
-    return {field.name: getattr(member, field.name) for field in dataclasses.fields(member)}  # type: ignore[arg-type]
 
 
 def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:

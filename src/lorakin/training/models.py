@@ -26,7 +26,7 @@ from torch import nn
 
 from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
-from lorakin.storage import directory
+from lorakin.storage import directory, hub
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
 from lorakin.training.recipe import read_yaml
@@ -189,7 +189,7 @@ def load_with_adapter(
     """
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
-    files = directory.read(adapter_directory(adapter))
+    files = directory.read(hub.adapter_directory(adapter))
     if labels is None and files.config.get("task_type") == "SEQ_CLS":
         labels = labels_of(files)
     loaded = load_model(name, dtype, labels, quantize)
@@ -213,17 +213,6 @@ def stored_labels(name: str) -> list[str] | None:
     stored = transformers.AutoConfig.from_pretrained(config.parent, trust_remote_code=False)
     is_classifier = any(kind.endswith("ForSequenceClassification") for kind in stored.architectures or ())
     return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
-
-
-def adapter_directory(name: str) -> Path:
-    """The adapter's files on this machine: those of a hub id are fetched."""
-    path = Path(name).expanduser()
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return path
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["adapter_*", directory.OWN]))
-    except Exception as error:  # the hub's client has many errors, all of which mean that there is nothing to load
-        raise AdapterError(f"there is no adapter directory {name}, and the hub has none either: {error}") from error
 
 
 def labels_of(files: directory.Files) -> list[str]:

@@ -26,9 +26,11 @@ from lorakin.errors import DataError, DivergedError, ModelError, OutputError, Se
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
+from lorakin.surgery.words import count, share
 from lorakin.training import data, processes
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
@@ -260,7 +262,7 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
             f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is "
             f"room, go on with --resume --out {run.out}"
         ) from error
-    _written(lambda: run.adapter.save(run.out))
+    _written(lambda: run.adapter.save(run.out, notes=_notes(run, before, after)))
     if after.loss >= before.loss:
         warn(
             console,
@@ -280,6 +282,22 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         sum(file.stat().st_size for file in run.out.glob("adapter_*")),
         time.perf_counter() - started,
     )
+
+
+def _notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
+    """What the run knows and the adapter does not, for its model card."""
+    recipe = run.recipe
+    source = Path(recipe.data)
+    data_name = source.name if source.exists() else recipe.data  # where it lies on this machine is nobody's business
+    each = recipe.batch_size * recipe.accumulate * processes.count()
+    notes = {
+        "Data": f"{data_name}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
+        "Training": f"{count(run.total_steps, 'step')} of {count(each, 'row')} with AdamW, learning rate {recipe.lr:g}, "
+        f"{recipe.schedule} schedule, in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
+        "Held out before": described(before),
+        "Held out after": described(after),
+    }
+    return notes if run.labels is None else {**notes, "Classes": ", ".join(run.labels)}
 
 
 def described(evaluation: Evaluation) -> str:
@@ -349,13 +367,12 @@ def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | 
 def _describe(run: Run) -> None:
     """Show what will be trained on, with one rendered example and its loss mask, before it is."""
     recipe, console = run.recipe, run.console
-    total = sum(p.numel() for p in run.loaded.model.parameters())
-    trained = run.adapter.trainable_parameters
+    trained, total = parameter_counts(run.loaded.model)
     console.print(
         f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
-        + f"; {trained:,} of {total:,} parameters train ({trained / total:.2%})",
+        + f"; {share(trained, total)} train",
         highlight=False,
     )
     if twice := repeated(run.train.examples, run.held_out.examples):
@@ -468,7 +485,8 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
     with torch.no_grad():
         for parameter, value in zip(trainer.trained, trainer.good, strict=True):
             parameter.data = value  # not copied: ranks may have been freed since
-    _written(lambda: directory.save(run.adapter, run.out))
+    stopped = {"Training": f"stopped after step {trainer.good_step}, the last with a finite loss"}
+    _written(lambda: directory.save(run.adapter, run.out, stopped))
     return DivergedError(
         f"{error}; stopped, and the adapter after step {trainer.good_step}, the last with a finite loss, is in {run.out}; "
         f"{advice}",

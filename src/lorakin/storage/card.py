@@ -1,0 +1,213 @@
+"""The model card, README.md, that is written beside an adapter: what it is, how it came about, how it is loaded.
+
+Its last line has a checksum of the rest. A README.md without it, or with another one, is a person's and is left as it is.
+Names and texts that come from outside stand in code spans; the front matter takes only words of a fixed alphabet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakin.surgery.counts import parameter_counts, tensors_of, trained_by_method
+from lorakin.surgery.graft import Graft
+from lorakin.surgery.quantised import is_quantised
+from lorakin.surgery.status import own_class
+from lorakin.surgery.words import count, in_words, listed, module_names, ranks_in_words, share
+
+CARD = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+"""PEFT's word for a task -> the hub's, where only one can be meant."""
+TAGS = "lora lorakin".split()
+"""The hub's own words, by which people look for adapters of any method of the family."""
+LONGEST = 300
+"""Characters of a name or a note; what is longer is cut."""
+
+
+def content(
+    graft: Graft, config: Mapping[str, Any], notes: Mapping[str, object], home: str | None = None, converted: bool = False
+) -> str:
+    """The card of an adapter; the same for the same adapter, base and versions.
+
+    Args:
+        graft: the adapter.
+        config: the `adapter_config.json` beside the card.
+        notes: what else is known, such as data and figures: heading -> text.
+        home: the hub id under which it will be found, if that is known.
+        converted: whether PEFT's files hold it in another form than lorakin's.
+    """
+    loading = _loading(graft, config, home, converted)
+    body = "\n".join([*_front(graft, config), "", *_facts(graft, notes), "", *loading, ""])
+    return f"{body}\n{_mark(body)}"
+
+
+def for_saving(path: Path, text: str) -> bytes | None:
+    """The card `text` as bytes for the file `path`; None if what is there already is not, or no longer, lorakin's own."""
+    try:
+        there = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return text.encode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text.encode() if is_own(there) else None
+
+
+def is_own(text: str) -> bool:
+    """Whether a README.md is a card that lorakin wrote and nobody changed since; other ends of lines are no change."""
+    body, _, last = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")
+    return last + "\n" == _mark(body)
+
+
+def _mark(body: str) -> str:
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f"<!-- written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone -->\n"
+
+
+def _front(graft: Graft, config: Mapping[str, Any]) -> list[str]:
+    """The YAML that the hub reads. `library_name: peft` is what its adapters' pages and widgets go by."""
+    base, task = base_id(graft), PIPELINES.get(str(config.get("task_type")))
+    tags = [*TAGS, *(member.word for member in graft.method.members)]
+    return [
+        "---",
+        *([f'base_model: "{base}"', "base_model_relation: adapter"] if base else []),
+        "library_name: peft",
+        *([f"pipeline_tag: {task}"] if task else []),
+        "tags:",
+        *(f'- "{tag}"' for tag in dict.fromkeys(tags) if re.fullmatch(r"[\w.+-]+", tag, re.ASCII)),
+        "---",
+    ]
+
+
+def base_id(graft: Graft) -> str | None:
+    """The base's hub id, if it is one: a directory on this machine means nothing elsewhere."""
+    name, config = getattr(graft.model, "name_or_path", None), getattr(graft.model, "config", None)
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name):
+        return None
+    fetched = getattr(config, "_commit_hash", None)  # which transformers sets when it has asked the hub
+    return name if "/" in name or fetched else None
+
+
+def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
+    words, plan = graft.method.words, graft.plan
+    base, name = base_id(graft), getattr(graft.model, "name_or_path", None)
+    kind = own_class(graft.model)
+    if base:
+        said = f"[{_code(base)}](https://huggingface.co/{base})"
+    else:
+        said = _code(Path(name).name) if isinstance(name, str) and name else "not named"
+    quantised = sum(is_quantised(module) for module in graft.model.modules())
+    ranks = ranks_in_words(graft)
+    trained, total = trained_by_method(graft), parameter_counts(graft.model)[1]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors_of(graft)})
+    packed = f", {count(quantised, 'layer')} of it quantised" if quantised else ""
+    return [
+        f"# {'An' if words[:1] in 'aeiou' else 'A'} {words} adapter",
+        "",
+        f"- **Base model:** {said} ({_code(kind.__name__)}{packed})",
+        f"- **Method:** {_plain(in_words(graft.method))}" + (f", of {ranks}" if " to " in ranks else ""),
+        f"- **Adapted:** {count(len(plan.sites), 'module')}" + _of(module_names(plan.sites)),
+        *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
+        f"- **Trained:** {share(trained, total)}, kept in {', '.join(dtypes)}",
+        *(f"- **{_plain(heading)}:** {_plain(str(text))}" for heading, text in notes.items()),
+        f"- **Versions:** {', '.join(_versions(kind))}",
+    ]
+
+
+def _of(names: list[str]) -> str:
+    return f" ({_codes(names)})" if names else ""
+
+
+def _codes(names: Any) -> str:
+    return listed([_code(name) for name in names])
+
+
+def _versions(kind: type) -> list[str]:
+    import lorakin
+
+    known = [f"lorakin {lorakin.__version__}", f"torch {torch.__version__.partition('+')[0]}"]
+    if _is_transformers(kind):
+        known.append(f"transformers {sys.modules['transformers'].__version__}")
+    return known
+
+
+def _is_transformers(kind: type) -> bool:
+    """Whether others find the class under its name in transformers."""
+    return kind.__module__.startswith("transformers.") and getattr(sys.modules["transformers"], kind.__name__, None) is kind
+
+
+def _loading(graft: Graft, config: Mapping[str, Any], home: str | None, converted: bool) -> list[str]:
+    here = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
+    base = _base_in_code(graft, config)
+    return [
+        "## Load it",
+        "",
+        "With [lorakin](https://pypi.org/project/lorakin):",
+        "",
+        "```python",
+        "import lorakin as lk",
+        *base,
+        f'lk.load(model, "{here}")',
+        "```",
+        "",
+        f"With [PEFT](https://huggingface.co/docs/peft){_for_peft(config, converted)}",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        *base,
+        f'model = PeftModel.from_pretrained(model, "{here}")',
+        "```",
+    ]
+
+
+def _base_in_code(graft: Graft, config: Mapping[str, Any]) -> list[str]:
+    """How the base is loaded, as lines of Python."""
+    kind = own_class(graft.model)
+    if not _is_transformers(kind):
+        return ["", "model = ...  # the base model, made as it was for training", ""]
+    labels = getattr(getattr(graft.model, "config", None), "num_labels", None)
+    more = f", num_labels={labels:d}" if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and isinstance(labels, int) else ""
+    source = base_id(graft) or "path/to/the/base/model"
+    return [f"from transformers import {kind.__name__}", "", f'model = {kind.__name__}.from_pretrained("{source}"{more})']
+
+
+def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
+    """What to know of PEFT, after its name."""
+    experts, dora, kind = config.get("target_parameters"), config.get("use_dora"), config["peft_type"]
+    if experts and dora:
+        return ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter that it takes:"
+    said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
+    said += ", and only lorakin trains on with this method" if converted else ""
+    return f"{said}; experts in one parameter need a recent version, 0.21 was tried:" if experts else f"{said}:"
+
+
+def _code(text: object) -> str:
+    """Any text as a code span on one line."""
+    plain = _one_line(str(text)) or "-"
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
+    space = " " if len(ticks) > 1 else ""
+    return f"{ticks}{space}{plain}{space}{ticks}"
+
+
+def _plain(text: object) -> str:
+    """Any text as a line of Markdown that means nothing but itself."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", _one_line(str(text)))
+
+
+def _one_line(text: str) -> str:
+    """Without ends of lines and what cannot be printed or written, cut to `LONGEST`."""
+    kept = "".join(letter if letter.isprintable() else " " for letter in text)
+    words = " ".join(kept.split())
+    return words if len(words) <= LONGEST else words[: LONGEST - 1] + "…"

@@ -21,6 +21,8 @@ from sweep import architectures
 from sweep.inputs import loss_of, tensors
 
 STEPS = 3
+SCALE = 0.03
+"""Of the adapter's random tensors: a little, since some of these random models magnify what they are given a hundredfold."""
 EXACT = 1e-4
 """Furthest that a merged output may be from the unmerged one in float32."""
 SAME = 1e-5
@@ -71,7 +73,7 @@ def examined(name: str) -> Found:
     found.adapted = len(adapter.plan.sites)
     found.unused = [path for path in adapter.plan.sites if not reached.get(path, True)]
     _train(model, adapter, given, found)
-    randomise(adapter)
+    randomise(adapter, SCALE)
     changed = outputs(model, given)
     found.moved = distance(base, changed)
     adapter.merge()

@@ -110,7 +110,8 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
 
 OFTEN = """image_grid_thw bbox visual_feats visual_pos visual_embeds visual_attention_mask global_attention_mask
     past_time_features past_observed_mask future_values future_time_features states actions rewards returns_to_go timesteps
-    flattened_patches input_features_mask feature_attention_mask spatial_shapes pixel_values input_features""".split()
+    flattened_patches input_features_mask feature_attention_mask spatial_shapes pixel_values input_features
+    input_ids""".split()
 """Optional arguments that are given wherever a forward has them."""
 
 
@@ -120,7 +121,7 @@ def boxes(model: Any) -> list[dict[str, Tensor]]:
 
 
 LABELS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "ForCausalLM LMHeadModel ForMaskedLM ForConditionalGeneration ForSpeechSeq2Seq ForPreTraining Kosmos2_5ForConditionalGeneration "
+    "ForCausalLM LMHeadModel ForMaskedLM ForConditionalGeneration ForSpeechSeq2Seq ForPreTraining "
     "VisionEncoderDecoderModel EncoderDecoderModel WithLMHead": lambda model: {"labels": ids(model)},
     "ForSequenceClassification ForImageClassification ForAudioClassification ForVideoClassification": lambda model: {
         "labels": torch.tensor([0, 1])

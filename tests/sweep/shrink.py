@@ -21,60 +21,75 @@ def _named(size: float, names: str) -> dict[str, float]:
 SIZES: dict[str, float] = {
     **_named(
         WIDTH,
-        "hidden_size d_model n_embd embed_dim embedding_size embedding_dim dim hidden_dim projection_dim out_hidden_size emb_dim "
-        "decoder_hidden_size encoder_hidden_size encoder_hidden_dim text_hidden_size projector_hidden_size fusion_hidden_size "
-        "mm_embed_dim lm_embed_dim vision_embed_dim text_embed_dim hidden_sizes embed_dims encoder_embed_dim decoder_embed_dim "
-        "projection_size proj_dim output_hidden_size shared_projection_dim neck_hidden_sizes n_state adim hidden_channels "
-        "pooler_output_size iou_head_hidden_dim fpn_hidden_size output_channels d_latents q_lora_rank kv_lora_rank "
-        "hidden_size_per_layer_input feature_size pooler_hidden_size classifier_proj_size decoder_input_size n_embed "
-        "downsample_hidden_size cross_hidden_size cross_attention_dim mamba_d_ssm ssm_hidden lru_width bottleneck_features "
-        "codevector_dim proj_codevector_dim decoder_dim encoder_dim conv_dim stem_channels tdnn_dim xvector_output_dim "
-        "output_dim query_dim d_embed text_dim audio_dim vision_dim dim_out width proj_hidden_size intermediate_hidden_size "
-        "text_embed_hidden_size backbone_feature_sizes projector_dim audio_hidden_size bottleneck_dim",
+        "hidden_size d_model n_embd embed_dim embedding_size embedding_dim dim hidden_dim "
+        "projection_dim out_hidden_size decoder_hidden_size encoder_hidden_size "
+        "encoder_hidden_dim projector_hidden_size fusion_hidden_size emb_dim "
+        "reassemble_hidden_size hidden_sizes embed_dims projection_size output_hidden_size "
+        "neck_hidden_sizes pooler_output_size iou_head_hidden_dim fpn_hidden_size "
+        "output_channels d_latents q_lora_rank kv_lora_rank hidden_size_per_layer_input "
+        "pooler_hidden_size classifier_proj_size cross_hidden_size mamba_d_ssm lru_width "
+        "codevector_dim proj_codevector_dim conv_dim decoder_in_channels tdnn_dim "
+        "xvector_output_dim query_dim backbone_feature_sizes audio_hidden_size",
     ),
     **_named(
         48,
-        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner moe_intermediate_size mlp_dim ffn_hidden_size "
-        "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp dim_feedforward d_inner_ff filter_size "
-        "encoder_intermediate_size decoder_intermediate_size feedforward_size expert_ffn_hidden_size dense_intermediate_size "
-        "prediction_intermediate_size dim_ff feed_forward_dim encoder_feedforward_dim decoder_feedforward_dim "
-        "moe_shared_expert_intermediate_size",
+        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner "
+        "moe_intermediate_size mlp_dim ffn_hidden_size shared_expert_intermediate_size "
+        "shared_intermediate_size intermediate_size_mlp decoder_intermediate_size "
+        "dense_intermediate_size dim_ff moe_shared_expert_intermediate_size",
     ),
     **_named(
         HEADS,
-        "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads n_heads attention_heads "
-        "decoder_num_attention_heads encoder_num_attention_heads pooling_num_attention_heads num_attention_heads_per_stage "
-        "encoder_num_heads decoder_num_heads num_cross_attention_heads num_self_attention_heads aheads index_n_heads "
-        "text_num_attention_heads num_head",
+        "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads "
+        "n_heads attention_heads decoder_num_attention_heads encoder_num_attention_heads "
+        "decoder_num_heads num_cross_attention_heads num_self_attention_heads index_n_heads",
     ),
-    **_named(2, "num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads n_head_kv"),
+    **_named(
+        2,
+        "num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads",
+    ),
     **_named(2, "linear_num_key_heads linear_num_value_heads mamba_n_heads mamba_num_heads"),
     **_named(
         8,
-        "head_dim d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim linear_key_head_dim linear_value_head_dim "
-        "index_head_dim global_head_dim attention_head_dim attention_head_size rotary_dim dim_head kv_channels "
-        "mamba_head_dim swa_head_dim swa_v_head_dim index_topk",
+        "head_dim d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim "
+        "linear_key_head_dim linear_value_head_dim index_head_dim attention_head_dim "
+        "attention_head_size rotary_dim dim_head kv_channels mamba_head_dim swa_head_dim "
+        "index_topk",
     ),
     **_named(
         LAYERS,
-        "num_hidden_layers n_layer num_layers encoder_layers decoder_layers depth n_layers num_blocks num_decoder_layers "
-        "num_encoder_layers decoder_num_hidden_layers encoder_num_hidden_layers decoder_depth encoder_depth "
-        "prediction_num_hidden_layers num_residual_layers num_feat_extract_layers elayers dlayers num_fusion_layers "
-        "text_num_hidden_layers vision_num_hidden_layers num_encoder_blocks_unused",
+        "num_hidden_layers n_layer num_layers encoder_layers decoder_layers depth n_layers "
+        "num_blocks num_decoder_layers num_encoder_layers decoder_num_hidden_layers "
+        "encoder_num_hidden_layers decoder_depth num_residual_layers num_feat_extract_layers",
     ),
-    **_named(1, "depths blocks_per_stage num_blocks_per_stage stage_num_blocks stage_numb_of_layers num_adapter_layers"),
-    **_named(1, "first_k_dense_replace num_nextn_predict_layers n_group topk_group num_dense_layers moe_layer_start_index"),
-    **_named(VOCABULARY, "vocab_size text_vocab_size audio_vocab_size decoder_vocab_size vocab_size_per_layer_input"),
+    **_named(1, "depths num_adapter_layers"),
+    **_named(
+        1,
+        "first_k_dense_replace num_nextn_predict_layers n_group topk_group num_dense_layers moe_layer_start_index",
+    ),
+    **_named(
+        VOCABULARY,
+        "vocab_size audio_vocab_size decoder_vocab_size vocab_size_per_layer_input",
+    ),
     **_named(4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
-    **_named(2, "num_experts_per_tok moe_k moe_topk top_k_experts num_experts_per_token router_top_k"),
+    **_named(2, "num_experts_per_tok moe_k moe_topk top_k_experts"),
     **_named(1, "n_shared_experts num_shared_experts moe_num_shared_experts"),
-    **_named(64, "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len block_size"),
-    **_named(IMAGE, "image_size pretrain_image_size img_size input_size"),
+    **_named(
+        64,
+        "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len block_size",
+    ),
+    **_named(IMAGE, "image_size pretrain_image_size input_size"),
     **_named(PATCH, "patch_size"),
-    **_named(2, "spatial_merge_size temporal_patch_size window_size num_frames num_register_tokens scale_factor merge_size"),
-    **_named(16, "num_mel_bins mel_dim"),
-    **_named(6, "num_queries num_query_tokens"),
-    **_named(8, "mamba_d_state state_size ssm_state_size d_state time_step_rank mamba_dt_rank chunk_size mamba_chunk_size"),
+    **_named(
+        2,
+        "spatial_merge_size temporal_patch_size window_size num_frames num_register_tokens scale_factor",
+    ),
+    **_named(16, "num_mel_bins feature_projection_input_dim"),
+    **_named(6, "num_queries"),
+    **_named(
+        8,
+        "mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank chunk_size mamba_chunk_size",
+    ),
     **_named(16, "codebook_size codebook_dim num_codevectors_per_group"),
 }
 """Field name → its small size; a list becomes as long a list of it."""

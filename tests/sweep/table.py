@@ -20,6 +20,24 @@ from sweep import architectures, checks
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 COMMAND = "HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:tests python -m sweep.table"
 NO_FAILURE = "none"
+HEAD = """# Architectures
+
+A LoRA adapter of rank 2 on "all-linear" was put into {count} architectures of transformers {transformers},
+each a tiny random model with its own head. It was trained for three steps with the model's own dropout and masking,
+merged, unmerged, saved, loaded into a fresh base and taken out again.
+{counts}
+
+```bash
+{command}
+```
+
+torch {torch}, one core, {seconds:.0f} s. The distance is the largest between the merged and the unmerged output in
+float32, relative to the output's largest value. Unused are modules whose weight gets no gradient in the base either,
+where the whole base trains: the forward does not reach them with these inputs, or something behind them begins at zero.
+
+| architecture | class | modules adapted | refused | merged − unmerged | failures |
+|---|---|---|---|---|---|
+"""
 
 
 def row(name: str) -> tuple[checks.Found, list[str]]:
@@ -38,25 +56,14 @@ def page(rows: list[tuple[checks.Found, list[str]]], seconds: float) -> str:
     whole = [found for found, _ in rows if "" in found.refused]
     parts = [found for found, _ in rows if found.refused and "" not in found.refused]
     passed = len(rows) - len(failed) - len(whole)
-    lines = [
-        "# Architectures",
-        "",
-        f'A LoRA adapter of rank 2 on "all-linear" was put into {len(rows)} of transformers {transformers.__version__}\'s architectures, '
-        "each a tiny random model with its own head, trained for three steps with the model's own dropout and masking, merged, "
-        "unmerged, saved, loaded into a fresh base and taken out again. "
-        f"{passed} pass, {len(failed)} fail, {len(whole)} are refused as a whole; in {len(parts)} of them single modules are refused by name.",
-        "",
-        "```bash",
-        COMMAND,
-        "```",
-        "",
-        f"torch {torch.__version__}, one core, {seconds:.0f} s. The distance is the largest between the merged and the unmerged output in "
-        "float32, relative to the output's largest value. A module that the forward does not use gets no gradient; it is counted as "
-        "adapted, and how many there are stands in brackets.",
-        "",
-        "| architecture | class | modules adapted | refused | merged − unmerged | failures |",
-        "|---|---|---|---|---|---|",
-    ]
+    counts = (
+        f"{passed} pass, {len(failed)} fail, {len(whole)} are refused as a whole; "
+        f"in {len(parts)} single modules are refused by name."
+    )
+    lines = HEAD.format(
+        count=len(rows), counts=counts, command=COMMAND, seconds=seconds,
+        transformers=transformers.__version__, torch=torch.__version__,
+    ).splitlines()  # fmt: skip
     for found, kinds in rows:
         unused = f" ({len(found.unused)} unused)" if found.unused else ""
         refused = "; ".join(f"`{module}`: {why}" if module else why for module, why in found.refused.items())

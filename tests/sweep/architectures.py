@@ -200,6 +200,7 @@ HEADS: dict[str, str] = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_next_video": "LlavaNextVideoForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "longcat_flash": "LongcatFlashForCausalLM",
     "longformer": "LongformerForMaskedLM",
     "longt5": "LongT5ForConditionalGeneration",
     "luke": "LukeForMaskedLM",
@@ -582,6 +583,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config.clip_qkv": 8.0,
     },
     "paddleocr_vl": MROPE,
+    "longcat_flash": {"qk_head_dim": 16},
 }
 
 Extra = dict[str, Callable[[Any], Any]]

@@ -85,7 +85,7 @@ def examined(name: str) -> Found:
         found.loaded = distance(changed, outputs(twin, given))
     adapter.remove()
     after = model.state_dict()
-    found.changed = [key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))]
+    found.changed = sorted(key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key)))
     found.removed = distance(base, outputs(model, given))
     return found
 

@@ -82,6 +82,7 @@ HEADS: dict[str, str] = {
     "deit": "DeiTForImageClassification",
     "depth_anything": "DepthAnythingForDepthEstimation",
     "detr": "DetrForObjectDetection",
+    "detr-segmentation": "DetrForSegmentation",
     "dia": "DiaForConditionalGeneration",
     "diffllama": "DiffLlamaForCausalLM",
     "dinov2": "Dinov2ForImageClassification",
@@ -399,7 +400,7 @@ HEADS: dict[str, str] = {
     "zamba2": "Zamba2ForCausalLM",
     "zaya": "ZayaForCausalLM",
 }
-"""Architecture, by its `model_type`, → the class built of it."""
+"""Architecture, most by its `model_type`, → the class built of it."""
 
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1],
@@ -584,6 +585,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "paddleocr_vl": MROPE,
     "longcat_flash": {"qk_head_dim": 16},
+    "detr-segmentation": {
+        **TIMM,
+        **dict.fromkeys(("encoder_layers", "decoder_layers", "num_hidden_layers"), 1),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 8),
+        "d_model": 512,  # its mask head divides it by 64 and then in eight groups
+        "backbone_config": {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+    },
 }
 
 Extra = dict[str, Callable[[Any], Any]]
@@ -687,6 +695,7 @@ REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys("bit dac ibert mobilenet_v1 mobilenet_v2 mobilevitv2 poolformer regnet resnet".split(), NO_LINEAR),
     **dict.fromkeys("decision_transformer patchtst".split(), TOO_THIN),
     "aria": {"model.multi_modal_projector.cross_attn.multihead_attn.out_proj": ATTENTION},
+    "cohere2_vision": {"model.vision_tower.head.attention.out_proj": ATTENTION},
     "deepseek_v4": {"model.layers.*.self_attn.o_a_proj": OWN_FORWARD},
     "deepseek_vl": {"model.vision_model.head.attention.out_proj": ATTENTION},
     "gemma3": {"model.vision_tower.head.attention.out_proj": ATTENTION},

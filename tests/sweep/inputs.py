@@ -128,6 +128,7 @@ LABELS: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "ForCTC": lambda model: {"labels": torch.tensor([[3, 4, 5], [6, 7, 7]])},
     "ForObjectDetection": lambda model: {"labels": boxes(model)},
+    "DetrForSegmentation": lambda model: {"labels": [{**one, "masks": torch.ones(2, *size(model))} for one in boxes(model)]},
     "ForSemanticSegmentation": lambda model: {"labels": torch.randint(0, 2, (2, *size(model)))},
     "ForUniversalSegmentation ForInstanceSegmentation": lambda model: {
         "mask_labels": [(torch.rand(2, *size(model)) > 0.5).float() for _ in range(2)],

@@ -1,0 +1,179 @@
+"""Parameters that several modules share, such as embedding and head, while merging parts them.
+
+A merged module has a weight of its own; what shared the base's keeps that. transformers writes what
+is one tensor once. When it loads, it ties what `_tied_weights_keys` names and the files lack. So, for
+as long as a tie is parted, each of its modules has a tensor of its own, which is written, and the
+config says that nothing is tied, if a config can say that. What else that config ties (the bias of
+a masked head) is then written too. Some cannot say it: the class ties always (T5), or a forward
+reads the flag (UMT5). transformers 5 then loads apart what the files hold with different values.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lorakin.errors import LorakinWarning
+
+FLAG = "tie_word_embeddings"
+Place = tuple[nn.Module, str]
+"""A module and the name of a parameter of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Governor:
+    """A part of a transformers model whose config ties parameters: its own and its text model's, and the ties' names."""
+
+    configs: tuple[Any, ...]
+    names: frozenset[str]
+
+
+class Ties:
+    """The groups of places that are one parameter in `model`, as it was made, and what parting them has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups = _groups(model)
+        self.copies: list[tuple[Place, Place]] = []
+        self.untied: list[Any] = []
+        self.ours: list[Any] = []
+
+    def rejoin(self) -> None:
+        """Undo `part`, before other adapters are merged or taken out."""
+        for (module, leaf), (keeper, kept) in self.copies:
+            setattr(module, leaf, getattr(keeper, kept))
+        for config in self.untied:
+            setattr(config, FLAG, True)
+        self.copies, self.untied = [], []
+
+    def part(self, model: nn.Module) -> None:
+        """Give each module of a tie that merging has parted a tensor of its own, and let the config say so.
+
+        Warns where the config cannot say so.
+        """
+        parted = [group for group in self.groups if len({id(_at(place)) for place in group.values()}) > 1]
+        if not parted:
+            return
+        names = {name for group in parted for name in group}
+        governors = [governor for governor in _governors(model) if governor.names & names]
+        heard = [governor for governor in governors if _can_untie(model, governor)]
+        apart = names.union(*(governor.names for governor in heard))
+        self._untie(model, [config for governor in heard for config in governor.configs])
+        for group in self.groups if governors else ():
+            if group.keys() & apart:
+                self.copies += _copied(group)
+        for governor in governors:
+            if governor not in heard:
+                _warn(sorted(governor.names & names), governor)
+
+    def _untie(self, model: nn.Module, configs: list[Any]) -> None:
+        """Let these configs say that nothing is tied; not the caller's own objects, but copies."""
+        ours = {id(config) for config in self.ours}
+        foreign = [config for config in configs if id(config) not in ours]
+        kept = [config for config in configs if id(config) in ours]
+        self.ours += (copies := own_configs(model, foreign))
+        self.untied = [config for config in (*kept, *copies) if getattr(config, FLAG, False)]
+        for config in self.untied:
+            setattr(config, FLAG, False)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Place]]:
+    """Name → place of the parameters that are one, without second names of the same module."""
+    found: dict[int, dict[str, Place]] = {}
+    for path, module in model.named_modules():
+        if "lorakin" in path.split("."):
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), {})[f"{path}.{leaf}" if path else leaf] = module, leaf
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _at(place: Place) -> Any:
+    module, leaf = place
+    return module._parameters[leaf]
+
+
+def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
+    """Give all but the first of those that are still one a copy; returns each with the one that it was tied to."""
+    keepers: dict[int, Place] = {}
+    copies = []
+    for place in group.values():
+        parameter = _at(place)
+        keeper = keepers.setdefault(id(parameter), place)
+        if keeper is not place:
+            setattr(*place, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            copies.append((place, keeper))
+    return copies
+
+
+def _governors(model: nn.Module) -> list[Governor]:
+    """The configs in the model that tie something, each with what all the parts tie that go by it."""
+    names: dict[int, set[str]] = {}
+    configs: dict[int, Any] = {}
+    claimed: set[str] = set()
+    for path, part in reversed(list(model.named_modules())):  # innermost first
+        ties = vars(part).get("all_tied_weights_keys") or {}
+        before = f"{path}." if path else ""
+        own = {before + target: before + source for target, source in ties.items()}
+        own = {target: source for target, source in own.items() if target not in claimed}
+        if own and (config := getattr(part, "config", None)) is not None:
+            claimed |= own.keys()
+            configs[id(config)] = config
+            names.setdefault(id(config), set()).update(own.keys() | own.values())
+    return [Governor(_with_text(config), frozenset(names[key])) for key, config in configs.items()]
+
+
+def _with_text(config: Any) -> tuple[Any, ...]:
+    """A config, and that of its text model if it is another."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return (config,) if text is config else (config, text)
+
+
+def _can_untie(model: nn.Module, governor: Governor) -> bool:
+    """Whether a config that says untied is read so, and no forward computes something else by it."""
+    config = copy.deepcopy(governor.configs[0])
+    for one in _with_text(config):
+        setattr(one, FLAG, False)
+    said = config.to_dict()
+    if type(config).from_dict(copy.deepcopy(said)).to_dict() != said:
+        return False
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return not any(_reads_flag(vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind))
+
+
+def _reads_flag(forward: Any) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and FLAG in code.co_names
+
+
+def own_configs(model: nn.Module, configs: Iterable[Any]) -> list[Any]:
+    """Give the model copies of these configs of its parts, which the caller may hold too; returns the copies."""
+    copies: dict[int, Any] = {}
+    for config in configs:
+        if id(config) not in copies:
+            copy.deepcopy(config, copies)
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if hasattr(value, "to_dict") and id(value) in copies:
+                setattr(module, key, copies[id(value)])
+    return [copies[id(config)] for config in configs]
+
+
+def _warn(names: list[str], governor: Governor) -> None:
+    warnings.warn(
+        f"{', '.join(names)} were one weight, and merging an adapter of one of them has parted them, "
+        f"which a {type(governor.configs[0]).__name__} cannot say. save_pretrained writes each of them, "
+        "and transformers 5 loads them so; tie_weights() and resize_token_embeddings() would make them "
+        "one again, and so may programs that go by the config",
+        LorakinWarning,
+        stacklevel=7,
+    )
+
+
+__all__ = ["FLAG", "Ties", "own_configs"]

@@ -34,11 +34,48 @@ class Governor:
     names: frozenset[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Parting:
+    """What follows if these parameters of a model are no longer tied.
+
+    `names` need tensors of their own in a file, `configs` are to say that nothing is tied, and the
+    configs of `silent` cannot say it. Without a config that ties something, nothing follows.
+    """
+
+    parted: frozenset[str]
+    names: frozenset[str]
+    configs: list[Any]
+    silent: list[Governor]
+
+    @classmethod
+    def of(cls, model: nn.Module, parted: Iterable[str]) -> Parting:
+        """Of a model that is still tied, or was when it was made; `parted` are all names of each tie."""
+        parted = frozenset(parted)
+        concerned = [governor for governor in _governors(model) if governor.names & parted]
+        heard = [governor for governor in concerned if _can_untie(model, governor)]
+        names = parted.union(*(governor.names for governor in heard)) if concerned else frozenset()
+        configs = [config for governor in heard for config in governor.configs]
+        return cls(parted, names, configs, [g for g in concerned if g not in heard])
+
+    def announce(self, stacklevel: int) -> None:
+        """Warn of what a config cannot say."""
+        for governor in self.silent:
+            warnings.warn(
+                f"{', '.join(sorted(governor.names & self.parted))} were one weight, and merging an "
+                f"adapter of one of them has parted them, which a {type(governor.configs[0]).__name__} "
+                "cannot say. Each of them is written, and transformers 5 loads them so; tie_weights() "
+                "and resize_token_embeddings() would make them one again, and so may programs that go "
+                "by the config",
+                LorakinWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
 class Ties:
     """The groups of places that are one parameter in `model`, as it was made, and what parting them has changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.groups = _groups(model)
+        self.groups = groups(model)
         self.copies: list[tuple[Place, Place]] = []
         self.untied: list[Any] = []
         self.ours: list[Any] = []
@@ -59,30 +96,25 @@ class Ties:
         parted = [group for group in self.groups if len({id(_at(place)) for place in group.values()}) > 1]
         if not parted:
             return
-        names = {name for group in parted for name in group}
-        governors = [governor for governor in _governors(model) if governor.names & names]
-        heard = [governor for governor in governors if _can_untie(model, governor)]
-        apart = names.union(*(governor.names for governor in heard))
-        self._untie(model, [config for governor in heard for config in governor.configs])
-        for group in self.groups if governors else ():
-            if group.keys() & apart:
+        parting = Parting.of(model, {name for group in parted for name in group})
+        self._untie(model, parting.configs)
+        for group in self.groups:
+            if group.keys() & parting.names:
                 self.copies += _copied(group)
-        for governor in governors:
-            if governor not in heard:
-                _warn(sorted(governor.names & names), governor)
+        parting.announce(stacklevel=6)
 
     def _untie(self, model: nn.Module, configs: list[Any]) -> None:
         """Let these configs say that nothing is tied; not the caller's own objects, but copies."""
         ours = {id(config) for config in self.ours}
         foreign = [config for config in configs if id(config) not in ours]
         kept = [config for config in configs if id(config) in ours]
-        self.ours += (copies := own_configs(model, foreign))
+        self.ours += (copies := _own_configs(model, foreign))
         self.untied = [config for config in (*kept, *copies) if getattr(config, FLAG, False)]
         for config in self.untied:
             setattr(config, FLAG, False)
 
 
-def _groups(model: nn.Module) -> list[dict[str, Place]]:
+def groups(model: nn.Module) -> list[dict[str, Place]]:
     """Name → place of the parameters that are one, without second names of the same module."""
     found: dict[int, dict[str, Place]] = {}
     for path, module in model.named_modules():
@@ -152,7 +184,7 @@ def _reads_flag(forward: Any) -> bool:
     return code is not None and FLAG in code.co_names
 
 
-def own_configs(model: nn.Module, configs: Iterable[Any]) -> list[Any]:
+def _own_configs(model: nn.Module, configs: Iterable[Any]) -> list[Any]:
     """Give the model copies of these configs of its parts, which the caller may hold too; returns the copies."""
     copies: dict[int, Any] = {}
     for config in configs:
@@ -165,15 +197,4 @@ def own_configs(model: nn.Module, configs: Iterable[Any]) -> list[Any]:
     return [copies[id(config)] for config in configs]
 
 
-def _warn(names: list[str], governor: Governor) -> None:
-    warnings.warn(
-        f"{', '.join(names)} were one weight, and merging an adapter of one of them has parted them, "
-        f"which a {type(governor.configs[0]).__name__} cannot say. save_pretrained writes each of them, "
-        "and transformers 5 loads them so; tie_weights() and resize_token_embeddings() would make them "
-        "one again, and so may programs that go by the config",
-        LorakinWarning,
-        stacklevel=7,
-    )
-
-
-__all__ = ["FLAG", "Ties", "own_configs"]
+__all__ = ["FLAG", "Parting", "Ties", "groups"]

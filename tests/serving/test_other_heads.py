@@ -45,7 +45,7 @@ KINDS: dict[str, Made] = {
     ),
     "whisper": (V.WhisperForConditionalGeneration, V.WhisperConfig(**WHISPER), {"targets": ["q_proj", "proj_out"]}),
     "vit": (
-        V.ViTForImageClassification, V.ViTConfig(**VIT, num_labels=5), {"targets": "all-linear", "modules_to_save": "classifier"}
+        V.ViTForImageClassification, V.ViTConfig(**VIT, num_labels=5), {"modules_to_save": "classifier"}
     ),
     "tokens": (
         V.BertForTokenClassification, V.BertConfig(**BERT, num_labels=4), {"targets": "query", "modules_to_save": "classifier"}

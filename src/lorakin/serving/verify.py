@@ -180,8 +180,10 @@ def _answer(output: Any) -> Tensor:
         return found
     values = output.to_tuple() if hasattr(output, "to_tuple") else output
     tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-    spans = [getattr(output, f"{side}_logits", None) for side in ("start", "end")]
-    return torch.stack([span[0] for span in spans]) if all(span is not None for span in spans) else tensors[0][0]
+    spans: list[Any] = [getattr(output, f"{side}_logits", None) for side in ("start", "end")]
+    if all(span is not None for span in spans):
+        return torch.stack([span[0] for span in spans])
+    return tensors[0][0]
 
 
 def _own_texts(loaded: Loaded) -> list[list[int]]:

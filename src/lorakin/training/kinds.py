@@ -60,10 +60,22 @@ class BaseKind:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
                 is_auto = not (isinstance(self.cls, type) and issubclass(self.cls, nn.Module))
-                return self.cls.from_config(own) if is_auto else self.cls(own)
+                model = self.cls.from_config(own) if is_auto else self.cls(own)
         except (ValueError, KeyError) as error:
             said = str(error).strip().splitlines()[0]
             raise ModelError(f"{type(config).__name__} is the config of no model for {self.cls.__name__}: {said}") from error
+        _forget_values(model)
+        return model
+
+
+def _forget_values(model: nn.Module) -> None:
+    """Put on the meta device what a model makes elsewhere all the same: its numbers are nobody's."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                there = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), there)
 
 
 def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> BaseKind:
@@ -95,7 +107,8 @@ def class_named(word: Any, config: Any) -> Any:
     cls = getattr(transformers, word, None) if isinstance(word, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return None
-    return cls if cls.config_class is not None and isinstance(config, cls.config_class) else None
+    takes: Any = getattr(cls, "config_class", None)
+    return cls if takes is not None and isinstance(config, takes) else None
 
 
 def _remembered(files: Files) -> Any:

@@ -351,7 +351,7 @@ class Graft:
         if permanent:
             merge(self.model, self.name)
         elif dense := _fold(self.model, [self]):
-            _warn_of_dense(dense, 2)
+            _warn_of_dense(dense, 2, permanent=False)
 
     def unmerge(self) -> None:
         """Give the base its own parameters back, bit for bit."""
@@ -593,7 +593,7 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
         raise StateError(f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} for good")
     check_for_good(_plans(chosen), _plans(others.values()))
     if dense := _fold(model, chosen):
-        _warn_of_dense(dense, 3)
+        _warn_of_dense(dense, 3, permanent=True)
     for path in (path for graft in chosen for path in graft._paths()):
         hung = _hung(model, path)
         hung.base, hung.unmoved, hung.merged, hung.dense = {}, {}, (), None
@@ -775,12 +775,13 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
         )
 
 
-def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int) -> None:
+def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int, permanent: bool) -> None:
     size = sum(weight.numel() * weight.element_size() for weight in dense.values())
+    beside = "" if permanent else ", which save_pretrained does not write before they are merged for good"
     warnings.warn(
         f"the base is quantised: merged, its {len(dense)} adapted layers are {next(iter(dense.values())).dtype} and take "
-        f"{size / 2**20:,.1f} MiB. To keep what was learned in a full-precision model, merge into the base that was quantised, "
-        "with lorakin merge --model",
+        f"{size / 2**20:,.1f} MiB{beside}. To keep what was learned in a full-precision model, merge into the base that was "
+        "quantised, with lorakin merge --model",
         LorakinWarning,
         stacklevel=stacklevel + 1,
     )

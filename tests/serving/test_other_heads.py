@@ -20,6 +20,7 @@ from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.serving.verify import logits_of
 from lorakin.storage import directory
 from lorakin.surgery.merge import folded
+from serving.words import byte_tokenizer
 from surgery.test_ties import BERT, PAIRS, T5
 
 WHISPER = {
@@ -154,3 +155,29 @@ def test_the_decoder_reads_what_the_encoder_does_one_place_later() -> None:
     inputs = inputs_of(model, [7, 8, 9])
     assert inputs["input_ids"].tolist() == [[7, 8, 9]]
     assert inputs["decoder_input_ids"].tolist() == [[0, 7, 8]]
+
+
+def test_prompts_and_data_where_there_is_a_tokenizer(tmp_path: Path, write_rows: Any) -> None:
+    cls = transformers.T5ForConditionalGeneration
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    cls(transformers.T5Config(**{**T5, "vocab_size": 320})).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    model = cls.from_pretrained(base)
+    randomise(lk.adapt(model, lk.LoRA(rank=2), "q"), scale=0.3).save(adapter)
+    data = write_rows([{"prompt": f"what is {n}", "completion": "a cat"} for n in range(8)])
+    for given, of in ((data, "the data"), (None, "prompts")):
+        done = export(Order(adapter, "merged", str(tmp_path / of), base, data=given))
+        assert done.agreement is not None and done.agreement.of == of
+        assert done.agreement.places > 10 and done.agreement.largest < 1e-4
+    assert ", of the data" in str(export(Order(adapter, "merged", str(tmp_path / "c"), base, data=data)).agreement)
+
+
+def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
+    cls, config, where = KINDS["vit"]
+    cls(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    randomise(lk.adapt(model, lk.LoRA(rank=2), **where)).save(tmp_path / "adapter")
+    data = write_rows([{"prompt": "a", "completion": "b"}])
+    order = Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base"), data=data)
+    with pytest.raises(lk.SettingError, match="has no tokenizer to read it with"):
+        export(order)

@@ -11,6 +11,7 @@ import transformers
 
 from lorakin.adapter import Adapter, adapters
 from lorakin.conversion import as_lora
+from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
 from lorakin.training.data import encode, encode_labelled, read_rows
@@ -89,6 +90,8 @@ class Job:
         if self.order.data is None:
             return []
         rows, loaded = read_rows(self.order.data), self.base()
+        if loaded.tokenizer is None:
+            raise SettingError(f"--data holds text, and {self.name} has no tokenizer to read it with")
         if rows.is_classification:
             names = loaded.model.config.id2label
             return encode_labelled(rows, loaded.tokenizer, 512, [names[n] for n in sorted(names)]).examples

@@ -91,8 +91,6 @@ class MergedModel(Target):
             loaded = _folded(job, "base" if dtype is None else "float32")
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
-                if loaded.tokenizer is not None:
-                    loaded.tokenizer.save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
 
     @staticmethod

@@ -153,6 +153,30 @@ def test_the_callers_config_stays_as_it_is() -> None:
     assert all(held is model.config for held in kept if held is not None), "one config for all parts"
 
 
+def test_a_part_that_ties_by_a_config_of_its_own(tmp_path: Path) -> None:
+    model = made("berts")
+    given = model.config
+    randomise(lk.adapt(model, lk.LoRA(rank=2), "decoder.bert.embeddings.word_embeddings")).merge(permanent=True)
+    assert given.decoder.tie_word_embeddings is True
+    assert model.config.decoder.tie_word_embeddings is model.decoder.config.tie_word_embeddings is False
+    assert model.config.encoder.tie_word_embeddings is True
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).config.decoder.tie_word_embeddings is False
+
+
+def test_names_of_one_module_are_no_tie() -> None:
+    """What is one module under two names is adapted under both, and merging parts nothing."""
+    model = made("bart")
+    model.model.shared = model.model.encoder.embed_tokens = model.model.decoder.embed_tokens
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "model.shared"), scale=0.3)
+    expected = logits(model)
+    adapter.merge()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert model.model.encoder.embed_tokens.weight is model.model.decoder.embed_tokens.weight
+    assert model.lm_head.weight is not model.model.shared.weight
+    assert model.config.tie_word_embeddings is False
+
+
 def test_two_adapters_of_one_tie() -> None:
     """The second is merged into a weight that the first merge has parted, and both find their ties again."""
     model = made("bart")

@@ -78,7 +78,7 @@ class Ties:
         self.groups = groups(model)
         self.copies: list[tuple[Place, Place]] = []
         self.untied: list[Any] = []
-        self.ours: list[Any] = []
+        self.has_own_configs = False
 
     def rejoin(self) -> None:
         """Undo `part`, before other adapters are merged or taken out."""
@@ -105,11 +105,10 @@ class Ties:
 
     def _untie(self, model: nn.Module, configs: list[Any]) -> None:
         """Let these configs say that nothing is tied; not the caller's own objects, but copies."""
-        ours = {id(config) for config in self.ours}
-        foreign = [config for config in configs if id(config) not in ours]
-        kept = [config for config in configs if id(config) in ours]
-        self.ours += (copies := _own_configs(model, foreign))
-        self.untied = [config for config in (*kept, *copies) if getattr(config, FLAG, False)]
+        if configs and not self.has_own_configs:
+            copies, self.has_own_configs = _own_configs(model), True
+            configs = [copies.get(id(config), config) for config in configs]
+        self.untied = [config for config in configs if getattr(config, FLAG, False)]
         for config in self.untied:
             setattr(config, FLAG, False)
 
@@ -149,16 +148,24 @@ def _governors(model: nn.Module) -> list[Governor]:
     names: dict[int, set[str]] = {}
     configs: dict[int, Any] = {}
     claimed: set[str] = set()
+    first = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    known = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
     for path, part in reversed(list(model.named_modules())):  # innermost first
         ties = vars(part).get("all_tied_weights_keys") or {}
-        before = f"{path}." if path else ""
-        own = {before + target: before + source for target, source in ties.items()}
-        own = {target: source for target, source in own.items() if target not in claimed}
+        pairs = [{_named(path, name, known) for name in pair} for pair in ties.items()]
+        own = [pair for pair in pairs if not pair <= claimed]
         if own and (config := getattr(part, "config", None)) is not None:
-            claimed |= own.keys()
+            claimed.update(*own)
             configs[id(config)] = config
-            names.setdefault(id(config), set()).update(own.keys() | own.values())
+            names.setdefault(id(config), set()).update(*own)
     return [Governor(_with_text(config), frozenset(names[key])) for key, config in configs.items()]
+
+
+def _named(path: str, name: str, known: dict[str, str]) -> str:
+    """The name in the whole model of a parameter `name` of its part at `path`, by its module's first path."""
+    owner, _, leaf = (f"{path}.{name}" if path else name).rpartition(".")
+    owner = known.get(owner, owner)
+    return f"{owner}.{leaf}" if owner else leaf
 
 
 def _with_text(config: Any) -> tuple[Any, ...]:
@@ -184,17 +191,17 @@ def _reads_flag(forward: Any) -> bool:
     return code is not None and FLAG in code.co_names
 
 
-def _own_configs(model: nn.Module, configs: Iterable[Any]) -> list[Any]:
-    """Give the model copies of these configs of its parts, which the caller may hold too; returns the copies."""
+def _own_configs(model: nn.Module) -> dict[int, Any]:
+    """Give the model copies of all its parts' configs, which the caller may hold too; id → copy."""
     copies: dict[int, Any] = {}
-    for config in configs:
-        if id(config) not in copies:
+    for module in model.modules():  # the whole's first, which holds those of parts
+        if hasattr(config := vars(module).get("config"), "to_dict"):
             copy.deepcopy(config, copies)
     for module in model.modules():
         for key, value in list(vars(module).items()):
             if hasattr(value, "to_dict") and id(value) in copies:
                 setattr(module, key, copies[id(value)])
-    return [copies[id(config)] for config in configs]
+    return copies
 
 
 __all__ = ["FLAG", "Parting", "Ties", "groups"]

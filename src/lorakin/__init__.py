@@ -1,6 +1,6 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
-from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, mixed_batch
+from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, merge, mixed_batch
 from lorakin.conversion import as_lora, combine, convert
 from lorakin.errors import (
     AdapterError,
@@ -53,6 +53,7 @@ __all__ = [
     "fuse",
     "importance",
     "load",
+    "merge",
     "mixed_batch",
     "reference",
     "status",

@@ -389,6 +389,20 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: graft for name, graft in surgery.grafts(surgery.root_of(model)).items() if isinstance(graft, Adapter)}
 
 
+def merge(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Fold these adapters into the weights for good, all at once, as if all were in use; they leave the model.
+
+    `adapter.merge(permanent=True)` is this for one adapter. Several DoRAs go together only like this: each of their gains is
+    over the base's own weight, and the first one merged would change that for the next.
+
+    Raises:
+        SettingError: an unknown name.
+        StateError: a merged weight would not be finite, an adapter is disabled, another one is merged, two do not go together,
+            or one that stays has a gain over a weight that would change. Nothing is merged then.
+    """
+    surgery.merge(surgery.root_of(model), names)
+
+
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use exactly these adapters; several add up, `[]` leaves the base alone. Changes no `requires_grad`.
 

@@ -228,6 +228,118 @@ def test_for_good(ids: Tensor) -> None:
     torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-6)
 
 
+def two(first: list[lk.LoRA], second: list[lk.LoRA]) -> tuple[nn.Sequential, lk.Adapter, lk.Adapter]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double()
+    one = randomise(lk.adapt(model, first, ["0", "2"], name="one"), scale=0.5, seed=1)
+    other = randomise(lk.adapt(model, second, ["0", "2"], name="other"), scale=0.5, seed=2)
+    lk.activate(model, ["one", "other"])
+    return model, one, other
+
+
+KINDS = {
+    "lora": [lk.LoRA(rank=2)],
+    "vera": [lk.VeRA(rank=2)],
+    "adalora": [lk.AdaLoRA(initial_rank=3, target_rank=2)],
+    "delta-lora": [lk.DeltaLoRA(rank=2)],
+    "dora": [lk.DoRA(rank=2)],
+    "dora on vera": [lk.DoRA(), lk.VeRA(rank=2)],
+}
+
+
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_for_good_beside_another_that_is_in_use(first: str, second: str) -> None:
+    """A change that adds may stay; a gain is over the base's weight, which a merge for good would take away."""
+    model, one, other = two(KINDS[first], KINDS[second])
+    x = torch.randn(4, 8).double()
+    expected = model(x)
+    if second.startswith("dora"):
+        with pytest.raises(lk.StateError, match=r"'other' \(.*has a gain over the weight of 0"):
+            one.merge(permanent=True)
+        lk.activate(model, "one")
+        with pytest.raises(lk.StateError, match=r"lorakin\.merge\(model, \['one', 'other'\]\)"):
+            one.merge(permanent=True)
+        lk.activate(model, ["one", "other"])
+        assert torch.equal(model(x), expected), "nothing was changed"
+        one.merge()
+        torch.testing.assert_close(model(x), expected)
+        one.unmerge()
+        lk.merge(model, ["one", "other"])
+        assert not lk.adapters(model)
+    else:
+        one.merge(permanent=True)
+        assert list(lk.adapters(model)) == ["other"]
+    torch.testing.assert_close(model(x), expected)
+    if lk.adapters(model):
+        other.merge(permanent=True)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_for_good_beside_a_gain_elsewhere() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    randomise(lk.adapt(model, lk.LoRA(rank=2), "0", name="one"))
+    randomise(lk.adapt(model, lk.DoRA(rank=2), "1", name="other"))
+    lk.activate(model, ["one", "other"])
+    x = torch.randn(2, 8)
+    expected = model(x)
+    lk.adapters(model)["one"].merge(permanent=True)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_several_for_good_are_all_or_none() -> None:
+    model, one, other = two(KINDS["dora"], KINDS["dora"])
+    weights = [model[0].weight, model[2].weight]
+    with pytest.raises(lk.SettingError, match="no adapter 'two' in the model; there are: 'one', 'other'"):
+        lk.merge(model, ["one", "two"])
+    with torch.no_grad():
+        other.site("2").B[0, 0] = torch.inf
+    with pytest.raises(lk.StateError, match="NaN or infinity into 2"):
+        lk.merge(model, ["one", "other"])
+    assert not one.is_merged
+    assert [model[0].weight, model[2].weight] == weights
+    lk.merge(model, [])
+    assert len(lk.adapters(model)) == 2
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_nothing_is_merged_beside_a_base_that_moved(permanent: bool) -> None:
+    moving = [lk.DeltaLoRA(rank=2, update="in_place", start_step=1)]
+    model, one, other = two(KINDS["lora"], moving)
+    x = torch.randn(4, 8).double()
+    optimizer = other.optimizer(lr=0.1)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model(x)
+    with pytest.raises(lk.StateError, match="'other' has moved the base weights in place"):
+        one.merge(permanent=permanent)
+    lk.merge(model, ["one", "other"])
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_what_is_inside_a_module_trained_whole_is_not_merged_beside_it(order: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    base = {key: t.clone() for key, t in model.state_dict().items()}
+    adapters = {
+        "a": lk.adapt(model, lk.LoRA(rank=2), "1", modules_to_save="0", name="a"),
+        "b": lk.adapt(model, lk.LoRA(rank=2), "0.1", name="b"),
+    }
+    for adapter in adapters.values():
+        randomise(adapter)
+    first, second = (adapters[name] for name in order)
+    first.merge()
+    with pytest.raises(lk.StateError, match="'b' adapts 0.1, inside 0, which 'a' trains whole"):
+        second.merge()
+    first.unmerge()
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
+    adapters["a"].merge(permanent=True)
+    assert all(key.startswith(("0", "1")) for key in model.state_dict())
+
+
 def test_tied_embeddings_come_apart_while_merged(tmp_path, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
     """An adapter on the input embedding must not change the output embedding that shares its weight."""
     model = tiny_llama(tied=True)

@@ -317,7 +317,7 @@ def test_what_cannot_be_trained_whole_is_refused(stored: str) -> None:
             lk.adapt(load(name, stored), lk.LoRA(rank=2), ["v_proj"], modules_to_save=["layers.1.mlp.down_proj"])
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
 def test_a_model_merged_in_part_can_be_saved_and_loaded(name: str, stored: str, ids: Tensor, tmp_path: Path) -> None:
     model = load(name, stored)
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["v_proj"]))
@@ -328,6 +328,45 @@ def test_a_model_merged_in_part_can_be_saved_and_loaded(name: str, stored: str, 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert quantised.is_quantised(again.model.layers[0].mlp.up_proj)
     torch.testing.assert_close(again(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "v_proj"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_callers_config_makes_the_same_model_again(name: str, targets: str, stored: str) -> None:
+    config = CONFIGS[name]()
+    before = config.to_dict()
+    made = [transformers.AutoModelForCausalLM.from_pretrained(stored, quantization_config=config) for _ in "ab"]
+    counts = [sum(map(quantised.is_quantised, model.modules())) for model in made]
+    for model in made[1:]:
+        with pytest.warns(LorakinWarning, match="the base is quantised"):
+            randomise(lk.adapt(model, lk.LoRA(rank=2), targets)).merge(permanent=True)
+    assert config.to_dict() == before
+    again = transformers.AutoModelForCausalLM.from_pretrained(stored, quantization_config=config)
+    assert sum(map(quantised.is_quantised, again.modules())) == counts[0] == 14
+
+
+@pytest.mark.parametrize("name", ["nf4", "torchao-int8", "other"])
+def test_an_adapter_that_stays_hangs_on_the_plain_layer(name: str, stored: str, ids: Tensor) -> None:
+    model = load(name, stored)
+    one = randomise(lk.adapt(model, lk.DoRA(rank=2), "v_proj", name="one"), seed=1)
+    other = randomise(lk.adapt(model, lk.LoRA(rank=2), ["v_proj", "q_proj"], name="other"), seed=2)
+    optimizer = other.optimizer(torch.optim.SGD, lr=0.1)
+    lk.activate(model, ["one", "other"])
+    expected = model(ids).logits
+    with pytest.warns(LorakinWarning, match="its 2 adapted layers"):
+        one.merge(permanent=True)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert other.is_active
+    with other.disabled():
+        assert (model(ids).logits - expected).abs().max() > 1e-3
+    model(ids).logits.square().sum().backward()
+    optimizer.step()
+    assert (model(ids).logits - expected).abs().max() > 1e-3, "the optimizer still holds its tensors"
+    after = model(ids).logits
+    with pytest.warns(LorakinWarning, match="its 2 adapted layers"):
+        other.merge(permanent=True)
+    torch.testing.assert_close(model(ids).logits, after, rtol=1e-4, atol=1e-5)
+    assert not quantised.is_quantised(model.model.layers[0].self_attn.v_proj)
 
 
 @pytest.mark.parametrize("there", ["plain", "nf4", "int8", "torchao-int8"])

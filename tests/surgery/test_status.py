@@ -13,6 +13,7 @@ from torch import nn
 import lorakin as lk
 from conftest import MEMBERS, tiny_bert, tiny_llama, tiny_mixtral
 from lorakin.surgery.counts import parameter_counts, trained_by_method
+from lorakin.surgery.hung import hung_on
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -113,11 +114,11 @@ def test_of_what_wraps_an_adapted_model_it_is_the_state_of_that() -> None:
 def test_states_in_some_modules_only_are_irregular() -> None:
     model = tiny_llama()
     lk.adapt(model, lk.LoRA(2))
-    model.model.layers[0].mlp.up_proj.lorakin.active = ()
+    hung_on(model.model.layers[0].mlp.up_proj).active = ()
     assert lk.status(model).active == "irregular"
     assert "irregular" in str(lk.status(model))
     lk.activate(model, "default")
-    model.model.layers[0].mlp.up_proj.lorakin.merged = ("default",)
+    hung_on(model.model.layers[0].mlp.up_proj).merged = ("default",)
     assert (lk.status(model).active, lk.status(model).merged) == (("default",), "irregular")
 
 

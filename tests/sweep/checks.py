@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise
+from lorakin.surgery.targets import new_heads
 from sweep import architectures
 from sweep.inputs import loss_of, tensors
 
@@ -80,7 +81,8 @@ def examined(name: str) -> Found:
     found.merged = distance(changed, outputs(model, given))
     adapter.unmerge()
     found.unmerged = distance(changed, outputs(model, given))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training moved buffers", lk.LorakinWarning)
         lk.load(twin, adapter.save(folder))
         found.loaded = distance(changed, outputs(twin, given))
     adapter.remove()
@@ -159,7 +161,8 @@ def _adapted(model: nn.Module, found: Found) -> lk.Adapter | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", lk.LorakinWarning)
         try:
-            adapter = lk.adapt(model, lk.LoRA(rank=2), "all-linear", seed=0)
+            heads = new_heads(model, ())  # trained whole, as users do
+            adapter = lk.adapt(model, lk.LoRA(rank=2), "all-linear", modules_to_save=heads, seed=0)
         except lk.LorakinError as error:
             found.refused[""] = str(error)
             adapter = None
@@ -186,7 +189,8 @@ def _train(model: nn.Module, adapter: lk.Adapter, given: dict[str, Any], found: 
                 moved.add(name.rpartition(".")[0])
         optimizer.step()
         optimizer.zero_grad()
-    names = [name for name, _ in adapter.trained() if name.rpartition(".")[0] not in found.unused]
+    sites = adapter.plan.sites.keys() - set(found.unused)
+    names = [name for name, _ in adapter.trained() if name.rpartition(".")[0] in sites]
     found.ungiven = [name for name in names if name not in given_one]
     found.unmoved = sorted({name.rpartition(".")[0] for name in names} - moved)
 

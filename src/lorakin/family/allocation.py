@@ -117,11 +117,8 @@ class Allocation(Rule):
         torch._foreach_abs_(sizes)
         now = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in sizes]
         for key, each in zip(seen, now, strict=True):
-            if key not in self.sensitivity:
-                self.sensitivity[key], self.uncertainty[key] = torch.zeros_like(each), torch.zeros_like(each)
-            elif self.sensitivity[key].device != each.device:  # the model was moved since
-                for known in (self.sensitivity, self.uncertainty):
-                    known[key] = known[key].to(each.device)
+            for known in (self.sensitivity, self.uncertainty):  # moved, if the model was since
+                known[key] = known[key].to(each.device) if key in known else torch.zeros_like(each)
         means, spreads = ([known[key] for key in seen] for known in (self.sensitivity, self.uncertainty))
         torch._foreach_lerp_(means, now, 1 - self.member.beta1)
         torch._foreach_sub_(now, means)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family.lora import LoRA
 from lorakin.family.member import FIXED, Member, Modifier, Parametrisation, Place, Probe, Role, Rule, Spot
-from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight
+from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight, cast_together
 from lorakin.family.settings import require
 
 AXES = {
@@ -180,19 +180,12 @@ class Method:
         """
         each = {path: method.parametrisation for path, method in methods.items()}
         drawn = self.parametrisation.start_all(spots, each, generator, device)
-        cast: dict[tuple[int, torch.dtype], Tensor] = {}
-        for path, there in drawn.items():
-            wide = torch.promote_types(spots[path].weight.dtype, torch.float32)
-            drawn[path] = {slot: cast.setdefault((id(t), wide), t.to(wide)) for slot, t in there.items()}
+        wide = {path: torch.promote_types(spots[path].weight.dtype, torch.float32) for path in drawn}
+        drawn = cast_together(drawn, wide)
         for member in self.modifiers:
             drawn = member.extend(drawn, spots, methods)
         shared = self.share(drawn, spots, methods)
-        if dtype is None:
-            return shared
-        asked: dict[int, Tensor] = {}
-        return {
-            path: {slot: asked.setdefault(id(t), t.to(dtype)) for slot, t in there.items()} for path, there in shared.items()
-        }
+        return shared if dtype is None else cast_together(shared, dict.fromkeys(shared, dtype))
 
     def share(
         self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]

@@ -155,3 +155,12 @@ def widened(tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors in float32, those in float64 as they are: what pairs are computed in."""
     wide = (torch.float32, torch.float64)
     return {slot: t if t.dtype in wide else t.to(torch.promote_types(t.dtype, wide[0])) for slot, t in tensors.items()}
+
+
+def cast_together(tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensors]:
+    """The tensors of all modules, by path, in these dtypes; those that were one object still are."""
+    cast: dict[tuple[int, torch.dtype], Tensor] = {}
+    return {
+        path: {slot: cast.setdefault((id(t), dtypes[path]), t.to(dtypes[path])) for slot, t in there.items()}
+        for path, there in tensors.items()
+    }

@@ -11,10 +11,12 @@ import transformers
 
 from lorakin.adapter import Adapter, adapters
 from lorakin.conversion import as_lora
+from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
 from lorakin.training.data import encode, encode_labelled, read_rows
-from lorakin.training.models import Loaded, labels_of, load_with_adapter
+from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
 
 CALIBRATION, READING, BATCH = 64, 16, 8
 """Rows of the data that a nearest pair is fitted to, and that are read to compare."""
@@ -51,7 +53,9 @@ class Job:
     def base(self) -> Loaded:
         """The base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
-            self._loaded = load_with_adapter(self.name, str(self.files.path), "base", other_base=self.order.other_base)
+            self._loaded = load_with_adapter(
+                self.name, str(self.files.path), "base", other_base=self.order.other_base, any_head=True
+            )
         return self._loaded
 
     def bare(self) -> Loaded:
@@ -64,9 +68,9 @@ class Job:
         """Free the model's memory; it is loaded again when asked for."""
         self._loaded = None
 
-    def labels(self) -> list[str] | None:
-        """The classes, if the adapter is a classifier's."""
-        return labels_of(self.files) if self.files.config.get("task_type") == "SEQ_CLS" else None
+    def kind(self) -> BaseKind:
+        """What the base is loaded as."""
+        return kind_for(self.files, config_of(self.name), recipe_labels(self.files))
 
     def plain(self) -> Adapter:
         """The adapter as plain LoRA, beside itself in the model."""
@@ -86,6 +90,8 @@ class Job:
         if self.order.data is None:
             return []
         rows, loaded = read_rows(self.order.data), self.base()
+        if loaded.tokenizer is None:
+            raise SettingError(f"--data holds text, and {self.name} has no tokenizer to read it with")
         if rows.is_classification:
             names = loaded.model.config.id2label
             return encode_labelled(rows, loaded.tokenizer, 512, [names[n] for n in sorted(names)]).examples

@@ -21,6 +21,8 @@ from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
 from lorakin.surgery.merge import folded
+from lorakin.surgery.ties import FLAG, Parting, groups
+from lorakin.training.kinds import BaseKind, kind_for
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -53,12 +55,13 @@ class Merged(Mapping[str, Tensor]):
         self,
         base: Path,
         files: Files,
-        labels: Sequence[str] | None = None,
+        kind: BaseKind | None = None,
         dtype: torch.dtype | None = None,
         other_base: bool = False,
     ) -> None:
         self.base, self.dtype, self.path = base, dtype, files.path
-        self.model = _skeleton(base, labels)
+        config = _config(base)
+        self.model = (kind or kind_for(files, config)).skeleton(config)
         self.config: Any = self.model.config
         self.contents = files.match(self.model, other_base)
         self.remembered = None if other_base or files.own is None else files.own.base
@@ -99,11 +102,7 @@ class Merged(Mapping[str, Tensor]):
 
     def write(self, out: Path) -> None:
         """Write the model into the directory `out`, shard by shard as the base is, with the base's other files beside it."""
-        for file in self.base.rglob("*"):
-            inside = file.relative_to(self.base)
-            if file.is_file() and not file.name.endswith(WEIGHTS) and not any(part.startswith(".") for part in inside.parts):
-                (out / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, out / inside)
+        copy_beside(self.base, out)
         (out / "config.json").write_text(json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8")
         total = 0
         for shard in sorted(set(self.shards.values())):
@@ -140,8 +139,7 @@ class Merged(Mapping[str, Tensor]):
         """The base's config.json, with what the merged model is beyond it."""
         config: dict[str, Any] = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
         config["architectures"] = [type(self.model).__name__]
-        if self.untied:
-            config["tie_word_embeddings"] = False
+        _say_untied(config, self.config, self.parting.configs)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -154,16 +152,18 @@ class Merged(Mapping[str, Tensor]):
         last = max(self.shards.values())
         changed = {f"{path}.weight" for path in self.contents.plan.sites}
         changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
-        self.untied = False
-        for names in _tied(self.model):
-            if changed & set(names):
+        tied = groups(self.model)
+        self.parting = Parting.of(self.model, {name for names in tied if changed & names.keys() for name in names})
+        for names in tied:
+            if self.parting.names & names.keys():
                 source = next((name for name in names if name in self.names), None)
                 for name in names if source is not None else ():
                     self.names.setdefault(name, self.names[source])  # type: ignore[index]
                     self.kinds.setdefault(name, self.kinds[source])  # type: ignore[index]
                     self.shards.setdefault(name, last)
-                self.untied = True
-                self.config.tie_word_embeddings = False
+        for config in self.parting.configs:
+            setattr(config, FLAG, False)
+        self.parting.announce(stacklevel=3)
         partners = {name for names in _tied(self.model) for name in names if self.shards.keys() & set(names)}
         if lacking := sorted(dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
@@ -195,19 +195,30 @@ class Merged(Mapping[str, Tensor]):
         return folded(stored, kind, module, [pair], path, dtype).contiguous()
 
 
-def _skeleton(base: Path, labels: Sequence[str] | None) -> nn.Module:
-    """The model of a directory, without memory for its weights: a language model, or a classifier with these classes."""
-    auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+def _say_untied(said: dict[str, Any], config: Any, untied: Sequence[Any]) -> None:
+    """Write into a config's dictionary which of it and its parts say that nothing is tied."""
+    if any(config is one for one in untied):
+        said[FLAG] = False
+    for key, part in vars(config).items():
+        if isinstance(said.get(key), dict) and hasattr(part, "to_dict"):
+            _say_untied(said[key], part, untied)
+
+
+def copy_beside(base: Path, out: Path) -> None:
+    """Let what a model's directory holds beside weights go along, where it is not there already."""
+    for file in base.rglob("*"):
+        inside = file.relative_to(base)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and not (file.name.endswith(WEIGHTS) or hidden or (out / inside).exists()):
+            (out / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / inside)
+
+
+def _config(base: Path) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if labels is not None:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: number for number, label in enumerate(labels)}
-        with torch.device("meta"):
-            model: nn.Module = auto.from_config(config)
+        return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return model
 
 
 def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:

@@ -16,18 +16,19 @@ from lorakin.errors import AdapterError, OutputError
 from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.job import Job
-from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
+from lorakin.training.kinds import own_class
 from lorakin.training.models import (
     DTYPES,
     PACKAGED,
     Loaded,
+    config_of,
     directory_of,
     load_model,
     load_with_adapter,
     packaged,
     quiet_loading,
-    stored_labels,
 )
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
@@ -94,11 +95,12 @@ class MergedModel(Target):
             loaded = _folded(job, "base" if dtype is None else "float32")
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
-                loaded.tokenizer.save_pretrained(folder)
+            copy_beside(directory_of(job.name), folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
-        return load_model(str(folder), "base", stored_labels(str(folder))).model
+        config = config_of(str(folder))
+        return load_model(str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM).model
 
 
 class GGUFAdapter(Target):
@@ -160,12 +162,12 @@ TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedM
 
 
 def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
-    return Merged(directory_of(job.name), job.files, job.labels(), dtype, job.order.other_base)
+    return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
 
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base)
+    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base, any_head=True)
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded

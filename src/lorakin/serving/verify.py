@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError, VerificationError
+from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.surgery.mode import in_mode
 from lorakin.training.data import prompt_ids
 from lorakin.training.models import Loaded
@@ -25,7 +26,8 @@ PROMPTS = (
     "Explain in simple words why the sky is blue.",
 )
 CONTINUATION = 16
-LONGEST = 256
+LONGEST, FEWEST = 256, 10
+"""Tokens of a text; kinds of tokens in all prompts, without which nothing was read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,15 @@ NEAREST = Tolerance(float("inf"), 1e-2)
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """What the trained model said: per text its token ids and its logits at each place, (places, vocabulary) or (classes,)."""
+    """What the trained model said to each input: its logits at each place, (places, vocabulary) or (classes,).
 
-    texts: list[list[int]]
+    `texts` are the inputs: token ids, or all that the model takes by name, a batch of one. `of` says in words what they are.
+    """
+
+    texts: Sequence[list[int] | Mapping[str, Tensor]]
     logits: list[Tensor]
     dtype: str = "float32"
+    of: str = "prompts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +76,9 @@ class Agreement:
     tokens: float
     places: int
     largest_logit: float
+    of: str = "prompts"
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | str]:
         """For the report."""
         return {
             "max_logit_difference": self.largest,
@@ -80,6 +87,7 @@ class Agreement:
             "token_agreement": self.tokens,
             "places": self.places,
             "largest_logit": self.largest_logit,
+            "inputs": self.of,
         }
 
     def check(self, tolerance: Tolerance, what: str, report: Mapping[str, Any] | None = None) -> None:
@@ -98,6 +106,7 @@ class Agreement:
         return (
             f"logits differ by at most {self.largest:.3g} (mean {self.mean:.2g}, largest logit {self.largest_logit:.3g}), "
             f"KL {self.divergence:.2g}, same token in {self.tokens:.2%} of {self.places} places"
+            + ("" if self.of == "prompts" else f", of {self.of}")
         )
 
 
@@ -118,9 +127,18 @@ def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | N
 
 
 def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
-    """Let the model read `texts` (token ids), or `PROMPTS` and what it says to them."""
-    chosen = [list(text)[:LONGEST] for text in texts] or _own_texts(loaded)
-    return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype)
+    """Let the model read `texts` (token ids), or `PROMPTS` and what it says to them; what reads no text, random inputs.
+
+    Raises:
+        ModelError: it is not known how to make inputs for it.
+    """
+    chosen: list[Any] = [list(text)[:LONGEST] for text in texts]
+    of = "the data" if chosen else "prompts"
+    if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
+        chosen = _own_texts(loaded)
+    if len({token for text in chosen for token in text}) < FEWEST:  # as of a tokenizer that transformers makes up
+        chosen, of = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
+    return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, of)
 
 
 def compare(transcript: Transcript, model: Any) -> Agreement:
@@ -136,7 +154,9 @@ def compare(transcript: Transcript, model: Any) -> Agreement:
         largest = worst if worst != worst else max(largest, worst)  # NaN stays
         top = max(top, float(trained.abs().max()))
         count, numbers = count + len(divergence), numbers + difference.numel()
-    return Agreement(largest, float(sums[0]) / numbers, float(sums[1]) / count, float(sums[2]) / count, count, top)
+    return Agreement(
+        largest, float(sums[0]) / numbers, float(sums[1]) / count, float(sums[2]) / count, count, top, transcript.of
+    )
 
 
 def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,15 +167,28 @@ def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The model's logits on each text, in float32 on the CPU."""
+def logits_of(model: Any, texts: Sequence[Sequence[int] | Mapping[str, Tensor]]) -> list[Tensor]:
+    """The model's logits on each text, in float32 on the CPU; of what has none, its first output."""
     with in_mode(model, training=False):
-        return [model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu() for ids in texts]
+        return [_answer(model(**inputs_of(model, text))).float().cpu() for text in texts]
+
+
+def _answer(output: Any) -> Tensor:
+    """Of a batch of one: the logits, a span's start and end together, or else the first tensor there is."""
+    if (logits := getattr(output, "logits", None)) is not None:
+        found: Tensor = logits[0]
+        return found
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    spans: list[Any] = [getattr(output, f"{side}_logits", None) for side in ("start", "end")]
+    if all(span is not None for span in spans):
+        return torch.stack([span[0] for span in spans])
+    return tensors[0][0]
 
 
 def _own_texts(loaded: Loaded) -> list[list[int]]:
     prompts = [prompt_ids(prompt, loaded.tokenizer) for prompt in PROMPTS]
-    if not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
+    if is_pair(loaded.model) or not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
         return [prompt[:LONGEST] for prompt in prompts]
     texts = []
     for prompt in prompts:

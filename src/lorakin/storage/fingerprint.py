@@ -21,6 +21,8 @@ from lorakin.surgery.graft import own_parameters
 from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
 
 NUMBERS, PACKED = 4, "packed"
+SCALAR = "scalar"
+"""In the place of a shape."""
 ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
 """Relative: one step of bfloat16 and more; more than is lost in writing. Absolute: less than a float16 can hold."""
 FEW_BITS = 0.5
@@ -62,7 +64,7 @@ def sample(weight: Tensor) -> str | None:
     plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
     if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
-    shape = "x".join(map(str, weight.shape))
+    shape = "x".join(map(str, weight.shape)) or SCALAR
     flat = _places(weight.numel()).to(weight.device)
     values = weight.view(-1)[flat] if weight.is_contiguous() else weight[torch.unravel_index(flat, weight.shape)]
     held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
@@ -79,7 +81,7 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     worst, where, packed = 0.0, "", []
     for name, then in remembered["weights"].items():
         now = here["weights"].get(name)
-        if now is None or now == then:
+        if now is None or now == then or len(then.split()) < 3:  # a scalar, as earlier versions wrote it
             continue
         if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
             return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}"
@@ -113,7 +115,7 @@ def is_fingerprint(value: Any) -> bool:
 def _is_sample(text: Any) -> bool:
     parts = text.split() if isinstance(text, str) else []
     try:
-        return len(parts) > 2 and all(math.isfinite(float(part)) for part in parts[2:])
+        return len(parts) > 1 and all(math.isfinite(float(part)) for part in parts[2:])
     except ValueError:
         return False
 

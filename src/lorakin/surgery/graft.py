@@ -8,7 +8,7 @@ import dataclasses
 import operator
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -33,10 +33,11 @@ from lorakin.surgery.before_forward import BeforeForward, exchanged
 from lorakin.surgery.buffers import Buffers
 from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer
-from lorakin.surgery.merge import set_merged
+from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
+from lorakin.surgery.ties import Ties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Registry:
     grafts: dict[str, Graft] = dataclasses.field(default_factory=dict)
     requires_grad: dict[str, bool] = dataclasses.field(default_factory=dict)
     hook: Any = None
-    tied: bool = False
+    ties: Ties | None = None
     flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     laid_out: list[nn.Module] = dataclasses.field(default_factory=list)
     before_forward: BeforeForward | None = None
@@ -392,46 +393,25 @@ class Graft:
         """Fold the adapter into the weights; the forward then costs what the base's does. Merging twice is merging once.
 
         The base's parameters are kept aside for `unmerge`: one more copy of each adapted weight, until then.
-        With `permanent` they are given up and the adapter leaves the model, which is a plain model again.
+        With `permanent` they are given up and the adapter leaves the model, which is a plain model again; see `merge`.
 
         Raises:
-            StateError: a merged weight would not be finite (nothing is merged then), the adapter is disabled, or
-                `permanent` while another adapter is merged.
+            StateError: a merged weight would not be finite (nothing is merged then), the adapter is disabled, or another
+                adapter would then be another function; see `surgery/merge.py`.
         """
         self._require_present()
-        _check_unmixed(self.model, "merged")
-        if self._disabled:
-            raise StateError(f"adapter {self.name!r} is disabled at the moment; merge it outside of disabled()")
-        if permanent and (others := [n for n, g in _registry(self.model).grafts.items() if g is not self and g.is_merged]):
-            raise StateError(f"adapter {others[0]!r} is merged too; unmerge it before merging {self.name!r} for good")
-        before, dtype = {path: _hung(self.model, path).merged for path in self._paths()}, quantised.dtype_of(self.model)
-        try:
-            for path, merged in before.items():
-                if self.name not in merged:
-                    set_merged(module_at(self.model, path), path, (*merged, self.name), dtype)
-        except BaseException:
-            for path, merged in before.items():
-                set_merged(module_at(self.model, path), path, merged, dtype)
-            raise
-        _follow_ties(self.model)
-        dense = {path: weight for path in self._paths() if (weight := _hung(self.model, path).dense) is not None}
-        if dense:
-            _warn_of_dense(dense)
         if permanent:
-            for path in self._paths():
-                hung = _hung(self.model, path)
-                hung.base, hung.unmoved, hung.merged = {}, {}, ()
-            _registry(self.model).buffers.give_up(self.model, self)
-            self.remove()
-            quantised.replace(self.model, dense)
+            merge(self.model, self.name)
+        elif dense := _fold(self.model, [self]):
+            _warn_of_dense(dense, 2, permanent=False)
 
     def unmerge(self) -> None:
         """Give the base its own parameters back, bit for bit."""
         self._require_present()
-        for path in self._paths():
-            rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
-            set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
-        _follow_ties(self.model)
+        with _ties_kept(self.model):
+            for path in self._paths():
+                rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
+                set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
 
     def begin(self, total_steps: int | None = None) -> None:
         """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
@@ -649,6 +629,89 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     _registry(model).buffers.show(model, known)
 
 
+def merge(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Fold these adapters into the weights for good, all at once; they leave the model. `[]` does nothing.
+
+    What the model computes with them in use does not change. Others may stay if their changes add to any weights.
+
+    Raises:
+        SettingError: an unknown name.
+        StateError: a merged weight would not be finite, an adapter is disabled, another one is merged, or one that stays
+            has a gain over a weight that would change. Nothing is merged then.
+    """
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    known = _registry(model).grafts
+    if unknown := [name for name in names if name not in known]:
+        there = ", ".join(map(repr, known)) or NONE_HERE
+        raise SettingError(f"no adapter {unknown[0]!r} in the model; there are: {there}")
+    chosen = [known[name] for name in names]
+    others = {name: graft for name, graft in known.items() if graft not in chosen}
+    if chosen and (merged := [name for name, graft in others.items() if graft.is_merged]):
+        raise StateError(f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} for good")
+    check_for_good(_plans(chosen), _plans(others.values()))
+    if dense := _fold(model, chosen):
+        _warn_of_dense(dense, 3, permanent=True)
+    for path in (path for graft in chosen for path in graft._paths()):
+        hung = _hung(model, path)
+        hung.base, hung.unmoved, hung.merged, hung.dense = {}, {}, (), None
+    for graft in chosen:
+        _registry(model).buffers.give_up(model, graft)
+        graft.remove()
+    quantised_ones = {path: module_at(model, path) for path in dense}
+    quantised.replace(model, dense)
+    for path, old in quantised_ones.items():
+        if is_adapted(old):
+            move_adapters(old, module_at(model, path))
+    if (registry := _registry(model)).grafts:
+        registry.ties = Ties(model)
+
+
+def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
+    """Merge these adapters, all or none; returns by path the weights that stand beside quantised ones."""
+    _check_unmixed(model, "merged")
+    if disabled := [graft.name for graft in chosen if graft._disabled]:
+        raise StateError(f"adapter {disabled[0]!r} is disabled at the moment; merge it outside of disabled()")
+    others = [graft for graft in _registry(model).grafts.values() if graft not in chosen]
+    _check_unmoved({graft.name: graft for graft in others if _share(graft, chosen)}, "merging")
+    check_together(_plans([*chosen, *(graft for graft in others if graft.is_merged)]))
+    dtype = quantised.dtype_of(model)
+    before = {path: _hung(model, path).merged for graft in chosen for path in graft._paths()}
+    with _ties_kept(model):
+        try:
+            for graft in chosen:
+                for path in graft._paths():
+                    if graft.name not in (merged := _hung(model, path).merged):
+                        set_merged(module_at(model, path), path, (*merged, graft.name), dtype)
+        except BaseException:
+            for path, merged in before.items():
+                set_merged(module_at(model, path), path, merged, dtype)
+            raise
+    return {path: weight for path in before if (weight := _hung(model, path).dense) is not None}
+
+
+@contextlib.contextmanager
+def _ties_kept(model: nn.Module) -> Iterator[None]:
+    """Change merged weights inside the context; what was tied is tied again before, and parted again after it."""
+    ties = _registry(model).ties
+    if ties is None:
+        yield
+        return
+    ties.rejoin()
+    try:
+        yield
+    finally:
+        ties.part(model)
+
+
+def _plans(chosen: Iterable[Graft]) -> dict[str, Plan]:
+    return {graft.name: graft.plan for graft in chosen}
+
+
+def _share(graft: Graft, others: Sequence[Graft]) -> bool:
+    """Whether an adapter is on a module that one of the others is on too."""
+    return any(set(graft._paths()) & set(other._paths()) for other in others)
+
+
 def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Graft]:
     """The adapters in `model`, once it is clear that those of these names can be used instead of the active ones."""
     known = _registry(model).grafts
@@ -742,9 +805,7 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
         registry.flags = quantised.take_flags(model)
         registry.before_forward = BeforeForward(model, registry.grafts)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
-        config = getattr(model, "config", None)
-        single = not getattr(config, "is_encoder_decoder", False)  # there the encoder's and decoder's stay tied to each other
-        registry.tied = single and getattr(config, "tie_word_embeddings", False) and _tied_embeddings(model)
+        registry.ties = Ties(model)
     if registry.before_forward is not None:
         paths = [p for graft in registry.grafts.values() for p in graft._paths()]
         called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
@@ -774,27 +835,16 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
         )
 
 
-def _warn_of_dense(dense: Mapping[str, Tensor]) -> None:
+def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int, permanent: bool) -> None:
     size = sum(weight.numel() * weight.element_size() for weight in dense.values())
+    beside = "" if permanent else ", which save_pretrained does not write before they are merged for good"
     warnings.warn(
         f"the base is quantised: merged, its {len(dense)} adapted layers are {next(iter(dense.values())).dtype} and take "
-        f"{size / 2**20:,.1f} MiB. To keep what was learned in a full-precision model, merge into the base that was quantised, "
-        "with lorakin merge --model",
+        f"{size / 2**20:,.1f} MiB{beside}. To keep what was learned in a full-precision model, merge into the base that was "
+        "quantised, with lorakin merge --model",
         LorakinWarning,
-        stacklevel=3,
+        stacklevel=stacklevel + 1,
     )
-
-
-def _tied_embeddings(model: nn.Module) -> bool:
-    """Whether the input and output embeddings of a transformers model are one parameter."""
-    inputs, outputs = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
-    return inputs is not None and outputs is not None and inputs.weight is outputs.weight
-
-
-def _follow_ties(model: nn.Module) -> None:
-    """Let the config of a model with tied embeddings say whether they still are, so that a merged model saves both."""
-    if _registry(model).tied:
-        model.config.tie_word_embeddings = _tied_embeddings(model)  # type: ignore[union-attr]
 
 
 __all__ = [
@@ -804,6 +854,7 @@ __all__ = [
     "check_switchable",
     "fresh",
     "grafts",
+    "merge",
     "own_weight",
     "plan",
     "plan_for",

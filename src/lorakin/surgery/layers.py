@@ -297,9 +297,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_gate(module: nn.Module) -> bool:
-    """Whether it is a linear layer of one output, such as the gate of a shared expert: a pair has nothing to factor there."""
+    """Whether a linear layer has one output, as the gate of a shared expert, or one input: a pair has nothing to factor."""
     kind = kind_of(module)
-    return kind is not None and kind.shape(module).outputs == 1
+    return kind is not None and 1 in kind.shape(module)[:2]
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -8,18 +8,88 @@ the merged weight into so few bits again would lose most of what was learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Pair, all_finite
+from lorakin.family import Method, Pair, all_finite
 from lorakin.surgery import layers
+from lorakin.surgery.adapted import hang
 from lorakin.surgery.experts import set_aside
 from lorakin.surgery.hung import hung_on, ours
 from lorakin.surgery.layers import Layer, QuantisedLayer
 from lorakin.surgery.site import Copy, Site
+
+
+class Placed(Protocol):
+    """Which modules an adapter adapts, each with its method, and which it trains whole."""
+
+    @property
+    def sites(self) -> Mapping[str, Method]: ...
+
+    @property
+    def copies(self) -> tuple[str, ...]: ...
+
+
+def check_together(plans: Mapping[str, Placed]) -> None:
+    """Whether the adapters of these plans, by name, can be merged at the same time.
+
+    Raises:
+        StateError: one trains a module whole in which another changes something.
+    """
+    for name, plan in plans.items():
+        for whole in plan.copies:
+            for other, there in plans.items():
+                if other != name and whole in there.copies:
+                    raise StateError(
+                        f"two adapters that train {whole} whole cannot both be merged; unmerge the "
+                        f"other first ({name!r} and {other!r})"
+                    )
+                inside = [p for p in (*there.sites, *there.copies) if p.startswith(f"{whole}.")]
+                if other != name and inside:
+                    raise StateError(
+                        f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains whole; they cannot both be merged"
+                    )
+
+
+def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) -> None:
+    """Whether the adapters `staying` are the same functions once `chosen` are merged for good.
+
+    A change that adds to the weight does so over any weight. A gain is over the weight that there
+    is: over another one it is another function, whether the adapter is in use now or later.
+
+    Raises:
+        StateError: one of those that stay has a gain over a weight that would change.
+    """
+    changed = {path: name for name, plan in chosen.items() for path in plan.sites}
+    whole = {path: name for name, plan in chosen.items() for path in plan.copies}
+    for other, plan in staying.items():
+        for path in (path for path, method in plan.sites.items() if method.gains):
+            by = changed.get(path) or next((whole[p] for p in whole if path.startswith(f"{p}.")), None)
+            if by is not None:
+                raise StateError(
+                    f"adapter {other!r} ({plan.sites[path].words}) has a gain over the weight of "
+                    f"{path}, which merging {by!r} for good would change, and with it what {other!r} "
+                    f"does. Merge both at once with lorakin.merge(model, {[*chosen, other]}), or "
+                    f"remove {other!r} first. Not for good, {by!r} can be merged beside it"
+                )
+
+
+def move_adapters(old: nn.Module, new: nn.Module) -> None:
+    """Hang the adapters of a quantised module on the plain one that takes its place."""
+    hung = hung_on(old)
+    kind = layers.kind_of(new)
+    assert kind is not None
+    for name in hung.names():
+        child = hung[name]
+        if isinstance(child, Site):
+            child.layer = kind
+        hang(new, name, child)
+    moved = hung_on(new)
+    moved.active, moved.off = hung.active, hung.off
 
 
 def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -111,8 +181,12 @@ def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> 
     copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
     if len(copies) > 1:
         raise StateError(f"two adapters that train {path} whole cannot both be merged; unmerge the other first")
-    trained = copies[0].module.state_dict()
-    return {key: _like(tensor, trained[key], path) for key, tensor in base.items()}
+    trained = copies[0].module.state_dict(keep_vars=True)
+    made: dict[tuple[int, int], Tensor] = {}  # what is tied inside the module stays tied
+    for key, tensor in base.items():
+        if (id(tensor), id(trained[key])) not in made:
+            made[id(tensor), id(trained[key])] = _like(tensor, trained[key].detach(), path)
+    return {key: made[id(tensor), id(trained[key])] for key, tensor in base.items()}
 
 
 def _like(old: Tensor, values: Tensor, path: str) -> Tensor:

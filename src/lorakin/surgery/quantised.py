@@ -6,6 +6,7 @@ need them (a norm, a merge, a picture), and are not kept.
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -234,10 +235,24 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if weights and quantizer is not None and not any(is_quantised(module) for module in model.modules()):
         quantizer.remove_quantization_config(model)
         vars(model).update({flag: False for flag in FLAGS if hasattr(model, flag)})
-    config: Any = getattr(quantizer, "quantization_config", None)
-    if weights and hasattr(config, "llm_int8_skip_modules"):
-        skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *weights]
-        config.llm_int8_skip_modules = list(dict.fromkeys(skipped))  # else what is saved cannot be loaded again
+    if weights and quantizer is not None:
+        _leave_plain(model, quantizer, list(weights))
+
+
+def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
+    """Let the model's config say which modules are plain now, else what is saved cannot be loaded.
+
+    The config may be the caller's, who makes other models by it: the model gets a copy.
+    """
+    config = copy.deepcopy(quantizer.quantization_config)
+    said = [name for name in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(config, name)]
+    for name in said:
+        skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *paths]
+        setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *skipped])))
+    quantizer.quantization_config = config
+    own: Any = getattr(model, "config", None)
+    if hasattr(own, "quantization_config"):
+        own.quantization_config = config
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:

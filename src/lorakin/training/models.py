@@ -29,6 +29,7 @@ from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingErro
 from lorakin.storage import directory, hub
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
+from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.recipe import read_yaml
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
@@ -68,8 +69,14 @@ class Loaded:
     fresh: tuple[str, ...] = ()
 
 
-def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = None, quantize: str | None = None) -> Loaded:
-    """Load a causal language model, or with `labels` a classifier whose head is new.
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    labels: Sequence[str] | None = None,
+    quantize: str | None = None,
+    cls: Any = None,
+) -> Loaded:
+    """Load a causal language model, or with `labels` a classifier whose head is new, or a model of another class.
 
     Args:
         name: a packaged model ("smollm2", "minilm"), a `.gguf` file, a local directory, or a hub id.
@@ -77,6 +84,8 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
         labels: the classes, in order.
         quantize: one of `QUANTISATIONS`: keep the linear layers, but for the head, in so few bits. Without it a model that is
             stored quantised stays as it is.
+        cls: a class of transformers, or one of its Auto classes, to load instead. What the files lack of it is random and
+            said to be `fresh`, and there may be no tokenizer (None).
 
     Raises:
         ModelError: nothing of that name can be found or loaded.
@@ -84,7 +93,9 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
     """
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = _source(name), _task(labels)
-    auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+    auto = cls
+    if auto is None:
+        auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
     options: dict[str, Any] = {"dtype": DTYPES.get(chosen, "auto"), "output_loading_info": True}
     made = None if quantize is None else _quantisation(quantize)
     with quiet_loading():
@@ -93,23 +104,27 @@ def load_model(name: str, dtype: str = "auto", labels: Sequence[str] | None = No
                 config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
                 options |= {"quantization_config": config, "device_map": {"": best_device()}}
             model, found = auto.from_pretrained(source, trust_remote_code=False, **options, **task)
-            tokenizer = _tokenizer(source)
+            tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
-    if labels is None and missing:
-        raise ModelError(
-            f"model {name!r} lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + f" of a {type(model).__name__}, which would be random; is it a complete language model?"
-        )
-    if labels is not None and model.config.pad_token_id is None:
+    if labels is None and cls is None and missing:
+        raise _lacks(name, missing, model)
+    if labels is not None and tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     if getattr(model, "hf_quantizer", None) is None:  # which has put it there
         model.to(best_device())
     fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
+
+
+def _lacks(name: str, missing: Sequence[str], model: Any) -> ModelError:
+    return ModelError(
+        f"model {name!r} lacks {missing[0]}"
+        + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        + f" of a {type(model).__name__}, which would be random; is it a complete language model?"
+    )
 
 
 def _quantisation(word: str) -> Callable[[torch.dtype, list[str] | None], Any]:
@@ -169,6 +184,13 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
         raise ModelError(f"model {name!r} has no config that can be read: {str(error).strip().splitlines()[0]}") from error
 
 
+def _tokenizer_if_any(source: str) -> Any:
+    try:
+        return _tokenizer(source)
+    except (OSError, ValueError, KeyError, TypeError):  # the last is how a slow one says that it has no file
+        return None
+
+
 def _task(labels: Sequence[str] | None) -> dict[str, Any]:
     """What a classifier's config says of its classes."""
     if labels is None:
@@ -178,11 +200,12 @@ def _task(labels: Sequence[str] | None) -> dict[str, Any]:
 
 def load_with_adapter(
     name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False,
-    quantize: str | None = None,
+    quantize: str | None = None, any_head: bool = False,
 ) -> Loaded:  # fmt: skip
     """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
 
-    The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`.
+    The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`;
+    else a causal language model, or with `any_head` what the adapter was made on (see `kind_for`).
 
     Raises:
         ModelError, AdapterError: one of them cannot be loaded, or they do not fit together.
@@ -190,9 +213,17 @@ def load_with_adapter(
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
     files = directory.read(hub.adapter_directory(adapter))
-    if labels is None and files.config.get("task_type") == "SEQ_CLS":
-        labels = labels_of(files)
-    loaded = load_model(name, dtype, labels, quantize)
+    if any_head:
+        kind = kind_for(files, config_of(name), labels or recipe_labels(files))
+    elif labels is None and files.config.get("task_type") == "SEQ_CLS":
+        kind = BaseKind(None, labels_of(files))
+    else:
+        kind = BaseKind(None, labels)
+    loaded = load_model(name, dtype, kind.labels, quantize, kind.cls)
+    whole = files.config.get("modules_to_save") or ()
+    new = [path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)]
+    if any_head and new:
+        raise _lacks(name, [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new], loaded.model)
     said = files.config.get("base_model_name_or_path")
     known = files.own is not None and files.own.base is not None
     if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
@@ -215,12 +246,19 @@ def stored_labels(name: str) -> list[str] | None:
     return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
 
 
-def labels_of(files: directory.Files) -> list[str]:
-    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
+def recipe_labels(files: directory.Files) -> list[str] | None:
+    """The classes that the recipe beside an adapter names, if any."""
     recipe = files.path / "recipe.yaml"
     said = read_yaml(recipe) if recipe.is_file() else None
     if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:
         return [str(label) for label in labels]
+    return None
+
+
+def labels_of(files: directory.Files) -> list[str]:
+    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
+    if (said := recipe_labels(files)) is not None:
+        return said
     whole = files.config.get("modules_to_save") or []
     heads = [t for key, t in files.tensors.items() if any(f".{name}." in key for name in whole) and key.endswith(".weight")]
     if not heads:

@@ -1,0 +1,103 @@
+"""What a model of any kind can be asked to read, so that two of them can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import ModelError
+
+COUNT, LENGTH = 4, 24
+"""Random inputs, and the tokens of each."""
+
+
+def reads_text(model: Any) -> bool:
+    """Whether what the model reads is token ids."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def is_pair(model: Any) -> bool:
+    """Whether it is an encoder with a decoder behind it."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of one on the model's device, from token ids or from what the model takes by name.
+
+    A decoder behind an encoder reads the same ids, shifted by its start token.
+    """
+    if isinstance(text, Mapping):
+        inputs = dict(text)
+    else:
+        ids = torch.tensor([list(text)])
+        inputs = {"input_ids": ids}
+        if is_pair(model):
+            inputs["decoder_input_ids"] = _shifted(model.config, ids)
+    return {name: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
+
+
+def random_inputs(model: Any) -> list[dict[str, Tensor]]:
+    """Inputs of a batch of one, always the same ones.
+
+    Raises:
+        ModelError: it is not known how to make them for such a model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    name, config = model.main_input_name, model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokens = getattr(text, "vocab_size", None)
+    inputs = []
+    for _ in range(COUNT):
+        if name == "input_ids" and tokens:
+            given = {name: _ids(tokens, config, generator)}
+        elif (shape := _shape(name, config)) is not None:
+            given = {name: torch.randn(shape, generator=generator)}
+        else:
+            raise ModelError(
+                f"a {type(model).__name__} reads {name}, of which no example can be made here, so "
+                "nothing was compared and nothing was kept; --no-verify leaves the comparison out"
+            )
+        if is_pair(model) and tokens:
+            ids = given.get("input_ids", _ids(tokens, config, generator))
+            given["decoder_input_ids"] = _shifted(config, ids)
+        inputs.append(given)
+    return inputs
+
+
+def _ids(tokens: int, config: Any, generator: torch.Generator) -> Tensor:
+    """Random token ids; the last one ends the text, which classifiers with a decoder look for."""
+    ids = torch.randint(tokens, (1, LENGTH), generator=generator)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and end < tokens:
+        ids[ids == end] = (end + 1) % tokens
+        ids[0, -1] = end
+    return ids
+
+
+def _shape(name: str, config: Any) -> tuple[int, ...] | None:
+    """The shape of one image, of a clip of sound, or of its spectrum; None if it is something else."""
+    seen = getattr(config, "vision_config", config)
+    size = getattr(seen, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return (1, getattr(seen, "num_channels", 3), *sides)
+    if name == "input_values":
+        return (1, 16_000)
+    if name == "input_features" and (bins := getattr(config, "num_mel_bins", None)) is not None:
+        return (1, bins, 2 * config.max_source_positions)
+    return None
+
+
+def _shifted(config: Any, ids: Tensor) -> Tensor:
+    start = next(
+        (
+            found
+            for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+            if (found := getattr(config, key, None)) is not None
+        ),
+        0,
+    )
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)

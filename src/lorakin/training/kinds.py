@@ -1,0 +1,140 @@
+"""Which class of transformers an adapter's base is loaded as, and with how many classes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lorakin.errors import AdapterError, ModelError
+from lorakin.storage.directory import Files
+
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's words for tasks → what transformers loads for them."""
+PREFIX = "base_model.model."
+"""Of the names in an adapter's file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseKind:
+    """A class of transformers, or one of its Auto classes, and a classifier's classes in order."""
+
+    cls: Any
+    labels: Sequence[str] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the model's config says of its classes."""
+        if self.labels is None:
+            return {}
+        named = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(named),
+            "id2label": named,
+            "label2id": {label: number for number, label in named.items()},
+        }
+
+    def skeleton(self, config: Any) -> Any:
+        """A model of this kind on the meta device; its config is a copy of `config`, with the classes.
+
+        Raises:
+            ModelError: the config is of no such model.
+        """
+        own = copy.deepcopy(config)
+        if self.labels is not None:
+            own.id2label = self.settings()["id2label"]
+            own.label2id = self.settings()["label2id"]
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
+                is_auto = not (isinstance(self.cls, type) and issubclass(self.cls, nn.Module))
+                model = self.cls.from_config(own) if is_auto else self.cls(own)
+        except (ValueError, KeyError) as error:
+            said = str(error).strip().splitlines()[0]
+            raise ModelError(f"{type(config).__name__} is the config of no model for {self.cls.__name__}: {said}") from error
+        _forget_values(model)
+        return model
+
+
+def _forget_values(model: nn.Module) -> None:
+    """Put on the meta device what a model makes elsewhere all the same: its numbers are nobody's."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                there = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), there)
+
+
+def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> BaseKind:
+    """What the base of the adapter in `files` is: a model with this config, and perhaps these classes.
+
+    That is the class that the adapter was made on, as its files remember it; else the one for its
+    task; else the one that the base's config names; else a causal language model. If the adapter
+    holds a head with another number of classes than the base's, there are so many.
+    """
+    words = [_remembered(files), *_mapped(files)]
+    task = TASKS.get(str(files.config.get("task_type")))
+    named = (found for word in words if (found := class_named(word, config)) is not None)
+    cls = next(named, None)
+    if cls is None and task is not None:
+        cls = getattr(transformers, task)
+    if cls is None:
+        cls = own_class(config) or transformers.AutoModelForCausalLM
+    return BaseKind(cls, _classes(cls, files, config) if labels is None else labels)
+
+
+def own_class(config: Any) -> Any:
+    """The class that a config says its model is of; None if it says none that transformers has."""
+    words = getattr(config, "architectures", None) or ()
+    return next((found for word in words if (found := class_named(word, config)) is not None), None)
+
+
+def class_named(word: Any, config: Any) -> Any:
+    """transformers' class of this name if it takes such a config, else None."""
+    cls = getattr(transformers, word, None) if isinstance(word, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        return None
+    takes: Any = getattr(cls, "config_class", None)
+    return cls if takes is not None and isinstance(config, takes) else None
+
+
+def _remembered(files: Files) -> Any:
+    base = None if files.own is None else files.own.base
+    return None if base is None else base.get("class")
+
+
+def _mapped(files: Files) -> list[Any]:
+    """The class in the `auto_mapping` that PEFT writes where it knows no task."""
+    said = files.config.get("auto_mapping")
+    return [said.get("base_model_class")] if isinstance(said, dict) else []
+
+
+def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
+    """As many classes as the adapter's own head has, if the config would give that another number."""
+    if not files.config.get("modules_to_save"):
+        return None
+    expected = {PREFIX + name: p.shape for name, p in BaseKind(cls).skeleton(config).named_parameters()}
+    for key, tensor in files.tensors.items():
+        shape = expected.get(key)
+        if shape is None or shape == tensor.shape:
+            continue
+        if shape[1:] != tensor.shape[1:] or shape[0] != getattr(config, "num_labels", None):
+            raise AdapterError(
+                f"{files.path}: {key.removeprefix(PREFIX)} is {tuple(tensor.shape)}, which no number of "
+                f"classes makes of this base's {tuple(shape)}"
+            )
+        return [str(number) for number in range(tensor.shape[0])]
+    return None

@@ -380,7 +380,7 @@ def _read(
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
-    config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX)
+    config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX, ours=own is not None)
     return form, method_of(form, config, own, where), config, tensors
 
 

@@ -66,7 +66,7 @@ class Job:
 
     def labels(self) -> list[str] | None:
         """The classes, if the adapter is a classifier's."""
-        return labels_of(self.files) if self.files.config.get("task_type") == "SEQ_CLS" else None
+        return labels_of(self.files)
 
     def plain(self) -> Adapter:
         """The adapter as plain LoRA, beside itself in the model."""

@@ -40,6 +40,7 @@ from lorakin.family.low_rank import padded
 from lorakin.storage import expert_stacks
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
+from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
@@ -228,7 +229,7 @@ def _finished(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     heading = {
-        "task_type": _task_type(model, copies),
+        "task_type": task_of(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
@@ -822,23 +823,6 @@ def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where
             )
         if tensor.is_floating_point() != state[key].is_floating_point():
             raise AdapterError(f"{where}: {path}.{key} is {state[key].dtype}, this model's is {tensor.dtype}")
-
-
-def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:
-    """PEFT's word for the model's task, by the ending that transformers gives its classes.
-
-    For tasks with a head of their own PEFT expects the file to hold that head, so without one the task stays open.
-    """
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    task = next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
-    return task if whole or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
 def _whole(value: Any) -> Any:

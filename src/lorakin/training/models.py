@@ -27,6 +27,7 @@ from torch import nn
 from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
 from lorakin.storage import directory
+from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
 from lorakin.training.recipe import read_yaml
@@ -190,7 +191,7 @@ def load_with_adapter(
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
     files = directory.read(adapter_directory(adapter))
-    if labels is None and files.config.get("task_type") == "SEQ_CLS":
+    if labels is None:
         labels = labels_of(files)
     loaded = load_model(name, dtype, labels, quantize)
     said = files.config.get("base_model_name_or_path")
@@ -226,8 +227,14 @@ def adapter_directory(name: str) -> Path:
         raise AdapterError(f"there is no adapter directory {name}, and the hub has none either: {error}") from error
 
 
-def labels_of(files: directory.Files) -> list[str]:
-    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
+def labels_of(files: directory.Files) -> list[str] | None:
+    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head.
+
+    None if it is no classifier's, or holds no head.
+    """
+    base = None if files.own is None else files.own.base
+    if not is_classifiers(files.config, str((base or {}).get("class"))):
+        return None
     recipe = files.path / "recipe.yaml"
     said = read_yaml(recipe) if recipe.is_file() else None
     if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:

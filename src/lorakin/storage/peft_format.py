@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import expert_stacks
+from lorakin.storage import expert_stacks, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.tasks import task_of
@@ -127,12 +127,7 @@ UNSUPPORTED = {
     "lora_bias": "a bias on B",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
-    "corda_config": "CorDA",
     "kasa_config": "KaSA",
-    "lora_ga_config": "LoRA-GA",
-    "loftq_config": "LoftQ",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
@@ -141,13 +136,11 @@ UNSUPPORTED = {
 }
 # Fields that say nothing about the function of a finished adapter, or that the reader takes from elsewhere.
 SILENT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", *starts.CONFIGS, *starts.TRAINING,
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
     "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
 }  # fmt: skip
-# Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, …) change it.
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "lora_fa")
 
 
 def native_form(graft: Graft) -> Form | None:
@@ -377,6 +370,7 @@ def _read(
 ) -> tuple[Form, Method, Mapping[str, Any], Mapping[str, Tensor]]:
     """The form, the method, and the files with a pair for each module that has one."""
     form = check_config(config, where)
+    tensors = starts.without_training(config, tensors)
     known = None if own is None or own.tensors is None else own.tensors.keys()
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]
@@ -597,13 +591,9 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
     if reason := misfit(config):
         raise AdapterError(f"{where}: {reason}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, dict | list) or init not in HARMLESS_INITS:
-        raise AdapterError(
-            f"{where}: it was initialised with {init!r}, which changes the base weight, so on the plain base it is wrong; "
-            "convert it with PEFT (path_initial_model_for_weight_conversion) first"
-        )
     form = FORMS[peft_type]
+    if form is LORA and (reason := starts.refusal(config)):
+        raise AdapterError(f"{where}: it {reason}")
     known = {*SILENT, *UNSUPPORTED, *form.fields.values(), *form.ignored}
     if strange := sorted(key for key, value in config.items() if key not in known and value not in (None, False, {}, [])):
         warnings.warn(f"{where}: unknown settings ignored: {', '.join(strange)}", LorakinWarning, stacklevel=2)

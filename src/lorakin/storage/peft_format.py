@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -40,6 +40,7 @@ from lorakin.family.low_rank import padded
 from lorakin.storage import expert_stacks, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
+from lorakin.storage.peft_targets import check_targets
 from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
@@ -323,17 +324,17 @@ def from_files(
     sites, rest = _split(form, tensors)
     _check_paths(model, modules, sites, where)
     copies, rest = _split_copies(modules, config, rest)
-    rest = _without_base_embeddings(modules, sites, rest, where)
+    rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
-    _check_targets(modules, config, sites, copies, where)
+    check_targets(modules, config, sites, copies, where)
     for key, tensor in tensors.items():
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
         if not all_finite(tensor):
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
     for path, state in copies.items():
-        _check_copy(modules[path], path, state, where)
+        _check_copy(modules[path], path, state, _vocabulary_of(model), where)
     if own is not None and own.tensors is not None:
         _check_paths(model, modules, own.tensors, where)
         if absent := sorted(set(sites) - set(own.tensors)):
@@ -738,69 +739,42 @@ def _split_copies(
 
 
 def _without_base_embeddings(
-    modules: Mapping[str, nn.Module], sites: Mapping[str, Any], rest: Mapping[str, Tensor], where: str
+    modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], vocabulary: int | None, where: str
 ) -> dict[str, Tensor]:
-    """PEFT may add the base's own embedding and head; they must be the weights that this model has."""
+    """PEFT may add the base's own embedding and head, with its bias; they must be those that this model has."""
     left = {}
     for key, tensor in rest.items():
-        path = key.removesuffix(".weight").removesuffix(".base_layer")
-        if path not in modules or not isinstance(modules[path], nn.Embedding | nn.Linear) or not key.endswith(".weight"):
+        owner, _, name = key.rpartition(".")
+        path = owner.removesuffix(".base_layer")
+        own = modules[path]._parameters.get(name) if isinstance(modules.get(path), nn.Embedding | nn.Linear) else None
+        if own is None or (name != "weight" and f"{owner}.weight" not in rest):
             left[key] = tensor
             continue
-        weight = modules[path].weight
-        assert isinstance(weight, Tensor)
-        here = weight.detach() if weight.is_meta else weight.detach().cpu().float()
+        here = own.detach() if own.is_meta else own.detach().cpu().float()
         if tensor.shape != here.shape or (not here.is_meta and not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3)):
             raise AdapterError(
-                f"{where}: it is for another base model: {path} had another weight there, {tuple(tensor.shape)}, perhaps "
-                "because its vocabulary was resized or trained; this model's is "
-                f"{tuple(here.shape)}. Resize, and load that weight first"
+                f"{where}: it is for another base model: {path} had another {name} there, {tuple(tensor.shape)}, perhaps "
+                f"because its vocabulary was resized or trained; this model's is {tuple(here.shape)}"
+                f"{_resize(tensor, here, vocabulary)}. Load that {name} into the base before the adapter"
             )
     return left
 
 
-def _check_targets(
-    modules: Mapping[str, nn.Module], config: Mapping[str, Any], sites: Mapping[str, Any], copies: Iterable[str], where: str
-) -> None:
-    """Every module that the config targets has its tensors, and the other way round."""
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return
-    if not isinstance(targets, str):
-        targets = frozenset(targets)
-    experts = {path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer}  # not targeted as modules
-    targetable = modules.keys() - experts
-    wanted = {path for path in targetable if layers.kind_of(modules[path]) and _peft_match(targets, path, targetable)}
-    wanted = {path for path in wanted if not any(path == copy or path.startswith(copy + ".") for copy in copies)}
-    if excluded := config.get("exclude_modules"):
-        wanted = {path for path in wanted if not _peft_match(excluded, path)}
-    chosen_layers = config.get("layers_to_transform")
-    if chosen_layers is not None:
-        numbers = {chosen_layers} if isinstance(chosen_layers, int) else set(chosen_layers)
-        names = config.get("layers_pattern") or []  # the two rules are PEFT's own
-        rules = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([names] if isinstance(names, str) else names)]
-        rules = rules or [r".*?\.[^.]*\.(\d+)\."]
-        found = {path: next((int(m[1]) for rule in rules if (m := re.match(rule, path))), None) for path in wanted}
-        wanted = {path for path in wanted if found[path] in numbers}
-    if missing := sorted(wanted - set(sites)):
-        raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
-    if extra := sorted(set(sites) - wanted - experts):
-        raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
+def _resize(there: Tensor, here: Tensor, vocabulary: int | None) -> str:
+    """What to do first if the two are of vocabularies of different sizes; nothing if not. `vocabulary`: the model's."""
+    of_tokens = there.dim() == here.dim() > 0 and there.shape[1:] == here.shape[1:] and len(here) == vocabulary != len(there)
+    more = f": its vocabulary was resized. Resize this one to {len(there)} first: model.resize_token_embeddings({len(there)})"
+    return more if of_tokens else ""
 
 
-def _peft_match(targets: str | Collection[str], path: str, known: Collection[str] = ()) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts.
-
-    An entry that is itself the path of a module in `known` means that one alone.
-    """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    parts = path.split(".")
-    entries = targets if isinstance(targets, frozenset) else frozenset(targets)
-    return path in entries or any((end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts)))
+def _vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens the model knows, by its config."""
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return getattr(text() if callable(text) else config, "vocab_size", None)
 
 
-def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where: str) -> None:
+def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], vocabulary: int | None, where: str) -> None:
     wanted = {key: t for key, t in module.state_dict().items() if "lorakin" not in key.split(".")}
     if missing := sorted(set(wanted) - set(state)):
         raise AdapterError(f"{where}: the trained module {path} lacks {some(missing)}")
@@ -810,6 +784,7 @@ def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where
         if tensor.shape != state[key].shape:
             raise AdapterError(
                 f"{where}: {path}.{key} has shape {tuple(state[key].shape)}, this model's has {tuple(tensor.shape)}"
+                + _resize(state[key], tensor, vocabulary)
             )
         if tensor.is_floating_point() != state[key].is_floating_point():
             raise AdapterError(f"{where}: {path}.{key} is {state[key].dtype}, this model's is {tensor.dtype}")

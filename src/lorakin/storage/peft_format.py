@@ -41,6 +41,7 @@ from lorakin.storage import expert_stacks, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
+from lorakin.storage.renamed import todays
 from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
@@ -322,12 +323,16 @@ def from_files(
     form, method, config, tensors = _read(model, config, tensors, own, where)
     modules = named_modules(model)
     sites, rest = _split(form, tensors)
+    former: Mapping[str, list[str]] = {}
+    if own is None or own.tensors is None:
+        now = todays(model, modules, config, sites, rest, where)
+        config, sites, rest, former = now.config, now.sites, now.rest, now.former
     _check_paths(model, modules, sites, where)
     copies, rest = _split_copies(modules, config, rest)
     rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
-    check_targets(modules, config, sites, copies, where)
+    check_targets(modules, config, sites, copies, former, where)
     for key, tensor in tensors.items():
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")

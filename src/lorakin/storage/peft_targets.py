@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from lorakin.errors import AdapterError, some
+from lorakin.errors import AdapterError, LorakinWarning, some
 from lorakin.surgery import layers
 from lorakin.surgery.layers import ExpertLayer
 
@@ -17,9 +19,18 @@ FIRST, LAST = r".*?", r".*"
 
 
 def check_targets(
-    modules: Mapping[str, nn.Module], config: Mapping[str, Any], sites: Collection[str], copies: Iterable[str], where: str
+    modules: Mapping[str, nn.Module],
+    config: Mapping[str, Any],
+    sites: Collection[str],
+    copies: Iterable[str],
+    former: Mapping[str, list[str]],
+    where: str,
 ) -> None:
-    """See that every module that the config targets has its tensors, and the other way round."""
+    """See that every module that the config targets has its tensors, and the other way round.
+
+    `former`: path → its names in the file, which the config targets, where it has others there. In such a file the config may
+    mean fewer modules than it names in this model, so what is missing is said and left alone; of experts all must be there.
+    """
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
@@ -33,16 +44,44 @@ def check_targets(
     ]
     known = modules.keys() - experts
     wanted: set[str] | None = None
+    lacking: list[str] | None = None
     for meant in _readings(targets, config, known):
-        paths = {path for path in targetable if meant.takes(path)}
-        if paths == set(sites) - experts:
+        paths = {path for path in targetable if path not in former and meant.takes(path)}
+        paths |= {path for path, names in former.items() if all(map(meant.takes, names))}
+        absent = _absent_experts(modules, former, meant)
+        if paths == set(sites) - (experts - former.keys()) and not absent:
             return
         wanted = paths if wanted is None else wanted
+        lacking = absent if lacking is None else lacking
     assert wanted is not None
-    if missing := sorted(wanted - set(sites)):
+    missing = lacking or sorted(wanted - set(sites))
+    if lacking or (missing and not former):
         raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
-    extra = sorted(set(sites) - wanted - experts)
-    raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
+    if missing:
+        warnings.warn(
+            f"{where}: the file is of another transformers, which named modules otherwise; its config targets {some(missing)} "
+            "by today's names, which have no tensors in it and stay as they are",
+            LorakinWarning,
+            stacklevel=2,
+        )
+    if extra := sorted(set(sites) - wanted - (experts - former.keys())):
+        raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
+
+
+def _absent_experts(modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading) -> list[str]:
+    """Names of experts that the config targets as it does others of their stack, and that the file lacks."""
+    there, wanted, seen = {name for names in former.values() for name in names}, set[str](), set[tuple[str, str, str]]()
+    for path, names in former.items():
+        stack, _, number = path.rpartition(".")
+        if layers.kind_of(modules[path]) is not ExpertLayer:
+            continue
+        for name in names:
+            start, _, end = name.rpartition(f".{number}.")
+            if start and (stack, start, end) not in seen:
+                seen.add((stack, start, end))
+                numbers = itertools.takewhile(lambda n, stack=stack: f"{stack}.{n}" in modules, itertools.count())  # type: ignore[misc]
+                wanted |= {f"{start}.{n}.{end}" for n in numbers}
+    return sorted(name for name in wanted - there if meant.takes(name))
 
 
 class Reading:

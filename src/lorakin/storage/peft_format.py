@@ -41,6 +41,7 @@ from lorakin.storage import expert_stacks, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
+from lorakin.storage.prefixes import other_prefix
 from lorakin.storage.renamed import todays
 from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
@@ -715,6 +716,12 @@ def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
 
 def _check_paths(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Any], where: str) -> None:
     unknown = [path for path in sites if path not in modules]
+    if unknown and len(unknown) == len(sites) and (other := other_prefix(sites, modules)):
+        here, there = type(model).__name__, unknown[0]
+        raise AdapterError(
+            f"{where}: this {here} has the modules that it adapts, but under other names: {there} in the file is "
+            f"{other.here + there.removeprefix(other.there)} here. {other.advice}"
+        )
     if unknown:
         raise AdapterError(
             f"{where}: it is for another base model: it adapts {some(unknown)}, which this {type(model).__name__} does not have"

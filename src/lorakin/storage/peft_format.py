@@ -142,7 +142,7 @@ SILENT = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", *starts.CONFIGS, *starts.TRAINING,
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
-    "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
+    "runtime_config", "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
 }  # fmt: skip
 
 

@@ -377,7 +377,7 @@ def _read(
 ) -> tuple[Form, Method, Mapping[str, Any], Mapping[str, Tensor]]:
     """The form, the method, and the files with a pair for each module that has one."""
     form = check_config(config, where)
-    tensors = starts.without_training(config, tensors)
+    tensors = starts.without_training(tensors)
     known = None if own is None or own.tensors is None else own.tensors.keys()
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]

@@ -12,7 +12,7 @@ finished adapter. A `…_config` whose start is not chosen is ignored, as in PEF
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -44,11 +44,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return f"was initialised with {start!r}, of which this version does not know whether it changes the base weight"
 
 
-def without_training(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors but for those of what acts while training alone."""
-    names = {name for field, name in TRAINING.items() if config.get(field)}
-    return {key: tensor for key, tensor in tensors.items() if not _is_of(key, names)} if names else tensors
-
-
-def _is_of(key: str, names: Iterable[str]) -> bool:
-    return any(part in names for part in key.split("."))
+def without_training(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors but for those of what acts while training alone, also where a config was written anew without it."""
+    names = set(TRAINING.values())
+    return {key: tensor for key, tensor in tensors.items() if names.isdisjoint(key.split("."))}

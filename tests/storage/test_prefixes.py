@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 
 
 class Wrapper(nn.Module):
@@ -53,6 +53,19 @@ def test_made_in_a_wrapper(tmp_path: Path, ids: Tensor) -> None:
         lk.load(model, tmp_path)
     lk.load(Wrapper(model), tmp_path)
     assert torch.equal(model(ids).logits, wrapper.inner(ids).logits)
+
+
+@pytest.mark.parametrize("targets", ["down_proj", ["gate_up_proj", "down_proj"]])
+def test_experts_made_without_the_head(targets: Any, tmp_path: Path, ids: Tensor) -> None:
+    whole, model = tiny_mixtral(), tiny_mixtral()
+    randomise(lk.adapt(whole.model, lk.LoRA(rank=2), targets)).save(tmp_path)
+    with pytest.raises(lk.AdapterError, match=r"layers.0.mlp.experts in the file is model.layers.0.mlp.experts here"):
+        lk.load(model, tmp_path)
+    lk.load(model.model, tmp_path)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    randomise(lk.adapt(tiny_mixtral(), lk.LoRA(rank=2), targets)).save(tmp_path)
+    with pytest.raises(lk.AdapterError, match=r"model.layers.0.mlp.experts in the file is layers.0.mlp.experts here"):
+        lk.load(tiny_mixtral().model, tmp_path)
 
 
 @pytest.mark.parametrize(

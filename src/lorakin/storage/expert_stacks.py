@@ -7,16 +7,6 @@ lorakin has a pair for each expert, at `<parameter>.<number>`. PEFT has one for 
 
 Of several parameters of one module the last has the plain name and each one before it one more `base_layer.`. PEFT has no DoRA
 there and refuses `use_dora`; its magnitudes are `lora_magnitude_vector` (experts, outputs) here, an extension of the form.
-
-Which side of a parameter (experts, a, b) is its inputs, PEFT has decided in three ways. The change of the parameter is
-
-    PEFT                   where transformers says `is_transposed`    elsewhere
-    up to 0.18             (B·A)ᵀ: a is taken for the inputs          (B·A)ᵀ
-    0.19.0                 B·A: b is                                  (B·A)ᵀ
-    from 0.19.1 on         (B·A)ᵀ                                     B·A
-
-The shapes in a file tell which it was, unless every parameter is square; then its `peft_version` does, which PEFT writes since
-0.18. A router's weight has two dimensions and is a linear layer's in all of them.
 """
 
 from __future__ import annotations
@@ -32,18 +22,13 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
-from lorakin.family.pair import whole_shape
+from lorakin.storage.expert_layout import NAMES, NESTED, VERSION, WRITTEN, is_turned, layout, takes_last, turns
 from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import ExpertMatrix, count, is_transposed, says_transposed, stack_names
+from lorakin.surgery.experts import ExpertMatrix, count, stack_names
 from lorakin.surgery.graft import own_weight
 from lorakin.surgery.targets import for_stacks, resolve
 
 FIELD = "target_parameters"
-VERSION = "peft_version"
-WRITTEN = "0.19.1"
-"""The PEFT since which the form is the one that is written here."""
-NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
-NESTED = "base_layer."
 
 
 class Scale(NamedTuple):
@@ -94,7 +79,7 @@ def stacked(
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
-            if _is_turned(module_at(model, owner), name, _takes_last(module_at(model, owner), WRITTEN)):
+            if is_turned(module_at(model, owner), name, takes_last(module_at(model, owner), WRITTEN)):
                 there = {number: _turned(slots) for number, slots in there.items()}
             scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
@@ -120,42 +105,6 @@ def experts_in(model: nn.Module, stack: str) -> int:
     """How many matrices the parameter at this path holds."""
     owner, _, name = stack.rpartition(".")
     return count(module_at(model, owner)._parameters[name])  # type: ignore[arg-type]
-
-
-def _is_turned(owner: nn.Module, name: str, takes_last: bool | None) -> bool:
-    """Whether a stack's pairs are those of the transposed matrices, PEFT having taken its inputs for outputs."""
-    parameter = owner._parameters[name]
-    return parameter is not None and len(whole_shape(parameter)) == 3 and takes_last == is_transposed(owner)
-
-
-def _takes_last(owner: nn.Module, version: Any) -> bool | None:
-    """Whether that PEFT takes the last side of this module's stacks for the inputs; None if the version does not tell."""
-    number = re.match(r"(\d+)\.(\d+)\.(\d+)(?P<rest>.*)", str(version))
-    if number is None:
-        return None
-    release, says = tuple(map(int, number.groups()[:3])), bool(says_transposed(owner))
-    if number["rest"] and (0, 18) <= release < (0, 20):  # between two releases, on either side of a change
-        return None
-    return False if release < (0, 19) else says if release == (0, 19, 0) else not says
-
-
-def _layout(
-    model: nn.Module, owners: Iterable[tuple[str, list[str]]], tensors: Mapping[str, Tensor], version: Any, prefix: str
-) -> dict[str, bool | None]:
-    """Owner → whether the file takes the last side of its stacks for the inputs: by shapes, else by the version of PEFT."""
-    told: dict[bool, set[bool]] = {True: set(), False: set()}
-    modules = {owner: module_at(model, owner) for owner, _ in owners}
-    for owner, names in owners:
-        for depth, name in enumerate(reversed(names)):
-            A = tensors.get(f"{prefix}{owner}.{NESTED * depth}{NAMES['A']}")
-            _, *sides = whole_shape(modules[owner]._parameters[name])  # type: ignore[arg-type]
-            if A is not None and A.dim() == len(sides) == 2 and sides[0] != sides[1] and A.shape[1] in sides:
-                told[bool(says_transposed(modules[owner]))].add(A.shape[1] == sides[1])
-    layout = {}
-    for owner, module in modules.items():
-        seen = told[bool(says_transposed(module))]
-        layout[owner] = next(iter(seen)) if len(seen) == 1 else _takes_last(module, version)
-    return layout
 
 
 def _turned(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,18 +181,20 @@ def unstacked(
     if not targets:
         return config, tensors
     left, apart, stacks = dict(tensors), dict[str, Tensor](), []
-    layout: dict[str, bool | None] = {}
+    last: dict[str, bool | None] = {}
     if model is not None:
         owners = list(_owners_in(model, targets, where))
-        layout = _layout(model, owners, tensors, WRITTEN if ours else config.get(VERSION), prefix)
+        last = layout(model, owners, tensors, WRITTEN if ours else config.get(VERSION), prefix)
     else:
         owners = list(_owners_by(tensors, targets, config.get("target_modules") or (), where, prefix))
     for owner, names in owners:
         for depth, name in enumerate(reversed(names)):
             slots, stack = _taken(left, f"{prefix}{owner}.{NESTED * depth}"), f"{owner}.{name}"
+            if not slots and (elsewhere := _elsewhere(left, owner, prefix)):
+                raise _otherwise_named(model, elsewhere, owner, where)
             stacks.append(stack)
             experts = None if model is None else experts_in(model, stack)
-            turned = model is not None and _turns(model, owner, name, layout[owner], config.get(VERSION), where)
+            turned = model is not None and turns(model, owner, name, last[owner], config.get(VERSION), where)
             for number, own in enumerate(_apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")):
                 path = f"{stack}.{number}"
                 own = _turned(own) if turned else own
@@ -257,16 +208,24 @@ def unstacked(
     return {**config, FIELD: None, **changed}, left | apart
 
 
-def _turns(model: nn.Module, owner: str, name: str, takes_last: bool | None, version: Any, where: str) -> bool:
-    """`_is_turned` of a stack that is read."""
-    module = module_at(model, owner)
-    if takes_last is None and len(whole_shape(module._parameters[name])) == 3:  # type: ignore[arg-type]
-        raise AdapterError(
-            f"{where}: PEFT before 0.19.1 exchanged the inputs and outputs of {owner}.{name}, and the file leaves open whether "
-            f"it does: the parameter is square, and {VERSION} is {version!r}. Say in adapter_config.json with which release of "
-            f'PEFT the adapter was trained, such as "{VERSION}": "0.17.1"'
-        )
-    return _is_turned(module, name, takes_last)
+def _elsewhere(tensors: Iterable[str], owner: str, prefix: str) -> str | None:
+    """The path of the same experts in the file, if it begins otherwise than `owner`."""
+    for key in tensors:
+        path = key.removeprefix(prefix).removesuffix(f".{NAMES['A']}").replace(f".{NESTED.rstrip('.')}", "")
+        if (
+            key.endswith(NAMES["A"])
+            and path != owner
+            and (f".{path}".endswith(f".{owner}") or f".{owner}".endswith(f".{path}"))
+        ):
+            return path
+    return None
+
+
+def _otherwise_named(model: nn.Module | None, there: str, here: str, where: str) -> AdapterError:
+    return AdapterError(
+        f"{where}: this {type(model).__name__} has the experts that it adapts, but under another name: {there} in the file is "
+        f"{here} here. Load it into a model of the class that it was made on"
+    )
 
 
 def _is_of_one(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bool:
@@ -291,6 +250,11 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
         if names:
             yield path, names
     if missing := sorted(set(targets) - taken):
+        owners = (
+            (missing[0].rpartition(".")[0], path) for path, module in model.named_modules() if path and stack_names(module)
+        )
+        if named := next((two for two in owners if two[0].endswith(f".{two[1]}")), None):
+            raise _otherwise_named(model, *named, where)
         raise AdapterError(
             f"{where}: it is for another base model: it adapts the parameters {some(missing)}, which this "
             f"{type(model).__name__} does not have"

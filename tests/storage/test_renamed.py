@@ -191,6 +191,48 @@ def test_as_peft_reads_it(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(**batch).logits, back(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
+def dinov2() -> Any:
+    return made(T.Dinov2ForImageClassification, T.Dinov2Config(**SEEN, patch_size=8, num_labels=3, use_swiglu_ffn=True))
+
+
+def deepseek() -> Any:
+    sizes = {**TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
+    routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    return made(T.DeepseekV3ForCausalLM, T.DeepseekV3Config(**sizes, **heads, **routed))
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [(dinov2, SIGHT), (deepseek, TOKENS), (tiny_mixtral, TOKENS), (llava, TOKENS), (vit, SIGHT)],
+    ids=["dinov2", "deepseek", "mixtral", "llava", "vit"],
+)
+def test_as_transformers_loads_the_changed_checkpoint(make: Callable[[], Any], batch: dict[str, Any], tmp_path: Path) -> None:
+    """Every weight with another name in a checkpoint gets a pair; transformers loads the one where they are merged."""
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    weights = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
+    today, generator = dict(model.named_parameters()), torch.Generator().manual_seed(2)
+    renamed = [k for k, t in weights.items() if k.endswith(".weight") and t.dim() == 2 and k not in today and "embed" not in k]
+    assert renamed
+    pairs = {}
+    for key in renamed:
+        outputs, inputs = weights[key].shape
+        A, B = torch.randn(2, inputs, generator=generator) * 0.2, torch.randn(outputs, 2, generator=generator) * 0.2
+        name = f"base_model.model.{key.removesuffix('.weight')}.lora_"
+        pairs |= {f"{name}A.weight": A, f"{name}B.weight": B}
+        weights[key] = weights[key] + 2 * B @ A
+    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    merged = type(model).from_pretrained(tmp_path / "base").eval()
+    (tmp_path / "adapter").mkdir()
+    safetensors.torch.save_file(pairs, tmp_path / "adapter" / "adapter_model.safetensors")
+    targets = [key.removesuffix(".weight") for key in renamed]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    lk.load(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(**batch).logits, merged(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def change(path: Path, edit: Callable[[dict[str, Tensor]], Any], **settings: Any) -> None:
     tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
     edit(tensors)

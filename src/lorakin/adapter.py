@@ -140,13 +140,17 @@ class Adapter(Graft):
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Overwrite the adapter's tensors with those saved in `path`, in place, so that optimizers keep holding them.
 
+        Files of PEFT's do not say how the adapter was trained: it is enough that it computes what this one does, so that a
+        plain pair goes into LoRA+, and what this one's members do while training stays.
+
         Raises:
             AdapterError: the directory holds another adapter than this one. Nothing is overwritten then.
         """
         if self.is_merged:
             raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
-        contents = directory.read(Path(path)).match(self.model)
-        if not self._is_as(contents.plan):
+        files = directory.read(Path(path))
+        contents = files.match(self.model)
+        if not self._is_as(contents.plan, training=files.own is not None):
             raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")
         self.end()
         with torch.no_grad():
@@ -158,10 +162,14 @@ class Adapter(Graft):
         if contents.state is not None:
             self.restore_state(contents.state)
 
-    def _is_as(self, plan: surgery.Plan) -> bool:
+    def _is_as(self, plan: surgery.Plan, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
-        mine, other = ((list(p.sites), p.copies, p.rank_pattern, p.alpha_pattern) for p in (self.plan, plan))
-        return mine == other and self.plan.method.agrees_with(plan.method)
+        mine, its = self.plan, plan
+        if (list(mine.sites), mine.copies) != (list(its.sites), its.copies):
+            return False
+        pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [(mine.method, its.method)]
+        distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
+        return all(one.agrees_with(other, training) for one, other in distinct.values())
 
     def __repr__(self) -> str:
         return in_one_line(self)

@@ -49,6 +49,7 @@ class Triplets(Parametrisation):
     learning_rate: ClassVar[float] = 5e-4
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
+    of_no_account: ClassVar[frozenset[str]] = frozenset({"kept"})
     per_rank: ClassVar[str | None] = "E"
     per_rank_sides: ClassVar[tuple[str, ...]] = ("P", "Q")
 

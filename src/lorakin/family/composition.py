@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
+from lorakin.family import agreement
 from lorakin.family.lora import LoRA
 from lorakin.family.member import FIXED, Member, Modifier, Parametrisation, Place, Probe, Role, Rule, Spot
 from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight, cast_together
@@ -122,16 +123,9 @@ class Method:
         """
         return dataclasses.replace(self, members=tuple(member.resolved(self, total_steps) for member in self.members))
 
-    def agrees_with(self, other: Method) -> bool:
-        """Whether it is `other`, but for settings that one of them leaves open."""
-        if self.words != other.words or self.parametrisation != other.parametrisation:
-            return False
-        settings = (
-            (getattr(mine, name), getattr(its, name))
-            for mine, its in zip(self.members, other.members, strict=True)
-            for name in mine.setting_names()
-        )
-        return all(mine is None or its is None or mine == its for mine, its in settings)
+    def agrees_with(self, other: Method, training: bool = True) -> bool:
+        """Whether it is `other`, however that is spelt, but for settings that one of them leaves open; see `agreement`."""
+        return agreement.are_one(self, other, training)
 
     @property
     def probe(self) -> Probe | None:

@@ -46,6 +46,7 @@ class LoRA(Parametrisation):
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is B·A"}
     learning_rate: ClassVar[float] = 2e-4
+    of_no_account: ClassVar[frozenset[str]] = frozenset({"init"})
 
     rank: int = 16
     alpha: float = 32.0

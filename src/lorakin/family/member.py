@@ -189,6 +189,8 @@ class Parametrisation(Member):
     """Names of tensors that are kept but never trained."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
     """Settings that single modules may have their own of."""
+    of_no_account: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say how the pair starts, or what was freed of it, and not what it is."""
     per_rank: ClassVar[str | None] = None
     """The tensor that scales each rank, by which a rank can be switched off; None if there is none."""
     per_rank_sides: ClassVar[tuple[str, ...]] = ()

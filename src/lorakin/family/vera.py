@@ -53,6 +53,7 @@ class VeRA(Parametrisation):
     )
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     per_module: ClassVar[frozenset[str]] = frozenset()
+    of_no_account: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
     per_rank: ClassVar[str | None] = "d"
 
     rank: int = 256

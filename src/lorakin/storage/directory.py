@@ -191,7 +191,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if (path / TENSORS).exists():
             return safetensors.torch.load_file(path / TENSORS)
         if (path / OLD_TENSORS).exists():
-            return dict(torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True))
+            content = torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+                raise AdapterError(f"{path / OLD_TENSORS} holds something else than tensors by name")
+            return {str(key): tensor.detach() for key, tensor in content.items()}
         raise AdapterError(f"{path} has no {TENSORS}")
     except pickle.UnpicklingError:
         raise AdapterError(f"{path / OLD_TENSORS} cannot be read: it holds more than tensors, and is not run") from None

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
+from lorakin.storage.expert_layout import NAMES, NESTED, VERSION, WRITTEN, is_turned, layout, takes_last, turns
 from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import ExpertMatrix, count, is_transposed, says_transposed, stack_names
+from lorakin.surgery.experts import ExpertMatrix, count, stack_names
 from lorakin.surgery.graft import own_weight
 from lorakin.surgery.targets import for_stacks, resolve
 
 FIELD = "target_parameters"
-NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
-NESTED = "base_layer."
 
 
 class Scale(NamedTuple):
@@ -80,13 +79,14 @@ def stacked(
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
-            if _is_turned(module_at(model, owner)):
+            if is_turned(module_at(model, owner), name, takes_last(module_at(model, owner), WRITTEN)):
                 there = {number: _turned(slots) for number, slots in there.items()}
             scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
             _set_scale(config, f"{owner}.{name}", scale)
         parameters += [f"{owner}.{name}" for name in names]
-    return {**config, FIELD: parameters, "lora_dropout": 0.0}, left | done  # of dropout there PEFT will hear nothing
+    said = {FIELD: parameters, VERSION: WRITTEN, "lora_dropout": 0.0}  # of dropout there PEFT will hear nothing
+    return {**config, **said}, left | done
 
 
 def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
@@ -105,11 +105,6 @@ def experts_in(model: nn.Module, stack: str) -> int:
     """How many matrices the parameter at this path holds."""
     owner, _, name = stack.rpartition(".")
     return count(module_at(model, owner)._parameters[name])  # type: ignore[arg-type]
-
-
-def _is_turned(owner: nn.Module) -> bool:
-    """Whether PEFT takes the inputs of its stacks for outputs, since transformers does not say which is which (Llama 4)."""
-    return is_transposed(owner) and not says_transposed(owner)
 
 
 def _turned(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,31 +164,40 @@ def unstacked(
     known: Iterable[str] | None,
     where: str,
     prefix: str,
+    *,
+    ours: bool = False,
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """The files with a pair for each expert again, `target_parameters` and what belongs to it gone.
 
     Without a model, the parameters of one module are taken to be in transformers' order: down_proj is the last. `known` are
-    the paths for which lorakin.json has tensors, if it has any; an expert beside them whose pair is zero is none.
+    the paths for which lorakin.json has tensors, if it has any; an expert beside them whose pair is zero is none. `ours`: the
+    files are lorakin's.
 
     Raises:
-        AdapterError: parameters that are no stack of experts in `model`, or tensors that do not fit together.
+        AdapterError: parameters that are no stack of experts in `model`, tensors that do not fit together, or files that leave
+            open which sides are the inputs.
     """
     targets = config.get(FIELD)
     if not targets:
         return config, tensors
     left, apart, stacks = dict(tensors), dict[str, Tensor](), []
+    last: dict[str, bool | None] = {}
     if model is not None:
-        owners = _owners_in(model, targets, where)
+        owners = list(_owners_in(model, targets, where))
+        last = layout(model, owners, tensors, WRITTEN if ours else config.get(VERSION), prefix)
     else:
-        owners = _owners_by(tensors, targets, config.get("target_modules") or (), where, prefix)
+        owners = list(_owners_by(tensors, targets, config.get("target_modules") or (), where, prefix))
     for owner, names in owners:
         for depth, name in enumerate(reversed(names)):
             slots, stack = _taken(left, f"{prefix}{owner}.{NESTED * depth}"), f"{owner}.{name}"
+            if not slots and (elsewhere := _elsewhere(left, owner, prefix)):
+                raise _otherwise_named(model, elsewhere, owner, where)
             stacks.append(stack)
             experts = None if model is None else experts_in(model, stack)
+            turned = model is not None and turns(model, owner, name, last[owner], config.get(VERSION), where)
             for number, own in enumerate(_apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")):
                 path = f"{stack}.{number}"
-                own = _turned(own) if model is not None and _is_turned(module_at(model, owner)) else own
+                own = _turned(own) if turned else own
                 if known is None or path in known or own["B"].any():
                     apart |= {f"{prefix}{path}.{NAMES[slot]}": tensor for slot, tensor in own.items()}
     counts = Counter(key.removeprefix(prefix).rsplit(".", 3)[0] for key in apart if key.endswith(NAMES["A"]))
@@ -202,6 +206,26 @@ def unstacked(
         patterns = {key: value for key, value in (config.get(field) or {}).items() if not _is_of_one(key, stacks, counts)}
         changed[field] = for_stacks(patterns, stacks)
     return {**config, FIELD: None, **changed}, left | apart
+
+
+def _elsewhere(tensors: Iterable[str], owner: str, prefix: str) -> str | None:
+    """The path of the same experts in the file, if it begins otherwise than `owner`."""
+    for key in tensors:
+        path = key.removeprefix(prefix).removesuffix(f".{NAMES['A']}").replace(f".{NESTED.rstrip('.')}", "")
+        if (
+            key.endswith(NAMES["A"])
+            and path != owner
+            and (f".{path}".endswith(f".{owner}") or f".{owner}".endswith(f".{path}"))
+        ):
+            return path
+    return None
+
+
+def _otherwise_named(model: nn.Module | None, there: str, here: str, where: str) -> AdapterError:
+    return AdapterError(
+        f"{where}: this {type(model).__name__} has the experts that it adapts, but under another name: {there} in the file is "
+        f"{here} here. Load it into a model of the class that it was made on"
+    )
 
 
 def _is_of_one(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bool:
@@ -226,6 +250,11 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
         if names:
             yield path, names
     if missing := sorted(set(targets) - taken):
+        owners = (
+            (missing[0].rpartition(".")[0], path) for path, module in model.named_modules() if path and stack_names(module)
+        )
+        if named := next((two for two in owners if two[0].endswith(f".{two[1]}")), None):
+            raise _otherwise_named(model, *named, where)
         raise AdapterError(
             f"{where}: it is for another base model: it adapts the parameters {some(missing)}, which this "
             f"{type(model).__name__} does not have"

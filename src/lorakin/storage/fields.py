@@ -65,6 +65,10 @@ def _names(value: Any) -> bool:
     return _pattern(value) or (isinstance(value, list) and all(map(_text, value)))
 
 
+def _patterns_or_one(value: Any) -> bool:
+    return _pattern(value) or (isinstance(value, list) and all(map(_pattern, value)))
+
+
 def _layers(value: Any) -> bool:
     return _count(value) or (isinstance(value, list) and all(map(_count, value)))
 
@@ -89,7 +93,8 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("lora_alpha", "lora_dropout", "vera_dropout", "d_initial", "beta1", "beta2", "orth_reg_weight"),
     ),
     ("true or false", _flag, ("use_rslora", "use_dora", "save_projection", "fan_in_fan_out", "inference_mode")),
-    ("a regular expression or a list of names", _names, ("target_modules", "exclude_modules", "layers_pattern")),
+    ("a regular expression or a list of names", _names, ("target_modules", "exclude_modules")),
+    ("a regular expression or a list of them", _patterns_or_one, ("layers_pattern",)),
     ("a list of names", lambda value: _names(value) and not _text(value), ("modules_to_save", "target_parameters")),
     ("text", _text, ("base_model_name_or_path", "task_type")),
     ("a layer's number or a list of them", _layers, ("layers_to_transform",)),

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -37,9 +37,13 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import expert_stacks
+from lorakin.storage import expert_stacks, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
+from lorakin.storage.peft_targets import check_targets
+from lorakin.storage.prefixes import other_prefix
+from lorakin.storage.renamed import todays
+from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.buffers import misfit_of_buffers
@@ -128,12 +132,7 @@ UNSUPPORTED = {
     "lora_bias": "a bias on B",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
-    "corda_config": "CorDA",
     "kasa_config": "KaSA",
-    "lora_ga_config": "LoRA-GA",
-    "loftq_config": "LoftQ",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
@@ -142,13 +141,11 @@ UNSUPPORTED = {
 }
 # Fields that say nothing about the function of a finished adapter, or that the reader takes from elsewhere.
 SILENT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", *starts.CONFIGS, *starts.TRAINING,
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
-    "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
+    "runtime_config", "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
 }  # fmt: skip
-# Initialisations that leave the base weight as it was; the others (PiSSA, OLoRA, …) change it.
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "lora_fa")
 
 
 def native_form(graft: Graft) -> Form | None:
@@ -230,7 +227,7 @@ def _finished(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     heading = {
-        "task_type": _task_type(model, copies),
+        "task_type": task_of(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
@@ -332,19 +329,23 @@ def from_files(
     form, method, config, tensors = _read(model, config, tensors, own, where)
     modules = named_modules(model)
     sites, rest = _split(form, tensors)
+    former: Mapping[str, list[str]] = {}
+    if own is None or own.tensors is None:
+        now = todays(model, modules, config, sites, rest, where)
+        config, sites, rest, former = now.config, now.sites, now.rest, now.former
     _check_paths(model, modules, sites, where)
     copies, rest = _split_copies(modules, config, rest)
-    rest = _without_base_embeddings(modules, sites, rest, where)
+    rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
-    _check_targets(modules, config, sites, copies, where)
+    check_targets(modules, config, sites, copies, former, where)
     for key, tensor in tensors.items():
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
         if not all_finite(tensor):
             raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
     for path, state in copies.items():
-        _check_copy(modules[path], path, state, where)
+        _check_copy(modules[path], path, state, _vocabulary_of(model), where)
     if own is not None and own.tensors is not None:
         _check_paths(model, modules, own.tensors, where)
         if absent := sorted(set(sites) - set(own.tensors)):
@@ -385,11 +386,12 @@ def _read(
 ) -> tuple[Form, Method, Mapping[str, Any], Mapping[str, Tensor]]:
     """The form, the method, and the files with a pair for each module that has one."""
     form = check_config(config, where)
+    tensors = starts.without_training(tensors)
     known = None if own is None or own.tensors is None else own.tensors.keys()
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
-    config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX)
+    config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX, ours=own is not None)
     return form, method_of(form, config, own, where), config, tensors
 
 
@@ -605,13 +607,9 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
     if reason := misfit(config):
         raise AdapterError(f"{where}: {reason}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, dict | list) or init not in HARMLESS_INITS:
-        raise AdapterError(
-            f"{where}: it was initialised with {init!r}, which changes the base weight, so on the plain base it is wrong; "
-            "convert it with PEFT (path_initial_model_for_weight_conversion) first"
-        )
     form = FORMS[peft_type]
+    if form is LORA and (reason := starts.refusal(config)):
+        raise AdapterError(f"{where}: it {reason}")
     known = {*SILENT, *UNSUPPORTED, *form.fields.values(), *form.ignored}
     if strange := sorted(key for key, value in config.items() if key not in known and value not in (None, False, {}, [])):
         warnings.warn(f"{where}: unknown settings ignored: {', '.join(strange)}", LorakinWarning, stacklevel=2)
@@ -727,6 +725,12 @@ def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
 
 def _check_paths(model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Any], where: str) -> None:
     unknown = [path for path in sites if path not in modules]
+    if unknown and len(unknown) == len(sites) and (other := other_prefix(sites, modules)):
+        here, there = type(model).__name__, unknown[0]
+        raise AdapterError(
+            f"{where}: this {here} has the modules that it adapts, but under other names: {there} in the file is "
+            f"{other.here + there.removeprefix(other.there)} here. {other.advice}"
+        )
     if unknown:
         raise AdapterError(
             f"{where}: it is for another base model: it adapts {some(unknown)}, which this {type(model).__name__} does not have"
@@ -756,69 +760,42 @@ def _split_copies(
 
 
 def _without_base_embeddings(
-    modules: Mapping[str, nn.Module], sites: Mapping[str, Any], rest: Mapping[str, Tensor], where: str
+    modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], vocabulary: int | None, where: str
 ) -> dict[str, Tensor]:
-    """PEFT may add the base's own embedding and head; they must be the weights that this model has."""
+    """PEFT may add the base's own embedding and head, with its bias; they must be those that this model has."""
     left = {}
     for key, tensor in rest.items():
-        path = key.removesuffix(".weight").removesuffix(".base_layer")
-        if path not in modules or not isinstance(modules[path], nn.Embedding | nn.Linear) or not key.endswith(".weight"):
+        owner, _, name = key.rpartition(".")
+        path = owner.removesuffix(".base_layer")
+        own = modules[path]._parameters.get(name) if isinstance(modules.get(path), nn.Embedding | nn.Linear) else None
+        if own is None or (name != "weight" and f"{owner}.weight" not in rest):
             left[key] = tensor
             continue
-        weight = modules[path].weight
-        assert isinstance(weight, Tensor)
-        here = weight.detach() if weight.is_meta else weight.detach().cpu().float()
+        here = own.detach() if own.is_meta else own.detach().cpu().float()
         if tensor.shape != here.shape or (not here.is_meta and not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3)):
             raise AdapterError(
-                f"{where}: it is for another base model: {path} had another weight there, {tuple(tensor.shape)}, perhaps "
-                "because its vocabulary was resized or trained; this model's is "
-                f"{tuple(here.shape)}. Resize, and load that weight first"
+                f"{where}: it is for another base model: {path} had another {name} there, {tuple(tensor.shape)}, perhaps "
+                f"because its vocabulary was resized or trained; this model's is {tuple(here.shape)}"
+                f"{_resize(tensor, here, vocabulary)}. Load that {name} into the base before the adapter"
             )
     return left
 
 
-def _check_targets(
-    modules: Mapping[str, nn.Module], config: Mapping[str, Any], sites: Mapping[str, Any], copies: Iterable[str], where: str
-) -> None:
-    """Every module that the config targets has its tensors, and the other way round."""
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return
-    if not isinstance(targets, str):
-        targets = frozenset(targets)
-    experts = {path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer}  # not targeted as modules
-    targetable = modules.keys() - experts
-    wanted = {path for path in targetable if layers.kind_of(modules[path]) and _peft_match(targets, path, targetable)}
-    wanted = {path for path in wanted if not any(path == copy or path.startswith(copy + ".") for copy in copies)}
-    if excluded := config.get("exclude_modules"):
-        wanted = {path for path in wanted if not _peft_match(excluded, path)}
-    chosen_layers = config.get("layers_to_transform")
-    if chosen_layers is not None:
-        numbers = {chosen_layers} if isinstance(chosen_layers, int) else set(chosen_layers)
-        names = config.get("layers_pattern") or []  # the two rules are PEFT's own
-        rules = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([names] if isinstance(names, str) else names)]
-        rules = rules or [r".*?\.[^.]*\.(\d+)\."]
-        found = {path: next((int(m[1]) for rule in rules if (m := re.match(rule, path))), None) for path in wanted}
-        wanted = {path for path in wanted if found[path] in numbers}
-    if missing := sorted(wanted - set(sites)):
-        raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
-    if extra := sorted(set(sites) - wanted - experts):
-        raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
+def _resize(there: Tensor, here: Tensor, vocabulary: int | None) -> str:
+    """What to do first if the two are of vocabularies of different sizes; nothing if not. `vocabulary`: the model's."""
+    of_tokens = there.dim() == here.dim() > 0 and there.shape[1:] == here.shape[1:] and len(here) == vocabulary != len(there)
+    more = f": its vocabulary was resized. Resize this one to {len(there)} first: model.resize_token_embeddings({len(there)})"
+    return more if of_tokens else ""
 
 
-def _peft_match(targets: str | Collection[str], path: str, known: Collection[str] = ()) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts.
-
-    An entry that is itself the path of a module in `known` means that one alone.
-    """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    parts = path.split(".")
-    entries = targets if isinstance(targets, frozenset) else frozenset(targets)
-    return path in entries or any((end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts)))
+def _vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens the model knows, by its config."""
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return getattr(text() if callable(text) else config, "vocab_size", None)
 
 
-def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where: str) -> None:
+def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], vocabulary: int | None, where: str) -> None:
     wanted = base_state(module)
     if missing := sorted(set(wanted) - set(state)):
         raise AdapterError(f"{where}: the trained module {path} lacks {some(missing)}")
@@ -828,26 +805,10 @@ def _check_copy(module: nn.Module, path: str, state: Mapping[str, Tensor], where
         if tensor.shape != state[key].shape:
             raise AdapterError(
                 f"{where}: {path}.{key} has shape {tuple(state[key].shape)}, this model's has {tuple(tensor.shape)}"
+                + _resize(state[key], tensor, vocabulary)
             )
         if tensor.is_floating_point() != state[key].is_floating_point():
             raise AdapterError(f"{where}: {path}.{key} is {state[key].dtype}, this model's is {tensor.dtype}")
-
-
-def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:
-    """PEFT's word for the model's task, by the ending that transformers gives its classes.
-
-    For tasks with a head of their own PEFT expects the file to hold that head, so without one the task stays open.
-    """
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    task = next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
-    return task if whole or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
 def _whole(value: Any) -> Any:

@@ -27,6 +27,7 @@ from torch import nn
 from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
 from lorakin.storage import directory, hub
+from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
 from lorakin.training.kinds import BaseKind, kind_for
@@ -215,10 +216,8 @@ def load_with_adapter(
     files = directory.read(hub.adapter_directory(adapter))
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
-    elif labels is None and files.config.get("task_type") == "SEQ_CLS":
-        kind = BaseKind(None, labels_of(files))
     else:
-        kind = BaseKind(None, labels)
+        kind = BaseKind(None, labels_of(files) if labels is None else labels)
     loaded = load_model(name, dtype, kind.labels, quantize, kind.cls)
     whole = files.config.get("modules_to_save") or ()
     new = [path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)]
@@ -255,8 +254,14 @@ def recipe_labels(files: directory.Files) -> list[str] | None:
     return None
 
 
-def labels_of(files: directory.Files) -> list[str]:
-    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head."""
+def labels_of(files: directory.Files) -> list[str] | None:
+    """The classes of a classifier's adapter: from the recipe beside it, else one for each row of the trained head.
+
+    None if it is no classifier's, or holds no head.
+    """
+    base = None if files.own is None else files.own.base
+    if not is_classifiers(files.config, str((base or {}).get("class"))):
+        return None
     if (said := recipe_labels(files)) is not None:
         return said
     whole = files.config.get("modules_to_save") or []

@@ -1,0 +1,100 @@
+"""`adapter.restore`: the same method in any spelling, and what PEFT wrote of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import randomise, tiny_llama
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def equal(one: Any, other: Any, ids: Tensor) -> None:
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"),
+    [
+        (lk.DoRA(rank=4, alpha=8), [lk.LoRA(rank=4, alpha=8), lk.DoRA()]),
+        ([lk.LoRA(rank=4, alpha=8), lk.DoRA()], lk.DoRA(rank=4, alpha=8)),
+        (lk.LoRA(rank=4, init="gaussian"), lk.LoRA(rank=4)),
+        ([lk.LoRAPlus(rank=4, alpha=8), lk.DoRA()], [lk.LoRA(rank=4, alpha=8), lk.DoRA(), lk.LoRAPlus()]),
+    ],
+)
+def test_another_spelling(saved: Any, here: Any, tmp_path: Path, ids: Tensor) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    randomise(lk.adapt(model, saved, TARGETS)).save(tmp_path)
+    adapter = randomise(lk.adapt(other, here, TARGETS), seed=9)
+    before, tensors = adapter.plan.method, adapter.parameters()
+    adapter.restore(tmp_path)
+    equal(model, other, ids)
+    assert adapter.plan.method is before
+    assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True))
+
+
+def test_patterns_in_another_spelling(tmp_path: Path, ids: Tensor) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    randomise(lk.adapt(model, lk.LoRA(rank=4, alpha=8), TARGETS, rank_pattern={"v_proj": 2})).save(tmp_path)
+    pattern = {"q_proj": 4, "layers.0.self_attn.v_proj": 2, "layers.1.self_attn.v_proj": 2}
+    randomise(lk.adapt(other, lk.LoRA(rank=3, alpha=8), TARGETS, rank_pattern=pattern), seed=9).restore(tmp_path)
+    equal(model, other, ids)
+    with pytest.raises(lk.AdapterError, match="holds another adapter"):
+        lk.adapt(tiny_llama(), lk.LoRA(rank=4, alpha=8), TARGETS).restore(tmp_path)
+
+
+PLAIN, GAINED = {}, {"use_dora": True}
+PATHS = [f"model.layers.{n}.self_attn.{target}" for n in range(2) for target in TARGETS]
+IMPORTANCE = dict(zip(PATHS, (0.4, 0.3, 0.2, 0.1), strict=True))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("settings", "member", "fits"),
+    [
+        (PLAIN, lk.LoRA(rank=4, alpha=8), True),
+        (PLAIN, lk.LoRA(rank=4, alpha=8, init="gaussian", dropout=0.1), True),
+        (PLAIN, lk.LoRAPlus(rank=4, alpha=8), True),
+        (PLAIN, [lk.LoRA(rank=4, alpha=8), lk.LoRAPlus(ratio=4)], True),
+        (PLAIN, lk.LoRAFA(rank=4, alpha=8), True),
+        (GAINED, lk.DoRA(rank=4, alpha=8), True),
+        (GAINED, [lk.LoRA(rank=4, alpha=8), lk.DoRA()], True),
+        (GAINED, [lk.DoRA(rank=4, alpha=8), lk.LoRAPlus()], True),
+        (PLAIN, lk.DoRA(rank=4, alpha=8), False),
+        (GAINED, lk.LoRA(rank=4, alpha=8), False),
+        (PLAIN, lk.LoRA(rank=4, alpha=4), False),
+        (PLAIN, lk.LoRA(rank=2, alpha=8), False),
+        (PLAIN, lk.DeltaLoRA(rank=4, alpha=8), False),
+        (PLAIN, lk.LoRADrop(rank=4, alpha=8, keep=1, importance=IMPORTANCE), False),
+    ],
+)
+def test_what_peft_wrote(settings: dict[str, Any], member: Any, fits: bool, tmp_path: Path, ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, **settings)
+    theirs = peft.get_peft_model(tiny_llama(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    adapter = lk.adapt(model, member, TARGETS)
+    before = [p.clone() for p in adapter.parameters()]
+    if not fits:
+        with pytest.raises(lk.AdapterError, match="holds another adapter"):
+            adapter.restore(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters(), strict=True))
+        return
+    adapter.restore(tmp_path)
+    model.eval()
+    equal(model, theirs, ids)
+
+
+def test_our_own_files_say_how_they_were_trained(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=4, alpha=8), TARGETS)).save(tmp_path)
+    adapter = lk.adapt(tiny_llama(), lk.LoRAPlus(rank=4, alpha=8), TARGETS)
+    with pytest.raises(lk.AdapterError, match="holds another adapter"):
+        adapter.restore(tmp_path)

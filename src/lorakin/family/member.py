@@ -281,6 +281,10 @@ class Modifier(Member):
         """Itself, with what its probe found: path → share of the importance."""
         return self
 
+    def among(self, paths: Sequence[str]) -> Self:
+        """Itself, for an adapter whose targets are exactly these modules; raises `SettingError` if it cannot be."""
+        return self
+
     def own_pairs(self, paths: Sequence[str]) -> list[str]:
         """Which modules have a pair of their own."""
         return list(paths)

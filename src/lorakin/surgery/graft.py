@@ -93,7 +93,8 @@ def plan(
     alpha_pattern = for_stacks(alpha_pattern, stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
-    chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
+    method, paths = method.select(paths)
+    chosen = plan_for(method, paths, copies, rank_pattern, alpha_pattern)
     for path, there in chosen.sites.items():
         there.check(spot_of(module_at(model, path)).shape, path)
     return chosen

@@ -45,7 +45,10 @@ class Adapter(Graft):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them."""
+        """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them.
+
+        Decay spares what the method says, and the biases and normalisations of modules trained whole.
+        """
         return parameter_groups(self, lr, **options)
 
     def optimizer(
@@ -58,7 +61,8 @@ class Adapter(Graft):
     ) -> O:
         """An optimizer of class `cls` over the adapter's groups, attached.
 
-        Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there.
+        Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there. Given one, it
+        acts as `parameter_groups` says.
         torch's Adam, AdamW and SGD take their fused kernel where nothing else is asked for.
         `total_steps`, the optimizer steps of the run, is needed only for members that plan over it, such as AdaLoRA.
         """
@@ -67,7 +71,8 @@ class Adapter(Graft):
         if cls in FUSED and not {"foreach", "differentiable"} & options.keys():
             devices = {parameter.device.type for parameter in self.parameters()}
             options.setdefault("fused", devices <= {"cpu", "cuda"})
-        return self.attach(cls(self.parameter_groups(lr), **options), total_steps)
+        decay = {name: options[name] for name in ("weight_decay",) if name in options}
+        return self.attach(cls(self.parameter_groups(lr, **decay), **options), total_steps)
 
     def attach(self, optimizer: O, total_steps: int | None = None) -> O:
         """Begin a run with `optimizer`, once it is clear that it trains the whole adapter as the method says; returns it.

@@ -294,6 +294,11 @@ class Graft:
         site = self.site(path)
         return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
 
+    def factors_at(self, path: str) -> tuple[Pair, float]:
+        """The same before its scale is in `up`, and the scale, where the pair has one."""
+        site = self.site(path)
+        return site.method.factors(widened(self.tensors_at(path)), site.shape, Weight(self.base_weight(path)))
+
     def experts(self) -> list[str]:
         """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
         return [path for path in self.plan.sites if self.site(path).layer is ExpertLayer]

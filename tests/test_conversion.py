@@ -296,6 +296,9 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
     pair = combined.change_at(path)
     want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
     np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max())
+    if any(one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.plan.sites):
+        assert "adalora" in word, "whose runs keep ranks of their own"
+        return
     factors, fits = lk.combine(model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors")
     assert fits[path].error == 0 and fits[path].rank == factors.change_at(path).down.shape[0]
 

@@ -142,6 +142,7 @@ def adapt(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -162,6 +163,8 @@ def adapt(
         rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT; the first that
             matches the end of a module's path wins.
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
+        rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
+            their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -179,6 +182,7 @@ def adapt(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -201,6 +205,7 @@ def importance(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -211,7 +216,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -229,6 +234,7 @@ def importance(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 

@@ -75,6 +75,9 @@ class Triplets(Parametrisation):
         require(not shape.lookup, f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it")
         check_rank(self.rank, shape, where)
 
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        return {"kept": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)

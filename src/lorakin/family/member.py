@@ -200,6 +200,10 @@ class Parametrisation(Member):
     def check(self, shape: Shape, where: str) -> None:
         """Raise `SettingError` if these settings do not fit a weight of this shape; `where` is the module's path."""
 
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        """The setting that gives a module no more ranks than its weight of this shape has; {} if it has no more anyway."""
+        return {}
+
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         """The tensors of one module at initialisation, by slot; float32, drawn with `generator`."""
         raise NotImplementedError

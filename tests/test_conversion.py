@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from lorakin.family.low_rank import nearest
+from references import combining as reference
 
 MEMBERS: dict[str, Any] = {
     "lora": lk.LoRA(4, 8, rslora=True),
@@ -31,7 +34,7 @@ MEMBERS: dict[str, Any] = {
 def trained(model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 3, **more: Any) -> lk.Adapter:
     """A few large steps, so that what acts at steps has acted and the change is far from nothing."""
     batch = {"input_ids": ids, "labels": ids}
-    if isinstance(member, lk.LoRADrop):
+    if isinstance(member, lk.LoRADrop) and member.importance is None:
         more["probe"] = [batch]
     adapter = lk.adapt(model, member, name=name, seed=3, **more)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.1, total_steps=steps)
@@ -245,6 +248,103 @@ def test_combining_modules_trained_whole(ids: Tensor) -> None:
     combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25})
     want = base + 0.5 * (own["a"] - base) + 0.25 * (own["b"] - base)
     torch.testing.assert_close(combined.copy_of("classifier").weight, want)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ties": {"how": "ties", "density": 0.4},
+    "ties by frequency": {"how": "ties", "density": 0.4, "elect": "frequency"},
+    "magnitude_prune": {"how": "magnitude_prune", "density": 0.4},
+    "dare_linear": {"how": "dare_linear", "density": 1.0},
+    "dare_ties": {"how": "dare_ties", "density": 1.0},
+}
+
+
+def expected(adapters: list[lk.Adapter], weights: list[float], path: str, way: dict[str, Any]) -> Any:
+    there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.plan.sites]
+    changes = [(a.change_at(path).up @ a.change_at(path).down).detach().numpy() for a, _ in there]
+    return reference.combined(changes, [w for _, w in there], **way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_combining_otherwise_is_the_nearest_to_the_papers_formula(way: str, ids: Tensor) -> None:
+    """On changes of different members, ranks and targets."""
+    model = tiny_llama().double()
+    first = trained(model, lk.LoRA(4, 8), ids, "first", targets=["q_proj", "up_proj"])
+    second = trained(model, lk.VeRA(rank=8), ids, "second", targets=["q_proj", "v_proj"])
+    combined, fits = lk.combine(model, {"first": 0.7, "second": -0.4}, **WAYS[way], rank=6)
+    assert combined.is_active and combined.plan.sites.keys() == first.plan.sites.keys() | second.plan.sites.keys()
+    for path in combined.plan.sites:
+        want = expected([first, second], [0.7, -0.4], path, WAYS[way])
+        near, pair = reference.nearest(want, 6), combined.change_at(path)
+        np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), near, rtol=0, atol=1e-5 * abs(want).max())
+        assert fits[path].error == pytest.approx(np.linalg.norm(want - near) / np.linalg.norm(want), abs=1e-6)
+    whole, _ = lk.combine(model, {"first": 0.7, "second": -0.4}, "whole", **WAYS[way], error=1e-6)
+    pair = whole.change_at("model.layers.1.self_attn.q_proj")
+    want = expected([first, second], [0.7, -0.4], "model.layers.1.self_attn.q_proj", WAYS[way])
+    np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-5 * abs(want).max())
+
+
+@pytest.mark.parametrize("word", MEMBERS)
+def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None:
+    model = tiny_llama().double()
+    one = trained(model, MEMBERS[word], ids, "one")
+    if isinstance(member := MEMBERS[word], lk.LoRADrop):  # a second probe would need the model to itself
+        member = dataclasses.replace(member, importance=one.method.setting("importance"))
+    two = trained(model, member, ids, "two", steps=5)
+    combined, _ = lk.combine(model, {"one": 1, "two": 1}, how="ties", density=0.3, rank=40)
+    path = next(iter(one.plan.sites))
+    pair = combined.change_at(path)
+    want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
+    np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max())
+    if any(one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.plan.sites):
+        assert "adalora" in word, "whose runs keep ranks of their own"
+        return
+    factors, fits = lk.combine(model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors")
+    assert fits[path].error == 0 and fits[path].rank == factors.change_at(path).down.shape[0]
+
+
+def test_other_layers_are_combined_otherwise() -> None:
+    for make, targets in ((ConvNet, ["one", "two", "head"]), (tiny_gpt2, ["c_attn", "wte"]), (tiny_mixtral, "experts")):
+        model = make()
+        paths = [p for p in ("model.layers.0.mlp.experts.gate_up_proj",) if targets == "experts"] or targets
+        found = [randomise(lk.adapt(model, lk.LoRA(2), paths, name=name), seed=n) for n, name in enumerate("ab")]
+        combined, _ = lk.combine(model, {"a": 1.0, "b": 0.5}, how="ties", density=0.5, rank=64)
+        for path in found[0].plan.sites:
+            pair = combined.change_at(path)
+            want = expected(found, [1.0, 0.5], path, {"how": "ties", "density": 0.5})
+            np.testing.assert_allclose((pair.up @ pair.down).numpy(), want, rtol=0, atol=1e-5 * abs(want).max())
+
+
+def test_modules_trained_whole_are_combined_in_the_same_way() -> None:
+    model = tiny_bert()
+    base = {key: t.detach().clone() for key, t in model.classifier.state_dict().items()}
+    for name, seed in (("a", 1), ("b", 2)):
+        randomise(lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name), seed=seed)
+    states = [lk.adapters(model)[name].copy_of("classifier").state_dict() for name in "ab"]
+    combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25}, how="ties", density=0.5, rank=4)
+    for key, own in base.items():
+        changes = [(state[key] - own).numpy() for state in states]
+        want = own.numpy() + reference.combined(changes, [0.5, 0.25], "ties", 0.5)
+        np.testing.assert_allclose(combined.copy_of("classifier").state_dict()[key].numpy(), want, rtol=0, atol=1e-6)
+
+
+def test_combinations_that_are_refused() -> None:
+    model = tiny_llama()
+    lk.adapt(model, lk.LoRA(4), name="a")
+    lk.adapt(model, lk.LoRA(4), name="b", rank_pattern={"v_proj": 2})
+    before = set(lk.adapters(model))
+    for settings, message in (
+        ({"how": "ties", "density": 0.5}, "makes one of full rank; name the rank, or the error"),
+        ({"on": "factors"}, r"of one rank, but in model.layers.0.self_attn.v_proj 'a' has rank 4, 'b' has rank 2"),
+        ({"how": "dare"}, "did you mean 'dare_"),
+        ({"how": "ties", "rank": 4}, "give density"),
+    ):
+        with pytest.raises(lk.SettingError, match=message):
+            lk.combine(model, {"a": 1, "b": 1}, **settings)  # type: ignore[arg-type]
+    assert set(lk.adapters(model)) == before
+    lk.adapt(model, lk.DoRA(rank=2), name="gained")
+    with pytest.raises(lk.SettingError, match=r"'gained' \(dora\).*as_lora"):
+        lk.combine(model, {"a": 1, "gained": 1}, how="ties", density=0.5, rank=2)
 
 
 def test_what_cannot_be_combined(ids: Tensor) -> None:

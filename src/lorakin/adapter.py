@@ -47,7 +47,10 @@ class Adapter(Graft):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them."""
+        """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them.
+
+        Decay spares what the method says, and the biases and normalisations of modules trained whole.
+        """
         return parameter_groups(self, lr, **options)
 
     def optimizer(
@@ -60,7 +63,8 @@ class Adapter(Graft):
     ) -> O:
         """An optimizer of class `cls` over the adapter's groups, attached.
 
-        Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there.
+        Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there. Given one, it
+        acts as `parameter_groups` says.
         torch's Adam, AdamW and SGD take their fused kernel where nothing else is asked for.
         `total_steps`, the optimizer steps of the run, is needed only for members that plan over it, such as AdaLoRA.
         """
@@ -69,7 +73,8 @@ class Adapter(Graft):
         if cls in FUSED and not {"foreach", "differentiable"} & options.keys():
             devices = {parameter.device.type for parameter in self.parameters()}
             options.setdefault("fused", devices <= {"cpu", "cuda"})
-        return self.attach(cls(self.parameter_groups(lr), **options), total_steps)
+        decay = {name: options[name] for name in ("weight_decay",) if name in options}
+        return self.attach(cls(self.parameter_groups(lr, **decay), **options), total_steps)
 
     def attach(self, optimizer: O, total_steps: int | None = None) -> O:
         """Begin a run with `optimizer`, once it is clear that it trains the whole adapter as the method says; returns it.
@@ -189,6 +194,7 @@ def adapt(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -209,6 +215,8 @@ def adapt(
         rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT; the first that
             matches the end of a module's path wins.
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
+        rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
+            their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -226,6 +234,7 @@ def adapt(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -256,6 +265,7 @@ def importance(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -266,7 +276,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -284,6 +294,7 @@ def importance(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 

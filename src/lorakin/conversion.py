@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lorakin.adapter import Adapter, adapters, placed
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Pair, all_finite
-from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
+from lorakin.family.combining import Combination
+from lorakin.family.low_rank import Fit, nearest, nearest_to, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
@@ -107,26 +108,88 @@ def combine(
     weights: Mapping[str, float],
     name: str = "combined",
     *,
+    how: str = "sum",
+    on: str = "change",
+    density: float | None = None,
+    elect: str | None = None,
+    seed: int | None = None,
     rank: int | None = None,
     error: float | None = None,
 ) -> Plain:
     """Put one adapter in the model that changes each weight by Σ weight · change, over the adapters named, and make it active.
 
-    Without rank or error it is exact: the pairs stand beside each other, and ranks add up. Modules trained whole change by the
-    weighted sum of their changes too.
+    The sum is exact without rank or error: the pairs stand beside each other, and ranks add up. Modules trained whole change by
+    what `how` makes of their changes too.
+
+        lk.combine(model, {"a": 0.7, "b": 0.3})
+        lk.combine(model, {"a": 1, "b": 1}, how="ties", density=0.2, rank=32)
 
     Args:
         model: holds the adapters.
         weights: adapter's name → weight; any number, 0 leaves it out.
         name: of the new adapter.
-        rank, error: see `as_lora`; the sum's nearest pair of that rank, or within that error.
+        how: `sum`; `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`, which drop entries of each change first, module by
+            module; `lorakin.family.combining` has the formulas. Their result is of full rank, so name a rank or an error.
+        on: `change`, the product B·A, for adapters of any ranks; `factors`, A and B each by itself, for those of one rank: what
+            PEFT's `linear`, `ties` … without `_svd` do, the product of the sums instead of the sum of the products.
+        density: the share of entries that is kept, in (0, 1]; for all but the sum.
+        elect: of TIES, how a sign is elected: by the `total` (the default) or the `frequency`.
+        seed: of what DARE draws; 0 by default.
+        rank, error: see `as_lora`; the nearest pair of that rank, or within that error.
 
     Raises:
-        SettingError: no adapter of that name; one with a gain (DoRA), whose change is no pair.
+        SettingError: no adapter of that name; one with a gain (DoRA), whose change is no pair; settings that do not fit `how`;
+            factors of different ranks.
         StateError: an adapter is merged.
     """
     model = root_of(model)
+    rule = checked_combination(how=how, on=on, density=density, elect=elect, seed=seed, rank=rank, error=error)
+    known = _chosen(model, weights)
+    parts: dict[str, list[tuple[Adapter, Pair]]] = {}
+    for adapter in known:
+        if adapter.is_merged:
+            raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
+        for path in adapter.plan.sites:
+            change = adapter.change_at(path)
+            _check_finite(change, adapter, path)
+            if change.gain is not None:
+                raise SettingError(
+                    f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain, so its change "
+                    "cannot be added to others; make a plain LoRA of it first: lorakin.as_lora, or lorakin export --to lora"
+                )
+            parts.setdefault(path, []).append((adapter, change))
+    pairs, fits, generator = {}, {}, rule.generator()
+    for path, there in parts.items():
+        each = [weights[adapter.name] for adapter, _ in there]
+        if rule.is_low_rank:
+            whole = _summed(there, each) if on == "change" else _of_factors(rule, path, there, each, generator)
+            pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
+        else:
+            combined = rule.of_pairs([change for _, change in there], each, generator)
+            pairs[path], fits[path] = nearest_to(combined, rank=rank, error=error)
+    _warn_if_missed(fits, error)
+    copies = _combined_copies(model, known, weights, rule, generator)
+    return Plain(of_pairs(model, name, pairs, copies, _summed_buffers(known, weights)), fits)
+
+
+def checked_combination(*, rank: int | None = None, error: float | None = None, **settings: Any) -> Combination:
+    """How adapters become one, from the settings of `combine`.
+
+    Raises:
+        SettingError: settings that do not fit together, also with the limits on the rank and the error.
+    """
     _check_limits(rank, error)
+    rule = Combination(**settings)
+    if not rule.is_low_rank and rank is None and error is None:
+        raise SettingError(
+            f"how={rule.how!r} on changes makes one of full rank; name the rank, or the error, of its nearest pair (rank=…, "
+            'error=…; --rank, --error), or combine the factors (on="factors"; --on factors)'
+        )
+    return rule
+
+
+def _chosen(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
+    """The adapters of the model that have a weight other than 0, as `weights` names them."""
     if not isinstance(weights, Mapping) or not all(is_finite_number(weight) for weight in weights.values()):
         raise SettingError(f"expected an adapter's name → its weight, a finite number, for each adapter, not {weights!r}")
     if not any(weights.values()):
@@ -136,26 +199,28 @@ def combine(
     known = adapters(model)
     if missing := [one for one in weights if one not in known]:
         raise SettingError(f"no adapter {missing[0]!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
-    parts: dict[str, list[Pair]] = {}
-    for one, weight in weights.items():
-        if known[one].is_merged:
-            raise StateError(f"adapter {one!r} is merged; unmerge it before combining it")
-        for path in known[one].plan.sites if weight else ():
-            change = known[one].change_at(path)
-            _check_finite(change, known[one], path)
-            if change.gain is not None:
-                raise SettingError(
-                    f"adapter {one!r} ({known[one].plan.method.words}) scales the base weight by a gain, so its change cannot "
-                    "be added to others; make a plain LoRA of it first: lorakin.as_lora, or lorakin export --to lora"
-                )
-            parts.setdefault(path, []).append(change._replace(up=weight * change.up))
-    pairs, fits = {}, {}
-    for path, changes in parts.items():
-        whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
-        pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
-    _warn_if_missed(fits, error)
-    copies, buffers = _combined_copies(model, known, weights), _combined_buffers(known, weights)
-    return Plain(of_pairs(model, name, pairs, copies, buffers), fits)
+    return [known[one] for one, weight in weights.items() if weight]
+
+
+def _summed(there: Sequence[tuple[Adapter, Pair]], weights: Sequence[float]) -> Pair:
+    """Pairs side by side: their weighted sum, exactly."""
+    ups = [weight * change.up for (_, change), weight in zip(there, weights, strict=True)]
+    return Pair(torch.cat(ups, 1), torch.cat([change.down for _, change in there], 0))
+
+
+def _of_factors(
+    rule: Combination, path: str, there: Sequence[tuple[Adapter, Pair]], weights: Sequence[float], generator: torch.Generator
+) -> Pair:
+    """The pair of factors combined each by itself."""
+    factors = [adapter.factors_at(path) for adapter, _ in there]
+    ranks = {adapter.name: len(pair.down) for (adapter, _), (pair, _) in zip(there, factors, strict=True)}
+    if len(set(ranks.values())) > 1:
+        said = ", ".join(f"{name!r} has rank {rank}" for name, rank in ranks.items())
+        raise SettingError(
+            f"factors can be combined only if they are of one rank, but in {path} {said}; combine the changes instead "
+            '(on="change"; --on change)'
+        )
+    return rule.of_factors([pair for pair, _ in factors], [scale for _, scale in factors], weights, generator)
 
 
 def of_pairs(
@@ -272,26 +337,35 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     return {path: padded(pair, most) for path, pair in pairs.items()}
 
 
-def _combined_buffers(known: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Each buffer that training moved: the base's plus the weighted changes; what counts, the last adapter's."""
+def _summed_buffers(known: Sequence[Adapter], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Each buffer that training moved: the base's plus the weighted changes; a number of calls, the last adapter's."""
     found: dict[str, Tensor] = {}
-    for one, weight in weights.items():
-        for name, moved in known[one].moved_buffers().items() if weight else ():
-            base = known[one].base_buffer(name).to(moved.device)
-            change = weight * (moved - base) if moved.is_floating_point() else moved - base
-            found[name] = found.get(name, base) + change
+    for adapter in known:
+        for name, moved in adapter.moved_buffers().items():
+            base = adapter.base_buffer(name).to(moved.device)
+            change = weights[adapter.name] * (moved - base)
+            found[name] = found.get(name, base) + change if moved.is_floating_point() else moved
     return found
 
 
 def _combined_copies(
-    model: nn.Module, known: Mapping[str, Adapter], weights: Mapping[str, float]
+    model: nn.Module,
+    known: Sequence[Adapter],
+    weights: Mapping[str, float],
+    rule: Combination,
+    generator: torch.Generator,
 ) -> dict[str, dict[str, Tensor]]:
-    """Each module trained whole: the base's, plus the weighted changes. What is not floating is the last adapter's."""
+    """Each module trained whole: the base's, plus the combined changes. What is not floating is the last adapter's."""
     states: dict[str, dict[str, Tensor]] = {}
-    for one, weight in weights.items():
-        for path in known[one].plan.copies if weight else ():
-            own = base_state(model.get_submodule(path))
-            state = states.setdefault(path, dict(own))
-            for key, value in known[one].copy_of(path).state_dict().items():
-                state[key] = state[key] + weight * (value - own[key]) if value.is_floating_point() else value
+    for path in dict.fromkeys(path for adapter in known for path in adapter.plan.copies):
+        there = [adapter for adapter in known if path in adapter.plan.copies]
+        own = base_state(model.get_submodule(path))
+        found = [adapter.copy_of(path).state_dict() for adapter in there]
+        each = [weights[adapter.name] for adapter in there]
+        states[path] = {key: found[-1][key] for key in own}
+        for key, base in own.items():
+            if base.is_floating_point():
+                wide = base.to(torch.promote_types(base.dtype, torch.float32))
+                changes = [(state[key] - wide).reshape(len(base) if base.dim() else 1, -1) for state in found]
+                states[path][key] = (wide + rule.of_matrices(changes, each, generator).view(base.shape)).to(base.dtype)
     return states

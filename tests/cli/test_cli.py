@@ -152,6 +152,16 @@ def test_combine(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.C
     report = json.loads(capsys.readouterr().out)
     assert report["ranks"] == [1] and report["largest_relative_error"] > 0 and 0 < report["verified"]["mean_kl"] < 9
     assert report == json.loads((tmp_path / "less" / "export.json").read_text())
+    ties = ["combine", str(trained), f"{out}=0.5", "--how", "ties", "-m", model_dir, "-o", str(tmp_path / "ties"), "--json"]
+    assert run([*ties, "--density", "0.5"]) == 2 and run([*ties, "--rank", "3"]) == 2
+    assert "give density" in capsys.readouterr().err
+    assert run([*ties, "--density", "0.5", "--rank", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["how"] == {"how": "ties", "on": "change", "density": 0.5} and report["ranks"] == [3]
+    assert report["verified"]["mean_kl"] < 1e-9 < report["largest_relative_error"]
+    factors = ["combine", str(trained), str(out), "--on", "factors", "--how", "dare_linear", "--density", "0.5", "--seed", "3"]
+    assert run([*factors, "-m", model_dir, "-o", str(tmp_path / "factors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["largest_relative_error"] == 0
     assert run(["combine", f"{trained}=0", "-m", model_dir, "-o", str(tmp_path / "none")]) == 2
     assert run(["combine", f"{trained}=much", "-m", model_dir, "-o", out]) == 2
     assert "'much' is no number" in capsys.readouterr().err

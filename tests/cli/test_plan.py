@@ -55,6 +55,13 @@ def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.Capture
     assert said["suggestions"] == {}
 
 
+@pytest.mark.filterwarnings("ignore:rank_above")
+def test_clamped_ranks_are_planned(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", model, "--method", FAMILY[0].word, "--memory", "4GB", "--rank-above", "clamp"]
+    rows = [planned(capsys, *given, "--rank", rank)["methods"][0] for rank in ("32", "500")]
+    assert rows[0]["trainable_parameters"] == rows[1]["trainable_parameters"]
+
+
 def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--model", model, "--method", FAMILY[0].word, "--rank", "500"]) == 2
     assert "no method can run like that" in capsys.readouterr().err

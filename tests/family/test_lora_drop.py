@@ -87,6 +87,31 @@ def test_ties_fall_to_the_first() -> None:
     assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == ["a", "b"], "0.6 + 0.3 is 0.9"
 
 
+def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
+    """So that a threshold means the same whatever the numbers' sum, or the modules beside."""
+    model = linear(torch.float64, 6, 6, 6, 6, 6)
+    raw = {"3": 100.0, "0": 10.0, "1": 50.0, "2": 15.0}
+    adapter = lk.adapt(model, lk.LoRADrop(threshold=0.6, importance=raw, rank=2))
+    shares = np.array([raw[path] for path in adapter.plan.sites]) / sum(raw.values())
+    known = adapter.method.setting("importance")
+    assert list(known) == list(adapter.plan.sites), "in the model's order, by which ties are settled"
+    close(list(known.values()), shares, 1e-15)
+    assert adapter.method.own_pairs(list("0123")) == [str(n) for n in sorted(reference.choose(shares, 0.6))]
+    adapter.remove()
+    with pytest.warns(lk.LorakinWarning, match=r"also names 2 modules that are not among the targets \(3, …\)"):
+        adapter = lk.adapt(
+            model, lk.LoRADrop(threshold=0.6, importance=raw | {"nowhere": 7.0}, rank=2), ["0", "1", "2"], seed=0
+        )
+    close(list(adapter.method.setting("importance").values()), np.array([10, 50, 15]) / 75, 1e-15)
+    assert adapter.method.own_pairs(list("012")) == ["1"], "50/75 alone is above 0.6"
+
+
+def test_a_probes_shares_keep_their_bits() -> None:
+    found = {"0": 0.7 + 1e-12, "1": 0.3}
+    adapter = lk.adapt(linear(torch.float64, 6, 6, 6), lk.LoRADrop(keep=1, importance=found, rank=2))
+    assert adapter.method.setting("importance") == found
+
+
 def test_the_others_share_by_name_and_shape() -> None:
     model = tiny_llama()
     paths = list(lk.adapt(model, lk.LoRA(rank=2)).plan.sites)
@@ -123,10 +148,10 @@ def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
     """Its gradient is the sum over the modules that share it."""
     model, (x, target) = linear(dtype, 8, 8, 8), data(dtype, 8, 8)
     share = {"0": 0.5, "1": 0.5}
-    holder = nn.ModuleDict({"0": nn.ModuleDict({"fc": model[0]}), "1": nn.ModuleDict({"fc": model[1]})})
+    unused = nn.Linear(8, 8, dtype=dtype)
+    holder = nn.ModuleDict({"0": nn.ModuleDict({"fc": model[0]}), "1": nn.ModuleDict({"fc": model[1]}), "z": unused})
     member = lk.LoRADrop(threshold=1e-9, importance={"0.fc": share["0"], "1.fc": share["1"], "z": 9.0}, rank=3, alpha=6)
-    with pytest.warns(lk.LorakinWarning, match="equally important"):
-        adapter = lk.adapt(holder, member)
+    adapter = lk.adapt(holder, member)
     one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))
     assert one.A is two.A
     layers = [{"W0": array(module.weight), "bias": array(module.bias)} for module in model]
@@ -223,6 +248,8 @@ def test_guards(ids: Tensor) -> None:
     rising = {path: float(n) for n, path in enumerate(paths)}
     with pytest.warns(lk.LorakinWarning, match="chose all 14 modules, so nothing is shared"):
         lk.adapt(tiny_llama(), lk.LoRADrop(keep=14, importance=rising))
+    with pytest.raises(lk.SettingError, match="is 0 for all 2 modules that are adapted"):
+        lk.adapt(tiny_llama(), lk.LoRADrop(importance=dict.fromkeys(paths, 0.0) | {paths[1]: 1.0}), "q_proj")
     lk.adapt(model, lk.LoRA(), name="other")
     with pytest.raises(lk.StateError, match="the probe needs the model to itself"):
         lk.adapt(model, lk.LoRADrop(), probe=batches(ids))
@@ -237,6 +264,11 @@ def test_settings_outside_their_range() -> None:
         ({"rest": "gone"}, "rest must be 'shared' or 'frozen' or 'none'"),
         ({"sample": 2}, r"sample must be a number in \(0, 1\]"),
         ({"probe_epochs": 0}, "probe_epochs must be a whole number"),
+        ({"importance": {}}, "importance must map modules' paths"),
+        ({"importance": {3: 0.5}}, "importance must map modules' paths"),
+        ({"importance": {"0": float("nan")}}, "importance must map modules' paths"),
+        ({"importance": {"0": -0.1, "1": 1.0}}, "importance must map modules' paths"),
+        ({"importance": {"0": 0.0, "1": 0}}, "not all of them 0"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             lk.LoRADrop(**settings)  # type: ignore[arg-type]

@@ -76,6 +76,7 @@ def test_a_shared_pairs_gradient_is_corrected_once() -> None:
         nn.Sequential(*(nn.ModuleDict({"fc": layer}) for layer in linear(torch.float64, 8, 8, 8))),
         data(inputs=8, outputs=8),
     )
+    model.add_module("elsewhere", nn.Linear(8, 8, dtype=torch.float64))
     share = {"0.fc": 0.1, "1.fc": 0.2, "elsewhere": 9.0}
     adapter = randomised(lk.adapt(model, [lk.LoRADrop(keep=1, importance=share), lk.LoRAFA(rank=3, alpha=6, corrected=True)]))
     one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))

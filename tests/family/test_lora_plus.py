@@ -72,7 +72,7 @@ def test_the_groups_go_by_role() -> None:
     groups = adapter.parameter_groups(lr=1e-3, weight_decay=0.1)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(p.numel() for group in groups for p in group["params"]) == adapter.trainable_parameters
-    expected = {"A": (1e-3, 0.1), "B": (1e-2, 0.1), "m": (1e-3, 0.0), "weight": (1e-3, 0.1), "bias": (1e-3, 0.1)}
+    expected = {"A": (1e-3, 0.1), "B": (1e-2, 0.1), "m": (1e-3, 0.0), "weight": (1e-3, 0.1), "bias": (1e-3, 0.0)}
     for name, parameter in adapter.named_parameters():
         assert rates[id(parameter)] == pytest.approx(expected[name.rpartition(".")[2]]), name
 

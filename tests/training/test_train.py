@@ -201,6 +201,14 @@ def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch:
     assert not (Path(recipe.out) / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:rank_above")
+def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None:
+    recipe.rank, recipe.rank_above = 4096, "clamp"
+    adapter = training.prepare(recipe, Console(quiet=True)).adapter
+    assert {adapter.site(path).A.shape[0] for path in adapter.plan.sites} == {16, 32}
+    assert read_recipe(Path(recipe.out) / training.RECIPE, {"out": "other"}).rank_above == "clamp"
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -211,6 +219,7 @@ def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch:
         ({"targets": ["q_prj"]}, lk.TargetError, "did you mean .*q_proj"),
         ({"rank": 0}, lk.SettingError, "rank must be a whole number ≥ 1, not 0"),
         ({"rank": 4096}, lk.SettingError, "rank 4096 is above"),
+        ({"rank_above": "lower"}, lk.SettingError, "rank_above must be 'refuse' or 'clamp', not 'lower'"),
         ({"max_length": 3}, lk.DataError, "all labels are masked"),
         ({"layers": "7"}, lk.TargetError, "no layer 7"),
         ({"dtype": "int3"}, lk.SettingError, "dtype must be auto"),

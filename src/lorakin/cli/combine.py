@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from lorakin.cli.options import Json, MaxKL, Model, NoVerify, OtherBase, console
 EXAMPLES = examples(
     "lorakin combine french=0.7 legal=0.5 --model smollm2 --out both",
     "lorakin combine french=0.7 legal=0.5 --rank 16 --model smollm2 --out both",
+    "lorakin combine french legal --how ties --density 0.2 --rank 32 --model smollm2 --out both",
 )
 
 
@@ -18,22 +19,33 @@ def command(
     parts: Annotated[list[str], typer.Argument(help="DIRECTORY=WEIGHT, or DIRECTORY for weight 1.")],
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the sum.")],
-    rank: Annotated[int | None, typer.Option(help="The nearest sum of that rank; without it, exact, and ranks add up.")] = None,
+    how: Annotated[
+        str, typer.Option(help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank.")
+    ] = "sum",
+    on: Annotated[
+        str, typer.Option(help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …")
+    ] = "change",
+    density: Annotated[float | None, typer.Option(help="The share of each change's entries that is kept, in (0, 1].")] = None,
+    elect: Annotated[str | None, typer.Option(help="How TIES elects a sign: total or frequency. [default: total]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE draws. [default: 0]")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The nearest combination of that rank; without it the sum is exact, and ranks add up.")
+    ] = None,
     error: Annotated[float | None, typer.Option(help="The smallest ranks whose relative error is at most this.")] = None,
     verify: NoVerify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter whose change is the weighted sum of several adapters' changes."""
+    """Make one adapter of several: their changes' weighted sum, or what TIES, DARE or pruning make of them."""
     from lorakin.serving.combination import combine_directories
 
     weights: dict[str, float] = {}
     for directory, weight in map(_weight, parts):
         weights[directory] = weights.get(directory, 0.0) + weight
-    report = combine_directories(
-        weights, model, out, rank=rank, error=error, max_kl=max_kl, verify=verify, other_base=other_base
-    )
+    settings: dict[str, Any] = {"how": how, "on": on, "density": density, "elect": elect, "seed": seed}
+    settings |= {"rank": rank, "error": error, "max_kl": max_kl, "verify": verify, "other_base": other_base}
+    report = combine_directories(weights, model, out, **settings)
     if as_json:
         print_json(report)
         return
@@ -41,9 +53,9 @@ def command(
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     near = f"largest relative error {worst:.3g}" if worst else "exact"
     console = console_for(False)
-    console.print(f"sum of {len(parts)} adapters in {out}: {span}, {near}", highlight=False, markup=False)
+    console.print(f"{how} of {len(parts)} adapters in {out}: {span}, {near}", highlight=False, markup=False)
     if report["verified"]:
-        console.print(f"compared with the exact sum: {report['agreement']}", highlight=False, markup=False)
+        console.print(f"compared with {report['compared_with']}: {report['agreement']}", highlight=False, markup=False)
 
 
 def _weight(part: str) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from lorakin.cli.options import (
     Json,
     LossOn,
     MaxLength,
+    RankAbove,
     RecipeChatTemplate,
     RecipeDtype,
     Schedule,
@@ -55,6 +56,7 @@ def command(
         list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as ratio=8.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")] = None,
+    rank_above: RankAbove = None,
     batch_size: BatchSize = None,
     accumulate: Accumulate = None,
     max_length: MaxLength = None,
@@ -86,6 +88,7 @@ def command(
         "fuse": fuse,
         "dtype": dtype,
         "targets": parts(targets) or None,
+        "rank_above": rank_above,
     }
     console = console_for(as_json)
     comparison = compare.Comparison(

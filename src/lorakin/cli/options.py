@@ -45,6 +45,10 @@ RecipeChatTemplate = Annotated[
 Quantize = Annotated[
     str | None, typer.Option(help="Keep the base's linear layers in few bits: nf4, int8, torchao-int8. [default: no]")
 ]
+RankAbove = Annotated[
+    str | None,
+    typer.Option(help="A rank above a weight's smaller side: refuse, or clamp it to that for such modules. [default: refuse]"),
+]
 Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: no]"),

@@ -38,6 +38,7 @@ def command(
     exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave out.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,
     modules_to_save: Annotated[list[str] | None, typer.Option(help="Modules to train whole.")] = None,
+    rank_above: Annotated[str, typer.Option(help="As for lorakin train: refuse or clamp.")] = "refuse",
     labels: Annotated[int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,

@@ -17,6 +17,8 @@ After step n the b(n) triplets with the largest S keep their λ, all others get 
     t_i < n < T − t_f    b = ⌊b_T + (b0 − b_T) · (1 − (n − t_i)/(T − t_i − t_f))³⌋, every `interval` steps
     n = T − t_f          b_T, for good: triplets without λ are freed, with their gradients and optimizer state
 
+n counts finished optimizer steps from 1. The authors' loop hands the schedule the steps finished before, so that there b(n − 1)
+follows step n; it goes on scoring until n = T − t_f as here, then masks by the last scores after every step and frees nothing.
 The numerator is n − t_i as in the authors' code; the paper's equation 12 also subtracts t_f, which exceeds b0 at first.
 R is in the mean of unsquared norms, as in the authors' code. On VeRA, d is pruned in Λ's place, by its own score.
 """
@@ -76,6 +78,9 @@ class Triplets(Parametrisation):
         require(not shape.lookup, f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it")
         check_rank(self.rank, shape, where)
 
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        return {"kept": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
@@ -106,8 +111,8 @@ class AdaLoRA(Modifier):
         initial_rank: r0 of every module, 12 unless another member brings the pair.
         target_rank: the average rank at the end.
         total_steps: T, the optimizer steps of the run; a trainer knows it, otherwise `adapter.optimizer(…, total_steps=T)`.
-        start: t_i, the steps before pruning begins; 0.12·T.
-        finish: t_f, the steps after the ranks are fixed; 0.45·T.
+        start: t_i, the steps before pruning begins; 0.12·T. The paper gives steps for each task, on GLUE 9 to 17 % of T.
+        finish: t_f, the steps after the ranks are fixed; 0.45·T. On GLUE the paper has 37 to 58 % of T.
         interval: ΔT, the steps between two prunings; 1, 10 or 100 for T below 5,000, below 15,000 or more.
         beta1, beta2: smoothing of the sensitivity and of its uncertainty.
         orthogonality: γ, the weight of R.

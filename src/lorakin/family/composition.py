@@ -150,11 +150,13 @@ class Method:
             pair = LoRA(**{name: getattr(pair, name) for name in ("rank", "alpha", "dropout")})
         return Method.of([pair, *(member for member in self.modifiers if member.in_probe)])
 
-    def select(self, paths: Sequence[str]) -> list[str]:
-        """Which of the targeted modules get a pair."""
-        for member in self.modifiers:
+    def select(self, paths: Sequence[str]) -> tuple[Self, list[str]]:
+        """The method for an adapter with these targets, and which of them get a pair."""
+        known = tuple(m.among(paths) if isinstance(m, Modifier) else m for m in self.members)
+        method = dataclasses.replace(self, members=known)
+        for member in method.modifiers:
             paths = member.select(paths)
-        return list(paths)
+        return method, list(paths)
 
     def check(self, shape: Shape, where: str) -> None:
         """Raise `SettingError` if the method does not fit a weight of this shape; `where` is the module's path."""

@@ -11,7 +11,8 @@ Exactly:  the differences telescope, W_n = W0 + λ (P_n − P_K), so nothing nee
 
           The anchor P_K is a copy of the pair after K steps. The total change has rank 2r, r if K = 0 (then P_K = 0).
           `update="telescoped"` is this. `update="in_place"` moves a copy of the base weight, and is saved as this.
-Anchor:   the paper leaves open whether it counts steps from 0 or 1; here the anchor is the pair after exactly K steps.
+Anchor:   the pair after exactly K finished steps. The algorithm as others transcribe it counts t from 0 and moves W where
+          t > K, so that its anchor is the pair after K + 1 steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class DeltaLoRA(Modifier):
 
     Args:
         lam: λ, how far the base moves with the product.
-        start_step: K, the optimizer steps before it begins to.
+        start_step: K, the optimizer steps before it begins to; see the anchor above.
         update: `telescoped`, exact and without touching the base, or `in_place`, as the paper writes it.
 
     Raises:

@@ -5,6 +5,7 @@ Forward:  V = W0 + up·down,  n_j = ‖V_j‖ (row j),  g = m / n
 
               y = W0 x + (g − 1) ⊙ (W0 x̃) + g ⊙ up(down x̃) + b          without dropout: g ⊙ (V x) + b
 
+          Dropout drops the inputs of both terms that the adapter adds, the gain's over W0 and the pair's.
 Shapes:   m, n, g (out): one number for each *output*, as the authors' code does
 Trains:   what the pair trains, and m: `out` more numbers, which never decay
 Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with G = ∂W

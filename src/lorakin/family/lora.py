@@ -67,6 +67,9 @@ class LoRA(Parametrisation):
     def check(self, shape: Shape, where: str) -> None:
         check_rank(self.rank, shape, where)
 
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        return {"rank": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
         B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
@@ -100,7 +103,8 @@ def check_rank(rank: int, shape: Shape, where: str) -> None:
     require(
         rank <= limit,
         f"rank {rank} is above what {where} can use: its weight is {shape.outputs} × {shape.inputs}, so at "
-        f"most rank {limit}. Lower the rank, give this module its own with rank_pattern, or leave it out with exclude.",
+        f"most rank {limit}. Lower the rank, give this module its own with rank_pattern, leave it out with exclude, or let all "
+        "such modules have the rank of their smaller side: rank_above='clamp' (--rank-above clamp)",
     )
 
 

@@ -15,6 +15,7 @@ Trains:   r · (in + out) for each chosen module and each shared pair
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class LoRADrop(Modifier):
         sample: the share of the data that the probe is trained on.
         probe_epochs: how often the probe sees it.
         normalised: divide g_k by Σ ‖W0 x‖² first, where modules are of different kinds.
-        importance: path → I; found by a probe (`lorakin train`, or `adapt(…, probe=batches)`) if not given.
+        importance: path → I, numbers ≥ 0 for all adapted modules; made shares of their sum. Found by a probe (`lorakin
+            train`, or `adapt(…, probe=batches)`) if not given.
 
     Raises:
         SettingError: a value outside its range.
@@ -67,8 +69,13 @@ class LoRADrop(Modifier):
         number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
         whole_number(self, "probe_epochs", at_least=1)
         given = self.importance
-        right = given is None or (isinstance(given, Mapping) and given and all(map(_is_share, given.values())))
-        require(bool(right), f"importance must map modules' paths to numbers ≥ 0, not {str(given)[:80]}")
+        right = given is None or (
+            isinstance(given, Mapping)
+            and all(isinstance(path, str) for path in given)
+            and all(map(_is_share, given.values()))
+            and any(given.values())
+        )
+        require(right, f"importance must map modules' paths to finite numbers ≥ 0, not all of them 0, not {str(given)[:80]}")
         require(isinstance(self.normalised, bool), f"normalised must be True or False, not {self.normalised!r}")
 
     def probe(self) -> Probe | None:
@@ -76,6 +83,25 @@ class LoRADrop(Modifier):
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
         return dataclasses.replace(self, importance=dict(importance))
+
+    def among(self, paths: Sequence[str]) -> Self:
+        """With the importance of these modules alone, the others' left out, as shares that sum to 1."""
+        if self.importance is None:
+            return self
+        if unknown := [path for path in paths if path not in self.importance]:
+            require(False, f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted")
+        own = {path: self.importance[path] for path in paths}
+        total = math.fsum(own.values())
+        require(total > 0, f"lora-drop's importance is 0 for all {len(paths)} modules that are adapted, so none can be chosen")
+        if others := list(self.importance.keys() - set(paths)):
+            warnings.warn(
+                f"lora-drop: importance also names {len(others)} modules that are not among the targets ({min(others)}, …); "
+                f"they are left out, and the shares are of the {len(paths)} modules that are",
+                LorakinWarning,
+                stacklevel=2,
+            )
+        exact = abs(total - 1) <= 1e-9  # a probe's shares keep their bits, which files hold
+        return self.with_importance(own if exact else {path: value / total for path, value in own.items()})
 
     def chosen(self) -> list[str]:
         """The paths that keep a pair of their own, the most important first."""
@@ -101,8 +127,6 @@ class LoRADrop(Modifier):
             "LoRADrop(importance=…)",
         )
         assert self.importance is not None
-        if unknown := [path for path in paths if path not in self.importance]:
-            require(False, f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted")
         values = [self.importance[path] for path in paths]
         if len(values) > 1 and max(values) - min(values) <= 1e-9 * max(values):
             warnings.warn(

@@ -8,7 +8,8 @@ Trains:   B alone, r · out numbers; in an embedding's pair the vocabulary facto
 Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ B) A). Autograd keeps z, never x or x̃, since
           nothing that x is multiplied by trains: r numbers per token instead of `in`.
 Correction (`corrected`): g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ minimises ‖s · g_B · A − ∂W‖ (Frobenius), the distance to the
-          gradient of full fine-tuning. (A Aᵀ)⁻¹ is constant, computed once. Under Adam it is nearly without effect.
+          gradient of full fine-tuning. (A Aᵀ)⁻¹ is constant, computed once. The authors' optimizer always does it, here it is
+          asked for. Under Adam the loss hardly changes, B does: docs/members.md has figures.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class LoRAFA(Modifier):
     """LoRA-FA.
 
     Args:
-        corrected: give B the gradient that brings the change closest to the full gradient. Plain B·A only.
+        corrected: give B the gradient that brings the change closest to the full gradient, as the authors' optimizer always
+            does. Plain B·A only.
         init: how A is drawn, see `LoRA`; with `orthonormal` the correction is one number.
 
     Raises:

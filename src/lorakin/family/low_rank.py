@@ -54,6 +54,21 @@ def nearest(
     if rank is None and error is None:
         raise SettingError("a change with a gain is no low-rank pair; name the rank, or the error, of its nearest one")
     left, core = _factored(pair, weight)
+    near, fit = _nearest(left, core, rank=rank, error=error, root=root)
+    fit = dataclasses.replace(fit, gain=None if pair.gain is None else float((pair.gain - 1).abs().max()))
+    return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
+
+
+def nearest_to(change: Tensor, *, rank: int | None = None, error: float | None = None) -> tuple[Pair, Fit]:
+    """The same of a change that is no pair: a matrix (outputs, inputs), of any rank, in whose dtype the pair is."""
+    near, fit = _nearest(None, change.double(), rank=rank, error=error)
+    return Pair(near.up.to(change.dtype), near.down.to(change.dtype)), fit
+
+
+def _nearest(
+    left: Tensor | None, core: Tensor, *, rank: int | None, error: float | None, root: Tensor | None = None
+) -> tuple[Pair, Fit]:
+    """Of an orthonormal left factor (None: the identity) times a core, both float64."""
     seen = core if root is None else core @ root.double()
     vectors, values = _left_singular(seen)
     kept = min(len(values) if rank is None else rank, _true_rank(values))
@@ -69,10 +84,9 @@ def nearest(
         rank=kept,
         error=of_weights,
         output_error=of_outputs,
-        gain=None if pair.gain is None else float((pair.gain - 1).abs().max()),
         asked=of_weights if of_outputs is None else of_outputs,
     )
-    return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
+    return near, fit
 
 
 def padded(pair: Pair, rank: int) -> Pair:

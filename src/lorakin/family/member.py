@@ -202,6 +202,10 @@ class Parametrisation(Member):
     def check(self, shape: Shape, where: str) -> None:
         """Raise `SettingError` if these settings do not fit a weight of this shape; `where` is the module's path."""
 
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        """The setting that gives a module no more ranks than its weight of this shape has; {} if it has no more anyway."""
+        return {}
+
     def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
         """The tensors of one module at initialisation, by slot; float32, drawn with `generator`."""
         raise NotImplementedError
@@ -281,6 +285,10 @@ class Modifier(Member):
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
         """Itself, with what its probe found: path → share of the importance."""
+        return self
+
+    def among(self, paths: Sequence[str]) -> Self:
+        """Itself, for an adapter whose targets are exactly these modules; raises `SettingError` if it cannot be."""
         return self
 
     def own_pairs(self, paths: Sequence[str]) -> list[str]:

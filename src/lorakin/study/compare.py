@@ -241,6 +241,7 @@ def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
     model = skeleton(comparison.model, dtype, parts.labels)
     targets: Any = recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets
     where: dict[str, Any] = {"exclude": recipe.exclude, "layers": parse_layers(recipe.layers) if recipe.layers else None}
+    where["rank_above"] = recipe.rank_above
     found = arms_.arms_of(comparison.methods, comparison.size, steps, comparison.settings, comparison.dropout)
     paths: list[str] = []
 

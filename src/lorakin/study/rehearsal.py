@@ -57,6 +57,7 @@ class Conditions:
     exclude: Sequence[str] = ()
     layers: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
+    rank_above: str = "refuse"
     steps: int = 1000
 
 
@@ -321,6 +322,7 @@ def _where(conditions: Conditions, model: Any) -> dict[str, Any]:
         "exclude": conditions.exclude,
         "layers": conditions.layers,
         "modules_to_save": list(whole),
+        "rank_above": conditions.rank_above,
     }
 
 

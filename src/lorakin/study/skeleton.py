@@ -102,7 +102,7 @@ def supposed(model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **
     return method.with_importance(_almost_equal(ranked))
 
 
-PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save"}
+PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
 """What `adapt` and `graft.plan` call by the same names."""
 
 

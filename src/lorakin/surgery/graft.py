@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import operator
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,8 @@ class Plan:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+RANK_ABOVE = ("refuse", "clamp")
+"""What becomes of a rank above the smaller side of a module's weight."""
 NONE_HERE = "none (name the model that was adapted, not a part of it or what wraps it)"
 
 
@@ -84,8 +87,11 @@ def plan(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
+    if rank_above not in RANK_ABOVE:
+        raise SettingError(f"rank_above must be {' or '.join(map(repr, RANK_ABOVE))}, not {rank_above!r}")
     try:
         rank_pattern = {key: operator.index(rank) for key, rank in dict(rank_pattern or {}).items()}
         alpha_pattern = {key: float(alpha) for key, alpha in dict(alpha_pattern or {}).items()}
@@ -100,10 +106,37 @@ def plan(
     alpha_pattern = for_stacks(alpha_pattern, stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
-    chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
+    method, paths = method.select(paths)
+    chosen = plan_for(method, paths, copies, rank_pattern, alpha_pattern)
+    shapes = {path: spot_of(module_at(model, path)).shape for path in chosen.sites}
+    if rank_above == "clamp":
+        chosen = _clamped(chosen, shapes, stacks)
     for path, there in chosen.sites.items():
-        there.check(spot_of(module_at(model, path)).shape, path)
+        there.check(shapes[path], path)
     return chosen
+
+
+def _clamped(plan: Plan, shapes: Mapping[str, Shape], stacks: set[str]) -> Plan:
+    """The plan in which no module has more ranks than its weight: as if `rank_pattern` gave those others of their own.
+
+    A stack of experts whose matrices are all clamped has one pattern, as its files have.
+    """
+    settings = {path: there.parametrisation.clamped(shapes[path]) for path, there in plan.sites.items()}
+    fewer = {path: own for path, own in settings.items() if own}
+    if not fewer:
+        return plan
+    ranks = {path: next(iter(own.values())) for path, own in fewer.items()}
+    said = ", ".join(f"{path} {rank}" for path, rank in list(ranks.items())[:5]) + (", …" if len(ranks) > 5 else "")
+    warnings.warn(
+        f"rank_above='clamp': {len(fewer)} of {len(plan.sites)} modules have the rank of their weight's smaller side ({said})",
+        LorakinWarning,
+        stacklevel=4,
+    )
+    sites = {path: there.at(**fewer[path]) if path in fewer else there for path, there in plan.sites.items()}
+    stacks = stacks - {path.rpartition(".")[0] for path in plan.sites.keys() - fewer.keys()}
+    named = {path: path.rpartition(".")[0] if path.rpartition(".")[0] in stacks else path for path in fewer}
+    own = {f"^{re.escape(named[path])}": ranks[path] for path, setting in fewer.items() if "rank" in setting}
+    return dataclasses.replace(plan, sites=sites, rank_pattern=for_stacks(own, stacks) | dict(plan.rank_pattern))
 
 
 def plan_for(
@@ -306,6 +339,11 @@ class Graft:
         """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
         site = self.site(path)
         return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+
+    def factors_at(self, path: str) -> tuple[Pair, float]:
+        """The same before its scale is in `up`, and the scale, where the pair has one."""
+        site = self.site(path)
+        return site.method.factors(widened(self.tensors_at(path)), site.shape, Weight(self.base_weight(path)))
 
     def experts(self) -> list[str]:
         """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""

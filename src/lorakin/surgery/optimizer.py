@@ -11,10 +11,14 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Role
+from lorakin.family.pair import whole_shape
 from lorakin.surgery.adapted import module_at
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+"""torch's normalisations. Models have others of their own, which say so in the name of their class."""
 
 
 def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, Any]]:
@@ -23,15 +27,17 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     Args:
         graft: the adapter.
         lr: the base learning rate, to which the method relates that of each tensor.
-        options: other options of the optimizer, put into every group; decay is 0 where the method says that none may act.
+        options: other options of the optimizer, put into every group. `weight_decay` is 0 where the method says that none
+            may act and, in modules trained whole, on biases and the weights of normalisations.
 
     Raises:
         SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr` is no rate.
     """
     if not isinstance(lr, float | int | torch.Tensor) or isinstance(lr, bool) or not 0 <= float(lr) < float("inf"):
         raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
+    rates = _rates(graft, lr) if options.get("weight_decay", True) else _rates(graft, lr, exempt=False)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, rate, role in _rates(graft, lr):
+    for parameter, rate, role in rates:
         groups.setdefault((rate, role.decays), []).append(parameter)
     if not any(parameter.requires_grad for parameters in groups.values() for parameter in parameters):
         raise SettingError(f"adapter {graft.name!r} has nothing to train; load it with trainable=True")
@@ -122,7 +128,7 @@ def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> No
     words = graft.plan.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
-        for p, _, role in _rates(graft, 1.0)
+        for p, _, role in _rates(graft, 1.0, exempt=False)
         if id(p) in groups and not role.decays
     }
     if any(decayed):
@@ -188,8 +194,20 @@ def _factors(graft: Graft) -> dict[float, int]:
     return factors
 
 
-def _rates(graft: Graft, lr: float) -> list[tuple[nn.Parameter, float, Role]]:
+def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is to act on a parameter of `owner` with this full name: no bias, and not of a normalisation.
+
+    transformers' Trainer goes by names alone where a normalisation is not torch's LayerNorm, and so decays some (`norm_f`).
+    """
+    own_norm = "norm" in type(owner).__name__.lower() and len(whole_shape(parameter)) < 2
+    return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
+
+
+def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Role]]:
     """Every trainable tensor once, with its rate and role. Modules trained whole have the base rate.
+
+    With `exempt`, those of their parameters that `decays` exempts have a role that does not decay. Without decay there is no
+    difference, and a run begun before there was one keeps its groups.
 
     One whose ranks were all freed stays in its group, so that the optimizer of a resumed run has the groups of the first.
     """
@@ -201,6 +219,10 @@ def _rates(graft: Graft, lr: float) -> list[tuple[nn.Parameter, float, Role]]:
             if parameter.requires_grad or (roles[slot].trained and not parameter.numel()):
                 rate = graft.plan.method.rate(lr, roles[slot], site.shape)
                 found.setdefault(id(parameter), (parameter, rate, roles[slot]))
-    for _, parameter in graft.trained():
-        found.setdefault(id(parameter), (parameter, lr, Role()))
+    for at in graft.plan.copies:
+        for path, owner in graft.copy_of(at).named_modules(prefix=at):
+            for leaf, parameter in owner.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
+                    found.setdefault(id(parameter), (parameter, lr, Role(decays=acts)))
     return list(found.values())

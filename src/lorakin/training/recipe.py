@@ -13,8 +13,9 @@ import yaml
 
 from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
-from lorakin.family.settings import require
+from lorakin.family.settings import one_of, require
 from lorakin.storage import atomic
+from lorakin.surgery.graft import RANK_ABOVE
 
 
 @dataclasses.dataclass
@@ -38,6 +39,7 @@ class Recipe:
     exclude: list[str] = dataclasses.field(default_factory=list)
     layers: str | None = None
     modules_to_save: list[str] = dataclasses.field(default_factory=list)
+    rank_above: str = "refuse"
     eval_data: str | None = None
     holdout: float = 0.1
     lr: float | None = None
@@ -74,6 +76,7 @@ class Recipe:
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
         require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
+        one_of(self, "rank_above", RANK_ABOVE)
         require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, not {self.loss_on!r}")
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
         require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")

@@ -157,6 +157,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "exclude": recipe.exclude,
         "layers": indices,
         "modules_to_save": whole,
+        "rank_above": recipe.rank_above,
         "seed": recipe.seed,
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)

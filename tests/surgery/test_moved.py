@@ -145,3 +145,70 @@ def test_names_of_adapters(name: str, ids: Tensor) -> None:
     state = {key: p.detach().clone() for key, p in model.named_parameters()}
     again = torch.func.functional_call(model, state, (ids,)).logits
     torch.testing.assert_close(again, want)
+
+
+@pytest.mark.parametrize("member", NO_PROBE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_adapter_written_through_data_is_not_stale(member: str, dtype: torch.dtype, ids: Tensor) -> None:
+    """Moving averages and target networks write so; torch does not count it as a change."""
+    model = tiny_llama(dtype=dtype)
+    adapter = randomise(lk.adapt(model, MEMBERS[member]()))
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        before = model(ids).logits
+        for parameter in adapter.parameters():
+            parameter.data.mul_(1.5)
+        got = model(ids).logits
+        assert not torch.equal(got, before)
+        assert torch.equal(got, copy.deepcopy(model)(ids).logits)
+
+
+def test_an_optimizer_does_not_train_the_base_under_a_loaded_adapter(ids: Tensor, tmp_path: Path) -> None:
+    model = tiny_llama()
+    randomise(lk.adapt(model, lk.LoRA(rank=2), ["q_proj"])).save(tmp_path)
+    model = tiny_llama()
+    adapter = lk.load(model, tmp_path)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(lk.StateError):
+        optimizer.step()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    adapter.merge(permanent=True)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_modules_that_the_first_step_does_not_reach_are_said(ids: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "not": nn.Linear(4, 4)})
+    adapter = lk.adapt(model, lk.LoRA(rank=2), ["used", "not"])
+    optimizer = adapter.optimizer(lr=1e-2)
+    model["used"](torch.ones(1, 4)).sum().backward()
+    with pytest.warns(lk.LorakinWarning, match="1 of 2 modules"):
+        optimizer.step()
+
+
+def test_a_new_head_that_nothing_trains_is_said() -> None:
+    def fresh() -> nn.Module:
+        config = transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+        )
+        return transformers.ViTForImageClassification(config)
+
+    with pytest.warns(lk.LorakinWarning, match="classifier"):
+        lk.adapt(fresh(), lk.LoRA(rank=2))
+    lk.adapt(fresh(), lk.LoRA(rank=2), modules_to_save=["classifier"])  # a warning would be an error here
+    lk.adapt(fresh(), lk.LoRA(rank=1), ["q_proj", "classifier"])
+    trained = fresh()
+    nn.init.normal_(trained.classifier.bias)
+    lk.adapt(trained, lk.LoRA(rank=2))
+
+
+@pytest.mark.parametrize("member", NO_PROBE)
+def test_every_tensor_has_the_dtype_that_was_asked_for(member: str, ids: Tensor) -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    adapter = lk.adapt(model, MEMBERS[member](), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(ids).logits).all()

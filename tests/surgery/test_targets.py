@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lorakin as lk
-from conftest import ConvNet, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import ConvNet, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from lorakin.surgery.targets import head_of, parse_layers, select
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -74,7 +75,7 @@ def test_layers_and_exclusions() -> None:
     assert leaves(names(tiny_llama(), "all-linear", exclude="o_proj")) == (ATTENTION - {"o_proj"}) | {
         "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
-    with pytest.raises(lk.TargetError, match=r"no layer 2; .* layers 0 to 1"):
+    with pytest.raises(lk.TargetError, match=r"no layer 2"):
         names(tiny_llama(), "q_proj", layer_indices=[2])
     with pytest.raises(lk.TargetError, match="exclude: 'lm_hed' matches no module; did you mean lm_head"):
         names(tiny_llama(), "all-linear", exclude="lm_hed")
@@ -161,3 +162,28 @@ def test_quantised_weights_are_refused() -> None:
     linear.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(lk.TargetError, match="a Linear, a quantised layer that cannot be trained through"):
         names(nn.Sequential(linear), "0")
+
+
+def test_layers_are_counted_in_each_stack() -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=4, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(config)
+    assert select(model, "q", layer_indices=[-1]) == [
+        "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.3.layer.0.SelfAttention.q",
+        "decoder.block.3.layer.1.EncDecAttention.q",
+    ]
+    assert {path.split(".")[0] for path in select(model, "q", layer_indices=[3])} == {"decoder"}
+    with pytest.raises(lk.TargetError):
+        select(model, "q", layer_indices=[4])
+
+
+@pytest.mark.parametrize("pattern", [r".*(gate_proj|up_proj|down_proj)", r".*\.(gate_proj|down_proj)"])
+def test_words_of_a_pattern_that_name_nothing_are_said(pattern: str) -> None:
+    with pytest.warns(lk.LorakinWarning, match="gate_up_proj"):
+        select(tiny_mixtral(), pattern)
+    select(tiny_llama(), pattern)  # which has them: a warning would be an error here
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 8), (8, 1)])
+def test_all_linear_leaves_out_what_has_nothing_to_factor(inputs: int, outputs: int) -> None:
+    assert select(nn.ModuleDict({"thin": nn.Linear(inputs, outputs), "wide": nn.Linear(8, 8)}), "all-linear") == ["wide"]

@@ -685,27 +685,8 @@ EXTRA: dict[str, Extra] = {
 
 
 NO_LINEAR = {"": "it has no linear layer outside its head that can be adapted"}
-TOO_THIN = {"": "a layer of one input can take no rank of 2"}
-ATTENTION = "nn.MultiheadAttention reads the weight of its output projection without calling it"
-MAMBA = "a Mamba mixer reads the weight of its time-step projection without calling it"
-OWN_FORWARD = "a subclass of nn.Linear whose forward does more than multiply and add"
-SIGLIP = {"vision_model.head.attention.out_proj": ATTENTION}
-BACKBONE = {"backbone.layers.*.mixer.dt_proj": MAMBA}
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys("bit dac ibert mobilenet_v1 mobilenet_v2 mobilevitv2 poolformer regnet resnet".split(), NO_LINEAR),
-    **dict.fromkeys("decision_transformer patchtst".split(), TOO_THIN),
-    "aria": {"model.multi_modal_projector.cross_attn.multihead_attn.out_proj": ATTENTION},
-    "cohere2_vision": {"model.vision_tower.head.attention.out_proj": ATTENTION},
-    "deepseek_v4": {"model.layers.*.self_attn.o_a_proj": OWN_FORWARD},
-    "deepseek_vl": {"model.vision_model.head.attention.out_proj": ATTENTION},
-    "gemma3": {"model.vision_tower.head.attention.out_proj": ATTENTION},
-    "modernvbert": {"model.vision_model.head.attention.out_proj": ATTENTION},
-    "phi4_multimodal": {"model.embed_tokens_extend.image_embed.img_processor.head.attention.out_proj": ATTENTION},
-    **dict.fromkeys("siglip siglip2".split(), SIGLIP),
-    **dict.fromkeys("falcon_mamba mamba".split(), BACKBONE),
-    "jamba": {"model.layers.*.mamba.dt_proj": MAMBA},
-    "llama4_text": {"model.layers.*.feed_forward.router": OWN_FORWARD},
-    "phimoe": {"model.layers.*.mlp.router": OWN_FORWARD},
 }
 """Architecture → the modules that lorakin leaves out of "all-linear" there (the number of a layer as `*`), each with the
 reason; "" is the whole model. `python -m sweep.table --refused` prints what lorakin says today."""

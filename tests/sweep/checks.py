@@ -67,6 +67,7 @@ def examined(name: str) -> Found:
     reached = _reached(plain, given)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     base = outputs(model, given)
+    warnings.filterwarnings("ignore", "the first step of adapter", lk.LorakinWarning)  # `unused` tells them
     found = Found(name, type(model).__name__, unlike_itself=distance(base, outputs(model, given)))
     adapter = _adapted(model, found)
     if adapter is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lorakin.errors import StateError
 
@@ -31,6 +32,33 @@ class BeforeForward:
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.held: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.handle = model.register_forward_pre_hook(self)
+        self.first: Any = model.register_forward_hook(self.after_first, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.handle.remove()
+        if self.first is not None:
+            self.first.remove()
+
+    def after_first(self, model: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """See that a gradient can come back from the first training forward.
+
+        A function of autograd's that runs layers itself, as the reversible layers of Reformer, asks
+        for one only if its input needs one. Behind a frozen embedding none does. Then the embedding's
+        output is made to need one, and the forward is run again.
+        """
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return None
+        if not any(graft.is_active and any(True for _ in graft.trained()) for graft in self.grafts.values()):
+            return None
+        self.first.remove()
+        self.first = None
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        embedding = getattr(model, "get_input_embeddings", lambda: None)
+        if not tensors or any(t.requires_grad for t in tensors) or (words := _or_none(embedding)) is None:
+            return None
+        words.register_forward_hook(_needs_gradient)
+        return model.forward(*args, **kwargs)
 
     def hold(self, model: nn.Module, paths: Iterable[str]) -> None:
         """See before each forward that the modules at these paths are those that are there now."""
@@ -51,6 +79,20 @@ class BeforeForward:
                 _let_gradients_pass(module)
         for graft in self.grafts.values():
             graft.average_if_several()
+
+
+def _or_none(embedding: Callable[[], Any]) -> Any:
+    """The input embedding of a model; None if its class says that it has none."""
+    try:
+        return embedding()
+    except NotImplementedError:
+        return None
+
+
+def _needs_gradient(module: nn.Module, args: Any, out: Any) -> None:
+    """Forward hook: the output needs a gradient while somebody trains."""
+    if torch.is_grad_enabled() and isinstance(out, Tensor) and not out.requires_grad:
+        out.requires_grad_(True)
 
 
 def exchanged(path: str) -> str:

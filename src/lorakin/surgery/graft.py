@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import LorakinWarning, SettingError, StateError
+from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
 from lorakin.family.allocation import several_processes
 from lorakin.family.pair import whole_shape
@@ -490,8 +490,27 @@ class Graft:
         """Gradients are complete and an optimizer is about to use them."""
         if self.averaging is not None and not self._stepped:
             check_whole(self)
+        if not self._stepped:
+            self._warn_of_unreached()
         for rule in self.rules or ():
             rule.before(self.steps + 1)
+
+    def _warn_of_unreached(self) -> None:
+        """Say which modules the first backward did not reach, before many steps are spent on them."""
+        reached: dict[str, bool] = {}
+        for path in self._paths():
+            child = _hung(self.model, path)[self.name]
+            trained = [p for p in child.parameters() if p.requires_grad]
+            if trained:
+                reached[path] = any(p.grad is not None for p in trained)
+        if missed := [path for path, got in reached.items() if not got]:
+            warnings.warn(
+                f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of {len(reached)} modules "
+                f"({some(missed)}): the forward of the model did not use them on these data. What it never uses does not "
+                "train; leave it out of the targets",
+                LorakinWarning,
+                stacklevel=2,
+            )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has taken a step."""
@@ -851,7 +870,7 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
     if not registry.grafts:
         registry.hook.remove()
         if registry.before_forward is not None:
-            registry.before_forward.handle.remove()
+            registry.before_forward.remove()
         vars(model).update(registry.flags)
         quantised.give_back(registry.laid_out)
         for key, parameter in _base_parameters(model):

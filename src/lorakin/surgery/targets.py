@@ -201,7 +201,8 @@ def new_heads(model: nn.Module, reached: Iterable[str]) -> list[str]:
     """
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return []
-    heads, reached = head_of(model), tuple(reached)
+    reached = tuple(reached)
+    heads = [path for path in head_of(model) if not layers.is_container(model.get_submodule(path))]
     heads = [path for path in heads if not _inside(path, [other for other in heads if other != path])]
     new = []
     for path in heads:

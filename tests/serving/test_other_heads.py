@@ -141,7 +141,6 @@ def test_a_fault_in_what_was_written_is_found(name: str, tmp_path: Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:the head of this:lorakin.errors.LorakinWarning")
 def test_a_head_that_nothing_holds_is_refused(tmp_path: Path) -> None:
     cls, config, _ = KINDS["vit"]
     cls(config).base_model.save_pretrained(tmp_path / "base")

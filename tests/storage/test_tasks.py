@@ -134,3 +134,29 @@ def test_a_module_that_is_no_transformers_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
     randomise(lk.adapt(tiny_bert(), lk.LoRA(rank=2), "query")).save(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+
+
+@pytest.mark.peer
+def test_what_peft_takes_for_the_head_by_its_name_is_in_the_file(tmp_path: Path) -> None:
+    """PEFT wraps "pre_classifier" where "classifier" is to be saved, and fails without it."""
+    peft = pytest.importorskip("peft")
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = T.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=3)
+        return T.DistilBertForSequenceClassification(config).eval()
+
+    model, ids = make(), torch.arange(5, 13).view(2, 4)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["q_lin"], modules_to_save=["classifier"]))
+    want = model(ids).logits
+    adapter.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, want, rtol=1e-5, atol=1e-6)
+    loaded = make()
+    assert lk.load(loaded, tmp_path).plan.copies == ("classifier",)
+    torch.testing.assert_close(loaded(ids).logits, want, rtol=1e-5, atol=1e-6)
+    adapter.restore(tmp_path)
+    (tmp_path / "lorakin.json").unlink()
+    other = make()
+    assert lk.load(other, tmp_path).plan.copies == ("pre_classifier", "classifier")
+    torch.testing.assert_close(other(ids).logits, want, rtol=1e-5, atol=1e-6)

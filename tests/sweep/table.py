@@ -23,7 +23,8 @@ NO_FAILURE = "none"
 HEAD = """# Architectures
 
 A LoRA adapter of rank 2 on "all-linear" was put into {count} architectures of transformers {transformers},
-each a tiny random model with its own head. It was trained for three steps with the model's own dropout and masking,
+each a tiny random model with its own head, trained whole if it looks new. The adapter was trained for three steps with
+the model's own dropout and masking,
 merged, unmerged, saved, loaded into a fresh base and taken out again.
 {counts}
 

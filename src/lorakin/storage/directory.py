@@ -85,6 +85,8 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
     own["base"] = fingerprint(graft.model)
     if moved := graft.moved_buffers():
         own["buffers"] = _packed(moved, "buffers", more, {})
+    if graft.plan.copies:
+        own["whole"] = list(graft.plan.copies)
     if graft.rules is not None:
         own["state"] = _packed(graft.state(), "state", more, {})
     if more:
@@ -172,6 +174,9 @@ def _read_own(path: Path) -> peft_format.Own | None:
         buffers = _unpacked(own.get("buffers", {}), more, path)
         if not all(isinstance(t, Tensor) for t in buffers.values()):
             raise AdapterError(f"{path / OWN}: its buffers are none: expected a tensor for each name")
+        whole = own.get("whole")
+        if whole is not None and not (isinstance(whole, list) and all(isinstance(name, str) for name in whole)):
+            raise AdapterError(f"{path / OWN}: what it trains whole is no list of names: {str(whole)[:80]}")
         base, patterns = own.get("base"), own.get("patterns", [{}, {}])
         if base is not None and not is_fingerprint(base):
             raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
@@ -183,7 +188,7 @@ def _read_own(path: Path) -> peft_format.Own | None:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), base, buffers)
+    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), base, buffers, whole)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

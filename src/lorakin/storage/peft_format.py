@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -226,18 +226,35 @@ def _finished(
     copies: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
+    named, copies = sorted(copies), {**copies, **wrapped_too(model, copies, scales)}
     heading = {
         "task_type": task_of(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
         "inference_mode": True,
-        "modules_to_save": sorted(copies) or None,
+        "modules_to_save": named or None,
     }
     own, tensors = expert_stacks.stacked(model, config, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written
+
+
+def wrapped_too(model: nn.Module, whole: Collection[str], adapted: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """What PEFT takes for trained whole although it is not: path → the base's own state.
+
+    PEFT goes by the ends of names: with "classifier" it wraps "pre_classifier" too, and fails on a
+    file that does not hold it.
+    """
+    ends = tuple(whole)
+    inside = tuple(f"{path}." for path in whole)
+    found = {}
+    for path, module in named_modules(model).items() if ends else ():
+        taken = path in whole or path in adapted or path.startswith(inside)
+        if path.endswith(ends) and not taken and any(True for _ in module.parameters()):
+            found[path] = base_state(module)
+    return found
 
 
 def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -316,6 +333,8 @@ class Own:
     projection: str | None
     base: Mapping[str, Any] | None
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    whole: Collection[str] | None = None
+    """Paths of the modules trained whole, where PEFT's file holds more of them."""
 
 
 def from_files(
@@ -335,6 +354,8 @@ def from_files(
         config, sites, rest, former = now.config, now.sites, now.rest, now.former
     _check_paths(model, modules, sites, where)
     copies, rest = _split_copies(modules, config, rest)
+    if own is not None and own.whole is not None:
+        copies = {path: state for path, state in copies.items() if path in own.whole}
     rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")

@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import expert_stacks
+from lorakin.storage import expert_stacks, grouped
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
@@ -159,6 +159,8 @@ def native_form(graft: Graft) -> Form | None:
         return None
     if not expert_stacks.are_whole(graft.model, graft.plan.sites):
         return None
+    if any(layers.is_grouped(module_at(graft.model, path)) for path in graft.plan.sites):
+        return None
     slots = {*form.slots, *form.shared}
     return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
 
@@ -205,6 +207,10 @@ def pairs_to_files(
             there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
         if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
             there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
+        if layers.is_grouped(module) and there["A"].shape[0]:
+            scale = 1.0 if alphas is None else alphas[path] / len(there["A"])
+            there = grouped.written(module, {**there, "B": scale * there["B"]})
+            alphas = alphas if alphas is None else {**alphas, path: float(len(there["A"]))}
         if there["A"].shape[0]:
             ranks[path] = there["A"].shape[0]
             kind = layers.kind_of(module)
@@ -333,6 +339,8 @@ def from_files(
     modules = named_modules(model)
     sites, rest = _split(form, tensors)
     _check_paths(model, modules, sites, where)
+    if form is LORA:
+        config, sites = grouped.read(modules, sites, config, where)
     copies, rest = _split_copies(modules, config, rest)
     rest = _without_base_embeddings(modules, sites, rest, where)
     if rest:
@@ -419,7 +427,10 @@ def _check_pairs(
         alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         same = {"A", "B"} <= theirs.keys() and theirs["B"].flatten(1).shape[1] == rank and abs(scale - 1) < 1e-6
-        if same and pair.down.shape[0]:
+        if same and layers.is_grouped(modules[path]):
+            ours, theirs = pair.up @ pair.down, {slot: t.flatten(1).to(pair.up) for slot, t in theirs.items()}
+            same = torch.allclose(ours, theirs["B"] @ theirs["A"], rtol=1e-3, atol=1e-6)
+        elif same and pair.down.shape[0]:
             same = all(
                 ours.shape == t.flatten(1).shape and torch.allclose(ours, t.flatten(1).to(ours), rtol=1e-3, atol=1e-6)
                 for ours, t in ((pair.up, theirs["B"]), (pair.down, theirs["A"]))
@@ -665,7 +676,7 @@ def pairs_of(
         needed = set[str]()
     else:
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
-        sites = {path: _matrices(slots) | shared for path, slots in _split(form, tensors)[0].items()}
+        sites = {path: grouped.spread(_matrices(slots)) | shared for path, slots in _split(form, tensors)[0].items()}
         needed = set(form.slots) - {"m"}
     plan = plan_for(method, list(sites), (), *_patterns(form, config, own))
     plan = _with_ranks_kept(plan, config, sites)
@@ -704,7 +715,7 @@ def _to_file(tensor: Tensor, slot: str, module: nn.Module) -> Tensor:
     ones = (1,) * len(kernel)
     if slot == "m":
         return tensor.view(1, -1, *ones)
-    return ConvolutionLayer.layout(tensor, module) if slot == "A" else tensor.view(*tensor.shape, *ones)
+    return tensor.view(len(tensor), -1, *kernel) if slot == "A" else tensor.view(*tensor.shape, *ones)
 
 
 def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

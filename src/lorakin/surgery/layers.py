@@ -236,13 +236,17 @@ class EmbeddingLayer(Layer):
 
 
 class ConvolutionLayer(Layer):
-    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1."""
+    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1.
+
+    In a grouped one every group has the same A, on its own inputs, and its own rows of B, so that the
+    weight (outputs, inputs/groups · kernel) is a matrix like any other.
+    """
 
     modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod
     def shape(module: Any) -> Shape:
-        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
+        return Shape(module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size))
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
@@ -250,13 +254,17 @@ class ConvolutionLayer(Layer):
 
     @staticmethod
     def layout(matrix: Tensor, module: Any) -> Tensor:
-        return matrix.view(-1, module.in_channels, *module.kernel_size)
+        return matrix.view(-1, module.in_channels // module.groups, *module.kernel_size)
 
     @staticmethod
     def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        hidden = module._conv_forward(x, ConvolutionLayer.layout(pair.down, module), None)
+        down, groups = ConvolutionLayer.layout(pair.down, module), module.groups
+        hidden = module._conv_forward(x, down if groups == 1 else down.repeat(groups, *(1 for _ in down.shape[1:])), None)
         channel = hidden.ndim - 1 - len(module.kernel_size)
-        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+        if groups == 1:
+            return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+        out = F.conv1d(hidden.flatten(channel + 1), pair.up.unsqueeze(-1), groups=groups)
+        return out.unflatten(-1, hidden.shape[channel + 1 :])
 
     @staticmethod
     def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -266,10 +274,6 @@ class ConvolutionLayer(Layer):
     @staticmethod
     def per_output(vector: Tensor, module: Any) -> Tensor:
         return vector.view(-1, *(1 for _ in module.kernel_size))
-
-    @staticmethod
-    def refusal(module: Any) -> str | None:
-        return f"a convolution with groups={module.groups}; only groups=1 is supported" if module.groups != 1 else None
 
 
 KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer, ExpertLayer)
@@ -320,6 +324,11 @@ def refusal(module: nn.Module) -> str | None:
     if weight.is_meta and "_hf_hook" in vars(module):
         return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
     return kind.refusal(module)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether it is a convolution in groups."""
+    return kind_of(module) is ConvolutionLayer and module.groups != 1
 
 
 def is_container(module: nn.Module) -> bool:

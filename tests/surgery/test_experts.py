@@ -363,7 +363,7 @@ def test_a_fingerprint_is_the_bases_own(tmp_path: Path, ids: Tensor) -> None:
 def test_what_is_refused(ids: Tensor) -> None:
     model = tiny_mixtral()
     batches = [{"input_ids": ids, "labels": ids}]
-    with pytest.raises(lk.SettingError, match=r"down_proj.0, one expert of a stack, is never called by itself"):
+    with pytest.raises(lk.SettingError, match=r"down_proj.0, one expert of a stack .* is never called by itself"):
         lk.adapt(model, lk.LoRADrop(rank=2, keep=2), targets="down_proj", probe=batches)
     assert not lk.adapters(model)
     lk.adapt(model, lk.LoRA(rank=2), targets="down_proj", name="of experts")

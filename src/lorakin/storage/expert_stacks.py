@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
+from lorakin.surgery import parameters
 from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import ExpertMatrix, count, is_transposed, says_transposed, stack_names
+from lorakin.surgery.experts import ExpertMatrix, count, is_turned, says_transposed
 from lorakin.surgery.graft import own_weight
 from lorakin.surgery.targets import for_stacks, resolve
 
@@ -74,19 +75,21 @@ def stacked(
         return dict(config), dict(tensors)
     paths = {path for stacks in owners.values() for matrices in stacks.values() for path in matrices.values()}
     config = _without(config, paths)
-    done, left, parameters = dict[str, Tensor](), dict(tensors), list[str]()
+    done, left, adapted, depths = dict[str, Tensor](), dict(tensors), list[str](), dict[str, int]()
     for owner, stacks in owners.items():
-        names = [name for name in stack_names(module_at(model, owner)) if name in stacks]
+        names = [name for name in module_at(model, owner)._parameters if name in stacks]
+        depths[owner] = len(names)
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
-            if _is_turned(module_at(model, owner)):
+            if _is_turned(module_at(model, owner), name):
                 there = {number: _turned(slots) for number, slots in there.items()}
             scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
             _set_scale(config, f"{owner}.{name}", scale)
-        parameters += [f"{owner}.{name}" for name in names]
-    return {**config, FIELD: parameters, "lora_dropout": 0.0}, left | done  # of dropout there PEFT will hear nothing
+        adapted += [f"{owner}.{name}" for name in names]
+    wrapped = {_keyed(_wrapped, key, depths, prefix): tensor for key, tensor in (left | done).items()}
+    return {**config, FIELD: adapted, "lora_dropout": 0.0}, wrapped  # of dropout there PEFT will hear nothing
 
 
 def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
@@ -101,15 +104,36 @@ def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
     )
 
 
+def _keyed(change: Callable[..., str], key: str, depths: Mapping[str, int], prefix: str) -> str:
+    return prefix + change(key.removeprefix(prefix), depths) if key.startswith(prefix) else key
+
+
+def _wrapped(path: str, depths: Mapping[str, int]) -> str:
+    """The path in PEFT's model, where an owner's parts lie inside what wraps it, one deeper for each of its parameters."""
+    inner = path
+    for owner, depth in sorted(depths.items(), key=lambda item: -len(item[0])):
+        if path.startswith(f"{owner}.") and path.removeprefix(f"{owner}.").replace(NESTED, "") not in NAMES.values():
+            inner = f"{owner}.{NESTED * depth}{inner[len(owner) + 1 :]}"
+    return inner
+
+
+def _unwrapped(path: str, depths: Mapping[str, int]) -> str:
+    """The inverse of `_wrapped`."""
+    for owner, depth in sorted(depths.items(), key=lambda item: len(item[0])):
+        start = f"{owner}.{NESTED * depth}"
+        path = f"{owner}.{path.removeprefix(start)}" if path.startswith(start) else path
+    return path
+
+
 def experts_in(model: nn.Module, stack: str) -> int:
     """How many matrices the parameter at this path holds."""
     owner, _, name = stack.rpartition(".")
     return count(module_at(model, owner)._parameters[name])  # type: ignore[arg-type]
 
 
-def _is_turned(owner: nn.Module) -> bool:
+def _is_turned(owner: nn.Module, stack: str) -> bool:
     """Whether PEFT takes the inputs of its stacks for outputs, since transformers does not say which is which (Llama 4)."""
-    return is_transposed(owner) and not says_transposed(owner)
+    return is_turned(owner, stack) and not says_transposed(owner)
 
 
 def _turned(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,11 +205,13 @@ def unstacked(
     targets = config.get(FIELD)
     if not targets:
         return config, tensors
-    left, apart, stacks = dict(tensors), dict[str, Tensor](), []
+    apart, stacks = dict[str, Tensor](), []
     if model is not None:
-        owners = _owners_in(model, targets, where)
+        owners = list(_owners_in(model, targets, where))
     else:
-        owners = _owners_by(tensors, targets, config.get("target_modules") or (), where, prefix)
+        owners = list(_owners_by(tensors, targets, config.get("target_modules") or (), where, prefix))
+    depths = {owner: len(names) for owner, names in owners}
+    left = {_keyed(_unwrapped, key, depths, prefix): tensor for key, tensor in tensors.items()}
     for owner, names in owners:
         for depth, name in enumerate(reversed(names)):
             slots, stack = _taken(left, f"{prefix}{owner}.{NESTED * depth}"), f"{owner}.{name}"
@@ -193,7 +219,7 @@ def unstacked(
             experts = None if model is None else experts_in(model, stack)
             for number, own in enumerate(_apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")):
                 path = f"{stack}.{number}"
-                own = _turned(own) if model is not None and _is_turned(module_at(model, owner)) else own
+                own = _turned(own) if model is not None and _is_turned(module_at(model, owner), name) else own
                 if known is None or path in known or own["B"].any():
                     apart |= {f"{prefix}{path}.{NAMES[slot]}": tensor for slot, tensor in own.items()}
     counts = Counter(key.removeprefix(prefix).rsplit(".", 3)[0] for key in apart if key.endswith(NAMES["A"]))
@@ -219,9 +245,9 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
     for path, module in model.named_modules():
         hits = {name: {t for t in targets if f".{path}.{name}".endswith(f".{t}")} for name in module._parameters}
         hits = {name: by for name, by in hits.items() if by}
-        names = [name for name in stack_names(module) if name in hits]
+        names = [name for name in parameters.names(module) if name in hits]
         if wrong := sorted(hits.keys() - set(names)):
-            raise AdapterError(f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no stack of experts")
+            raise AdapterError(f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no matrix and no stack of them")
         taken |= set[str]().union(*hits.values())
         if names:
             yield path, names

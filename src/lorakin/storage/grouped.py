@@ -67,7 +67,7 @@ def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
     if inputs <= len(theirs.A):
         whole = (theirs.B.view(groups, -1, rank) @ own).flatten(0, 1)
         return whole, torch.eye(inputs, dtype=whole.dtype, device=whole.device)
-    return torch.block_diag(*theirs.B.view(groups, -1, rank)), own.flatten(0, 1)
+    return _spread(theirs.B, groups), own.flatten(0, 1)
 
 
 def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,8 +78,13 @@ def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups = len(A) // B.shape[1]
     if groups < 2 or len(A) % B.shape[1] or len(B) % groups:
         return dict(slots)
-    blocks = B.view(groups, -1, B.shape[1])
-    return {**slots, "B": torch.block_diag(*blocks)}
+    return {**slots, "B": _spread(B, groups)}
+
+
+def _spread(B: Tensor, groups: int) -> Tensor:
+    """B (outputs, q) of groups as (outputs, groups·q): each group's rows in columns of their own."""
+    spread: Tensor = torch.block_diag(*B.view(groups, -1, B.shape[1]))  # type: ignore[no-untyped-call]
+    return spread
 
 
 def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
@@ -89,7 +94,8 @@ def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
     """
     weight = own_weight(module).to(theirs.A)
     changed = theirs.B.reshape(-1, len(theirs.A)) @ theirs.A
-    return (weight + scale * changed.view_as(weight)).norm(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(weight + scale * changed.view_as(weight), dim=1)
+    return lengths
 
 
 def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,10 +111,10 @@ def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read(
     modules: Mapping[str, nn.Module],
-    sites: Mapping[str, Mapping[str, Tensor]],
+    sites: Mapping[str, dict[str, Tensor]],
     config: Mapping[str, Any],
     where: str,
-) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Tensor]]]:
+) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]]]:
     """The config and the tensors with PEFT's form taken for lorakin's, path by path.
 
     Raises:

@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import expert_stacks, grouped
+from lorakin.storage import attention, expert_stacks, grouped, layer_weights
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.surgery import layers
@@ -157,7 +157,7 @@ def native_form(graft: Graft) -> Form | None:
     patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
     if form is None or (patterns and form is not LORA) or any(site.layer not in form.layers for site in sites):
         return None
-    if not expert_stacks.are_whole(graft.model, graft.plan.sites):
+    if not all(form_of.are_whole(graft.model, graft.plan.sites) for form_of in (expert_stacks, attention)):
         return None
     if any(layers.is_grouped(module_at(graft.model, path)) for path in graft.plan.sites):
         return None
@@ -243,7 +243,8 @@ def _finished(
         "inference_mode": True,
         "modules_to_save": sorted(copies) or None,
     }
-    own, tensors = expert_stacks.stacked(model, config, tensors, scales, PREFIX)
+    own, tensors, scales = attention.written(model, config, tensors, scales, PREFIX)
+    own, tensors = expert_stacks.stacked(model, own, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written
@@ -336,8 +337,9 @@ def from_files(
         AdapterError: anything missing, left over, misshapen, not finite, unsupported, or for another base.
     """
     form, method, config, tensors = _read(model, config, tensors, own, where)
-    modules = named_modules(model)
     sites, rest = _split(form, tensors)
+    paths = {*sites, *(own.tensors if own is not None and own.tensors is not None else ())}
+    modules = named_modules(model, {path.rpartition(".")[0] for path in paths})
     _check_paths(model, modules, sites, where)
     if form is LORA:
         config, sites = grouped.read(modules, sites, config, where)
@@ -397,6 +399,9 @@ def _read(
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
+    if model is not None:
+        config, tensors = layer_weights.as_layers(config, tensors, model, where, PREFIX)
+    config, tensors = attention.read(config, tensors, known, own is not None, where, PREFIX)
     config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX)
     return form, method_of(form, config, own, where), config, tensors
 
@@ -421,7 +426,7 @@ def _check_pairs(
         theirs = sites.get(path, {})
         if not theirs and not pair.down.shape[0]:
             continue
-        if layers.kind_of(modules[path]) is ExpertLayer and "A" in theirs:  # all of a stack have one rank there
+        if "A" in theirs:  # all of a stack, or of an attention, have one rank there
             pair = padded(pair, max(len(theirs["A"]), pair.down.shape[0]))
         rank = resolve(ranks, path, config.get("r", LORA.defaults["r"])) or 1
         alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0

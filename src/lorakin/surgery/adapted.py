@@ -18,7 +18,8 @@ from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts
 from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
 from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
-from lorakin.surgery.reading import changed_weight, is_in_forward
+from lorakin.surgery.readers import is_in_forward
+from lorakin.surgery.reading import changed_weight
 from lorakin.surgery.site import Copy, Site, brought
 from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
 
@@ -152,7 +153,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
         if inner is None and len(parts) == n + 2:
-            inner = experts.matrix_of(module, part, parts[-1])
+            inner = experts.matrix_of(module, part, parts[-1]) if kind_of(module) is None else None
             return model.get_submodule(path) if inner is None else inner
         if inner is None:
             return model.get_submodule(path)

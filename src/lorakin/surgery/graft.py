@@ -18,7 +18,7 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
 from lorakin.family.allocation import several_processes
 from lorakin.family.pair import whole_shape
-from lorakin.surgery import experts, layers, quantised, stepping
+from lorakin.surgery import experts, layers, parameters, quantised, stepping
 from lorakin.surgery.adapted import (
     conflict,
     hang,
@@ -95,8 +95,9 @@ def plan(
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
     stacks = {path.rpartition(".")[0] for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer}
-    rank_pattern = for_stacks(rank_pattern, stacks)
-    alpha_pattern = for_stacks(alpha_pattern, stacks)
+    attentions = {path for path in map(parameters.attention_of, stacks) if path}
+    rank_pattern = for_stacks(for_stacks(rank_pattern, attentions, parameters.PART), stacks)
+    alpha_pattern = for_stacks(for_stacks(alpha_pattern, attentions, parameters.PART), stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)

@@ -264,7 +264,7 @@ class ConvolutionLayer(Layer):
         if groups == 1:
             return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
         out = F.conv1d(hidden.flatten(channel + 1), pair.up.unsqueeze(-1), groups=groups)
-        return out.unflatten(-1, hidden.shape[channel + 1 :])
+        return out.reshape(*out.shape[:-1], *hidden.shape[channel + 1 :])
 
     @staticmethod
     def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def is_grouped(module: nn.Module) -> bool:
     """Whether it is a convolution in groups."""
-    return kind_of(module) is ConvolutionLayer and module.groups != 1
+    return kind_of(module) is ConvolutionLayer and bool(module.groups != 1)
 
 
 def is_container(module: nn.Module) -> bool:

@@ -1,53 +1,23 @@
 """Who reads a tensor of a module without calling the module.
 
 `nn.MultiheadAttention` and others multiply by a layer's weight themselves. What they must see is the
-changed weight; what saves, moves or ties a model must see the base's own. The difference is where
-the reader stands: in the forward of some module, or outside of all of them.
+changed weight; what saves, moves or ties a model must see the base's own: see `readers.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError
 from lorakin.surgery.hung import Hung
 from lorakin.surgery.implicit import Change, read
 from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, kind_of
-
-_CALL = nn.Module._call_impl.__code__
-MACHINERY = (
-    "accelerate",
-    "deepspeed",
-    "lorakin",
-    "torch.distributed",
-    "torch.nn.modules.module",
-    "torch.nn.utils",
-)
-"""Packages that look after parameters, also during a forward, and compute nothing with them."""
-
-
-def is_in_forward(depth: int) -> bool:
-    """Whether a tensor is read to compute with, by the function `depth` calls above the caller."""
-    if torch.compiler.is_compiling():  # what is compiled is a forward, and has no frames to look at
-        return True
-    frame: FrameType | None = sys._getframe(depth + 1)
-    assert frame is not None
-    reader = frame.f_globals.get("__name__", "")
-    if reader.startswith(MACHINERY) and any(reader == name or reader.startswith(name + ".") for name in MACHINERY):
-        return False
-    while frame is not None:
-        if frame.f_code is _CALL:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def changed_weight(module: Any, hung: Hung) -> Tensor:

@@ -33,6 +33,10 @@ class Adapted(Swapped):
     lorakin: Adapters
     bias: Tensor | None
 
+    @staticmethod
+    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        return (Looked,) if issubclass(base, nn.Embedding) and base is not nn.Embedding else ()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hung = hung_on(self)
         sites = hung.in_use()
@@ -65,6 +69,30 @@ class Adapted(Swapped):
         if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
             return changed_weight(self, hung)
         return super().__getattr__(name)
+
+
+class Looked(nn.Embedding):
+    """nn.Embedding where a subclass with a forward of its own calls it: what is looked up is the changed rows.
+
+    So a scaled embedding scales the change with them, and no changed table is made, also by a compiler.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        hung = hung_on(self)
+        sites = [] if hung.inside else hung.in_use()
+        if hung.inside or not (sites or hung.rows):
+            return super().forward(input)
+        hung.inside += 1
+        try:
+            with brought(sites):
+                out = base = super().forward(input)
+                if hung.rows is not None:
+                    return hung.rows.adapted(self, input, base)
+                for site in sites:
+                    out = out + site(self, input, base)
+                return out
+        finally:
+            hung.inside -= 1
 
 
 class Replaced(Swapped):

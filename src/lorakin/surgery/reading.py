@@ -27,8 +27,9 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
     kind = kind_of(module)
     if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
         return weight
-    if hung.rows is not None:
-        raise StateError(f"{sites[0].path} is read without being called, so it cannot be in a mixed batch")
+    by_columns = kind is LinearLayer
+    if hung.rows is not None:  # who asks for no more than the dtype, as Gemma's embedding does, may have that
+        return read(weight, lambda: _unsplit(sites[0].path), by_columns, ())
     for site in sites:
         if site.training and site.method.dropout and not site.shape.lookup:
             warnings.warn(
@@ -39,9 +40,12 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
             )
     if kind is ConvolutionLayer:
         return _formed(module, hung, sites)
-    by_columns = kind is LinearLayer
     there = [p for site in sites for p in site.parameters(recurse=False)]
     return read(weight, lambda: tuple(_as_change(module, hung, site, by_columns) for site in sites), by_columns, there)
+
+
+def _unsplit(path: str) -> tuple[Change, ...]:
+    raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
 def _as_change(module: Any, hung: Hung, site: Any, by_columns: bool) -> Change:

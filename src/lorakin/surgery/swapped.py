@@ -13,6 +13,11 @@ from lorakin.errors import StateError
 class Swapped(nn.Module):
     """Whatever is mixed in before a module's own class: the class is made at run time, so copies name the own one instead."""
 
+    @staticmethod
+    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """What is mixed in after a module's own class `base`, to be found by the calls of `super()` in it."""
+        return ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
 
@@ -47,7 +52,8 @@ def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of `mixin` and `base`."""
     if (mixin, base) not in _CLASSES:
         name = f"{mixin.__name__}{base.__name__}"
-        _CLASSES[mixin, base] = type(name, (mixin, base), {"__module__": base.__module__})
+        beneath = mixin.beneath(base) if issubclass(mixin, Swapped) else ()
+        _CLASSES[mixin, base] = type(name, (mixin, base, *beneath), {"__module__": base.__module__})
     return _CLASSES[mixin, base]
 
 

@@ -21,7 +21,7 @@ from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward,
 from lorakin.surgery.readers import is_in_forward
 from lorakin.surgery.reading import changed_weight
 from lorakin.surgery.site import Copy, Site, brought
-from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
+from lorakin.surgery.swapped import Swapped, combined, swap_class, unmix
 
 
 class Adapted(Swapped):
@@ -85,10 +85,11 @@ class Looked(nn.Embedding):
         hung.inside += 1
         try:
             with brought(sites):
+                out: Tensor
                 out = base = super().forward(input)
                 if hung.rows is not None:
-                    return hung.rows.adapted(self, input, base)
-                for site in sites:
+                    out = hung.rows.adapted(self, input, base)
+                for site in sites if hung.rows is None else ():
                     out = out + site(self, input, base)
                 return out
         finally:
@@ -231,7 +232,7 @@ def unhang(module: nn.Module, name: str) -> None:
     del hung[name]
     if not len(hung):
         del module.lorakin
-        swap_class(module, base_class(module))
+        unmix(module, Adapted, Replaced, ReplacedSequence)
         if isinstance(module, experts.ExpertMatrix):
             experts.detach(module)
 

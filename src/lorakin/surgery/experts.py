@@ -26,7 +26,7 @@ from lorakin.surgery.autograd import Copied, Seen
 from lorakin.surgery.hung import hung_on
 from lorakin.surgery.implicit import Change, Changed, formed, read
 from lorakin.surgery.readers import is_in_forward
-from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
+from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class, unmix
 
 PREFIX = "lorakin_"
 """Before the name of a stack's module, which hangs beside the parameter: two of one name are more than torch can bear."""
@@ -329,7 +329,7 @@ def detach(matrix: ExpertMatrix) -> None:
     if not stack._modules:
         del experts._modules[PREFIX + matrix.stack]
     if not stacks(experts):
-        swap_class(experts, base_class(experts))
+        unmix(experts, AdaptedExperts)
 
 
 def own_stack(module: nn.Module, name: str) -> Tensor | None:

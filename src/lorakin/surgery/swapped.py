@@ -35,6 +35,17 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return cls.__bases__[1]
 
 
+def unmix(module: nn.Module, *mixins: type[nn.Module]) -> None:
+    """Take one of these out of the module's class, whatever was mixed in after it."""
+
+    def without(cls: type[nn.Module]) -> type[nn.Module]:
+        mixin, base = cls.__bases__[:2]
+        return base if mixin in mixins else combined(mixin, without(base))
+
+    base_class(module)  # which says it if the class is no longer one of ours
+    swap_class(module, without(type(module)))
+
+
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Change the module's class, also for the hooks with which Accelerate spreads a model over devices.
 

@@ -112,8 +112,50 @@ def test_ranks_above_a_groups_own(tmp_path: Path) -> None:
     assert shapes == {"base_model.model.0.lora_A.weight": (6, 6, 5), "base_model.model.0.lora_B.weight": (6, 1, 1)}
 
 
-def test_what_peft_trains_across_groups_is_refused_by_name(tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(Grouped(), peft.LoraConfig(r=8, target_modules=["one"], init_lora_weights=False))
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_trains_across_groups(rslora: bool, tmp_path: Path, x: Tensor) -> None:
+    """It is no change of the weight: read as what it is, trained on, written; merging is refused."""
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=8, lora_alpha=3, target_modules=NAMES, init_lora_weights=False, use_rslora=rslora)
+    theirs = peft.get_peft_model(Grouped(), config).eval()
     theirs.save_pretrained(tmp_path)
+    adapter = lk.load(model := Grouped(), tmp_path, trainable=True)
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+    back = peft.PeftModel.from_pretrained(Grouped(), adapter.save(tmp_path / "again")).eval()
+    torch.testing.assert_close(back(x), theirs(x), rtol=1e-5, atol=1e-5)
+    shapes = [
+        {key: t.shape for key, t in safetensors.torch.load_file(at / "adapter_model.safetensors").items()}
+        for at in (tmp_path, tmp_path / "again")
+    ]
+    assert shapes[0] == shapes[1], "as PEFT had it"
+    with pytest.raises(lk.StateError, match="one is a convolution in groups"):
+        adapter.merge()
+    assert not adapter.is_merged
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01)
+    model(x).mean().backward()
+    optimizer.step()
+    adapter.save(tmp_path / "trained")
+    back = peft.PeftModel.from_pretrained(Grouped(), tmp_path / "trained").eval()
+    torch.testing.assert_close(back(x), model(x), rtol=1e-5, atol=1e-5)
+    lk.load(again := Grouped(), tmp_path / "trained")
+    torch.testing.assert_close(again(x), model(x))
+    signal, base, one = torch.randn(2, 4, 9), Grouped().one, model.one
+    change = one(signal) - base(signal)
+    lk.combine(model, {"default": 0.5})
+    torch.testing.assert_close(one(signal) - base(signal), change / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_across_groups_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=8, target_modules=["one"], init_lora_weights=False, use_dora=True)
+    peft.get_peft_model(Grouped(), config).save_pretrained(tmp_path)
     with pytest.raises(lk.AdapterError, match="one, a convolution with groups=2, reads inputs across groups"):
         lk.load(Grouped(), tmp_path)
+
+
+def test_mixed_batches(x: Tensor) -> None:
+    model = Grouped()
+    base = model(x)
+    randomise(lk.adapt(model, lk.DoRA(rank=2), NAMES), 0.3)
+    with lk.mixed_batch(model, ["default", None]):
+        mixed = model(x)
+    torch.testing.assert_close(mixed, torch.cat([model(x)[:1], base[1:]]))

@@ -8,6 +8,7 @@ groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups
 
 So PEFT computes a change of the weight only where the rows of a group read its own inputs alone.
 It trains them to read others too, which no grouped convolution does, and cannot merge that itself.
+Such an adapter is read as what it is, a pair over all inputs (`layers.UngroupedLayer`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,17 @@ def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
     for group in range(groups):
         A[group, :, group] = rows[group]
     return Grouped(A.flatten(0, 1).flatten(1), up)
+
+
+def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
+    """A pair over all inputs in PEFT's form: q is r/groups where `up` is in groups itself, else r, and A is there for each."""
+    groups = module.groups
+    if len(down) % groups == 0:
+        blocks = up.view(groups, -1, groups, len(down) // groups)
+        B = torch.cat([blocks[group, :, group] for group in range(groups)])
+        if torch.equal(_spread(B, groups), up):
+            return Grouped(down, B)
+    return Grouped(down.repeat(groups, 1), up)
 
 
 def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
@@ -100,7 +112,8 @@ def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
 
 def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For PEFT the tensors of one module: `A`, `B` whose scale is 1, and perhaps `m`."""
-    theirs = as_peft(module, slots["B"], slots["A"])
+    over_all = slots["A"].shape[1] == own_weight(module).shape[1] * module.groups
+    theirs = _gathered(module, slots["B"], slots["A"]) if over_all else as_peft(module, slots["B"], slots["A"])
     there = {"A": theirs.A, "B": theirs.B}
     if "m" in slots:
         ours = row_norms(own_weight(module).to(slots["A"]), slots["B"], slots["A"])
@@ -114,12 +127,13 @@ def read(
     sites: Mapping[str, dict[str, Tensor]],
     config: Mapping[str, Any],
     where: str,
-) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]]]:
-    """The config and the tensors with PEFT's form taken for lorakin's, path by path.
+) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]], frozenset[str]]:
+    """The config and the tensors with PEFT's form taken for lorakin's, and where they are a pair over all inputs.
 
     Raises:
-        AdapterError: shapes that do not fit, or a change that is none of the layer's weight.
+        AdapterError: shapes that do not fit, or a gain over what is no change of the layer's weight.
     """
+    over_all = set[str]()
     done, ranks, alphas = dict(sites), dict[str, int](), dict[str, float]()
     for path, slots in sites.items():
         module: Any = modules[path]
@@ -136,11 +150,14 @@ def read(
         wide = Grouped(*(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs))
         pair = as_pair(module, wide)
         if pair is None:
-            raise AdapterError(
-                f"{where}: what it adds to {path}, a convolution with groups={module.groups}, reads "
-                "inputs across groups, as PEFT trains it. That is no change of the layer's weight, "
-                "so it can be neither merged nor held here; leave the layer out when training"
-            )
+            if "m" in slots:
+                raise AdapterError(
+                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, reads "
+                    "inputs across groups, as PEFT trains it. That is no change of the layer's weight, "
+                    "of which DoRA's magnitudes could be; leave the layer out when training"
+                )
+            over_all.add(path)
+            pair = _spread(wide.B, module.groups), wide.A
         kernel, out = tuple(module.kernel_size), dict(slots)
         up, down = pair[0] * scale.value, pair[1]
         if "m" in slots:
@@ -156,4 +173,4 @@ def read(
         field: {**values, **{key: n for key, n in (config.get(field) or {}).items() if key not in values}}
         for field, values in (("rank_pattern", ranks), ("alpha_pattern", alphas))
     }
-    return ({**config, **changed} if ranks else config), done
+    return ({**config, **changed} if ranks else config), done, frozenset(over_all)

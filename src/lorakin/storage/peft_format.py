@@ -53,6 +53,7 @@ from lorakin.surgery.layers import (
     LinearLayer,
     QuantisedLayer,
     TransposedLayer,
+    UngroupedLayer,
 )
 from lorakin.surgery.targets import named_modules, resolve
 
@@ -341,8 +342,9 @@ def from_files(
     paths = {*sites, *(own.tensors if own is not None and own.tensors is not None else ())}
     modules = named_modules(model, {path.rpartition(".")[0] for path in paths})
     _check_paths(model, modules, sites, where)
+    over_all = frozenset[str]()
     if form is LORA:
-        config, sites = grouped.read(modules, sites, config, where)
+        config, sites, over_all = grouped.read(modules, sites, config, where)
     copies, rest = _split_copies(modules, config, rest)
     rest = _without_base_embeddings(modules, sites, rest, where)
     if rest:
@@ -364,10 +366,11 @@ def from_files(
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        plan = _with_ranks_kept(plan, config, read)
+        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), ungrouped=over_all)
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
+    spots |= {path: Spot(UngroupedLayer.shape(modules[path]), spots[path].weight) for path in over_all & spots.keys()}
     expected = _expected(plan, spots)  # whose order of tensors a fresh adapter has, and its optimizer's state
     if own is None or own.tensors is None:
         _check_shapes(form, plan, expected, modules, sites, where)

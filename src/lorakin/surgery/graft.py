@@ -32,7 +32,7 @@ from lorakin.surgery.adapted import (
 from lorakin.surgery.before_forward import BeforeForward
 from lorakin.surgery.buffers import Buffers, own_buffers
 from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
-from lorakin.surgery.layers import ExpertLayer
+from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.site import Copy, Site, trains
@@ -52,6 +52,8 @@ class Plan:
     copies: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ungrouped: frozenset[str] = frozenset()
+    """The grouped convolutions to which a pair over all their inputs is added."""
 
 
 NONE_HERE = "none (name the model that was adapted, not a part of it or what wraps it)"
@@ -206,7 +208,7 @@ class Graft:
         modules = {path: module_at(self.model, path) for path in self._paths()}
         for path, method in self.plan.sites.items():
             module = modules[path]
-            kind = layers.kind_of(module)
+            kind = UngroupedLayer if path in self.plan.ungrouped else layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
             roles, parameters = method.roles(path, shape, tensors[path]), {}

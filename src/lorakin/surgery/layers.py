@@ -276,6 +276,28 @@ class ConvolutionLayer(Layer):
         return vector.view(-1, *(1 for _ in module.kernel_size))
 
 
+class UngroupedLayer(ConvolutionLayer):
+    """A grouped convolution to whose output a convolution of all its inputs is added, as PEFT trains it.
+
+    That is no change of its weight: it cannot be merged, nor seen by who reads the weight.
+    """
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        down = pair.down.view(len(pair.down), -1, *module.kernel_size)
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+        hidden = convolve(x, down, None, module.stride, padding, module.dilation)
+        channel = hidden.ndim - 1 - len(module.kernel_size)
+        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+
+
 KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer, ExpertLayer)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning, StateError
 from lorakin.surgery.hung import Hung
 from lorakin.surgery.implicit import Change, read
-from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, kind_of
+from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, UngroupedLayer, kind_of
 
 
 def changed_weight(module: Any, hung: Hung) -> Tensor:
@@ -31,6 +31,8 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
     if hung.rows is not None:  # who asks for no more than the dtype, as Gemma's embedding does, may have that
         return read(weight, lambda: _unsplit(sites[0].path), by_columns, ())
     for site in sites:
+        if site.layer is UngroupedLayer:
+            raise StateError(f"{site.path} is read without being called, and its adapter is no change of its weight")
         if site.training and site.method.dropout and not site.shape.lookup:
             warnings.warn(
                 f"the dropout of the adapter does not act in {site.path}: the model reads its weight "

@@ -258,6 +258,8 @@ class ConvolutionLayer(Layer):
 
     @staticmethod
     def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        if module.groups > 1 and module.out_channels <= module.groups * pair.up.shape[1]:
+            return ConvolutionLayer.product(module, x, ConvolutionLayer.layout(pair.up @ pair.down, module))  # the smaller
         down, groups = ConvolutionLayer.layout(pair.down, module), module.groups
         hidden = module._conv_forward(x, down if groups == 1 else down.repeat(groups, *(1 for _ in down.shape[1:])), None)
         channel = hidden.ndim - 1 - len(module.kernel_size)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_gpt2, tiny_llama, tiny_mixtral
+from lorakin.storage.summary import summarise
 from surgery.test_parameters import Attention, Own, encoder
 
 peft = pytest.importorskip("peft")
@@ -104,8 +105,10 @@ def test_peft_loads_our_files(case: str, member: lk.Member, tmp_path: Path) -> N
     torch.testing.assert_close(output(theirs), output(model), rtol=1e-5, atol=1e-5)
     for name in ("lorakin.json", "lorakin.safetensors"):
         (tmp_path / name).unlink(missing_ok=True)
-    lk.load(again := make().train(), tmp_path)
+    read = lk.load(again := make().train(), tmp_path)
     torch.testing.assert_close(output(again), output(model), rtol=1e-5, atol=1e-5)
+    norms = {path: norm for path, norm in summarise(tmp_path).norms.items() if norm}  # without a model
+    assert norms == pytest.approx({path: norm for path in read.plan.sites if (norm := read.pair_at(path).norm())}, rel=1e-4)
 
 
 def test_pefts_attention(tmp_path: Path) -> None:

@@ -261,7 +261,11 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
 def _owners_by(
     tensors: Iterable[str], targets: Collection[str], modules: Container[str], where: str, prefix: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """The same from the tensors' keys alone, in the order that every model of transformers has: down_proj is the last."""
+    """The same from the tensors' keys alone, in the order that every model of transformers has: down_proj is the last.
+
+    Others are in the order of `targets`, which is that of the module in files of ours.
+    """
+    order = {target.rpartition(".")[2]: number for number, target in enumerate(targets)}
     pattern = re.compile(re.escape(prefix) + r"(.+?)((?:\.base_layer)*)\.lora_A\.weight")
     depths = Counter(match[1] for key in tensors if (match := pattern.fullmatch(key)))
     for holder, depth in depths.items():
@@ -272,7 +276,7 @@ def _owners_by(
         if len(names) < depth:
             names |= {name for owner, name in named if not owner}
         if len(names) == depth:
-            yield holder, sorted(names, key=lambda name: (name.startswith("down"), name))
+            yield holder, sorted(names, key=lambda name: (name.startswith("down"), order[name]))
         elif names:
             raise AdapterError(f"{where}: without its base it cannot be told which parameters of {holder} it adapts")
 

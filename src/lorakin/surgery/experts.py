@@ -78,7 +78,7 @@ class ExpertMatrix(nn.Module):
         if name != "weight":
             super().__setattr__(name, value)
             return
-        if self.parameter.dim() != 3:
+        if len(whole_shape(self.parameter)) != 3:
             self.experts._parameters[self.stack] = value
             return
         with torch.no_grad():
@@ -340,5 +340,5 @@ def own_stack(module: nn.Module, name: str) -> Tensor | None:
 
 def set_aside(module: nn.Module, weight: Tensor) -> Tensor:
     """What to keep of a module's weight when other values take its place; those of experts are written over it."""
-    in_stack = isinstance(module, ExpertMatrix) and module.parameter.dim() == 3
+    in_stack = isinstance(module, ExpertMatrix) and len(whole_shape(module.parameter)) == 3
     return weight.detach().clone() if in_stack else weight

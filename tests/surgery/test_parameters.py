@@ -241,6 +241,8 @@ def test_which_are_meant() -> None:
 def test_what_is_refused_by_name(target: str, message: str) -> None:
     with pytest.raises(lk.TargetError, match=message):
         lk.adapt(encoder(), lk.LoRA(rank=2), target)
+    with pytest.raises(lk.TargetError, match="'in_proj_weight' is a parameter of the model itself"):
+        lk.adapt(nn.MultiheadAttention(8, 2), lk.LoRA(rank=2), "in_proj_weight")
 
 
 def test_ranks_of_an_attention() -> None:

@@ -239,6 +239,8 @@ def _means(model: nn.Module, pattern: str) -> list[str]:
     held = parameters.parameters(model)
     if not (named := matching(pattern, held)):
         stem, _, number = pattern.rpartition(".")
+        if pattern in model._parameters:
+            raise TargetError(f"target {pattern!r} is a parameter of the model itself, whose class would have to change")
         unlisted = [path for path in held if f"{path}.0" not in modules]
         named = [f"{path}.{number}" for path in matching(stem, unlisted)] if number.isdigit() else []
     return parameters.meant(model, pattern, named) or [pattern]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
 from lorakin.storage.expert_layout import NAMES, NESTED, VERSION, WRITTEN, is_turned, layout, takes_last, turns
+from lorakin.surgery import parameters
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.experts import ExpertMatrix, count, stack_names
 from lorakin.surgery.graft import own_weight
@@ -73,9 +74,10 @@ def stacked(
         return dict(config), dict(tensors)
     paths = {path for stacks in owners.values() for matrices in stacks.values() for path in matrices.values()}
     config = _without(config, paths)
-    done, left, parameters = dict[str, Tensor](), dict(tensors), list[str]()
+    done, left, adapted, depths = dict[str, Tensor](), dict(tensors), list[str](), dict[str, int]()
     for owner, stacks in owners.items():
-        names = [name for name in stack_names(module_at(model, owner)) if name in stacks]
+        names = [name for name in module_at(model, owner)._parameters if name in stacks]
+        depths[owner] = len(names)
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
             matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
@@ -84,9 +86,10 @@ def stacked(
             scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
             done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
             _set_scale(config, f"{owner}.{name}", scale)
-        parameters += [f"{owner}.{name}" for name in names]
-    said = {FIELD: parameters, VERSION: WRITTEN, "lora_dropout": 0.0}  # of dropout there PEFT will hear nothing
-    return {**config, **said}, left | done
+        adapted += [f"{owner}.{name}" for name in names]
+    wrapped = {_keyed(_wrapped, key, depths, prefix): tensor for key, tensor in (left | done).items()}
+    said = {FIELD: adapted, VERSION: WRITTEN, "lora_dropout": 0.0}  # of dropout there PEFT will hear nothing
+    return {**config, **said}, wrapped
 
 
 def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
@@ -99,6 +102,27 @@ def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
         len(methods) == experts_in(model, stack) and all(method == methods[0] for method in methods)
         for stack, methods in stacks.items()
     )
+
+
+def _keyed(change: Callable[..., str], key: str, depths: Mapping[str, int], prefix: str) -> str:
+    return prefix + change(key.removeprefix(prefix), depths) if key.startswith(prefix) else key
+
+
+def _wrapped(path: str, depths: Mapping[str, int]) -> str:
+    """The path in PEFT's model, where an owner's parts lie inside what wraps it, one deeper for each of its parameters."""
+    inner = path
+    for owner, depth in sorted(depths.items(), key=lambda item: -len(item[0])):
+        if path.startswith(f"{owner}.") and path.removeprefix(f"{owner}.").replace(NESTED, "") not in NAMES.values():
+            inner = f"{owner}.{NESTED * depth}{inner[len(owner) + 1 :]}"
+    return inner
+
+
+def _unwrapped(path: str, depths: Mapping[str, int]) -> str:
+    """The inverse of `_wrapped`."""
+    for owner, depth in sorted(depths.items(), key=lambda item: len(item[0])):
+        start = f"{owner}.{NESTED * depth}"
+        path = f"{owner}.{path.removeprefix(start)}" if path.startswith(start) else path
+    return path
 
 
 def experts_in(model: nn.Module, stack: str) -> int:
@@ -180,13 +204,16 @@ def unstacked(
     targets = config.get(FIELD)
     if not targets:
         return config, tensors
-    left, apart, stacks = dict(tensors), dict[str, Tensor](), []
-    last: dict[str, bool | None] = {}
+    apart, stacks = dict[str, Tensor](), []
     if model is not None:
         owners = list(_owners_in(model, targets, where))
-        last = layout(model, owners, tensors, WRITTEN if ours else config.get(VERSION), prefix)
     else:
         owners = list(_owners_by(tensors, targets, config.get("target_modules") or (), where, prefix))
+    depths = {owner: len(names) for owner, names in owners}
+    left = {_keyed(_unwrapped, key, depths, prefix): tensor for key, tensor in tensors.items()}
+    last: dict[str, bool | None] = {}
+    if model is not None:
+        last = layout(model, owners, left, WRITTEN if ours else config.get(VERSION), prefix)
     for owner, names in owners:
         for depth, name in enumerate(reversed(names)):
             slots, stack = _taken(left, f"{prefix}{owner}.{NESTED * depth}"), f"{owner}.{name}"
@@ -243,9 +270,9 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
     for path, module in model.named_modules():
         hits = {name: {t for t in targets if f".{path}.{name}".endswith(f".{t}")} for name in module._parameters}
         hits = {name: by for name, by in hits.items() if by}
-        names = [name for name in stack_names(module) if name in hits]
+        names = [name for name in parameters.names(module) if name in hits]
         if wrong := sorted(hits.keys() - set(names)):
-            raise AdapterError(f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no stack of experts")
+            raise AdapterError(f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no matrix and no stack of them")
         taken |= set[str]().union(*hits.values())
         if names:
             yield path, names
@@ -264,7 +291,11 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
 def _owners_by(
     tensors: Iterable[str], targets: Collection[str], modules: Container[str], where: str, prefix: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """The same from the tensors' keys alone, in the order that every model of transformers has: down_proj is the last."""
+    """The same from the tensors' keys alone, in the order that every model of transformers has: down_proj is the last.
+
+    Others are in the order of `targets`, which is that of the module in files of ours.
+    """
+    order = {target.rpartition(".")[2]: number for number, target in enumerate(targets)}
     pattern = re.compile(re.escape(prefix) + r"(.+?)((?:\.base_layer)*)\.lora_A\.weight")
     depths = Counter(match[1] for key in tensors if (match := pattern.fullmatch(key)))
     for holder, depth in depths.items():
@@ -275,7 +306,7 @@ def _owners_by(
         if len(names) < depth:
             names |= {name for owner, name in named if not owner}
         if len(names) == depth:
-            yield holder, sorted(names, key=lambda name: (name.startswith("down"), name))
+            yield holder, sorted(names, key=lambda name: (name.startswith("down"), order[name]))
         elif names:
             raise AdapterError(f"{where}: without its base it cannot be told which parameters of {holder} it adapts")
 

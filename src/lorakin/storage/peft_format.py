@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import expert_stacks, starts
+from lorakin.storage import attention, expert_stacks, grouped, layer_weights, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
@@ -57,6 +57,7 @@ from lorakin.surgery.layers import (
     LinearLayer,
     QuantisedLayer,
     TransposedLayer,
+    UngroupedLayer,
 )
 from lorakin.surgery.targets import named_modules, resolve
 
@@ -154,7 +155,9 @@ def native_form(graft: Graft) -> Form | None:
     patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
     if form is None or (patterns and form is not LORA) or any(site.layer not in form.layers for site in sites):
         return None
-    if not expert_stacks.are_whole(graft.model, graft.plan.sites):
+    if not all(form_of.are_whole(graft.model, graft.plan.sites) for form_of in (expert_stacks, attention)):
+        return None
+    if any(layers.is_grouped(module_at(graft.model, path)) for path in graft.plan.sites):
         return None
     slots = {*form.slots, *form.shared}
     return form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
@@ -202,6 +205,10 @@ def pairs_to_files(
             there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
         if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
             there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
+        if layers.is_grouped(module) and there["A"].shape[0]:
+            scale = 1.0 if alphas is None else alphas[path] / len(there["A"])
+            there = grouped.written(module, {**there, "B": scale * there["B"]})
+            alphas = alphas if alphas is None else {**alphas, path: float(len(there["A"]))}
         if there["A"].shape[0]:
             ranks[path] = there["A"].shape[0]
             kind = layers.kind_of(module)
@@ -235,7 +242,8 @@ def _finished(
         "inference_mode": True,
         "modules_to_save": named or None,
     }
-    own, tensors = expert_stacks.stacked(model, config, tensors, scales, PREFIX)
+    own, tensors, scales = attention.written(model, config, tensors, scales, PREFIX)
+    own, tensors = expert_stacks.stacked(model, own, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written
@@ -346,13 +354,17 @@ def from_files(
         AdapterError: anything missing, left over, misshapen, not finite, unsupported, or for another base.
     """
     form, method, config, tensors = _read(model, config, tensors, own, where)
-    modules = named_modules(model)
     sites, rest = _split(form, tensors)
+    paths = {*sites, *(own.tensors if own is not None and own.tensors is not None else ())}
+    modules = named_modules(model, {path.rpartition(".")[0] for path in paths})
     former: Mapping[str, list[str]] = {}
     if own is None or own.tensors is None:
         now = todays(model, modules, config, sites, rest, where)
         config, sites, rest, former = now.config, now.sites, now.rest, now.former
     _check_paths(model, modules, sites, where)
+    over_all = frozenset[str]()
+    if form is LORA:
+        config, sites, over_all = grouped.read(modules, sites, config, where)
     copies, rest = _split_copies(modules, config, rest)
     if own is not None and own.whole is not None:
         copies = {path: state for path, state in copies.items() if path in own.whole}
@@ -376,10 +388,11 @@ def from_files(
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        plan = _with_ranks_kept(plan, config, read)
+        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), ungrouped=over_all)
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
+    spots |= {path: Spot(UngroupedLayer.shape(modules[path]), spots[path].weight) for path in over_all & spots.keys()}
     expected = _expected(plan, spots)  # whose order of tensors a fresh adapter has, and its optimizer's state
     if own is None or own.tensors is None:
         _check_shapes(form, plan, expected, modules, sites, where)
@@ -412,6 +425,9 @@ def _read(
     if config.get(expert_stacks.FIELD) and own is not None:  # of a dropout there PEFT would hear nothing
         dropouts = [settings.get("dropout") for _, settings in own.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
+    if model is not None:
+        config, tensors = layer_weights.as_layers(config, tensors, model, where, PREFIX)
+    config, tensors = attention.read(config, tensors, known, own is not None, where, PREFIX)
     config, tensors = expert_stacks.unstacked(config, tensors, model, known, where, PREFIX, ours=own is not None)
     return form, method_of(form, config, own, where), config, tensors
 
@@ -436,13 +452,16 @@ def _check_pairs(
         theirs = sites.get(path, {})
         if not theirs and not pair.down.shape[0]:
             continue
-        if layers.kind_of(modules[path]) is ExpertLayer and "A" in theirs:  # all of a stack have one rank there
+        if "A" in theirs:  # all of a stack, or of an attention, have one rank there
             pair = padded(pair, max(len(theirs["A"]), pair.down.shape[0]))
         rank = resolve(ranks, path, config.get("r", LORA.defaults["r"])) or 1
         alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         same = {"A", "B"} <= theirs.keys() and theirs["B"].flatten(1).shape[1] == rank and abs(scale - 1) < 1e-6
-        if same and pair.down.shape[0]:
+        if same and layers.is_grouped(modules[path]):
+            ours, theirs = pair.up @ pair.down, {slot: t.flatten(1).to(pair.up) for slot, t in theirs.items()}
+            same = torch.allclose(ours, theirs["B"] @ theirs["A"], rtol=1e-3, atol=1e-6)
+        elif same and pair.down.shape[0]:
             same = all(
                 ours.shape == t.flatten(1).shape and torch.allclose(ours, t.flatten(1).to(ours), rtol=1e-3, atol=1e-6)
                 for ours, t in ((pair.up, theirs["B"]), (pair.down, theirs["A"]))
@@ -684,7 +703,7 @@ def pairs_of(
         needed = set[str]()
     else:
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
-        sites = {path: _matrices(slots) | shared for path, slots in _split(form, tensors)[0].items()}
+        sites = {path: grouped.spread(_matrices(slots)) | shared for path, slots in _split(form, tensors)[0].items()}
         needed = set(form.slots) - {"m"}
     plan = plan_for(method, list(sites), (), *_patterns(form, config, own))
     plan = _with_ranks_kept(plan, config, sites)
@@ -723,7 +742,7 @@ def _to_file(tensor: Tensor, slot: str, module: nn.Module) -> Tensor:
     ones = (1,) * len(kernel)
     if slot == "m":
         return tensor.view(1, -1, *ones)
-    return ConvolutionLayer.layout(tensor, module) if slot == "A" else tensor.view(*tensor.shape, *ones)
+    return tensor.view(len(tensor), -1, *kernel) if slot == "A" else tensor.view(*tensor.shape, *ones)
 
 
 def _split(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

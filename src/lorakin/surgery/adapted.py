@@ -18,9 +18,10 @@ from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts
 from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
 from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
-from lorakin.surgery.reading import changed_weight, is_in_forward
+from lorakin.surgery.readers import is_in_forward
+from lorakin.surgery.reading import changed_weight
 from lorakin.surgery.site import Copy, Site, brought
-from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
+from lorakin.surgery.swapped import Swapped, combined, swap_class, unmix
 
 
 class Adapted(Swapped):
@@ -31,6 +32,10 @@ class Adapted(Swapped):
 
     lorakin: Adapters
     bias: Tensor | None
+
+    @staticmethod
+    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        return (Looked,) if issubclass(base, nn.Embedding) and base is not nn.Embedding else ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hung = hung_on(self)
@@ -64,6 +69,31 @@ class Adapted(Swapped):
         if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
             return changed_weight(self, hung)
         return super().__getattr__(name)
+
+
+class Looked(nn.Embedding):
+    """nn.Embedding where a subclass with a forward of its own calls it: what is looked up is the changed rows.
+
+    So a scaled embedding scales the change with them, and no changed table is made, also by a compiler.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        hung = hung_on(self)
+        sites = [] if hung.inside else hung.in_use()
+        if hung.inside or not (sites or hung.rows):
+            return super().forward(input)
+        hung.inside += 1
+        try:
+            with brought(sites):
+                out: Tensor
+                out = base = super().forward(input)
+                if hung.rows is not None:
+                    out = hung.rows.adapted(self, input, base)
+                for site in sites if hung.rows is None else ():
+                    out = out + site(self, input, base)
+                return out
+        finally:
+            hung.inside -= 1
 
 
 class Replaced(Swapped):
@@ -152,7 +182,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
         if inner is None and len(parts) == n + 2:
-            inner = experts.matrix_of(module, part, parts[-1])
+            inner = experts.matrix_of(module, part, parts[-1]) if kind_of(module) is None else None
             return model.get_submodule(path) if inner is None else inner
         if inner is None:
             return model.get_submodule(path)
@@ -202,7 +232,7 @@ def unhang(module: nn.Module, name: str) -> None:
     del hung[name]
     if not len(hung):
         del module.lorakin
-        swap_class(module, base_class(module))
+        unmix(module, Adapted, Replaced, ReplacedSequence)
         if isinstance(module, experts.ExpertMatrix):
             experts.detach(module)
 

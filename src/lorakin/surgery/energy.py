@@ -21,8 +21,8 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise `SettingError` if the outputs of one of these modules cannot be measured, since it is never called."""
     if experts := [path for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer]:
         raise SettingError(
-            f"the output of each module is to be measured, and {experts[0]}, one expert of a stack, is never called by itself; "
-            "leave the experts out of the targets"
+            f"the output of each module is to be measured, and {experts[0]}, one expert of a stack or another parameter, "
+            "is never called by itself; leave these out of the targets"
         )
 
 

@@ -1,15 +1,16 @@
-"""Experts that a model keeps as one parameter of three dimensions, as transformers 5 does: each is a matrix like any other.
+"""Parameters that are matrices though no layer holds them: experts in one of three dimensions, and others that are named.
 
 A parameter (experts, outputs, inputs), or (experts, inputs, outputs) where the module says `is_transposed`, is a *stack*, and
-so is a router's weight (experts, inputs), of one. Each matrix of a stack is seen as a module of its own, `<path of the
-parameter>.<number>`, which members, merges, files and counts take for a linear layer. None of these is ever called: with
-adapters on them the module that owns the parameter runs its own forward on a twin of itself whose stacks are
-`implicit.Changed`.
+so is one of two dimensions (outputs, inputs), of one: a router's weight, or torch's `in_proj_weight`. Each matrix of a stack is
+seen as a module of its own, `<path of the parameter>.<number>`, which members, merges, files and counts take for a linear
+layer. None of these is ever called: with adapters on them the module that owns the parameter runs its own forward on a twin of
+itself whose stacks are `implicit.Changed`. Who else reads the parameter in a forward gets the changed one too.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakin.errors import LorakinWarning
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
 from lorakin.family.pair import whole_shape
 from lorakin.surgery.autograd import Copied, Seen
 from lorakin.surgery.hung import hung_on
-from lorakin.surgery.implicit import Change, Changed, formed
-from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class
+from lorakin.surgery.implicit import Change, Changed, formed, read
+from lorakin.surgery.readers import is_in_forward
+from lorakin.surgery.swapped import Swapped, base_class, combined, swap_class, unmix
 
 PREFIX = "lorakin_"
 """Before the name of a stack's module, which hangs beside the parameter: two of one name are more than torch can bear."""
@@ -32,7 +35,10 @@ ALIGNED = 8
 
 
 class ExpertMatrix(nn.Module):
-    """One matrix of a stack. Its `weight` (outputs, inputs) is a view of the parameter; other values are written there."""
+    """One matrix of a stack. Its `weight` (outputs, inputs) is a view of the parameter; other values are written there.
+
+    Where the parameter is the matrix, it is the weight itself, and another takes its place.
+    """
 
     bias = None
     experts: nn.Module
@@ -48,13 +54,18 @@ class ExpertMatrix(nn.Module):
     def weight(self) -> Tensor:
         """Its own, (outputs, inputs)."""
         matrix = _part(self.parameter, self.number)
-        return matrix.T if is_transposed(self.experts) else matrix
+        return matrix.T if self.is_turned else matrix
 
     @property
     def shape(self) -> torch.Size:
         """(outputs, inputs), also of a parameter of which this process holds a part."""
         shape = whole_shape(self.parameter)[-2:]
-        return torch.Size(reversed(shape)) if is_transposed(self.experts) else torch.Size(shape)
+        return torch.Size(reversed(shape)) if self.is_turned else torch.Size(shape)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the parameter has it as (inputs, outputs)."""
+        return is_turned(self.experts, self.stack)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -66,6 +77,9 @@ class ExpertMatrix(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
             super().__setattr__(name, value)
+            return
+        if len(whole_shape(self.parameter)) != 3:
+            self.experts._parameters[self.stack] = value
             return
         with torch.no_grad():
             self.weight.copy_(value)
@@ -120,19 +134,15 @@ class Stack(nn.Module):
             return self.parameter
         own = self.parameter.detach().clone()
         for number, there in aside.items():
-            _part(own, number).copy_(there["weight"].T if is_transposed(self.experts) else there["weight"])
+            _part(own, number).copy_(there["weight"].T if is_turned(self.experts, self.name) else there["weight"])
         return own
 
     def changed(self) -> Tensor | None:
         """The parameter with what the adapters in use make of it; None if there are none."""
-        sites: dict[str, dict[int, Any]] = {}
-        for number, matrix in self._modules.items():
-            hung = _hung(matrix)
-            for name in hung.names_in_use() if hung.rows is None else ():  # adapters of experts are in no mixed batch
-                sites.setdefault(name, {})[int(number)] = hung[name]
+        sites = self._sites()
         if not sites:
             return None
-        weight, by_columns = self.parameter, not is_transposed(self.experts)
+        weight, by_columns = self.parameter, not is_turned(self.experts, self.name)
         if torch.compiler.is_compiling():
             return formed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
         one_of_each = [next(iter(of_one.values())) for of_one in sites.values()]
@@ -147,6 +157,28 @@ class Stack(nn.Module):
         self._ready = None if seen is None or copied is None else (seen, copied, changed)
         return changed
 
+    def read(self) -> Tensor | None:
+        """The same for who may take it where torch cannot look."""
+        if not (sites := self._sites()):
+            return None
+        weight, by_columns = self.parameter, not is_turned(self.experts, self.name)
+
+        def make() -> tuple[Change, ...]:
+            with torch.autocast(weight.device.type, enabled=False):
+                return tuple(self._change(weight, of_one) for of_one in sites.values())
+
+        tensors = [p for of_one in sites.values() for site in of_one.values() for p in site._parameters.values()]
+        return read(weight, make, by_columns, tensors)
+
+    def _sites(self) -> dict[str, dict[int, Any]]:
+        """The sites of the adapters in use, by adapter and number. None of them is in a mixed batch."""
+        sites: dict[str, dict[int, Any]] = {}
+        for number, matrix in self._modules.items():
+            hung = _hung(matrix)
+            for name in hung.names_in_use() if hung.rows is None else ():
+                sites.setdefault(name, {})[int(number)] = hung[name]
+        return sites
+
     def _change(self, weight: Tensor, sites: Mapping[int, Any]) -> Change:
         """What one adapter does, its pairs side by side and, where a matrix has none, zeros for one."""
         some = next(iter(sites.values()))
@@ -157,8 +189,16 @@ class Stack(nn.Module):
         up, down, gain = side_by_side([pairs.get(number, none) for number in range(count(weight))])
         up, down = up.to(weight.dtype), down.to(weight.dtype)
         is_own = gain is None or not any(_hung(self._modules[str(number)]).base for number in sites)
-        left, right = (down.mT, up.mT) if is_transposed(self.experts) else (up, down)
+        left, right = (down.mT, up.mT) if is_turned(self.experts, self.name) else (up, down)
         dropout = some.method.dropout if some.training else 0.0
+        if dropout and not are_experts(self.experts):
+            warnings.warn(
+                f"the dropout of the adapter does not act in {some.path}: it is a parameter of a "
+                f"{base_class(self.experts).__name__}, and dropout is for the inputs of a layer",
+                LorakinWarning,
+                stacklevel=3,
+            )
+            dropout = 0.0
         if weight.dim() == 3:
             return Change(left, right, gain, None if is_own else self.own(), dropout)
         return Change(left[0], right[0], None if gain is None else gain[0], None if is_own else self.own(), dropout)
@@ -186,7 +226,8 @@ class AdaptedExperts(Swapped):
     """Mixed in before the class of experts of which some matrices are adapted: its forward sees the changed stacks."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed = {stack.name: stack.changed() for stack in stacks(self)}
+        together = are_experts(self)
+        changed = {stack.name: stack.changed() if together else stack.read() for stack in stacks(self)}
         weights = {name: weight for name, weight in changed.items() if weight is not None}
         if torch.compiler.is_compiling():  # which takes no module that is made in a forward
             vars(self).update(weights)
@@ -196,7 +237,26 @@ class AdaptedExperts(Swapped):
             return out
         twin = object.__new__(type(self))
         vars(twin).update(vars(self), **weights)  # where they are found before the parameters
-        return super(AdaptedExperts, twin).forward(*args, **kwargs)
+        out = super(AdaptedExperts, twin).forward(*args, **kwargs)
+        vars(self).update({key: value for key, value in vars(twin).items() if key not in weights})
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        stack = vars(self).get("_modules", {}).get(PREFIX + name)
+        if isinstance(stack, Stack) and is_in_forward(1) and (changed := stack.read()) is not None:
+            return changed
+        return super().__getattr__(name)
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether the module's stacks are those of experts, all of which are meant by many patterns."""
+    return getattr(module, "num_experts", None) is not None and not isinstance(module, nn.Linear)
+
+
+def is_turned(module: nn.Module, stack: str) -> bool:
+    """Whether the matrices of this parameter are held as (inputs, outputs)."""
+    parameter = module._parameters[stack]
+    return parameter is not None and len(whole_shape(parameter)) == 3 and is_transposed(module)
 
 
 def is_transposed(experts: nn.Module) -> bool:
@@ -205,7 +265,7 @@ def is_transposed(experts: nn.Module) -> bool:
     if said is not None:
         return said
     up, down = (experts._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if up is None or down is None:
+    if up is None or down is None or len(whole_shape(up)) != 3 or len(whole_shape(down)) != 3:
         return False
     (_, hidden, twice), (_, inner, out) = whole_shape(up), whole_shape(down)
     return (hidden, twice) == (out, 2 * inner)
@@ -223,9 +283,9 @@ def stacks(experts: nn.Module) -> list[Stack]:
 
 def stack_names(module: nn.Module) -> list[str]:
     """The parameters of `module` that are stacks, in its order."""
-    experts = getattr(module, "num_experts", None)
-    if experts is None or isinstance(module, nn.Linear):
+    if not are_experts(module):
         return []
+    experts: Any = module.num_experts
     shapes = {name: whole_shape(p) for name, p in module._parameters.items() if p is not None}
     held = {name: len(shape) for name, shape in shapes.items() if shape and shape[0] == experts}
     return [name for name, dimensions in held.items() if dimensions == 3 or (dimensions == 2 and name == "weight")]
@@ -245,7 +305,7 @@ def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | Non
     if isinstance(adapted, Stack) and number in adapted._modules:
         return adapted._modules[number]  # type: ignore[return-value]
     parameter = experts._parameters.get(stack)
-    if parameter is None or stack not in stack_names(experts) or not re.fullmatch("0|[1-9][0-9]*", number):
+    if parameter is None or len(whole_shape(parameter)) not in (2, 3) or not re.fullmatch("0|[1-9][0-9]*", number):
         return None
     return ExpertMatrix(experts, stack, int(number)) if int(number) < count(parameter) else None
 
@@ -269,7 +329,7 @@ def detach(matrix: ExpertMatrix) -> None:
     if not stack._modules:
         del experts._modules[PREFIX + matrix.stack]
     if not stacks(experts):
-        swap_class(experts, base_class(experts))
+        unmix(experts, AdaptedExperts)
 
 
 def own_stack(module: nn.Module, name: str) -> Tensor | None:
@@ -280,4 +340,5 @@ def own_stack(module: nn.Module, name: str) -> Tensor | None:
 
 def set_aside(module: nn.Module, weight: Tensor) -> Tensor:
     """What to keep of a module's weight when other values take its place; those of experts are written over it."""
-    return weight.detach().clone() if isinstance(module, ExpertMatrix) else weight
+    in_stack = isinstance(module, ExpertMatrix) and len(whole_shape(module.parameter)) == 3
+    return weight.detach().clone() if in_stack else weight

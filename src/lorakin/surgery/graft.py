@@ -19,7 +19,7 @@ from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
 from lorakin.family.allocation import several_processes
 from lorakin.family.pair import whole_shape
-from lorakin.surgery import experts, layers, quantised, stepping
+from lorakin.surgery import experts, layers, parameters, quantised, stepping
 from lorakin.surgery.adapted import (
     conflict,
     hang,
@@ -33,7 +33,7 @@ from lorakin.surgery.adapted import (
 from lorakin.surgery.before_forward import BeforeForward, exchanged
 from lorakin.surgery.buffers import Buffers
 from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
-from lorakin.surgery.layers import ExpertLayer
+from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.site import Copy, Site, trains
@@ -54,6 +54,8 @@ class Plan:
     copies: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ungrouped: frozenset[str] = frozenset()
+    """The grouped convolutions to which a pair over all their inputs is added."""
 
 
 RANK_ABOVE = ("refuse", "clamp")
@@ -102,8 +104,9 @@ def plan(
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
     paths = select(model, targets, exclude, layer_indices, reserved=copies)
     stacks = {path.rpartition(".")[0] for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer}
-    rank_pattern = for_stacks(rank_pattern, stacks)
-    alpha_pattern = for_stacks(alpha_pattern, stacks)
+    attentions = {path for path in map(parameters.attention_of, stacks) if path}
+    rank_pattern = for_stacks(for_stacks(rank_pattern, attentions, parameters.PART), stacks)
+    alpha_pattern = for_stacks(for_stacks(alpha_pattern, attentions, parameters.PART), stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     method, paths = method.select(paths)
@@ -239,7 +242,7 @@ class Graft:
         modules = {path: module_at(self.model, path) for path in self._paths()}
         for path, method in self.plan.sites.items():
             module = modules[path]
-            kind = layers.kind_of(module)
+            kind = UngroupedLayer if path in self.plan.ungrouped else layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
             roles, parameters = method.roles(path, shape, tensors[path]), {}

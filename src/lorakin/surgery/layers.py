@@ -236,13 +236,17 @@ class EmbeddingLayer(Layer):
 
 
 class ConvolutionLayer(Layer):
-    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1."""
+    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1.
+
+    In a grouped one every group has the same A, on its own inputs, and its own rows of B, so that the
+    weight (outputs, inputs/groups · kernel) is a matrix like any other.
+    """
 
     modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod
     def shape(module: Any) -> Shape:
-        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
+        return Shape(module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size))
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
@@ -250,13 +254,19 @@ class ConvolutionLayer(Layer):
 
     @staticmethod
     def layout(matrix: Tensor, module: Any) -> Tensor:
-        return matrix.view(-1, module.in_channels, *module.kernel_size)
+        return matrix.view(-1, module.in_channels // module.groups, *module.kernel_size)
 
     @staticmethod
     def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        hidden = module._conv_forward(x, ConvolutionLayer.layout(pair.down, module), None)
+        if module.groups > 1 and module.out_channels <= module.groups * pair.up.shape[1]:
+            return ConvolutionLayer.product(module, x, ConvolutionLayer.layout(pair.up @ pair.down, module))  # the smaller
+        down, groups = ConvolutionLayer.layout(pair.down, module), module.groups
+        hidden = module._conv_forward(x, down if groups == 1 else down.repeat(groups, *(1 for _ in down.shape[1:])), None)
         channel = hidden.ndim - 1 - len(module.kernel_size)
-        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+        if groups == 1:
+            return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
+        out = F.conv1d(hidden.flatten(channel + 1), pair.up.unsqueeze(-1), groups=groups)
+        return out.reshape(*out.shape[:-1], *hidden.shape[channel + 1 :])
 
     @staticmethod
     def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -267,9 +277,27 @@ class ConvolutionLayer(Layer):
     def per_output(vector: Tensor, module: Any) -> Tensor:
         return vector.view(-1, *(1 for _ in module.kernel_size))
 
+
+class UngroupedLayer(ConvolutionLayer):
+    """A grouped convolution to whose output a convolution of all its inputs is added, as PEFT trains it.
+
+    That is no change of its weight: it cannot be merged, nor seen by who reads the weight.
+    """
+
     @staticmethod
-    def refusal(module: Any) -> str | None:
-        return f"a convolution with groups={module.groups}; only groups=1 is supported" if module.groups != 1 else None
+    def shape(module: Any) -> Shape:
+        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        down = pair.down.view(len(pair.down), -1, *module.kernel_size)
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+        hidden = convolve(x, down, None, module.stride, padding, module.dilation)
+        channel = hidden.ndim - 1 - len(module.kernel_size)
+        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
 
 
 KINDS: tuple[type[Layer], ...] = (LinearLayer, EmbeddingLayer, ConvolutionLayer, TransposedLayer, ExpertLayer)
@@ -320,6 +348,11 @@ def refusal(module: nn.Module) -> str | None:
     if weight.is_meta and "_hf_hook" in vars(module):
         return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
     return kind.refusal(module)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether it is a convolution in groups."""
+    return kind_of(module) is ConvolutionLayer and bool(module.groups != 1)
 
 
 def is_container(module: nn.Module) -> bool:

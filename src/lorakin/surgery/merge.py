@@ -20,7 +20,7 @@ from lorakin.surgery import layers
 from lorakin.surgery.adapted import hang
 from lorakin.surgery.experts import set_aside
 from lorakin.surgery.hung import hung_on, ours
-from lorakin.surgery.layers import Layer, QuantisedLayer
+from lorakin.surgery.layers import Layer, QuantisedLayer, UngroupedLayer
 from lorakin.surgery.site import Copy, Site
 
 
@@ -143,6 +143,11 @@ def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: lis
     sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
     if not sites:
         return _copied(base, path, adapters)
+    if any(site.layer is UngroupedLayer for site in sites):
+        raise StateError(
+            f"{path} is a convolution in groups, and an adapter on it, which PEFT trained, reads the inputs of all groups: "
+            "that is no change of its weight, so it cannot be merged"
+        )
     weight, layer = base["weight"], sites[0].layer
     matrix = layer.matrix(weight.detach())
     for site in sites:

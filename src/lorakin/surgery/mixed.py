@@ -56,7 +56,7 @@ class MixedBatch:
         known = check_switchable(self.model, names)
         if of_experts := [name for name in names if known[name].experts()]:
             raise SettingError(
-                f"adapter {of_experts[0]!r} adapts experts, which see the tokens of all rows together, so it cannot be in a "
+                f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows share, so it cannot be in a "
                 "mixed batch; run its rows by themselves"
             )
 

@@ -1,53 +1,23 @@
 """Who reads a tensor of a module without calling the module.
 
 `nn.MultiheadAttention` and others multiply by a layer's weight themselves. What they must see is the
-changed weight; what saves, moves or ties a model must see the base's own. The difference is where
-the reader stands: in the forward of some module, or outside of all of them.
+changed weight; what saves, moves or ties a model must see the base's own: see `readers.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError
 from lorakin.surgery.hung import Hung
 from lorakin.surgery.implicit import Change, read
-from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, kind_of
-
-_CALL = nn.Module._call_impl.__code__
-MACHINERY = (
-    "accelerate",
-    "deepspeed",
-    "lorakin",
-    "torch.distributed",
-    "torch.nn.modules.module",
-    "torch.nn.utils",
-)
-"""Packages that look after parameters, also during a forward, and compute nothing with them."""
-
-
-def is_in_forward(depth: int) -> bool:
-    """Whether a tensor is read to compute with, by the function `depth` calls above the caller."""
-    if torch.compiler.is_compiling():  # what is compiled is a forward, and has no frames to look at
-        return True
-    frame: FrameType | None = sys._getframe(depth + 1)
-    assert frame is not None
-    reader = frame.f_globals.get("__name__", "")
-    if reader.startswith(MACHINERY) and any(reader == name or reader.startswith(name + ".") for name in MACHINERY):
-        return False
-    while frame is not None:
-        if frame.f_code is _CALL:
-            return True
-        frame = frame.f_back
-    return False
+from lorakin.surgery.layers import ConvolutionLayer, LinearLayer, QuantisedLayer, UngroupedLayer, kind_of
 
 
 def changed_weight(module: Any, hung: Hung) -> Tensor:
@@ -57,9 +27,12 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
     kind = kind_of(module)
     if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
         return weight
-    if hung.rows is not None:
-        raise StateError(f"{sites[0].path} is read without being called, so it cannot be in a mixed batch")
+    by_columns = kind is LinearLayer
+    if hung.rows is not None:  # who asks for no more than the dtype, as Gemma's embedding does, may have that
+        return read(weight, lambda: _unsplit(sites[0].path), by_columns, ())
     for site in sites:
+        if site.layer is UngroupedLayer:
+            raise StateError(f"{site.path} is read without being called, and its adapter is no change of its weight")
         if site.training and site.method.dropout and not site.shape.lookup:
             warnings.warn(
                 f"the dropout of the adapter does not act in {site.path}: the model reads its weight "
@@ -69,9 +42,12 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
             )
     if kind is ConvolutionLayer:
         return _formed(module, hung, sites)
-    by_columns = kind is LinearLayer
     there = [p for site in sites for p in site.parameters(recurse=False)]
     return read(weight, lambda: tuple(_as_change(module, hung, site, by_columns) for site in sites), by_columns, there)
+
+
+def _unsplit(path: str) -> tuple[Change, ...]:
+    raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
 def _as_change(module: Any, hung: Hung, site: Any, by_columns: bool) -> Change:

@@ -98,6 +98,8 @@ class Site(nn.Module):
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
         weight = Weight(matrix.detach())
+        if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
+            return self.method.factors(tensors, self.shape, weight)
         if self._squares is not None and self._squares[0].is_still(matrix):
             weight.squares = self._squares[1]
             return self.method.factors(tensors, self.shape, weight)

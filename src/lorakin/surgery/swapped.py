@@ -13,6 +13,11 @@ from lorakin.errors import StateError
 class Swapped(nn.Module):
     """Whatever is mixed in before a module's own class: the class is made at run time, so copies name the own one instead."""
 
+    @staticmethod
+    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """What is mixed in after a module's own class `base`, to be found by the calls of `super()` in it."""
+        return ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return revive, (type(self).__bases__[0], base_class(self)), self.__dict__
 
@@ -28,6 +33,17 @@ def base_class(module: nn.Module) -> type[nn.Module]:
             "undo that first"
         )
     return cls.__bases__[1]
+
+
+def unmix(module: nn.Module, *mixins: type[nn.Module]) -> None:
+    """Take one of these out of the module's class, whatever was mixed in after it."""
+
+    def without(cls: type[nn.Module]) -> type[nn.Module]:
+        mixin, base = cls.__bases__[:2]
+        return base if mixin in mixins else combined(mixin, without(base))
+
+    base_class(module)  # which says it if the class is no longer one of ours
+    swap_class(module, without(type(module)))
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -47,7 +63,8 @@ def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of `mixin` and `base`."""
     if (mixin, base) not in _CLASSES:
         name = f"{mixin.__name__}{base.__name__}"
-        _CLASSES[mixin, base] = type(name, (mixin, base), {"__module__": base.__module__})
+        beneath = mixin.beneath(base) if issubclass(mixin, Swapped) else ()
+        _CLASSES[mixin, base] = type(name, (mixin, base, *beneath), {"__module__": base.__module__})
     return _CLASSES[mixin, base]
 
 

@@ -6,13 +6,13 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, TargetError
-from lorakin.surgery import experts, layers, quantised
+from lorakin.surgery import experts, layers, parameters, quantised
 from lorakin.surgery.hung import Adapters, ours
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -21,8 +21,11 @@ ALL_LINEAR = "all-linear"
 N = TypeVar("N")
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has hung on it."""
+def named_modules(model: nn.Module, named: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has hung on it.
+
+    `named` are the paths of other parameters whose matrices are to be among them.
+    """
     found: dict[str, nn.Module] = {}
     skip = ours(model)
     for path, module in model.named_modules():
@@ -30,7 +33,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         if ours_too or path.startswith(skip):
             continue
         found[path] = module
-        for stack in experts.stack_names(module):
+        stacks = experts.stack_names(module)
+        others = {name for name in parameters.names(module) if f"{path}.{name}" in named}
+        for stack in [name for name in module._parameters if name in stacks or name in others]:
             found |= {f"{path}.{stack}.{n}": matrix for n, matrix in enumerate(experts.matrices(module, stack))}
     return found
 
@@ -51,6 +56,7 @@ def _matching_modules(pattern: str, modules: Mapping[str, nn.Module]) -> list[st
     """Paths of `modules` that `pattern` selects; of a stack of experts, selected as the parameter that it is, all."""
     stacks = {path.rpartition(".")[0] for path, module in modules.items() if isinstance(module, experts.ExpertMatrix)}
     found = set(matching(pattern, [*modules, *stacks]))
+    found |= set(parameters.parts_of(found, modules))
     whole = stacks & found
     return [path for path in modules if path in found or path.rpartition(".")[0] in whole]
 
@@ -66,9 +72,12 @@ def resolve(pattern_values: Mapping[str, float], path: str, default: float | Non
     return default
 
 
-def for_stacks(pattern_values: Mapping[str, N], stacks: Iterable[str]) -> dict[str, N]:
-    """`rank_pattern` or `alpha_pattern` in which the keys that match a stack of experts match its matrices too."""
-    of_one, stacks = r"(?:\.\d+)?", list(stacks)
+def for_stacks(pattern_values: Mapping[str, N], stacks: Iterable[str], of_one: str = r"(?:\.\d+)?") -> dict[str, N]:
+    """`rank_pattern` or `alpha_pattern` in which the keys that match a stack of experts match its matrices too.
+
+    `of_one` is what may follow the path of a stack.
+    """
+    stacks = list(stacks)
 
     def reaches(key: str) -> bool:
         try:
@@ -110,15 +119,17 @@ def select(
     Raises:
         TargetError: a pattern that matches nothing, or only modules that cannot be adapted.
     """
-    modules = named_modules(model)
+    patterns = [] if _is_function(targets) else _patterns(targets)
+    means = {pattern: _means(model, pattern) for pattern in patterns}
+    named_outright = {path for paths in means.values() for path in paths}
+    modules = named_modules(model, named_outright | {path.rpartition(".")[0] for path in named_outright})
     reserved = tuple(reserved)
     free = {path: m for path, m in modules.items() if path and not _inside(path, reserved)}
     named: set[str] = set()
-    if callable(targets) and not isinstance(targets, type | nn.Module):
-        chosen = [path for path, module in free.items() if layers.kind_of(module) and targets(path, module)]
+    if _is_function(targets):
+        chosen = [path for path, module in free.items() if layers.kind_of(module) and targets(path, module)]  # type: ignore[operator]
         described = "the targets function"
     else:
-        patterns = _patterns(targets)
         if not patterns and reserved:
             return []
         if not patterns:
@@ -128,7 +139,8 @@ def select(
             if pattern == ALL_LINEAR:
                 wanted |= set(_all_linear(model, free))
             else:
-                named |= set(_matching(pattern, free, modules, reserved))
+                for meant in means[pattern]:
+                    named |= set(_matching(meant, free, modules, reserved))
                 _warn_of_strangers(pattern, modules)
         chosen = [path for path in free if path in wanted | named]
         described = ", ".join(patterns)
@@ -232,6 +244,28 @@ def parse_layers(text: str) -> list[int]:
 def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:
     head = head_of(model)
     return [path for path, m in free.items() if layers.is_linear(m) and not layers.is_gate(m) and not _inside(path, head)]
+
+
+def _is_function(targets: object) -> bool:
+    return callable(targets) and not isinstance(targets, type | nn.Module)
+
+
+def _means(model: nn.Module, pattern: str) -> list[str]:
+    """What a pattern means: itself, where it selects modules, and the parameters of attentions among these.
+
+    Otherwise parameters by their paths, and layers, whose weights they are.
+    """
+    modules = {path: module for path, module in named_modules(model).items() if path}
+    if pattern == ALL_LINEAR or (found := _matching_modules(pattern, modules)):
+        return [pattern, *(parameters.parts_of(found, modules) if pattern != ALL_LINEAR else ())]
+    held = parameters.parameters(model)
+    if not (named := matching(pattern, held)):
+        stem, _, number = pattern.rpartition(".")
+        if pattern in model._parameters:
+            raise TargetError(f"target {pattern!r} is a parameter of the model itself, whose class would have to change")
+        unlisted = [path for path in held if f"{path}.0" not in modules]
+        named = [f"{path}.{number}" for path in matching(stem, unlisted)] if number.isdigit() else []
+    return parameters.meant(model, pattern, named) or [pattern]
 
 
 def _patterns(targets: object) -> list[str]:

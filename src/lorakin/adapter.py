@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, SettingError, StateError
-from lorakin.family import Member, Method
+from lorakin.family import Member, Method, widened
 from lorakin.storage import directory
 from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
@@ -25,6 +25,7 @@ from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets
+from lorakin.surgery.tokens import Tokens, base_rows
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers that have a kernel of one pass over each tensor."""
@@ -113,18 +114,22 @@ class Adapter(Graft):
                 self.site(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
+            for at, rows in contents.rows.items():
+                self.rows_at(at).copy_(rows)
             self.take_buffers(contents.buffers)
         if contents.state is not None:
             self.restore_state(contents.state)
 
     def _is_as(self, plan: surgery.Plan) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
-        mine, other = ((list(p.sites), p.copies, p.rank_pattern, p.alpha_pattern) for p in (self.plan, plan))
+        mine, other = ((list(p.sites), p.copies, p.rank_pattern, p.alpha_pattern, p.tokens) for p in (self.plan, plan))
         return mine == other and self.plan.method.agrees_with(plan.method)
 
     def __repr__(self) -> str:
         state = "merged" if self.is_merged else "active" if self.is_active else "inactive"
-        return f"Adapter({self.name!r}, {self.plan.method}, {len(self.plan.sites)} modules, {state})"
+        tokens = len({token for rows in self.plan.tokens.values() for token in rows.ids})
+        places = f"{len(self.plan.sites)} modules{f', {tokens} tokens' if tokens else ''}"
+        return f"Adapter({self.name!r}, {self.plan.method}, {places}, {state})"
 
 
 def adapt(
@@ -138,6 +143,7 @@ def adapt(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    trainable_tokens: Tokens | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -158,6 +164,8 @@ def adapt(
         rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT; the first that
             matches the end of a module's path wins.
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
+        trainable_tokens: ids of tokens whose rows in the input embedding are trained, and in what is tied to it; or
+            module's name → ids, such as {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -175,6 +183,7 @@ def adapt(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "trainable_tokens": trainable_tokens,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -272,7 +281,8 @@ def _importance(
 def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype))
+    rows = base_rows(model, plan.tokens, dtype)
+    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), rows=rows)
     adapter.freeze_base()
     adapter.is_fresh = True
     return adapter
@@ -315,8 +325,8 @@ def load(
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
     adapter = Adapter(model, name, contents.plan)
-    tensors = contents.masters() if trainable else contents.sites
-    adapter.install(tensors, contents.copies, None if trainable else contents.buffers)
+    tensors, rows = (contents.masters(), widened(contents.rows)) if trainable else (contents.sites, contents.rows)
+    adapter.install(tensors, contents.copies, None if trainable else contents.buffers, rows)
     if trainable:
         adapter.take_buffers(contents.buffers)
         adapter.freeze_base()

@@ -21,6 +21,7 @@ from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
 from lorakin.surgery.merge import folded
+from lorakin.surgery.tokens import ids_at
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -63,6 +64,9 @@ class Merged(Mapping[str, Tensor]):
         self.contents = files.match(self.model, other_base)
         self.remembered = None if other_base or files.own is None else files.own.base
         self.names, self.kinds, self.shards = _where(base, self.model)
+        tokens = self.contents.plan.tokens
+        self.leaders = {f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)}
+        self.trained = {f"{path}.weight": ids for path, ids in ids_at(tokens).items()}
         self._add_what_is_new()
 
     def __iter__(self) -> Iterator[str]:
@@ -79,6 +83,10 @@ class Merged(Mapping[str, Tensor]):
         if (copied := self._copied(name)) is not None:
             return copied.to(dtype).contiguous()
         stored, path = self._stored(name), name.removesuffix(".weight")
+        if (leader := self.leaders.get(name)) is not None:
+            ids = torch.tensor(self.contents.plan.tokens[leader].ids)
+            rows = self.contents.rows[leader].to(stored.dtype)
+            return stored.index_copy(0, ids, rows).to(dtype).contiguous()
         if path in self.contents.plan.sites and name.endswith(".weight"):
             return self._folded(path, stored, dtype)
         return stored.to(dtype).contiguous()
@@ -153,10 +161,12 @@ class Merged(Mapping[str, Tensor]):
         """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
         last = max(self.shards.values())
         changed = {f"{path}.weight" for path in self.contents.plan.sites}
+        changed |= self.leaders.keys()
         changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
         self.untied = False
         for names in _tied(self.model):
-            if changed & set(names):
+            together = {self.leaders.get(name) for name in names}
+            if changed & set(names) and not (len(together) == 1 and None not in together):
                 source = next((name for name in names if name in self.names), None)
                 for name in names if source is not None else ():
                     self.names.setdefault(name, self.names[source])  # type: ignore[index]
@@ -168,7 +178,9 @@ class Merged(Mapping[str, Tensor]):
         if lacking := sorted(dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
         for name in sorted(changed - self.shards.keys()):
-            if name.removesuffix(".weight") in self.contents.plan.sites:
+            if name in self.leaders and name in partners:
+                continue
+            if name.removesuffix(".weight") in self.contents.plan.sites or name in self.leaders:
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
 
@@ -176,7 +188,7 @@ class Merged(Mapping[str, Tensor]):
         file, key = self.names[name]
         with _opened(self.base / file) as shard:
             tensor: Tensor = shard.get_tensor(key)
-        here = {"weights": {name: text} if (text := sample(tensor)) else {}}
+        here = {"weights": {name: text} if (text := sample(tensor, self.trained.get(name, ()))) else {}}
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         return tensor

@@ -20,6 +20,7 @@ from lorakin.family.allocation import several_processes
 from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts, layers, quantised, stepping
 from lorakin.surgery.adapted import (
+    Child,
     conflict,
     hang,
     is_adapted,
@@ -35,8 +36,20 @@ from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hun
 from lorakin.surgery.layers import ExpertLayer
 from lorakin.surgery.merge import set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
+from lorakin.surgery.rows import Rows
 from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
+from lorakin.surgery.tokens import (
+    TokenRows,
+    Tokens,
+    base_rows,
+    check_apart,
+    check_free,
+    find_tokens,
+    keep_ties,
+    places_of,
+    rows_for,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Plan:
     """What an adapter will be, decided and checked before the model is touched.
 
     `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
-    `copies` the paths of the modules trained whole.
+    `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module.
     """
 
     method: Method
@@ -52,6 +65,7 @@ class Plan:
     copies: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tokens: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
 
 
 NONE_HERE = "none (name the model that was adapted, not a part of it or what wraps it)"
@@ -83,6 +97,7 @@ def plan(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    trainable_tokens: Tokens | None = None,
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
     try:
@@ -93,13 +108,16 @@ def plan(
             f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and {alpha_pattern!r}"
         ) from None
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
-    paths = select(model, targets, exclude, layer_indices, reserved=copies)
+    rows = find_tokens(model, trainable_tokens, copies=copies)
+    paths = select(model, targets, exclude, layer_indices, reserved=copies, alone=bool(rows))
     stacks = {path.rpartition(".")[0] for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer}
     rank_pattern = for_stacks(rank_pattern, stacks)
     alpha_pattern = for_stacks(alpha_pattern, stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     chosen = plan_for(method, method.select(paths), copies, rank_pattern, alpha_pattern)
+    check_free(rows, chosen.sites)
+    chosen = dataclasses.replace(chosen, tokens=rows)
     for path, there in chosen.sites.items():
         there.check(spot_of(module_at(model, path)).shape, path)
     return chosen
@@ -184,6 +202,7 @@ class Graft:
         tensors: Mapping[str, Mapping[str, Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
@@ -192,6 +211,7 @@ class Graft:
                 each device.
             copies: the state of the modules trained whole, by path; without it they start as the base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
+            rows: the rows of tokens, by path; without it they start as the base's.
 
         Nothing is changed if anything fails.
 
@@ -200,7 +220,7 @@ class Graft:
             StateError: adapters are merged, or a module is in use in a way that does not go together.
         """
         registry = self._free_registry()
-        children: dict[str, Site | Copy] = {}
+        children: dict[str, Child] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         modules = {path: module_at(self.model, path) for path in self._paths()}
         for path, method in self.plan.sites.items():
@@ -220,6 +240,8 @@ class Graft:
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
+        own_rows = base_rows(self.model, self.plan.tokens) if rows is None else rows
+        children |= rows_for(modules, self.plan.tokens, own_rows)
         for path, child in children.items():
             if reason := conflict(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
@@ -316,6 +338,12 @@ class Graft:
         assert isinstance(child, Copy)
         return child.module
 
+    def rows_at(self, path: str) -> nn.Parameter:
+        """The rows of tokens (k, dim) that the adapter trains in the module at `path`."""
+        child = _hung(self.model, path)[self.name]
+        assert isinstance(child, Rows)
+        return child.rows
+
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is folded into the weights."""
@@ -348,7 +376,7 @@ class Graft:
 
     def check_sizes(self) -> None:
         """Raise `StateError` if a module was resized since it was adapted."""
-        for path in self.plan.sites:
+        for path in (*self.plan.sites, *places_of(self.plan.tokens)):
             hung, module = _hung(self.model, path), module_at(self.model, path)
             weight = module._parameters.get("weight")
             if weight is not None and hung.shape not in (None, whole_shape(weight)):
@@ -522,7 +550,7 @@ class Graft:
         return [hung_on(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
-        return (*self.plan.sites, *self.plan.copies)
+        return (*self.plan.sites, *self.plan.copies, *places_of(self.plan.tokens))
 
     def _require_present(self) -> None:
         if not self.is_present:
@@ -619,7 +647,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole.
+        SettingError: an unknown name, or two adapters that both train the same module whole, or the same row.
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -631,8 +659,9 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             if path in replaced:
                 raise SettingError(f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them")
             replaced[path] = name
+    check_apart({name: known[name].plan.tokens for name in names})
     for name in names:
-        for path in known[name].plan.sites:
+        for path in (*known[name].plan.sites, *places_of(known[name].plan.tokens)):
             whole = next((copy for copy in replaced if path.startswith(copy + ".") and replaced[copy] != name), None)
             if whole:
                 raise SettingError(
@@ -788,6 +817,9 @@ def _tied_embeddings(model: nn.Module) -> bool:
 
 def _follow_ties(model: nn.Module) -> None:
     """Let the config of a model with tied embeddings say whether they still are, so that a merged model saves both."""
+    for graft in _registry(model).grafts.values():
+        paths = places_of(graft.plan.tokens)
+        keep_ties(model, graft.plan.tokens, {path: _hung(model, path).merged for path in paths})
     if _registry(model).tied:
         model.config.tie_word_embeddings = _tied_embeddings(model)  # type: ignore[union-attr]
 

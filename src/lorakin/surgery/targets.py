@@ -97,6 +97,7 @@ def select(
     exclude: str | Sequence[str] = (),
     layer_indices: Sequence[int] | None = None,
     reserved: Iterable[str] = (),
+    alone: bool = False,
 ) -> list[str]:
     """Paths of the modules to adapt, in the model's order.
 
@@ -106,6 +107,7 @@ def select(
         exclude: patterns to leave out.
         layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
         reserved: paths of modules that are trained whole; nothing inside them is adapted.
+        alone: something else is trained, so that nothing need be adapted.
 
     Raises:
         TargetError: a pattern that matches nothing, or only modules that cannot be adapted.
@@ -119,7 +121,7 @@ def select(
         described = "the targets function"
     else:
         patterns = _patterns(targets)
-        if not patterns and reserved:
+        if not patterns and (reserved or alone):
             return []
         if not patterns:
             raise TargetError("no targets given; name modules, or use targets='all-linear'")

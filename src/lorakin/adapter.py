@@ -206,6 +206,7 @@ def importance(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    trainable_tokens: Tokens | None = None,
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -216,7 +217,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, trainable_tokens: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -234,6 +235,7 @@ def importance(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
+        "trainable_tokens": trainable_tokens,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 

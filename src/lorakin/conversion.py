@@ -23,6 +23,7 @@ from lorakin.surgery.graft import root_of
 from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 from lorakin.surgery.samples import input_samples
+from lorakin.surgery.tokens import TokenRows, base_rows, ids_at, tied_rows
 
 KERNEL = 8
 """Portable ranks are multiples of it, which suits the kernels that serve them."""
@@ -95,9 +96,10 @@ def as_lora(
         fits[path] = seen.judged(fit, change, pairs[path], weight, path)
     _warn_if_missed(fits, error)
     copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
+    rows = adapter.plan.tokens, {path: adapter.rows_at(path) for path in adapter.plan.tokens}
     if portable:
         pairs = _portable(adapter, pairs)
-    return Plain(of_pairs(adapter.model, name, pairs, copies), fits)
+    return Plain(of_pairs(adapter.model, name, pairs, copies, rows), fits)
 
 
 @torch.no_grad()
@@ -111,8 +113,8 @@ def combine(
 ) -> Plain:
     """Put one adapter in the model that changes each weight by Σ weight · change, over the adapters named, and make it active.
 
-    Without rank or error it is exact: the pairs stand beside each other, and ranks add up. Modules trained whole change by the
-    weighted sum of their changes too.
+    Without rank or error it is exact: the pairs stand beside each other, and ranks add up. Modules trained whole, and trained
+    rows of tokens, change by the weighted sum of their changes too.
 
     Args:
         model: holds the adapters.
@@ -153,19 +155,25 @@ def combine(
         whole = Pair(torch.cat([p.up for p in changes], 1), torch.cat([p.down for p in changes], 0))
         pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
     _warn_if_missed(fits, error)
-    return Plain(of_pairs(model, name, pairs, _combined_copies(model, known, weights)), fits)
+    copies, rows = _combined_copies(model, known, weights), _combined_rows(model, known, weights)
+    return Plain(of_pairs(model, name, pairs, copies, rows), fits)
 
 
 def of_pairs(
-    model: nn.Module, name: str, pairs: Mapping[str, Pair], copies: Mapping[str, Mapping[str, Tensor]] | None = None
+    model: nn.Module,
+    name: str,
+    pairs: Mapping[str, Pair],
+    copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
 ) -> Adapter:
     """Put plain LoRA of scale 1 with these pairs, by module path, into the model, as the active adapter.
 
     Args:
         copies: path → state of the modules trained whole.
+        rows: of tokens, by path: which, and what is in them.
     """
     sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
+    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies, rows=rows)
     return placed(model, name, peft_format.from_files(model, config, tensors, None, f"adapter {name!r}"))
 
 
@@ -251,6 +259,8 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """All of one rank; refused if there is something that other readers do not take."""
     if copies := list(adapter.plan.copies):
         raise SettingError(f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead")
+    if tokens := list(adapter.plan.tokens):
+        raise SettingError(f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead")
     strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
     if strange:
         raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
@@ -276,3 +286,24 @@ def _combined_copies(
             for key, value in known[one].copy_of(path).state_dict().items():
                 state[key] = state[key] + weight * (value - own[key]) if value.is_floating_point() else value
     return states
+
+
+def _combined_rows(
+    model: nn.Module, known: Mapping[str, Adapter], weights: Mapping[str, float]
+) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
+    """The rows that any of them trains: the base's, plus the weighted changes."""
+    used = [(ids_at(known[one].plan.tokens), known[one], weight) for one, weight in weights.items() if weight]
+    ids: dict[str, set[int]] = {}
+    for own, _, _ in used:
+        for path, tokens in own.items():
+            ids.setdefault(path, set()).update(tokens)
+    every = {path: TokenRows(tuple(sorted(tokens))) for path, tokens in ids.items()}
+    values = base_rows(model, every)
+    for own, adapter, weight in used:
+        base = base_rows(model, {path: TokenRows(tokens) for path, tokens in own.items()})
+        for path, tokens in own.items():
+            at = torch.tensor([every[path].ids.index(token) for token in tokens], device=base[path].device)
+            values[path].index_add_(0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path]))
+    named = {path: tokens.ids for path, tokens in every.items()}
+    found = tied_rows(model, named, alike=lambda one, other: torch.equal(values[one], values[other]))
+    return found, {path: values[path] for path in found}

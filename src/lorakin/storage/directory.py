@@ -51,8 +51,9 @@ class Files:
         contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
         remembered = None if other_base or self.own is None else self.own.base
         if remembered and (apart := difference(remembered, fingerprint(model, ids_at(contents.plan.tokens)))):
+            random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
             raise AdapterError(
-                f"{self.path}: it is for another base model: {apart}. Load that base, or, if this one is meant, say so with "
+                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, say so with "
                 "other_base=True or --other-base"
             )
         return contents

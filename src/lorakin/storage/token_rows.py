@@ -108,7 +108,8 @@ def taken(
     ids = _ids(modules, config, rows, where)
     values: dict[str, dict[int, Tensor]] = {}
     for path, own in ids.items():
-        _check_rows(path, modules[path], own, rows[path], vocabulary, where)
+        size = len(tables[path]) if path in tables else _size(vocabulary, path)
+        _check_rows(path, modules[path], own, rows[path], size, where)
         values[path] = dict(zip(own, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
@@ -152,7 +153,7 @@ def _ids(
         raise AdapterError(
             f"{where}: it is for another base model: it trains rows of {some(unknown)}, which this model does not have"
         )
-    named = field if isinstance(field, Mapping) else {"": field or []}
+    named = field if isinstance(field, Mapping) else {"": field} if field else {}
     for tokens in named.values():
         if not isinstance(tokens, list) or not all(type(n) is int and n >= 0 for n in tokens):
             raise AdapterError(f"{where}: {FIELD} is {str(field)[:80]!r}, expected ids of tokens, or modules' names with ids")
@@ -179,9 +180,13 @@ def _is_one_of(weight: Tensor | None, weights: Iterable[Tensor | None]) -> bool:
     return weight is not None and any(weight is other for other in weights)
 
 
-def _check_rows(
-    path: str, module: nn.Module, ids: list[int], rows: Tensor, vocabulary: Mapping[str, str], where: str
-) -> None:
+def _size(vocabulary: Mapping[str, str], path: str) -> int:
+    """How many rows the table had where the adapter was trained, 0 if that is not known."""
+    known = vocabulary.get(f"{path}.weight", "").split()
+    return int(known[1].split("x")[0]) if len(known) > 1 else 0
+
+
+def _check_rows(path: str, module: nn.Module, ids: list[int], rows: Tensor, size: int, where: str) -> None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         raise AdapterError(f"{where}: it trains rows of {path}, but that is a {type(module).__name__} here")
@@ -193,12 +198,11 @@ def _check_rows(
     if not rows.is_floating_point() or rows.element_size() < 2 or not all_finite(rows):
         raise AdapterError(f"{where}: the trained rows of {path} are no finite floating numbers ({rows.dtype})")
     if max(ids, default=0) >= len(weight):
-        known = vocabulary.get(f"{path}.weight", "").split()
-        size = int(known[1].split("x")[0]) if len(known) > 1 else max(ids) + 1
+        size = max(size, max(ids) + 1)
         raise AdapterError(
             f"{where}: it trains token {max(ids)} of {path}, which has {len(weight)} rows here: its base was resized "
             f"before training. Resize this one first: model.resize_token_embeddings({size}); what that puts into the "
-            "new rows does not matter"
+            "trained rows does not matter"
         )
 
 

@@ -38,6 +38,7 @@ class Recipe:
     exclude: list[str] = dataclasses.field(default_factory=list)
     layers: str | None = None
     modules_to_save: list[str] = dataclasses.field(default_factory=list)
+    trainable_tokens: list[str] = dataclasses.field(default_factory=list)
     eval_data: str | None = None
     holdout: float = 0.1
     lr: float | None = None

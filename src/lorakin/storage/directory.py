@@ -53,8 +53,8 @@ class Files:
         if remembered and (apart := difference(remembered, fingerprint(model, ids_at(contents.plan.tokens)))):
             random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
             raise AdapterError(
-                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, say so with "
-                "other_base=True or --other-base"
+                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
+                "say so with other_base=True or --other-base"
             )
         return contents
 

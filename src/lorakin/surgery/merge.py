@@ -19,7 +19,7 @@ from lorakin.surgery import layers
 from lorakin.surgery.experts import set_aside
 from lorakin.surgery.hung import hung_on, ours
 from lorakin.surgery.layers import Layer, QuantisedLayer
-from lorakin.surgery.rows import Rows
+from lorakin.surgery.rows import Rows, check_size
 from lorakin.surgery.site import Copy, Site
 from lorakin.surgery.tokens import fold
 
@@ -74,8 +74,9 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy | Rows]) -> dict[str, Tensor]:
     sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
     if rows := [adapter for adapter in adapters if isinstance(adapter, Rows)]:
-        weight = base["weight"]
-        return {"weight": _like(weight, fold(weight.detach(), rows), path)}
+        table = base["weight"]
+        check_size(rows, hung_on(module), table)
+        return {"weight": _like(table, fold(table.detach(), rows), path)}
     if not sites:
         return _copied(base, path, adapters)
     weight, layer = base["weight"], sites[0].layer

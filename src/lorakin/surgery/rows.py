@@ -73,7 +73,9 @@ class WithRows(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hung = hung_on(self)
         own = hung.in_use()
-        check_size(self, hung)
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            check_size(own, hung, weight)
         if hung.by_weight:
             return super().forward(*args, **kwargs)
         hung.inside += 1
@@ -102,14 +104,14 @@ def put(module: Any, own: Sequence[Rows], x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def check_size(module: Any, hung: Hung) -> None:
+def check_size(own: Sequence[Rows], hung: Hung, table: Tensor) -> None:
     """Raise `StateError` if the table was resized after rows of it were chosen."""
-    weight = module._parameters.get("weight")
-    if hung.shape is not None and weight is not None and weight.shape != hung.shape:
+    if own and hung.shape is not None and table.shape != hung.shape:
         raise StateError(
-            f"{hung.values()[0].path} is now {' x '.join(map(str, weight.shape))}, but it was "
-            f"{' x '.join(map(str, hung.shape))} when rows of it were chosen to train: resize a model "
-            "before it is adapted; here, save and remove the adapter, resize, and load it again"
+            f"{own[0].path} is now {' x '.join(map(str, table.shape))}, but it was "
+            f"{' x '.join(map(str, hung.shape))} when rows of it were chosen to train: something, such "
+            "as resize_token_embeddings, changed it since. Resize a model before it is adapted; here, "
+            "remove the adapter, resize, and adapt again"
         )
 
 

@@ -14,7 +14,7 @@ from lorakin.errors import SettingError, StateError, TargetError, some
 from lorakin.family.pair import is_distributed, whole_shape
 from lorakin.surgery import layers
 from lorakin.surgery.hung import Hung, hung_or_none
-from lorakin.surgery.layers import EmbeddingLayer, LinearLayer
+from lorakin.surgery.layers import EmbeddingLayer, LinearLayer, QuantisedLayer
 from lorakin.surgery.rows import Rows
 from lorakin.surgery.targets import named_modules
 
@@ -104,7 +104,7 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], wanted: Tokens | 
         )
     if not isinstance(wanted, Mapping):
         try:
-            ids = list(wanted or ())
+            ids = [] if wanted is None else list(wanted)
         except TypeError:
             raise SettingError(f"trainable_tokens is a list of ids, or module's name → ids, not {wanted!r}") from None
         return {_input_embedding(model, modules): _as_ids(ids, "the input embedding")} if ids else {}
@@ -121,8 +121,9 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], wanted: Tokens | 
 
 def _as_ids(tokens: Any, name: str) -> tuple[int, ...]:
     try:
-        ids = [operator.index(token) for token in tokens if not isinstance(token, bool | str)]
-        if isinstance(tokens, str) or len(ids) < len(list(tokens)) or not ids:
+        every = list(tokens)
+        ids = [operator.index(token) for token in every if not isinstance(token, bool)]
+        if len(ids) < len(every) or not ids:
             raise TypeError
     except TypeError:
         raise SettingError(
@@ -154,6 +155,8 @@ def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
     reason = layers.refusal(module)
     if reason is None and kind not in (EmbeddingLayer, LinearLayer):
         reason = f"a {type(module).__name__}; rows can be trained of embeddings and linear heads that are not quantised"
+        if kind is QuantisedLayer:
+            reason = "quantised; leave it out of that (bitsandbytes: llm_int8_skip_modules; torchao: modules_to_not_convert)"
     if reason is None and hasattr(module.weight, "ds_id"):
         reason = "cut by DeepSpeed's ZeRO-3, so its rows cannot be read; load the model first, without it"
     if reason is None and module.weight.is_meta and "_hf_hook" in vars(module):
@@ -253,12 +256,10 @@ def fold(weight: Tensor, adapters: Sequence[Rows]) -> Tensor:
     """`weight` (vocabulary, dim) with the rows of several adapters.
 
     Raises:
-        StateError: it was resized, or two of them train the same row.
+        StateError: two of them train the same row.
     """
     seen: set[int] = set()
     for rows in adapters:
-        if rows.tokens[-1] >= len(weight) or rows.rows.shape[1:] != weight.shape[1:]:
-            raise StateError(f"{rows.path} was resized after it was adapted; do that before adapting")
         if twice := seen & set(rows.tokens):
             raise StateError(
                 f"two adapters that both train token {min(twice)} of {rows.path} cannot both be merged; unmerge the other first"

@@ -67,6 +67,12 @@ def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
     return len({rows.ids for rows in tokens.values()}) == 1
 
 
+def counts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """Path → how many rows an adapter's file holds."""
+    found = {key.removeprefix(prefix): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)}
+    return {key.removesuffix(DELTA).removesuffix(WRAPPER): count for key, count in found.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Taken:
     """Rows read from files and matched with a model, and the tensors of the file that are none."""

@@ -138,6 +138,25 @@ def test_tied_by_hand_they_get_both(ids: Tensor, tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_a_pair_on_the_tied_head_is_refused(ids: Tensor, tmp_path: Path) -> None:
+    theirs(tiny_llama(), IDS, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    with pytest.raises(lk.AdapterError, match="lm_head cannot have both"):
+        lk.load(tiny_llama(), tmp_path)
+    model = tiny_llama(tied=False)
+    want = trained(other := theirs(model, IDS, target_modules=["q_proj", "lm_head"]), ids)
+    other.save_pretrained(tmp_path)
+    lk.load(untied := tiny_llama(tied=False), tmp_path)
+    torch.testing.assert_close(untied(ids).logits, want, rtol=0, atol=1e-5)
+
+
+def test_ensured_ties_are_what_we_do_anyway(ids: Tensor, tmp_path: Path) -> None:
+    other = theirs(tiny_llama(), IDS, ensure_weight_tying=True)
+    want = trained(other, ids)
+    other.save_pretrained(tmp_path)
+    lk.load(model := tiny_llama(), tmp_path)
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_their_own_type(tied: bool, ids: Tensor, tmp_path: Path) -> None:
     other = peft.get_peft_model(tiny_llama(tied), peft.TrainableTokensConfig(token_indices=IDS))

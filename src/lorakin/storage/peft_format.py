@@ -350,7 +350,7 @@ def from_files(
     _check_paths(model, modules, sites, where)
     copies, rest = _split_copies(modules, config, rest)
     vocabulary = {} if own is None or own.base is None else own.base["weights"]
-    tokens = token_rows.taken(model, modules, config, rest, {*sites, *copies}, vocabulary, where)
+    tokens = token_rows.taken(model, modules, config, rest, sites, copies, vocabulary, where)
     if rest := dict(tokens.rest):
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
     if form is not TOKENS:
@@ -614,7 +614,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     if not isinstance(peft_type, str) or peft_type not in FORMS:
         raise AdapterError(f"{where}: peft_type is {peft_type!r}; this version reads {', '.join(FORMS)}")
     for field, what in UNSUPPORTED.items():
-        if config.get(field):
+        if config.get(field) and not (field == "ensure_weight_tying" and token_rows.says_all_of_ties(config)):
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")

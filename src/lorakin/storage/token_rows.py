@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
 from lorakin.surgery.graft import Graft
-from lorakin.surgery.tokens import TokenRows, own_table, tied_rows
+from lorakin.surgery.tokens import TokenRows, check_free, own_table, tied_rows
 
 FIELD, ALONE = "trainable_token_indices", "TRAINABLE_TOKENS"
 """The field of LORA and ADALORA, and PEFT's type of an adapter that is nothing else."""
@@ -67,6 +67,11 @@ def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
     return len({rows.ids for rows in tokens.values()}) == 1
 
 
+def says_all_of_ties(config: Mapping[str, Any]) -> bool:
+    """Whether `ensure_weight_tying` asks for no more than that tied tables share their rows, as they do."""
+    return bool(_field(config)) and not config.get("modules_to_save")
+
+
 def counts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
     """Path → how many rows an adapter's file holds."""
     found = {key.removeprefix(prefix): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)}
@@ -87,7 +92,8 @@ def taken(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    used: Collection[str],
+    sites: Collection[str],
+    copies: Collection[str],
     vocabulary: Mapping[str, str],
     where: str,
 ) -> Taken:
@@ -101,7 +107,8 @@ def taken(
         modules: its modules by path.
         config: PEFT's.
         tensors: by key without PEFT's prefix.
-        used: paths of modules that the adapter changes otherwise, which can have no rows.
+        sites: paths of modules that have pairs, which can have no rows, and
+        copies: of those that are trained whole.
         vocabulary: parameter's name → its sample in the base's fingerprint, where one is known.
         where: for errors.
 
@@ -119,12 +126,13 @@ def taken(
         values[path] = dict(zip(own, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
-        if new and path in used:
+        if new and (path in sites or path in copies):
             raise _another(path, table, modules[path], where)
         values.setdefault(path, {}).update(new)
     try:
         named = {path: tuple(sorted(own)) for path, own in values.items() if own}
-        tokens = tied_rows(model, named, used, lambda one, two: _same(values[one], values[two]))
+        tokens = tied_rows(model, named, copies, lambda one, two: _same(values[one], values[two]))
+        check_free(tokens, sites)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     return Taken(tokens, {path: torch.stack([values[path][n] for n in tokens[path].ids]) for path in tokens}, rest)

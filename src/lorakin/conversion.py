@@ -305,5 +305,5 @@ def _combined_rows(
             at = torch.tensor([every[path].ids.index(token) for token in tokens], device=base[path].device)
             values[path].index_add_(0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path]))
     named = {path: tokens.ids for path, tokens in every.items()}
-    found = tied_rows(model, named, alike=lambda one, other: torch.equal(values[one], values[other]))
+    found = tied_rows(model, named, joins=lambda one, other: other in values and torch.equal(values[one], values[other]))
     return found, {path: values[path] for path in found}

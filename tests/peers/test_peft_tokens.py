@@ -34,6 +34,12 @@ def ids(ids: Tensor) -> Tensor:
     return ids
 
 
+def tiny_t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
 def theirs(model: Any, tokens: Any, **more: Any) -> Any:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "trainable_token_indices": tokens, **more}
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
@@ -147,6 +153,30 @@ def test_a_pair_on_the_tied_head_is_refused(ids: Tensor, tmp_path: Path) -> None
     other.save_pretrained(tmp_path)
     lk.load(untied := tiny_llama(tied=False), tmp_path)
     torch.testing.assert_close(untied(ids).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [IDS, {"embed_tokens": IDS}, {"shared": IDS, "lm_head": IDS}], ids=str)
+def test_four_modules_of_one_weight(tokens: Any, ids: Tensor, tmp_path: Path) -> None:
+    """Named by another than the input embedding, PEFT ties nothing; ours are then written one by one."""
+
+    def logits(model: Any) -> Tensor:
+        return model.eval()(input_ids=ids, decoder_input_ids=ids).logits
+
+    other = theirs(tiny_t5(), tokens, target_modules=["q"])
+    with torch.no_grad():
+        for seed, (name, parameter) in enumerate(other.named_parameters()):
+            if "trainable_tokens" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    other.save_pretrained(tmp_path / "theirs")
+    lk.load(model := tiny_t5(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=1e-5)
+    adapter = randomise(lk.adapt(model := tiny_t5(), lk.LoRA(rank=2), ["q"], trainable_tokens=tokens), 0.2)
+    assert len(adapter.plan.tokens) == 1 and len(next(iter(adapter.plan.tokens.values())).tied) == 3
+    adapter.save(tmp_path / "ours")
+    for load in (lk.load, peft.PeftModel.from_pretrained):
+        loaded = load(base := tiny_t5(), tmp_path / "ours")
+        got = logits(base if isinstance(loaded, lk.Adapter) else loaded)
+        torch.testing.assert_close(got, logits(model), rtol=0, atol=1e-5)
 
 
 def test_ensured_ties_are_what_we_do_anyway(ids: Tensor, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
+from lorakin.surgery.tokens import TokenRows
 from lorakin.training import prepare_trainer
 from lorakin.training import train as training
 from lorakin.training.models import load_model, load_with_adapter
@@ -113,3 +115,13 @@ def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Pat
     export(Order(str(tmp_path / "a"), "merged", str(tmp_path / "out"), base))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(merged(torch.arange(50, 64)[None]).logits, want, rtol=0, atol=1e-5)
+
+
+def test_the_example_of_the_docs_runs(tokenizer: Any) -> None:
+    section = (Path(__file__).parents[2] / "docs" / "using.md").read_text().partition("## New tokens")[2]
+    example = section.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"lk": lk, "tokenizer": copy.deepcopy(tokenizer), "model": tiny_llama(vocab_size=len(tokenizer))}
+    exec(example, names)
+    adapter, size = names["adapter"], len(tokenizer)
+    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((size, size + 1), ("lm_head",))}
+    assert len(names["model"].lm_head.weight) == size + 2

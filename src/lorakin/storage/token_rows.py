@@ -46,20 +46,30 @@ def to_files(
     """
     if not tokens:
         return {}, {}
-    inputs = getattr(model, "get_input_embeddings", lambda: None)()
     ids, tensors = {}, {}
     for path, rows in tokens.items():
-        first = model.get_submodule(path) is inputs
-        peft_ties = first and getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-        for place in (path,) if peft_ties else (path, *rows.tied):
+        for place in (path,) if _peft_ties(model, path) else (path, *rows.tied):
             ids[place] = list(rows.ids)
             tensors[place] = values[path]
     wrapper = "" if alone else WRAPPER
     keyed = {f"{path}{wrapper}{DELTA}": tensor for path, tensor in tensors.items()}
     if alone:
         return {IDS: next(iter(ids.values())), "target_modules": sorted(ids)}, keyed
-    only = len(ids) == 1 and model.get_submodule(next(iter(ids))) is inputs
+    only = len(ids) == 1 and _is_input(model, next(iter(ids)))
     return {FIELD: next(iter(ids.values())) if only else ids}, keyed
+
+
+def _is_input(model: nn.Module, path: str) -> bool:
+    try:
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return False
+    return table is not None and model.get_submodule(path) is table
+
+
+def _peft_ties(model: nn.Module, path: str) -> bool:
+    """Whether PEFT has the rows of the embedding at `path` count in what is tied to it."""
+    return _is_input(model, path) and bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
@@ -131,7 +141,12 @@ def taken(
         values.setdefault(path, {}).update(new)
     try:
         named = {path: tuple(sorted(own)) for path, own in values.items() if own}
-        tokens = tied_rows(model, named, copies, lambda one, two: _same(values[one], values[two]))
+        tokens = tied_rows(
+            model,
+            named,
+            copies,
+            lambda one, other: _same(values[one], values[other]) if other in named else _peft_ties(model, one),
+        )
         check_free(tokens, sites)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
@@ -220,9 +235,7 @@ def _check_rows(path: str, module: nn.Module, ids: list[int], rows: Tensor, size
         )
 
 
-def _new_rows(
-    path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str
-) -> dict[int, Tensor]:
+def _new_rows(path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:
     """The rows of a table in the file that this base has otherwise, but for those trained anyway."""
     here = own_table(module)
     if table.shape != here.shape:

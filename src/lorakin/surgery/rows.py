@@ -22,6 +22,7 @@ from lorakin.surgery.autograd import backward_once
 from lorakin.surgery.hung import Adapters, Hung, hung_on, hung_or_none
 from lorakin.surgery.implicit import ABOUT_IT, ADDRESSES, name_of_function
 from lorakin.surgery.reading import is_in_forward
+from lorakin.surgery.site import brought
 from lorakin.surgery.swapped import Swapped
 
 
@@ -84,7 +85,8 @@ class WithRows(Swapped):
         finally:
             hung.inside -= 1
         x = args[0] if args else next(iter(kwargs.values()))
-        return put(self, own, x, out) if hung.rows is None else hung.rows.with_rows(self, x, out)
+        with brought(own):
+            return put(self, own, x, out) if hung.rows is None else hung.rows.with_rows(self, x, out)
 
     def __getattr__(self, name: str) -> Any:
         hung = hung_or_none(self) if name == "weight" else None
@@ -120,9 +122,7 @@ def _read(module: Any, hung: Hung) -> Tensor:
     weight: Tensor = module._parameters["weight"]
     own: list[Rows] = hung.in_use()
     if hung.rows is not None:
-        raise StateError(
-            f"{own[0].path} is read without being called, so it cannot be in a mixed batch"
-        )
+        raise StateError(f"{own[0].path} is read without being called, so it cannot be in a mixed batch")
     if torch.compiler.is_compiling():
         return _formed(weight, own)
     whole: Table = Edge.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
@@ -182,9 +182,7 @@ class Edge(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, own: Sequence[Rows], *rows: Tensor) -> Tensor:
         ctx.save_for_backward(*(one.ids for one in own))
         ctx.dtypes = [tensor.dtype for tensor in rows]
-        return Tensor._make_wrapper_subclass(
-            Table, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
-        )
+        return Tensor._make_wrapper_subclass(Table, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
 
     @staticmethod
     @backward_once

@@ -33,9 +33,7 @@ class TokenRows:
     tied: tuple[str, ...] = ()
 
 
-def find_tokens(
-    model: nn.Module, wanted: Tokens | None, copies: Iterable[str] = ()
-) -> dict[str, TokenRows]:
+def find_tokens(model: nn.Module, wanted: Tokens | None, copies: Iterable[str] = ()) -> dict[str, TokenRows]:
     """Module's path → the rows to train in it, each weight once.
 
     The rows of an embedding count in every module that holds the same weight, such as a tied head,
@@ -58,9 +56,9 @@ def tied_rows(
     model: nn.Module,
     named: Mapping[str, tuple[int, ...]],
     copies: Iterable[str] = (),
-    alike: Callable[[str, str], bool] = lambda one, other: True,
+    joins: Callable[[str, str], bool] = lambda one, other: True,
 ) -> dict[str, TokenRows]:
-    """The same for path → ids. `alike`: whether two of these paths, with one weight, have the same rows."""
+    """The same for path → ids. `joins`: whether a module with the weight of one of these paths sees its rows."""
     modules, copies = named_modules(model), tuple(copies)
     found: dict[str, TokenRows] = {}
     partners: set[str] = set()
@@ -73,11 +71,8 @@ def tied_rows(
             )
         if path in partners:
             continue
-        tied = []
-        for other in _partners(modules, path):
-            own = other in named
-            if not any(_is_in(other, copy) for copy in copies) and (not own or (named[other] == ids and alike(path, other))):
-                tied.append(other)
+        free = [other for other in _partners(modules, path) if not any(_is_in(other, copy) for copy in copies)]
+        tied = [other for other in free if named.get(other, ids) == ids and joins(path, other)]
         partners |= set(tied)
         found[path] = TokenRows(ids, tuple(tied))
     return found
@@ -159,8 +154,6 @@ def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
             reason = "quantised; leave it out of that (bitsandbytes: llm_int8_skip_modules; torchao: modules_to_not_convert)"
     if reason is None and hasattr(module.weight, "ds_id"):
         reason = "cut by DeepSpeed's ZeRO-3, so its rows cannot be read; load the model first, without it"
-    if reason is None and module.weight.is_meta and "_hf_hook" in vars(module):
-        reason = "offloaded, so its rows cannot be read; keep it on a device with device_map"
     if reason is not None:
         raise TargetError(f"no rows of {path} can be trained: it is {reason}")
     count = whole_shape(module.weight)[0]

@@ -333,3 +333,42 @@ def test_a_model_that_names_no_embedding() -> None:
         lk.adapt(two, lk.LoRA(rank=2), "none", trainable_tokens=[1])
     adapter = lk.adapt(nn.Sequential(nn.Embedding(8, 4)), lk.LoRA(rank=2), "none", trainable_tokens=torch.tensor([1]))
     assert adapter.plan.tokens == {"0": TokenRows((1,))}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_come_along_where_the_model_is_offloaded_later(tied: bool, ids: Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_llama(tied)
+    randomise(lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=BOTH), 0.3)
+    want = output(model, ids)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.model.embed_tokens.lorakin.default.rows.is_meta
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(output(model, ids), want, rtol=0, atol=1e-6)
+
+
+def test_a_quantised_head_is_refused_and_the_embedding_beside_it_not(ids: Tensor) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_llama(tied=False, dtype=torch.bfloat16)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(lk.TargetError, match="no rows of lm_head can be trained: it is quantised; leave it out"):
+        lk.adapt(model, lk.LoRA(rank=2), trainable_tokens=BOTH)
+    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=IDS))
+    got = model.model.embed_tokens(ids)
+    assert torch.equal(got[0, 1], adapter.rows_at("model.embed_tokens")[0].to(torch.bfloat16))
+    output(model, ids).float().sum().backward()
+    assert adapter.rows_at("model.embed_tokens").grad.any()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, untied])
+def test_fused_models_train_the_same(make: Any, ids: Tensor) -> None:
+    grads = []
+    for fused in (False, True):
+        model = make()
+        if fused:
+            lk.fuse(model)
+        adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), trainable_tokens=BOTH))
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in adapter.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)

@@ -166,11 +166,15 @@ def _sorted(
         table = key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(WRAPPER)
         if key.endswith(DELTA):
             rows[key.removesuffix(DELTA).removesuffix(WRAPPER)] = tensor
-        elif key.endswith(".weight") and isinstance(modules.get(table), nn.Embedding | nn.Linear):
+        elif key.endswith(".weight") and _holds_a_table(modules.get(table)):
             tables[table] = tensor
         else:
             rest[key] = tensor
     return rows, tables, rest
+
+
+def _holds_a_table(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Embedding | nn.Linear) and module._parameters.get("weight") is not None
 
 
 def _ids(

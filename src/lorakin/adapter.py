@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError, StateError
-from lorakin.family import Member, Method
+from lorakin.family import Member, Method, widened
 from lorakin.storage import directory, hub
 from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
@@ -26,6 +26,7 @@ from lorakin.surgery.mode import in_mode
 from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
 from lorakin.surgery.stepping import trained_by
 from lorakin.surgery.targets import ALL_LINEAR, Targets, new_heads
+from lorakin.surgery.tokens import Tokens, base_rows
 from lorakin.surgery.words import described, in_one_line
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -163,6 +164,8 @@ class Adapter(Graft):
                 self.site(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
+            for at, rows in contents.rows.items():
+                self.rows_at(at).copy_(rows)
             self.take_buffers(contents.buffers)
         if contents.state is not None:
             self.restore_state(contents.state)
@@ -170,7 +173,7 @@ class Adapter(Graft):
     def _is_as(self, plan: surgery.Plan, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
         mine, its = self.plan, plan
-        if (list(mine.sites), mine.copies) != (list(its.sites), its.copies):
+        if (list(mine.sites), mine.copies, mine.tokens) != (list(its.sites), its.copies, its.tokens):
             return False
         pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [(mine.method, its.method)]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
@@ -195,6 +198,7 @@ def adapt(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    trainable_tokens: Tokens | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -217,6 +221,8 @@ def adapt(
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
         rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
             their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
+        trainable_tokens: ids of tokens whose rows in the input embedding are trained, and in what is tied to it; or
+            module's name → ids, such as {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -235,6 +241,7 @@ def adapt(
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
+        "trainable_tokens": trainable_tokens,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -266,6 +273,7 @@ def importance(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    trainable_tokens: Tokens | None = None,
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -276,7 +284,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, trainable_tokens: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -295,6 +303,7 @@ def importance(
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
+        "trainable_tokens": trainable_tokens,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 
@@ -342,7 +351,8 @@ def _importance(
 def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype))
+    rows = base_rows(model, plan.tokens, dtype)
+    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), rows=rows)
     adapter.freeze_base()
     adapter.is_fresh = True
     return adapter
@@ -392,8 +402,8 @@ def load(
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
     adapter = Adapter(model, name, contents.plan)
-    tensors = contents.masters() if trainable else contents.sites
-    adapter.install(tensors, contents.copies, None if trainable else contents.buffers)
+    tensors, rows = (contents.masters(), widened(contents.rows)) if trainable else (contents.sites, contents.rows)
+    adapter.install(tensors, contents.copies, None if trainable else contents.buffers, rows)
     if trainable:
         adapter.take_buffers(contents.buffers)
         adapter.freeze_base()

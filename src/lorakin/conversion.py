@@ -24,6 +24,7 @@ from lorakin.surgery.graft import root_of
 from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
 from lorakin.surgery.samples import input_samples
+from lorakin.surgery.tokens import TokenRows, base_rows, ids_at, tied_rows
 
 KERNEL = 8
 """Portable ranks are multiples of it, which suits the kernels that serve them."""
@@ -96,9 +97,10 @@ def as_lora(
         fits[path] = seen.judged(fit, change, pairs[path], weight, path)
     _warn_if_missed(fits, error)
     copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
+    rows = adapter.plan.tokens, {path: adapter.rows_at(path) for path in adapter.plan.tokens}
     if portable:
         pairs = _portable(adapter, pairs)
-    plain = of_pairs(adapter.model, name, pairs, copies, adapter.moved_buffers())
+    plain = of_pairs(adapter.model, name, pairs, copies, rows, adapter.moved_buffers())
     return Plain(plain, fits)
 
 
@@ -119,7 +121,7 @@ def combine(
     """Put one adapter in the model that changes each weight by Σ weight · change, over the adapters named, and make it active.
 
     The sum is exact without rank or error: the pairs stand beside each other, and ranks add up. Modules trained whole change by
-    what `how` makes of their changes too.
+    what `how` makes of their changes too, trained rows of tokens by the weighted sum.
 
         lk.combine(model, {"a": 0.7, "b": 0.3})
         lk.combine(model, {"a": 1, "b": 1}, how="ties", density=0.2, rank=32)
@@ -169,7 +171,8 @@ def combine(
             pairs[path], fits[path] = nearest_to(combined, rank=rank, error=error)
     _warn_if_missed(fits, error)
     copies = _combined_copies(model, known, weights, rule, generator)
-    return Plain(of_pairs(model, name, pairs, copies, _summed_buffers(known, weights)), fits)
+    rows, buffers = _combined_rows(model, known, weights), _summed_buffers(known, weights)
+    return Plain(of_pairs(model, name, pairs, copies, rows, buffers), fits)
 
 
 def checked_combination(*, rank: int | None = None, error: float | None = None, **settings: Any) -> Combination:
@@ -228,16 +231,18 @@ def of_pairs(
     name: str,
     pairs: Mapping[str, Pair],
     copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
     buffers: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put plain LoRA of scale 1 with these pairs, by module path, into the model, as the active adapter.
 
     Args:
         copies: path → state of the modules trained whole.
+        rows: of tokens, by path: which, and what is in them.
         buffers: name → a buffer of the base that training moved.
     """
     sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies)
+    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies, rows=rows)
     contents = peft_format.from_files(model, config, tensors, None, f"adapter {name!r}")
     return placed(model, name, dataclasses.replace(contents, buffers=buffers or {}))
 
@@ -324,6 +329,8 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """All of one rank; refused if there is something that other readers do not take."""
     if copies := list(adapter.plan.copies):
         raise SettingError(f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead")
+    if tokens := list(adapter.plan.tokens):
+        raise SettingError(f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead")
     strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
     if strange:
         raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
@@ -369,3 +376,24 @@ def _combined_copies(
                 changes = [(state[key] - wide).reshape(len(base) if base.dim() else 1, -1) for state in found]
                 states[path][key] = (wide + rule.of_matrices(changes, each, generator).view(base.shape)).to(base.dtype)
     return states
+
+
+def _combined_rows(
+    model: nn.Module, known: Sequence[Adapter], weights: Mapping[str, float]
+) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
+    """The rows that any of them trains: the base's, plus the weighted changes."""
+    used = [(ids_at(adapter.plan.tokens), adapter, weights[adapter.name]) for adapter in known]
+    ids: dict[str, set[int]] = {}
+    for own, _, _ in used:
+        for path, tokens in own.items():
+            ids.setdefault(path, set()).update(tokens)
+    every = {path: TokenRows(tuple(sorted(tokens))) for path, tokens in ids.items()}
+    values = base_rows(model, every)
+    for own, adapter, weight in used:
+        base = base_rows(model, {path: TokenRows(tokens) for path, tokens in own.items()})
+        for path, tokens in own.items():
+            at = torch.tensor([every[path].ids.index(token) for token in tokens], device=base[path].device)
+            values[path].index_add_(0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path]))
+    named = {path: tokens.ids for path, tokens in every.items()}
+    found = tied_rows(model, named, joins=lambda one, other: other in values and torch.equal(values[one], values[other]))
+    return found, {path: values[path] for path in found}

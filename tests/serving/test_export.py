@@ -98,6 +98,15 @@ def test_every_member_to_every_target(word: str, to: str, base_dir: str, tmp_pat
     assert not torch.allclose(logits(trained), logits(load_model(base_dir, "base").model), atol=0.05)
 
 
+@pytest.mark.parametrize("to", ["lora", "merged", "gguf-merged"])
+def test_rows_of_tokens(to: str, base_dir: str, tmp_path: Path) -> None:
+    rows = {"embed_tokens": [5, 6], "lm_head": [7]}
+    adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter", trainable_tokens=rows)
+    done = export(Order(adapter, to, str(tmp_path / "out"), dtype="float32" if to == "gguf-merged" else None))
+    assert done.agreement is not None
+    assert done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
+
+
 def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(base_dir: str, tmp_path: Path) -> None:
     half = tmp_path / "half"
     transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16).save_pretrained(

@@ -1,6 +1,6 @@
 """One of two processes of tests/surgery/test_replicated.py: FSDP2 by hand, an own loop that accumulates and clips.
 
-torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|wrong|unused
+torchrun --nproc_per_node 2 tests/surgery/sharded.py early|late|plain|tokens|wrong|unused
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from conftest import tiny_llama
 def run(order: str, rank: int, world: int) -> list[float]:
     """Train; `order` says when the base is sharded. The norms of the gradients and the sum of the adapter's sizes."""
     model = tiny_llama()
-    adapter = lk.adapt(model, lk.DoRA(rank=4), seed=0)
+    adapter = lk.adapt(model, lk.DoRA(rank=4), seed=0, trainable_tokens=[5, 6] if order == "tokens" else None)
     left_out = set() if order == "wrong" else set(adapter.parameters())
 
     def shard() -> None:
@@ -30,7 +30,7 @@ def run(order: str, rank: int, world: int) -> list[float]:
             fully_shard(layer, ignored_params=left_out)
         fully_shard(model, ignored_params=left_out)
 
-    if order in ("early", "wrong"):
+    if order in ("early", "tokens", "wrong"):
         shard()
     if order == "plain":  # an optimizer that lorakin first sees at its first step
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2), weight_decay=0.0)

@@ -17,7 +17,7 @@ def figures(order: str) -> list[float]:
     return [float(figure) for figure in line.split()[1:]]
 
 
-@pytest.mark.parametrize("order", ["early", "late"])
+@pytest.mark.parametrize("order", ["early", "late", "tokens"])
 def test_sharded_is_whole(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded, "fully_shard", lambda module, **_: module)
     assert figures(order) == pytest.approx(sharded.run(order, 0, 1), rel=1e-5)

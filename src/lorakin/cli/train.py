@@ -65,6 +65,9 @@ def command(
     layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,
     modules_to_save: Annotated[list[str] | None, typer.Option(help="Modules to train whole.")] = None,
     rank_above: RankAbove = None,
+    trainable_tokens: Annotated[
+        list[str] | None, typer.Option(help="Tokens, or their ids, whose rows in the embedding and the head are trained.")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows. [default: split off the data]")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share to hold out, at most 256 rows. [default: 0.1]")] = None,
     lr: Annotated[
@@ -98,7 +101,7 @@ def command(
     The effective recipe is written beside the adapter.
     """
     flags = {name: value for name, value in locals().items() if name not in ("recipe", "resume", "as_json")}
-    for name in ("targets", "exclude", "modules_to_save"):
+    for name in ("targets", "exclude", "modules_to_save", "trainable_tokens"):
         flags[name] = parts(flags[name])
     from lorakin.training import processes
     from lorakin.training import train as training

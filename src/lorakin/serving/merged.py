@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
 from lorakin.surgery.merge import folded
 from lorakin.surgery.ties import FLAG, Parting, groups
+from lorakin.surgery.tokens import ids_at
 from lorakin.training.kinds import BaseKind, kind_for
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +67,9 @@ class Merged(Mapping[str, Tensor]):
         self.contents = files.match(self.model, other_base)
         self.remembered = None if other_base or files.own is None else files.own.base
         self.names, self.kinds, self.shards = _where(base, self.model)
+        tokens = self.contents.plan.tokens
+        self.leaders = {f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)}
+        self.trained = {f"{path}.weight": ids for path, ids in ids_at(tokens).items()}
         self._add_what_is_new()
 
     def __iter__(self) -> Iterator[str]:
@@ -82,6 +86,10 @@ class Merged(Mapping[str, Tensor]):
         if (copied := self._copied(name)) is not None:
             return copied.to(dtype).contiguous()
         stored, path = self._stored(name), name.removesuffix(".weight")
+        if (leader := self.leaders.get(name)) is not None:
+            ids = torch.tensor(self.contents.plan.tokens[leader].ids)
+            rows = self.contents.rows[leader].to(stored.dtype)
+            return stored.index_copy(0, ids, rows).to(dtype).contiguous()
         if path in self.contents.plan.sites and name.endswith(".weight"):
             return self._folded(path, stored, dtype)
         return stored.to(dtype).contiguous()
@@ -94,7 +102,9 @@ class Merged(Mapping[str, Tensor]):
         return dtype, shape if copied is None else tuple(copied.shape)
 
     def _copied(self, name: str) -> Tensor | None:
-        """The tensor of a module that the adapter trained whole, if it is of one."""
+        """The tensor of a module that the adapter trained whole, or a buffer that training moved, if it is one."""
+        if name in self.contents.buffers:
+            return self.contents.buffers[name]
         for path, state in self.contents.copies.items():
             if name.startswith(path + "."):
                 return state[name.removeprefix(path + ".")]
@@ -151,9 +161,11 @@ class Merged(Mapping[str, Tensor]):
         """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
         last = max(self.shards.values())
         changed = {f"{path}.weight" for path in self.contents.plan.sites}
+        changed |= self.leaders.keys()
         changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
         tied = groups(self.model)
-        self.parting = Parting.of(self.model, {name for names in tied if changed & names.keys() for name in names})
+        parted = [names for names in tied if changed & names.keys() and not self._is_one_table(names)]
+        self.parting = Parting.of(self.model, {name for names in parted for name in names})
         for names in tied:
             if self.parting.names & names.keys():
                 source = next((name for name in names if name in self.names), None)
@@ -164,19 +176,26 @@ class Merged(Mapping[str, Tensor]):
         for config in self.parting.configs:
             setattr(config, FLAG, False)
         self.parting.announce(stacklevel=3)
-        partners = {name for names in _tied(self.model) for name in names if self.shards.keys() & set(names)}
+        partners = {name for names in tied for name in names if self.shards.keys() & names.keys()}
         if lacking := sorted(dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
         for name in sorted(changed - self.shards.keys()):
-            if name.removesuffix(".weight") in self.contents.plan.sites:
+            if name in self.leaders and name in partners:
+                continue
+            if name.removesuffix(".weight") in self.contents.plan.sites or name in self.leaders:
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
+
+    def _is_one_table(self, names: Iterable[str]) -> bool:
+        """Whether the adapter changes rows of tokens in all of these parameters alike, so that they stay one."""
+        together = {self.leaders.get(name) for name in names}
+        return len(together) == 1 and None not in together
 
     def _stored(self, name: str) -> Tensor:
         file, key = self.names[name]
         with _opened(self.base / file) as shard:
             tensor: Tensor = shard.get_tensor(key)
-        here = {"weights": {name: text} if (text := sample(tensor)) else {}}
+        here = {"weights": {name: text} if (text := sample(tensor, self.trained.get(name, ()))) else {}}
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         return tensor
@@ -249,11 +268,3 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the base model's {path} cannot be read: {error}") from error
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that are one object."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]

@@ -115,6 +115,8 @@ class GGUFAdapter(Target):
         loaded, plain = job.base(), job.plain()
         if whole := plain.plan.copies:
             raise AdapterError(f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged")
+        if tokens := list(plain.plan.tokens):
+            raise AdapterError(f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged")
         pairs = {path: plain.change_at(path) for path in plain.plan.sites}
         gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()

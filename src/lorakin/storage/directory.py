@@ -26,6 +26,7 @@ from lorakin.storage import atomic, card, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import Graft
+from lorakin.surgery.tokens import base_rows, ids_at
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
@@ -49,10 +50,11 @@ class Files:
         """
         contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
         remembered = None if other_base or self.own is None else self.own.base
-        if remembered and (apart := difference(remembered, fingerprint(model))):
+        if remembered and (apart := difference(remembered, fingerprint(model, ids_at(contents.plan.tokens)))):
+            random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
             raise AdapterError(
-                f"{self.path}: it is for another base model: {apart}. Load that base, or, if this one is meant, say so with "
-                "other_base=True or --other-base"
+                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
+                "say so with other_base=True or --other-base"
             )
         return contents
 
@@ -82,7 +84,7 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
         own["tensors"] = _packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model)
+    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens))
     if moved := graft.moved_buffers():
         own["buffers"] = _packed(moved, "buffers", more, {})
     if graft.plan.copies:
@@ -277,6 +279,15 @@ def check_trained(graft: Graft) -> None:
             LorakinWarning,
             stacklevel=3,
         )
+    for path, rows in base_rows(graft.model, graft.plan.tokens if graft.is_fresh and graft.steps else {}).items():
+        same = (graft.rows_at(path).to(rows) == rows).all(1).tolist()
+        if still := [str(n) for n, unmoved in zip(graft.plan.tokens[path].ids, same, strict=True) if unmoved]:
+            warnings.warn(
+                f"adapter {graft.name!r} trains rows of {path} that are exactly the base's: training never met the tokens "
+                f"{some(still)}",
+                LorakinWarning,
+                stacklevel=3,
+            )
     reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:

@@ -1,6 +1,7 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
-Of every base parameter that is not trained whole: four numbers, evenly spread, the shape, and the narrowest dtype that holds
+Of every base parameter that is not trained whole (of one of which rows are trained, of the rows before the last of them that
+are not: new ones are filled at random each time): four numbers, evenly spread, the shape, and the narrowest dtype that holds
 those numbers, whatever the tensor's is. Not a hash, since a base in bfloat16 has other bits than in float32 and is the same
 base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Of a quantised
 layer they are the numbers that its bits stand for, which are far from those that were rounded into them: all such layers are
@@ -10,7 +11,7 @@ compared together, and only another model shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,21 +31,29 @@ FEW_BITS = 0.5
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters."""
+def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters.
+
+    `trained`: module's path → ids of the rows of its weight that the adapter trains.
+    """
+    own = {f"{path}.weight": ids for path, ids in (trained or {}).items()}
+
+    def text_of(name: str, weight: Tensor) -> str | None:
+        return _text(model, name, weight, own.get(name, ()))
+
     return {
         "class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": getattr(model, "name_or_path", None) or None,
-        "weights": {name: text for name, weight in own_parameters(model).items() if (text := _text(model, name, weight))},
+        "weights": {name: text for name, weight in own_parameters(model).items() if (text := text_of(name, weight))},
     }
 
 
-def _text(model: nn.Module, name: str, weight: Tensor) -> str | None:
+def _text(model: nn.Module, name: str, weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     path, _, leaf = name.rpartition(".")
     module = module_at(model, path)
     if leaf != "weight" or weight.is_meta or not is_quantised(module):
-        return sample(weight)
+        return sample(weight, trained)
     if (rows := rows_of(module)) is None:
         return None
     outputs, inputs = shape_of(module)[:2]
@@ -58,14 +67,25 @@ def _places(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(NUMBERS, count), dtype=torch.float64).round().long()
 
 
-def sample(weight: Tensor) -> str | None:
-    """A parameter in short, `float32 64x32 0.0123 -0.045 …`; None if it has no plain values."""
+def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
+    """A parameter in short, `float32 64x32 0.0123 -0.045 …`; None if it has no plain values.
+
+    Of one whose rows `trained` an adapter trains, a sample of the others before the last of these.
+    """
     weight = weight.detach()
     plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
     if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
     shape = "x".join(map(str, weight.shape)) or SCALAR
-    flat = _places(weight.numel()).to(weight.device)
+    if trained:
+        kept = torch.tensor(sorted(set(range(max(trained))) - set(trained)), dtype=torch.long, device=weight.device)
+        if not len(kept):
+            return None
+        width = weight[0].numel()
+        inside = _places(len(kept) * width).to(weight.device)
+        flat = kept[inside // width] * width + inside % width
+    else:
+        flat = _places(weight.numel()).to(weight.device)
     values = weight.view(-1)[flat] if weight.is_contiguous() else weight[torch.unravel_index(flat, weight.shape)]
     held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
     numbers = " ".join(f"{value:.5g}" for value in values.tolist())
@@ -84,7 +104,9 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
         if now is None or now == then or len(then.split()) < 3:  # a scalar, as earlier versions wrote it
             continue
         if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
-            return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}"
+            (rows, *width), (_, *other) = (shape.split("x") for shape in shapes)
+            resized = f"; if its vocabulary was resized, do so here first: model.resize_token_embeddings({rows})"
+            return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}{resized if width == other and width else ''}"
         if PACKED in (then.split()[0], now.split()[0]):
             packed.append((then, now))
         elif (apart := _apart(then, now)) > worst:

@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import attention, expert_stacks, grouped, layer_weights, starts
+from lorakin.storage import attention, expert_stacks, grouped, layer_weights, starts, token_rows
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
@@ -60,6 +60,7 @@ from lorakin.surgery.layers import (
     UngroupedLayer,
 )
 from lorakin.surgery.targets import named_modules, resolve
+from lorakin.surgery.tokens import TokenRows
 
 PREFIX = "base_model.model."
 
@@ -121,7 +122,9 @@ ADALORA = Form(
     ignored=("r",),
     always=("init_r", "lora_alpha", "lora_dropout", "target_r", "total_step", "tinit", "tfinal", "orth_reg_weight"),
 )  # fmt: skip
-FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA)}
+TOKENS = Form(peft_type=token_rows.ALONE, members=(LoRA,), fields={}, defaults={}, slots={}, ignored=(token_rows.IDS,))
+"""Rows of tokens and nothing else."""
+FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA, TOKENS)}
 FORM_OF = {LoRA.word: LORA, VeRA.word: VERA, Triplets.word: ADALORA}
 """By the word of the parametrisation."""
 PLANNED = ("total_steps", "start", "finish", "interval")
@@ -138,7 +141,6 @@ UNSUPPORTED = {
     "use_qalora": "QALoRA",
     "layer_replication": "layer replication",
     "ensure_weight_tying": "adapters shared by tied weights",
-    "trainable_token_indices": "trainable tokens",
 }
 # Fields that say nothing about the function of a finished adapter, or that the reader takes from elsewhere.
 SILENT = {
@@ -146,6 +148,7 @@ SILENT = {
     "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "rank_pattern", "alpha_pattern", "revision", "target_modules",
     "runtime_config", "task_type", "bias", "init_lora_weights", "use_dora", "init_weights", "target_parameters",
+    token_rows.FIELD,
 }  # fmt: skip
 
 
@@ -153,6 +156,10 @@ def native_form(graft: Graft) -> Form | None:
     """PEFT's form that holds exactly this adapter's tensors; None if it has none, and the pair is written in its stead."""
     form, sites = FORM_OF.get(graft.plan.method.parametrisation.word), [graft.site(path) for path in graft.plan.sites]
     patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
+    if graft.plan.tokens and not (sites or graft.plan.copies) and token_rows.stand_alone(graft.plan.tokens):
+        return TOKENS
+    if graft.plan.tokens and form is VERA:  # of which PEFT trains no tokens
+        return None
     if form is None or (patterns and form is not LORA) or any(site.layer not in form.layers for site in sites):
         return None
     if not all(form_of.are_whole(graft.model, graft.plan.sites) for form_of in (expert_stacks, attention)):
@@ -169,11 +176,12 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
     `form` is its native form. The config has PEFT's required fields and those that differ from its defaults.
     """
     copies = {path: graft.copy_of(path).state_dict() for path in graft.plan.copies}
+    rows = token_rows.written(graft)
     if form is None:
-        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout)
+        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout, rows=rows)
     config, tensors = _as_they_are(graft, form)
     scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
-    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, scales, copies)
+    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, scales, copies, rows)
 
 
 def pairs_to_files(
@@ -183,6 +191,7 @@ def pairs_to_files(
     alphas: Mapping[str, float] | None = None,
     copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     dropout: float = 0.0,
+    rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of plain LoRA: of the pairs B·A, or with an `m` DoRA, in the modules of `model` at these paths.
 
@@ -193,6 +202,7 @@ def pairs_to_files(
         alphas: path → alpha, the scale being alpha/r; without it alpha is r everywhere and the scale 1.
         copies: path → state of the modules trained whole.
         dropout: of the branch's input.
+        rows: of tokens, by path: which, and what is in them.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -222,7 +232,7 @@ def pairs_to_files(
         if own := {f"^{re.escape(path)}": _whole(value) for path, value in sorted(values.items()) if value != most}:
             config[pattern] = own
     scales = {path: Scale(ranks[path], alphas[path], False) for path in ranks}
-    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, scales, copies or {})
+    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, scales, copies or {}, rows)
 
 
 def _finished(
@@ -231,6 +241,7 @@ def _finished(
     tensors: dict[str, Tensor],
     scales: Mapping[str, Scale],
     copies: Mapping[str, Mapping[str, Tensor]],
+    rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     named, copies = sorted(copies), {**copies, **wrapped_too(model, copies, scales)}
@@ -244,9 +255,11 @@ def _finished(
     }
     own, tensors, scales = attention.written(model, config, tensors, scales, PREFIX)
     own, tensors = expert_stacks.stacked(model, own, tensors, scales, PREFIX)
+    fields, of_tokens = token_rows.to_files(model, *rows, alone=config["peft_type"] == TOKENS.peft_type)
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in of_tokens.items()}
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
-    return dict(sorted((heading | own).items())), written
+    return dict(sorted((heading | own | fields).items())), written
 
 
 def wrapped_too(model: nn.Module, whole: Collection[str], adapted: Collection[str]) -> dict[str, dict[str, Tensor]]:
@@ -321,6 +334,8 @@ class Contents:
     state: Mapping[str, Any] | None = None
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of the base, by name, as training left them."""
+    rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Of tokens, by path."""
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
         """The tensors in float32 at least, for training, in memory of their own; those that were one object still are."""
@@ -368,10 +383,13 @@ def from_files(
     copies, rest = _split_copies(modules, config, rest)
     if own is not None and own.whole is not None:
         copies = {path: state for path, state in copies.items() if path in own.whole}
-    rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
-    if rest:
+    rest = _without_head_biases(modules, rest, where)
+    vocabulary = {} if own is None or own.base is None else own.base["weights"]
+    tokens = token_rows.taken(model, modules, config, rest, sites, copies, vocabulary, where)
+    if rest := dict(tokens.rest):
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
-    check_targets(modules, config, sites, copies, former, where)
+    if form is not TOKENS:
+        check_targets(modules, config, sites, copies, former, where)
     for key, tensor in tensors.items():
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
             raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
@@ -388,7 +406,7 @@ def from_files(
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), ungrouped=over_all)
+        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), tokens=tokens.tokens, ungrouped=over_all)
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
@@ -409,10 +427,10 @@ def from_files(
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
                 raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
     if own is None:
-        return Contents(plan, shared, copies)
+        return Contents(plan, shared, copies, rows=tokens.values)
     if reason := misfit_of_buffers(model, own.buffers):
         raise AdapterError(f"{where}: {reason}")
-    return Contents(plan, shared, copies, own.state, own.buffers)
+    return Contents(plan, shared, copies, own.state, own.buffers, tokens.values)
 
 
 def _read(
@@ -639,7 +657,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     if not isinstance(peft_type, str) or peft_type not in FORMS:
         raise AdapterError(f"{where}: peft_type is {peft_type!r}; this version reads {', '.join(FORMS)}")
     for field, what in UNSUPPORTED.items():
-        if config.get(field):
+        if config.get(field) and not (field == "ensure_weight_tying" and token_rows.says_all_of_ties(config)):
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")
@@ -678,7 +696,7 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
     except (TypeError, SettingError) as error:
         raise AdapterError(f"{where}: settings that make no method of this version: {error}") from None
     gained = any("gain" in member.decides for member in method.members)
-    if gained != bool(config.get("use_dora")):
+    if form is not TOKENS and gained != bool(config.get("use_dora")):
         flag = f"use_dora={config.get('use_dora', False)!r}"
         raise AdapterError(f"{where}: its adapter_config.json says {flag}, but lorakin.json says that it is {method.words}")
     return method
@@ -799,24 +817,22 @@ def _split_copies(
     return {path: state for path, state in copies.items() if state or any(True for _ in modules[path].parameters())}, left
 
 
-def _without_base_embeddings(
-    modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], vocabulary: int | None, where: str
-) -> dict[str, Tensor]:
-    """PEFT may add the base's own embedding and head, with its bias; they must be those that this model has."""
+def _without_head_biases(modules: Mapping[str, nn.Module], rest: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """PEFT may add the base's own head with its bias; that must be the one that this model has."""
     left = {}
     for key, tensor in rest.items():
         owner, _, name = key.rpartition(".")
-        path = owner.removesuffix(".base_layer")
-        own = modules[path]._parameters.get(name) if isinstance(modules.get(path), nn.Embedding | nn.Linear) else None
-        if own is None or (name != "weight" and f"{owner}.weight" not in rest):
+        module = modules.get(owner.removesuffix(".base_layer"))
+        own = module._parameters.get("bias") if isinstance(module, nn.Linear) and name == "bias" else None
+        if own is None or f"{owner}.weight" not in rest:
             left[key] = tensor
             continue
         here = own.detach() if own.is_meta else own.detach().cpu().float()
-        if tensor.shape != here.shape or (not here.is_meta and not torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3)):
+        same = here.is_meta or (tensor.shape == here.shape and torch.allclose(tensor.float(), here, rtol=1e-2, atol=1e-3))
+        if not same:
             raise AdapterError(
-                f"{where}: it is for another base model: {path} had another {name} there, {tuple(tensor.shape)}, perhaps "
-                f"because its vocabulary was resized or trained; this model's is {tuple(here.shape)}"
-                f"{_resize(tensor, here, vocabulary)}. Load that {name} into the base before the adapter"
+                f"{where}: it is for another base model: {owner.removesuffix('.base_layer')} had another bias there. Load "
+                "that bias into the base before the adapter"
             )
     return left
 

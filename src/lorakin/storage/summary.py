@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakin.family import Method, Pair
-from lorakin.storage import directory, expert_stacks, peft_format
+from lorakin.storage import directory, expert_stacks, peft_format, token_rows
 from lorakin.surgery.words import member_in_words, settings_of
 
 IMPORTANCE = "importance.json"
@@ -31,6 +31,8 @@ class Summary:
     parameters: int
     size: int
     pairs: Mapping[str, Pair] = dataclasses.field(repr=False)
+    tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Path → how many rows of tokens are trained there."""
     has_experts: bool = False
     """Modules whose path ends in a number are matrices of a stack of experts."""
 
@@ -60,7 +62,7 @@ class Summary:
         """The lines above the table."""
         ranks = sorted(set(self.ranks.values()))
         names = self.columns
-        lines = {
+        lines: dict[str, str] = {
             "member" if len(self.method.members) == 1 else "members": "; ".join(map(member_in_words, self.method.members)),
             **(
                 {}
@@ -68,14 +70,16 @@ class Summary:
                 else {"pair": member_in_words(self.method.parametrisation)}
             ),
             "base": self.base or "not recorded",
-            "targets": f"{len(self.ranks)} modules: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
-            "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+            "targets": f"{len(self.ranks)} modules{': ' * bool(names)}{', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
+            **({"rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"} if ranks else {}),
             "numbers": f"{self.parameters:,} in the file",
             "size": f"{self.size / 2**20:.2f} MiB in {self.path}",
         }
         own = self.method.own_pairs(list(self.ranks))
         if len(own) < len(self.ranks):
             lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
+        if self.tokens:
+            lines["tokens"] = ", ".join(f"{count} rows of {where}" for where, count in self.tokens.items())
         return lines | ({"whole": ", ".join(self.whole)} if self.whole else {})
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ class Summary:
             "parameters": self.parameters,
             "bytes": self.size,
             "modules_to_save": list(self.whole),
+            "trainable_tokens": dict(self.tokens),
             "pair": settings_of(self.method.parametrisation),
             "modules": {path: {"rank": rank, "norm": self.norms.get(path)} for path, rank in self.ranks.items()},
         }
@@ -112,6 +117,7 @@ def summarise(path: Path) -> Summary:
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
         pairs=pairs,
+        tokens=token_rows.counts(files.tensors, peft_format.PREFIX),
         has_experts=bool(files.config.get(expert_stacks.FIELD)),
     )
 

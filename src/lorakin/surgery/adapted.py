@@ -20,6 +20,7 @@ from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
 from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
 from lorakin.surgery.readers import is_in_forward
 from lorakin.surgery.reading import changed_weight
+from lorakin.surgery.rows import Rows, WithRows
 from lorakin.surgery.site import Copy, Site, brought
 from lorakin.surgery.swapped import Swapped, combined, swap_class, unmix
 
@@ -155,6 +156,10 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
     return own
 
 
+Child = Site | Copy | Rows
+"""What hangs on a module."""
+
+
 def _check_size(module: Any, hung: Hung, sites: list[Any]) -> None:
     """Raise `StateError` if the module was resized after it was adapted."""
     weight = module._parameters.get("weight")
@@ -173,7 +178,7 @@ def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether adapters hang on this very module."""
-    return isinstance(module, Adapted | Replaced)
+    return isinstance(module, Adapted | Replaced | WithRows)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -190,7 +195,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
+def hang(module: nn.Module, name: str, child: Child) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
@@ -201,23 +206,31 @@ def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
             weight = module._parameters.get("weight")
             if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
                 hung.shape = whole_shape(weight)
+        if isinstance(child, Rows):
+            kind = kind_of(module)
+            assert kind is not None
+            hung.by_weight = has_own_forward(module, kind)
+            hung.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
             experts.attach(module)
     hung_on(module)[name] = child
 
 
-def _mixin(module: nn.Module, child: Site | Copy) -> type[nn.Module]:
-    if isinstance(child, Site):
-        return Adapted
+def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
+    if isinstance(child, Site | Rows):
+        return Adapted if isinstance(child, Site) else WithRows
     return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
 
 
-def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
+def conflict(module: nn.Module, name: str, child: Child) -> str | None:
     """Why `child` cannot be hung on `module` as the adapter `name`, or None if it can."""
     if is_adapted(module):
         hung = hung_on(module)
-        if isinstance(module, Adapted) is not isinstance(child, Site):
-            return "it is in use by another adapter in another way, adapted or trained whole; remove that one first"
+        if not isinstance(module, _mixin(module, child)):
+            return (
+                "it is in use by another adapter in another way: adapted, trained whole, or some of its rows "
+                "trained; remove that one first"
+            )
         if name in hung:
             return f"it already has an adapter {name!r}, put there through another part of the model"
     called = module.experts if isinstance(module, experts.ExpertMatrix) else module

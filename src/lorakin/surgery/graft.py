@@ -21,6 +21,7 @@ from lorakin.family.allocation import several_processes
 from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts, layers, parameters, quantised, stepping
 from lorakin.surgery.adapted import (
+    Child,
     conflict,
     hang,
     is_adapted,
@@ -36,9 +37,21 @@ from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hun
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
+from lorakin.surgery.rows import Rows
 from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
 from lorakin.surgery.ties import Ties
+from lorakin.surgery.tokens import (
+    TokenRows,
+    Tokens,
+    base_rows,
+    check_apart,
+    check_free,
+    find_tokens,
+    keep_ties,
+    places_of,
+    rows_for,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Plan:
     """What an adapter will be, decided and checked before the model is touched.
 
     `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
-    `copies` the paths of the modules trained whole.
+    `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module.
     """
 
     method: Method
@@ -56,6 +69,7 @@ class Plan:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ungrouped: frozenset[str] = frozenset()
     """The grouped convolutions to which a pair over all their inputs is added."""
+    tokens: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
 
 
 RANK_ABOVE = ("refuse", "clamp")
@@ -90,6 +104,7 @@ def plan(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    trainable_tokens: Tokens | None = None,
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
     if rank_above not in RANK_ABOVE:
@@ -102,7 +117,8 @@ def plan(
             f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and {alpha_pattern!r}"
         ) from None
     copies = tuple(find_modules(model, [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()))
-    paths = select(model, targets, exclude, layer_indices, reserved=copies)
+    rows = find_tokens(model, trainable_tokens, copies=copies)
+    paths = select(model, targets, exclude, layer_indices, reserved=copies, alone=bool(rows))
     stacks = {path.rpartition(".")[0] for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer}
     attentions = {path for path in map(parameters.attention_of, stacks) if path}
     rank_pattern = for_stacks(for_stacks(rank_pattern, attentions, parameters.PART), stacks)
@@ -111,6 +127,8 @@ def plan(
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     method, paths = method.select(paths)
     chosen = plan_for(method, paths, copies, rank_pattern, alpha_pattern)
+    check_free(rows, chosen.sites)
+    chosen = dataclasses.replace(chosen, tokens=rows)
     shapes = {path: spot_of(module_at(model, path)).shape for path in chosen.sites}
     if rank_above == "clamp":
         chosen = _clamped(chosen, shapes, stacks)
@@ -221,6 +239,7 @@ class Graft:
         tensors: Mapping[str, Mapping[str, Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
@@ -229,6 +248,7 @@ class Graft:
                 each device.
             copies: the state of the modules trained whole, by path; without it they start as the base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
+            rows: the rows of tokens, by path; without it they start as the base's.
 
         Nothing is changed if anything fails.
 
@@ -237,7 +257,7 @@ class Graft:
             StateError: adapters are merged, or a module is in use in a way that does not go together.
         """
         registry = self._free_registry()
-        children: dict[str, Site | Copy] = {}
+        children: dict[str, Child] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         modules = {path: module_at(self.model, path) for path in self._paths()}
         for path, method in self.plan.sites.items():
@@ -257,6 +277,8 @@ class Graft:
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
+        own_rows = base_rows(self.model, self.plan.tokens) if rows is None else rows
+        children |= rows_for(modules, self.plan.tokens, own_rows)
         for path, child in children.items():
             if reason := conflict(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
@@ -358,6 +380,12 @@ class Graft:
         assert isinstance(child, Copy)
         return child.module
 
+    def rows_at(self, path: str) -> nn.Parameter:
+        """The rows of tokens (k, dim) that the adapter trains in the module at `path`."""
+        child = _hung(self.model, path)[self.name]
+        assert isinstance(child, Rows)
+        return child.rows
+
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is folded into the weights."""
@@ -394,7 +422,7 @@ class Graft:
 
     def check_sizes(self) -> None:
         """Raise `StateError` if a module was resized since it was adapted."""
-        for path in self.plan.sites:
+        for path in (*self.plan.sites, *places_of(self.plan.tokens)):
             hung, module = _hung(self.model, path), module_at(self.model, path)
             weight = module._parameters.get("weight")
             if weight is not None and hung.shape not in (None, whole_shape(weight)):
@@ -453,6 +481,7 @@ class Graft:
             for path in self._paths():
                 rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
                 set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
+            _keep_tables(self.model)
 
     def begin(self, total_steps: int | None = None) -> None:
         """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
@@ -566,7 +595,7 @@ class Graft:
         return [hung_on(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
-        return (*self.plan.sites, *self.plan.copies)
+        return (*self.plan.sites, *self.plan.copies, *places_of(self.plan.tokens))
 
     def _require_present(self) -> None:
         if not self.is_present:
@@ -663,7 +692,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole.
+        SettingError: an unknown name, or two adapters that both train the same module whole, or the same row.
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -675,8 +704,9 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             if path in replaced:
                 raise SettingError(f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them")
             replaced[path] = name
+    check_apart({name: known[name].plan.tokens for name in names})
     for name in names:
-        for path in known[name].plan.sites:
+        for path in (*known[name].plan.sites, *places_of(known[name].plan.tokens)):
             whole = next((copy for copy in replaced if path.startswith(copy + ".") and replaced[copy] != name), None)
             if whole:
                 raise SettingError(
@@ -742,11 +772,19 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
                 for path in graft._paths():
                     if graft.name not in (merged := _hung(model, path).merged):
                         set_merged(module_at(model, path), path, (*merged, graft.name), dtype)
+            _keep_tables(model)
         except BaseException:
             for path, merged in before.items():
                 set_merged(module_at(model, path), path, merged, dtype)
             raise
     return {path: weight for path in before if (weight := _hung(model, path).dense) is not None}
+
+
+def _keep_tables(model: nn.Module) -> None:
+    """Let tied tables whose rows adapters train stay one, where the same adapters are merged into them."""
+    for graft in _registry(model).grafts.values():
+        paths = places_of(graft.plan.tokens)
+        keep_ties(model, graft.plan.tokens, {path: _hung(model, path).merged for path in paths})
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ class Changed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, _name(func)
+        kwargs, name = kwargs or {}, name_of_function(func)
         if name in ABOUT_IT:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if name in ADDRESSES:
@@ -223,7 +223,7 @@ def _expert_of(x: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets, rows, right=True).clamp(max=len(offsets) - 1)
 
 
-def _name(func: Any) -> str:
+def name_of_function(func: Any) -> str:
     """What is asked: the name of a function of torch's, of an operator without its overload, or of an attribute."""
     name = getattr(func, "__name__", str(func))
     return str(func.__self__.__name__) if name == "__get__" else name.split(".")[0]

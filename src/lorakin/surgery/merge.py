@@ -21,7 +21,9 @@ from lorakin.surgery.adapted import hang
 from lorakin.surgery.experts import set_aside
 from lorakin.surgery.hung import hung_on, ours
 from lorakin.surgery.layers import Layer, QuantisedLayer, UngroupedLayer
+from lorakin.surgery.rows import Rows, check_size
 from lorakin.surgery.site import Copy, Site
+from lorakin.surgery.tokens import fold
 
 
 class Placed(Protocol):
@@ -122,7 +124,7 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torc
 
 
 @torch.no_grad()
-def _dense(module: nn.Module, path: str, adapters: list[Site | Copy], dtype: torch.dtype) -> Tensor:
+def _dense(module: nn.Module, path: str, adapters: list[Site | Copy | Rows], dtype: torch.dtype) -> Tensor:
     matrix = QuantisedLayer.weight(module).matrix
     pairs = [adapter.pair(matrix) for adapter in adapters if isinstance(adapter, Site)]
     return folded(matrix, QuantisedLayer, module, pairs, path, dtype)
@@ -131,7 +133,7 @@ def _dense(module: nn.Module, path: str, adapters: list[Site | Copy], dtype: tor
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The base's tensors that merging replaces: the weight, or all that a module trained whole saves."""
     hung = hung_on(module)
-    if any(isinstance(child, Site) for child in hung.values()):
+    if any(isinstance(child, Site | Rows) for child in hung.values()):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return {"weight": set_aside(module, weight)}
@@ -139,8 +141,12 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in saved.items() if not key.startswith(skip)}
 
 
-def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:
+def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy | Rows]) -> dict[str, Tensor]:
     sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
+    if rows := [adapter for adapter in adapters if isinstance(adapter, Rows)]:
+        table = base["weight"]
+        check_size(rows, hung_on(module), table)
+        return {"weight": _like(table, fold(table.detach(), rows), path)}
     if not sites:
         return _copied(base, path, adapters)
     if any(site.layer is UngroupedLayer for site in sites):
@@ -182,7 +188,7 @@ def folded(
     return _like(weight if dtype is None else weight.to(dtype), layer.layout(changed, module), path)
 
 
-def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy]) -> dict[str, Tensor]:
+def _copied(base: dict[str, Tensor], path: str, adapters: list[Site | Copy | Rows]) -> dict[str, Tensor]:
     copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
     if len(copies) > 1:
         raise StateError(f"two adapters that train {path} whole cannot both be merged; unmerge the other first")

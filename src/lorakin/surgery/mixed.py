@@ -21,6 +21,7 @@ from lorakin.family.low_rank import padded
 from lorakin.surgery.graft import check_switchable, hanging
 from lorakin.surgery.hung import Hung, hung_on
 from lorakin.surgery.layers import LinearLayer, QuantisedLayer, TransposedLayer
+from lorakin.surgery.rows import put
 from lorakin.surgery.site import Site
 
 FEW_TOKENS = 4
@@ -126,6 +127,13 @@ class MixedBatch:
         if stack is None or not stack.down.dtype == x.dtype == base.dtype:  # under autocast they differ
             return self._each(hung, base, numbers, lambda site, rows: base[rows] + site(module, x[rows], base[rows]))
         return self._stacked(stack, module, x, base, numbers)
+
+    def with_rows(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
+        """The output of a module of which adapters train rows, of which `base` is the base's."""
+        if x.shape[0] == 1 < len(self.wanted):
+            x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
+        numbers = self._numbers_for(x.shape[0], x.device, module)
+        return self._each(hung_on(module), base, numbers, lambda own, rows: put(module, [own], x[rows], base[rows]))
 
     def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
         """The output of a module that adapters train whole, of which `base` is the base's."""

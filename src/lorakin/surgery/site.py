@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class Copy(nn.Module):
 
 
 @contextlib.contextmanager
-def brought(sites: list[Site]) -> Iterator[None]:
+def brought(sites: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, the tensors of adapters that Accelerate keeps elsewhere are here.
 
     Its hooks bring a module's tensors when the module is called. Adapters are not always called:

@@ -106,6 +106,7 @@ def select(
     exclude: str | Sequence[str] = (),
     layer_indices: Sequence[int] | None = None,
     reserved: Iterable[str] = (),
+    alone: bool = False,
 ) -> list[str]:
     """Paths of the modules to adapt, in the model's order.
 
@@ -115,6 +116,7 @@ def select(
         exclude: patterns to leave out.
         layer_indices: only modules inside these repeated layers (the first number in the path); negative counts back.
         reserved: paths of modules that are trained whole; nothing inside them is adapted.
+        alone: something else is trained, so that nothing need be adapted.
 
     Raises:
         TargetError: a pattern that matches nothing, or only modules that cannot be adapted.
@@ -130,7 +132,7 @@ def select(
         chosen = [path for path, module in free.items() if layers.kind_of(module) and targets(path, module)]  # type: ignore[operator]
         described = "the targets function"
     else:
-        if not patterns and reserved:
+        if not patterns and (reserved or alone):
             return []
         if not patterns:
             raise TargetError("no targets given; name modules, or use targets='all-linear'")

@@ -40,6 +40,7 @@ class Recipe:
     layers: str | None = None
     modules_to_save: list[str] = dataclasses.field(default_factory=list)
     rank_above: str = "refuse"
+    trainable_tokens: list[str] = dataclasses.field(default_factory=list)
     eval_data: str | None = None
     holdout: float = 0.1
     lr: float | None = None

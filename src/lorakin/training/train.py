@@ -38,6 +38,7 @@ from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
@@ -158,6 +159,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "layers": indices,
         "modules_to_save": whole,
         "rank_above": recipe.rank_above,
+        "trainable_tokens": rows_of(recipe.trainable_tokens, loaded.tokenizer, loaded.model),
         "seed": recipe.seed,
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
@@ -373,6 +375,7 @@ def _describe(run: Run) -> None:
         f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
+        + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
         + f"; {share(trained, total)} train",
         highlight=False,
     )

@@ -262,6 +262,13 @@ def check_trained(graft: Graft) -> None:
     unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
     for reason in (*unfinished, *graft.method.unmoved(graft.places())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
+    if graft.scale != 1:
+        warnings.warn(
+            f"files hold no scale: adapter {graft.name!r} is saved as it is at scale 1, and not at {graft.scale:g}; for files "
+            "of the scaled change, save what lorakin.as_lora makes of it",
+            LorakinWarning,
+            stacklevel=3,
+        )
     if moved := sorted(graft.moved_buffers()):
         warnings.warn(
             f"training moved buffers of the base ({some(moved)}); they are saved beside adapter {graft.name!r}, in a file that "

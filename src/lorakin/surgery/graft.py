@@ -36,6 +36,7 @@ from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hun
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
+from lorakin.surgery.scale import rescaled
 from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
 from lorakin.surgery.ties import Ties
@@ -213,6 +214,7 @@ class Graft:
         self.averaging: Averaging | None = None
         self._state: Mapping[str, Any] | None = None
         self.buffers: dict[str, Tensor] = {}
+        self._scale = 1.0
         self._disabled = 0
         self._merge_again = False
 
@@ -339,9 +341,10 @@ class Graft:
         return own_weight(module_at(self.model, path))
 
     def change_at(self, path: str) -> Pair:
-        """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
+        """The whole change of the module at `path` over that weight, scaled as it is now; in float32 at least."""
         site = self.site(path)
-        return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+        pair = site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+        return pair.times(site.scale)
 
     def factors_at(self, path: str) -> tuple[Pair, float]:
         """The same before its scale is in `up`, and the scale, where the pair has one."""
@@ -372,6 +375,36 @@ class Graft:
     def is_off(self) -> bool:
         """Whether it is disabled at the moment."""
         return self._disabled > 0
+
+    @property
+    def scale(self) -> float:
+        """How many times its change the adapter makes: 1 at first, 0 is none; any number.
+
+        W = W0 + scale · (the adapter's weight − W0), in every adapted module, also where a gain is part
+        of the change; for inference, training and merging. Modules trained whole are used as they are.
+        It is of this model in memory: files do not hold it. Setting it on a merged adapter merges anew.
+
+        Raises, when it is set:
+            SettingError: no finite number.
+            StateError: inside `mixed_batch`, or the adapter has moved the base weights in place.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._require_present()
+        _check_unmixed(self.model, "scaled")
+        self._scale = rescaled(self, scale)
+
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Inside, the adapter's scale is this one; behind it, what it was before. See `scale`."""
+        before, self.scale = self._scale, scale
+        try:
+            yield
+        finally:
+            if self.is_present:
+                self.scale = before
 
     def moved_buffers(self) -> dict[str, Tensor]:
         """Those of its own buffers that are no longer the base's, by name."""
@@ -630,6 +663,11 @@ class SitePlace:
 
     def move_base(self, change: Tensor) -> None:
         """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        if self.graft.scale != 1:
+            raise StateError(
+                f"adapter {self.graft.name!r} moves the base weights in place, which its scale of {self.graft.scale:g} "
+                "does not reach; set it to 1 while training"
+            )
         move_base(module_at(self.graft.model, self.path), change)
 
     def restore_base(self) -> None:

@@ -33,6 +33,7 @@ class Site(nn.Module):
         self.method = method
         self.layer = layer
         self.shape = shape
+        self.scale = 1.0
         self.siblings = path.rpartition(".")[0]
         self._squares: tuple[Seen, Tensor] | None = None
         self._ready: tuple[Seen, Copied, Ready] | None = None
@@ -74,9 +75,17 @@ class Site(nn.Module):
         wide = widened(self.tensors())
         return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
 
-    def pair(self, weight: Tensor | Weight) -> Pair:
-        """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
-        return self.method.pair(self.wide(weight.device), self.shape, weight)
+    def pair(self, weight: Tensor | Weight, scale: float | None = None) -> Pair:
+        """The method's pair over `weight` (outputs, inputs), in float32 or float64.
+
+        Its change is scaled by `scale`, by default as the adapter is scaled now.
+        """
+        pair = self.method.pair(self.wide(weight.device), self.shape, weight)
+        return pair.times(self.scale if scale is None else scale)
+
+    def rescale(self, scale: float) -> None:
+        """From now on the adapter changes the module `scale` times as much as its tensors say."""
+        self.scale, self._ready = scale, None
 
     def fused(self, module: Any, x: Any) -> Tensor | None:
         """The output of the adapted module, the base's part included, where `surgery/fused.py` can compute it."""
@@ -85,6 +94,7 @@ class Site(nn.Module):
             return None
         dropout = self.method.dropout if self.training else 0.0
         if (chain := self.method.chain(self.wide())) is not None:  # whose frozen matrices are moved once
+            chain = chain.times(self.scale)
             return fused.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
         tensors = self.wide(weight.device)
         if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
@@ -96,7 +106,14 @@ class Site(nn.Module):
         return fused.linear_with_pair(x, weight, bias, pair, scale, dropout)
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
+        """The pair and its scale, over a weight whose squares of rows are remembered while it is the same."""
+        pair, scale = self._factors(tensors, matrix)
+        if pair.gain is None:
+            return pair, scale * self.scale
+        return pair.times(self.scale), scale
+
+    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+        """The same as the tensors say, whatever the adapter's scale."""
         weight = Weight(matrix.detach())
         if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
             return self.method.factors(tensors, self.shape, weight)

@@ -163,6 +163,8 @@ class Adapter(Graft):
                 self.site(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
+            for at, bias in self.biases().items():
+                bias.copy_(contents.biases[at])
             self.take_buffers(contents.buffers)
         if contents.state is not None:
             self.restore_state(contents.state)
@@ -170,7 +172,7 @@ class Adapter(Graft):
     def _is_as(self, plan: surgery.Plan, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
         mine, its = self.plan, plan
-        if (list(mine.sites), mine.copies) != (list(its.sites), its.copies):
+        if (list(mine.sites), mine.copies, mine.biases) != (list(its.sites), its.copies, its.biases):
             return False
         pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [(mine.method, its.method)]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
@@ -195,6 +197,7 @@ def adapt(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    bias: str = "none",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -217,6 +220,8 @@ def adapt(
         modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
         rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
             their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
+        bias: "lora_only" trains the biases of the adapted modules too, "all" those of the model. The adapter
+            has its own of each, and the base's stay as they are.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -235,6 +240,7 @@ def adapt(
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
+        "bias": bias,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -266,6 +272,7 @@ def importance(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    bias: str = "none",
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -276,7 +283,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, bias: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -295,6 +302,7 @@ def importance(
         "alpha_pattern": alpha_pattern,
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
+        "bias": bias,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 
@@ -342,7 +350,8 @@ def _importance(
 def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype))
+    biases = surgery.start_of(model, plan.biases, dtype)
+    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), biases=biases)
     adapter.freeze_base()
     adapter.is_fresh = True
     return adapter
@@ -392,8 +401,8 @@ def load(
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
     adapter = Adapter(model, name, contents.plan)
-    tensors = contents.masters() if trainable else contents.sites
-    adapter.install(tensors, contents.copies, None if trainable else contents.buffers)
+    tensors, biases = (contents.masters(), contents.bias_masters()) if trainable else (contents.sites, contents.biases)
+    adapter.install(tensors, contents.copies, None if trainable else contents.buffers, biases)
     if trainable:
         adapter.take_buffers(contents.buffers)
         adapter.freeze_base()
@@ -426,7 +435,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use exactly these adapters; several add up, `[]` leaves the base alone. Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole.
+        SettingError: an unknown name, or two adapters that both train the same module whole, or its bias.
         StateError: an adapter is merged.
     """
     surgery.activate(surgery.root_of(model), names)

@@ -232,7 +232,6 @@ def test_training_with_the_same_start_goes_the_same_way(tmp_path: Path, ids: Ten
 def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
     for settings, message in (
         ({"lora_bias": True}, "a bias on B"),
-        ({"bias": "lora_only"}, "trains biases"),
         ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
     ):
         model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], **settings))

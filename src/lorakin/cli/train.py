@@ -65,6 +65,9 @@ def command(
     layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,
     modules_to_save: Annotated[list[str] | None, typer.Option(help="Modules to train whole.")] = None,
     rank_above: RankAbove = None,
+    bias: Annotated[
+        str | None, typer.Option(help="Biases to train: none, lora_only (of the adapted modules) or all. [default: none]")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows. [default: split off the data]")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share to hold out, at most 256 rows. [default: 0.1]")] = None,
     lr: Annotated[

@@ -20,6 +20,7 @@ from lorakin.family import widened
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
+from lorakin.surgery.hung import BIAS
 from lorakin.surgery.merge import folded
 from lorakin.surgery.ties import FLAG, Parting, groups
 from lorakin.training.kinds import BaseKind, kind_for
@@ -94,7 +95,10 @@ class Merged(Mapping[str, Tensor]):
         return dtype, shape if copied is None else tuple(copied.shape)
 
     def _copied(self, name: str) -> Tensor | None:
-        """The tensor of a module that the adapter trained whole, if it is of one."""
+        """The tensor that the adapter has in the base's place: of a module trained whole, or a bias."""
+        path, _, leaf = name.rpartition(".")
+        if leaf == BIAS and path in self.contents.biases:
+            return self.contents.biases[path]
         for path, state in self.contents.copies.items():
             if name.startswith(path + "."):
                 return state[name.removeprefix(path + ".")]
@@ -152,6 +156,7 @@ class Merged(Mapping[str, Tensor]):
         last = max(self.shards.values())
         changed = {f"{path}.weight" for path in self.contents.plan.sites}
         changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
+        changed |= {f"{path}.{BIAS}" for path in self.contents.biases}
         tied = groups(self.model)
         self.parting = Parting.of(self.model, {name for names in tied if changed & names.keys() for name in names})
         for names in tied:

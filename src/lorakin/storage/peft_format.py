@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import attention, expert_stacks, grouped, layer_weights, starts
+from lorakin.storage import attention, bias_format, expert_stacks, grouped, layer_weights, starts
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
@@ -170,10 +170,12 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
     """
     copies = {path: graft.copy_of(path).state_dict() for path in graft.plan.copies}
     if form is None:
-        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout)
+        dropout = graft.plan.method.dropout
+        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=dropout, biases=graft.biases())
     config, tensors = _as_they_are(graft, form)
     scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
-    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, scales, copies)
+    config |= {"peft_type": form.peft_type, "bias": bias_format.word(graft.plan.biases, graft.plan.sites, form.peft_type)}
+    return _finished(graft.model, config, tensors, scales, copies, graft.biases())
 
 
 def pairs_to_files(
@@ -183,6 +185,7 @@ def pairs_to_files(
     alphas: Mapping[str, float] | None = None,
     copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     dropout: float = 0.0,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of plain LoRA: of the pairs B·A, or with an `m` DoRA, in the modules of `model` at these paths.
 
@@ -193,6 +196,7 @@ def pairs_to_files(
         alphas: path → alpha, the scale being alpha/r; without it alpha is r everywhere and the scale 1.
         copies: path → state of the modules trained whole.
         dropout: of the branch's input.
+        biases: path → a bias in place of the base's.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -216,13 +220,15 @@ def pairs_to_files(
             tensors |= {f"{PREFIX}{path}.{_slots(LORA, kind)[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
     alphas = {path: ranks[path] if alphas is None else alphas[path] for path in ranks}
     config: dict[str, Any] = {"peft_type": LORA.peft_type, "target_modules": sorted(ranks), "lora_dropout": dropout}
+    config["bias"] = bias_format.word(biases or (), sites, LORA.peft_type)
     for field, values, pattern in (("r", ranks, "rank_pattern"), ("lora_alpha", alphas, "alpha_pattern")):
         most = max(values.values(), default=1)
         config[field] = _whole(most)
         if own := {f"^{re.escape(path)}": _whole(value) for path, value in sorted(values.items()) if value != most}:
             config[pattern] = own
     scales = {path: Scale(ranks[path], alphas[path], False) for path in ranks}
-    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, scales, copies or {})
+    config |= {"use_dora": True} if gained else {}
+    return _finished(model, config, tensors, scales, copies or {}, biases or {})
 
 
 def _finished(
@@ -231,13 +237,13 @@ def _finished(
     tensors: dict[str, Tensor],
     scales: Mapping[str, Scale],
     copies: Mapping[str, Mapping[str, Tensor]],
+    biases: Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     named, copies = sorted(copies), {**copies, **wrapped_too(model, copies, scales)}
     heading = {
         "task_type": task_of(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "bias": "none",
         "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
         "inference_mode": True,
         "modules_to_save": named or None,
@@ -245,6 +251,7 @@ def _finished(
     own, tensors, scales = attention.written(model, config, tensors, scales, PREFIX)
     own, tensors = expert_stacks.stacked(model, own, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
+    tensors |= {PREFIX + bias_format.key(path, scales): bias for path, bias in biases.items()}
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written
 
@@ -321,13 +328,23 @@ class Contents:
     state: Mapping[str, Any] | None = None
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of the base, by name, as training left them."""
+    biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """In place of the base's, by the module's path."""
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
         """The tensors in float32 at least, for training, in memory of their own; those that were one object still are."""
-        own = {
-            id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for s in self.sites.values() for t in s.values()
-        }
+        own = _masters(t for slots in self.sites.values() for t in slots.values())
         return {path: {slot: own[id(t)] for slot, t in slots.items()} for path, slots in self.sites.items()}
+
+    def bias_masters(self) -> dict[str, Tensor]:
+        """The same of the biases."""
+        own = _masters(self.biases.values())
+        return {path: own[id(t)] for path, t in self.biases.items()}
+
+
+def _masters(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Copies in float32 at least, by the identity of what they are of."""
+    return {id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,9 +382,10 @@ def from_files(
     over_all = frozenset[str]()
     if form is LORA:
         config, sites, over_all = grouped.read(modules, sites, config, where)
-    copies, rest = _split_copies(modules, config, rest)
+    copies, rest = _split_copies(modules, config, bias_format.without_doubles(config, rest))
     if own is not None and own.whole is not None:
         copies = {path: state for path, state in copies.items() if path in own.whole}
+    biases, rest = bias_format.split(modules, config, sites, copies, rest, where)
     rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
@@ -388,7 +406,8 @@ def from_files(
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), ungrouped=over_all)
+        kept = _with_ranks_kept(plan, config, read)
+        plan = dataclasses.replace(kept, ungrouped=over_all, biases=tuple(biases))
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
@@ -409,10 +428,10 @@ def from_files(
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
                 raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
     if own is None:
-        return Contents(plan, shared, copies)
+        return Contents(plan, shared, copies, biases=biases)
     if reason := misfit_of_buffers(model, own.buffers):
         raise AdapterError(f"{where}: {reason}")
-    return Contents(plan, shared, copies, own.state, own.buffers)
+    return Contents(plan, shared, copies, own.state, own.buffers, biases)
 
 
 def _read(
@@ -641,8 +660,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     for field, what in UNSUPPORTED.items():
         if config.get(field):
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")
+    bias_format.check(config, where)
     if config.get("use_dora") and config["peft_type"] != LORA.peft_type:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
     if reason := misfit(config):

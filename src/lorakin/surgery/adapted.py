@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts
-from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
+from lorakin.surgery.biases import as_the_bases
+from lorakin.surgery.hung import BIAS, KEY, Adapters, Bias, Hung, hung_on, hung_or_none
 from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
 from lorakin.surgery.readers import is_in_forward
 from lorakin.surgery.reading import changed_weight
@@ -27,7 +28,8 @@ from lorakin.surgery.swapped import Swapped, combined, swap_class, unmix
 class Adapted(Swapped):
     """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
 
-    Who reads its weight in a forward, without calling the module, gets the changed weight.
+    Who reads its weight in a forward, without calling the module, gets the changed weight. Who reads
+    its bias in a forward, the module's own too, gets that of the adapter in use, if it has one.
     """
 
     lorakin: Adapters
@@ -65,8 +67,13 @@ class Adapted(Swapped):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        hung = hung_or_none(self) if name == "weight" else None
-        if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
+        hung = hung_or_none(self) if name in ("weight", BIAS) else None
+        if hung is None:
+            return super().__getattr__(name)
+        if name == BIAS:
+            if hung.biased and (hung.inside or is_in_forward(1)) and (owner := hung.owner_of_bias()) is not None:
+                return as_the_bases(hung[owner], self)
+        elif not hung.inside and hung.in_use() and is_in_forward(1):
             return changed_weight(self, hung)
         return super().__getattr__(name)
 
@@ -190,33 +197,35 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def hang(module: nn.Module, name: str, child: Site | Copy) -> None:
+def hang(module: nn.Module, name: str, child: Site | Copy | Bias) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
         hung = Hung()
+        hung.by_weight = isinstance(child, Bias)
         module.lorakin = hung.adapters
-        if isinstance(child, Site):
-            hung.by_weight = has_own_forward(module, child.layer)
-            weight = module._parameters.get("weight")
-            if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
-                hung.shape = whole_shape(weight)
         if isinstance(module, experts.ExpertMatrix):
             experts.attach(module)
-    hung_on(module)[name] = child
+    hung = hung_on(module)
+    if isinstance(child, Site) and not any(isinstance(other, Site) for other in hung.values()):
+        hung.by_weight = has_own_forward(module, child.layer)
+        weight = module._parameters.get("weight")
+        if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
+            hung.shape = whole_shape(weight)
+    hung[name] = child
 
 
-def _mixin(module: nn.Module, child: Site | Copy) -> type[nn.Module]:
-    if isinstance(child, Site):
+def _mixin(module: nn.Module, child: Site | Copy | Bias) -> type[nn.Module]:
+    if not isinstance(child, Copy):
         return Adapted
     return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
 
 
-def conflict(module: nn.Module, name: str, child: Site | Copy) -> str | None:
+def conflict(module: nn.Module, name: str, child: Site | Copy | Bias) -> str | None:
     """Why `child` cannot be hung on `module` as the adapter `name`, or None if it can."""
     if is_adapted(module):
         hung = hung_on(module)
-        if isinstance(module, Adapted) is not isinstance(child, Site):
+        if isinstance(module, Adapted) is isinstance(child, Copy):
             return "it is in use by another adapter in another way, adapted or trained whole; remove that one first"
         if name in hung:
             return f"it already has an adapter {name!r}, put there through another part of the model"

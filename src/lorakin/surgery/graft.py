@@ -31,8 +31,10 @@ from lorakin.surgery.adapted import (
     unhang,
 )
 from lorakin.surgery.before_forward import BeforeForward, exchanged
+from lorakin.surgery.biases import NONE as NO_BIASES
+from lorakin.surgery.biases import bias_of, check_apart, find_biases, start_of, tie_merged
 from lorakin.surgery.buffers import Buffers
-from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
+from lorakin.surgery.hung import Bias, Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
@@ -47,7 +49,7 @@ class Plan:
     """What an adapter will be, decided and checked before the model is touched.
 
     `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
-    `copies` the paths of the modules trained whole.
+    `copies` the paths of the modules trained whole, `biases` those of the modules whose bias is trained.
     """
 
     method: Method
@@ -57,6 +59,7 @@ class Plan:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ungrouped: frozenset[str] = frozenset()
     """The grouped convolutions to which a pair over all their inputs is added."""
+    biases: tuple[str, ...] = ()
 
 
 RANK_ABOVE = ("refuse", "clamp")
@@ -91,6 +94,7 @@ def plan(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
+    bias: str = NO_BIASES,
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
     if rank_above not in RANK_ABOVE:
@@ -117,7 +121,7 @@ def plan(
         chosen = _clamped(chosen, shapes, stacks)
     for path, there in chosen.sites.items():
         there.check(shapes[path], path)
-    return chosen
+    return dataclasses.replace(chosen, biases=find_biases(model, bias, chosen.sites, copies))
 
 
 def _clamped(plan: Plan, shapes: Mapping[str, Shape], stacks: set[str]) -> Plan:
@@ -223,6 +227,7 @@ class Graft:
         tensors: Mapping[str, Mapping[str, Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
@@ -231,6 +236,7 @@ class Graft:
                 each device.
             copies: the state of the modules trained whole, by path; without it they start as the base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
+            biases: its own biases, by the module's path; without it they start as the base's.
 
         Nothing is changed if anything fails.
 
@@ -239,9 +245,14 @@ class Graft:
             StateError: adapters are merged, or a module is in use in a way that does not go together.
         """
         registry = self._free_registry()
-        children: dict[str, Site | Copy] = {}
+        children: dict[str, Site | Copy | Bias] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         modules = {path: module_at(self.model, path) for path in self._paths()}
+        own_biases: dict[str, nn.Parameter] = {}
+        for path, tensor in (start_of(self.model, self.plan.biases) if biases is None else biases).items():
+            own_bias, there = bias_of(modules[path]), tensor.detach()
+            there = there if own_bias is None or own_bias.is_meta else there.to(own_bias.device)
+            own_biases[path] = made.setdefault((id(tensor), there.device), nn.Parameter(there))
         for path, method in self.plan.sites.items():
             module = modules[path]
             kind = UngroupedLayer if path in self.plan.ungrouped else layers.kind_of(module)
@@ -253,12 +264,13 @@ class Graft:
                     there = tensor.detach() if device.type == "meta" else tensor.detach().to(device)  # values are not given up
                     made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
-            children[path] = Site(path, method, kind, shape, parameters)
+            children[path] = Site(path, method, kind, shape, parameters, own_biases.get(path))
         for path in self.plan.copies:
             twin = _plain_copy(modules[path]).requires_grad_(True)
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
+        children |= {path: Bias(bias) for path, bias in own_biases.items() if path not in children}
         for path, child in children.items():
             if reason := conflict(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
@@ -349,7 +361,8 @@ class Graft:
     def factors_at(self, path: str) -> tuple[Pair, float]:
         """The same before its scale is in `up`, and the scale, where the pair has one."""
         site = self.site(path)
-        return site.method.factors(widened(self.tensors_at(path)), site.shape, Weight(self.base_weight(path)))
+        tensors, weight = widened(self.tensors_at(path)), Weight(self.base_weight(path))
+        return site.scaled_factors(site.method.factors(tensors, site.shape, weight))
 
     def experts(self) -> list[str]:
         """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
@@ -360,6 +373,11 @@ class Graft:
         child = _hung(self.model, path)[self.name]
         assert isinstance(child, Copy)
         return child.module
+
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Its own biases, by the path of the module."""
+        own = {path: _hung(self.model, path).bias_of(self.name) for path in self.plan.biases}
+        return {path: bias for path, bias in own.items() if bias is not None}
 
     @property
     def is_merged(self) -> bool:
@@ -394,7 +412,8 @@ class Graft:
     def scale(self, scale: float) -> None:
         self._require_present()
         _check_unmixed(self.model, "scaled")
-        self._scale = rescaled(self, scale)
+        with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
+            self._scale = rescaled(self, scale)
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
@@ -599,7 +618,8 @@ class Graft:
         return [hung_on(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
-        return (*self.plan.sites, *self.plan.copies)
+        beside = (path for path in self.plan.biases if path not in self.plan.sites)
+        return (*self.plan.sites, *self.plan.copies, *beside)
 
     def _require_present(self) -> None:
         if not self.is_present:
@@ -701,7 +721,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole.
+        SettingError: an unknown name, or two adapters that both train the same module whole, or its bias.
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -714,12 +734,13 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
                 raise SettingError(f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them")
             replaced[path] = name
     for name in names:
-        for path in known[name].plan.sites:
+        for path in (*known[name].plan.sites, *known[name].plan.biases):
             whole = next((copy for copy in replaced if path.startswith(copy + ".") and replaced[copy] != name), None)
             if whole:
                 raise SettingError(
                     f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains whole; activate one"
                 )
+    check_apart(_plans([known[name] for name in names]), SettingError)
     for graft in known.values():
         for path in graft._paths():
             hung = _hung(model, path)
@@ -772,6 +793,7 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
     others = [graft for graft in _registry(model).grafts.values() if graft not in chosen]
     _check_unmoved({graft.name: graft for graft in others if _share(graft, chosen)}, "merging")
     check_together(_plans([*chosen, *(graft for graft in others if graft.is_merged)]))
+    check_apart(_plans([*chosen, *(g for g in others if g.is_merged or (g.is_active and not g.is_off))]), StateError)
     dtype = quantised.dtype_of(model)
     before = {path: _hung(model, path).merged for graft in chosen for path in graft._paths()}
     with _ties_kept(model):
@@ -780,6 +802,7 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
                 for path in graft._paths():
                     if graft.name not in (merged := _hung(model, path).merged):
                         set_merged(module_at(model, path), path, (*merged, graft.name), dtype)
+                tie_merged(model, graft)
         except BaseException:
             for path, merged in before.items():
                 set_merged(module_at(model, path), path, merged, dtype)
@@ -958,4 +981,5 @@ __all__ = [
     "plan_for",
     "root_of",
     "spot_of",
+    "start_of",
 ]

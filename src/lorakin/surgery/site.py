@@ -13,7 +13,7 @@ from lorakin.family import Method, Pair, Role, Shape, Weight, widened
 from lorakin.surgery import fused
 from lorakin.surgery.autograd import PLAIN, Copied, Seen
 from lorakin.surgery.fused import Ready
-from lorakin.surgery.hung import hung_on
+from lorakin.surgery.hung import BIAS, hung_on
 from lorakin.surgery.layers import Layer, LinearLayer, kind_of
 
 
@@ -26,7 +26,13 @@ class Site(nn.Module):
     """One adapter on one module: its method's tensors there, as parameters."""
 
     def __init__(
-        self, path: str, method: Method, layer: type[Layer], shape: Shape, parameters: Mapping[str, nn.Parameter]
+        self,
+        path: str,
+        method: Method,
+        layer: type[Layer],
+        shape: Shape,
+        parameters: Mapping[str, nn.Parameter],
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.path = path
@@ -39,10 +45,12 @@ class Site(nn.Module):
         self._ready: tuple[Seen, Copied, Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
+        if bias is not None:  # in place of the base's
+            self.register_parameter(BIAS, bias)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters by slot, as the members named them."""
-        return dict(self._parameters)  # type: ignore[arg-type]
+        return {slot: p for slot, p in self._parameters.items() if slot != BIAS and p is not None}
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
@@ -107,10 +115,12 @@ class Site(nn.Module):
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The pair and its scale, over a weight whose squares of rows are remembered while it is the same."""
-        pair, scale = self._factors(tensors, matrix)
-        if pair.gain is None:
-            return pair, scale * self.scale
-        return pair.times(self.scale), scale
+        return self.scaled_factors(self._factors(tensors, matrix))
+
+    def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
+        """A pair and its scale, with the adapter's."""
+        pair, scale = factors
+        return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
 
     def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
         """The same as the tensors say, whatever the adapter's scale."""

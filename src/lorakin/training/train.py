@@ -158,6 +158,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "layers": indices,
         "modules_to_save": whole,
         "rank_above": recipe.rank_above,
+        "bias": recipe.bias,
         "seed": recipe.seed,
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
@@ -373,6 +374,7 @@ def _describe(run: Run) -> None:
         f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
+        + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
         + f"; {share(trained, total)} train",
         highlight=False,
     )

@@ -363,3 +363,43 @@ def test_a_scale_is_for_the_pairs_and_not_for_biases(ids: Tensor) -> None:
     for path, bias in adapter.biases().items():
         plain.get_submodule(path).bias.data = bias.detach()
     close(out(model, ids), out(plain, ids))
+
+
+def test_offloaded_since(ids: Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_bert()
+    base = out(model, ids)
+    adapter = moved(lk.adapt(model, lk.LoRA(rank=2), "query", bias="all"))
+    y = out(model, ids)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with torch.no_grad():
+        assert torch.equal(out(model, ids), y)
+        with adapter.disabled():
+            assert torch.equal(out(model, ids), base)
+
+
+def test_four_bits_leave_the_masters_wide() -> None:
+    """bitsandbytes casts the data of a bias that it gets, for good."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 64), torch.randn(3, 64).bfloat16()
+    packed = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16)
+    packed.load_state_dict(linear.state_dict())
+    packed.bias.data = packed.bias.data.bfloat16()
+    model = nn.Sequential(packed.to("cpu"))
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "0", bias="all")
+    y = model(x).detach()
+    bias = adapter.biases()["0"]
+    with torch.no_grad():
+        bias += 1
+    changed = model(x)
+    assert (changed - y - 1).abs().max() < 0.02 and bias.dtype == torch.float32
+    changed.float().sum().backward()
+    assert torch.equal(bias.grad, torch.full((64,), 3.0))
+    with pytest.warns(lk.LorakinWarning, match="quantised"):
+        adapter.merge()
+    assert (model(x) - changed).abs().max() < 0.03
+    adapter.unmerge()
+    assert torch.equal(model(x), changed)
+    with adapter.disabled():
+        assert torch.equal(model(x), y)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss, tiny_llama
+from lorakin.storage import directory
 from lorakin.surgery.biases import bias_of
 
 
@@ -403,3 +405,52 @@ def test_four_bits_leave_the_masters_wide() -> None:
     assert torch.equal(model(x), changed)
     with adapter.disabled():
         assert torch.equal(model(x), y)
+
+
+def test_a_module_that_lost_its_ranks_keeps_its_bias(tmp_path: Path, ids: Tensor) -> None:
+    model = tiny_bert()
+    adapter = moved(lk.adapt(model, lk.AdaLoRA(initial_rank=2, target_rank=1), ["query", "key"], bias="lora_only"))
+    freed = adapter.site(next(iter(adapter.plan.sites)))
+    with torch.no_grad():
+        freed.overwrite({slot: t[:, :0] if slot == "P" else t[:0] for slot, t in freed.tensors().items()})
+    y = out(model, ids).detach()
+    plain = lk.as_lora(adapter).adapter
+    close(out(model, ids), y, 1e-5)
+    plain.save(tmp_path / "plain")
+    directory.save(adapter, tmp_path / "adalora")
+    for name in ("plain", "adalora"):
+        fresh = tiny_bert()
+        loaded = lk.load(fresh, tmp_path / name)
+        close(out(fresh, ids), y, 1e-5)
+        assert set(loaded.biases()) == set(adapter.plan.sites)
+
+
+def test_biases_that_training_never_reached_are_said(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "0", bias="all")
+    optimizer = adapter.optimizer(torch.optim.SGD, lr=0.1)
+    for bias in adapter.biases().values():
+        bias.register_hook(torch.zeros_like)
+    for _ in range(2):
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    with pytest.warns(lk.LorakinWarning, match="the bias of 0 and|the bias of 0, the bias of 1"):
+        adapter.save(tmp_path)
+
+
+def test_what_shares_a_bias_still_does_when_merged(tmp_path: Path, ids: Tensor) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    adapter = moved(lk.adapt(model, lk.LoRA(rank=2), "query", bias="all"))
+    y, heads = out(model, ids).detach(), model.cls.predictions
+    base = heads.bias
+    adapter.merge()
+    assert heads.decoder.bias is heads.bias is not base
+    adapter.unmerge()
+    assert heads.decoder.bias is heads.bias is base
+    adapter.merge(permanent=True)
+    model.save_pretrained(tmp_path)
+    close(out(type(model).from_pretrained(tmp_path), ids), y, 1e-5)

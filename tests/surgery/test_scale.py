@@ -348,6 +348,7 @@ def test_compiled_and_checkpointed(ids: Tensor) -> None:
 def test_copies_of_the_model_keep_it() -> None:
     model, adapter, x = adapted("linear", lk.LoRA(rank=2))
     adapter.scale = 0.5
+    assert "active at scale 0.5" in str(adapter)
     twin = copy.deepcopy(model)
     assert lk.adapters(twin)["default"].scale == 0.5
     lk.adapters(twin)["default"].scale = 2

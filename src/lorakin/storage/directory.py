@@ -25,6 +25,7 @@ from lorakin.family import all_finite
 from lorakin.storage import atomic, card, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.biases import bias_of
 from lorakin.surgery.graft import Graft
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -284,6 +285,14 @@ def check_trained(graft: Graft) -> None:
             LorakinWarning,
             stacklevel=3,
         )
+    own = graft.biases()
+    if graft.is_fresh and graft.steps and own and all(_is_the_bases_bias(graft, path, bias) for path, bias in own.items()):
+        warnings.warn(
+            f"adapter {graft.name!r} trains {some(f'the bias of {path}' for path in own)}, but each is exactly the base's: "
+            "training never reached them",
+            LorakinWarning,
+            stacklevel=3,
+        )
     reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
@@ -301,9 +310,17 @@ def _is_the_bases(graft: Graft, path: str) -> bool:
     return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in graft.copy_of(path).state_dict().items())
 
 
+def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
+    base = bias_of(module_at(graft.model, path))
+    return base is not None and not base.is_meta and torch.equal(bias, base.to(bias))
+
+
 def _changes_nothing(graft: Graft, path: str) -> bool:
     site = graft.site(path)
     if not any(role.trained for role in site.roles().values()):
         return False  # meant to
+    bias = graft.biases().get(path)
+    if bias is not None and not _is_the_bases_bias(graft, path, bias):
+        return False
     pair = site.method.low_rank(site.wide(), site.shape)
     return not pair.up.is_meta and bool(pair.down.numel()) and not (bool(pair.up.any()) and bool(pair.down.any()))

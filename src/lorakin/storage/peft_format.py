@@ -191,8 +191,8 @@ def pairs_to_files(
 
     Args:
         model: the base.
-        sites: path → `A` (r, inputs), `B` (outputs, r) and perhaps `m` (outputs,), as matrices. A module whose rank is 0 and
-            that has no `m` changes nothing and is left out.
+        sites: path → `A` (r, inputs), `B` (outputs, r) and perhaps `m` (outputs,), as matrices. A module whose rank is 0,
+            without an `m` and a bias, changes nothing and is left out.
         alphas: path → alpha, the scale being alpha/r; without it alpha is r everywhere and the scale 1.
         copies: path → state of the modules trained whole.
         dropout: of the branch's input.
@@ -207,7 +207,7 @@ def pairs_to_files(
             scale = 1.0 if alphas is None else alphas[path] / max(1, len(there["A"]))
             wide = widened(there)
             there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
-        if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
+        if not there["A"].shape[0] and ("m" in there or path in (biases or ())):  # these alone: PEFT needs a rank
             there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
         if layers.is_grouped(module) and there["A"].shape[0]:
             scale = 1.0 if alphas is None else alphas[path] / len(there["A"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2
+from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
 
@@ -116,3 +117,9 @@ def test_biases_without_a_word_in_the_config_belong_to_nothing(tmp_path: Path) -
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
     with pytest.raises(lk.AdapterError):
         lk.load(tiny_bert(), tmp_path)
+
+
+def test_inspecting_says_which(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_bert(), lk.LoRA(rank=2), "query", bias="all")).save(tmp_path)
+    summary = summarise(tmp_path)
+    assert summary.headline()["biases"] == "all" and summary.as_dict()["bias"] == "all"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
+from lorakin.family.pair import is_sharded
 from lorakin.storage import atomic, card, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
@@ -312,7 +313,9 @@ def _is_the_bases(graft: Graft, path: str) -> bool:
 
 def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
     base = bias_of(module_at(graft.model, path))
-    return base is not None and not base.is_meta and torch.equal(bias, base.to(bias))
+    if base is None or base.is_meta or is_sharded(base):  # of one that is elsewhere nobody can tell
+        return False
+    return torch.equal(bias, base.to(bias))
 
 
 def _changes_nothing(graft: Graft, path: str) -> bool:

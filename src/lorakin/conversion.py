@@ -20,7 +20,7 @@ from lorakin.family.low_rank import Fit, nearest, nearest_to, padded, root_of_sa
 from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
-from lorakin.surgery.biases import ADAPTED, ALL, find_biases, start_of
+from lorakin.surgery.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
 from lorakin.surgery.graft import root_of
 from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
@@ -370,7 +370,7 @@ def _combined_biases(
     whole = [path for adapter in known for path in adapter.plan.copies]
     if not paths:
         return {}
-    found = start_of(model, find_biases(model, ALL if paths - sites else ADAPTED, sites, whole))
+    found = start_of(model, find_biases(model, ALL if paths - adapted_modules(model, sites) else ADAPTED, sites, whole))
     for path in [path for path in found if path in paths]:
         there = [adapter for adapter in known if path in adapter.plan.biases]
         changes = [(adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there]

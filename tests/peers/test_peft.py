@@ -236,7 +236,7 @@ def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
     ):
         model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], **settings))
         if "trainable_token_indices" in settings:
-            config = {**json.loads((tmp_path / "adapter_config.json").read_text()), "bias": "none", **settings}
+            config = {**json.loads((tmp_path / "adapter_config.json").read_text()), "lora_bias": False, **settings}
             (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         else:
             model.save_pretrained(tmp_path)

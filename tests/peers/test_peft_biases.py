@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2
+from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss
 from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
@@ -123,3 +123,31 @@ def test_inspecting_says_which(tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_bert(), lk.LoRA(rank=2), "query", bias="all")).save(tmp_path)
     summary = summarise(tmp_path)
     assert summary.headline()["biases"] == "all" and summary.as_dict()["bias"] == "all"
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.attention(x, x, x)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("kind", ["attention", "router"])
+def test_the_keys_of_wrapped_parameters_are_pefts(kind: str, bias: str, tmp_path: Path) -> None:
+    if kind == "attention":
+        make, theirs, ours = Attending, {"target_modules": ["attention"]}, "attention"
+    else:
+        make, ours = tiny_gpt_oss, ["q_proj", "router.weight"]
+        theirs = {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}
+    config = peft.LoraConfig(r=2, bias=bias, **theirs)
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path / "theirs")
+    loaded = lk.load(make(), tmp_path / "theirs")
+    adapter = randomise(lk.adapt(make(), lk.LoRA(rank=2), ours, bias=bias))
+    assert set(adapter.biases()) == set(loaded.biases())
+    adapter.save(tmp_path / "ours")
+    assert keys(tmp_path / "ours") == keys(tmp_path / "theirs") != set()

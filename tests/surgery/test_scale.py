@@ -74,6 +74,7 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], Tensor]]] = {
     "embedding": (lambda: nn.Embedding(6, 5), "0", TOKENS),
     "own forward": (lambda: ScaledEmbedding(6, 5), "0", TOKENS),
     "convolution": (lambda: nn.Conv1d(6, 5, 2), "0", lambda: torch.randn(2, 6, 4, dtype=torch.float64)),
+    "groups": (lambda: nn.Conv1d(6, 6, 2, groups=2), "0", lambda: torch.randn(2, 6, 4, dtype=torch.float64)),
     "read": (ReadLinear, "0.inner", VECTORS),
     "quantised": (Packed, "0", VECTORS),
 }

@@ -7,32 +7,47 @@ A bias of an adapted module is `<path>.base_layer.bias`, any other `<path>.bias`
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.surgery.biases import ADAPTED, ALL, NONE, bias_of
+from lorakin.surgery.biases import ADAPTED, ALL, NONE, adapted_modules, bias_of
 from lorakin.surgery.experts import ExpertMatrix
 
 ONLY = "_only"
+WRAPPED = re.compile(r"(.+?)\.((?:base_layer\.)*)(?:lora|vera)_")
 TWICE = re.compile(r"\.(?:original_module|modules_to_save)\..*\bbias$")
 """Of a module trained whole PEFT's "all" writes the biases again, the base's and the trained."""
 
 
-def word(biases: Collection[str], adapted: Collection[str], peft_type: str) -> str:
+def word(model: nn.Module, biases: Collection[str], sites: Iterable[str], peft_type: str) -> str:
     """The config's `bias` of an adapter with biases at these paths that adapts the modules at those."""
     if not biases:
         return NONE
-    if set(biases) - set(adapted):
+    if set(biases) - adapted_modules(model, sites):
         return ALL
     return "vera_only" if peft_type == "VERA" else ADAPTED
 
 
-def key(path: str, targets: Collection[str]) -> str:
-    """Under which PEFT writes the bias of the module at `path`, the config's targets being those."""
-    return f"{path}.base_layer.bias" if path in targets else f"{path}.bias"
+def keyed(biases: Mapping[str, Tensor], names: Collection[str], prefix: str) -> dict[str, Tensor]:
+    """The biases under PEFT's keys, in a file whose other tensors have these names.
+
+    PEFT wraps a module once for itself and once for each of its parameters that are adapted; an
+    attention's `out_proj` is inside the attention's wrapper.
+    """
+    wraps: dict[str, int] = {}
+    for name in names:
+        if match := WRAPPED.match(name.removeprefix(prefix)):
+            wraps[match[1]] = max(wraps.get(match[1], 0), 1 + match[2].count("."))
+    written = {}
+    for path, bias in biases.items():
+        parent, _, leaf = path.rpartition(".")
+        inner = f"{parent}.base_layer.{leaf}"
+        place = inner if inner in wraps else path
+        written[f"{prefix}{place}.{'base_layer.' * wraps.get(place, 0)}bias"] = bias
+    return written
 
 
 def check(config: Mapping[str, Any], where: str) -> None:
@@ -51,7 +66,7 @@ def without_doubles(config: Mapping[str, Any], rest: Mapping[str, Tensor]) -> di
 def split(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
-    sites: Collection[str],
+    adapted: Collection[str],
     copies: Collection[str],
     rest: Mapping[str, Tensor],
     where: str,
@@ -68,7 +83,8 @@ def split(
         return {}, dict(rest)
     found, left = {}, {}
     for name, tensor in rest.items():
-        path = name.removesuffix(".bias").removesuffix(".base_layer")
+        path = name.removesuffix(".bias")
+        path = path if path in modules else path.replace(".base_layer", "")
         module = modules.get(path) if name.endswith(".bias") else None
         if module is not None and bias_of(module) is not None:
             found[path] = tensor
@@ -88,7 +104,7 @@ def split(
         elif id(own) in made:
             biases[path] = made[id(own)]
     owners = {id(bias_of(modules[path])) for path in biases}
-    wanted = {path: bias_of(m) for path, m in modules.items() if path in sites or (which == ALL and not _in(path, whole))}
+    wanted = {path: bias_of(m) for path, m in modules.items() if path in adapted or (which == ALL and not _in(path, whole))}
     lacking = [p for p, own in wanted.items() if own is not None and id(own) not in owners]
     if lacking:
         raise AdapterError(f"{where}: its config says bias={which!r}, but it lacks the biases of {some(lacking)}")

@@ -46,6 +46,7 @@ from lorakin.storage.renamed import todays
 from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.biases import adapted_modules
 from lorakin.surgery.buffers import misfit_of_buffers
 from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
 from lorakin.surgery.hung import base_state
@@ -174,7 +175,8 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
         return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=dropout, biases=graft.biases())
     config, tensors = _as_they_are(graft, form)
     scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
-    config |= {"peft_type": form.peft_type, "bias": bias_format.word(graft.plan.biases, graft.plan.sites, form.peft_type)}
+    word = bias_format.word(graft.model, graft.plan.biases, graft.plan.sites, form.peft_type)
+    config |= {"peft_type": form.peft_type, "bias": word}
     return _finished(graft.model, config, tensors, scales, copies, graft.biases())
 
 
@@ -220,7 +222,7 @@ def pairs_to_files(
             tensors |= {f"{PREFIX}{path}.{_slots(LORA, kind)[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
     alphas = {path: ranks[path] if alphas is None else alphas[path] for path in ranks}
     config: dict[str, Any] = {"peft_type": LORA.peft_type, "target_modules": sorted(ranks), "lora_dropout": dropout}
-    config["bias"] = bias_format.word(biases or (), sites, LORA.peft_type)
+    config["bias"] = bias_format.word(model, biases or (), sites, LORA.peft_type)
     for field, values, pattern in (("r", ranks, "rank_pattern"), ("lora_alpha", alphas, "alpha_pattern")):
         most = max(values.values(), default=1)
         config[field] = _whole(most)
@@ -251,7 +253,7 @@ def _finished(
     own, tensors, scales = attention.written(model, config, tensors, scales, PREFIX)
     own, tensors = expert_stacks.stacked(model, own, tensors, scales, PREFIX)
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
-    tensors |= {PREFIX + bias_format.key(path, scales): bias for path, bias in biases.items()}
+    tensors |= bias_format.keyed(biases, tensors, PREFIX)
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own).items())), written
 
@@ -385,7 +387,7 @@ def from_files(
     copies, rest = _split_copies(modules, config, bias_format.without_doubles(config, rest))
     if own is not None and own.whole is not None:
         copies = {path: state for path, state in copies.items() if path in own.whole}
-    biases, rest = bias_format.split(modules, config, sites, copies, rest, where)
+    biases, rest = bias_format.split(modules, config, adapted_modules(model, sites), copies, rest, where)
     rest = _without_base_embeddings(modules, rest, _vocabulary_of(model), where)
     if rest:
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")

@@ -32,7 +32,7 @@ def find_biases(model: nn.Module, which: str, sites: Iterable[str], whole: Seque
     """Paths of the modules whose bias an adapter trains that adapts `sites` and trains `whole` whole.
 
     Args:
-        which: "none"; "lora_only", those of `sites`; "all", those of the model.
+        which: "none"; "lora_only", those of `sites`, and of what owns a parameter there; "all", those of the model.
 
     Raises:
         SettingError: another word, or a model without such biases.
@@ -41,16 +41,28 @@ def find_biases(model: nn.Module, which: str, sites: Iterable[str], whole: Seque
         raise SettingError(f"bias must be one of {NONE}, {ADAPTED} and {ALL}, not {which!r}")
     if which == NONE:
         return ()
-    skip, sites = tuple(f"{path}." for path in whole), set(sites)
+    skip, adapted = tuple(f"{path}." for path in whole), adapted_modules(model, sites)
     found = []
     for path, module in named_modules(model).items():
-        wanted = path in sites if which == ADAPTED else not f"{path}.".startswith(skip)
+        wanted = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
         if wanted and not isinstance(module, ExpertMatrix) and bias_of(module) is not None:
             found.append(path)
     if not found:
         where = "of the modules it adapts has" if which == ADAPTED else "module has"
         raise SettingError(f"bias={which!r} would train nothing: none {where} a bias; leave it out")
     return tuple(found)
+
+
+def adapted_modules(model: nn.Module, sites: Iterable[str]) -> set[str]:
+    """The paths of the modules at `sites`; of a parameter's matrix, that of the module which owns it."""
+    found = set()
+    for path in sites:
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            path = path.rsplit(".", 2)[0]
+        found.add(path)
+    return found
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

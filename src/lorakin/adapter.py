@@ -166,6 +166,8 @@ class Adapter(Graft):
                 self.copy_of(at).load_state_dict(state)
             for at, rows in contents.rows.items():
                 self.rows_at(at).copy_(rows)
+            for at, bias in self.biases().items():
+                bias.copy_(contents.biases[at])
             self.take_buffers(contents.buffers)
         if contents.state is not None:
             self.restore_state(contents.state)
@@ -173,7 +175,11 @@ class Adapter(Graft):
     def _is_as(self, plan: surgery.Plan, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
         mine, its = self.plan, plan
-        if (list(mine.sites), mine.copies, mine.tokens) != (list(its.sites), its.copies, its.tokens):
+        if (list(mine.sites), mine.copies, mine.tokens) != (
+            list(its.sites),
+            its.copies,
+            its.tokens,
+        ) or mine.biases != its.biases:
             return False
         pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [(mine.method, its.method)]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
@@ -199,6 +205,7 @@ def adapt(
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
     trainable_tokens: Tokens | None = None,
+    bias: str = "none",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
@@ -223,6 +230,8 @@ def adapt(
             their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
         trainable_tokens: ids of tokens whose rows in the input embedding are trained, and in what is tied to it; or
             module's name → ids, such as {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
+        bias: "lora_only" trains the biases of the adapted modules too, "all" those of the model. The adapter
+            has its own of each, and the base's stay as they are.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
@@ -242,6 +251,7 @@ def adapt(
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
         "trainable_tokens": trainable_tokens,
+        "bias": bias,
     }
     if probe is not None and method.setting("importance") is not None:
         raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
@@ -274,6 +284,7 @@ def importance(
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
     trainable_tokens: Tokens | None = None,
+    bias: str = "none",
 ) -> dict[str, float]:
     """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
 
@@ -284,7 +295,7 @@ def importance(
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, trainable_tokens: see `adapt`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, trainable_tokens, bias: see `adapt`.
         lr: learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
@@ -304,6 +315,7 @@ def importance(
         "modules_to_save": modules_to_save,
         "rank_above": rank_above,
         "trainable_tokens": trainable_tokens,
+        "bias": bias,
     }
     return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
 
@@ -351,8 +363,8 @@ def _importance(
 def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    rows = base_rows(model, plan.tokens, dtype)
-    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), rows=rows)
+    rows, biases = base_rows(model, plan.tokens, dtype), surgery.start_of(model, plan.biases, dtype)
+    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), rows=rows, biases=biases)
     adapter.freeze_base()
     adapter.is_fresh = True
     return adapter
@@ -402,8 +414,10 @@ def load(
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
     adapter = Adapter(model, name, contents.plan)
-    tensors, rows = (contents.masters(), widened(contents.rows)) if trainable else (contents.sites, contents.rows)
-    adapter.install(tensors, contents.copies, None if trainable else contents.buffers, rows)
+    if trainable:
+        adapter.install(contents.masters(), contents.copies, rows=widened(contents.rows), biases=contents.bias_masters())
+    else:
+        adapter.install(contents.sites, contents.copies, contents.buffers, contents.rows, contents.biases)
     if trainable:
         adapter.take_buffers(contents.buffers)
         adapter.freeze_base()
@@ -436,7 +450,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use exactly these adapters; several add up, `[]` leaves the base alone. Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole.
+        SettingError: an unknown name, or two adapters that both train the same module whole, or its bias.
         StateError: an adapter is merged.
     """
     surgery.activate(surgery.root_of(model), names)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.adapter import Adapter, adapters, placed
-from lorakin.errors import LorakinWarning, SettingError, StateError
+from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Pair, all_finite
 from lorakin.family.combining import Combination
 from lorakin.family.low_rank import Fit, nearest, nearest_to, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
+from lorakin.surgery.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
 from lorakin.surgery.graft import root_of
 from lorakin.surgery.hung import base_state
 from lorakin.surgery.layers import LinearLayer, TransposedLayer
@@ -100,7 +101,7 @@ def as_lora(
     rows = adapter.plan.tokens, {path: adapter.rows_at(path) for path in adapter.plan.tokens}
     if portable:
         pairs = _portable(adapter, pairs)
-    plain = of_pairs(adapter.model, name, pairs, copies, rows, adapter.moved_buffers())
+    plain = of_pairs(adapter.model, name, pairs, copies, rows, adapter.moved_buffers(), adapter.biases())
     return Plain(plain, fits)
 
 
@@ -120,8 +121,8 @@ def combine(
 ) -> Plain:
     """Put one adapter in the model that changes each weight by Σ weight · change, over the adapters named, and make it active.
 
-    The sum is exact without rank or error: the pairs stand beside each other, and ranks add up. Modules trained whole change by
-    what `how` makes of their changes too, trained rows of tokens by the weighted sum.
+    The sum is exact without rank or error: the pairs stand beside each other, and ranks add up. Modules trained whole and
+    biases change by what `how` makes of their changes too, trained rows of tokens by the weighted sum.
 
         lk.combine(model, {"a": 0.7, "b": 0.3})
         lk.combine(model, {"a": 1, "b": 1}, how="ties", density=0.2, rank=32)
@@ -172,7 +173,8 @@ def combine(
     _warn_if_missed(fits, error)
     copies = _combined_copies(model, known, weights, rule, generator)
     rows, buffers = _combined_rows(model, known, weights), _summed_buffers(known, weights)
-    return Plain(of_pairs(model, name, pairs, copies, rows, buffers), fits)
+    biases = _combined_biases(model, known, weights, rule, generator)
+    return Plain(of_pairs(model, name, pairs, copies, rows, buffers, biases), fits)
 
 
 def checked_combination(*, rank: int | None = None, error: float | None = None, **settings: Any) -> Combination:
@@ -233,6 +235,7 @@ def of_pairs(
     copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
     buffers: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put plain LoRA of scale 1 with these pairs, by module path, into the model, as the active adapter.
 
@@ -240,9 +243,10 @@ def of_pairs(
         copies: path → state of the modules trained whole.
         rows: of tokens, by path: which, and what is in them.
         buffers: name → a buffer of the base that training moved.
+        biases: path → a bias in place of the base's.
     """
     sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies, rows=rows)
+    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies, rows=rows, biases=biases)
     contents = peft_format.from_files(model, config, tensors, None, f"adapter {name!r}")
     return placed(model, name, dataclasses.replace(contents, buffers=buffers or {}))
 
@@ -331,6 +335,8 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         raise SettingError(f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead")
     if tokens := list(adapter.plan.tokens):
         raise SettingError(f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead")
+    if biases := adapter.plan.biases:
+        raise SettingError(f"the portable form cannot hold biases ({some(biases)}); merge instead")
     strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
     if strange:
         raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
@@ -352,6 +358,31 @@ def _summed_buffers(known: Sequence[Adapter], weights: Mapping[str, float]) -> d
             base = adapter.base_buffer(name).to(moved.device)
             change = weights[adapter.name] * (moved - base)
             found[name] = found.get(name, base) + change if moved.is_floating_point() else moved
+    return found
+
+
+def _combined_biases(
+    model: nn.Module,
+    known: Sequence[Adapter],
+    weights: Mapping[str, float],
+    rule: Combination,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Each bias that one of the adapters has: the base's, plus the combined changes.
+
+    Where only a part of what "lora_only" or "all" says is anyone's, the others are the base's.
+    """
+    paths = {path for adapter in known for path in adapter.plan.biases}
+    sites = {path for adapter in known for path in adapter.plan.sites}
+    whole = [path for adapter in known for path in adapter.plan.copies]
+    if not paths:
+        return {}
+    found = start_of(model, find_biases(model, ALL if paths - adapted_modules(model, sites) else ADAPTED, sites, whole))
+    for path in [path for path in found if path in paths]:
+        there = [adapter for adapter in known if path in adapter.plan.biases]
+        changes = [(adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there]
+        each = [weights[adapter.name] for adapter in there]
+        found[path] = found[path] + rule.of_matrices(changes, each, generator).view(-1)
     return found
 
 

@@ -230,14 +230,9 @@ def test_training_with_the_same_start_goes_the_same_way(tmp_path: Path, ids: Ten
 
 
 def test_unsupported_files_of_peft_are_refused_by_name(tmp_path: Path) -> None:
-    for settings, message in (
-        ({"lora_bias": True}, "a bias on B"),
-        ({"bias": "lora_only"}, "trains biases"),
-    ):
-        model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], **settings))
-        model.save_pretrained(tmp_path)
-        with pytest.raises(lk.AdapterError, match=message):
-            lk.load(tiny_bert(), tmp_path)
+    peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], lora_bias=True)).save_pretrained(tmp_path)
+    with pytest.raises(lk.AdapterError, match="a bias on B"):
+        lk.load(tiny_bert(), tmp_path)
     peft.get_peft_model(tiny_bert(), peft.IA3Config(target_modules=["query"], feedforward_modules=[])).save_pretrained(tmp_path)
     with pytest.raises(lk.AdapterError, match="peft_type is 'IA3'"):
         lk.load(tiny_bert(), tmp_path)

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import lorakin as lk
-from conftest import randomise, tiny_llama
+from conftest import randomise, tiny_gpt2, tiny_llama
 from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
@@ -151,6 +151,18 @@ def test_tied_embeddings_come_apart(tmp_path: Path) -> None:
         adapter.save(tmp_path / f"adapter{n}")
         (out := tmp_path / f"out{n}").mkdir()
         Merged(tmp_path / "base", directory.read(tmp_path / f"adapter{n}")).write(out)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+        torch.testing.assert_close(logits_small(merged), logits_small(model), rtol=0, atol=1e-5)
+
+
+def test_biases_are_written_and_forms_without_them_refuse(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    for bias in ("lora_only", "all"):
+        model = tiny_gpt2()
+        adapter = randomise(lk.adapt(model, lk.LoRA(2), targets="c_attn", bias=bias), 0.3)
+        adapter.save(tmp_path / bias)
+        (out := tmp_path / f"{bias}-merged").mkdir()
+        Merged(tmp_path / "base", directory.read(tmp_path / bias)).write(out)
         merged = transformers.AutoModelForCausalLM.from_pretrained(out)
         torch.testing.assert_close(logits_small(merged), logits_small(model), rtol=0, atol=1e-5)
 

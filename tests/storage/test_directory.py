@@ -99,7 +99,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
         ({"use_dora": True}, "says use_dora=True, but lorakin.json says that it is lora"),
         ({"use_qalora": True}, "QALoRA"),
         ({"layer_replication": [[0, 1]]}, "layer replication"),
-        ({"bias": "all"}, "trains biases"),
+        ({"bias": "some"}, "bias='some'"),
         ({"init_lora_weights": "pissa"}, "initialised with 'pissa', which changes the base weight"),
         ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
         ({"r": 0}, "rank must be a whole number"),

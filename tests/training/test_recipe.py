@@ -35,6 +35,7 @@ def test_the_member_takes_its_own_defaults() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"holdout": 1.0}, "holdout must lie between 0 and 1"),
         ({"loss_on": "prompt"}, "loss_on must be answer or all, not 'prompt'"),
+        ({"bias": "some"}, "bias must be none, lora_only, all, not 'some'"),
         ({"lr": 0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
         ({"lr": "fast"}, "lr must be a number, not 'fast'"),

@@ -92,6 +92,24 @@ def test_the_effective_recipe_runs_again_to_the_same_adapter(recipe: Recipe, tmp
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_biases_are_trained_and_resumed(recipe: Recipe, tokenizer: Any, tmp_path: Path) -> None:
+    from conftest import tiny_llama
+
+    recipe.model, recipe.targets, recipe.bias = str(tmp_path / "biased"), ["q_proj"], "all"
+    tiny_llama(attention_bias=True, pad_token_id=0, eos_token_id=1).save_pretrained(recipe.model)
+    tokenizer.save_pretrained(recipe.model)
+    recipe.save_every, recipe.steps = 2, 4
+    _, shown, _ = run(recipe)
+    assert "8 biases" in shown
+    whole, half = tensors(Path(recipe.out)), tmp_path / "half"
+    for key in ("q_proj.base_layer", "v_proj"):
+        assert whole[f"base_model.model.model.layers.0.self_attn.{key}.bias"].any()
+    shutil.copytree(recipe.out, half)
+    shutil.rmtree(half / "checkpoints" / "checkpoint-4")
+    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    assert tensors(half).keys() == whole.keys() and all(torch.equal(t, whole[key]) for key, t in tensors(half).items())
+
+
 def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path) -> None:
     """36 rows in batches of 8 are 5 steps an epoch; step 8 lies inside the second."""
     recipe.save_every, recipe.steps = 8, 12

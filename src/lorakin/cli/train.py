@@ -68,6 +68,9 @@ def command(
     trainable_tokens: Annotated[
         list[str] | None, typer.Option(help="Tokens, or their ids, whose rows in the embedding and the head are trained.")
     ] = None,
+    bias: Annotated[
+        str | None, typer.Option(help="Biases to train: none, lora_only (of the adapted modules) or all. [default: none]")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows. [default: split off the data]")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share to hold out, at most 256 rows. [default: 0.1]")] = None,
     lr: Annotated[

@@ -47,10 +47,28 @@ class Pair(NamedTuple):
         changed = torch.addmm(weight, self.up.to(weight.dtype), self.down.to(weight.dtype))
         return changed if self.gain is None else self.gain.to(weight.dtype).unsqueeze(1) * changed
 
+    def times(self, factor: float) -> Pair:
+        """The pair that changes a weight `factor` times as much: W0 + factor·(W − W0).
+
+        With a gain g that is g' = 1 + factor·(g − 1) over W0 + (factor·g/g')·up·down. A g' of 0 is
+        taken as the smallest step of float32, which is what a float32 weight would be left with.
+        """
+        if factor == 1:
+            return self
+        if self.gain is None:
+            return self._replace(up=factor * self.up)
+        gain = 1 + factor * (self.gain - 1)
+        gain = torch.where(gain.abs() < LEAST, LEAST, gain)
+        return Pair((factor * self.gain / gain).unsqueeze(1) * self.up, self.down, gain)
+
     def norm(self) -> float:
         """The Frobenius norm of up·down, without forming it."""
         up, down = self.up.double(), self.down.double()
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+
+LEAST = torch.finfo(torch.float32).eps
+"""The smallest gain that `Pair.times` gives."""
 
 
 class Chain(NamedTuple):
@@ -63,6 +81,10 @@ class Chain(NamedTuple):
     up: Tensor
     inner: Tensor
     down: Tensor
+
+    def times(self, factor: float) -> Chain:
+        """The chain that changes a weight `factor` times as much."""
+        return self if factor == 1 else self._replace(outer=factor * self.outer)
 
     def pair(self, shape: Shape) -> Pair:
         """The same as a pair, differentiable in the vectors."""

@@ -20,6 +20,7 @@ from lorakin.family import widened
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
+from lorakin.surgery.hung import BIAS
 from lorakin.surgery.merge import folded
 from lorakin.surgery.ties import FLAG, Parting, groups
 from lorakin.surgery.tokens import ids_at
@@ -102,9 +103,12 @@ class Merged(Mapping[str, Tensor]):
         return dtype, shape if copied is None else tuple(copied.shape)
 
     def _copied(self, name: str) -> Tensor | None:
-        """The tensor of a module that the adapter trained whole, or a buffer that training moved, if it is one."""
+        """What the adapter has in the base's place: of a module trained whole, a bias, a buffer that training moved."""
         if name in self.contents.buffers:
             return self.contents.buffers[name]
+        path, _, leaf = name.rpartition(".")
+        if leaf == BIAS and path in self.contents.biases:
+            return self.contents.biases[path]
         for path, state in self.contents.copies.items():
             if name.startswith(path + "."):
                 return state[name.removeprefix(path + ".")]
@@ -163,6 +167,7 @@ class Merged(Mapping[str, Tensor]):
         changed = {f"{path}.weight" for path in self.contents.plan.sites}
         changed |= self.leaders.keys()
         changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
+        changed |= {f"{path}.{BIAS}" for path in self.contents.biases}
         tied = groups(self.model)
         parted = [names for names in tied if changed & names.keys() and not self._is_one_table(names)]
         self.parting = Parting.of(self.model, {name for names in parted for name in names})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakin.adapter import Adapter, adapters, load
 from lorakin.conversion import of_pairs
-from lorakin.errors import AdapterError, OutputError
+from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.job import Job
@@ -117,6 +117,8 @@ class GGUFAdapter(Target):
             raise AdapterError(f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged")
         if tokens := list(plain.plan.tokens):
             raise AdapterError(f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged")
+        if biases := plain.plan.biases:
+            raise AdapterError(f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged")
         pairs = {path: plain.change_at(path) for path in plain.plan.sites}
         gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()

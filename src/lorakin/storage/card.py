@@ -20,7 +20,7 @@ from lorakin.surgery.counts import parameter_counts, tensors_of, trained_by_meth
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.quantised import is_quantised
 from lorakin.surgery.status import own_class
-from lorakin.surgery.words import count, in_words, listed, module_names, ranks_in_words, share
+from lorakin.surgery.words import biases_in_words, count, in_words, listed, module_names, ranks_in_words, share
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -120,6 +120,7 @@ def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
         f"- **Method:** {_plain(in_words(graft.method))}" + (f", of {ranks}" if " to " in ranks else ""),
         f"- **Adapted:** {count(len(plan.sites), 'module')}" + _of(module_names(plan.sites)),
         *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
+        *([f"- **Biases:** {biases_in_words(graft)} in place of the base's"] if plan.biases else []),
         f"- **Trained:** {share(trained, total)}, kept in {', '.join(dtypes)}",
         *(f"- **{_plain(heading)}:** {_plain(str(text))}" for heading, text in notes.items()),
         f"- **Versions:** {', '.join(_versions(kind))}",

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
+from lorakin.family.pair import is_sharded
 from lorakin.storage import atomic, card, peft_format
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.biases import bias_of
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.tokens import base_rows, ids_at
 
@@ -264,6 +266,13 @@ def check_trained(graft: Graft) -> None:
     unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
     for reason in (*unfinished, *graft.method.unmoved(graft.places())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
+    if graft.scale != 1:
+        warnings.warn(
+            f"files hold no scale: adapter {graft.name!r} is saved as it is at scale 1, and not at {graft.scale:g}; for files "
+            "of the scaled change, save what lorakin.as_lora makes of it",
+            LorakinWarning,
+            stacklevel=3,
+        )
     if moved := sorted(graft.moved_buffers()):
         warnings.warn(
             f"training moved buffers of the base ({some(moved)}); they are saved beside adapter {graft.name!r}, in a file that "
@@ -288,6 +297,14 @@ def check_trained(graft: Graft) -> None:
                 LorakinWarning,
                 stacklevel=3,
             )
+    own = graft.biases()
+    if graft.is_fresh and graft.steps and own and all(_is_the_bases_bias(graft, path, bias) for path, bias in own.items()):
+        warnings.warn(
+            f"adapter {graft.name!r} trains {some(f'the bias of {path}' for path in own)}, but each is exactly the base's: "
+            "training never reached them",
+            LorakinWarning,
+            stacklevel=3,
+        )
     reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
@@ -305,9 +322,19 @@ def _is_the_bases(graft: Graft, path: str) -> bool:
     return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in graft.copy_of(path).state_dict().items())
 
 
+def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
+    base = bias_of(module_at(graft.model, path))
+    if base is None or base.is_meta or is_sharded(base):  # of one that is elsewhere nobody can tell
+        return False
+    return torch.equal(bias, base.to(bias))
+
+
 def _changes_nothing(graft: Graft, path: str) -> bool:
     site = graft.site(path)
     if not any(role.trained for role in site.roles().values()):
         return False  # meant to
+    bias = graft.biases().get(path)
+    if bias is not None and not _is_the_bases_bias(graft, path, bias):
+        return False
     pair = site.method.low_rank(site.wide(), site.shape)
     return not pair.up.is_meta and bool(pair.down.numel()) and not (bool(pair.up.any()) and bool(pair.down.any()))

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -37,7 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
-from lorakin.storage import attention, expert_stacks, grouped, layer_weights, starts, token_rows
+from lorakin.storage import attention, bias_format, expert_stacks, grouped, layer_weights, starts, token_rows
 from lorakin.storage.expert_stacks import Scale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
@@ -46,6 +46,7 @@ from lorakin.storage.renamed import todays
 from lorakin.storage.tasks import task_of
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.biases import adapted_modules
 from lorakin.surgery.buffers import misfit_of_buffers
 from lorakin.surgery.graft import Graft, Plan, own_weight, plan_for, spot_of
 from lorakin.surgery.hung import base_state
@@ -178,10 +179,13 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
     copies = {path: graft.copy_of(path).state_dict() for path in graft.plan.copies}
     rows = token_rows.written(graft)
     if form is None:
-        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=graft.plan.method.dropout, rows=rows)
+        dropout, biases = graft.plan.method.dropout, graft.biases()
+        return pairs_to_files(graft.model, _as_pairs(graft), copies=copies, dropout=dropout, rows=rows, biases=biases)
     config, tensors = _as_they_are(graft, form)
     scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
-    return _finished(graft.model, {"peft_type": form.peft_type, **config}, tensors, scales, copies, rows)
+    word = bias_format.word(graft.model, graft.plan.biases, graft.plan.sites, form.peft_type)
+    config |= {"peft_type": form.peft_type, "bias": word}
+    return _finished(graft.model, config, tensors, scales, copies, rows, graft.biases())
 
 
 def pairs_to_files(
@@ -192,17 +196,19 @@ def pairs_to_files(
     copies: Mapping[str, Mapping[str, Tensor]] | None = None,
     dropout: float = 0.0,
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {}),
+    biases: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of plain LoRA: of the pairs B·A, or with an `m` DoRA, in the modules of `model` at these paths.
 
     Args:
         model: the base.
-        sites: path → `A` (r, inputs), `B` (outputs, r) and perhaps `m` (outputs,), as matrices. A module whose rank is 0 and
-            that has no `m` changes nothing and is left out.
+        sites: path → `A` (r, inputs), `B` (outputs, r) and perhaps `m` (outputs,), as matrices. A module whose rank is 0,
+            without an `m` and a bias, changes nothing and is left out.
         alphas: path → alpha, the scale being alpha/r; without it alpha is r everywhere and the scale 1.
         copies: path → state of the modules trained whole.
         dropout: of the branch's input.
         rows: of tokens, by path: which, and what is in them.
+        biases: path → a bias in place of the base's.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -213,7 +219,7 @@ def pairs_to_files(
             scale = 1.0 if alphas is None else alphas[path] / max(1, len(there["A"]))
             wide = widened(there)
             there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
-        if not there["A"].shape[0] and "m" in there:  # a gain alone: PEFT needs a rank
+        if not there["A"].shape[0] and ("m" in there or path in (biases or ())):  # these alone: PEFT needs a rank
             there["A"], there["B"] = (there[s].new_zeros([n or 1 for n in there[s].shape]) for s in ("A", "B"))
         if layers.is_grouped(module) and there["A"].shape[0]:
             scale = 1.0 if alphas is None else alphas[path] / len(there["A"])
@@ -226,13 +232,15 @@ def pairs_to_files(
             tensors |= {f"{PREFIX}{path}.{_slots(LORA, kind)[slot]}": _to_file(t, slot, module) for slot, t in there.items()}
     alphas = {path: ranks[path] if alphas is None else alphas[path] for path in ranks}
     config: dict[str, Any] = {"peft_type": LORA.peft_type, "target_modules": sorted(ranks), "lora_dropout": dropout}
+    config["bias"] = bias_format.word(model, biases or (), sites, LORA.peft_type)
     for field, values, pattern in (("r", ranks, "rank_pattern"), ("lora_alpha", alphas, "alpha_pattern")):
         most = max(values.values(), default=1)
         config[field] = _whole(most)
         if own := {f"^{re.escape(path)}": _whole(value) for path, value in sorted(values.items()) if value != most}:
             config[pattern] = own
     scales = {path: Scale(ranks[path], alphas[path], False) for path in ranks}
-    return _finished(model, config | ({"use_dora": True} if gained else {}), tensors, scales, copies or {}, rows)
+    config |= {"use_dora": True} if gained else {}
+    return _finished(model, config, tensors, scales, copies or {}, rows, biases or {})
 
 
 def _finished(
@@ -242,13 +250,13 @@ def _finished(
     scales: Mapping[str, Scale],
     copies: Mapping[str, Mapping[str, Tensor]],
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]],
+    biases: Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """With what every config says, and the modules trained whole; all in order. `scales` are those of the pairs, by path."""
     named, copies = sorted(copies), {**copies, **wrapped_too(model, copies, scales)}
     heading = {
         "task_type": task_of(model, copies),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "bias": "none",
         "fan_in_fan_out": bool(scales) and all(layers.kind_of(module_at(model, p)) is TransposedLayer for p in scales),
         "inference_mode": True,
         "modules_to_save": named or None,
@@ -258,6 +266,7 @@ def _finished(
     fields, of_tokens = token_rows.to_files(model, *rows, alone=config["peft_type"] == TOKENS.peft_type)
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in of_tokens.items()}
     tensors |= {f"{PREFIX}{path}.{key}": tensor for path, state in copies.items() for key, tensor in state.items()}
+    tensors |= bias_format.keyed(biases, tensors, PREFIX)
     written = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in sorted(tensors.items())}
     return dict(sorted((heading | own | fields).items())), written
 
@@ -336,13 +345,23 @@ class Contents:
     """Of the base, by name, as training left them."""
     rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of tokens, by path."""
+    biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """In place of the base's, by the module's path."""
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
         """The tensors in float32 at least, for training, in memory of their own; those that were one object still are."""
-        own = {
-            id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for s in self.sites.values() for t in s.values()
-        }
+        own = _masters(t for slots in self.sites.values() for t in slots.values())
         return {path: {slot: own[id(t)] for slot, t in slots.items()} for path, slots in self.sites.items()}
+
+    def bias_masters(self) -> dict[str, Tensor]:
+        """The same of the biases."""
+        own = _masters(self.biases.values())
+        return {path: own[id(t)] for path, t in self.biases.items()}
+
+
+def _masters(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Copies in float32 at least, by the identity of what they are of."""
+    return {id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,9 +399,10 @@ def from_files(
     over_all = frozenset[str]()
     if form is LORA:
         config, sites, over_all = grouped.read(modules, sites, config, where)
-    copies, rest = _split_copies(modules, config, rest)
+    copies, rest = _split_copies(modules, config, bias_format.without_doubles(config, rest))
     if own is not None and own.whole is not None:
         copies = {path: state for path, state in copies.items() if path in own.whole}
+    biases, rest = bias_format.split(modules, config, adapted_modules(model, sites), copies, rest, where)
     rest = _without_head_biases(modules, rest, where)
     vocabulary = {} if own is None or own.base is None else own.base["weights"]
     tokens = token_rows.taken(model, modules, config, rest, sites, copies, vocabulary, where)
@@ -406,7 +426,8 @@ def from_files(
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        plan = dataclasses.replace(_with_ranks_kept(plan, config, read), tokens=tokens.tokens, ungrouped=over_all)
+        kept = _with_ranks_kept(plan, config, read)
+        plan = dataclasses.replace(kept, tokens=tokens.tokens, ungrouped=over_all, biases=tuple(biases))
     except SettingError as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
@@ -427,10 +448,10 @@ def from_files(
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
                 raise AdapterError(f"{where}: {path} shares its pair with others, but its {slot} in the file is another")
     if own is None:
-        return Contents(plan, shared, copies, rows=tokens.values)
+        return Contents(plan, shared, copies, rows=tokens.values, biases=biases)
     if reason := misfit_of_buffers(model, own.buffers):
         raise AdapterError(f"{where}: {reason}")
-    return Contents(plan, shared, copies, own.state, own.buffers, tokens.values)
+    return Contents(plan, shared, copies, own.state, own.buffers, tokens.values, biases)
 
 
 def _read(
@@ -659,8 +680,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     for field, what in UNSUPPORTED.items():
         if config.get(field) and not (field == "ensure_weight_tying" and token_rows.says_all_of_ties(config)):
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{where}: it trains biases (bias={config['bias']!r}), which this version does not implement")
+    bias_format.check(config, where)
     if config.get("use_dora") and config["peft_type"] != LORA.peft_type:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
     if reason := misfit(config):

@@ -35,6 +35,8 @@ class Summary:
     """Path → how many rows of tokens are trained there."""
     has_experts: bool = False
     """Modules whose path ends in a number are matrices of a stack of experts."""
+    bias: str = "none"
+    """Which biases it holds, in PEFT's words."""
 
     @property
     def gained(self) -> bool:
@@ -80,7 +82,8 @@ class Summary:
             lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
         if self.tokens:
             lines["tokens"] = ", ".join(f"{count} rows of {where}" for where, count in self.tokens.items())
-        return lines | ({"whole": ", ".join(self.whole)} if self.whole else {})
+        lines |= {"whole": ", ".join(self.whole)} if self.whole else {}
+        return lines | ({} if self.bias == "none" else {"biases": self.bias})
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -93,6 +96,7 @@ class Summary:
             "bytes": self.size,
             "modules_to_save": list(self.whole),
             "trainable_tokens": dict(self.tokens),
+            "bias": self.bias,
             "pair": settings_of(self.method.parametrisation),
             "modules": {path: {"rank": rank, "norm": self.norms.get(path)} for path, rank in self.ranks.items()},
         }
@@ -114,6 +118,7 @@ def summarise(path: Path) -> Summary:
         ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},
         whole=tuple(files.config.get("modules_to_save") or ()),
+        bias=files.config.get("bias") or "none",
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
         pairs=pairs,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
 from lorakin.surgery import experts
-from lorakin.surgery.hung import KEY, Adapters, Hung, hung_on, hung_or_none
+from lorakin.surgery.biases import as_the_bases
+from lorakin.surgery.hung import BIAS, KEY, Adapters, Bias, Hung, hung_on, hung_or_none
 from lorakin.surgery.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
 from lorakin.surgery.readers import is_in_forward
 from lorakin.surgery.reading import changed_weight
@@ -28,7 +29,8 @@ from lorakin.surgery.swapped import Swapped, combined, swap_class, unmix
 class Adapted(Swapped):
     """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
 
-    Who reads its weight in a forward, without calling the module, gets the changed weight.
+    Who reads its weight in a forward, without calling the module, gets the changed weight. Who reads
+    its bias in a forward, the module's own too, gets that of the adapter in use, if it has one.
     """
 
     lorakin: Adapters
@@ -66,8 +68,13 @@ class Adapted(Swapped):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        hung = hung_or_none(self) if name == "weight" else None
-        if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
+        hung = hung_or_none(self) if name in ("weight", BIAS) else None
+        if hung is None:
+            return super().__getattr__(name)
+        if name == BIAS:
+            if hung.biased and (hung.inside or is_in_forward(1)) and (owner := hung.owner_of_bias()) is not None:
+                return as_the_bases(hung[owner], self)
+        elif not hung.inside and hung.in_use() and is_in_forward(1):
             return changed_weight(self, hung)
         return super().__getattr__(name)
 
@@ -156,7 +163,7 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
     return own
 
 
-Child = Site | Copy | Rows
+Child = Site | Copy | Rows | Bias
 """What hangs on a module."""
 
 
@@ -200,12 +207,8 @@ def hang(module: nn.Module, name: str, child: Child) -> None:
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
         hung = Hung()
+        hung.by_weight = isinstance(child, Bias)
         module.lorakin = hung.adapters
-        if isinstance(child, Site):
-            hung.by_weight = has_own_forward(module, child.layer)
-            weight = module._parameters.get("weight")
-            if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
-                hung.shape = whole_shape(weight)
         if isinstance(child, Rows):
             kind = kind_of(module)
             assert kind is not None
@@ -213,12 +216,20 @@ def hang(module: nn.Module, name: str, child: Child) -> None:
             hung.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
             experts.attach(module)
-    hung_on(module)[name] = child
+    hung = hung_on(module)
+    if isinstance(child, Site) and not any(isinstance(other, Site) for other in hung.values()):
+        hung.by_weight = has_own_forward(module, child.layer)
+        weight = module._parameters.get("weight")
+        if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
+            hung.shape = whole_shape(weight)
+    hung[name] = child
 
 
 def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
-    if isinstance(child, Site | Rows):
-        return Adapted if isinstance(child, Site) else WithRows
+    if isinstance(child, Rows):
+        return WithRows
+    if not isinstance(child, Copy):
+        return Adapted
     return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
 
 
@@ -245,7 +256,7 @@ def unhang(module: nn.Module, name: str) -> None:
     del hung[name]
     if not len(hung):
         del module.lorakin
-        unmix(module, Adapted, Replaced, ReplacedSequence)
+        unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
         if isinstance(module, experts.ExpertMatrix):
             experts.detach(module)
 

@@ -37,6 +37,8 @@ def requires_grad(graft: Graft) -> Whether:
         if isinstance(child, Copy):
             flags |= {p.requires_grad for p in child.parameters()}
             continue
+        if (bias := hung.bias_of(graft.name)) is not None:
+            flags.add(bias.requires_grad)
         roles = child.roles()
         for slot, tensor in child.tensors().items():
             if trains(roles[slot], tensor) or tensor.requires_grad:
@@ -60,6 +62,8 @@ def trained_by_method(graft: Graft) -> int:
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
             roles = child.roles()
+            own = hung.bias_of(graft.name)
+            trained |= {} if own is None else {id(own): numbers(own)}
             trained |= {id(t): numbers(t) for slot, t in child.tensors().items() if roles[slot].trained}
     return sum(trained.values())
 

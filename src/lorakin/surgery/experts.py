@@ -115,7 +115,7 @@ class Stack(nn.Module):
     def __init__(self, experts: nn.Module, name: str) -> None:
         super().__init__()
         vars(self).update(experts=experts, name=name)
-        self._ready: tuple[Seen, Copied, Changed] | None = None
+        self._ready: tuple[Seen, Copied, Changed, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
@@ -149,12 +149,13 @@ class Stack(nn.Module):
         drops = any(site.training and site.method.dropout for site in one_of_each)
         there = [weight, *(p for of_one in sites.values() for site in of_one.values() for p in site._parameters.values())]
         lasts = not torch.is_grad_enabled() and not drops and not any(p.requires_grad for p in there[1:])
+        scales = [site.scale for site in one_of_each]
         known = self._ready if lasts else None
-        if known is not None and known[0].is_still(weight) and known[1].is_still(*there[1:]):
+        if known is not None and known[3] == scales and known[0].is_still(weight) and known[1].is_still(*there[1:]):
             return known[2]
         changed = Changed(weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns)
         seen, copied = (Seen.of(weight), Copied.of(*there[1:])) if lasts else (None, None)
-        self._ready = None if seen is None or copied is None else (seen, copied, changed)
+        self._ready = None if seen is None or copied is None else (seen, copied, changed, scales)
         return changed
 
     def read(self) -> Tensor | None:

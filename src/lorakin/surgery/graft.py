@@ -32,12 +32,15 @@ from lorakin.surgery.adapted import (
     unhang,
 )
 from lorakin.surgery.before_forward import BeforeForward, exchanged
+from lorakin.surgery.biases import NONE as NO_BIASES
+from lorakin.surgery.biases import bias_of, check_biases_apart, find_biases, start_of, tie_merged
 from lorakin.surgery.buffers import Buffers
-from lorakin.surgery.hung import Hung, base_parameters, base_state, hung_on, hung_or_none, ours
+from lorakin.surgery.hung import Bias, Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.rows import Rows
+from lorakin.surgery.scale import rescaled
 from lorakin.surgery.site import Copy, Site, trains
 from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
 from lorakin.surgery.ties import Ties
@@ -59,7 +62,8 @@ class Plan:
     """What an adapter will be, decided and checked before the model is touched.
 
     `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
-    `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module.
+    `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module, `biases`
+    the paths of the modules whose bias is trained.
     """
 
     method: Method
@@ -70,6 +74,7 @@ class Plan:
     ungrouped: frozenset[str] = frozenset()
     """The grouped convolutions to which a pair over all their inputs is added."""
     tokens: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
+    biases: tuple[str, ...] = ()
 
 
 RANK_ABOVE = ("refuse", "clamp")
@@ -105,6 +110,7 @@ def plan(
     modules_to_save: Sequence[str] = (),
     rank_above: str = "refuse",
     trainable_tokens: Tokens | None = None,
+    bias: str = NO_BIASES,
 ) -> Plan:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
     if rank_above not in RANK_ABOVE:
@@ -134,7 +140,10 @@ def plan(
         chosen = _clamped(chosen, shapes, stacks)
     for path, there in chosen.sites.items():
         there.check(shapes[path], path)
-    return chosen
+    biases = find_biases(model, bias, chosen.sites, copies)
+    if both := sorted(set(biases) & set(places_of(rows))):
+        raise SettingError(f"{both[0]} cannot have rows of tokens and a bias of its own in one adapter; leave one of them out")
+    return dataclasses.replace(chosen, biases=biases)
 
 
 def _clamped(plan: Plan, shapes: Mapping[str, Shape], stacks: set[str]) -> Plan:
@@ -231,6 +240,7 @@ class Graft:
         self.averaging: Averaging | None = None
         self._state: Mapping[str, Any] | None = None
         self.buffers: dict[str, Tensor] = {}
+        self._scale = 1.0
         self._disabled = 0
         self._merge_again = False
 
@@ -240,6 +250,7 @@ class Graft:
         copies: Mapping[str, Mapping[str, Tensor]] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
@@ -249,6 +260,7 @@ class Graft:
             copies: the state of the modules trained whole, by path; without it they start as the base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
             rows: the rows of tokens, by path; without it they start as the base's.
+            biases: its own biases, by the module's path; without it they start as the base's.
 
         Nothing is changed if anything fails.
 
@@ -260,6 +272,11 @@ class Graft:
         children: dict[str, Child] = {}
         made: dict[tuple[int, torch.device], nn.Parameter] = {}
         modules = {path: module_at(self.model, path) for path in self._paths()}
+        own_biases: dict[str, nn.Parameter] = {}
+        for path, tensor in (start_of(self.model, self.plan.biases) if biases is None else biases).items():
+            own_bias, there = bias_of(modules[path]), tensor.detach()
+            there = there if own_bias is None or own_bias.is_meta else there.to(own_bias.device)
+            own_biases[path] = made.setdefault((id(tensor), there.device), nn.Parameter(there))
         for path, method in self.plan.sites.items():
             module = modules[path]
             kind = UngroupedLayer if path in self.plan.ungrouped else layers.kind_of(module)
@@ -271,7 +288,7 @@ class Graft:
                     there = tensor.detach() if device.type == "meta" else tensor.detach().to(device)  # values are not given up
                     made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
-            children[path] = Site(path, method, kind, shape, parameters)
+            children[path] = Site(path, method, kind, shape, parameters, own_biases.get(path))
         for path in self.plan.copies:
             twin = _plain_copy(modules[path]).requires_grad_(True)
             if copies is not None:
@@ -279,6 +296,7 @@ class Graft:
             children[path] = Copy(twin)
         own_rows = base_rows(self.model, self.plan.tokens) if rows is None else rows
         children |= rows_for(modules, self.plan.tokens, own_rows)
+        children |= {path: Bias(bias) for path, bias in own_biases.items() if path not in children}
         for path, child in children.items():
             if reason := conflict(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
@@ -361,14 +379,16 @@ class Graft:
         return own_weight(module_at(self.model, path))
 
     def change_at(self, path: str) -> Pair:
-        """The whole change of the module at `path` over that weight, as files hold it; in float32 at least."""
+        """The whole change of the module at `path` over that weight, scaled as it is now; in float32 at least."""
         site = self.site(path)
-        return site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+        pair = site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
+        return pair.times(site.scale)
 
     def factors_at(self, path: str) -> tuple[Pair, float]:
         """The same before its scale is in `up`, and the scale, where the pair has one."""
         site = self.site(path)
-        return site.method.factors(widened(self.tensors_at(path)), site.shape, Weight(self.base_weight(path)))
+        tensors, weight = widened(self.tensors_at(path)), Weight(self.base_weight(path))
+        return site.scaled_factors(site.method.factors(tensors, site.shape, weight))
 
     def experts(self) -> list[str]:
         """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
@@ -386,6 +406,11 @@ class Graft:
         assert isinstance(child, Rows)
         return child.rows
 
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Its own biases, by the path of the module."""
+        own = {path: _hung(self.model, path).bias_of(self.name) for path in self.plan.biases}
+        return {path: bias for path, bias in own.items() if bias is not None}
+
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is folded into the weights."""
@@ -400,6 +425,37 @@ class Graft:
     def is_off(self) -> bool:
         """Whether it is disabled at the moment."""
         return self._disabled > 0
+
+    @property
+    def scale(self) -> float:
+        """How many times its change the adapter makes: 1 at first, 0 is none; any number.
+
+        W = W0 + scale · (the adapter's weight − W0), in every adapted module, also where a gain is part
+        of the change; for inference, training and merging. Modules trained whole are used as they are.
+        It is of this model in memory: files do not hold it. Setting it on a merged adapter merges anew.
+
+        Raises, when it is set:
+            SettingError: no finite number.
+            StateError: inside `mixed_batch`, or the adapter has moved the base weights in place.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._require_present()
+        _check_unmixed(self.model, "scaled")
+        with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
+            self._scale = rescaled(self, scale)
+
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Inside, the adapter's scale is this one; behind it, what it was before. See `scale`."""
+        before, self.scale = self._scale, scale
+        try:
+            yield
+        finally:
+            if self.is_present:
+                self.scale = before
 
     def moved_buffers(self) -> dict[str, Tensor]:
         """Those of its own buffers that are no longer the base's, by name."""
@@ -595,7 +651,8 @@ class Graft:
         return [hung_on(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
-        return (*self.plan.sites, *self.plan.copies, *places_of(self.plan.tokens))
+        beside = (path for path in self.plan.biases if path not in self.plan.sites)
+        return (*self.plan.sites, *self.plan.copies, *places_of(self.plan.tokens), *beside)
 
     def _require_present(self) -> None:
         if not self.is_present:
@@ -659,6 +716,11 @@ class SitePlace:
 
     def move_base(self, change: Tensor) -> None:
         """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        if self.graft.scale != 1:
+            raise StateError(
+                f"adapter {self.graft.name!r} moves the base weights in place, which its scale of {self.graft.scale:g} "
+                "does not reach; set it to 1 while training"
+            )
         move_base(module_at(self.graft.model, self.path), change)
 
     def restore_base(self) -> None:
@@ -692,7 +754,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     Changes no `requires_grad`.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole, or the same row.
+        SettingError: an unknown name, or two adapters that both train the same module whole, its bias, or the same row.
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -706,12 +768,14 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             replaced[path] = name
     check_apart({name: known[name].plan.tokens for name in names})
     for name in names:
-        for path in (*known[name].plan.sites, *places_of(known[name].plan.tokens)):
+        plan = known[name].plan
+        for path in (*plan.sites, *places_of(plan.tokens), *plan.biases):
             whole = next((copy for copy in replaced if path.startswith(copy + ".") and replaced[copy] != name), None)
             if whole:
                 raise SettingError(
                     f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains whole; activate one"
                 )
+    check_biases_apart(_plans([known[name] for name in names]), SettingError)
     for graft in known.values():
         for path in graft._paths():
             hung = _hung(model, path)
@@ -764,6 +828,7 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
     others = [graft for graft in _registry(model).grafts.values() if graft not in chosen]
     _check_unmoved({graft.name: graft for graft in others if _share(graft, chosen)}, "merging")
     check_together(_plans([*chosen, *(graft for graft in others if graft.is_merged)]))
+    check_biases_apart(_plans([*chosen, *(g for g in others if g.is_merged or (g.is_active and not g.is_off))]), StateError)
     dtype = quantised.dtype_of(model)
     before = {path: _hung(model, path).merged for graft in chosen for path in graft._paths()}
     with _ties_kept(model):
@@ -772,6 +837,7 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
                 for path in graft._paths():
                     if graft.name not in (merged := _hung(model, path).merged):
                         set_merged(module_at(model, path), path, (*merged, graft.name), dtype)
+                tie_merged(model, graft)
             _keep_tables(model)
         except BaseException:
             for path, merged in before.items():
@@ -958,4 +1024,5 @@ __all__ = [
     "plan_for",
     "root_of",
     "spot_of",
+    "start_of",
 ]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 KEY = "lorakin"
 """The child of an adapted module that holds its adapters."""
+BIAS = "bias"
+"""The name of a module's bias, and of an adapter's own in its stead."""
 
 
 class Hung:
@@ -23,7 +25,8 @@ class Hung:
     adapter moves a copy of that, `dense` what a quantised module multiplies by while merged, `rows`
     which adapter each row of a mixed batch uses. `inside` counts the calls of the module's own
     forward that are under way, which see the base's own tensors. `by_weight`: the module's class
-    has a forward of its own, which sees the changed weight instead. `shape` is the weight's when
+    has a forward of its own, which sees the changed weight instead. `biased`: some adapter here has a
+    bias of its own. `shape` is the weight's when
     the first adapter came.
     """
 
@@ -38,6 +41,7 @@ class Hung:
         self.rows: Any = None
         self.inside = 0
         self.by_weight = False
+        self.biased = False
         self.shape: torch.Size | None = None
 
     def __getitem__(self, name: str | None) -> Any:
@@ -45,9 +49,11 @@ class Hung:
 
     def __setitem__(self, name: str, child: nn.Module) -> None:
         self.adapters._modules[name] = child
+        self._note_biases()
 
     def __delitem__(self, name: str) -> None:
         del self.adapters._modules[name]
+        self._note_biases()
         self.active = tuple(other for other in self.active if other != name)
         self.off.discard(name)
 
@@ -70,8 +76,24 @@ class Hung:
         return [name for name in self.active if name not in self.merged and name not in self.off]
 
     def in_use(self) -> list[Any]:
-        """What hangs here of these adapters."""
-        return [self.adapters._modules[name] for name in self.names_in_use()]
+        """What hangs here of these adapters, those aside that have nothing but a bias here."""
+        here = [self.adapters._modules[name] for name in self.names_in_use()]
+        return [child for child in here if not isinstance(child, Bias)] if self.biased else here
+
+    def bias_of(self, name: str) -> nn.Parameter | None:
+        """The bias that this adapter has here in place of the base's; None if it has none."""
+        return self.adapters._modules[name]._parameters.get(BIAS)  # type: ignore[union-attr]
+
+    def owner_of_bias(self) -> str | None:
+        """The adapter in use that has one."""
+        if self.rows is None:
+            for name in self.names_in_use():
+                if self.bias_of(name) is not None:
+                    return name
+        return None
+
+    def _note_biases(self) -> None:
+        self.biased = any(self.bias_of(name) is not None for name in self.names())
 
     def move(self, fn: Any) -> None:
         """Move or cast what is set aside, as `fn` does with the model's tensors."""
@@ -85,6 +107,22 @@ class Hung:
                     aside[key] = nn.Parameter(moved, tensor.requires_grad)
                 else:
                     aside[key] = moved
+
+
+class Bias(nn.Module):
+    """What an adapter has on a module of which it trains the bias and nothing else."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.register_parameter(BIAS, bias)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """None of the method's."""
+        return {}
+
+    def roles(self) -> dict[str, Any]:
+        """None of the method's."""
+        return {}
 
 
 class Adapters(nn.Module):

@@ -19,7 +19,7 @@ from lorakin.family import Method, Pair, all_finite
 from lorakin.surgery import layers
 from lorakin.surgery.adapted import hang
 from lorakin.surgery.experts import set_aside
-from lorakin.surgery.hung import hung_on, ours
+from lorakin.surgery.hung import BIAS, Hung, hung_on, ours
 from lorakin.surgery.layers import Layer, QuantisedLayer, UngroupedLayer
 from lorakin.surgery.rows import Rows, check_size
 from lorakin.surgery.site import Copy, Site
@@ -27,13 +27,16 @@ from lorakin.surgery.tokens import fold
 
 
 class Placed(Protocol):
-    """Which modules an adapter adapts, each with its method, and which it trains whole."""
+    """Which modules an adapter adapts, each with its method, and which it trains whole, or the biases of."""
 
     @property
     def sites(self) -> Mapping[str, Method]: ...
 
     @property
     def copies(self) -> tuple[str, ...]: ...
+
+    @property
+    def biases(self) -> tuple[str, ...]: ...
 
 
 def check_together(plans: Mapping[str, Placed]) -> None:
@@ -50,7 +53,7 @@ def check_together(plans: Mapping[str, Placed]) -> None:
                         f"two adapters that train {whole} whole cannot both be merged; unmerge the "
                         f"other first ({name!r} and {other!r})"
                     )
-                inside = [p for p in (*there.sites, *there.copies) if p.startswith(f"{whole}.")]
+                inside = [p for p in (*there.sites, *there.copies, *there.biases) if p.startswith(f"{whole}.")]
                 if other != name and inside:
                     raise StateError(
                         f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains whole; they cannot both be merged"
@@ -106,17 +109,23 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torc
     hung = hung_on(module)
     names = tuple(name for name in hung.names() if name in names)  # in one order, whatever order they were merged in
     if layers.kind_of(module) is QuantisedLayer and any(isinstance(child, Site) for child in hung.values()):
-        hung.dense = _dense(module, path, [hung[name] for name in names], dtype) if names else None
-        hung.merged = names
-        return
-    if names:
+        bias = _own_bias(hung, names, path)
+        sites = [hung[name] for name in names if isinstance(hung[name], Site)]
+        dense = _dense(module, path, sites, dtype) if sites else None
+        base = (hung.base or _base_bias(module)) if names else {}
+        replacement = _with_bias(base, bias, path) if names else hung.base
+        hung.dense = dense
+    elif names:
+        bias = _own_bias(hung, names, path)
         base = hung.base or _own_tensors(module)
         device = next(iter(base.values())).device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             replacement = _folded(module, base, path, [hung[name] for name in names])
-        hung.base = base
+            if hung.biased:
+                replacement = replacement | _with_bias(base, bias, path)
     else:
-        replacement, hung.base = hung.base, {}
+        replacement, base = hung.base, {}
+    hung.base = base
     for key, tensor in replacement.items():
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, tensor)
@@ -124,19 +133,43 @@ def set_merged(module: nn.Module, path: str, names: tuple[str, ...], dtype: torc
 
 
 @torch.no_grad()
-def _dense(module: nn.Module, path: str, adapters: list[Site | Copy | Rows], dtype: torch.dtype) -> Tensor:
+def _dense(module: nn.Module, path: str, sites: Sequence[Site], dtype: torch.dtype) -> Tensor:
     matrix = QuantisedLayer.weight(module).matrix
-    pairs = [adapter.pair(matrix) for adapter in adapters if isinstance(adapter, Site)]
-    return folded(matrix, QuantisedLayer, module, pairs, path, dtype)
+    return folded(matrix, QuantisedLayer, module, [site.pair(matrix) for site in sites], path, dtype)
+
+
+def _own_bias(hung: Hung, names: Sequence[str], path: str) -> Tensor | None:
+    """The bias of that of these adapters which has one of its own here; None if none has."""
+    own = {name: bias for name in names if (bias := hung.bias_of(name)) is not None}
+    if len(own) > 1:
+        one, other, *_ = own
+        raise StateError(f"{one!r} and {other!r} both train the bias of {path}; unmerge one before merging the other")
+    return next(iter(own.values()), None)
+
+
+def _base_bias(module: nn.Module) -> dict[str, Tensor]:
+    """The base's bias, if an adapter here has one of its own."""
+    bias = module._parameters.get(BIAS)
+    return {BIAS: bias} if hung_on(module).biased and bias is not None else {}
+
+
+@torch.no_grad()
+def _with_bias(base: dict[str, Tensor], bias: Tensor | None, path: str) -> dict[str, Tensor]:
+    """The bias of `base`, if it has one there, or in its place this one."""
+    own = {BIAS: base[BIAS]} if BIAS in base else {}
+    return own if bias is None else {BIAS: _like(base[BIAS], bias, path)}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors that merging replaces: the weight, or all that a module trained whole saves."""
+    """The base's tensors that merging replaces: weight and bias, or all that a module trained whole saves."""
     hung = hung_on(module)
+    bias = _base_bias(module)
     if any(isinstance(child, Site | Rows) for child in hung.values()):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return {"weight": set_aside(module, weight)}
+        return {"weight": set_aside(module, weight)} | bias
+    if bias:
+        return bias
     saved, skip = module.state_dict(keep_vars=True), ours(module)
     return {key: tensor for key, tensor in saved.items() if not key.startswith(skip)}
 
@@ -148,7 +181,7 @@ def _folded(module: nn.Module, base: dict[str, Tensor], path: str, adapters: lis
         check_size(rows, hung_on(module), table)
         return {"weight": _like(table, fold(table.detach(), rows), path)}
     if not sites:
-        return _copied(base, path, adapters)
+        return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
     if any(site.layer is UngroupedLayer for site in sites):
         raise StateError(
             f"{path} is a convolution in groups, and an adapter on it, which PEFT trained, reads the inputs of all groups: "

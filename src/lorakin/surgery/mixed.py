@@ -55,6 +55,11 @@ class MixedBatch:
     def _check(self) -> None:
         names = [name for name in self.names if name is not None]
         known = check_switchable(self.model, names)
+        if biased := [name for name in names if known[name].plan.biases]:
+            raise SettingError(
+                f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot be in a mixed batch; run its "
+                "rows by themselves"
+            )
         if of_experts := [name for name in names if known[name].experts()]:
             raise SettingError(
                 f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows share, so it cannot be in a "

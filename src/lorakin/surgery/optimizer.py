@@ -225,4 +225,7 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
                 if parameter.requires_grad:
                     acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
                     found.setdefault(id(parameter), (parameter, lr, Role(decays=acts)))
+    for bias in graft.biases().values():
+        if bias.requires_grad:
+            found.setdefault(id(bias), (bias, lr, Role(decays=False)))
     return list(found.values())

@@ -43,17 +43,22 @@ def changed_weight(module: Any, hung: Hung) -> Tensor:
     if kind is ConvolutionLayer:
         return _formed(module, hung, sites)
     there = [p for site in sites for p in site.parameters(recurse=False)]
-    return read(weight, lambda: tuple(_as_change(module, hung, site, by_columns) for site in sites), by_columns, there)
+    scaled = [(site, site.scale) for site in sites]  # as now, also for a backward that comes later
+
+    def changes() -> tuple[Change, ...]:
+        return tuple(_as_change(module, hung, site, scale, by_columns) for site, scale in scaled)
+
+    return read(weight, changes, by_columns, there)
 
 
 def _unsplit(path: str) -> tuple[Change, ...]:
     raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
-def _as_change(module: Any, hung: Hung, site: Any, by_columns: bool) -> Change:
+def _as_change(module: Any, hung: Hung, site: Any, scale: float, by_columns: bool) -> Change:
     """What one adapter does to the weight, in the weight's layout and dtype."""
     with outside(hung), torch.autocast(module._parameters["weight"].device.type, enabled=False):
-        pair = site.pair(site.layer.weight(module))
+        pair = site.pair(site.layer.weight(module), scale)
     dtype = module._parameters["weight"].dtype
     up, down = pair.up.to(dtype), pair.down.to(dtype)
     left, right = (up, down) if by_columns else (down.T, up.T)

@@ -13,7 +13,7 @@ from lorakin.family import Method, Pair, Role, Shape, Weight, widened
 from lorakin.surgery import fused
 from lorakin.surgery.autograd import PLAIN, Copied, Seen
 from lorakin.surgery.fused import Ready
-from lorakin.surgery.hung import hung_on
+from lorakin.surgery.hung import BIAS, hung_on
 from lorakin.surgery.layers import Layer, LinearLayer, kind_of
 
 
@@ -26,22 +26,31 @@ class Site(nn.Module):
     """One adapter on one module: its method's tensors there, as parameters."""
 
     def __init__(
-        self, path: str, method: Method, layer: type[Layer], shape: Shape, parameters: Mapping[str, nn.Parameter]
+        self,
+        path: str,
+        method: Method,
+        layer: type[Layer],
+        shape: Shape,
+        parameters: Mapping[str, nn.Parameter],
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.path = path
         self.method = method
         self.layer = layer
         self.shape = shape
+        self.scale = 1.0
         self.siblings = path.rpartition(".")[0]
         self._squares: tuple[Seen, Tensor] | None = None
         self._ready: tuple[Seen, Copied, Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
+        if bias is not None:  # in place of the base's
+            self.register_parameter(BIAS, bias)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters by slot, as the members named them."""
-        return dict(self._parameters)  # type: ignore[arg-type]
+        return {slot: p for slot, p in self._parameters.items() if slot != BIAS and p is not None}
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
@@ -74,9 +83,17 @@ class Site(nn.Module):
         wide = widened(self.tensors())
         return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
 
-    def pair(self, weight: Tensor | Weight) -> Pair:
-        """The method's pair over `weight` (outputs, inputs), in float32 or float64."""
-        return self.method.pair(self.wide(weight.device), self.shape, weight)
+    def pair(self, weight: Tensor | Weight, scale: float | None = None) -> Pair:
+        """The method's pair over `weight` (outputs, inputs), in float32 or float64.
+
+        Its change is scaled by `scale`, by default as the adapter is scaled now.
+        """
+        pair = self.method.pair(self.wide(weight.device), self.shape, weight)
+        return pair.times(self.scale if scale is None else scale)
+
+    def rescale(self, scale: float) -> None:
+        """From now on the adapter changes the module `scale` times as much as its tensors say."""
+        self.scale, self._ready = scale, None
 
     def fused(self, module: Any, x: Any) -> Tensor | None:
         """The output of the adapted module, the base's part included, where `surgery/fused.py` can compute it."""
@@ -85,6 +102,7 @@ class Site(nn.Module):
             return None
         dropout = self.method.dropout if self.training else 0.0
         if (chain := self.method.chain(self.wide())) is not None:  # whose frozen matrices are moved once
+            chain = chain.times(self.scale)
             return fused.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
         tensors = self.wide(weight.device)
         if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
@@ -96,7 +114,16 @@ class Site(nn.Module):
         return fused.linear_with_pair(x, weight, bias, pair, scale, dropout)
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair and its scale, over a weight of which the squares of rows are remembered for as long as it is the same."""
+        """The pair and its scale, over a weight whose squares of rows are remembered while it is the same."""
+        return self.scaled_factors(self._factors(tensors, matrix))
+
+    def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
+        """A pair and its scale, with the adapter's."""
+        pair, scale = factors
+        return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
+
+    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+        """The same as the tensors say, whatever the adapter's scale."""
         weight = Weight(matrix.detach())
         if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
             return self.method.factors(tensors, self.shape, weight)

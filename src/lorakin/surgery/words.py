@@ -50,13 +50,20 @@ def ranks_in_words(graft: Graft) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
 
+def biases_in_words(graft: Graft) -> str:
+    """`4 biases`, those that it trains."""
+    number = len(graft.plan.biases)
+    return f"{number:,} bias{'' if number == 1 else 'es'}"
+
+
 def state_in_words(graft: Graft) -> str:
-    """`active`, `inactive`, `merged`, `disabled` or `removed`."""
+    """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
     hung = hung_of(graft)
     if not graft.is_present:
         return "removed"
     states = {"merged": "merged", "off": "disabled", "active": "active"}
-    return next((word for state, word in states.items() if any(graft.name in getattr(h, state) for h in hung)), "inactive")
+    word = next((word for state, word in states.items() if any(graft.name in getattr(h, state) for h in hung)), "inactive")
+    return word if graft.scale == 1 else f"{word} at scale {graft.scale:g}"
 
 
 def described(graft: Graft) -> str:
@@ -68,7 +75,8 @@ def described(graft: Graft) -> str:
     lines = [
         f"adapter {graft.name!r}: {in_words(graft.method)}{f'; {own_ranks}' if ' to ' in own_ranks else ''}",
         f"modules: {len(graft.plan.sites)}{f' ({listed(places)})' if places else ''}"
-        + (f"; trained whole: {listed(graft.plan.copies)}" if graft.plan.copies else ""),
+        + (f"; trained whole: {listed(graft.plan.copies)}" if graft.plan.copies else "")
+        + (f"; {biases_in_words(graft)}" if graft.plan.biases else ""),
         f"trains: {share(trained, total)}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
         + (f" on {', '.join(devices_of(tensors))}" if tensors else ""),

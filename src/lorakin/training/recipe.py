@@ -15,7 +15,10 @@ from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import one_of, require
 from lorakin.storage import atomic
+from lorakin.surgery.biases import ADAPTED, ALL, NONE
 from lorakin.surgery.graft import RANK_ABOVE
+
+BIASES = (NONE, ADAPTED, ALL)
 
 
 @dataclasses.dataclass
@@ -41,6 +44,7 @@ class Recipe:
     modules_to_save: list[str] = dataclasses.field(default_factory=list)
     rank_above: str = "refuse"
     trainable_tokens: list[str] = dataclasses.field(default_factory=list)
+    bias: str = "none"
     eval_data: str | None = None
     holdout: float = 0.1
     lr: float | None = None
@@ -79,6 +83,7 @@ class Recipe:
         require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
         one_of(self, "rank_above", RANK_ABOVE)
         require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, not {self.loss_on!r}")
+        require(self.bias in BIASES, f"bias must be {', '.join(BIASES)}, not {self.bias!r}")
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
         require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")
 

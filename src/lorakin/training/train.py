@@ -160,6 +160,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "modules_to_save": whole,
         "rank_above": recipe.rank_above,
         "trainable_tokens": rows_of(recipe.trainable_tokens, loaded.tokenizer, loaded.model),
+        "bias": recipe.bias,
         "seed": recipe.seed,
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
@@ -376,6 +377,7 @@ def _describe(run: Run) -> None:
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
         + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
+        + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
         + f"; {share(trained, total)} train",
         highlight=False,
     )

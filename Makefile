@@ -5,6 +5,7 @@
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
+# make sweep      LoRA on every architecture that transformers makes from a config: docs/architectures.md (three minutes)
 # make soak       the slow suite: killed 200 times, 10,000 hostile files, members × bases × engines (about 25 minutes)
 # make check      lint and types only
 # make clean      remove what these made
@@ -14,13 +15,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sentiment family claims interop bench soak check clean
+.PHONY: demo test sentiment family claims interop sweep bench soak check clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
 
 test: check $(VENV)/.llama
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test
 	$(BIN)/ruff check src tests examples benchmarks
@@ -38,6 +39,9 @@ claims: $(VENV)/.train
 
 interop: $(VENV)/.test $(VENV)/.llama
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python examples/interop.py --out interop
+
+sweep: $(VENV)/.test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(BIN)/python -m sweep.table
 
 bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench

@@ -227,16 +227,21 @@ def test_sft_trainer_with_members_that_act_at_steps(tmp_path: Path, tokenizer: A
     adapter.save(tmp_path / "adapter")
 
 
-def test_a_layer_that_the_trainer_never_calls_is_announced(tmp_path: Path, tokenizer: Any) -> None:
-    """TRL reads the head's weight without calling the head, so an adapter there never trains; saving says so."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_head_whose_weight_the_trainer_reads_trains(whole: bool, tmp_path: Path, tokenizer: Any) -> None:
+    """TRL multiplies by the head's weight without calling the head; it refuses PEFT's adapters there."""
     trl = pytest.importorskip("trl")
-    model = tiny_llama()
-    adapter = lk.adapt(model, lk.LoRA(rank=2), ["q_proj", "lm_head"])
+    model = tiny_llama(tied=False)
+    targets = {"targets": ["q_proj"], "modules_to_save": ["lm_head"]} if whole else {"targets": ["q_proj", "lm_head"]}
+    adapter = lk.adapt(model, lk.LoRA(rank=2), **targets)
     trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, save_strategy="no")),
         train_dataset=datasets.Dataset.from_list(ROWS),
         processing_class=tokenizer,
     ).train()
-    with pytest.warns(lk.LorakinWarning, match=r"changes nothing in 1 of 3 modules \(lm_head"):
-        adapter.save(tmp_path / "adapter")
+    if whole:
+        assert not torch.equal(adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"])
+    else:
+        assert adapter.site("lm_head").tensors()["B"].any()
+    adapter.save(tmp_path / "adapter")  # which would say what training never reached

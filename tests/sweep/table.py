@@ -18,7 +18,7 @@ import transformers
 from sweep import architectures, checks
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-COMMAND = "HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:tests python -m sweep.table"
+COMMAND = "make sweep"
 NO_FAILURE = "none"
 HEAD = """# Architectures
 

@@ -283,8 +283,7 @@ def check_trained(graft: Graft) -> None:
     whole = [path for path in graft.plan.copies if graft.is_fresh and graft.steps and _is_the_bases(graft, path)]
     if whole:
         warnings.warn(
-            f"adapter {graft.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it. "
-            "TRL's trainers read a head's weight without calling the head",
+            f"adapter {graft.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it",
             LorakinWarning,
             stacklevel=3,
         )

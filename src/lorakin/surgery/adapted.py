@@ -43,14 +43,18 @@ class Adapted(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hung = hung_on(self)
         sites = hung.in_use()
-        _check_size(self, hung, sites)
+        weight = self._parameters.get("weight")
+        if sites and hung.shape is not None and weight is not None and weight.shape != hung.shape:
+            raise StateError(resized(sites[0].path, hung.shape, weight.shape))
         if hung.by_weight:
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         hung.inside += 1
         try:
-            with brought(sites):
-                return self._changed(hung, sites, x, args, kwargs)
+            if any("_hf_hook" in site.__dict__ for site in sites):
+                with brought(sites):
+                    return self._changed(hung, sites, x, args, kwargs)
+            return self._changed(hung, sites, x, args, kwargs)
         finally:
             hung.inside -= 1
 
@@ -68,8 +72,7 @@ class Adapted(Swapped):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        hung = hung_or_none(self) if name in ("weight", BIAS) else None
-        if hung is None:
+        if name not in ("weight", BIAS) or (hung := hung_or_none(self)) is None:
             return super().__getattr__(name)
         if name == BIAS:
             if hung.biased and (hung.inside or is_in_forward(1)) and (owner := hung.owner_of_bias()) is not None:
@@ -165,13 +168,6 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
 
 Child = Site | Copy | Rows | Bias
 """What hangs on a module."""
-
-
-def _check_size(module: Any, hung: Hung, sites: list[Any]) -> None:
-    """Raise `StateError` if the module was resized after it was adapted."""
-    weight = module._parameters.get("weight")
-    if sites and hung.shape is not None and weight is not None and weight.shape != hung.shape:
-        raise StateError(resized(sites[0].path, hung.shape, weight.shape))
 
 
 def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:

@@ -83,8 +83,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None or x.dim() < 3:
         return F.linear(x, weight, bias)
-    flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T)
-    whole: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(weight)])
+    whole = x.new_empty(*x.shape[:-1], len(weight))
+    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T, out=whole.view(-1, len(weight)))
     return whole
 
 

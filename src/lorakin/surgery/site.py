@@ -101,10 +101,12 @@ class Site(nn.Module):
         if self.layer is not LinearLayer or not fused.applies(x, weight):
             return None
         dropout = self.method.dropout if self.training else 0.0
-        if (chain := self.method.chain(self.wide())) is not None:  # whose frozen matrices are moved once
+        tensors = self.wide()
+        if (chain := self.method.chain(tensors)) is not None:  # whose frozen matrices are moved once
             chain = chain.times(self.scale)
             return fused.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
-        tensors = self.wide(weight.device)
+        if any(tensor.device != weight.device for tensor in tensors.values()):
+            tensors = self.wide(weight.device)
         if not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return fused.linear_with_ready(x, weight, bias, self._as_ready(tensors, weight))
         self._ready = None

@@ -355,9 +355,12 @@ def _summed_buffers(known: Sequence[Adapter], weights: Mapping[str, float]) -> d
     found: dict[str, Tensor] = {}
     for adapter in known:
         for name, moved in adapter.moved_buffers().items():
-            base = adapter.base_buffer(name).to(moved.device)
-            change = weights[adapter.name] * (moved - base)
-            found[name] = found.get(name, base) + change if moved.is_floating_point() else moved
+            base = adapter.base_buffer(name)
+            if base is None or base.shape != moved.shape or not moved.is_floating_point():
+                found[name] = moved
+            else:
+                base = base.to(moved.device)
+                found[name] = found.get(name, base) + weights[adapter.name] * (moved - base)
     return found
 
 

@@ -143,6 +143,7 @@ def test_the_papers_count() -> None:
     assert adapter.trainable_parameters == 147_456
 
 
+@pytest.mark.filterwarnings("ignore:the first step of adapter:lorakin.errors.LorakinWarning")
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_PRECISIONS)
 def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
     """Its gradient is the sum over the modules that share it."""

@@ -71,6 +71,7 @@ def test_the_corrected_gradient_is_the_nearest_to_the_full_one() -> None:
     torch.testing.assert_close(site.B.T @ (2 * site.B @ site.A.grad - full), torch.zeros(2, 9, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:the first step of adapter:lorakin.errors.LorakinWarning")
 def test_a_shared_pairs_gradient_is_corrected_once() -> None:
     model, (x, target) = (
         nn.Sequential(*(nn.ModuleDict({"fc": layer}) for layer in linear(torch.float64, 8, 8, 8))),

@@ -31,9 +31,26 @@ class Average(nn.Module):
         return self.lin(x - self.mean)
 
 
+class History(nn.Module):
+    """Makes its buffer in the first forward in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lin(x)
+        if self.training:
+            now = y.detach().mean(0)
+            self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
+        return y if self.mean is None else y - self.mean
+
+
 BASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), ["0"]),
     "moving average": (Average, ["lin"]),
+    "made in the forward": (History, ["lin"]),
     "spectral norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
         ["1"],
@@ -138,6 +155,7 @@ def test_two_adapters_each_have_their_own() -> None:
     assert model.calls == 1
     with pytest.raises(lk.SettingError):
         lk.activate(model, ["first", "second"])
+    assert (lk.status(model).active, model.calls) == (("first",), 1), "what is refused changes nothing"
     copied = copy.deepcopy(model)
     lk.activate(copied, "second")
     assert (model.calls, copied.calls) == (1, 2)

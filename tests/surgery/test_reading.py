@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lorakin as lk
 from conftest import randomise
@@ -336,3 +337,49 @@ def test_modules_trained_whole_answer_for_their_attributes(whole: str, tmp_path:
     adapter.unmerge()
     with adapter.disabled():
         assert torch.equal(model(x), base(x))
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints a method of its own, which is run again in the backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)) @ self.second.weight.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.body, x, use_reentrant=self.reentrant)
+        return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_that_is_run_again_reads_the_same_weight(method: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Checkpointed(reentrant).double(), torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    adapter = randomise(lk.adapt(model, METHODS[method](), ["first", "second"], seed=0), 0.5)
+    found = []
+    for run in (model, model.body):
+        x.grad = None
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        if run is model:
+            model(x).square().sum().backward()
+        else:
+            nn.Module.__call__(Plainly(model), x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in adapter.parameters() if p.requires_grad)])
+    assert all(grad is not None for grads in found for grad in grads)
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+class Plainly(nn.Module):
+    def __init__(self, model: Checkpointed) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.body(x)

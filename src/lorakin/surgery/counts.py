@@ -12,6 +12,7 @@ from lorakin.family.pair import whole_shape
 from lorakin.surgery.graft import Graft, grafts
 from lorakin.surgery.hung import Adapters, Hung, hung_or_none
 from lorakin.surgery.quantised import is_quantised, shape_of
+from lorakin.surgery.rows import Rows
 from lorakin.surgery.site import Copy, trains
 
 Whether = bool | Literal["irregular"]
@@ -34,7 +35,7 @@ def requires_grad(graft: Graft) -> Whether:
     flags: set[Whether] = set()
     for hung in hung_of(graft):
         child = hung[graft.name]
-        if isinstance(child, Copy):
+        if isinstance(child, Copy | Rows):
             flags |= {p.requires_grad for p in child.parameters()}
             continue
         if (bias := hung.bias_of(graft.name)) is not None:
@@ -58,7 +59,7 @@ def trained_by_method(graft: Graft) -> int:
     trained: dict[int, int] = {}
     for hung in hung_of(graft):
         child = hung[graft.name]
-        if isinstance(child, Copy):
+        if isinstance(child, Copy | Rows):
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
             roles = child.roles()

@@ -34,7 +34,7 @@ from lorakin.surgery.adapted import (
 from lorakin.surgery.before_forward import BeforeForward, exchanged
 from lorakin.surgery.biases import NONE as NO_BIASES
 from lorakin.surgery.biases import bias_of, check_biases_apart, find_biases, start_of, tie_merged
-from lorakin.surgery.buffers import Buffers
+from lorakin.surgery.buffers import Buffers, own_copy
 from lorakin.surgery.hung import Bias, Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
@@ -239,7 +239,7 @@ class Graft:
         self.warned_of_rates = False
         self.averaging: Averaging | None = None
         self._state: Mapping[str, Any] | None = None
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor | None] = {}
         self._scale = 1.0
         self._disabled = 0
         self._merge_again = False
@@ -307,7 +307,7 @@ class Graft:
             hang(modules[path], self.name, child.train(modules[path].training))
         _mark_base(self.model, registry)
         own = registry.buffers.all(self.model, self.plan.copies) if buffers is None else buffers
-        self.buffers = {name: buffer.detach().clone() for name, buffer in own.items()}
+        self.buffers = {name: own_copy(buffer) for name, buffer in own.items()}
         registry.buffers.add(self.model, self)
         activate(self.model, self.name)
 
@@ -461,7 +461,7 @@ class Graft:
         """Those of its own buffers that are no longer the base's, by name."""
         return _registry(self.model).buffers.moved(self.model, self)
 
-    def base_buffer(self, name: str) -> Tensor:
+    def base_buffer(self, name: str) -> Tensor | None:
         """The base's own buffer of this name, which may be set aside."""
         return _registry(self.model).buffers.own(self.model, name)
 
@@ -469,7 +469,7 @@ class Graft:
         """Let its own buffers hold these values, and the base's where none is given."""
         known = _registry(self.model).buffers
         for name in self.buffers:
-            known.of(self.model, self, name).copy_(values.get(name, known.base[name]))
+            known.put(self.model, self, name, values.get(name, known.own(self.model, name)))
 
     def average_if_several(self) -> None:
         """Get ready for a backward, in case that several processes train."""
@@ -776,6 +776,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
                     f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains whole; activate one"
                 )
     check_biases_apart(_plans([known[name] for name in names]), SettingError)
+    _registry(model).buffers.owners(model, [known[name] for name in names])
     for graft in known.values():
         for path in graft._paths():
             hung = _hung(model, path)
@@ -818,6 +819,7 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
             move_adapters(old, module_at(model, path))
     if (registry := _registry(model)).grafts:
         registry.ties = Ties(model)
+        _hold(model, registry)
 
 
 def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
@@ -970,10 +972,7 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
         registry.before_forward = BeforeForward(model, registry.grafts)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
         registry.ties = Ties(model)
-    if registry.before_forward is not None:
-        paths = [p for graft in registry.grafts.values() for p in graft._paths()]
-        called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
-        registry.before_forward.hold(model, (p for p in called if is_adapted(module_at(model, p))))
+    _hold(model, registry)
     if not registry.grafts:
         registry.hook.remove()
         if registry.before_forward is not None:
@@ -983,6 +982,14 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
         for key, parameter in _base_parameters(model):
             parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
         del model.__dict__["_lorakin"]
+
+
+def _hold(model: nn.Module, registry: Registry) -> None:
+    """Let the model see before each forward that the adapted modules are those that are there now."""
+    if registry.before_forward is not None:
+        paths = [p for graft in registry.grafts.values() for p in graft._paths()]
+        called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
+        registry.before_forward.hold(model, (p for p in called if is_adapted(module_at(model, p))))
 
 
 def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:

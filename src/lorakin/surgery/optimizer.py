@@ -228,4 +228,6 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
     for bias in graft.biases().values():
         if bias.requires_grad:
             found.setdefault(id(bias), (bias, lr, Role(decays=False)))
+    for _, parameter in graft.trained():  # rows of tokens
+        found.setdefault(id(parameter), (parameter, lr, Role()))
     return list(found.values())

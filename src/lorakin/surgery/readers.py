@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 _CALL = nn.Module._call_impl.__code__
+COMPUTING = ("torch.utils.checkpoint", "torch.autograd.function")
+"""Where a part of a forward is run again in the backward, with no module's call around it."""
 MACHINERY = (
     "accelerate",
     "deepspeed",
@@ -33,7 +35,7 @@ def is_in_forward(depth: int) -> bool:
     if reader.startswith(MACHINERY) and any(reader == name or reader.startswith(name + ".") for name in MACHINERY):
         return False
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is _CALL or frame.f_globals.get("__name__") in COMPUTING:
             return True
         frame = frame.f_back
     return False

@@ -218,3 +218,15 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
 def test_what_is_no_number_of_steps(steps: Any) -> None:
     with pytest.raises(lk.SettingError, match="total_steps must be a whole number"):
         lk.adapt(linear(), lk.LoRA(rank=2)).optimizer(lr=0.1, total_steps=steps)
+
+
+def test_a_broken_model_does_not_trouble_the_optimizers_of_others() -> None:
+    broken, sound = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    kept = lk.adapt(broken, lk.LoRA(rank=2), "all-linear")
+    broken[0] = nn.Linear(4, 4)
+    adapter = lk.adapt(sound, lk.LoRA(rank=2), "all-linear")
+    optimizer = adapter.optimizer(lr=0.1)
+    sound(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert adapter.steps == 1
+    assert kept.steps == 0

@@ -422,6 +422,14 @@ class Graft:
         return any(self.name in _hung(self.model, path).active for path in self._paths())
 
     @property
+    def is_intact(self) -> bool:
+        """Whether it is in its model, and on the modules that it was put on: none was exchanged."""
+        try:
+            return self.is_present and all(is_adapted(module_at(self.model, path)) for path in self._paths())
+        except AttributeError:
+            return False
+
+    @property
     def is_off(self) -> bool:
         """Whether it is disabled at the moment."""
         return self._disabled > 0

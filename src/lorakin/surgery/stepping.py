@@ -48,10 +48,12 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
         held = group_of(optimizer)
-        found = [graft for graft in _GRAFTS if graft.is_present and any(id(p) in held for _, p in graft.trained())]
+        intact = [graft for graft in _GRAFTS if graft.is_intact]  # a model that is broken is no other's affair
+        found = [graft for graft in intact if any(id(p) in held for _, p in graft.trained())]
         known = [] if seen is None else _alive(seen.trained)
-        for graft in [graft for graft in _GRAFTS if graft.is_present and graft not in found]:
-            check_base_is_still(graft, held)
+        for graft in intact:
+            if graft not in found:
+                check_base_is_still(graft, held)
         for graft in found:
             if graft not in known:
                 check_groups(graft, optimizer)

@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lorakin.surgery.adapted import module_at
+from lorakin.surgery.hung import hung_on
 from lorakin.surgery.layers import QuantisedLayer
 from lorakin.training import train as training
 from lorakin.training.docstrings import docstring_rows

@@ -207,7 +207,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters by name, whatever adapters do with them; without modules that an adapter trains whole."""
     whole = tuple(f"{path}." for graft in _registry(model).grafts.values() for path in graft.plan.copies)
     own: dict[str, Tensor] = {}
-    for name, parameter in _base_parameters(model):
+    for name, parameter in base_parameters(model):
         if whole and name.startswith(whole):
             continue
         path, _, leaf = name.rpartition(".")
@@ -334,7 +334,7 @@ class Graft:
     def freeze_base(self) -> None:
         """Stop training everything that is not an adapter's, remembering what trained before."""
         registry = _registry(self.model)
-        named = _base_parameters(self.model)
+        named = base_parameters(self.model)
         for key, parameter in named:
             registry.requires_grad.setdefault(key, parameter.requires_grad)
         for _, parameter in named:
@@ -357,7 +357,7 @@ class Graft:
 
     def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The base model's own."""
-        return _base_parameters(self.model)
+        return base_parameters(self.model)
 
     @property
     def is_present(self) -> bool:
@@ -957,10 +957,6 @@ def _hung(model: nn.Module, path: str) -> Hung:
     return hung_on(module)
 
 
-def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return base_parameters(model)
-
-
 def _mark_base(model: nn.Module, registry: Registry) -> None:
     """Keep `save_pretrained` writing the base alone, and a load that would leave the adapters untouched audible.
 
@@ -987,7 +983,7 @@ def _mark_base(model: nn.Module, registry: Registry) -> None:
             registry.before_forward.remove()
         vars(model).update(registry.flags)
         quantised.give_back(registry.laid_out)
-        for key, parameter in _base_parameters(model):
+        for key, parameter in base_parameters(model):
             parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
         del model.__dict__["_lorakin"]
 

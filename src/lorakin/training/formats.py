@@ -402,10 +402,8 @@ def _check_meaning(layout: Format, row: Values) -> None:
     said = {key for key, value in row.items() if value not in (None, [], {}, "")} - {*layout.columns, *layout.optional}
     way_out = f"; if it does not matter, name the columns that do: --columns {','.join(f'{c}={c}' for c in layout.columns)}"
     if pair := [key for key in PREFERENCES if key in said]:
-        raise DataError(
-            f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate{way_out}, or "
-            f"completion={pair[0]} for the answer to learn"
-        )
+        asked = f", or --columns prompt={layout.columns[0]},completion=chosen" if "chosen" in said else ""
+        raise DataError(f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate{way_out}{asked}")
     if media := [key for key in MEDIA if key in said]:
         raise DataError(f"{media[0]} is {_shown(row[media[0]])}, and only text can be trained on{way_out}")
     if "label" in said and row["label"] is False and layout.name != CLASSIFICATION:

@@ -16,6 +16,7 @@ from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.surgery.mode import in_mode
 from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
+from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import load_with_adapter, stored_labels
 
 
@@ -95,10 +96,15 @@ def evaluate_rows(
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")
+    length = row_length(places(loaded.model), max_length)
     if is_classifier:
         names = loaded.model.config.id2label
-        encoded = encode_labelled(rows, loaded.tokenizer, max_length, [names[number] for number in sorted(names)])
+        encoded = encode_labelled(rows, loaded.tokenizer, length, [names[number] for number in sorted(names)])
+        check_rows(encoded.examples, loaded, name)
+        warn_cut(length, max_length, model, encoded.examples)
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
         return evaluate(loaded.model, collate, encoded.examples, batch_size)
-    encoded = encode(rows, loaded.tokenizer, max_length, loss_on, chat_template)
+    encoded = encode(rows, loaded.tokenizer, length, loss_on, chat_template)
+    warn_cut(length, max_length, model, encoded.examples)
+    check_rows(encoded.examples, loaded, name)
     return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)

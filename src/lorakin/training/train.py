@@ -31,7 +31,7 @@ from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
-from lorakin.training import data, processes
+from lorakin.training import data, limits, processes
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
@@ -148,8 +148,12 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
+    wanted, length = recipe.max_length, limits.row_length(limits.places(loaded.model), recipe.max_length)
+    recipe = dataclasses.replace(
+        recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate, max_length=length
+    )
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
     whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
@@ -364,8 +368,11 @@ def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
 def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
-        return data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    return data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+        found = data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    else:
+        found = data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+    limits.check_rows(found.examples, loaded, rows.name)
+    return found
 
 
 def _describe(run: Run) -> None:

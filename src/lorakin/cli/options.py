@@ -37,6 +37,9 @@ Accumulate = Annotated[int | None, typer.Option(help="Batches per optimizer step
 MaxLength = Annotated[int | None, typer.Option(help="Tokens per row; longer rows are cut. [default: 1024]")]
 LossOn = Annotated[str | None, typer.Option(help="answer or all. [default: answer]")]
 Schedule = Annotated[str | None, typer.Option(help="Of the learning rate: cosine, linear, constant … [default: cosine]")]
+ScheduleArgs = Annotated[
+    list[str] | None, typer.Option("--schedule-arg", help="What a schedule needs or can have, as min_lr=1e-5.")
+]
 RecipeDtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")]
 RecipeChatTemplate = Annotated[
     bool | None,

@@ -22,6 +22,7 @@ from lorakin.cli.options import (
     RecipeChatTemplate,
     RecipeDtype,
     Schedule,
+    ScheduleArgs,
     console_for,
     examples,
     parts,
@@ -77,6 +78,7 @@ def command(
         float | None, typer.Option("--lr", "--learning-rate", help="[default: the method's own, 2e-4 for lora]")
     ] = None,
     schedule: Schedule = None,
+    schedule_args: ScheduleArgs = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [default: 0.05]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
@@ -111,6 +113,7 @@ def command(
     from lorakin.training.recipe import parse_settings, read_recipe
 
     flags["settings"] = parse_settings(settings or [])
+    flags["schedule_args"] = parse_settings(schedule_args or [], "--schedule-arg")
     flags["method"] = ",".join(method) if method else None
 
     console = console_for(as_json) if processes.is_first() else Console(quiet=True)

@@ -31,7 +31,7 @@ from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
-from lorakin.training import data, limits, processes
+from lorakin.training import data, limits, processes, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
@@ -66,6 +66,11 @@ class Run:
         each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
         per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @property
+    def between_checkpoints(self) -> int:
+        """Steps between two checkpoints, which are a fifth of the run apart unless the recipe says otherwise."""
+        return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:
         """What makes batches of this run's examples."""
@@ -109,11 +114,16 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
     """
 
-    def __init__(self, adapter: Adapter, **kwargs: Any) -> None:
+    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
         self.good: list[torch.Tensor] = []
         self.good_step = -1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, for schedules that follow it."""
+        return {"eval_loss": self.held_out(self.state.global_step)}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -136,9 +146,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     checkpoint = _check_out(recipe, out, resume)
     processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    if recipe.schedule not in schedules:
-        raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
     rows = data.read_rows(recipe.data)
     train_rows, held_rows = _held_out(recipe, rows)
@@ -169,6 +177,8 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
     method.resolved(run.total_steps)
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
+    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
         _describe(run)
@@ -253,7 +263,14 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
-    trainer = _trainer(run, [*seen, *callbacks])
+
+    def held_out(step: int) -> float:
+        found = run.evaluate()
+        if step < run.total_steps:  # the last is taken below
+            metrics.add(step, **{f"eval_{name}": value for name, value in found.as_dict().items()})
+        return found.loss
+
+    trainer = _trainer(run, held_out, [*seen, *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -440,7 +457,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
+def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
@@ -452,6 +469,10 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         max_steps=run.total_steps,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=recipe.schedule_args,
+        eval_strategy="steps" if recipe.schedule in schedules.WATCHERS else "no",
+        eval_steps=run.between_checkpoints,
+        metric_for_best_model="eval_loss" if recipe.schedule in schedules.WATCHERS else None,
         warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -461,7 +482,7 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         save_strategy="no" if recipe.save_every == 0 else "steps",
-        save_steps=recipe.save_every or max(1, run.total_steps // 5),
+        save_steps=run.between_checkpoints,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -471,9 +492,11 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
     )
     trainer = AdapterTrainer(
         run.adapter,
+        held_out,
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(run.train.examples),
+        eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=None if run.labels is not None else answer_loss,
         callbacks=callbacks,

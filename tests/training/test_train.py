@@ -398,3 +398,27 @@ def test_a_fused_run_is_the_same_run(recipe: Recipe, tmp_path: Path, monkeypatch
     assert len(calls) == recipe.steps, "the loss of every step was computed without logits"
     assert fused.after.loss == pytest.approx(plain.after.loss, rel=1e-2)
     assert type(prepared.loaded.model.lm_head) is torch.nn.Linear, "the model is itself again"
+
+
+def test_a_float16_base_trains_as_float32_does_and_resumes_to_the_bit(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save_every, recipe.steps, recipe.lr = 4, 8, 5e-3
+    there = {}
+    for dtype in ("float32", "float16"):
+        recipe.dtype, recipe.out = dtype, str(tmp_path / dtype)
+        there[dtype] = run(recipe)[0]
+    assert there["float16"].after.loss == pytest.approx(there["float32"].after.loss, rel=0.02)
+    assert there["float16"].after.loss < 0.9 * there["float16"].before.loss
+    whole, half = tensors(tmp_path / "float16"), tmp_path / "half"
+    assert all(t.dtype is torch.float32 for t in whole.values())
+    assert (tmp_path / "float16" / "checkpoints" / "checkpoint-4" / "scaler.pt").is_file()
+    shutil.copytree(tmp_path / "float16", half)
+    shutil.rmtree(half / "checkpoints" / "checkpoint-8")
+    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
+
+
+def test_no_module_is_trained_whole_in_float16(recipe: Recipe) -> None:
+    recipe.dtype, recipe.modules_to_save = "float16", ["lm_head"]
+    with pytest.raises(lk.SettingError, match="would be trained in float16"):
+        run(recipe)
+    assert not Path(recipe.out).exists()

@@ -26,6 +26,7 @@ from lorakin.errors import DataError, DivergedError, ModelError, OutputError, Se
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
@@ -130,6 +131,10 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
+            raise DivergedError(
+                f"gradients are too large for float16 at step {step + 1}, however small the loss is made", step + 1
+            )
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
             self.good_step = step
@@ -181,10 +186,12 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
+        half.check_trained(loaded.model)
         _describe(run)
         _written(lambda: recipe.save(out / RECIPE))
         return run
     pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
+    half.check_trained(loaded.model)
     pilot.remove()
     check_called(loaded.model, pilot.plan.sites)
     _written(lambda: recipe.save(out / RECIPE))

@@ -19,6 +19,7 @@ from lorakin.family import Member, Method, widened
 from lorakin.storage import directory, hub
 from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
+from lorakin.surgery import half
 from lorakin.surgery.energy import check_called, energies
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.mixed import MixedBatch
@@ -349,11 +350,14 @@ def _importance(
     try:
         check_called(model, pilot.plan.sites)
         optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
+        scaler = half.loss_scaler(model)
+        half.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
         with in_mode(model, training=True):
             for _ in range(probe.epochs):
                 for batch in batches:
-                    (model(**batch).loss if loss is None else loss(model, batch)).backward()
-                    optimizer.step()
+                    scaler.scale(model(**batch).loss if loss is None else loss(model, batch)).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
                     optimizer.zero_grad()
         return energies(pilot, batches, probe.normalised, loss)
     finally:

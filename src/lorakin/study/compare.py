@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from lorakin.adapter import adapt
-from lorakin.errors import LorakinError, OutputError, SettingError
+from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
 from lorakin.storage import atomic
@@ -33,7 +34,8 @@ from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.training.encoding import use_template, with_answers
-from lorakin.training.models import load_tokenizer, resolve_dtype
+from lorakin.training.limits import places_of, row_length
+from lorakin.training.models import config_of, load_tokenizer, resolve_dtype
 from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
 from lorakin.training.train import check_meant
@@ -181,6 +183,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     """
     out = Path(comparison.out).expanduser()
     resumed = _check_out(comparison, out)
+    asked, comparison = comparison, _within(comparison)
     recipe = comparison.base_recipe
     batch = recipe.batch_size * recipe.accumulate
     saved = read_yaml(out / SETTINGS, "the comparison") if resumed else {}
@@ -193,7 +196,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
-        content = {**_asked(comparison), "parts": dataclasses.asdict(parts), "dtype": dtype}
+        content = {**_asked(asked), "parts": dataclasses.asdict(parts), "dtype": dtype}
         atomic.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
@@ -203,6 +206,18 @@ def prepare(comparison: Comparison, console: Console) -> Study:
         if reason := schedule.refusal(arm, study.results.rows):
             console.print(f"[bold yellow]left out[/] {arm.title}: {reason}", highlight=False)
     return study
+
+
+def _within(comparison: Comparison) -> Comparison:
+    """The same with rows cut at what the model has places for; a longer --max-length is said once, not by every trial."""
+    wanted = comparison.base_recipe.max_length
+    length = row_length(places_of(config_of(comparison.model)), wanted)
+    if length == wanted:
+        return comparison
+    if "max_length" in comparison.recipe:
+        told = f"rows are cut at {length} tokens instead of {wanted}: {comparison.model} has no more positions"
+        warnings.warn(told, LorakinWarning, stacklevel=2)
+    return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
 
 
 def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:

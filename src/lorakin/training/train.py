@@ -27,12 +27,13 @@ from lorakin.errors import DataError, DivergedError, ModelError, OutputError, Se
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
-from lorakin.training import processes, reading
+from lorakin.training import limits, processes, reading, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
 from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
@@ -72,6 +73,11 @@ class Run:
         each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
         per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @property
+    def between_checkpoints(self) -> int:
+        """Steps between two checkpoints, which are a fifth of the run apart unless the recipe says otherwise."""
+        return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:
         """What makes batches of this run's examples."""
@@ -115,17 +121,26 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
     """
 
-    def __init__(self, adapter: Adapter, **kwargs: Any) -> None:
+    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
         self.good: list[torch.Tensor] = []
         self.good_step = -1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, for schedules that follow it."""
+        return {"eval_loss": self.held_out(self.state.global_step)}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
+            raise DivergedError(
+                f"gradients are too large for float16 at step {step + 1}, however small the loss is made", step + 1
+            )
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
             self.good_step = step
@@ -142,9 +157,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     checkpoint = _check_out(recipe, out, resume)
     processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    if recipe.schedule not in schedules:
-        raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
     if isinstance(recipe.chat_template, str):
         template_named(recipe.chat_template)
@@ -157,12 +170,16 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
+    wanted, length = recipe.max_length, limits.row_length(limits.places(loaded.model), recipe.max_length)
+    recipe = dataclasses.replace(
+        recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate, max_length=length
+    )
     template = None
     if labels is None:
         template = use_template(loaded.tokenizer, recipe.chat_template, rows, recipe.template_args)
         recipe = dataclasses.replace(recipe, date=_printed_day(recipe, loaded.tokenizer))
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
     whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
@@ -178,12 +195,16 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     }
     run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
     method.resolved(run.total_steps)
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
+    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
+        half.check_trained(loaded.model)
         _describe(run)
         _written(lambda: _save_settings(recipe, out, template))
         return run
     pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
+    half.check_trained(loaded.model)
     pilot.remove()
     check_called(loaded.model, pilot.plan.sites)
     _written(lambda: _save_settings(recipe, out, template))
@@ -302,7 +323,14 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
-    trainer = _trainer(run, [*seen, *callbacks])
+
+    def held_out(step: int) -> float:
+        found = run.evaluate()
+        if step < run.total_steps:  # the last is taken below
+            metrics.add(step, **{f"eval_{name}": value for name, value in found.as_dict().items()})
+        return found.loss
+
+    trainer = _trainer(run, held_out, [*seen, *callbacks])
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -416,9 +444,12 @@ def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
 def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
-        return encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
-    return encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+        found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    else:
+        day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+        found = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    limits.check_rows(found.examples, loaded, found.where, rows.name)
+    return found
 
 
 def _describe(run: Run) -> None:
@@ -484,7 +515,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
+def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
@@ -496,6 +527,10 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         max_steps=run.total_steps,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=recipe.schedule_args,
+        eval_strategy="steps" if recipe.schedule in schedules.WATCHERS else "no",
+        eval_steps=run.between_checkpoints,
+        metric_for_best_model="eval_loss" if recipe.schedule in schedules.WATCHERS else None,
         warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -505,7 +540,7 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         save_strategy="no" if recipe.save_every == 0 else "steps",
-        save_steps=recipe.save_every or max(1, run.total_steps // 5),
+        save_steps=run.between_checkpoints,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -515,9 +550,11 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
     )
     trainer = AdapterTrainer(
         run.adapter,
+        held_out,
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(run.train.examples),
+        eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=None if run.labels is not None else answer_loss,
         callbacks=callbacks,

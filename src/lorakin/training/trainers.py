@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import transformers
 
 from lorakin.adapter import Adapter, adapters
 from lorakin.errors import SettingError, StateError
 from lorakin.storage import directory
-from lorakin.surgery import quantised
+from lorakin.surgery import half, quantised
 from lorakin.surgery.optimizer import regroup
 from lorakin.surgery.partitioned import follow, gather
 
@@ -66,9 +67,21 @@ class AdapterTraining:
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
         if self.is_deepspeed_enabled:
             self._keep_whole(*args, **kwargs)
+        else:
+            self._scale_losses()
         if over := self._over(*args, **kwargs):
             return over
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _scale_losses(self) -> None:
+        """On a float16 base, let Accelerate scale losses as it does for `fp16=True`; with that it does already."""
+        if self.accelerator.scaler is not None:
+            half.check_trained(self.model)
+            return
+        scaler = half.loss_scaler(self.model)
+        if scaler.is_enabled():
+            self.accelerator.scaler = scaler
+            self.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(_innermost(self.optimizer))
 
     def _keep_whole(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> None:
         """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
@@ -141,6 +154,8 @@ class AdapterTraining:
         gather(list(self._adapters().values()))
         for adapter in self._trained():
             adapter.begin(num_training_steps)
+        if self.accelerator.scaler is not None:
+            half.leave_unscaling_to_the_scaler([_innermost(self.optimizer)])
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -201,6 +216,13 @@ def _is_complete(checkpoint: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _innermost(optimizer: Any) -> Any:
+    """torch's optimizer in Accelerate's."""
+    while isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _place(folder: str | os.PathLike[str], name: str) -> Path:

@@ -224,7 +224,7 @@ def load_with_adapter(
     if any_head and new:
         raise _lacks(name, [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new], loaded.model)
     said = files.config.get("base_model_name_or_path")
-    known = files.own is not None and files.own.base is not None
+    known = files.base is not None
     if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
         warnings.warn(
             f"{files.path} says that its base is {said}, not {name}, and holds nothing to tell whether they are the same",
@@ -259,7 +259,7 @@ def labels_of(files: directory.Files) -> list[str] | None:
 
     None if it is no classifier's, or holds no head.
     """
-    base = None if files.own is None else files.own.base
+    base = files.base
     if not is_classifiers(files.config, str((base or {}).get("class"))):
         return None
     if (said := recipe_labels(files)) is not None:

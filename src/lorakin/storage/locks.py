@@ -45,10 +45,13 @@ class Taken(Exception):
 
 
 class Lock:
-    """A lock that is held until `release`, or until this object or its process is gone."""
+    """A lock that is held until `release`, or until this object or its process is gone.
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.fd, self.process = path, fd, os.getpid()
+    It is not `sure` where the file system has no locks: then others may hold it, too.
+    """
+
+    def __init__(self, path: Path, fd: int, sure: bool) -> None:
+        self.path, self.fd, self.process, self.sure = path, fd, os.getpid(), sure
         _locks.add(self)
 
     def release(self) -> None:
@@ -91,7 +94,7 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
     """
     until = time.monotonic() + wait
     while True:
-        fd = os.open(path, FLAGS, 0o666)
+        fd, sure = os.open(path, FLAGS, 0o666), True
         try:
             _lock(fd)
         except OSError as error:
@@ -105,12 +108,13 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
             if error.errno not in NO_LOCKS:
                 os.close(fd)
                 raise
+            sure = False
             _warn(path, error)
         if _is_there(path, fd):
             with contextlib.suppress(OSError):  # of a full disk; it is only for messages
                 os.ftruncate(fd, 0)
                 os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
-            return Lock(path, fd)
+            return Lock(path, fd, sure)
         os.close(fd)  # its holder gave it back, and the file with it, since it was opened
 
 

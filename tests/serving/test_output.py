@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from conftest import randomise, tiny_llama
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
 from lorakin.serving.output import new_directory
+from lorakin.storage import directory
 from serving.words import byte_tokenizer
 
 KILLS = soak.count("LORAKIN_KILLS", 4)
@@ -160,3 +163,24 @@ def test_nothing_of_a_users_own_is_taken_for_a_leftover(tmp_path: Path) -> None:
     with pytest.raises(lk.OutputError, match="is not empty"):
         with new_directory(str(tmp_path / "out")):
             pass
+
+
+def test_an_export_is_of_one_save(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is saved anew once the export has begun: what is written, and compared with, is the one that was."""
+    shutil.copytree(base / "adapter", tmp_path / "adapter")
+    read, times = directory.read, [0]
+
+    def read_and_save(path: Path) -> Any:
+        files = read(path)
+        times[0] += 1
+        if path == tmp_path / "adapter":
+            model = transformers.AutoModelForCausalLM.from_pretrained(base / "model")
+            randomise(lk.adapt(model, lk.LoRA(rank=4)), seed=times[0] + 5).save(path)
+        return files
+
+    monkeypatch.setattr(directory, "read", read_and_save)
+    for to in ("merged", "gguf-merged"):
+        what = dataclasses.replace(order(tmp_path, to, tmp_path / to), model=str(base / "model"), verify=True)
+        done = export(what)
+        assert done.agreement is not None
+    assert times == [2], "each has read it once"

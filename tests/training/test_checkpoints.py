@@ -298,3 +298,19 @@ def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None
     shutil.rmtree(trained)
     with pytest.raises(lk.SettingError, match="has no checkpoint that is whole"):
         trainer(trained)[0].train(resume_from_checkpoint=True)
+
+
+def test_what_a_probe_found_belongs_to_it(whole: dict[str, Path], tmp_path: Path) -> None:
+    """LoRA-drop's choice of modules lies beside the recipe; with another one the checkpoint is of another adapter."""
+    recipe = training.resumed_recipe(None, {"out": str(whole["one"])})
+    recipe = dataclasses.replace(
+        recipe, out=str(tmp_path / "out"), method="lora-drop", targets=["q_proj", "v_proj"],
+        settings={"keep": 2, "probe_epochs": 1, "sample": 0.5},
+    )  # fmt: skip
+    run(recipe)
+    found = json.loads((tmp_path / "out" / "importance.json").read_text())
+    turned = dict(zip(found, [found[key] for key in reversed(found)], strict=True))
+    assert turned != found
+    (tmp_path / "out" / "importance.json").write_text(json.dumps(turned))
+    with pytest.raises(lk.AdapterError, match="holds another adapter"):
+        resume(tmp_path / "out")

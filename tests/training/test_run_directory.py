@@ -17,7 +17,7 @@ from rich.console import Console
 import lorakin as lk
 from lorakin.cli.app import run as command
 from lorakin.storage import locks
-from lorakin.training import run_directory
+from lorakin.training import processes, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -156,3 +156,21 @@ def test_on_the_command_line(begun: Path, tmp_path: Path, capsys: pytest.Capture
     recipe = written(tmp_path / "mine.yaml", lr=0.5)
     assert command(["train", str(recipe), "--resume", "--out", str(begun)]) == 2
     assert "where lr is 0.001, not 0.5" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_of_several_processes_the_first_one_looks_for_all(
+    is_first: bool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All hear what it found, or what it says against it; the others touch nothing."""
+    said: list[Any] = [(Path("a"), None), (None, lk.OutputError("in use"))]
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "is_first", lambda: is_first)
+    monkeypatch.setattr(processes, "agreed", lambda value: value if is_first else said.pop(0))
+    held = run_directory.enter(recipe, Path(recipe.out), resume=False)
+    assert Path(recipe.out).exists() is is_first
+    assert held.checkpoint == (None if is_first else Path("a"))
+    with pytest.raises(lk.OutputError, match="in use"):
+        run_directory.enter(recipe, Path(recipe.out), resume=False)
+    held.release()
+    assert not Path(recipe.out).exists()

@@ -147,7 +147,7 @@ def test_a_recipe_without_a_setting_that_mattered_is_refused(out: Path) -> None:
 
 def test_other_rows_are_refused_though_the_metrics_are_gone(out: Path) -> None:
     said = yaml.safe_load((out / "recipe.yaml").read_text())
-    rows = Path(said["data"])
+    rows = Path(said["data"][0])
     content = rows.read_text()
     (out / "metrics.jsonl").unlink()
     try:

@@ -122,7 +122,7 @@ def written(path: Path, **settings: Any) -> Path:
         ({"rank": 4}, "where rank is None, not 4"),
         ({"method": "dora"}, "where method is 'lora\\+', not 'dora'"),
         ({"settings": {"ratio": 4}}, "where settings is {'ratio': 8}, not {'ratio': 4}"),
-        ({"data": "other.jsonl"}, "where data is 'd.jsonl', not 'other.jsonl'"),
+        ({"data": "other.jsonl"}, r"where data is \['d.jsonl'\], not \['other.jsonl'\]"),
         ({"seed": 3}, "where seed is 0, not 3"),
         ({"model": "n"}, "where model is 'm', not 'n'"),
         ({"no_such": 3}, "unknown settings: no_such"),

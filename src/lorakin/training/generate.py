@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from lorakin.errors import ModelError
-from lorakin.training.data import prompt_ids
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import Loaded
 
 

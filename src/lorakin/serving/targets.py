@@ -173,7 +173,7 @@ def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded

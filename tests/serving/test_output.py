@@ -80,7 +80,7 @@ def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
         child = start(order(base, to, out))
         while not any(path.name.startswith(".lorakin-") or path == out for path in tmp_path.iterdir()):
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 2 * usual))
+        time.sleep(chance.uniform(0, 6 * usual))
         child.kill()
         child.join()
         if out.exists():

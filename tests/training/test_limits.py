@@ -134,7 +134,7 @@ def test_a_comparison_cuts_them_once(gpt2_dir: str, tmp_path: Path, write_rows: 
 def test_a_rotary_model_reads_on_and_says_so(tokenizer: Any) -> None:
     loaded = Loaded(tiny_llama(max_position_embeddings=8), tokenizer, "m", "float32")
     with pytest.warns(lk.LorakinWarning, match="longest row has 9 tokens, and m was made for 8"):
-        check_rows([{"input_ids": [3] * 9}], loaded, "rows.jsonl")
+        check_rows([{"input_ids": [3] * 9}], loaded, ["row 1"], "rows.jsonl")
 
 
 def test_an_answer_has_room_after_the_prompt(gpt2_dir: str) -> None:
@@ -174,9 +174,9 @@ class TestIdsWithoutARow:
 
     def test_more_rows_than_tokens_are_usual(self, tokenizer: Any) -> None:
         loaded = Loaded(tiny_llama(vocab_size=640), tokenizer, "m", "float32")
-        check_rows([{"input_ids": [639]}], loaded, "rows")
+        check_rows([{"input_ids": [639]}], loaded, ["row 1"], "rows")
 
     def test_a_classifier_too(self, tokenizer: Any) -> None:
         loaded = Loaded(tiny_bert(), tokenizer, "m", "float32")
-        with pytest.raises(lk.DataError, match="id 64"):
-            check_rows([{"input_ids": [3]}, {"input_ids": [64]}], loaded, "rows")
+        with pytest.raises(lk.DataError, match="row 7: .*id 64"):
+            check_rows([{"input_ids": [3]}, {"input_ids": [64]}], loaded, ["row 2", "row 7"], "rows")

@@ -138,7 +138,7 @@ def test_the_steps_of_an_epoch_count(recipe: Recipe) -> None:
 
 
 def test_arguments_on_the_command_line_and_in_recipes(recipe: Recipe, tmp_path: Path, capsys: Any) -> None:
-    given = ["train", "--model", recipe.model, "--data", recipe.data, "--eval-data", recipe.data, "--dtype", "float32"]
+    given = ["train", "--model", recipe.model, "--data", *recipe.data, "--eval-data", *recipe.data, "--dtype", "float32"]
     given += ["--steps", "2", "--rank", "2", "--lr", "0.02", "--schedule", "cosine_with_min_lr"]
     assert command([*given, "--out", str(tmp_path / "a")]) == 2
     assert "--schedule-arg name=value" in capsys.readouterr().err and not (tmp_path / "a").exists()

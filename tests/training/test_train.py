@@ -66,7 +66,7 @@ def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     assert f"loss {result.before.loss:.3f}" in card and f"loss {result.after.loss:.3f}" in card and "20 steps" in card
     assert result.adapter_bytes > 0
     assert result.trainable_parameters == sum(t.numel() for t in tensors(out).values())
-    for expected in ("format prompt/completion", "⟦the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
+    for expected in ("format prompt/completion", "⟦ the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
         assert expected in shown, expected
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 21))
@@ -124,7 +124,7 @@ def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path)
 def test_resuming_with_other_rows(recipe: Recipe) -> None:
     recipe.save_every, recipe.steps = 2, 4
     run(recipe)
-    file = Path(recipe.data)
+    file = Path(recipe.data[0])
     rows = file.read_text().splitlines()
     shutil.rmtree(Path(recipe.out) / "checkpoints" / "checkpoint-4")
     before = tensors(Path(recipe.out))
@@ -304,7 +304,7 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
 
 
 def test_a_language_model_as_a_classifier(sentiment: Recipe, model_dir: str) -> None:
-    sentiment.model, sentiment.steps = model_dir, 20
+    sentiment.model, sentiment.steps, sentiment.format = model_dir, 20, "classification"
     result, shown, _ = run(sentiment)
     assert "score trained whole" in shown
     assert result.after.accuracy == 1.0

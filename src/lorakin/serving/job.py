@@ -14,10 +14,11 @@ from lorakin.conversion import as_lora
 from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
-from lorakin.training.data import encode, encode_labelled, read_rows
+from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.limits import check_rows, places
 from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
+from lorakin.training.reading import read_rows
 
 CALIBRATION, READING, BATCH, LENGTH = 64, 16, 8, 512
 """Rows of the data that a nearest pair is fitted to, and that are read to compare; rows of a batch; tokens of a row."""
@@ -98,8 +99,9 @@ class Job:
             names = loaded.model.config.id2label
             found = encode_labelled(rows, loaded.tokenizer, length, [names[n] for n in sorted(names)])
         else:
+            use_template(loaded.tokenizer, True, rows)
             found = encode(rows, loaded.tokenizer, length)
-        check_rows(found.examples, loaded, self.order.data)
+        check_rows(found.examples, loaded, found.where, rows.name)
         return found.examples
 
     def texts(self) -> list[list[int]]:

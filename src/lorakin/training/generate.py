@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from lorakin.errors import ModelError
-from lorakin.training.data import prompt_ids
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import end_of_turn_text, stops
 from lorakin.training.limits import check_prompt, places
 from lorakin.training.models import Loaded

@@ -68,21 +68,22 @@ def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[st
         )
 
 
-def check_rows(examples: Sequence[Mapping[str, Any]], loaded: Any, source: str) -> None:
+def check_rows(examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str], source: str) -> None:
     """See that the model can read rows of token ids; warn if they are longer than it was trained on.
 
     Args:
-        examples: with `input_ids`, and perhaps the `number` of the row in its file.
+        examples: with `input_ids`.
         loaded: the model and its tokenizer (`models.Loaded`).
+        where: for each example the row that it was made of, for messages.
         source: what the rows are called.
 
     Raises:
         DataError: an id that the embedding has no row for.
     """
     rows = _embedding_rows(loaded.model)
-    for number, example in enumerate(examples, 1):
+    for example, row in zip(examples, where, strict=True):
         if rows is not None and (over := max(example["input_ids"], default=0)) >= rows:
-            _refuse(over, rows, loaded, f"{source}, row {example.get('number', number)}")
+            _refuse(over, rows, loaded, row)
     made_for = getattr(loaded.model.config, "max_position_embeddings", None)
     longest = max((len(example["input_ids"]) for example in examples), default=0)
     if isinstance(made_for, int) and longest > made_for and places(loaded.model) is None:
@@ -100,7 +101,7 @@ def check_prompt(ids: Iterable[int], loaded: Any) -> None:
     Raises:
         DataError: it has not.
     """
-    check_rows([{"input_ids": list(ids)}], loaded, "the prompt")
+    check_rows([{"input_ids": list(ids)}], loaded, ["the prompt"], "the prompt")
 
 
 def _refuse(over: int, rows: int, loaded: Any, where: str) -> None:

@@ -33,7 +33,8 @@ from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.training.data import Rows, with_answers
-from lorakin.training.models import load_tokenizer, resolve_dtype
+from lorakin.training.models import load_tokenizer
+from lorakin.training.precision import resolve_dtype
 from lorakin.training.recipe import Recipe, read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"

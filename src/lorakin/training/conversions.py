@@ -125,8 +125,9 @@ def _put(entry: Path, make: Callable[[], tuple[Any, Any]]) -> None:
 
 def _write(folder: Path, model: Any, tokenizer: Any) -> None:
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with loading.quiet_loading():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         said = {}
         for file in sorted(folder.iterdir()):
             said[file.name] = [(stat := file.stat()).st_size, stat.st_ctime_ns, _sha256(file)]
@@ -141,13 +142,14 @@ _standing_in: dict[str, Path] = {}
 
 def _beside(entry: Path, digest: str, make: Callable[[], tuple[Any, Any]], error: OSError) -> Path:
     reason = error.strerror or str(error)
-    _remove_abandoned()
+    place = None
     try:
         place = Path(tempfile.mkdtemp(prefix=f"{BESIDE}{os.getpid()}-"))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         _write(place / entry.name, *make())
     except OSError as another:
-        shutil.rmtree(place, ignore_errors=True)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
         raise ModelError(
             f"the converted model can be written neither into {entry.parent} ({reason}) nor into {tempfile.gettempdir()} "
             f"({another.strerror or another}); make room, or set LORAKIN_CACHE to a directory that has some"
@@ -207,10 +209,11 @@ def _read(path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be read, or lacks weights, which would be random.
     """
+    _remove_abandoned()
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head
     with loading.readable(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
-        with loading.bounded(50 * len(header.tensors) + 2000, numbers, path.name):
+        with loading.bounded(50 * len(header.tensors) + 2000, numbers, str(path)):
             model, found = loading.model(
                 transformers.AutoModelForCausalLM,
                 folder,

@@ -177,10 +177,11 @@ def _pickled(file: Path) -> Iterable[str]:
 
 def first_line(error: BaseException) -> str:
     """An error's first line, with its class where that line alone says nothing."""
-    lines = str(error).strip().splitlines()
-    if lines and not isinstance(error, KeyError | IndexError | AttributeError | TypeError | AssertionError):
-        return lines[0]
-    return f"{type(error).__name__} ({lines[0]})" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if line and not isinstance(error, KeyError | IndexError | AttributeError | TypeError | AssertionError):
+        return line
+    return f"{type(error).__name__} ({line})" if line else type(error).__name__
 
 
 def read_object(path: Path, unique: bool = False) -> dict[str, Any]:

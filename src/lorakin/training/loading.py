@@ -24,7 +24,7 @@ from lorakin.training.model_files import first_line
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_ADAPTER: dict[str, Any] = {"adapter_kwargs": {"subfolder": ".lorakin-applies-no-adapter"}}
 """transformers looks for an adapter there instead of beside the model."""
-TENSORS, NUMBERS = 200_000, 10**14
+TENSORS, NUMBERS = 60_000, 10**14
 """Parameters of a model, and numbers in them, of which only a config is known: more than any has."""
 
 

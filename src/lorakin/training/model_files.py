@@ -73,7 +73,7 @@ def check_config(folder: Path) -> dict[str, Any]:
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config's counts beyond `MOST`, and an implementation that is fetched from the hub and run.
+    """Refuse a config's counts beyond `MOST`, an implementation that is fetched from the hub, and what names no classes.
 
     Raises:
         ModelError: such a value.
@@ -83,6 +83,11 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(f"{where}: {key} is {value:g}, more than any model has")
         if key in KERNELS and isinstance(value, str) and "/" in value:
             raise ModelError(f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out")
+    classes, labels = config.get("architectures"), config.get("id2label")
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(word, str) for word in classes))):
+        raise ModelError(f"{where}: architectures is {classes!r}, expected names of classes")
+    if not (labels is None or (isinstance(labels, dict) and all(str(number).isdecimal() for number in labels))):
+        raise ModelError(f"{where}: id2label is {str(labels)[:80]}, expected a name for each number")
 
 
 def check(folder: Path) -> Stored:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
+from lorakin.storage import sums
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
@@ -202,7 +203,11 @@ class Merged(Mapping[str, Tensor]):
         file, key = self.names[name]
         with _opened(self.base / file) as shard:
             tensor: Tensor = shard.get_tensor(key)
-        here = {"weights": {name: text} if (text := sample(tensor, self.trained.get(name, ()))) else {}}
+        ids = self.trained.get(name, ())
+        here = {
+            "weights": {name: text} if (text := sample(tensor, ids)) else {},
+            "sums": sums.of_all({name: tensor}, {name: ids}),
+        }
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         return tensor

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
 from lorakin.family.pair import is_sharded
-from lorakin.storage import atomic, card, peft_format
+from lorakin.storage import atomic, card, peft_format, texts
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.biases import bias_of
@@ -52,12 +52,16 @@ class Files:
         """
         contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
         remembered = None if other_base or self.own is None else self.own.base
-        if remembered and (apart := difference(remembered, fingerprint(model, ids_at(contents.plan.tokens)))):
+        here = fingerprint(model, ids_at(contents.plan.tokens)) if remembered else {}
+        if remembered and (apart := difference(remembered, here)):
             random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
             raise AdapterError(
                 f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
                 "say so with other_base=True or --other-base"
             )
+        for said in texts.differences(remembered or {}, here):
+            message = f"{self.path}: {said} than when the adapter was made, so it may answer otherwise"
+            warnings.warn(message, LorakinWarning, stacklevel=4)
         return contents
 
 
@@ -86,7 +90,7 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
         own["tensors"] = _packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens))
+    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens), again=True)
     if moved := graft.moved_buffers():
         own["buffers"] = _packed(moved, "buffers", more, {})
     if graft.plan.copies:

@@ -14,7 +14,7 @@ import transformers
 
 from lorakin.adapter import load
 from lorakin.errors import AdapterError, LorakinWarning, ModelError
-from lorakin.storage import directory, hub
+from lorakin.storage import directory, hub, texts
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import conversions, heads, loading, model_files
@@ -92,6 +92,8 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
         with loading.bounded(*room):
             model, found = loading.model(auto, source, **options, **task)
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
+        if tokenizer is not None:
+            texts.remember(model, tokenizer)
     heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or ())
     others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())

@@ -108,7 +108,7 @@ LOADERS = {
 }  # fmt: skip
 """Calls that read what a stranger made, and could run code in it."""
 DOORS = {
-    "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download"},
+    "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download", "cached_file"},
     "training/model_files.py": {"torch.load"},
     "storage/directory.py": {"torch.load"},
     "storage/foreign.py": {"torch.load"},

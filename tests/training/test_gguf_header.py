@@ -158,6 +158,19 @@ def test_a_model_without_some_of_its_weights_is_not_converted(whole: bytes, tmp_
     assert not list(cache.glob("m-*"))
 
 
+def test_tensors_that_are_left_out_are_said(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = tiny("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, attention_bias=True)
+    write_model(tmp_path / "m.gguf", model.config, tmp_path, model.state_dict(), dtype="f32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = tiny("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        write_model(tmp_path / "plain.gguf", plain.config, tmp_path, plain.state_dict(), dtype="f32")
+        conversions._read(tmp_path / "plain.gguf")
+    with pytest.warns(lk.errors.LorakinWarning, match="numbers more than the LlamaForCausalLM"):
+        conversions._read(tmp_path / "m.gguf")
+
+
 class Mutations:
     """Each changes the bytes of a file in one way."""
 

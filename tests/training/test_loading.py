@@ -133,6 +133,19 @@ def test_an_adapter_alone_is_no_base(adapter: Path) -> None:
         models.load_model(str(adapter))
 
 
+def test_an_adapter_beside_a_hub_id_is_said_too(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(loading, "holds", lambda *given: asked.append(given) or True)
+    monkeypatch.setattr(loading, "raw_config", lambda name: {})
+    with pytest.warns(
+        lk.errors.LorakinWarning, match=r"beside the model in org/name \(adapter_config.json\). It is not applied"
+    ):
+        models._room("org/name")
+    assert asked == [("org/name", "adapter_config.json")]
+    monkeypatch.undo()
+    assert not loading.holds("org/nothing-of-the-kind", "adapter_config.json")
+
+
 def test_merging_does_not_carry_the_adapter_along(model_dir: str, adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)

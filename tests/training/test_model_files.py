@@ -26,7 +26,7 @@ import soak
 from conftest import tiny_gpt2
 from lorakin.training import loading, model_files, models
 
-COUNT = soak.count("LORAKIN_FUZZ", 150)
+COUNT = soak.count("LORAKIN_FUZZ", 450) // 3
 ABSURD = [10**12, 10**9, 10**6, 2**63, 0, -1, 1.5, "x", None, [], {}, [10**12], float("nan"), True, "../../etc/passwd", 10**30]
 
 
@@ -101,6 +101,14 @@ def test_sizes_are_compared_with_the_weights(changes: dict[str, int], folder: Pa
     refused(folder, "asks for a model of .* or more, which .* in .* bytes, cannot hold")
     with pytest.raises(lk.ModelError, match="asks for a model of"):
         models.load_model(str(folder), labels=["a", "b"])
+
+
+def test_generation_that_would_run_a_text_a_million_times(folder: Path) -> None:
+    for name in ("generation_config.json", "config.json"):
+        for key in ("num_beams", "num_return_sequences"):
+            say(folder, name, **{key: 10**6})
+            refused(folder, f"{name}: {key} is 1e\\+06, more than any model has")
+            say(folder, name, **{key: 1})
 
 
 def test_a_position_table_and_a_buffer_count_too(folder: Path, tmp_path: Path) -> None:

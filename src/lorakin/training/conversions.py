@@ -36,6 +36,8 @@ DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """llama.cpp's names of tokenizers that take a number digit by digit."""
 CONVERSION = 3
 """Raised when what is made of a GGUF file changes, so that no old one is taken from the cache."""
+MADE = ("rope_freqs", "rope_factors")
+"""Tensors that a config says as well, as numbers of its rotation."""
 RECORD, LOCK, HALF = "conversion.json", ".lock", ".converting-"
 BESIDE = "lorakin-"
 """How a directory begins that stands in for a cache that cannot be written; the process's number follows."""
@@ -224,10 +226,24 @@ def _read(path: Path) -> tuple[Any, Any]:
             )
         if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
             raise ModelError(f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language model")
+        _say_what_is_left(path, header, model)
         tokenizer = loading.tokenizer(folder, gguf_file=path.name)
         if header.values.get(gguf.Keys.Tokenizer.PRE) in DIGIT_SPLITTERS:
             _split_digits(tokenizer)
     return model, tokenizer
+
+
+def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> None:
+    """Warn of numbers in the file that the model does not use: its loader passes over what it does not know."""
+    held = sum(header.count(name) for name in header.tensors if not name.startswith(MADE))
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if held > used:
+        warnings.warn(
+            f"{path} holds {held - used:,} numbers more than the {type(model).__name__} that is made of it, so some of its "
+            "tensors are left out: it may be of another kind than transformers knows",
+            LorakinWarning,
+            stacklevel=5,
+        )
 
 
 def _split_digits(tokenizer: Any) -> None:

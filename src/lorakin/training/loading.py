@@ -17,6 +17,7 @@ import huggingface_hub
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from transformers.utils import cached_file
 
 from lorakin.errors import LorakinError, ModelError
 from lorakin.training.model_files import first_line
@@ -64,6 +65,12 @@ def snapshot(name: str) -> Path:
     """The files of a hub id on this machine, without other frameworks' weights."""
     ignored = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
     return Path(huggingface_hub.snapshot_download(name, ignore_patterns=ignored))
+
+
+def holds(name: str, file: str) -> bool:
+    """Whether a hub id has this file, as far as can be known now; it is fetched if it does."""
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}) is not None
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from lorakin.errors import ModelError, some
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONFIGS = ("config.json", "generation_config.json")
 PARSED = (
     CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
@@ -32,6 +33,8 @@ LARGEST_JSON = 2**26
 COUNTED = re.compile(r"layer|depth|block|stage|label|expert", re.IGNORECASE)
 MOST = 100_000
 """Keys of a config that say how many things Python makes, in lists and modules; and more than any of them is."""
+COPIES, MOST_COPIES = re.compile(r"num_beam|return_sequences"), 1000
+"""Keys that say how often generation runs a text side by side; and more than anyone does."""
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SPREAD, SLACK = 16, 10**8
 """Numbers that a byte of weights may stand for (8 of one bit, and a tied partner); numbers that may be new, such as a head."""
@@ -68,7 +71,9 @@ def check_config(folder: Path) -> dict[str, Any]:
     parsed = {name: read_object(folder / name) for name in PARSED if (folder / name).is_file()}
     if CONFIG not in parsed:
         raise ModelError(f"{folder} is a directory without a config.json, so no transformers model")
-    check_values(parsed[CONFIG], str(folder / CONFIG))
+    for name, content in parsed.items():
+        if name in CONFIGS:
+            check_values(content, str(folder / name))
     return parsed[CONFIG]
 
 
@@ -79,8 +84,9 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         ModelError: such a value.
     """
     for key, value in _values(config):
-        if isinstance(value, int | float) and not isinstance(value, bool) and COUNTED.search(key) and value > MOST:
-            raise ModelError(f"{where}: {key} is {value:g}, more than any model has")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and ((COUNTED.search(key) and value > MOST) or (COPIES.search(key) and value > MOST_COPIES)):
+            raise ModelError(f"{where}: {key} is {float(value):g}, more than any model has")
         if key in KERNELS and isinstance(value, str) and "/" in value:
             raise ModelError(f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out")
     classes, labels = config.get("architectures"), config.get("id2label")

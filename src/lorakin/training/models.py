@@ -112,19 +112,24 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
 def _room(source: str) -> tuple[int, int, str]:
     """As many tensors and numbers as the model in `source` may have, once its files were checked."""
     folder = Path(source)
-    if not folder.is_dir():
-        with loading.readable(f"model {source!r} cannot be loaded"):
-            model_files.check_values(loading.raw_config(source), f"the config of {source}")
-        return loading.TENSORS, loading.NUMBERS, source
-    stored = model_files.check(folder)
-    if (folder / model_files.ADAPTER).is_file():
+    if folder.is_dir():
+        stored = model_files.check(folder)
+        _say_that_it_lies_there(source, (folder / model_files.ADAPTER).is_file())
+        return stored.most_tensors, stored.most_numbers, f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,"
+    with loading.readable(f"model {source!r} cannot be loaded"):
+        model_files.check_values(loading.raw_config(source), f"the config of {source}")
+        _say_that_it_lies_there(source, loading.holds(source, model_files.ADAPTER))
+    return loading.TENSORS, loading.NUMBERS, source
+
+
+def _say_that_it_lies_there(source: str, an_adapter: bool) -> None:
+    if an_adapter:
         warnings.warn(
             f"an adapter lies beside the model in {source} ({model_files.ADAPTER}). It is not applied: this is the base alone. "
             f"To use it, say --adapter {source}",
             LorakinWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    return stored.most_tensors, stored.most_numbers, f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,"
 
 
 def _lacks(name: str, missing: Sequence[str], model: Any) -> ModelError:

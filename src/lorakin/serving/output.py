@@ -39,6 +39,10 @@ def new_directory(out: str) -> Iterator[Path]:
     try:
         if not out.strip():
             raise OutputError("--out is empty; give a new directory")
+        if target.is_symlink():
+            raise OutputError(
+                f"--out {out} is a link to {target.resolve()}, which is not written through; name a new directory"
+            )
         target = target.resolve()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise OutputError(f"--out {out} is not empty; choose another directory")

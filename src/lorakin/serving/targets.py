@@ -20,17 +20,18 @@ from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
 from lorakin.training.kinds import own_class
+from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (
-    DTYPES,
     PACKAGED,
     Loaded,
     config_of,
     directory_of,
     load_model,
+    load_tokenizer,
     load_with_adapter,
     packaged,
-    quiet_loading,
 )
+from lorakin.training.precision import DTYPES
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -155,8 +156,7 @@ class GGUFModel(Target):
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
         gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=Path(job.name).name)
-        with quiet_loading():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(str(source))
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family.pair import is_sharded
-from lorakin.storage import atomic, card, peft_format
+from lorakin.storage import atomic, card, peft_format, texts
 from lorakin.storage.fingerprint import difference, fingerprint
 from lorakin.storage.own_part import (
     CHECKSUM,
@@ -75,12 +75,16 @@ class Files:
         contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
         self.check()
         remembered = None if other_base else self.base
-        if remembered and (apart := difference(remembered, fingerprint(model, ids_at(contents.plan.tokens)))):
+        here = fingerprint(model, ids_at(contents.plan.tokens)) if remembered else {}
+        if remembered and (apart := difference(remembered, here)):
             random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
             raise AdapterError(
                 f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
                 "say so with other_base=True or --other-base"
             )
+        for said in texts.differences(remembered or {}, here):
+            message = f"{self.path}: {said} than when the adapter was made, so it may answer otherwise"
+            warnings.warn(message, LorakinWarning, stacklevel=4)
         return contents
 
     def check(self) -> None:
@@ -117,7 +121,7 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
         own["tensors"] = packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens))
+    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens), again=True)
     if moved := graft.moved_buffers():
         own["buffers"] = packed(moved, "buffers", more, {})
     if graft.plan.copies:

@@ -34,7 +34,8 @@ from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.training.encoding import use_template, with_answers
 from lorakin.training.limits import places_of, row_length
-from lorakin.training.models import config_of, load_tokenizer, resolve_dtype
+from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.precision import resolve_dtype
 from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
 from lorakin.training.train import check_meant

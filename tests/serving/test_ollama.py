@@ -29,8 +29,8 @@ MISTRAL_NEMO = (
     "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for message in rest %}{% if message['role'] == 'user' %}"
     "{% if loop.last and system is defined %}{{ '[INST]' + system + '\n\n' + message['content'] + '[/INST]' }}"
-    "{% else %}{{ '[INST]' + message['content'] + '[/INST]' }}{% endif %}{% else %}{{ message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% else %}{{ '[INST]' + message['content'] + '[/INST]' }}{% endif %}{% else %}{{ message['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
 )
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
@@ -161,8 +161,8 @@ def test_a_model_without_a_template_has_prompts_as_they_are() -> None:
 
 
 HOSTILE = [
-    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-", "\nFROM /etc/shadow\n", "\\",
-    '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow", "{{/*", "'''", "💥{{",
+    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-", "\nFROM /etc/shadow\n",
+    "\\", '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow", "{{/*", "'''", "💥{{",
 ]  # fmt: skip
 
 

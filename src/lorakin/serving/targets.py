@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
+from lorakin.training.encoding import TEMPLATE
 from lorakin.training.kinds import own_class
 from lorakin.training.models import (
     DTYPES,
@@ -97,6 +100,7 @@ class MergedModel(Target):
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
+        _take_template(job, folder)
         say_where_answers_end(folder)
 
     @staticmethod
@@ -154,9 +158,12 @@ class GGUFModel(Target):
             model = _folded(job, "float32").model
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
-        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=Path(job.name).name)
-        with quiet_loading():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as temporary, quiet_loading():
+            beside = Path(temporary)
+            copy_beside(source, beside)
+            _take_template(job, beside)
+            gguf_model.write_model(folder / GGUF_MODEL, config, beside, tensors, dtype=word, name=Path(job.name).name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod
@@ -169,6 +176,12 @@ TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedM
 
 def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
     return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
+
+
+def _take_template(job: Job, folder: Path) -> None:
+    """Put the chat template that the adapter was trained with beside the tokenizer in `folder`, if it is not the base's."""
+    if (own := job.files.path / TEMPLATE).is_file():
+        shutil.copyfile(own, folder / TEMPLATE)
 
 
 def _folded(job: Job, dtype: str) -> Loaded:

@@ -156,6 +156,11 @@ class Adapter(Graft):
         if self.is_merged:
             raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
         files = directory.read(Path(path))
+        if (other := files.beside.rewritten) is not None:
+            raise AdapterError(
+                f"{path}: {other} is not the one that {directory.OWN} was written with, so what training remembered is lost. "
+                f"To restore what PEFT's files say alone, remove {directory.OWN}"
+            )
         contents = files.match(self.model)
         if not self._is_as(contents.plan, training=files.own is not None):
             raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")

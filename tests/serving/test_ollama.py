@@ -199,18 +199,16 @@ def table() -> list[str]:
     """Rows for docs/exporting.md: families of templates, how many are written, what ends an answer, the system prompt."""
     families: dict[str, list[str]] = {}
     for name in TEMPLATES:
-        family = re.sub(
-            r"_([a-z]+|v\d|instruct_\d+)$", "", name.removesuffix("_training").replace("transformers_", "transformers: ")
-        )
+        plain = name.removesuffix("_training").replace("transformers_", "transformers: ")
+        family = re.sub(r"_([a-z]+|v\d|instruct_\d+)$", "", plain)
         families.setdefault(family, []).append(name)
     rows = []
     for family, names in families.items():
         made = [tokenizer_of(TEMPLATES[name]) for name in names]
         turns = [turns_of(one) for one in made]
         ends = dict.fromkeys(one.convert_ids_to_tokens(end_of_turn(one))[0] for one in made)
-        system = (
-            "in its place" if all(t and t.is_told for t in turns) else "before the first question, which it has no place for"
-        )
+        joined = any(t and not t.is_told for t in turns)
+        system = "before the first question, no place of its own" if joined else "in its place"
         system = "with the last question" if any(t and t.system_later for t in turns) else system
         shown_ends = ", ".join(f"`{end}`" for end in ends).replace("|", "\\|")
         rows.append(f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | {system} |")

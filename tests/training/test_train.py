@@ -20,6 +20,7 @@ from torch import Tensor
 import lorakin as lk
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
+from lorakin.training import checkpoints
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
@@ -153,6 +154,7 @@ def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path
     for name in ("adapter_model.safetensors", "loss.png"):  # as if it had been killed after step 6, in the middle of a save
         (half / name).unlink()
     (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
+    checkpoints.begin(half / "checkpoints" / "checkpoint-9")
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
     resumed = training.resumed_recipe(None, {"out": str(half), "steps": 9})

@@ -30,6 +30,7 @@ from lorakin.serving.gguf_format import (
     write_file,
 )
 from lorakin.serving.gguf_vocabulary import read_vocabulary
+from lorakin.training import loading
 
 _FILE = gguf.LlamaFileType
 _FILE_TYPES = {"f32": _FILE.ALL_F32, "f16": _FILE.MOSTLY_F16, "bf16": _FILE.MOSTLY_BF16, "q8_0": _FILE.MOSTLY_Q8_0}
@@ -195,7 +196,7 @@ def read_model(path: Path, source: Path) -> nn.Module:
     Raises:
         ModelError: the file lacks a tensor of the model, or has another.
     """
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = loading.config(source)
     reader = gguf.GGUFReader(path)
     held = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
     config.tie_word_embeddings = HEAD not in held
@@ -208,6 +209,6 @@ def read_model(path: Path, source: Path) -> nn.Module:
             raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
         order = row_order(config, key, tensor.shape[0])
         state[key] = held[name] if order is None else held[name][torch.argsort(order)]
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: nn.Module = loading.made(transformers.AutoModelForCausalLM, config, dtype=torch.float32).eval()
     model.load_state_dict(state)
     return model

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import transformers
 
 from lorakin.errors import ModelError
+from lorakin.training import loading
 from lorakin.training.endings import end_of_turn
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -82,11 +82,9 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     Raises:
         ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    with loading.readable(f"{directory} has no tokenizer that can be loaded"):
+        tokenizer = loading.tokenizer(directory, local_files_only=True)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{directory} has no tokenizer that can be loaded ({str(error).strip().splitlines()[0]})") from error
     model, where = parts["model"], f"{directory}: the tokenizer"
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unlike):

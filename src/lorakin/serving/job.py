@@ -55,9 +55,7 @@ class Job:
     def base(self) -> Loaded:
         """The base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
-            self._loaded = load_with_adapter(
-                self.name, str(self.files.path), "base", other_base=self.order.other_base, any_head=True
-            )
+            self._loaded = load_with_adapter(self.name, self.files, "base", other_base=self.order.other_base, any_head=True)
         return self._loaded
 
     def bare(self) -> Loaded:

@@ -23,17 +23,18 @@ from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
 from lorakin.training.encoding import TEMPLATE
 from lorakin.training.kinds import own_class
+from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (
-    DTYPES,
     PACKAGED,
     Loaded,
     config_of,
     directory_of,
     load_model,
+    load_tokenizer,
     load_with_adapter,
     packaged,
-    quiet_loading,
 )
+from lorakin.training.precision import DTYPES
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -158,12 +159,12 @@ class GGUFModel(Target):
             model = _folded(job, "float32").model
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
-        with tempfile.TemporaryDirectory() as temporary, quiet_loading():
+        with tempfile.TemporaryDirectory() as temporary:
             beside = Path(temporary)
             copy_beside(source, beside)
             _take_template(job, beside)
             gguf_model.write_model(folder / GGUF_MODEL, config, beside, tensors, dtype=word, name=Path(job.name).name)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
+            tokenizer = load_tokenizer(str(beside))
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod
@@ -186,7 +187,7 @@ def _take_template(job: Job, folder: Path) -> None:
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded

@@ -27,7 +27,8 @@ from lorakin.study.plan import (
 from lorakin.study.rehearsal import EVALUATION, Conditions
 from lorakin.surgery.targets import ALL_LINEAR, parse_layers
 from lorakin.training.limits import places_of, row_length
-from lorakin.training.models import DTYPES, best_device, config_of, resolve_dtype
+from lorakin.training.models import config_of
+from lorakin.training.precision import DTYPES, best_device, resolve_dtype
 from lorakin.training.recipe import parse_settings
 
 USUAL_LENGTH, LARGEST_BATCH, LARGEST_RANK = 1024, 256, 256

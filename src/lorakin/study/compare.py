@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import psutil
 import torch
 import yaml
@@ -24,7 +23,7 @@ from lorakin.adapter import adapt
 from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import atomic
+from lorakin.storage import atomic, locks
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
 from lorakin.study.arms import Arm
@@ -35,7 +34,8 @@ from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.training.encoding import use_template, with_answers
 from lorakin.training.limits import places_of, row_length
-from lorakin.training.models import config_of, load_tokenizer, resolve_dtype
+from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.precision import resolve_dtype
 from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
 from lorakin.training.train import check_meant
@@ -313,12 +313,11 @@ def locked(comparison: Comparison) -> Iterator[None]:
     """
     out = Path(comparison.out).expanduser()
     _check_out(comparison, out)
-    lock = filelock.FileLock(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise OutputError(f"--out {out} is in use by another lorakin compare") from None
+        lock = locks.hold(out / LOCK)
+    except locks.Taken as error:
+        raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
         raise OutputError(f"--out {out} cannot be used: {error}") from error
     try:

@@ -134,16 +134,7 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     Raises:
         SettingError: no such file, not YAML, an unknown setting, a wrong type, or model, data or out missing.
     """
-    settings: dict[str, Any] = {}
-    if path is not None:
-        content = read_yaml(path)
-        if not isinstance(content, dict):
-            raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
-        settings = {str(key): value for key, value in content.items()}
-    if unknown := sorted(set(settings) - FIELDS):
-        raise SettingError(
-            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
-        )
+    settings = settings_in(path) if path is not None else {}
     given = {key: value for key, value in flags.items() if value is not None and value not in ([], {})}
     if "steps" in given:
         settings.pop("epochs", None)
@@ -159,6 +150,23 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for name in ("model", "data", "out"):
         require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
     return Recipe(**settings)
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings that the recipe in the YAML file `path` gives, by name.
+
+    Raises:
+        SettingError: no such file, not YAML, or an unknown setting.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
+    settings = {str(key): value for key, value in content.items()}
+    if unknown := sorted(set(settings) - FIELDS):
+        raise SettingError(
+            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
+        )
+    return settings
 
 
 class _Plain(yaml.SafeLoader):

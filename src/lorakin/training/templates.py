@@ -282,9 +282,10 @@ class Template:
             answer = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{answer}"
         if opened:
             if not (inner := THOUGHTS.fullmatch(answer)):
+                quiet = "--template-arg enable_thinking=false, or " if "enable_thinking" in self._source() else ""
                 raise Unverified(
                     "generation opens the answer with <think>, and this one has no reasoning; give it in the answer "
-                    "(<think>…</think>, which may be empty), or give another template with --chat-template FILE"
+                    f"(<think>…</think>, which may be empty), or give {quiet}another template with --chat-template FILE"
                 )
             answer = f"{inner['thought'].lstrip()}</think>{inner['said']}"
         before = "" if before.strip() and answer.startswith(before) else before

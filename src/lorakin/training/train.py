@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
-from lorakin.training import limits, processes, reading, schedules
+from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
 from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
@@ -41,16 +40,17 @@ from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.reading import Rows
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.run_directory import Held, resumed_recipe
 from lorakin.training.templates import IGNORED, Template
 from lorakin.training.tokens import rows_of
-from lorakin.training.trainers import AdapterTraining, last_checkpoint
+from lorakin.training.trainers import AdapterTraining
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers' classes of models that write text end."""
-RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
+RECIPE, METRICS, PICTURE, CHECKPOINTS = run_directory.RECIPE, "metrics.jsonl", "loss.png", run_directory.CHECKPOINTS
 
 
 @dataclasses.dataclass
@@ -63,9 +63,14 @@ class Run:
     train: Encoded
     held_out: Encoded
     labels: list[str] | None
-    checkpoint: Path | None
+    place: Held
     console: Console
     adapter: Adapter = dataclasses.field(init=False)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What the run goes on from."""
+        return self.place.checkpoint
 
     @property
     def total_steps(self) -> int:
@@ -148,14 +153,23 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
 
 
 def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
-    """Check the recipe, then read the data, load the model and put the adapter in; the output directory comes last.
+    """Check the recipe, then read the data, load the model and put the adapter in.
+
+    The output directory is the run's alone from now on, and until `train` is through; it is written to last.
 
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
+    place = run_directory.enter(recipe, Path(recipe.out).expanduser(), resume)
+    try:
+        return _prepared(recipe, console, place)
+    except BaseException:
+        place.release()
+        raise
+
+
+def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     out = Path(recipe.out).expanduser()
-    checkpoint = _check_out(recipe, out, resume)
-    processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
     schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
@@ -193,7 +207,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "bias": recipe.bias,
         "seed": recipe.seed,
     }
-    run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
+    run = Run(recipe, out, loaded, train, held_out, labels, place, console)
     method.resolved(run.total_steps)
     schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
     schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
@@ -316,6 +330,13 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         DivergedError: the loss is no longer finite. The adapter of the last step with a finite loss is saved.
         OutputError: something cannot be written.
     """
+    try:
+        return _trained(run, before, callbacks)
+    finally:
+        run.place.release()
+
+
+def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]) -> Result:
     model, console = run.loaded.model, run.console
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
@@ -331,6 +352,8 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         return found.loss
 
     trainer = _trainer(run, held_out, [*seen, *callbacks])
+    rows = digest(run.train.examples, run.held_out.examples)
+    trainer.provenance = {checkpoints.RECIPE: run_directory.described(run.recipe), checkpoints.ROWS: rows}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -389,47 +412,6 @@ def described(evaluation: Evaluation) -> str:
     if evaluation.accuracy is not None:
         return f"accuracy {evaluation.accuracy:.1%}, loss {evaluation.loss:.3f} over {evaluation.count:,} rows"
     return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
-
-
-def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe to resume with: the one in the output directory, which flags must not contradict.
-
-    Raises:
-        SettingError: there is none, or a flag says something else than it.
-    """
-    saved = Path(flags["out"]) / RECIPE if flags.get("out") else None
-    if path is not None or saved is None or not saved.is_file():
-        return read_recipe(path, flags)
-    recipe = read_recipe(saved, {"out": flags["out"]})
-    wanted = read_recipe(saved, flags)
-    for name in flags:
-        if getattr(wanted, name) != getattr(recipe, name):
-            raise SettingError(
-                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
-                "to change it, start anew in another --out"
-            )
-    return recipe
-
-
-def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any, once the output directory may be used."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out} is a file, expected a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not resume:
-            raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
-        if not (out / RECIPE).is_file():
-            raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
-    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
-    if checkpoint is not None and (before := len(list(checkpoint.glob("rng_state*.pth")))) not in (0, processes.count()):
-        raise SettingError(
-            f"--resume: {out} was trained by {before} processes, and there are {processes.count()} now, which would see other "
-            f"rows; start {before}, or start anew in another --out"
-        )
-    return checkpoint
 
 
 def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:

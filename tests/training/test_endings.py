@@ -98,6 +98,11 @@ def test_an_end_that_is_text() -> None:
     assert answer(loaded, "Hi") == "yes"
 
 
+def test_a_full_stop_is_no_end() -> None:
+    made = tokenizer_of("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}")
+    assert end_of_turn(made) == [] and end_of_turn_text(made) is None
+
+
 @pytest.mark.parametrize("template", [None, "{{ messages | length }}", "{{ raise_exception('no') }}"])
 def test_no_turns(template: str | None) -> None:
     made = tokenizer_of(template)

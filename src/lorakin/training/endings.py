@@ -15,6 +15,8 @@ from lorakin.training.templates import Template
 
 ANSWER, NEXT = "ANSWERMARK", "NEXTMARK"
 """In the place of an answer and of the question after it: words that no template has."""
+SHORTEST = 4
+"""Letters of a text that ends a turn: a full stop ends sentences, too."""
 
 
 def stops(tokenizer: Any, settings: Any = None, chat_template: bool = True) -> list[int]:
@@ -52,7 +54,8 @@ def end_of_turn_text(tokenizer: Any) -> str | None:
     if not last.strip() or end_of_turn(tokenizer):
         return None
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False))
-    return "".join(letter for letter, _ in pairs).strip() or None
+    text = "".join(letter for letter, _ in pairs).strip()
+    return text if len(text) >= SHORTEST else None
 
 
 def closings(tokenizer: Any) -> tuple[str, str]:

@@ -193,8 +193,15 @@ def _alone(cache: Path) -> Iterator[None]:
         OSError: the cache cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(cache / LOCK):
+    lock = filelock.FileLock(cache / LOCK)
+    try:
+        lock.acquire()
+    except NotImplementedError as error:  # a file system without locks
+        raise OSError(str(error)) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import gguf
 
 from lorakin.errors import ModelError
 from lorakin.training import loading
+from lorakin.training.endings import end_of_turn
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -106,6 +107,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     before, after = _around(tokenizer, where)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    known["eot"] = next(iter(end_of_turn(tokenizer)), None)  # where llama.cpp ends an answer, beside eos
     template = tokenizer.chat_template
     return Vocabulary(
         model="llama" if pieces else "gpt2",

@@ -67,7 +67,7 @@ class Merged(Mapping[str, Tensor]):
         self.model = (kind or kind_for(files, config)).skeleton(config)
         self.config: Any = self.model.config
         self.contents = files.match(self.model, other_base)
-        self.remembered = None if other_base or files.own is None else files.own.base
+        self.remembered = None if other_base else files.base
         self.names, self.kinds, self.shards = _where(base, self.model)
         self.is_sharded = not (base / SINGLE).is_file()
         beside(base)  # so that what cannot go along is said before anything is written

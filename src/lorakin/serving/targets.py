@@ -15,6 +15,7 @@ from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
+from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
@@ -97,6 +98,7 @@ class MergedModel(Target):
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
+        say_where_answers_end(folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
@@ -171,7 +173,7 @@ def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded

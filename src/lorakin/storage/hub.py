@@ -18,7 +18,7 @@ from typing import Any
 
 from lorakin.errors import AdapterError, LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.storage.card import CARD, is_own
-from lorakin.storage.directory import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
+from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
 
 FILES = (CONFIG, TENSORS, OWN, OWN_TENSORS, "recipe.yaml", CARD)
 """What is fetched of a repository, as far as it is there; `adapter_model.bin` only if there are no other tensors."""

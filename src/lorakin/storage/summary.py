@@ -110,6 +110,7 @@ def summarise(path: Path) -> Summary:
     """
     files = directory.read(path)
     plan, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    files.check()
     known = {where: getattr(method.parametrisation, "rank", 0) for where, method in plan.sites.items()}
     return Summary(
         path=path,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from lorakin.errors import AdapterError
-from lorakin.storage.directory import read_json
+from lorakin.storage.own_part import read_json
 from lorakin.storage.summary import IMPORTANCE, Summary
 from lorakin.study import page, pictures, spectrum
 from lorakin.study.page import Block, Code, Column, Section, Table, Text

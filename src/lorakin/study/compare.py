@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import psutil
 import torch
 import yaml
 from rich.console import Console
 
 from lorakin.adapter import adapt
-from lorakin.errors import LorakinError, OutputError, SettingError
+from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import atomic
+from lorakin.storage import atomic, locks
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
 from lorakin.study.arms import Arm
@@ -32,10 +32,13 @@ from lorakin.study.results import DONE, REFUSED, SEED, TIMING, Results, Row, Tri
 from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
-from lorakin.training.data import Rows, with_answers
-from lorakin.training.models import load_tokenizer
+from lorakin.training.encoding import use_template, with_answers
+from lorakin.training.limits import places_of, row_length
+from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import resolve_dtype
+from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
+from lorakin.training.train import check_meant
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"
@@ -76,7 +79,7 @@ class Comparison:
         self.spent, self.sweeps = Budget.parse(self.budget), parse_sweep(self.sweep)
         if self.spent.steps is not None and self.spent.steps < LEAST_STEPS:
             raise SettingError(f"--budget {self.budget} fits no trial: a run needs at least {LEAST_STEPS} steps")
-        self.base_recipe = Recipe(model=self.model, data=self.data, out=self.out, **self.recipe)
+        self.base_recipe = Recipe(model=self.model, data=[self.data], out=self.out, **self.recipe)
 
     @property
     def size(self) -> tuple[int, float]:
@@ -143,8 +146,9 @@ class Study:
         arm = next(arm for arm in self.arms if arm.name == what.arm)
         steps = trial.TIMED_STEPS if what.stage == TIMING else self.steps(arm.name)
         fields = {**self.comparison.recipe, "dtype": self.dtype, **arm.recipe}
+        fields |= {"columns": {}, "format": self.parts.format}  # the parts are written in their format's own columns
         recipe = Recipe(
-            model=self.comparison.model, data=str(self.out / DATA / split.TRAIN), eval_data=str(self.out / DATA / split.TUNE),
+            model=self.comparison.model, data=[str(self.out / DATA / split.TRAIN)], eval_data=str(self.out / DATA / split.TUNE),
             out=str(self.out / TRIALS / what.name), method=arm.words, settings=arm.settings(steps), lr=what.lr, steps=steps,
             seed=what.seed, save_every=0, labels=self.parts.labels, **fields,
         )  # fmt: skip
@@ -179,17 +183,20 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     """
     out = Path(comparison.out).expanduser()
     resumed = _check_out(comparison, out)
+    asked, comparison = comparison, _within(comparison)
     recipe = comparison.base_recipe
     batch = recipe.batch_size * recipe.accumulate
     saved = read_yaml(out / SETTINGS, "the comparison") if resumed else {}
     if resumed:
         parts, dtype = split.Parts(**saved["parts"]), saved["dtype"]
     else:
-        parts = split.split_into(out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison))
+        parts = split.split_into(
+            out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison), recipe.columns, recipe.format
+        )
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
-        content = {**_asked(comparison), "parts": dataclasses.asdict(parts), "dtype": dtype}
+        content = {**_asked(asked), "parts": dataclasses.asdict(parts), "dtype": dtype}
         atomic.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
@@ -201,14 +208,28 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     return study
 
 
+def _within(comparison: Comparison) -> Comparison:
+    """The same with rows cut at what the model has places for; a longer --max-length is said once, not by every trial."""
+    wanted = comparison.base_recipe.max_length
+    length = row_length(places_of(config_of(comparison.model)), wanted)
+    if length == wanted:
+        return comparison
+    if "max_length" in comparison.recipe:
+        told = f"rows are cut at {length} tokens instead of {wanted}: {comparison.model} has no more positions"
+        warnings.warn(told, LorakinWarning, stacklevel=2)
+    return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
+
+
 def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:
     """Gives those rows that have something to learn from."""
     recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
 
     def usable(rows: Rows) -> Rows:
         if rows.is_classification:
+            check_meant(recipe, rows)
             return rows
-        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+        use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on)
 
     return usable
 
@@ -292,12 +313,11 @@ def locked(comparison: Comparison) -> Iterator[None]:
     """
     out = Path(comparison.out).expanduser()
     _check_out(comparison, out)
-    lock = filelock.FileLock(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise OutputError(f"--out {out} is in use by another lorakin compare") from None
+        lock = locks.hold(out / LOCK)
+    except locks.Taken as error:
+        raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
         raise OutputError(f"--out {out} cannot be used: {error}") from error
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from lorakin.training.data import Row
+from lorakin.training.batches import Row
 
 USUAL = 20
 """Steps by which the usual size of a gradient is known."""

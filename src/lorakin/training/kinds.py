@@ -109,7 +109,7 @@ def class_named(word: Any, config: Any) -> Any:
 
 
 def _remembered(files: Files) -> Any:
-    base = None if files.own is None else files.own.base
+    base = files.base
     return None if base is None else base.get("class")
 
 

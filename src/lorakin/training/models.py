@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import transformers
 
-from lorakin.adapter import load
+from lorakin.adapter import placed
 from lorakin.errors import AdapterError, LorakinWarning, ModelError
 from lorakin.storage import directory, hub, texts
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import conversions, heads, loading, model_files
+from lorakin.training.encoding import use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
 from lorakin.training.recipe import read_yaml
@@ -201,10 +202,10 @@ def _task(labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def load_with_adapter(
-    name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False,
-    quantize: str | None = None, any_head: bool = False,
+    name: str, adapter: str | directory.Files | None, dtype: str = "auto", labels: Sequence[str] | None = None,
+    other_base: bool = False, quantize: str | None = None, any_head: bool = False,
 ) -> Loaded:  # fmt: skip
-    """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
+    """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched. Or with files that were read.
 
     The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`;
     else a causal language model, or with `any_head` what the adapter was made on (see `kind_for`).
@@ -214,7 +215,7 @@ def load_with_adapter(
     """
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
-    files = directory.read(hub.adapter_directory(adapter))
+    files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter  # once: of one save
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
     else:
@@ -225,14 +226,15 @@ def load_with_adapter(
     if any_head and new:
         raise _lacks(name, [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new], loaded.model)
     said = files.config.get("base_model_name_or_path")
-    known = files.own is not None and files.own.base is not None
+    known = files.base is not None
     if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
         warnings.warn(
             f"{files.path} says that its base is {said}, not {name}, and holds nothing to tell whether they are the same",
             LorakinWarning,
             stacklevel=2,
         )
-    load(loaded.model, files.path, other_base=other_base)
+    placed(loaded.model, "default", files.match(loaded.model, other_base))
+    use_remembered(loaded.tokenizer, files.path)
     return loaded
 
 
@@ -257,7 +259,7 @@ def labels_of(files: directory.Files) -> list[str] | None:
 
     None if it is no classifier's, or holds no head.
     """
-    base = None if files.own is None else files.own.base
+    base = files.base
     if not is_classifiers(files.config, str((base or {}).get("class"))):
         return None
     if (said := recipe_labels(files)) is not None:

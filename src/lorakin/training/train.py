@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,24 +26,31 @@ from lorakin.errors import DataError, DivergedError, ModelError, OutputError, Se
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
-from lorakin.training import data, processes
+from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
-from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
+from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
+from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
-from lorakin.training.models import Loaded, load_model
+from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.reading import Rows
+from lorakin.training.recipe import Recipe
+from lorakin.training.run_directory import Held, resumed_recipe
+from lorakin.training.templates import IGNORED, Template
 from lorakin.training.tokens import rows_of
-from lorakin.training.trainers import AdapterTraining, last_checkpoint
+from lorakin.training.trainers import AdapterTraining
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
-RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How transformers' classes of models that write text end."""
+RECIPE, METRICS, PICTURE, CHECKPOINTS = run_directory.RECIPE, "metrics.jsonl", "loss.png", run_directory.CHECKPOINTS
 
 
 @dataclasses.dataclass
@@ -56,9 +63,14 @@ class Run:
     train: Encoded
     held_out: Encoded
     labels: list[str] | None
-    checkpoint: Path | None
+    place: Held
     console: Console
     adapter: Adapter = dataclasses.field(init=False)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What the run goes on from."""
+        return self.place.checkpoint
 
     @property
     def total_steps(self) -> int:
@@ -66,6 +78,11 @@ class Run:
         each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
         per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @property
+    def between_checkpoints(self) -> int:
+        """Steps between two checkpoints, which are a fifth of the run apart unless the recipe says otherwise."""
+        return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:
         """What makes batches of this run's examples."""
@@ -109,17 +126,26 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
     """
 
-    def __init__(self, adapter: Adapter, **kwargs: Any) -> None:
+    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
         self.good: list[torch.Tensor] = []
         self.good_step = -1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, for schedules that follow it."""
+        return {"eval_loss": self.held_out(self.state.global_step)}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
+            raise DivergedError(
+                f"gradients are too large for float16 at step {step + 1}, however small the loss is made", step + 1
+            )
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
             self.good_step = step
@@ -127,29 +153,47 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
 
 
 def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
-    """Check the recipe, then read the data, load the model and put the adapter in; the output directory comes last.
+    """Check the recipe, then read the data, load the model and put the adapter in.
+
+    The output directory is the run's alone from now on, and until `train` is through; it is written to last.
 
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
+    place = run_directory.enter(recipe, Path(recipe.out).expanduser(), resume)
+    try:
+        return _prepared(recipe, console, place)
+    except BaseException:
+        place.release()
+        raise
+
+
+def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     out = Path(recipe.out).expanduser()
-    checkpoint = _check_out(recipe, out, resume)
-    processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    if recipe.schedule not in schedules:
-        raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
-    rows = data.read_rows(recipe.data)
+    if isinstance(recipe.chat_template, str):
+        template_named(recipe.chat_template)
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format)
+    check_meant(recipe, rows)
     train_rows, held_rows = _held_out(recipe, rows)
     labels = (recipe.labels or rows.labels()) if rows.is_classification else None
-    console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
+    _describe_rows(console, rows, held_rows)
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
+    wanted, length = recipe.max_length, limits.row_length(limits.places(loaded.model), recipe.max_length)
+    recipe = dataclasses.replace(
+        recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate, max_length=length
+    )
+    template = None
+    if labels is None:
+        template = use_template(loaded.tokenizer, recipe.chat_template, rows, recipe.template_args)
+        recipe = dataclasses.replace(recipe, date=_printed_day(recipe, loaded.tokenizer))
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
     whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
@@ -163,22 +207,66 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "bias": recipe.bias,
         "seed": recipe.seed,
     }
-    run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
+    run = Run(recipe, out, loaded, train, held_out, labels, place, console)
     method.resolved(run.total_steps)
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
+    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
+        half.check_trained(loaded.model)
         _describe(run)
-        _written(lambda: recipe.save(out / RECIPE))
+        _written(lambda: _save_settings(recipe, out, template))
         return run
     pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
+    half.check_trained(loaded.model)
     pilot.remove()
     check_called(loaded.model, pilot.plan.sites)
-    _written(lambda: recipe.save(out / RECIPE))
+    _written(lambda: _save_settings(recipe, out, template))
     found = processes.agreed(_importance(run, method, where))
     _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
     run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
     return run
+
+
+def check_meant(recipe: Recipe, rows: Rows) -> None:
+    """See that rows with a text and a label are meant to train a classifier, where the model is a language model.
+
+    Raises:
+        DataError: the recipe does not say so.
+    """
+    if not rows.is_classification or recipe.format is not None or recipe.labels is not None:
+        return
+    kinds = getattr(config_of(recipe.model), "architectures", None) or ()
+    if any(str(kind).endswith(LANGUAGE_MODELS) for kind in kinds):
+        text, label = rows.records[0].source.format.columns
+        raise DataError(
+            f"{rows.name} has the columns {text} and {label}, and {recipe.model} is a language model: say which is meant, "
+            f"--format classification to train a classifier of {label}, or --format text to learn to write {text}"
+        )
+
+
+def _printed_day(recipe: Recipe, tokenizer: Any) -> str | None:
+    """The day that the chat template prints, for a resumed run to print the same; None if it prints none."""
+    if not tokenizer.chat_template or not Template(tokenizer).prints_the_day:
+        return None
+    return recipe.date or processes.agreed(datetime.date.today().isoformat())
+
+
+def _describe_rows(console: Console, rows: Rows, held_out: Rows) -> None:
+    """Say what was read, and what of it is not used."""
+    line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
+    console.print("[bold]data[/]   ", end="")
+    console.print(line, markup=False, highlight=False)
+    if (left := reading.unused(rows)) is not None:
+        console.print("       " + left, style="yellow", markup=False, highlight=False)
+
+
+def _save_settings(recipe: Recipe, out: Path, template: str | None) -> None:
+    """Write the recipe, and the chat template beside it where it is not the model's own."""
+    recipe.save(out / RECIPE)
+    if template is not None:
+        atomic.write(out, {TEMPLATE: template.encode()})
 
 
 def _written(write: Callable[[], Any]) -> None:
@@ -197,7 +285,7 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise SettingError(f"{path} cannot be read ({error}); remove it to probe again") from None
-    examples = data.stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
+    examples = stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
     batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
@@ -242,6 +330,13 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         DivergedError: the loss is no longer finite. The adapter of the last step with a finite loss is saved.
         OutputError: something cannot be written.
     """
+    try:
+        return _trained(run, before, callbacks)
+    finally:
+        run.place.release()
+
+
+def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]) -> Result:
     model, console = run.loaded.model, run.console
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
@@ -249,7 +344,16 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     before = before or _first_evaluation(run, metrics)
     console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
-    trainer = _trainer(run, [*seen, *callbacks])
+
+    def held_out(step: int) -> float:
+        found = run.evaluate()
+        if step < run.total_steps:  # the last is taken below
+            metrics.add(step, **{f"eval_{name}": value for name, value in found.as_dict().items()})
+        return found.loss
+
+    trainer = _trainer(run, held_out, [*seen, *callbacks])
+    rows = digest(run.train.examples, run.held_out.examples)
+    trainer.provenance = {checkpoints.RECIPE: run_directory.described(run.recipe), checkpoints.ROWS: rows}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -291,11 +395,10 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
 def _notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
     """What the run knows and the adapter does not, for its model card."""
     recipe = run.recipe
-    source = Path(recipe.data)
-    data_name = source.name if source.exists() else recipe.data  # where it lies on this machine is nobody's business
+    sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]  # a path is nobody's business
     each = recipe.batch_size * recipe.accumulate * processes.count()
     notes = {
-        "Data": f"{data_name}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
+        "Data": f"{', '.join(sources)}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
         "Training": f"{count(run.total_steps, 'step')} of {count(each, 'row')} with AdamW, learning rate {recipe.lr:g}, "
         f"{recipe.schedule} schedule, in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
         "Held out before": described(before),
@@ -311,61 +414,24 @@ def described(evaluation: Evaluation) -> str:
     return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
 
 
-def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe to resume with: the one in the output directory, which flags must not contradict.
-
-    Raises:
-        SettingError: there is none, or a flag says something else than it.
-    """
-    saved = Path(flags["out"]) / RECIPE if flags.get("out") else None
-    if path is not None or saved is None or not saved.is_file():
-        return read_recipe(path, flags)
-    recipe = read_recipe(saved, {"out": flags["out"]})
-    wanted = read_recipe(saved, flags)
-    for name in flags:
-        if getattr(wanted, name) != getattr(recipe, name):
-            raise SettingError(
-                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
-                "to change it, start anew in another --out"
-            )
-    return recipe
-
-
-def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any, once the output directory may be used."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out} is a file, expected a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not resume:
-            raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
-        if not (out / RECIPE).is_file():
-            raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
-    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
-    if checkpoint is not None and (before := len(list(checkpoint.glob("rng_state*.pth")))) not in (0, processes.count()):
-        raise SettingError(
-            f"--resume: {out} was trained by {before} processes, and there are {processes.count()} now, which would see other "
-            f"rows; start {before}, or start anew in another --out"
-        )
-    return checkpoint
-
-
 def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
     if recipe.eval_data is None:
-        return data.split(rows, recipe.holdout, recipe.seed)
-    held = data.read_rows(recipe.eval_data)
+        return reading.split(rows, recipe.holdout, recipe.seed)
+    held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
     if held.is_classification != rows.is_classification:
-        raise DataError(f"{recipe.eval_data} has format {held.format.name}, but {recipe.data} has {rows.format.name}")
+        raise DataError(f"{recipe.eval_data} has format {held.formats[0]}, but {rows.name} has {rows.formats[0]}")
     return rows, held
 
 
 def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
-        return data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    return data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+        found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    else:
+        day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+        found = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    limits.check_rows(found.examples, loaded, found.where, rows.name)
+    return found
 
 
 def _describe(run: Run) -> None:
@@ -399,27 +465,25 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
     if labels is not None:
         text.append(tokenizer.decode(example["input_ids"]), style="dim")
         return text.append(f" → ⟦{labels[example['labels']]}⟧", style="green")
-    pieces: list[tuple[bool, list[int]]] = []
-    for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        learned = label != data.IGNORED
-        if not pieces or pieces[-1][0] != learned:
-            pieces.append((learned, []))
-        pieces[-1][1].append(token)
-    for learned, tokens in pieces:
-        words = tokenizer.decode(tokens)
-        text.append(f"⟦{words}⟧" if learned else words, style="green" if learned else "dim")
+    ids, labelled = example["input_ids"], [label != IGNORED for label in example["labels"]]
+    edges = [at for at in range(1, len(ids)) if labelled[at] != labelled[at - 1]]
+    shown = ""
+    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        before, shown = shown, tokenizer.decode(ids[:end])  # of all tokens so far, so that spaces between parts show
+        words = shown[len(before) :]
+        text.append(f"⟦{words}⟧" if labelled[start] else words, style="green" if labelled[start] else "dim")
     return text
 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
     known = [row for row in metrics.rows() if row["step"] == 0 and "eval_loss" in row]
-    rows = data.digest(run.train.examples, run.held_out.examples)
+    rows = digest(run.train.examples, run.held_out.examples)
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:
             raise DataError(
-                f"--resume: the rows of {run.recipe.data}, or how they are tokenised, have changed since {run.out} was begun, "
-                "so it would go on with others; put them back, or start anew in another --out"
+                f"--resume: the rows of {', '.join(run.recipe.data)}, or how they are tokenised, have changed since {run.out} "
+                "was begun, so it would go on with others; put them back, or start anew in another --out"
             )
         return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():
@@ -433,7 +497,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
+def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
@@ -445,6 +509,10 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         max_steps=run.total_steps,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=recipe.schedule_args,
+        eval_strategy="steps" if recipe.schedule in schedules.WATCHERS else "no",
+        eval_steps=run.between_checkpoints,
+        metric_for_best_model="eval_loss" if recipe.schedule in schedules.WATCHERS else None,
         warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -454,7 +522,7 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         save_strategy="no" if recipe.save_every == 0 else "steps",
-        save_steps=recipe.save_every or max(1, run.total_steps // 5),
+        save_steps=run.between_checkpoints,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -464,9 +532,11 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
     )
     trainer = AdapterTrainer(
         run.adapter,
+        held_out,
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(run.train.examples),
+        eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=None if run.labels is not None else answer_loss,
         callbacks=callbacks,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from lorakin.training.terminal import Terminal
 
 MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smollm2 or minilm."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -65,9 +66,9 @@ def parts(texts: Sequence[str] | None) -> list[str]:
     return [part.strip() for several in split for part in several if part.strip()]
 
 
-def console_for(as_json: bool) -> Console:
+def console_for(as_json: bool) -> Terminal:
     """Where a command talks to the user: not on stdout if that is to hold JSON."""
-    return Console(stderr=as_json, soft_wrap=True)
+    return Terminal(stderr=as_json)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from lorakin.surgery.targets import parse_layers
 from lorakin.training.data import Rows, with_answers
 from lorakin.training.models import load_tokenizer, resolve_dtype
 from lorakin.training.recipe import Recipe, read_yaml
+from lorakin.training.terminal import labelled
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"
@@ -193,10 +194,10 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
     held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"
-    console.print(f"[bold]data[/]     {parts.train:,} rows to train on, {held}", highlight=False)
+    console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held}"))
     for arm in arms:
         if reason := schedule.refusal(arm, study.results.rows):
-            console.print(f"[bold yellow]left out[/] {arm.title}: {reason}", highlight=False)
+            console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))
     return study
 
 

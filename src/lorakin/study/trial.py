@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import IMPORTANCE
@@ -27,6 +26,7 @@ from lorakin.training import data, train
 from lorakin.training.evaluate import Evaluation, evaluate
 from lorakin.training.progress import memory_bytes, peak_memory_bytes
 from lorakin.training.recipe import Recipe
+from lorakin.training.terminal import Terminal
 
 TIMED_STEPS = 6
 """Steps of a trial that only takes the time."""
@@ -98,7 +98,7 @@ def run(job: Job) -> Row:
 def _trained(job: Job, row: Row) -> Row:
     before = memory_bytes()
     unknown = Evaluation(float("nan"), 0)  # what the base comes to is a trial of its own
-    ready = train.prepare(job.recipe, Console())
+    ready = train.prepare(job.recipe, Terminal())
     observer = observe.Observer(ready.adapter)
     result = train.train(ready, before=unknown, callbacks=[observer])
     row = dataclasses.replace(
@@ -127,7 +127,7 @@ def _trained(job: Job, row: Row) -> Row:
 
 def _limit(job: Job, row: Row) -> Row:
     """The model as it is."""
-    ready = train.prepare(job.recipe, Console())
+    ready = train.prepare(job.recipe, Terminal())
     with ready.adapter.disabled():
         return dataclasses.replace(row, status=DONE, tune=ready.evaluate().as_dict(), report=_report(job, ready).as_dict())
 

@@ -11,6 +11,7 @@ import transformers
 from rich.console import Console
 
 from lorakin.training.data import Row
+from lorakin.training.terminal import labelled
 
 USUAL = 20
 """Steps by which the usual size of a gradient is known."""
@@ -24,8 +25,7 @@ LEAST = 20
 
 def warn(console: Console, text: str) -> None:
     """Tell the user, as all of lorakin's warnings are told."""
-    console.print("[bold yellow]warning:[/] ", end="")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(labelled("warning: ", text, "bold yellow"), soft_wrap=True)
 
 
 class Alarms(transformers.TrainerCallback):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import transformers
 
 from lorakin.errors import ModelError
 from lorakin.training.data import prompt_ids
 from lorakin.training.models import Loaded
+from lorakin.training.terminal import visible
 
 
 @torch.no_grad()
@@ -36,8 +39,17 @@ def answer(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **sampling,
     )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text.strip()
+
+
+class _Streamer(transformers.TextStreamer):
+    """Prints an answer while it comes: visible on a terminal, the model's own characters into a file or pipe."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is ready."""
+        end = "\n" if stream_end else ""
+        print(visible(text) if sys.stdout.isatty() else text, flush=True, end=end)

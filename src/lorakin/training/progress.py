@@ -132,7 +132,7 @@ class Watch(transformers.TrainerCallback):
             self.last_line = now
             done = self.progress.tasks[0]
             left = "" if done.time_remaining is None else f"  left {done.time_remaining:.0f} s"
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", highlight=False)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

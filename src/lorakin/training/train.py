@@ -38,6 +38,7 @@ from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.terminal import command, labelled, visible
 from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
@@ -143,7 +144,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     rows = data.read_rows(recipe.data)
     train_rows, held_rows = _held_out(recipe, rows)
     labels = (recipe.labels or rows.labels()) if rows.is_classification else None
-    console.print(f"[bold]data[/]   {recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out", highlight=False)
+    console.print(labelled("data   ", f"{recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out"))
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
@@ -201,10 +202,8 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
     batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
-    run.console.print(
-        f"[bold]probe[/]  {probe.epochs} passes over {len(examples)} examples ({len(batches)} batches): which modules matter?",
-        highlight=False,
-    )
+    passes = f"{probe.epochs} passes over {len(examples)} examples ({len(batches)} batches)"
+    run.console.print(labelled("probe  ", f"{passes}: which modules matter?"))
 
     def loss_on_answers(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return answer_loss(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"])
@@ -218,7 +217,8 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
 def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     """Importances by layer and module; those that keep a pair of their own are marked."""
     own = set(method.own_pairs(list(found)))
-    cells = {p: f"[bold green]{100 * share:.2f}●[/]" if p in own else f"{100 * share:.2f} " for p, share in found.items()}
+    marks = {path: ("●", "bold green") if path in own else (" ", "") for path in found}
+    cells = {path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1]) for path, share in found.items()}
     rows = by_layer(cells)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
@@ -247,7 +247,7 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
     metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
-    console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
+    console.print(labelled("held out before  ", described(before)))
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
     trainer = _trainer(run, [*seen, *callbacks])
     try:
@@ -264,7 +264,7 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
             raise
         raise OutputError(
             f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is "
-            f"room, go on with --resume --out {run.out}"
+            f"room, go on with: {command('lorakin', 'train', '--resume', '--out', run.out)}"
         ) from error
     _written(lambda: run.adapter.save(run.out, notes=_notes(run, before, after)))
     if after.loss >= before.loss:
@@ -372,15 +372,15 @@ def _describe(run: Run) -> None:
     """Show what will be trained on, with one rendered example and its loss mask, before it is."""
     recipe, console = run.recipe, run.console
     trained, total = parameter_counts(run.loaded.model)
-    console.print(
-        f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
+    what = (
+        f"{recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
         + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
         + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
-        + f"; {share(trained, total)} train",
-        highlight=False,
+        + f"; {share(trained, total)} train"
     )
+    console.print(labelled("model  ", what))
     if twice := repeated(run.train.examples, run.held_out.examples):
         warn(
             console,
@@ -388,8 +388,9 @@ def _describe(run: Run) -> None:
             "than they are. Remove rows that stand twice, or give other rows with --eval-data",
         )
     if run.train.dropped:
-        console.print(f"[yellow]{run.train.dropped:,} rows dropped[/]: no answer within {recipe.max_length} tokens")
-    console.print("[bold]one example[/] as the model will see it; the loss is taken on the [green]green[/] part:")
+        why = f": no answer within {recipe.max_length} tokens"
+        console.print(labelled(f"{run.train.dropped:,} rows dropped", why, "yellow"))
+    console.print(labelled("one example", " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"))
     console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
 
 
@@ -397,8 +398,8 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
     """An example as text: tokens with a loss in green and marked with ⟦ ⟧, the others dim."""
     text = RichText()
     if labels is not None:
-        text.append(tokenizer.decode(example["input_ids"]), style="dim")
-        return text.append(f" → ⟦{labels[example['labels']]}⟧", style="green")
+        text.append(visible(tokenizer.decode(example["input_ids"])), style="dim")
+        return text.append(f" → ⟦{visible(labels[example['labels']])}⟧", style="green")
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         learned = label != data.IGNORED
@@ -406,7 +407,7 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
             pieces.append((learned, []))
         pieces[-1][1].append(token)
     for learned, tokens in pieces:
-        words = tokenizer.decode(tokens)
+        words = visible(tokenizer.decode(tokens))
         text.append(f"⟦{words}⟧" if learned else words, style="green" if learned else "dim")
     return text
 

@@ -11,7 +11,20 @@ import lorakin
 from lorakin.family import FAMILY, Method
 
 SOURCE = Path(lorakin.__file__).parent
-ROOMS = ["errors", "family", "surgery", "storage", "adapter", "conversion", "training", "serving", "study", "cli", "__main__"]
+ROOMS = [
+    "errors",
+    "family",
+    "surgery",
+    "storage",
+    "adapter",
+    "conversion",
+    "terminal",
+    "training",
+    "serving",
+    "study",
+    "cli",
+    "__main__",
+]
 """From the ground up: a room may import only those before it."""
 PEFT_TABLE = SOURCE / "storage" / "peft_format.py"
 

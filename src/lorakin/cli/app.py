@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ import typer
 
 from lorakin.cli import combine, compare, convert, demo, evaluate, export, generate, inspect, merge, methods, plan, train
 from lorakin.errors import LorakinError, LorakinWarning
-from lorakin.training.terminal import Terminal, labelled
+from lorakin.terminal import Terminal, labelled
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
@@ -64,7 +65,9 @@ def run(arguments: Sequence[str]) -> int:
         show = getattr(error, "show", None)  # typer's own usage errors know how to show themselves
         if show is None:
             raise
-        show()
+        said = io.StringIO()
+        show(said)
+        errors.print(said.getvalue(), end="")
         return int(getattr(error, "exit_code", 2))
     finally:
         warnings.showwarning = shown

@@ -15,8 +15,8 @@ import typer
 from rich.text import Text
 
 from lorakin.cli.options import console_for, examples
-from lorakin.training.terminal import Terminal, labelled, quoted
-from lorakin.training.terminal import command as words
+from lorakin.terminal import Terminal, labelled, quoted
+from lorakin.terminal import command as words
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result, Run

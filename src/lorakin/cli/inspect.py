@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.training.terminal import labelled
+from lorakin.terminal import labelled
 
 EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --html adapter.html", "lorakin inspect adapter --json")
 

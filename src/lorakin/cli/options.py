@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakin.training.terminal import Terminal
+from lorakin.terminal import Terminal
 
 MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smollm2 or minilm."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]

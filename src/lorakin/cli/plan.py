@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from lorakin.cli.options import Json, Model, console_for, examples, parts, print_json
-from lorakin.training.terminal import Terminal, labelled
+from lorakin.terminal import Terminal, labelled
 
 if TYPE_CHECKING:
     from lorakin.study.advice import Advice

@@ -26,8 +26,8 @@ from lorakin.cli.options import (
     parts,
     print_json,
 )
-from lorakin.training.terminal import Terminal, labelled
-from lorakin.training.terminal import command as words
+from lorakin.terminal import Terminal, labelled
+from lorakin.terminal import command as words
 
 EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",

@@ -138,5 +138,5 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 def place_of(path: str) -> tuple[str, str]:
     """A module's layer and its name inside the layer."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
+    match = re.search(r"(?:^|\.)([0-9]{1,9})\.(.+)$", path)
     return (match[1], match[2]) if match else ("–", path)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorakin.study import schedule
 from lorakin.study.results import DONE, TIMING, Row, Trial
-from lorakin.training.terminal import visible
+from lorakin.terminal import visible
 
 if TYPE_CHECKING:
     from lorakin.study.compare import Study

@@ -22,11 +22,11 @@ from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import IMPORTANCE
 from lorakin.study import observe
 from lorakin.study.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
+from lorakin.terminal import Terminal
 from lorakin.training import data, train
 from lorakin.training.evaluate import Evaluation, evaluate
 from lorakin.training.progress import memory_bytes, peak_memory_bytes
 from lorakin.training.recipe import Recipe
-from lorakin.training.terminal import Terminal
 
 TIMED_STEPS = 6
 """Steps of a trial that only takes the time."""

@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 from rich.console import Console
 
+from lorakin.terminal import labelled
 from lorakin.training.data import Row
-from lorakin.training.terminal import labelled
 
 USUAL = 20
 """Steps by which the usual size of a gradient is known."""

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from lorakin.errors import ModelError
+from lorakin.terminal import visible
 from lorakin.training.data import prompt_ids
 from lorakin.training.models import Loaded
-from lorakin.training.terminal import visible
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
+from lorakin.terminal import command, labelled, visible
 from lorakin.training import data, processes
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
@@ -38,7 +39,6 @@ from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.recipe import Recipe, read_recipe
-from lorakin.training.terminal import command, labelled, visible
 from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 

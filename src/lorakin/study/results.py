@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -24,14 +25,18 @@ SWEEP: Final = "sweep"
 SEED: Final = "seed"
 LIMIT: Final = "limit"
 """What a trial is for: how long a step takes; which learning rate; another seed at that rate; a model as it is."""
+NAME = re.compile(r"[a-zA-Z0-9][\w+-]*(-lr[0-9.e+-]+)?-seed[0-9]+(-timing)?", re.ASCII)
 MOST_BYTES = 1 << 30
 """Of a results file."""
 
+NORMS = {"norm", "relative"}
 Figure = Annotated[float, Check("a number below 1e100", lambda x: x != x or (abs(x) < 1e100 or x == math.inf))]
 Seconds = Annotated[float, Check("seconds", lambda x: x == 0 or 1e-9 < x < 1e9)]
 Held = Annotated[dict[str, Figure], Check("figures with a loss", lambda found: "loss" in found)]
-Reported = Annotated[Held, Check("figures with a count", lambda found: 0 <= found.get("count", 0) < 1e15)]
-Changes = Annotated[dict[str, dict[str, Figure]], Check("changes with norms", lambda at: all("norm" in x for x in at.values()))]
+Reported = Annotated[Held, Check("figures with a count", lambda found: 0 <= found.get("count", -1) < 1e15)]
+Changes = Annotated[
+    dict[str, dict[str, Figure]], Check("norms of changes", lambda found: all(at.keys() >= NORMS for at in found.values()))
+]
 
 
 def _of_the_same(history: list[tuple[int, Mapping[str, Any]]]) -> bool:
@@ -52,9 +57,16 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For its directory."""
+        """For its directory: one word, which leads nowhere else, whatever is in it.
+
+        Raises:
+            ValueError: an arm, rate or seed that no comparison has.
+        """
         rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        return f"{self.arm.replace(',', '+')}{rate}-seed{self.seed}{'-timing' if self.stage == TIMING else ''}"
+        name = f"{self.arm.replace(',', '+')}{rate}-seed{self.seed}{'-timing' if self.stage == TIMING else ''}"
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a trial")
+        return name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
@@ -24,7 +23,12 @@ from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family import all_finite
 from lorakin.family.pair import is_sharded
 from lorakin.storage import atomic, card, peft_format
+from lorakin.storage.fields import misfit
+from lorakin.storage.files import content as file_content
+from lorakin.storage.files import regular
 from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
+from lorakin.storage.pickles import tensors_of
+from lorakin.storage.schema import Check, shown
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.biases import bias_of
 from lorakin.surgery.graft import Graft
@@ -33,6 +37,33 @@ from lorakin.surgery.tokens import base_rows, ids_at
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
 FORMAT = 1
+MOST_JSON = 1 << 26
+"""Bytes of one of the JSON files: of the largest mixtures some ten million."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    member: str
+    settings: dict[str, Any]
+
+
+def _is_state(value: Mapping[str, Any]) -> bool:
+    return type(value.get("steps")) is int and isinstance(value.get("rules"), list)
+
+
+_Named = Annotated[dict[Literal["tensor"], str], Check("a tensor's name", lambda value: len(value) == 1)]
+KINDS: Mapping[str, Any] = {
+    "members": list[_Member],
+    "beside": dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str],
+    "patterns": tuple[dict[str, Any], dict[str, Any]],
+    "tensors": dict[str, dict[str, _Named]],
+    "state": Annotated[dict[str, Any], Check("steps, a number, and rules, a list", _is_state)],
+    "base": dict[str, Any],
+    "buffers": dict[str, _Named],
+    "whole": list[str],
+    "projection": str,
+}
+"""Field of lorakin.json -> what it must hold if it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +184,10 @@ def _read_own(path: Path) -> peft_format.Own | None:
         return None
     own = read_json(path / OWN)
     if own.get("format") != FORMAT:
-        raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
-    beside = own.get("beside") or {}
-    if not isinstance(beside, dict) or any(name not in (TENSORS, OWN_TENSORS) for name in beside):
-        raise AdapterError(f"{path / OWN} names files that are not an adapter's: {str(beside)[:80]}")
-    for name, digest in beside.items():
+        raise AdapterError(f"{path / OWN}: format {shown(own.get('format'))}, this version reads {FORMAT}; update lorakin")
+    if reason := misfit(own, KINDS):
+        raise AdapterError(f"{path / OWN}: {reason}")
+    for name, digest in (own.get("beside") or {}).items():
         if not (path / name).is_file() or _sha256((path / name).read_bytes()) != digest:
             warnings.warn(
                 f"{path}: {name} is not the one that {OWN} was written with, so what {OWN} says is left aside and the adapter "
@@ -170,25 +200,15 @@ def _read_own(path: Path) -> peft_format.Own | None:
         more = safetensors.torch.load_file(path / OWN_TENSORS) if (path / OWN_TENSORS).exists() else {}
         members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
         tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
-        if tensors is not None and not all(isinstance(t, Tensor) for slots in tensors.values() for t in slots.values()):
-            raise AdapterError(f"{path / OWN}: its tensors are none: expected the slots of each module, each with a tensor")
         state = _unpacked(own["state"], more, path) if "state" in own else None
-        if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
-            raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")
         buffers = _unpacked(own.get("buffers", {}), more, path)
-        if not all(isinstance(t, Tensor) for t in buffers.values()):
-            raise AdapterError(f"{path / OWN}: its buffers are none: expected a tensor for each name")
         whole = own.get("whole")
-        if whole is not None and not (isinstance(whole, list) and all(isinstance(name, str) for name in whole)):
-            raise AdapterError(f"{path / OWN}: what it trains whole is no list of names: {str(whole)[:80]}")
         base, patterns = own.get("base"), own.get("patterns", [{}, {}])
         if base is not None and not is_fingerprint(base):
             raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
-        if len(patterns) != 2 or not all(isinstance(pattern, dict) for pattern in patterns):
-            raise AdapterError(f"{path / OWN}: its patterns are none: {str(patterns)[:80]}")
         if spoilt := [key for key, t in more.items() if t.is_floating_point() and not all_finite(t)]:
             raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
@@ -198,16 +218,11 @@ def _read_own(path: Path) -> peft_format.Own | None:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if (path / TENSORS).exists():
-            return safetensors.torch.load_file(path / TENSORS)
+            return safetensors.torch.load_file(regular(path / TENSORS))
         if (path / OLD_TENSORS).exists():
-            content = torch.load(path / OLD_TENSORS, map_location="cpu", weights_only=True)
-            if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-                raise AdapterError(f"{path / OLD_TENSORS} holds something else than tensors by name")
-            return {str(key): tensor.detach() for key, tensor in content.items()}
+            return tensors_of(path / OLD_TENSORS)
         raise AdapterError(f"{path} has no {TENSORS}")
-    except pickle.UnpicklingError:
-        raise AdapterError(f"{path / OLD_TENSORS} cannot be read: it holds more than tensors, and is not run") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
@@ -228,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: no such file, no JSON, no object, or a key that stands twice.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = json.loads(file_content(path, MOST_JSON), object_pairs_hook=_unique)
     except FileNotFoundError:
         if named := sorted(inner.parent.name for inner in path.parent.glob(f"*/{path.name}")):
             raise AdapterError(
@@ -236,6 +251,8 @@ def read_json(path: Path) -> dict[str, Any]:
             ) from None
         raise AdapterError(f"{path.parent} has no {path.name}; is it an adapter's directory?") from None
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise AdapterError(f"{path} holds {type(content).__name__}, expected an object")

@@ -58,9 +58,9 @@ KINDS: Mapping[str, Any] = {
 """Field -> what it must hold if it is there and not null, which is PEFT's own "not set"."""
 
 
-def misfit(config: Mapping[str, Any]) -> str | None:
+def misfit(config: Mapping[str, Any], kinds: Mapping[str, Any] = KINDS) -> str | None:
     """What is wrong with the first field that holds something else than it must."""
-    for field, kind in KINDS.items():
+    for field, kind in kinds.items():
         if config.get(field) is not None:
             try:
                 fitted(kind, config[field], field)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
-from lorakin.storage.summary import IMPORTANCE
+from lorakin.storage.summary import importance_in
 from lorakin.study import observe
 from lorakin.study.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
 from lorakin.terminal import Terminal
 from lorakin.training import data, train
 from lorakin.training.evaluate import Evaluation, evaluate
-from lorakin.training.progress import memory_bytes, peak_memory_bytes
+from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
 from lorakin.training.recipe import Recipe
 
 TIMED_STEPS = 6
@@ -107,7 +106,7 @@ def _trained(job: Job, row: Row) -> Row:
     )  # fmt: skip
     if job.trial.stage == TIMING:
         return row
-    importance = _importance(ready.out)
+    importance = importance_in(ready.out)
     adapter = ready.adapter
     return dataclasses.replace(
         row,
@@ -138,16 +137,10 @@ def _report(job: Job, ready: train.Run) -> Evaluation:
     return evaluate(ready.loaded.model, ready.collator(), rows.examples, ready.recipe.batch_size)
 
 
-def _importance(out: Path) -> dict[str, float]:
-    path = out / IMPORTANCE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
 def _losses(out: Path) -> list[float]:
     """The training loss of each step."""
-    path = out / train.METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [round(row["loss"], 5) for row in map(json.loads, lines) if "loss" in row]
+    rows = Metrics(out / train.METRICS, writes=False).rows()
+    return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 
 def _short(value: Any) -> Any:

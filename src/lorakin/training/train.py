@@ -25,7 +25,7 @@ from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, ModelError, OutputError, SettingError
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
-from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
@@ -191,13 +191,10 @@ def _written(write: Callable[[], Any]) -> None:
 
 def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
     """What the probe found, or, of a resumed run, had found."""
-    probe, path = method.probe, run.out / IMPORTANCE
+    probe = method.probe
     assert probe is not None
-    if path.is_file():
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise SettingError(f"{path} cannot be read ({error}); remove it to probe again") from None
+    if known := importance_in(run.out):
+        return known
     examples = data.stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
@@ -414,7 +411,7 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
-    known = [row for row in metrics.rows() if row["step"] == 0 and "eval_loss" in row]
+    known = [row for row in metrics.rows() if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()]
     rows = data.digest(run.train.examples, run.held_out.examples)
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:

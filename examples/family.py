@@ -29,7 +29,7 @@ from rich.console import Console
 
 import lorakin as lk
 from lorakin.family import FAMILY, Method, member_named, method_named
-from lorakin.training.data import answer_loss
+from lorakin.training.batches import answer_loss
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.train import Run, prepare

@@ -10,7 +10,7 @@ import torch
 
 import lorakin as lk
 from lorakin.cli.app import run
-from lorakin.training.data import prompt_ids
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import load_model, packaged
 from peers import llama_cpp
 

@@ -297,7 +297,7 @@ def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
 LOOP = """
 import json, sys, torch, transformers, lorakin as lk
 from torch import nn
-from lorakin.training.data import answer_loss
+from lorakin.training.batches import answer_loss
 import transformers.models.llama.modeling_llama
 def status(kind):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))

@@ -12,7 +12,7 @@ import pytest
 
 from lorakin.errors import DataError
 from lorakin.study.split import REPORT, TRAIN, TUNE, split_into
-from lorakin.training.data import Rows
+from lorakin.training.reading import Rows
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def test_too_few_rows_are_refused_with_the_numbers(
 
 def test_rows_that_teach_nothing_are_left_out_before_the_draw(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     def usable(rows: Rows) -> Rows:
-        return dataclasses.replace(rows, rows=rows.rows[:60])
+        return dataclasses.replace(rows, records=rows.records[:60])
 
     parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, usable)
     assert (parts.train, parts.tune, parts.report) == (28, 16, 16)
@@ -82,5 +82,5 @@ def test_rows_that_teach_nothing_are_left_out_before_the_draw(tmp_path: Path, wr
 
 def test_other_kinds_of_rows_are_refused(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     labelled = write_rows([{"text": "a", "label": "b"}], "held.jsonl")
-    with pytest.raises(DataError, match=r"format text \+ label, but .* has prompt/completion"):
+    with pytest.raises(DataError, match=r"format classification, but .* has prompt/completion"):
         split_into(tmp_path / "data", write_rows(rows(100)), labelled, 8, every)

@@ -22,7 +22,8 @@ import yaml
 
 import lorakin as lk
 import soak
-from lorakin.training import data
+from lorakin.training.encoding import encode, encode_labelled
+from lorakin.training.reading import read_rows, split
 from lorakin.training.recipe import Recipe, read_recipe
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
@@ -184,12 +185,12 @@ def test_data_files(tmp_path: Path, watched: Watched, tokenizer: Any) -> None:
     suffixes = [".jsonl", ".json", ".csv", ".tsv", ".parquet"]
 
     def read(path: Path) -> None:
-        rows = data.read_rows(str(path))
-        for part in data.split(rows, 0.3, 0):
+        rows = read_rows(str(path))
+        for part in split(rows, 0.3, 0):
             if rows.is_classification:
-                data.encode_labelled(part, tokenizer, 16, rows.labels())
+                encode_labelled(part, tokenizer, 16, rows.labels())
             else:
-                data.encode(part, tokenizer, 16)
+                encode(part, tokenizer, 16)
 
     for number in range(COUNT // 2):
         rows = json.loads(json.dumps(ROWS[chance.choice(sorted(ROWS))]))

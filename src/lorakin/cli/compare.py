@@ -7,22 +7,28 @@ from typing import Annotated, Any
 import typer
 
 from lorakin.cli.options import (
+    DATA_HELP,
     MODEL_HELP,
     Accumulate,
     BatchSize,
     Checkpointing,
+    Columns,
     Fuse,
     Json,
+    Layout,
     LossOn,
     MaxLength,
+    NoTemplate,
     RankAbove,
-    RecipeChatTemplate,
     RecipeDtype,
     Schedule,
+    TemplateArgs,
+    TemplateFile,
     console_for,
     examples,
     parts,
     print_json,
+    template_of,
 )
 
 EXAMPLES = examples(
@@ -34,7 +40,7 @@ EXAMPLES = examples(
 
 def command(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
-    data: Annotated[str, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")],
+    data: Annotated[str, typer.Option("--data", "-d", help=DATA_HELP)],
     out: Annotated[str, typer.Option("--out", "-o", help="A directory: a new one, or one where a comparison was interrupted.")],
     methods: Annotated[
         list[str] | None, typer.Option(help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]")
@@ -61,7 +67,11 @@ def command(
     accumulate: Accumulate = None,
     max_length: MaxLength = None,
     loss_on: LossOn = None,
-    chat_template: RecipeChatTemplate = None,
+    columns: Columns = None,
+    layout: Layout = None,
+    chat_template: TemplateFile = None,
+    no_chat_template: NoTemplate = False,
+    template_args: TemplateArgs = None,
     schedule: Schedule = None,
     gradient_checkpointing: Checkpointing = None,
     fuse: Fuse = None,
@@ -75,14 +85,17 @@ def command(
     """
     from lorakin.study import arms, compare, report, workers
     from lorakin.study.progress import Board
-    from lorakin.training.recipe import parse_settings
+    from lorakin.training.recipe import parse_columns, parse_settings
 
     shared: dict[str, Any] = {
         "batch_size": batch_size,
         "accumulate": accumulate,
         "max_length": max_length,
         "loss_on": loss_on,
-        "chat_template": chat_template,
+        "columns": parse_columns(columns or []) or None,
+        "format": layout,
+        "chat_template": template_of(chat_template, no_chat_template),
+        "template_args": parse_settings(template_args or [], "--template-arg") or None,
         "schedule": schedule,
         "gradient_checkpointing": gradient_checkpointing,
         "fuse": fuse,

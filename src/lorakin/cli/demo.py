@@ -45,7 +45,7 @@ def command(
     held_out = _write_data(out)
     recipe = Recipe(
         model="smollm2",
-        data=str(out / TRAIN),
+        data=[str(out / TRAIN)],
         eval_data=str(out / HELD_OUT),
         out=str(out / ADAPTER),
         lr=1e-3,

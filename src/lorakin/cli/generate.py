@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import ChatTemplate, Dtype, Json, MaybeAdapter, Model, OtherBase, Quantize, examples, print_json
+from lorakin.cli.options import Dtype, Json, MaybeAdapter, Model, NoTemplate, OtherBase, Quantize, examples, print_json
 
 EXAMPLES = examples(
     'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
@@ -22,7 +22,7 @@ def command(
     adapter: MaybeAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    chat_template: ChatTemplate = True,
+    no_chat_template: NoTemplate = False,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     quantize: Quantize = None,
@@ -40,7 +40,7 @@ def command(
         text,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        chat_template=chat_template,
+        chat_template=not no_chat_template,
         seed=seed,
         stream=not as_json,
     )

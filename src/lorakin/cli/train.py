@@ -8,23 +8,29 @@ from typing import Annotated
 import typer
 
 from lorakin.cli.options import (
+    DATA_HELP,
     MODEL_HELP,
     Accumulate,
     BatchSize,
     Checkpointing,
+    Columns,
     Fuse,
     Json,
+    Layout,
     LossOn,
     MaxLength,
+    NoTemplate,
     Quantize,
     RankAbove,
-    RecipeChatTemplate,
     RecipeDtype,
     Schedule,
+    TemplateArgs,
+    TemplateFile,
     console_for,
     examples,
     parts,
     print_json,
+    template_of,
 )
 from lorakin.terminal import Terminal, labelled
 from lorakin.terminal import command as words
@@ -42,9 +48,7 @@ EXAMPLES = examples(
 def command(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="A JSONL, JSON, CSV, TSV or Parquet file, or a hub data set.")
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", "-d", help=f"{DATA_HELP} May be given several times.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="A new directory for the adapter.")] = None,
     method: Annotated[
         list[str] | None,
@@ -87,7 +91,11 @@ def command(
     accumulate: Accumulate = None,
     max_length: MaxLength = None,
     loss_on: LossOn = None,
-    chat_template: RecipeChatTemplate = None,
+    columns: Columns = None,
+    layout: Layout = None,
+    chat_template: TemplateFile = None,
+    no_chat_template: NoTemplate = False,
+    template_args: TemplateArgs = None,
     gradient_checkpointing: Checkpointing = None,
     fuse: Fuse = None,
     dtype: RecipeDtype = None,
@@ -101,17 +109,21 @@ def command(
 ) -> None:
     """Fine-tune a model on your data and save the adapter.
 
-    The data's format (messages, sharegpt, alpaca, prompt/completion, text + label, plain text) is detected and shown.
+    The data's format (messages, sharegpt, alpaca, prompt/completion, squad, classification, text) is detected and shown.
     The effective recipe is written beside the adapter.
     """
-    flags = {name: value for name, value in locals().items() if name not in ("recipe", "resume", "as_json")}
+    not_of_a_recipe = ("recipe", "resume", "as_json", "no_chat_template", "layout")
+    flags = {name: value for name, value in locals().items() if name not in (*not_of_a_recipe, "not_of_a_recipe")}
+    flags |= {"format": layout, "chat_template": template_of(chat_template, no_chat_template)}
     for name in ("targets", "exclude", "modules_to_save", "trainable_tokens"):
         flags[name] = parts(flags[name])
     from lorakin.training import processes
     from lorakin.training import train as training
-    from lorakin.training.recipe import parse_settings, read_recipe
+    from lorakin.training.recipe import parse_columns, parse_settings, read_recipe
 
     flags["settings"] = parse_settings(settings or [])
+    flags["columns"] = parse_columns(columns or [])
+    flags["template_args"] = parse_settings(template_args or [], "--template-arg")
     flags["method"] = ",".join(method) if method else None
 
     console = console_for(as_json) if processes.is_first() else Terminal(quiet=True)

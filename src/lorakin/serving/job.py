@@ -14,9 +14,10 @@ from lorakin.conversion import as_lora
 from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
-from lorakin.training.data import encode, encode_labelled, read_rows
+from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
+from lorakin.training.reading import read_rows
 
 CALIBRATION, READING, BATCH = 64, 16, 8
 """Rows of the data that a nearest pair is fitted to, and that are read to compare."""
@@ -95,6 +96,7 @@ class Job:
         if rows.is_classification:
             names = loaded.model.config.id2label
             return encode_labelled(rows, loaded.tokenizer, 512, [names[n] for n in sorted(names)]).examples
+        use_template(loaded.tokenizer, True, rows)
         return encode(rows, loaded.tokenizer, 512).examples
 
     def texts(self) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakin.errors import SettingError, VerificationError
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.surgery.mode import in_mode
-from lorakin.training.data import prompt_ids
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import Loaded
 
 PROMPTS = (

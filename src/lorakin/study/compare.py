@@ -34,9 +34,11 @@ from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.terminal import labelled
-from lorakin.training.data import Rows, with_answers
+from lorakin.training.encoding import use_template, with_answers
 from lorakin.training.models import load_tokenizer, resolve_dtype
+from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
+from lorakin.training.train import check_meant
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"
@@ -77,7 +79,7 @@ class Comparison:
         self.spent, self.sweeps = Budget.parse(self.budget), parse_sweep(self.sweep)
         if self.spent.steps is not None and self.spent.steps < LEAST_STEPS:
             raise SettingError(f"--budget {self.budget} fits no trial: a run needs at least {LEAST_STEPS} steps")
-        self.base_recipe = Recipe(model=self.model, data=self.data, out=self.out, **self.recipe)
+        self.base_recipe = Recipe(model=self.model, data=[self.data], out=self.out, **self.recipe)
 
     @property
     def size(self) -> tuple[int, float]:
@@ -144,8 +146,9 @@ class Study:
         arm = next(arm for arm in self.arms if arm.name == what.arm)
         steps = trial.TIMED_STEPS if what.stage == TIMING else self.steps(arm.name)
         fields = {**self.comparison.recipe, "dtype": self.dtype, **arm.recipe}
+        fields |= {"columns": {}, "format": self.parts.format}  # the parts are written in their format's own columns
         recipe = Recipe(
-            model=self.comparison.model, data=str(self.out / DATA / split.TRAIN), eval_data=str(self.out / DATA / split.TUNE),
+            model=self.comparison.model, data=[str(self.out / DATA / split.TRAIN)], eval_data=str(self.out / DATA / split.TUNE),
             out=str(self.out / TRIALS / what.name), method=arm.words, settings=arm.settings(steps), lr=what.lr, steps=steps,
             seed=what.seed, save_every=0, labels=self.parts.labels, **fields,
         )  # fmt: skip
@@ -186,7 +189,9 @@ def prepare(comparison: Comparison, console: Console) -> Study:
         saved = _saved(out)
         parts, dtype = saved.parts, str(saved.dtype)
     else:
-        parts = split.split_into(out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison))
+        parts = split.split_into(
+            out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison), recipe.columns, recipe.format
+        )
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
@@ -208,8 +213,10 @@ def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:
 
     def usable(rows: Rows) -> Rows:
         if rows.is_classification:
+            check_meant(recipe, rows)
             return rows
-        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+        use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on)
 
     return usable
 

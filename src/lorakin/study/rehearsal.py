@@ -23,7 +23,7 @@ from lorakin.study.skeleton import built, give_tensors, supposed
 from lorakin.study.traced import Machine, Peak, Traced
 from lorakin.surgery.light import fuse
 from lorakin.surgery.targets import ALL_LINEAR, Targets, head_of
-from lorakin.training.data import AnswerCollator, answer_loss
+from lorakin.training.batches import AnswerCollator, answer_loss
 from lorakin.training.train import checkpointed
 
 SETUP, FORWARD, FIRST, STEP, EVALUATION = (

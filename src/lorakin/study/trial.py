@@ -22,9 +22,10 @@ from lorakin.storage.summary import importance_in
 from lorakin.study import observe
 from lorakin.study.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
 from lorakin.terminal import Terminal
-from lorakin.training import data, train
+from lorakin.training import train
 from lorakin.training.evaluate import Evaluation, evaluate
 from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
+from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 
 TIMED_STEPS = 6
@@ -133,7 +134,7 @@ def _limit(job: Job, row: Row) -> Row:
 
 def _report(job: Job, ready: train.Run) -> Evaluation:
     """The model as it is now, on the rows that nothing was chosen by."""
-    rows = train.encoded(ready.recipe, data.read_rows(job.report_data), ready.loaded, ready.labels)
+    rows = train.encoded(ready.recipe, read_rows(job.report_data, layout=ready.recipe.format), ready.loaded, ready.labels)
     return evaluate(ready.loaded.model, ready.collator(), rows.examples, ready.recipe.batch_size)
 
 

@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 
 from lorakin.terminal import labelled
-from lorakin.training.data import Row
+from lorakin.training.batches import Row
 
 USUAL = 20
 """Steps by which the usual size of a gradient is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.surgery.mode import in_mode
-from lorakin.training.data import IGNORED, AnswerCollator, Row, answer_loss, encode, encode_labelled, read_rows
+from lorakin.training.batches import AnswerCollator, Row, answer_loss
+from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.models import load_with_adapter, stored_labels
+from lorakin.training.reading import read_rows
+from lorakin.training.templates import ANSWERS, IGNORED, LOSS_ON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,14 @@ def evaluate(model: Any, collate: Callable[..., Any], examples: Sequence[Row], b
 def evaluate_rows(
     model: str,
     adapter: str | None,
-    name: str,
+    name: str | Sequence[str],
     *,
     batch_size: int = 8,
     max_length: int = 1024,
-    loss_on: str = "answer",
-    chat_template: bool = True,
+    loss_on: str = ANSWERS,
+    chat_template: bool | str = True,
+    columns: Mapping[str, str] | None = None,
+    layout: str | None = None,
     dtype: str = "auto",
     other_base: bool = False,
     quantize: str | None = None,
@@ -86,19 +91,20 @@ def evaluate_rows(
     Raises:
         LorakinError: the data, the model or the adapter cannot be used.
     """
-    require(loss_on in ("answer", "all"), f"loss_on must be answer or all, not {loss_on!r}")
-    rows = read_rows(name)
+    require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
+    rows = read_rows(name, columns, layout)
     labels = stored_labels(model) if rows.is_classification and adapter is None else None
     if rows.is_classification and adapter is None and labels is None:
         raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
     loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
-        raise DataError(f"{name} has format {rows.format.name}, which does not suit a {type(loaded.model).__name__}")
+        raise DataError(f"{name} has format {rows.formats[0]}, which does not suit a {type(loaded.model).__name__}")
     if is_classifier:
         names = loaded.model.config.id2label
         encoded = encode_labelled(rows, loaded.tokenizer, max_length, [names[number] for number in sorted(names)])
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
         return evaluate(loaded.model, collate, encoded.examples, batch_size)
-    encoded = encode(rows, loaded.tokenizer, max_length, loss_on, chat_template)
+    use_template(loaded.tokenizer, chat_template, rows)
+    encoded = encode(rows, loaded.tokenizer, max_length, loss_on)
     return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)

@@ -9,7 +9,7 @@ import transformers
 
 from lorakin.errors import ModelError
 from lorakin.terminal import visible
-from lorakin.training.data import prompt_ids
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import Loaded
 
 

@@ -30,6 +30,7 @@ from lorakin.storage import directory, hub
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import processes
+from lorakin.training.encoding import use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.recipe import read_yaml
 
@@ -232,6 +233,7 @@ def load_with_adapter(
             stacklevel=2,
         )
     load(loaded.model, files.path, other_base=other_base)
+    use_remembered(loaded.tokenizer, files.path)
     return loaded
 
 

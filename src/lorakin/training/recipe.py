@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import types
 import typing
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from lorakin.family.settings import one_of, require
 from lorakin.storage import atomic, files
 from lorakin.surgery.biases import ADAPTED, ALL, NONE
 from lorakin.surgery.graft import RANK_ABOVE
+from lorakin.training.formats import NAMES
+from lorakin.training.templates import ANSWERS, LOSS_ON
 
 BIASES = (NONE, ADAPTED, ALL)
 
@@ -30,7 +33,7 @@ class Recipe:
     """
 
     model: str
-    data: str
+    data: list[str]
     out: str
     method: str = "lora"
     rank: int | None = None
@@ -45,6 +48,8 @@ class Recipe:
     rank_above: str = "refuse"
     trainable_tokens: list[str] = dataclasses.field(default_factory=list)
     bias: str = "none"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: str | None = None
     eval_data: str | None = None
     holdout: float = 0.1
     lr: float | None = None
@@ -57,8 +62,10 @@ class Recipe:
     batch_size: int = 8
     accumulate: int = 1
     max_length: int = 1024
-    loss_on: str = "answer"
-    chat_template: bool = True
+    loss_on: str = ANSWERS
+    chat_template: bool | str = True
+    template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    date: str | None = None
     gradient_checkpointing: bool = False
     fuse: bool = False
     dtype: str = "auto"
@@ -82,7 +89,11 @@ class Recipe:
         require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
         require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
         one_of(self, "rank_above", RANK_ABOVE)
-        require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, not {self.loss_on!r}")
+        self.loss_on = ANSWERS if self.loss_on == "answer" else self.loss_on  # its name in recipes of lorakin 0.1
+        one_of(self, "loss_on", LOSS_ON)
+        require(bool(self.data), "data is missing; give a file or a hub data set")
+        require(self.format in (None, *NAMES), f"format must be one of {', '.join(NAMES)}, not {self.format!r}")
+        require(_is_date(self.date), f"date must be a day such as 2026-11-30, not {self.date!r}")
         require(self.bias in BIASES, f"bias must be {', '.join(BIASES)}, not {self.bias!r}")
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
         require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")
@@ -181,7 +192,22 @@ def read_yaml(path: Path, what: str = "the recipe") -> Any:
         raise SettingError(f"{what} {path} is not YAML: {error}") from None
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """`prompt=question,completion=answer` → {"prompt": "question", "completion": "answer"}.
+
+    Raises:
+        SettingError: a part without `=`, or a column that stands in it twice.
+    """
+    columns: dict[str, str] = {}
+    for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
+        target, equals, source = (piece.strip() for piece in part.partition("="))
+        require(bool(equals and target and source), f"--columns takes FORMATS=YOURS, such as prompt=question, not {part!r}")
+        require(target not in columns, f"--columns gives {target} twice")
+        columns[target] = source
+    return columns
+
+
+def parse_settings(texts: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     """`ratio=8` → {"ratio": 8}; values as YAML reads them.
 
     Raises:
@@ -190,12 +216,12 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        require(name.strip() not in settings, f"--set gives {name.strip()} twice")
-        require(bool(equals and name.strip()), f"--set takes NAME=VALUE, such as ratio=8, not {text!r}")
+        require(name.strip() not in settings, f"{flag} gives {name.strip()} twice")
+        require(bool(equals and name.strip()), f"{flag} takes NAME=VALUE, such as ratio=8, not {text!r}")
         try:
             settings[name.strip()] = _plain(yaml.load(value, _Plain))
         except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
-            raise SettingError(f"--set {text!r}: {value!r} is no value") from None
+            raise SettingError(f"{flag} {text!r}: {value!r} is no value") from None
     return settings
 
 
@@ -211,15 +237,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_date(text: str | None) -> bool:
+    try:
+        return text is None or bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: YAML reads 2e-4 as text, and a lone target need not be a list."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
+    if bool in options and str in options and isinstance(value, str):
+        return value
     if typing.get_origin(kind) is dict:
         require(isinstance(value, dict), f"{name} must be lines such as 'ratio: 8', not {value!r}")
-        return {str(key): _plain(item) for key, item in value.items()}
+        as_text = typing.get_args(kind)[1] is str
+        return {str(key): str(item) if as_text else _plain(item) for key, item in value.items()}
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         require(all(isinstance(item, str | int | bool) for item in items), f"{name} must be a list of names, not {value!r}")

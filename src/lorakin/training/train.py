@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -32,18 +33,23 @@ from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
 from lorakin.terminal import command, labelled, visible
-from lorakin.training import data, processes
+from lorakin.training import processes, reading
 from lorakin.training.alarms import Alarms, repeated, warn
-from lorakin.training.data import AnswerCollator, Encoded, Row, Rows, answer_loss
+from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
+from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
-from lorakin.training.models import Loaded, load_model
+from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
+from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.templates import IGNORED, Template
 from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining, last_checkpoint
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How transformers' classes of models that write text end."""
 RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
 
 
@@ -141,15 +147,22 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     if recipe.schedule not in schedules:
         raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
-    rows = data.read_rows(recipe.data)
+    if isinstance(recipe.chat_template, str):
+        template_named(recipe.chat_template)
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format)
+    check_meant(recipe, rows)
     train_rows, held_rows = _held_out(recipe, rows)
     labels = (recipe.labels or rows.labels()) if rows.is_classification else None
-    console.print(labelled("data   ", f"{recipe.data}: {data.summary(rows)}; {len(held_rows.rows)} held out"))
+    _describe_rows(console, rows, held_rows)
     torch.manual_seed(recipe.seed)  # before loading: a classifier's new head is drawn there
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
     recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
+    template = None
+    if labels is None:
+        template = use_template(loaded.tokenizer, recipe.chat_template, rows, recipe.template_args)
+        recipe = dataclasses.replace(recipe, date=_printed_day(recipe, loaded.tokenizer))
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
@@ -169,17 +182,56 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
         _describe(run)
-        _written(lambda: recipe.save(out / RECIPE))
+        _written(lambda: _save_settings(recipe, out, template))
         return run
     pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
     pilot.remove()
     check_called(loaded.model, pilot.plan.sites)
-    _written(lambda: recipe.save(out / RECIPE))
+    _written(lambda: _save_settings(recipe, out, template))
     found = processes.agreed(_importance(run, method, where))
     _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
     run.adapter = adapt(loaded.model, method.with_importance(found), **where)
     _describe(run)
     return run
+
+
+def check_meant(recipe: Recipe, rows: Rows) -> None:
+    """See that rows with a text and a label are meant to train a classifier, where the model is a language model.
+
+    Raises:
+        DataError: the recipe does not say so.
+    """
+    if not rows.is_classification or recipe.format is not None or recipe.labels is not None:
+        return
+    kinds = getattr(config_of(recipe.model), "architectures", None) or ()
+    if any(str(kind).endswith(LANGUAGE_MODELS) for kind in kinds):
+        text, label = rows.records[0].source.format.columns
+        raise DataError(
+            f"{rows.name} has the columns {text} and {label}, and {recipe.model} is a language model: say which is meant, "
+            f"--format classification to train a classifier of {label}, or --format text to learn to write {text}"
+        )
+
+
+def _printed_day(recipe: Recipe, tokenizer: Any) -> str | None:
+    """The day that the chat template prints, for a resumed run to print the same; None if it prints none."""
+    if not tokenizer.chat_template or not Template(tokenizer).prints_the_day:
+        return None
+    return recipe.date or processes.agreed(datetime.date.today().isoformat())
+
+
+def _describe_rows(console: Console, rows: Rows, held_out: Rows) -> None:
+    """Say what was read, and what of it is not used."""
+    line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
+    console.print(labelled("data   ", line))
+    if (left := reading.unused(rows)) is not None:
+        console.print(RichText(visible("       " + left), style="yellow"))
+
+
+def _save_settings(recipe: Recipe, out: Path, template: str | None) -> None:
+    """Write the recipe, and the chat template beside it where it is not the model's own."""
+    recipe.save(out / RECIPE)
+    if template is not None:
+        atomic.write(out, {TEMPLATE: template.encode()})
 
 
 def _written(write: Callable[[], Any]) -> None:
@@ -195,7 +247,7 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
     assert probe is not None
     if known := importance_in(run.out):
         return known
-    examples = data.stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
+    examples = stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
     batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
@@ -288,11 +340,10 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
 def _notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
     """What the run knows and the adapter does not, for its model card."""
     recipe = run.recipe
-    source = Path(recipe.data)
-    data_name = source.name if source.exists() else recipe.data  # where it lies on this machine is nobody's business
+    sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]  # a path is nobody's business
     each = recipe.batch_size * recipe.accumulate * processes.count()
     notes = {
-        "Data": f"{data_name}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
+        "Data": f"{', '.join(sources)}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
         "Training": f"{count(run.total_steps, 'step')} of {count(each, 'row')} with AdamW, learning rate {recipe.lr:g}, "
         f"{recipe.schedule} schedule, in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
         "Held out before": described(before),
@@ -351,18 +402,19 @@ def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
 
 def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
     if recipe.eval_data is None:
-        return data.split(rows, recipe.holdout, recipe.seed)
-    held = data.read_rows(recipe.eval_data)
+        return reading.split(rows, recipe.holdout, recipe.seed)
+    held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
     if held.is_classification != rows.is_classification:
-        raise DataError(f"{recipe.eval_data} has format {held.format.name}, but {recipe.data} has {rows.format.name}")
+        raise DataError(f"{recipe.eval_data} has format {held.formats[0]}, but {rows.name} has {rows.formats[0]}")
     return rows, held
 
 
 def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
-        return data.encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    return data.encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, recipe.chat_template)
+        return encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+    return encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
 
 
 def _describe(run: Run) -> None:
@@ -397,27 +449,25 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
     if labels is not None:
         text.append(visible(tokenizer.decode(example["input_ids"])), style="dim")
         return text.append(f" → ⟦{visible(labels[example['labels']])}⟧", style="green")
-    pieces: list[tuple[bool, list[int]]] = []
-    for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        learned = label != data.IGNORED
-        if not pieces or pieces[-1][0] != learned:
-            pieces.append((learned, []))
-        pieces[-1][1].append(token)
-    for learned, tokens in pieces:
-        words = visible(tokenizer.decode(tokens))
-        text.append(f"⟦{words}⟧" if learned else words, style="green" if learned else "dim")
+    ids, learned = example["input_ids"], [label != IGNORED for label in example["labels"]]
+    edges = [at for at in range(1, len(ids)) if learned[at] != learned[at - 1]]
+    shown = ""
+    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        before, shown = shown, tokenizer.decode(ids[:end])  # of all tokens so far, so that spaces between parts show
+        words = visible(shown[len(before) :])
+        text.append(f"⟦{words}⟧" if learned[start] else words, style="green" if learned[start] else "dim")
     return text
 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
     known = [row for row in metrics.rows() if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()]
-    rows = data.digest(run.train.examples, run.held_out.examples)
+    rows = digest(run.train.examples, run.held_out.examples)
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:
             raise DataError(
-                f"--resume: the rows of {run.recipe.data}, or how they are tokenised, have changed since {run.out} was begun, "
-                "so it would go on with others; put them back, or start anew in another --out"
+                f"--resume: the rows of {', '.join(run.recipe.data)}, or how they are tokenised, have changed since {run.out} "
+                "was begun, so it would go on with others; put them back, or start anew in another --out"
             )
         return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():

@@ -1,0 +1,242 @@
+"""Rows as token ids and labels: what a model reads, and what it is to learn of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakin.errors import DataError
+from lorakin.training.formats import Content, Conversation, Labelled, Text
+from lorakin.training.reading import Record, Rows, shown
+from lorakin.training.templates import ALL, ALPACA, ANSWERS, IGNORED, LOSS_ON, Template, continued, end_tokens
+
+TEMPLATES = {"alpaca": ALPACA}
+"""Chat templates that `--chat-template` knows by name."""
+TEMPLATE = "chat_template.jinja"
+"""Beside an adapter: the chat template that it was trained with, where it is not the base's own."""
+LONGEST_TEMPLATE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Token ids and labels of each row that has something to learn from; `dropped` counts the others."""
+
+    examples: list[dict[str, Any]]
+    dropped: int
+
+
+def use_template(
+    tokenizer: Any, chosen: bool | str, rows: Rows | None = None, arguments: Mapping[str, Any] | None = None
+) -> str | None:
+    """Give the tokenizer the chat template that rows are to be written with.
+
+    Args:
+        tokenizer: of transformers; its `chat_template` is set.
+        chosen: True for its own, False for none, or the name of one that lorakin knows, or of a file that holds one.
+        rows: the rows; instructions get Alpaca's prompt where there is no template.
+        arguments: variables of the template, such as enable_thinking: false.
+
+    Returns:
+        the template where it is another than the tokenizer's own.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    own = tokenizer.chat_template
+    if isinstance(chosen, str):
+        tokenizer.chat_template = template_named(chosen)
+    elif not chosen:
+        tokenizer.chat_template = None
+    spoken = [r.content for r in rows.records if isinstance(r.content, Conversation)] if rows is not None else []
+    if not tokenizer.chat_template and spoken and all(content.is_instruction for content in spoken):
+        tokenizer.chat_template = ALPACA
+    if tokenizer.chat_template == ALPACA and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        tokenizer.chat_template = "{{- bos_token }}\n" + ALPACA
+    if arguments:
+        if not tokenizer.chat_template:
+            raise DataError(f"--template-arg {next(iter(arguments))}: there is no chat template")
+        sets = "".join(f"{{%- set {name} = {_literal(name, value)} -%}}\n" for name, value in arguments.items())
+        tokenizer.chat_template = sets + tokenizer.get_chat_template(None, None)
+    return tokenizer.chat_template if tokenizer.chat_template and tokenizer.chat_template != own else None
+
+
+def use_remembered(tokenizer: Any, folder: Path) -> None:
+    """Give the tokenizer the chat template that the adapter in `folder` was trained with, where it is another."""
+    if tokenizer is not None and (folder / TEMPLATE).is_file():
+        tokenizer.chat_template = _template_file(folder / TEMPLATE)
+
+
+def _literal(name: str, value: Any) -> str:
+    """A value as Jinja writes it."""
+    if not name.isidentifier() or not isinstance(value, str | int | float | bool | None):
+        raise DataError(f"--template-arg {name}={value!r}: expected a name, and true, false, a number or a text")
+    return json.dumps(value)
+
+
+def template_named(name: str) -> str:
+    """The chat template of that name, or in the file of that name.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    return TEMPLATES[name] if name in TEMPLATES else _template_file(Path(name).expanduser())
+
+
+def _template_file(path: Path) -> str:
+    if not path.is_file():
+        known = ", ".join(TEMPLATES)
+        raise DataError(f"--chat-template {path}: there is no such file; expected {known}, or a file that holds a template")
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST_TEMPLATE + 1)
+        if len(content) > LONGEST_TEMPLATE:
+            raise DataError(f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none")
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--chat-template {path} cannot be read: {error}") from None
+
+
+class Encoder:
+    """Makes token ids and labels of what rows say.
+
+    Args:
+        tokenizer: of transformers; its chat template is used where it has one.
+        loss_on: "answers", "last" or "all"; see `Template.encode`.
+        day: the day that a template prints; by default today.
+
+    Raises:
+        DataError: an unknown `loss_on`.
+    """
+
+    def __init__(self, tokenizer: Any, loss_on: str = ANSWERS, day: datetime.date | None = None) -> None:
+        if loss_on not in LOSS_ON:
+            raise DataError(f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self.template = Template(tokenizer, day) if tokenizer.chat_template else None
+        self.ends = set(end_tokens(tokenizer, day))
+
+    def encode(self, content: Content) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one conversation or text.
+
+        Raises:
+            DataError: a conversation without a chat template, or one that cannot be verified.
+        """
+        if isinstance(content, Text) and content.prompt and self.template is not None:
+            turns = [{"role": "user", "content": content.prompt}, {"role": "assistant", "content": content.answer}]
+            content = Conversation(turns, [None, None])
+        if isinstance(content, Text):
+            return self._text(content)
+        if isinstance(content, Labelled):
+            raise DataError("it has a label, which a language model does not learn")
+        if self.template is None:
+            raise DataError(
+                "conversations need a tokenizer with a chat template; use an instruct model, or give a template with "
+                "--chat-template FILE"
+            )
+        return self.template.encode(content, self.loss_on)
+
+    def prompt(self, prompt: str) -> list[int]:
+        """The tokens that stand before the answer to a prompt."""
+        if self.template is not None:
+            return self.template.prompt([{"role": "user", "content": prompt}])
+        return self._opened(prompt)
+
+    def _opened(self, text: str) -> list[int]:
+        """A text's tokens as a model begins with them: with a BOS token if the tokenizer puts one, but not twice."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(str(self.tokenizer.eos_token)):
+            ids = ids[:-1]
+        return ids[1:] if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id] else ids
+
+    def _text(self, content: Text) -> tuple[list[int], list[int]]:
+        ids = self._opened(content.prompt)
+        if not content.answer:
+            return ids, [IGNORED] * len(ids)
+        if content.prompt:
+            answer = continued(self.tokenizer, content.prompt, content.answer)
+        else:
+            ids, answer = [], self._opened(content.answer)
+        if self.tokenizer.eos_token_id is not None and answer[-1:] and answer[-1] not in self.ends:
+            answer = [*answer, self.tokenizer.eos_token_id]
+        labels = ids + answer if self.loss_on == ALL else [IGNORED] * len(ids) + answer
+        return ids + answer, labels
+
+
+def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Encoded:
+    """Tokenise rows for a causal language model; labels are -100 where no loss is taken.
+
+    Conversations, and prompts too, go through the tokenizer's chat template if it has one. The loss is on the
+    assistant's turns, each with the token that ends it; see `Template.encode`.
+
+    Raises:
+        DataError: conversations without a chat template, one that cannot be verified, or no row with anything to
+            learn from.
+    """
+    encoded = list(_encode_rows(rows, tokenizer, max_length, loss_on, day))
+    examples = [example for example in encoded if _has_answer(example)]
+    if not examples:
+        raise DataError(
+            f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
+            f"--max-length {max_length} tokens; raise it, or check that the answers are not empty"
+        )
+    return Encoded(examples, len(encoded) - len(examples))
+
+
+def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Rows:
+    """The rows that `encode` keeps, those that have something to learn from within `max_length` tokens.
+
+    Raises:
+        DataError: as `encode`, but for no rows.
+    """
+    encoded = _encode_rows(rows, tokenizer, max_length, loss_on, day)
+    kept = [record for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
+    return dataclasses.replace(rows, records=kept)
+
+
+def _encode_rows(
+    rows: Rows, tokenizer: Any, max_length: int, loss_on: str, day: datetime.date | None
+) -> Iterator[dict[str, Any]]:
+    encoder = Encoder(tokenizer, loss_on, day)
+    for record in rows.records:
+        try:
+            ids, labels = encoder.encode(record.content)
+        except DataError as error:
+            raise _of_row(record, error) from error
+        yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _of_row(record: Record, error: Exception) -> DataError:
+    return DataError(f"{record.where}: {error} (format {record.source.format.name}). The row: {shown(record.values)}")
+
+
+def _has_answer(example: dict[str, Any]) -> bool:
+    return any(label != IGNORED for label in example["labels"][1:])
+
+
+def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequence[str]) -> Encoded:
+    """Tokenise rows for a classifier whose classes are `labels`.
+
+    Raises:
+        DataError: a row without a text and a class, or with a class that is not among `labels`.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    examples = []
+    for record in rows.records:
+        if not isinstance(record.content, Labelled):
+            raise DataError(f"{record.where}: format {record.source.format.name} has no class")
+        if (label := record.label()) not in numbers:
+            raise DataError(f"{record.where}: label {label!r} is none of {', '.join(labels)}")
+        ids = tokenizer(record.content.text, truncation=True, max_length=max_length)["input_ids"]
+        examples.append({"input_ids": ids, "labels": numbers[label]})
+    return Encoded(examples, 0)
+
+
+def prompt_ids(prompt: str, tokenizer: Any, chat_template: bool = True) -> list[int]:
+    """The tokens that training would put before the answer to `prompt`."""
+    encoder = Encoder(tokenizer)
+    return encoder.prompt(prompt) if chat_template else encoder._opened(prompt)

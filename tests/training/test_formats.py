@@ -1,0 +1,205 @@
+"""What rows say: used, named as unused, or refused where it would change what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import lorakin as lk
+from lorakin.training.encoding import encode, use_template
+from lorakin.training.formats import Conversation, Text
+from lorakin.training.reading import read_rows, unused
+from lorakin.training.templates import IGNORED
+from training.carried import byte_tokenizer
+from training.test_templates import CHATML, learned
+
+Write = Callable[..., str]
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def said(row: dict[str, Any], write_rows: Write, **options: Any) -> Any:
+    return read_rows(write_rows([row]), **options).records[0].content
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"system": "s", "conversations": SHARED}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        ({"conversations": TURNS}, [("user", "q"), ("assistant", "a")]),
+        ({"messages": json.dumps(TURNS)}, [("user", "q"), ("assistant", "a")]),
+        ({"system": "s", "messages": TURNS}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"instruction": "and Italy?", "input": "", "output": "Rome", "system": "s", "history": [["France?", "Paris"]]},
+            [("system", "s"), ("user", "France?"), ("assistant", "Paris"), ("user", "and Italy?"), ("assistant", "Rome")],
+        ),
+        (
+            {"instruction": "When?", "context": "ctx", "response": "2000", "category": "qa"},
+            [("user", "When?\n\nctx"), ("assistant", "2000")],
+        ),
+        ({"instruction": "Valid?", "input": "null", "output": "yes"}, [("user", "Valid?\n\nnull"), ("assistant", "yes")]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}]}, TURNS[1]]},
+            [("user", "q"), ("assistant", "a")],
+        ),
+        ({"prompt": TURNS[:1], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ],
+)  # fmt: skip
+def test_conversations_in_many_layouts(row: dict[str, Any], expected: list[tuple[str, str]], write_rows: Write) -> None:
+    content = said(row, write_rows)
+    assert isinstance(content, Conversation)
+    assert [(message["role"], message["content"]) for message in content.messages] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "Who?", "context": "ctx", "answer": "Ann"}, Text("Who?\n\nctx", "Ann")),
+        ({"question": "Who?", "context": "ctx", "answers": {"text": ["Ann"], "answer_start": [3]}}, Text("Who?\n\nctx", "Ann")),
+        ({"query": "Who?", "response": "Ann"}, Text("Who?", "Ann")),
+        ({"prompt": '["a", "b"]', "completion": '{"a": 1}'}, Text('["a", "b"]', '{"a": 1}')),
+    ],
+)
+def test_texts_in_many_layouts(row: dict[str, Any], expected: Text, write_rows: Write) -> None:
+    assert said(row, write_rows) == expected
+
+
+def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
+    expected = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    openai = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]}
+    packed = {"messages": openai["messages"], "tools": json.dumps([TOOL["function"]])}
+    for row in (openai, packed):
+        content = said(row, write_rows)
+        assert content.messages[1] == {"role": "assistant", "content": "", "tool_calls": expected}
+        assert content.tools == [TOOL]
+    share = [
+        SHARED[0], {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "rain"}, SHARED[1],
+    ]  # fmt: skip
+    content = said({"conversations": share, "tools": "[]"}, write_rows)
+    assert [message["role"] for message in content.messages] == ["user", "assistant", "tool", "assistant"]
+    assert content.messages[1]["tool_calls"][0]["function"] == expected[0]["function"]
+    assert content.tools is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TURNS, "label": False}, "label false marks an answer not to imitate"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label false"),
+        ({"messages": TURNS, "rejected_response": "b"}, "rejected_response makes it a preference"),
+        ({"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]}, "chosen makes it a preference"),
+        ({"messages": TURNS, "images": ["1.jpg"]}, r'images is \["1.jpg"\], and only text can be trained on'),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]}, 'part of type "image"'),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "a message's weight is 0.5; only 0 and 1"),
+        ({"messages": TURNS, "loss_weight": 2}, "the row's loss_weight is 2"),
+        ({"conversations": [SHARED[0], {"from": "function_call", "value": "{}"}]}, r"function_call is \{\}, expected a name"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "the assistant's content is null"),
+        ({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "("}}]}]},
+         'the arguments of a are "\\(", expected a JSON object'),
+        ({"messages": TURNS, "tools": "none"}, 'tools is "none", expected a list'),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "expected pairs"),
+        ({"prompt": "q", "completion": True}, "completion is true, expected text"),
+        ({"prompt": "q", "completion": None}, "completion is null"),
+        ({"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"}, "a system column and a system message"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_meaning_is_refused(row: dict[str, Any], message: str, write_rows: Write) -> None:
+    with pytest.raises(lk.DataError, match=f"row 1: .*{message}.*The row: "):
+        said(row, write_rows)
+
+
+def test_columns_say_what_is_meant(write_rows: Write) -> None:
+    row = {"chosen": "good", "rejected": "bad", "query": "q", "images": ["x"], "weight": 70.5}
+    assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == Text("q", "good")
+    with pytest.raises(lk.DataError, match="row 1: there is no column 'missing'; there are chosen"):
+        said(row, write_rows, columns={"prompt": "missing", "completion": "chosen"})
+    with pytest.raises(lk.DataError, match="have the columns prompt|has the columns prompt"):
+        said(row, write_rows, columns={"prompt": "query"})
+    both = {"text": "a", "label": "b"}
+    assert said(both, write_rows, layout="text") == Text("", "a")
+    with pytest.raises(lk.DataError, match="format must be one of messages"):
+        said(both, write_rows, layout="csv")
+
+
+def test_keys_that_are_not_used_are_named(write_rows: Write) -> None:
+    rows = [{"messages": [TURNS[0] | {"id": 3}, TURNS[1]], "source": "web", "empty": None}, {"messages": TURNS, "source": "x"}]
+    assert unused(read_rows(write_rows(rows))) == "not used: source (in 2 rows), messages[].id (in 1 rows)"
+    assert unused(read_rows(write_rows([{"messages": TURNS}]))) is None
+
+
+def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
+    rows = read_rows(write_rows([{"messages": [TURNS[0], wrong, *TURNS]}, {"messages": TURNS, "train": False}]))
+    assert (len(rows), rows.left_out) == (1, 1)
+    example = encode(rows, tokenizer, 500).examples[0]
+    assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
+    assert "WRONG" in tokenizer.decode(example["input_ids"])
+
+
+def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: Write) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    row = {"prompt": [*TURNS, {"role": "user", "content": "q2"}], "completion": [{"role": "assistant", "content": "b"}]}
+    example = encode(read_rows(write_rows([row])), tokenizer, 500).examples[0]
+    assert learned(example["input_ids"], example["labels"], tokenizer) == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "last", "all"])
+def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    rows = read_rows(
+        write_rows([{"messages": [*TURNS, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "b"}]}])
+    )
+    example = encode(rows, tokenizer, 500, loss_on).examples[0]
+    parts = learned(example["input_ids"], example["labels"], tokenizer)
+    assert parts == {"answers": ["a<|im_end|>", "b<|im_end|>"], "last": ["b<|im_end|>"]}.get(
+        loss_on, [tokenizer.decode(example["input_ids"])]
+    )
+
+
+def test_instructions_without_a_template_get_alpacas_prompt(write_rows: Write) -> None:
+    alpaca = read_rows(write_rows([{"instruction": "say 0", "input": "", "output": "it is 0"}]))
+    for chosen, template in ((True, None), (False, CHATML), ("alpaca", CHATML)):
+        tokenizer = byte_tokenizer(template, eos="</s>")
+        assert use_template(tokenizer, chosen, alpaca) is not None
+        example = encode(alpaca, tokenizer, 500).examples[0]
+        text = tokenizer.decode(example["input_ids"])
+        assert text.endswith("\n\n### Instruction:\nsay 0\n\n### Response:\nit is 0</s>")
+        assert learned(example["input_ids"], example["labels"], tokenizer) == ["it is 0</s>"]
+    tokenizer = byte_tokenizer(None, eos="</s>")
+    chat = read_rows(write_rows([{"messages": TURNS}]))
+    assert use_template(tokenizer, True, chat) is None
+    with pytest.raises(lk.DataError, match="conversations need a tokenizer with a chat template"):
+        encode(chat, tokenizer, 500)
+
+
+def test_variables_of_a_template(write_rows: Write) -> None:
+    rows = read_rows(write_rows([{"messages": TURNS}]))
+    tokenizer = byte_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n' }}{% if not quiet %}{{ 'LOUD ' }}{% endif %}"))
+    use_template(tokenizer, True, rows, {"quiet": True})
+    example = encode(rows, tokenizer, 500).examples[0]
+    assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
+    for arguments in ({"a-b": 1}, {"a": [1]}):
+        with pytest.raises(lk.DataError, match="--template-arg"):
+            use_template(tokenizer, True, rows, arguments)
+
+
+def test_text_that_is_rendered_already_gets_no_second_bos_or_eos(write_rows: Write) -> None:
+    import tokenizers
+
+    tokenizer = byte_tokenizer("{{ '<|begin_of_text|><|eot_id|>' }}")
+    begin = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+    )
+    rows = read_rows(write_rows([{"text": "<|begin_of_text|>hi<|eot_id|>"}, {"text": "hi"}]))
+    first, second = encode(rows, tokenizer, 500).examples
+    assert tokenizer.decode(first["input_ids"]) == tokenizer.decode(second["input_ids"]) == "<|begin_of_text|>hi<|eot_id|>"
+    assert first["labels"][-1] != IGNORED

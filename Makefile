@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-# a section of constraints.txt: each file is taken only if it has one of the hashes that stand there
+# a section of constraints.txt: each file is taken only if it has one of the hashes that stand there (tools/lock.py has the sections)
 locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.txt > $(VENV)/$(1).txt \
 	&& $(PIP) --require-hashes --requirement $(VENV)/$(1).txt
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
@@ -68,7 +68,7 @@ $(VENV)/bin/python:
 $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt models.txt
 	@echo "installing lorakin and its pinned dependencies into $(VENV) (about a minute)"
 	$(call locked,train)
-	$(call locked,cpu) 2> /dev/null || $(call locked,torch)  # torch's build for the CPU where the index has it
+	{ $(call locked,cpu); } 2> /dev/null || { $(call locked,torch); }
 	if $(BIN)/python -c '$(NEEDS_CUDA)'; then $(call locked,cuda); fi
 	$(PIP) --no-build-isolation --editable .
 	$(PIP) --require-hashes --requirement models.txt

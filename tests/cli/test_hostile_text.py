@@ -38,15 +38,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_labels_and_paths(
-    model_dir: str, write_rows: Callable[..., str], folder: Path, capsys: pytest.CaptureFixture[str]
+    bert_dir: str, write_rows: Callable[..., str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"{WORDS[n % 9]} sat", "label": ("good", ESCAPES)[n % 2]} for n in range(40)]
     data, out = ["-d", write_rows(rows)], ["-o", str(folder / "out")]
-    shown = said(["train", "-m", model_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"], 0, capsys)
+    shown = said(["train", "-m", bert_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"], 0, capsys)
     assert shown.count(r"x]\x1b[2J") >= 3, "in the classes and the paths"
     shown = said(["inspect", str(folder / "out")], 0, capsys)
     assert "[bold]" in shown
-    said(["evaluate", "-m", model_dir, "-a", str(folder / "out"), *data], 0, capsys)
+    said(["evaluate", "-m", bert_dir, "-a", str(folder / "out"), *data], 0, capsys)
 
 
 def test_rows_and_prompts(

@@ -25,7 +25,7 @@ MOST_BYTES = 1 << 28
 """Of a file of metrics: a million steps take some hundred million."""
 KINDS: dict[str, Any] = {
     "step": Count,
-    "rows": str,
+    "rows": str | int,
     "eval_count": Annotated[float, Check("a count", lambda count: 0 <= count < 1e15)],
 }
 """What is no plain number in a row."""

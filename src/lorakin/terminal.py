@@ -17,6 +17,8 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
+LONGEST = 1200
+"""Characters of a message on the terminal."""
 JOINERS = "\u200c\u200d"
 """Formatting characters that letters and emoji need, and that move nothing."""
 
@@ -33,6 +35,12 @@ def visible(text: str) -> str:
 def _visible(letter: str) -> str:
     obeyed = unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in "\n\t" + JOINERS
     return letter.encode("unicode_escape").decode("ascii") if obeyed else letter
+
+
+def shortened(text: str) -> str:
+    """A message that repeats what a file held, and is too long to be read, with its middle left out."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def quoted(text: object) -> str:

@@ -14,7 +14,7 @@ import typer
 
 from lorakin.cli import combine, compare, convert, demo, evaluate, export, generate, inspect, merge, methods, plan, train
 from lorakin.errors import LorakinError, LorakinWarning
-from lorakin.terminal import Terminal, labelled
+from lorakin.terminal import Terminal, labelled, shortened
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if not issubclass(category, LorakinWarning):
             return shown(message, category, *rest, **more)
-        errors.print(labelled("warning: ", message, "bold yellow"))
+        errors.print(labelled("warning: ", shortened(str(message)), "bold yellow"))
         return None
 
     warnings.showwarning = show_ours
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:
-        errors.print(labelled("error: ", error, "bold red"))
+        errors.print(labelled("error: ", shortened(str(error)), "bold red"))
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, SettingError, some
+from lorakin.errors import AdapterError, LorakinWarning, SettingError, TargetError, some
 from lorakin.family import (
     AdaLoRA,
     DoRA,
@@ -431,7 +431,7 @@ def from_files(
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
         kept = _with_ranks_kept(plan, config, read)
         plan = dataclasses.replace(kept, tokens=tokens.tokens, ungrouped=over_all, biases=tuple(biases))
-    except SettingError as error:
+    except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
     spots |= {path: Spot(UngroupedLayer.shape(modules[path]), spots[path].weight) for path in over_all & spots.keys()}
@@ -752,8 +752,10 @@ def pairs_of(
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
         sites = {path: grouped.spread(_matrices(slots)) | shared for path, slots in _split(form, tensors)[0].items()}
         needed = set(form.slots) - {"m"}
-    plan = plan_for(method, list(sites), (), *_patterns(form, config, own))
-    plan = _with_ranks_kept(plan, config, sites)
+    try:
+        plan = _with_ranks_kept(plan_for(method, list(sites), (), *_patterns(form, config, own)), config, sites)
+    except (SettingError, TargetError) as error:
+        raise AdapterError(f"{where}: {error}") from None
     for path, slots in sites.items():
         if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")

@@ -6,7 +6,8 @@
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/architectures.md (three minutes)
-# make soak       the slow suite: killed 200 times, 10,000 hostile files, members × bases × engines (about 25 minutes)
+# make templates  what is learned under every chat template that trl and transformers carry: docs/templates.md (a minute)
+# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 30 minutes)
 # make lock       write constraints.txt anew, from the versions in .venv and the hashes that PyPI lists
 # make check      lint and types only
 # make clean      remove what these made
@@ -22,7 +23,7 @@ locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
-.PHONY: demo test sentiment family claims interop sweep bench soak check lock clean
+.PHONY: demo test sentiment family claims interop sweep templates bench soak check lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -50,15 +51,19 @@ interop: $(VENV)/.test $(VENV)/.llama
 sweep: $(VENV)/.test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(BIN)/python -m sweep.table
 
+templates: $(VENV)/.test
+	HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python -m training.template_table
+
 bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench
 
 soak: $(VENV)/.test
 	$(call locked,deepspeed) || echo "DeepSpeed could not be installed (it needs a C++ compiler): its part is skipped"
 	rm -rf soak && mkdir soak
-	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 $(BIN)/python -m pytest \
-		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_kills.py tests/training/test_members.py \
-		tests/training/test_processes.py tests/surgery/test_quantised.py tests/surgery/test_replicated.py
+	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 $(BIN)/python -m pytest \
+		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
+		tests/training/test_processes.py tests/surgery/test_quantised.py tests/surgery/test_replicated.py \
+		tests/storage/test_readers.py tests/serving/test_output.py tests/surgery/test_turns.py
 	$(BIN)/python tests/soak.py soak
 
 $(VENV)/bin/python:

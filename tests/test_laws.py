@@ -113,3 +113,44 @@ def test_every_member_is_public_and_says_where_it_comes_from() -> None:
         assert getattr(lorakin, member.__name__) is member
         assert "arXiv" in member.paper
         assert Method.of(member()).learning_rate > 0
+
+
+LOADERS = {
+    "from_pretrained", "from_config", "get_config_dict", "load_dataset", "load_from_disk", "snapshot_download",
+    "hf_hub_download", "cached_file", "torch.load", "pickle.load", "pickle.loads", "pipeline",
+}  # fmt: skip
+"""Calls that read what a stranger made, and could run code in it."""
+DOORS = {
+    "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download", "cached_file"},
+    "training/model_files.py": {"torch.load"},
+    "storage/directory.py": {"torch.load"},
+    "storage/foreign.py": {"torch.load"},
+    "storage/hub.py": {"snapshot_download", "hf_hub_download"},
+}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_what_strangers_made_is_loaded_in_one_place(path: Path) -> None:
+    where = path.relative_to(SOURCE).as_posix()
+    allowed = DOORS.get(where, {"load_dataset"} if where == "training/reading.py" else set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        called = {name, name.rpartition(".")[2]} & LOADERS
+        assert called <= allowed, f"{path}:{node.lineno} calls {name}; call lorakin.training.loading instead"
+        said = {word.arg: word.value for word in node.keywords}
+        if "torch.load" in called:
+            assert ast.unparse(said["weights_only"]) == "True", f"{path}:{node.lineno}"
+        trusts = said.get("trust_remote_code")
+        assert trusts is None or ast.unparse(trusts) == "False", f"{path}:{node.lineno} trusts code"
+
+
+def test_the_door_trusts_no_code() -> None:
+    from lorakin.training import loading
+
+    assert loading.NO_CODE == {"trust_remote_code": False}
+    tree = ast.parse((SOURCE / "training" / "loading.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loads = [node for node in calls if getattr(node.func, "attr", "") in ("from_pretrained", "from_config")]
+    assert loads and all("NO_CODE" in ast.unparse(node) for node in loads)

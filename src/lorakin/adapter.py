@@ -19,6 +19,7 @@ from lorakin.family import Member, Method, widened
 from lorakin.storage import directory, hub
 from lorakin.storage.peft_format import Contents
 from lorakin.surgery import graft as surgery
+from lorakin.surgery import half
 from lorakin.surgery.energy import check_called, energies
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.mixed import MixedBatch
@@ -155,6 +156,11 @@ class Adapter(Graft):
         if self.is_merged:
             raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
         files = directory.read(Path(path))
+        if (other := files.beside.rewritten) is not None:
+            raise AdapterError(
+                f"{path}: {other} is not the one that {directory.OWN} was written with, so what training remembered is lost. "
+                f"To restore what PEFT's files say alone, remove {directory.OWN}"
+            )
         contents = files.match(self.model)
         if not self._is_as(contents.plan, training=files.own is not None):
             raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")
@@ -349,11 +355,14 @@ def _importance(
     try:
         check_called(model, pilot.plan.sites)
         optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
+        scaler = half.loss_scaler(model)
+        half.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
         with in_mode(model, training=True):
             for _ in range(probe.epochs):
                 for batch in batches:
-                    (model(**batch).loss if loss is None else loss(model, batch)).backward()
-                    optimizer.step()
+                    scaler.scale(model(**batch).loss if loss is None else loss(model, batch)).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
                     optimizer.zero_grad()
         return energies(pilot, batches, probe.normalised, loss)
     finally:

@@ -37,11 +37,13 @@ class Answer:
         tokens: the greedily chosen ones, as many as were asked for; an end-of-text token does not end them.
         logprobs: for each of them the most likely tokens in its place, token → natural log-probability, most likely first.
         prompt: the same for what follows each token of the prompt, the last included; empty unless asked for.
+        ends: for each of the tokens whether llama.cpp would end the answer there.
     """
 
     tokens: list[int]
     logprobs: list[dict[int, float]]
     prompt: list[dict[int, float]]
+    ends: list[bool]
 
 
 def available() -> str | None:
@@ -94,7 +96,12 @@ def run(
     if done.returncode != 0:
         raise RuntimeError(f"llama.cpp failed with exit status {done.returncode}:\n{done.stderr.strip()}")
     return [
-        Answer(answer["tokens"], [dict(place) for place in answer["logprobs"]], [dict(place) for place in answer["prompt"]])
+        Answer(
+            answer["tokens"],
+            [dict(place) for place in answer["logprobs"]],
+            [dict(place) for place in answer["prompt"]],
+            answer["ends"],
+        )
         for answer in json.loads(done.stdout)
     ]
 

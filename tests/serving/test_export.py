@@ -117,8 +117,10 @@ def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(bas
     adapter = adapter_on(str(half), MEMBERS["lora"], tmp_path / "adapter", targets=["q_proj", "lm_head"])
     export(Order(adapter, "merged", str(tmp_path / "out"), str(half)))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*(p.name for p in half.iterdir()), "export.json"])
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (half / name).read_bytes(), name
+    said, had = (json.loads((folder / "generation_config.json").read_text()) for folder in (tmp_path / "out", half))
+    assert had["max_length"] == 77 and said == {**had, "eos_token_id": [2, 0]}  # the tokenizer's, too
     base, merged = load_model(str(half), "base").model, load_model(str(tmp_path / "out"), "base").model
     whole = load_model(str(half), "base").model
     lk.load(whole, adapter).merge(permanent=True)

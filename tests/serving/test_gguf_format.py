@@ -302,7 +302,8 @@ class TestVocabulary:
         assert found.tokens[size:] == [f"[PAD{n}]" for n in range(size, ROWS)] and set(found.types[size:]) == {5}
         assert [found.types[n] for n in (0, 1, 2, size - 1)] == [3, 3, 1, 4]
         assert len(found.merges) == 300 - 256 - 2 and found.merges[0] in {"t h", "Ġ t", "h e"}
-        assert found.special == {"eos": 0, "pad": 0} and not found.add_bos and not found.add_eos and found.template == TEMPLATE
+        assert found.special == {"eos": 0, "pad": 0, "eot": 0} and found.template == TEMPLATE
+        assert not found.add_bos and not found.add_eos
 
     @pytest.mark.parametrize("prefix", [True, False])
     def test_sentencepiece_has_scores_in_the_order_of_its_merges(self, prefix: bool, tmp_path: Path) -> None:

@@ -380,10 +380,13 @@ def trained_beside(path: Path, seed: int = 0) -> Any:
 
 
 def test_files_of_two_adapters_do_not_mix(tmp_path: Path, ids: Tensor) -> None:
-    """Ours beside PEFT's that it was not written with: what PEFT's say counts, and it is said."""
+    """Ours beside PEFT's that it was not written with: what PEFT's say counts, and it is said. Ours of another is damage."""
     one = trained_beside(tmp_path / "one")
     trained_beside(tmp_path / "two", seed=1)
     (tmp_path / "one" / "lorakin.safetensors").write_bytes((tmp_path / "two" / "lorakin.safetensors").read_bytes())
+    with pytest.raises(lk.AdapterError, match=r"lorakin.safetensors is damaged: .* remove lorakin.json and"):
+        lk.load(tiny_llama(), tmp_path / "one")
+    (tmp_path / "one" / "lorakin.safetensors").unlink()
     other = tiny_llama()
     with pytest.warns(lk.LorakinWarning, match=r"lorakin.safetensors is not the one that lorakin.json was written with"):
         adapter = lk.load(other, tmp_path / "one")

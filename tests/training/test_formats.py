@@ -13,7 +13,7 @@ from lorakin.training.encoding import encode, use_template
 from lorakin.training.formats import Conversation, Text
 from lorakin.training.reading import read_rows, unused
 from lorakin.training.templates import IGNORED
-from training.carried import byte_tokenizer
+from training.carried import byte_tokenizer, templates
 from training.test_templates import CHATML, learned
 
 Write = Callable[..., str]
@@ -186,6 +186,12 @@ def test_variables_of_a_template(write_rows: Write) -> None:
     use_template(tokenizer, True, rows, {"quiet": True})
     example = encode(rows, tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
+    nemotron = byte_tokenizer(templates()["trl/chat_templates/nemotron_3_nano.jinja"])
+    with pytest.raises(lk.DataError, match="--template-arg enable_thinking=false"):
+        encode(rows, nemotron, 500)
+    use_template(nemotron, True, rows, {"enable_thinking": False})
+    example = encode(rows, nemotron, 500).examples[0]
+    assert learned(example["input_ids"], example["labels"], nemotron) == ["a<|im_end|>"]
     for arguments in ({"a-b": 1}, {"a": [1]}):
         with pytest.raises(lk.DataError, match="--template-arg"):
             use_template(tokenizer, True, rows, arguments)

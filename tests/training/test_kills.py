@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import random
 import resource
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,28 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
     assert kills >= KILLS
     assert any(steps_lost), "some kill fell into training"
     soak.record("Killed with SIGKILL while training and saving", kills=kills, runs=finished, lost=0, largest_difference=0)
+
+
+def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
+    """The second ends at once, begun anew or resumed, while the first lives; when that is killed, the run goes on."""
+    given = recipe("lora", "shared")
+    out = Path(given.out)
+    first = start(given)
+    while last_checkpoint(out / training.CHECKPOINTS) is None:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)
+    for resume in (False, True):
+        second = start(given, resume)
+        second.join()
+        assert second.exitcode == 2
+        assert f"is in use: process {first.pid} " in out.with_suffix(".error").read_text()
+    first.kill()
+    first.join()
+    assert (out / ".lock").exists(), "which nobody holds any more"
+    third = start(given, resume=True)
+    third.join()
+    assert third.exitcode == 0
+    assert not (out / ".lock").exists()
 
 
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint(recipe: Callable[..., Recipe]) -> None:

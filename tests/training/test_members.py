@@ -20,6 +20,7 @@ import soak
 from conftest import tiny_mixtral
 from lorakin.cli.app import run as command
 from lorakin.family import FAMILY
+from lorakin.training import checkpoints
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -210,10 +211,11 @@ def test_what_is_wrong_is_said_before_a_probe(recipe: Callable[..., Recipe]) -> 
     assert not Path(given.out).exists()
 
 
-def test_a_checkpoint_without_its_optimizer_is_none(recipe: Callable[..., Recipe]) -> None:
+def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe: Callable[..., Recipe]) -> None:
     result, _ = run(recipe("lora"))
     whole = tensors(result.out)
     (result.out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
+    checkpoints.begin(result.out / "checkpoints" / "checkpoint-10")
     _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
     assert "step 10/10" in shown
     assert "step 9/10" not in shown

@@ -13,7 +13,7 @@ import torch
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.surgery.quantised import is_quantised
-from lorakin.training import models
+from lorakin.training import conversions, models, precision
 from lorakin.training.generate import answer
 
 
@@ -29,7 +29,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     with pytest.raises(lk.ModelError, match="cannot be read as a GGUF model"):
         models.load_model(str(tmp_path / "x.gguf"))
-    assert not list(models.cache_directory().glob(".converting*"))
+    assert not list(conversions.cache_directory().glob(".converting*"))
 
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +39,10 @@ def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dtypes(model_dir: str) -> None:
-    assert models.fastest_dtype() in ("float32", "bfloat16")
+    assert precision.fastest_dtype() in ("float32", "bfloat16")
     assert models.load_model(model_dir, "bfloat16").model.dtype == torch.bfloat16
     assert models.load_model(model_dir, "base").dtype == "float32"
-    assert models.resolve_dtype("auto", classification=True) == "float32"
+    assert precision.resolve_dtype("auto", classification=True) == "float32"
     with pytest.raises(lk.SettingError, match="dtype must be auto"):
         models.load_model(model_dir, "float8")
 
@@ -65,7 +65,7 @@ def test_smollm2_is_the_dequantised_file() -> None:
     assert "Paris" in answer(loaded, "What is the capital of France?", max_new_tokens=12)
 
 
-@pytest.mark.parametrize("word", models.QUANTISATIONS)
+@pytest.mark.parametrize("word", precision.QUANTISATIONS)
 def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str, model_dir: str) -> None:
     model = models.load_model(model_dir, "float32", quantize=word).model
     assert is_quantised(model.model.layers[0].mlp.up_proj)

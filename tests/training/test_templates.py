@@ -11,7 +11,7 @@ import transformers
 
 import lorakin as lk
 from lorakin.training.formats import Conversation
-from lorakin.training.templates import ANSWERS, IGNORED, LAST, Template, Unverified, continued, end_tokens
+from lorakin.training.templates import ANSWERS, IGNORED, LAST, Template, Unverified, continued
 from training.carried import MISTRAL, byte_tokenizer, spaced_tokenizer, templates
 
 CHATML = (
@@ -187,10 +187,8 @@ def test_answers_with_odd_edges(answer: str) -> None:
 
 def test_the_ends_of_answers() -> None:
     tokenizer = byte_tokenizer(CHATML, eos="<|endoftext|>")
-    assert end_tokens(tokenizer) == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert end_tokens(byte_tokenizer(None, eos="</s>")) == byte_tokenizer(None, eos="</s>").convert_tokens_to_ids(["</s>"])
+    assert Template(tokenizer).endings.last == "<|im_end|>"
     plain = byte_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", eos="</s>")
-    assert end_tokens(plain) == [plain.eos_token_id]
     ids, labels = Template(plain).encode(Conversation(ONE, [None, None]), LAST)
     assert learned(ids, labels, plain)[0].endswith("Replied1</s>"), "an answer that no token ends would never end"
 

@@ -20,6 +20,7 @@ from torch import Tensor
 import lorakin as lk
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
+from lorakin.training import checkpoints
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
@@ -66,7 +67,7 @@ def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     assert f"loss {result.before.loss:.3f}" in card and f"loss {result.after.loss:.3f}" in card and "20 steps" in card
     assert result.adapter_bytes > 0
     assert result.trainable_parameters == sum(t.numel() for t in tensors(out).values())
-    for expected in ("format prompt/completion", "⟦the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
+    for expected in ("format prompt/completion", "⟦ the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
         assert expected in shown, expected
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 21))
@@ -124,7 +125,7 @@ def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path)
 def test_resuming_with_other_rows(recipe: Recipe) -> None:
     recipe.save_every, recipe.steps = 2, 4
     run(recipe)
-    file = Path(recipe.data)
+    file = Path(recipe.data[0])
     rows = file.read_text().splitlines()
     shutil.rmtree(Path(recipe.out) / "checkpoints" / "checkpoint-4")
     before = tensors(Path(recipe.out))
@@ -153,6 +154,7 @@ def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path
     for name in ("adapter_model.safetensors", "loss.png"):  # as if it had been killed after step 6, in the middle of a save
         (half / name).unlink()
     (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
+    checkpoints.begin(half / "checkpoints" / "checkpoint-9")
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
     resumed = training.resumed_recipe(None, {"out": str(half), "steps": 9})
@@ -304,7 +306,7 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
 
 
 def test_a_language_model_as_a_classifier(sentiment: Recipe, model_dir: str) -> None:
-    sentiment.model, sentiment.steps = model_dir, 20
+    sentiment.model, sentiment.steps, sentiment.format = model_dir, 20, "classification"
     result, shown, _ = run(sentiment)
     assert "score trained whole" in shown
     assert result.after.accuracy == 1.0
@@ -398,3 +400,68 @@ def test_a_fused_run_is_the_same_run(recipe: Recipe, tmp_path: Path, monkeypatch
     assert len(calls) == recipe.steps, "the loss of every step was computed without logits"
     assert fused.after.loss == pytest.approx(plain.after.loss, rel=1e-2)
     assert type(prepared.loaded.model.lm_head) is torch.nn.Linear, "the model is itself again"
+
+
+def test_a_float16_base_trains_as_float32_does_and_resumes_to_the_bit(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save_every, recipe.steps, recipe.lr = 4, 8, 5e-3
+    there = {}
+    for dtype in ("float32", "float16"):
+        recipe.dtype, recipe.out = dtype, str(tmp_path / dtype)
+        there[dtype] = run(recipe)[0]
+    assert there["float16"].after.loss == pytest.approx(there["float32"].after.loss, rel=0.02)
+    assert there["float16"].after.loss < 0.9 * there["float16"].before.loss
+    whole, half = tensors(tmp_path / "float16"), tmp_path / "half"
+    assert all(t.dtype is torch.float32 for t in whole.values())
+    assert (tmp_path / "float16" / "checkpoints" / "checkpoint-4" / "scaler.pt").is_file()
+    shutil.copytree(tmp_path / "float16", half)
+    shutil.rmtree(half / "checkpoints" / "checkpoint-8")
+    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
+
+
+def test_no_module_is_trained_whole_in_float16(recipe: Recipe) -> None:
+    recipe.dtype, recipe.modules_to_save = "float16", ["lm_head"]
+    with pytest.raises(lk.SettingError, match="would be trained in float16"):
+        run(recipe)
+    assert not Path(recipe.out).exists()
+
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') }} {% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def test_a_template_that_prints_the_day_prints_the_same_when_resumed(
+    recipe: Recipe, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datetime
+
+    class Other(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return cls(2031, 1, 2)
+
+    (tmp_path / "dated.jinja").write_text(DATED)
+    recipe.chat_template, recipe.steps, recipe.save_every = str(tmp_path / "dated.jinja"), 4, 2
+    first = run(recipe)[2]
+    again = training.resumed_recipe(None, {"out": recipe.out})
+    assert again.date == datetime.date.today().isoformat()
+    monkeypatch.setattr(training.datetime, "date", Other)
+    assert run(again, resume=True)[2].train.examples == first.train.examples
+
+
+def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(recipe: Recipe, tmp_path: Path) -> None:
+    template = DATED.replace("{{ strftime_now('%d %b %Y') }}", "the cat")
+    (tmp_path / "own.jinja").write_text(template)
+    recipe.chat_template, recipe.steps = str(tmp_path / "own.jinja"), 2
+    run(recipe)
+    assert load_with_adapter(recipe.model, recipe.out, "float32").tokenizer.chat_template == template
+    merge(recipe.model, recipe.out, str(tmp_path / "merged"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
+    export(Order(recipe.out, "lora", str(tmp_path / "plain"), recipe.model))
+    assert load_with_adapter(recipe.model, str(tmp_path / "plain"), "float32").tokenizer.chat_template == template
+    recipe.out, recipe.chat_template = str(tmp_path / "none"), str(tmp_path / "nothing.jinja")
+    with pytest.raises(lk.DataError, match=r"--chat-template .*nothing.jinja: there is no such file"):
+        run(recipe)
+    assert not Path(recipe.out).exists()

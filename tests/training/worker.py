@@ -21,7 +21,7 @@ import lorakin as lk
 from conftest import MEMBERS, tiny_llama, tiny_mixtral
 from lorakin.family.pair import is_sharded
 from lorakin.training import prepare_trainer
-from lorakin.training.models import QUANTISATIONS
+from lorakin.training.precision import QUANTISATIONS
 
 STEPS, ROWS, GLOBAL_BATCH = 8, 64, 8
 

@@ -54,6 +54,9 @@ TemplateArgs = Annotated[
     list[str] | None, typer.Option("--template-arg", help="A variable of the chat template: enable_thinking=false.")
 ]
 Schedule = Annotated[str | None, typer.Option(help="Of the learning rate: cosine, linear, constant … [default: cosine]")]
+ScheduleArgs = Annotated[
+    list[str] | None, typer.Option("--schedule-arg", help="What a schedule needs or can have, as min_lr=1e-5.")
+]
 RecipeDtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto. [default: auto]")]
 Quantize = Annotated[
     str | None, typer.Option(help="Keep the base's linear layers in few bits: nf4, int8, torchao-int8. [default: no]")

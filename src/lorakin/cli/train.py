@@ -24,6 +24,7 @@ from lorakin.cli.options import (
     RankAbove,
     RecipeDtype,
     Schedule,
+    ScheduleArgs,
     TemplateArgs,
     TemplateFile,
     console_for,
@@ -82,6 +83,7 @@ def command(
         float | None, typer.Option("--lr", "--learning-rate", help="[default: the method's own, 2e-4 for lora]")
     ] = None,
     schedule: Schedule = None,
+    schedule_args: ScheduleArgs = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. [default: 0.05]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
@@ -124,6 +126,7 @@ def command(
     flags["settings"] = parse_settings(settings or [])
     flags["columns"] = parse_columns(columns or [])
     flags["template_args"] = parse_settings(template_args or [], "--template-arg")
+    flags["schedule_args"] = parse_settings(schedule_args or [], "--schedule-arg")
     flags["method"] = ",".join(method) if method else None
 
     console = console_for(as_json) if processes.is_first() else Terminal(quiet=True)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, ModelError, OutputError, SettingError
 from lorakin.family import Pair, Shape, all_finite
 from lorakin.surgery.layers import kind_of
+from lorakin.training import gguf_header, loading
 
 
 class Architecture(NamedTuple):
@@ -104,7 +105,7 @@ def architecture_of(config: Any) -> Architecture:
 def skeleton(config: Any) -> nn.Module:
     """The causal language model of `config`, without memory for its weights."""
     with torch.device("meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model: nn.Module = loading.made(transformers.AutoModelForCausalLM, config, attn_implementation="eager")
     return model
 
 
@@ -280,6 +281,7 @@ def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
     if not path.is_file():
         raise AdapterError(f"there is no file {path}")
     with _readable(path):
+        gguf_header.read_header(path)
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     expected = {
@@ -335,5 +337,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         with np.errstate(all="ignore"):
             yield
+    except ModelError as error:
+        raise AdapterError(str(error)) from None
     except (OSError, ValueError, KeyError, IndexError, OverflowError, TypeError, RuntimeError) as error:
         raise AdapterError(f"{path} cannot be read as a GGUF file ({error})") from None

@@ -30,6 +30,7 @@ from lorakin.serving.gguf_format import (
     write_file,
 )
 from lorakin.serving.gguf_vocabulary import read_vocabulary
+from lorakin.training import loading
 
 _FILE = gguf.LlamaFileType
 _FILE_TYPES = {"f32": _FILE.ALL_F32, "f16": _FILE.MOSTLY_F16, "bf16": _FILE.MOSTLY_BF16, "q8_0": _FILE.MOSTLY_Q8_0}
@@ -37,7 +38,14 @@ _ROTATIONS = ("default", "linear", "yarn", "llama3")
 
 
 def write_model(
-    path: Path, config: Any, tokenizer_dir: Path, tensors: Mapping[str, Tensor], *, dtype: str = "f16", name: str | None = None
+    path: Path,
+    config: Any,
+    tokenizer_dir: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str = "f16",
+    name: str | None = None,
+    template: str | None = None,
 ) -> None:
     """Write a model with its tokenizer as one file. One tensor at a time is in memory beside what `tensors` holds.
 
@@ -49,6 +57,7 @@ def write_model(
             may be left out.
         dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows that q8_0 does not divide become f16.
         name: what the file calls the model.
+        template: another chat template than the tokenizer's own.
 
     Raises:
         ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors that are missing, that
@@ -73,7 +82,7 @@ def write_model(
     _add_hyperparameters(writer, config)
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    read_vocabulary(tokenizer_dir, config.vocab_size).add_to(writer)
+    read_vocabulary(tokenizer_dir, config.vocab_size, template).add_to(writer)
     write_file(path, writer, stored)
 
 
@@ -195,7 +204,7 @@ def read_model(path: Path, source: Path) -> nn.Module:
     Raises:
         ModelError: the file lacks a tensor of the model, or has another.
     """
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = loading.config(source)
     reader = gguf.GGUFReader(path)
     held = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
     config.tie_word_embeddings = HEAD not in held
@@ -208,6 +217,6 @@ def read_model(path: Path, source: Path) -> nn.Module:
             raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
         order = row_order(config, key, tensor.shape[0])
         state[key] = held[name] if order is None else held[name][torch.argsort(order)]
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: nn.Module = loading.made(transformers.AutoModelForCausalLM, config, dtype=torch.float32).eval()
     model.load_state_dict(state)
     return model

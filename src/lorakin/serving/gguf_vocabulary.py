@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import transformers
 
 from lorakin.errors import ModelError
+from lorakin.training import loading
+from lorakin.training.endings import end_of_turn
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,17 +76,21 @@ class Vocabulary:
             writer.add_chat_template(self.template)
 
 
-def read_vocabulary(directory: Path, size: int) -> Vocabulary:
+def read_vocabulary(directory: Path, size: int, template: str | None = None) -> Vocabulary:
     """The tokenizer saved in `directory`, for a model with `size` rows in its embedding.
+
+    Args:
+        directory: where the tokenizer is.
+        size: rows of the embedding.
+        template: another chat template than the tokenizer's own.
 
     Raises:
         ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    with loading.readable(f"{directory} has no tokenizer that can be loaded"):
+        tokenizer = loading.tokenizer(directory, local_files_only=True)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{directory} has no tokenizer that can be loaded ({str(error).strip().splitlines()[0]})") from error
+    tokenizer.chat_template = template or tokenizer.chat_template
     model, where = parts["model"], f"{directory}: the tokenizer"
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unlike):
@@ -108,7 +113,8 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     before, after = _around(tokenizer, where)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    template = tokenizer.chat_template
+    known["eot"] = next(iter(end_of_turn(tokenizer)), None)  # where llama.cpp ends an answer, beside eos
+    written = tokenizer.chat_template
     return Vocabulary(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre(parts, where),
@@ -120,7 +126,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         add_bos=before,
         add_eos=after,
         space_prefix=pieces and _space_prefix(parts, where),
-        template=[{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else template,
+        template=[{"name": n, "template": t} for n, t in written.items()] if isinstance(written, dict) else written,
     )
 
 

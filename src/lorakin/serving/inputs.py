@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import ModelError
+from lorakin.training.limits import places
 
 COUNT, LENGTH = 4, 24
 """Random inputs, and the tokens of each."""
@@ -49,10 +50,11 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
     name, config = model.main_input_name, model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = getattr(text, "vocab_size", None)
+    length = min(LENGTH, places(model) or LENGTH)
     inputs = []
     for _ in range(COUNT):
         if name == "input_ids" and tokens:
-            given = {name: _ids(tokens, config, generator)}
+            given = {name: _ids(tokens, length, config, generator)}
         elif (shape := _shape(name, config)) is not None:
             given = {name: torch.randn(shape, generator=generator)}
         else:
@@ -61,15 +63,15 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
                 "nothing was compared and nothing was kept; --no-verify leaves the comparison out"
             )
         if is_pair(model) and tokens:
-            ids = given.get("input_ids", _ids(tokens, config, generator))
+            ids = given.get("input_ids", _ids(tokens, length, config, generator))
             given["decoder_input_ids"] = _shifted(config, ids)
         inputs.append(given)
     return inputs
 
 
-def _ids(tokens: int, config: Any, generator: torch.Generator) -> Tensor:
+def _ids(tokens: int, length: int, config: Any, generator: torch.Generator) -> Tensor:
     """Random token ids; the last one ends the text, which classifiers with a decoder look for."""
-    ids = torch.randint(tokens, (1, LENGTH), generator=generator)
+    ids = torch.randint(tokens, (1, length), generator=generator)
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < tokens:
         ids[ids == end] = (end + 1) % tokens

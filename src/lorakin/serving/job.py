@@ -16,11 +16,12 @@ from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
 from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.limits import check_rows, places
 from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
 from lorakin.training.reading import read_rows
 
-CALIBRATION, READING, BATCH = 64, 16, 8
-"""Rows of the data that a nearest pair is fitted to, and that are read to compare."""
+CALIBRATION, READING, BATCH, LENGTH = 64, 16, 8, 512
+"""Rows of the data that a nearest pair is fitted to, and that are read to compare; rows of a batch; tokens of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Job:
     def base(self) -> Loaded:
         """The base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
-            self._loaded = load_with_adapter(
-                self.name, str(self.files.path), "base", other_base=self.order.other_base, any_head=True
-            )
+            self._loaded = load_with_adapter(self.name, self.files, "base", other_base=self.order.other_base, any_head=True)
         return self._loaded
 
     def bare(self) -> Loaded:
@@ -93,11 +92,15 @@ class Job:
         rows, loaded = read_rows(self.order.data), self.base()
         if loaded.tokenizer is None:
             raise SettingError(f"--data holds text, and {self.name} has no tokenizer to read it with")
+        length = min(LENGTH, places(loaded.model) or LENGTH)
         if rows.is_classification:
             names = loaded.model.config.id2label
-            return encode_labelled(rows, loaded.tokenizer, 512, [names[n] for n in sorted(names)]).examples
-        use_template(loaded.tokenizer, True, rows)
-        return encode(rows, loaded.tokenizer, 512).examples
+            found = encode_labelled(rows, loaded.tokenizer, length, [names[n] for n in sorted(names)])
+        else:
+            use_template(loaded.tokenizer, True, rows)
+            found = encode(rows, loaded.tokenizer, length)
+        check_rows(found.examples, loaded, found.where, rows.name)
+        return found.examples
 
     def texts(self) -> list[list[int]]:
         """The token ids to compare on: rows that no pair is fitted to; none if there are too few, or no data."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
+from lorakin.storage import sums
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.surgery import layers
@@ -24,9 +24,10 @@ from lorakin.surgery.hung import BIAS
 from lorakin.surgery.merge import folded
 from lorakin.surgery.ties import FLAG, Parting, groups
 from lorakin.surgery.tokens import ids_at
+from lorakin.training import loading, model_files
 from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.model_files import INDEX, SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Files of a model's directory that hold weights; all others go along unchanged."""
 
@@ -66,8 +67,10 @@ class Merged(Mapping[str, Tensor]):
         self.model = (kind or kind_for(files, config)).skeleton(config)
         self.config: Any = self.model.config
         self.contents = files.match(self.model, other_base)
-        self.remembered = None if other_base or files.own is None else files.own.base
+        self.remembered = None if other_base else files.base
         self.names, self.kinds, self.shards = _where(base, self.model)
+        self.is_sharded = not (base / SINGLE).is_file()
+        beside(base)  # so that what cannot go along is said before anything is written
         tokens = self.contents.plan.tokens
         self.leaders = {f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)}
         self.trained = {f"{path}.weight": ids for path, ids in ids_at(tokens).items()}
@@ -121,7 +124,7 @@ class Merged(Mapping[str, Tensor]):
         total = 0
         for shard in sorted(set(self.shards.values())):
             total += self._write_shard(out / shard, [name for name, file in self.shards.items() if file == shard])
-        if (self.base / INDEX).is_file():
+        if self.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.shards.items()))}
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -200,7 +203,11 @@ class Merged(Mapping[str, Tensor]):
         file, key = self.names[name]
         with _opened(self.base / file) as shard:
             tensor: Tensor = shard.get_tensor(key)
-        here = {"weights": {name: text} if (text := sample(tensor, self.trained.get(name, ()))) else {}}
+        ids = self.trained.get(name, ())
+        here = {
+            "weights": {name: text} if (text := sample(tensor, ids)) else {},
+            "sums": sums.of_all({name: tensor}, {name: ids}),
+        }
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
         return tensor
@@ -230,31 +237,53 @@ def _say_untied(said: dict[str, Any], config: Any, untied: Sequence[Any]) -> Non
 
 def copy_beside(base: Path, out: Path) -> None:
     """Let what a model's directory holds beside weights go along, where it is not there already."""
-    for file in base.rglob("*"):
-        inside = file.relative_to(base)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and not (file.name.endswith(WEIGHTS) or hidden or (out / inside).exists()):
+    for file, inside in beside(base):
+        if not (out / inside).exists():
             (out / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / inside)
 
 
+def beside(base: Path) -> list[tuple[Path, Path]]:
+    """The files in a model's directory that go along with a merged model, and their places in it.
+
+    Links are followed inside the directory, and from a snapshot of the hub's cache into its blobs,
+    where all of its files are. An adapter's config stays behind: transformers would apply that
+    adapter, once more, to whatever it lies beside.
+
+    Raises:
+        ModelError: a link that leads elsewhere, whose content is none of the model's.
+    """
+    home = base.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    found = []
+    for file in sorted(base.rglob("*")):
+        inside = file.relative_to(base)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not file.is_file() or file.name.endswith(WEIGHTS) or file.name == model_files.ADAPTER:
+            continue
+        place = file.resolve()
+        if not any(place.is_relative_to(one) for one in homes):
+            raise ModelError(
+                f"{file} is a link to {place}, outside of the model's directory, so it is not copied into the result; put the "
+                "file itself there, or remove the link"
+            )
+        found.append((file, inside))
+    return found
+
+
 def _config(base: Path) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model_files.check_config(base)
+    with loading.readable(f"model {base} cannot be loaded"):
+        return loading.config(base)
 
 
 def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:
     """The model's name of each stored tensor → its file and its name there; → its kind; → the file it is to be written to."""
-    if (base / INDEX).is_file():
-        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (base / SINGLE).is_file():
-        files = [SINGLE]
-    else:
+    files = [file.name for file in model_files.weight_files(base)[0] if file.suffix == ".safetensors"]
+    if not files:
         raise NotStreamed(f"{base} holds no {SINGLE} or {INDEX}")
-    if strange := [file for file in files if Path(file).name != file]:
-        raise ModelError(f"{base / INDEX} names a file outside of it: {strange[0]}")
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
     names: dict[str, tuple[str, str]] = {}
     kinds: dict[str, Kind] = {}

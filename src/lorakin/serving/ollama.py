@@ -1,102 +1,232 @@
-"""A Modelfile for Ollama: where the files are, how turns are written, and where an answer ends.
+"""A Modelfile for Ollama: where the files are, how a conversation is written, and where an answer ends.
 
-The template is found by rendering the tokenizer's own chat template with marks in the place of the turns. So it is right for
-every template that puts turns one after another, and one that does not is left out, with a word in its place.
+The template is found by rendering the tokenizer's own chat template with marks in the place of what is said. What stands
+between two marks must depend on nothing but who speaks, whether it is the first or the last question, and whether there is a
+system prompt. That is written in Go's template language and compared with the tokenizer's own rendering of other
+conversations; where the two differ, no template is written, and that is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
-MARKS = {"system": "\u2460SYSTEM\u2460", "user": "\u2460USER\u2460", "assistant": "\u2460ASSISTANT\u2460"}
+from lorakin.errors import LorakinWarning
+from lorakin.training.endings import end_of_turn, end_of_turn_text
+
+SYSTEM = "SYSTEMMARK"
+USER = ("FIRSTMARK", "SECONDMARK", "THIRDMARK")
+ASSISTANT = ("ANSWERMARK", "REPLYMARK")
+TRIED = ("Be brief: 1, 2.", ("What is 2+2?", "In words?\n\nPlease.", "Why?"), ("4", "Four."))
+"""What a template that was found is tried with: a system prompt, questions, answers."""
+NO_TEMPLATE = (
+    "its chat template is not one that can be written for Ollama here, so the Modelfile hands on prompts as they are, without "
+    "turns: the model will not answer as it was trained. Put the right TEMPLATE into the Modelfile"
+)
+
+Message = dict[str, str]
+Place = tuple[str, str]
+"""What stands before a system prompt, and between it and the question behind it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What stands around each turn, what opens an answer, and the system prompt that a conversation without one gets."""
+    """What stands before each thing that is said.
 
-    system: tuple[str, str] | None
-    user: tuple[str, str]
-    opening: str
-    closing: str
+    Attributes:
+        first: before the first question, without a system prompt.
+        answer, later: before an answer, and before a later question.
+        opening: after the last question: what opens the answer that is to come.
+        system: around a system prompt, in the first question's place.
+        system_later: the same before a later question that is the last: in some templates the system prompt stands there.
+        is_told: whether the template itself has a place for a system prompt; if not, it is put before the first question.
+    """
+
     first: str
-    default_system: str | None
+    answer: str
+    later: str
+    opening: str
+    system: Place
+    system_later: Place | None = None
+    is_told: bool = True
 
     def go_template(self) -> str:
-        """In the template language that Ollama has from Go, for one exchange."""
-        system = (
-            "" if self.system is None else f"{{{{ if .System }}}}{self.system[0]}{{{{ .System }}}}{self.system[1]}{{{{ end }}}}"
+        """In Go's template language, over the `.Messages` and `.System` that Ollama gives; `.System` are all system messages."""
+        if self.system_later is None:
+            first = _choice("$.System", self.system, self.first)
+            later = _literal(self.later)
+        else:
+            first = _choice("and $.System $last", self.system, self.first)
+            later = _choice("and $.System $last", self.system_later, self.later)
+        return (
+            "{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+            '{{ if eq .Role "user" }}'
+            f"{{{{ if $first }}}}{first}{{{{ else }}}}{later}{{{{ end }}}}{{{{ $first = false }}}}"
+            f"{{{{ .Content }}}}{{{{ if $last }}}}{_literal(self.opening)}{{{{ end }}}}"
+            '{{ else if and (eq .Role "assistant") (not $first) }}'
+            f"{_literal(self.answer)}{{{{ .Content }}}}"
+            "{{ end }}{{ end }}"
         )
-        user = f"{{{{ if .Prompt }}}}{self.user[0]}{{{{ .Prompt }}}}{self.user[1]}{{{{ end }}}}"
-        return f"{self.first}{system}{user}{self.opening}{{{{ .Response }}}}{self.closing}"
 
-    def render(self, prompt: str, system: str | None = None) -> str:
-        """What `go_template` gives for a prompt that is to be answered."""
-        said = "" if self.system is None or not system else f"{self.system[0]}{system}{self.system[1]}"
-        return f"{self.first}{said}{self.user[0]}{prompt}{self.user[1]}{self.opening}"
+    def render(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
+        """What `go_template` gives for a conversation whose last question is to be answered."""
+        text = ""
+        for number, question in enumerate(questions):
+            place = self.system if number == 0 else self.system_later
+            is_here = number == 0 if self.system_later is None else number == len(questions) - 1
+            if system and is_here and place is not None:
+                text += place[0] + system + place[1]
+            else:
+                text += self.later if number else self.first
+            text += question
+            if number < len(answers):
+                text += self.answer + answers[number]
+        return text + self.opening
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """How the tokenizer's chat template writes turns; None if it has none, or one that is not turn after turn."""
-    if not tokenizer.chat_template:
+    """How the tokenizer's chat template writes conversations; None if it has none, or one that cannot be written so."""
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
-    asked = _rendered(tokenizer, "user", opened=True)
-    again = _rendered(tokenizer, "user", "assistant", "user")
-    answered = _rendered(tokenizer, "user", "assistant")
-    full = _rendered(tokenizer, "system", "user", opened=True)
-    before, _, between = asked.partition(MARKS["user"])
-    closing = answered.partition(MARKS["assistant"])[2]
-    lead = again.partition(MARKS["assistant"])[2].partition(MARKS["user"])[0].removeprefix(closing)
-    ending = closing if closing and between.startswith(closing) else ""  # turns of one template end alike
-    system, default, first = None, None, before.removesuffix(lead)
-    if MARKS["system"] in full:
-        start, _, middle = full.partition(MARKS["system"])
-        system = (start, middle.partition(MARKS["user"])[0].removesuffix(lead))
-        if first and first.startswith(system[0]) and first.endswith(system[1]):
-            default, first = first.removeprefix(system[0]).removesuffix(system[1]), ""
-        else:  # what opens every conversation, such as a BOS token
-            system, first = (system[0].removeprefix(first), system[1]), first
-    found = Turns(system, (lead, ending), between.removeprefix(ending), closing, first, default)
-    told = found.render(MARKS["user"], MARKS["system"] if system else default)
-    if found.render(MARKS["user"], default) != asked or told != (full if system else asked):
+    plain = _pieces(_rendered(tokenizer, None, USER, ASSISTANT), _order(USER, ASSISTANT))
+    if plain is None:
         return None
-    added = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-    bos = tokenizer.bos_token if added else ""  # llama.cpp adds it too, so it is not written twice
-    return dataclasses.replace(
-        found,
-        first=first.removeprefix(bos),
-        system=None if system is None else (system[0].removeprefix(bos), system[1]),
-        user=(lead.removeprefix(bos), ending),
-    )
+    first, answer, later, again, later_again, opening = plain
+    if (answer, later) != (again, later_again):
+        return None
+    found = Turns(first, answer, later, opening, (first, "\n\n"), is_told=False)
+    found = _with_system(tokenizer, found) or found
+    for system in (None, TRIED[0]) if found.is_told else (None,):
+        for count in (1, 2, 3):
+            said = TRIED[1][:count], TRIED[2][: count - 1]
+            if found.render(system, *said) != _rendered(tokenizer, system, *said):
+                return None
+    return _without_bos(found, tokenizer)
+
+
+def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
+    """The same with the place that the template has for a system prompt; None if it has none, or refuses one."""
+    alone = _pieces(_rendered(tokenizer, SYSTEM, USER[:1], ()), [SYSTEM, USER[0]])
+    if alone is None:
+        return None
+    order = _order(USER, ASSISTANT)
+    leading = _pieces(_rendered(tokenizer, SYSTEM, USER, ASSISTANT), [SYSTEM, *order])
+    if leading is not None:
+        return dataclasses.replace(found, system=(alone[0], alone[1]), is_told=True)
+    trailing = _pieces(_rendered(tokenizer, SYSTEM, USER, ASSISTANT), [*order[:-1], SYSTEM, order[-1]])
+    if trailing is None:
+        return None
+    return dataclasses.replace(found, system=(alone[0], alone[1]), system_later=(trailing[-3], trailing[-2]), is_told=True)
+
+
+def _without_bos(found: Turns, tokenizer: Any) -> Turns:
+    """Without the BOS token at the beginning, if the tokenizer adds one: then llama.cpp does, too."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return found
+    token = str(tokenizer.bos_token)
+    system = (found.system[0].removeprefix(token), found.system[1])
+    return dataclasses.replace(found, first=found.first.removeprefix(token), system=system)
 
 
 def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
-    """The Modelfile's text, for the model and perhaps the adapter in these files beside it."""
-    lines = [f"FROM {source}", *([f"ADAPTER {adapter}"] if adapter else [])]
+    """The Modelfile's text, for the model and perhaps the adapter in these files beside it.
+
+    Nothing that the names or the tokenizer hold can become an instruction of its own. A template that cannot be written is
+    warned of.
+    """
+    lines = [*_file("FROM", source, "./base.gguf"), *(_file("ADAPTER", adapter, "./adapter.gguf") if adapter else [])]
     turns = turns_of(tokenizer)
-    if turns is None:
-        lines.append("# the model has no chat template of turns, so Ollama writes prompts as they are")
+    if turns is not None:
+        if not turns.is_told:
+            lines.append("# the model's chat template takes no system prompt: one is put before the first question")
+        if "strftime_now" in str(tokenizer.chat_template):
+            lines.append("# the model's chat template prints the date: here it is the day on which this file was written")
+        lines.append(f'TEMPLATE """{turns.go_template()}"""')
+    elif getattr(tokenizer, "chat_template", None):
+        warnings.warn(f"{source}: {NO_TEMPLATE}", LorakinWarning, stacklevel=2)
+        lines += [
+            "# WARNING: no TEMPLATE is known for this model's chat template. Write the right one here: this one",
+            "# has no turns",
+        ]
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
-        lines.append(f'TEMPLATE """{turns.go_template()}"""')
-        if turns.default_system:
-            lines.append(f'SYSTEM """{turns.default_system}"""')
-    stops = dict.fromkeys([tokenizer.eos_token, (turns.closing.strip() if turns else None)])
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop]
+        lines += ["# the model has no chat template, so prompts are handed on as they are", 'TEMPLATE """{{ .Prompt }}"""']
+    for stop in _stops(tokenizer):
+        lines += _quoted("PARAMETER stop ", stop)
     return "\n".join(lines) + "\n"
 
 
-def _turn(before: str, after: str, name: str) -> str:
-    return f"{{{{ if .{name} }}}}{before}{{{{ .{name} }}}}{after}{{{{ end }}}}"
+def _stops(tokenizer: Any) -> list[str]:
+    """The texts that end an answer."""
+    ends = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+    return [str(stop) for stop in dict.fromkeys([tokenizer.eos_token, *ends, end_of_turn_text(tokenizer)]) if stop]
 
 
-def _rendered(tokenizer: Any, *roles: str, opened: bool = False) -> str:
-    """The template's text for these turns; nothing if it refuses them, as many do with a system turn."""
-    messages = [{"role": role, "content": MARKS[role]} for role in roles]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-    except Exception:  # a chat template raises whatever it likes about a conversation
-        return ""
-    return text
+def _file(word: str, name: str, instead: str) -> list[str]:
+    """An instruction that names a file; a name that could not stand there is replaced."""
+    if name.isprintable() and '"' not in name and name == name.strip():
+        return [f'{word} "{name}"' if any(letter.isspace() for letter in name) else f"{word} {name}"]
+    return ["# the file's own name cannot stand in a Modelfile: copy it here under this one", f"{word} {instead}"]
+
+
+def _quoted(word: str, text: str) -> list[str]:
+    """An instruction with a text that is taken as it is, in quotes; Ollama knows no escapes in it."""
+    if '"' not in text and text.isprintable():
+        return [f'{word}"{text}"']
+    if '"' not in text and not any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
+        return [f'{word}"""{text}"""']
+    return ["# one more text ends an answer, which cannot stand in a Modelfile"]
+
+
+def _choice(condition: str, place: Place, otherwise: str) -> str:
+    return (
+        f"{{{{ if {condition} }}}}{_literal(place[0])}{{{{ $.System }}}}{_literal(place[1])}"
+        f"{{{{ else }}}}{_literal(otherwise)}{{{{ end }}}}"
+    )
+
+
+def _literal(text: str) -> str:
+    """A text in a Go template in a Modelfile: as it is, or as a Go string where it could be read as something else."""
+    odd = "{{" in text or "}}" in text or text.endswith("{") or '"' in text
+    odd = odd or any(ord(letter) < 32 and letter not in "\n\t" for letter in text)
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if odd else text
+
+
+def _order(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """The conversation's parts as they follow each other."""
+    said = []
+    for number, question in enumerate(questions):
+        said += [question, *answers[number : number + 1]]
+    return said
+
+
+def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
+    """What stands before, between and behind the marks; None unless each stands there once, in this order."""
+    if any(text.count(mark) != 1 for mark in marks) or (SYSTEM in text and SYSTEM not in marks):
+        return None
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found:
+            return None
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _rendered(tokenizer: Any, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
+    """The template's text for a conversation whose last question is to be answered; nothing if it refuses it."""
+    roles = ["user" if number % 2 == 0 else "assistant" for number in range(len(questions) + len(answers))]
+    turns = [*([("system", system)] if system else []), *zip(roles, _order(questions, answers), strict=True)]
+    for whole in (True, False):  # some templates take a list of parts where others take a text
+        messages = [{"role": role, "content": text if whole else [{"type": "text", "text": text}]} for role, text in turns]
+        try:
+            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a chat template raises whatever it likes about a conversation
+            continue
+        if questions[0] in rendered:
+            return rendered
+    return ""

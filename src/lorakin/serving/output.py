@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakin.errors import LorakinError, OutputError
+from lorakin.storage import locks
 
 REPORT = "export.json"
+PARTIAL = re.compile(r"\.lorakin-[0-9a-f]{12}\.lock", re.ASCII)
+"""The lock beside a result that is being written, in a directory of the same name without the ending."""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -26,6 +30,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 def new_directory(out: str) -> Iterator[Path]:
     """A directory beside `out` that takes its place at the end, and leaves nothing if there is an error.
 
+    What a killed process left of such directories beside `out` is removed.
+
     Raises:
         OutputError: `out` is a file or not empty, or it cannot be written.
     """
@@ -33,11 +39,18 @@ def new_directory(out: str) -> Iterator[Path]:
     try:
         if not out.strip():
             raise OutputError("--out is empty; give a new directory")
+        if target.is_symlink():
+            raise OutputError(
+                f"--out {out} is a link to {target.resolve()}, which is not written through; name a new directory"
+            )
         target = target.resolve()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise OutputError(f"--out {out} is not empty; choose another directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".lorakin-", dir=target.parent))
+        _remove_leftovers(target.parent)
+        lock = locks.hold(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
+        partial = lock.path.with_suffix("")
+        partial.mkdir(0o700)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -55,3 +68,14 @@ def new_directory(out: str) -> Iterator[Path]:
         raise OutputError(f"cannot write to --out {out}: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the results in `folder` that nobody is writing any more."""
+    for path in [path for path in folder.iterdir() if PARTIAL.fullmatch(path.name)]:
+        with contextlib.suppress(OSError, locks.Taken):
+            lock = locks.hold(path)
+            if lock.sure:
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                lock.release()

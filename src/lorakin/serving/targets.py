@@ -15,21 +15,24 @@ from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.serving import gguf_format, gguf_model, ollama
+from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
+from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
+from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (
-    DTYPES,
     PACKAGED,
     Loaded,
     config_of,
     directory_of,
     load_model,
+    load_tokenizer,
     load_with_adapter,
     packaged,
-    quiet_loading,
 )
+from lorakin.training.precision import DTYPES
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -70,6 +73,7 @@ class PlainLoRA(Target):
         worst = max((fit.error for fit in job.fits.values()), default=0.0)
         nearest = {"Nearest pairs": f"largest relative error {worst:.3g}"} if worst else {}
         plain.save(folder, notes={"Made from": in_words(original.method), **nearest})
+        _carry_template(job, folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
@@ -96,6 +100,8 @@ class MergedModel(Target):
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
+        _carry_template(job, folder)
+        say_where_answers_end(folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
@@ -152,9 +158,10 @@ class GGUFModel(Target):
             model = _folded(job, "float32").model
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
-        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=Path(job.name).name)
-        with quiet_loading():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        template, tokenizer = remembered_template(job.files.path), load_tokenizer(str(source))
+        tokenizer.chat_template = template or tokenizer.chat_template
+        name = Path(job.name).name
+        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template)
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod
@@ -165,13 +172,19 @@ class GGUFModel(Target):
 TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
 
 
+def _carry_template(job: Job, folder: Path) -> None:
+    """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
+    if (template := remembered_template(job.files.path)) is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+
+
 def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
     return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
 
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, str(job.files.path), dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded

@@ -13,6 +13,7 @@ from lorakin.errors import SettingError, VerificationError
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.surgery.mode import in_mode
 from lorakin.training.encoding import prompt_ids
+from lorakin.training.limits import places
 from lorakin.training.models import Loaded
 
 PROMPTS = (
@@ -132,7 +133,7 @@ def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
     Raises:
         ModelError: it is not known how to make inputs for it.
     """
-    chosen: list[Any] = [list(text)[:LONGEST] for text in texts]
+    chosen: list[Any] = [list(text)[: _longest(loaded.model)] for text in texts]
     of = "the data" if chosen else "prompts"
     if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
         chosen = _own_texts(loaded)
@@ -186,17 +187,25 @@ def _answer(output: Any) -> Tensor:
     return tensors[0][0]
 
 
+def _longest(model: Any) -> int:
+    return min(LONGEST, places(model) or LONGEST)
+
+
 def _own_texts(loaded: Loaded) -> list[list[int]]:
-    prompts = [prompt_ids(prompt, loaded.tokenizer) for prompt in PROMPTS]
+    longest = _longest(loaded.model)
+    prompts = [prompt_ids(prompt, loaded.tokenizer)[:longest] for prompt in PROMPTS]
     if is_pair(loaded.model) or not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
-        return [prompt[:LONGEST] for prompt in prompts]
+        return prompts
     texts = []
     for prompt in prompts:
+        if (room := min(CONTINUATION, longest - len(prompt))) < 1:
+            texts.append(prompt)
+            continue
         ids = torch.tensor([prompt], device=loaded.model.device)
         out = loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=CONTINUATION,
+            max_new_tokens=room,
             do_sample=False,
             pad_token_id=loaded.tokenizer.pad_token_id,
         )

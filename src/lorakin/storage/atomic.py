@@ -1,7 +1,8 @@
 """Several files of one directory, replaced all or none, also when the process is killed in between.
 
 All are written under other names. Then a record of what is to be renamed to what is put in place; from that moment the new
-files count: whoever reads or writes there next finishes the renaming if it was cut off.
+files count. Who writes there next, one at a time, finishes the renaming if it was cut off. Who reads changes nothing: it looks
+through the record, and takes all files of one save or of the other.
 """
 
 from __future__ import annotations
@@ -11,33 +12,57 @@ import errno
 import json
 import os
 import re
+import stat
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from lorakin.errors import AdapterError, OutputError
+from lorakin.storage import locks
 
-RECORD = ".lorakin-save.json"
+RECORD, LOCK = ".lorakin-save.json", ".lorakin-lock"
+PATIENCE = 600.0
+"""Seconds that a save waits for another process's into the same directory."""
+TRIES = 60
+"""How often a reader begins anew because files changed under it; it waits in between, two seconds in all."""
+READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+T = TypeVar("T")
 
 
-def write(path: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` (name → content) into the directory `path`, made if need be, all or none.
+def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -> None:
+    """Put `files` (name → content) into the directory `path`, made if need be, and take those of `without` out, all or none.
 
     Raises:
-        OutputError: nothing was changed in `path`, whose files are as they were.
+        OutputError: nothing was changed in `path`, whose files are as they were; or all new files are there, and count.
     """
-    temporary = {name: f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files}
-    record = {RECORD: f".{RECORD}.{uuid.uuid4().hex[:8]}.tmp"}
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with locks.held(path / LOCK, PATIENCE):
+            _write(path, files, [name for name in without if (path / name).exists() or (path / RECORD).exists()])
+    except locks.Taken as error:
+        raise OutputError(f"cannot write to {path}: {error} is writing there; what was there is unchanged") from None
+    except OSError as error:
+        begun = (path / RECORD).exists()
+        state = "the new files lie there, and count" if begun else "what was there is unchanged"
+        raise OutputError(f"cannot write to {path}: {error.strerror or error}; {state}") from error
+
+
+def _write(path: Path, files: Mapping[str, bytes], without: Iterable[str]) -> None:
+    temporary: dict[str, str | None] = {name: f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files}
+    sources = [source for source in temporary.values() if source is not None]
+    temporary |= dict.fromkeys(without)
+    record: dict[str, str | None] = {RECORD: f".{RECORD}.{uuid.uuid4().hex[:8]}.tmp"}
+    try:
         finish(path)
         if taken := [name for name in files if (path / name).is_dir()]:
             raise IsADirectoryError(errno.EISDIR, f"{taken[0]} is a directory")
         _remove_leftovers(path, [*files, RECORD])
-        for name, content in files.items():
-            _write_through(path / temporary[name], content)
-        if len(files) > 1:
-            _write_through(path / record[RECORD], json.dumps(temporary).encode())
+        for source, content in zip(sources, files.values(), strict=True):
+            _write_through(path / source, content)
+        if len(temporary) > 1:
+            _write_through(path / str(record[RECORD]), json.dumps(temporary).encode())
             _rename(path, record)
         try:
             _rename(path, temporary)
@@ -46,42 +71,94 @@ def write(path: Path, files: Mapping[str, bytes]) -> None:
             raise
         finally:
             finish(path)
-    except OSError as error:
-        begun = (path / RECORD).exists()
-        state = "the new files lie there and will be put in place when it is read" if begun else "what was there is unchanged"
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}; {state}") from error
     finally:
         if not (path / RECORD).exists():
-            for leftover in (*temporary.values(), *record.values()):
+            for leftover in (*sources, str(record[RECORD])):
                 with contextlib.suppress(OSError):
                     (path / leftover).unlink()
 
 
 def finish(path: Path) -> None:
-    """Finish the renaming that a killed process left behind in the directory `path`, if there is any.
+    """Finish the renaming that a killed process left behind in the directory `path`, if there is any; the lock is held.
 
     Raises:
         AdapterError: its record names files that no save would.
         OSError: it cannot be finished.
     """
+    if temporary := _recorded(path):
+        _rename(path, temporary)
+        (path / RECORD).unlink(missing_ok=True)
+
+
+def read(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name → content of those of the files `names` that are in the directory `path`, as they were together at one moment.
+
+    Nothing is changed there. While they are held open their places are looked at again: files that are all still in place
+    were in place together. A save puts new files in place and never writes into one, so what is open is read in peace. Other
+    programs do write into files; whether one did meanwhile shows as far as the file's time and size do.
+
+    Raises:
+        AdapterError: the record of a cut-off save is none; a name is no plain file; something writes there all the time.
+        OSError: a file cannot be read.
+    """
+    names = list(names)
+    for attempt in range(TRIES):
+        with contextlib.ExitStack() as opened:
+            files = _found(path, names, lambda place: opened.enter_context(_open(place)))
+            before = {name: _mark(os.fstat(file.fileno())) for name, file in files.items()}
+            if before == _found(path, names, lambda place: _mark(os.stat(place))):
+                contents = {name: file.read() for name, file in files.items()}
+                if before == {name: _mark(os.fstat(file.fileno())) for name, file in files.items()}:
+                    return contents
+        time.sleep(attempt / 1000)
+    raise AdapterError(f"{path} is being written all the time; read it when the other process is through")
+
+
+def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[str, T]:
+    """What `look` makes of each file that is there: of the one that the record of a save would put in its place, if any."""
+    record, found = _recorded(path), dict[str, T]()
+    for name in names:
+        source = record.get(name, name)
+        for place in () if source is None else dict.fromkeys((source, name)):  # which it may have been renamed to just now
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = look(path / place)
+                break
+    return found
+
+
+def _open(place: Path) -> BinaryIO:
+    fd = os.open(place, READING)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise AdapterError(f"{place} is no plain file")
+    return os.fdopen(fd, "rb")
+
+
+def _mark(there: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another in its place, and, as far as a clock can, from itself once it was written to."""
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def _recorded(path: Path) -> dict[str, str | None]:
+    """Name → the temporary file that a save was about to put in its place, or None if it was about to take it away."""
     record = path / RECORD
-    if not record.is_file():
-        return
     try:
-        temporary = dict(json.loads(record.read_text(encoding="utf-8")))
-        right = all(_is_of_a_save(name, source) for name, source in temporary.items())
-    except (ValueError, TypeError):
+        with _open(record) as file:
+            temporary = dict(json.loads(file.read()))
+        right = bool(temporary) and all(_is_of_a_save(name, source) for name, source in temporary.items())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, RecursionError):
         right = False
     if not right:
         raise AdapterError(f"{record} is no record of a save; remove it")
-    _rename(path, temporary)
-    record.unlink(missing_ok=True)
+    return temporary
 
 
 def _is_of_a_save(name: object, source: object) -> bool:
-    if not isinstance(name, str) or not isinstance(source, str) or name != os.path.basename(name) or name[:1] in ("", "."):
+    if not isinstance(name, str) or name != os.path.basename(name) or name[:1] in ("", "."):
         return False
-    return _is_temporary(source, name)
+    return source is None or (isinstance(source, str) and _is_temporary(source, name))
 
 
 def _is_temporary(source: str, name: str) -> bool:
@@ -95,9 +172,11 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _rename(path: Path, temporary: Mapping[str, str]) -> None:
+def _rename(path: Path, temporary: Mapping[str, str | None]) -> None:
     for name, source in temporary.items():
-        if (path / source).exists():
+        if source is None:
+            (path / name).unlink(missing_ok=True)
+        elif (path / source).exists():
             os.replace(path / source, path / name)
 
 

@@ -1,11 +1,13 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
+Every number of it counts: see `sums`, a checksum and a few sums of each base parameter. Beside it, as in earlier versions:
+
 Of every base parameter that is not trained whole (of one of which rows are trained, of the rows before the last of them that
 are not: new ones are filled at random each time): four numbers, evenly spread, the shape, and the narrowest dtype that holds
-those numbers, whatever the tensor's is. Not a hash, since a base in bfloat16 has other bits than in float32 and is the same
-base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Of a quantised
-layer they are the numbers that its bits stand for, which are far from those that were rounded into them: all such layers are
-compared together, and only another model shows.
+those numbers, whatever the tensor's is. Not a hash alone, since a base in bfloat16 has other bits than in float32 and is the
+same base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Of a
+quantised layer they are the numbers that its bits stand for, which are far from those that were rounded into them: all such
+layers are compared together, and only another model shows.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.storage import sums, texts
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import own_parameters
 from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
@@ -31,10 +34,10 @@ FEW_BITS = 0.5
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None, again: bool = False) -> dict[str, Any]:
     """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters.
 
-    `trained`: module's path → ids of the rows of its weight that the adapter trains.
+    `trained`: module's path → ids of the rows of its weight that the adapter trains; `again`: see `sums.of_all`.
     """
     own = {f"{path}.weight": ids for path, ids in (trained or {}).items()}
 
@@ -46,6 +49,8 @@ def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = 
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": getattr(model, "name_or_path", None) or None,
         "weights": {name: text for name, weight in own_parameters(model).items() if (text := text_of(name, weight))},
+        "sums": sums.of_all(own_parameters(model), own, again),
+        **texts.known(model),
     }
 
 
@@ -95,13 +100,15 @@ def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
 def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """How the base `here` differs from the one remembered, or None if it is the same, as far as one sees."""
     made = f"it was made on {described(remembered)}"
+    if texts.is_other_vocabulary(remembered, here):
+        return f"{made}, with a tokenizer in which other words have the same numbers"
     kinds = remembered.get("model_type"), here.get("model_type")
     if None not in kinds and kinds[0] != kinds[1]:
         return f"{made}, a {kinds[0]!r} model, and this is a {kinds[1]!r} model"
     worst, where, packed = 0.0, "", []
     for name, then in remembered["weights"].items():
         now = here["weights"].get(name)
-        if now is None or now == then or len(then.split()) < 3:  # a scalar, as earlier versions wrote it
+        if now is None or len(then.split()) < 3:  # a scalar, as earlier versions wrote it
             continue
         if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
             (rows, *width), (_, *other) = (shape.split("x") for shape in shapes)
@@ -109,11 +116,17 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
             return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}{resized if width == other and width else ''}"
         if PACKED in (then.split()[0], now.split()[0]):
             packed.append((then, now))
-        elif (apart := _apart(then, now)) > worst:
+        elif (apart := _apart(then, now) or sums.apart(_sum(remembered, name), _sum(here, name))) > worst:
             worst, where = apart, name
     if packed and (apart := _apart_together(packed)) > FEW_BITS:
         return f"{made}, and the quantised layers here stand for others: {apart:.0%} from those"
     return f"{made}, and {name_of(where)} here is another: {worst:.2%} from that one" if where else None
+
+
+def _sum(base: Mapping[str, Any], name: str) -> str | None:
+    """What a fingerprint has of all numbers of a parameter; None in those of earlier versions."""
+    said: str | None = base.get("sums", {}).get(name)
+    return said
 
 
 def name_of(parameter: str) -> str:
@@ -130,8 +143,11 @@ def described(remembered: Mapping[str, Any]) -> str:
 
 def is_fingerprint(value: Any) -> bool:
     """Whether `value`, from a file, has the form that `fingerprint` gives."""
-    weights = value.get("weights") if isinstance(value, dict) else None
-    return isinstance(weights, dict) and all(_is_sample(text) for text in weights.values())
+    if not isinstance(value, dict) or not isinstance(weights := value.get("weights"), dict):
+        return False
+    whole = value.get("sums", {})
+    are_sums = isinstance(whole, dict) and all(sums.is_sum(text) for text in whole.values())
+    return are_sums and texts.are_texts(value) and all(_is_sample(text) for text in weights.values())
 
 
 def _is_sample(text: Any) -> bool:

@@ -39,7 +39,7 @@ from lorakin.errors import AdapterError, SettingError, some
 from lorakin.family import FAMILY, Shape, all_finite
 from lorakin.family.settings import is_finite_number
 from lorakin.storage import files
-from lorakin.storage.directory import read_json
+from lorakin.storage.own_part import read_json
 from lorakin.storage.pickles import tensors_of
 from lorakin.surgery import layers
 from lorakin.surgery.layers import EmbeddingLayer

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from lorakin.errors import AdapterError
 from lorakin.family import Method, Pair
-from lorakin.storage import directory, expert_stacks, peft_format, token_rows
+from lorakin.storage import directory, expert_stacks, own_part, peft_format, token_rows
 from lorakin.storage.schema import Check, Misfit, fitted
 from lorakin.surgery.words import member_in_words, settings_of
 
@@ -113,6 +113,7 @@ def summarise(path: Path) -> Summary:
     """
     files = directory.read(path)
     plan, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    files.check()
     known = {where: getattr(method.parametrisation, "rank", 0) for where, method in plan.sites.items()}
     return Summary(
         path=path,
@@ -140,7 +141,7 @@ def importance_in(folder: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:
-        return fitted(dict[str, Share], directory.read_json(path))  # type: ignore[no-any-return]
+        return fitted(dict[str, Share], own_part.read_json(path))  # type: ignore[no-any-return]
     except Misfit as misfit:
         raise AdapterError(f"{path}: {misfit}; remove the file to probe again") from None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from lorakin.errors import LorakinError, SettingError
+from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
 from lorakin.study.arms import fair_settings, given_to, methods_of
@@ -25,7 +26,9 @@ from lorakin.study.plan import (
 )
 from lorakin.study.rehearsal import EVALUATION, Conditions
 from lorakin.surgery.targets import ALL_LINEAR, parse_layers
-from lorakin.training.models import DTYPES, best_device, config_of, resolve_dtype
+from lorakin.training.limits import places_of, row_length
+from lorakin.training.models import config_of
+from lorakin.training.precision import DTYPES, best_device, resolve_dtype
 from lorakin.training.recipe import parse_settings
 
 USUAL_LENGTH, LARGEST_BATCH, LARGEST_RANK = 1024, 256, 256
@@ -174,10 +177,14 @@ def conditions_of(
     require(device in (None, "cpu", "cuda"), f"device must be cpu or cuda, not {device!r}")
     classes = None if labels is None else [str(number) for number in range(labels)]
     config = config_of(model, classes)
-    positions = getattr(config, "max_position_embeddings", None) or USUAL_LENGTH
-    length = min(USUAL_LENGTH, positions) if max_length is None else max_length
-    require(length >= 1, f"max_length must be at least 1, not {length}")
-    require(length <= positions, f"max_length {length} is more than the model has positions for, which is {positions}")
+    wanted = USUAL_LENGTH if max_length is None else max_length
+    require(wanted >= 1, f"max_length must be at least 1, not {wanted}")
+    there = places_of(config)
+    length = row_length(there, wanted)
+    made_for = there or getattr(config, "max_position_embeddings", None) or length
+    if max_length is not None and max_length > made_for:
+        but = "rows are cut there" if there is not None else "it can read on, but was not trained to"
+        warnings.warn(f"{model} has positions for {made_for} tokens, not {wanted}: {but}", LorakinWarning, stacklevel=2)
     chosen = DTYPES.get(resolve_dtype(dtype, labels is not None), config.dtype or torch.float32)
     return Conditions(
         config=config,

@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import psutil
 import torch
 import yaml
 from rich.console import Console
 
 from lorakin.adapter import adapt
-from lorakin.errors import LorakinError, OutputError, SettingError
+from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import atomic
+from lorakin.storage import atomic, locks
 from lorakin.storage.schema import Misfit, fitted, shown
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
@@ -35,7 +35,9 @@ from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
 from lorakin.terminal import labelled
 from lorakin.training.encoding import use_template, with_answers
-from lorakin.training.models import load_tokenizer, resolve_dtype
+from lorakin.training.limits import places_of, row_length
+from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.precision import resolve_dtype
 from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe, read_yaml
 from lorakin.training.train import check_meant
@@ -183,6 +185,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     """
     out = Path(comparison.out).expanduser()
     resumed = _check_out(comparison, out)
+    asked, comparison = comparison, _within(comparison)
     recipe = comparison.base_recipe
     batch = recipe.batch_size * recipe.accumulate
     if resumed:
@@ -195,7 +198,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
-        content = {**_asked(comparison), "parts": dataclasses.asdict(parts), "dtype": dtype}
+        content = {**_asked(asked), "parts": dataclasses.asdict(parts), "dtype": dtype}
         atomic.write(out, {SETTINGS: yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()})
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
@@ -205,6 +208,18 @@ def prepare(comparison: Comparison, console: Console) -> Study:
         if reason := schedule.refusal(arm, study.results.rows):
             console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))
     return study
+
+
+def _within(comparison: Comparison) -> Comparison:
+    """The same with rows cut at what the model has places for; a longer --max-length is said once, not by every trial."""
+    wanted = comparison.base_recipe.max_length
+    length = row_length(places_of(config_of(comparison.model)), wanted)
+    if length == wanted:
+        return comparison
+    if "max_length" in comparison.recipe:
+        told = f"rows are cut at {length} tokens instead of {wanted}: {comparison.model} has no more positions"
+        warnings.warn(told, LorakinWarning, stacklevel=2)
+    return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
 
 
 def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:
@@ -326,12 +341,11 @@ def locked(comparison: Comparison) -> Iterator[None]:
     """
     out = Path(comparison.out).expanduser()
     _check_out(comparison, out)
-    lock = filelock.FileLock(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise OutputError(f"--out {out} is in use by another lorakin compare") from None
+        lock = locks.hold(out / LOCK)
+    except locks.Taken as error:
+        raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
         raise OutputError(f"--out {out} cannot be used: {error}") from error
     try:

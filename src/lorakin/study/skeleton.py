@@ -12,13 +12,14 @@ import transformers
 from torch import nn
 
 from lorakin.adapter import adapt
-from lorakin.errors import ModelError
 from lorakin.family import Method
 from lorakin.surgery import graft
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.targets import ALL_LINEAR, Targets
-from lorakin.training.models import DTYPES, config_of, resolve_dtype
+from lorakin.training import loading
+from lorakin.training.models import config_of
+from lorakin.training.precision import DTYPES, resolve_dtype
 
 
 def skeleton(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Any:
@@ -45,14 +46,10 @@ def built(config: Any, dtype: torch.dtype | None = None, classifier: bool = Fals
         ModelError: the config is of no causal language model, or of no classifier.
     """
     auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # such as initialisers that find nothing to initialise
-            model = auto.from_config(copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32)
-    except ValueError as error:
-        kind = "classifier" if classifier else "causal language model"
-        raise ModelError(f"{type(config).__name__} is the config of no {kind}: {str(error).strip().splitlines()[0]}") from error
-    return model
+    what = f"{type(config).__name__} is the config of no {'classifier' if classifier else 'causal language model'}"
+    with loading.readable(what), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # such as initialisers that find nothing to initialise
+        return loading.made(auto, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32)
 
 
 def give_tensors(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""What an adapted model does before each forward of its own: three things that are not known before.
+"""What an adapted model does before each forward of its own: four things that are not known before.
 
-Whether the adapted modules are still there; whether several processes train the model, which shows
-at the first training forward; and how it checkpoints activations, as a Trainer decides when training
-begins.
+Whether another thread has chosen other adapters; whether the adapted modules are still there;
+whether several processes train the model, which shows at the first training forward; and how it
+checkpoints activations, as a Trainer decides when training begins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lorakin.errors import StateError
+from lorakin.surgery import turns
 
 if TYPE_CHECKING:
     from lorakin.surgery.graft import Graft
@@ -32,11 +33,13 @@ class BeforeForward:
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.held: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.handle = model.register_forward_pre_hook(self)
+        self.end = model.register_forward_hook(_through, always_call=True)
         self.first: Any = model.register_forward_hook(self.after_first, with_kwargs=True)
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         self.handle.remove()
+        self.end.remove()
         if self.first is not None:
             self.first.remove()
 
@@ -69,6 +72,7 @@ class BeforeForward:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        turns.enter(model)
         for parent, leaf, module, path in self.held:
             if parent._modules.get(leaf) is not module:
                 raise StateError(exchanged(path))
@@ -79,6 +83,12 @@ class BeforeForward:
                 _let_gradients_pass(module)
         for graft in self.grafts.values():
             graft.average_if_several()
+
+
+def _through(model: nn.Module, args: Any, out: Any) -> None:
+    """Forward hook, also of a forward that failed."""
+    if not torch.compiler.is_compiling():
+        turns.leave(model)
 
 
 def _or_none(embedding: Callable[[], Any]) -> Any:

@@ -56,6 +56,7 @@ from lorakin.surgery.tokens import (
     places_of,
     rows_for,
 )
+from lorakin.surgery.turns import alone, changing, chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +245,7 @@ class Graft:
         self._disabled = 0
         self._merge_again = False
 
+    @alone
     def install(
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
@@ -311,6 +313,7 @@ class Graft:
         registry.buffers.add(self.model, self)
         activate(self.model, self.name)
 
+    @alone
     def remove(self) -> None:
         """Take the adapter out. The last one to go restores classes, `requires_grad` flags and saving as they were.
 
@@ -450,10 +453,11 @@ class Graft:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self._require_present()
-        _check_unmixed(self.model, "scaled")
-        with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
-            self._scale = rescaled(self, scale)
+        with changing(self.model):
+            self._require_present()
+            _check_unmixed(self.model, "scaled")
+            with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
+                self._scale = rescaled(self, scale)
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
@@ -500,6 +504,14 @@ class Graft:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Leave this adapter out of the forward inside the context, also while merged. Nests; trains nothing new."""
+        self._turn_off()
+        try:
+            yield
+        finally:
+            self._turn_on()
+
+    @alone
+    def _turn_off(self) -> None:
         self._require_present()
         if not self._disabled:
             self._merge_again = self.is_merged
@@ -510,9 +522,9 @@ class Graft:
         for hung in self._hung_if_there():
             hung.off.add(self.name)
         self._show_buffers()
-        try:
-            yield
-        finally:
+
+    def _turn_on(self) -> None:
+        with changing(self.model, refused=False):  # it was on before
             self._disabled -= 1
             if not self._disabled:
                 for hung in self._hung_if_there():
@@ -532,20 +544,22 @@ class Graft:
             StateError: a merged weight would not be finite (nothing is merged then), the adapter is disabled, or another
                 adapter would then be another function; see `surgery/merge.py`.
         """
-        self._require_present()
-        if permanent:
-            merge(self.model, self.name)
-        elif dense := _fold(self.model, [self]):
-            _warn_of_dense(dense, 2, permanent=False)
+        with changing(self.model):
+            self._require_present()
+            if permanent:
+                merge(self.model, self.name)
+            elif dense := _fold(self.model, [self]):
+                _warn_of_dense(dense, 2, permanent=False)
 
     def unmerge(self) -> None:
         """Give the base its own parameters back, bit for bit."""
-        self._require_present()
-        with _ties_kept(self.model):
-            for path in self._paths():
-                rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
-                set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
-            _keep_tables(self.model)
+        with changing(self.model):
+            self._require_present()
+            with _ties_kept(self.model):
+                for path in self._paths():
+                    rest = tuple(name for name in _hung(self.model, path).merged if name != self.name)
+                    set_merged(module_at(self.model, path), path, rest, quantised.dtype_of(self.model))
+                _keep_tables(self.model)
 
     def begin(self, total_steps: int | None = None) -> None:
         """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
@@ -756,6 +770,7 @@ def grafts(model: nn.Module) -> dict[str, Graft]:
     return dict(_registry(model).grafts)
 
 
+@alone
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use exactly these adapters in the forward, adding up their changes; `[]` leaves the base alone.
 
@@ -790,6 +805,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             hung = _hung(model, path)
             hung.active = tuple(name for name in names if name in hung)
     _registry(model).buffers.show(model, known)
+    chosen(model)
 
 
 def merge(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -802,32 +818,33 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: a merged weight would not be finite, an adapter is disabled, another one is merged, or one that stays
             has a gain over a weight that would change. Nothing is merged then.
     """
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    known = _registry(model).grafts
-    if unknown := [name for name in names if name not in known]:
-        there = ", ".join(map(repr, known)) or NONE_HERE
-        raise SettingError(f"no adapter {unknown[0]!r} in the model; there are: {there}")
-    chosen = [known[name] for name in names]
-    others = {name: graft for name, graft in known.items() if graft not in chosen}
-    if chosen and (merged := [name for name, graft in others.items() if graft.is_merged]):
-        raise StateError(f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} for good")
-    check_for_good(_plans(chosen), _plans(others.values()))
-    if dense := _fold(model, chosen):
-        _warn_of_dense(dense, 3, permanent=True)
-    for path in (path for graft in chosen for path in graft._paths()):
-        hung = _hung(model, path)
-        hung.base, hung.unmoved, hung.merged, hung.dense = {}, {}, (), None
-    for graft in chosen:
-        _registry(model).buffers.give_up(model, graft)
-        graft.remove()
-    quantised_ones = {path: module_at(model, path) for path in dense}
-    quantised.replace(model, dense)
-    for path, old in quantised_ones.items():
-        if is_adapted(old):
-            move_adapters(old, module_at(model, path))
-    if (registry := _registry(model)).grafts:
-        registry.ties = Ties(model)
-        _hold(model, registry)
+    with changing(model):
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        known = _registry(model).grafts
+        if unknown := [name for name in names if name not in known]:
+            there = ", ".join(map(repr, known)) or NONE_HERE
+            raise SettingError(f"no adapter {unknown[0]!r} in the model; there are: {there}")
+        chosen = [known[name] for name in names]
+        others = {name: graft for name, graft in known.items() if graft not in chosen}
+        if chosen and (merged := [name for name, graft in others.items() if graft.is_merged]):
+            raise StateError(f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} for good")
+        check_for_good(_plans(chosen), _plans(others.values()))
+        if dense := _fold(model, chosen):
+            _warn_of_dense(dense, 3, permanent=True)
+        for path in (path for graft in chosen for path in graft._paths()):
+            hung = _hung(model, path)
+            hung.base, hung.unmoved, hung.merged, hung.dense = {}, {}, (), None
+        for graft in chosen:
+            _registry(model).buffers.give_up(model, graft)
+            graft.remove()
+        quantised_ones = {path: module_at(model, path) for path in dense}
+        quantised.replace(model, dense)
+        for path, old in quantised_ones.items():
+            if is_adapted(old):
+                move_adapters(old, module_at(model, path))
+        if (registry := _registry(model)).grafts:
+            registry.ties = Ties(model)
+            _hold(model, registry)
 
 
 def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
+from lorakin.training.endings import stops
 from lorakin.training.formats import Content, Conversation, Labelled, Text
 from lorakin.training.reading import Record, Rows, shown
-from lorakin.training.templates import ALL, ALPACA, ANSWERS, IGNORED, LOSS_ON, Template, continued, end_tokens
+from lorakin.training.templates import ALL, ALPACA, ANSWERS, IGNORED, LOSS_ON, Template, continued
 
 TEMPLATES = {"alpaca": ALPACA}
 """Chat templates that `--chat-template` knows by name."""
@@ -23,10 +24,11 @@ LONGEST_TEMPLATE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of each row that has something to learn from; `dropped` counts the others."""
+    """Token ids and labels of each row that has something to learn from, and where it stands; `dropped` counts the others."""
 
     examples: list[dict[str, Any]]
     dropped: int
+    where: list[str] = dataclasses.field(default_factory=list)
 
 
 def use_template(
@@ -64,10 +66,19 @@ def use_template(
     return tokenizer.chat_template if tokenizer.chat_template and tokenizer.chat_template != own else None
 
 
+def remembered_template(folder: Path) -> str | None:
+    """The chat template that the adapter in `folder` was trained with; None where it is the base's own.
+
+    Raises:
+        DataError: the file that holds it cannot be read.
+    """
+    return _template_file(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else None
+
+
 def use_remembered(tokenizer: Any, folder: Path) -> None:
     """Give the tokenizer the chat template that the adapter in `folder` was trained with, where it is another."""
-    if tokenizer is not None and (folder / TEMPLATE).is_file():
-        tokenizer.chat_template = _template_file(folder / TEMPLATE)
+    if tokenizer is not None and (template := remembered_template(folder)) is not None:
+        tokenizer.chat_template = template
 
 
 def _literal(name: str, value: Any) -> str:
@@ -118,7 +129,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.template = Template(tokenizer, day) if tokenizer.chat_template else None
-        self.ends = set(end_tokens(tokenizer, day))
+        self.ends = set(stops(tokenizer))
 
     def encode(self, content: Content) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation or text.
@@ -184,7 +195,8 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
             f"--max-length {max_length} tokens; raise it, or check that the answers are not empty"
         )
-    return Encoded(examples, len(encoded) - len(examples))
+    where = [record.where for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
+    return Encoded(examples, len(encoded) - len(examples), where)
 
 
 def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Rows:
@@ -233,7 +245,7 @@ def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequenc
             raise DataError(f"{record.where}: label {label!r} is none of {', '.join(labels)}")
         ids = tokenizer(record.content.text, truncation=True, max_length=max_length)["input_ids"]
         examples.append({"input_ids": ids, "labels": numbers[label]})
-    return Encoded(examples, 0)
+    return Encoded(examples, 0, [record.where for record in rows.records])
 
 
 def prompt_ids(prompt: str, tokenizer: Any, chat_template: bool = True) -> list[int]:

@@ -17,6 +17,7 @@ from lorakin.family.settings import require
 from lorakin.surgery.mode import in_mode
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.encoding import encode, encode_labelled, use_template
+from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import load_with_adapter, stored_labels
 from lorakin.training.reading import read_rows
 from lorakin.training.templates import ANSWERS, IGNORED, LOSS_ON
@@ -100,11 +101,16 @@ def evaluate_rows(
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(f"{name} has format {rows.formats[0]}, which does not suit a {type(loaded.model).__name__}")
+    length = row_length(places(loaded.model), max_length)
     if is_classifier:
         names = loaded.model.config.id2label
-        encoded = encode_labelled(rows, loaded.tokenizer, max_length, [names[number] for number in sorted(names)])
+        encoded = encode_labelled(rows, loaded.tokenizer, length, [names[number] for number in sorted(names)])
+        check_rows(encoded.examples, loaded, encoded.where, rows.name)
+        warn_cut(length, max_length, model, encoded.examples)
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
         return evaluate(loaded.model, collate, encoded.examples, batch_size)
     use_template(loaded.tokenizer, chat_template, rows)
-    encoded = encode(rows, loaded.tokenizer, max_length, loss_on)
+    encoded = encode(rows, loaded.tokenizer, length, loss_on)
+    warn_cut(length, max_length, model, encoded.examples)
+    check_rows(encoded.examples, loaded, encoded.where, rows.name)
     return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)

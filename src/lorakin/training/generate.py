@@ -10,6 +10,8 @@ import transformers
 from lorakin.errors import ModelError
 from lorakin.terminal import visible
 from lorakin.training.encoding import prompt_ids
+from lorakin.training.endings import end_of_turn_text, stops
+from lorakin.training.limits import check_prompt, places
 from lorakin.training.models import Loaded
 
 
@@ -26,24 +28,39 @@ def answer(
 ) -> str:
     """What the model says to `prompt`: the likeliest token each time, or sampled at a `temperature` above 0.
 
-    With `stream` the answer is also printed on stdout while it comes.
+    It ends at the end of text or, with `chat_template`, of the assistant's turn. With `stream` the answer is also printed on
+    stdout while it comes.
+
+    Raises:
+        ModelError: the model cannot generate, or has no positions left after the prompt.
+        DataError: a token that its embedding has no row for.
     """
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     if not hasattr(model, "generate") or not model.can_generate():
         raise ModelError(f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and cannot generate")
-    ids = torch.tensor([prompt_ids(prompt, tokenizer, chat_template)], device=model.device)
+    asked = prompt_ids(prompt, tokenizer, chat_template)
+    check_prompt(asked, loaded)
+    if (there := places(model)) is not None and len(asked) >= there:
+        raise ModelError(
+            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, the answer's included"
+        )
+    ids = torch.tensor([asked], device=model.device)
+    text = end_of_turn_text(tokenizer) if chat_template else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens if there is None else min(max_new_tokens, there - len(asked)),
+        eos_token_id=stops(tokenizer, model.generation_config, chat_template) or None,
+        stop_strings=text,
+        tokenizer=tokenizer,
         pad_token_id=tokenizer.pad_token_id,
         streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **sampling,
     )
-    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return said.strip() if text is None else said.strip().removesuffix(text).strip()
 
 
 class _Streamer(transformers.TextStreamer):

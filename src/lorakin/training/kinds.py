@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from lorakin.errors import AdapterError, ModelError
+from lorakin.errors import AdapterError
 from lorakin.storage.directory import Files
+from lorakin.training import loading
 
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -56,14 +57,10 @@ class BaseKind:
         if self.labels is not None:
             own.id2label = self.settings()["id2label"]
             own.label2id = self.settings()["label2id"]
-        try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-                is_auto = not (isinstance(self.cls, type) and issubclass(self.cls, nn.Module))
-                model = self.cls.from_config(own) if is_auto else self.cls(own)
-        except (ValueError, KeyError) as error:
-            said = str(error).strip().splitlines()[0]
-            raise ModelError(f"{type(config).__name__} is the config of no model for {self.cls.__name__}: {said}") from error
+        what = f"{type(config).__name__} is the config of no model for {self.cls.__name__}"
+        with loading.readable(what), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
+            model = loading.made(self.cls, own)
         _forget_values(model)
         return model
 
@@ -112,7 +109,7 @@ def class_named(word: Any, config: Any) -> Any:
 
 
 def _remembered(files: Files) -> Any:
-    base = None if files.own is None else files.own.base
+    base = files.base
     return None if base is None else base.get("class")
 
 

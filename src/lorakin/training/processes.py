@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from lorakin.errors import LorakinError
 
 T = TypeVar("T")
 
@@ -50,3 +53,24 @@ def everywhere(holds: bool) -> bool:
     there = torch.tensor(int(holds), device=joined().device)
     torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MIN)
     return bool(there)
+
+
+def by_first(act: Callable[[], T]) -> T:
+    """What `act` gives in the first process, in all of them.
+
+    Raises:
+        LorakinError: that of the first process, in all of them.
+    """
+    if count() == 1:
+        return act()
+    outcome: tuple[Any, LorakinError | None] = None, None
+    if is_first():
+        try:
+            outcome = act(), None
+        except LorakinError as error:
+            outcome = None, error
+    value: T
+    value, wrong = agreed(outcome)
+    if wrong is not None:
+        raise wrong
+    return value

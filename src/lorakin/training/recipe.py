@@ -18,6 +18,7 @@ from lorakin.family.settings import one_of, require
 from lorakin.storage import atomic, files
 from lorakin.surgery.biases import ADAPTED, ALL, NONE
 from lorakin.surgery.graft import RANK_ABOVE
+from lorakin.training import schedules
 from lorakin.training.formats import NAMES
 from lorakin.training.templates import ANSWERS, LOSS_ON
 
@@ -54,6 +55,7 @@ class Recipe:
     holdout: float = 0.1
     lr: float | None = None
     schedule: str = "cosine"
+    schedule_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     warmup: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -97,6 +99,7 @@ class Recipe:
         require(self.bias in BIASES, f"bias must be {', '.join(BIASES)}, not {self.bias!r}")
         require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
         require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")
+        schedules.check(self.schedule, self.schedule_args, self.lr or 1.0, self.steps, self.warmup)
 
     def build(self) -> Method:
         """The method with the recipe's settings, and its members' own defaults for the others.
@@ -131,16 +134,7 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     Raises:
         SettingError: no such file, not YAML, an unknown setting, a wrong type, or model, data or out missing.
     """
-    settings: dict[str, Any] = {}
-    if path is not None:
-        content = read_yaml(path)
-        if not isinstance(content, dict):
-            raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
-        settings = {str(key): value for key, value in content.items()}
-    if unknown := sorted(set(settings) - FIELDS):
-        raise SettingError(
-            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
-        )
+    settings = settings_in(path) if path is not None else {}
     given = {key: value for key, value in flags.items() if value is not None and value not in ([], {})}
     if "steps" in given:
         settings.pop("epochs", None)
@@ -150,10 +144,29 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     require(isinstance(inner, dict), f"settings must be lines such as 'ratio: 8', not {inner!r}")
     if given.get("method") not in (None, settings.get("method")):
         inner = {}  # they are another method's
+    if given.get("schedule") not in (None, settings.get("schedule")):
+        settings.pop("schedule_args", None)
     settings |= given | {"settings": inner | given.get("settings", {})}
     for name in ("model", "data", "out"):
         require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
     return Recipe(**settings)
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings that the recipe in the YAML file `path` gives, by name.
+
+    Raises:
+        SettingError: no such file, not YAML, or an unknown setting.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
+    settings = {str(key): value for key, value in content.items()}
+    if unknown := sorted(set(settings) - FIELDS):
+        raise SettingError(
+            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
+        )
+    return settings
 
 
 class _Plain(yaml.SafeLoader):
@@ -207,8 +220,8 @@ def parse_columns(texts: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def parse_settings(texts: Sequence[str], flag: str = "--set") -> dict[str, Any]:
-    """`ratio=8` → {"ratio": 8}; values as YAML reads them.
+def parse_settings(texts: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """`ratio=8` → {"ratio": 8}; values as YAML reads them. `option` is where they were given.
 
     Raises:
         SettingError: a text without `=`, or with a value that is not YAML.
@@ -216,12 +229,12 @@ def parse_settings(texts: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        require(name.strip() not in settings, f"{flag} gives {name.strip()} twice")
-        require(bool(equals and name.strip()), f"{flag} takes NAME=VALUE, such as ratio=8, not {text!r}")
+        require(name.strip() not in settings, f"{option} gives {name.strip()} twice")
+        require(bool(equals and name.strip()), f"{option} takes NAME=VALUE, such as ratio=8, not {text!r}")
         try:
             settings[name.strip()] = _plain(yaml.load(value, _Plain))
         except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
-            raise SettingError(f"{flag} {text!r}: {value!r} is no value") from None
+            raise SettingError(f"{option} {text!r}: {value!r} is no value") from None
     return settings
 
 

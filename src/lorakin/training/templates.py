@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from lorakin.errors import DataError
+from lorakin.training.bounded import Unbounded, bounded
 from lorakin.training.formats import Conversation
 
 IGNORED = -100
@@ -86,6 +87,7 @@ class Template:
 
         Raises:
             DataError: the template does not take such a conversation.
+            Unbounded: it does not end, or fills the memory.
         """
         turns = [_with_parts(message) if self.takes_parts else dict(message) for message in messages]
         source = self._source(tools)
@@ -97,10 +99,16 @@ class Template:
             return text
 
         try:
-            return written(turns)
+            with bounded("the chat template"):
+                return written(turns)
+        except Unbounded:
+            raise
         except Exception as error:  # a chat template raises whatever it likes about a conversation
             if any("tool_calls" in turn for turn in turns):
-                with contextlib.suppress(Exception):  # some take the arguments of calls as JSON text alone
+                with (
+                    contextlib.suppress(Exception),
+                    bounded("the chat template"),
+                ):  # some take the arguments of calls as JSON text alone
                     return written([_with_json_arguments(turn) for turn in turns])
             raise DataError(f"the chat template does not take it: {str(error) or type(error).__name__}") from error
 
@@ -274,9 +282,10 @@ class Template:
             answer = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{answer}"
         if opened:
             if not (inner := THOUGHTS.fullmatch(answer)):
+                quiet = "--template-arg enable_thinking=false, or " if "enable_thinking" in self._source() else ""
                 raise Unverified(
                     "generation opens the answer with <think>, and this one has no reasoning; give it in the answer "
-                    "(<think>…</think>, which may be empty), or give another template with --chat-template FILE"
+                    f"(<think>…</think>, which may be empty), or give {quiet}another template with --chat-template FILE"
                 )
             answer = f"{inner['thought'].lstrip()}</think>{inner['said']}"
         before = "" if before.strip() and answer.startswith(before) else before
@@ -340,16 +349,6 @@ def _to_special(split: re.Pattern[str], pieces: Sequence[str]) -> str:
     """The pieces up to the last special token among them; nothing if there is none."""
     last = max((n for n, piece in enumerate(pieces) if split.fullmatch(piece)), default=-1)
     return "".join(pieces[: last + 1])
-
-
-def end_tokens(tokenizer: Any, day: datetime.date | None = None) -> list[int]:
-    """Ids of the tokens that end an answer: those of the chat template, then the tokenizer's own EOS token."""
-    found: list[int] = []
-    if tokenizer.chat_template:
-        last = Template(tokenizer, day).endings.last
-        found = [tokenizer.convert_tokens_to_ids(word) for word in specials(tokenizer).findall(last)[-1:]]
-    ids = [*found, tokenizer.eos_token_id]
-    return list(dict.fromkeys(token for token in ids if isinstance(token, int)))
 
 
 def continued(tokenizer: Any, before: str, text: str) -> list[int]:

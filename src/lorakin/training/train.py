@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +22,18 @@ from rich.text import Text as RichText
 from torch.utils.data import DataLoader
 
 from lorakin.adapter import Adapter, adapt, importance
-from lorakin.errors import DataError, DivergedError, ModelError, OutputError, SettingError
+from lorakin.errors import DataError, DivergedError, ModelError, OutputError
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
+from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
 from lorakin.terminal import command, labelled, visible
-from lorakin.training import processes, reading
+from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
 from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
@@ -41,16 +41,17 @@ from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
 from lorakin.training.reading import Rows
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.run_directory import Held, resumed_recipe
 from lorakin.training.templates import IGNORED, Template
 from lorakin.training.tokens import rows_of
-from lorakin.training.trainers import AdapterTraining, last_checkpoint
+from lorakin.training.trainers import AdapterTraining
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers' classes of models that write text end."""
-RECIPE, METRICS, PICTURE, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints"
+RECIPE, METRICS, PICTURE, CHECKPOINTS = run_directory.RECIPE, "metrics.jsonl", "loss.png", run_directory.CHECKPOINTS
 
 
 @dataclasses.dataclass
@@ -63,9 +64,14 @@ class Run:
     train: Encoded
     held_out: Encoded
     labels: list[str] | None
-    checkpoint: Path | None
+    place: Held
     console: Console
     adapter: Adapter = dataclasses.field(init=False)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What the run goes on from."""
+        return self.place.checkpoint
 
     @property
     def total_steps(self) -> int:
@@ -73,6 +79,11 @@ class Run:
         each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
         per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @property
+    def between_checkpoints(self) -> int:
+        """Steps between two checkpoints, which are a fifth of the run apart unless the recipe says otherwise."""
+        return self.recipe.save_every or max(1, self.total_steps // 5)
 
     def collator(self) -> Any:
         """What makes batches of this run's examples."""
@@ -116,17 +127,26 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     It keeps a copy of the trained tensors as they were at the last finite loss, in `good`.
     """
 
-    def __init__(self, adapter: Adapter, **kwargs: Any) -> None:
+    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.held_out = held_out
         self.trained = [p for p in adapter.parameters() if p.requires_grad]
         self.good: list[torch.Tensor] = []
         self.good_step = -1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, for schedules that follow it."""
+        return {"eval_loss": self.held_out(self.state.global_step)}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
+            raise DivergedError(
+                f"gradients are too large for float16 at step {step + 1}, however small the loss is made", step + 1
+            )
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
             self.good_step = step
@@ -134,18 +154,25 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
 
 
 def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
-    """Check the recipe, then read the data, load the model and put the adapter in; the output directory comes last.
+    """Check the recipe, then read the data, load the model and put the adapter in.
+
+    The output directory is the run's alone from now on, and until `train` is through; it is written to last.
 
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
+    place = run_directory.enter(recipe, Path(recipe.out).expanduser(), resume)
+    try:
+        return _prepared(recipe, console, place)
+    except BaseException:
+        place.release()
+        raise
+
+
+def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     out = Path(recipe.out).expanduser()
-    checkpoint = _check_out(recipe, out, resume)
-    processes.wait()  # until all have seen the directory as it was
     method = recipe.build()
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    if recipe.schedule not in schedules:
-        raise SettingError(f"schedule must be one of {', '.join(schedules)}, not {recipe.schedule!r}")
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
     if isinstance(recipe.chat_template, str):
         template_named(recipe.chat_template)
@@ -158,12 +185,16 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
-    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate)
+    wanted, length = recipe.max_length, limits.row_length(limits.places(loaded.model), recipe.max_length)
+    recipe = dataclasses.replace(
+        recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate, max_length=length
+    )
     template = None
     if labels is None:
         template = use_template(loaded.tokenizer, recipe.chat_template, rows, recipe.template_args)
         recipe = dataclasses.replace(recipe, date=_printed_day(recipe, loaded.tokenizer))
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
     whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
@@ -177,14 +208,18 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         "bias": recipe.bias,
         "seed": recipe.seed,
     }
-    run = Run(recipe, out, loaded, train, held_out, labels, checkpoint, console)
+    run = Run(recipe, out, loaded, train, held_out, labels, place, console)
     method.resolved(run.total_steps)
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
+    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
+        half.check_trained(loaded.model)
         _describe(run)
         _written(lambda: _save_settings(recipe, out, template))
         return run
     pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
+    half.check_trained(loaded.model)
     pilot.remove()
     check_called(loaded.model, pilot.plan.sites)
     _written(lambda: _save_settings(recipe, out, template))
@@ -291,6 +326,13 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         DivergedError: the loss is no longer finite. The adapter of the last step with a finite loss is saved.
         OutputError: something cannot be written.
     """
+    try:
+        return _trained(run, before, callbacks)
+    finally:
+        run.place.release()
+
+
+def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]) -> Result:
     model, console = run.loaded.model, run.console
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
@@ -298,7 +340,16 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
     before = before or _first_evaluation(run, metrics)
     console.print(labelled("held out before  ", described(before)))
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
-    trainer = _trainer(run, [*seen, *callbacks])
+
+    def held_out(step: int) -> float:
+        found = run.evaluate()
+        if step < run.total_steps:  # the last is taken below
+            metrics.add(step, **{f"eval_{name}": value for name, value in found.as_dict().items()})
+        return found.loss
+
+    trainer = _trainer(run, held_out, [*seen, *callbacks])
+    rows = digest(run.train.examples, run.held_out.examples)
+    trainer.provenance = {checkpoints.RECIPE: run_directory.described(run.recipe), checkpoints.ROWS: rows}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -359,47 +410,6 @@ def described(evaluation: Evaluation) -> str:
     return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
 
 
-def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe to resume with: the one in the output directory, which flags must not contradict.
-
-    Raises:
-        SettingError: there is none, or a flag says something else than it.
-    """
-    saved = Path(flags["out"]) / RECIPE if flags.get("out") else None
-    if path is not None or saved is None or not saved.is_file():
-        return read_recipe(path, flags)
-    recipe = read_recipe(saved, {"out": flags["out"]})
-    wanted = read_recipe(saved, flags)
-    for name in flags:
-        if getattr(wanted, name) != getattr(recipe, name):
-            raise SettingError(
-                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
-                "to change it, start anew in another --out"
-            )
-    return recipe
-
-
-def _check_out(recipe: Recipe, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any, once the output directory may be used."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out} is a file, expected a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not resume:
-            raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
-        if not (out / RECIPE).is_file():
-            raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
-    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
-    if checkpoint is not None and (before := len(list(checkpoint.glob("rng_state*.pth")))) not in (0, processes.count()):
-        raise SettingError(
-            f"--resume: {out} was trained by {before} processes, and there are {processes.count()} now, which would see other "
-            f"rows; start {before}, or start anew in another --out"
-        )
-    return checkpoint
-
-
 def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
@@ -412,9 +422,12 @@ def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
 def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
-        return encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
-    day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
-    return encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+        found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    else:
+        day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+        found = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    limits.check_rows(found.examples, loaded, found.where, rows.name)
+    return found
 
 
 def _describe(run: Run) -> None:
@@ -481,7 +494,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
+def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
@@ -493,6 +506,10 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         max_steps=run.total_steps,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=recipe.schedule_args,
+        eval_strategy="steps" if recipe.schedule in schedules.WATCHERS else "no",
+        eval_steps=run.between_checkpoints,
+        metric_for_best_model="eval_loss" if recipe.schedule in schedules.WATCHERS else None,
         warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -502,7 +519,7 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         save_strategy="no" if recipe.save_every == 0 else "steps",
-        save_steps=recipe.save_every or max(1, run.total_steps // 5),
+        save_steps=run.between_checkpoints,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -512,9 +529,11 @@ def _trainer(run: Run, callbacks: list[transformers.TrainerCallback]) -> Adapter
     )
     trainer = AdapterTrainer(
         run.adapter,
+        held_out,
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(run.train.examples),
+        eval_dataset=run.held_out.examples,
         data_collator=run.collator(),
         compute_loss_func=None if run.labels is not None else answer_loss,
         callbacks=callbacks,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import transformers
 
 from lorakin.adapter import Adapter, adapters
-from lorakin.errors import SettingError, StateError
+from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.storage import directory
-from lorakin.surgery import quantised
+from lorakin.surgery import half, quantised
 from lorakin.surgery.optimizer import regroup
 from lorakin.surgery.partitioned import follow, gather
+from lorakin.training import checkpoints, processes
+from lorakin.training.checkpoints import STATE, last_checkpoint
 
-DEFAULT, STATE = "default", "trainer_state.json"
-ZERO = "latest"
-"""DeepSpeed's last file, which names the directory of the states."""
+DEFAULT = "default"
 PERSISTENT = "stage3_param_persistence_threshold"
 
 
@@ -43,8 +44,10 @@ class AdapterTraining:
     """Mixed in before a Trainer class: optimizes, saves and loads adapters where the Trainer would the model.
 
     The adapter "default" lies in the checkpoint itself, any other in a directory of its name, as PEFT lays them out.
+    `provenance` is what the run says of itself, for its checkpoints' manifests; see `checkpoints`.
     """
 
+    provenance: Mapping[str, Any] = {}
     model: Any
     args: Any
     state: Any
@@ -55,27 +58,62 @@ class AdapterTraining:
     model_wrapped: Any
     callback_handler: Any
     add_callback: Any
+    _get_output_dir: Any
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent.
+
+        Raises:
+            AdapterError: the checkpoint to go on from is damaged; see `checkpoints.opened`.
+        """
         sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
         if sharding is not None and sharding.fsdp_version != 2:
             raise SettingError("FSDP 1 flattens the adapters' tensors; use FSDP2 (fsdp_version: 2)")
         if sharding is not None:
             whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
+        checkpoint = processes.by_first(lambda: self._sound(resume_from_checkpoint))
         if self.is_deepspeed_enabled:
-            self._keep_whole(*args, **kwargs)
-        if over := self._over(*args, **kwargs):
+            self._keep_whole(checkpoint)
+        else:
+            self._scale_losses()
+        if over := self._over(checkpoint):
             return over
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
-    def _keep_whole(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> None:
+    def _scale_losses(self) -> None:
+        """On a float16 base, let Accelerate scale losses as it does for `fp16=True`; with that it does already."""
+        if self.accelerator.scaler is not None:
+            half.check_trained(self.model)
+            return
+        scaler = half.loss_scaler(self.model)
+        if scaler.is_enabled():
+            self.accelerator.scaler = scaler
+            self.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(_innermost(self.optimizer))
+
+    def _sound(self, resume_from_checkpoint: Any) -> str | None:
+        """The checkpoint to go on from, once it is clear that it is whole and of this run."""
+        if not resume_from_checkpoint:
+            return None
+        folder = resume_from_checkpoint
+        if resume_from_checkpoint is True and (folder := last_checkpoint(Path(self.args.output_dir))) is None:
+            raise SettingError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that is whole")
+        manifest = checkpoints.opened(Path(folder))
+        manifest.check_run(self.provenance)
+        manifest.check_versions()
+        if manifest.processes != self.args.world_size:
+            warnings.warn(
+                f"{folder} was saved by {manifest.processes} processes, and there are {self.args.world_size} now: what is "
+                "drawn at random from here on is other than it would have been",
+                LorakinWarning,
+                stacklevel=4,
+            )
+        return str(folder)
+
+    def _keep_whole(self, checkpoint: str | None) -> None:
         """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-        if resume_from_checkpoint:  # DeepSpeed's files hold tensors, the adapters' what the rules remember
-            self._load_from_checkpoint(str(resume_from_checkpoint))
+        if checkpoint is not None:  # DeepSpeed's files hold tensors, the adapters' what the rules remember
+            self._load_from_checkpoint(checkpoint)
         zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         if not zero.get("stage"):  # then torch's own optimizer steps over the adapters' tensors
             return
@@ -84,13 +122,11 @@ class AdapterTraining:
         self.callback_handler.pop_callback(Following)
         self.add_callback(Following(self._trained()))
 
-    def _over(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _over(self, checkpoint: str | None) -> Any:
         """The end of a run that goes on from its last checkpoint, from which the Trainer would take one step more."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-        if not resume_from_checkpoint or self.args.max_steps <= 0:
+        if checkpoint is None or self.args.max_steps <= 0:
             return None
-        if not (said := Path(resume_from_checkpoint) / STATE).is_file():
+        if not (said := Path(checkpoint) / STATE).is_file():
             return None
         state = transformers.TrainerState.load_from_json(str(said))
         if state.global_step < self.args.max_steps:
@@ -98,8 +134,33 @@ class AdapterTraining:
         self.state = state
         for adapter in self._trained():
             adapter.begin(self.args.max_steps)
-        self._load_from_checkpoint(str(resume_from_checkpoint))
+        self._load_from_checkpoint(checkpoint)
         return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with a manifest that says which parts belong together; older ones are deleted by their steps."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        if self.args.should_save:
+            checkpoints.begin(folder)
+        self.args.save_total_limit = None  # the Trainer goes by the files' times
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        self._seal(folder)
+        if self.args.should_save:
+            checkpoints.rotate(run, self.state.global_step, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))  # the hub's copy is to be whole, too
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _seal(self, folder: Path) -> None:
+        """Write a checkpoint's manifest, once every process has written its parts."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder, self.state.global_step, self.args.world_size, self.provenance)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The adapters, by the process that saves."""
@@ -141,6 +202,8 @@ class AdapterTraining:
         gather(list(self._adapters().values()))
         for adapter in self._trained():
             adapter.begin(num_training_steps)
+        if self.accelerator.scaler is not None:
+            half.leave_unscaling_to_the_scaler([_innermost(self.optimizer)])
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -185,22 +248,11 @@ def prepare_trainer(trainer: Any) -> Any:
     return trainer
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    numbered = [(int(number), path) for path in folder.glob("checkpoint-*") if (number := path.name[11:]).isdigit()]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether all of it was written: the Trainer's state comes last, and not at once."""
-    optimizer = "optimizer.pt" if not (checkpoint / ZERO).is_file() else ZERO
-    if not all((checkpoint / name).is_file() for name in (STATE, optimizer, "scheduler.pt", directory.CONFIG)):
-        return False
-    try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+def _innermost(optimizer: Any) -> Any:
+    """torch's optimizer in Accelerate's."""
+    while isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _place(folder: str | os.PathLike[str], name: str) -> Path:

@@ -11,6 +11,7 @@
 //   tokens      the chosen tokens, max_tokens of them
 //   logprobs    for each, the `top` most likely tokens there as [token, natural log of its probability]
 //   prompt      with `score`, the same for what follows each token of the prompt; else empty
+//   ends        for each chosen token, whether llama.cpp would end the answer at it
 // llama.cpp's own messages go to stderr.
 import { join, resolve } from "node:path";
 import { text } from "node:stream/consumers";
@@ -42,7 +43,7 @@ function mostLikely(logits) {
 
 /** What follows one prompt, a list of tokens. */
 async function answer(sequence, prompt) {
-    const result = { tokens: [], logprobs: [], prompt: [] };
+    const result = { tokens: [], logprobs: [], prompt: [], ends: [] };
     await sequence.clearHistory();
     let next;
     for (let start = 0; start < prompt.length; start += CHUNK) {
@@ -63,6 +64,7 @@ async function answer(sequence, prompt) {
         const [place] = await sequence.controlledEvaluate([[next.token, LOGITS]]);
         next = { token: place.next.token, logprobs: mostLikely(place.next.logits) };
     }
+    result.ends = result.tokens.map((token) => sequence.model.isEogToken(token));
     return result;
 }
 

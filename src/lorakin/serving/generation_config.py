@@ -1,0 +1,55 @@
+"""Where a merged model's answers end, in its generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from lorakin.errors import ModelError
+from lorakin.training.endings import stops
+from lorakin.training.kinds import own_class
+from lorakin.training.models import config_of, load_tokenizer
+
+FILE = "generation_config.json"
+
+
+def say_where_answers_end(folder: Path) -> None:
+    """Let the model in `folder` end an answer at the end of a turn too, which training taught it.
+
+    generation_config.json then names all ids that end one: those that it named, the tokenizer's end of text, and what closes
+    an assistant's turn in its chat template. The rest of the file stays; it is made if the base had none. A model that does
+    not generate, or has no tokenizer, is left as it is.
+
+    Raises:
+        ModelError: the base's generation_config.json is none.
+    """
+    config = config_of(str(folder))
+    cls = own_class(config)
+    if cls is None or not cls.can_generate():
+        return
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except ModelError:
+        return
+    settings, content = _settings(folder, config)
+    ids = stops(tokenizer, settings)
+    said = settings.eos_token_id
+    if ids and ids != (said if isinstance(said, list) else [said]):
+        content["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The generation config, and what its file holds or would hold."""
+    path = folder / FILE
+    if not path.is_file():
+        made = transformers.GenerationConfig.from_model_config(config)
+        return made, json.loads(made.to_json_string(use_diff=True))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return transformers.GenerationConfig.from_dict(content), content
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"the base model's {FILE} cannot be read: {error}") from error

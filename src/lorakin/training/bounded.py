@@ -1,0 +1,90 @@
+"""Running what a stranger wrote, such as a chat template, within a bound of time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator
+
+from lorakin.errors import ModelError
+
+try:
+    import resource
+except ImportError:  # Windows, where time alone is bounded
+    resource = None  # type: ignore[assignment]
+
+SECONDS, BYTES = 10.0, 2 << 30
+PAGES = "/proc/self/statm"
+
+
+class Unbounded(ModelError):
+    """A stranger's code that does not end, or fills the memory."""
+
+
+class _Late(BaseException):
+    """Raised in the thread that took too long; no `except Exception` of a stranger's code catches it."""
+
+
+@contextlib.contextmanager
+def bounded(what: str, seconds: float = SECONDS, more_bytes: int = BYTES) -> Iterator[None]:
+    """Ends what runs inside if it takes longer than `seconds`, or, on Linux, `more_bytes` of memory more than now.
+
+    Time is seen between Python's instructions; a single one that allocates too much is refused its memory.
+
+    Args:
+        what: what runs, for the message.
+        seconds: the bound of time.
+        more_bytes: the bound of memory.
+
+    Raises:
+        Unbounded: it took too much of either.
+    """
+    thread, lock, over = threading.get_ident(), threading.Lock(), False
+
+    def end() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _less_memory(more_bytes):
+            yield
+    except _Late:
+        raise Unbounded(f"{what} did not end within {seconds:g} seconds") from None
+    except MemoryError:
+        raise Unbounded(f"{what} asks for more than {more_bytes / 2**30:g} GiB of memory") from None
+    finally:
+        with lock:
+            over = True
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _less_memory(more_bytes: int) -> Iterator[None]:
+    """No more address space than there is now, and `more_bytes`."""
+    if resource is None or (used := _address_space()) is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + more_bytes
+    if resource.RLIM_INFINITY not in (soft, limit) and soft <= limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int | None:
+    """Bytes of this process's address space; None where the system does not say."""
+    try:
+        with open(PAGES, encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,131 @@
+"""What a base's files say against the model that is made of them: its head's classes, and weights that it does not use."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakin.errors import LorakinWarning, ModelError, some
+from lorakin.surgery.targets import head_of
+
+BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|(attn|attention)\.bias|num_batches_tracked)$")
+"""What earlier versions of transformers wrote and models make for themselves now."""
+NAMELESS = re.compile(r"LABEL_\d+")
+
+
+def check_unused(name: str, model: nn.Module, unused: Iterable[str], stored: Sequence[str]) -> None:
+    """Refuse weights in the base's files that belong inside the model and that it does not use; say what lies beside it.
+
+    A weight is inside if the model has the module that it is of, or the list that its layer is
+    missing from: then the model computes something else than what was stored. A weight that the
+    model has no place for at all, such as a head, is usual where it is loaded as another class
+    than the stored one, and is said where it is the same.
+
+    Args:
+        unused: the keys of such weights.
+        stored: the classes that the base's config names.
+
+    Raises:
+        ModelError: weights inside the model are not used.
+    """
+    left = sorted(key for key in unused if not BUFFERS.search(key))
+    outer = {model, getattr(model, "base_model", None)}
+    if inside := [key for key in left if _nearest(model, key) not in outer]:
+        raise ModelError(
+            f"model {name!r} holds {some(inside)}, which a {type(model).__name__} of its config does not use, so it would not "
+            "be the model that was stored. An adapter or a quantisation that was saved with it, or fewer layers in its "
+            "config? Save the model without them"
+        )
+    if left and type(model).__name__ in stored:
+        warnings.warn(
+            f"model {name!r} holds weights that a {type(model).__name__} does not use, and they are left out: {some(left)}",
+            LorakinWarning,
+            stacklevel=4,
+        )
+
+
+def _nearest(model: nn.Module, key: str) -> nn.Module:
+    """The module of the model that holds the place of `key`, as far down as there are modules of its path."""
+    module = model
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if key.partition(".")[0] not in dict(model.named_children()) and hasattr(model, prefix[:-1]):
+        key = prefix + key
+    for part in key.split(".")[:-1]:
+        child = dict(module.named_children()).get(part)
+        if child is None:
+            break
+        module = child
+    return module
+
+
+def check_shapes(name: str, model: nn.Module, mismatched: Iterable[Sequence[Any]], heads: Sequence[str]) -> list[str]:
+    """The parameters that are stored in another shape, all of them in `heads`.
+
+    Raises:
+        ModelError: one is elsewhere, where no number of classes explains it.
+    """
+    keys = []
+    for key, held, expected in sorted(mismatched, key=str):
+        if not any(key.startswith(f"{head}.") for head in heads):
+            raise ModelError(
+                f"model {name!r} stores {key} as {tuple(held)}, and its config makes a {type(model).__name__} in which "
+                f"it is {tuple(expected)}; are both of one model?"
+            )
+        keys.append(key)
+    return keys
+
+
+def named_classes(config: Any) -> list[str] | None:
+    """The classes of a model that is stored as a classifier, in order; None of any other."""
+    if not any(str(kind).endswith("ForSequenceClassification") for kind in getattr(config, "architectures", None) or ()):
+        return None
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+
+
+def fit(model: nn.Module, stored: Sequence[str] | None, wanted: Sequence[str], mismatched: Sequence[str]) -> str | None:
+    """Let a stored classifier's head be one for the classes `wanted`: kept, with its rows in their order, or new.
+
+    Args:
+        stored: the classes that the base's files name, or None if they are no classifier's.
+        mismatched: parameters of the head that are new already, since they were stored in another shape.
+
+    Returns:
+        What was done, for the user; None if the head is as it was stored.
+    """
+    if stored is None:
+        return None
+    held, here = f"{len(stored)} classes ({some(stored)})", f"{len(wanted)} ({some(wanted)})"
+    if mismatched:
+        return f"the base's head is for {held}, the data has {here}, so the head is new and must be trained"
+    if list(stored) == list(wanted) or all(NAMELESS.fullmatch(name) for name in stored):
+        return None
+    if set(stored) == set(wanted) and len(set(wanted)) == len(wanted):
+        _reorder(model, torch.tensor([list(stored).index(name) for name in wanted]))
+        return f"the base's head has its classes in another order ({some(stored)}); it is put into the data's ({some(wanted)})"
+    _renew(model)
+    return f"the base's head is for other classes ({some(stored)}), the data has {here}, so the head is new and must be trained"
+
+
+def _reorder(model: Any, order: torch.Tensor) -> None:
+    """Put the rows of the head's layer that gives the classes into this order."""
+    layers = [model.get_submodule(path) for path in head_of(model)]
+    last = next(layer for layer in reversed(layers) if getattr(layer, "out_features", None) == len(order))
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(parameter[order.to(parameter.device)])
+
+
+def _renew(model: Any) -> None:
+    """Draw the head anew, as transformers does of one that is missing."""
+    for path in head_of(model):
+        module = model.get_submodule(path)
+        for inner in module.modules():
+            for parameter in inner.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            inner._is_hf_initialized = False
+            model._init_weights(inner)

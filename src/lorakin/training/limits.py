@@ -1,0 +1,135 @@
+"""What a model can read: how many tokens it has places for, and for which token ids its embedding has rows."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import transformers
+from torch import nn
+
+from lorakin.errors import DataError, LorakinWarning, ModelError
+from lorakin.training.kinds import BaseKind
+
+TABLE = re.compile(r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions")
+"""Names that modules and tensors with a vector for each position have."""
+ELSEWHERE = re.compile(r"(^|[._])(vision|visual|image|audio|speech|rel|relative|box|patch)")
+"""In the path of one that counts something else than the tokens of a text."""
+
+
+def places(model: nn.Module) -> int | None:
+    """How many tokens a row may have: as many as the model's table of positions; None if it has no such table.
+
+    Learned and absolute positions have one (BERT, GPT-2, OPT, GPT-J); rotary and relative ones need none. Some tables begin
+    late: OPT's at row 2, RoBERTa's after the row of the padding token. Only names and shapes are looked at, so a model on
+    the meta device will do.
+    """
+    counts: list[int] = []
+    config: Any = getattr(model, "config", None)
+    for path, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if _is_table(path) and getattr(weight, "ndim", 0) == 2:
+            counts.append(getattr(module, "num_embeddings", weight.shape[0]) - _first(module))
+    for path, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if _is_table(path) and tensor.ndim == 2 and tensor.shape[0] > 1:
+            counts.append(tensor.shape[0])
+    if counts:
+        counts.append(getattr(config, "max_position_embeddings", None) or counts[0])
+    if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT makes its biases once, so long and no longer
+        counts.append(config.max_seq_len)
+    return min(counts, default=None)
+
+
+def places_of(config: Any) -> int | None:
+    """`places` of the model with this config of transformers, whatever its head; None if there is no such model."""
+    try:
+        return places(BaseKind(transformers.AutoModel).skeleton(config))
+    except ModelError:
+        return None
+
+
+def row_length(there: int | None, wanted: int) -> int:
+    """What to cut rows at: `wanted` tokens, or `there` if the model has no more places.
+
+    More is not refused: `wanted` is mostly the default or a recipe's for another model, and there is only one that works.
+    """
+    return wanted if there is None else min(wanted, there)
+
+
+def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[str, Any]]) -> None:
+    """Warn that rows were cut at `length` tokens, all that the model has places for, if there are such among the examples."""
+    if length < wanted and any(len(example["input_ids"]) >= length for rows in examples for example in rows):
+        warnings.warn(
+            f"rows are cut at {length} tokens instead of {wanted} (--max-length): {name} has no more positions",
+            LorakinWarning,
+            stacklevel=2,
+        )
+
+
+def check_rows(examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str], source: str) -> None:
+    """See that the model can read rows of token ids; warn if they are longer than it was trained on.
+
+    Args:
+        examples: with `input_ids`.
+        loaded: the model and its tokenizer (`models.Loaded`).
+        where: for each example the row that it was made of, for messages.
+        source: what the rows are called.
+
+    Raises:
+        DataError: an id that the embedding has no row for.
+    """
+    rows = _embedding_rows(loaded.model)
+    for example, row in zip(examples, where, strict=True):
+        if rows is not None and (over := max(example["input_ids"], default=0)) >= rows:
+            _refuse(over, rows, loaded, row)
+    made_for = getattr(loaded.model.config, "max_position_embeddings", None)
+    longest = max((len(example["input_ids"]) for example in examples), default=0)
+    if isinstance(made_for, int) and longest > made_for and places(loaded.model) is None:
+        warnings.warn(
+            f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for {made_for}: it can read on, but "
+            "was not trained to; --max-length cuts rows",
+            LorakinWarning,
+            stacklevel=2,
+        )
+
+
+def check_prompt(ids: Iterable[int], loaded: Any) -> None:
+    """See that the embedding has a row for each token of a prompt.
+
+    Raises:
+        DataError: it has not.
+    """
+    check_rows([{"input_ids": list(ids)}], loaded, ["the prompt"], "the prompt")
+
+
+def _refuse(over: int, rows: int, loaded: Any, where: str) -> None:
+    text = loaded.tokenizer.convert_ids_to_tokens(over)
+    raise DataError(
+        f"{where}: the token {text!r} has the id {over}, but the embedding of {loaded.name} has {rows} rows, 0 to {rows - 1}; "
+        f"its tokenizer knows {len(loaded.tokenizer)} tokens. Give it rows with model.resize_token_embeddings("
+        f"{len(loaded.tokenizer)}), save model and tokenizer to a directory, and take that as --model, with "
+        f"--trainable-tokens '{text}' so that the new row learns; or take the tokenizer that the model was made with"
+    )
+
+
+def _embedding_rows(model: Any) -> int | None:
+    """How many tokens the input embedding has rows for; None if it is not to be found."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _is_table(path: str) -> bool:
+    return TABLE.fullmatch(path.rpartition(".")[2]) is not None and ELSEWHERE.search(path) is None
+
+
+def _first(table: Any) -> int:
+    """The row of the first position."""
+    if (padding := getattr(table, "padding_idx", None)) is not None:
+        return int(padding) + 1
+    return int(getattr(table, "offset", 0))

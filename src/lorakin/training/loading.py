@@ -1,0 +1,137 @@
+"""The one door to transformers' loaders: what is read of a model comes through here, and no code beside it ever runs.
+
+A test finds every other call of such a loader. There is no option to trust a model's own code: it
+is trusted nowhere, so that a person who reads this file has read all of it. An adapter that lies
+beside a model is not applied here either; `models.load_model` says that it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers.utils import cached_file
+
+from lorakin.errors import LorakinError, ModelError
+from lorakin.training.model_files import first_line
+
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+NO_ADAPTER: dict[str, Any] = {"adapter_kwargs": {"subfolder": ".lorakin-applies-no-adapter"}}
+"""transformers looks for an adapter there instead of beside the model."""
+TENSORS, NUMBERS = 60_000, 10**14
+"""Parameters of a model, and numbers in them, of which only a config is known: more than any has."""
+
+
+def config(source: str | Path, **options: Any) -> Any:
+    """The config of a model in a directory, in a `.gguf` file (`gguf_file`), or on the hub."""
+    return transformers.AutoConfig.from_pretrained(str(source), **{**options, **NO_CODE})
+
+
+def raw_config(source: str | Path) -> dict[str, Any]:
+    """A config as its file has it, before anything is made of it."""
+    said: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(str(source))[0]
+    return said
+
+
+def model(auto: Any, source: str | Path, **options: Any) -> Any:
+    """A model with its weights, of the class or Auto class `auto`."""
+    return auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
+
+
+def made(auto: Any, config: Any, **options: Any) -> Any:
+    """A model of a config alone, which has no weights of its own.
+
+    Raises:
+        ModelError: the config asks for more parameters than any model has.
+    """
+    is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
+    with bounded(TENSORS, NUMBERS, "its config"):
+        return auto.from_config(config, **{**options, **NO_CODE}) if is_auto else auto(config, **options)
+
+
+def tokenizer(source: str | Path, **options: Any) -> Any:
+    """The tokenizer of a model."""
+    return transformers.AutoTokenizer.from_pretrained(str(source), **{**options, **NO_CODE})
+
+
+def snapshot(name: str) -> Path:
+    """The files of a hub id on this machine, without other frameworks' weights."""
+    ignored = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
+    return Path(huggingface_hub.snapshot_download(name, ignore_patterns=ignored))
+
+
+def holds(name: str, file: str) -> bool:
+    """Whether a hub id has this file, as far as can be known now; it is fetched if it does."""
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}) is not None
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turns whatever libraries say of a stranger's file into one sentence that begins with `what`.
+
+    Their errors for a file that is damaged or lies are of every class, so none is left out. The
+    files' own tests come before, so that what a user is likely to meet is said better than here.
+
+    Raises:
+        ModelError: instead of what was raised inside.
+    """
+    try:
+        with quiet_loading():
+            yield
+    except (LorakinError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        raise ModelError(f"{what}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
+    """Ends the making of a model that has more than its source can hold, while it takes no memory.
+
+    transformers makes a model on the meta device first, and each module says what it is given.
+
+    Raises:
+        ModelError: more parameters and buffers than `tensors`, or more numbers in them than `numbers`.
+    """
+    seen: set[tuple[int, str]] = set()
+    total, thread = 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal total
+        if tensor is None or threading.get_ident() != thread or (id(module), name) in seen:
+            return
+        seen.add((id(module), name))
+        total += tensor.numel()
+        if len(seen) > tensors or total > numbers:
+            asked = f"{len(seen):,} tensors or more" if len(seen) > tensors else f"{total:,} numbers or more"
+            raise ModelError(f"the config asks for a model of {asked}, which {source} cannot hold: one of its counts is wrong")
+
+    with (
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars and its note that a new head is new."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,136 @@
+"""The directory of a run, `--out`: one run at a time works in it, and goes on from what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lorakin.errors import OutputError, SettingError
+from lorakin.storage import locks
+from lorakin.training import checkpoints, processes
+from lorakin.training.recipe import Recipe, read_recipe, settings_in
+
+RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
+
+
+class Held:
+    """A run's directory, which no other run works in until it is given back, or this process has ended.
+
+    `checkpoint` is what the run goes on from. Of several processes the first one holds the lock, for all.
+    """
+
+    def __init__(self) -> None:
+        self.checkpoint: Path | None = None
+        self.lock: locks.Lock | None = None
+        self.made: list[Path] = []
+
+    def release(self) -> None:
+        """Give it back; directories that were made for it go, if nothing was put into them."""
+        if self.lock is not None:
+            self.lock.release()
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self.lock, self.made = None, []
+
+
+def enter(recipe: Recipe, out: Path, resume: bool) -> Held:
+    """Hold the directory `out` for a run by this recipe, once it may be used.
+
+    Raises:
+        OutputError: it holds something else, another run is at work there, or it cannot be written.
+        SettingError: the run that is to go on is by another recipe, or another number of processes.
+        AdapterError: its last checkpoint is damaged.
+    """
+    held = Held()
+
+    def look() -> Path | None:
+        _check_place(out)
+        if not (out / LOCK).exists():
+            _check_contents(out, resume)  # before anything is touched
+        try:
+            _lock(held, out)
+            _check_contents(out, resume)
+            return _checkpoint(recipe, out) if resume else None
+        except BaseException:
+            held.release()
+            raise
+
+    held.checkpoint = processes.by_first(look)
+    return held
+
+
+def _check_place(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file, expected a directory")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
+
+
+def _check_contents(out: Path, resume: bool) -> None:
+    """See that the directory is empty, or, if a run is to go on, a run's."""
+    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
+        return
+    if not resume:
+        raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
+    if not (out / RECIPE).is_file():
+        raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
+
+
+def _lock(held: Held, out: Path) -> None:
+    held.made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held.lock = locks.hold(out / LOCK)
+    except locks.Taken as error:
+        raise OutputError(
+            f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose another directory"
+        ) from None
+    except OSError as error:
+        raise OutputError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
+    """What the run is to go on from, if anything, once it is clear that it is whole and of this run."""
+    folder = checkpoints.last_checkpoint(out / CHECKPOINTS)
+    if folder is None:
+        return None
+    manifest = checkpoints.opened(folder)
+    manifest.check_run({checkpoints.RECIPE: described(recipe)})
+    if manifest.processes != processes.count():
+        raise SettingError(
+            f"--resume: {out} was trained by {manifest.processes} processes, and there are {processes.count()} now, which "
+            f"would see other rows; start {manifest.processes}, or start anew in another --out"
+        )
+    return folder
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a run is known by: where it lies does not matter."""
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name != "out"}
+
+
+def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe to resume with: the one in the output directory, which neither flags nor the recipe in `path` contradict.
+
+    Raises:
+        SettingError: there is none, or a flag or a line of the recipe says something else than it.
+    """
+    given = settings_in(path) if path is not None else {}
+    out = str(flags.get("out") or given.get("out") or "")
+    saved = Path(out).expanduser() / RECIPE
+    if not out or not saved.is_file():
+        return read_recipe(path, flags)
+    given |= {name: value for name, value in flags.items() if value is not None and value not in ([], {})} | {"out": out}
+    recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
+    for name in given:
+        if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(recipe, name):
+            raise SettingError(
+                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
+                "to change it, start anew in another --out"
+            )
+    return recipe

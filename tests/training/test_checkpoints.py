@@ -1,0 +1,316 @@
+"""A checkpoint is one thing: whatever part of it is damaged, lost, edited or another's, training does not go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import safetensors.torch
+import torch
+import transformers
+import yaml
+from rich.console import Console
+
+import lorakin as lk
+from conftest import tiny_llama
+from lorakin.training import checkpoints, prepare_trainer
+from lorakin.training import train as training
+from lorakin.training.recipe import Recipe
+
+PARTS = [
+    "adapter_config.json", "adapter_model.safetensors", "lorakin.json", "lorakin.safetensors", "optimizer.pt", "rng_state.pth",
+    "scheduler.pt", "trainer_state.json",
+]  # fmt: skip
+ADALORA = {"initial_rank": 6, "target_rank": 3, "start": 1, "finish": 1}
+
+
+def run(recipe: Recipe, resume: bool = False) -> training.Result:
+    return training.train(training.prepare(recipe, Console(file=io.StringIO()), resume))
+
+
+def resume(out: Path, **flags: Any) -> training.Result:
+    return run(training.resumed_recipe(None, {"out": str(out), **flags}), resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of AdaLoRA with checkpoints at 2 and 4, and one with another seed."""
+    place = tmp_path_factory.mktemp("runs")
+    rows = [
+        {"prompt": f"what did the {animal} {verb}", "completion": f"the {animal} {verb} on the {thing}"}
+        for animal in ("cat", "dog", "bird") for verb in ("sat", "ran", "flew") for thing in ("mat", "tree")
+    ]  # fmt: skip
+    data = place / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(
+        model_dir, str(data), str(place / "one"), "adalora", eval_data=str(data), settings=ADALORA, lr=1e-2, steps=4,
+        save_every=2, dtype="float32", targets=["q_proj"], batch_size=4,
+    )  # fmt: skip
+    run(recipe)
+    run(dataclasses.replace(recipe, out=str(place / "two"), seed=1))
+    return {"one": place / "one", "two": place / "two"}
+
+
+@pytest.fixture
+def out(whole: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole["one"], tmp_path / "out"))
+
+
+@pytest.fixture
+def last(out: Path) -> Path:
+    return out / "checkpoints" / "checkpoint-4"
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at % len(content)] ^= 1
+    file.write_bytes(content)
+
+
+def test_every_part_is_in_the_manifest(last: Path) -> None:
+    said = json.loads((last / checkpoints.MANIFEST).read_text())
+    assert sorted(said["parts"]) == PARTS
+    assert (said["step"], said["processes"]) == (4, 1)
+    assert said["run"]["recipe"]["lr"] == 1e-2
+    assert said["versions"]["lorakin"] == lk.__version__
+    assert checkpoints.opened(last).step == 4
+
+
+@pytest.mark.parametrize("part", [*PARTS, checkpoints.MANIFEST])
+def test_a_flipped_bit_is_refused_by_name(part: str, last: Path, out: Path) -> None:
+    chance, content = random.Random(5), (last / part).read_bytes()
+    for _ in range(12):
+        flip(last / part, chance.randrange(len(content)))
+        with pytest.raises(lk.AdapterError, match=rf"checkpoint-4 is damaged: .*{part}.*To go on from checkpoint-2, delete"):
+            resume(out)
+        (last / part).write_bytes(content)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_lost_part_is_refused_by_name(part: str, last: Path, out: Path) -> None:
+    (last / part).unlink()
+    with pytest.raises(lk.AdapterError, match=rf"checkpoint-4 is damaged: {part} is missing"):
+        resume(out)
+
+
+def test_an_edited_step_is_refused(last: Path, out: Path) -> None:
+    said = json.loads((last / "trainer_state.json").read_text())
+    (last / "trainer_state.json").write_text(json.dumps(said | {"global_step": 1}))
+    with pytest.raises(lk.AdapterError, match=r"trainer_state.json is not the one that was saved in it"):
+        resume(out)
+    shutil.rmtree(last)
+    (out / "checkpoints" / "checkpoint-2").rename(last)
+    with pytest.raises(lk.AdapterError, match=r"is the checkpoint of step 2, not 4"):
+        resume(out)
+
+
+@pytest.mark.parametrize("part", ["lorakin.json", "optimizer.pt", "adapter_model.safetensors"])
+def test_a_part_of_another_step_is_refused(part: str, last: Path, out: Path) -> None:
+    shutil.copy(out / "checkpoints" / "checkpoint-2" / part, last)
+    with pytest.raises(lk.AdapterError, match=rf"{part} is not the one that was saved in it"):
+        resume(out)
+
+
+def test_a_checkpoint_of_another_run_is_refused(last: Path, out: Path, whole: dict[str, Path]) -> None:
+    shutil.rmtree(last)
+    shutil.copytree(whole["two"] / "checkpoints" / "checkpoint-4", last)
+    with pytest.raises(lk.SettingError, match=r"was made with seed=1, and the recipe says 0"):
+        resume(out)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("steps", 9), ("settings", {**ADALORA, "target_rank": 4})])
+def test_a_recipe_that_was_edited_is_refused(name: str, value: Any, out: Path) -> None:
+    said = yaml.safe_load((out / "recipe.yaml").read_text())
+    (out / "recipe.yaml").write_text(yaml.safe_dump(said | {name: value}))
+    with pytest.raises(lk.SettingError, match=rf"checkpoint-4 was made with {name}=.*another run"):
+        resume(out)
+
+
+def test_a_recipe_without_a_setting_that_mattered_is_refused(out: Path) -> None:
+    """What the recipe leaves open is filled in, and compared then."""
+    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+    said = yaml.safe_load((out / "recipe.yaml").read_text())
+    del said["lr"]
+    (out / "recipe.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(lk.SettingError, match=r"checkpoint-2 was made with lr=0.01"):
+        resume(out)
+
+
+def test_other_rows_are_refused_though_the_metrics_are_gone(out: Path) -> None:
+    said = yaml.safe_load((out / "recipe.yaml").read_text())
+    rows = Path(said["data"][0])
+    content = rows.read_text()
+    (out / "metrics.jsonl").unlink()
+    try:
+        rows.write_text("".join(reversed(content.splitlines(keepends=True))))
+        with pytest.raises(lk.DataError, match=r"checkpoint-4 was made on other rows"):
+            resume(out)
+    finally:
+        rows.write_text(content)
+
+
+def test_without_the_damaged_one_the_older_comes_to_the_same(last: Path, out: Path, whole: dict[str, Path]) -> None:
+    flip(last / "optimizer.pt", 3000)
+    with pytest.raises(lk.AdapterError, match="To go on from checkpoint-2"):
+        resume(out)
+    shutil.rmtree(last)
+    resume(out)
+    for name in ("adapter_model.safetensors", "lorakin.json"):
+        assert (out / name).read_bytes() == (whole["one"] / name).read_bytes()
+    assert checkpoints.opened(last).step == 4
+
+
+def test_the_only_one_that_is_damaged(last: Path, out: Path) -> None:
+    shutil.rmtree(out / "checkpoints" / "checkpoint-2")
+    flip(last / "rng_state.pth", 900)
+    with pytest.raises(lk.AdapterError, match="There is no older one that is whole"):
+        resume(out)
+
+
+def test_one_of_an_earlier_lorakin_is_refused_with_the_reason(last: Path, out: Path) -> None:
+    (last / checkpoints.MANIFEST).unlink()
+    with pytest.raises(lk.AdapterError, match=r"has no lorakin-checkpoint.json: an earlier lorakin made it, or it was lost"):
+        resume(out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-2")
+    with pytest.raises(lk.AdapterError, match="an earlier lorakin made it"):
+        resume(out)
+
+
+def test_one_that_was_cut_off_is_passed_over(last: Path, out: Path) -> None:
+    checkpoints.begin(last)
+    (last / "scheduler.pt").unlink()
+    assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
+    (out / "checkpoints" / "checkpoint-6").mkdir()  # killed before its first file
+    (out / "checkpoints" / "checkpoint-²").mkdir()
+    assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
+
+
+def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lk, "__version__", "99.0")
+    with pytest.warns(lk.LorakinWarning, match=r"was made by lorakin .*, now 99.0. Training goes on"):
+        resume(out)
+
+
+def test_a_manifest_that_names_other_files(last: Path, out: Path) -> None:
+    for name in ("../../recipe.yaml", "/etc/passwd"):
+        said = json.loads((last / checkpoints.MANIFEST).read_text())
+        said["parts"][name] = "0"
+        checkpoints._write(last, {key: value for key, value in said.items() if key != "sha256"})
+        with pytest.raises(lk.AdapterError, match="names what is no part of it"):
+            resume(out)
+    checkpoints._write(last, {"format": 1, "is_whole": True, "step": "4"})
+    with pytest.raises(lk.AdapterError, match="does not say what a manifest says"):
+        resume(out)
+    checkpoints._write(last, {"format": 2})
+    with pytest.raises(lk.AdapterError, match="this version reads 1; update lorakin"):
+        resume(out)
+
+
+def test_the_steps_count_and_not_the_clock(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.begin(tmp_path / f"checkpoint-{step}")
+        checkpoints.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
+        os.utime(tmp_path / f"checkpoint-{step}", (2e9 - 1000 * step, 2e9 - 1000 * step))
+    assert checkpoints.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    checkpoints.begin(tmp_path / "checkpoint-6")
+    checkpoints.rotate(tmp_path, 8, 3, str(tmp_path / "checkpoint-2"))
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (2, 4, 8, 10)}
+    checkpoints.rotate(tmp_path, 8, 1, str(tmp_path / "checkpoint-2"))
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (2, 8, 10)}
+    checkpoints.rotate(tmp_path, 8, None, None)
+    checkpoints.rotate(tmp_path, 10, 2, None)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (8, 10)}
+
+
+ROWS = [
+    {"input_ids": [3 + (i * k) % 50 for k in range(1, 9)], "labels": [3 + (i * k) % 50 for k in range(1, 9)]} for i in range(8)
+]
+
+
+def trainer(out: Path, **changes: Any) -> tuple[Any, lk.Adapter]:
+    """A Trainer of the user's own, prepared."""
+    model = tiny_llama()
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "q_proj", seed=0)
+    settings: dict[str, Any] = {
+        "max_steps": 4, "save_steps": 1, "save_strategy": "steps", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    args = transformers.TrainingArguments(str(out), **settings | changes)
+    return prepare_trainer(transformers.Trainer(model, args, train_dataset=datasets.Dataset.from_list(ROWS))), adapter
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """Its last two checkpoints, whose times are the wrong way round."""
+    run, _ = trainer(tmp_path / "run", save_total_limit=2)
+    run.add_callback(ClockGoesBack())
+    run.train()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    return tmp_path / "run"
+
+
+class ClockGoesBack(transformers.TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        time = 2e9 - 1000 * state.global_step
+        os.utime(Path(args.output_dir) / f"checkpoint-{state.global_step}", (time, time))
+
+
+@pytest.mark.parametrize("how", ["path", True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda last: flip(last / "optimizer.pt", 2000), "optimizer.pt is not the one"),
+        (lambda last: (last / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda last: (last / checkpoints.MANIFEST).unlink(), "an earlier lorakin made it, or it was lost"),
+        (lambda last: shutil.copy(last.parent / "checkpoint-3" / "trainer_state.json", last), "trainer_state.json is not"),
+    ],
+)
+def test_a_users_own_trainer_does_not_go_on_from_a_damaged_one(
+    how: Any, change: Callable[[Path], Any], said: str, trained: Path
+) -> None:
+    last = trained / "checkpoint-4"
+    change(last)
+    again, adapter = trainer(trained, max_steps=6)
+    before = [p.clone() for p in adapter.parameters()]
+    with pytest.raises(lk.AdapterError, match=said):
+        again.train(resume_from_checkpoint=str(last) if how == "path" else True)
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters(), strict=True))
+
+
+def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None:
+    expected = safetensors.torch.load_file(trained / "checkpoint-4" / "adapter_model.safetensors")
+    checkpoints.begin(trained / "checkpoint-4")
+    (trained / "checkpoint-4" / "scheduler.pt").unlink()
+    again, _ = trainer(trained)
+    with pytest.raises(lk.AdapterError, match="is not whole: its save was cut off. To go on from checkpoint-3"):
+        again.train(resume_from_checkpoint=str(trained / "checkpoint-4"))
+    again.train(resume_from_checkpoint=True)
+    now = safetensors.torch.load_file(trained / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.equal(now[key], tensor) for key, tensor in expected.items())
+    shutil.rmtree(trained)
+    with pytest.raises(lk.SettingError, match="has no checkpoint that is whole"):
+        trainer(trained)[0].train(resume_from_checkpoint=True)
+
+
+def test_what_a_probe_found_belongs_to_it(whole: dict[str, Path], tmp_path: Path) -> None:
+    """LoRA-drop's choice of modules lies beside the recipe; with another one the checkpoint is of another adapter."""
+    recipe = training.resumed_recipe(None, {"out": str(whole["one"])})
+    recipe = dataclasses.replace(
+        recipe, out=str(tmp_path / "out"), method="lora-drop", targets=["q_proj", "v_proj"],
+        settings={"keep": 2, "probe_epochs": 1, "sample": 0.5},
+    )  # fmt: skip
+    run(recipe)
+    found = json.loads((tmp_path / "out" / "importance.json").read_text())
+    turned = dict(zip(found, [found[key] for key in reversed(found)], strict=True))
+    assert turned != found
+    (tmp_path / "out" / "importance.json").write_text(json.dumps(turned))
+    with pytest.raises(lk.AdapterError, match="holds another adapter"):
+        resume(tmp_path / "out")

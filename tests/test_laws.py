@@ -123,8 +123,7 @@ LOADERS = {
 DOORS = {
     "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download", "cached_file"},
     "training/model_files.py": {"torch.load"},
-    "storage/directory.py": {"torch.load"},
-    "storage/foreign.py": {"torch.load"},
+    "storage/pickles.py": {"torch.load"},
     "storage/hub.py": {"snapshot_download", "hf_hub_download"},
 }
 

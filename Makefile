@@ -7,7 +7,7 @@
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/templates.md (a minute)
-# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 30 minutes)
+# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 40 minutes)
 # make lock       write constraints.txt anew, from the versions in .venv and the hashes that PyPI lists
 # make check      lint and types only
 # make clean      remove what these made
@@ -63,7 +63,8 @@ soak: $(VENV)/.test
 	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 $(BIN)/python -m pytest \
 		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
 		tests/training/test_processes.py tests/surgery/test_quantised.py tests/surgery/test_replicated.py \
-		tests/storage/test_readers.py tests/serving/test_output.py tests/surgery/test_turns.py
+		tests/storage/test_readers.py tests/serving/test_output.py tests/surgery/test_turns.py \
+		tests/cli/test_fuzz.py tests/study/test_fuzz.py tests/training/test_progress.py
 	$(BIN)/python tests/soak.py soak
 
 $(VENV)/bin/python:

@@ -45,7 +45,8 @@ def test_rows_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"loss": 1.0}, "step is missing"), ({"step": "1"}, "step is '1'"), ({"step": -1}, "step is -1"), ({"step": True}, "step"),
+        ({"loss": 1.0}, "step is missing"), ({"step": "1"}, "step is '1'"), ({"step": -1}, "step is -1"),
+        ({"step": True}, "step"),
         ({"step": 10**30}, "step"), ({"step": 1, "loss": "x"}, "loss is 'x'"), ({"step": 1, "loss": None}, "loss"),
         ({"step": 1, "loss": [1]}, "loss"), ({"step": 0, "eval_loss": 1.0, "eval_count": math.nan}, "eval_count"),
         ([1], "it is"), (3, "it is"),

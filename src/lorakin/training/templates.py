@@ -367,9 +367,7 @@ class Template:
                 return None
         return labels
 
-    def _ends_alone(
-        self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], count: int, start: int
-    ) -> bool:
+    def _ends_alone(self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], count: int, start: int) -> bool:
         """Whether the first `count` tokens are those of `whole[:start]` alone, seen from the last special token on."""
         first = next((n for n in range(count - 1, -1, -1) if ids[n] in self.special_ids), None)
         begin = 0 if first is None else offsets[first][0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +19,7 @@ from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
-from lorakin.training.encoding import TEMPLATE
+from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (
@@ -75,6 +73,7 @@ class PlainLoRA(Target):
         worst = max((fit.error for fit in job.fits.values()), default=0.0)
         nearest = {"Nearest pairs": f"largest relative error {worst:.3g}"} if worst else {}
         plain.save(folder, notes={"Made from": in_words(original.method), **nearest})
+        _carry_template(job, folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
@@ -101,7 +100,7 @@ class MergedModel(Target):
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
-        _take_template(job, folder)
+        _carry_template(job, folder)
         say_where_answers_end(folder)
 
     @staticmethod
@@ -159,12 +158,10 @@ class GGUFModel(Target):
             model = _folded(job, "float32").model
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
-        with tempfile.TemporaryDirectory() as temporary:
-            beside = Path(temporary)
-            copy_beside(source, beside)
-            _take_template(job, beside)
-            gguf_model.write_model(folder / GGUF_MODEL, config, beside, tensors, dtype=word, name=Path(job.name).name)
-            tokenizer = load_tokenizer(str(beside))
+        template, tokenizer = remembered_template(job.files.path), load_tokenizer(str(source))
+        tokenizer.chat_template = template or tokenizer.chat_template
+        name = Path(job.name).name
+        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template)
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod
@@ -175,14 +172,14 @@ class GGUFModel(Target):
 TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
 
 
+def _carry_template(job: Job, folder: Path) -> None:
+    """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
+    if (template := remembered_template(job.files.path)) is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+
+
 def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
     return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
-
-
-def _take_template(job: Job, folder: Path) -> None:
-    """Put the chat template that the adapter was trained with beside the tokenizer in `folder`, if it is not the base's."""
-    if (own := job.files.path / TEMPLATE).is_file():
-        shutil.copyfile(own, folder / TEMPLATE)
 
 
 def _folded(job: Job, dtype: str) -> Loaded:

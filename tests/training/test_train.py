@@ -424,3 +424,44 @@ def test_no_module_is_trained_whole_in_float16(recipe: Recipe) -> None:
     with pytest.raises(lk.SettingError, match="would be trained in float16"):
         run(recipe)
     assert not Path(recipe.out).exists()
+
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') }} {% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def test_a_template_that_prints_the_day_prints_the_same_when_resumed(
+    recipe: Recipe, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datetime
+
+    class Other(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return cls(2031, 1, 2)
+
+    (tmp_path / "dated.jinja").write_text(DATED)
+    recipe.chat_template, recipe.steps, recipe.save_every = str(tmp_path / "dated.jinja"), 4, 2
+    first = run(recipe)[2]
+    again = training.resumed_recipe(None, {"out": recipe.out})
+    assert again.date == datetime.date.today().isoformat()
+    monkeypatch.setattr(training.datetime, "date", Other)
+    assert run(again, resume=True)[2].train.examples == first.train.examples
+
+
+def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(recipe: Recipe, tmp_path: Path) -> None:
+    template = DATED.replace("{{ strftime_now('%d %b %Y') }}", "the cat")
+    (tmp_path / "own.jinja").write_text(template)
+    recipe.chat_template, recipe.steps = str(tmp_path / "own.jinja"), 2
+    run(recipe)
+    assert load_with_adapter(recipe.model, recipe.out, "float32").tokenizer.chat_template == template
+    merge(recipe.model, recipe.out, str(tmp_path / "merged"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
+    export(Order(recipe.out, "lora", str(tmp_path / "plain"), recipe.model))
+    assert load_with_adapter(recipe.model, str(tmp_path / "plain"), "float32").tokenizer.chat_template == template
+    recipe.out, recipe.chat_template = str(tmp_path / "none"), str(tmp_path / "nothing.jinja")
+    with pytest.raises(lk.DataError, match=r"--chat-template .*nothing.jinja: there is no such file"):
+        run(recipe)
+    assert not Path(recipe.out).exists()

@@ -38,7 +38,14 @@ _ROTATIONS = ("default", "linear", "yarn", "llama3")
 
 
 def write_model(
-    path: Path, config: Any, tokenizer_dir: Path, tensors: Mapping[str, Tensor], *, dtype: str = "f16", name: str | None = None
+    path: Path,
+    config: Any,
+    tokenizer_dir: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str = "f16",
+    name: str | None = None,
+    template: str | None = None,
 ) -> None:
     """Write a model with its tokenizer as one file. One tensor at a time is in memory beside what `tensors` holds.
 
@@ -50,6 +57,7 @@ def write_model(
             may be left out.
         dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows that q8_0 does not divide become f16.
         name: what the file calls the model.
+        template: another chat template than the tokenizer's own.
 
     Raises:
         ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors that are missing, that
@@ -74,7 +82,7 @@ def write_model(
     _add_hyperparameters(writer, config)
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    read_vocabulary(tokenizer_dir, config.vocab_size).add_to(writer)
+    read_vocabulary(tokenizer_dir, config.vocab_size, template).add_to(writer)
     write_file(path, writer, stored)
 
 

@@ -76,8 +76,13 @@ class Vocabulary:
             writer.add_chat_template(self.template)
 
 
-def read_vocabulary(directory: Path, size: int) -> Vocabulary:
+def read_vocabulary(directory: Path, size: int, template: str | None = None) -> Vocabulary:
     """The tokenizer saved in `directory`, for a model with `size` rows in its embedding.
+
+    Args:
+        directory: where the tokenizer is.
+        size: rows of the embedding.
+        template: another chat template than the tokenizer's own.
 
     Raises:
         ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
@@ -85,6 +90,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     with loading.readable(f"{directory} has no tokenizer that can be loaded"):
         tokenizer = loading.tokenizer(directory, local_files_only=True)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokenizer.chat_template = template or tokenizer.chat_template
     model, where = parts["model"], f"{directory}: the tokenizer"
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unlike):
@@ -108,7 +114,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     known["eot"] = next(iter(end_of_turn(tokenizer)), None)  # where llama.cpp ends an answer, beside eos
-    template = tokenizer.chat_template
+    written = tokenizer.chat_template
     return Vocabulary(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre(parts, where),
@@ -120,7 +126,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         add_bos=before,
         add_eos=after,
         space_prefix=pieces and _space_prefix(parts, where),
-        template=[{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else template,
+        template=[{"name": n, "template": t} for n, t in written.items()] if isinstance(written, dict) else written,
     )
 
 

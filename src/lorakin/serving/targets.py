@@ -19,6 +19,7 @@ from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.surgery.words import in_words
+from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (
@@ -72,6 +73,7 @@ class PlainLoRA(Target):
         worst = max((fit.error for fit in job.fits.values()), default=0.0)
         nearest = {"Nearest pairs": f"largest relative error {worst:.3g}"} if worst else {}
         plain.save(folder, notes={"Made from": in_words(original.method), **nearest})
+        _carry_template(job, folder)
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
@@ -98,6 +100,7 @@ class MergedModel(Target):
             with quiet_loading():
                 loaded.model.to(dtype).save_pretrained(folder)
             copy_beside(directory_of(job.name), folder)
+        _carry_template(job, folder)
         say_where_answers_end(folder)
 
     @staticmethod
@@ -155,8 +158,10 @@ class GGUFModel(Target):
             model = _folded(job, "float32").model
             tensors, config = model.state_dict(), model.config
         word = _gguf_word(job, "float16")
-        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=Path(job.name).name)
-        tokenizer = load_tokenizer(str(source))
+        template, tokenizer = remembered_template(job.files.path), load_tokenizer(str(source))
+        tokenizer.chat_template = template or tokenizer.chat_template
+        name = Path(job.name).name
+        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template)
         (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
 
     @staticmethod
@@ -165,6 +170,12 @@ class GGUFModel(Target):
 
 
 TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
+
+
+def _carry_template(job: Job, folder: Path) -> None:
+    """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
+    if (template := remembered_template(job.files.path)) is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _merged(job: Job, dtype: torch.dtype | None) -> Merged:

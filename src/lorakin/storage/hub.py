@@ -20,7 +20,7 @@ from lorakin.errors import AdapterError, LorakinError, LorakinWarning, OutputErr
 from lorakin.storage.card import CARD, is_own
 from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
 
-FILES = (CONFIG, TENSORS, OWN, OWN_TENSORS, "recipe.yaml", CARD)
+FILES = (CONFIG, TENSORS, OWN, OWN_TENSORS, "recipe.yaml", "chat_template.jinja", CARD)
 """What is fetched of a repository, as far as it is there; `adapter_model.bin` only if there are no other tensors."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`, or give token="

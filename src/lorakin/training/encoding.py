@@ -66,10 +66,19 @@ def use_template(
     return tokenizer.chat_template if tokenizer.chat_template and tokenizer.chat_template != own else None
 
 
+def remembered_template(folder: Path) -> str | None:
+    """The chat template that the adapter in `folder` was trained with; None where it is the base's own.
+
+    Raises:
+        DataError: the file that holds it cannot be read.
+    """
+    return _template_file(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else None
+
+
 def use_remembered(tokenizer: Any, folder: Path) -> None:
     """Give the tokenizer the chat template that the adapter in `folder` was trained with, where it is another."""
-    if tokenizer is not None and (folder / TEMPLATE).is_file():
-        tokenizer.chat_template = _template_file(folder / TEMPLATE)
+    if tokenizer is not None and (template := remembered_template(folder)) is not None:
+        tokenizer.chat_template = template
 
 
 def _literal(name: str, value: Any) -> str:
@@ -184,7 +193,8 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
     if not examples:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
-            f"--max-length {max_length} tokens; raise it, or check that the answers are not empty"
+            f"--max-length {max_length} tokens; raise it, if the model has positions for more, or check that the "
+            "answers are not empty"
         )
     where = [record.where for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
     return Encoded(examples, len(encoded) - len(examples), where)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lorakin as lk
@@ -126,7 +127,34 @@ def test_parts_beside_the_model_are_said_where_its_class_is_the_stored_one(langu
     models.load_model(str(language), "float32", ["a", "b"])  # a head of another class: usual, and not said
 
 
-@pytest.mark.parametrize("key", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_a_part_of_a_head_that_the_class_does_not_have(tmp_path: Path, tokenizer: Any) -> None:
+    """BERT's own files hold the head for the next sentence inside `cls`, where a masked language model has another."""
+    torch.manual_seed(0)
+    settings = tiny_bert().config.to_dict() | {"architectures": ["BertForPreTraining"]}
+    transformers.BertForPreTraining(transformers.BertConfig(**settings)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = models.load_model(str(tmp_path), "float32", cls=transformers.BertForMaskedLM)
+    assert loaded.fresh == ()
+    put(tmp_path, "cls.predictions.transform.dense.lora_A.weight")
+    with pytest.raises(lk.ModelError, match="holds cls.predictions.transform.dense.lora_A.weight"):
+        models.load_model(str(tmp_path), "float32", cls=transformers.BertForMaskedLM)
+
+
+def test_remains_in_quantised_files_are_said(language: Path) -> None:
+    from lorakin.training import heads
+
+    model = tiny_llama(tied=False)
+    with pytest.warns(LorakinWarning, match="left out: model.layers.0.mlp.up_proj.bias"):
+        heads.check_unused("x", model, ["model.layers.0.mlp.up_proj.bias"], [], quantised=True)
+    with pytest.raises(lk.ModelError, match="holds model.layers.0.mlp.up_proj.bias"):
+        heads.check_unused("x", model, ["model.layers.0.mlp.up_proj.bias"], [])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.layers.1.self_attn.masked_bias",
+     "model.version"],
+)  # fmt: skip
 def test_buffers_of_earlier_versions_are_nothing(key: str, language: Path) -> None:
     put(language, key)
     models.load_model(str(language), "float32")

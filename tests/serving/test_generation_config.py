@@ -131,3 +131,21 @@ def test_llama_cpp_ends_an_answer_at_each(base: Path, tmp_path: Path) -> None:
     (said,) = llama_cpp.run(tmp_path / "out" / "model.gguf", [[5]], max_tokens=3, top=2)
     assert said.tokens == [plain, turn, end]
     assert said.ends == [False, True, True]
+
+
+def test_the_template_of_the_training_goes_along(base: Path, tmp_path: Path) -> None:
+    """An adapter that was trained with another chat template than the base's ends its turns by that one."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
+    other = CHATML.replace("<|over|>", "<|im_start|>")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(other)
+    for to in ("merged", "gguf-merged"):
+        export(Order(str(tmp_path / "adapter"), to, str(tmp_path / to), str(base), verify=False))
+    merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    end = merged.convert_tokens_to_ids("<|im_start|>")
+    assert merged.chat_template == other
+    assert json.loads((tmp_path / "merged" / FILE).read_text())["eos_token_id"] == [merged.eos_token_id, end]
+    fields = gguf.GGUFReader(tmp_path / "gguf-merged" / "model.gguf").fields
+    assert fields[gguf.Keys.Tokenizer.CHAT_TEMPLATE].contents() == other
+    assert fields[gguf.Keys.Tokenizer.EOT_ID].contents() == end
+    assert 'PARAMETER stop "<|im_start|>"' in (tmp_path / "gguf-merged" / "Modelfile").read_text()

@@ -25,13 +25,6 @@ MISTRAL = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL_NEMO = (
-    "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
-    "{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for message in rest %}{% if message['role'] == 'user' %}"
-    "{% if loop.last and system is defined %}{{ '[INST]' + system + '\n\n' + message['content'] + '[/INST]' }}"
-    "{% else %}{{ '[INST]' + message['content'] + '[/INST]' }}{% endif %}{% else %}{{ message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for message in rest %}"
@@ -51,10 +44,10 @@ ZEPHYR = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 OTHERS = {
-    "mistral": MISTRAL, "mistral_nemo": MISTRAL_NEMO, "llama2": LLAMA2, "chatml_default": CHATML_WITH_DEFAULT, "zephyr": ZEPHYR,
+    "mistral_7b": MISTRAL, "llama2": LLAMA2, "chatml_default": CHATML_WITH_DEFAULT, "zephyr": ZEPHYR,
     "ours": TEMPLATE,
 }  # fmt: skip
-NO_SYSTEM = {"mistral", "gemma", "gemma_training"}
+NO_SYSTEM = {"mistral_7b", "gemma", "gemma_training"}
 """Templates that refuse a system prompt, or leave it out."""
 SAID = ["What is 2+2?", "4", "In words,\n\nplease {{ .System }}.", "Four.", 'And """?']
 
@@ -161,8 +154,8 @@ def test_a_model_without_a_template_has_prompts_as_they_are() -> None:
 
 
 HOSTILE = [
-    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-", "\nFROM /etc/shadow\n", "\\",
-    '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow", "{{/*", "'''", "💥{{",
+    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-", "\nFROM /etc/shadow\n",
+    "\\", '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow", "{{/*", "'''", "💥{{",
 ]  # fmt: skip
 
 
@@ -206,14 +199,17 @@ def table() -> list[str]:
     """Rows for docs/exporting.md: families of templates, how many are written, what ends an answer, the system prompt."""
     families: dict[str, list[str]] = {}
     for name in TEMPLATES:
-        family = re.sub(r"_([a-z]+|v\d|instruct_\d+)$", "", name.removesuffix("_training"))
+        plain = name.removesuffix("_training").replace("transformers_", "transformers: ")
+        family = re.sub(r"_([a-z]+|v\d|instruct_\d+)$", "", plain)
         families.setdefault(family, []).append(name)
     rows = []
     for family, names in families.items():
         made = [tokenizer_of(TEMPLATES[name]) for name in names]
         turns = [turns_of(one) for one in made]
         ends = dict.fromkeys(one.convert_ids_to_tokens(end_of_turn(one))[0] for one in made)
-        system = "before the first question" if not all(t and t.is_told for t in turns) else "in its place"
+        joined = any(t and not t.is_told for t in turns)
+        system = "before the first question, no place of its own" if joined else "in its place"
+        system = "with the last question" if any(t and t.system_later for t in turns) else system
         shown_ends = ", ".join(f"`{end}`" for end in ends).replace("|", "\\|")
         rows.append(f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | {system} |")
     return rows

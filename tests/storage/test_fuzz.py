@@ -14,6 +14,7 @@ import pickle
 import random
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -263,14 +264,59 @@ def test_a_named_adapter_of_peft_is_pointed_to(sources: dict[str, Path], tmp_pat
         lk.load(tiny_llama(tied=False), tmp_path / "out")
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_would_never_end_is_refused(field: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
+ENDLESS = [
+    "(([a-z._0-9]*)*)*!", "(a|a)*b", "(?:.|..)*!", "(.?){50}.{50}!", "(?:(?:(?:.{1,9}){1,9}){1,9}){1,9}!", ".*" * 12 + "!",
+    "(?:.*a){40}!", "(?=(.+)+!).*", "(?!(.|.)*!)(?:.*)*!", "(.*)*(.*)*(.*)*!", "(.?){1000000000}!", "(?:.{1000}){1000}!",
+]  # fmt: skip
+REFUSED = [
+    "(.*)\\1",
+    "(a)?(?(1)b|c)",
+    "(?>.*)x",
+    ".*+x",
+    "(",
+    "[",
+    "*",
+    "(?P<x>",
+    "x{2,1}",
+    "(" * 5000 + ")" * 5000,
+    "x|" * 60_000,
+]
+
+
+@pytest.mark.parametrize("pattern", [*ENDLESS, *REFUSED], ids=lambda pattern: pattern[:12])
+def test_a_pattern_that_would_never_end_ends(pattern: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Those that can be matched step by step match nothing here; the others are refused."""
+    folder, model = tmp_path / "adapter", tiny_llama(tied=False)
     shutil.copytree(sources["patterns"], folder)
     (folder / "lorakin.json").unlink()
-    config = json.loads((folder / "adapter_config.json").read_text())
-    endless = "(([a-z._0-9]*)*)*!"
-    config[field] = {endless: 2} if field.endswith("pattern") else endless
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(lk.AdapterError, match="expected .*regular expression"):
-        lk.load(tiny_llama(tied=False), folder)
+    whole = json.loads((folder / "adapter_config.json").read_text())
+    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        own = {**whole.get(field, {}), pattern: 2} if field.endswith("pattern") else pattern
+        (folder / "adapter_config.json").write_text(json.dumps(whole | {field: own}))
+        begun = time.monotonic()
+        refused = pattern in REFUSED or field == "target_modules"
+        with pytest.raises(lk.AdapterError) if refused else contextlib.nullcontext():
+            lk.load(model, folder)
+        for adapter in list(lk.adapters(model).values()):
+            adapter.remove()
+        assert time.monotonic() - begun < 5
+
+
+def test_many_patterns(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, model = tmp_path / "adapter", tiny_llama(tied=False)
+    shutil.copytree(sources["patterns"], folder)
+    (folder / "lorakin.json").unlink()
+    whole = json.loads((folder / "adapter_config.json").read_text())
+    begun = time.monotonic()
+    for keys in ([f"a{n}" for n in range(100_000)], [f".*a{n}" for n in range(100_000)]):
+        many = dict.fromkeys(keys, 2)
+        for change in ({"rank_pattern": many}, {"alpha_pattern": many}, {"target_modules": keys}, {"modules_to_save": keys}):
+            (folder / "adapter_config.json").write_text(json.dumps(whole | change))
+            with pytest.raises(lk.AdapterError):
+                lk.load(model, folder)
+    as_many_as_modules = {f"^model\\.layers\\.{n}\\.mlp\\.up_proj": 2 for n in range(10, 50_000)}
+    (folder / "adapter_config.json").write_text(
+        json.dumps(whole | {"rank_pattern": whole["rank_pattern"] | as_many_as_modules})
+    )
+    lk.load(model, folder)
+    assert time.monotonic() - begun < 60

@@ -85,6 +85,7 @@ def test_what_has_no_plain_numbers_has_no_line() -> None:
     assert sums.of(torch.ones(3, device="meta")) is None
     assert sums.of(torch.ones(3, dtype=torch.int64)) is None
     assert sums.of(torch.ones(0, 3)) is None
+    assert sums.of(torch.tensor([1.0, float("nan")])) is None and sums.of(torch.tensor([float("inf")])) is None
     assert sums.of(nn.Parameter(torch.ones(2, 2))) == sums.of(torch.ones(2, 2))
     one = numbers((5, 3))
     assert sums.of(one, [1, 4]) == sums.of(one[[0, 2, 3]]) and sums.of(one, [0]) is None

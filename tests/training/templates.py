@@ -1,22 +1,24 @@
-"""Chat templates of real models, as the installed trl carries them, on a small tokenizer that has their tokens."""
+"""Chat templates that installed packages carry, by short names, and small tokenizers with merges that have their tokens."""
 
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
-import trl
+import transformers
+from tokenizers import Tokenizer
 
 from serving.words import byte_tokenizer
+from training.carried import SPECIAL, templates
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
-SPECIAL = re.compile(
-    r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}>|<[a-z_]+\|>|<\|[a-z_]+>|\[/?[A-Z_]+\]|<[｜|][^｜|<>]+[｜|]>|<\|(?:START|END|CHATBOT|USER|SYSTEM)[A-Z_]*\|>"
-)
-"""What looks like one token in a template."""
+
+def _short(place: str) -> str:
+    path = Path(place.partition(":")[0])
+    return f"transformers_{path.parent.name}" if place.startswith("transformers/") else path.stem
+
+
+TEMPLATES = {_short(place): text for place, text in templates().items()}
 
 
 @functools.cache
@@ -24,13 +26,10 @@ def _bytes() -> str:
     return str(byte_tokenizer().backend_tokenizer.to_str())
 
 
-def tokenizer_of(template: str | None, bos: str | None = "<s>", eos: str = "</s>") -> Any:
-    """A byte-level tokenizer that has the template, its special tokens, and these two."""
-    import transformers
-    from tokenizers import Tokenizer
-
+def tokenizer_of(template: str | None, eos: str = "</s>") -> Any:
+    """A byte-level tokenizer with the template, its special tokens, <s>, and an end of text that need not be the template's."""
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_bytes()))
-    named = {"eos_token": eos, "pad_token": eos, **({"bos_token": bos} if bos else {})}
+    named = {"bos_token": "<s>", "eos_token": eos, "pad_token": eos}
     found = set(SPECIAL.findall(template or "")) - set(named.values())
     made.add_special_tokens({**named, "additional_special_tokens": sorted(found)})
     made.chat_template = template

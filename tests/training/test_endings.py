@@ -1,4 +1,4 @@
-"""Where answers end: with every chat template that trl carries, and in what transformers really generates."""
+"""Where answers end: with every chat template that trl and transformers carry, and in what transformers really generates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ ENDS = {
     "gemma": "<end_of_turn>", "glm4moe": "<|user|>", "gptoss": "<|return|>", "idefics3": "<end_of_utterance>",
     "smolvlm": "<end_of_utterance>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>", "llava_next": "</s>",
     "muse_glimmer": "<|eot|>", "nemotron": "<|im_end|>", "phi3": "<|end|>", "qwen": "<|im_end|>",
+    "mistral": "</s>", "transformers_llama4": "<|eot|>", "transformers_qwen2_audio": "<|im_end|>",
+    "transformers_smolvlm": "<end_of_utterance>",
 }  # fmt: skip
-"""What trl's templates of each family close an assistant's turn with, by the start of their names."""
+"""What the templates of each family close an assistant's turn with, by the start of their names."""
 
 
 def rigged(tokenizer: Any, token: int) -> Any:
@@ -94,6 +96,11 @@ def test_an_end_that_is_text() -> None:
 
     model.generate = says
     assert answer(loaded, "Hi") == "yes"
+
+
+def test_a_full_stop_is_no_end() -> None:
+    made = tokenizer_of("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}")
+    assert end_of_turn(made) == [] and end_of_turn_text(made) is None
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages | length }}", "{{ raise_exception('no') }}"])

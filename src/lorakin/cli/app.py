@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -10,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from lorakin.cli import combine, compare, convert, demo, evaluate, export, generate, inspect, merge, methods, plan, train
 from lorakin.errors import LorakinError, LorakinWarning
+from lorakin.terminal import Terminal, labelled, shortened
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
@@ -39,14 +40,13 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    errors = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes talks
+    errors = Terminal(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes talks
     shown = warnings.showwarning
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if not issubclass(category, LorakinWarning):
             return shown(message, category, *rest, **more)
-        errors.print("[bold yellow]warning:[/] ", end="")
-        errors.print(str(message), markup=False, soft_wrap=True)
+        errors.print(labelled("warning: ", shortened(str(message)), "bold yellow"))
         return None
 
     warnings.showwarning = show_ours
@@ -56,8 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(str(error), markup=False, soft_wrap=True)
+        errors.print(labelled("error: ", shortened(str(error)), "bold red"))
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -66,7 +65,9 @@ def run(arguments: Sequence[str]) -> int:
         show = getattr(error, "show", None)  # typer's own usage errors know how to show themselves
         if show is None:
             raise
-        show()
+        said = io.StringIO()
+        show(said)
+        errors.print(said.getvalue(), end="")
         return int(getattr(error, "exit_code", 2))
     finally:
         warnings.showwarning = shown

@@ -53,9 +53,9 @@ def command(
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     near = f"largest relative error {worst:.3g}" if worst else "exact"
     console = console_for(False)
-    console.print(f"{how} of {len(parts)} adapters in {out}: {span}, {near}", highlight=False, markup=False)
+    console.print(f"{how} of {len(parts)} adapters in {out}: {span}, {near}")
     if report["verified"]:
-        console.print(f"compared with {report['compared_with']}: {report['agreement']}", highlight=False, markup=False)
+        console.print(f"compared with {report['compared_with']}: {report['agreement']}")
 
 
 def _weight(part: str) -> tuple[str, float]:

@@ -135,5 +135,5 @@ def command(
         print_json(findings.as_dict())
         return
     for sentence in findings.verdict:
-        console.print(sentence.replace("**", ""), highlight=False, markup=False)
-    console.print(f"the report: {study.out / compare.REPORT}", highlight=False)
+        console.print(sentence.replace("**", ""))
+    console.print(f"the report: {study.out / compare.REPORT}")

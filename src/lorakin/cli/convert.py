@@ -31,6 +31,6 @@ def command(
         print_json({"out": out, "format": converted.format, "notes": converted.notes})
         return
     console = console_for(False)
-    console.print(f"{converted.format} adapter in {out}: {converted.adapter!r}", highlight=False, markup=False)
+    console.print(f"{converted.format} adapter in {out}: {converted.adapter!r}")
     for note in converted.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}")

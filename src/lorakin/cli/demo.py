@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from lorakin.cli.options import console_for, examples
+from lorakin.terminal import Terminal, labelled, quoted
+from lorakin.terminal import command as words
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result, Run
 
 EXAMPLES = examples("lorakin demo", "lorakin demo --steps 100 --out longer")
-TRAIN, HELD_OUT, PROMPT = "train.jsonl", "held_out.jsonl", "prompt.txt"
+TRAIN, HELD_OUT, PROMPT, ADAPTER = "train.jsonl", "held_out.jsonl", "prompt.txt", "adapter"
+MADE = ".lorakin-demo.json"
+"""What a demo wrote into its directory: the path of each file in it -> the SHA-256 of its content."""
 SHOWN, HELD_OUT_ROWS, ANSWER_TOKENS = 3, 96, 40
 
 Rows = list[dict[str, str]]
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", "-o", help="A directory for everything; replaced if a demo made it.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A directory for everything; an earlier demo there is replaced.")
+    ] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
 ) -> None:
     """Fine-tune SmolLM2-135M to write one-line docstrings, on Python's own standard library: some minutes on two cores."""
@@ -34,43 +41,106 @@ def command(
     from lorakin.training.recipe import Recipe
 
     console = console_for(False)
-    console.print(
-        "[bold]demo[/]   one-line docstrings for Python functions, learned from the standard library", highlight=False
-    )
+    console.print(labelled("demo   ", "one-line docstrings for Python functions, learned from the standard library"))
     held_out = _write_data(out)
     recipe = Recipe(
         model="smollm2",
         data=[str(out / TRAIN)],
         eval_data=str(out / HELD_OUT),
-        out=str(out / "adapter"),
+        out=str(out / ADAPTER),
         lr=1e-3,
         steps=steps,
         max_length=320,
     )
-    run = training.prepare(recipe, console)
-    shown = [row for row in held_out if len(row["prompt"]) < 300][:SHOWN]
-    before = _answers(run, shown)
-    result = training.train(run)
+    with _noted(out):
+        run = training.prepare(recipe, console)
+        shown = [row for row in held_out if len(row["prompt"]) < 300][:SHOWN]
+        before = _answers(run, shown)
+        result = training.train(run)
     after = _answers(run, shown)
     _show_answers(console, shown, before, after)
     _show_result(console, out, result)
 
 
 def _write_data(out: Path) -> Rows:
-    """Put the training and held-out rows into `out`, a new directory or one that a demo made; returns the held-out rows."""
+    """Put the training and held-out rows into `out`, a new directory or one that a demo made; returns the held-out rows.
+
+    Raises:
+        OutputError: the directory is not empty and no demo made it, or files lie in it that a demo would overwrite.
+    """
     from lorakin.errors import OutputError
     from lorakin.training.docstrings import INSTRUCTION, docstring_rows
 
-    if (out / TRAIN).is_file() and (out / HELD_OUT).is_file():
-        shutil.rmtree(out)
-    elif out.exists() and any(out.iterdir()):
-        raise OutputError(f"--out {out} is not empty and no demo made it; choose another directory")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and any(out.iterdir()):
+        _clear(out)
     rows = docstring_rows()
-    for name, part in ((HELD_OUT, rows[:HELD_OUT_ROWS]), (TRAIN, rows[HELD_OUT_ROWS:])):
-        (out / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    (out / PROMPT).write_text(INSTRUCTION + "def f(a, b):\n    return a if a > b else b\n", encoding="utf-8")
+    parts = {HELD_OUT: rows[:HELD_OUT_ROWS], TRAIN: rows[HELD_OUT_ROWS:]}
+    texts = {name: "".join(json.dumps(row) + "\n" for row in part) for name, part in parts.items()}
+    texts[PROMPT] = INSTRUCTION + "def f(a, b):\n    return a if a > b else b\n"
+    with _noted(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                with open(out / name, "x", encoding="utf-8") as file:  # which fails on a file, and on a link, that is there
+                    file.write(text)
+        except OSError as error:
+            raise OutputError(f"cannot write to --out {out}: {error.strerror or error}; choose another directory") from error
     return rows[:HELD_OUT_ROWS]
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo wrote into `out`, by its list: files that are still as it wrote them, and no other."""
+    from lorakin.errors import OutputError
+
+    try:
+        made = json.loads((out / MADE).read_text(encoding="utf-8"))
+        if (out / MADE).is_symlink() or not all(isinstance(digest, str) for digest in made.values()):
+            raise ValueError
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise OutputError(f"--out {out} is not empty and no demo made it; choose another directory") from None
+    there = _entries(out)
+    changed = [p for p in there if not _is_folder(p) and not (_is_file(p) and made.get(_name(out, p)) == _digest(p))]
+    if changed:
+        raise OutputError(f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose another directory")
+    for path in reversed(there):
+        path.rmdir() if _is_folder(path) else path.unlink()
+    (out / MADE).unlink()
+
+
+def _entries(out: Path) -> list[Path]:
+    """What lies in `out` where a demo writes, a folder before what is in it; links are not followed."""
+    ours = [out / name for name in (TRAIN, HELD_OUT, PROMPT, ADAPTER)]
+    inside = sorted((out / ADAPTER).rglob("*")) if _is_folder(out / ADAPTER) else []
+    return [path for path in (*ours, *inside) if path.exists() or path.is_symlink()]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _name(out: Path, path: Path) -> str:
+    return path.relative_to(out).as_posix()
+
+
+@contextlib.contextmanager
+def _noted(out: Path) -> Iterator[None]:
+    """Whatever comes of what is done inside, the files that lie in `out` then are noted as a demo's."""
+    try:
+        yield
+    finally:
+        if out.is_dir():
+            made = {_name(out, path): _digest(path) for path in _entries(out) if _is_file(path)}
+            (out / MADE).unlink(missing_ok=True)
+            (out / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _answers(run: Run, rows: Rows) -> list[str]:
@@ -79,17 +149,16 @@ def _answers(run: Run, rows: Rows) -> list[str]:
     return [answer(run.loaded, row["prompt"], max_new_tokens=ANSWER_TOKENS) for row in rows]
 
 
-def _show_answers(console: Console, rows: Rows, before: list[str], after: list[str]) -> None:
+def _show_answers(console: Terminal, rows: Rows, before: list[str], after: list[str]) -> None:
     console.rule("three held-out functions")
     for row, old, new in zip(rows, before, after, strict=True):
-        console.print(row["prompt"].split("\n\n", 1)[1], style="dim", markup=False, highlight=False)
+        console.print(row["prompt"].split("\n\n", 1)[1], style="dim")
         for label, text in (("its author", row["completion"]), ("before", old), ("after", new)):
-            console.print(f"  [bold]{label:<10}[/] ", end="")
-            console.print(" ⏎ ".join(text.splitlines()) or "(nothing)", markup=False, highlight=False)
+            console.print(labelled(f"  {label:<10} ", " ⏎ ".join(text.splitlines()) or "(nothing)"))
         console.print()
 
 
-def _show_result(console: Console, out: Path, result: Result) -> None:
+def _show_result(console: Terminal, out: Path, result: Result) -> None:
     from lorakin.training import train as training
     from lorakin.training.progress import peak_memory_bytes
 
@@ -107,16 +176,16 @@ def _show_result(console: Console, out: Path, result: Result) -> None:
     }
     console.rule("result")
     for label, value in lines.items():
-        console.print(f"[bold]{label:<16}[/] {value}", highlight=False)
-    console.print("\n[bold]next[/]")
+        console.print(labelled(f"{label:<16} ", value))
+    console.print(Text("\nnext", "bold"))
     for line in (
-        f"generate --model smollm2 --adapter {adapter} --prompt - < {out / PROMPT}",
-        f"evaluate --model smollm2 --adapter {adapter} --data {out / HELD_OUT}",
-        f"inspect {adapter}",
-        f"merge --model smollm2 --adapter {adapter} --out {out / 'merged'}",
-        f"train {adapter / training.RECIPE} --steps 200 --out {out / 'longer'}",
+        f"{words('generate', '--model', 'smollm2', '--adapter', adapter, '--prompt', '-')} < {quoted(out / PROMPT)}",
+        words("evaluate", "--model", "smollm2", "--adapter", adapter, "--data", out / HELD_OUT),
+        words("inspect", adapter),
+        words("merge", "--model", "smollm2", "--adapter", adapter, "--out", out / "merged"),
+        words("train", adapter / training.RECIPE, "--steps", 200, "--out", out / "longer"),
     ):
-        console.print(f"  {_as_typed_here()} {line}", markup=False, highlight=False)
+        console.print(f"  {quoted(_as_typed_here())} {line}")
 
 
 def _as_typed_here() -> str:

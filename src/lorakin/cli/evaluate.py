@@ -69,4 +69,4 @@ def command(
     if as_json:
         print_json({"model": model, "adapter": adapter, "data": data, **figures.as_dict()})
     else:
-        console.print(described(figures), highlight=False)
+        console.print(described(figures))

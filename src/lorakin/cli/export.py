@@ -55,4 +55,4 @@ def command(
         return
     console = console_for(False)
     for line in exported.lines():
-        console.print(line, highlight=False, markup=False)
+        console.print(line)

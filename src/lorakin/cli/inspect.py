@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from lorakin.cli.options import Json, console_for, examples, print_json
+from lorakin.terminal import labelled
 
 EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --html adapter.html", "lorakin inspect adapter --json")
 
@@ -33,17 +34,15 @@ def command(
         from lorakin.study import adapter_page, page
 
         page.write(html, adapter_page.render(summary))
-        console_for(as_json).print(f"the page: {html}", highlight=False)
+        console_for(as_json).print(f"the page: {html}")
     if as_json:
         print_json(summary.as_dict())
         return
     console = console_for(False)
     for name, value in summary.headline().items():
-        console.print(f"[bold]{name:<11}[/] {value}", highlight=False)
+        console.print(labelled(f"{name:<11} ", value))
     if not summary.norms:
-        console.print(
-            "no norms: the shared pair is not in the file but drawn again with the base model at hand", highlight=False
-        )
+        console.print("no norms: the shared pair is not in the file but drawn again with the base model at hand")
         return
     title = "‖up·down‖ by layer and module, without the magnitudes" if summary.gained else "‖ΔW‖ by layer and module"
     title += "; a parameter's experts together" if summary.has_experts else ""

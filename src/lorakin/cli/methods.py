@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.family import FAMILY, Member, Method, Modifier, conflict
@@ -22,14 +23,14 @@ def command(as_json: Json = False) -> None:
         return
     console = console_for(False)
     for member in FAMILY:
-        console.print(f"[bold]{member.word}[/]  [dim]{member.paper}[/]", highlight=False)
+        console.print(Text.assemble((member.word, "bold"), "  ", (member.paper, "dim")))
         for axis, choice in member.decides.items():
-            console.print(f"    {axis}: {choice}", highlight=False, markup=False)
+            console.print(f"    {axis}: {choice}")
         settings = ", ".join(f"{name}={value}" for name, value in _described(member)["settings"].items())
         rate = Method.of(member()).learning_rate
-        console.print(f"    settings: {settings}; usual learning rate {rate:g}", highlight=False, markup=False)
+        console.print(f"    settings: {settings}; usual learning rate {rate:g}")
         if member.remark:
-            console.print(f"    {member.remark}", highlight=False, markup=False)
+            console.print(f"    {member.remark}")
     numbers = [str(number) for number in range(1, len(FAMILY) + 1)]
     table = Table("", *numbers, box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0))
     reasons: list[str] = []
@@ -43,8 +44,8 @@ def command(as_json: Json = False) -> None:
         table.add_row(f"{len(table.rows) + 1} {row.word}", *cells)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
-        console.print(f"✗{number} {reason}", highlight=False, markup=False)
-    console.print("More than two combine if each two of them do; a reason says where it depends on a third.", highlight=False)
+        console.print(f"✗{number} {reason}")
+    console.print("More than two combine if each two of them do; a reason says where it depends on a third.")
 
 
 def _described(member: type[Member]) -> dict[str, Any]:

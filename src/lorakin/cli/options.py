@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lorakin.errors import SettingError
+from lorakin.terminal import Terminal
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt/completion", "squad", "classification", "text")
 """Those of `lorakin.training.formats`, which takes seconds to import."""
@@ -92,9 +92,9 @@ def template_of(file: str | None, none: bool) -> bool | str | None:
     return False if none else file
 
 
-def console_for(as_json: bool) -> Console:
+def console_for(as_json: bool) -> Terminal:
     """Where a command talks to the user: not on stdout if that is to hold JSON."""
-    return Console(stderr=as_json, soft_wrap=True)
+    return Terminal(stderr=as_json)
 
 
 def print_json(content: dict[str, Any]) -> None:

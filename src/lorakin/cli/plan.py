@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
 
 from lorakin.cli.options import Json, Model, console_for, examples, parts, print_json
+from lorakin.terminal import Terminal, labelled
 
 if TYPE_CHECKING:
     from lorakin.study.advice import Advice
@@ -75,10 +75,10 @@ def command(
     show(advice, console)
 
 
-def show(advice: Advice, console: Console) -> None:
+def show(advice: Advice, console: Terminal) -> None:
     """The table and what follows from it."""
-    console.print(f"[bold]model[/]  {advice.headline}", highlight=False)
-    console.print(f"[bold]memory[/] {advice.memory_line}", highlight=False)
+    console.print(labelled("model  ", advice.headline))
+    console.print(labelled("memory ", advice.memory_line))
     table = Table(Column("method", no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))
     for title in ("rank", "trained", "adapter", "optimizer", "activ.", "peak", "step ×", "fits"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -87,7 +87,7 @@ def show(advice: Advice, console: Console) -> None:
             table.add_row(*_cells(row.plan, row.fits))
     console.print(table)
     for line in advice.lines():
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def _cells(plan: Plan, fits: bool | None) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lorakin.cli.options import (
     DATA_HELP,
@@ -34,6 +33,8 @@ from lorakin.cli.options import (
     print_json,
     template_of,
 )
+from lorakin.terminal import Terminal, labelled
+from lorakin.terminal import command as words
 
 EXAMPLES = examples(
     "lorakin train --model smollm2 --data rows.jsonl --steps 100 --out adapter",
@@ -128,23 +129,23 @@ def command(
     flags["schedule_args"] = parse_settings(schedule_args or [], "--schedule-arg")
     flags["method"] = ",".join(method) if method else None
 
-    console = console_for(as_json) if processes.is_first() else Console(quiet=True)
+    console = console_for(as_json) if processes.is_first() else Terminal(quiet=True)
     effective = training.resumed_recipe(recipe, flags) if resume else read_recipe(recipe, flags)
     try:
         result = training.train(training.prepare(effective, console, resume))
     except KeyboardInterrupt:
         if (Path(effective.out) / training.RECIPE).is_file():
-            console.print(f"stopped; go on with: lorakin train --resume --out {effective.out}", highlight=False, soft_wrap=True)
+            console.print(f"stopped; go on with: {words('lorakin', 'train', '--resume', '--out', effective.out)}")
         raise
     if as_json:
         if processes.is_first():
             print_json(result.as_dict())
         return
     where = result.out
-    console.print(f"[bold]held out after[/]   {training.described(result.after)}", highlight=False)
-    console.print(
-        f"[bold]adapter[/]  {where} ({result.adapter_bytes / 2**20:.1f} MiB, "
+    console.print(labelled("held out after   ", training.described(result.after)))
+    said = (
+        f"{where} ({result.adapter_bytes / 2**20:.1f} MiB, "
         f"{result.trainable_parameters:,} trained parameters); "
-        f"{where / training.PICTURE}, {where / training.METRICS}, {where / training.RECIPE}",
-        highlight=False,
+        f"{where / training.PICTURE}, {where / training.METRICS}, {where / training.RECIPE}"
     )
+    console.print(labelled("adapter  ", said))

@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lorakin.errors import LorakinWarning
+from lorakin.errors import DataError, LorakinWarning
 from lorakin.training.endings import end_of_turn, end_of_turn_text
+from lorakin.training.templates import Template
 
 SYSTEM = "SYSTEMMARK"
 USER = ("FIRSTMARK", "SECONDMARK", "THIRDMARK")
@@ -27,7 +28,6 @@ NO_TEMPLATE = (
     "turns: the model will not answer as it was trained. Put the right TEMPLATE into the Modelfile"
 )
 
-Message = dict[str, str]
 Place = tuple[str, str]
 """What stands before a system prompt, and between it and the question behind it."""
 
@@ -54,7 +54,7 @@ class Turns:
     is_told: bool = True
 
     def go_template(self) -> str:
-        """In Go's template language, over the `.Messages` and `.System` that Ollama gives; `.System` are all system messages."""
+        """In Go's template language, over Ollama's `.Messages` and `.System`, which is all system messages together."""
         if self.system_later is None:
             first = _choice("$.System", self.system, self.first)
             later = _literal(self.later)
@@ -143,7 +143,7 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
     if turns is not None:
         if not turns.is_told:
             lines.append("# the model's chat template takes no system prompt: one is put before the first question")
-        if "strftime_now" in str(tokenizer.chat_template):
+        if Template(tokenizer).prints_the_day:
             lines.append("# the model's chat template prints the date: here it is the day on which this file was written")
         lines.append(f'TEMPLATE """{turns.go_template()}"""')
     elif getattr(tokenizer, "chat_template", None):
@@ -219,14 +219,10 @@ def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
 
 def _rendered(tokenizer: Any, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
     """The template's text for a conversation whose last question is to be answered; nothing if it refuses it."""
-    roles = ["user" if number % 2 == 0 else "assistant" for number in range(len(questions) + len(answers))]
-    turns = [*([("system", system)] if system else []), *zip(roles, _order(questions, answers), strict=True)]
-    for whole in (True, False):  # some templates take a list of parts where others take a text
-        messages = [{"role": role, "content": text if whole else [{"type": "text", "text": text}]} for role, text in turns]
-        try:
-            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a chat template raises whatever it likes about a conversation
-            continue
-        if questions[0] in rendered:
-            return rendered
-    return ""
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, text in enumerate(_order(questions, answers)):
+        messages.append({"role": "assistant" if number % 2 else "user", "content": text})
+    try:
+        return Template(tokenizer).text(messages, answer_next=True)
+    except DataError:
+        return ""

@@ -27,7 +27,7 @@ from lorakin.storage.expert_stacks import FIELD, Scale, _set_scale, _taken, _wit
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import own_weight
 from lorakin.surgery.parameters import IN_PROJECTIONS, is_attention
-from lorakin.surgery.targets import resolve
+from lorakin.surgery.patterns import resolve
 
 IN, OUT = "in_proj_weight.0", "out_proj"
 NESTED = {IN: "", OUT: "base_layer.out_proj."}

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lorakin.errors import AdapterError
+from lorakin.storage import files
 from lorakin.surgery.counts import parameter_counts, tensors_of, trained_by_method
 from lorakin.surgery.graft import Graft
 from lorakin.surgery.quantised import is_quantised
@@ -33,6 +35,7 @@ PIPELINES = {
 """PEFT's word for a task -> the hub's, where only one can be meant."""
 TAGS = "lora lorakin".split()
 """The hub's own words, by which people look for adapters of any method of the family."""
+LONGEST_CARD = 1 << 20
 LONGEST = 300
 """Characters of a name or a note; what is longer is cut."""
 
@@ -57,10 +60,10 @@ def content(
 def for_saving(path: Path, text: str) -> bytes | None:
     """The card `text` as bytes for the file `path`; None if what is there already is not, or no longer, lorakin's own."""
     try:
-        there = path.read_text(encoding="utf-8")
+        there = files.content(path, LONGEST_CARD).decode("utf-8")
     except FileNotFoundError:
         return text.encode()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, AdapterError):  # whatever else lies there is no card
         return None
     return text.encode() if is_own(there) else None
 

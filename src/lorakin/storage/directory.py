@@ -7,9 +7,7 @@ what training remembers between steps.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +40,7 @@ from lorakin.storage.own_part import (
     tensors_in,
     unsound,
 )
+from lorakin.storage.pickles import tensors_of
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.biases import bias_of
 from lorakin.surgery.graft import Graft
@@ -161,14 +160,9 @@ def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
         if TENSORS in found:
             return tensors_in(found[TENSORS])
         if OLD_TENSORS in found:
-            content = torch.load(io.BytesIO(found[OLD_TENSORS]), map_location="cpu", weights_only=True)
-            if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-                raise AdapterError(f"{path / OLD_TENSORS} holds something else than tensors by name")
-            return {str(key): tensor.detach() for key, tensor in content.items()}
+            return tensors_of(path / OLD_TENSORS, found[OLD_TENSORS])
         raise AdapterError(f"{path} has no {TENSORS}")
-    except pickle.UnpicklingError:
-        raise AdapterError(f"{path / OLD_TENSORS} cannot be read: it holds more than tensors, and is not run") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None

@@ -27,7 +27,8 @@ from lorakin.surgery import parameters
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.experts import ExpertMatrix, count, stack_names
 from lorakin.surgery.graft import own_weight
-from lorakin.surgery.targets import for_stacks, resolve
+from lorakin.surgery.patterns import resolve
+from lorakin.surgery.targets import for_stacks
 
 FIELD = "target_parameters"
 

@@ -25,21 +25,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, some
 from lorakin.family import FAMILY, Shape, all_finite
 from lorakin.family.settings import is_finite_number
+from lorakin.storage import files
 from lorakin.storage.own_part import read_json
+from lorakin.storage.pickles import tensors_of
 from lorakin.surgery import layers
 from lorakin.surgery.layers import EmbeddingLayer
 from lorakin.surgery.targets import named_modules
@@ -435,19 +436,11 @@ def _file_at(path: Path) -> Path:
 def _tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix not in (".safetensors", *PICKLES):
         raise AdapterError(f"{file} is no file of tensors; expected .safetensors, {', '.join(PICKLES)}")
+    if file.suffix != ".safetensors":
+        return tensors_of(file)
     try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        whole = zipfile.is_zipfile(file)
-        what = "it holds more than tensors, and is not run" if whole else "it is damaged, or none that torch.save wrote"
-        raise AdapterError(f"{file} cannot be read: {what}") from None
-    except Exception as error:  # a damaged pickle makes torch stumble in any way
+        return safetensors.torch.load_file(files.regular(file))
+    except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(f"{file}: its tensors cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file} holds {type(content).__name__}, expected tensors by name")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise AdapterError(f"{file}: {key!r} is {type(tensor).__name__}, expected a tensor under a name")
-    return {key: tensor.detach() for key, tensor in content.items()}

@@ -17,7 +17,7 @@ from lorakin.storage.expert_stacks import FIELD
 from lorakin.surgery import layers
 from lorakin.surgery.experts import ExpertMatrix
 from lorakin.surgery.layers import ConvolutionLayer, EmbeddingLayer, TransposedLayer
-from lorakin.surgery.targets import resolve
+from lorakin.surgery.patterns import Values
 
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
@@ -54,8 +54,9 @@ def as_layers(
     patterns = {}
     for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         known, usual = dict(config.get(field) or {}), config.get(default, 8)
-        said = {path: resolve(known, f"{path}.weight", usual) for path in found}  # PEFT's path is the parameter's
-        own = {f"^{re.escape(path)}": value for path, value in said.items() if resolve(known, path, usual) != value}
+        values = Values(known)
+        said = {path: values.of(f"{path}.weight", usual) for path in found}  # PEFT's path is the parameter's
+        own = {f"^{re.escape(path)}": value for path, value in said.items() if values.of(path, usual) != value}
         patterns[field] = own | known
     modules = config.get("target_modules") or []
     pattern = "|".join([f"(?:{modules})", *map(re.escape, found)])

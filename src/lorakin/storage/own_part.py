@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from lorakin.errors import AdapterError, LorakinWarning
 from lorakin.family import all_finite
-from lorakin.storage import peft_format
+from lorakin.storage import files, peft_format
+from lorakin.storage.fields import misfit
 from lorakin.storage.fingerprint import is_fingerprint
+from lorakin.storage.schema import Check, shown
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
@@ -25,6 +28,36 @@ KNOWN = {
     "format", "members", "beside", "patterns", "tensors", "projection", "base", "buffers", "whole", "state", CHECKSUM,
 }  # fmt: skip
 """What `lorakin.json` may say; a file of a later version that says more has another format."""
+
+
+MOST_JSON = 1 << 26
+"""Bytes of one of the JSON files: of the largest mixtures some ten million."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    member: str
+    settings: dict[str, Any]
+
+
+def _is_state(value: Mapping[str, Any]) -> bool:
+    return type(value.get("steps")) is int and isinstance(value.get("rules"), list)
+
+
+_Named = Annotated[dict[Literal["tensor"], str], Check("a tensor's name", lambda value: len(value) == 1)]
+KINDS: Mapping[str, Any] = {
+    "members": list[_Member],
+    "beside": dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str],
+    "patterns": tuple[dict[str, Any], dict[str, Any]],
+    "tensors": dict[str, dict[str, _Named]],
+    "state": Annotated[dict[str, Any], Check("steps, a number, and rules, a list", _is_state)],
+    "base": dict[str, Any],
+    "buffers": dict[str, _Named],
+    "whole": list[str],
+    "projection": str,
+    CHECKSUM: str,
+}
+"""Field of lorakin.json -> what it must hold if it is there."""
 
 
 class Beside(NamedTuple):
@@ -52,14 +85,14 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
         return Beside()
     own = parsed(path / OWN, found[OWN])
     if own.get("format") != FORMAT:
-        raise AdapterError(f"{path / OWN}: format {own.get('format')!r}, this version reads {FORMAT}; update lorakin")
+        raise AdapterError(f"{path / OWN}: format {shown(own.get('format'))}, this version reads {FORMAT}; update lorakin")
     if unknown := sorted(own.keys() - KNOWN):
         raise AdapterError(
             f"{path / OWN}: it says {unknown[0][:80]!r}, which no lorakin writes in format {FORMAT}; it is damaged"
         )
+    if reason := misfit(own, KINDS):
+        raise AdapterError(f"{path / OWN}: {reason}")
     beside, base = own.get("beside") or {}, own.get("base")
-    if not isinstance(beside, dict) or any(name not in (TENSORS, OWN_TENSORS) for name in beside):
-        raise AdapterError(f"{path / OWN} names files that are not an adapter's: {str(beside)[:80]}")
     if base is not None and not is_fingerprint(base):
         raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
     others = [name for name, digest in beside.items() if name not in found or sha256(found[name]) != digest]
@@ -96,23 +129,12 @@ def _own_part(path: Path, own: Mapping[str, Any], content: bytes | None) -> peft
         more = tensors_in(content) if content is not None else {}
         members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
         tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
-        if tensors is not None and not all(isinstance(t, Tensor) for slots in tensors.values() for t in slots.values()):
-            raise AdapterError(f"{path / OWN}: its tensors are none: expected the slots of each module, each with a tensor")
         state = _unpacked(own["state"], more, path) if "state" in own else None
-        if state is not None and not (isinstance(state.get("steps"), int) and isinstance(state.get("rules"), list)):
-            raise AdapterError(f"{path / OWN}: its state is none: expected steps, a number, and rules, a list")
         buffers = _unpacked(own.get("buffers", {}), more, path)
-        if not all(isinstance(t, Tensor) for t in buffers.values()):
-            raise AdapterError(f"{path / OWN}: its buffers are none: expected a tensor for each name")
-        whole = own.get("whole")
-        if whole is not None and not (isinstance(whole, list) and all(isinstance(name, str) for name in whole)):
-            raise AdapterError(f"{path / OWN}: what it trains whole is no list of names: {str(whole)[:80]}")
-        patterns = own.get("patterns", [{}, {}])
-        if len(patterns) != 2 or not all(isinstance(pattern, dict) for pattern in patterns):
-            raise AdapterError(f"{path / OWN}: its patterns are none: {str(patterns)[:80]}")
+        whole, patterns = own.get("whole"), own.get("patterns", [{}, {}])
         if spoilt := [key for key, t in more.items() if t.is_floating_point() and not all_finite(t)]:
             raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
@@ -166,11 +188,11 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: no such file, no JSON, no object, or a key that stands twice.
     """
     try:
-        content = path.read_bytes()
+        content = files.content(path, MOST_JSON)
     except FileNotFoundError:
         raise no_json(path) from None
     except OSError as error:
-        raise AdapterError(f"{path} cannot be read as JSON ({error})") from None
+        raise error if isinstance(error, AdapterError) else AdapterError(f"{path} cannot be read as JSON ({error})") from None
     return parsed(path, content)
 
 
@@ -183,6 +205,8 @@ def no_json(path: Path) -> AdapterError:
 
 def parsed(path: Path, content: bytes) -> dict[str, Any]:
     """The JSON object in a file's `content`; raises `AdapterError` if it is none."""
+    if len(content) > MOST_JSON:
+        raise AdapterError(f"{path} is longer than {MOST_JSON:,} bytes, so it is none")
     try:
         said = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, SettingError, some
+from lorakin.errors import AdapterError, LorakinWarning, SettingError, TargetError, some
 from lorakin.family import (
     AdaLoRA,
     DoRA,
@@ -60,10 +60,13 @@ from lorakin.surgery.layers import (
     TransposedLayer,
     UngroupedLayer,
 )
-from lorakin.surgery.targets import named_modules, resolve
+from lorakin.surgery.patterns import Values
+from lorakin.surgery.targets import named_modules
 from lorakin.surgery.tokens import TokenRows
 
 PREFIX = "base_model.model."
+MOST_DRAWN = 1 << 28
+"""Numbers of a shared pair that is drawn anew, a gibibyte, where the base is smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +431,7 @@ def from_files(
         plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
         kept = _with_ranks_kept(plan, config, read)
         plan = dataclasses.replace(kept, tokens=tokens.tokens, ungrouped=over_all, biases=tuple(biases))
-    except SettingError as error:
+    except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     spots = {path: spot_of(modules[path]) for path in read}
     spots |= {path: Spot(UngroupedLayer.shape(modules[path]), spots[path].weight) for path in over_all & spots.keys()}
@@ -485,7 +488,7 @@ def _check_pairs(
     where: str,
 ) -> None:
     """The pairs of our own tensors are those that PEFT's files hold, so that both say the same function."""
-    ranks, alphas = (config.get(field) or {} for field in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (Values(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern"))
     for path, slots in read.items():
         pair = plan.sites[path].low_rank(widened(slots), spots[path].shape)
         theirs = sites.get(path, {})
@@ -493,8 +496,8 @@ def _check_pairs(
             continue
         if "A" in theirs:  # all of a stack, or of an attention, have one rank there
             pair = padded(pair, max(len(theirs["A"]), pair.down.shape[0]))
-        rank = resolve(ranks, path, config.get("r", LORA.defaults["r"])) or 1
-        alpha = resolve(alphas, path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
+        rank = ranks.of(path, config.get("r", LORA.defaults["r"])) or 1
+        alpha = alphas.of(path, config.get("lora_alpha", LORA.defaults["lora_alpha"])) or 0
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         same = {"A", "B"} <= theirs.keys() and theirs["B"].flatten(1).shape[1] == rank and abs(scale - 1) < 1e-6
         if same and layers.is_grouped(modules[path]):
@@ -571,6 +574,12 @@ def _add_shared(
     elif saved:
         raise AdapterError(f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it holds")
     if not saved:
+        rank, there = method.setting("rank"), sum(math.prod(spot.shape[:2]) for spot in spots.values())
+        if (numbers := rank * (inputs + outputs)) > max(MOST_DRAWN, there):
+            raise AdapterError(
+                f"{where}: its shared pair of rank {rank:,} is not in the file, and drawn again it would have {numbers:,} "
+                f"numbers, where the weights that it adapts have {there:,}; the file is damaged or hostile"
+            )
         pair, base = method.parametrisation, next(iter(spots.values())).weight
         fresh = next(iter(pair.start_all(spots, dict.fromkeys(spots, pair), None, torch.device("cpu")).values()))
         drawn, seed = {slot: fresh[slot] for slot in form.shared}, method.setting("seed")
@@ -677,14 +686,14 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in FORMS:
         raise AdapterError(f"{where}: peft_type is {peft_type!r}; this version reads {', '.join(FORMS)}")
+    if reason := misfit(config):
+        raise AdapterError(f"{where}: {reason}")
     for field, what in UNSUPPORTED.items():
         if config.get(field) and not (field == "ensure_weight_tying" and token_rows.says_all_of_ties(config)):
             raise AdapterError(f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not implement")
     bias_format.check(config, where)
     if config.get("use_dora") and config["peft_type"] != LORA.peft_type:
         raise AdapterError(f"{where}: it uses DoRA on {config['peft_type']}, which PEFT itself does not define")
-    if reason := misfit(config):
-        raise AdapterError(f"{where}: {reason}")
     form = FORMS[peft_type]
     if form is LORA and (reason := starts.refusal(config)):
         raise AdapterError(f"{where}: it {reason}")
@@ -743,8 +752,10 @@ def pairs_of(
         shared = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
         sites = {path: grouped.spread(_matrices(slots)) | shared for path, slots in _split(form, tensors)[0].items()}
         needed = set(form.slots) - {"m"}
-    plan = plan_for(method, list(sites), (), *_patterns(form, config, own))
-    plan = _with_ranks_kept(plan, config, sites)
+    try:
+        plan = _with_ranks_kept(plan_for(method, list(sites), (), *_patterns(form, config, own)), config, sites)
+    except (SettingError, TargetError) as error:
+        raise AdapterError(f"{where}: {error}") from None
     for path, slots in sites.items():
         if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")

@@ -13,9 +13,10 @@ from torch import nn
 from lorakin.errors import AdapterError, LorakinWarning, some
 from lorakin.surgery import layers
 from lorakin.surgery.layers import ExpertLayer
+from lorakin.surgery.patterns import matches
 
-FIRST, LAST = r".*?", r".*"
-"""Before a layer's number: of several numbers in a path PEFT takes the first, up to 0.19 it took the last."""
+FIRST, LAST = 1, -1
+"""Of several numbers in a path PEFT takes the first as the layer's, up to 0.19 it took the last."""
 
 
 def check_targets(
@@ -91,8 +92,8 @@ class Reading:
     the end of its path, not what is named whole.
     """
 
-    def __init__(self, targets: str | list[str], config: Mapping[str, Any], known: Collection[str], before: str) -> None:
-        """`known`: an entry that is one of these paths means that one alone. `before`: what stands before a layer's number."""
+    def __init__(self, targets: str | list[str], config: Mapping[str, Any], known: Collection[str], which: int) -> None:
+        """`known`: an entry that is one of these paths means that one alone. `which`: `FIRST` or `LAST`."""
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
         self.known = known
@@ -100,7 +101,8 @@ class Reading:
         self.numbers = {numbers} if isinstance(numbers, int) else set(numbers or ())
         names = config.get("layers_pattern") or []
         names = [names] if isinstance(names, str) else names
-        self.layer = [rf"(?:^|{before}\.){name}\.(\d+)\." for name in names] or [rf"{before}\.[^.]*\.(\d+)\."]
+        self.before = [rf"(?:.*\.)?(?:{name})" for name in names] or [r".*\.[^.]*"]
+        self.which = which
 
     def takes(self, path: str) -> bool:
         """Whether the module at this path is adapted."""
@@ -111,8 +113,13 @@ class Reading:
         return _ends_in(self.targets, path, self.known) and (not self.numbers or self._layer_of(path) in self.numbers)
 
     def _layer_of(self, path: str) -> int | None:
-        found = (re.match(rule, path) for rule in self.layer)
-        return next((int(match[1]) for match in found if match), None)
+        parts = path.split(".")
+        inner = [n for n, part in enumerate(parts[:-1]) if re.fullmatch("[0-9]{1,9}", part)]
+        for rule in self.before:
+            for n in inner[:: self.which]:
+                if matches(rule, ".".join(parts[:n])):
+                    return int(parts[n])
+        return None
 
 
 def _readings(targets: str | list[str], config: Mapping[str, Any], known: Collection[str]) -> Iterator[Reading]:
@@ -129,7 +136,7 @@ def _readings(targets: str | list[str], config: Mapping[str, Any], known: Collec
 
 def _matches(targets: str | Collection[str], path: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
+        return matches(targets, path)
     return path in targets or _ends_in(targets, path, ())
 
 

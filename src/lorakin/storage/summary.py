@@ -7,14 +7,17 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from lorakin.errors import AdapterError
 from lorakin.family import Method, Pair
-from lorakin.storage import directory, expert_stacks, peft_format, token_rows
+from lorakin.storage import directory, expert_stacks, own_part, peft_format, token_rows
+from lorakin.storage.schema import Check, Misfit, fitted
 from lorakin.surgery.words import member_in_words, settings_of
 
 IMPORTANCE = "importance.json"
 """What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
+Share = Annotated[float, Check("a number from 0 to 1e30", lambda share: 0 <= share <= 1e30)]
 T = TypeVar("T")
 
 
@@ -128,6 +131,21 @@ def summarise(path: Path) -> Summary:
     )
 
 
+def importance_in(folder: Path) -> dict[str, float]:
+    """Path -> share of the importance, as a probe wrote it into an adapter's directory; nothing where there is no such file.
+
+    Raises:
+        AdapterError: what lies there is none.
+    """
+    path = folder / IMPORTANCE
+    if not path.exists():
+        return {}
+    try:
+        return fitted(dict[str, Share], own_part.read_json(path))  # type: ignore[no-any-return]
+    except Misfit as misfit:
+        raise AdapterError(f"{path}: {misfit}; remove the file to probe again") from None
+
+
 def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Values of modules, by path, as layer → module name → value, layers in their order."""
     table: dict[str, dict[str, T]] = {}
@@ -139,5 +157,5 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 def place_of(path: str) -> tuple[str, str]:
     """A module's layer and its name inside the layer."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
+    match = re.search(r"(?:^|\.)([0-9]{1,9})\.(.+)$", path)
     return (match[1], match[2]) if match else ("–", path)

@@ -64,7 +64,7 @@ _before: Any = WeakTensorKeyDictionary()
 
 
 def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
-    """A tensor's line; None if it has no plain numbers: sharded, without values, quantised, empty."""
+    """A tensor's line; None if it has no plain numbers: sharded, without values, quantised, empty, NaN or infinity."""
     weight = weight.detach()
     plain = type(weight) is Tensor and not weight.is_meta and weight.dtype in NUMBERS
     if trained and plain:
@@ -86,7 +86,10 @@ def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
         square += float(torch.linalg.vector_norm(wide)) ** 2
         sums = (wide @ right.to(wide)).cpu().double()
         total += (left[number * height : number * height + len(part)] * sums).sum(0)
-    numbers = " ".join(f"{number:.7g}" for number in (math.sqrt(square), *total.tolist()))
+    said = math.sqrt(square), *total.tolist()
+    if not all(map(math.isfinite, said)):
+        return None
+    numbers = " ".join(f"{number:.7g}" for number in said)
     return f"{str(held).removeprefix('torch.')} {checksum:08x} {numbers}"
 
 

@@ -6,9 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from lorakin.errors import AdapterError
-from lorakin.storage.own_part import read_json
-from lorakin.storage.summary import IMPORTANCE, Summary
+from lorakin.storage.summary import Summary, importance_in
 from lorakin.study import page, pictures, spectrum
 from lorakin.study.page import Block, Code, Column, Section, Table, Text
 
@@ -34,7 +32,7 @@ def render(summary: Summary) -> str:
     Raises:
         AdapterError: its importance.json is none.
     """
-    found = _importance(summary)
+    found = importance_in(summary.path)
     sections = [Section("At a glance", [_facts(summary)]), Section("Change", _change(summary))]
     if found:
         sections.append(Section("Importance", [pictures.importance(found, summary.method.own_pairs(list(found)))]))
@@ -49,16 +47,6 @@ def render(summary: Summary) -> str:
 def _facts(summary: Summary) -> Table:
     columns = [Column("fact", numeric=False), Column("value", numeric=False)]
     return Table("What the files say", columns, list(summary.headline().items()), sortable=False)
-
-
-def _importance(summary: Summary) -> dict[str, float]:
-    path = summary.path / IMPORTANCE
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    if not all(isinstance(share, int | float) and math.isfinite(share) for share in found.values()):
-        raise AdapterError(f"{path} holds something else than a number for each module; remove it, or train again")
-    return found
 
 
 def _change(summary: Summary) -> list[Block]:

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,6 +24,7 @@ from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingErr
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
 from lorakin.storage import atomic, locks
+from lorakin.storage.schema import Misfit, fitted, shown
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
 from lorakin.study.arms import Arm
@@ -32,6 +33,7 @@ from lorakin.study.results import DONE, REFUSED, SEED, TIMING, Results, Row, Tri
 from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
+from lorakin.terminal import labelled
 from lorakin.training.encoding import use_template, with_answers
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of, load_tokenizer
@@ -186,9 +188,9 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     asked, comparison = comparison, _within(comparison)
     recipe = comparison.base_recipe
     batch = recipe.batch_size * recipe.accumulate
-    saved = read_yaml(out / SETTINGS, "the comparison") if resumed else {}
     if resumed:
-        parts, dtype = split.Parts(**saved["parts"]), saved["dtype"]
+        saved = _saved(out)
+        parts, dtype = saved.parts, str(saved.dtype)
     else:
         parts = split.split_into(
             out / DATA, comparison.data, comparison.eval_data, batch, _usable(comparison), recipe.columns, recipe.format
@@ -201,10 +203,10 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     study = Study(comparison, out, arms, parts, Results(out / RESULTS), dtype)
     left = f"; left out: {parts.left_out}" if parts.left_out else ""
     held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"
-    console.print(f"[bold]data[/]     {parts.train:,} rows to train on, {held}", highlight=False)
+    console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held}"))
     for arm in arms:
         if reason := schedule.refusal(arm, study.results.rows):
-            console.print(f"[bold yellow]left out[/] {arm.title}: {reason}", highlight=False)
+            console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))
     return study
 
 
@@ -243,18 +245,44 @@ def _check_out(comparison: Comparison, out: Path) -> bool:
     """Whether the directory holds this comparison, begun before."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file, expected a directory")
+    _check_links(out)
     if not (out / SETTINGS).is_file():
         if out.is_dir() and any(path.name not in (DATA, LOCK) for path in out.iterdir()):
             raise OutputError(f"--out {out} is not empty and holds no comparison; choose another directory")
         return False
-    saved = read_yaml(out / SETTINGS, "the comparison")
+    saved = _saved(out).asked
     for name, value in _asked(comparison).items():
         if saved.get(name) != value:
             raise SettingError(
-                f"--out {out} holds another comparison: there {name} is {saved.get(name)!r}, here {value!r}; to go on with it, "
-                "give the same options, else choose another --out"
+                f"--out {out} holds another comparison: there {name} is {shown(saved.get(name))}, here {value!r}; to go on "
+                "with it, give the same options, else choose another --out"
             )
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a comparison's file says: as it was asked for, its data's parts, and the dtype that was taken."""
+
+    asked: dict[str, Any]
+    parts: split.Parts
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+def _saved(out: Path) -> _Saved:
+    content = read_yaml(out / SETTINGS, "the comparison")
+    try:
+        asked: dict[str, Any] = fitted(dict[str, Any], content)
+        return fitted(_Saved, {"parts": asked.pop("parts", None), "dtype": asked.pop("dtype", None), "asked": asked})  # type: ignore[no-any-return]
+    except Misfit as misfit:
+        raise SettingError(f"{out / SETTINGS} is no comparison: {misfit}") from None
+
+
+def _check_links(out: Path) -> None:
+    """See that a comparison's directory, which may be a stranger's, holds no links: trials write and delete there."""
+    there = [path for folder in (out, out / TRIALS, out / DATA) if folder.is_dir() for path in folder.iterdir()]
+    if links := [path for path in there if path.is_symlink()]:
+        raise OutputError(f"--out {out}: {links[0]} is a link, which a comparison does not follow; put what it means there")
 
 
 def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:

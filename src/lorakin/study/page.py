@@ -192,7 +192,9 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n'
         "<noscript><p>Charts and sorting need JavaScript. The data of every chart stands below it as a table.</p></noscript>\n"
         f'<main id="main" tabindex="-1">{main}</main>\n'
-        "<footer><p>Made by lorakin. Everything on this page is in this file.</p></footer>\n"
+        "<footer><p>Made by lorakin. Everything on this page is in this file.</p>"
+        f"<details><summary>Licences of the code that draws the charts</summary><pre>{escape(_asset('licences.txt'))}</pre>"
+        "</details></footer>\n"
         f"<script>{library}</script>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 

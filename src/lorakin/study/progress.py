@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorakin.study import schedule
 from lorakin.study.results import DONE, TIMING, Row, Trial
+from lorakin.terminal import visible
 
 if TYPE_CHECKING:
     from lorakin.study.compare import Study
@@ -23,8 +24,8 @@ class Board:
         self.console = console
         self.workers = workers
         self.bar = Progress(
-            TextColumn("[bold]{task.completed}/{task.total} trials"), BarColumn(bar_width=20), TextColumn("{task.fields[now]}"),
-            TimeElapsedColumn(), console=console,
+            TextColumn("[bold]{task.completed}/{task.total} trials"), BarColumn(bar_width=20),
+            TextColumn("{task.fields[now]}", markup=False), TimeElapsedColumn(), console=console,
         )  # fmt: skip
         self.task = self.bar.add_task("compare", total=1, now="")
 
@@ -48,7 +49,7 @@ class Board:
         figures = f"{row.step_seconds:.3g} s a step" if row.trial.stage == TIMING else _figures(row.tune)
         said = figures if row.status == DONE else f"{row.status}: {row.reason}"
         tail = "" if self.console.is_terminal else f"  {best_so_far(study)}, {time_left(study, left, self.workers)} left"
-        self.console.print(f"[{done}/{done + left}] {row.trial.name}  {said}{tail}", highlight=False, markup=False)
+        self.console.print(visible(f"[{done}/{done + left}] {row.trial.name}  {said}{tail}"), highlight=False, markup=False)
 
 
 def best_so_far(study: Study) -> str:

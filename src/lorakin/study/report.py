@@ -15,6 +15,7 @@ from lorakin.study.page import Cell, Code, Column, Figure, Section, Table, Text
 from lorakin.study.results import DONE, TIMING, Row
 from lorakin.study.standings import Ratio, Standing, leaders, measure_of, standings
 from lorakin.study.verdict import percent, verdict, with_interval
+from lorakin.terminal import command
 
 NAME = "Which method, on this model and data?"
 
@@ -75,21 +76,21 @@ def _to_use(study: Study, found: Findings) -> Code:
     """The command that trains what the verdict points at."""
     best = next(iter(leaders(found.standings)), found.standings[0])
     asked, steps = study.comparison, study.steps(best.arm.name)
-    words = ["lorakin train", f"--model {asked.model}", f"--data {asked.data}", f"--method {best.arm.words}"]
-    words += [f"--set {name}={value:g}" if isinstance(value, float) else f"--set {name}={value}"
-              for name, value in best.arm.settings(steps).items()]  # fmt: skip
-    words += [] if best.lr is None else [f"--lr {best.lr:g}"]
-    words += [f"--steps {steps}", *(_flag(name, value) for name, value in asked.recipe.items()), "--out adapter"]
+    words = ["lorakin", "train", "--model", asked.model, "--data", asked.data, "--method", best.arm.words]
+    for name, value in best.arm.settings(steps).items():
+        words += ["--set", f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"]
+    words += [] if best.lr is None else ["--lr", f"{best.lr:g}"]
+    words += ["--steps", str(steps), *(word for name, value in asked.recipe.items() for word in _flag(name, value))]
     kept = f"The adapters of the runs above are in `{study.out / TRIALS}`."
-    return Code(f"To train {best.arm.title} with what was found here, on all rows. {kept}", " ".join(words))
+    return Code(f"To train {best.arm.title} with what was found here, on all rows. {kept}", command(*words, "--out", "adapter"))
 
 
-def _flag(name: str, value: Any) -> str:
+def _flag(name: str, value: Any) -> list[str]:
     """A setting of the recipe as it is given to `lorakin train`."""
     option = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{'' if value else 'no-'}{option}"
-    return f"--{option} {','.join(value) if isinstance(value, list) else value}"
+        return [f"--{'' if value else 'no-'}{option}"]
+    return [f"--{option}", ",".join(value) if isinstance(value, list) else str(value)]
 
 
 def _table(found: Findings) -> Table:

@@ -38,8 +38,8 @@ class Sweep:
         known, best = sorted(losses), best_rate(losses)
         places = {rate(arm.lr, place): place for place in range(-MOST, MOST + 3)}
         if best is None or best == known[0]:
-            return rate(arm.lr, places[known[0]] - 1)
-        return rate(arm.lr, places[known[-1]] + 1) if best == known[-1] else None
+            return rate(arm.lr, places[known[0]] - 1) if known[0] in places else None
+        return rate(arm.lr, places[known[-1]] + 1) if best == known[-1] and best in places else None
 
 
 def rate(lr: float, place: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.storage import atomic
+from lorakin.storage.schema import Count
 from lorakin.training.formats import Number
 from lorakin.training.reading import Rows, read_rows
 
@@ -22,9 +23,9 @@ LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
 class Parts:
     """How many rows each part has, what was left out, in words, and the classes of a classifier."""
 
-    train: int
-    tune: int
-    report: int
+    train: Count
+    tune: Count
+    report: Count
     left_out: str
     labels: list[str] | None
     format: str | None = None

@@ -208,7 +208,7 @@ def measure_of(rows: Sequence[Row]) -> str:
 
 def _values(rows: Sequence[Row], measure: str) -> dict[int, float]:
     """Seed → the measure on the report rows, of runs that ended well."""
-    ended = {row.trial.seed: row.report[measure] for row in rows if row.status == DONE and row.report}
+    ended = {row.trial.seed: (row.report or {}).get(measure, math.nan) for row in rows if row.status == DONE}
     return {seed: value for seed, value in ended.items() if math.isfinite(value)}
 
 

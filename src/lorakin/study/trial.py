@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
-from lorakin.storage.summary import IMPORTANCE
+from lorakin.storage.summary import importance_in
 from lorakin.study import observe
 from lorakin.study.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
+from lorakin.terminal import Terminal
 from lorakin.training import train
 from lorakin.training.evaluate import Evaluation, evaluate
-from lorakin.training.progress import memory_bytes, peak_memory_bytes
+from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 
@@ -99,7 +98,7 @@ def run(job: Job) -> Row:
 def _trained(job: Job, row: Row) -> Row:
     before = memory_bytes()
     unknown = Evaluation(float("nan"), 0)  # what the base comes to is a trial of its own
-    ready = train.prepare(job.recipe, Console())
+    ready = train.prepare(job.recipe, Terminal())
     observer = observe.Observer(ready.adapter)
     result = train.train(ready, before=unknown, callbacks=[observer])
     row = dataclasses.replace(
@@ -108,7 +107,7 @@ def _trained(job: Job, row: Row) -> Row:
     )  # fmt: skip
     if job.trial.stage == TIMING:
         return row
-    importance = _importance(ready.out)
+    importance = importance_in(ready.out)
     adapter = ready.adapter
     return dataclasses.replace(
         row,
@@ -128,7 +127,7 @@ def _trained(job: Job, row: Row) -> Row:
 
 def _limit(job: Job, row: Row) -> Row:
     """The model as it is."""
-    ready = train.prepare(job.recipe, Console())
+    ready = train.prepare(job.recipe, Terminal())
     with ready.adapter.disabled():
         return dataclasses.replace(row, status=DONE, tune=ready.evaluate().as_dict(), report=_report(job, ready).as_dict())
 
@@ -139,16 +138,10 @@ def _report(job: Job, ready: train.Run) -> Evaluation:
     return evaluate(ready.loaded.model, ready.collator(), rows.examples, ready.recipe.batch_size)
 
 
-def _importance(out: Path) -> dict[str, float]:
-    path = out / IMPORTANCE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
 def _losses(out: Path) -> list[float]:
     """The training loss of each step."""
-    path = out / train.METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [round(row["loss"], 5) for row in map(json.loads, lines) if "loss" in row]
+    rows = Metrics(out / train.METRICS, writes=False).rows()
+    return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 
 def _short(value: Any) -> Any:

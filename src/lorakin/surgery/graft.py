@@ -38,11 +38,12 @@ from lorakin.surgery.buffers import Buffers, own_copy
 from lorakin.surgery.hung import Bias, Hung, base_parameters, base_state, hung_on, hung_or_none, ours
 from lorakin.surgery.layers import ExpertLayer, UngroupedLayer
 from lorakin.surgery.merge import check_for_good, check_together, move_adapters, set_merged
+from lorakin.surgery.patterns import Values
 from lorakin.surgery.replicated import Averaging, check_whole
 from lorakin.surgery.rows import Rows
 from lorakin.surgery.scale import rescaled
 from lorakin.surgery.site import Copy, Site, trains
-from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, resolve, select
+from lorakin.surgery.targets import ALL_LINEAR, Targets, check_patterns, find_modules, for_stacks, select
 from lorakin.surgery.ties import Ties
 from lorakin.surgery.tokens import (
     TokenRows,
@@ -179,11 +180,10 @@ def plan_for(
 ) -> Plan:
     """The plan for modules already chosen: gives each its rank and alpha."""
     sites = {}
+    values: dict[str, Values[Any]] = {"rank": Values(rank_pattern), "alpha": Values(alpha_pattern)}
     for path in paths:
-        own: dict[str, Any] = {}
-        for setting, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
-            if pattern and (value := resolve(dict(pattern), path, None)) is not None:
-                own[setting] = value
+        said = {setting: value.of(path, None) for setting, value in values.items()}
+        own = {setting: value for setting, value in said.items() if value is not None}
         sites[path] = method.at(**own) if own else method
     return Plan(method, sites, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
 

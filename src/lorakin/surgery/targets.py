@@ -14,10 +14,13 @@ from torch import nn
 from lorakin.errors import LorakinWarning, SettingError, TargetError
 from lorakin.surgery import experts, layers, parameters, quantised
 from lorakin.surgery.hung import Adapters, ours
+from lorakin.surgery.patterns import NoPatternError, Paths, PatternError, check_all, matches
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 ALL_LINEAR = "all-linear"
+MOST_LAYERS = 10_000
+"""Layers in one range of `layers`."""
 N = TypeVar("N")
 
 
@@ -47,8 +50,8 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
     if found := named or [path for path in paths if fnmatch.fnmatchcase(path, pattern)]:
         return found
     try:
-        return [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error:
+        return [path for path in paths if matches(pattern, path)]
+    except NoPatternError:
         return []
 
 
@@ -61,28 +64,17 @@ def _matching_modules(pattern: str, modules: Mapping[str, nn.Module]) -> list[st
     return [path for path in modules if path in found or path.rpartition(".")[0] in whole]
 
 
-def resolve(pattern_values: Mapping[str, float], path: str, default: float | None) -> float | None:
-    """The value for `path`: of the first key K, in order, for which `(.*\\.)?(K)$` matches it; else `default`.
-
-    This is PEFT's rule for `rank_pattern` and `alpha_pattern`, so that the patterns mean the same there.
-    """
-    for key, value in pattern_values.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
 def for_stacks(pattern_values: Mapping[str, N], stacks: Iterable[str], of_one: str = r"(?:\.\d+)?") -> dict[str, N]:
     """`rank_pattern` or `alpha_pattern` in which the keys that match a stack of experts match its matrices too.
 
     `of_one` is what may follow the path of a stack.
     """
-    stacks = list(stacks)
+    there = Paths(stacks)
 
     def reaches(key: str) -> bool:
         try:
-            return not key.endswith(of_one) and any(resolve({key: 1.0}, stack, 0.0) for stack in stacks)
-        except re.error:
+            return not key.endswith(of_one) and there.any_by(key)
+        except PatternError:
             return False  # which `check_patterns` reports
 
     return {f"(?:{key}){of_one}" if reaches(key) else key: value for key, value in pattern_values.items()}
@@ -90,14 +82,14 @@ def for_stacks(pattern_values: Mapping[str, N], stacks: Iterable[str], of_one: s
 
 def check_patterns(option: str, pattern_values: dict[str, float], paths: Iterable[str]) -> None:
     """Raise `TargetError` for a key that is no regular expression or selects none of `paths`."""
-    paths = list(paths)
-    for key in pattern_values:
-        try:
-            selects = any(resolve({key: 1.0}, path, 0.0) for path in paths)
-        except re.error as error:
-            raise TargetError(f"{option}: {key!r} is not a regular expression ({error})") from None
-        if not selects:
-            raise TargetError(f"{option}: {key!r} matches none of the adapted modules; {_near(key, paths)}")
+    there = Paths(paths)
+    try:
+        check_all(option, pattern_values)
+        strange = [key for key in pattern_values if not there.any_by(key)]
+    except PatternError as error:
+        raise TargetError(f"{option}: {error}") from None
+    if strange:
+        raise TargetError(f"{option}: {strange[0]!r} matches none of the adapted modules; {_near(strange[0], there.paths)}")
 
 
 def select(
@@ -234,13 +226,15 @@ def parse_layers(text: str) -> list[int]:
     Raises:
         SettingError: the text has another form.
     """
-    indices: list[int] = []
-    for part in text.split(","):
-        if not (match := re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", part)):
-            raise SettingError(f"layers must look like 0-3,8,-1, not {text!r}")
+    indices: dict[int, None] = {}
+    for part in text.split(",", 1000):
+        if not (match := re.fullmatch(r"\s*(-?[0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)):
+            raise SettingError(f"layers must look like 0-3,8,-1, not {text[:80]!r}")
         first, last = int(match[1]), int(match[2] or match[1])
-        indices += range(first, last + 1)
-    return indices
+        if last >= first + MOST_LAYERS:
+            raise SettingError(f"layers {part.strip()!r} are more than {MOST_LAYERS:,}, which no model has")
+        indices |= dict.fromkeys(range(first, last + 1))
+    return list(indices)
 
 
 def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:

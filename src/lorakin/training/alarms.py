@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
+from lorakin.terminal import labelled
 from lorakin.training.batches import Row
 
 USUAL = 20
@@ -24,8 +25,7 @@ LEAST = 20
 
 def warn(console: Console, text: str) -> None:
     """Tell the user, as all of lorakin's warnings are told."""
-    console.print("[bold yellow]warning:[/] ", end="")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(labelled("warning: ", text, "bold yellow"), soft_wrap=True)
 
 
 class Alarms(transformers.TrainerCallback):

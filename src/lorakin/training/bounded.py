@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import time
 from collections.abc import Iterator
 
 from lorakin.errors import ModelError
@@ -40,27 +41,61 @@ def bounded(what: str, seconds: float = SECONDS, more_bytes: int = BYTES) -> Ite
     Raises:
         Unbounded: it took too much of either.
     """
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
-
-    def end() -> None:
-        with lock:
-            if not over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
     try:
-        with _less_memory(more_bytes):
-            yield
+        _watch.begin(seconds)
+        try:
+            with _less_memory(more_bytes):
+                yield
+        finally:
+            _watch.end()
     except _Late:
         raise Unbounded(f"{what} did not end within {seconds:g} seconds") from None
     except MemoryError:
         raise Unbounded(f"{what} asks for more than {more_bytes / 2**30:g} GiB of memory") from None
-    finally:
-        with lock:
-            over = True
-        timer.cancel()
+
+
+class _Watch:
+    """One thread for all that is bounded: starting one each time would take longer than most templates do."""
+
+    LOOKS, IDLE = 0.05, 100
+    """Seconds between looks, and looks without anything to see after which the thread ends."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ends: dict[int, float] = {}  # of a thread, when what it runs must have ended
+        self.runs = False
+
+    def begin(self, seconds: float) -> None:
+        with self.lock:
+            self.ends[threading.get_ident()] = time.monotonic() + seconds
+            if not self.runs:
+                self.runs = True
+                threading.Thread(target=self._look, daemon=True).start()
+
+    def end(self) -> None:
+        with self.lock:
+            if self.ends.pop(threading.get_ident(), None) is None:  # it was ended; what has not come yet shall not
+                _raise_in(threading.get_ident(), None)
+
+    def _look(self) -> None:
+        idle = 0
+        while idle < self.IDLE:
+            time.sleep(self.LOOKS)
+            with self.lock:
+                idle = 0 if self.ends else idle + 1
+                for thread in [thread for thread, end in self.ends.items() if time.monotonic() > end]:
+                    del self.ends[thread]
+                    _raise_in(thread, _Late)
+                self.runs = idle < self.IDLE
+
+
+def _raise_in(thread: int, what: type[BaseException] | None) -> None:
+    """Let the thread raise this before its next instruction; None takes back what it has not raised yet."""
+    raised = ctypes.py_object(what) if what is not None else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+_watch = _Watch()
 
 
 @contextlib.contextmanager

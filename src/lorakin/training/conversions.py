@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gguf
 import torch
 import transformers
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 
 from lorakin.errors import LorakinWarning, ModelError
+from lorakin.storage import locks
 from lorakin.training import gguf_header, loading
 from lorakin.training.model_files import first_line
 
@@ -193,7 +194,7 @@ def _alone(cache: Path) -> Iterator[None]:
         OSError: the cache cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(cache / LOCK):
+    with locks.held(cache / LOCK, wait=math.inf):
         yield
 
 

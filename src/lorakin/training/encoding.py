@@ -193,7 +193,8 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
     if not examples:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
-            f"--max-length {max_length} tokens; raise it, or check that the answers are not empty"
+            f"--max-length {max_length} tokens; raise it, if the model has positions for more, or check that the "
+            "answers are not empty"
         )
     where = [record.where for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
     return Encoded(examples, len(encoded) - len(examples), where)

@@ -6,12 +6,17 @@ Whatever generates must stop at both.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
 from typing import Any
+
+from lorakin.errors import DataError
+from lorakin.training.templates import Template
 
 ANSWER, NEXT = "ANSWERMARK", "NEXTMARK"
 """In the place of an answer and of the question after it: words that no template has."""
+SHORTEST = 4
+"""Letters of a text that ends a turn: a full stop ends sentences, too."""
 
 
 def stops(tokenizer: Any, settings: Any = None, chat_template: bool = True) -> list[int]:
@@ -49,30 +54,25 @@ def end_of_turn_text(tokenizer: Any) -> str | None:
     if not last.strip() or end_of_turn(tokenizer):
         return None
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False))
-    return "".join(letter for letter, _ in pairs).strip() or None
+    text = "".join(letter for letter, _ in pairs).strip()
+    return text if len(text) >= SHORTEST else None
 
 
 def closings(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template writes after an answer that is the last turn, and after one that is not; perhaps nothing."""
+    """What the chat template writes after an answer that is the last turn, and after one that is not; perhaps nothing.
+
+    Raises:
+        Unbounded: it does not end, or fills the memory.
+    """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return "", ""
-    asked = [("user", "QUESTIONMARK"), ("assistant", ANSWER)]
-    last = _rendered(tokenizer, asked).rpartition(ANSWER)[2]
-    text = _rendered(tokenizer, [*asked, ("user", NEXT)])
-    return last, text.rpartition(ANSWER)[2].partition(NEXT)[0] if NEXT in text else ""
-
-
-def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
-    """The conversation as text. Some templates take a list of parts where others take a text."""
-    for whole in (True, False):
-        messages = [{"role": role, "content": text if whole else [{"type": "text", "text": text}]} for role, text in turns]
-        try:
-            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # a chat template raises whatever it likes about a conversation
-            continue
-        if all(message[1] in rendered for message in turns):
-            return rendered
-    return ""
+    template = Template(tokenizer)
+    asked = [{"role": "user", "content": "QUESTIONMARK"}, {"role": "assistant", "content": ANSWER}]
+    last = going_on = ""
+    with contextlib.suppress(DataError):  # it takes no such conversation
+        last = template.text(asked).rpartition(ANSWER)[2]
+        going_on = template.text([*asked, {"role": "user", "content": NEXT}]).rpartition(ANSWER)[2]
+    return last, going_on.partition(NEXT)[0] if NEXT in going_on else ""
 
 
 def _leading_tokens(text: str, tokenizer: Any) -> list[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import transformers
 
 from lorakin.errors import ModelError
+from lorakin.terminal import visible
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import end_of_turn_text, stops
 from lorakin.training.limits import check_prompt, places
@@ -53,8 +56,17 @@ def answer(
         stop_strings=text,
         tokenizer=tokenizer,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **sampling,
     )
     said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return said.strip() if text is None else said.strip().removesuffix(text).strip()
+
+
+class _Streamer(transformers.TextStreamer):
+    """Prints an answer while it comes: visible on a terminal, the model's own characters into a file or pipe."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is ready."""
+        end = "\n" if stream_end else ""
+        print(visible(text) if sys.stdout.isatty() else text, flush=True, end=end)

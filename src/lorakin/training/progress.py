@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import psutil
@@ -15,6 +16,19 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lorakin.errors import DataError
+from lorakin.storage import atomic, files
+from lorakin.storage.schema import Check, Count, Misfit, fitted
+
+MOST_BYTES = 1 << 28
+"""Of a file of metrics: a million steps take some hundred million."""
+KINDS: dict[str, Any] = {
+    "step": Count,
+    "rows": str | int,
+    "eval_count": Annotated[float, Check("a count", lambda count: 0 <= count < 1e15)],
+}
+"""What is no plain number in a row."""
 
 
 def memory_bytes() -> int:
@@ -47,21 +61,40 @@ class Metrics:
         if not writes:
             return
         kept = [row for row in self.rows() if row["step"] <= from_step] if from_step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        atomic.write(path.parent, {path.name: "".join(json.dumps(row) + "\n" for row in kept).encode()})
 
     def add(self, step: int, **values: float) -> None:
         """Append a row."""
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with files.appending(self.path) as file:
+            file.write((json.dumps({"step": step, **values}) + "\n").encode())
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far; a last line that was cut off by a kill is left out."""
+        """All rows so far; a last line that was cut off by a kill is left out.
+
+        Raises:
+            DataError: what lies there is no file of metrics.
+        """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        try:
+            content = files.content(self.path, MOST_BYTES, DataError).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        whole, _, rest = content.rpartition("\n")
+        lines = whole.splitlines() + ([rest] if rest.endswith("}") else [])
+        return [self._row(number, line) for number, line in enumerate(lines, 1) if line]
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            content = fitted(dict[str, Any], json.loads(line))
+            row = {name: fitted(KINDS.get(name, float), value, name) for name, value in content.items()}
+            if "step" not in row:
+                raise Misfit("step is missing")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}, line {number} is no row of metrics: {error}; remove that line") from None
+        return row
 
     def plot(self, path: Path) -> None:
         """Draw the loss over the steps, and the held-out loss where it was taken."""
@@ -79,8 +112,10 @@ class Metrics:
         axes.set(xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120)
         plt.close(figure)
+        atomic.write(path.parent, {path.name: drawn.getvalue()})
 
     def _points(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.rows() if name in row]
@@ -132,7 +167,7 @@ class Watch(transformers.TrainerCallback):
             self.last_line = now
             done = self.progress.tasks[0]
             left = "" if done.time_remaining is None else f"  left {done.time_remaining:.0f} s"
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", highlight=False)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

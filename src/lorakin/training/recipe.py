@@ -15,7 +15,7 @@ import yaml
 from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import one_of, require
-from lorakin.storage import atomic
+from lorakin.storage import atomic, files
 from lorakin.surgery.biases import ADAPTED, ALL, NONE
 from lorakin.surgery.graft import RANK_ABOVE
 from lorakin.training import schedules
@@ -82,7 +82,7 @@ class Recipe:
             setattr(self, field.name, _coerced(field.name, getattr(self, field.name), hints[field.name]))
         require(self.steps is None or self.epochs is None, "give steps or epochs, not both")
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
-        require(self.epochs is None or self.epochs > 0, f"epochs must be positive, not {self.epochs}")
+        require(self.epochs is None or 0 < self.epochs < 1e9, f"epochs must be positive, not {self.epochs}")
         for name in ("batch_size", "accumulate", "max_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.weight_decay >= 0, f"weight_decay must not be negative, not {self.weight_decay}")
@@ -195,15 +195,13 @@ def read_yaml(path: Path, what: str = "the recipe") -> Any:
         SettingError: it cannot be read, is too long, or is not YAML.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        require(len(content) <= MOST_BYTES, f"{what} {path} is longer than {MOST_BYTES:,} bytes, so it is none")
+        content = files.content(path, MOST_BYTES, SettingError)
         return yaml.load(content.decode("utf-8"), _Plain)
+    except SettingError as error:
+        raise SettingError(f"{what}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{what} {path} cannot be read: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        if isinstance(error, SettingError):
-            raise
         raise SettingError(f"{what} {path} is not YAML: {error}") from None
 
 
@@ -234,8 +232,8 @@ def parse_settings(texts: Sequence[str], option: str = "--set") -> dict[str, Any
         require(name.strip() not in settings, f"{option} gives {name.strip()} twice")
         require(bool(equals and name.strip()), f"{option} takes NAME=VALUE, such as ratio=8, not {text!r}")
         try:
-            settings[name.strip()] = _plain(yaml.safe_load(value))
-        except yaml.YAMLError:
+            settings[name.strip()] = _plain(yaml.load(value, _Plain))
+        except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
             raise SettingError(f"{option} {text!r}: {value!r} is no value") from None
     return settings
 

@@ -60,9 +60,9 @@ class Endings:
     inner: str
     before: str
 
-    def tokens(self, tokenizer: Any) -> list[str]:
-        """The tokens that end a turn, that of the last answer first."""
-        found = [specials(tokenizer).findall(ending) for ending in (self.last, self.inner)]
+    def tokens(self, split: re.Pattern[str]) -> list[str]:
+        """The tokens that end a turn, that of the last answer first; `split` matches special tokens."""
+        found = [split.findall(ending) for ending in (self.last, self.inner)]
         return list(dict.fromkeys(tokens[-1] for tokens in found if tokens))
 
 
@@ -122,6 +122,22 @@ class Template:
         """Whether it asks what day it is."""
         source: str = self.tokenizer.get_chat_template(None, None)
         return TODAY.search(source) is not None
+
+    @cached_property
+    def specials(self) -> re.Pattern[str]:
+        """Matches the tokenizer's special tokens in a text."""
+        words = {token.content for token in self._added().values() if token.content.strip()}
+        words |= {token for token in self.tokenizer.all_special_tokens if token.strip()}
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """The ids of the tokenizer's special tokens, at which it cuts every text."""
+        return {*self.tokenizer.all_special_ids, *self._added()}
+
+    def _added(self) -> dict[int, Any]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {number: token for number, token in added.items() if token.special}
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -198,7 +214,7 @@ class Template:
                     "--chat-template FILE"
                 ) from None
             return self._alone(messages, prompts[learned[-1]], reason)
-        return _masked(self.tokenizer, *self._closed(whole, spans))
+        return self._masked(*self._closed(whole, spans))
 
     def _span(self, messages: Sequence[Mapping[str, Any]], at: int, tools: Any, prompt: str, whole: str) -> tuple[int, int]:
         """Where in the whole text the answer that is message `at` is learned, with the end of its turn if it is there."""
@@ -231,7 +247,7 @@ class Template:
         alone = self.text(messages[: at + 1], tools).rstrip()
         if not whole.startswith(alone) or len(alone) < said:
             raise Unverified(f"the template writes the calls of answer {_nth(messages, at)} otherwise when others follow")
-        token = next((t for t in specials(self.tokenizer).finditer(whole, said) if t.end() >= len(alone)), None)
+        token = next((t for t in self.specials.finditer(whole, said) if t.end() >= len(alone)), None)
         end = len(alone) if token is None else token.end()
         if whole[len(alone) : end].strip() not in ("", token.group() if token is not None else ""):
             raise Unverified(f"no token ends the turn of answer {_nth(messages, at)}")
@@ -241,8 +257,8 @@ class Template:
 
     def _turn_ends(self, messages: Sequence[Mapping[str, Any]], at: int, whole: str, end: int) -> int:
         """Where the turn ends whose answer's words end at `end`: after the token that ends a turn, if there is one."""
-        known = self.endings.tokens(self.tokenizer)
-        tokens = list(specials(self.tokenizer).finditer(whole, end))
+        known = self.endings.tokens(self.specials)
+        tokens = list(self.specials.finditer(whole, end))
         for token in (*(token for token in tokens if token.group() in known), *tokens[:1]):
             if not self._strange(whole[end : token.start()], messages[at]):
                 return token.end()
@@ -254,7 +270,7 @@ class Template:
     def _closed(self, whole: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """The text and its spans, the last answer ended as another turn would end it where the template ends none."""
         start, end = spans[-1]
-        if any(token.end() == end for token in specials(self.tokenizer).finditer(whole, start, end)):
+        if any(token.end() == end for token in self.specials.finditer(whole, start, end)):
             return whole, spans
         whole = whole[:end] + self.endings.last
         return whole, [*spans[:-1], (start, len(whole))]
@@ -310,6 +326,54 @@ class Template:
         except DataError:
             return ""
 
+    def _masked(self, whole: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids of the whole text, and labels on the spans: tokens that reach over the edge of a span are cut there."""
+        pieces, at = [], 0
+        for start, end in spans:
+            pieces += [(at, start, False), (start, end, True)]
+            at = end
+        pieces.append((at, len(whole), False))
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets = encoded["offset_mapping"] if self.tokenizer.is_fast else None
+        if offsets is not None and (labels := self._aligned(whole, ids, offsets, spans)) is not None:
+            return ids, labels
+        ids, labels, before = [], [], ""
+        for start, end, learns in pieces:
+            part = (
+                continued(self.tokenizer, before, whole[start:end])
+                if before
+                else self.tokenizer(whole[start:end], add_special_tokens=False)["input_ids"]
+            )
+            ids += part
+            labels += part if learns else [IGNORED] * len(part)
+            before = whole[:end]
+        return ids, labels
+
+    def _aligned(
+        self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    ) -> list[int] | None:
+        """Labels on the spans; None if a token reaches over an edge, or the prompt alone has other tokens."""
+        labels, at = [IGNORED] * len(ids), 0
+        for start, end in spans:
+            while at < len(ids) and offsets[at][1] <= start:
+                at += 1
+            if (at < len(ids) and offsets[at][0] < start) or not self._ends_alone(whole, ids, offsets, at, start):
+                return None
+            while at < len(ids) and offsets[at][1] <= end:
+                labels[at] = ids[at]
+                at += 1
+            if at < len(ids) and offsets[at][0] < end:
+                return None
+        return labels
+
+    def _ends_alone(self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], count: int, start: int) -> bool:
+        """Whether the first `count` tokens are those of `whole[:start]` alone, seen from the last special token on."""
+        first = next((n for n in range(count - 1, -1, -1) if ids[n] in self.special_ids), None)
+        begin = 0 if first is None else offsets[first][0]
+        alone: list[int] = self.tokenizer(whole[begin:start], add_special_tokens=False)["input_ids"]
+        return alone == ids[0 if first is None else first : count]
+
 
 def endings_of(template: Template) -> Endings:
     """What the template writes after answers; see `Endings`.
@@ -317,7 +381,7 @@ def endings_of(template: Template) -> Endings:
     A probe of a question and an answer shows what follows the last one, a second question what follows an inner one:
     first what is the same in both, then the opening of a question, as it stands before the first one too.
     """
-    split, eos = specials(template.tokenizer), template.tokenizer.eos_token or ""
+    split, eos = template.specials, template.tokenizer.eos_token or ""
     asked, replied, again = (
         {"role": role, "content": content} for role, content in (("user", ASKED), ("assistant", REPLIED), ("user", AGAIN))
     )
@@ -378,14 +442,6 @@ def continued(tokenizer: Any, before: str, text: str) -> list[int]:
     if wanted.split() != (before + text).split():
         return ids_of(text)
     raise Unverified(f"the tokenizer cannot put {_short(text)} after the prompt as text of its own")
-
-
-def specials(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the tokenizer's special tokens in a text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    words = {token.content for token in added if token.special and token.content.strip()}
-    words |= {token for token in tokenizer.all_special_tokens if token.strip()}
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
 def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -464,60 +520,6 @@ def _found(words: str, text: str, start: int) -> tuple[int, int] | None:
 def _words_of(part: str, text: str) -> bool:
     """Whether all words of a JSON object stand in the text: templates write a tool's results in forms of their own."""
     return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
-
-
-def _masked(tokenizer: Any, whole: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Ids of the whole text, and labels on the spans: tokens that reach over the edge of a span are cut there."""
-    pieces, at = [], 0
-    for start, end in spans:
-        pieces += [(at, start, False), (start, end, True)]
-        at = end
-    pieces.append((at, len(whole), False))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    ids: list[int] = list(encoded["input_ids"])
-    offsets = encoded["offset_mapping"] if tokenizer.is_fast else None
-    if offsets is not None and (labels := _aligned(tokenizer, whole, ids, offsets, spans)) is not None:
-        return ids, labels
-    ids, labels, before = [], [], ""
-    for start, end, learns in pieces:
-        part = (
-            continued(tokenizer, before, whole[start:end])
-            if before
-            else tokenizer(whole[start:end], add_special_tokens=False)["input_ids"]
-        )
-        ids += part
-        labels += part if learns else [IGNORED] * len(part)
-        before = whole[:end]
-    return ids, labels
-
-
-def _aligned(
-    tokenizer: Any, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-) -> list[int] | None:
-    """Labels on the spans; None if a token reaches over an edge, or the prompt alone has other tokens."""
-    labels, at = [IGNORED] * len(ids), 0
-    for start, end in spans:
-        while at < len(ids) and offsets[at][1] <= start:
-            at += 1
-        if (at < len(ids) and offsets[at][0] < start) or not _ends_alone(tokenizer, whole, ids, offsets, at, start):
-            return None
-        while at < len(ids) and offsets[at][1] <= end:
-            labels[at] = ids[at]
-            at += 1
-        if at < len(ids) and offsets[at][0] < end:
-            return None
-    return labels
-
-
-def _ends_alone(tokenizer: Any, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], count: int, start: int) -> bool:
-    """Whether the first `count` tokens are those of `whole[:start]` alone, seen from the last special token on."""
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
-    }
-    first = next((n for n in range(count - 1, -1, -1) if ids[n] in special), None)
-    begin = 0 if first is None else offsets[first][0]
-    alone: list[int] = tokenizer(whole[begin:start], add_special_tokens=False)["input_ids"]
-    return alone == ids[0 if first is None else first : count]
 
 
 def _nth(messages: Sequence[Mapping[str, Any]], at: int) -> int:

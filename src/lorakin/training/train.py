@@ -22,16 +22,17 @@ from rich.text import Text as RichText
 from torch.utils.data import DataLoader
 
 from lorakin.adapter import Adapter, adapt, importance
-from lorakin.errors import DataError, DivergedError, ModelError, OutputError, SettingError
+from lorakin.errors import DataError, DivergedError, ModelError, OutputError
 from lorakin.family import Method
 from lorakin.storage import atomic, directory
-from lorakin.storage.summary import IMPORTANCE, by_layer
+from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
 from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
 from lorakin.surgery.energy import check_called
 from lorakin.surgery.light import fuse, unfuse
 from lorakin.surgery.targets import find_modules, head_of, parse_layers
 from lorakin.surgery.words import count, share
+from lorakin.terminal import command, labelled, visible
 from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
@@ -256,10 +257,9 @@ def _printed_day(recipe: Recipe, tokenizer: Any) -> str | None:
 def _describe_rows(console: Console, rows: Rows, held_out: Rows) -> None:
     """Say what was read, and what of it is not used."""
     line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
-    console.print("[bold]data[/]   ", end="")
-    console.print(line, markup=False, highlight=False)
+    console.print(labelled("data   ", line))
     if (left := reading.unused(rows)) is not None:
-        console.print("       " + left, style="yellow", markup=False, highlight=False)
+        console.print(RichText(visible("       " + left), style="yellow"))
 
 
 def _save_settings(recipe: Recipe, out: Path, template: str | None) -> None:
@@ -278,21 +278,16 @@ def _written(write: Callable[[], Any]) -> None:
 
 def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
     """What the probe found, or, of a resumed run, had found."""
-    probe, path = method.probe, run.out / IMPORTANCE
+    probe = method.probe
     assert probe is not None
-    if path.is_file():
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise SettingError(f"{path} cannot be read ({error}); remove it to probe again") from None
+    if known := importance_in(run.out):
+        return known
     examples = stratified_sample(run.train.examples, probe.sample, run.recipe.seed)
     loader: Any = DataLoader(examples, batch_size=run.recipe.batch_size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
     batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
-    run.console.print(
-        f"[bold]probe[/]  {probe.epochs} passes over {len(examples)} examples ({len(batches)} batches): which modules matter?",
-        highlight=False,
-    )
+    passes = f"{probe.epochs} passes over {len(examples)} examples ({len(batches)} batches)"
+    run.console.print(labelled("probe  ", f"{passes}: which modules matter?"))
 
     def loss_on_answers(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return answer_loss(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"])
@@ -306,7 +301,8 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
 def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     """Importances by layer and module; those that keep a pair of their own are marked."""
     own = set(method.own_pairs(list(found)))
-    cells = {p: f"[bold green]{100 * share:.2f}●[/]" if p in own else f"{100 * share:.2f} " for p, share in found.items()}
+    marks = {path: ("●", "bold green") if path in own else (" ", "") for path in found}
+    cells = {path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1]) for path, share in found.items()}
     rows = by_layer(cells)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
@@ -342,7 +338,7 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
     metrics = Metrics(run.out / METRICS, resumed, writes=processes.is_first())
     before = before or _first_evaluation(run, metrics)
-    console.print(f"[bold]held out before[/]  {described(before)}", highlight=False)
+    console.print(labelled("held out before  ", described(before)))
     seen = [Watch(console, metrics), Alarms(console)] if processes.is_first() else []
 
     def held_out(step: int) -> float:
@@ -368,7 +364,7 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
             raise
         raise OutputError(
             f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is "
-            f"room, go on with --resume --out {run.out}"
+            f"room, go on with: {command('lorakin', 'train', '--resume', '--out', run.out)}"
         ) from error
     _written(lambda: run.adapter.save(run.out, notes=_notes(run, before, after)))
     if after.loss >= before.loss:
@@ -438,15 +434,15 @@ def _describe(run: Run) -> None:
     """Show what will be trained on, with one rendered example and its loss mask, before it is."""
     recipe, console = run.recipe, run.console
     trained, total = parameter_counts(run.loaded.model)
-    console.print(
-        f"[bold]model[/]  {recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
+    what = (
+        f"{recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
         f"{len(run.adapter.plan.sites)} modules"
         + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
         + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
         + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
-        + f"; {share(trained, total)} train",
-        highlight=False,
+        + f"; {share(trained, total)} train"
     )
+    console.print(labelled("model  ", what))
     if twice := repeated(run.train.examples, run.held_out.examples):
         warn(
             console,
@@ -454,8 +450,9 @@ def _describe(run: Run) -> None:
             "than they are. Remove rows that stand twice, or give other rows with --eval-data",
         )
     if run.train.dropped:
-        console.print(f"[yellow]{run.train.dropped:,} rows dropped[/]: no answer within {recipe.max_length} tokens")
-    console.print("[bold]one example[/] as the model will see it; the loss is taken on the [green]green[/] part:")
+        why = f": no answer within {recipe.max_length} tokens"
+        console.print(labelled(f"{run.train.dropped:,} rows dropped", why, "yellow"))
+    console.print(labelled("one example", " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"))
     console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
 
 
@@ -463,21 +460,21 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
     """An example as text: tokens with a loss in green and marked with ⟦ ⟧, the others dim."""
     text = RichText()
     if labels is not None:
-        text.append(tokenizer.decode(example["input_ids"]), style="dim")
-        return text.append(f" → ⟦{labels[example['labels']]}⟧", style="green")
-    ids, labelled = example["input_ids"], [label != IGNORED for label in example["labels"]]
-    edges = [at for at in range(1, len(ids)) if labelled[at] != labelled[at - 1]]
+        text.append(visible(tokenizer.decode(example["input_ids"])), style="dim")
+        return text.append(f" → ⟦{visible(labels[example['labels']])}⟧", style="green")
+    ids, learned = example["input_ids"], [label != IGNORED for label in example["labels"]]
+    edges = [at for at in range(1, len(ids)) if learned[at] != learned[at - 1]]
     shown = ""
     for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
         before, shown = shown, tokenizer.decode(ids[:end])  # of all tokens so far, so that spaces between parts show
-        words = shown[len(before) :]
-        text.append(f"⟦{words}⟧" if labelled[start] else words, style="green" if labelled[start] else "dim")
+        words = visible(shown[len(before) :])
+        text.append(f"⟦{words}⟧" if learned[start] else words, style="green" if learned[start] else "dim")
     return text
 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
-    known = [row for row in metrics.rows() if row["step"] == 0 and "eval_loss" in row]
+    known = [row for row in metrics.rows() if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()]
     rows = digest(run.train.examples, run.held_out.examples)
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:

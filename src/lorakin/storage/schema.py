@@ -1,0 +1,161 @@
+"""What a file from outside must hold, said once as types: whatever does not fit is named with its place in the file.
+
+    fitted(dict[str, Finite], content)           # numbers by name
+    fitted(Row, content)                         # a dataclass: its fields, no others, those without a default all there
+
+Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and `Annotated[kind, Check(…)]`.
+A bool is no number, an int is a float, and numbers are below 2**63. (The core needs nothing but torch and safetensors, so this
+is no library's.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Union
+
+LONGEST = 80
+"""Characters of a value that a message repeats."""
+
+
+class Misfit(ValueError):
+    """A value that does not fit; the message says where it stands, what it is and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What must hold besides the type: in words, and as a test of a value of the type."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Check("a whole number ≥ 0", lambda value: value >= 0)]
+Finite = Annotated[float, Check("a finite number", math.isfinite)]
+Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < value < math.inf)]
+
+
+def fitted(kind: Any, value: Any, at: str = "") -> Any:
+    """`value` as the type `kind`: the same, but dataclasses made of dicts and tuples of lists. `at` is where it stands.
+
+    Raises:
+        Misfit: it is of another type somewhere inside.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        found = fitted(inner[0], value, at)
+        for check in inner[1:]:
+            if isinstance(check, Check) and not check.holds(found):
+                raise _misfit(value, check.what, at)
+        return found
+    if origin in (Union, types.UnionType):
+        return _one_of(inner, value, at)
+    if origin is Literal:
+        if not any(type(value) is type(one) and value == one for one in inner):
+            raise _misfit(value, in_words(kind), at)
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, value, at)
+    if origin is list:
+        _is(isinstance(value, list | tuple), value, kind, at)
+        return [fitted(inner[0], item, f"{at}[{n}]") for n, item in enumerate(value)]
+    if origin is tuple:
+        _is(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, at)
+        return tuple(fitted(one, item, f"{at}[{n}]") for n, (one, item) in enumerate(zip(inner, value, strict=True)))
+    if origin in (dict, Mapping):
+        _is(isinstance(value, Mapping), value, kind, at)
+        keys = [fitted(inner[0], key, f"a key of {at or 'it'}") for key in value]
+        return {key: fitted(inner[1], value[key], _in(at, key)) for key in keys}
+    _is(_is_plain(kind, value), value, kind, at)
+    return value
+
+
+def _is_plain(kind: Any, value: Any) -> bool:
+    if kind is Any:
+        return True
+    if kind in (None, type(None)):
+        return value is None
+    if kind in (int, float):  # NaN and infinities are floats
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (kind is float and isinstance(value, float))
+    return isinstance(value, kind)
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
+    misfits = []
+    for kind in kinds:
+        try:
+            return fitted(kind, value, at)
+        except Misfit as misfit:
+            misfits.append((str(misfit), kind))
+    inside = [
+        said for said, _ in misfits if at and said.startswith((f"{at}.", f"{at}["))
+    ]  # the type fits, but not what is in it
+    if inside:
+        raise Misfit(inside[0])
+    raise _misfit(value, " or ".join(in_words(kind) for _, kind in misfits), at)
+
+
+def _record(kind: Any, value: Any, at: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    _is(isinstance(value, Mapping), value, kind, at)
+    if strange := [key for key in value if key not in fields]:
+        raise Misfit(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
+    missing = dataclasses.MISSING
+    needed = [name for name, field in fields.items() if field.default is missing and field.default_factory is missing]
+    if lacking := [name for name in needed if name not in value]:
+        raise Misfit(f"{_in(at, lacking[0])} is missing")
+    hints = _hints(kind)
+    return kind(**{key: fitted(hints[key], item, _in(at, key)) for key, item in value.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def in_words(kind: Any) -> str:
+    """What a value must be, for a message."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return next((check.what for check in inner[1:] if isinstance(check, Check)), in_words(inner[0]))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is list:
+        return f"a list of {in_words(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}"
+    if origin in (dict, Mapping) or dataclasses.is_dataclass(kind):
+        return "an object"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null", type(None): "null"}
+    return words.get(kind, "something else")
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value's repr, without making the whole of a long one where that can be helped."""
+    if isinstance(value, str | bytes):
+        value = value[: LONGEST + 1]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a whole number of more than 63 bits"
+    text = f"a {type(value).__name__} of {len(value):,}" if isinstance(value, list | dict) and len(value) > 8 else repr(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _is(holds: bool, value: Any, kind: Any, at: str) -> None:
+    if not holds:
+        raise _misfit(value, in_words(kind), at)
+
+
+def _misfit(value: Any, expected: str, at: str) -> Misfit:
+    return Misfit(f"{at or 'it'} is {shown(value)}, expected {expected}")
+
+
+def _in(at: str, key: Any) -> str:
+    name = shown(key).strip("'") if isinstance(key, str) else shown(key)
+    return f"{at}.{name}" if at else name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import subprocess
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import lorakin
 from lorakin.terminal import Terminal, command, labelled, quoted, visible
 
 HOSTILE = "[/x] [bold]b[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202egpj \ud800 \r\b \u2028 :smile: [link=file:///]l[/link] \x7f"
@@ -65,3 +68,15 @@ def test_a_shell_reads_a_quoted_word_as_it_is(word: str, more: str) -> None:
     assert "\n" not in quoted(word)
     said = subprocess.run(["bash", "-c", f"printf %s {command(word, 2)}"], capture_output=True, check=True).stdout
     assert said.decode() == word + "2"
+
+
+def test_nothing_else_prints_to_a_console_of_its_own() -> None:
+    """No console but a `Terminal` is made, and no markup is written into what is printed."""
+    source = Path(lorakin.__file__).parent
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                assert name not in ("Console", "from_markup"), f"{path}:{node.lineno}"
+                printed = name in ("print", "add_row", "add_column") and ast.unparse(node)
+                assert not printed or "[/" not in printed, f"{path}:{node.lineno} prints markup; use lorakin.terminal.labelled"

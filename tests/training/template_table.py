@@ -8,7 +8,8 @@ from pathlib import Path
 import transformers
 import trl
 
-from lorakin.training.templates import ANSWERS, LAST, Template
+from lorakin.training.answers import ANSWERS, LAST
+from lorakin.training.templates import Template
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CONVERSATIONS, outcome
 

@@ -11,9 +11,9 @@ import datasets
 import pytest
 
 import lorakin as lk
+from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, encode_labelled, prompt_ids, use_template
 from lorakin.training.reading import Rows, read_rows, split, summary
-from lorakin.training.templates import IGNORED
 
 Write = Callable[..., str]
 

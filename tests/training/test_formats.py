@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import lorakin as lk
+from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, use_template
 from lorakin.training.formats import Conversation, Text
 from lorakin.training.reading import read_rows, unused
-from lorakin.training.templates import IGNORED
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CHATML, learned
 

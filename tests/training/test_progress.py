@@ -45,7 +45,7 @@ def test_rows_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"loss": 1.0}, "step is missing"), ({"step": "1"}, "step is '1'"), ({"step": -1}, "step is -1"),
+        ({"loss": 1.0}, "step is missing"), ({"step": "1"}, "step is .1."), ({"step": -1}, "step is -1"),
         ({"step": True}, "step"),
         ({"step": 10**30}, "step"), ({"step": 1, "loss": "x"}, "loss is 'x'"), ({"step": 1, "loss": None}, "loss"),
         ({"step": 1, "loss": [1]}, "loss"), ({"step": 0, "eval_loss": 1.0, "eval_count": math.nan}, "eval_count"),
@@ -97,12 +97,11 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["[]", "1", '{"a": "x"}', '{"a": NaN}', '{"a": -1}', '{"a": true}', '{"a": 1e40}', '{"a": {}}', "{", "[" * 10**5, "\x00"],
+    "value", ['"x"', "NaN", "-1", "true", "1e40", "{}", "9" * 5000, "[" * 10**5, "\x00"], ids=lambda value: value[:4]
 )
 def test_an_importance_that_is_none(value: str, tmp_path: Path) -> None:
     assert importance_in(tmp_path) == {}
-    for content in (value, f'{{"a": {value}}}'):
+    for content in (f"[{value}]", f'{{"a": {value}}}'):
         (tmp_path / "importance.json").write_text(content)
         with pytest.raises(lk.AdapterError, match=r"importance\.json"):
             importance_in(tmp_path)

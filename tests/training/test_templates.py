@@ -10,8 +10,9 @@ import pytest
 import transformers
 
 import lorakin as lk
+from lorakin.training.answers import ANSWERS, IGNORED, LAST, Answers, Unverified, continued
 from lorakin.training.formats import Conversation
-from lorakin.training.templates import ANSWERS, IGNORED, LAST, Template, Unverified, continued
+from lorakin.training.templates import Template
 from training.carried import MISTRAL, byte_tokenizer, spaced_tokenizer, templates
 
 CHATML = (
@@ -71,7 +72,7 @@ def outcome(template: Template, name: str, loss_on: str) -> str:
     """verified, refused, or what is wrong."""
     messages, tools, answers = CONVERSATIONS[name]
     try:
-        ids, labels = template.encode(Conversation(messages, [None] * len(messages), tools), loss_on)
+        ids, labels = Answers(template).encode(Conversation(messages, [None] * len(messages), tools), loss_on)
     except lk.DataError:
         return "refused"
     tokenizer = template.tokenizer
@@ -150,7 +151,7 @@ def test_most_are_verified() -> None:
 def test_what_well_known_templates_learn(template: str, name: str, expected: list[str]) -> None:
     tokenizer = byte_tokenizer(templates()[template])
     messages, tools, _ = CONVERSATIONS[name]
-    ids, labels = Template(tokenizer).encode(Conversation(messages, [None] * len(messages), tools))
+    ids, labels = Answers(Template(tokenizer)).encode(Conversation(messages, [None] * len(messages), tools))
     assert learned(ids, labels, tokenizer) == expected
 
 
@@ -158,18 +159,18 @@ def test_what_cannot_be_verified_is_refused_with_the_way_out() -> None:
     mistral = Template(byte_tokenizer(MISTRAL))
     messages = [SYSTEM, *ONE, *MORE]
     with pytest.raises(Unverified, match=r"another prompt for answer 1 .*--loss-on last"):
-        mistral.encode(Conversation(messages, [None] * len(messages)))
-    ids, labels = mistral.encode(Conversation(messages, [None] * len(messages)), LAST)
+        Answers(mistral).encode(Conversation(messages, [None] * len(messages)))
+    ids, labels = Answers(mistral).encode(Conversation(messages, [None] * len(messages)), LAST)
     assert learned(ids, labels, mistral.tokenizer) == [" Replied3</s>"]
     assert "Be brief zzq.\n\nAsked3" in mistral.tokenizer.decode(ids)
     r1 = Template(byte_tokenizer(templates()["trl/chat_templates/deepseek_r1_distill.jinja"]))
     with pytest.raises(Unverified, match=r"opens the answer with <think>, and this one has no reasoning"):
-        r1.encode(Conversation(ONE, [None, None]))
+        Answers(r1).encode(Conversation(ONE, [None, None]))
     dropping = Template(byte_tokenizer(CHATML.replace("in messages", "in messages if m.role != 'system'")))
     with pytest.raises(lk.DataError, match="drops message 1, from the system: 'Be brief zzq.'"):
-        dropping.encode(Conversation([SYSTEM, *ONE], [None] * 3))
+        Answers(dropping).encode(Conversation([SYSTEM, *ONE], [None] * 3))
     with pytest.raises(lk.DataError, match="does not write the row's tools"):
-        Template(byte_tokenizer(CHATML)).encode(Conversation(ONE, [None] * 2, TOOLS))
+        Answers(Template(byte_tokenizer(CHATML))).encode(Conversation(ONE, [None] * 2, TOOLS))
 
 
 @pytest.mark.parametrize("answer", ["\n\nReplied1", " Replied1", "Répliqué 💥", "Replied1\n", "a<|im_end|>b"])
@@ -178,7 +179,7 @@ def test_answers_with_odd_edges(answer: str) -> None:
     tokenizer = byte_tokenizer(CHATML)
     merged = tokenizer.backend_tokenizer
     assert merged.add_tokens(["\n\n\n", "\n "]) == 2  # as a trained tokenizer has tokens over the edge
-    ids, labels = Template(tokenizer).encode(Conversation([user("a"), reply(answer)], [None, None]))
+    ids, labels = Answers(Template(tokenizer)).encode(Conversation([user("a"), reply(answer)], [None, None]))
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
     assert ids[:start] == Template(tokenizer).prompt([user("a")])
     assert tokenizer.decode(ids[start:]).startswith(answer)
@@ -189,7 +190,7 @@ def test_the_ends_of_answers() -> None:
     tokenizer = byte_tokenizer(CHATML, eos="<|endoftext|>")
     assert Template(tokenizer).endings.last == "<|im_end|>"
     plain = byte_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", eos="</s>")
-    ids, labels = Template(plain).encode(Conversation(ONE, [None, None]), LAST)
+    ids, labels = Answers(Template(plain)).encode(Conversation(ONE, [None, None]), LAST)
     assert learned(ids, labels, plain)[0].endswith("Replied1</s>"), "an answer that no token ends would never end"
 
 
@@ -226,7 +227,7 @@ def test_tokenising_grows_with_the_conversation_and_not_with_its_square() -> Non
     def characters(turns: int) -> int:
         seen.clear()
         messages = [message for n in range(turns) for message in (user(f"asked {n:03}"), reply(f"replied {n:03}"))]
-        Template(counted).encode(Conversation(messages, [None] * len(messages)))
+        Answers(Template(counted)).encode(Conversation(messages, [None] * len(messages)))
         return sum(seen)
 
     assert characters(80) < 2.2 * characters(40)

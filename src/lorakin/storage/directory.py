@@ -38,6 +38,7 @@ from lorakin.storage.own_part import (
     read_beside,
     sha256,
     tensors_in,
+    unsound,
 )
 from lorakin.storage.pickles import tensors_of
 from lorakin.surgery.adapted import module_at
@@ -89,10 +90,7 @@ class Files:
     def check(self) -> None:
         """Raise `AdapterError` if `lorakin.json` is not as it was written, once nothing more telling is wrong with it."""
         if not self.beside.is_sound:
-            raise AdapterError(
-                f"{self.path / OWN}: it is damaged, or was edited: its {CHECKSUM} is of something else. To have what PEFT's "
-                "files say alone, remove it"
-            )
+            raise unsound(self.path)
 
 
 def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None) -> Path:

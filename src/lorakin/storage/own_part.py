@@ -104,13 +104,23 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
     is_sound = own.get(CHECKSUM, checksum(own)) == checksum(own)
     if not others:
         return Beside(_own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound)
+    if not is_sound:
+        raise unsound(path)
     warnings.warn(
         f"{path}: {others[0]} is not the one that {OWN} was written with, so what {OWN} says is left aside, but for the base "
         "that it names, and the adapter is what PEFT's files say",
         LorakinWarning,
         stacklevel=4,
     )
-    return Beside(None, base, others[0], is_sound)
+    return Beside(None, base, others[0])
+
+
+def unsound(path: Path) -> AdapterError:
+    """What to say of a `lorakin.json` that is not as it was written."""
+    return AdapterError(
+        f"{path / OWN}: it is damaged, or was edited: its {CHECKSUM} is of something else. To have what PEFT's files say "
+        "alone, remove it"
+    )
 
 
 def _own_part(path: Path, own: Mapping[str, Any], content: bytes | None) -> peft_format.Own:

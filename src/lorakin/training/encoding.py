@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
+from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
 from lorakin.training.endings import stops
 from lorakin.training.formats import Content, Conversation, Labelled, Text
 from lorakin.training.reading import Record, Rows, shown
-from lorakin.training.templates import ALL, ALPACA, ANSWERS, IGNORED, LOSS_ON, Template, continued
+from lorakin.training.templates import ALPACA, Template
 
 TEMPLATES = {"alpaca": ALPACA}
 """Chat templates that `--chat-template` knows by name."""
@@ -116,7 +117,7 @@ class Encoder:
 
     Args:
         tokenizer: of transformers; its chat template is used where it has one.
-        loss_on: "answers", "last" or "all"; see `Template.encode`.
+        loss_on: "answers", "last" or "all"; see `Answers.encode`.
         day: the day that a template prints; by default today.
 
     Raises:
@@ -129,6 +130,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.template = Template(tokenizer, day) if tokenizer.chat_template else None
+        self.answers = Answers(self.template) if self.template is not None else None
         self.ends = set(stops(tokenizer))
 
     def encode(self, content: Content) -> tuple[list[int], list[int]]:
@@ -144,12 +146,12 @@ class Encoder:
             return self._text(content)
         if isinstance(content, Labelled):
             raise DataError("it has a label, which a language model does not learn")
-        if self.template is None:
+        if self.answers is None:
             raise DataError(
                 "conversations need a tokenizer with a chat template; use an instruct model, or give a template with "
                 "--chat-template FILE"
             )
-        return self.template.encode(content, self.loss_on)
+        return self.answers.encode(content, self.loss_on)
 
     def prompt(self, prompt: str) -> list[int]:
         """The tokens that stand before the answer to a prompt."""
@@ -182,7 +184,7 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
     """Tokenise rows for a causal language model; labels are -100 where no loss is taken.
 
     Conversations, and prompts too, go through the tokenizer's chat template if it has one. The loss is on the
-    assistant's turns, each with the token that ends it; see `Template.encode`.
+    assistant's turns, each with the token that ends it; see `Answers.encode`.
 
     Raises:
         DataError: conversations without a chat template, one that cannot be verified, or no row with anything to

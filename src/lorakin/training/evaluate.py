@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.surgery.mode import in_mode
+from lorakin.training.answers import ANSWERS, IGNORED, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import load_with_adapter, stored_labels
 from lorakin.training.reading import read_rows
-from lorakin.training.templates import ANSWERS, IGNORED, LOSS_ON
 
 
 @dataclasses.dataclass(frozen=True)

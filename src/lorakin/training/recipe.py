@@ -19,8 +19,8 @@ from lorakin.storage import atomic, files
 from lorakin.surgery.biases import ADAPTED, ALL, NONE
 from lorakin.surgery.graft import RANK_ABOVE
 from lorakin.training import schedules
+from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.formats import NAMES
-from lorakin.training.templates import ANSWERS, LOSS_ON
 
 BIASES = (NONE, ADAPTED, ALL)
 

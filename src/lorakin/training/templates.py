@@ -1,11 +1,4 @@
-"""Conversations as a model reads them, and which of their tokens it is to learn.
-
-A chat template turns messages into one text. What an answer must follow is what generation would send: the
-same template over the messages before it, with its opening of an answer. So an answer is learned from where
-that prompt ends to the token that ends the turn, and all of it is checked: the prompt is there character by
-character and token by token, the answer's own words follow it, and nothing stands between them but what the
-template itself writes. A conversation that fails is refused, with the reason.
-"""
+"""A tokenizer's chat template: conversations as text, the prompts that generation sends, and how turns end."""
 
 from __future__ import annotations
 
@@ -14,17 +7,12 @@ import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.training.bounded import Unbounded, bounded
-from lorakin.training.formats import Conversation
-
-IGNORED = -100
-LAST, ANSWERS, ALL = "last", "answers", "all"
-LOSS_ON = (LAST, ANSWERS, ALL)
 
 ALPACA = """{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}
 {%- for message in messages %}
@@ -40,8 +28,6 @@ ALPACA = """{{- 'Below is an instruction that describes a task. Write a response
 """For instructions and a model that has no template of its own: the prompt of Stanford's Alpaca."""
 
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<form>(?:(?!\1).)*)\1\s*\)""")
-THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<said>.*)", re.DOTALL)
-WORDS = re.compile(r"\w+")
 ASKED, REPLIED, AGAIN, THOUGHT = "lorakinasks", "lorakinreplies", "lorakinasksagain", "lorakinthinks"
 """Messages of a probe: words that no template holds."""
 
@@ -66,10 +52,6 @@ class Endings:
         return list(dict.fromkeys(tokens[-1] for tokens in found if tokens))
 
 
-class Unverified(DataError):
-    """A conversation whose learned part cannot be shown to be its answers."""
-
-
 class Template:
     """A tokenizer's chat template, for making token ids and labels of conversations.
 
@@ -90,7 +72,7 @@ class Template:
             Unbounded: it does not end, or fills the memory.
         """
         turns = [_with_parts(message) if self.takes_parts else dict(message) for message in messages]
-        source = self._source(tools)
+        source = self.source(tools)
 
         def written(turns: list[dict[str, Any]]) -> str:
             text: str = self.tokenizer.apply_chat_template(
@@ -112,7 +94,7 @@ class Template:
                     return written([_with_json_arguments(turn) for turn in turns])
             raise DataError(f"the chat template does not take it: {str(error) or type(error).__name__}") from error
 
-    def _source(self, tools: Any = None) -> str:
+    def source(self, tools: Any = None) -> str:
         """The template, the day written out where it asks for it."""
         source: str = self.tokenizer.get_chat_template(None, tools)
         return TODAY.sub(lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False), source)
@@ -173,207 +155,6 @@ class Template:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def encode(self, conversation: Conversation, loss_on: str = ANSWERS) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation; labels are -100 where nothing is learned.
-
-        Args:
-            conversation: its messages, and which of them are to be learned where the data says so.
-            loss_on: "answers" (every turn of the assistant that follows something), "last" (the last of them), or
-                "all" (every token).
-
-        Raises:
-            Unverified: what would be learned is not exactly the answers with the ends of their turns, or the prompt
-                of one is not what generation would send.
-            DataError: the template does not take the conversation.
-        """
-        tools = conversation.tools
-        messages = list(conversation.messages)
-        if not messages:
-            return [], []
-        learned = _learned(conversation, loss_on)
-        if loss_on == ALL:
-            text = self.text(messages, tools)
-            self._check_said(messages, text, tools)
-            ids = self.ids(text)
-            return ids, list(ids)
-        if not learned:
-            ids = self.ids(self.text(messages, tools))
-            return ids, [IGNORED] * len(ids)
-        messages = messages[: learned[-1] + 1]  # what follows the last learned answer teaches nothing
-        prompts = {at: self.text(messages[:at], tools, answer_next=True) for at in learned}
-        self._check_said(messages[: learned[-1]], prompts[learned[-1]], tools)
-        for at in learned if self.reads_thoughts else ():
-            messages[at] = _with_thoughts(messages[at])
-        whole = self.text(messages, tools)
-        try:
-            spans = [self._span(messages, at, tools, prompts[at], whole) for at in learned]
-        except Unverified as reason:
-            if len(learned) > 1:
-                raise Unverified(
-                    f"{reason}. Train on the last answer alone with --loss-on last, or give another template with "
-                    "--chat-template FILE"
-                ) from None
-            return self._alone(messages, prompts[learned[-1]], reason)
-        return self._masked(*self._closed(whole, spans))
-
-    def _span(self, messages: Sequence[Mapping[str, Any]], at: int, tools: Any, prompt: str, whole: str) -> tuple[int, int]:
-        """Where in the whole text the answer that is message `at` is learned, with the end of its turn if it is there."""
-        number = _nth(messages, at)
-        if not whole.startswith(prompt):
-            raise Unverified(
-                f"generation would send another prompt for answer {number} than the template writes before it in the "
-                f"whole conversation: {_apart(prompt, whole)}"
-            )
-        start = end = len(prompt)
-        for words in _said(messages[at]):
-            if (found := _found(words, whole, end)) is None:
-                raise Unverified(
-                    f"the template drops or changes what answer {number} says: {_short(words)} is not in it"
-                    + (" (its reasoning_content)" if words in messages[at].get("reasoning_content", "") else "")
-                )
-            if strange := self._strange(whole[end : found[0]], messages[at]):
-                raise Unverified(f"the template puts {_short(strange)} into answer {number}")
-            end = found[1]
-        if messages[at].get("tool_calls"):
-            end = self._call_ends(messages, at, tools, whole, end)
-        else:
-            end = self._turn_ends(messages, at, whole, end)
-        if lost := [value for value in _arguments(messages[at]) if _found(value, whole[:end], start) is None]:
-            raise Unverified(f"the template drops what a call of answer {number} says: {_short(lost[0])} is not in it")
-        return start, end
-
-    def _call_ends(self, messages: Sequence[Mapping[str, Any]], at: int, tools: Any, whole: str, said: int) -> int:
-        """Where a turn with calls ends: where the template ends it when nothing follows, or with the token after that."""
-        alone = self.text(messages[: at + 1], tools).rstrip()
-        if not whole.startswith(alone) or len(alone) < said:
-            raise Unverified(f"the template writes the calls of answer {_nth(messages, at)} otherwise when others follow")
-        token = next((t for t in self.specials.finditer(whole, said) if t.end() >= len(alone)), None)
-        end = len(alone) if token is None else token.end()
-        if whole[len(alone) : end].strip() not in ("", token.group() if token is not None else ""):
-            raise Unverified(f"no token ends the turn of answer {_nth(messages, at)}")
-        if strange := self._strange(whole[said:end], messages[at]):
-            raise Unverified(f"the template puts {_short(strange)} into answer {_nth(messages, at)}")
-        return end
-
-    def _turn_ends(self, messages: Sequence[Mapping[str, Any]], at: int, whole: str, end: int) -> int:
-        """Where the turn ends whose answer's words end at `end`: after the token that ends a turn, if there is one."""
-        known = self.endings.tokens(self.specials)
-        tokens = list(self.specials.finditer(whole, end))
-        for token in (*(token for token in tokens if token.group() in known), *tokens[:1]):
-            if not self._strange(whole[end : token.start()], messages[at]):
-                return token.end()
-        rest = whole[end:].rstrip()
-        if at == len(messages) - 1 and not self._strange(rest, messages[at]):
-            return end + len(rest)
-        raise Unverified(f"no token ends the turn of answer {_nth(messages, at)}")
-
-    def _closed(self, whole: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text and its spans, the last answer ended as another turn would end it where the template ends none."""
-        start, end = spans[-1]
-        if any(token.end() == end for token in self.specials.finditer(whole, start, end)):
-            return whole, spans
-        whole = whole[:end] + self.endings.last
-        return whole, [*spans[:-1], (start, len(whole))]
-
-    def _strange(self, between: str, message: Mapping[str, Any]) -> str | None:
-        """A word of the text that is neither the template's own nor the message's."""
-        own = {*WORDS.findall(json.dumps(message)), *WORDS.findall(json.dumps(message, ensure_ascii=False))}
-        own |= {word for part in _said(message) for word in WORDS.findall(part)} | self._words
-        return next((word for word in WORDS.findall(between) if word not in own), None)
-
-    @cached_property
-    def _words(self) -> set[str]:
-        source = self._source().encode().decode("unicode_escape", errors="ignore")
-        return {*WORDS.findall(self._source()), *WORDS.findall(source)}
-
-    def _alone(self, messages: Sequence[Mapping[str, Any]], prompt: str, why: Unverified) -> tuple[list[int], list[int]]:
-        """The prompt that generation would send, and after it the last answer, where the template shows it otherwise."""
-        message, before = messages[-1], self.endings.before
-        if message.get("tool_calls"):
-            raise why
-        answer, opened = message["content"], re.search(r"<think>\s*$", prompt)
-        if message.get("reasoning_content"):
-            if not opened:
-                raise why
-            answer = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{answer}"
-        if opened:
-            if not (inner := THOUGHTS.fullmatch(answer)):
-                quiet = "--template-arg enable_thinking=false, or " if "enable_thinking" in self._source() else ""
-                raise Unverified(
-                    "generation opens the answer with <think>, and this one has no reasoning; give it in the answer "
-                    f"(<think>…</think>, which may be empty), or give {quiet}another template with --chat-template FILE"
-                )
-            answer = f"{inner['thought'].lstrip()}</think>{inner['said']}"
-        before = "" if before.strip() and answer.startswith(before) else before
-        ids, learned = self.ids(prompt), f"{before}{answer}{self.endings.last}"
-        answered = continued(self.tokenizer, prompt, learned)
-        return ids + answered, [IGNORED] * len(ids) + answered
-
-    def _check_said(self, messages: Sequence[Mapping[str, Any]], prompt: str, tools: Any) -> None:
-        """See that what the messages before an answer say stands in its prompt, and the tools too."""
-        if tools and prompt == self._without_tools(messages, prompt):
-            raise DataError("the chat template does not write the row's tools; use a model whose template does")
-        for number, message in enumerate(messages):
-            words = THOUGHTS.sub(r"\g<said>", message["content"])  # what was thought before, templates leave out
-            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-            for part in (words, *calls):
-                if part.strip() and _found(part, prompt, 0) is None and not _words_of(part, prompt):
-                    raise DataError(f"the chat template drops message {number + 1}, from the {message['role']}: {_short(part)}")
-
-    def _without_tools(self, messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
-        try:
-            return self.text(messages, None, answer_next=True)
-        except DataError:
-            return ""
-
-    def _masked(self, whole: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Ids of the whole text, and labels on the spans: tokens that reach over the edge of a span are cut there."""
-        pieces, at = [], 0
-        for start, end in spans:
-            pieces += [(at, start, False), (start, end, True)]
-            at = end
-        pieces.append((at, len(whole), False))
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
-        ids: list[int] = list(encoded["input_ids"])
-        offsets = encoded["offset_mapping"] if self.tokenizer.is_fast else None
-        if offsets is not None and (labels := self._aligned(whole, ids, offsets, spans)) is not None:
-            return ids, labels
-        ids, labels, before = [], [], ""
-        for start, end, learns in pieces:
-            part = (
-                continued(self.tokenizer, before, whole[start:end])
-                if before
-                else self.tokenizer(whole[start:end], add_special_tokens=False)["input_ids"]
-            )
-            ids += part
-            labels += part if learns else [IGNORED] * len(part)
-            before = whole[:end]
-        return ids, labels
-
-    def _aligned(
-        self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-    ) -> list[int] | None:
-        """Labels on the spans; None if a token reaches over an edge, or the prompt alone has other tokens."""
-        labels, at = [IGNORED] * len(ids), 0
-        for start, end in spans:
-            while at < len(ids) and offsets[at][1] <= start:
-                at += 1
-            if (at < len(ids) and offsets[at][0] < start) or not self._ends_alone(whole, ids, offsets, at, start):
-                return None
-            while at < len(ids) and offsets[at][1] <= end:
-                labels[at] = ids[at]
-                at += 1
-            if at < len(ids) and offsets[at][0] < end:
-                return None
-        return labels
-
-    def _ends_alone(self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], count: int, start: int) -> bool:
-        """Whether the first `count` tokens are those of `whole[:start]` alone, seen from the last special token on."""
-        first = next((n for n in range(count - 1, -1, -1) if ids[n] in self.special_ids), None)
-        begin = 0 if first is None else offsets[first][0]
-        alone: list[int] = self.tokenizer(whole[begin:start], add_special_tokens=False)["input_ids"]
-        return alone == ids[0 if first is None else first : count]
-
 
 def endings_of(template: Template) -> Endings:
     """What the template writes after answers; see `Endings`.
@@ -415,45 +196,8 @@ def _to_special(split: re.Pattern[str], pieces: Sequence[str]) -> str:
     return "".join(pieces[: last + 1])
 
 
-def continued(tokenizer: Any, before: str, text: str) -> list[int]:
-    """The tokens of `text` where it follows `before`, whose tokens are those that it has on its own.
-
-    Tokenizers differ in what they do at the start of a text: some put a space there. So of several ways the first
-    is taken that, with the tokens of `before`, stands for the same text as both together. A tokenizer that loses
-    characters, such as one of whole words, can tell nothing by that: there the text has the tokens that it has alone.
-
-    Raises:
-        Unverified: none does.
-    """
-
-    def ids_of(part: str) -> list[int]:
-        found: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
-        return found
-
-    start, whole, line = ids_of(before), ids_of(before + text), ids_of("\n")
-    wanted = tokenizer.decode(whole)
-    tries = [whole[len(start) :]] if whole[: len(start)] == start else []
-    tries.append(ids_of(text))
-    if (after := ids_of("\n" + text))[: len(line)] == line:
-        tries.append(after[len(line) :])
-    for ids in tries:
-        if tokenizer.decode(start + ids) == wanted:
-            return ids
-    if wanted.split() != (before + text).split():
-        return ids_of(text)
-    raise Unverified(f"the tokenizer cannot put {_short(text)} after the prompt as text of its own")
-
-
 def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, the reasoning in its content moved into `reasoning_content`."""
-    found = THOUGHTS.fullmatch(message["content"]) if message["role"] == "assistant" else None
-    if found is None or message.get("reasoning_content") or not found["thought"].strip():
-        return message
-    return {**message, "reasoning_content": found["thought"].strip("\n"), "content": found["said"].lstrip("\n")}
 
 
 def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -471,68 +215,3 @@ def _pieces(split: re.Pattern[str], text: str) -> list[str]:
         found += [text[at : token.start()], token.group()]
         at = token.end()
     return [piece for piece in (*found, text[at:]) if piece]
-
-
-def _learned(conversation: Conversation, loss_on: str) -> list[int]:
-    """Which messages are learned: the assistant's, after the first, that say something, if the data does not say otherwise."""
-    found = []
-    for at, (message, flag) in enumerate(zip(conversation.messages, conversation.learned, strict=True)):
-        says = message["content"].strip() or message.get("tool_calls")
-        if at and message["role"] == "assistant" and says and flag is not False:
-            found.append(at)
-    return found[-1:] if loss_on == LAST else found
-
-
-def _said(message: Mapping[str, Any]) -> Iterator[str]:
-    """What an answer says, in its order: what it thinks, its text, the names and values of its calls."""
-    content = message["content"]
-    thoughts = THOUGHTS.fullmatch(content)
-    parts = [message.get("reasoning_content", "")]
-    parts += [thoughts["thought"], thoughts["said"]] if thoughts else [content]
-    yield from (part.strip() for part in parts if part.strip())
-    for call in message.get("tool_calls", ()):
-        yield call["function"]["name"]
-
-
-def _arguments(message: Mapping[str, Any]) -> Iterator[str]:
-    """The single values in the arguments of its calls, as text."""
-
-    def leaves(value: Any) -> Iterator[str]:
-        if isinstance(value, Mapping | list):
-            for item in value.values() if isinstance(value, Mapping) else value:
-                yield from leaves(item)
-        else:
-            yield value if isinstance(value, str) else json.dumps(value)
-
-    for call in message.get("tool_calls", ()):
-        yield from leaves(call["function"]["arguments"])
-
-
-def _found(words: str, text: str, start: int) -> tuple[int, int] | None:
-    """Where the words stand in the text from `start` on, as they are or as JSON writes them."""
-    words = words.strip()
-    for written in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
-        if (at := text.find(written, start)) >= 0:
-            return at, at + len(written)
-    return None
-
-
-def _words_of(part: str, text: str) -> bool:
-    """Whether all words of a JSON object stand in the text: templates write a tool's results in forms of their own."""
-    return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
-
-
-def _nth(messages: Sequence[Mapping[str, Any]], at: int) -> int:
-    """Which of the answers message `at` is, counted from 1."""
-    return sum(message["role"] == "assistant" for message in messages[: at + 1])
-
-
-def _apart(prompt: str, whole: str) -> str:
-    """Where two texts part, in a few words of each."""
-    at = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
-    begin = max(0, at - 10)
-    return f"{_short(prompt[begin : begin + 40])} and {_short(whole[begin : begin + 40])}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -35,6 +35,7 @@ from lorakin.surgery.words import count, share
 from lorakin.terminal import command, labelled, visible
 from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
+from lorakin.training.answers import IGNORED
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
 from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
@@ -43,7 +44,7 @@ from lorakin.training.progress import Metrics, Watch
 from lorakin.training.reading import Rows
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import Held, resumed_recipe
-from lorakin.training.templates import IGNORED, Template
+from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining
 

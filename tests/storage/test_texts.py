@@ -111,3 +111,18 @@ def test_what_a_file_says_is_checked(saved: Path) -> None:
     assert set(base["tokenizer"]["words"]) == {"16", "all"}
     for wrong in ([], "x", {"words": []}, {"words": {}, "cuts": 3}, {"words": {"16": 3}, "cuts": "x", "template": None}):
         assert not texts.are_texts({"tokenizer": wrong}), wrong
+
+
+def test_an_adapter_that_brings_its_template_does_not_mind_the_bases(
+    model_dir: str, tmp_path: Path, folder: Callable[..., str], write_rows: Callable[..., str], chat_rows: list[dict[str, str]]
+) -> None:
+    from lorakin.cli.app import run
+
+    own = tmp_path / "own.jinja"
+    own.write_text(TEMPLATE.replace("<|end|> {% endfor %}", "<|end|> {% endfor %}{# ours #}"))
+    out = tmp_path / "trained"
+    rows = write_rows(chat_rows)
+    asked = ["-m", model_dir, "-d", rows, "-o", str(out), "--steps=1", "--dtype=float32", "--chat-template", str(own)]
+    assert run(["train", *asked]) == 0
+    loads(model_dir, out)
+    loads(folder(lambda tokenizer: setattr(tokenizer, "chat_template", TEMPLATE + " ")), out)

@@ -18,7 +18,7 @@ from lorakin.storage import directory, hub, texts
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import conversions, heads, loading, model_files
-from lorakin.training.encoding import use_remembered
+from lorakin.training.encoding import remembered_template, use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
 from lorakin.training.recipe import read_yaml
@@ -234,8 +234,10 @@ def load_with_adapter(
             LorakinWarning,
             stacklevel=2,
         )
+    if loaded.tokenizer is not None and remembered_template(files.path) is not None:
+        use_remembered(loaded.tokenizer, files.path)
+        texts.remember(loaded.model, loaded.tokenizer)  # the base's own template is not what the adapter answers with
     placed(loaded.model, "default", files.match(loaded.model, other_base))
-    use_remembered(loaded.tokenizer, files.path)
     return loaded
 
 

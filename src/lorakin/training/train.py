@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, ModelError, OutputError
 from lorakin.family import Method
-from lorakin.storage import atomic, directory
+from lorakin.storage import atomic, directory, texts
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
 from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
@@ -193,6 +193,8 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     template = None
     if labels is None:
         template = use_template(loaded.tokenizer, recipe.chat_template, rows, recipe.template_args)
+        if template is not None:
+            texts.remember(loaded.model, loaded.tokenizer)
         recipe = dataclasses.replace(recipe, date=_printed_day(recipe, loaded.tokenizer))
     train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)

@@ -18,7 +18,7 @@ import pytest
 
 import lorakin as lk
 from lorakin.cli.options import FORMATS
-from lorakin.training import formats
+from lorakin.training import formats, reading
 from lorakin.training.formats import Conversation, Text
 from lorakin.training.reading import Rows, read_rows, split, unused
 
@@ -144,6 +144,14 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(lk.DataError, match="is no file"):
         read_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_table_that_unfolds_into_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.table({"text": pyarrow.nulls(10_000_000, pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    monkeypatch.setattr(reading, "MOST_UNPACKED", 1 << 20)
+    with pytest.raises(lk.DataError, match="unfolds into 10,000,000 cells"):
+        read_rows(str(tmp_path / "rows.parquet"))
 
 
 def test_classes_of_a_table_that_are_none(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ HOLDOUT_LIMIT = 256
 LONGEST_CELL = 1 << 27
 """Characters of one CSV cell; Python's own limit of 131,072 is less than a long document has."""
 MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
-"""A gzip file may unfold into so many bytes, or into so many times its own size if that is more."""
+"""A gzip or Parquet file may unfold into so many bytes, or into so many times its own size if that is more."""
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(:(?P<split>[^:\[\]]+(\[[^\]]*\])?))?")
 
 
@@ -337,6 +337,13 @@ def _parquet(file: IO[bytes]) -> Table:
     import datasets
     import pyarrow.parquet
 
+    stored = pyarrow.parquet.ParquetFile(file).metadata
+    cells, held = (
+        stored.num_rows * stored.num_columns,
+        sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups)),
+    )
+    if max(cells, held) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
+        raise DataError(f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are meant")
     table = pyarrow.parquet.read_table(file)
     features = datasets.Features.from_arrow_schema(table.schema)
     return list(enumerate(table.to_pylist(), 1)), _class_names(features)

@@ -200,7 +200,7 @@ def test_a_probe_that_was_interrupted_goes_on(recipe: Callable[..., Recipe], mon
     result, shown = run(training.resumed_recipe(None, {"out": given.out}), resume=True)
     assert "which modules matter" in shown
     (result.out / "importance.json").write_text("{")
-    with pytest.raises(lk.SettingError, match=r"importance.json cannot be read .*; remove it to probe again"):
+    with pytest.raises(lk.AdapterError, match=r"importance.json cannot be read .*; remove it to probe again"):
         run(training.resumed_recipe(None, {"out": given.out}), resume=True)
 
 

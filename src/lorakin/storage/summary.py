@@ -142,8 +142,8 @@ def importance_in(folder: Path) -> dict[str, float]:
         return {}
     try:
         return fitted(dict[str, Share], own_part.read_json(path))  # type: ignore[no-any-return]
-    except Misfit as misfit:
-        raise AdapterError(f"{path}: {misfit}; remove the file to probe again") from None
+    except (Misfit, AdapterError) as wrong:
+        raise AdapterError(f"{path} cannot be read ({wrong}); remove it to probe again") from None
 
 
 def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:

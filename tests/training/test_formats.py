@@ -209,3 +209,88 @@ def test_text_that_is_rendered_already_gets_no_second_bos_or_eos(write_rows: Wri
     first, second = encode(rows, tokenizer, 500).examples
     assert tokenizer.decode(first["input_ids"]) == tokenizer.decode(second["input_ids"]) == "<|begin_of_text|>hi<|eot_id|>"
     assert first["labels"][-1] != IGNORED
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": [{"from": "Human", "value": "q"}, {"from": "ai", "value": "a"}], "system_prompt": "s"}, "s q a"),
+        ({"messages": [{"role": "system", "content": None}, *TURNS], "system": "s"}, "s q a"),
+        ({"messages": [{"role": "user", "content": None, "value": "q"}, TURNS[1]]}, "q a"),
+        ({"messages": [{"role": "system", "content": ""}, *TURNS]}, "q a"),
+    ],
+)
+def test_usual_variants(row: dict[str, Any], expected: str, write_rows: Write) -> None:
+    assert " ".join(message["content"] for message in said(row, write_rows).messages) == expected
+
+
+def test_calls_in_the_shapes_that_data_sets_have(write_rows: Write) -> None:
+    call = {"name": "weather", "arguments": {"city": None, "days": 3}}
+    rows = [
+        {"messages": [TURNS[0], {"role": "assistant", "content": "Let me see.", "function_call": call}], "functions": [TOOL]},
+        {"conversations": [SHARED[0], {"from": "function_call", "value": json.dumps([call])}], "tools": [TOOL]},
+        {"query": "q", "answers": json.dumps([call]), "tools": json.dumps([TOOL["function"]])},
+    ]
+    for row in rows:
+        content = said(row, write_rows)
+        assert [inner["function"] for inner in content.messages[1]["tool_calls"]] == [call]
+        assert content.tools == [TOOL]
+    empty = said(
+        {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]},
+        write_rows,
+    )
+    assert empty.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_nulls_that_a_table_fills_in_are_none_of_a_calls(tmp_path: Any) -> None:
+    import datasets
+
+    rows = [
+        {"messages": [{**TURNS[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"opts": {key: 1}}}}]}]}
+        for key in ("deep", "wide")
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = read_rows(str(tmp_path / "rows.parquet")).records[0].content
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"opts": {"deep": 1}}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "prompt", ['{"role": "user", "content": "hello", "id": 3}', '[{"from": "a@b.c"}]', '[{"role": "admin"}]']
+)
+def test_a_prompt_that_is_json_is_a_text(prompt: str, write_rows: Write) -> None:
+    assert said({"prompt": prompt, "completion": "ok"}, write_rows) == Text(prompt, "ok")
+
+
+def test_a_prompt_that_is_rendered_already_is_not_wrapped_again(write_rows: Write) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yes<|im_end|>"}
+    text = {"text": row["prompt"] + "yes<|im_end|>\n"}
+    first, second = (encode(read_rows(write_rows([one])), tokenizer, 500).examples[0] for one in (row, text))
+    assert tokenizer.decode(first["input_ids"]) == row["prompt"] + row["completion"]
+    assert learned(first["input_ids"], first["labels"], tokenizer) == ["yes<|im_end|>"]
+    assert tokenizer.decode(second["input_ids"]) == text["text"], "and a text has no second end"
+
+
+def test_a_flag_among_the_columns_counts(write_rows: Write) -> None:
+    rows = [{"q": "q", "r": "r", "w": 0}, {"q": "q", "r": "r", "w": "1"}]
+    found = read_rows(write_rows(rows), {"prompt": "q", "completion": "r", "weight": "w"})
+    assert (len(found), found.left_out) == (1, 1)
+
+
+def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
+    rows = read_rows(write_rows([{"prompt": "q", "completion": "b" * 300}, {"prompt": "q", "completion": "b"}]))
+    encoded = encode(rows, byte_tokenizer(CHATML), 100)
+    assert (len(encoded.examples), encoded.dropped, encoded.cut) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("label", [False, 0, "False"])
+def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: Write) -> None:
+    with pytest.raises(lk.DataError, match="not to imitate"):
+        said({"prompt": "q", "completion": "bad", "label": label}, write_rows)
+    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == Text("q", "good")
+
+
+def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:
+    with pytest.raises(lk.DataError, match="question stands beside sentence"):
+        said({"question": "q", "sentence": "s", "label": 1, "idx": 3}, write_rows)

@@ -124,7 +124,8 @@ def test_one_object_over_many_lines(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"PACKED", "unfolds into more than"),
         ("a.csv", b"a,a\n1,2\n", "the column 'a' stands in the header twice"),
         ("a.csv", b"prompt,completion\n1,2\n1\n", "row 2 has 1 cells, and the header 2"),
-        ("a.csv", b"prompt;completion\n1;2\n", "separated by ';'"),
+        ("a.csv", b"prompt|completion\n1|2\n", r"separated by '\\|'"),
+        ("a.csv", b'prompt,completion\n"a" b,c\n', "line 2: "),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 cannot be read as JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2 cannot be read as a row"),
         ("a.parquet", b"PAR1" + bytes(100), "cannot be read"),
@@ -207,3 +208,37 @@ def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_line_names_the_formats() -> None:
     assert FORMATS == formats.NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.tsv", 'prompt\tcompletion\n"Hello\tthere"\nb\tso "c\n', [Text('"Hello', 'there"'), Text("b", 'so "c')]),
+        ("a.tsv", 'prompt\tcompletion\n"say ""a"""\tb\n', [Text('say "a"', "b")]),
+        ("a.tsv", 'prompt\tcompletion\n"a\tb"\t"c\nd"\n', [Text("a\tb", "c\nd")]),
+        ("a.csv", "prompt;completion\na;b\n", [Text("a", "b")]),
+        ("a.csv", "prompt, completion,,\na,b,,\n", [Text("a", "b")]),
+        ("a.csv", '\ufeffprompt,completion\r\na,"b\nc"\r\n', [Text("a", "b\nc")]),
+    ],
+)
+def test_tables_as_programs_write_them(name: str, content: str, expected: list[Text], tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert texts(read_rows(str(tmp_path / name))) == expected
+    (tmp_path / name).write_bytes(content.lstrip("\ufeff").encode("utf-16"))
+    assert texts(read_rows(str(tmp_path / name))) == expected
+
+
+def test_headers_in_other_letters_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Prompt,Completion\na,b\n")
+    with pytest.raises(lk.DataError, match="here that is --columns prompt=Prompt,completion=Completion"):
+        read_rows(str(tmp_path / "a.csv"))
+
+
+def test_a_list_of_rows_beside_other_things(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"text": "a"}]}, indent=1))
+    assert texts(read_rows(str(tmp_path / "a.json"))) == [Text("", "a")]
+    (tmp_path / "a.jsonl").write_text('{"text": NaN}\n')
+    with pytest.raises(lk.DataError, match="NaN is no number of JSON"):
+        read_rows(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n')
+    assert read_rows(str(tmp_path / "a.jsonl")).labels() == ["False", "True"]

@@ -173,6 +173,69 @@ def test_what_cannot_be_verified_is_refused_with_the_way_out() -> None:
         Answers(Template(byte_tokenizer(CHATML))).encode(Conversation(ONE, [None] * 2, TOOLS))
 
 
+CALLING = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function|tojson if m.tool_calls else '') +")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (CHATML, [{"role": "system", "content": "Use get_weather."}, user("a?"), reply("Look.", tool_calls=CALLS), user("b"), reply("c")]),
+        (CALLING, [user("a?"), reply("Look.", tool_calls=CALLS + [
+            {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bergen"}}}]), user("b"), reply("c")]),
+        (CHATML.replace("in messages", "in messages if m.role != 'system'"),
+         [{"role": "system", "content": "in French"}, user("Say it in French: hello?"), reply("Bonjour")]),
+        (CHATML.replace("in messages", "in messages if m.role != 'tool'"),
+         [user("Is 22 warm?"), reply("I check"), {"role": "tool", "content": "22"}, reply("Yes")]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("loss_on", [LAST, "all"])
+def test_what_a_template_drops_is_seen_though_its_words_stand_elsewhere(
+    template: str, messages: list[dict[str, Any]], loss_on: str
+) -> None:
+    with pytest.raises(lk.DataError, match="drops message"):
+        Answers(Template(byte_tokenizer(template))).encode(Conversation(messages, [None] * len(messages)), loss_on)
+
+
+def test_the_loss_on_all_drops_no_reasoning() -> None:
+    template = Template(byte_tokenizer(CHATML))
+    for message in (reply("ans", reasoning_content="secret"), reply("f", tool_calls=CALLS)):
+        with pytest.raises(lk.DataError, match="drops message 2"):
+            Answers(template).encode(Conversation([user("q"), message], [None, None]), "all")
+
+
+@pytest.mark.parametrize(
+    "name", ["trl/chat_templates/gptoss.jinja", "trl/chat_templates/glm4moe.jinja", "trl/chat_templates/qwen3.jinja"]
+)
+@pytest.mark.parametrize("word", ["a", "in", "user", "think", "c\r\n"])
+def test_short_answers_are_not_taken_for_the_templates_own_letters(name: str, word: str) -> None:
+    template = Template(byte_tokenizer(templates()[name]))
+    ids, labels = Answers(template).encode(Conversation([user("Pick"), reply(word), user("again"), reply("b")], [None] * 4))
+    first = learned(ids, labels, template.tokenizer)[0]
+    assert word.strip() in first and first.count("<|") <= 4
+
+
+def test_tags_in_what_is_no_reasoning_are_text() -> None:
+    told = "Answer as <think> your reasoning </think><answer> the answer </answer>."
+    messages = [
+        {"role": "system", "content": told},
+        user("What is <think>x</think>?"),
+        reply("b <think>c</think>"),
+        user("d"),
+        reply("e"),
+    ]
+    template = Template(byte_tokenizer(CHATML))
+    ids, labels = Answers(template).encode(Conversation(messages, [None] * 5))
+    assert learned(ids, labels, template.tokenizer) == ["b <think>c</think><|im_end|>", "e<|im_end|>"]
+
+
+def test_ends_that_were_added_as_no_special_tokens() -> None:
+    tokenizer = byte_tokenizer(None, eos="</s>")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHATML
+    ids, labels = Answers(Template(tokenizer)).encode(Conversation([*ONE, *MORE], [None] * 6))
+    assert learned(ids, labels, tokenizer) == ["Replied1<|im_end|>", "Replied2<|im_end|>", "Replied3<|im_end|>"]
+
+
 @pytest.mark.parametrize("answer", ["\n\nReplied1", " Replied1", "Répliqué 💥", "Replied1\n", "a<|im_end|>b"])
 def test_answers_with_odd_edges(answer: str) -> None:
     """A tokenizer may join an answer's first characters with what stands before it; the prompt is whole all the same."""

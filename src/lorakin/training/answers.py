@@ -22,6 +22,8 @@ from lorakin.training.templates import Template
 IGNORED = -100
 LAST, ANSWERS, ALL = "last", "answers", "all"
 LOSS_ON = (LAST, ANSWERS, ALL)
+TAIL = 400
+"""Characters before an answer within which a tokenizer may join something with its first ones; and many more."""
 THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<said>.*)", re.DOTALL)
 WORDS = re.compile(r"\w+")
 
@@ -60,7 +62,7 @@ class Answers:
         learned = _learned(conversation, loss_on)
         if loss_on == ALL:
             text = self.template.text(messages, tools)
-            self._check_said(messages, text, tools)
+            self._check_said(messages, text, tools, _learned(conversation, ANSWERS))
             ids = self.template.ids(text)
             return ids, list(ids)
         if not learned:
@@ -98,6 +100,7 @@ class Answers:
                     f"the template drops or changes what answer {number} says: {_short(words)} is not in it"
                     + (" (its reasoning_content)" if words in messages[at].get("reasoning_content", "") else "")
                 )
+            found = _standing(words, whole, end, ()) or found  # "a" is not that of a template's own "channel"
             if strange := self._strange(whole[end : found[0]], messages[at]):
                 raise Unverified(f"the template puts {_short(strange)} into answer {number}")
             end = found[1]
@@ -176,16 +179,25 @@ class Answers:
         answered = continued(self.template.tokenizer, prompt, learned)
         return ids + answered, [IGNORED] * len(ids) + answered
 
-    def _check_said(self, messages: Sequence[Mapping[str, Any]], prompt: str, tools: Any) -> None:
-        """See that what the messages before an answer say stands in its prompt, and the tools too."""
+    def _check_said(self, messages: Sequence[Mapping[str, Any]], prompt: str, tools: Any, learned: Sequence[int] = ()) -> None:
+        """See that what messages say stands in a text, one after another; the system's words may stand anywhere.
+
+        What was thought before templates leave out; of messages that are `learned` it counts too.
+        """
         if tools and prompt == self._without_tools(messages, prompt):
             raise DataError("the chat template does not write the row's tools; use a model whose template does")
-        for number, message in enumerate(messages):
-            words = THOUGHTS.sub(r"\g<said>", message["content"])  # what was thought before, templates leave out
-            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-            for part in (words, *calls):
-                if part.strip() and _found(part, prompt, 0) is None and not _words_of(part, prompt):
+        at = 0
+        places: list[tuple[int, int]] = []
+        for number in sorted(range(len(messages)), key=lambda number: messages[number]["role"] in ("system", "developer")):
+            message = messages[number]
+            anywhere = message["role"] in ("system", "developer")
+            for part in [*_said(message, thoughts=number in learned), *_arguments(message)]:
+                place = _standing(part, prompt, 0 if anywhere else at, places if anywhere else ())
+                if place is None and not (part.lstrip()[:1] in ("{", "[") and _words_of(part, prompt)):
                     raise DataError(f"the chat template drops message {number + 1}, from the {message['role']}: {_short(part)}")
+                if place is not None and not anywhere:
+                    places.append(place)
+                    at = place[0] if message.get("tool_calls") else place[1]  # a call's parts stand in any order
 
     def _without_tools(self, messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
         try:
@@ -209,7 +221,7 @@ class Answers:
         ids, labels, before = [], [], ""
         for start, end, learns in pieces:
             part = (
-                continued(self.template.tokenizer, before, whole[start:end])
+                continued(self.template.tokenizer, self._last_of(before), whole[start:end])
                 if before
                 else self.template.tokenizer(whole[start:end], add_special_tokens=False)["input_ids"]
             )
@@ -217,6 +229,11 @@ class Answers:
             labels += part if learns else [IGNORED] * len(part)
             before = whole[:end]
         return ids, labels
+
+    def _last_of(self, text: str) -> str:
+        """The end of a text from its last special token on, or of its last words: what follows it is not cut otherwise."""
+        special = [token.start() for token in self.template.specials.finditer(text, max(0, len(text) - TAIL))]
+        return text[special[-1] :] if special else text[max(0, text.rfind(" ", 0, max(0, len(text) - TAIL)) + 1) :]
 
     def _aligned(
         self, whole: str, ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
@@ -290,12 +307,12 @@ def _learned(conversation: Conversation, loss_on: str) -> list[int]:
     return found[-1:] if loss_on == LAST else found
 
 
-def _said(message: Mapping[str, Any]) -> Iterator[str]:
-    """What an answer says, in its order: what it thinks, its text, the names and values of its calls."""
+def _said(message: Mapping[str, Any], thoughts: bool = True) -> Iterator[str]:
+    """What a message says, in its order: what it thinks, if `thoughts`, its text, the names of its calls."""
     content = message["content"]
-    thoughts = THOUGHTS.fullmatch(content)
-    parts = [message.get("reasoning_content", "")]
-    parts += [thoughts["thought"], thoughts["said"]] if thoughts else [content]
+    thought = THOUGHTS.fullmatch(content) if message["role"] == "assistant" else None
+    parts = [message.get("reasoning_content", ""), thought["thought"] if thought else ""] if thoughts else []
+    parts.append(thought["said"] if thought else content)
     yield from (part.strip() for part in parts if part.strip())
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
@@ -321,6 +338,17 @@ def _found(words: str, text: str, start: int) -> tuple[int, int] | None:
     for written in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
         if (at := text.find(written, start)) >= 0:
             return at, at + len(written)
+    return None
+
+
+def _standing(words: str, text: str, start: int, taken: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first place from `start` on where the words stand and are not part of longer words, nor at a place that is taken."""
+    while (place := _found(words, text, start)) is not None:
+        edges = ((place[0] - 1, place[0]), (place[1] - 1, place[1]))
+        inside = any(a >= 0 and b < len(text) and WORDS.fullmatch(text[a]) and WORDS.fullmatch(text[b]) for a, b in edges)
+        if not inside and not any(place[0] < end and begin < place[1] for begin, end in taken):
+            return place
+        start = place[0] + 1
     return None
 
 

@@ -25,10 +25,14 @@ LONGEST_TEMPLATE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of each row that has something to learn from, and where it stands; `dropped` counts the others."""
+    """Token ids and labels of each row that has something to learn from, and where it stands.
+
+    `dropped` counts the others, `cut` those whose last answer does not end within the length.
+    """
 
     examples: list[dict[str, Any]]
     dropped: int
+    cut: int = 0
     where: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -139,7 +143,7 @@ class Encoder:
         Raises:
             DataError: a conversation without a chat template, or one that cannot be verified.
         """
-        if isinstance(content, Text) and content.prompt and self.template is not None:
+        if isinstance(content, Text) and content.prompt and self.template is not None and not self._is_rendered(content.prompt):
             turns = [{"role": "user", "content": content.prompt}, {"role": "assistant", "content": content.answer}]
             content = Conversation(turns, [None, None])
         if isinstance(content, Text):
@@ -153,6 +157,11 @@ class Encoder:
             )
         return self.answers.encode(content, self.loss_on)
 
+    def _is_rendered(self, prompt: str) -> bool:
+        """Whether a prompt is what the chat template writes, up to its opening of an answer."""
+        opening = self.template.opening.strip() if self.template is not None else ""
+        return bool(opening) and prompt.rstrip().endswith(opening)
+
     def prompt(self, prompt: str) -> list[int]:
         """The tokens that stand before the answer to a prompt."""
         if self.template is not None:
@@ -162,7 +171,8 @@ class Encoder:
     def _opened(self, text: str) -> list[int]:
         """A text's tokens as a model begins with them: with a BOS token if the tokenizer puts one, but not twice."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(str(self.tokenizer.eos_token)):
+        eos = self.tokenizer.eos_token_id
+        if ids and ids[-1] == eos and (ids[-2:-1] == [eos] or not text.endswith(str(self.tokenizer.eos_token))):
             ids = ids[:-1]
         return ids[1:] if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id] else ids
 
@@ -174,7 +184,8 @@ class Encoder:
             answer = continued(self.tokenizer, content.prompt, content.answer)
         else:
             ids, answer = [], self._opened(content.answer)
-        if self.tokenizer.eos_token_id is not None and answer[-1:] and answer[-1] not in self.ends:
+        closed = content.answer.rstrip().endswith(tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends))))
+        if self.tokenizer.eos_token_id is not None and not closed:
             answer = [*answer, self.tokenizer.eos_token_id]
         labels = ids + answer if self.loss_on == ALL else [IGNORED] * len(ids) + answer
         return ids + answer, labels
@@ -190,7 +201,11 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
         DataError: conversations without a chat template, one that cannot be verified, or no row with anything to
             learn from.
     """
-    encoded = list(_encode_rows(rows, tokenizer, max_length, loss_on, day))
+    encoded, cut = [], 0
+    for whole in _encode_rows(rows, tokenizer, loss_on, day):
+        example = {key: part[:max_length] for key, part in whole.items()}
+        encoded.append(example)
+        cut += _has_answer(example) and any(label != IGNORED for label in whole["labels"][max_length:])
     examples = [example for example in encoded if _has_answer(example)]
     if not examples:
         raise DataError(
@@ -199,7 +214,7 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
             "answers are not empty"
         )
     where = [record.where for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
-    return Encoded(examples, len(encoded) - len(examples), where)
+    return Encoded(examples, len(encoded) - len(examples), cut, where)
 
 
 def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Rows:
@@ -208,21 +223,22 @@ def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANS
     Raises:
         DataError: as `encode`, but for no rows.
     """
-    encoded = _encode_rows(rows, tokenizer, max_length, loss_on, day)
-    kept = [record for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
+    kept = [
+        record
+        for record, example in zip(rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True)
+        if any(label != IGNORED for label in example["labels"][1:max_length])
+    ]
     return dataclasses.replace(rows, records=kept)
 
 
-def _encode_rows(
-    rows: Rows, tokenizer: Any, max_length: int, loss_on: str, day: datetime.date | None
-) -> Iterator[dict[str, Any]]:
+def _encode_rows(rows: Rows, tokenizer: Any, loss_on: str, day: datetime.date | None) -> Iterator[dict[str, Any]]:
     encoder = Encoder(tokenizer, loss_on, day)
     for record in rows.records:
         try:
             ids, labels = encoder.encode(record.content)
         except DataError as error:
             raise _of_row(record, error) from error
-        yield {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        yield {"input_ids": ids, "labels": labels}
 
 
 def _of_row(record: Record, error: Exception) -> DataError:
@@ -248,7 +264,7 @@ def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequenc
             raise DataError(f"{record.where}: label {label!r} is none of {', '.join(labels)}")
         ids = tokenizer(record.content.text, truncation=True, max_length=max_length)["input_ids"]
         examples.append({"input_ids": ids, "labels": numbers[label]})
-    return Encoded(examples, 0, [record.where for record in rows.records])
+    return Encoded(examples, 0, where=[record.where for record in rows.records])
 
 
 def prompt_ids(prompt: str, tokenizer: Any, chat_template: bool = True) -> list[int]:

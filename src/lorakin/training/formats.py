@@ -20,17 +20,28 @@ Values = Mapping[str, Any]
 """A row's columns by name."""
 
 CLASSIFICATION = "classification"
+CALLING = ("function_call", "tool_call")
+"""Roles whose content is a call, as JSON."""
 ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "bot": "assistant", "function_call": "assistant", "system": "system",
+    "model": "assistant", "bot": "assistant", "ai": "assistant", **dict.fromkeys(CALLING, "assistant"), "system": "system",
     "developer": "developer", "tool": "tool", "ipython": "tool", "function": "tool", "observation": "tool",
+    "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
-FLAGS = ("train", "training", "loss", "weight", "loss_weight")
-"""Keys of a message or a row that say whether it is learned."""
+FLAGS = ("train", "training", "weight", "loss_weight")
+"""Keys of a row that say whether it is learned."""
+MESSAGE_FLAGS = (*FLAGS, "loss")
+"""The same of a message; a row's `loss` is a figure that somebody measured."""
+SAYS = {**dict.fromkeys(("0", "false"), False), **dict.fromkeys(("1", "true"), True)}
+"""What a flag may say, in lower case."""
 USED_OF_A_MESSAGE = {
     "role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning",
-    "thinking", *FLAGS,
+    "thinking", "function_call", "tools", *MESSAGE_FLAGS,
 }  # fmt: skip
+PAIRS = (
+    "question", "question1", "question2", "sentence1", "sentence2", "premise", "hypothesis", "text_pair", "text1", "text2",
+)  # fmt: skip
+"""A second text of what is to be classified."""
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -122,11 +133,17 @@ def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | Text]:
             learned = [False if at < before else flag for at, flag in enumerate(found.learned)]
             return dataclasses.replace(found, learned=learned)
         question, reply = _with_context(row, prompt, ("context",)), text_of(row[answer], answer)
-        if any(row.get(key) for key in ("system", "history", "tools")):
+        if any(row.get(key) for key in (*SYSTEM, "history", *TOOLS)):
             return _conversation(_exchanges(row, question, reply), row)
         return Text(question, reply)
 
     return read
+
+
+def _called(row: Values) -> Conversation:
+    """A question and the calls that answer it."""
+    calls = {"role": "assistant", "content": None, "tool_calls": _listed(row["answers"], "answers")}
+    return _conversation([{"role": "user", "content": row["query"]}, calls], row)
 
 
 def _squad(row: Values) -> Text:
@@ -150,21 +167,23 @@ def _plain(row: Values) -> Text:
     return Text("", text_of(row["text"], "text"))
 
 
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 ASKED = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"), ("input", "output"),
 )  # fmt: skip
 FORMATS = (
-    Format("messages", ("messages",), ("tools", "system"), _messages),
-    Format("sharegpt", ("conversations",), ("tools", "system"), _sharegpt),
-    Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca("instruction", ("input",), "output")),
+    Format("messages", ("messages",), (*TOOLS, *SYSTEM), _messages),
+    Format("sharegpt", ("conversations",), (*TOOLS, *SYSTEM), _sharegpt),
+    Format("alpaca", ("instruction", "output"), ("input", *SYSTEM, "history"), _alpaca("instruction", ("input",), "output")),
     Format(
-        "alpaca", ("instruction", "response"), ("context", "input", "system", "history"),
+        "alpaca", ("instruction", "response"), ("context", "input", *SYSTEM, "history"),
         _alpaca("instruction", ("input", "context"), "response"),
     ),
     *(
-        Format("prompt/completion", columns, ("context", "system", "history", "tools"), _asked(*columns))
+        Format("prompt/completion", columns, ("context", *SYSTEM, "history", *TOOLS), _asked(*columns))
         for columns in ASKED
     ),
+    Format("prompt/completion", ("query", "answers"), (*SYSTEM, *TOOLS), _called),
     Format("squad", ("question", "answers"), ("context",), _squad),
     *(
         Format(CLASSIFICATION, (text, label), (), _labelled(text, label))
@@ -191,10 +210,14 @@ def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
     known = [found for found in FORMATS if chosen in (None, found.name)]
     counts = [sum(set(found.columns) <= row for row in keys) for found in known]
     if not max(counts):
-        columns = ", ".join(dict.fromkeys(str(key) for row in keys for key in row))
+        there = list(dict.fromkeys(str(key) for row in keys for key in row))
+        columns = ", ".join(there)
         wanted = "; ".join(f"{found.name} ({', '.join(found.columns)})" for found in known)
         lone = next(iter(keys[0])) if len(keys[0]) == 1 else ""
         hint = next((f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), "")
+        plain = {key.strip().lower(): key for key in there}
+        if fit := next((found.columns for found in known if set(found.columns) <= set(plain)), None):
+            hint = f"; here that is --columns {','.join(f'{column}={plain[column]}' for column in fit)}"
         raise DataError(
             f"data {name!r} has the columns {columns}, which are no known format; known are: {wanted}. Say which columns "
             f"are meant with --columns, such as --columns prompt=question,completion=reply{hint}"
@@ -224,7 +247,7 @@ def read(layout: Format, row: Values, mapped: bool) -> Content:
 
 def is_left_out(row: Values) -> bool:
     """Whether the row itself says that nothing of it is to be learned, as with `weight: 0`."""
-    return _flag(row, FLAGS, "the row's ") is False
+    return _flag(row, FLAGS, "the row's ", "; to leave the column aside, name those that matter with --columns") is False
 
 
 def unused_keys(layout: Format, rows: Iterable[Values]) -> dict[str, int]:
@@ -259,8 +282,8 @@ def text_of(value: Any, what: str) -> str:
 
 
 def label_text(value: Any) -> str:
-    """A class's name: text as it is, a whole number without a fraction."""
-    return value if isinstance(value, str) else str(int(value))
+    """A class's name: text as it is, a whole number without a fraction, True and False."""
+    return value if isinstance(value, str) else str(value if isinstance(value, bool) else int(value))
 
 
 def _is_parts(value: Any) -> bool:
@@ -276,28 +299,42 @@ def _part(part: Mapping[str, Any], what: str) -> str:
 def _conversation(turns: Sequence[Any], row: Values) -> Conversation:
     messages: list[dict[str, Any]] = []
     learned: list[bool | None] = []
-    if row.get("system") is not None and (system := text_of(row["system"], "system")).strip():
-        if turns and isinstance(turns[0], Mapping) and turns[0].get("role", turns[0].get("from")) == "system":
+    if odd := [turn for turn in turns if not isinstance(turn, Mapping)]:
+        raise DataError(f"a message is {_shown(odd[0])}, expected a role and content")
+    turns = [turn for turn in turns if not _says_no_system(turn)]
+    if system := next((text_of(row[key], key) for key in SYSTEM if row.get(key)), "").strip():
+        if turns and _either(turns[0], "role", "from") == "system":
             raise DataError("there is a system column and a system message; keep one of them")
         messages.append({"role": "system", "content": system})
         learned.append(None)
     for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise DataError(f"a message is {_shown(turn)}, expected a role and content")
         messages.append(_message(turn))
-        learned.append(_flag(turn, FLAGS, "a message's "))
-    return Conversation(messages, learned, _tools(row.get("tools")))
+        learned.append(_flag(turn, MESSAGE_FLAGS, "a message's "))
+    given = [row.get(key) for key in TOOLS] + [turn.get("tools") for turn in turns[:1]]
+    return Conversation(messages, learned, _tools(next((tools for tools in given if tools), None)))
+
+
+def _either(turn: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these keys that says something."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
+def _says_no_system(turn: Mapping[str, Any]) -> bool:
+    return _either(turn, "role", "from") == "system" and not _either(turn, "content", "value")
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    word = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(word, str) or word not in ROLES:
+    word, content = _either(turn, "role", "from"), _either(turn, "content", "value")
+    role = ROLES.get(word.lower()) if isinstance(word, str) else None
+    if role is None:
         raise DataError(f"unknown role {_shown(word)}; known are {', '.join(ROLES)}")
-    message: dict[str, Any] = {"role": ROLES[word]}
+    message: dict[str, Any] = {"role": role}
     calls = _calls(turn.get("tool_calls"))
-    if word == "function_call":
-        calls, content = [_call(_unpacked(content), "function_call")], None
+    if turn.get("function_call"):
+        calls.append(_call(_unpacked(turn["function_call"]), "function_call"))
+    if str(word).lower() in CALLING:
+        said = _unpacked(content)
+        calls, content = [_call(call, str(word)) for call in (said if isinstance(said, list) else [said])], None
     if content is None and not calls:
         raise DataError(f"the {word}'s content is null, expected text")
     message["content"] = "" if content is None else text_of(content, f"the {word}'s content")
@@ -322,11 +359,10 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise DataError(f"{what} is {_shown(call)}, expected a name and arguments")
-    arguments = _unpacked(inner.get("arguments", inner.get("parameters", {})))
+    arguments = _unpacked(_either(inner, "arguments", "parameters") or {})
     if not isinstance(arguments, Mapping):
         raise DataError(f"{what}: the arguments of {inner['name']} are {_shown(arguments)}, expected a JSON object")
-    kept = {key: value for key, value in arguments.items() if value is not None}  # Arrow fills in what other rows have
-    found: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": kept}}
+    found: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
     return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
 
 
@@ -360,12 +396,14 @@ def _exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
 
 
 def _turns(value: Any) -> list[Any] | None:
-    """The messages that a column holds, as a list, one alone, or as JSON text; None if it holds none."""
-    found = _unpacked(value)
-    found = [found] if isinstance(found, Mapping) else found
-    if not isinstance(found, list) or not found:
+    """The messages that a column holds, as a list, one alone, or a list as JSON text; None if it holds none."""
+    found = [value] if isinstance(value, Mapping) else _unpacked(value)
+    if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
         return None
-    return found if all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in found) else None
+    words = [_either(turn, "role", "from") for turn in found]
+    if isinstance(value, str) and not all(isinstance(word, str) and word.lower() in ROLES for word in words):
+        return None  # JSON that is a text to answer
+    return found if all(word is not None for word in words) else None
 
 
 def _listed(value: Any, what: str) -> list[Any]:
@@ -385,15 +423,17 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _flag(given: Mapping[str, Any], keys: tuple[str, ...], whose: str) -> bool | None:
-    """True, False, or None where nothing is said; 0 and 1 count as such."""
+def _flag(given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: str = "") -> bool | None:
+    """True, False, or None where nothing is said; 0 and 1 count as such, as numbers or as text."""
     for key in keys:
         value = given.get(key)
-        if value is None:
+        if value is None or value == "":
             continue
-        if isinstance(value, bool | int | float) and value in (0, 1):
+        if isinstance(value, int | float) and value in (0, 1):
             return bool(value)
-        raise DataError(f"{whose}{key} is {_shown(value)}; only 0 and 1 are taken, for not learned and learned")
+        if (said := SAYS.get(str(value).lower())) is None:
+            raise DataError(f"{whose}{key} is {_shown(value)}; only 0 and 1 are taken, for not learned and learned{way_out}")
+        return said
     return None
 
 
@@ -406,8 +446,10 @@ def _check_meaning(layout: Format, row: Values) -> None:
         raise DataError(f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate{way_out}{asked}")
     if media := [key for key in MEDIA if key in said]:
         raise DataError(f"{media[0]} is {_shown(row[media[0]])}, and only text can be trained on{way_out}")
-    if "label" in said and row["label"] is False and layout.name != CLASSIFICATION:
-        raise DataError(f"label false marks an answer not to imitate (KTO); remove such rows{way_out}")
+    if "label" in said and SAYS.get(str(row["label"]).lower()) is False and layout.name != CLASSIFICATION:
+        raise DataError(f"label {_shown(row['label'])} marks an answer not to imitate (KTO); remove such rows{way_out}")
+    if layout.name == CLASSIFICATION and (pair := [key for key in PAIRS if key in said]):
+        raise DataError(f"{pair[0]} stands beside {layout.columns[0]}, and pairs of texts cannot be classified yet{way_out}")
 
 
 def _shown(value: Any) -> str:

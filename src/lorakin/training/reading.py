@@ -16,7 +16,7 @@ import os
 import random
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +67,7 @@ class Record:
             if not isinstance(value, int) or not 0 <= value < len(names):
                 raise DataError(f"{self.where}: label {value!r} is none of the classes 0 to {len(names) - 1}; remove such rows")
             return names[value]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or not _is_class(value):
+        if not isinstance(value, str | int | float) or value != value or not _is_class(value):
             raise DataError(f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole numbers")
         return label_text(value)
 
@@ -110,7 +110,7 @@ class Rows:
         found = {record.label() for record in self.records}
         if len(found) < 2:
             raise DataError(f"{self.name}: all {len(self)} rows have the same label {next(iter(found))!r}")
-        kinds = {isinstance(r.content.label, str) for r in self.records if isinstance(r.content, formats.Labelled)}
+        kinds = {isinstance(r.content.label, str | bool) for r in self.records if isinstance(r.content, formats.Labelled)}
         if len(kinds) > 1:
             raise DataError(f"{self.name}: some labels are text and some are numbers; use one kind")
         return sorted(found) if kinds == {True} else sorted(found, key=int)
@@ -154,7 +154,7 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Rows
     records = []
     for number, row in numbered:
         try:
-            if columns or not formats.is_left_out(row):
+            if not formats.is_left_out(row):
                 records.append(Record(source, number, row, formats.read(found, row, mapped=bool(columns))))
         except DataError as error:
             raise DataError(f"{name}, row {number}: {error} (format {found.name}). The row: {shown(row)}") from None
@@ -282,7 +282,7 @@ def _whole(content: bytes) -> Table:
     """One object over many lines: a row, or what holds a list of rows."""
     found = _object(_parsed(content, "line 1"), "line 1")
     lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(found) == 1 and lists:
+    if len(lists) == 1 and not any(set(layout.columns) <= found.keys() for layout in formats.FORMATS):
         return _objects(lists[0]), {}
     return [(1, found)], {}
 
@@ -299,32 +299,64 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_float=Number)
+        return json.loads(content.decode("utf-8-sig"), parse_float=Number, parse_int=_whole_number, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read as JSON: {error}") from None
+
+
+def _whole_number(literal: str) -> int | Number:
+    """A JSON number without a fraction; -0 stays what it is."""
+    return number if str(number := int(literal)) == literal else Number(literal)
+
+
+def _no_number(literal: str) -> float:
+    raise ValueError(f"{literal} is no number of JSON")
 
 
 def _separated(delimiter: str) -> Callable[[IO[bytes]], Table]:
     def read(file: IO[bytes]) -> Table:
         limit = csv.field_size_limit(LONGEST_CELL)
         try:
-            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            return _cells(csv.reader(lines, delimiter=delimiter, strict=True)), {}
+            text = _decoded(file.read())
+            first = text.partition("\n")[0]
+            mark = ";" if delimiter == "," and "," not in first and ";" in first else delimiter
+            if mark == "\t" and (rows := _unquoted(text)) is not None:
+                return rows, {}
+            return _cells(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)), {}
         finally:
             csv.field_size_limit(limit)
 
     return read
 
 
-def _cells(reader: Iterator[list[str]]) -> list[tuple[int, dict[str, Any]]]:
-    header = next(reader, [])
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"the column {twice[0]!r} stands in the header twice")
-    rows = []
-    for number, cells in enumerate((cells for cells in reader if cells), 1):
-        if len(cells) != len(header):
-            raise DataError(f"row {number} has {len(cells)} cells, and the header {len(header)}: {str(cells)[:120]}")
-        rows.append((number, dict(zip(header, cells, strict=True))))
+def _decoded(content: bytes) -> str:
+    """A text in UTF-8, or in UTF-16 if it begins with that mark, as Excel writes it."""
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
+def _unquoted(text: str) -> list[tuple[int, dict[str, Any]]] | None:
+    """Lines of cells with tabs between, where a quote is a quote; None if cells reach over lines."""
+    lines = [line.split("\t") for line in text.replace("\r\n", "\n").split("\n") if line]
+    if len({len(cells) for cells in lines}) != 1:
+        return None
+    quoted = re.compile(r'"(?:[^"]|"")*"')
+    plain = [[c[1:-1].replace('""', '"') if quoted.fullmatch(c) else c for c in cells] for cells in lines]
+    return _cells(iter(plain))
+
+
+def _cells(reader: Any) -> list[tuple[int, dict[str, Any]]]:
+    rows: list[tuple[int, dict[str, Any]]] = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        named = len(header) - next((n for n, name in enumerate(reversed(header)) if name), len(header))
+        if twice := [name for name in header[:named] if header.count(name) > 1]:
+            raise DataError(f"the column {twice[0]!r} stands in the header twice")
+        for number, cells in enumerate((cells for cells in reader if cells), 1):
+            if len(cells) != len(header) or any(cells[named:]):
+                raise DataError(f"row {number} has {len(cells)} cells, and the header {named}: {str(cells)[:120]}")
+            rows.append((number, dict(zip(header[:named], cells[:named], strict=True))))
+    except csv.Error as error:
+        raise DataError(f"line {reader.line_num}: {error}; is a quote missing, or another separator meant?") from None
     return rows
 
 
@@ -345,8 +377,20 @@ def _parquet(file: IO[bytes]) -> Table:
     if max(cells, held) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
         raise DataError(f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are meant")
     table = pyarrow.parquet.read_table(file)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return list(enumerate(table.to_pylist(), 1)), _class_names(features)
+    said = (table.schema.metadata or {}).get(b"huggingface")
+    features = datasets.Features.from_arrow_schema(table.schema) if said is not None else {}
+    return _filled(table.to_pylist()), _class_names(features)
+
+
+def _filled(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """A table's rows, without the nulls that Arrow puts inside objects for keys which other rows have."""
+    return [(number, {key: _without_nulls(value) for key, value in row.items()}) for number, row in enumerate(rows, 1)]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _class_names(features: Any) -> dict[str, list[str]]:
@@ -367,7 +411,7 @@ def _hub(name: str) -> Table:
         config, part = None, config
     datasets.disable_progress_bars()
     table = datasets.load_dataset(path, config, split=part or "train")
-    return list(enumerate(table.to_list(), 1)), _class_names(table.features)
+    return _filled(table.to_list()), _class_names(table.features)
 
 
 READERS: dict[str, Callable[[IO[bytes]], Table]] = {

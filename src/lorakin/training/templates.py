@@ -28,6 +28,8 @@ ALPACA = """{{- 'Below is an instruction that describes a task. Write a response
 """For instructions and a model that has no template of its own: the prompt of Stanford's Alpaca."""
 
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<form>(?:(?!\1).)*)\1\s*\)""")
+CONTROL = re.compile(r"<\|\S+\|>")
+"""A token that ends or opens turns, also where it was added as no special one."""
 ASKED, REPLIED, AGAIN, THOUGHT = "lorakinasks", "lorakinreplies", "lorakinasksagain", "lorakinthinks"
 """Messages of a probe: words that no template holds."""
 
@@ -108,9 +110,10 @@ class Template:
     @cached_property
     def specials(self) -> re.Pattern[str]:
         """Matches the tokenizer's special tokens in a text."""
-        words = {token.content for token in self._added().values() if token.content.strip()}
-        words |= {token for token in self.tokenizer.all_special_tokens if token.strip()}
-        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        words = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
+        words |= set(self.tokenizer.all_special_tokens)
+        return re.compile("|".join(map(re.escape, sorted(filter(str.strip, words), key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -140,6 +143,13 @@ class Template:
         with contextlib.suppress(DataError):
             return THOUGHT in self.text([{"role": "user", "content": ASKED}, thought])
         return False
+
+    @cached_property
+    def opening(self) -> str:
+        """What it writes between a question and its answer; nothing if it takes no plain question."""
+        with contextlib.suppress(DataError):
+            return self.text([{"role": "user", "content": ASKED}], answer_next=True).partition(ASKED)[2]
+        return ""
 
     @cached_property
     def endings(self) -> Endings:

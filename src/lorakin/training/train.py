@@ -453,8 +453,11 @@ def _describe(run: Run) -> None:
             "than they are. Remove rows that stand twice, or give other rows with --eval-data",
         )
     if run.train.dropped:
-        why = f": no answer within {recipe.max_length} tokens"
+        why = f": no answer, or none within {recipe.max_length} tokens"
         console.print(labelled(f"{run.train.dropped:,} rows dropped", why, "yellow"))
+    if run.train.cut:
+        why = f" at {recipe.max_length} tokens (--max-length): their last answers do not end"
+        console.print(labelled(f"{run.train.cut:,} rows are cut", why, "yellow"))
     console.print(labelled("one example", " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"))
     console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
 

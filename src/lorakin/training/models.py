@@ -95,6 +95,11 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
             texts.remember(model, tokenizer)
+    if labels is None and cls is None and getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {name!r} says is_encoder_decoder, and a {type(model).__name__} has no encoder beside it; if the config is "
+            "wrong, leave the key out"
+        )
     is_packed = getattr(stored, "quantization_config", None) is not None
     heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or (), is_packed)
     others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))

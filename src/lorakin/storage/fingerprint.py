@@ -26,6 +26,7 @@ from lorakin.surgery.graft import own_parameters
 from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
 
 NUMBERS, PACKED = 4, "packed"
+LABELS = "labels"
 SCALAR = "scalar"
 """In the place of a shape."""
 ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
@@ -53,7 +54,17 @@ def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = 
         "sums": sums.of_all(own_parameters(model), own, again),
         **texts.known(model),
         **base_config.known(model),
+        **_labels(model),
     }
+
+
+def _labels(model: nn.Module) -> dict[str, Any]:
+    """The classes of a classifier in their order, which its head is trained for and the base does not know."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or not isinstance(names, dict):
+        return {}
+    labels = [str(names[number]) for number in sorted(names)]
+    return {} if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else {LABELS: labels}
 
 
 def _text(model: nn.Module, name: str, weight: Tensor, trained: Sequence[int] = ()) -> str | None:
@@ -151,12 +162,10 @@ def is_fingerprint(value: Any) -> bool:
         return False
     whole = value.get("sums", {})
     are_sums = isinstance(whole, dict) and all(sums.is_sum(text) for text in whole.values())
-    return (
-        are_sums
-        and texts.are_texts(value)
-        and base_config.is_known(value)
-        and all(_is_sample(text) for text in weights.values())
-    )
+    labels = value.get(LABELS, [])
+    are_labels = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    are_known = texts.are_texts(value) and base_config.is_known(value)
+    return are_sums and are_known and are_labels and all(_is_sample(text) for text in weights.values())
 
 
 def _is_sample(text: Any) -> bool:

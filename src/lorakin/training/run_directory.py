@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import OutputError, SettingError
-from lorakin.storage import locks
+from lorakin.storage import locks, paths
 from lorakin.training import checkpoints, processes
 from lorakin.training.recipe import Recipe, read_recipe, settings_in
 
@@ -122,7 +122,7 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """
     given = settings_in(path) if path is not None else {}
     out = str(flags.get("out") or given.get("out") or "")
-    saved = Path(out).expanduser() / RECIPE
+    saved = paths.named(out, "--out") / RECIPE
     if not out or not saved.is_file():
         return read_recipe(path, flags)
     given |= {name: value for name, value in flags.items() if value is not None and value not in ([], {})} | {"out": out}

@@ -274,8 +274,10 @@ def test_a_space_tokenizer_puts_no_second_space_before_a_completion() -> None:
     assert tokenizer.decode(tokenizer(prompt + " ", add_special_tokens=False)["input_ids"] + after_space) == prompt + " Paris"
 
 
-def test_tokenising_grows_with_the_conversation_and_not_with_its_square() -> None:
+@pytest.mark.parametrize("over_the_edge", [[], ["\nrep"]])
+def test_tokenising_grows_with_the_conversation_and_not_with_its_square(over_the_edge: list[str]) -> None:
     counted = byte_tokenizer(CHATML)
+    counted.backend_tokenizer.add_tokens(over_the_edge)
     seen: list[int] = []
 
     class Counting(type(counted)):  # type: ignore[misc]

@@ -158,7 +158,7 @@ def test_what_is_in_the_way_is_an_error_of_one_line(tmp_path: Path, capsys: pyte
     assert mine.read_text() == "mine"
     (adapter / "importance.json").write_text('{"a": "much"}')
     assert run(["inspect", str(adapter), "--html", str(tmp_path / "page.html")]) == 2
-    assert "importance.json: a is 'much', expected" in capsys.readouterr().err.replace("\n", " ")
+    assert "importance.json cannot be read (a is 'much', expected" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "page.html").exists()
 
 

@@ -70,14 +70,14 @@ def test_parameters_in_a_pickle(saved: Path, ids: Tensor) -> None:
 def test_a_pickle_of_something_else(content: Any, saved: Path) -> None:
     (saved / "adapter_model.safetensors").unlink()
     torch.save(content, saved / "adapter_model.bin")
-    with pytest.raises(lk.AdapterError, match=r"adapter_model.bin holds something else than tensors by name"):
+    with pytest.raises(lk.AdapterError, match=r"adapter_model.bin.* expected (tensors by name|a tensor under a name)"):
         lk.load(tiny_llama(), saved)
 
 
-@pytest.mark.parametrize("pattern", ["(", ["layers", "("], ["(a+)+"], 3])
+@pytest.mark.parametrize("pattern", ["(", ["layers", "("], ["(a)\\1"], 3])
 def test_a_pattern_for_layers_that_is_none(pattern: Any, saved: Path) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     config |= {"layers_to_transform": [0], "layers_pattern": pattern}
     (saved / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(lk.AdapterError, match="layers_pattern is .*, expected a regular expression or a list of them"):
+    with pytest.raises(lk.AdapterError, match=r"layers_pattern.* is .*, expected a regular expression"):
         lk.load(tiny_llama(), saved)

@@ -169,5 +169,6 @@ def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)\n"
         "try:\n    lk.load(model, sys.argv[1])\nexcept lk.AdapterError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    tests = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, env=tests)
     assert "drawn again it would have 300,800,000 numbers" in done.stdout, done.stderr[-2000:]

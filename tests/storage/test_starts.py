@@ -87,7 +87,7 @@ def test_a_start_that_changes_the_base(name: str, tmp_path: Path) -> None:
         ("lora_ga", "taken out of it"),
         ("loftq", "a quantised one that LoftQ made"),
         ("of tomorrow", "does not know whether"),
-        (["pissa"], "does not know whether"),
+        (["pissa"], "expected true or false or text"),
     ],
 )
 def test_the_reason(start: Any, reason: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from lorakin.family import Pair
 from lorakin.study.spectrum import effective_rank, needed_rank, rank_pattern, singular_values, suggested_ranks
-from lorakin.surgery.targets import resolve
+from lorakin.surgery.patterns import resolve
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), [(40, 30, 5), (3, 30, 5), (30, 3, 5), (6, 6, 0)])

@@ -174,14 +174,14 @@ def test_what_cannot_be_verified_is_refused_with_the_way_out() -> None:
 
 
 CALLING = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function|tojson if m.tool_calls else '') +")
+BERGEN = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bergen"}}}
 
 
 @pytest.mark.parametrize(
     ("template", "messages"),
     [
-        (CHATML, [{"role": "system", "content": "Use get_weather."}, user("a?"), reply("Look.", tool_calls=CALLS), user("b"), reply("c")]),
-        (CALLING, [user("a?"), reply("Look.", tool_calls=CALLS + [
-            {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bergen"}}}]), user("b"), reply("c")]),
+        (CHATML, [{"role": "system", "content": "Use get_weather."}, user("a?"), reply("Look.", tool_calls=CALLS), *MORE]),
+        (CALLING, [user("a?"), reply("Look.", tool_calls=[*CALLS, BERGEN]), *MORE]),
         (CHATML.replace("in messages", "in messages if m.role != 'system'"),
          [{"role": "system", "content": "in French"}, user("Say it in French: hello?"), reply("Bonjour")]),
         (CHATML.replace("in messages", "in messages if m.role != 'tool'"),
@@ -203,9 +203,7 @@ def test_the_loss_on_all_drops_no_reasoning() -> None:
             Answers(template).encode(Conversation([user("q"), message], [None, None]), "all")
 
 
-@pytest.mark.parametrize(
-    "name", ["trl/chat_templates/gptoss.jinja", "trl/chat_templates/glm4moe.jinja", "trl/chat_templates/qwen3.jinja"]
-)
+@pytest.mark.parametrize("name", [f"trl/chat_templates/{family}.jinja" for family in ("gptoss", "glm4moe", "qwen3")])
 @pytest.mark.parametrize("word", ["a", "in", "user", "think", "c\r\n"])
 def test_short_answers_are_not_taken_for_the_templates_own_letters(name: str, word: str) -> None:
     template = Template(byte_tokenizer(templates()[name]))
@@ -276,8 +274,10 @@ def test_a_space_tokenizer_puts_no_second_space_before_a_completion() -> None:
     assert tokenizer.decode(tokenizer(prompt + " ", add_special_tokens=False)["input_ids"] + after_space) == prompt + " Paris"
 
 
-def test_tokenising_grows_with_the_conversation_and_not_with_its_square() -> None:
+@pytest.mark.parametrize("over_the_edge", [[], ["\nrep"]])
+def test_tokenising_grows_with_the_conversation_and_not_with_its_square(over_the_edge: list[str]) -> None:
     counted = byte_tokenizer(CHATML)
+    counted.backend_tokenizer.add_tokens(over_the_edge)
     seen: list[int] = []
 
     class Counting(type(counted)):  # type: ignore[misc]
@@ -298,3 +298,13 @@ def test_tokenising_grows_with_the_conversation_and_not_with_its_square() -> Non
 
 def test_transformers_is_one_that_has_templates() -> None:
     assert len(templates()) > 40, transformers.__version__
+
+
+@pytest.mark.parametrize("template", [5, {"a": CHATML, "b": CHATML}, {"default": 5}, ["x"]])
+def test_a_template_that_is_no_text(template: Any) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template = template
+    with pytest.raises(lk.ModelError, match="chat template"):
+        Template(tokenizer).prompt([user("a")])
+    with pytest.raises(lk.ModelError, match="chat template"):
+        _ = Template(tokenizer).prints_the_day

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from lorakin.errors import DataError
+from lorakin.errors import DataError, ModelError
 from lorakin.training.bounded import Unbounded, bounded
 
 ALPACA = """{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}
@@ -97,15 +97,26 @@ class Template:
             raise DataError(f"the chat template does not take it: {str(error) or type(error).__name__}") from error
 
     def source(self, tools: Any = None) -> str:
-        """The template, the day written out where it asks for it."""
-        source: str = self.tokenizer.get_chat_template(None, tools)
-        return TODAY.sub(lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False), source)
+        """The template, the day written out where it asks for it.
+
+        Raises:
+            ModelError: it is no text.
+        """
+        return TODAY.sub(lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False), self._given(tools))
+
+    def _given(self, tools: Any = None) -> str:
+        try:
+            found: Any = self.tokenizer.get_chat_template(None, tools)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from None
+        if not isinstance(found, str):
+            raise ModelError(f"the tokenizer's chat template is {str(found)[:80]!r}, expected a text")
+        return found
 
     @property
     def prints_the_day(self) -> bool:
         """Whether it asks what day it is."""
-        source: str = self.tokenizer.get_chat_template(None, None)
-        return TODAY.search(source) is not None
+        return TODAY.search(self._given()) is not None
 
     @cached_property
     def specials(self) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorakin as lk
 from conftest import randomise, tiny_llama, tiny_mixtral
@@ -166,3 +167,41 @@ def test_the_result_stays_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["inspect", str(adapter), "--json", "--html", str(tmp_path / "page.html")]) == 0
     assert json.loads(capsys.readouterr().out)["member"] == "lora"
     assert (tmp_path / "page.html").is_file()
+
+
+def _set(value: float) -> Any:
+    def change(tensors: dict[str, torch.Tensor], key: str) -> None:
+        tensors[key].view(-1)[0] = value
+
+    return change
+
+
+def _cast(dtype: torch.dtype) -> Any:
+    def change(tensors: dict[str, torch.Tensor], key: str) -> None:
+        tensors[key] = tensors[key].to(dtype)
+
+    return change
+
+
+BROKEN = {
+    "NaN": _set(float("nan")), "infinity": _set(float("inf")), "int8": _cast(torch.int8), "bool": _cast(torch.bool),
+    "float8": _cast(torch.float8_e4m3fn), "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
+    "lacks": lambda tensors, key: tensors.pop(key), "no tensors": lambda tensors, key: tensors.clear(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("options", [["--json"], ["--html", "page.html"]])
+def test_what_every_other_command_refuses(
+    what: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = saved(lk.LoRA(rank=2), tmp_path)
+    (adapter / "lorakin.json").unlink()
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    BROKEN[what](tensors, next(iter(tensors)))
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert run(["inspect", str(adapter), *options]) == 2
+    said = capsys.readouterr()
+    assert not said.out and what in said.err.replace("\n", " ") and not (tmp_path / "page.html").exists()

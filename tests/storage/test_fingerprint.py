@@ -12,6 +12,7 @@ import transformers
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from lorakin.storage.fingerprint import difference, fingerprint, is_fingerprint
 
 
 @pytest.fixture
@@ -58,11 +59,49 @@ def test_copies_in_half_precision_are_the_same_base(
 ) -> None:
     """Rounded once or twice on the way, and widened again: what is in a file need not be what it is run in."""
     saved = randomise(lk.adapt(tiny_llama(dtype=trained_in), lk.LoRA(2))).save(tmp_path / "adapter")
-    model = tiny_llama()
+    model = tiny_llama(dtype=trained_in)
     for dtype in ways:
         model = model.to(dtype)
     again = lk.load(model, saved).save(tmp_path / "again")
     lk.load(tiny_llama(dtype=trained_in), again)
+
+
+CHANGES: dict[str, Any] = {
+    "rms_norm_eps": 0.5, "rope_theta": 50.0, "hidden_act": "relu", "num_attention_heads": 8, "head_dim": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_another_config_of_the_same_weights_is_another_base(saved: Path, key: str) -> None:
+    model = tiny_llama()
+    config = model.config.rope_parameters if key == "rope_theta" else model.config
+    before = config[key] if key == "rope_theta" else getattr(config, key)
+    if key == "rope_theta":
+        config[key] = CHANGES[key]
+    else:
+        setattr(config, key, CHANGES[key])
+    with pytest.raises(lk.AdapterError, match=rf"where \S*{key} is '?{before}'? in the config; here it is '?{CHANGES[key]}"):
+        lk.load(model, saved)
+    assert not lk.adapters(model)
+    lk.load(model, saved, other_base=True)
+
+
+def test_what_a_config_says_besides_does_not_count(saved: Path) -> None:
+    model = tiny_llama()
+    for key, value in {
+        "use_cache": False, "attention_dropout": 0.3, "eos_token_id": 7, "initializer_range": 1.0, "my_note": "x",
+        "rms_norm_eps": float(torch.tensor(model.config.rms_norm_eps)), "transformers_version": "4.0",
+    }.items():  # fmt: skip
+        setattr(model.config, key, value)
+    lk.load(model, saved)
+    own = json.loads((saved / "lorakin.json").read_text())
+    known = own["base"].pop("config")
+    assert known["rms_norm_eps"] == tiny_llama().config.rms_norm_eps and "use_cache" not in known
+    assert (
+        "rope_parameters.rope_theta" in known and difference({**own["base"], "config": {"new": 1}}, fingerprint(model)) is None
+    )
+    assert difference(own["base"], fingerprint(model)) is None  # of an earlier version
+    assert not is_fingerprint({**own["base"], "config": {"a": {"b": 1}}}) and not is_fingerprint({**own["base"], "config": 3})
 
 
 def test_a_light_change_of_a_float32_base_is_seen(saved: Path) -> None:

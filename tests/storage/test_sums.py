@@ -33,8 +33,12 @@ def ways(tensor: torch.Tensor) -> list[torch.Tensor]:
 def test_rounding_is_the_same_tensor(shape: tuple[int, ...]) -> None:
     for seed in range(20):
         lines = [sums.of(one) for one in ways(numbers(shape, seed))]
-        assert all(sums.apart(a, b) == 0.0 for a in lines for b in lines)
         held = [str(line).split()[:2] for line in lines]
+        other = [(a, b) for a, b in zip(lines, held, strict=True)]
+        assert all(sums.apart(a, b) == 0.0 for a, (h, _) in other for b, (g, _) in other if h != g)
+        once = [sums.of(numbers(shape, seed).to(half)) for half in HALF]  # run in the other half, and in float32
+        again = [sums.of(numbers(shape, seed).to(half).to(one).to(two)) for half in HALF for one in HALF for two in HALF]
+        assert all(sums.apart(one, line) == 0.0 for n, one in enumerate(once) for line in again[4 * n : 4 * n + 4])
         assert held[0] == held[1] and held[2] == held[12]  # widened, the numbers are the same
 
 
@@ -70,6 +74,18 @@ def test_one_changed_number_of_a_float32_tensor_is_seen(at: int) -> None:
     swapped = one.clone()
     swapped[[3, 5]] = one[[5, 3]]
     assert sums.apart(sums.of(one), sums.of(swapped)) > 0.05
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("at", [0, 777, 2047])
+def test_one_changed_number_of_a_half_precision_tensor_is_seen(at: int, dtype: torch.dtype) -> None:
+    one = numbers((64, 32)).to(dtype)
+    other = one.clone()
+    other.view(-1)[at] *= 1.02
+    line, now = sums.of(one), sums.of(other)
+    assert line is not None and now is not None and 0 < sums.apart(line, now) < 0.01
+    earlier = [f"{held} {crc[:8]} {rest}" for held, crc, rest in (text.split(" ", 2) for text in (line, now))]
+    assert sums.apart(earlier[0], line) == sums.apart(earlier[0], earlier[1]) == 0.0  # their first checksum had rounding in it
 
 
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:

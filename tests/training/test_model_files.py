@@ -352,3 +352,29 @@ def test_mutated_directories_end_in_one_sentence(suffix: str, model_dir: str, tm
     assert len(errors) > COUNT // 4 and loads > COUNT // 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # KiB
     soak.record(f"model directories mutated ({suffix})", tried=COUNT, refused=len(errors))
+
+
+def test_a_config_that_asks_for_tuples_answers_by_name(folder: Path) -> None:
+    say(folder, return_dict=False)
+    loaded = models.load_model(str(folder))
+    assert loaded.model(torch.tensor([[1, 2]])).logits.shape[:2] == (1, 2)
+
+
+def test_weights_that_are_not_as_packed_as_the_config_says(folder: Path) -> None:
+    say(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(lk.ModelError, match="says that bitsandbytes packed the weights, which are plain"):
+        models.load_model(str(folder))
+
+
+def test_an_encoder_that_is_not_there(folder: Path) -> None:
+    say(folder, is_encoder_decoder=True)
+    with pytest.raises(lk.ModelError, match="says is_encoder_decoder, and a LlamaForCausalLM has no encoder"):
+        models.load_model(str(folder))
+
+
+def test_a_sparse_tensor_in_a_pickle(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**state, "model.norm.weight": torch.eye(32).to_sparse()[0]}, folder / "pytorch_model.bin")
+    with pytest.raises(lk.ModelError, match="'model.norm.weight' is no plain dense tensor"):
+        models.load_model(str(folder))

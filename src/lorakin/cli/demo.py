@@ -37,9 +37,11 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
 ) -> None:
     """Fine-tune SmolLM2-135M to write one-line docstrings, on Python's own standard library: some minutes on two cores."""
+    from lorakin.storage import paths
     from lorakin.training import train as training
     from lorakin.training.recipe import Recipe
 
+    out = paths.named(out, "--out")
     console = console_for(False)
     console.print(labelled("demo   ", "one-line docstrings for Python functions, learned from the standard library"))
     held_out = _write_data(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -39,7 +40,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Make of an adapter what others serve: plain LoRA, a merged model, or either as GGUF; compared with the trained model."""
-    from lorakin.errors import VerificationError
+    from lorakin.errors import ModelError, VerificationError
     from lorakin.serving.export import export
     from lorakin.serving.job import Order
 
@@ -48,7 +49,8 @@ def command(
         exported = export(order)
     except VerificationError as error:
         if as_json:
-            print_json(dict(error.report))
+            with contextlib.suppress(ModelError):  # of NaN the error says more
+                print_json(dict(error.report))
         raise
     if as_json:
         print_json(exported.as_dict())

@@ -16,12 +16,31 @@ EXAMPLES = examples(
 )
 
 
+def _text(prompt: str) -> str:
+    """The prompt that is meant.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
+    from lorakin.errors import DataError
+
+    try:
+        if prompt == "-":
+            stream = getattr(sys.stdin, "buffer", None)  # whatever the terminal's encoding is
+            return sys.stdin.read() if stream is None else str(stream.read().decode("utf-8"))
+        prompt.encode("utf-8")
+    except UnicodeError:
+        where = "on stdin" if prompt == "-" else "of --prompt"
+        raise DataError(f"the prompt {where} is no UTF-8, so it is no text; convert it first") from None
+    return prompt
+
+
 def command(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
     adapter: MaybeAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=1e4, help="0 takes the likeliest token each time.")] = 0.0,
     no_chat_template: NoTemplate = False,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
@@ -33,7 +52,7 @@ def command(
     from lorakin.training.generate import answer
     from lorakin.training.models import load_with_adapter
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(prompt)
     loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, quantize=quantize)
     said = answer(
         loaded,

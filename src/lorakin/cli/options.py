@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakin.errors import SettingError
+from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import Terminal
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt/completion", "squad", "classification", "text")
@@ -98,8 +98,16 @@ def console_for(as_json: bool) -> Terminal:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """The result on stdout, for scripts."""
-    print(json.dumps(content, indent=2))
+    """The result on stdout, for scripts.
+
+    Raises:
+        ModelError: it holds NaN or infinity, for which JSON has no word.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        raise ModelError("the result holds NaN or infinity, for which JSON has no word; look at it without --json") from None
+    print(text)
 
 
 def examples(*lines: str) -> str:

@@ -9,6 +9,9 @@ from typing import TypeGuard
 
 from lorakin.errors import SettingError
 
+LARGEST = 3.4e38
+"""As large as a number of a float32 can be: what adapters are computed in."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise `SettingError(message)` unless `condition` holds."""
@@ -49,7 +52,7 @@ def number(settings: object, name: str, fits: Callable[[float], bool], expected:
 
 def check_pair_settings(settings: object, optional: bool = False) -> None:
     """Make `alpha`, `dropout` and `rslora` (if there) plain and within their ranges, or raise `SettingError`."""
-    number(settings, "alpha", lambda alpha: 0 < alpha < float("inf"), "a positive number", optional)
+    number(settings, "alpha", lambda alpha: 0 < alpha <= LARGEST, "a positive number that float32 holds", optional)
     number(settings, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)", optional)
     rslora = getattr(settings, "rslora", None)
     require(rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}")

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakin.errors import LorakinError, OutputError
-from lorakin.storage import locks
+from lorakin.storage import locks, paths
 
 REPORT = "export.json"
 PARTIAL = re.compile(r"\.lorakin-[0-9a-f]{12}\.lock", re.ASCII)
@@ -35,7 +35,7 @@ def new_directory(out: str) -> Iterator[Path]:
     Raises:
         OutputError: `out` is a file or not empty, or it cannot be written.
     """
-    target = Path(out).expanduser()
+    target = paths.named(out, "--out", OutputError)
     try:
         if not out.strip():
             raise OutputError("--out is empty; give a new directory")
@@ -44,7 +44,9 @@ def new_directory(out: str) -> Iterator[Path]:
                 f"--out {out} is a link to {target.resolve()}, which is not written through; name a new directory"
             )
         target = target.resolve()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"--out {out} is no directory; choose another one, new or empty")
+        if target.exists() and any(target.iterdir()):
             raise OutputError(f"--out {out} is not empty; choose another directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target.parent)

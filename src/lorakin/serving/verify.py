@@ -13,8 +13,10 @@ from lorakin.errors import SettingError, VerificationError
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.surgery.mode import in_mode
 from lorakin.training.encoding import prompt_ids
+from lorakin.training.endings import stops
 from lorakin.training.limits import places
 from lorakin.training.models import Loaded
+from lorakin.training.plainly import by_own_settings
 
 PROMPTS = (
     "What is the capital of France?",
@@ -196,18 +198,13 @@ def _own_texts(loaded: Loaded) -> list[list[int]]:
     prompts = [prompt_ids(prompt, loaded.tokenizer)[:longest] for prompt in PROMPTS]
     if is_pair(loaded.model) or not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
         return prompts
-    texts = []
+    texts, ends = [], stops(None, loaded.model.generation_config) or None
     for prompt in prompts:
         if (room := min(CONTINUATION, longest - len(prompt))) < 1:
             texts.append(prompt)
             continue
         ids = torch.tensor([prompt], device=loaded.model.device)
-        out = loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=room,
-            do_sample=False,
-            pad_token_id=loaded.tokenizer.pad_token_id,
-        )
+        with by_own_settings(loaded.model, eos_token_id=ends, pad_token_id=loaded.tokenizer.pad_token_id, do_sample=False):
+            out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room)
         texts.append(out[0].tolist())
     return texts

@@ -1,6 +1,7 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
-Every number of it counts: see `sums`, a checksum and a few sums of each base parameter. Beside it, as in earlier versions:
+Every number of it counts: see `sums`, a checksum and a few sums of each base parameter. So does its config, as far as it
+changes what these compute: see `base_config`. Beside them, as in earlier versions:
 
 Of every base parameter that is not trained whole (of one of which rows are trained, of the rows before the last of them that
 are not: new ones are filled at random each time): four numbers, evenly spread, the shape, and the narrowest dtype that holds
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.storage import sums, texts
+from lorakin.storage import base_config, sums, texts
 from lorakin.surgery.adapted import module_at
 from lorakin.surgery.graft import own_parameters
 from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
 
 NUMBERS, PACKED = 4, "packed"
+LABELS = "labels"
 SCALAR = "scalar"
 """In the place of a shape."""
 ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
@@ -51,7 +53,18 @@ def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = 
         "weights": {name: text for name, weight in own_parameters(model).items() if (text := text_of(name, weight))},
         "sums": sums.of_all(own_parameters(model), own, again),
         **texts.known(model),
+        **base_config.known(model),
+        **_labels(model),
     }
+
+
+def _labels(model: nn.Module) -> dict[str, Any]:
+    """The classes of a classifier in their order, which its head is trained for and the base does not know."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or not isinstance(names, dict):
+        return {}
+    labels = [str(names[number]) for number in sorted(names)]
+    return {} if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else {LABELS: labels}
 
 
 def _text(model: nn.Module, name: str, weight: Tensor, trained: Sequence[int] = ()) -> str | None:
@@ -105,6 +118,8 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     kinds = remembered.get("model_type"), here.get("model_type")
     if None not in kinds and kinds[0] != kinds[1]:
         return f"{made}, a {kinds[0]!r} model, and this is a {kinds[1]!r} model"
+    if other := base_config.difference(remembered, here):
+        return f"{made}, {other}"
     worst, where, packed = 0.0, "", []
     for name, then in remembered["weights"].items():
         now = here["weights"].get(name)
@@ -147,7 +162,10 @@ def is_fingerprint(value: Any) -> bool:
         return False
     whole = value.get("sums", {})
     are_sums = isinstance(whole, dict) and all(sums.is_sum(text) for text in whole.values())
-    return are_sums and texts.are_texts(value) and all(_is_sample(text) for text in weights.values())
+    labels = value.get(LABELS, [])
+    are_labels = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    are_known = texts.are_texts(value) and base_config.is_known(value)
+    return are_sums and are_known and are_labels and all(_is_sample(text) for text in weights.values())
 
 
 def _is_sample(text: Any) -> bool:

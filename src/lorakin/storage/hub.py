@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorakin.errors import AdapterError, LorakinError, LorakinWarning, OutputError, SettingError
+from lorakin.storage import paths
 from lorakin.storage.card import CARD, is_own
 from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
 
@@ -43,7 +44,8 @@ def adapter_directory(
         AdapterError: the hub has no such adapter, does not give it, or cannot be reached and the cache lacks it.
     """
     inside = _inside(subfolder)
-    path = Path(name) if Path(name).exists() else Path(name).expanduser()  # `save` writes to a `~` as it stands
+    expanded = paths.named(name, "adapter", AdapterError)
+    path = Path(name) if Path(name).exists() else expanded  # `save` writes to a `~` as it stands
     if path.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         if revision is not None:
             _warn(f"revision={revision!r} is not used: {name} is a path on this machine, and only the hub has revisions")

@@ -413,11 +413,7 @@ def from_files(
         raise AdapterError(f"{where}: tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
     if form is not TOKENS:
         check_targets(modules, config, sites, copies, former, where)
-    for key, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
-            raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
-        if not all_finite(tensor):
-            raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
+    _check_numbers(tensors, where)
     for path, state in copies.items():
         _check_copy(modules[path], path, state, _vocabulary_of(model), where)
     if own is not None and own.tensors is not None:
@@ -745,6 +741,8 @@ def pairs_of(
     be drawn with the base at hand, there are no pairs.
     """
     form, method, config, tensors = _read(None, config, tensors, own, where)
+    if own is None or own.tensors is None:
+        _check_alone(form, config, tensors, where)
     if own is not None and own.tensors is not None:
         sites: Mapping[str, Mapping[str, Tensor]] = own.tensors
         needed = set[str]()
@@ -762,6 +760,34 @@ def pairs_of(
     if form.shared and not any(form.shared.keys() <= slots.keys() for slots in sites.values()):
         return plan, {}
     return plan, {path: _pair_of_files(plan.sites[path], slots, f"{where}: {path}") for path, slots in sites.items()}
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
+            raise AdapterError(f"{where}: tensor {key} is {tensor.dtype}; expected float32, float16, bfloat16 or float64")
+        if not all_finite(tensor):
+            raise AdapterError(f"{where}: tensor {key} holds NaN or infinity")
+
+
+def _check_alone(form: Form, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """See what of an adapter's tensors can be seen without its base: numbers, none that belongs to nothing, at least one.
+
+    Whether the rest fits, only the base says.
+    """
+    _check_numbers(tensors, where)
+    if not tensors:
+        raise AdapterError(f"{where}: it holds no tensors, so it is no adapter")
+    sites, rest = _split(form, tensors)
+    for path, slots in sites.items():
+        for slot, tensor in slots.items():
+            if not tensor.is_floating_point():
+                raise AdapterError(f"{where}: {slot} of {path} is {tensor.dtype}; expected float32, float16 or bfloat16")
+    mentioned = config.get("modules_to_save") or ()
+    belongs = (".weight", ".bias", token_rows.DELTA)  # of modules trained whole, of biases, of rows
+    stray = [key for key in rest if not key.endswith(belongs) and not any(f".{name}." in f".{key}." for name in mentioned)]
+    if stray:
+        raise AdapterError(f"{where}: tensors that belong to nothing: {some(stray)}; the file is damaged or of another kind")
 
 
 def _pair_of_files(method: Method, slots: Mapping[str, Tensor], where: str) -> Pair:

@@ -60,9 +60,14 @@ def _check_packing(file: Path, content: bytes) -> None:
             raise AdapterError(f"{file}: its tensors cannot be read (it is compressed, as torch.save never does)")
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor of numbers: not sparse, quantised, nested or of another library's class."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and not tensor.is_quantized and not tensor.is_nested
+
+
 def _check(key: str, tensor: Tensor, file: Path) -> None:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.is_quantized or tensor.is_nested:
+    if not is_plain(tensor) or tensor.device.type != "cpu":
         raise AdapterError(f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, {tensor.device.type})")
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)

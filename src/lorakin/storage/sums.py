@@ -6,10 +6,14 @@ r_k and c_k are vectors of signs that a hash draws, always the same ones for a l
 difference D between two tensors r_kᵀ D c_k has the mean 0 and the variance ‖D‖², whatever D is, so
 the mean square of the eight is an estimate of how far the tensors are apart in all of their
 numbers. The CRC is over the numbers in the narrowest dtype that holds all of them, so it does not
-depend on the one that the model is run in. Where the whole float32 mantissa is used on both sides
-the CRCs must agree: nothing was rounded. Where they do not, because one side was rounded, the
+depend on the one that the model is run in. Where both sides are held in the same dtype the CRCs
+must agree: nothing was rounded. Where they are held in others, because one side was rounded, the
 sums are compared: rounding to a dtype with the unit roundoff u moves each number by at most u of
 itself (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 2.1), so ‖D‖ ≤ u‖W‖.
+
+A bfloat16 that was run in float16 has lost the last bits of its smallest numbers, and is held in
+bfloat16 still. So of a half precision there is a second CRC, behind the first, over the numbers that
+float16 holds in full: of numbers with 8 bits those from 2⁻¹⁷ on. That one must agree.
 
 One pass over the weights: a second for SmolLM2's 135 million numbers in float32 on one core.
 """
@@ -34,6 +38,8 @@ NUMBERS = (*PRECISIONS, torch.float64)
 ROUNDINGS, TAIL = 2**-8 + 2**-10, 2.5
 """Relative: one rounding to bfloat16, and to float16 on the way or on the other side. How far the estimate may lie above what
 it estimates: eight normal sums do so once in 10⁷, and numbers round to less than half of the bound on average."""
+HALF, WHOLE = (torch.bfloat16, torch.float16), 2.0**-16
+"""Dtypes with a second checksum; and the least number that counts in it: what rounds to 2⁻¹⁷ lies below."""
 TINY = 1e-7
 """Absolute, for each number: less than a float16 can hold."""
 
@@ -76,12 +82,14 @@ def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     height = max(1, CHUNK // matrix.shape[1])
     parts = [matrix[start : start + height] for start in range(0, len(matrix), height)]
     held = next((dtype for dtype in PRECISIONS if all(_holds(dtype, part) for part in parts)), weight.dtype)
-    checksum, square = 0, 0.0
+    checksum, larger, square = 0, 0, 0.0
     total = torch.zeros(COUNT, dtype=torch.float64)
     left, right = _signs("rows", len(matrix)), _signs("columns", matrix.shape[1])
     for number, part in enumerate(parts):
         exact = part.to(held).contiguous().cpu()
-        checksum = zlib.crc32(exact.view(-1).view(torch.uint8).numpy().data, checksum)
+        checksum = _crc(exact, checksum)
+        if held in HALF:
+            larger = _crc(exact.masked_fill(exact.abs() < WHOLE, 0), larger)
         wide = part if part.dtype == torch.float64 else part.float()
         square += float(torch.linalg.vector_norm(wide)) ** 2
         sums = (wide @ right.to(wide)).cpu().double()
@@ -90,7 +98,12 @@ def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     if not all(map(math.isfinite, said)):
         return None
     numbers = " ".join(f"{number:.7g}" for number in said)
-    return f"{str(held).removeprefix('torch.')} {checksum:08x} {numbers}"
+    checksums = f"{checksum:08x}{larger:08x}" if held in HALF else f"{checksum:08x}"
+    return f"{str(held).removeprefix('torch.')} {checksums} {numbers}"
+
+
+def _crc(exact: Tensor, before: int) -> int:
+    return zlib.crc32(exact.view(-1).view(torch.uint8).numpy().data, before)
 
 
 def _holds(dtype: torch.dtype, part: Tensor) -> bool:
@@ -113,11 +126,12 @@ def apart(then: str | None, now: str | None) -> float:
     if then is None or now is None or then == now:
         return 0.0
     (held, checksum, *before), (other, checksum_now, *after) = then.split(), now.split()
-    if (held, checksum) == (other, checksum_now):
+    both = min(len(checksum), len(checksum_now)) > 8  # earlier versions wrote one
+    if held == other and (checksum[8:] == checksum_now[8:] if both else checksum[:8] == checksum_now[:8]):
         return 0.0
     (size, *old), (_, *new) = ([float(number) for number in numbers] for numbers in (before, after))
     gap = math.hypot(*(a - b for a, b in zip(old, new, strict=True))) / math.sqrt(COUNT)
-    if held == other and held not in ("bfloat16", "float16"):  # nothing was rounded, and the bits are others
+    if held == other and (both or held not in ("bfloat16", "float16")):  # nothing was rounded, and the bits are others
         return max(gap / max(size, 1e-30), 1e-9)
     allowed = TAIL * ROUNDINGS * size + TINY
     return 0.0 if gap <= allowed else gap / max(size, 1e-30)

@@ -23,7 +23,7 @@ from lorakin.adapter import adapt
 from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.storage import atomic, locks
+from lorakin.storage import atomic, locks, paths
 from lorakin.storage.schema import Misfit, fitted, shown
 from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
@@ -183,7 +183,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     Raises:
         LorakinError: whatever is wrong; if plain LoRA cannot run, or no method can, why.
     """
-    out = Path(comparison.out).expanduser()
+    out = paths.named(comparison.out, "--out")
     resumed = _check_out(comparison, out)
     asked, comparison = comparison, _within(comparison)
     recipe = comparison.base_recipe
@@ -339,7 +339,7 @@ def locked(comparison: Comparison) -> Iterator[None]:
     Raises:
         OutputError: another one does, or it cannot be made.
     """
-    out = Path(comparison.out).expanduser()
+    out = paths.named(comparison.out, "--out")
     _check_out(comparison, out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
+from lorakin.storage import paths
 from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
 from lorakin.training.endings import stops
 from lorakin.training.formats import Content, Conversation, Labelled, Text
@@ -99,7 +100,7 @@ def template_named(name: str) -> str:
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    return TEMPLATES[name] if name in TEMPLATES else _template_file(Path(name).expanduser())
+    return TEMPLATES[name] if name in TEMPLATES else _template_file(paths.named(name, "--chat-template", DataError))
 
 
 def _template_file(path: Path) -> str:

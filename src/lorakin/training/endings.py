@@ -32,7 +32,7 @@ def stops(tokenizer: Any, settings: Any = None, chat_template: bool = True) -> l
     if tokenizer is not None:
         ids.append(tokenizer.eos_token_id)
         ids += end_of_turn(tokenizer) if chat_template else []
-    return list(dict.fromkeys(int(number) for number in ids if number is not None))
+    return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:

@@ -19,7 +19,8 @@ from lorakin.training.answers import ANSWERS, IGNORED, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.encoding import encode, encode_labelled, use_template
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
-from lorakin.training.models import load_with_adapter, stored_labels
+from lorakin.training.models import Loaded, load_with_adapter, stored_labels
+from lorakin.training.plainly import not_numbers
 from lorakin.training.reading import read_rows
 
 
@@ -90,6 +91,7 @@ def evaluate_rows(
     """Evaluate a model, with an adapter or without, on all rows of a data set.
 
     Raises:
+        ModelError: the model computes NaN or infinity.
         LorakinError: the data, the model or the adapter cannot be used.
     """
     require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
@@ -108,9 +110,16 @@ def evaluate_rows(
         check_rows(encoded.examples, loaded, encoded.where, rows.name)
         warn_cut(length, max_length, model, encoded.examples)
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
-        return evaluate(loaded.model, collate, encoded.examples, batch_size)
+        return _of_numbers(evaluate(loaded.model, collate, encoded.examples, batch_size), loaded)
     use_template(loaded.tokenizer, chat_template, rows)
     encoded = encode(rows, loaded.tokenizer, length, loss_on)
     warn_cut(length, max_length, model, encoded.examples)
     check_rows(encoded.examples, loaded, encoded.where, rows.name)
-    return evaluate(loaded.model, answer_collator(loaded.model, loaded.tokenizer), encoded.examples, batch_size)
+    collator = answer_collator(loaded.model, loaded.tokenizer)
+    return _of_numbers(evaluate(loaded.model, collator, encoded.examples, batch_size), loaded)
+
+
+def _of_numbers(figures: Evaluation, loaded: Loaded) -> Evaluation:
+    if not math.isfinite(figures.loss):
+        raise not_numbers(loaded.name)
+    return figures

@@ -42,7 +42,9 @@ def raw_config(source: str | Path) -> dict[str, Any]:
 
 def model(auto: Any, source: str | Path, **options: Any) -> Any:
     """A model with its weights, of the class or Auto class `auto`."""
-    return auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
+    found = auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
+    _answer_by_name(found[0] if isinstance(found, tuple) else found)
+    return found
 
 
 def made(auto: Any, config: Any, **options: Any) -> Any:
@@ -53,7 +55,14 @@ def made(auto: Any, config: Any, **options: Any) -> Any:
     """
     is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
     with bounded(TENSORS, NUMBERS, "its config"):
-        return auto.from_config(config, **{**options, **NO_CODE}) if is_auto else auto(config, **options)
+        found = auto.from_config(config, **{**options, **NO_CODE}) if is_auto else auto(config, **options)
+    _answer_by_name(found)
+    return found
+
+
+def _answer_by_name(model: Any) -> None:
+    """Let a model answer with outputs by name, as everything here reads them, also one whose config asks for a tuple."""
+    model.config.return_dict = True
 
 
 def tokenizer(source: str | Path, **options: Any) -> Any:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakin.errors import ModelError, some
+from lorakin.storage.pickles import is_plain
+from lorakin.storage.schema import shown
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,6 +40,8 @@ COPIES, MOST_COPIES = re.compile(r"num_beam|return_sequences"), 1000
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SPREAD, SLACK = 16, 10**8
 """Numbers that a byte of weights may stand for (8 of one bit, and a tied partner); numbers that may be new, such as a head."""
+BITSANDBYTES, PACKED = "bitsandbytes", re.compile(r"\.(quant_state\.|SCB$|absmax$)")
+"""A quant_method, and what stands beside each weight that it has packed."""
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -89,6 +93,10 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(f"{where}: {key} is {float(value):g}, more than any model has")
         if key in KERNELS and isinstance(value, str) and "/" in value:
             raise ModelError(f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out")
+    ends = config.get("eos_token_id")
+    named = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if not all(type(one) is int and -1 <= one < 2**31 for one in named):
+        raise ModelError(f"{where}: eos_token_id is {str(ends)[:80]!r}, expected a token's number, or a list of them")
     classes, labels = config.get("architectures"), config.get("id2label")
     if not (classes is None or (isinstance(classes, list) and all(isinstance(word, str) for word in classes))):
         raise ModelError(f"{where}: architectures is {classes!r}, expected names of classes")
@@ -102,7 +110,7 @@ def check(folder: Path) -> Stored:
     Raises:
         ModelError: as `check_config`; or weights that are missing, damaged, outside of the directory, or no tensors.
     """
-    check_config(folder)
+    packing = check_config(folder).get("quantization_config")
     if strange := [entry.name for entry in folder.iterdir() if DISTRIBUTED.fullmatch(entry.name)]:
         raise ModelError(f"{folder} holds a part of a distributed checkpoint ({strange[0]}); save the model whole")
     files, index = weight_files(folder)
@@ -116,6 +124,11 @@ def check(folder: Path) -> Stored:
             at[key] = file.name
     if lacking := [key for key, file in index.items() if at.get(key) != file]:
         raise ModelError(f"{folder}: its index says that {lacking[0]} is in {index[lacking[0]]}, which does not hold it")
+    if isinstance(packing, dict) and packing.get("quant_method") == BITSANDBYTES and not any(map(PACKED.search, at)):
+        raise ModelError(
+            f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, which are plain; leave it out, "
+            "and say --quantize to have them in few bits"
+        )
     return Stored(len(at), sum(file.stat().st_size for file in files))
 
 
@@ -180,6 +193,8 @@ def _pickled(file: Path) -> Iterable[str]:
         ) from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) and isinstance(key, str) for key, t in content.items()):
         raise ModelError(f"{file} holds something else than tensors by name, so it is no model's state_dict")
+    if strange := [key for key, t in content.items() if not is_plain(t)]:
+        raise ModelError(f"{file}: tensor {shown(strange[0])} is no plain dense tensor ({content[strange[0]].layout})")
     storages = {storage._cdata: storage.nbytes() for t in content.values() if (storage := t.untyped_storage())}
     if sum(storages.values()) > file.stat().st_size:
         raise ModelError(f"{file} says that it holds more numbers than it has bytes for; is it cut off?")

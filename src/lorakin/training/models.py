@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from lorakin.adapter import placed
-from lorakin.errors import AdapterError, LorakinWarning, ModelError
-from lorakin.storage import directory, hub, texts
+from lorakin.errors import AdapterError, LorakinWarning, ModelError, some
+from lorakin.storage import directory, hub, paths, texts
+from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.tasks import is_classifiers
 from lorakin.surgery.targets import head_of
 from lorakin.training import conversions, heads, loading, model_files
@@ -95,6 +96,11 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
             texts.remember(model, tokenizer)
+    if labels is None and cls is None and getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {name!r} says is_encoder_decoder, and a {type(model).__name__} has no encoder beside it; if the config is "
+            "wrong, leave the key out"
+        )
     is_packed = getattr(stored, "quantization_config", None) is not None
     heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or (), is_packed)
     others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))
@@ -243,18 +249,28 @@ def load_with_adapter(
 
 def stored_labels(name: str) -> list[str] | None:
     """The classes of a model that is stored as a classifier, head included; None for any other."""
-    if name in PACKAGED or not (Path(name).expanduser() / model_files.CONFIG).is_file():
+    if name in PACKAGED or not (paths.named(name, "--model", ModelError) / model_files.CONFIG).is_file():
         return None
     return heads.named_classes(config_of(name))
 
 
 def recipe_labels(files: directory.Files) -> list[str] | None:
-    """The classes that the recipe beside an adapter names, if any."""
+    """The classes that the recipe beside an adapter names, if any; else those that it remembers.
+
+    Raises:
+        AdapterError: the two are at odds: a class is a place in a list, so in another order all answers are others.
+    """
+    kept = (files.base or {}).get(LABELS)
     recipe = files.path / "recipe.yaml"
     said = read_yaml(recipe) if recipe.is_file() else None
     if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:
-        return [str(label) for label in labels]
-    return None
+        named = [str(label) for label in labels]
+        if kept is not None and named != kept:
+            raise AdapterError(
+                f"{recipe}: labels are {some(named)}, and the adapter was trained on {some(kept)}; put them back as they were"
+            )
+        return named
+    return kept
 
 
 def labels_of(files: directory.Files) -> list[str] | None:
@@ -309,7 +325,7 @@ def _source(name: str) -> str:
 
 def _located(name: str) -> Path | str:
     """A `.gguf` file or a model's directory on this machine; else a hub id."""
-    path = packaged(name) if name in PACKAGED else Path(name).expanduser()
+    path = packaged(name) if name in PACKAGED else paths.named(name, "--model", ModelError)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {name}")

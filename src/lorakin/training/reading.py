@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorakin.errors import DataError
+from lorakin.storage import paths
 from lorakin.training import formats
 from lorakin.training.formats import CLASSIFICATION, Content, Format, Number, label_text
 
@@ -213,7 +214,7 @@ Table = tuple[list[tuple[int, dict[str, Any]]], dict[str, list[str]]]
 
 
 def _table(name: str) -> Table:
-    path = Path(name).expanduser()
+    path = paths.named(name, "--data", DataError)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes[-1:] or [""])[0]
     reader = READERS.get(suffix)

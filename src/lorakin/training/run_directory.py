@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakin.errors import OutputError, SettingError
-from lorakin.storage import locks
+from lorakin.storage import locks, paths
 from lorakin.training import checkpoints, processes
 from lorakin.training.recipe import Recipe, read_recipe, settings_in
 
@@ -134,7 +134,7 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """
     given = settings_in(path) if path is not None else {}
     out = str(flags.get("out") or given.get("out") or "")
-    saved = Path(out).expanduser() / RECIPE
+    saved = paths.named(out, "--out") / RECIPE
     if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
         raise SettingError(f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back")
     if not out or not saved.is_file():

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, OutputError
 from lorakin.family import Method
-from lorakin.storage import atomic, directory, texts
+from lorakin.storage import atomic, directory, paths, texts
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
 from lorakin.surgery import half
 from lorakin.surgery.counts import parameter_counts
@@ -163,7 +163,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
-    place = run_directory.enter(recipe, Path(recipe.out).expanduser(), resume)
+    place = run_directory.enter(recipe, paths.named(recipe.out, "--out"), resume)
     try:
         return _prepared(recipe, console, place)
     except BaseException:

@@ -1,0 +1,33 @@
+"""A name that a user gives, as a path: whether there can be such a file at all, before anything asks for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lorakin.errors import LorakinError, SettingError
+from lorakin.storage.schema import shown
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes of a file's name, and of a path, that file systems take."""
+
+
+def named(name: str | os.PathLike[str], what: str, error: type[LorakinError] = SettingError) -> Path:
+    """The path that `name` is, its `~` expanded. `what` says in a message what it is the name of: "--out".
+
+    Raises:
+        LorakinError: of the class `error`: no file system has such a name. Asking for it would raise OSError or ValueError.
+    """
+    text = os.fspath(name)
+    try:
+        path = Path(text).expanduser()
+        raw = os.fsencode(path)
+        short = len(raw) <= LONGEST_PATH and all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts)
+        reason = "it holds a character of number 0" if b"\0" in raw else "" if short else "it is too long"
+    except UnicodeEncodeError:
+        reason = "it holds characters that no name can have"
+    except RuntimeError:
+        reason = "there is no such user's home"
+    if reason:
+        raise error(f"{what} {shown(text)} is no path: {reason}")
+    return path

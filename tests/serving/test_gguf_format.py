@@ -254,6 +254,22 @@ class TestModel:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
+    def test_a_disk_that_fills_up_at_any_byte_of_an_adapter_is_named(self, tmp_path: Path) -> None:
+        """NumPy's last write is lost without a word where it fails."""
+        config, path = tiny("llama").config, tmp_path / "a.gguf"
+        pairs = {"model.layers.0.mlp.up_proj": Pair(torch.ones(96, 3), torch.ones(3, 64))}
+        write_adapter(path, config, pairs)
+        size, limits = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+        path.write_text("before")
+        try:
+            for most in range(16, size, 16):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+                with pytest.raises(OutputError, match=r"cannot write .*a\.gguf: .*; what was there is unchanged"):
+                    write_adapter(path, config, pairs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
     @pytest.mark.model
     def test_smollm2_is_written_as_the_package_has_it(self, tmp_path: Path) -> None:
         from lorakin.training import models as training_models

@@ -9,12 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
+from lorakin.storage import directory
 from lorakin.storage.summary import summarise
 
 PARTS = ("lorakin.json", "adapter_model.safetensors", "lorakin.safetensors", "adapter_config.json")
@@ -153,3 +155,66 @@ def test_training_does_not_go_on_from_tensors_that_training_did_not_write(tmp_pa
     with pytest.warns(lk.LorakinWarning, match="left aside"), pytest.raises(lk.AdapterError, match="what training remembered"):
         again.restore(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        (lk.LoRA(rank=4, alpha=32), {"lora_alpha": 72}),
+        (lk.LoRA(rank=4, alpha=32), {"lora_dropout": 0.5}),
+        (lk.LoRA(rank=4, rslora=True), {"use_rslora": False}),
+        (lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9), {"lora_alpha": 33}),
+        (lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9), {"orth_reg_weight": 0.2}),
+        (lk.VeRA(rank=4), {"projection_prng_key": 1}),
+    ],
+)
+def test_a_setting_that_is_not_the_one_that_was_saved_is_refused(member: Any, change: dict[str, Any], tmp_path: Path) -> None:
+    directory.save(lk.adapt(tiny_llama(), member, "q_proj"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    model = tiny_llama()
+    with pytest.raises(lk.AdapterError):
+        lk.load(model, tmp_path)
+    assert not lk.adapters(model)
+    with pytest.raises(lk.AdapterError):
+        summarise(tmp_path)
+
+
+def test_every_flipped_bit_in_a_number_of_the_config_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=4, alpha=32), "q_proj")).save(tmp_path)
+    file, ids = tmp_path / "adapter_config.json", torch.arange(3, 12).unsqueeze(0)
+    whole, model = file.read_bytes(), tiny_llama()
+    adapter = lk.load(model, tmp_path)
+    right = model(ids).logits
+    adapter.remove()
+    at = whole.index(b'"lora_alpha"')
+    for bit in range(8 * at, 8 * whole.index(b"\n", at)):
+        flip(file, bit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lk.LorakinWarning)
+            try:
+                adapter = lk.load(model, tmp_path)
+            except lk.AdapterError:
+                pass
+            else:
+                assert torch.equal(model(ids).logits, right), bit
+                adapter.remove()
+        file.write_bytes(whole)
+
+
+def test_a_config_that_peft_wrote_anew_is_the_same(tmp_path: Path) -> None:
+    """With more modules than PEFT names one by one, and PEFT's own defaults beside ours."""
+    randomise(lk.adapt(tiny_llama(num_hidden_layers=4), lk.LoRA(rank=4, alpha=12))).save(tmp_path)
+    before = json.loads((tmp_path / "adapter_config.json").read_text())
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(num_hidden_layers=4), str(tmp_path))
+    theirs.peft_config["default"].save_pretrained(str(tmp_path))
+    now = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert now != before and now["peft_version"]
+    assert lk.load(tiny_llama(num_hidden_layers=4), tmp_path).method.words == "lora"
+
+
+def test_earlier_files_do_not_hold_the_config(folder: Path) -> None:
+    own = json.loads((folder / "lorakin.json").read_text())
+    del own["config"], own["sha256"]
+    (folder / "lorakin.json").write_text(json.dumps(own))
+    lk.load(tiny_llama(), folder)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from lorakin.errors import SettingError
 from lorakin.study import schedule
 from lorakin.study.arms import MEMBER, Arm
+from lorakin.study.compare import check_ran
 from lorakin.study.results import DIVERGED, DONE, FAILED, REFUSED, SEED, SWEEP, TIMING, Row, Trial
 from lorakin.study.schedule import Sweep, chosen, expected, rate, remaining, swept
 
@@ -105,3 +108,19 @@ def test_expected_counts_down_to_nothing() -> None:
     while todo := remaining(ARM, rows, SEEDS, Sweep(), timed=False):
         rows.append(ended(todo[0], valley(3.2e-3)))
         assert expected(ARM, rows, SEEDS, Sweep(), timed=False) == 5 - len(rows)
+
+
+def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
+    def check(*rows: Row) -> None:
+        check_ran(
+            SimpleNamespace(arms=[ARM, dataclasses.replace(ARM, name="b", title="b")], results=SimpleNamespace(rows=rows))
+        )  # type: ignore[arg-type]
+
+    failed = [Row(Trial(arm, SWEEP, lr, 0), FAILED, f"{arm} is out of memory") for arm in "ab" for lr in (1e-3, 3e-3)]
+    with pytest.raises(SettingError, match="nothing could be run: every trial of a failed: a is out of memory"):
+        check(*failed)
+    with pytest.raises(SettingError, match="nothing could be run: no such thing"):
+        check(Row(Trial("a", SWEEP, 1e-3, 0), REFUSED, "no such thing"), *failed[2:])
+    check(*failed[:2])  # b is still to run
+    check(*failed, Row(Trial("b", SWEEP, 1e-2, 0), DONE))
+    check(*failed[:2], Row(Trial("b", SWEEP, 1e-3, 0), DIVERGED))

@@ -205,3 +205,136 @@ def test_a_copy_has_turns_of_its_own(model: Any, ids: Tensor) -> None:
     twin = copy.deepcopy(model)
     lk.activate(twin, "a")
     assert torch.equal(twin(ids).logits, right["a"]) and torch.equal(model(ids).logits, right["b"])
+
+
+class Slow:
+    """A forward that stops in its middle, in a thread of its own, until it is joined."""
+
+    def __init__(self, model: Any, ids: Tensor, chooses: str | None = None) -> None:
+        self.inside, self.go_on, self.out, self.error = threading.Event(), threading.Event(), None, None
+        self.model, self.ids, self.chooses = model, ids, chooses
+        self.hook = model.model.layers[1].register_forward_pre_hook(self.wait)
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        self.inside.wait(20)
+
+    def wait(self, *_: Any) -> None:
+        if threading.current_thread() is self.thread:
+            self.inside.set()
+            self.go_on.wait(20)
+
+    def run(self) -> None:
+        try:
+            if self.chooses is not None:
+                lk.activate(self.model, self.chooses)
+            with torch.no_grad():
+                self.out = self.model(self.ids).logits
+        except lk.StateError as error:
+            self.error = error
+            self.inside.set()
+
+    def join(self) -> None:
+        self.go_on.set()
+        self.thread.join()
+        self.hook.remove()
+
+
+def mixed(model: Any) -> Any:
+    return lk.mixed_batch(model, ["a", None])
+
+
+def disabled(model: Any) -> Any:
+    return lk.adapters(model)["b"].disabled()
+
+
+def scaled(model: Any) -> Any:
+    return lk.adapters(model)["b"].scaled(0.5)
+
+
+@pytest.mark.parametrize("context", [mixed, disabled, scaled])
+def test_a_context_is_not_entered_in_the_middle_of_a_forward(context: Any, model: Any, ids: Tensor) -> None:
+    right = expected(model, ids)
+    slow = Slow(model, ids)
+    with pytest.raises(lk.StateError, match="is in a forward of this model"), context(model):
+        pass
+    slow.join()
+    assert slow.out is not None and torch.equal(slow.out, right["b"]) and slow.error is None
+    with context(model), torch.no_grad():
+        assert not torch.equal(model(ids).logits, right["b"])
+
+
+@pytest.mark.parametrize("context", [mixed, disabled, scaled])
+def test_a_forward_under_which_a_context_was_left_is_refused_at_its_end(context: Any, model: Any, ids: Tensor) -> None:
+    right = expected(model, ids)
+    with context(model):
+        slow = Slow(model, ids)  # it chose nothing, so it computes with what is in use
+    slow.join()
+    assert slow.out is None and slow.error is not None
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, right["b"]), "the next is right"
+    again = Slow(model, ids)
+    again.join()
+    assert again.out is not None and torch.equal(again.out, right["b"])
+
+
+def test_one_that_stays_disabled_spoils_nothing(model: Any, ids: Tensor) -> None:
+    expected(model, ids)
+    with disabled(model):
+        with torch.no_grad():
+            base = model(ids).logits
+        with disabled(model):
+            slow = Slow(model, ids)
+        slow.join()
+    assert slow.out is not None and torch.equal(slow.out, base)
+
+
+def test_a_thread_that_chose_does_not_compute_with_anothers_mixed_batch(model: Any, ids: Tensor) -> None:
+    right = expected(model, ids)
+    lk.activate(model, "a")
+    entered, leave, wrong = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with mixed(model), torch.no_grad():
+            wrong.append(torch.equal(model(ids).logits, right["a"]))
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(20)
+    with torch.no_grad():
+        with pytest.raises(lk.StateError, match="has chosen adapters since"):
+            model(ids)
+        leave.set()
+        thread.join()
+        assert torch.equal(model(ids).logits, right["a"]), "its choice is in force again"
+    assert wrong == [False]
+
+
+def test_a_mixed_batch_that_comes_and_goes(model: Any, ids: Tensor) -> None:
+    right, done, counts = expected(model, ids), threading.Event(), {"right": 0, "refused": 0}
+
+    def mix() -> None:
+        while not done.is_set():
+            with contextlib.suppress(lk.StateError), mixed(model):
+                pass
+
+    def compute() -> None:
+        try:
+            with contextlib.suppress(lk.StateError):
+                lk.activate(model, "a")
+            for _ in range(TIMES):
+                try:
+                    with torch.no_grad():
+                        out = model(ids).logits
+                except lk.StateError:
+                    counts["refused"] += 1
+                else:
+                    assert torch.equal(out, right["a"])
+                    counts["right"] += 1
+        finally:
+            done.set()
+
+    lk.activate(model, "a")
+    together(mix, compute)
+    assert counts["right"] > 0

@@ -186,12 +186,87 @@ def test_one_of_an_earlier_lorakin_is_refused_with_the_reason(last: Path, out: P
 
 
 def test_one_that_was_cut_off_is_passed_over(last: Path, out: Path) -> None:
-    checkpoints.begin(last)
+    checkpoints.unseal(last)
     (last / "scheduler.pt").unlink()
     assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
     (out / "checkpoints" / "checkpoint-6").mkdir()  # killed before its first file
     (out / "checkpoints" / "checkpoint-²").mkdir()
     assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "rng_state_0.pth", "adapter_model.bin", "default/x.json", "n"])
+def test_what_was_not_saved_in_it_is_refused_by_name(name: str, last: Path, out: Path) -> None:
+    (last / name).parent.mkdir(exist_ok=True)
+    (last / name).write_bytes(b"junk")
+    with pytest.raises(lk.AdapterError, match=rf"checkpoint-4 holds {name}, which was not saved in it"):
+        resume(out)
+    (last / name).unlink()
+    (last / "README.md").write_text("a person's, who may")
+    assert checkpoints.opened(last).step == 4
+
+
+@pytest.mark.parametrize("left", ["optimizer.pt", "README.md", "default"])
+def test_one_that_lost_its_manifest_and_more_is_refused(left: str, last: Path, out: Path) -> None:
+    """A kill leaves a manifest, or nothing but hidden files."""
+    for path in last.iterdir():
+        if path.name != left:
+            path.unlink()
+    (last / "default").mkdir()
+    with pytest.raises(lk.AdapterError, match=r"checkpoint-4 has no lorakin-checkpoint.json.*To go on from checkpoint-2"):
+        resume(out)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "checkpoints/checkpoint-4", "checkpoints/checkpoint-4/optimizer.pt", "x/y"])
+def test_links_in_a_run_are_not_written_through(where: str, out: Path, tmp_path: Path) -> None:
+    link = out / where if where != "x/y" else out / "checkpoints" / "checkpoint-6" / "deep" / "optimizer.pt"
+    theirs = tmp_path / "theirs"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists():
+        link.rename(theirs)
+    else:
+        theirs.write_text("mine")
+    if theirs.is_dir():
+        (theirs / "mine.txt").write_text("mine")
+    link.symlink_to(theirs)
+    before = tree(tmp_path)
+    with pytest.raises(lk.OutputError, match=f"{link.name} is a link to .*theirs, which is not written through"):
+        resume(out)
+    assert tree(tmp_path) == before
+
+
+def test_what_has_no_manifest_is_neither_written_into_nor_deleted(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoints.begin(tmp_path / f"checkpoint-{step}")
+        checkpoints.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "mine").write_text("mine")
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "checkpoint-3")
+    checkpoints.rotate(tmp_path, 6, 2, None)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (1, 3, 4, 6)}
+    checkpoints.rotate(tmp_path, 6, 1, None)
+    assert (tmp_path / "checkpoint-3" / "mine").read_text() == "mine"
+    for folder in ("checkpoint-3", "checkpoint-1"):
+        with pytest.raises(lk.OutputError):
+            checkpoints.begin(tmp_path / folder)
+    assert {path.name for path in (tmp_path / "checkpoint-3").iterdir()} == {"mine"}
+    checkpoints.check_place(tmp_path, after=3)
+    with pytest.raises(lk.OutputError, match="checkpoint-3 would be written into, but it has no lorakin-checkpoint.json"):
+        checkpoints.check_place(tmp_path, after=2)
+
+
+def test_a_save_begins_with_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    folder, theirs = tmp_path / "checkpoint-2", tmp_path / "theirs"
+    theirs.mkdir()
+    checkpoints.begin(folder)
+    (folder / "b").mkdir()
+    for name in ("rng_state_1.pth", "b/optimizer.pt"):
+        (folder / name).write_bytes(b"of a save that was cut off")
+    checkpoints.begin(folder)
+    assert list(tree(folder)) == [checkpoints.MANIFEST] and not checkpoints._is_whole(folder)
 
 
 def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,9 +360,18 @@ def test_a_users_own_trainer_does_not_go_on_from_a_damaged_one(
     assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters(), strict=True))
 
 
+def test_a_users_own_trainer_does_not_write_through_links(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (trained / "checkpoint-5").symlink_to(tmp_path / "theirs")
+    again, _ = trainer(trained, max_steps=6)
+    with pytest.raises(lk.OutputError, match="checkpoint-5 is a link to"):
+        again.train(resume_from_checkpoint=True)
+    assert not list((tmp_path / "theirs").iterdir())
+
+
 def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None:
     expected = safetensors.torch.load_file(trained / "checkpoint-4" / "adapter_model.safetensors")
-    checkpoints.begin(trained / "checkpoint-4")
+    checkpoints.unseal(trained / "checkpoint-4")
     (trained / "checkpoint-4" / "scheduler.pt").unlink()
     again, _ = trainer(trained)
     with pytest.raises(lk.AdapterError, match="is not whole: its save was cut off. To go on from checkpoint-3"):

@@ -215,7 +215,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe: Callable[..., Reci
     result, _ = run(recipe("lora"))
     whole = tensors(result.out)
     (result.out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
-    checkpoints.begin(result.out / "checkpoints" / "checkpoint-10")
+    checkpoints.unseal(result.out / "checkpoints" / "checkpoint-10")
     _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
     assert "step 10/10" in shown
     assert "step 9/10" not in shown

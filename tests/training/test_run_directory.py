@@ -174,3 +174,30 @@ def test_of_several_processes_the_first_one_looks_for_all(
         run_directory.enter(recipe, Path(recipe.out), resume=False)
     held.release()
     assert not Path(recipe.out).exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("target", ["empty", "nowhere"])
+def test_out_that_is_a_link_is_not_written_through(target: str, resume: bool, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    Path(recipe.out).parent.mkdir()
+    Path(recipe.out).symlink_to(tmp_path / target)
+    with pytest.raises(lk.OutputError, match=rf"is a link to .*{target}, which is not written through"):
+        run_directory.enter(recipe, Path(recipe.out), resume)
+    assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_a_name_that_no_directory_can_have(name: str, recipe: Recipe) -> None:
+    with pytest.raises(lk.OutputError, match="cannot be made"):
+        run_directory.enter(recipe, Path(name), resume=False)
+
+
+def test_a_pipe_in_the_place_of_the_recipe_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / run_directory.RECIPE)
+    with pytest.raises(lk.SettingError, match=r"recipe.yaml is no file"):
+        run_directory.resumed_recipe(None, {"out": str(tmp_path)})
+    (tmp_path / run_directory.RECIPE).unlink()
+    (tmp_path / run_directory.RECIPE).symlink_to(tmp_path / "gone")
+    with pytest.raises(lk.SettingError, match=r"recipe.yaml is no file"):
+        run_directory.resumed_recipe(None, {"out": str(tmp_path)})

@@ -154,7 +154,7 @@ def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path
     for name in ("adapter_model.safetensors", "loss.png"):  # as if it had been killed after step 6, in the middle of a save
         (half / name).unlink()
     (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
-    checkpoints.begin(half / "checkpoints" / "checkpoint-9")
+    checkpoints.unseal(half / "checkpoints" / "checkpoint-9")
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
     resumed = training.resumed_recipe(None, {"out": str(half), "steps": 9})
@@ -370,6 +370,47 @@ def test_a_full_disk_leaves_no_half_merged_model(recipe: Recipe, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_what_torch_says_of_a_full_disk_is_known(tmp_path: Path) -> None:
+    import resource
+
+    content, path = {"a": torch.ones(3000), "b": [torch.ones(40)] * 9}, tmp_path / "optimizer.pt"
+    torch.save(content, path)
+    size, old, found = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE), set()
+    try:
+        for most in range(8, size, 61):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, old[1]))
+            try:
+                torch.save(content, path)
+            except RuntimeError as error:
+                found |= {writer for writer in training.TORCHS_WRITERS if writer in str(error)} or {str(error)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert found and found <= {*training.TORCHS_WRITERS}
+
+
+@pytest.mark.parametrize("message", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:672] . "])
+@pytest.mark.parametrize("whole", [0, 2])
+def test_a_disk_that_fills_up_is_told_with_what_is_left(
+    message: str, whole: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.steps, recipe.save_every = 4, 2
+    save, calls = training.AdapterTrainer._save_optimizer_and_scheduler, []
+
+    def fails(self: Any, folder: str) -> None:
+        calls.append(folder)
+        if self.state.global_step > whole:
+            raise RuntimeError(message)
+        save(self, folder)
+
+    monkeypatch.setattr(training.AdapterTrainer, "_save_optimizer_and_scheduler", fails)
+    left = "checkpoint-2 is whole" if whole else "no checkpoint is whole yet, so it will begin again"
+    with pytest.raises(lk.OutputError, match=rf"cannot write to .*; {left}\. When there is room, go on with: lorakin train"):
+        run(recipe)
+    assert calls
+    monkeypatch.undo()
+    run(training.resumed_recipe(None, {"out": str(recipe.out)}), resume=True)
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(

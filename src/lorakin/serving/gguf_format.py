@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import uuid
@@ -176,7 +177,8 @@ def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
         writer.write_ti_data_to_file()
         for tensor in tensors:
             writer.write_tensor_data(encoded(tensor.read(), tensor.dtype, tensor.source))
-        writer.flush()
+            writer.flush()
+            _check_written(writer.fout[0])
         os.fsync(writer.fout[0].fileno())
         writer.close()
         os.replace(temporary, path)
@@ -187,6 +189,12 @@ def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
             writer.close()
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _check_written(file: Any) -> None:
+    """See that all is there: what NumPy writes last is lost without a word where the disk is full."""
+    if os.fstat(file.fileno()).st_size != file.tell():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,10 +53,10 @@ def new_directory(out: str) -> Iterator[Path]:
         lock = locks.hold(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
         partial = lock.path.with_suffix("")
         partial.mkdir(0o700)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a zero byte in a name
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write to --out {out}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write to --out {out}: {getattr(error, 'strerror', None) or error}") from error
     try:
         yield partial
         partial.chmod(0o755)

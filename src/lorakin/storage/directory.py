@@ -32,6 +32,8 @@ from lorakin.storage.own_part import (
     TENSORS,
     Beside,
     checksum,
+    disagreement,
+    meaning,
     no_json,
     packed,
     parsed,
@@ -88,9 +90,11 @@ class Files:
         return contents
 
     def check(self) -> None:
-        """Raise `AdapterError` if `lorakin.json` is not as it was written, once nothing more telling is wrong with it."""
+        """Raise `AdapterError` if `lorakin.json` or PEFT's config beside it are not as written, once nothing more is wrong."""
         if not self.beside.is_sound:
             raise unsound(self.path)
+        if self.beside.config is not None and (error := disagreement(self.path, self.beside.config, self.config)):
+            raise error
 
 
 def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None) -> Path:
@@ -111,6 +115,7 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
         "format": FORMAT,
         "members": [{"member": m.word, "settings": dataclasses.asdict(m)} for m in method.members],  # type: ignore[call-overload]
         "beside": {TENSORS: sha256(files[TENSORS])},
+        "config": meaning(config),
     }
     if form is None:
         sites = {at: graft.tensors_at(at) for at in graft.plan.sites}

@@ -25,10 +25,16 @@ CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
 FORMAT, CHECKSUM = 1, "sha256"
 KNOWN = {
-    "format", "members", "beside", "patterns", "tensors", "projection", "base", "buffers", "whole", "state", CHECKSUM,
+    "format", "members", "beside", "config", "patterns", "tensors", "projection", "base", "buffers", "whole", "state", CHECKSUM,
 }  # fmt: skip
 """What `lorakin.json` may say; a file of a later version that says more has another format."""
 
+ASIDE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_version", "revision",
+    "target_modules", "task_type",
+}  # fmt: skip
+"""What `adapter_config.json` may come to say otherwise: PEFT writes it anew with these in words of its own, and people edit
+them. Which modules there are, the tensors say."""
 
 MOST_JSON = 1 << 26
 """Bytes of one of the JSON files: of the largest mixtures some ten million."""
@@ -54,6 +60,7 @@ KINDS: Mapping[str, Any] = {
     "base": dict[str, Any],
     "buffers": dict[str, _Named],
     "whole": list[str],
+    "config": dict[str, Any],
     "projection": str,
     CHECKSUM: str,
 }
@@ -67,12 +74,14 @@ class Beside(NamedTuple):
     base: the fingerprint of the base that it was made on, where one is remembered; it counts in both cases.
     rewritten: the file that was written anew.
     is_sound: whether it is as it was written, as far as it says.
+    config: what `adapter_config.json` said then, but for what is `ASIDE`; None in earlier files.
     """
 
     own: peft_format.Own | None = None
     base: Mapping[str, Any] | None = None
     rewritten: str | None = None
     is_sound: bool = True
+    config: Mapping[str, Any] | None = None
 
 
 def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
@@ -103,7 +112,7 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
         )
     is_sound = own.get(CHECKSUM, checksum(own)) == checksum(own)
     if not others:
-        return Beside(_own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound)
+        return Beside(_own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound, own.get("config"))
     if not is_sound:
         raise unsound(path)
     warnings.warn(
@@ -121,6 +130,26 @@ def unsound(path: Path) -> AdapterError:
         f"{path / OWN}: it is damaged, or was edited: its {CHECKSUM} is of something else. To have what PEFT's files say "
         "alone, remove it"
     )
+
+
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `adapter_config.json` that nobody changes without making another adapter of it."""
+    return {key: value for key, value in config.items() if key not in ASIDE}
+
+
+def disagreement(path: Path, then: Mapping[str, Any], config: Mapping[str, Any]) -> AdapterError | None:
+    """What to say if `config`, in `adapter_config.json`, is not what was saved in the directory `path`.
+
+    Fields that PEFT adds when it writes the file anew do not count, nor one that is not set in either.
+    """
+    for key, value in then.items():
+        if (config.get(key) or None) != (value or None):
+            now = shown(config.get(key)) if key in config else "missing"
+            return AdapterError(
+                f"{path / CONFIG}: {key} is {now}, and {OWN} says that {shown(value)} was saved: one of the two is damaged, or "
+                f"was edited. Put {shown(value)} back; or, to have what {CONFIG} says, without the method, remove {OWN}"
+            )
+    return None
 
 
 def _own_part(path: Path, own: Mapping[str, Any], content: bytes | None) -> peft_format.Own:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from lorakin.study import arms as arms_
 from lorakin.study import schedule, split, trial
 from lorakin.study.arms import Arm
 from lorakin.study.budget import Budget
-from lorakin.study.results import DONE, REFUSED, SEED, TIMING, Results, Row, Trial
+from lorakin.study.results import DONE, FAILED, REFUSED, SEED, TIMING, Results, Row, Trial
 from lorakin.study.schedule import Sweep
 from lorakin.study.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.surgery.targets import parse_layers
@@ -358,8 +358,16 @@ def check_ran(study: Study) -> None:
     """See to it that something could be run.
 
     Raises:
-        SettingError: every arm that trains turned out not to run at all.
+        SettingError: no arm that trains could be run at all: each was refused, or all of its trials failed.
     """
-    reasons = [schedule.refusal(arm, study.results.rows) for arm in study.arms if arm.lr is not None]
+    reasons = [_why_not(arm, study.results.rows) for arm in study.arms if arm.lr is not None]
     if all(reasons):
         raise SettingError(f"nothing could be run: {reasons[0]}")
+
+
+def _why_not(arm: Arm, rows: Iterable[Row]) -> str:
+    mine = [row for row in rows if row.trial.arm == arm.name]
+    if refused := schedule.refusal(arm, mine):
+        return refused
+    failed = bool(mine) and all(row.status == FAILED for row in mine)
+    return f"every trial of {arm.title} failed: {mine[0].reason}" if failed else ""

@@ -56,7 +56,7 @@ from lorakin.surgery.tokens import (
     places_of,
     rows_for,
 )
-from lorakin.surgery.turns import alone, changing, chosen
+from lorakin.surgery.turns import alone, changing, chosen, spoil
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,10 +454,13 @@ class Graft:
     @scale.setter
     def scale(self, scale: float) -> None:
         with changing(self.model):
-            self._require_present()
-            _check_unmixed(self.model, "scaled")
-            with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
-                self._scale = rescaled(self, scale)
+            self._rescale(scale)
+
+    def _rescale(self, scale: float) -> None:
+        self._require_present()
+        _check_unmixed(self.model, "scaled")
+        with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
+            self._scale = rescaled(self, scale)
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
@@ -466,8 +469,10 @@ class Graft:
         try:
             yield
         finally:
-            if self.is_present:
-                self.scale = before
+            with changing(self.model, refused=False):
+                if self.is_present:
+                    spoil(self.model)
+                    self._rescale(before)
 
     def moved_buffers(self) -> dict[str, Tensor]:
         """Those of its own buffers that are no longer the base's, by name."""
@@ -527,6 +532,7 @@ class Graft:
         with changing(self.model, refused=False):  # it was on before
             self._disabled -= 1
             if not self._disabled:
+                spoil(self.model)
                 for hung in self._hung_if_there():
                     hung.off.discard(self.name)
                 self._swap_moved()

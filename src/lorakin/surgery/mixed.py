@@ -9,7 +9,8 @@ adapter by adapter over its rows, in the ordinary way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from lorakin.surgery.hung import Hung, hung_on
 from lorakin.surgery.layers import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.surgery.rows import put
 from lorakin.surgery.site import Site
+from lorakin.surgery.turns import changing, chosen, chosen_before, spoil
 
 FEW_TOKENS = 4
 """Up to so many tokens a row masking costs less than picking."""
@@ -67,6 +69,11 @@ class MixedBatch:
             )
 
     def __enter__(self) -> None:
+        with changing(self.model):
+            self._enter()
+            self.before = chosen(self.model)
+
+    def _enter(self) -> None:
         self._check()
         self.hung = hanging(self.model)
         others: list[MixedBatch] = next((one.rows.open for one in self.hung if one.rows is not None), [])
@@ -85,9 +92,12 @@ class MixedBatch:
         self._let_count()
 
     def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-        self.open.remove(self)
-        self._let_count()
+        with changing(self.model, refused=False):
+            spoil(self.model)
+            self.hook.remove()
+            self.open.remove(self)
+            self._let_count()
+            chosen_before(self.model, self.before)
 
     def _let_count(self) -> None:
         """The last one entered counts, whatever order they are left in."""
@@ -97,11 +107,14 @@ class MixedBatch:
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the model is in no context; the hook, a function, goes along and does nothing there."""
 
-    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: learn the batch's size and length."""
+    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Forward pre-hook of the model: learn the batch's size and length.
+
+        Where another thread's forward begins while this one is taken off, torch may give no `kwargs`.
+        """
         tensors = [kwargs[key] for key in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(key), Tensor)]
         first = next(iter(tensors or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]), None)
-        if first is None or module is not self.model or self is not self.open[-1]:
+        if first is None or module is not self.model or self.open[-1:] != [self]:
             return
         rows = first.shape[0]
         if rows % len(self.wanted):

@@ -2,7 +2,8 @@
 
 The manifest is begun before the first part is written, and written last: step, run, versions, and the SHA-256 of every part.
 A checkpoint whose manifest was only begun was cut off, and is passed over. One whose parts are not those is damaged, and
-refused: which of its numbers are right, nobody can tell.
+refused: which of its numbers are right, nobody can tell. What a kill leaves has a manifest or is empty, for it is deleted
+last, too; so parts without one are of somebody else, or it was lost. Nothing is written into them, and they stay.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 import transformers
 
 import lorakin
-from lorakin.errors import AdapterError, DataError, LorakinWarning, SettingError
+from lorakin.errors import AdapterError, DataError, LorakinWarning, OutputError, SettingError, some
 from lorakin.storage import atomic
 from lorakin.storage.card import CARD
 from lorakin.storage.own_part import CHECKSUM, checksum
@@ -85,8 +87,55 @@ def versions() -> dict[str, str]:
 
 
 def begin(folder: Path) -> None:
-    """Say that a save into `folder` is under way, so that one that is cut off is known."""
+    """Say that a save into `folder` is under way, so that one that is cut off is known. What an earlier save left goes.
+
+    Raises:
+        OutputError: it is a link, or holds what no save left; or it cannot be written.
+    """
+    _check_ours(folder)
+    unseal(folder)
+    _empty(folder)
+
+
+def unseal(folder: Path) -> None:
+    """Say that the checkpoint in `folder` is not whole."""
     _write(folder, {"format": FORMAT, "is_whole": False})
+
+
+def check_place(folder: Path, after: int = 0) -> None:
+    """See that checkpoints of steps `after` this one can be written into `folder`, and none leads out of it.
+
+    Raises:
+        OutputError: a link, or a checkpoint's directory with what no save left.
+    """
+    if folder.is_symlink():
+        raise _is_a_link(folder)
+    for number, path in _numbered(folder):
+        if number > after:
+            _check_ours(path)
+
+
+def _check_ours(folder: Path) -> None:
+    if link := next(links(folder), None):
+        raise _is_a_link(link)
+    if folder.is_dir() and not _is_ours(folder) and not _is_empty(folder):
+        raise OutputError(
+            f"{folder} would be written into, but it has no {MANIFEST}, so it is not known to be a checkpoint of lorakin's: "
+            "move it away, or choose another directory"
+        )
+
+
+def links(folder: Path) -> Iterator[Path]:
+    """The links that `folder` is or holds."""
+    if folder.is_symlink():
+        yield folder
+        return
+    for place, folders, files in os.walk(folder):
+        yield from (path for name in sorted((*folders, *files)) if (path := Path(place, name)).is_symlink())
+
+
+def _is_a_link(link: Path) -> OutputError:
+    return OutputError(f"{link} is a link to {os.readlink(link)}, which is not written through; remove it")
 
 
 def seal(folder: Path, step: int, processes: int, run: Mapping[str, Any]) -> None:
@@ -99,7 +148,7 @@ def opened(folder: Path) -> Manifest:
     """The manifest of the checkpoint in `folder`, once every part was seen to be the one that was saved with it.
 
     Raises:
-        AdapterError: it has none, it was cut off, or a part is missing or another; says what to do.
+        AdapterError: it has none, it was cut off, or a part is missing, another, or was not saved with it; says what to do.
     """
     said = _manifest(folder)
     if said is None:
@@ -119,6 +168,8 @@ def opened(folder: Path) -> Manifest:
             raise _damaged(folder, f"{name} is missing")
         if _digest(part) != digest:
             raise _damaged(folder, f"{name} is not the one that was saved in it")
+    if strange := [name for name in _parts(folder) if name not in said["parts"]]:  # which the Trainer might load
+        raise AdapterError(f"{folder} holds {some(strange)}, which was not saved in it. To go on from it, take that out")
     return Manifest(folder, said["step"], said["processes"], said["run"], said["versions"])
 
 
@@ -130,7 +181,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     for _, path in reversed(_numbered(folder)):
         said = _manifest(path)
-        if said is None and (path / STATE).exists():
+        if said is None and not _is_empty(path):
             opened(path)  # which says what is amiss
         if said is not None and said["is_whole"]:
             return path
@@ -140,17 +191,38 @@ def last_checkpoint(folder: Path) -> Path | None:
 def rotate(folder: Path, step: int, limit: int | None, best: str | None) -> None:
     """Delete the checkpoints of the lowest steps, those that were cut off first, so that `limit` up to `step` are left.
 
-    That of this step stays, and the `best`. The steps count, not the files' times: a clock may go back.
+    Only what has a manifest is one. That of this step stays, and the `best`. The steps count, not the files' times: a clock
+    may go back.
     """
     if not limit or limit < 0:
         return
-    numbered = [(number, path) for number, path in _numbered(folder) if number <= step]
-    spare = [path for number, path in numbered if number != step and (best is None or path != Path(best))]
+    ours = [(number, path) for number, path in _numbered(folder) if number <= step and _is_ours(path)]
+    spare = [path for number, path in ours if number != step and (best is None or path != Path(best))]
     spare.sort(key=lambda path: (_is_whole(path), _number(path)))
-    for path in spare[: max(0, len(numbered) - limit)]:
+    for path in spare[: max(0, len(ours) - limit)]:
         with contextlib.suppress(OSError):  # it is not a matter of the run
-            begin(path)  # or what a kill leaves of it would look damaged
-        shutil.rmtree(path, ignore_errors=True)
+            unseal(path)  # or what a kill leaves of it would look damaged
+            _empty(path)
+            shutil.rmtree(path)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a checkpoint but its manifest, and hidden files. Links go, and what they lead to stays."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MANIFEST and not path.name.startswith("."):
+            path.unlink()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it has a manifest, sound or not."""
+    return not folder.is_symlink() and (folder / MANIFEST).is_file()
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for hidden files: a manifest that was being written."""
+    return all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def _write(folder: Path, said: Mapping[str, Any]) -> None:
@@ -198,6 +270,11 @@ def _instead(folder: Path) -> str:
     if whole := [path for path in older if _is_whole(path)]:
         return f"To go on from {whole[-1].name}, delete {folder}"
     return "There is no older one that is whole: delete it to begin again, or start anew elsewhere"
+
+
+def step_of(checkpoint: str | Path | None) -> int:
+    """The step in a checkpoint's name, 0 without one."""
+    return _number(Path(checkpoint)) or 0 if checkpoint is not None else 0
 
 
 def _number(folder: Path) -> int | None:

@@ -64,21 +64,32 @@ def enter(recipe: Recipe, out: Path, resume: bool) -> Held:
 
 
 def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out} is a file, expected a directory")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            out.lstat()
+        if out.is_symlink():
+            raise OutputError(
+                f"--out {out} is a link to {os.readlink(out)}, which is not written through; name a new directory"
+            )
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"--out {out} is a file, expected a directory")
+        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    except (OSError, ValueError) as error:  # too long a name, or a zero byte in it
+        raise error if isinstance(error, OutputError) else OutputError(f"--out {out} cannot be made: {error}") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
 
 
 def _check_contents(out: Path, resume: bool) -> None:
-    """See that the directory is empty, or, if a run is to go on, a run's."""
+    """See that the directory is empty, or, if a run is to go on, a run's, whose checkpoints lie in it."""
     if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
         return
     if not resume:
         raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
     if not (out / RECIPE).is_file():
         raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
+    if link := next(checkpoints.links(out / CHECKPOINTS), None):
+        raise OutputError(f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; remove it")
 
 
 def _lock(held: Held, out: Path) -> None:
@@ -97,6 +108,7 @@ def _lock(held: Held, out: Path) -> None:
 def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
     """What the run is to go on from, if anything, once it is clear that it is whole and of this run."""
     folder = checkpoints.last_checkpoint(out / CHECKPOINTS)
+    checkpoints.check_place(out / CHECKPOINTS, checkpoints.step_of(folder))
     if folder is None:
         return None
     manifest = checkpoints.opened(folder)
@@ -123,6 +135,8 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     given = settings_in(path) if path is not None else {}
     out = str(flags.get("out") or given.get("out") or "")
     saved = paths.named(out, "--out") / RECIPE
+    if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
+        raise SettingError(f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back")
     if not out or not saved.is_file():
         return read_recipe(path, flags)
     given |= {name: value for name, value in flags.items() if value is not None and value not in ([], {})} | {"out": out}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -22,7 +23,7 @@ from rich.text import Text as RichText
 from torch.utils.data import DataLoader
 
 from lorakin.adapter import Adapter, adapt, importance
-from lorakin.errors import DataError, DivergedError, ModelError, OutputError
+from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, OutputError
 from lorakin.family import Method
 from lorakin.storage import atomic, directory, paths, texts
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
@@ -48,7 +49,7 @@ from lorakin.training.templates import Template
 from lorakin.training.tokens import rows_of
 from lorakin.training.trainers import AdapterTraining
 
-TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container")
+TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers' classes of models that write text end."""
@@ -366,8 +367,8 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
         if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in TORCHS_WRITERS):
             raise
         raise OutputError(
-            f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; its last checkpoint is whole. When there is "
-            f"room, go on with: {command('lorakin', 'train', '--resume', '--out', run.out)}"
+            f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; {_left(run)}. When there is room, go on "
+            f"with: {command('lorakin', 'train', '--resume', '--out', run.out)}"
         ) from error
     _written(lambda: run.adapter.save(run.out, notes=_notes(run, before, after)))
     if after.loss >= before.loss:
@@ -389,6 +390,14 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
         sum(file.stat().st_size for file in run.out.glob("adapter_*")),
         time.perf_counter() - started,
     )
+
+
+def _left(run: Run) -> str:
+    """What a run that could not write left to go on from."""
+    with contextlib.suppress(LorakinError):
+        if last := checkpoints.last_checkpoint(run.out / CHECKPOINTS):
+            return f"{last.name} is whole"
+    return "no checkpoint is whole yet, so it will begin again"
 
 
 def _notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:

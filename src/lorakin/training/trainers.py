@@ -65,6 +65,7 @@ class AdapterTraining:
 
         Raises:
             AdapterError: the checkpoint to go on from is damaged; see `checkpoints.opened`.
+            OutputError: checkpoints would be written through a link, or into what is none; see `checkpoints.check_place`.
         """
         sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
         if sharding is not None and sharding.fsdp_version != 2:
@@ -73,6 +74,9 @@ class AdapterTraining:
             whole = [part for adapter in self._adapters().values() for part in adapter.modules()]
             sharding.ignored_modules = whole + quantised.not_to_shard(self.model)
         checkpoint = processes.by_first(lambda: self._sound(resume_from_checkpoint))
+        if self.args.save_strategy != "no":
+            after = checkpoints.step_of(checkpoint)
+            processes.by_first(lambda: checkpoints.check_place(Path(self.args.output_dir), after))
         if self.is_deepspeed_enabled:
             self._keep_whole(checkpoint)
         else:
@@ -143,6 +147,7 @@ class AdapterTraining:
         folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         if self.args.should_save:
             checkpoints.begin(folder)
+        self.accelerator.wait_for_everyone()  # before one writes a part of its own there
         self.args.save_total_limit = None  # the Trainer goes by the files' times
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]

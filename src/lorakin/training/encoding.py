@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,11 @@ class Encoder:
         self.loss_on = loss_on
         self.template = Template(tokenizer, day) if tokenizer.chat_template else None
         self.answers = Answers(self.template) if self.template is not None else None
-        self.ends = set(stops(tokenizer))
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The ids at which an answer ends; a prompt alone has no need of them."""
+        return set(stops(self.tokenizer))
 
     def encode(self, content: Content) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation or text.
@@ -207,15 +212,14 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
         example = {key: part[:max_length] for key, part in whole.items()}
         encoded.append(example)
         cut += _has_answer(example) and any(label != IGNORED for label in whole["labels"][max_length:])
-    examples = [example for example in encoded if _has_answer(example)]
-    if not examples:
+    kept = [(record.where, example) for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
+    if not kept:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
             f"--max-length {max_length} tokens; raise it, if the model has positions for more, or check that the "
             "answers are not empty"
         )
-    where = [record.where for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
-    return Encoded(examples, len(encoded) - len(examples), cut, where)
+    return Encoded([example for _, example in kept], len(encoded) - len(kept), cut, [where for where, _ in kept])
 
 
 def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Rows:

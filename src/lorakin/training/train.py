@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import time
@@ -81,6 +82,11 @@ class Run:
         each = self.recipe.batch_size * self.recipe.accumulate * processes.count()
         per_epoch = math.ceil(len(self.train.examples) / each)
         return self.recipe.steps or max(1, math.ceil(per_epoch * (self.recipe.epochs or 1)))
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """What tells these rows, as they are tokenised, from others."""
+        return digest(self.train.examples, self.held_out.examples)
 
     @property
     def between_checkpoints(self) -> int:
@@ -352,7 +358,7 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
         return found.loss
 
     trainer = _trainer(run, held_out, [*seen, *callbacks])
-    rows = digest(run.train.examples, run.held_out.examples)
+    rows = run.rows
     trainer.provenance = {checkpoints.RECIPE: run_directory.described(run.recipe), checkpoints.ROWS: rows}
     try:
         with warnings.catch_warnings():
@@ -490,7 +496,7 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
     known = [row for row in metrics.rows() if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()]
-    rows = digest(run.train.examples, run.held_out.examples)
+    rows = run.rows
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:
             raise DataError(

@@ -39,7 +39,7 @@ def holder(tmp_path: Path) -> Any:
 
 
 def test_one_at_a_time_until_its_process_is_killed(holder: Any, tmp_path: Path) -> None:
-    with pytest.raises(locks.Taken, match=f"process {holder.pid} on "):
+    with pytest.raises(locks.LockTaken, match=f"process {holder.pid} on "):
         locks.hold(tmp_path / "lock")
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -64,7 +64,7 @@ def test_a_child_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
     child.start()
     grandchild = parent_sends.recv()
     try:
-        with pytest.raises(locks.Taken):
+        with pytest.raises(locks.LockTaken):
             locks.hold(tmp_path / "lock")
         child.kill()
         child.join()
@@ -75,7 +75,7 @@ def test_a_child_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
 
 def test_of_one_process_too(tmp_path: Path) -> None:
     with locks.held(tmp_path / "lock"):
-        with pytest.raises(locks.Taken):
+        with pytest.raises(locks.LockTaken):
             locks.hold(tmp_path / "lock")
     kept = locks.hold(tmp_path / "lock")
     del kept

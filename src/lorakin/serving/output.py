@@ -76,7 +76,7 @@ def new_directory(out: str) -> Iterator[Path]:
 def _remove_leftovers(folder: Path) -> None:
     """Remove the results in `folder` that nobody is writing any more."""
     for path in [path for path in folder.iterdir() if PARTIAL.fullmatch(path.name)]:
-        with contextlib.suppress(OSError, locks.Taken):
+        with contextlib.suppress(OSError, locks.LockTaken):
             lock = locks.hold(path)
             if lock.sure:
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)

@@ -41,7 +41,7 @@ def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -
         path.mkdir(parents=True, exist_ok=True)
         with locks.held(path / LOCK, PATIENCE):
             _write(path, files, [name for name in without if (path / name).exists() or (path / RECORD).exists()])
-    except locks.Taken as error:
+    except locks.LockTaken as error:
         raise OutputError(f"cannot write to {path}: {error} is writing there; what was there is unchanged") from None
     except OSError as error:
         begun = (path / RECORD).exists()

@@ -40,7 +40,7 @@ OFTEN = 0.01
 """Seconds between two looks at a lock that is waited for."""
 
 
-class Taken(Exception):
+class LockTaken(Exception):
     """Another process, or another part of this one, has the lock; the text says which: `process 7 on machine`."""
 
 
@@ -89,7 +89,7 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
     Where the file system has no locks that is a warning, and nothing is locked.
 
     Raises:
-        Taken: somebody else holds it.
+        LockTaken: somebody else holds it.
         OSError: the file cannot be made.
     """
     until = time.monotonic() + wait
@@ -104,7 +104,7 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
                 if time.monotonic() < until:
                     time.sleep(OFTEN)
                     continue
-                raise Taken(holder if holder.isprintable() and holder else "another process") from None
+                raise LockTaken(holder if holder.isprintable() and holder else "another process") from None
             if error.errno not in NO_LOCKS:
                 os.close(fd)
                 raise

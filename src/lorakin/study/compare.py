@@ -344,7 +344,7 @@ def locked(comparison: Comparison) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = locks.hold(out / LOCK)
-    except locks.Taken as error:
+    except locks.LockTaken as error:
         raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
         raise OutputError(f"--out {out} cannot be used: {error}") from error

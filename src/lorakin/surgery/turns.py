@@ -23,7 +23,7 @@ T = TypeVar("T")
 ADVICE = "One model serves one thread at a time: hold a lock around activate and what is computed with it"
 
 
-class Turns:
+class ThreadTurns:
     """Of one model: the lock of those who change it, the threads in its forward, and who chose adapters last.
 
     A change may be made of others; `depth` counts those that are under way. `spoilt` are those of the threads inside under
@@ -39,15 +39,15 @@ class Turns:
         self.chooser: threading.Thread | None = None
 
 
-_turns: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
+_turns: weakref.WeakKeyDictionary[nn.Module, ThreadTurns] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 _mine = threading.local()
 
 
-def _turns_of(model: nn.Module) -> Turns:
+def _turns_of(model: nn.Module) -> ThreadTurns:
     """Kept beside the model, which can then be copied and pickled."""
     with _making:
-        return _turns.setdefault(model, Turns())
+        return _turns.setdefault(model, ThreadTurns())
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def changing(model: nn.Module, refused: bool = True) -> Iterator[None]:
             turns.depth -= 1
 
 
-def _others(turns: Turns) -> list[threading.Thread]:
+def _others(turns: ThreadTurns) -> list[threading.Thread]:
     me = threading.current_thread()
     return [thread for thread in list(turns.inside.values()) if thread is not me and thread.is_alive()]
 

@@ -97,7 +97,7 @@ def _lock(held: Held, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         held.lock = locks.hold(out / LOCK)
-    except locks.Taken as error:
+    except locks.LockTaken as error:
         raise OutputError(
             f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose another directory"
         ) from None

@@ -22,8 +22,9 @@ its rank grows past them; the batches are run through again and again until all 
 
 Equation 6 differs from both codes: ξ_j = σ_j²/((M − 1)·‖σ‖_1); and the paper's SVD is of X, the
 codes' of X centred. Here is the codes'. Modules of equal inputs share one SVD, that of the first,
-and a tie goes to the first. PEFT whitens such a shared V once for every sharer, which is a slip.
-Uncertain: ties on a GPU, where PEFT's sort is not asked to be stable.
+which never has less rank than they. PEFT whitens such a V once for every sharer, which is a slip.
+Among the sharers of an SVD all ξ are ties. PEFT's sort is not stable (nor on a CPU), so which of the
+followers gets the last rank is arbitrary there; here it is the earlier one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def signed(V: ArrayLike) -> Array:
     """Every row (k, i) with the sign that makes its entry of greatest size positive."""
     V = f64(V)
     greatest = np.argmax(np.abs(V), axis=1)
-    return V * np.sign(V[np.arange(len(V)), greatest])[:, None]
+    turned: Array = V * np.sign(V[np.arange(len(V)), greatest])[:, None]
+    return turned
 
 
 class IncrementalSVD:

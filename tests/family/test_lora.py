@@ -41,7 +41,11 @@ def test_settings_outside_their_range(settings: dict[str, object], message: str)
 
 def test_numbers_of_other_libraries_become_plain() -> None:
     member = lk.LoRA(rank=np.int64(4), alpha=np.float32(8), dropout=torch.tensor(0.5))  # type: ignore[arg-type]
-    assert [type(value) for value in (member.rank, member.alpha, member.dropout)] == [int, float, float]
+    assert [type(value) for value in (member.rank, member.alpha, member.dropout)] == [
+        int,
+        float,
+        float,
+    ]
 
 
 def test_defaults_and_scales() -> None:
@@ -49,7 +53,9 @@ def test_defaults_and_scales() -> None:
     assert lk.LoRA().scaling == 2
     for rank, alpha in ((8, 16.0), (6, 9.0)):
         assert lk.LoRA(rank, alpha).scaling == pytest.approx(reference.scaling(rank, alpha))
-        assert lk.LoRA(rank, alpha, rslora=True).scaling == pytest.approx(reference.scaling(rank, alpha, rslora=True))
+        assert lk.LoRA(rank, alpha, rslora=True).scaling == pytest.approx(
+            reference.scaling(rank, alpha, rslora=True)
+        )
 
 
 def test_the_start() -> None:
@@ -58,7 +64,9 @@ def test_the_start() -> None:
     assert not start["B"].any()
     assert start["A"].abs().max() <= 300**-0.5
     assert start["A"].var().item() == pytest.approx(1 / 900, rel=0.05)
-    gaussian = lk.LoRA(rank=64, init="gaussian").start(Shape(8, 300), generator, torch.device("cpu"))
+    gaussian = lk.LoRA(rank=64, init="gaussian").start(
+        Shape(8, 300), generator, torch.device("cpu")
+    )
     assert gaussian["A"].std().item() == pytest.approx(1 / 64, rel=0.05)
     lookup = lk.LoRA(rank=64).start(Shape(300, 1000, lookup=True), generator, torch.device("cpu"))
     assert not lookup["A"].any()
@@ -84,7 +92,9 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     site, linear = adapter.site("0"), model[0]
     numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
     expected = reference.forward(*numbers, s=member.scaling, mask=dropped)
-    dA, dB, dx = reference.gradients(numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=dropped)
+    dA, dB, dx = reference.gradients(
+        numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=dropped
+    )
     for got, want in ((y, expected), (site.A.grad, dA), (site.B.grad, dB), (x.grad, dx)):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=tolerance, atol=tolerance)
 
@@ -110,7 +120,9 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
         optimizer.zero_grad()
         seen.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], "it learns"
-    np.testing.assert_allclose(seen[: len(losses)], losses[: len(seen)], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        seen[: len(losses)], losses[: len(seen)], rtol=tolerance, atol=tolerance
+    )
     np.testing.assert_allclose(site.A.detach().numpy(), A, rtol=tolerance, atol=10 * tolerance)
     np.testing.assert_allclose(site.B.detach().numpy(), B, rtol=tolerance, atol=10 * tolerance)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise
-from lorakin.surgery.targets import new_heads
+from lorakin.inject.targets import new_heads
 from sweep import architectures
 from sweep.inputs import loss_of, tensors
 
@@ -67,7 +67,9 @@ def examined(name: str) -> Found:
     reached = _reached(plain, given)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     base = outputs(model, given)
-    warnings.filterwarnings("ignore", "the first step of adapter", lk.LorakinWarning)  # `unused` tells them
+    warnings.filterwarnings(
+        "ignore", "the first step of adapter", lk.LorakinWarning
+    )  # `unused` tells them
     found = Found(name, type(model).__name__, unlike_itself=distance(base, outputs(model, given)))
     adapter = _adapted(model, found)
     if adapter is None:
@@ -88,7 +90,9 @@ def examined(name: str) -> Found:
         found.loaded = distance(changed, outputs(twin, given))
     adapter.remove()
     after = model.state_dict()
-    found.changed = sorted(key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key)))
+    found.changed = sorted(
+        key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))
+    )
     found.removed = distance(base, outputs(model, given))
     return found
 
@@ -139,7 +143,9 @@ def _same(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return (
-        one.dtype == other.dtype and one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool(((one == other) | (one.isnan() & other.isnan())).all())
     )
 
 
@@ -154,7 +160,10 @@ def _reached(plain: nn.Module, given: dict[str, Any]) -> dict[str, bool]:
         parameter.requires_grad_(parameter.is_floating_point())
     for step in range(STEPS):
         loss(plain, given, step).backward()
-    return {path: weight.grad is not None and bool(weight.grad.any()) for path, weight in weights.items()}
+    return {
+        path: weight.grad is not None and bool(weight.grad.any())
+        for path, weight in weights.items()
+    }
 
 
 def _adapted(model: nn.Module, found: Found) -> lk.Adapter | None:

@@ -47,11 +47,15 @@ class DeltaLoRA(Modifier):
     """
 
     word: ClassVar[str] = "delta-lora"
-    paper: ClassVar[str] = "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+    paper: ClassVar[str] = (
+        "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+    )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
     in_probe: ClassVar[bool] = False
-    remark: ClassVar[str] = "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
+    remark: ClassVar[str] = (
+        "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
+    )
 
     lam: float = 2.0
     start_step: int = 500
@@ -89,9 +93,17 @@ class DeltaLoRA(Modifier):
 
     @staticmethod
     def _refuse_dropout(dropout: float | None) -> None:
-        require(not dropout, f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs")
+        require(
+            not dropout,
+            f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs",
+        )
 
-    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+    def extend(
+        self,
+        tensors: dict[str, Tensors],
+        spots: Mapping[str, Spot],
+        methods: Mapping,  # type: ignore[type-arg]
+    ) -> dict[str, Tensors]:
         if self.start_step or self.update == "in_place":
             return tensors
         return {path: there | self.empty_anchor(there) for path, there in tensors.items()}
@@ -102,7 +114,9 @@ class DeltaLoRA(Modifier):
         like = next(iter(tensors.values()))
         return {ANCHOR_UP: like.new_zeros(0)}
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         return {**roles, ANCHOR_UP: FIXED, ANCHOR_DOWN: FIXED}
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
@@ -135,7 +149,9 @@ class Anchoring(Rule):
         made: dict[tuple[int, ...], Tensors] = {}
         for place in self.places:
             if ANCHOR_UP not in place.tensors():
-                key = tuple(map(id, place.tensors().values()))  # modules that share their pair share its anchor
+                key = tuple(
+                    map(id, place.tensors().values())
+                )  # modules that share their pair share its anchor
                 for slot, tensor in made.setdefault(key, anchor_of(place)).items():
                     place.put(slot, tensor)
 
@@ -156,7 +172,10 @@ class InPlace(Anchoring):
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
         weights, exact = [place.weight for place in places], "update='telescoped' is exact"
-        require(all(isinstance(w, Tensor) for w in weights), f"delta-lora in place cannot move quantised weights; {exact}")
+        require(
+            all(isinstance(w, Tensor) for w in weights),
+            f"delta-lora in place cannot move quantised weights; {exact}",
+        )
         self.restore({})  # of an earlier run
         if narrow := [weight.dtype for weight in weights if weight.dtype.itemsize < 4]:
             lost = f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; {exact}"
@@ -174,7 +193,9 @@ class InPlace(Anchoring):
         for place in self.places:
             if place.path in self.anchors:
                 product = product_of(place)
-                place.move_base(self.member.lam * (product - self.last[place.path].to(product.device)))
+                place.move_base(
+                    self.member.lam * (product - self.last[place.path].to(product.device))
+                )
                 self.last[place.path] = product
         if n == self.member.start_step:
             self._begin()
@@ -196,7 +217,9 @@ class InPlace(Anchoring):
                 anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
                 self.anchors[place.path] = anchor
                 self.last[place.path] = product = product_of(place)
-                place.move_base(self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]))
+                place.move_base(
+                    self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN])
+                )
 
     def check(self, n: int) -> str | None:
         return None if self.anchors else super().check(n)
@@ -207,7 +230,11 @@ def anchor_of(place: Place, whole: bool = False) -> Tensors:
     with torch.enable_grad():
         pair = pair_of(place)
     anchor = {ANCHOR_UP: pair.up.detach().clone()}
-    return anchor | {ANCHOR_DOWN: pair.down.detach().clone()} if whole or pair.down.requires_grad else anchor
+    return (
+        anchor | {ANCHOR_DOWN: pair.down.detach().clone()}
+        if whole or pair.down.requires_grad
+        else anchor
+    )
 
 
 @torch.no_grad()

@@ -206,15 +206,23 @@ class Parametrisation(Member):
         """The setting that gives a module no more ranks than its weight of this shape has; {} if it has no more anyway."""
         return {}
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
+    def start(
+        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+    ) -> Tensors:
         """The tensors of one module at initialisation, by slot; float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
-        self, spots: Mapping[str, Spot], each: Mapping[str, Self], generator: torch.Generator | None, device: torch.device
+        self,
+        spots: Mapping[str, Spot],
+        each: Mapping[str, Self],
+        generator: torch.Generator | None,
+        device: torch.device,
     ) -> dict[str, Tensors]:
         """The tensors of all modules, by path; `each` is this member with the settings of each module."""
-        return {path: each[path].start(spot.shape, generator, device) for path, spot in spots.items()}
+        return {
+            path: each[path].start(spot.shape, generator, device) for path, spot in spots.items()
+        }
 
     def roles(self, shape: Shape) -> dict[str, Role]:
         """What each tensor is to an optimizer; those not named are trained, or FIXED if they are in `frozen`."""
@@ -311,7 +319,9 @@ class Modifier(Member):
         """All modules' tensors, with one object wherever modules share a tensor."""
         return tensors
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         """The roles of a module's tensors, this member's own included."""
         return roles
 
@@ -319,7 +329,9 @@ class Modifier(Member):
         """What this member makes of the pair."""
         return pair
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor | None:
+    def gain(
+        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+    ) -> Tensor | None:
         """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
         return None
 

@@ -14,11 +14,11 @@ from lorakin.adapter import Adapter, adapters, load
 from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
+from lorakin.inject.description import in_words
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import Job
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
-from lorakin.surgery.words import in_words
 from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
@@ -106,7 +106,9 @@ class MergedModel(Target):
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
         config = config_of(str(folder))
-        return load_model(str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM).model
+        return load_model(
+            str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM
+        ).model
 
 
 class GGUFAdapter(Target):
@@ -120,13 +122,21 @@ class GGUFAdapter(Target):
     def write(job: Job, folder: Path) -> None:
         loaded, plain = job.base(), job.plain()
         if whole := plain.plan.copies:
-            raise AdapterError(f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged")
+            raise AdapterError(
+                f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged"
+            )
         if tokens := list(plain.plan.tokens):
-            raise AdapterError(f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged")
+            raise AdapterError(
+                f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged"
+            )
         if biases := plain.plan.biases:
-            raise AdapterError(f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged")
+            raise AdapterError(
+                f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged"
+            )
         pairs = {path: plain.change_at(path) for path in plain.plan.sites}
-        gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
+        gguf_format.write_adapter(
+            folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
+        )
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()
         source = str(base) if base.suffix == ".gguf" else "./base.gguf"
         text = ollama.modelfile(source, f"./{GGUF_ADAPTER}", loaded.tokenizer)
@@ -161,15 +171,21 @@ class GGUFModel(Target):
         template, tokenizer = remembered_template(job.files.path), load_tokenizer(str(source))
         tokenizer.chat_template = template or tokenizer.chat_template
         name = Path(job.name).name
-        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template)
-        (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
+        gguf_model.write_model(
+            folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template
+        )
+        (folder / MODELFILE).write_text(
+            ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8"
+        )
 
     @staticmethod
     def read(job: Job, folder: Path) -> Any:
         return gguf_model.read_model(folder / GGUF_MODEL, directory_of(job.name))
 
 
-TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
+TARGETS: dict[str, type[Target]] = {
+    one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)
+}
 
 
 def _carry_template(job: Job, folder: Path) -> None:
@@ -184,7 +200,9 @@ def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
 
 def _folded(job: Job, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(
+        job.name, job.files, dtype, other_base=job.order.other_base, any_head=True
+    )
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded
@@ -199,4 +217,6 @@ def _narrow(adapter: Adapter, dtype: torch.dtype) -> None:
     for name, parameter in adapter.named_parameters():
         parameter.data = parameter.data.to(dtype)
         if not all_finite(parameter):
-            raise OutputError(f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype")
+            raise OutputError(
+                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype"
+            )

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lorakin.inject.adapted import module_at
-from lorakin.inject.attachments import hung_on
+from lorakin.inject.attachments import attachments_of
 from lorakin.inject.layers import QuantisedLayer
 from lorakin.training import train as training
 from lorakin.training.docstrings import docstring_rows
@@ -68,7 +68,7 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
     run = training.prepare(recipe, Console(quiet=True))
     result = training.train(run)
     left, error = [], []
-    for path in run.adapter.plan.sites:
+    for path in run.adapter.placement.methods:
         module: Any = module_at(run.loaded.model, path)
         weight, change = run.adapter.base_weight(path), run.adapter.change_at(path)
         merged = change.applied_to(weight).detach()
@@ -76,10 +76,10 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
         size = float(moved.square().sum())
         left.append(float(((rounded - ROUNDINGS[word](weight)) * moved).sum()) / size)
         error.append(float((rounded - merged).norm()) / size**0.5)
-        hung_on(module).dense = rounded.to(
+        attachments_of(module).dense = rounded.to(
             next(run.loaded.model.parameters()).dtype
         )  # as a merge would leave it, but rounded
-        hung_on(module).merged = (run.adapter.name,)
+        attachments_of(module).merged = (run.adapter.name,)
         assert QuantisedLayer.shape(module)[:2] == rounded.shape
     with torch.no_grad():
         again = run.evaluate()

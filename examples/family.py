@@ -141,7 +141,7 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
             out=str(folder / "timed" / member.word), steps=100, **flags,  # type: ignore[arg-type]
         )  # fmt: skip
         run = prepare(recipe, console)
-        whole = list(run.adapter.plan.copies)
+        whole = list(run.adapter.placement.copies)
         run.adapter.remove()
         method: Method = method_named(member.word, settings_of(member.word, 1))
         if method.probe is not None:

@@ -62,7 +62,7 @@ def test_every_member_without_a_gain_is_plain_lora_exactly(
     want = logits(model, ids)
     assert (want - base).abs().max() > 0.05
     plain, fits = lk.as_lora(adapter)
-    assert plain.plan.method.words == "lora" and not adapter.is_active and plain.is_active
+    assert plain.placement.method.words == "lora" and not adapter.is_active and plain.is_active
     torch.testing.assert_close(
         logits(model, ids), want, rtol=0, atol=1e-6
     )  # files hold float32 unless the pair is wider
@@ -80,7 +80,7 @@ def test_other_layers(make: Callable[[], Any], ids: Tensor) -> None:
     want = logits(model, ids)
     plain, _ = lk.as_lora(adapter)
     torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=1e-5)
-    assert plain.plan.sites.keys() == adapter.plan.sites.keys()
+    assert plain.placement.methods.keys() == adapter.placement.methods.keys()
 
 
 def test_convolutions_and_embeddings() -> None:
@@ -223,7 +223,7 @@ def test_truncation_of_a_pair(ids: Tensor) -> None:
         assert fit.rank == 3 and fit.error == pytest.approx(
             float(values[3:].norm() / values.norm()), rel=1e-5
         )
-    assert plain.plan.method.setting("rank") == 3
+    assert plain.placement.method.setting("rank") == 3
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"error": 0.0}, {"error": 1.5}])
@@ -243,7 +243,7 @@ def test_combining_is_the_sum_of_the_changes(ids: Tensor) -> None:
     second = trained(model, lk.VeRA(rank=8), ids, "second", targets=["q_proj", "v_proj"])
     changes: dict[str, Tensor] = {}
     for adapter, weight in ((first, 0.7), (second, -0.4)):
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             pair = adapter.change_at(path)
             changes[path] = changes.get(path, 0) + weight * (pair.up @ pair.down)
     twin = tiny_llama()
@@ -286,7 +286,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def expected(
     adapters: list[lk.Adapter], weights: list[float], path: str, way: dict[str, Any]
 ) -> Any:
-    there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.plan.sites]
+    there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.placement.methods]
     changes = [(a.change_at(path).up @ a.change_at(path).down).detach().numpy() for a, _ in there]
     return reference.combined(changes, [w for _, w in there], **way)
 
@@ -300,9 +300,10 @@ def test_combining_otherwise_is_the_nearest_to_the_papers_formula(way: str, ids:
     combined, fits = lk.combine(model, {"first": 0.7, "second": -0.4}, **WAYS[way], rank=6)
     assert (
         combined.is_active
-        and combined.plan.sites.keys() == first.plan.sites.keys() | second.plan.sites.keys()
+        and combined.placement.methods.keys()
+        == first.placement.methods.keys() | second.placement.methods.keys()
     )
-    for path in combined.plan.sites:
+    for path in combined.placement.methods:
         want = expected([first, second], [0.7, -0.4], path, WAYS[way])
         near, pair = reference.nearest(want, 6), combined.change_at(path)
         np.testing.assert_allclose(
@@ -329,13 +330,15 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
         member = dataclasses.replace(member, importance=one.method.setting("importance"))
     two = trained(model, member, ids, "two", steps=5)
     combined, _ = lk.combine(model, {"one": 1, "two": 1}, how="ties", density=0.3, rank=40)
-    path = next(iter(one.plan.sites))
+    path = next(iter(one.placement.methods))
     pair = combined.change_at(path)
     want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
     np.testing.assert_allclose(
         (pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max()
     )
-    if any(one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.plan.sites):
+    if any(
+        one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.placement.methods
+    ):
         assert "adalora" in word, "whose runs keep ranks of their own"
         return
     factors, fits = lk.combine(
@@ -359,7 +362,7 @@ def test_other_layers_are_combined_otherwise() -> None:
             for n, name in enumerate("ab")
         ]
         combined, _ = lk.combine(model, {"a": 1.0, "b": 0.5}, how="ties", density=0.5, rank=64)
-        for path in found[0].plan.sites:
+        for path in found[0].placement.methods:
             pair = combined.change_at(path)
             want = expected(found, [1.0, 0.5], path, {"how": "ties", "density": 0.5})
             np.testing.assert_allclose(
@@ -440,7 +443,7 @@ def test_what_is_not_finite_is_not_converted(ids: Tensor) -> None:
     model = tiny_llama()
     adapter = randomise(lk.adapt(model, lk.DoRA(rank=4)))
     with torch.no_grad():
-        adapter.site("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
+        adapter.branch("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
     with pytest.raises(lk.StateError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
         lk.as_lora(adapter, rank=2)
 

@@ -172,14 +172,14 @@ class Adapter(Graft):
                 f"To restore what PEFT's files say alone, remove {directory.OWN}"
             )
         contents = files.match(self.model)
-        if not self._is_as(contents.plan, training=files.own is not None):
+        if not self._is_as(contents.placement, training=files.own is not None):
             raise AdapterError(
-                f"{path}: it holds another adapter than {self!r}: {contents.plan.method}"
+                f"{path}: it holds another adapter than {self!r}: {contents.placement.method}"
             )
         self.end()
         with torch.no_grad():
             for at, tensors in contents.sites.items():
-                self.site(at).overwrite(tensors)
+                self.branch(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
             for at, rows in contents.rows.items():
@@ -190,16 +190,16 @@ class Adapter(Graft):
         if contents.state is not None:
             self.restore_state(contents.state)
 
-    def _is_as(self, plan: placement.Plan, training: bool) -> bool:
+    def _is_as(self, plan: placement.Placement, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
-        mine, its = self.plan, plan
-        if (list(mine.sites), mine.copies, mine.tokens) != (
-            list(its.sites),
+        mine, its = self.placement, plan
+        if (list(mine.methods), mine.copies, mine.tokens) != (
+            list(its.methods),
             its.copies,
             its.tokens,
         ) or mine.biases != its.biases:
             return False
-        pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [
+        pairs = [(method, its.methods[path]) for path, method in mine.methods.items()] or [
             (mine.method, its.method)
         ]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
@@ -279,8 +279,8 @@ def adapt(
         )
     if probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    adapter = _fresh(model, name, placement.plan(model, method, targets, **places), seed, dtype)
-    if heads := new_heads(model, (*adapter.plan.sites, *adapter.plan.copies)):
+    adapter = _fresh(model, name, placement.place(model, method, targets, **places), seed, dtype)
+    if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
             f"train it, nor does its file hold it. Train it whole, with modules_to_save={heads!r}",
@@ -376,12 +376,12 @@ def _importance(
             f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first"
         )
     pilot = _fresh(
-        model, "probe", placement.plan(model, method.for_probe(), targets, **places), seed
+        model, "probe", placement.place(model, method.for_probe(), targets, **places), seed
     )
     try:
-        check_called(model, pilot.plan.sites)
+        check_called(model, pilot.placement.methods)
         optimizer: torch.optim.Optimizer = pilot.optimizer(
-            lr=pilot.plan.method.learning_rate if lr is None else lr
+            lr=pilot.placement.method.learning_rate if lr is None else lr
         )
         scaler = float16_base.loss_scaler(model)
         float16_base.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
@@ -402,7 +402,7 @@ def _importance(
 def _fresh(
     model: nn.Module,
     name: str,
-    plan: placement.Plan,
+    plan: placement.Placement,
     seed: int | None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
@@ -463,7 +463,7 @@ def load(
 
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
-    adapter = Adapter(model, name, contents.plan)
+    adapter = Adapter(model, name, contents.placement)
     if trainable:
         adapter.install(
             contents.masters(),

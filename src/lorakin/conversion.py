@@ -86,11 +86,11 @@ def as_lora(
         )
     seen = _Seen(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         change = adapter.change_at(path)
         if change.gain is not None and rank is None and error is None:
             raise SettingError(
-                f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain ({path}, …), which "
+                f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base weight by a gain ({path}, …), which "
                 "no plain LoRA does exactly. Name a rank or an error for the nearest one (rank=…, error=…; --rank, --error), "
                 "or merge it into the model, which is exact"
             )
@@ -99,8 +99,11 @@ def as_lora(
         pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=seen.root(path))
         fits[path] = seen.judged(fit, change, pairs[path], weight, path)
     _warn_if_missed(fits, error)
-    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
-    rows = adapter.plan.tokens, {path: adapter.rows_at(path) for path in adapter.plan.tokens}
+    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.placement.copies}
+    rows = (
+        adapter.placement.tokens,
+        {path: adapter.rows_at(path) for path in adapter.placement.tokens},
+    )
     if portable:
         pairs = _portable(adapter, pairs)
     plain = of_pairs(
@@ -158,12 +161,12 @@ def combine(
     for adapter in known:
         if adapter.is_merged:
             raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             change = adapter.change_at(path)
             _check_finite(change, adapter, path)
             if change.gain is not None:
                 raise SettingError(
-                    f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain, so its change "
+                    f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base weight by a gain, so its change "
                     "cannot be added to others; make a plain LoRA of it first: lorakin.as_lora, or lorakin export --to lora"
                 )
             parts.setdefault(path, []).append((adapter, change))
@@ -373,18 +376,18 @@ def _warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
 
 def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """All of one rank; refused if there is something that other readers do not take."""
-    if copies := list(adapter.plan.copies):
+    if copies := list(adapter.placement.copies):
         raise SettingError(
             f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead"
         )
-    if tokens := list(adapter.plan.tokens):
+    if tokens := list(adapter.placement.tokens):
         raise SettingError(
             f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead"
         )
-    if biases := adapter.plan.biases:
+    if biases := adapter.placement.biases:
         raise SettingError(f"the portable form cannot hold biases ({some(biases)}); merge instead")
     strange = [
-        path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)
+        path for path in pairs if adapter.branch(path).layer not in (LinearLayer, TransposedLayer)
     ]
     if strange:
         raise SettingError(
@@ -425,9 +428,9 @@ def _combined_biases(
 
     Where only a part of what "lora_only" or "all" says is anyone's, the others are the base's.
     """
-    paths = {path for adapter in known for path in adapter.plan.biases}
-    sites = {path for adapter in known for path in adapter.plan.sites}
-    whole = [path for adapter in known for path in adapter.plan.copies]
+    paths = {path for adapter in known for path in adapter.placement.biases}
+    sites = {path for adapter in known for path in adapter.placement.methods}
+    whole = [path for adapter in known for path in adapter.placement.copies]
     if not paths:
         return {}
     found = start_of(
@@ -435,7 +438,7 @@ def _combined_biases(
         find_biases(model, ALL if paths - adapted_modules(model, sites) else ADAPTED, sites, whole),
     )
     for path in [path for path in found if path in paths]:
-        there = [adapter for adapter in known if path in adapter.plan.biases]
+        there = [adapter for adapter in known if path in adapter.placement.biases]
         changes = [
             (adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there
         ]
@@ -453,8 +456,8 @@ def _combined_copies(
 ) -> dict[str, dict[str, Tensor]]:
     """Each module trained whole: the base's, plus the combined changes. What is not floating is the last adapter's."""
     states: dict[str, dict[str, Tensor]] = {}
-    for path in dict.fromkeys(path for adapter in known for path in adapter.plan.copies):
-        there = [adapter for adapter in known if path in adapter.plan.copies]
+    for path in dict.fromkeys(path for adapter in known for path in adapter.placement.copies):
+        there = [adapter for adapter in known if path in adapter.placement.copies]
         own = base_state(model.get_submodule(path))
         found = [adapter.copy_of(path).state_dict() for adapter in there]
         each = [weights[adapter.name] for adapter in there]
@@ -476,7 +479,7 @@ def _combined_rows(
     model: nn.Module, known: Sequence[Adapter], weights: Mapping[str, float]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """The rows that any of them trains: the base's, plus the weighted changes."""
-    used = [(ids_at(adapter.plan.tokens), adapter, weights[adapter.name]) for adapter in known]
+    used = [(ids_at(adapter.placement.tokens), adapter, weights[adapter.name]) for adapter in known]
     ids: dict[str, set[int]] = {}
     for own, _, _ in used:
         for path, tokens in own.items():

@@ -47,7 +47,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     folder = made.save(tmp_path_factory.mktemp("adapter"))
-    (folder / "importance.json").write_text(json.dumps(dict.fromkeys(made.plan.sites, 0.1)))
+    (folder / "importance.json").write_text(json.dumps(dict.fromkeys(made.placement.methods, 0.1)))
     return folder
 
 

@@ -107,7 +107,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
         tiny_llama(), lk.LoRA(rank=8, alpha=16), targets=["q_proj", "k_proj", "v_proj"]
     )
     with torch.no_grad():
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             up = adapter.tensors_at(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):

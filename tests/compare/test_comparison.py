@@ -23,7 +23,7 @@ from lorakin.cli.app import run as cli
 from lorakin.compare import comparison as comparing
 from lorakin.compare import schedule
 from lorakin.compare.arms import BASE, FULL
-from lorakin.compare.results import DIVERGED, DONE, FAILED, SEED, SWEEP, Results, Row
+from lorakin.compare.results import DIVERGED, DONE, FAILED, SEED, SWEEP, ResultRow, Results
 from lorakin.errors import OutputError, SettingError
 from lorakin.report import comparison_page
 
@@ -57,7 +57,7 @@ def arguments(model: str, data: Path, out: Path, **more: str) -> list[str]:
     ]
 
 
-def rows_of(out: Path) -> list[Row]:
+def rows_of(out: Path) -> list[ResultRow]:
     return Results(out / comparing.RESULTS).rows
 
 

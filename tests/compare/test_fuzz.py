@@ -17,7 +17,7 @@ import soak
 from lorakin.cli.app import run as cli
 from lorakin.compare import arms as arms_
 from lorakin.compare import comparison as comparing
-from lorakin.compare.results import DONE, SEED, SWEEP, Results, Row, Trial
+from lorakin.compare.results import DONE, SEED, SWEEP, ResultRow, Results, Trial
 from lorakin.compare.split import Parts
 from lorakin.report import comparison_page
 
@@ -30,10 +30,10 @@ JUNK: list[Any] = [
 PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "classifier"]
 
 
-def row(arm: str, stage: str, lr: float | None, seed: int, loss: float) -> Row:
+def row(arm: str, stage: str, lr: float | None, seed: int, loss: float) -> ResultRow:
     trains = lr is not None
     figures = {"loss": loss, "perplexity": 2.0, "count": 40}
-    return Row(
+    return ResultRow(
         Trial(arm, stage, lr, seed), DONE, steps=4, tune=figures, report=figures, trained=100, frozen=5, adapter_bytes=4000,  # type: ignore[arg-type]
         step_seconds=0.01, step_work=0.01, seconds=1.0, peak_bytes=1000, device="cpu",
         losses=[2.0, 1.5, 1.2, loss] if trains else [],

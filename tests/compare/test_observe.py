@@ -37,7 +37,7 @@ def test_moves_and_norms_are_those_of_the_merged_weight(member: Any) -> None:
     assert moves[PATH] == pytest.approx(expected[:2], rel=1e-3)
     assert layers[PATH]["norm"] == pytest.approx(expected[2], rel=1e-4)
     assert layers[PATH]["relative"] == pytest.approx(expected[2] / float(before.norm()), rel=1e-4)
-    assert len(moves) == len(adapter.plan.sites) == 14
+    assert len(moves) == len(adapter.placement.methods) == 14
 
 
 def test_a_module_that_is_trained_whole_is_seen_too() -> None:
@@ -66,7 +66,7 @@ def test_ranks_are_those_that_are_not_switched_off() -> None:
     adapter = lk.adapt(tiny_llama(), lk.AdaLoRA(initial_rank=6, target_rank=2))
     assert observe.ranks(adapter) == {}  # Λ starts at zero, which tells nothing yet
     with torch.no_grad():
-        adapter.site(PATH).tensors()["E"][:4] = 1.0
+        adapter.branch(PATH).tensors()["E"][:4] = 1.0
     assert observe.ranks(adapter)[PATH] == 4
     assert (
         observe.ranks(lk.adapt(tiny_llama(), lk.VeRA(rank=8))) == {}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lorakin.compare.results import DONE, SWEEP, Results, Row, Trial
+from lorakin.compare.results import DONE, SWEEP, ResultRow, Results, Trial
 from lorakin.errors import DataError, OutputError
 
-ROW = Row(
+ROW = ResultRow(
     Trial("dora,lora+", SWEEP, 2e-4, 1), DONE, steps=3, tune={"loss": 1.5}, losses=[2.0, math.nan], ranks=[(1, {"a": 2})],
     moves=[(2, {"a": (0.1, 0.2)})], layers={"a": {"norm": 1.0, "relative": 0.1}}, warnings=["so"],
 )  # fmt: skip

@@ -12,7 +12,17 @@ import pytest
 from lorakin.compare import schedule
 from lorakin.compare.arms import MEMBER, Arm
 from lorakin.compare.comparison import check_ran
-from lorakin.compare.results import DIVERGED, DONE, FAILED, REFUSED, SEED, SWEEP, TIMING, Row, Trial
+from lorakin.compare.results import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    REFUSED,
+    SEED,
+    SWEEP,
+    TIMING,
+    ResultRow,
+    Trial,
+)
 from lorakin.compare.schedule import Sweep, chosen, expected, rate, remaining, swept
 from lorakin.errors import SettingError
 
@@ -20,19 +30,19 @@ ARM = Arm("a", "a", MEMBER, "lora", 8, 2.0, lr=1e-3)
 SEEDS = [0, 1, 2]
 
 
-def ended(trial: Trial, loss: Callable[[float], float]) -> Row:
+def ended(trial: Trial, loss: Callable[[float], float]) -> ResultRow:
     value = loss(trial.lr or 0.0)
     if not math.isfinite(value):
-        return Row(trial, DIVERGED, "the loss became nan")
-    return Row(trial, DONE, tune={"loss": value}, report={"loss": value}, seconds=1.0)
+        return ResultRow(trial, DIVERGED, "the loss became nan")
+    return ResultRow(trial, DONE, tune={"loss": value}, report={"loss": value}, seconds=1.0)
 
 
 def run(
     loss: Callable[[float], float],
-    rows: list[Row] | None = None,
+    rows: list[ResultRow] | None = None,
     sweep: Sweep | None = None,
     most: int = 99,
-) -> list[Row]:
+) -> list[ResultRow]:
     rows = list(rows or [])
     while (todo := remaining(ARM, rows, SEEDS, sweep or Sweep(), timed=False)) and len(rows) < most:
         rows.append(ended(todo[0], loss))
@@ -89,9 +99,9 @@ def test_if_all_diverge_smaller_rates_are_tried_and_then_no_more() -> None:
 
 def test_a_refused_arm_is_not_run_again_a_failed_trial_costs_its_rate() -> None:
     trial = Trial("a", SWEEP, 1e-3, 0)
-    assert remaining(ARM, [Row(trial, REFUSED, "no")], SEEDS, Sweep(), timed=False) == []
+    assert remaining(ARM, [ResultRow(trial, REFUSED, "no")], SEEDS, Sweep(), timed=False) == []
     assert remaining(dataclasses.replace(ARM, refused="no"), [], SEEDS, Sweep(), timed=False) == []
-    assert swept("a", [Row(trial, FAILED, "killed")]) == {1e-3: math.inf}
+    assert swept("a", [ResultRow(trial, FAILED, "killed")]) == {1e-3: math.inf}
 
 
 def test_given_rates_are_all_that_is_tried() -> None:
@@ -104,14 +114,14 @@ def test_what_does_not_train_runs_once_and_what_is_timed_is_timed_first() -> Non
     still = dataclasses.replace(ARM, lr=None)
     (trial,) = remaining(still, [], SEEDS, Sweep(), timed=False)
     assert trial.lr is None
-    assert remaining(still, [Row(trial, DONE)], SEEDS, Sweep(), timed=False) == []
+    assert remaining(still, [ResultRow(trial, DONE)], SEEDS, Sweep(), timed=False) == []
     (first,) = remaining(ARM, [], SEEDS, Sweep(), timed=True)
     assert first.stage == TIMING
-    assert len(remaining(ARM, [Row(first, DONE)], SEEDS, Sweep(), timed=True)) == 3
+    assert len(remaining(ARM, [ResultRow(first, DONE)], SEEDS, Sweep(), timed=True)) == 3
 
 
 def test_expected_counts_down_to_nothing() -> None:
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     assert expected(ARM, rows, SEEDS, Sweep(), timed=False) == 5
     assert expected(ARM, rows, SEEDS, Sweep(), timed=True) == 6
     while todo := remaining(ARM, rows, SEEDS, Sweep(), timed=False):
@@ -120,7 +130,7 @@ def test_expected_counts_down_to_nothing() -> None:
 
 
 def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
-    def check(*rows: Row) -> None:
+    def check(*rows: ResultRow) -> None:
         check_ran(
             SimpleNamespace(
                 arms=[ARM, dataclasses.replace(ARM, name="b", title="b")],
@@ -129,7 +139,7 @@ def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
         )  # type: ignore[arg-type]
 
     failed = [
-        Row(Trial(arm, SWEEP, lr, 0), FAILED, f"{arm} is out of memory")
+        ResultRow(Trial(arm, SWEEP, lr, 0), FAILED, f"{arm} is out of memory")
         for arm in "ab"
         for lr in (1e-3, 3e-3)
     ]
@@ -138,7 +148,7 @@ def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
     ):
         check(*failed)
     with pytest.raises(SettingError, match="nothing could be run: no such thing"):
-        check(Row(Trial("a", SWEEP, 1e-3, 0), REFUSED, "no such thing"), *failed[2:])
+        check(ResultRow(Trial("a", SWEEP, 1e-3, 0), REFUSED, "no such thing"), *failed[2:])
     check(*failed[:2])  # b is still to run
-    check(*failed, Row(Trial("b", SWEEP, 1e-2, 0), DONE))
-    check(*failed[:2], Row(Trial("b", SWEEP, 1e-3, 0), DIVERGED))
+    check(*failed, ResultRow(Trial("b", SWEEP, 1e-2, 0), DONE))
+    check(*failed[:2], ResultRow(Trial("b", SWEEP, 1e-3, 0), DIVERGED))

@@ -12,7 +12,7 @@ import pytest
 
 from lorakin.compare.split import REPORT, TRAIN, TUNE, split_into
 from lorakin.errors import DataError
-from lorakin.training.reading import Rows
+from lorakin.training.reading import DataRows
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def every(rows: Rows) -> Rows:
+def every(rows: DataRows) -> DataRows:
     return rows
 
 
@@ -85,7 +85,7 @@ def test_too_few_rows_are_refused_with_the_numbers(
 def test_rows_that_teach_nothing_are_left_out_before_the_draw(
     tmp_path: Path, write_rows: Callable[..., str]
 ) -> None:
-    def usable(rows: Rows) -> Rows:
+    def usable(rows: DataRows) -> DataRows:
         return dataclasses.replace(rows, records=rows.records[:60])
 
     parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, usable)

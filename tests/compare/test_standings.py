@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, LIMIT, MEMBER, REFERENCE, Arm
-from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, Row, Trial
+from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, ResultRow, Trial
 from lorakin.compare.results import LIMIT as AS_IT_IS
 from lorakin.compare.standings import Estimate, Ratio, holm, leaders, standings
 from lorakin.compare.verdict import verdict
@@ -19,21 +19,23 @@ def arm(name: str, kind: str = MEMBER, **more: Any) -> Arm:
     return Arm(name, name, kind, "lora", 8, 2.0, lr=1e-3, **more)
 
 
-def rows(name: str, values: list[float], measure: str = "loss", **figures: Any) -> list[Row]:
+def rows(name: str, values: list[float], measure: str = "loss", **figures: Any) -> list[ResultRow]:
     """One rate, and a seed for each value."""
     found = []
     for seed, value in enumerate(values):
         report = {measure: value} if measure == "loss" else {measure: value, "loss": 1 - value}
         trial = Trial(name, SEED if seed else SWEEP, 1e-3, seed)
-        found.append(Row(trial, DONE, tune={"loss": report["loss"]}, report=report, **figures))
+        found.append(
+            ResultRow(trial, DONE, tune={"loss": report["loss"]}, report=report, **figures)
+        )
     return found
 
 
 PLAIN, BARE = arm("lora", REFERENCE), dataclasses.replace(arm(BASE, LIMIT), lr=None)
 
 
-def base(value: float, measure: str = "loss") -> Row:
-    return Row(Trial(BASE, AS_IT_IS, None, 0), DONE, report={measure: value})
+def base(value: float, measure: str = "loss") -> ResultRow:
+    return ResultRow(Trial(BASE, AS_IT_IS, None, 0), DONE, report={measure: value})
 
 
 def test_the_interval_is_student_s() -> None:
@@ -167,8 +169,8 @@ def test_a_control_is_held_against_what_it_explains() -> None:
 
 def test_limits_and_troubles_are_told() -> None:
     whole = arm(FULL, LIMIT)
-    diverged = Row(Trial("x", SWEEP, 1e-2, 0), DIVERGED, "the loss became nan at step 3")
-    lost = Row(Trial("lost", SWEEP, 1e-3, 0), DIVERGED, "the loss became inf at step 1")
+    diverged = ResultRow(Trial("x", SWEEP, 1e-2, 0), DIVERGED, "the loss became nan at step 3")
+    lost = ResultRow(Trial("lost", SWEEP, 1e-3, 0), DIVERGED, "the loss became inf at step 1")
     everything = (
         rows("lora", [2.0, 2.1])
         + rows("x", [2.0, 2.2])
@@ -184,9 +186,9 @@ def test_limits_and_troubles_are_told() -> None:
 
 
 def test_a_best_rate_at_the_edge_is_marked() -> None:
-    def tried(name: str, losses: dict[float, float]) -> list[Row]:
+    def tried(name: str, losses: dict[float, float]) -> list[ResultRow]:
         return [
-            Row(Trial(name, SWEEP, lr, 0), DONE, tune={"loss": x}, report={"loss": x})
+            ResultRow(Trial(name, SWEEP, lr, 0), DONE, tune={"loss": x}, report={"loss": x})
             for lr, x in losses.items()
         ]
 

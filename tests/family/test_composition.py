@@ -142,10 +142,10 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
         loaded = lk.load(fresh, tmp_path / "whole", trainable=trainable)
         torch.testing.assert_close(fresh(ids).logits, trained, rtol=1e-14, atol=1e-14)
         assert loaded.trainable_parameters == (adapter.trainable_parameters if trainable else 0)
-        assert loaded.method.agrees_with(adapter.plan.method)
+        assert loaded.method.agrees_with(adapter.placement.method)
 
     plain = tiny_gpt2().double()
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         pair = adapter.pair_at(path)
         weight = plain.get_submodule(path).weight
         with torch.no_grad():

@@ -29,7 +29,7 @@ def test_eighty_steps_of_training(
     adapter = lk.adapt(
         model, lk.DeltaLoRA(rank=3, alpha=6, lam=1.5, start_step=K, update=update), "0", seed=1
     )
-    site, W0 = adapter.site("0"), array(model[0].weight)
+    site, W0 = adapter.branch("0"), array(model[0].weight)
     numbers = [array(t) for t in (x, target, model[0].weight, model[0].bias, site.A, site.B)]
     A, B, W, losses, _ = reference.train_literal(
         *numbers, s=2, lam=1.5, K=K, steps=80, lr=0.01, weight_decay=0.05
@@ -71,7 +71,7 @@ def test_forward_and_gradients(K: int) -> None:
     """The gradient is a plain pair's at the full effective weight, not 1 + λ times that."""
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, alpha=6, start_step=K), "0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     start = array(site.A), array(site.B)
     fit(model, adapter.optimizer(lr=0.05), x, target, K)
     A_K, B_K = (array(site.A), array(site.B)) if K else start
@@ -98,7 +98,7 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
     loss.backward()
     optimizer.step()
     pair = adapter.pair_at("0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     assert pair.down.shape[0] == 4
     torch.testing.assert_close(pair.up @ pair.down, 2 * site.B @ site.A, rtol=1e-12, atol=1e-14)
     fit(model, optimizer, x, target, 10)
@@ -145,7 +145,7 @@ def test_on_lora_fa_one_pair_of_rank_r_holds_both() -> None:
     adapter = lk.adapt(model, [lk.DeltaLoRA(rank=3, alpha=6, start_step=2), lk.LoRAFA()], "0")
     optimizer = adapter.optimizer(lr=0.05)
     fit(model, optimizer, x, target, 2)
-    B_K, site = array(adapter.site("0").B), adapter.site("0")
+    B_K, site = array(adapter.branch("0").B), adapter.branch("0")
     fit(model, optimizer, x, target, 3)
     pair = adapter.pair_at("0")
     assert pair.down.shape[0] == 3

@@ -34,7 +34,7 @@ def test_the_importance_is_the_papers(ids: Tensor) -> None:
     model.train()
     shares = energies(adapter, [{"input_ids": ids, "attention_mask": mask}])
     assert model.training, "the mode is put back"
-    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.plan.sites}
+    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.placement.methods}
     for path in seen:
         model.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: seen[path].append(args[0])
@@ -42,7 +42,7 @@ def test_the_importance_is_the_papers(ids: Tensor) -> None:
     model.eval()(ids, attention_mask=mask)
     expected = []
     for path, (x,) in seen.items():
-        site = adapter.site(path)
+        site = adapter.branch(path)
         keep = mask.bool().numpy() if x.dim() == 3 else None
         expected.append(reference.energy(array(x), array(site.A), array(site.B), 2.5, keep))
     close(list(shares.values()), reference.importance(expected), 1e-9)
@@ -57,7 +57,7 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
     with torch.no_grad():
         inputs = [x, model[0](x)]
         ratios = []
-        for path, given in zip(adapter.plan.sites, inputs, strict=True):
+        for path, given in zip(adapter.placement.methods, inputs, strict=True):
             pair = adapter.pair_at(path)
             own = (given @ model.get_submodule(path).weight.T).square().sum()
             ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
@@ -107,9 +107,9 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
     model = linear(torch.float64, 6, 6, 6, 6, 6)
     raw = {"3": 100.0, "0": 10.0, "1": 50.0, "2": 15.0}
     adapter = lk.adapt(model, lk.LoRADrop(threshold=0.6, importance=raw, rank=2))
-    shares = np.array([raw[path] for path in adapter.plan.sites]) / sum(raw.values())
+    shares = np.array([raw[path] for path in adapter.placement.methods]) / sum(raw.values())
     known = adapter.method.setting("importance")
-    assert list(known) == list(adapter.plan.sites), (
+    assert list(known) == list(adapter.placement.methods), (
         "in the model's order, by which ties are settled"
     )
     close(list(known.values()), shares, 1e-15)
@@ -140,13 +140,13 @@ def test_a_probes_shares_keep_their_bits() -> None:
 
 def test_the_others_share_by_name_and_shape() -> None:
     model = tiny_llama()
-    paths = list(lk.adapt(model, lk.LoRA(rank=2)).plan.sites)
+    paths = list(lk.adapt(model, lk.LoRA(rank=2)).placement.methods)
     kept = [path for path in paths if path.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))]
     share = {path: (10.0 if path in kept else 1.0) for path in paths}
     adapter = lk.adapt(tiny_llama(), lk.LoRADrop(keep=2, importance=share, rank=2))
     found: dict[int, list[str]] = {}
     for path in paths:
-        found.setdefault(id(adapter.site(path).B), []).append(path)
+        found.setdefault(id(adapter.branch(path).B), []).append(path)
     keys = [(path.rpartition(".")[2],) for path in paths]
     groups = reference.groups(keys, [paths.index(path) for path in kept])
     expected = sorted(
@@ -165,7 +165,7 @@ def test_the_papers_count() -> None:
 
     with torch.device("meta"):
         model = nn.Sequential(*(Layer() for _ in range(12)))
-    paths = list(lk.adapt(model, lk.LoRA(rank=8), name="all").plan.sites)
+    paths = list(lk.adapt(model, lk.LoRA(rank=8), name="all").placement.methods)
     share = {path: 1.0 / (n + 1) for n, path in enumerate(paths)}
     adapter = lk.adapt(model, lk.LoRADrop(keep=10, importance=share, rank=8))
     assert adapter.trainable_parameters == 147_456
@@ -188,7 +188,7 @@ def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
         alpha=6,
     )
     adapter = lk.adapt(holder, member)
-    one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))
+    one, two = (adapter.branch(path) for path in ("0.fc", "1.fc"))
     assert one.A is two.A
     layers = [{"W0": array(module.weight), "bias": array(module.bias)} for module in model]
     A, B, losses = reference.train_shared(
@@ -211,11 +211,11 @@ def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None
         torch.equal(t, before[key]) for key, t in model.state_dict().items() if key in before
     ), "the base is untouched"
     assert torch.equal(model(ids).logits, logits), "everything starts anew"
-    assert len(adapter.plan.sites) == (5 if rest == "none" else 14)
+    assert len(adapter.placement.methods) == (5 if rest == "none" else 14)
     groups = {id(t) for t in adapter.parameters() if t.requires_grad}
-    own = set(adapter.method.own_pairs(list(adapter.plan.sites)))
+    own = set(adapter.method.own_pairs(list(adapter.placement.methods)))
     assert len(own) == 5
-    kinds = {path.rpartition(".")[2] for path in adapter.plan.sites if path not in own}
+    kinds = {path.rpartition(".")[2] for path in adapter.placement.methods if path not in own}
     assert len(groups) == 2 * (5 + (len(kinds) if rest == "shared" else 0))
     optimizer = adapter.optimizer(lr=1e-2)
     losses = []
@@ -263,10 +263,10 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
     adapter = lk.adapt(model, lk.LoRADrop(keep=2, rank=2), probe=batches(ids), seed=0)
     randomise(adapter).save(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    own = adapter.method.own_pairs(list(adapter.plan.sites))
+    own = adapter.method.own_pairs(list(adapter.placement.methods))
     path = next(
         p
-        for p in adapter.plan.sites
+        for p in adapter.placement.methods
         if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own)
     )
     tensors[f"base_model.model.{path}.lora_B.weight"] += 1
@@ -276,7 +276,7 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
     with pytest.warns(lk.LorakinWarning, match="left aside"):
         loaded = lk.load(tiny_llama(), tmp_path)
     assert loaded.method.words == "lora"
-    assert torch.equal(loaded.site(path).B, adapter.site(path).B + 1)
+    assert torch.equal(loaded.branch(path).B, adapter.branch(path).B + 1)
     own_part = json.loads((tmp_path / "lorakin.json").read_text())
     own_part["beside"] = {}
     (tmp_path / "lorakin.json").write_text(json.dumps(own_part))

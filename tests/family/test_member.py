@@ -94,7 +94,7 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
     y = linear(x)
     torch.manual_seed(7)
     dropped = torch.nn.functional.dropout(x, 0.5)
-    site = adapter.site("0")
+    site = adapter.branch("0")
     W, b, (A, B, g) = linear[0].weight, linear[0].bias, (site.A, site.B, site.g)
     torch.testing.assert_close(
         y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b
@@ -112,7 +112,7 @@ def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    site = next(adapter.site(path) for path in adapter.plan.sites)
+    site = next(adapter.branch(path) for path in adapter.placement.methods)
     pair = adapter.pair_at(site.path)
     assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
     assert pair.up.shape[1] == 2

@@ -27,11 +27,11 @@ def reference(make: Any, adapter: lk.Adapter) -> nn.Module:
     """A plain model with the adapter's biases and merged weights written into it."""
     plain = make()
     with torch.no_grad():
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             module, pair = plain.get_submodule(path), adapter.pair_at(path)
             weight = adapter.base_weight(path)
             change = pair.applied_to(weight) - weight
-            kind = adapter.site(path).layer
+            kind = adapter.branch(path).layer
             module.weight += kind.layout(change, module)
         for path, bias in adapter.biases().items():
             plain.get_submodule(path).bias.copy_(bias)
@@ -78,7 +78,7 @@ def test_it_computes_with_its_own_and_leaves_the_bases(kind: str, bias: str, mem
         for path, m in model.named_modules()
         if "lorakin" not in path and m._parameters.get("bias") is not None
     }
-    wanted = wanted & set(adapter.plan.sites) if bias == "lora_only" else wanted
+    wanted = wanted & set(adapter.placement.methods) if bias == "lora_only" else wanted
     assert set(adapter.biases()) == wanted
     moved(adapter)
     close(out(model, x), out(reference(make, adapter), x))
@@ -243,7 +243,9 @@ def test_sums_of_adapters_have_the_sum_of_changes(ids: Tensor) -> None:
     lk.activate(model, "a")
     d = lk.adapt(model, lk.LoRA(rank=2), "key", name="d")
     e = lk.combine(model, {"a": 1.0, "d": 1.0}, "e").adapter
-    assert set(e.biases()) == {*a.plan.sites, *d.plan.sites}, "lora_only, the others are the base's"
+    assert set(e.biases()) == {*a.placement.methods, *d.placement.methods}, (
+        "lora_only, the others are the base's"
+    )
 
 
 def test_the_base_in_a_narrow_dtype_keeps_masters_wide(ids: Tensor) -> None:
@@ -450,7 +452,7 @@ def test_a_module_that_lost_its_ranks_keeps_its_bias(tmp_path: Path, ids: Tensor
             model, lk.AdaLoRA(initial_rank=2, target_rank=1), ["query", "key"], bias="lora_only"
         )
     )
-    freed = adapter.site(next(iter(adapter.plan.sites)))
+    freed = adapter.branch(next(iter(adapter.placement.methods)))
     with torch.no_grad():
         freed.overwrite(
             {slot: t[:, :0] if slot == "P" else t[:0] for slot, t in freed.tensors().items()}
@@ -464,7 +466,7 @@ def test_a_module_that_lost_its_ranks_keeps_its_bias(tmp_path: Path, ids: Tensor
         fresh = tiny_bert()
         loaded = lk.load(fresh, tmp_path / name)
         close(out(fresh, ids), y, 1e-5)
-        assert set(loaded.biases()) == set(adapter.plan.sites)
+        assert set(loaded.biases()) == set(adapter.placement.methods)
 
 
 def test_biases_that_training_never_reached_are_said(tmp_path: Path) -> None:

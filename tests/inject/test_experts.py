@@ -40,14 +40,14 @@ def exact(kernel: str) -> tuple[torch.dtype, dict[str, float]]:
 def changed_by_hand(make: Callable[..., Any], adapter: lk.Adapter) -> Any:
     """The base in float64 with the weights that the references give, each written into its place in the parameter."""
     model = make("eager", torch.float64)
-    for path, method in adapter.plan.sites.items():
+    for path, method in adapter.placement.methods.items():
         owner, name, number = path.rsplit(".", 2)
         whole = model.get_parameter(f"{owner}.{name}").detach()
         place = whole[int(number)] if whole.dim() == 3 else whole
         matrix = place.T if getattr(model.get_submodule(owner), "is_transposed", False) else place
         own = {
             slot: tensor.detach().double().numpy()
-            for slot, tensor in adapter.site(path).tensors().items()
+            for slot, tensor in adapter.branch(path).tensors().items()
         }
         scale = method.parametrisation.scaling
         if "m" in own:
@@ -179,12 +179,14 @@ def test_two_adapters_add_up_merged_or_not(kernel: str, ids: Tensor) -> None:
     lk.activate(model, ["one", "two"])
     want = model(ids).logits.detach()
     weights = tiny_mixtral(kernel, dtype)
-    for path in one.plan.sites:
+    for path in one.placement.methods:
         owner, name, number = path.rsplit(".", 2)
         whole = weights.get_parameter(f"{owner}.{name}").detach()
         base = whole[int(number)].clone()
         changes = [
-            a.pair_at(path).applied_to(base) - base for a in (one, two) if path in a.plan.sites
+            a.pair_at(path).applied_to(base) - base
+            for a in (one, two)
+            if path in a.placement.methods
         ]
         whole[int(number)] += sum(changes)
     torch.testing.assert_close(want, weights(ids).logits, **tolerance)
@@ -293,9 +295,9 @@ def test_dropout_in_training_alone(ids: Tensor, tmp_path: Path) -> None:
 def test_experts_whose_ranks_are_all_gone(kernel: str, ids: Tensor) -> None:
     model = tiny_mixtral(kernel)
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2), ["q_proj", "down_proj.0"])
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         if "experts" in path:
-            site = adapter.site(path)
+            site = adapter.branch(path)
             with torch.no_grad():
                 site.overwrite(
                     {"P": torch.zeros(32, 0), "E": torch.zeros(0, 1), "Q": torch.zeros(0, 48)}
@@ -346,7 +348,7 @@ def test_autocast(kernel: str) -> None:
 
 def test_which_are_meant() -> None:
     def sites(targets: Any, **places: Any) -> list[str]:
-        return list(lk.adapt(tiny_mixtral(), lk.LoRA(rank=2), targets, **places).plan.sites)
+        return list(lk.adapt(tiny_mixtral(), lk.LoRA(rank=2), targets, **places).placement.methods)
 
     every = [
         f"model.layers.{layer}.mlp.experts.{name}.{n}"
@@ -384,7 +386,7 @@ def test_a_pattern_that_names_the_parameter() -> None:
         rank_pattern={"experts.down_proj": 2, r"gate_up_proj\.3": 8},
         alpha_pattern={"down_proj": 1},
     )
-    at = {path: method.parametrisation for path, method in adapter.plan.sites.items()}
+    at = {path: method.parametrisation for path, method in adapter.placement.methods.items()}
     assert (
         {at[f"{LAYER}.down_proj.{n}"].rank for n in range(4)}
         == {2}
@@ -409,13 +411,13 @@ def test_files(member: str, targets: list[str], tmp_path: Path, ids: Tensor) -> 
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    want, method = model(ids).logits.detach(), adapter.plan.method
+    want, method = model(ids).logits.detach(), adapter.placement.method
     adapter.save(tmp_path)
     other = tiny_mixtral()
     loaded = lk.load(other, tmp_path)
     torch.testing.assert_close(other(ids).logits, want, rtol=1e-4, atol=1e-5)
-    assert loaded.plan.method.agrees_with(method) and list(loaded.plan.sites) == list(
-        adapter.plan.sites
+    assert loaded.placement.method.agrees_with(method) and list(loaded.placement.methods) == list(
+        adapter.placement.methods
     )
     adapter.restore(tmp_path)
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
@@ -493,7 +495,7 @@ def test_which_way_round_experts_are_held(ids: Tensor) -> None:
     adapter = lk.adapt(
         tiny_llama4(), lk.DoRA(rank=4), targets=["experts.gate_up_proj", "experts.down_proj"]
     )
-    sites = {path.split(".")[-2]: adapter.site(path) for path in adapter.plan.sites}
+    sites = {path.split(".")[-2]: adapter.branch(path) for path in adapter.placement.methods}
     shapes = {
         name: {slot: tuple(t.shape) for slot, t in site.tensors().items()}
         for name, site in sites.items()

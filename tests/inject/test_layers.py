@@ -13,7 +13,7 @@ from references import lora as reference
 
 
 def arrays(adapter: lk.Adapter, path: str) -> tuple[np.ndarray, np.ndarray]:
-    site = adapter.site(path)
+    site = adapter.branch(path)
     return site.A.detach().double().numpy(), site.B.detach().double().numpy()
 
 
@@ -110,7 +110,7 @@ def test_an_adapter_in_low_precision_is_scaled_in_float32() -> None:
         )
     )
     pair = adapter.pair_at("0")
-    assert torch.equal(pair.up, adapter.site("0").B.float() * (7 / 3)), (
+    assert torch.equal(pair.up, adapter.branch("0").B.float() * (7 / 3)), (
         "rounded to bfloat16 once, when it was stored"
     )
 

@@ -41,7 +41,7 @@ def test_the_merged_weight_is_computed_wide_and_rounded_once(dtype: torch.dtype)
     model = nn.Sequential(nn.Linear(33, 17, dtype=dtype))
     W = model[0].weight.detach().clone()
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=3, alpha=6), "0"))
-    site = adapter.site("0")
+    site = adapter.branch("0")
     adapter.merge()
     exact = (W.double() + 2.0 * site.B.double() @ site.A.double()).detach()
     merged = model[0].weight.detach()
@@ -62,12 +62,12 @@ def test_one_by_one_is_all_at_once(ids: Tensor) -> None:
     lk.activate(model, list("abc"))
     for adapter in adapters:
         adapter.merge()
-    three = [model.get_submodule(path).weight.clone() for path in adapters[0].plan.sites]
+    three = [model.get_submodule(path).weight.clone() for path in adapters[0].placement.methods]
     adapters[1].unmerge()
     adapters[1].merge()
     adapters[0].unmerge()
     adapters[0].merge()
-    for weight, path in zip(three, adapters[0].plan.sites, strict=True):
+    for weight, path in zip(three, adapters[0].placement.methods, strict=True):
         torch.testing.assert_close(model.get_submodule(path).weight, weight, rtol=1e-2, atol=1e-3)
     for adapter in adapters:
         adapter.unmerge()
@@ -128,9 +128,9 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
     model = tiny_llama()
     base = model(ids).logits
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)))
-    last = list(adapter.plan.sites)[-1]
+    last = list(adapter.placement.methods)[-1]
     with torch.no_grad():
-        adapter.site(last).B[0, 0] = torch.inf
+        adapter.branch(last).B[0, 0] = torch.inf
     with pytest.raises(lk.StateError, match=f"NaN or infinity into {last}"):
         adapter.merge()
     assert not adapter.is_merged
@@ -139,8 +139,8 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
     half = nn.Sequential(nn.Linear(4, 4, dtype=torch.float16))
     big = lk.adapt(half, lk.LoRA(rank=1), "0")
     with torch.no_grad():
-        big.site("0").A.fill_(300)
-        big.site("0").B.fill_(300)
+        big.branch("0").A.fill_(300)
+        big.branch("0").B.fill_(300)
     with pytest.raises(lk.StateError, match="NaN or infinity"):
         big.merge()
 
@@ -313,7 +313,7 @@ def test_several_for_good_are_all_or_none() -> None:
     ):
         lk.merge(model, ["one", "two"])
     with torch.no_grad():
-        other.site("2").B[0, 0] = torch.inf
+        other.branch("2").B[0, 0] = torch.inf
     with pytest.raises(lk.StateError, match="NaN or infinity into 2"):
         lk.merge(model, ["one", "other"])
     assert not one.is_merged

@@ -257,7 +257,7 @@ def test_another_thread_is_kept_out() -> None:
         thread.start()
         thread.join()
     assert "another thread" in str(errors[0])
-    assert all(hung.rows is None for hung in hanging(model))
+    assert all(attached.rows is None for attached in hanging(model))
 
 
 class Gathering(nn.Module):

@@ -133,9 +133,9 @@ def test_a_module_of_the_users_may_be_called_lorakin(tmp_path: Path) -> None:
     base, x = Twice(), torch.randn(2, 8)
     model = copy.deepcopy(base)
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "all-linear"))
-    assert set(adapter.plan.sites) == {"lorakin.0", "other"}
+    assert set(adapter.placement.methods) == {"lorakin.0", "other"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{path}.lorakin.default.{slot}" for path in adapter.plan.sites for slot in "AB"
+        f"{path}.lorakin.default.{slot}" for path in adapter.placement.methods for slot in "AB"
     }
     adapter.save(tmp_path)
     loaded = copy.deepcopy(base)

@@ -107,7 +107,7 @@ def formed(base: nn.Module, adapter: lk.Adapter) -> dict[str, Tensor]:
     """The parameters of `base` that the adapter changes, with its change in them, differentiable in its tensors."""
     own = dict(base.named_parameters())
     changed: dict[str, Any] = {}
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         pair = adapter.pair_at(path)
         name, _, number = path.rpartition(".")
         name, number = (name, number) if name in own else (f"{path}.weight", "")
@@ -130,7 +130,7 @@ def test_the_changed_weights_are_used(name: str, method: str, x: Tensor) -> None
     make, targets, sites = MODELS[name]
     model, base = make().double(), make().double()
     adapter = lk.adapt(model, METHODS[method](), targets)
-    assert list(adapter.plan.sites) == sites
+    assert list(adapter.placement.methods) == sites
     torch.testing.assert_close(model(x), base(x))
     randomise(adapter, 0.2)
     weights = formed(base, adapter)
@@ -230,7 +230,7 @@ def test_compiled_and_checkpointed(name: str, x: Tensor) -> None:
 
 def test_which_are_meant() -> None:
     def sites(model: nn.Module, targets: Any, **places: Any) -> list[str]:
-        return list(lk.adapt(model, lk.LoRA(rank=2), targets, **places).plan.sites)
+        return list(lk.adapt(model, lk.LoRA(rank=2), targets, **places).placement.methods)
 
     every = MODELS["encoder"][2]
     assert sites(encoder(), "self_attn") == every
@@ -278,8 +278,8 @@ def test_ranks_of_an_attention() -> None:
         lk.LoRA(rank=4),
         "self_attn",
         rank_pattern={"layers.0.self_attn": 2, "out_proj": 3},
-    ).plan
-    ranks = [method.parametrisation.rank for method in plan.sites.values()]
+    ).placement
+    ranks = [method.parametrisation.rank for method in plan.methods.values()]
     assert ranks == [2, 2, 4, 3]
     with pytest.raises(lk.TargetError, match="matches none of the adapted modules"):
         lk.adapt(encoder(), lk.LoRA(rank=4), "self_attn", rank_pattern={"linear1": 2})

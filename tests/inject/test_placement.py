@@ -29,7 +29,9 @@ def test_the_base_stays_itself(make, ids: Tensor) -> None:  # type: ignore[no-un
     assert keys <= set(model.state_dict()), "what was there keeps its key"
     assert all(".lorakin." in key for key in set(model.state_dict()) - keys)
     assert names <= {name for name, _ in model.named_modules()}
-    assert all(isinstance(model.get_submodule(path), nn.Module) for path in adapter.plan.sites)
+    assert all(
+        isinstance(model.get_submodule(path), nn.Module) for path in adapter.placement.methods
+    )
     assert torch.equal(model(ids).logits, before), "a fresh adapter is the identity to the bit"
     adapter.remove()
     assert not lk.adapters(model)
@@ -44,7 +46,7 @@ def test_training_changes_the_adapter_and_nothing_else(ids: Tensor) -> None:
     before = {key: t.clone() for key, t in model.state_dict().items()}
     adapter = lk.adapt(model, lk.LoRA(rank=4))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"{path}.lorakin.default.{slot}" for path in adapter.plan.sites for slot in "AB"
+        f"{path}.lorakin.default.{slot}" for path in adapter.placement.methods for slot in "AB"
     }
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2)
     losses = []
@@ -234,9 +236,9 @@ def test_rank_and_alpha_of_their_own() -> None:
         rank_pattern={"layers.0.self_attn.q_proj": 6, "q_proj": 5},
         alpha_pattern={"v_proj": 3},
     )
-    members = adapter.plan.sites
-    assert adapter.site("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
-    assert adapter.site("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
+    members = adapter.placement.methods
+    assert adapter.branch("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
+    assert adapter.branch("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
     assert members["model.layers.0.self_attn.q_proj"].parametrisation.scaling == pytest.approx(
         8 / 6**0.5
     )

@@ -114,7 +114,7 @@ def plain_twin(model: Any) -> Any:
 
 def change_of(adapter: lk.Adapter) -> Tensor:
     """What the adapter changes, all of it in one vector."""
-    weights = {path: adapter.base_weight(path).double() for path in adapter.plan.sites}
+    weights = {path: adapter.base_weight(path).double() for path in adapter.placement.methods}
     changed = [
         (adapter.change_at(path).applied_to(weight) - weight).detach()
         for path, weight in weights.items()
@@ -209,7 +209,9 @@ def test_a_base_that_was_used_for_inference_can_be_trained(
     with torch.no_grad():
         model(ids)
     adapter = lk.adapt(model, lk.LoRA(rank=4), seed=0)
-    for path in adapter.plan.sites:  # what was rounded on the way are the scales, to bfloat16
+    for (
+        path
+    ) in adapter.placement.methods:  # what was rounded on the way are the scales, to bfloat16
         now, was = (
             quantised.PackedWeight(model.get_submodule(path)).matrix,
             before.get_submodule(path).weight,

@@ -63,8 +63,8 @@ def test_every_member_saves_loads_and_resumes(
 ) -> None:
     """Also AdaLoRA before its ranks are freed."""
     adapter = trained(adapted(word, ids), ids, steps)
-    narrow = {path for path in adapter.plan.sites if path.endswith(("k_proj", "v_proj"))}
-    for path, method in adapter.plan.sites.items():
+    narrow = {path for path in adapter.placement.methods if path.endswith(("k_proj", "v_proj"))}
+    for path, method in adapter.placement.methods.items():
         limit = 20 if word == "vera" else 16 if path in narrow else 20
         assert method.parametrisation.rank == limit
         assert word == "delta-lora" or adapter.change_at(path).down.shape[0] <= limit
@@ -87,22 +87,24 @@ def test_every_member_saves_loads_and_resumes(
 def test_it_is_rank_pattern_written_by_hand() -> None:
     clamped = lk.adapt(tiny_llama(), lk.LoRA(20, 40), rank_above="clamp", seed=0)
     by_hand = lk.adapt(tiny_llama(), lk.LoRA(20, 40), rank_pattern={"[kv]_proj": 16}, seed=0)
-    assert clamped.plan.sites == by_hand.plan.sites
-    assert clamped.site("model.layers.0.self_attn.k_proj").method.parametrisation.scaling == 40 / 16
+    assert clamped.placement.methods == by_hand.placement.methods
+    assert (
+        clamped.branch("model.layers.0.self_attn.k_proj").method.parametrisation.scaling == 40 / 16
+    )
     for one, other in zip(clamped.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_adaloras_scale_is_the_initial_ranks(ids: Tensor) -> None:
     adapter = adapted("adalora", ids)
-    scales = {method.parametrisation.scaling for method in adapter.plan.sites.values()}
+    scales = {method.parametrisation.scaling for method in adapter.placement.methods.values()}
     assert scales == {32 / (20 + 1e-5)}
     optimizer = adapter.optimizer(lr=0.01, total_steps=5)
     for n in range(1, 6):
         adapter.model(**rows(ids)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        left = sum(int((adapter.site(path).E != 0).sum()) for path in adapter.plan.sites)
+        left = sum(int((adapter.branch(path).E != 0).sum()) for path in adapter.placement.methods)
         assert left == 6 * 14 or n < 3, "the budget is the average over all modules"
 
 
@@ -113,7 +115,7 @@ def test_a_pattern_above_the_side_is_clamped_and_one_below_stays() -> None:
         rank_pattern={"layers.0.self_attn.k_proj": 4, "q_proj": 50},
         rank_above="clamp",
     )
-    ranks = {path: adapter.site(path).A.shape[0] for path in adapter.plan.sites}
+    ranks = {path: adapter.branch(path).A.shape[0] for path in adapter.placement.methods}
     assert (
         ranks["model.layers.0.self_attn.k_proj"] == 4
         and ranks["model.layers.1.self_attn.k_proj"] == 16
@@ -128,7 +130,7 @@ def test_experts_have_one_pattern_for_a_stack(ids: Tensor, tmp_path: Path) -> No
     adapter = randomise(
         lk.adapt(model, lk.LoRA(40), ["q_proj", "experts.down_proj"], rank_above="clamp")
     )
-    assert len(adapter.plan.rank_pattern) == 4, "two stacks and two q_proj"
+    assert len(adapter.placement.rank_pattern) == 4, "two stacks and two q_proj"
     want = model(ids).logits
     adapter.save(tmp_path)
     again = lk.adapt(
@@ -144,10 +146,10 @@ def test_experts_have_one_pattern_for_a_stack(ids: Tensor, tmp_path: Path) -> No
         rank_above="clamp",
     )
     path = "model.layers.0.mlp.experts.down_proj"
-    assert [some.site(f"{path}.{n}").A.shape[0] for n in range(4)] == [32, 3, 32, 32]
+    assert [some.branch(f"{path}.{n}").A.shape[0] for n in range(4)] == [32, 3, 32, 32]
     randomise(some).save(tmp_path / "some")
     read = lk.load(tiny_mixtral(), tmp_path / "some")
-    assert [read.site(f"{path}.{n}").A.shape[0] for n in range(4)] == [32, 3, 32, 32]
+    assert [read.branch(f"{path}.{n}").A.shape[0] for n in range(4)] == [32, 3, 32, 32]
 
 
 def test_what_was_clamped_is_said_and_nothing_if_nothing_was(
@@ -182,9 +184,9 @@ def test_it_is_refused_unless_it_is_asked_for() -> None:
 def test_a_classifiers_head_of_few_classes() -> None:
     model = tiny_bert(labels=3)
     adapter = lk.adapt(model, lk.LoRA(8), ["query", "classifier"], rank_above="clamp")
-    assert adapter.site("classifier").B.shape == (3, 3)
+    assert adapter.branch("classifier").B.shape == (3, 3)
     conv = nn.Sequential(nn.Conv2d(3, 2, 1))
-    assert lk.adapt(conv, lk.LoRA(8), "0", rank_above="clamp").site("0").A.shape[0] == 2
+    assert lk.adapt(conv, lk.LoRA(8), "0", rank_above="clamp").branch("0").A.shape[0] == 2
 
 
 def test_importance_takes_it_too(ids: Tensor) -> None:

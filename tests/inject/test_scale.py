@@ -295,7 +295,7 @@ def test_a_backward_behind_the_context_is_of_its_scale() -> None:
 
 def test_a_gain_that_it_takes_to_zero_stays_finite() -> None:
     model, adapter, x = adapted("linear", lk.DoRA(rank=2))
-    site = adapter.site("0")
+    site = adapter.branch("0")
     with torch.no_grad():
         gain = adapter.pair_at("0").gain
         site.m.mul_(2 / gain)  # now every gain is 2

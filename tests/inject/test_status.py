@@ -12,7 +12,7 @@ from torch import nn
 
 import lorakin as lk
 from conftest import MEMBERS, tiny_bert, tiny_llama, tiny_mixtral
-from lorakin.inject.attachments import hung_on
+from lorakin.inject.attachments import attachments_of
 from lorakin.inject.counts import parameter_counts, trained_by_method
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -119,7 +119,7 @@ def test_what_a_member_freezes_by_design_is_regular(word: str) -> None:
     frozen = next(
         (
             p
-            for slot, p in adapter.site(next(iter(adapter.plan.sites))).tensors().items()
+            for slot, p in adapter.branch(next(iter(adapter.placement.methods))).tensors().items()
             if p.numel()
         ),
         None,
@@ -147,11 +147,11 @@ def test_of_what_wraps_an_adapted_model_it_is_the_state_of_that() -> None:
 def test_states_in_some_modules_only_are_irregular() -> None:
     model = tiny_llama()
     lk.adapt(model, lk.LoRA(2))
-    hung_on(model.model.layers[0].mlp.up_proj).active = ()
+    attachments_of(model.model.layers[0].mlp.up_proj).active = ()
     assert lk.status(model).active == "irregular"
     assert "irregular" in str(lk.status(model))
     lk.activate(model, "default")
-    hung_on(model.model.layers[0].mlp.up_proj).merged = ("default",)
+    attachments_of(model.model.layers[0].mlp.up_proj).merged = ("default",)
     assert (lk.status(model).active, lk.status(model).merged) == (("default",), "irregular")
 
 
@@ -191,7 +191,7 @@ def test_what_is_frozen_removed_or_on_another_device_is_said() -> None:
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
     assert "inactive, frozen" in str(adapter) and repr(adapter).endswith("frozen, inactive)")
-    adapter.site("model.layers.0.self_attn.q_proj").to("meta")
+    adapter.branch("model.layers.0.self_attn.q_proj").to("meta")
     assert lk.status(model).devices == {"default": ("cpu", "meta")}
     adapter.remove()
     assert "removed" in str(adapter) and repr(adapter).endswith("removed)")

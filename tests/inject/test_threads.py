@@ -125,12 +125,14 @@ def test_loading_merging_and_leaving_from_several_threads(ids: Tensor) -> None:
     base = model(ids).logits
     keep = randomise(lk.adapt(model, lk.LoRA(rank=2), name="keep"))
     others = [randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2)), seed=n) for n in range(2)]
-    tensors = [{path: other.tensors_at(path) for path in other.plan.sites} for other in others]
+    tensors = [
+        {path: other.tensors_at(path) for path in other.placement.methods} for other in others
+    ]
 
     def come_and_go(number: int) -> Callable[[], None]:
         def run() -> None:
             for _ in range(6):
-                added = lk.Adapter(model, f"other{number}", others[number].plan)
+                added = lk.Adapter(model, f"other{number}", others[number].placement)
                 added.install(tensors[number])
                 added.scale = 0.5
                 added.remove()

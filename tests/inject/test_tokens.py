@@ -59,7 +59,7 @@ def ids(ids: Tensor) -> Tensor:
 def with_tables(make: Callable[[], Any], adapter: lk.Adapter) -> Any:
     """The truth: a base whose own tables hold the rows, and train."""
     model = make().double()
-    for path, rows in adapter.plan.tokens.items():
+    for path, rows in adapter.placement.tokens.items():
         weight = model.get_submodule(path).weight
         with torch.no_grad():
             weight[list(rows.ids)] = adapter.rows_at(path)
@@ -87,7 +87,7 @@ def test_forward_and_gradient_are_those_of_the_whole_table(
     before = output(model, ids)
     adapter = lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=tokens)
     model.eval()
-    assert {path: list(rows.tied) for path, rows in adapter.plan.tokens.items()} == tied
+    assert {path: list(rows.tied) for path, rows in adapter.placement.tokens.items()} == tied
     torch.testing.assert_close(output(model, ids), before, rtol=0, atol=1e-12)
     randomise(adapter, 0.3)
     truth = with_tables(make, adapter)
@@ -96,7 +96,7 @@ def test_forward_and_gradient_are_those_of_the_whole_table(
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     for out in (want, got):
         out.tanh().square().sum().backward()
-    for path, rows in adapter.plan.tokens.items():
+    for path, rows in adapter.placement.tokens.items():
         whole = truth.get_submodule(path).weight.grad
         torch.testing.assert_close(
             adapter.rows_at(path).grad, whole[list(rows.ids)], rtol=1e-9, atol=1e-12
@@ -271,7 +271,7 @@ def test_a_weighted_sum_of_the_same_row() -> None:
         [0.5 * (rows["a"][0] - base[5]), 0.5 * (rows["a"][1] - base[6]), 0 * base[7]]
     )
     want -= 2.0 * torch.stack([rows["b"][0] - base[5], 0 * base[6], rows["b"][1] - base[7]])
-    assert made.plan.tokens == {"model.embed_tokens": TokenRows((5, 6, 7), ("lm_head",))}
+    assert made.placement.tokens == {"model.embed_tokens": TokenRows((5, 6, 7), ("lm_head",))}
     torch.testing.assert_close(made.rows_at("model.embed_tokens"), want, rtol=0, atol=1e-6)
 
 
@@ -298,7 +298,7 @@ def test_every_member_trains_them_saves_them_and_loads_them(
     again = lk.load(loaded, tmp_path / "a", trainable=True)
     torch.testing.assert_close(output(loaded, ids), out, rtol=0, atol=1e-5)
     assert (
-        again.plan.tokens == adapter.plan.tokens
+        again.placement.tokens == adapter.placement.tokens
         and again.trainable_parameters == adapter.trainable_parameters
     )
     saved = adapter.rows_at("model.embed_tokens").detach().clone()
@@ -364,7 +364,7 @@ def test_a_tied_head_that_is_trained_whole_keeps_its_own(ids: Tensor) -> None:
     adapter = lk.adapt(
         model, lk.LoRA(rank=2), "none", trainable_tokens=IDS, modules_to_save=["lm_head"]
     )
-    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((5, 6))}
+    assert adapter.placement.tokens == {"model.embed_tokens": TokenRows((5, 6))}
     before = output(model, ids[:, :1])
     randomise(adapter, 0.3)
     assert not torch.allclose(output(model, ids[:, :1]), before, atol=1e-3)
@@ -399,7 +399,7 @@ def test_a_model_that_names_no_embedding() -> None:
         "none",
         trainable_tokens=torch.tensor([1]),
     )
-    assert adapter.plan.tokens == {"0": TokenRows((1,))}
+    assert adapter.placement.tokens == {"0": TokenRows((1,))}
 
 
 @pytest.mark.parametrize("tied", [True, False])

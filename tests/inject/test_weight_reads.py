@@ -133,7 +133,7 @@ def inputs(reader: str) -> Tensor:
 def with_changed_weights(base: nn.Module, adapter: lk.Adapter) -> nn.Module:
     """A copy of `base` whose weights are diag(g)·(W0 + up·down), trained by nobody."""
     changed = copy.deepcopy(base)
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         pair, module = adapter.pair_at(path), changed.get_submodule(path)
         transposed = isinstance(module, nn.Embedding)
         matrix = module.weight.detach().T if transposed else module.weight.detach().flatten(1)
@@ -164,16 +164,16 @@ def test_who_reads_a_weight_reads_the_changed_one(reader: str, method: str, trai
         assert grad is not None
         grad = grad.T if isinstance(base.get_submodule(path), nn.Embedding) else grad.flatten(1)
         tensors = {
-            slot: t.detach().requires_grad_() for slot, t in adapter.site(path).tensors().items()
+            slot: t.detach().requires_grad_() for slot, t in adapter.branch(path).tensors().items()
         }
-        pair = adapter.site(path).method.pair(
-            tensors, adapter.site(path).shape, adapter.base_weight(path)
+        pair = adapter.branch(path).method.pair(
+            tensors, adapter.branch(path).shape, adapter.base_weight(path)
         )
         weight = adapter.base_weight(path)
         whole = weight + pair.up @ pair.down
         whole = whole if pair.gain is None else pair.gain[:, None] * whole
         whole.backward(grad)
-        for slot, parameter in adapter.site(path).tensors().items():
+        for slot, parameter in adapter.branch(path).tensors().items():
             if parameter.requires_grad:
                 torch.testing.assert_close(parameter.grad, tensors[slot].grad)
     adapter.merge()

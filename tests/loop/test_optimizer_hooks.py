@@ -46,7 +46,7 @@ def test_an_optimizer_that_the_adapter_never_heard_of() -> None:
         3,
     )
     assert adapter.steps == 3
-    assert "up_K" in adapter.site("0").tensors()
+    assert "up_K" in adapter.branch("0").tensors()
 
 
 def test_other_optimizers_do_not_count() -> None:
@@ -78,7 +78,7 @@ def test_a_grad_scaler(fused: bool) -> None:
             loss = ((model(x) - target) ** 2).mean()
             scaler.scale(loss).backward()
             if scaled and n == 1:  # an overflow, which the unscaled run does not see
-                adapter.site("0").E.grad.fill_(float("inf"))
+                adapter.branch("0").E.grad.fill_(float("inf"))
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -108,8 +108,8 @@ def test_clipping_is_a_common_factor() -> None:
         if clip:
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1e-4)
         with torch.no_grad():
-            for path in adapter.plan.sites:
-                adapter.site(path).E.add_(1)
+            for path in adapter.placement.methods:
+                adapter.branch(path).E.add_(1)
         optimizer.step()
         (rule,) = adapter.rules or ()
         kept.append(rule.state()["pattern"])
@@ -122,7 +122,7 @@ def test_an_optimizer_that_holds_a_part_is_refused() -> None:
     with pytest.raises(
         lk.SettingError, match=r"holds none of 1 trainable tensors .*parameter_groups"
     ):
-        fit(model, torch.optim.SGD([adapter.site("0").A], lr=0.1), x, target, 1)
+        fit(model, torch.optim.SGD([adapter.branch("0").A], lr=0.1), x, target, 1)
 
 
 def test_a_deep_copy_is_stepped_on_its_own() -> None:
@@ -133,8 +133,8 @@ def test_a_deep_copy_is_stepped_on_its_own() -> None:
     copied = lk.adapters(twin)["default"]
     fit(twin, torch.optim.AdamW(copied.parameters(), lr=0.01, weight_decay=0), x, target, 3)
     assert (adapter.steps, copied.steps) == (1, 4)
-    assert "up_K" in copied.site("0").tensors()
-    assert "up_K" not in adapter.site("0").tensors()
+    assert "up_K" in copied.branch("0").tensors()
+    assert "up_K" not in adapter.branch("0").tensors()
 
 
 def test_a_model_that_is_gone_is_let_go() -> None:
@@ -161,7 +161,7 @@ def test_a_second_run_begins_anew() -> None:
     fit(model, adapter.optimizer(lr=0.01, total_steps=4), x, target, 4)
     assert adapter.steps == 4
     assert adapter.method.setting("total_steps") == 4
-    assert len(adapter.site("0").E) == 2
+    assert len(adapter.branch("0").E) == 2
 
 
 def test_accelerate(tmp_path: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
     with torch.no_grad():
-        adapter.site("1").P.zero_()  # nothing there can matter
+        adapter.branch("1").P.zero_()  # nothing there can matter
     optimizer = adapter.optimizer(cls, lr=0.01, total_steps=12)
     for group in optimizer.param_groups:
         group["params"] = list(group["params"])
@@ -238,7 +238,7 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
     fit(model, optimizer, x, target, 7)
     rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 5)
-    assert [len(adapter.site(path).E) for path in adapter.plan.sites] == [2, 0]
+    assert [len(adapter.branch(path).E) for path in adapter.placement.methods] == [2, 0]
 
 
 @pytest.mark.parametrize("steps", [0, -1, "5", 2.5, True])

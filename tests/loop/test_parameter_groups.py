@@ -116,7 +116,7 @@ def test_what_decays_in_modules_trained_whole_is_what_decays_in_transformers(
     theirs = set(transformers.Trainer(model, arguments).get_decay_parameter_names(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     adapter = lk.adapt(model, lk.DoRA(rank=2), modules_to_save=whole)
-    inside = tuple(f"{path}." for path in adapter.plan.copies)
+    inside = tuple(f"{path}." for path in adapter.placement.copies)
     want = {name for name in names & theirs if name.startswith(inside)}
     assert {name for name in names if name.startswith(inside)} > want, "some are exempt"
     pair = {name for name, _ in adapter.named_parameters() if name.endswith((".A", ".B"))}
@@ -142,7 +142,7 @@ def test_a_bias_that_has_no_gradient_stays_and_a_weight_shrinks() -> None:
     head = adapter.copy_of("classifier")
     kept, shrunk = (
         (norm.weight, norm.bias, head.bias),
-        (head.weight, *adapter.site(next(iter(adapter.plan.sites))).parameters()),
+        (head.weight, *adapter.branch(next(iter(adapter.placement.methods))).parameters()),
     )
     assert all((p == 1).all() for p in kept)
     assert all(torch.allclose(p, torch.tensor(0.9)) for p in shrunk)

@@ -137,7 +137,8 @@ def test_peft_loads_our_files(case: str, member: lk.Member, tmp_path: Path) -> N
         path: norm for path, norm in summarise(tmp_path).norms.items() if norm
     }  # without a model
     assert norms == pytest.approx(
-        {path: norm for path in read.plan.sites if (norm := read.pair_at(path).norm())}, rel=1e-4
+        {path: norm for path in read.placement.methods if (norm := read.pair_at(path).norm())},
+        rel=1e-4,
     )
 
 
@@ -153,7 +154,7 @@ def test_pefts_attention(tmp_path: Path) -> None:
     model = Attention()
     with pytest.warns(lk.LorakinWarning, match=r"adapts attn.out_proj; PEFT .* twice"):
         adapter = lk.load(model, tmp_path)
-    assert list(adapter.plan.sites) == ["attn.in_proj_weight.0", "attn.out_proj"]
+    assert list(adapter.placement.methods) == ["attn.in_proj_weight.0", "attn.out_proj"]
     pair = adapter.pair_at("attn.out_proj")
     with torch.no_grad():
         model.attn.out_proj.weight += pair.up @ pair.down
@@ -192,6 +193,6 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
     adapter = lk.load(model := Net(), tmp_path, trainable=True)
     for one in (theirs, model):
         output(one).square().mean().backward()
-    wrapped, own = theirs.base_model.model.own, adapter.site("own.wide.0").tensors()
+    wrapped, own = theirs.base_model.model.own, adapter.branch("own.wide.0").tensors()
     torch.testing.assert_close(own["A"].grad, wrapped.lora_A.default.weight.grad)
     torch.testing.assert_close(own["B"].grad, wrapped.lora_B.default.weight.grad)

@@ -185,7 +185,7 @@ def test_we_load_pefts_files_and_it_ours_again(
     ).eval()
     torch.testing.assert_close(output(back, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
-    assert set(adapter.plan.sites) == set(lk.adapt(make(), **ours).plan.sites), (
+    assert set(adapter.placement.methods) == set(lk.adapt(make(), **ours).placement.methods), (
         "the same targets mean the same modules"
     )
     adapter.merge()
@@ -352,7 +352,7 @@ def test_target_parameters_of_peft(settings: dict[str, Any], tmp_path: Path, ids
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert summarise(tmp_path).ranks == summarise(tmp_path / "x").ranks, "without a model"
     assert summarise(tmp_path).norms == pytest.approx(
-        {path: adapter.pair_at(path).norm() for path in adapter.plan.sites}
+        {path: adapter.pair_at(path).norm() for path in adapter.placement.methods}
     )
 
 
@@ -392,7 +392,7 @@ def test_pefts_experts_train_as_ours(tmp_path: Path, ids: Tensor) -> None:
             down = owner.get_submodule(f"{outer}A.default").weight.grad.view(4, 4, -1)
             up = owner.get_submodule(f"{outer}B.default").weight.grad
             for number in range(4):
-                own = adapter.site(f"model.layers.{layer}.mlp.experts.{name}.{number}").tensors()
+                own = adapter.branch(f"model.layers.{layer}.mlp.experts.{name}.{number}").tensors()
                 torch.testing.assert_close(own["A"].grad, down[number], rtol=1e-5, atol=1e-6)
                 torch.testing.assert_close(
                     own["B"].grad, up.view(len(up), 4, 4)[..., number], rtol=1e-5, atol=1e-6
@@ -430,7 +430,7 @@ def test_names_that_peft_matches_by_their_end(tmp_path: Path, ids: Tensor) -> No
     theirs.save_pretrained(tmp_path)
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
-    assert "model.layers.0.input_layernorm" in adapter.plan.copies
+    assert "model.layers.0.input_layernorm" in adapter.placement.copies
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 

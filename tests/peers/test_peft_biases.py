@@ -97,7 +97,7 @@ def test_a_method_without_a_form_of_its_own(bias: str, tmp_path: Path) -> None:
     )
     adapter.save(tmp_path)
     fresh = tiny_bert()
-    assert lk.load(fresh, tmp_path).plan.biases == adapter.plan.biases
+    assert lk.load(fresh, tmp_path).placement.biases == adapter.placement.biases
     torch.testing.assert_close(out(fresh, ""), out(model, ""))
     back = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
     torch.testing.assert_close(out(back, ""), out(model, ""), rtol=1e-4, atol=1e-5)

@@ -143,7 +143,7 @@ def test_tied_by_hand_they_get_both(ids: Tensor, tmp_path: Path) -> None:
     model = tiny_llama(tied=False)
     model.lm_head.weight = model.model.embed_tokens.weight
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), trainable_tokens=IDS), 0.2)
-    assert adapter.plan.tokens["model.embed_tokens"].tied == ("lm_head",)
+    assert adapter.placement.tokens["model.embed_tokens"].tied == ("lm_head",)
     want = model(ids).logits
     adapter.save(tmp_path)
     for load in (lk.load, peft.PeftModel.from_pretrained):
@@ -187,7 +187,10 @@ def test_four_modules_of_one_weight(tokens: Any, ids: Tensor, tmp_path: Path) ->
     adapter = randomise(
         lk.adapt(model := tiny_t5(), lk.LoRA(rank=2), ["q"], trainable_tokens=tokens), 0.2
     )
-    assert len(adapter.plan.tokens) == 1 and len(next(iter(adapter.plan.tokens.values())).tied) == 3
+    assert (
+        len(adapter.placement.tokens) == 1
+        and len(next(iter(adapter.placement.tokens.values())).tied) == 3
+    )
     adapter.save(tmp_path / "ours")
     for load in (lk.load, peft.PeftModel.from_pretrained):
         loaded = load(base := tiny_t5(), tmp_path / "ours")
@@ -210,7 +213,7 @@ def test_their_own_type(tied: bool, ids: Tensor, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     model = tiny_llama(tied)
     adapter = lk.load(model, tmp_path)
-    assert not adapter.plan.sites
+    assert not adapter.placement.methods
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
 
 
@@ -244,7 +247,9 @@ def test_their_resized_vocabulary(tokens: Any, tied: bool, ids: Tensor, tmp_path
         model = resized(tied, tmp_path / "base", seed)
         adapter = lk.load(model, tmp_path / "a")
         torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
-        assert set(NEW) >= {token for rows in adapter.plan.tokens.values() for token in rows.ids}
+        assert set(NEW) >= {
+            token for rows in adapter.placement.tokens.values() for token in rows.ids
+        }
     with pytest.raises(lk.AdapterError, match=r"resize_token_embeddings\(67\)"):
         lk.load(resized(tied, tmp_path / "base", 1, 64), tmp_path / "a")
     with pytest.raises(lk.AdapterError, match="another base model"):
@@ -331,7 +336,7 @@ def test_the_last_of_a_token_that_stands_twice_counts(ids: Tensor, tmp_path: Pat
     edited(tmp_path, trainable_tokens_delta=rows)
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
-    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((5, 6), ("lm_head",))}
+    assert adapter.placement.tokens == {"model.embed_tokens": TokenRows((5, 6), ("lm_head",))}
     assert torch.equal(adapter.rows_at("model.embed_tokens"), rows[[2, 1]])
     other = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=0, atol=1e-5)

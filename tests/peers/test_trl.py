@@ -116,7 +116,7 @@ def test_a_reference_is_the_base_whatever_becomes_of_the_adapters(ids: torch.Ten
     adapter.remove()
     other = lk.adapt(model, lk.LoRA(rank=2), name="other")
     with torch.no_grad():
-        other.site("model.layers.0.mlp.up_proj").B.normal_()
+        other.branch("model.layers.0.mlp.up_proj").B.normal_()
     assert torch.equal(ours(ids).logits, base)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 

@@ -17,7 +17,7 @@ from selenium.webdriver.common.keys import Keys
 
 from lorakin.errors import OutputError
 from lorakin.report import page
-from lorakin.report.page import Cell, Code, Column, Figure, Row, Section, Table, Text
+from lorakin.report.page import Cell, Code, Column, Figure, Paragraph, Section, Table, TableRow
 from report.browser import Browser, browser
 
 __all__ = ["browser"]
@@ -30,9 +30,9 @@ ARMS = Table(
         Column("time"),
     ],
     [
-        Row(["tenth", 10.0, Cell("2 min", 120)], "best"),
-        Row(["second", 0.25, Cell("90 s", 90)], "control"),
-        Row(["broken", "failed", None], "failed"),
+        TableRow(["tenth", 10.0, Cell("2 min", 120)], "best"),
+        TableRow(["second", 0.25, Cell("90 s", 90)], "control"),
+        TableRow(["broken", "failed", None], "failed"),
         ["ninth", 0.5, Cell("1 h", 3600)],
         ["infinite", math.inf, Cell("?", math.nan)],
     ],
@@ -68,7 +68,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sortable=False,
     )
     sections = [
-        Section("Results", [Text("It is **so**.", "Run `lorakin`."), ARMS, wide]),
+        Section("Results", [Paragraph("It is **so**.", "Run `lorakin`."), ARMS, wide]),
         Section(
             "Pictures",
             [
@@ -211,7 +211,7 @@ def test_everything_is_drawn_and_nothing_is_asked_of_the_network(
 
 def test_what_is_given_is_shown_and_never_run(browser: Browser, tmp_path: Path) -> None:
     table = Table(
-        HOSTILE, [Column(HOSTILE, HOSTILE, numeric=False)], [Row([HOSTILE], HOSTILE)], HOSTILE
+        HOSTILE, [Column(HOSTILE, HOSTILE, numeric=False)], [TableRow([HOSTILE], HOSTILE)], HOSTILE
     )
     chart = Figure(HOSTILE, HOSTILE, {HOSTILE: lines(HOSTILE)}, table)
     path = tmp_path / "page.html"
@@ -220,7 +220,7 @@ def test_what_is_given_is_shown_and_never_run(browser: Browser, tmp_path: Path) 
         page.render(
             HOSTILE,
             HOSTILE,
-            [Section(HOSTILE, [Text(HOSTILE), chart, Code(HOSTILE, HOSTILE)], open=False)],
+            [Section(HOSTILE, [Paragraph(HOSTILE), chart, Code(HOSTILE, HOSTILE)], open=False)],
         ),
     )
     assert browser.open(path).unfolded().marks() == [18]

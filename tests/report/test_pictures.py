@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorakin.report import page, pictures
-from lorakin.report.page import Cell, Figure, Row, Section
+from lorakin.report.page import Cell, Figure, Section, TableRow
 from lorakin.report.pictures import Point
 from report.browser import Browser, browser
 
@@ -31,7 +31,7 @@ def rows_of(figure: Figure) -> list[dict[str, Any]]:
 
 
 def cells_of(figure: Figure) -> list[list[page.Value]]:
-    return [list(row.cells if isinstance(row, Row) else row) for row in figure.data.rows]
+    return [list(row.cells if isinstance(row, TableRow) else row) for row in figure.data.rows]
 
 
 def test_changes_stand_by_layer_and_module() -> None:

@@ -22,7 +22,7 @@ from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
 from lorakin.serving.gguf_format import read_adapter
-from lorakin.serving.job import Job, Order
+from lorakin.serving.job import ExportJob, Order
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.storage import directory
 from lorakin.training.models import load_model
@@ -570,7 +570,9 @@ def test_rows_to_fit_to_are_not_rows_to_compare_on(
             [{"prompt": f"the fox {n}", "completion": "jumps"} for n in range(count)],
             f"{count}.jsonl",
         )
-        job = Job(Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir)
+        job = ExportJob(
+            Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir
+        )
         fitted, compared = job.parts
         assert len(compared) == len(job.texts()) == read and len(fitted) == min(64, count - read)
         assert not [row for row in compared if row in list(fitted)]

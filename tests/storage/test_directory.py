@@ -252,7 +252,7 @@ def test_an_adapter_that_learned_nothing_is_announced(tmp_path: Path) -> None:
         adapter.save(tmp_path / "a")
     randomise(adapter)
     with torch.no_grad():
-        adapter.site("model.layers.1.mlp.up_proj").B.zero_()
+        adapter.branch("model.layers.1.mlp.up_proj").B.zero_()
     with pytest.warns(
         lk.LorakinWarning, match=r"changes nothing in 1 of 14 modules \(model.layers.1.mlp.up_proj"
     ):
@@ -361,7 +361,7 @@ def test_one_path_may_be_the_tail_of_another(tmp_path: Path) -> None:
 
     adapted, other, x = model(), model(), torch.ones(1, 4)
     randomise(lk.adapt(adapted, lk.LoRA(rank=1), exclude="1.0")).save(tmp_path)
-    assert list(lk.load(other, tmp_path).plan.sites) == ["0", "1.1"]
+    assert list(lk.load(other, tmp_path).placement.methods) == ["0", "1.1"]
     assert torch.equal(adapted(x), other(x))
 
 
@@ -545,7 +545,7 @@ def test_what_peft_saves_over_ours_is_what_peft_says(member: Any, tmp_path: Path
         (tmp_path / name).write_bytes((other / name).read_bytes())
     with pytest.warns(lk.LorakinWarning, match="left aside"):
         adapter = lk.load(tiny_llama(), tmp_path)
-    assert adapter.method.words == "lora" and list(adapter.plan.sites) == [
+    assert adapter.method.words == "lora" and list(adapter.placement.methods) == [
         f"model.layers.{n}.self_attn.v_proj" for n in (0, 1)
     ]
 

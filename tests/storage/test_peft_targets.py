@@ -83,7 +83,7 @@ def test_layers(settings: dict[str, Any], adapted: list[str], tmp_path: Path, id
     assert sorted(theirs.targeted_module_names) == sorted(adapted)
     model = tiny_llama(tied=False)
     adapter = lk.load(model, tmp_path)
-    assert sorted(adapter.plan.sites) == sorted(adapted)
+    assert sorted(adapter.placement.methods) == sorted(adapted)
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_the_last_number_was_the_layers_in_older_files(tmp_path: Path) -> None:
         "layers_pattern": [r"layers\.\d+"],
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert len(lk.load(Towers(), tmp_path).plan.sites) == 2
+    assert len(lk.load(Towers(), tmp_path).placement.methods) == 2
     config |= {
         "target_modules": ["proj"],
         "layers_pattern": None,

@@ -35,10 +35,10 @@ def test_another_spelling(saved: Any, here: Any, tmp_path: Path, ids: Tensor) ->
     model, other = tiny_llama(), tiny_llama()
     randomise(lk.adapt(model, saved, TARGETS)).save(tmp_path)
     adapter = randomise(lk.adapt(other, here, TARGETS), seed=9)
-    before, tensors = adapter.plan.method, adapter.parameters()
+    before, tensors = adapter.placement.method, adapter.parameters()
     adapter.restore(tmp_path)
     equal(model, other, ids)
-    assert adapter.plan.method is before
+    assert adapter.placement.method is before
     assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True))
 
 

@@ -74,8 +74,8 @@ def examined(name: str) -> Found:
     adapter = _adapted(model, found)
     if adapter is None:
         return found
-    found.adapted = len(adapter.plan.sites)
-    found.unused = [path for path in adapter.plan.sites if not reached.get(path, True)]
+    found.adapted = len(adapter.placement.methods)
+    found.unused = [path for path in adapter.placement.methods if not reached.get(path, True)]
     _train(model, adapter, given, found)
     randomise(adapter, SCALE)
     changed = outputs(model, given)
@@ -199,7 +199,7 @@ def _train(model: nn.Module, adapter: lk.Adapter, given: dict[str, Any], found: 
                 moved.add(name.rpartition(".")[0])
         optimizer.step()
         optimizer.zero_grad()
-    sites = adapter.plan.sites.keys() - set(found.unused)
+    sites = adapter.placement.methods.keys() - set(found.unused)
     names = [name for name, _ in adapter.trained() if name.rpartition(".")[0] in sites]
     found.ungiven = [name for name in names if name not in given_one]
     found.unmoved = sorted({name.rpartition(".")[0] for name in names} - moved)

@@ -13,7 +13,7 @@ import pytest
 import lorakin as lk
 from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, encode_labelled, prompt_ids, use_template
-from lorakin.training.reading import Rows, read_rows, split, summary
+from lorakin.training.reading import DataRows, read_rows, split, summary
 
 Write = Callable[..., str]
 
@@ -275,10 +275,10 @@ def test_splitting_is_by_seed_and_disjoint(write_rows: Write) -> None:
     }
     assert split(rows, 0.1, seed=3)[1] == held
     assert split(rows, 0.1, seed=4)[1] != held
-    assert len(split(Rows("many", rows.records * 100), 0.5, 0)[1]) == 256
-    assert len(split(Rows("two", rows.records[:2]), 0.9, 0)[0]) == 1
+    assert len(split(DataRows("many", rows.records * 100), 0.5, 0)[1]) == 256
+    assert len(split(DataRows("two", rows.records[:2]), 0.9, 0)[0]) == 1
     with pytest.raises(lk.DataError, match="1 row is too few to set one apart"):
-        split(Rows("one", rows.records[:1]), 0.5, 0)
+        split(DataRows("one", rows.records[:1]), 0.5, 0)
 
 
 def test_labels(write_rows: Write, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 import lorakin as lk
 from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, use_template
-from lorakin.training.formats import Conversation, Text
+from lorakin.training.formats import Conversation, PlainText
 from lorakin.training.reading import read_rows, unused
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CHATML, learned
@@ -69,20 +69,20 @@ def test_conversations_in_many_layouts(
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "Who?", "context": "ctx", "answer": "Ann"}, Text("Who?\n\nctx", "Ann")),
+        ({"question": "Who?", "context": "ctx", "answer": "Ann"}, PlainText("Who?\n\nctx", "Ann")),
         (
             {
                 "question": "Who?",
                 "context": "ctx",
                 "answers": {"text": ["Ann"], "answer_start": [3]},
             },
-            Text("Who?\n\nctx", "Ann"),
+            PlainText("Who?\n\nctx", "Ann"),
         ),
-        ({"query": "Who?", "response": "Ann"}, Text("Who?", "Ann")),
-        ({"prompt": '["a", "b"]', "completion": '{"a": 1}'}, Text('["a", "b"]', '{"a": 1}')),
+        ({"query": "Who?", "response": "Ann"}, PlainText("Who?", "Ann")),
+        ({"prompt": '["a", "b"]', "completion": '{"a": 1}'}, PlainText('["a", "b"]', '{"a": 1}')),
     ],
 )
-def test_texts_in_many_layouts(row: dict[str, Any], expected: Text, write_rows: Write) -> None:
+def test_texts_in_many_layouts(row: dict[str, Any], expected: PlainText, write_rows: Write) -> None:
     assert said(row, write_rows) == expected
 
 
@@ -149,7 +149,7 @@ def test_what_changes_the_meaning_is_refused(
 
 def test_columns_say_what_is_meant(write_rows: Write) -> None:
     row = {"chosen": "good", "rejected": "bad", "query": "q", "images": ["x"], "weight": 70.5}
-    assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == Text(
+    assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == PlainText(
         "q", "good"
     )
     with pytest.raises(lk.DataError, match="row 1: there is no column 'missing'; there are chosen"):
@@ -157,7 +157,7 @@ def test_columns_say_what_is_meant(write_rows: Write) -> None:
     with pytest.raises(lk.DataError, match="have the columns prompt|has the columns prompt"):
         said(row, write_rows, columns={"prompt": "query"})
     both = {"text": "a", "label": "b"}
-    assert said(both, write_rows, layout="text") == Text("", "a")
+    assert said(both, write_rows, layout="text") == PlainText("", "a")
     with pytest.raises(lk.DataError, match="format must be one of messages"):
         said(both, write_rows, layout="csv")
 
@@ -336,7 +336,7 @@ def test_nulls_that_a_table_fills_in_are_none_of_a_calls(tmp_path: Any) -> None:
     ['{"role": "user", "content": "a", "id": 3}', '[{"from": "a@b.c"}]', '[{"role": "admin"}]'],
 )
 def test_a_prompt_that_is_json_is_a_text(prompt: str, write_rows: Write) -> None:
-    assert said({"prompt": prompt, "completion": "ok"}, write_rows) == Text(prompt, "ok")
+    assert said({"prompt": prompt, "completion": "ok"}, write_rows) == PlainText(prompt, "ok")
 
 
 def test_a_prompt_that_is_rendered_already_is_not_wrapped_again(write_rows: Write) -> None:
@@ -372,7 +372,7 @@ def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
 def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: Write) -> None:
     with pytest.raises(lk.DataError, match="not to imitate"):
         said({"prompt": "q", "completion": "bad", "label": label}, write_rows)
-    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == Text(
+    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == PlainText(
         "q", "good"
     )
 

@@ -19,13 +19,13 @@ import pytest
 import lorakin as lk
 from lorakin.cli.options import FORMATS
 from lorakin.training import formats, reading
-from lorakin.training.formats import Conversation, Text
-from lorakin.training.reading import Rows, read_rows, split, unused
+from lorakin.training.formats import Conversation, PlainText
+from lorakin.training.reading import DataRows, read_rows, split, unused
 
 Write = Callable[..., str]
 
 
-def texts(rows: Rows) -> list[Any]:
+def texts(rows: DataRows) -> list[Any]:
     return [record.content for record in rows.records]
 
 
@@ -58,7 +58,7 @@ def test_a_cell_keeps_its_characters(cell: str, suffix: str, tmp_path: Path) -> 
         path.write_text(json.dumps(row) + "\n")
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    assert texts(read_rows(str(path))) == [Text(f"q {cell}", cell)]
+    assert texts(read_rows(str(path))) == [PlainText(f"q {cell}", cell)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_cell_keeps_its_characters(cell: str, suffix: str, tmp_path: Path) -> 
 )
 def test_a_number_in_json_is_written_as_it_was(number: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "q", "completion": {number}}}\n')
-    assert texts(read_rows(str(tmp_path / "rows.jsonl"))) == [Text("q", number)]
+    assert texts(read_rows(str(tmp_path / "rows.jsonl"))) == [PlainText("q", number)]
 
 
 def test_dates_of_a_table_are_written_as_days(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_dates_of_a_table_are_written_as_days(tmp_path: Path) -> None:
 
     rows = [{"prompt": "when?", "completion": datetime.date(1969, 7, 20)}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert texts(read_rows(str(tmp_path / "rows.parquet"))) == [Text("when?", "1969-07-20")]
+    assert texts(read_rows(str(tmp_path / "rows.parquet"))) == [PlainText("when?", "1969-07-20")]
 
 
 def test_a_key_or_a_type_that_comes_late_is_no_error(write_rows: Write) -> None:
@@ -83,7 +83,7 @@ def test_a_key_or_a_type_that_comes_late_is_no_error(write_rows: Write) -> None:
     ]
     rows[19_000] |= {"extra": {"deep": [1]}, "completion": 7}
     found = read_rows(write_rows(rows))
-    assert texts(found)[19_000] == Text("q19000", "7")
+    assert texts(found)[19_000] == PlainText("q19000", "7")
     assert unused(found) == "not used: extra (in 1 rows)"
 
 
@@ -92,7 +92,7 @@ def test_content_that_changed_is_read_whatever_the_files_time(tmp_path: Path) ->
     for answer in ("old", "new"):
         path.write_text(json.dumps({"prompt": "q", "completion": answer}) + "\n")
         os.utime(path, (1, 1))
-        assert texts(read_rows(str(path))) == [Text("q", answer)]
+        assert texts(read_rows(str(path))) == [PlainText("q", answer)]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_content_that_changed_is_read_whatever_the_files_time(tmp_path: Path) ->
 def test_a_path_is_a_path(name: str, tmp_path: Path) -> None:
     (tmp_path / "rows1.jsonl").write_text('{"prompt": "q", "completion": "other"}\n')
     (tmp_path / name).write_text('{"prompt": "q", "completion": "own"}\n')
-    assert texts(read_rows(str(tmp_path / name))) == [Text("q", "own")]
+    assert texts(read_rows(str(tmp_path / name))) == [PlainText("q", "own")]
 
 
 def test_local_files_need_no_network(write_rows: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,16 +132,19 @@ def test_kinds_are_told_by_name(name: str, tmp_path: Path) -> None:
         name.split(".")[1], '{"text": "hello"}\n'
     ).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert texts(read_rows(str(tmp_path / name))) == [Text("", "hello")]
+    assert texts(read_rows(str(tmp_path / name))) == [PlainText("", "hello")]
 
 
 def test_one_object_over_many_lines(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     for content in (json.dumps(rows, indent=1), json.dumps({"data": rows}, indent=1)):
         (tmp_path / "a.json").write_text(content)
-        assert texts(read_rows(str(tmp_path / "a.json"))) == [Text("a", "b"), Text("c", "d")]
+        assert texts(read_rows(str(tmp_path / "a.json"))) == [
+            PlainText("a", "b"),
+            PlainText("c", "d"),
+        ]
     (tmp_path / "a.json").write_text(json.dumps(rows[0], indent=1))
-    assert texts(read_rows(str(tmp_path / "a.json"))) == [Text("a", "b")]
+    assert texts(read_rows(str(tmp_path / "a.json"))) == [PlainText("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -266,17 +269,17 @@ def test_the_command_line_names_the_formats() -> None:
         (
             "a.tsv",
             'prompt\tcompletion\n"Hello\tthere"\nb\tso "c\n',
-            [Text('"Hello', 'there"'), Text("b", 'so "c')],
+            [PlainText('"Hello', 'there"'), PlainText("b", 'so "c')],
         ),
-        ("a.tsv", 'prompt\tcompletion\n"say ""a"""\tb\n', [Text('say "a"', "b")]),
-        ("a.tsv", 'prompt\tcompletion\n"a\tb"\t"c\nd"\n', [Text("a\tb", "c\nd")]),
-        ("a.csv", "prompt;completion\na;b\n", [Text("a", "b")]),
-        ("a.csv", "prompt, completion,,\na,b,,\n", [Text("a", "b")]),
-        ("a.csv", '\ufeffprompt,completion\r\na,"b\nc"\r\n', [Text("a", "b\nc")]),
+        ("a.tsv", 'prompt\tcompletion\n"say ""a"""\tb\n', [PlainText('say "a"', "b")]),
+        ("a.tsv", 'prompt\tcompletion\n"a\tb"\t"c\nd"\n', [PlainText("a\tb", "c\nd")]),
+        ("a.csv", "prompt;completion\na;b\n", [PlainText("a", "b")]),
+        ("a.csv", "prompt, completion,,\na,b,,\n", [PlainText("a", "b")]),
+        ("a.csv", '\ufeffprompt,completion\r\na,"b\nc"\r\n', [PlainText("a", "b\nc")]),
     ],
 )
 def test_tables_as_programs_write_them(
-    name: str, content: str, expected: list[Text], tmp_path: Path
+    name: str, content: str, expected: list[PlainText], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content.encode())
     assert texts(read_rows(str(tmp_path / name))) == expected
@@ -294,7 +297,7 @@ def test_headers_in_other_letters_are_told(tmp_path: Path) -> None:
 
 def test_a_list_of_rows_beside_other_things(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"text": "a"}]}, indent=1))
-    assert texts(read_rows(str(tmp_path / "a.json"))) == [Text("", "a")]
+    assert texts(read_rows(str(tmp_path / "a.json"))) == [PlainText("", "a")]
     (tmp_path / "a.jsonl").write_text('{"text": NaN}\n')
     with pytest.raises(lk.DataError, match="NaN is no number of JSON"):
         read_rows(str(tmp_path / "a.jsonl"))

@@ -51,7 +51,7 @@ def test_a_run_and_its_exports(
     model = load_with_adapter(base, recipe.out, "base").model
     (adapter,) = lk.adapters(model).values()
     heads = {} if tied else {"lm_head"}
-    assert {path: rows.ids for path, rows in adapter.plan.tokens.items()} == dict.fromkeys(
+    assert {path: rows.ids for path, rows in adapter.placement.tokens.items()} == dict.fromkeys(
         ["model.embed_tokens", *heads], (3, 10)
     )
     x = torch.arange(3, 27).view(2, 12)
@@ -136,5 +136,7 @@ def test_the_example_of_the_docs_runs(tokenizer: Any) -> None:
     }
     exec(example, names)
     adapter, size = names["adapter"], len(tokenizer)
-    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((size, size + 1), ("lm_head",))}
+    assert adapter.placement.tokens == {
+        "model.embed_tokens": TokenRows((size, size + 1), ("lm_head",))
+    }
     assert len(names["model"].lm_head.weight) == size + 2

@@ -279,7 +279,7 @@ def test_divergence_at_the_first_step_keeps_nothing(
 def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None:
     recipe.rank, recipe.rank_above = 4096, "clamp"
     adapter = training.prepare(recipe, Console(quiet=True)).adapter
-    assert {adapter.site(path).A.shape[0] for path in adapter.plan.sites} == {16, 32}
+    assert {adapter.branch(path).A.shape[0] for path in adapter.placement.methods} == {16, 32}
     assert read_recipe(Path(recipe.out) / training.RECIPE, {"out": "other"}).rank_above == "clamp"
 
 
@@ -533,7 +533,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
         settings={"rank": 2},
     )
     _, _, prepared = run(recipe)
-    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.plan.copies)
+    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.placement.copies)
     loaded = load_with_adapter(recipe.model, recipe.out, "float32")
     torch.testing.assert_close(
         loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits

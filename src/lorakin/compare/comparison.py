@@ -24,7 +24,7 @@ from lorakin.compare import arms as arms_
 from lorakin.compare import schedule, split, trial
 from lorakin.compare.arms import Arm
 from lorakin.compare.budget import Budget
-from lorakin.compare.results import DONE, FAILED, REFUSED, SEED, TIMING, Results, Row, Trial
+from lorakin.compare.results import DONE, FAILED, REFUSED, SEED, TIMING, ResultRow, Results, Trial
 from lorakin.compare.schedule import Sweep
 from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
@@ -38,7 +38,7 @@ from lorakin.training.encoding import use_template, with_answers
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import resolve_dtype
-from lorakin.training.reading import Rows
+from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe, read_yaml
 from lorakin.training.train import check_meant
 
@@ -163,7 +163,7 @@ class Study:
             else trial.TIMED_STEPS
         )
 
-    def job(self, what: Trial, device: str, threads: int) -> trial.Job:
+    def job(self, what: Trial, device: str, threads: int) -> trial.TrialJob:
         """All that the trial's process needs."""
         arm = next(arm for arm in self.arms if arm.name == what.arm)
         steps = trial.TIMED_STEPS if what.stage == TIMING else self.steps(arm.name)
@@ -178,7 +178,7 @@ class Study:
             seed=what.seed, save_every=0, labels=self.parts.labels, **fields,
         )  # fmt: skip
         report = str(self.out / DATA / split.REPORT)
-        return trial.Job(
+        return trial.TrialJob(
             what,
             recipe,
             report,
@@ -187,7 +187,7 @@ class Study:
             keep=arm.name not in (arms_.FULL, arms_.BASE) and what.stage != TIMING,
         )
 
-    def take(self, row: Row) -> None:
+    def take(self, row: ResultRow) -> None:
         """Note how a trial ended, and clear away the adapters that are no longer the best of their arm."""
         if row.trial.stage == TIMING and row.status == DONE:
             steps = self.comparison.spent.steps_in(row.step_seconds)
@@ -258,11 +258,11 @@ def _within(comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
 
 
-def _usable(comparison: Comparison) -> Callable[[Rows], Rows]:
+def _usable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
     """Gives those rows that have something to learn from."""
     recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
 
-    def usable(rows: Rows) -> Rows:
+    def usable(rows: DataRows) -> DataRows:
         if rows.is_classification:
             check_meant(recipe, rows)
             return rows
@@ -363,7 +363,7 @@ def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
                 adapter = adapt(
                     model, supposed(model, arm.method(steps), targets, **where), targets, **where
                 )
-                paths = paths or list(adapter.plan.sites)
+                paths = paths or list(adapter.placement.methods)
                 adapter.remove()
         except LorakinError as error:
             if arm.kind == arms_.REFERENCE:
@@ -433,7 +433,7 @@ def check_ran(study: Study) -> None:
         raise SettingError(f"nothing could be run: {reasons[0]}")
 
 
-def _why_not(arm: Arm, rows: Iterable[Row]) -> str:
+def _why_not(arm: Arm, rows: Iterable[ResultRow]) -> str:
     mine = [row for row in rows if row.trial.arm == arm.name]
     if refused := schedule.refusal(arm, mine):
         return refused

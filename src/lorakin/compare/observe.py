@@ -64,7 +64,7 @@ class Observer(transformers.TrainerCallback):
 @torch.no_grad()
 def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
     """The weight of the module at `path` before and after, (outputs, inputs), float32; None if it has no matrix."""
-    if path in adapter.plan.copies:
+    if path in adapter.placement.copies:
         twin = adapter.copy_of(path)
         return (
             None
@@ -80,7 +80,7 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
 def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
     """Path → (ΔM, ΔD) of each module that the adapter changes."""
     found = {}
-    for path in (*adapter.plan.sites, *adapter.plan.copies):
+    for path in (*adapter.placement.methods, *adapter.placement.copies):
         if (both := weights(adapter, path)) is not None:
             before, after = both
             sizes, lengths = before.norm(dim=1), after.norm(dim=1)
@@ -93,24 +93,24 @@ def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
 def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
     """Path → norm of the change of its weight, Frobenius; its ratio to the weight's own; and the rank of the pair."""
     found = {}
-    for path in (*adapter.plan.sites, *adapter.plan.copies):
+    for path in (*adapter.placement.methods, *adapter.placement.copies):
         if (both := weights(adapter, path)) is not None:
             change, size = float((both[1] - both[0]).norm()), float(both[0].norm())
             found[path] = {"norm": change, "relative": change / size if size else 0.0}
-            if path in adapter.plan.sites:
+            if path in adapter.placement.methods:
                 found[path]["rank"] = adapter.pair_at(path).down.shape[0]
     return found
 
 
 def ranks(adapter: Adapter) -> dict[str, int]:
     """Path → ranks that are not switched off, of a method that moves a budget of them; empty before it is trained."""
-    slot = adapter.plan.method.parametrisation.per_rank
+    slot = adapter.placement.method.parametrisation.per_rank
     if slot is None or not any(
-        "budget" in member.decides for member in adapter.plan.method.members
+        "budget" in member.decides for member in adapter.placement.method.members
     ):
         return {}
     there = {
         path: int(torch.count_nonzero(adapter.tensors_at(path)[slot]))
-        for path in adapter.plan.sites
+        for path in adapter.placement.methods
     }
     return there if any(there.values()) else {}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorakin.compare import schedule
-from lorakin.compare.results import DONE, TIMING, Row, Trial
+from lorakin.compare.results import DONE, TIMING, ResultRow, Trial
 from lorakin.terminal import visible
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Board:
             now=f"{text}  now: {', '.join(t.name for t in running)}",
         )
 
-    def finished(self, study: Study, row: Row) -> None:
+    def finished(self, study: Study, row: ResultRow) -> None:
         """A trial has ended."""
         done, left = len(study.results.rows), study.expected()
         figures = (

@@ -78,7 +78,7 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A trial and how it ended. Times are in seconds; `peak_bytes` is what training added to the process.
 
     Of a step, the median: `step_seconds` by the clock, `step_work` of the processor where trials share one, else the same.
@@ -117,9 +117,9 @@ class Row:
         return json.dumps(dataclasses.asdict(self), allow_nan=True)
 
     @classmethod
-    def from_json(cls, line: str) -> Row:
+    def from_json(cls, line: str) -> ResultRow:
         """The row of such a line; raises ValueError or RecursionError if it is none."""
-        row: Row = fitted(cls, json.loads(line))
+        row: ResultRow = fitted(cls, json.loads(line))
         if (row.trial.lr is None) != (row.trial.stage == LIMIT):
             raise Misfit(f"trial.lr is {row.trial.lr!r} in a trial of stage {row.trial.stage}")
         return row
@@ -135,12 +135,12 @@ class Results:
             DataError: no file, or a line that is no row.
         """
         self.path = path
-        self.rows: list[Row] = []
+        self.rows: list[ResultRow] = []
         content = files.content(path, MOST_BYTES, DataError) if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), 1):
             try:
-                self.rows.append(Row.from_json(line))
+                self.rows.append(ResultRow.from_json(line))
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number} is no row of a comparison: {error}; remove that line"
@@ -148,7 +148,7 @@ class Results:
         if len(whole) < len(content):
             os.truncate(path, len(whole))
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         """Append a row, and see to it that it is on the disk."""
         with files.appending(self.path) as file:
             file.write(row.as_json().encode() + b"\n")

@@ -12,7 +12,17 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lorakin.compare.arms import Arm
-from lorakin.compare.results import DIVERGED, DONE, LIMIT, REFUSED, SEED, SWEEP, TIMING, Row, Trial
+from lorakin.compare.results import (
+    DIVERGED,
+    DONE,
+    LIMIT,
+    REFUSED,
+    SEED,
+    SWEEP,
+    TIMING,
+    ResultRow,
+    Trial,
+)
 
 FIRST = (0, 1, 2)
 """Half decades above the usual rate at which a sweep begins."""
@@ -55,7 +65,7 @@ def best_rate(losses: dict[float, float]) -> float | None:
     return best if best is not None and math.isfinite(losses[best]) else None
 
 
-def swept(arm: str, rows: Iterable[Row]) -> dict[float, float]:
+def swept(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
     """Learning rate → loss on the tuning rows, in the arm's sweep so far; infinite where the trial did not end well."""
     return {
         row.trial.lr: row.tune["loss"]
@@ -66,14 +76,14 @@ def swept(arm: str, rows: Iterable[Row]) -> dict[float, float]:
     }
 
 
-def refusal(arm: Arm, rows: Iterable[Row]) -> str:
+def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
     """Why the arm does not run, if it does not."""
     said = (row.reason for row in rows if row.trial.arm == arm.name and row.status == REFUSED)
     return arm.refused or next(said, "")
 
 
 def remaining(
-    arm: Arm, rows: Sequence[Row], seeds: Sequence[int], sweep: Sweep, timed: bool
+    arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
 ) -> list[Trial]:
     """The arm's trials that can be run now, given those that are done."""
     mine = [row for row in rows if row.trial.arm == arm.name]
@@ -96,7 +106,9 @@ def remaining(
     )
 
 
-def expected(arm: Arm, rows: Sequence[Row], seeds: Sequence[int], sweep: Sweep, timed: bool) -> int:
+def expected(
+    arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
+) -> int:
     """About how many trials the arm has still to run."""
     if refusal(arm, rows) or arm.lr is None:
         return len(remaining(arm, rows, seeds, sweep, timed))
@@ -110,7 +122,7 @@ def expected(arm: Arm, rows: Sequence[Row], seeds: Sequence[int], sweep: Sweep, 
     )
 
 
-def chosen(arm: str, rows: Iterable[Row]) -> list[Row]:
+def chosen(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The arm's rows at its best learning rate, one a seed; of an arm that does not train, its only row."""
     mine = [
         row

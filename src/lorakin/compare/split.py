@@ -13,7 +13,7 @@ from lorakin.errors import DataError
 from lorakin.storage import atomic
 from lorakin.storage.schema import Count
 from lorakin.training.formats import Number
-from lorakin.training.reading import Rows, read_rows
+from lorakin.training.reading import DataRows, read_rows
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"
 LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
@@ -36,7 +36,7 @@ def split_into(
     name: str,
     eval_name: str | None,
     batch: int,
-    usable: Callable[[Rows], Rows],
+    usable: Callable[[DataRows], DataRows],
     columns: Mapping[str, str] | None = None,
     layout: str | None = None,
 ) -> Parts:
@@ -102,7 +102,7 @@ def _share(count: int, share: float, most: int) -> int:
     return min(max(LEAST_HELD, round(share * count)), most)
 
 
-def _distinct(rows: Rows) -> list[dict[str, Any]]:
+def _distinct(rows: DataRows) -> list[dict[str, Any]]:
     """The rows in their format's columns, classes by name, each once."""
     found: dict[str, dict[str, Any]] = {}
     for record in rows.records:

@@ -18,7 +18,7 @@ from scipy import stats
 from lorakin.compare import arms as arms_
 from lorakin.compare import schedule
 from lorakin.compare.arms import Arm
-from lorakin.compare.results import DIVERGED, DONE, FAILED, TIMING, Row
+from lorakin.compare.results import DIVERGED, DONE, FAILED, TIMING, ResultRow
 
 CONFIDENCE = 0.95
 
@@ -89,8 +89,8 @@ class Standing:
     """
 
     arm: Arm
-    rows: list[Row]
-    ended: list[Row]
+    rows: list[ResultRow]
+    ended: list[ResultRow]
     refused: str
     lr: float | None
     at_edge: bool
@@ -102,7 +102,7 @@ class Standing:
     memory: Ratio | None = None
 
     @property
-    def done(self) -> list[Row]:
+    def done(self) -> list[ResultRow]:
         """The runs that have figures."""
         return [row for row in self.rows if row.status == DONE]
 
@@ -141,7 +141,7 @@ class Standing:
         }
 
 
-def standings(arms: Sequence[Arm], rows: Sequence[Row], measure: str) -> list[Standing]:
+def standings(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> list[Standing]:
     """Where every arm stands, in the arms' order.
 
     Args:
@@ -194,7 +194,7 @@ def sign_of(measure: str) -> float:
     return 1.0 if measure == "accuracy" else -1.0
 
 
-def apart(rows: Sequence[Row], others: Sequence[Row], measure: str) -> Estimate | None:
+def apart(rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str) -> Estimate | None:
     """How far runs are ahead of others, seed by seed, positive if they are better; None if no seed ended well in both."""
     mine, theirs = _values(rows, measure), _values(others, measure)
     both = sorted(mine.keys() & theirs.keys())
@@ -227,12 +227,12 @@ def holm(values: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def measure_of(rows: Sequence[Row]) -> str:
+def measure_of(rows: Sequence[ResultRow]) -> str:
     """What is compared: a classifier's accuracy, else the loss."""
     return "accuracy" if any(row.report and "accuracy" in row.report for row in rows) else "loss"
 
 
-def _values(rows: Sequence[Row], measure: str) -> dict[int, float]:
+def _values(rows: Sequence[ResultRow], measure: str) -> dict[int, float]:
     """Seed → the measure on the report rows, of runs that ended well."""
     ended = {
         row.trial.seed: (row.report or {}).get(measure, math.nan)
@@ -242,7 +242,7 @@ def _values(rows: Sequence[Row], measure: str) -> dict[int, float]:
     return {seed: value for seed, value in ended.items() if math.isfinite(value)}
 
 
-def _figures(rows: Sequence[Row], name: str) -> list[float]:
+def _figures(rows: Sequence[ResultRow], name: str) -> list[float]:
     return [getattr(row, name) for row in rows if row.status == DONE and row.trial.stage != TIMING]
 
 

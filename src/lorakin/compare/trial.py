@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorakin.compare import observe
-from lorakin.compare.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, Row, Trial
+from lorakin.compare.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, ResultRow, Trial
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
@@ -33,7 +33,7 @@ TIMED_STEPS = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrialJob:
     """All that a trial's process is told."""
 
     trial: Trial
@@ -45,7 +45,7 @@ class Job:
     """Whether the adapter stays on the disk."""
 
 
-def serve(job: Job, sender: Connection, lifeline: Connection) -> None:
+def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
     """The body of the process: run the trial and send its row; all that is printed goes into a log beside its directory.
 
     It ends when the other end of `lifeline` does, so that a comparison that is killed leaves no trial running.
@@ -70,9 +70,9 @@ def _end_with(lifeline: Connection) -> None:
         os._exit(1)
 
 
-def run(job: Job) -> Row:
+def run(job: TrialJob) -> ResultRow:
     """The trial's row, however it ends."""
-    out, row = Path(job.recipe.out), Row(job.trial, FAILED, device=job.device)
+    out, row = Path(job.recipe.out), ResultRow(job.trial, FAILED, device=job.device)
     shutil.rmtree(out, ignore_errors=True)  # of a trial that was killed
     started = time.perf_counter()
     try:
@@ -105,7 +105,7 @@ def run(job: Job) -> Row:
     )
 
 
-def _trained(job: Job, row: Row) -> Row:
+def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
     before = memory_bytes()
     unknown = Evaluation(float("nan"), 0)  # what the base comes to is a trial of its own
     ready = train.prepare(job.recipe, Terminal())
@@ -131,11 +131,13 @@ def _trained(job: Job, row: Row) -> Row:
         moves=_short([*observer.moves, (result.steps, observe.moved(adapter))]),
         ranks=observer.ranks,
         importance=_short(importance),
-        own=adapter.plan.method.own_pairs(list(adapter.plan.sites)) if importance else [],
+        own=adapter.placement.method.own_pairs(list(adapter.placement.methods))
+        if importance
+        else [],
     )
 
 
-def _limit(job: Job, row: Row) -> Row:
+def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
     """The model as it is."""
     ready = train.prepare(job.recipe, Terminal())
     with ready.adapter.disabled():
@@ -144,7 +146,7 @@ def _limit(job: Job, row: Row) -> Row:
         )
 
 
-def _report(job: Job, ready: train.Run) -> Evaluation:
+def _report(job: TrialJob, ready: train.Run) -> Evaluation:
     """The model as it is now, on the rows that nothing was chosen by."""
     rows = train.encoded(
         ready.recipe,
@@ -170,7 +172,7 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _choose_device(job: Job) -> None:
+def _choose_device(job: TrialJob) -> None:
     """Let torch see the job's device alone, before it looks."""
     kind, _, number = job.device.partition(":")
     os.environ["CUDA_VISIBLE_DEVICES"] = number or "0" if kind == "cuda" else ""

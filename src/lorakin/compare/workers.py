@@ -14,7 +14,7 @@ import torch
 from lorakin.compare import trial
 from lorakin.compare.comparison import Study
 from lorakin.compare.progress import Board
-from lorakin.compare.results import FAILED, Row, Trial
+from lorakin.compare.results import FAILED, ResultRow, Trial
 from lorakin.errors import SettingError
 from lorakin.family.settings import require
 
@@ -53,15 +53,15 @@ class Running:
     receiver: multiprocessing.connection.Connection
     lifeline: multiprocessing.connection.Connection
 
-    def row(self, device: str) -> Row:
+    def row(self, device: str) -> ResultRow:
         """What it sent, or, of one that died, what it died of."""
         try:
-            row: Row = self.receiver.recv()
+            row: ResultRow = self.receiver.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode
             why = ", killed, perhaps for lack of memory" if code == -9 else ""
-            row = Row(
+            row = ResultRow(
                 self.trial,
                 FAILED,
                 f"its process ended with exit code {code}{why}; its log may tell more",
@@ -104,7 +104,7 @@ def run(study: Study, devices: Sequence[str], board: Board) -> None:
             one.process.join()
 
 
-def _started(context: Any, job: trial.Job) -> Running:
+def _started(context: Any, job: trial.TrialJob) -> Running:
     receiver, sender = context.Pipe(duplex=False)
     held, lifeline = context.Pipe(duplex=False)
     process = context.Process(target=trial.serve, args=(job, sender, held), daemon=True)

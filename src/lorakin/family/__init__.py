@@ -1,7 +1,15 @@
 """The members of the family, what a member is, and how members combine."""
 
 from lorakin.family.composition import AXES, Method, conflict
-from lorakin.family.member import Member, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.member import (
+    AdaptedModule,
+    Member,
+    Modifier,
+    Parametrisation,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.members import (
     FAMILY,
     AdaLoRA,
@@ -21,6 +29,7 @@ __all__ = [
     "AXES",
     "FAMILY",
     "AdaLoRA",
+    "AdaptedModule",
     "Chain",
     "DeltaLoRA",
     "DoRA",
@@ -33,11 +42,10 @@ __all__ = [
     "Modifier",
     "Pair",
     "Parametrisation",
-    "Place",
     "Role",
     "Rule",
     "Shape",
-    "Spot",
+    "Target",
     "VeRA",
     "Weight",
     "all_finite",

@@ -37,7 +37,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation
 from lorakin.family.lora import check_rank, orthonormal_rows
-from lorakin.family.member import Modifier, Parametrisation, Place, Role, Rule
+from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Rule
 from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
 
@@ -228,5 +228,5 @@ class AdaLoRA(Modifier):
             self, total_steps=T, start=start, finish=finish, interval=interval
         )
 
-    def rule(self, places: Sequence[Place]) -> Rule:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
         return Allocation(self, places)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.member import Place, Rule
+from lorakin.family.member import AdaptedModule, Rule
 
 if TYPE_CHECKING:
     from lorakin.family.adalora import AdaLoRA
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Matrix:
     """One P·Λ·Q of the budget, which several modules may share."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: AdaptedModule) -> None:
         self.place = place
         pair = place.method.parametrisation
         assert pair.per_rank is not None
@@ -46,7 +46,7 @@ class Matrix:
 class Allocation(Rule):
     """Scores triplets before each step, keeps the best of them after it, and frees the others in the end."""
 
-    def __init__(self, member: AdaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: AdaLoRA, places: Sequence[AdaptedModule]) -> None:
         self.member = member
         shared: dict[int, Matrix] = {}
         for place in places:
@@ -233,7 +233,7 @@ class Allocation(Rule):
             else None
         )
 
-    def gave_up(self, place: Place) -> bool:
+    def gave_up(self, place: AdaptedModule) -> bool:
         scales = place.tensors()[place.method.parametrisation.per_rank or ""]
         patterns = zip(self.matrices, self.pattern or (), strict=False)
         return any(m.place.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns)

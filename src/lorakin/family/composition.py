@@ -21,14 +21,14 @@ from lorakin.family import agreement
 from lorakin.family.lora import LoRA
 from lorakin.family.member import (
     FIXED,
+    AdaptedModule,
     Member,
     Modifier,
     Parametrisation,
-    Place,
     Probe,
     Role,
     Rule,
-    Spot,
+    Target,
 )
 from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight, cast_together
 from lorakin.family.settings import require
@@ -189,7 +189,7 @@ class Method:
 
     def start(
         self,
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping[str, Method],
         generator: torch.Generator | None,
         device: torch.device,
@@ -200,22 +200,25 @@ class Method:
         They are float32, float64 on a float64 base, unless `dtype` says otherwise. `methods` has each module's own.
         """
         each = {path: method.parametrisation for path, method in methods.items()}
-        drawn = self.parametrisation.start_all(spots, each, generator, device)
+        drawn = self.parametrisation.start_all(targets, each, generator, device)
         wide = {
-            path: torch.promote_types(spots[path].weight.dtype, torch.float32) for path in drawn
+            path: torch.promote_types(targets[path].weight.dtype, torch.float32) for path in drawn
         }
         drawn = cast_together(drawn, wide)
         for member in self.modifiers:
-            drawn = member.extend(drawn, spots, methods)
-        shared = self.share(drawn, spots, methods)
+            drawn = member.extend(drawn, targets, methods)
+        shared = self.share(drawn, targets, methods)
         return shared if dtype is None else cast_together(shared, dict.fromkeys(shared, dtype))
 
     def share(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
         for member in self.modifiers:
-            tensors = member.share(tensors, spots, methods)
+            tensors = member.share(tensors, targets, methods)
         return tensors
 
     def roles(self, path: str, shape: Shape, slots: Iterable[str]) -> dict[str, Role]:
@@ -284,11 +287,11 @@ class Method:
             lr = member.rate(lr, role, shape)
         return lr
 
-    def unmoved(self, places: Sequence[Place]) -> list[str]:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> list[str]:
         """What of the members training never reached."""
         return [reason for member in self.members if (reason := member.unmoved(places)) is not None]
 
-    def rules(self, places: Sequence[Place]) -> list[Rule]:
+    def rules(self, places: Sequence[AdaptedModule]) -> list[Rule]:
         """What happens at each optimizer step; call `resolved` first."""
         return [rule for member in self.members if (rule := member.rule(places)) is not None]
 

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.member import (
+    FIXED,
+    AdaptedModule,
+    Modifier,
+    Parametrisation,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.pair import Pair, Shape, Tensors, widened
 from lorakin.family.settings import number, one_of, require, whole_number
 
@@ -101,7 +109,7 @@ class DeltaLoRA(Modifier):
     def extend(
         self,
         tensors: dict[str, Tensors],
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
         if self.start_step or self.update == "in_place":
@@ -133,14 +141,14 @@ class DeltaLoRA(Modifier):
             down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
         )
 
-    def rule(self, places: Sequence[Place]) -> Rule:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
         return (Anchoring if self.update == "telescoped" else InPlace)(self, places)
 
 
 class Anchoring(Rule):
     """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
         self.member, self.places, self.turns = member, places, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
@@ -167,7 +175,7 @@ class Anchoring(Rule):
 class InPlace(Anchoring):
     """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it. It keeps the anchors itself."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
         super().__init__(member, places)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
@@ -225,7 +233,7 @@ class InPlace(Anchoring):
         return None if self.anchors else super().check(n)
 
 
-def anchor_of(place: Place, whole: bool = False) -> Tensors:
+def anchor_of(place: AdaptedModule, whole: bool = False) -> Tensors:
     """A copy of the place's pair, without `down` where that never trains, unless `whole`."""
     with torch.enable_grad():
         pair = pair_of(place)
@@ -238,13 +246,13 @@ def anchor_of(place: Place, whole: bool = False) -> Tensors:
 
 
 @torch.no_grad()
-def product_of(place: Place) -> Tensor:
+def product_of(place: AdaptedModule) -> Tensor:
     """P = up·down of the place (out, in), in the dtype of its pair."""
     pair = pair_of(place)
     return pair.up @ pair.down
 
 
-def pair_of(place: Place) -> Pair:
+def pair_of(place: AdaptedModule) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
     return place.method.parametrisation.pair(widened(place.tensors()), place.shape)
 

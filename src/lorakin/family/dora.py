@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
+from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Target
 from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_sharded
 
 CANCELLED = 1e-3
@@ -50,12 +50,12 @@ class DoRA(Modifier):
     def extend(
         self,
         tensors: dict[str, Tensors],
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
         extended = {}
         for path, there in tensors.items():
-            shape, weight = spots[path]
+            shape, weight = targets[path]
             pair = methods[path].low_rank(
                 {slot: t.to(weight.device) for slot, t in there.items()}, shape
             )
@@ -71,7 +71,7 @@ class DoRA(Modifier):
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
-    def unmoved(self, places: Sequence[Place]) -> str | None:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
         still = [place.path for place in places if _is_at_start(place)]
         if not still:
             return None
@@ -81,7 +81,7 @@ class DoRA(Modifier):
         )
 
 
-def _is_at_start(place: Place) -> bool:
+def _is_at_start(place: AdaptedModule) -> bool:
     m, weight = place.tensors()["m"], place.weight
     if is_sharded(weight):  # this process knows some of its rows
         return False

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Spot
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Target
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import is_finite_number, number, one_of, require, whole_number
 
@@ -166,14 +166,14 @@ class LoRADrop(Modifier):
     def share(
         self,
         tensors: dict[str, Tensors],
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
         kept = set(self.chosen())
         first: dict[object, Tensors] = {}
         shared = {}
         for path, there in tensors.items():
-            method, shape = methods[path], spots[path].shape
+            method, shape = methods[path], targets[path].shape
             if path not in kept:
                 of_pair = {
                     slot for slot, role in method.roles(path, shape, there).items() if role.of_pair

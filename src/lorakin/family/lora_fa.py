@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from lorakin.family.lora import INITS
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.member import (
+    FIXED,
+    AdaptedModule,
+    Modifier,
+    Parametrisation,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import one_of, require
 
@@ -75,11 +83,11 @@ class LoRAFA(Modifier):
     def extend(
         self,
         tensors: dict[str, Tensors],
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
         return {
-            path: methods[path].parametrisation.keep_projection(there, spots[path].shape)
+            path: methods[path].parametrisation.keep_projection(there, targets[path].shape)
             for path, there in tensors.items()
         }
 
@@ -88,14 +96,14 @@ class LoRAFA(Modifier):
     ) -> dict[str, Role]:
         return {**roles, parametrisation.projection(shape): FIXED}
 
-    def rule(self, places: Sequence[Place]) -> Rule | None:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
         return Corrected(places) if self.corrected else None
 
 
 class Corrected(Rule):
     """Before each step: ∂B ← s⁻² · ∂B · (A Aᵀ)⁻¹; for an embedding, whose B is the frozen factor, ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[AdaptedModule]) -> None:
         self.places = places
         self.inverses: dict[str, Tensor] = {}
 

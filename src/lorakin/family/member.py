@@ -38,7 +38,7 @@ class Role(NamedTuple):
 FIXED = Role(trained=False)
 
 
-class Spot(NamedTuple):
+class Target(NamedTuple):
     """A weight that is about to be adapted: its shape, and its matrix (outputs, inputs), on the meta device if unknown."""
 
     shape: Shape
@@ -56,7 +56,7 @@ class Probe(NamedTuple):
     """Whether importance is relative to the size of each module's own output."""
 
 
-class Place(Protocol):
+class AdaptedModule(Protocol):
     """An adapted module as a `Rule` sees it."""
 
     @property
@@ -123,7 +123,7 @@ class Rule:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
         return {}
 
-    def gave_up(self, place: Place) -> bool:
+    def gave_up(self, place: AdaptedModule) -> bool:
         """Whether the member itself has taken all ranks from this module, so that it is right if it changes nothing."""
         return False
 
@@ -171,11 +171,11 @@ class Member(ABC):
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""
         return self
 
-    def unmoved(self, places: Sequence[Place]) -> str | None:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
         """What of its own training never reached, asked when the adapter is saved."""
         return None
 
-    def rule(self, places: Sequence[Place]) -> Rule | None:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
         """What it does while training the adapter on `places`, if anything. `resolved` was called before."""
         return None
 
@@ -214,14 +214,15 @@ class Parametrisation(Member):
 
     def start_all(
         self,
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         each: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
         """The tensors of all modules, by path; `each` is this member with the settings of each module."""
         return {
-            path: each[path].start(spot.shape, generator, device) for path, spot in spots.items()
+            path: each[path].start(target.shape, generator, device)
+            for path, target in targets.items()
         }
 
     def roles(self, shape: Shape) -> dict[str, Role]:
@@ -308,13 +309,19 @@ class Modifier(Member):
         return list(paths)
 
     def extend(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors at the start, with this member's among them or in place of others."""
         return tensors
 
     def share(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
         return tensors

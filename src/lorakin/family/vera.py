@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Parametrisation, Role, Spot
+from lorakin.family.member import Parametrisation, Role, Target
 from lorakin.family.pair import Chain, Pair, Shape, Tensors
 from lorakin.family.settings import number, require, whole_number
 
@@ -87,22 +87,22 @@ class VeRA(Parametrisation):
 
     def start_all(
         self,
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         each: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
-        if not spots:
+        if not targets:
             return {}
         A, B = self.draw(
-            max(spot.shape.inputs for spot in spots.values()),
-            max(spot.shape.outputs for spot in spots.values()),
-            next(iter(spots.values())).weight.dtype,
+            max(target.shape.inputs for target in targets.values()),
+            max(target.shape.outputs for target in targets.values()),
+            next(iter(targets.values())).weight.dtype,
             device,
         )
         return {
-            path: {"A": A, "B": B, **self.vectors(spot.shape, device)}
-            for path, spot in spots.items()
+            path: {"A": A, "B": B, **self.vectors(target.shape, device)}
+            for path, target in targets.items()
         }
 
     def draw(

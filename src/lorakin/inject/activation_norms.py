@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError
 from lorakin.inject import layers
 from lorakin.inject.adapted import module_at
-from lorakin.inject.branch import Site
+from lorakin.inject.branch import Branch
 from lorakin.inject.eval_mode import in_mode
 from lorakin.inject.layers import ConvolutionLayer, ExpertLayer
 from lorakin.inject.placement import Graft
@@ -41,29 +41,29 @@ def energies(
         call: (model, batch) → anything, to run the model; by default on the batch as keywords.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
     """
-    check_called(graft.model, graft.plan.sites)
+    check_called(graft.model, graft.placement.methods)
     model, sums, own = (
         graft.model,
-        dict.fromkeys(graft.plan.sites, 0.0),
-        dict.fromkeys(graft.plan.sites, 0.0),
+        dict.fromkeys(graft.placement.methods, 0.0),
+        dict.fromkeys(graft.placement.methods, 0.0),
     )
     mask: Tensor | None = None
 
-    def watch(path: str, site: Site) -> Any:
+    def watch(path: str, branch: Branch) -> Any:
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            pair = site.method.low_rank(site.wide(), site.shape)
-            sums[path] += _energy(site.branch(module, x, pair), mask, site)
+            pair = branch.method.low_rank(branch.wide(), branch.shape)
+            sums[path] += _energy(branch.low_rank_term(module, x, pair), mask, branch)
             if normalised:
                 own[path] += _energy(
-                    site.layer.product(module, x, module._parameters.get("weight")), mask, site
+                    branch.layer.product(module, x, module._parameters.get("weight")), mask, branch
                 )
 
         return before
 
-    modules = {path: model.get_submodule(path) for path in graft.plan.sites}
+    modules = {path: model.get_submodule(path) for path in graft.placement.methods}
     hooks = [
-        m.register_forward_pre_hook(watch(path, graft.site(path)), with_kwargs=True)
+        m.register_forward_pre_hook(watch(path, graft.branch(path)), with_kwargs=True)
         for path, m in modules.items()
     ]
     try:
@@ -83,9 +83,9 @@ def energies(
     return {path: value / total if total else 1 / len(sums) for path, value in sums.items()}
 
 
-def _energy(output: Tensor, mask: Tensor | None, site: Site) -> float:
+def _energy(output: Tensor, mask: Tensor | None, branch: Branch) -> float:
     squares = output.double().square()
-    if mask is not None and mask.dim() == 2 and site.layer is not ConvolutionLayer:
+    if mask is not None and mask.dim() == 2 and branch.layer is not ConvolutionLayer:
         mask = mask.to(squares.device)
         if squares.shape[:2] == mask.shape:
             squares = squares * mask.unsqueeze(-1)

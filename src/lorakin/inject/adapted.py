@@ -1,4 +1,4 @@
-"""The class swap: an adapted module becomes a subclass of its own class, with adapters hung on it as `.lorakin`.
+"""The class swap: an adapted module becomes a subclass of its own class, with adapters attached on it as `.lorakin`.
 
 The module keeps its identity, its name, its parameters and their `state_dict` keys; the adapters' tensors add keys of
 the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets its class back.
@@ -16,13 +16,21 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
 from lorakin.inject import experts
-from lorakin.inject.attachments import BIAS, KEY, Adapters, Bias, Hung, hung_on, hung_or_none
+from lorakin.inject.attachments import (
+    BIAS,
+    KEY,
+    Adapters,
+    Attachments,
+    Bias,
+    attachments_of,
+    attachments_or_none,
+)
 from lorakin.inject.biases import as_the_bases
-from lorakin.inject.branch import Copy, Site, brought
+from lorakin.inject.branch import Branch, Copy, brought
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
 from lorakin.inject.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
-from lorakin.inject.rows import Rows, WithRows
+from lorakin.inject.rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
 
 
@@ -41,57 +49,64 @@ class Adapted(Swapped):
         return (Looked,) if issubclass(base, nn.Embedding) and base is not nn.Embedding else ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hung = hung_on(self)
-        sites = hung.in_use()
+        attached = attachments_of(self)
+        branches = attached.in_use()
         weight = self._parameters.get("weight")
-        if sites and hung.shape is not None and weight is not None and weight.shape != hung.shape:
-            raise StateError(resized(sites[0].path, hung.shape, weight.shape))
-        if hung.by_weight:
+        if (
+            branches
+            and attached.shape is not None
+            and weight is not None
+            and weight.shape != attached.shape
+        ):
+            raise StateError(resized(branches[0].path, attached.shape, weight.shape))
+        if attached.by_weight:
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        hung.inside += 1
+        attached.inside += 1
         try:
-            if any("_hf_hook" in site.__dict__ for site in sites):
-                with brought(sites):
-                    return self._changed(hung, sites, x, args, kwargs)
-            return self._changed(hung, sites, x, args, kwargs)
+            if any("_hf_hook" in branch.__dict__ for branch in branches):
+                with brought(branches):
+                    return self._changed(attached, branches, x, args, kwargs)
+            return self._changed(attached, branches, x, args, kwargs)
         finally:
-            hung.inside -= 1
+            attached.inside -= 1
 
-    def _changed(self, hung: Hung, sites: list[Site], x: Any, args: Any, kwargs: Any) -> Any:
+    def _changed(
+        self, attached: Attachments, branches: list[Branch], x: Any, args: Any, kwargs: Any
+    ) -> Any:
         own_forward = super().forward
         if (
-            len(sites) == 1
-            and hung.rows is None
-            and not hung.merged
+            len(branches) == 1
+            and attached.rows is None
+            and not attached.merged
             and not torch.compiler.is_compiling()
         ):
             stock = getattr(own_forward, "__func__", None) is nn.Linear.forward
-            if stock and (whole := sites[0].fused(self, x)) is not None:
+            if stock and (whole := branches[0].fused(self, x)) is not None:
                 return whole
         base = out = (
             own_forward(*args, **kwargs)
-            if hung.dense is None
-            else F.linear(x, hung.dense, self.bias)
+            if attached.dense is None
+            else F.linear(x, attached.dense, self.bias)
         )
-        if hung.rows is not None:
-            return hung.rows.adapted(self, x, base)
-        for site in sites:
-            out = out + site(self, x, base)
+        if attached.rows is not None:
+            return attached.rows.adapted(self, x, base)
+        for branch in branches:
+            out = out + branch(self, x, base)
         return out
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("weight", BIAS) or (hung := hung_or_none(self)) is None:
+        if name not in ("weight", BIAS) or (attached := attachments_or_none(self)) is None:
             return super().__getattr__(name)
         if name == BIAS:
             if (
-                hung.biased
-                and (hung.inside or is_in_forward(1))
-                and (owner := hung.owner_of_bias()) is not None
+                attached.biased
+                and (attached.inside or is_in_forward(1))
+                and (owner := attached.owner_of_bias()) is not None
             ):
-                return as_the_bases(hung[owner], self)
-        elif not hung.inside and hung.in_use() and is_in_forward(1):
-            return changed_weight(self, hung)
+                return as_the_bases(attached[owner], self)
+        elif not attached.inside and attached.in_use() and is_in_forward(1):
+            return changed_weight(self, attached)
         return super().__getattr__(name)
 
 
@@ -102,22 +117,22 @@ class Looked(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        hung = hung_on(self)
-        sites = [] if hung.inside else hung.in_use()
-        if hung.inside or not (sites or hung.rows):
+        attached = attachments_of(self)
+        branches = [] if attached.inside else attached.in_use()
+        if attached.inside or not (branches or attached.rows):
             return super().forward(input)
-        hung.inside += 1
+        attached.inside += 1
         try:
-            with brought(sites):
+            with brought(branches):
                 out: Tensor
                 out = base = super().forward(input)
-                if hung.rows is not None:
-                    out = hung.rows.adapted(self, input, base)
-                for site in sites if hung.rows is None else ():
-                    out = out + site(self, input, base)
+                if attached.rows is not None:
+                    out = attached.rows.adapted(self, input, base)
+                for branch in branches if attached.rows is None else ():
+                    out = out + branch(self, input, base)
                 return out
         finally:
-            hung.inside -= 1
+            attached.inside -= 1
 
 
 class Replaced(Swapped):
@@ -129,20 +144,20 @@ class Replaced(Swapped):
     lorakin: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hung = hung_on(self)
-        if hung.rows is None:
-            for copy in hung.in_use():
+        attached = attachments_of(self)
+        if attached.rows is None:
+            for copy in attached.in_use():
                 return copy.module.forward(
                     *args, **kwargs
                 )  # not its call: the module's own hooks run around this forward
-        hung.inside += 1
+        attached.inside += 1
         try:
             out = super().forward(*args, **kwargs)
         finally:
-            hung.inside -= 1
-        if hung.rows is None:
+            attached.inside -= 1
+        if attached.rows is None:
             return out
-        return hung.rows.replaced(self, out, args[0] if args else next(iter(kwargs.values())))
+        return attached.rows.replaced(self, out, args[0] if args else next(iter(kwargs.values())))
 
     def __getattr__(self, name: str) -> Any:
         if name != KEY and (copy := _copy_in_use(self, 3)) is not None:
@@ -170,10 +185,15 @@ class ReplacedSequence(Replaced):
 
 def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
     """The copy that answers for `module` to the function `depth` calls above this, or None."""
-    hung = hung_or_none(module)
-    if hung is None or hung.inside or not (copies := hung.in_use()) or not is_in_forward(depth - 1):
+    attached = attachments_or_none(module)
+    if (
+        attached is None
+        or attached.inside
+        or not (copies := attached.in_use())
+        or not is_in_forward(depth - 1)
+    ):
         return None
-    if hung.rows is not None:
+    if attached.rows is not None:
         raise StateError(
             f"a {type(module).__name__} that is trained whole is read without being called, so it cannot be in a mixed batch"
         )
@@ -181,7 +201,7 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
     return own
 
 
-Child = Site | Copy | Rows | Bias
+Child = Branch | Copy | TokenRowsBranch | Bias
 """What hangs on a module."""
 
 
@@ -213,31 +233,33 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def hang(module: nn.Module, name: str, child: Child) -> None:
+def attach(module: nn.Module, name: str, child: Child) -> None:
     """Hang the adapter `name` on `module`; the first one swaps the module's class."""
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
-        hung = Hung()
-        hung.by_weight = isinstance(child, Bias)
-        module.lorakin = hung.adapters
-        if isinstance(child, Rows):
+        attached = Attachments()
+        attached.by_weight = isinstance(child, Bias)
+        module.lorakin = attached.adapters
+        if isinstance(child, TokenRowsBranch):
             kind = kind_of(module)
             assert kind is not None
-            hung.by_weight = has_own_forward(module, kind)
-            hung.shape = whole_shape(module.weight)  # type: ignore[arg-type]
+            attached.by_weight = has_own_forward(module, kind)
+            attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
             experts.attach(module)
-    hung = hung_on(module)
-    if isinstance(child, Site) and not any(isinstance(other, Site) for other in hung.values()):
-        hung.by_weight = has_own_forward(module, child.layer)
+    attached = attachments_of(module)
+    if isinstance(child, Branch) and not any(
+        isinstance(other, Branch) for other in attached.values()
+    ):
+        attached.by_weight = has_own_forward(module, child.layer)
         weight = module._parameters.get("weight")
         if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
-            hung.shape = whole_shape(weight)
-    hung[name] = child
+            attached.shape = whole_shape(weight)
+    attached[name] = child
 
 
 def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
-    if isinstance(child, Rows):
+    if isinstance(child, TokenRowsBranch):
         return WithRows
     if not isinstance(child, Copy):
         return Adapted
@@ -245,15 +267,15 @@ def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
 
 
 def conflict(module: nn.Module, name: str, child: Child) -> str | None:
-    """Why `child` cannot be hung on `module` as the adapter `name`, or None if it can."""
+    """Why `child` cannot be attached on `module` as the adapter `name`, or None if it can."""
     if is_adapted(module):
-        hung = hung_on(module)
+        attached = attachments_of(module)
         if not isinstance(module, _mixin(module, child)):
             return (
                 "it is in use by another adapter in another way: adapted, trained whole, or some of its rows "
                 "trained; remove that one first"
             )
-        if name in hung:
+        if name in attached:
             return (
                 f"it already has an adapter {name!r}, put there through another part of the model"
             )
@@ -263,11 +285,11 @@ def conflict(module: nn.Module, name: str, child: Child) -> str | None:
     return None
 
 
-def unhang(module: nn.Module, name: str) -> None:
+def detach(module: nn.Module, name: str) -> None:
     """Take the adapter `name` off `module`; the last one gives the module its class back."""
-    hung = hung_on(module)
-    del hung[name]
-    if not len(hung):
+    attached = attachments_of(module)
+    del attached[name]
+    if not len(attached):
         del module.lorakin
         unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
         if isinstance(module, experts.ExpertMatrix):
@@ -278,9 +300,9 @@ def move_base(module: Any, change: Tensor) -> None:
     """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
     kind = kind_of(module)
     assert kind is not None
-    hung = hung_on(module)
-    if not hung.unmoved:
-        hung.unmoved = {"weight": experts.set_aside(module, module.weight)}
+    attached = attachments_of(module)
+    if not attached.unmoved:
+        attached.unmoved = {"weight": experts.set_aside(module, module.weight)}
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     with torch.no_grad():
         wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
@@ -289,7 +311,7 @@ def move_base(module: Any, change: Tensor) -> None:
 
 def swap_moved(module: Any) -> None:
     """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
-    unmoved = hung_on(module).unmoved
+    unmoved = attachments_of(module).unmoved
     for key, tensor in unmoved.items():
         unmoved[key] = experts.set_aside(module, getattr(module, key))
         setattr(module, key, tensor)

@@ -18,7 +18,7 @@ BIAS = "bias"
 """The name of a module's bias, and of an adapter's own in its stead."""
 
 
-class Hung:
+class Attachments:
     """What hangs on one module: its adapters by name, which are in use, what is set aside.
 
     `base` holds the base's parameters while adapters are merged, `unmoved` its weight while an
@@ -128,27 +128,27 @@ class Bias(nn.Module):
 class Adapters(nn.Module):
     """The adapters of one module, as children under their own names."""
 
-    def __init__(self, hung: Hung) -> None:
+    def __init__(self, attached: Attachments) -> None:
         super().__init__()
-        self._hung = hung
+        self._attachments = attached
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapters:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._hung.move(fn)
+        self._attachments.move(fn)
         return self
 
 
-def hung_on(module: nn.Module) -> Hung:
+def attachments_of(module: nn.Module) -> Attachments:
     """What hangs on an adapted module."""
     adapters: Any = module._modules[KEY]
-    hung: Hung = adapters._hung
-    return hung
+    attached: Attachments = adapters._attachments
+    return attached
 
 
-def hung_or_none(module: nn.Module) -> Hung | None:
+def attachments_or_none(module: nn.Module) -> Attachments | None:
     """The same, or None where nothing hangs."""
     adapters = module._modules.get(KEY)
-    return adapters._hung if isinstance(adapters, Adapters) else None
+    return adapters._attachments if isinstance(adapters, Adapters) else None
 
 
 def ours(model: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.family.pair import is_sharded
-from lorakin.inject.attachments import BIAS, hung_or_none
+from lorakin.inject.attachments import BIAS, attachments_or_none
 from lorakin.inject.branch import brought
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.targets import named_modules
@@ -29,12 +29,12 @@ NONE, ADAPTED, ALL = "none", "lora_only", "all"
 
 
 def find_biases(
-    model: nn.Module, which: str, sites: Iterable[str], whole: Sequence[str]
+    model: nn.Module, which: str, branches: Iterable[str], whole: Sequence[str]
 ) -> tuple[str, ...]:
-    """Paths of the modules whose bias an adapter trains that adapts `sites` and trains `whole` whole.
+    """Paths of the modules whose bias an adapter trains that adapts `branches` and trains `whole` whole.
 
     Args:
-        which: "none"; "lora_only", those of `sites`, and of what owns a parameter there; "all", those of the model.
+        which: "none"; "lora_only", those of `branches`, and of what owns a parameter there; "all", those of the model.
 
     Raises:
         SettingError: another word, or a model without such biases.
@@ -43,7 +43,7 @@ def find_biases(
         raise SettingError(f"bias must be one of {NONE}, {ADAPTED} and {ALL}, not {which!r}")
     if which == NONE:
         return ()
-    skip, adapted = tuple(f"{path}." for path in whole), adapted_modules(model, sites)
+    skip, adapted = tuple(f"{path}." for path in whole), adapted_modules(model, branches)
     found = []
     for path, module in named_modules(model).items():
         wanted = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
@@ -55,10 +55,10 @@ def find_biases(
     return tuple(found)
 
 
-def adapted_modules(model: nn.Module, sites: Iterable[str]) -> set[str]:
-    """The paths of the modules at `sites`; of a parameter's matrix, that of the module which owns it."""
+def adapted_modules(model: nn.Module, branches: Iterable[str]) -> set[str]:
+    """The paths of the modules at `branches`; of a parameter's matrix, that of the module which owns it."""
     found = set()
-    for path in sites:
+    for path in branches:
         try:
             model.get_submodule(path)
         except AttributeError:
@@ -69,10 +69,10 @@ def adapted_modules(model: nn.Module, sites: Iterable[str]) -> set[str]:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The base's own bias of a module, whatever adapters do; None if it has none that can be trained."""
-    hung = hung_or_none(module)
+    attached = attachments_or_none(module)
     own: Tensor | None = module._parameters.get(BIAS)
-    if hung is not None and own is not None:
-        own = hung.base.get(BIAS, own)
+    if attached is not None and own is not None:
+        own = attached.base.get(BIAS, own)
     return own if own is not None and own.is_floating_point() else None
 
 
@@ -121,8 +121,8 @@ def as_the_bases(child: Any, module: Any) -> Tensor:
 def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | StateError]) -> None:
     """Raise `error` if two of the adapters of these plans, by name, have a bias of their own in one module."""
     owners: dict[str, str] = {}
-    for name, plan in plans.items():
-        for path in plan.biases:
+    for name, placement in plans.items():
+        for path in placement.biases:
             if path in owners:
                 raise error(
                     f"{owners[path]!r} and {name!r} both train the bias of {path}; use one of them at a time"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.family import Method, Pair, Role, Shape, Weight, widened
-from lorakin.inject.attachments import BIAS, hung_on
+from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layers import Layer, LinearLayer, kind_of
 from lorakin.kernels import adapted_linear
 from lorakin.kernels.adapted_linear import Ready
-from lorakin.kernels.autograd import PLAIN, Copied, Seen
+from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
 def trains(role: Role, tensor: Tensor) -> bool:
@@ -22,7 +22,7 @@ def trains(role: Role, tensor: Tensor) -> bool:
     return role.trained and bool(tensor.numel())
 
 
-class Site(nn.Module):
+class Branch(nn.Module):
     """One adapter on one module: its method's tensors there, as parameters."""
 
     def __init__(
@@ -41,8 +41,8 @@ class Site(nn.Module):
         self.shape = shape
         self.scale = 1.0
         self.siblings = path.rpartition(".")[0]
-        self._squares: tuple[Seen, Tensor] | None = None
-        self._ready: tuple[Seen, Copied, Ready] | None = None
+        self._squares: tuple[Version, Tensor] | None = None
+        self._ready: tuple[Version, Copied, Ready] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
         if bias is not None:  # in place of the base's
@@ -143,7 +143,7 @@ class Site(nn.Module):
             weight.squares = self._squares[1]
             return self.method.factors(tensors, self.shape, weight)
         factors = self.method.factors(tensors, self.shape, weight)
-        if "squares" in vars(weight) and (seen := Seen.of(matrix)):
+        if "squares" in vars(weight) and (seen := Version.of(matrix)):
             self._squares = seen, weight.squares
         return factors
 
@@ -162,7 +162,7 @@ class Site(nn.Module):
             return self._ready[2]
         ready = Ready.of(*self.factors(tensors, matrix), matrix.dtype)
         lasts = ready.more is not None and not any(tensor.requires_grad for tensor in own)
-        seen, copied = (Seen.of(matrix), Copied.of(*own)) if lasts else (None, None)
+        seen, copied = (Version.of(matrix), Copied.of(*own)) if lasts else (None, None)
         self._ready = None if seen is None or copied is None else (seen, copied, ready)
         return ready
 
@@ -174,25 +174,25 @@ class Site(nn.Module):
         changed = self.layer is LinearLayer and type(module._parameters.get("weight")) not in PLAIN
         return (kind_of(module) or self.layer) if changed else self.layer
 
-    def branch(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_term(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down x), without a gain, in the base's dtype."""
         dtype = self.kind_now(module).dtype(module, x)
         return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
-        hung, layer = hung_on(module), self.kind_now(module)
+        attached, layer = attachments_of(module), self.kind_now(module)
         dropped = layer.drop(x, self.method.dropout, self.training)
         pair = self.pair(layer.weight(module))
-        change = self.branch(module, dropped, pair)
+        change = self.low_rank_term(module, dropped, pair)
         if pair.gain is None:
             return change
-        if dropped is x and not hung.merged:  # then W0 x is there already
+        if dropped is x and not attached.merged:  # then W0 x is there already
             bias = getattr(module, "bias", None)
             product = out if bias is None else out - layer.per_output(bias, module)
         else:
             product = layer.product(
-                module, dropped, hung.base.get("weight", module._parameters.get("weight"))
+                module, dropped, attached.base.get("weight", module._parameters.get("weight"))
             )
         gain = layer.per_output(pair.gain, module)
         return (gain * change + (gain - 1) * product).to(change.dtype)
@@ -207,17 +207,19 @@ class Copy(nn.Module):
 
 
 @contextlib.contextmanager
-def brought(sites: Sequence[nn.Module]) -> Iterator[None]:
+def brought(branches: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, the tensors of adapters that Accelerate keeps elsewhere are here.
 
     Its hooks bring a module's tensors when the module is called. Adapters are not always called:
     the fused layer takes their tensors.
     """
-    hooked = [(site, vars(site)["_hf_hook"]) for site in sites if "_hf_hook" in vars(site)]
-    for site, hook in hooked:
-        hook.pre_forward(site)
+    hooked = [
+        (branch, vars(branch)["_hf_hook"]) for branch in branches if "_hf_hook" in vars(branch)
+    ]
+    for branch, hook in hooked:
+        hook.pre_forward(branch)
     try:
         yield
     finally:
-        for site, hook in hooked:
-            hook.post_forward(site, None)
+        for branch, hook in hooked:
+            hook.post_forward(branch, None)

@@ -39,8 +39,8 @@ def input_samples(
 
     paths = [
         path
-        for path in graft.plan.sites
-        if graft.site(path).layer in (LinearLayer, QuantisedLayer, TransposedLayer)
+        for path in graft.placement.methods
+        if graft.branch(path).layer in (LinearLayer, QuantisedLayer, TransposedLayer)
     ]
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)

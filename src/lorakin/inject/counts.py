@@ -9,36 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.family.pair import whole_shape
-from lorakin.inject.attachments import Adapters, Hung, hung_or_none
+from lorakin.inject.attachments import Adapters, Attachments, attachments_or_none
 from lorakin.inject.branch import Copy, trains
 from lorakin.inject.placement import Graft, grafts
 from lorakin.inject.quantised import is_quantised, shape_of
-from lorakin.inject.rows import Rows
+from lorakin.inject.rows import TokenRowsBranch
 
 Whether = bool | Literal["irregular"]
 """True for all, False for none, "irregular" for some."""
 
 
-def hung_of(graft: Graft) -> list[Hung]:
+def hung_of(graft: Graft) -> list[Attachments]:
     """What hangs on each of its modules; none of a module that something else has replaced."""
-    return graft._hung_if_there() if graft.is_present else []
+    return graft._attachments_if_there() if graft.is_present else []
 
 
 def tensors_of(graft: Graft) -> list[nn.Parameter]:
     """Its tensors, once each; none once it is gone."""
-    each = (p for hung in hung_of(graft) for p in hung[graft.name].parameters())
+    each = (p for attached in hung_of(graft) for p in attached[graft.name].parameters())
     return list({id(parameter): parameter for parameter in each}.values())
 
 
 def requires_grad(graft: Graft) -> Whether:
     """Whether the tensors that its method trains require gradients; "irregular" also if another one does."""
     flags: set[Whether] = set()
-    for hung in hung_of(graft):
-        child = hung[graft.name]
-        if isinstance(child, Copy | Rows):
+    for attached in hung_of(graft):
+        child = attached[graft.name]
+        if isinstance(child, Copy | TokenRowsBranch):
             flags |= {p.requires_grad for p in child.parameters()}
             continue
-        if (bias := hung.bias_of(graft.name)) is not None:
+        if (bias := attached.bias_of(graft.name)) is not None:
             flags.add(bias.requires_grad)
         roles = child.roles()
         for slot, tensor in child.tensors().items():
@@ -57,13 +57,13 @@ def whether(flags: Iterable[object]) -> Whether:
 def trained_by_method(graft: Graft) -> int:
     """How many numbers the adapter's method trains, whether or not they require gradients just now."""
     trained: dict[int, int] = {}
-    for hung in hung_of(graft):
-        child = hung[graft.name]
-        if isinstance(child, Copy | Rows):
+    for attached in hung_of(graft):
+        child = attached[graft.name]
+        if isinstance(child, Copy | TokenRowsBranch):
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
             roles = child.roles()
-            own = hung.bias_of(graft.name)
+            own = attached.bias_of(graft.name)
             trained |= {} if own is None else {id(own): numbers(own)}
             trained |= {
                 id(t): numbers(t) for slot, t in child.tensors().items() if roles[slot].trained
@@ -91,8 +91,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
     """The numbers of each tensor that the base's module holds itself, by identity, whatever adapters put in its place."""
-    hung = hung_or_none(module) or Hung()
-    aside = {**hung.base, **hung.unmoved}
+    attached = attachments_or_none(module) or Attachments()
+    aside = {**attached.base, **attached.unmoved}
     own = {leaf: aside.get(leaf, p) for leaf, p in module._parameters.items() if p is not None}
     if not is_quantised(module):
         return {id(p): (_weights_in(p), p.requires_grad) for p in own.values()}

@@ -60,7 +60,7 @@ def ranks_in_words(graft: Graft) -> str:
     ranks = sorted(
         {
             rank
-            for method in graft.plan.sites.values()
+            for method in graft.placement.methods.values()
             if (rank := method.setting("rank")) is not None
         }
     )
@@ -71,13 +71,13 @@ def ranks_in_words(graft: Graft) -> str:
 
 def biases_in_words(graft: Graft) -> str:
     """`4 biases`, those that it trains."""
-    number = len(graft.plan.biases)
+    number = len(graft.placement.biases)
     return f"{number:,} bias{'' if number == 1 else 'es'}"
 
 
 def state_in_words(graft: Graft) -> str:
     """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
-    hung = hung_of(graft)
+    attached = hung_of(graft)
     if not graft.is_present:
         return "removed"
     states = {"merged": "merged", "off": "disabled", "active": "active"}
@@ -85,7 +85,7 @@ def state_in_words(graft: Graft) -> str:
         (
             word
             for state, word in states.items()
-            if any(graft.name in getattr(h, state) for h in hung)
+            if any(graft.name in getattr(h, state) for h in attached)
         ),
         "inactive",
     )
@@ -100,12 +100,12 @@ def described(graft: Graft) -> str:
         parameter_counts(graft.model)[1],
     )
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-    places, own_ranks = module_names(graft.plan.sites), ranks_in_words(graft)
+    places, own_ranks = module_names(graft.placement.methods), ranks_in_words(graft)
     lines = [
         f"adapter {graft.name!r}: {in_words(graft.method)}{f'; {own_ranks}' if ' to ' in own_ranks else ''}",
-        f"modules: {len(graft.plan.sites)}{f' ({listed(places)})' if places else ''}"
-        + (f"; trained whole: {listed(graft.plan.copies)}" if graft.plan.copies else "")
-        + (f"; {biases_in_words(graft)}" if graft.plan.biases else ""),
+        f"modules: {len(graft.placement.methods)}{f' ({listed(places)})' if places else ''}"
+        + (f"; trained whole: {listed(graft.placement.copies)}" if graft.placement.copies else "")
+        + (f"; {biases_in_words(graft)}" if graft.placement.biases else ""),
         f"trains: {share(trained, total)}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
         + (f" on {', '.join(devices_of(tensors))}" if tensors else ""),
@@ -121,10 +121,10 @@ def in_one_line(graft: Graft) -> str:
         sum(numbers(p) for p in tensors if p.requires_grad),
         parameter_counts(graft.model)[1],
     )
-    places = count(len(graft.plan.sites), "module")
-    if graft.plan.copies:
-        places += f" and {len(graft.plan.copies)} whole"
-    parts = [repr(graft.name), str(graft.plan.method), places]
+    places = count(len(graft.placement.methods), "module")
+    if graft.placement.copies:
+        places += f" and {len(graft.placement.copies)} whole"
+    parts = [repr(graft.name), str(graft.placement.method), places]
     if graft.is_present:
         parts.append(f"{share(trained, total)} train" if trained else "frozen")
     return f"Adapter({', '.join([*parts, state_in_words(graft)])})"

@@ -22,10 +22,10 @@ from lorakin.errors import LorakinWarning
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
 from lorakin.family.pair import whole_shape
-from lorakin.inject.attachments import hung_on
+from lorakin.inject.attachments import attachments_of
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class, unmix
-from lorakin.kernels.autograd import Copied, Seen
+from lorakin.kernels.autograd import Copied, Version
 from lorakin.kernels.factored_weight import Change, Changed, formed, read
 
 PREFIX = "lorakin_"
@@ -87,14 +87,14 @@ class ExpertMatrix(nn.Module):
             self.weight.copy_(value)
 
 
-def _hung(matrix: nn.Module | None) -> Any:
+def _attachments(matrix: nn.Module | None) -> Any:
     assert matrix is not None
-    return hung_on(matrix)
+    return attachments_of(matrix)
 
 
 def _own_weight(matrix: Any) -> Tensor:
     """The base's own (outputs, inputs), even while adapters are merged."""
-    weight: Tensor = _hung(matrix).base.get("weight", matrix.weight)
+    weight: Tensor = _attachments(matrix).base.get("weight", matrix.weight)
     return weight.detach()
 
 
@@ -108,7 +108,7 @@ def _part(parameter: Tensor, number: int) -> Tensor:
     return parameter[number] if parameter.dim() == 3 else parameter
 
 
-class Stack(nn.Module):
+class ExpertStack(nn.Module):
     """Those matrices of one parameter that are adapted, by number, as children of the module that owns it."""
 
     experts: nn.Module
@@ -117,7 +117,7 @@ class Stack(nn.Module):
     def __init__(self, experts: nn.Module, name: str) -> None:
         super().__init__()
         vars(self).update(experts=experts, name=name)
-        self._ready: tuple[Seen, Copied, Changed, list[float]] | None = None
+        self._ready: tuple[Version, Copied, Changed, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
@@ -134,7 +134,7 @@ class Stack(nn.Module):
         aside = {
             int(n): there
             for n, m in self._modules.items()
-            if (there := {**_hung(m).base, **_hung(m).unmoved})
+            if (there := {**_attachments(m).base, **_attachments(m).unmoved})
         }
         if not aside:
             return self.parameter
@@ -147,23 +147,25 @@ class Stack(nn.Module):
 
     def changed(self) -> Tensor | None:
         """The parameter with what the adapters in use make of it; None if there are none."""
-        sites = self._sites()
-        if not sites:
+        branches = self._branches()
+        if not branches:
             return None
         weight, by_columns = self.parameter, not is_turned(self.experts, self.name)
         if torch.compiler.is_compiling():
             return formed(
-                weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns
+                weight,
+                tuple(self._change(weight, of_one) for of_one in branches.values()),
+                by_columns,
             )
-        one_of_each = [next(iter(of_one.values())) for of_one in sites.values()]
-        drops = any(site.training and site.method.dropout for site in one_of_each)
+        one_of_each = [next(iter(of_one.values())) for of_one in branches.values()]
+        drops = any(branch.training and branch.method.dropout for branch in one_of_each)
         there = [
             weight,
             *(
                 p
-                for of_one in sites.values()
-                for site in of_one.values()
-                for p in site._parameters.values()
+                for of_one in branches.values()
+                for branch in of_one.values()
+                for p in branch._parameters.values()
             ),
         ]
         lasts = (
@@ -171,7 +173,7 @@ class Stack(nn.Module):
             and not drops
             and not any(p.requires_grad for p in there[1:])
         )
-        scales = [site.scale for site in one_of_each]
+        scales = [branch.scale for branch in one_of_each]
         known = self._ready if lasts else None
         if (
             known is not None
@@ -181,55 +183,60 @@ class Stack(nn.Module):
         ):
             return known[2]
         changed = Changed(
-            weight, tuple(self._change(weight, of_one) for of_one in sites.values()), by_columns
+            weight, tuple(self._change(weight, of_one) for of_one in branches.values()), by_columns
         )
-        seen, copied = (Seen.of(weight), Copied.of(*there[1:])) if lasts else (None, None)
+        seen, copied = (Version.of(weight), Copied.of(*there[1:])) if lasts else (None, None)
         self._ready = None if seen is None or copied is None else (seen, copied, changed, scales)
         return changed
 
     def read(self) -> Tensor | None:
         """The same for who may take it where torch cannot look."""
-        if not (sites := self._sites()):
+        if not (branches := self._branches()):
             return None
         weight, by_columns = self.parameter, not is_turned(self.experts, self.name)
 
         def make() -> tuple[Change, ...]:
             with torch.autocast(weight.device.type, enabled=False):
-                return tuple(self._change(weight, of_one) for of_one in sites.values())
+                return tuple(self._change(weight, of_one) for of_one in branches.values())
 
         tensors = [
             p
-            for of_one in sites.values()
-            for site in of_one.values()
-            for p in site._parameters.values()
+            for of_one in branches.values()
+            for branch in of_one.values()
+            for p in branch._parameters.values()
         ]
         return read(weight, make, by_columns, tensors)
 
-    def _sites(self) -> dict[str, dict[int, Any]]:
-        """The sites of the adapters in use, by adapter and number. None of them is in a mixed batch."""
-        sites: dict[str, dict[int, Any]] = {}
+    def _branches(self) -> dict[str, dict[int, Any]]:
+        """The branches of the adapters in use, by adapter and number. None of them is in a mixed batch."""
+        branches: dict[str, dict[int, Any]] = {}
         for number, matrix in self._modules.items():
-            hung = _hung(matrix)
-            for name in hung.names_in_use() if hung.rows is None else ():
-                sites.setdefault(name, {})[int(number)] = hung[name]
-        return sites
+            attached = _attachments(matrix)
+            for name in attached.names_in_use() if attached.rows is None else ():
+                branches.setdefault(name, {})[int(number)] = attached[name]
+        return branches
 
-    def _change(self, weight: Tensor, sites: Mapping[int, Any]) -> Change:
+    def _change(self, weight: Tensor, branches: Mapping[int, Any]) -> Change:
         """What one adapter does, its pairs side by side and, where a matrix has none, zeros for one."""
-        some = next(iter(sites.values()))
+        some = next(iter(branches.values()))
         of_gain = some.method.gains  # for which alone the weight counts
         own = {
             number: _own_weight(self._modules[str(number)]) if of_gain else weight
-            for number in sites
+            for number in branches
         }
-        pairs = {number: site.factors(site.wide(), own[number]) for number, site in sites.items()}
+        pairs = {
+            number: branch.factors(branch.wide(), own[number])
+            for number, branch in branches.items()
+        }
         none = (
             Pair(weight.new_zeros(some.shape.outputs, 0), weight.new_zeros(0, some.shape.inputs)),
             0.0,
         )
         up, down, gain = side_by_side([pairs.get(number, none) for number in range(count(weight))])
         up, down = up.to(weight.dtype), down.to(weight.dtype)
-        is_own = gain is None or not any(_hung(self._modules[str(number)]).base for number in sites)
+        is_own = gain is None or not any(
+            _attachments(self._modules[str(number)]).base for number in branches
+        )
         left, right = (down.mT, up.mT) if is_turned(self.experts, self.name) else (up, down)
         dropout = some.method.dropout if some.training else 0.0
         if dropout and not are_experts(self.experts):
@@ -298,7 +305,11 @@ class AdaptedExperts(Swapped):
 
     def __getattr__(self, name: str) -> Any:
         stack = vars(self).get("_modules", {}).get(PREFIX + name)
-        if isinstance(stack, Stack) and is_in_forward(1) and (changed := stack.read()) is not None:
+        if (
+            isinstance(stack, ExpertStack)
+            and is_in_forward(1)
+            and (changed := stack.read()) is not None
+        ):
             return changed
         return super().__getattr__(name)
 
@@ -331,9 +342,9 @@ def says_transposed(experts: nn.Module) -> bool | None:
     return None if (said := getattr(experts, "is_transposed", None)) is None else bool(said)
 
 
-def stacks(experts: nn.Module) -> list[Stack]:
+def stacks(experts: nn.Module) -> list[ExpertStack]:
     """Those of its stacks in which something is adapted."""
-    return [child for child in experts._modules.values() if isinstance(child, Stack)]
+    return [child for child in experts._modules.values() if isinstance(child, ExpertStack)]
 
 
 def stack_names(module: nn.Module) -> list[str]:
@@ -354,14 +365,14 @@ def matrices(experts: nn.Module, stack: str) -> list[nn.Module]:
     """All of a stack in order, an adapted one as it hangs there."""
     adapted, parameter = experts._modules.get(PREFIX + stack), experts._parameters[stack]
     assert parameter is not None
-    hanging = adapted._modules if isinstance(adapted, Stack) else {}
+    hanging = adapted._modules if isinstance(adapted, ExpertStack) else {}
     return [hanging.get(str(n)) or ExpertMatrix(experts, stack, n) for n in range(count(parameter))]
 
 
 def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
     """The matrix of this number in decimals, the one that is adapted if it is; None if there is none."""
     adapted = experts._modules.get(PREFIX + stack)
-    if isinstance(adapted, Stack) and number in adapted._modules:
+    if isinstance(adapted, ExpertStack) and number in adapted._modules:
         return adapted._modules[number]  # type: ignore[return-value]
     parameter = experts._parameters.get(stack)
     if (
@@ -378,7 +389,7 @@ def attach(matrix: ExpertMatrix) -> None:
     experts = matrix.experts
     if not isinstance(experts, AdaptedExperts):
         swap_class(experts, combined(AdaptedExperts, type(experts)))
-    stack = experts._modules.setdefault(PREFIX + matrix.stack, Stack(experts, matrix.stack))
+    stack = experts._modules.setdefault(PREFIX + matrix.stack, ExpertStack(experts, matrix.stack))
     assert stack is not None
     stack._modules[str(matrix.number)] = matrix
 
@@ -398,7 +409,7 @@ def detach(matrix: ExpertMatrix) -> None:
 def own_stack(module: nn.Module, name: str) -> Tensor | None:
     """The parameter of this name with the base's own values, if it is a stack in which something is adapted."""
     stack = module._modules.get(PREFIX + name)
-    return stack.own() if isinstance(stack, Stack) else None
+    return stack.own() if isinstance(stack, ExpertStack) else None
 
 
 def set_aside(module: nn.Module, weight: Tensor) -> Tensor:

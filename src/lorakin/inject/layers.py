@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from lorakin.family import Pair, Shape, Weight
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
-from lorakin.inject.attachments import hung_or_none
+from lorakin.inject.attachments import attachments_or_none
 from lorakin.inject.experts import ExpertMatrix
 
 
@@ -50,8 +50,8 @@ class Layer:
             return ShardedWeight(
                 cls.matrix(torch.empty(whole_shape(held), device="meta")).shape, held
             )
-        hung = hung_or_none(module)
-        own = module.weight if hung is None else hung.base.get("weight", module.weight)
+        attached = attachments_or_none(module)
+        own = module.weight if attached is None else attached.base.get("weight", module.weight)
         return cls.matrix(own.detach())
 
     @staticmethod

@@ -20,7 +20,7 @@ from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined
 from lorakin.inject.eval_mode import in_mode
-from lorakin.kernels.adapted_linear import Recipe
+from lorakin.kernels.adapted_linear import Rebuilding
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
 from lorakin.kernels.lazy_logits import Deferred
 
@@ -95,7 +95,7 @@ class LightNorm(Swapped):
             return super().forward(x)  # type: ignore[no-any-return]
         scale = scale_of(x.detach(), self.variance_epsilon)
         out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
-        return Recipe.put(out, normed, (x, scale, weight))
+        return Rebuilding.put(out, normed, (x, scale, weight))
 
 
 class LightGate(Swapped):
@@ -107,7 +107,7 @@ class LightGate(Swapped):
         if not _lightly(gate, up):
             return parts.down_proj(parts.act_fn(gate) * up)  # type: ignore[no-any-return]
         hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
-        return parts.down_proj(Recipe.put(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
+        return parts.down_proj(Rebuilding.put(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
 
 
 class LightHead(Swapped):

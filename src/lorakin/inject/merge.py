@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lorakin.errors import StateError
 from lorakin.family import Method, Pair, all_finite
 from lorakin.inject import layers
-from lorakin.inject.adapted import hang
-from lorakin.inject.attachments import BIAS, Hung, hung_on, ours
-from lorakin.inject.branch import Copy, Site
+from lorakin.inject.adapted import attach
+from lorakin.inject.attachments import BIAS, Attachments, attachments_of, ours
+from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.experts import set_aside
 from lorakin.inject.layers import Layer, QuantisedLayer, UngroupedLayer
-from lorakin.inject.rows import Rows, check_size
+from lorakin.inject.rows import TokenRowsBranch, check_size
 from lorakin.inject.tokens import fold
 
 
@@ -30,7 +30,7 @@ class Placed(Protocol):
     """Which modules an adapter adapts, each with its method, and which it trains whole, or the biases of."""
 
     @property
-    def sites(self) -> Mapping[str, Method]: ...
+    def methods(self) -> Mapping[str, Method]: ...
 
     @property
     def copies(self) -> tuple[str, ...]: ...
@@ -45,8 +45,8 @@ def check_together(plans: Mapping[str, Placed]) -> None:
     Raises:
         StateError: one trains a module whole in which another changes something.
     """
-    for name, plan in plans.items():
-        for whole in plan.copies:
+    for name, placement in plans.items():
+        for whole in placement.copies:
             for other, there in plans.items():
                 if other != name and whole in there.copies:
                     raise StateError(
@@ -55,7 +55,7 @@ def check_together(plans: Mapping[str, Placed]) -> None:
                     )
                 inside = [
                     p
-                    for p in (*there.sites, *there.copies, *there.biases)
+                    for p in (*there.methods, *there.copies, *there.biases)
                     if p.startswith(f"{whole}.")
                 ]
                 if other != name and inside:
@@ -73,16 +73,16 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
     Raises:
         StateError: one of those that stay has a gain over a weight that would change.
     """
-    changed = {path: name for name, plan in chosen.items() for path in plan.sites}
-    whole = {path: name for name, plan in chosen.items() for path in plan.copies}
-    for other, plan in staying.items():
-        for path in (path for path, method in plan.sites.items() if method.gains):
+    changed = {path: name for name, placement in chosen.items() for path in placement.methods}
+    whole = {path: name for name, placement in chosen.items() for path in placement.copies}
+    for other, placement in staying.items():
+        for path in (path for path, method in placement.methods.items() if method.gains):
             by = changed.get(path) or next(
                 (whole[p] for p in whole if path.startswith(f"{p}.")), None
             )
             if by is not None:
                 raise StateError(
-                    f"adapter {other!r} ({plan.sites[path].words}) has a gain over the weight of "
+                    f"adapter {other!r} ({placement.methods[path].words}) has a gain over the weight of "
                     f"{path}, which merging {by!r} for good would change, and with it what {other!r} "
                     f"does. Merge both at once with lorakin.merge(model, {[*chosen, other]}), or "
                     f"remove {other!r} first. Not for good, {by!r} can be merged beside it"
@@ -91,16 +91,16 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
 
 def move_adapters(old: nn.Module, new: nn.Module) -> None:
     """Hang the adapters of a quantised module on the plain one that takes its place."""
-    hung = hung_on(old)
+    attached = attachments_of(old)
     kind = layers.kind_of(new)
     assert kind is not None
-    for name in hung.names():
-        child = hung[name]
-        if isinstance(child, Site):
+    for name in attached.names():
+        child = attached[name]
+        if isinstance(child, Branch):
             child.layer = kind
-        hang(new, name, child)
-    moved = hung_on(new)
-    moved.active, moved.off = hung.active, hung.off
+        attach(new, name, child)
+    moved = attachments_of(new)
+    moved.active, moved.off = attached.active, attached.off
 
 
 def set_merged(
@@ -114,47 +114,47 @@ def set_merged(
     Raises:
         StateError: a merged weight would not be finite; the module is left as it was.
     """
-    hung = hung_on(module)
+    attached = attachments_of(module)
     names = tuple(
-        name for name in hung.names() if name in names
+        name for name in attached.names() if name in names
     )  # in one order, whatever order they were merged in
     if layers.kind_of(module) is QuantisedLayer and any(
-        isinstance(child, Site) for child in hung.values()
+        isinstance(child, Branch) for child in attached.values()
     ):
-        bias = _own_bias(hung, names, path)
-        sites = [hung[name] for name in names if isinstance(hung[name], Site)]
-        dense = _dense(module, path, sites, dtype) if sites else None
-        base = (hung.base or _base_bias(module)) if names else {}
-        replacement = _with_bias(base, bias, path) if names else hung.base
-        hung.dense = dense
+        bias = _own_bias(attached, names, path)
+        branches = [attached[name] for name in names if isinstance(attached[name], Branch)]
+        dense = _dense(module, path, branches, dtype) if branches else None
+        base = (attached.base or _base_bias(module)) if names else {}
+        replacement = _with_bias(base, bias, path) if names else attached.base
+        attached.dense = dense
     elif names:
-        bias = _own_bias(hung, names, path)
-        base = hung.base or _own_tensors(module)
+        bias = _own_bias(attached, names, path)
+        base = attached.base or _own_tensors(module)
         device = next(iter(base.values())).device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            replacement = _folded(module, base, path, [hung[name] for name in names])
-            if hung.biased:
+            replacement = _folded(module, base, path, [attached[name] for name in names])
+            if attached.biased:
                 replacement = replacement | _with_bias(base, bias, path)
     else:
-        replacement, base = hung.base, {}
-    hung.base = base
+        replacement, base = attached.base, {}
+    attached.base = base
     for key, tensor in replacement.items():
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, tensor)
-    hung.merged = names
+    attached.merged = names
 
 
 @torch.no_grad()
-def _dense(module: nn.Module, path: str, sites: Sequence[Site], dtype: torch.dtype) -> Tensor:
+def _dense(module: nn.Module, path: str, branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
     matrix = QuantisedLayer.weight(module).matrix
     return folded(
-        matrix, QuantisedLayer, module, [site.pair(matrix) for site in sites], path, dtype
+        matrix, QuantisedLayer, module, [branch.pair(matrix) for branch in branches], path, dtype
     )
 
 
-def _own_bias(hung: Hung, names: Sequence[str], path: str) -> Tensor | None:
+def _own_bias(attached: Attachments, names: Sequence[str], path: str) -> Tensor | None:
     """The bias of that of these adapters which has one of its own here; None if none has."""
-    own = {name: bias for name in names if (bias := hung.bias_of(name)) is not None}
+    own = {name: bias for name in names if (bias := attached.bias_of(name)) is not None}
     if len(own) > 1:
         one, other, *_ = own
         raise StateError(
@@ -166,7 +166,7 @@ def _own_bias(hung: Hung, names: Sequence[str], path: str) -> Tensor | None:
 def _base_bias(module: nn.Module) -> dict[str, Tensor]:
     """The base's bias, if an adapter here has one of its own."""
     bias = module._parameters.get(BIAS)
-    return {BIAS: bias} if hung_on(module).biased and bias is not None else {}
+    return {BIAS: bias} if attachments_of(module).biased and bias is not None else {}
 
 
 @torch.no_grad()
@@ -178,9 +178,9 @@ def _with_bias(base: dict[str, Tensor], bias: Tensor | None, path: str) -> dict[
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The base's tensors that merging replaces: weight and bias, or all that a module trained whole saves."""
-    hung = hung_on(module)
+    attached = attachments_of(module)
     bias = _base_bias(module)
-    if any(isinstance(child, Site | Rows) for child in hung.values()):
+    if any(isinstance(child, Branch | TokenRowsBranch) for child in attached.values()):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return {"weight": set_aside(module, weight)} | bias
@@ -191,29 +191,34 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _folded(
-    module: nn.Module, base: dict[str, Tensor], path: str, adapters: list[Site | Copy | Rows]
+    module: nn.Module,
+    base: dict[str, Tensor],
+    path: str,
+    adapters: list[Branch | Copy | TokenRowsBranch],
 ) -> dict[str, Tensor]:
-    sites = [adapter for adapter in adapters if isinstance(adapter, Site)]
-    if rows := [adapter for adapter in adapters if isinstance(adapter, Rows)]:
+    branches = [adapter for adapter in adapters if isinstance(adapter, Branch)]
+    if rows := [adapter for adapter in adapters if isinstance(adapter, TokenRowsBranch)]:
         table = base["weight"]
-        check_size(rows, hung_on(module), table)
+        check_size(rows, attachments_of(module), table)
         return {"weight": _like(table, fold(table.detach(), rows), path)}
-    if not sites:
+    if not branches:
         return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
-    if any(site.layer is UngroupedLayer for site in sites):
+    if any(branch.layer is UngroupedLayer for branch in branches):
         raise StateError(
             f"{path} is a convolution in groups, and an adapter on it, which PEFT trained, reads the inputs of all groups: "
             "that is no change of its weight, so it cannot be merged"
         )
-    weight, layer = base["weight"], sites[0].layer
+    weight, layer = base["weight"], branches[0].layer
     matrix = layer.matrix(weight.detach())
-    for site in sites:
-        if site.shape[:2] != matrix.shape:
+    for branch in branches:
+        if branch.shape[:2] != matrix.shape:
             raise StateError(
-                f"{path} is now {' × '.join(map(str, matrix.shape))}, but its adapter was made for {site.shape.outputs} × "
-                f"{site.shape.inputs}: something, such as resize_token_embeddings, changed it; do that before adapting"
+                f"{path} is now {' × '.join(map(str, matrix.shape))}, but its adapter was made for {branch.shape.outputs} × "
+                f"{branch.shape.inputs}: something, such as resize_token_embeddings, changed it; do that before adapting"
             )
-    return {"weight": folded(weight, layer, module, [site.pair(matrix) for site in sites], path)}
+    return {
+        "weight": folded(weight, layer, module, [branch.pair(matrix) for branch in branches], path)
+    }
 
 
 def folded(
@@ -247,7 +252,7 @@ def folded(
 
 
 def _copied(
-    base: dict[str, Tensor], path: str, adapters: list[Site | Copy | Rows]
+    base: dict[str, Tensor], path: str, adapters: list[Branch | Copy | TokenRowsBranch]
 ) -> dict[str, Tensor]:
     copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
     if len(copies) > 1:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.family.low_rank import padded
-from lorakin.inject.attachments import Hung, hung_on
-from lorakin.inject.branch import Site
+from lorakin.inject.attachments import Attachments, attachments_of
+from lorakin.inject.branch import Branch
 from lorakin.inject.layers import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.inject.placement import check_switchable, hanging
 from lorakin.inject.rows import put
@@ -30,7 +30,7 @@ FEW_TOKENS = 4
 """Up to so many tokens a row masking costs less than picking."""
 
 
-class Stack(NamedTuple):
+class StackedPairs(NamedTuple):
     """The pairs of one module, in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs) or None."""
 
     down: Tensor
@@ -61,7 +61,7 @@ class MixedBatch:
     def _check(self) -> None:
         names = [name for name in self.names if name is not None]
         known = check_switchable(self.model, names)
-        if biased := [name for name in names if known[name].plan.biases]:
+        if biased := [name for name in names if known[name].placement.biases]:
             raise SettingError(
                 f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot be in a mixed batch; run its "
                 "rows by themselves"
@@ -79,9 +79,9 @@ class MixedBatch:
 
     def _enter(self) -> None:
         self._check()
-        self.hung = hanging(self.model)
+        self.attached = hanging(self.model)
         others: list[MixedBatch] = next(
-            (one.rows.open for one in self.hung if one.rows is not None), []
+            (one.rows.open for one in self.attached if one.rows is not None), []
         )
         if self in others:
             raise StateError("this mixed batch is entered already; make another with mixed_batch")
@@ -93,7 +93,7 @@ class MixedBatch:
         self.open = others
         self.open.append(self)
         self.sizes = {len(self.wanted)}
-        self.stacks: dict[int, Stack] = {}
+        self.stacks: dict[int, StackedPairs] = {}
         self.spread: dict[tuple[int, torch.device], Tensor] = {}
         self.masks: dict[tuple[int, torch.device, torch.dtype, int], Tensor] = {}
         self.hook = self.model.register_forward_pre_hook(
@@ -111,7 +111,7 @@ class MixedBatch:
 
     def _let_count(self) -> None:
         """The last one entered counts, whatever order they are left in."""
-        for one in self.hung:
+        for one in self.attached:
             one.rows = self.open[-1] if self.open else None
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -159,22 +159,22 @@ class MixedBatch:
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """The output of an adapted module, of which `base` is the base's."""
-        hung = hung_on(module)
-        sites = [hung[name] if self._uses(hung, name) else None for name in self.names]
-        if not any(sites):
+        attached = attachments_of(module)
+        branches = [attached[name] if self._uses(attached, name) else None for name in self.names]
+        if not any(branches):
             return base
         if x.shape[0] == 1 < len(self.wanted):  # one input for all rows, such as positions
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
-        stack = None if hung.off or module.training else self._stack_of(module, x, sites)
+        stack = None if attached.off or module.training else self._stack_of(module, x, branches)
         if (
             stack is None or not stack.down.dtype == x.dtype == base.dtype
         ):  # under autocast they differ
             return self._each(
-                hung,
+                attached,
                 base,
                 numbers,
-                lambda site, rows: base[rows] + site(module, x[rows], base[rows]),
+                lambda branch, rows: base[rows] + branch(module, x[rows], base[rows]),
             )
         return self._stacked(stack, module, x, base, numbers)
 
@@ -184,7 +184,7 @@ class MixedBatch:
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
         return self._each(
-            hung_on(module),
+            attachments_of(module),
             base,
             numbers,
             lambda own, rows: put(module, [own], x[rows], base[rows]),
@@ -198,39 +198,47 @@ class MixedBatch:
             )
         numbers = self._numbers_for(x.shape[0], x.device, module)
         return self._each(
-            hung_on(module), base, numbers, lambda copy, rows: copy.module.forward(x[rows])
+            attachments_of(module), base, numbers, lambda copy, rows: copy.module.forward(x[rows])
         )
 
     @staticmethod
-    def _uses(hung: Hung, name: str | None) -> bool:
-        return name is not None and name in hung and name not in hung.off
+    def _uses(attached: Attachments, name: str | None) -> bool:
+        return name is not None and name in attached and name not in attached.off
 
     def _each(
-        self, hung: Hung, base: Tensor, numbers: Tensor, call: Callable[[Any, Tensor], Tensor]
+        self,
+        attached: Attachments,
+        base: Tensor,
+        numbers: Tensor,
+        call: Callable[[Any, Tensor], Tensor],
     ) -> Tensor:
         out = base
         for number, name in enumerate(self.names):
-            if self._uses(hung, name) and len(rows := (numbers == number).nonzero()[:, 0]):
-                out = out.index_copy(0, rows, call(hung[str(name)], rows).to(out.dtype))
+            if self._uses(attached, name) and len(rows := (numbers == number).nonzero()[:, 0]):
+                out = out.index_copy(0, rows, call(attached[str(name)], rows).to(out.dtype))
         return out
 
-    def _stack_of(self, module: Any, x: Tensor, sites: Sequence[Site | None]) -> Stack | None:
+    def _stack_of(
+        self, module: Any, x: Tensor, branches: Sequence[Branch | None]
+    ) -> StackedPairs | None:
         """The module's stack: kept while nothing in it trains, anew where something does, None where that needs gradients."""
         if id(module) in self.stacks:
             return self.stacks[id(module)]
-        there = [site for site in sites if site is not None]
-        trains = any(parameter.requires_grad for site in there for parameter in site.parameters())
+        there = [branch for branch in branches if branch is not None]
+        trains = any(
+            parameter.requires_grad for branch in there for parameter in branch.parameters()
+        )
         if there[0].layer not in (LinearLayer, QuantisedLayer, TransposedLayer) or (
             trains and torch.is_grad_enabled()
         ):
             return None
-        stack = _stack(module, sites, there[0].layer.dtype(module, x))
+        stack = _stack(module, branches, there[0].layer.dtype(module, x))
         if not trains:
             self.stacks[id(module)] = stack
         return stack
 
     def _stacked(
-        self, stack: Stack, module: Any, x: Tensor, base: Tensor, numbers: Tensor
+        self, stack: StackedPairs, module: Any, x: Tensor, base: Tensor, numbers: Tensor
     ) -> Tensor:
         """W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b, with the pair and gain of each row."""
         count, rank, inputs = stack.down.shape
@@ -265,17 +273,17 @@ class MixedBatch:
 
 
 @torch.no_grad()
-def _stack(module: Any, sites: Sequence[Site | None], dtype: torch.dtype) -> Stack:
-    there = [site for site in sites if site is not None]
-    pairs = {id(site): site.pair(site.layer.weight(module)) for site in there}
+def _stack(module: Any, branches: Sequence[Branch | None], dtype: torch.dtype) -> StackedPairs:
+    there = [branch for branch in branches if branch is not None]
+    pairs = {id(branch): branch.pair(branch.layer.weight(module)) for branch in there}
     rank = max(pair.down.shape[0] for pair in pairs.values())
     one = next(iter(pairs.values()))
     nothing = one._replace(
         up=one.up.new_zeros(one.up.shape[0], rank), down=one.down.new_zeros(rank, one.down.shape[1])
     )
     chosen = [
-        nothing._replace(gain=None) if site is None else padded(pairs[id(site)], rank)
-        for site in sites
+        nothing._replace(gain=None) if branch is None else padded(pairs[id(branch)], rank)
+        for branch in branches
     ]
     gain = None
     if any(pair.gain is not None for pair in chosen):
@@ -289,4 +297,4 @@ def _stack(module: Any, sites: Sequence[Site | None], dtype: torch.dtype) -> Sta
         torch.stack([pair.down for pair in chosen]),
         torch.stack([pair.up.T for pair in chosen]),
     )
-    return Stack(down.to(dtype), up.to(dtype), gain)
+    return StackedPairs(down.to(dtype), up.to(dtype), gain)

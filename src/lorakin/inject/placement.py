@@ -16,38 +16,38 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError, some
-from lorakin.family import Method, Pair, Rule, Shape, Spot, Weight, widened
+from lorakin.family import Method, Pair, Rule, Shape, Target, Weight, widened
 from lorakin.family.pair import whole_shape
 from lorakin.inject import experts, layers, parameters, quantised
 from lorakin.inject.adapted import (
     Child,
+    attach,
     conflict,
-    hang,
+    detach,
     is_adapted,
     module_at,
     move_base,
     resized,
     swap_moved,
-    unhang,
 )
 from lorakin.inject.attachments import (
+    Attachments,
     Bias,
-    Hung,
+    attachments_of,
+    attachments_or_none,
     base_parameters,
     base_state,
-    hung_on,
-    hung_or_none,
     ours,
 )
 from lorakin.inject.before_forward import BeforeForward, exchanged
 from lorakin.inject.biases import NONE as NO_BIASES
 from lorakin.inject.biases import bias_of, check_biases_apart, find_biases, start_of, tie_merged
-from lorakin.inject.branch import Copy, Site, trains
+from lorakin.inject.branch import Branch, Copy, trains
 from lorakin.inject.buffers import Buffers, own_copy
 from lorakin.inject.layers import ExpertLayer, UngroupedLayer
 from lorakin.inject.merge import check_for_good, check_together, move_adapters, set_merged
 from lorakin.inject.patterns import Values
-from lorakin.inject.rows import Rows
+from lorakin.inject.rows import TokenRowsBranch
 from lorakin.inject.scale import rescaled
 from lorakin.inject.targets import (
     ALL_LINEAR,
@@ -73,16 +73,16 @@ from lorakin.inject.tokens import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Placement:
     """What an adapter will be, decided and checked before the model is touched.
 
-    `sites` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
+    `branches` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
     `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module, `biases`
     the paths of the modules whose bias is trained.
     """
 
     method: Method
-    sites: Mapping[str, Method]
+    methods: Mapping[str, Method]
     copies: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -113,7 +113,7 @@ class Registry:
     """What `_keys_to_ignore_on_save` of a module holds that is lorakin's."""
 
 
-def plan(
+def place(
     model: nn.Module,
     method: Method,
     targets: Targets = ALL_LINEAR,
@@ -126,7 +126,7 @@ def plan(
     rank_above: str = "refuse",
     trainable_tokens: Tokens | None = None,
     bias: str = NO_BIASES,
-) -> Plan:
+) -> Placement:
     """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
     if rank_above not in RANK_ABOVE:
         raise SettingError(
@@ -157,15 +157,15 @@ def plan(
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     method, paths = method.select(paths)
-    chosen = plan_for(method, paths, copies, rank_pattern, alpha_pattern)
-    check_free(rows, chosen.sites)
+    chosen = placement_for(method, paths, copies, rank_pattern, alpha_pattern)
+    check_free(rows, chosen.methods)
     chosen = dataclasses.replace(chosen, tokens=rows)
-    shapes = {path: spot_of(module_at(model, path)).shape for path in chosen.sites}
+    shapes = {path: target_of(module_at(model, path)).shape for path in chosen.methods}
     if rank_above == "clamp":
         chosen = _clamped(chosen, shapes, stacks)
-    for path, there in chosen.sites.items():
+    for path, there in chosen.methods.items():
         there.check(shapes[path], path)
-    biases = find_biases(model, bias, chosen.sites, copies)
+    biases = find_biases(model, bias, chosen.methods, copies)
     if both := sorted(set(biases) & set(places_of(rows))):
         raise SettingError(
             f"{both[0]} cannot have rows of tokens and a bias of its own in one adapter; leave one of them out"
@@ -173,31 +173,32 @@ def plan(
     return dataclasses.replace(chosen, biases=biases)
 
 
-def _clamped(plan: Plan, shapes: Mapping[str, Shape], stacks: set[str]) -> Plan:
-    """The plan in which no module has more ranks than its weight: as if `rank_pattern` gave those others of their own.
+def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]) -> Placement:
+    """The placement in which no module has more ranks than its weight: as if `rank_pattern` gave those others of their own.
 
     A stack of experts whose matrices are all clamped has one pattern, as its files have.
     """
     settings = {
-        path: there.parametrisation.clamped(shapes[path]) for path, there in plan.sites.items()
+        path: there.parametrisation.clamped(shapes[path])
+        for path, there in placement.methods.items()
     }
     fewer = {path: own for path, own in settings.items() if own}
     if not fewer:
-        return plan
+        return placement
     ranks = {path: next(iter(own.values())) for path, own in fewer.items()}
     said = ", ".join(f"{path} {rank}" for path, rank in list(ranks.items())[:5]) + (
         ", …" if len(ranks) > 5 else ""
     )
     warnings.warn(
-        f"rank_above='clamp': {len(fewer)} of {len(plan.sites)} modules have the rank of their weight's smaller side ({said})",
+        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the rank of their weight's smaller side ({said})",
         LorakinWarning,
         stacklevel=4,
     )
-    sites = {
+    methods = {
         path: there.at(**fewer[path]) if path in fewer else there
-        for path, there in plan.sites.items()
+        for path, there in placement.methods.items()
     }
-    stacks = stacks - {path.rpartition(".")[0] for path in plan.sites.keys() - fewer.keys()}
+    stacks = stacks - {path.rpartition(".")[0] for path in placement.methods.keys() - fewer.keys()}
     named = {
         path: path.rpartition(".")[0] if path.rpartition(".")[0] in stacks else path
         for path in fewer
@@ -208,39 +209,41 @@ def _clamped(plan: Plan, shapes: Mapping[str, Shape], stacks: set[str]) -> Plan:
         if "rank" in setting
     }
     return dataclasses.replace(
-        plan, sites=sites, rank_pattern=for_stacks(own, stacks) | dict(plan.rank_pattern)
+        placement,
+        methods=methods,
+        rank_pattern=for_stacks(own, stacks) | dict(placement.rank_pattern),
     )
 
 
-def plan_for(
+def placement_for(
     method: Method,
     paths: Sequence[str],
     copies: Sequence[str],
     rank_pattern: Mapping[str, int],
     alpha_pattern: Mapping[str, float],
-) -> Plan:
-    """The plan for modules already chosen: gives each its rank and alpha."""
-    sites = {}
+) -> Placement:
+    """The placement for modules already chosen: gives each its rank and alpha."""
+    methods = {}
     values: dict[str, Values[Any]] = {"rank": Values(rank_pattern), "alpha": Values(alpha_pattern)}
     for path in paths:
         said = {setting: value.of(path, None) for setting, value in values.items()}
         own = {setting: value for setting, value in said.items() if value is not None}
-        sites[path] = method.at(**own) if own else method
-    return Plan(method, sites, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
+        methods[path] = method.at(**own) if own else method
+    return Placement(method, methods, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
 
 
-def spot_of(module: nn.Module) -> Spot:
+def target_of(module: nn.Module) -> Target:
     """The module's shape and its weight as a matrix, the base's own even while adapters are merged."""
     kind = layers.kind_of(module)
     assert kind is not None
-    return Spot(kind.shape(module), kind.weight(module))
+    return Target(kind.shape(module), kind.weight(module))
 
 
 def own_weight(module: nn.Module) -> Tensor:
     """The module's weight as a matrix, the base's own even while adapters are merged or have moved it."""
     kind = layers.kind_of(module)
     assert kind is not None
-    aside = hung_on(module).unmoved.get("weight") if is_adapted(module) else None
+    aside = attachments_of(module).unmoved.get("weight") if is_adapted(module) else None
     weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())
     return weight if isinstance(weight, Tensor) else weight.matrix
 
@@ -248,7 +251,7 @@ def own_weight(module: nn.Module) -> Tensor:
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters by name, whatever adapters do with them; without modules that an adapter trains whole."""
     whole = tuple(
-        f"{path}." for graft in _registry(model).grafts.values() for path in graft.plan.copies
+        f"{path}." for graft in _registry(model).grafts.values() for path in graft.placement.copies
     )
     own: dict[str, Tensor] = {}
     for name, parameter in base_parameters(model):
@@ -256,7 +259,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
             continue
         path, _, leaf = name.rpartition(".")
         module: Any = module_at(model, path)
-        aside = hung_or_none(module) or Hung()
+        aside = attachments_or_none(module) or Attachments()
         own_stack = experts.own_stack(module, leaf)
         own[name] = (
             aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
@@ -295,10 +298,10 @@ class Graft:
             watcher.made(graft)
         return graft
 
-    def __init__(self, model: nn.Module, name: str, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, name: str, placement: Placement) -> None:
         self.model = model
         self.name = name
-        self.plan = plan
+        self.placement = placement
         self.is_fresh = False
         self.running: Method | None = None
         self.rules: list[Rule] | None = None
@@ -343,14 +346,14 @@ class Graft:
         modules = {path: module_at(self.model, path) for path in self._paths()}
         own_biases: dict[str, nn.Parameter] = {}
         for path, tensor in (
-            start_of(self.model, self.plan.biases) if biases is None else biases
+            start_of(self.model, self.placement.biases) if biases is None else biases
         ).items():
             own_bias, there = bias_of(modules[path]), tensor.detach()
             there = there if own_bias is None or own_bias.is_meta else there.to(own_bias.device)
             own_biases[path] = made.setdefault((id(tensor), there.device), nn.Parameter(there))
-        for path, method in self.plan.sites.items():
+        for path, method in self.placement.methods.items():
             module = modules[path]
-            kind = UngroupedLayer if path in self.plan.ungrouped else layers.kind_of(module)
+            kind = UngroupedLayer if path in self.placement.ungrouped else layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
             roles, parameters = method.roles(path, shape, tensors[path]), {}
@@ -361,14 +364,14 @@ class Graft:
                     )  # values are not given up
                     made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
-            children[path] = Site(path, method, kind, shape, parameters, own_biases.get(path))
-        for path in self.plan.copies:
+            children[path] = Branch(path, method, kind, shape, parameters, own_biases.get(path))
+        for path in self.placement.copies:
             twin = _plain_copy(modules[path]).requires_grad_(True)
             if copies is not None:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
-        own_rows = base_rows(self.model, self.plan.tokens) if rows is None else rows
-        children |= rows_for(modules, self.plan.tokens, own_rows)
+        own_rows = base_rows(self.model, self.placement.tokens) if rows is None else rows
+        children |= rows_for(modules, self.placement.tokens, own_rows)
         children |= {path: Bias(bias) for path, bias in own_biases.items() if path not in children}
         for path, child in children.items():
             if reason := conflict(modules[path], self.name, child):
@@ -377,9 +380,11 @@ class Graft:
         vars(self.model)["_lorakin"] = registry
         registry.grafts[self.name] = self
         for path, child in children.items():
-            hang(modules[path], self.name, child.train(modules[path].training))
+            attach(modules[path], self.name, child.train(modules[path].training))
         _mark_base(self.model, registry)
-        own = registry.buffers.all(self.model, self.plan.copies) if buffers is None else buffers
+        own = (
+            registry.buffers.all(self.model, self.placement.copies) if buffers is None else buffers
+        )
         self.buffers = {name: own_copy(buffer) for name, buffer in own.items()}
         registry.buffers.add(self.model, self)
         activate(self.model, self.name)
@@ -392,14 +397,14 @@ class Graft:
         """
         self._require_present()
         _check_unmixed(self.model, "removed")
-        if any(self.name in h.merged for h in self._hung_if_there()):
+        if any(self.name in h.merged for h in self._attachments_if_there()):
             self.unmerge()
         for path in self._paths():
             module = module_at(self.model, path)
             if is_adapted(module):  # another module may have been put in its place
                 if not self._disabled:
                     swap_moved(module)
-                unhang(module, self.name)
+                detach(module, self.name)
         registry = _registry(self.model)
         del registry.grafts[self.name]
         registry.buffers.show(self.model, registry.grafts)
@@ -417,7 +422,7 @@ class Graft:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every tensor of the adapter, as (`<path>.<tensor>`, parameter), trained or not."""
         for path in self._paths():
-            child = _hung(self.model, path)[self.name]
+            child = _attachments(self.model, path)[self.name]
             inner = child.module if isinstance(child, Copy) else child
             yield from (
                 (f"{path}.{key}", p) for key, p in inner.named_parameters(remove_duplicate=False)
@@ -433,7 +438,7 @@ class Graft:
 
     def modules(self) -> list[nn.Module]:
         """What holds its tensors in each place of the model: for what shards or moves a model and should leave them out."""
-        return [_hung(self.model, path)[self.name] for path in self._paths()]
+        return [_attachments(self.model, path)[self.name] for path in self._paths()]
 
     def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The base model's own."""
@@ -444,15 +449,15 @@ class Graft:
         """Whether the adapter is in its model."""
         return _registry(self.model).grafts.get(self.name) is self
 
-    def site(self, path: str) -> Site:
+    def branch(self, path: str) -> Branch:
         """The adapter's tensors on the module at `path`."""
-        site = _hung(self.model, path)[self.name]
-        assert isinstance(site, Site)
-        return site
+        branch = _attachments(self.model, path)[self.name]
+        assert isinstance(branch, Branch)
+        return branch
 
     def pair_at(self, path: str) -> Pair:
         """The pair of the module at `path`, with its gain over the base weight; in float32 at least."""
-        return self.site(path).pair(spot_of(module_at(self.model, path)).weight)
+        return self.branch(path).pair(target_of(module_at(self.model, path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
         """The weight of the module at `path` as a matrix; see `own_weight`."""
@@ -460,46 +465,51 @@ class Graft:
 
     def change_at(self, path: str) -> Pair:
         """The whole change of the module at `path` over that weight, scaled as it is now; in float32 at least."""
-        site = self.site(path)
-        pair = site.method.pair(widened(self.tensors_at(path)), site.shape, self.base_weight(path))
-        return pair.times(site.scale)
+        branch = self.branch(path)
+        pair = branch.method.pair(
+            widened(self.tensors_at(path)), branch.shape, self.base_weight(path)
+        )
+        return pair.times(branch.scale)
 
     def factors_at(self, path: str) -> tuple[Pair, float]:
         """The same before its scale is in `up`, and the scale, where the pair has one."""
-        site = self.site(path)
+        branch = self.branch(path)
         tensors, weight = widened(self.tensors_at(path)), Weight(self.base_weight(path))
-        return site.scaled_factors(site.method.factors(tensors, site.shape, weight))
+        return branch.scaled_factors(branch.method.factors(tensors, branch.shape, weight))
 
     def experts(self) -> list[str]:
         """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
-        return [path for path in self.plan.sites if self.site(path).layer is ExpertLayer]
+        return [path for path in self.placement.methods if self.branch(path).layer is ExpertLayer]
 
     def copy_of(self, path: str) -> nn.Module:
         """The adapter's own copy of the module at `path`, which it trains whole."""
-        child = _hung(self.model, path)[self.name]
+        child = _attachments(self.model, path)[self.name]
         assert isinstance(child, Copy)
         return child.module
 
     def rows_at(self, path: str) -> nn.Parameter:
         """The rows of tokens (k, dim) that the adapter trains in the module at `path`."""
-        child = _hung(self.model, path)[self.name]
-        assert isinstance(child, Rows)
+        child = _attachments(self.model, path)[self.name]
+        assert isinstance(child, TokenRowsBranch)
         return child.rows
 
     def biases(self) -> dict[str, nn.Parameter]:
         """Its own biases, by the path of the module."""
-        own = {path: _hung(self.model, path).bias_of(self.name) for path in self.plan.biases}
+        own = {
+            path: _attachments(self.model, path).bias_of(self.name)
+            for path in self.placement.biases
+        }
         return {path: bias for path, bias in own.items() if bias is not None}
 
     @property
     def is_merged(self) -> bool:
         """Whether the adapter is folded into the weights."""
-        return any(self.name in _hung(self.model, path).merged for path in self._paths())
+        return any(self.name in _attachments(self.model, path).merged for path in self._paths())
 
     @property
     def is_active(self) -> bool:
         """Whether the adapter takes part in the forward."""
-        return any(self.name in _hung(self.model, path).active for path in self._paths())
+        return any(self.name in _attachments(self.model, path).active for path in self._paths())
 
     @property
     def is_intact(self) -> bool:
@@ -574,12 +584,12 @@ class Graft:
 
     def check_sizes(self) -> None:
         """Raise `StateError` if a module was resized since it was adapted."""
-        for path in (*self.plan.sites, *places_of(self.plan.tokens)):
-            hung, module = _hung(self.model, path), module_at(self.model, path)
+        for path in (*self.placement.methods, *places_of(self.placement.tokens)):
+            attached, module = _attachments(self.model, path), module_at(self.model, path)
             weight = module._parameters.get("weight")
-            if weight is not None and hung.shape not in (None, whole_shape(weight)):
-                raise StateError(resized(path, hung.shape or (), whole_shape(weight)))
-        for path in self.plan.copies:
+            if weight is not None and attached.shape not in (None, whole_shape(weight)):
+                raise StateError(resized(path, attached.shape or (), whole_shape(weight)))
+        for path in self.placement.copies:
             base, own = (base_state(m) for m in (module_at(self.model, path), self.copy_of(path)))
             for key in own.keys() & base.keys():
                 if whole_shape(own[key]) != whole_shape(base[key]):
@@ -605,8 +615,8 @@ class Graft:
                 self.unmerge()
             self._swap_moved()
         self._disabled += 1  # counted, so that contexts may overlap, and nothing stale is put back
-        for hung in self._hung_if_there():
-            hung.off.add(self.name)
+        for attached in self._attachments_if_there():
+            attached.off.add(self.name)
         self._show_buffers()
 
     def _turn_on(self) -> None:
@@ -614,8 +624,8 @@ class Graft:
             self._disabled -= 1
             if not self._disabled:
                 spoil(self.model)
-                for hung in self._hung_if_there():
-                    hung.off.discard(self.name)
+                for attached in self._attachments_if_there():
+                    attached.off.discard(self.name)
                 self._swap_moved()
                 self._show_buffers()
                 if self._merge_again and self.is_present:
@@ -645,7 +655,7 @@ class Graft:
             with _ties_kept(self.model):
                 for path in self._paths():
                     rest = tuple(
-                        name for name in _hung(self.model, path).merged if name != self.name
+                        name for name in _attachments(self.model, path).merged if name != self.name
                     )
                     set_merged(
                         module_at(self.model, path), path, rest, quantised.dtype_of(self.model)
@@ -662,7 +672,7 @@ class Graft:
             not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1
         ):
             raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
-        running = self.plan.method.resolved(total_steps)
+        running = self.placement.method.resolved(total_steps)
         if self.rules is not None and not self._stepped and running == self.running:
             return
         self.end()
@@ -682,11 +692,11 @@ class Graft:
     @property
     def method(self) -> Method:
         """The method, with what its run has decided."""
-        return self.running or self.plan.method
+        return self.running or self.placement.method
 
-    def places(self) -> list[SitePlace]:
+    def places(self) -> list[PlacedModule]:
         """The adapted modules, as members' rules see them."""
-        return [SitePlace(self, path) for path in self.plan.sites]
+        return [PlacedModule(self, path) for path in self.placement.methods]
 
     def before_step(self) -> None:
         """Gradients are complete and an optimizer is about to use them."""
@@ -701,7 +711,7 @@ class Graft:
         """Say which modules the first backward did not reach, before many steps are spent on them."""
         reached: dict[str, bool] = {}
         for path in self._paths():
-            child = _hung(self.model, path)[self.name]
+            child = _attachments(self.model, path)[self.name]
             trained = [p for p in child.parameters() if p.requires_grad]
             if trained:
                 reached[path] = any(p.grad is not None for p in trained)
@@ -730,7 +740,7 @@ class Graft:
         if self.rules is not None:
             if len(self.rules) != len(state["rules"]):
                 raise StateError(
-                    f"the state to go on from is of another method than {self.plan.method.words}"
+                    f"the state to go on from is of another method than {self.placement.method.words}"
                 )
             self.steps = state["steps"]
             try:
@@ -750,7 +760,7 @@ class Graft:
 
     def tensors_at(self, path: str) -> dict[str, Tensor]:
         """All that a file must hold of the module at `path`, by slot."""
-        tensors: dict[str, Tensor] = dict(self.site(path).tensors())
+        tensors: dict[str, Tensor] = dict(self.branch(path).tensors())
         for rule in self.rules or ():
             tensors |= rule.beside(path)
         return tensors
@@ -758,10 +768,12 @@ class Graft:
     @property
     def has_moved_base(self) -> bool:
         """Whether a copy of some base weight is in use that this adapter moves."""
-        return any(hung.unmoved and self.name in hung for hung in self._hung_if_there())
+        return any(
+            attached.unmoved and self.name in attached for attached in self._attachments_if_there()
+        )
 
     def _swap_moved(self) -> None:
-        for path in self.plan.sites:
+        for path in self.placement.methods:
             if is_adapted(module := module_at(self.model, path)):
                 swap_moved(module)
 
@@ -769,13 +781,18 @@ class Graft:
         registry = _registry(self.model)
         registry.buffers.show(self.model, registry.grafts)
 
-    def _hung_if_there(self) -> list[Hung]:
+    def _attachments_if_there(self) -> list[Attachments]:
         modules = [module_at(self.model, path) for path in self._paths()]
-        return [hung_on(module) for module in modules if is_adapted(module)]
+        return [attachments_of(module) for module in modules if is_adapted(module)]
 
     def _paths(self) -> tuple[str, ...]:
-        beside = (path for path in self.plan.biases if path not in self.plan.sites)
-        return (*self.plan.sites, *self.plan.copies, *places_of(self.plan.tokens), *beside)
+        beside = (path for path in self.placement.biases if path not in self.placement.methods)
+        return (
+            *self.placement.methods,
+            *self.placement.copies,
+            *places_of(self.placement.tokens),
+            *beside,
+        )
 
     def _require_present(self) -> None:
         if not self.is_present:
@@ -787,7 +804,7 @@ class Graft:
             raise SettingError(
                 f"an adapter's name must be text without '.' and '/', not {self.name!r}"
             )
-        if hasattr(Hung().adapters, self.name):
+        if hasattr(Attachments().adapters, self.name):
             raise SettingError(
                 f"an adapter cannot be called {self.name!r}: torch's modules have an attribute of that name"
             )
@@ -802,8 +819,8 @@ class Graft:
         return registry
 
 
-class SitePlace:
-    """A site as a member's rule sees it. Looked up anew each time, since what shards a model exchanges its parameters."""
+class PlacedModule:
+    """A branch as a member's rule sees it. Looked up anew each time, since what shards a model exchanges its parameters."""
 
     def __init__(self, graft: Graft, path: str) -> None:
         self.graft = graft
@@ -812,25 +829,25 @@ class SitePlace:
     @property
     def shape(self) -> Shape:
         """The shape of the module's weight."""
-        return self.graft.site(self.path).shape
+        return self.graft.branch(self.path).shape
 
     @property
     def method(self) -> Method:
         """The method, with the module's own rank and alpha."""
-        return self.graft.plan.sites[self.path]
+        return self.graft.placement.methods[self.path]
 
     @property
     def weight(self) -> Tensor | Weight:
         """Its weight as a matrix, the base's own even while adapters are merged."""
-        return spot_of(module_at(self.graft.model, self.path)).weight
+        return target_of(module_at(self.graft.model, self.path)).weight
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The module's tensors by slot."""
-        return self.graft.site(self.path).tensors()
+        return self.graft.branch(self.path).tensors()
 
     def trains(self, slot: str) -> bool:
         """Whether the method trains this tensor."""
-        return self.graft.site(self.path).roles()[slot].trained
+        return self.graft.branch(self.path).roles()[slot].trained
 
     def put(self, slot: str, tensor: Tensor) -> None:
         """Give it one more tensor, which does not train."""
@@ -839,12 +856,12 @@ class SitePlace:
             if isinstance(tensor, nn.Parameter)
             else nn.Parameter(tensor, requires_grad=False)
         )
-        self.graft.site(self.path).register_parameter(slot, parameter)
+        self.graft.branch(self.path).register_parameter(slot, parameter)
 
     def take(self, slot: str) -> Tensor:
         """Take such a tensor away from it."""
         tensor = self.tensors()[slot].detach()
-        delattr(self.graft.site(self.path), slot)
+        delattr(self.graft.branch(self.path), slot)
         return tensor
 
     def move_base(self, change: Tensor) -> None:
@@ -860,11 +877,11 @@ class SitePlace:
         """Put the base's own weight back, if it was moved."""
         module: Any = module_at(self.graft.model, self.path)
         swap_moved(module)
-        hung_on(module).unmoved = {}
+        attachments_of(module).unmoved = {}
 
 
 def _check_unmixed(model: nn.Module, what: str) -> None:
-    if any(hung.rows is not None for hung in hanging(model)):
+    if any(attached.rows is not None for attached in hanging(model)):
         raise StateError(
             f"inside mixed_batch the adapters are what they were when it began; none can be {what}"
         )
@@ -898,16 +915,16 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     _check_unmixed(model, "switched")
     replaced: dict[str, str] = {}
     for name in names:
-        for path in known[name].plan.copies:
+        for path in known[name].placement.copies:
             if path in replaced:
                 raise SettingError(
                     f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them"
                 )
             replaced[path] = name
-    check_apart({name: known[name].plan.tokens for name in names})
+    check_apart({name: known[name].placement.tokens for name in names})
     for name in names:
-        plan = known[name].plan
-        for path in (*plan.sites, *places_of(plan.tokens), *plan.biases):
+        placement = known[name].placement
+        for path in (*placement.methods, *places_of(placement.tokens), *placement.biases):
             whole = next(
                 (
                     copy
@@ -924,8 +941,8 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     _registry(model).buffers.owners(model, [known[name] for name in names])
     for graft in known.values():
         for path in graft._paths():
-            hung = _hung(model, path)
-            hung.active = tuple(name for name in names if name in hung)
+            attached = _attachments(model, path)
+            attached.active = tuple(name for name in names if name in attached)
     _registry(model).buffers.show(model, known)
     chosen(model)
 
@@ -956,8 +973,8 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
         if dense := _fold(model, chosen):
             _warn_of_dense(dense, 3, permanent=True)
         for path in (path for graft in chosen for path in graft._paths()):
-            hung = _hung(model, path)
-            hung.base, hung.unmoved, hung.merged, hung.dense = {}, {}, (), None
+            attached = _attachments(model, path)
+            attached.base, attached.unmoved, attached.merged, attached.dense = {}, {}, (), None
         for graft in chosen:
             _registry(model).buffers.give_up(model, graft)
             graft.remove()
@@ -986,12 +1003,12 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
         StateError,
     )
     dtype = quantised.dtype_of(model)
-    before = {path: _hung(model, path).merged for graft in chosen for path in graft._paths()}
+    before = {path: _attachments(model, path).merged for graft in chosen for path in graft._paths()}
     with _ties_kept(model):
         try:
             for graft in chosen:
                 for path in graft._paths():
-                    if graft.name not in (merged := _hung(model, path).merged):
+                    if graft.name not in (merged := _attachments(model, path).merged):
                         set_merged(module_at(model, path), path, (*merged, graft.name), dtype)
                 tie_merged(model, graft)
             _keep_tables(model)
@@ -999,14 +1016,20 @@ def _fold(model: nn.Module, chosen: Sequence[Graft]) -> dict[str, Tensor]:
             for path, merged in before.items():
                 set_merged(module_at(model, path), path, merged, dtype)
             raise
-    return {path: weight for path in before if (weight := _hung(model, path).dense) is not None}
+    return {
+        path: weight for path in before if (weight := _attachments(model, path).dense) is not None
+    }
 
 
 def _keep_tables(model: nn.Module) -> None:
     """Let tied tables whose rows adapters train stay one, where the same adapters are merged into them."""
     for graft in _registry(model).grafts.values():
-        paths = places_of(graft.plan.tokens)
-        keep_ties(model, graft.plan.tokens, {path: _hung(model, path).merged for path in paths})
+        paths = places_of(graft.placement.tokens)
+        keep_ties(
+            model,
+            graft.placement.tokens,
+            {path: _attachments(model, path).merged for path in paths},
+        )
 
 
 @contextlib.contextmanager
@@ -1023,8 +1046,8 @@ def _ties_kept(model: nn.Module) -> Iterator[None]:
         ties.part(model)
 
 
-def _plans(chosen: Iterable[Graft]) -> dict[str, Plan]:
-    return {graft.name: graft.plan for graft in chosen}
+def _plans(chosen: Iterable[Graft]) -> dict[str, Placement]:
+    return {graft.name: graft.placement for graft in chosen}
 
 
 def _share(graft: Graft, others: Sequence[Graft]) -> bool:
@@ -1047,9 +1070,13 @@ def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Gra
     return known
 
 
-def hanging(model: nn.Module) -> list[Hung]:
+def hanging(model: nn.Module) -> list[Attachments]:
     """What hangs on the model's modules, once each."""
-    found = [hung for graft in _registry(model).grafts.values() for hung in graft._hung_if_there()]
+    found = [
+        attached
+        for graft in _registry(model).grafts.values()
+        for attached in graft._attachments_if_there()
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -1075,21 +1102,26 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def fresh(
-    model: nn.Module, plan: Plan, generator: torch.Generator | None, dtype: torch.dtype | None
+    model: nn.Module,
+    placement: Placement,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, Tensor]]:
     """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
-    spots = {path: spot_of(module_at(model, path)) for path in plan.sites}
-    meta = any(spot.weight.device.type == "meta" for spot in spots.values())
+    targets = {path: target_of(module_at(model, path)) for path in placement.methods}
+    meta = any(target.weight.device.type == "meta" for target in targets.values())
     device = torch.device("meta" if meta else "cpu")
-    return plan.method.start(spots, plan.sites, None if meta else generator, device, dtype)
+    return placement.method.start(
+        targets, placement.methods, None if meta else generator, device, dtype
+    )
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
     """A copy of the base's own module, without what other adapters hang on it."""
     twin = copy.deepcopy(module)
     for part in [part for part in twin.modules() if is_adapted(part)]:
-        for name in hung_on(part).names():
-            unhang(part, name)
+        for name in attachments_of(part).names():
+            detach(part, name)
     return twin
 
 
@@ -1100,11 +1132,11 @@ def _registry(model: nn.Module) -> Registry:
     return registry
 
 
-def _hung(model: nn.Module, path: str) -> Hung:
+def _attachments(model: nn.Module, path: str) -> Attachments:
     module = module_at(model, path)
     if not is_adapted(module):
         raise StateError(exchanged(path))
-    return hung_on(module)
+    return attachments_of(module)
 
 
 def _mark_base(model: nn.Module, registry: Registry) -> None:
@@ -1182,16 +1214,16 @@ def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int, permanent: bool
 
 __all__ = [
     "Graft",
-    "Plan",
+    "Placement",
     "activate",
     "check_switchable",
     "fresh",
     "grafts",
     "merge",
     "own_weight",
-    "plan",
-    "plan_for",
+    "place",
+    "placement_for",
     "root_of",
-    "spot_of",
     "start_of",
+    "target_of",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lorakin.errors import StateError
-from lorakin.inject.attachments import Adapters, Hung, hung_on, hung_or_none
+from lorakin.inject.attachments import Adapters, Attachments, attachments_of, attachments_or_none
 from lorakin.inject.branch import brought
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped
@@ -26,7 +26,7 @@ from lorakin.kernels.autograd import backward_once
 from lorakin.kernels.factored_weight import ABOUT_IT, ADDRESSES, name_of_function
 
 
-class Rows(nn.Module):
+class TokenRowsBranch(nn.Module):
     """The rows that one adapter trains in one module.
 
     `tokens` are their ids, ascending; `rows` (k, dim) is a parameter, which modules with one weight
@@ -72,32 +72,39 @@ class WithRows(Swapped):
     lorakin: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hung = hung_on(self)
-        own = hung.in_use()
+        attached = attachments_of(self)
+        own = attached.in_use()
         weight = self._parameters.get("weight")
         if weight is not None:
-            check_size(own, hung, weight)
-        if hung.by_weight:
+            check_size(own, attached, weight)
+        if attached.by_weight:
             return super().forward(*args, **kwargs)
-        hung.inside += 1
+        attached.inside += 1
         try:
             out = super().forward(*args, **kwargs)
         finally:
-            hung.inside -= 1
+            attached.inside -= 1
         x = args[0] if args else next(iter(kwargs.values()))
         with brought(own):
             return (
-                put(self, own, x, out) if hung.rows is None else hung.rows.with_rows(self, x, out)
+                put(self, own, x, out)
+                if attached.rows is None
+                else attached.rows.with_rows(self, x, out)
             )
 
     def __getattr__(self, name: str) -> Any:
-        hung = hung_or_none(self) if name == "weight" else None
-        if hung is not None and not hung.inside and hung.names_in_use() and is_in_forward(1):
-            return _read(self, hung)
+        attached = attachments_or_none(self) if name == "weight" else None
+        if (
+            attached is not None
+            and not attached.inside
+            and attached.names_in_use()
+            and is_in_forward(1)
+        ):
+            return _read(self, attached)
         return super().__getattr__(name)
 
 
-def put(module: Any, own: Sequence[Rows], x: Tensor, out: Tensor) -> Tensor:
+def put(module: Any, own: Sequence[TokenRowsBranch], x: Tensor, out: Tensor) -> Tensor:
     """`out`, what the base makes of `x`, with what these rows make of it. It may be written over."""
     for rows in own:
         if isinstance(module, nn.Embedding):
@@ -108,46 +115,46 @@ def put(module: Any, own: Sequence[Rows], x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def check_size(own: Sequence[Rows], hung: Hung, table: Tensor) -> None:
+def check_size(own: Sequence[TokenRowsBranch], attached: Attachments, table: Tensor) -> None:
     """Raise `StateError` if the table was resized after rows of it were chosen."""
-    if own and hung.shape is not None and table.shape != hung.shape:
+    if own and attached.shape is not None and table.shape != attached.shape:
         raise StateError(
             f"{own[0].path} is now {' x '.join(map(str, table.shape))}, but it was "
-            f"{' x '.join(map(str, hung.shape))} when rows of it were chosen to train: something, such "
+            f"{' x '.join(map(str, attached.shape))} when rows of it were chosen to train: something, such "
             "as resize_token_embeddings, changed it since. Resize a model before it is adapted; here, "
             "remove the adapter, resize, and adapt again"
         )
 
 
-def _read(module: Any, hung: Hung) -> Tensor:
+def _read(module: Any, attached: Attachments) -> Tensor:
     """The module's weight with the rows in use, for who reads it in a forward."""
     weight: Tensor = module._parameters["weight"]
-    own: list[Rows] = hung.in_use()
-    if hung.rows is not None:
+    own: list[TokenRowsBranch] = attached.in_use()
+    if attached.rows is not None:
         raise StateError(
             f"{own[0].path} is read without being called, so it cannot be in a mixed batch"
         )
     if torch.compiler.is_compiling():
         return _formed(weight, own)
-    whole: Table = Edge.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
+    whole: TableWithRows = RowsEdge.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
     whole.weight, whole.own = weight, own
     return whole
 
 
-def _formed(weight: Tensor, own: Sequence[Rows]) -> Tensor:
+def _formed(weight: Tensor, own: Sequence[TokenRowsBranch]) -> Tensor:
     for rows in own:
         weight = rows.into(weight)
     return weight
 
 
-class Table(Tensor):
+class TableWithRows(Tensor):
     """A weight with some rows replaced, formed only where something needs it whole.
 
     Most who read a weight ask for its dtype, look rows up or multiply by it.
     """
 
     weight: Tensor
-    own: Any  # list[Rows]
+    own: Any  # list[TokenRowsBranch]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,12 +167,20 @@ class Table(Tensor):
                 "trains in it; merge the adapter, or choose another kernel"
             )
         x, table = (*args, None, None)[:2]
-        if name == "embedding" and isinstance(table, Table) and not isinstance(x, Table):
+        if (
+            name == "embedding"
+            and isinstance(table, TableWithRows)
+            and not isinstance(x, TableWithRows)
+        ):
             out = func(x, table.weight, *args[2:], **kwargs)
             for rows in table.own:
                 out = rows.looked_up(x, out, kwargs.get("padding_idx", (*args, None)[2]))
             return out
-        if name == "linear" and isinstance(table, Table) and not isinstance(x, Table):
+        if (
+            name == "linear"
+            and isinstance(table, TableWithRows)
+            and not isinstance(x, TableWithRows)
+        ):
             bias = kwargs.get("bias", (*args, None)[2])
             out = F.linear(x, table.weight, bias)
             for rows in table.own:
@@ -176,20 +191,20 @@ class Table(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         formed = tree_map_only(
-            Table, lambda table: _formed(table.weight, table.own), (args, kwargs or {})
+            TableWithRows, lambda table: _formed(table.weight, table.own), (args, kwargs or {})
         )
         return func(*formed[0], **formed[1])
 
 
-class Edge(torch.autograd.Function):
+class RowsEdge(torch.autograd.Function):
     """A `Table` as autograd sees it, for functions that hand back a gradient of the whole weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, own: Sequence[Rows], *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, own: Sequence[TokenRowsBranch], *rows: Tensor) -> Tensor:
         ctx.save_for_backward(*(one.ids for one in own))
         ctx.dtypes = [tensor.dtype for tensor in rows]
         return Tensor._make_wrapper_subclass(
-            Table, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+            TableWithRows, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
         )
 
     @staticmethod

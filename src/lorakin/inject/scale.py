@@ -2,7 +2,7 @@
 
     W = W0 + scale · (W_adapter − W0)
 
-Every path makes its output of the pair that a site gives, so the site scales its pair (`Pair.times`)
+Every path makes its output of the pair that a branch gives, so the branch scales its pair (`Pair.times`)
 and no path knows of the scale.
 """
 
@@ -14,7 +14,7 @@ from lorakin.errors import SettingError, StateError
 from lorakin.family.settings import is_finite_number
 from lorakin.inject import quantised
 from lorakin.inject.adapted import module_at
-from lorakin.inject.attachments import hung_on
+from lorakin.inject.attachments import attachments_of
 from lorakin.inject.merge import set_merged
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def rescaled(graft: Graft, scale: float) -> float:
 
 
 def _set(graft: Graft, scale: float) -> None:
-    """Scale every site, and make the merged weights anew."""
-    for path in graft.plan.sites:
-        graft.site(path).rescale(scale)
+    """Scale every branch, and make the merged weights anew."""
+    for path in graft.placement.methods:
+        graft.branch(path).rescale(scale)
     dtype = quantised.dtype_of(graft.model)
-    for path in graft.plan.sites:
+    for path in graft.placement.methods:
         module = module_at(graft.model, path)
-        if graft.name in (merged := hung_on(module).merged):
+        if graft.name in (merged := attachments_of(module).merged):
             set_merged(module, path, merged, dtype)

@@ -100,11 +100,11 @@ def status(model: nn.Module) -> Status:
         disabled=tuple(
             name
             for name, graft in there.items()
-            if any(name in hung.off for hung in hung_of(graft))
+            if any(name in attached.off for attached in hung_of(graft))
         ),
         requires_grad={name: requires_grad(graft) for name, graft in there.items()},
         devices={name: devices_of(tensors_of(graft)) for name, graft in there.items()},
-        modules=len({id(hung) for graft in there.values() for hung in hung_of(graft)}),
+        modules=len({id(attached) for graft in there.values() for attached in hung_of(graft)}),
         trainable_parameters=trainable,
         total_parameters=total,
     )
@@ -113,7 +113,7 @@ def status(model: nn.Module) -> Status:
 def _in_state(there: Mapping[str, Graft], state: str) -> Names:
     names: dict[str, None] = {}
     for name, graft in there.items():
-        found = [getattr(hung, state) for hung in hung_of(graft)]
+        found = [getattr(attached, state) for attached in hung_of(graft)]
         if len({name in among for among in found}) > 1:
             return "irregular"
         names |= dict.fromkeys(other for among in found for other in among)

@@ -25,14 +25,14 @@ N = TypeVar("N")
 
 
 def named_modules(model: nn.Module, named: Collection[str] = ()) -> dict[str, nn.Module]:
-    """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has hung on it.
+    """Path → module of the base model, each matrix of a stack of experts included; not what an adapter has attached on it.
 
     `named` are the paths of other parameters whose matrices are to be among them.
     """
     found: dict[str, nn.Module] = {}
     skip = ours(model)
     for path, module in model.named_modules():
-        ours_too = isinstance(module, Adapters | experts.Stack | experts.ExpertMatrix)
+        ours_too = isinstance(module, Adapters | experts.ExpertStack | experts.ExpertMatrix)
         if ours_too or path.startswith(skip):
             continue
         found[path] = module

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError, TargetError, some
 from lorakin.family.pair import is_distributed, whole_shape
 from lorakin.inject import layers
-from lorakin.inject.attachments import Hung, hung_or_none
+from lorakin.inject.attachments import Attachments, attachments_or_none
 from lorakin.inject.layers import EmbeddingLayer, LinearLayer, QuantisedLayer
-from lorakin.inject.rows import Rows
+from lorakin.inject.rows import TokenRowsBranch
 from lorakin.inject.targets import named_modules
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
@@ -88,9 +88,9 @@ def _is_in(path: str, whole: str) -> bool:
     return path == whole or path.startswith(whole + ".")
 
 
-def check_free(tokens: Mapping[str, TokenRows], sites: Iterable[str]) -> None:
-    """Raise `TargetError` if a module with trained rows is among `sites`, which get a pair."""
-    if both := sorted(set(sites) & set(places_of(tokens))):
+def check_free(tokens: Mapping[str, TokenRows], branches: Iterable[str]) -> None:
+    """Raise `TargetError` if a module with trained rows is among `branches`, which get a pair."""
+    if both := sorted(set(branches) & set(places_of(tokens))):
         raise TargetError(
             f"{both[0]} cannot have both: an adapter's pair, and rows of tokens that are trained. Leave it "
             "out of the targets, or out of trainable_tokens (a head tied to the embedding has its rows)"
@@ -216,7 +216,7 @@ def base_rows(
 
 def own_table(module: Any) -> Tensor:
     """The base's own weight, whole, whatever adapters do with it."""
-    aside = (hung_or_none(module) or Hung()).base.get("weight")
+    aside = (attachments_or_none(module) or Attachments()).base.get("weight")
     weight: Any = module._parameters["weight"] if aside is None else aside
     whole: Tensor = weight.full_tensor() if is_distributed(weight) else weight
     return whole.detach()
@@ -224,14 +224,14 @@ def own_table(module: Any) -> Tensor:
 
 def rows_for(
     modules: Mapping[str, nn.Module], tokens: Mapping[str, TokenRows], values: Mapping[str, Tensor]
-) -> dict[str, Rows]:
+) -> dict[str, TokenRowsBranch]:
     """What to hang on each module. Modules with one weight share one parameter."""
     found = {}
     for path, rows in tokens.items():
         device = modules[path]._parameters["weight"].device  # type: ignore[union-attr]
         parameter = nn.Parameter(values[path].detach().to(device), requires_grad=True)
         for place in (path, *rows.tied):
-            found[place] = Rows(place, rows.ids, parameter)
+            found[place] = TokenRowsBranch(place, rows.ids, parameter)
     return found
 
 
@@ -273,7 +273,7 @@ def keep_ties(
                 follower.weight = leader._parameters["weight"]
 
 
-def fold(weight: Tensor, adapters: Sequence[Rows]) -> Tensor:
+def fold(weight: Tensor, adapters: Sequence[TokenRowsBranch]) -> Tensor:
     """`weight` (vocabulary, dim) with the rows of several adapters.
 
     Raises:

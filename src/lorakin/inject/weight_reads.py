@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError
-from lorakin.inject.attachments import Hung
+from lorakin.inject.attachments import Attachments
 from lorakin.inject.layers import (
     ConvolutionLayer,
     LinearLayer,
@@ -26,37 +26,41 @@ from lorakin.inject.layers import (
 from lorakin.kernels.factored_weight import Change, read
 
 
-def changed_weight(module: Any, hung: Hung) -> Tensor:
+def changed_weight(module: Any, attached: Attachments) -> Tensor:
     """The module's weight with what its adapters in use make of it, differentiable in their tensors."""
     weight: Tensor = module._parameters["weight"]
-    sites: list[Any] = hung.in_use()
+    branches: list[Any] = attached.in_use()
     kind = kind_of(module)
     if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
         return weight
     by_columns = kind is LinearLayer
     if (
-        hung.rows is not None
+        attached.rows is not None
     ):  # who asks for no more than the dtype, as Gemma's embedding does, may have that
-        return read(weight, lambda: _unsplit(sites[0].path), by_columns, ())
-    for site in sites:
-        if site.layer is UngroupedLayer:
+        return read(weight, lambda: _unsplit(branches[0].path), by_columns, ())
+    for branch in branches:
+        if branch.layer is UngroupedLayer:
             raise StateError(
-                f"{site.path} is read without being called, and its adapter is no change of its weight"
+                f"{branch.path} is read without being called, and its adapter is no change of its weight"
             )
-        if site.training and site.method.dropout and not site.shape.lookup:
+        if branch.training and branch.method.dropout and not branch.shape.lookup:
             warnings.warn(
-                f"the dropout of the adapter does not act in {site.path}: the model reads its weight "
+                f"the dropout of the adapter does not act in {branch.path}: the model reads its weight "
                 "without calling it, and dropout is for the inputs of a call",
                 LorakinWarning,
                 stacklevel=3,
             )
     if kind is ConvolutionLayer:
-        return _formed(module, hung, sites)
-    there = [p for site in sites for p in site.parameters(recurse=False)]
-    scaled = [(site, site.scale) for site in sites]  # as now, also for a backward that comes later
+        return _formed(module, attached, branches)
+    there = [p for branch in branches for p in branch.parameters(recurse=False)]
+    scaled = [
+        (branch, branch.scale) for branch in branches
+    ]  # as now, also for a backward that comes later
 
     def changes() -> tuple[Change, ...]:
-        return tuple(_as_change(module, hung, site, scale, by_columns) for site, scale in scaled)
+        return tuple(
+            _as_change(module, attached, branch, scale, by_columns) for branch, scale in scaled
+        )
 
     return read(weight, changes, by_columns, there)
 
@@ -65,36 +69,38 @@ def _unsplit(path: str) -> tuple[Change, ...]:
     raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
-def _as_change(module: Any, hung: Hung, site: Any, scale: float, by_columns: bool) -> Change:
+def _as_change(
+    module: Any, attached: Attachments, branch: Any, scale: float, by_columns: bool
+) -> Change:
     """What one adapter does to the weight, in the weight's layout and dtype."""
-    with outside(hung), torch.autocast(module._parameters["weight"].device.type, enabled=False):
-        pair = site.pair(site.layer.weight(module), scale)
+    with outside(attached), torch.autocast(module._parameters["weight"].device.type, enabled=False):
+        pair = branch.pair(branch.layer.weight(module), scale)
     dtype = module._parameters["weight"].dtype
     up, down = pair.up.to(dtype), pair.down.to(dtype)
     left, right = (up, down) if by_columns else (down.T, up.T)
-    own = hung.base.get("weight") if pair.gain is not None else None
+    own = attached.base.get("weight") if pair.gain is not None else None
     return Change(left, right, pair.gain, own)
 
 
-def _formed(module: Any, hung: Hung, sites: list[Any]) -> Tensor:
+def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
     """The changed weight of a convolution, which is no matrix."""
     weight: Tensor = module._parameters["weight"]
     total = weight
-    with outside(hung), torch.autocast(weight.device.type, enabled=False):
-        for site in sites:
-            matrix = site.layer.weight(module)
+    with outside(attached), torch.autocast(weight.device.type, enabled=False):
+        for branch in branches:
+            matrix = branch.layer.weight(module)
             assert isinstance(matrix, Tensor)
             wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-            change = site.pair(matrix).applied_to(wide) - wide
-            total = total + site.layer.layout(change, module).to(weight.dtype)
+            change = branch.pair(matrix).applied_to(wide) - wide
+            total = total + branch.layer.layout(change, module).to(weight.dtype)
     return total
 
 
 @contextlib.contextmanager
-def outside(hung: Hung) -> Iterator[None]:
+def outside(attached: Attachments) -> Iterator[None]:
     """Inside, the module's tensors are the base's own also for who reads them in a forward."""
-    hung.inside += 1
+    attached.inside += 1
     try:
         yield
     finally:
-        hung.inside -= 1
+        attached.inside -= 1

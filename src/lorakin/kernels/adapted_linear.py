@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorakin.family import Chain, Pair
-from lorakin.kernels.autograd import PLAIN, Seen, backward_once, plainly
+from lorakin.kernels.autograd import PLAIN, Version, backward_once, plainly
 from lorakin.kernels.dropout import Dropped, DroppedProduct
 
 
@@ -122,7 +122,7 @@ def linear_with_chain(
         return out
 
 
-class Recipe(NamedTuple):
+class Rebuilding(NamedTuple):
     """How a tensor is made again from others that are kept anyway, so that it need not be kept."""
 
     make: Callable[..., Tensor]
@@ -137,7 +137,7 @@ class Recipe(NamedTuple):
         return tensor
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Recipe:
+    def of(cls, tensor: Tensor) -> Rebuilding:
         """The tensor's recipe; one that keeps it, if it has none or was changed since."""
         recipe = getattr(tensor, "_lorakin_recipe", None)
         return (
@@ -169,7 +169,7 @@ class Frozen:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = weakref.ref(matrix)
         self.narrow: dict[torch.device, Tensor] = {}
-        self.seen: Seen | None = None
+        self.seen: Version | None = None
         self.products: dict[str, tuple[Any, ...]] = {}
 
     def narrowed(self, like: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Frozen:
         if not torch.is_grad_enabled():
             return matrix.detach().to(like.device, like.dtype)
         if self.seen is None or not self.seen.is_still(matrix):
-            self.narrow, self.seen = {}, Seen.of(matrix)
+            self.narrow, self.seen = {}, Version.of(matrix)
         kept = self.narrow.get(like.device)
         if kept is not None and kept.dtype == like.dtype:
             return kept
@@ -205,7 +205,7 @@ class Frozen:
             if isinstance(kept, Tensor):
                 return kept
         product = compute()
-        self.products[place] = weakref.ref(x), Seen(x), weakref.ref(product)
+        self.products[place] = weakref.ref(x), Version(x), weakref.ref(product)
         return product
 
 
@@ -247,7 +247,7 @@ class LinearWithPair(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
         ready = Ready.of(Pair(up, down, gain), ctx.scale, weight.dtype)
-        rows, recipe = x.reshape(-1, x.shape[-1]), Recipe.of(x)
+        rows, recipe = x.reshape(-1, x.shape[-1]), Rebuilding.of(x)
         hidden = (rows if drop is None else drop.zeroed(rows)) @ ready.down.T
         y = _linear(x, weight, bias)
         _add_pair(y, hidden, bias, ready)

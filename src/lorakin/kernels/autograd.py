@@ -49,7 +49,7 @@ class Steps:
 STEPS = Steps()
 
 
-class Seen:
+class Version:
     """Tensors as they were, to tell whether they still are that: their storages (not kept alive), places there, and changes.
 
     Autograd counts changes, but not those of torch's fused optimizers, so any optimizer's step in the process is one too. Nor
@@ -65,7 +65,7 @@ class Seen:
         return [(t.data_ptr(), t._version, STEPS.taken, t.dtype, t.shape) for t in tensors]
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> Seen | None:
+    def of(cls, *tensors: Tensor) -> Version | None:
         """The tensors as they are; None if one cannot tell when they change."""
         return None if any(tensor.is_inference() for tensor in tensors) else cls(*tensors)
 

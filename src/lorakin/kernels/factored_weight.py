@@ -186,7 +186,7 @@ class Read(Changed):
         return self.make()
 
 
-class Edge(torch.autograd.Function):
+class ReadEdge(torch.autograd.Function):
     """A `Read` as autograd sees it: the output of a function of the adapters' tensors."""
 
     @staticmethod
@@ -224,7 +224,7 @@ def read(
     """`weight` with the changes that `make` makes of `tensors`; formed at once for a compiler."""
     if torch.compiler.is_compiling():
         return formed(weight, make(), by_columns)
-    whole: Read = Edge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
+    whole: Read = ReadEdge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
     whole.weight, whole.make, whole.made, whole.by_columns = weight, make, None, by_columns
     return whole
 

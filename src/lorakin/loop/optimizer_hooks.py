@@ -24,7 +24,7 @@ from lorakin.loop.parameter_groups import check_base_is_still, check_groups, che
 
 
 @dataclasses.dataclass
-class Seen:
+class SeenOptimizer:
     """What is known of one optimizer: the adapters that it trains, and those of them that the step under way is a step of."""
 
     state: tuple[int, int]
@@ -33,7 +33,7 @@ class Seen:
 
 
 _GRAFTS: weakref.WeakSet[Graft] = weakref.WeakSet()
-_SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Seen] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, SeenOptimizer] = weakref.WeakKeyDictionary()
 _HOOKS: list[Any] = []
 
 
@@ -75,7 +75,7 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
                 if graft.rules is None:
                     graft.begin()
                     fsdp.average_now(graft)  # whose gradients came before
-        _SEEN[optimizer] = seen = Seen(state, [weakref.ref(graft) for graft in found])
+        _SEEN[optimizer] = seen = SeenOptimizer(state, [weakref.ref(graft) for graft in found])
     return [graft for graft in _alive(seen.trained) if graft.is_present]
 
 

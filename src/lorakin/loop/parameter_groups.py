@@ -88,7 +88,8 @@ def check_base_is_still(graft: Graft, held: Container[int]) -> None:
     if not frozen or not graft.is_active or graft.is_off:
         return
     weights = (
-        (path, module_at(graft.model, path)._parameters.get("weight")) for path in graft.plan.sites
+        (path, module_at(graft.model, path)._parameters.get("weight"))
+        for path in graft.placement.methods
     )
     for path, weight in weights:
         if weight is not None and weight.requires_grad and id(weight) in held:
@@ -109,7 +110,7 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
 
     Warns of decay on a tensor that must not decay, and of base weights that train beside the adapter.
     """
-    method, groups = graft.plan.method, group_of(optimizer)
+    method, groups = graft.placement.method, group_of(optimizer)
     related = len(_factors(graft)) > 1
     acting = any(member.acts_at_steps for member in method.members)
     if related or acting:
@@ -123,10 +124,10 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo {method.words}; use another "
             "optimizer, or leave that member out"
         )
-    for path in graft.plan.sites:
-        site = graft.site(path)
-        for slot, role in site.roles().items():
-            parameter = site.tensors().get(slot)
+    for path in graft.placement.methods:
+        branch = graft.branch(path)
+        for slot, role in branch.roles().items():
+            parameter = branch.tensors().get(slot)
             if (
                 parameter is not None
                 and parameter.requires_grad
@@ -142,7 +143,7 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
 
 def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> None:
     """Warn of decay on tensors that must not decay, and of base weights that train beside the adapter."""
-    words = graft.plan.method.words
+    words = graft.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
         for p, _, role in _rates(graft, 1.0, exempt=False)
@@ -183,7 +184,7 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     ]
     if all(abs(base - bases[0]) <= 1e-6 * abs(bases[0]) for base in bases):
         return
-    words = graft.plan.method.words
+    words = graft.placement.method.words
     if not graft.steps:
         raise StateError(
             f"adapter {graft.name!r} is {words}, whose tensors learn at different rates, but the optimizer does not "
@@ -235,14 +236,14 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
     One whose ranks were all freed stays in its group, so that the optimizer of a resumed run has the groups of the first.
     """
     found: dict[int, tuple[nn.Parameter, float, Role]] = {}
-    for path in graft.plan.sites:
-        site = graft.site(path)
-        roles = site.roles()
-        for slot, parameter in site.tensors().items():
+    for path in graft.placement.methods:
+        branch = graft.branch(path)
+        roles = branch.roles()
+        for slot, parameter in branch.tensors().items():
             if parameter.requires_grad or (roles[slot].trained and not parameter.numel()):
-                rate = graft.plan.method.rate(lr, roles[slot], site.shape)
+                rate = graft.placement.method.rate(lr, roles[slot], branch.shape)
                 found.setdefault(id(parameter), (parameter, rate, roles[slot]))
-    for at in graft.plan.copies:
+    for at in graft.placement.copies:
         for path, owner in graft.copy_of(at).named_modules(prefix=at):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:

@@ -41,7 +41,7 @@ SCALING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PlanRow:
     """A method, its plan or why there is none, and what would make it fit if it does not."""
 
     method: str
@@ -68,7 +68,7 @@ class Advice:
     model: str
     conditions: Conditions
     quantize: str | None
-    rows: list[Row]
+    rows: list[PlanRow]
     memory: int | None
     """What there is, None if nobody knows."""
     imported: int
@@ -256,21 +256,21 @@ def _row(
     frozen: float,
     quantize: str | None,
     left: int | None,
-) -> tuple[Row, Method | None]:
+) -> tuple[PlanRow, Method | None]:
     try:
         method = method_named(words, given)
         plan = planned(conditions, method, frozen, quantize)
     except LorakinError as error:
-        return Row(words, None, str(error)), None
+        return PlanRow(words, None, str(error)), None
     fits = None if left is None else plan.peak <= left
     ways = (
         remedies(conditions, method, left, quantize) if fits is False and left is not None else ()
     )
-    return Row(words, plan, "", fits, ways), method
+    return PlanRow(words, plan, "", fits, ways), method
 
 
 def suggestions(
-    conditions: Conditions, row: Row, method: Method, left: int, quantize: str | None
+    conditions: Conditions, row: PlanRow, method: Method, left: int, quantize: str | None
 ) -> dict[str, str]:
     """The largest batch for a method that fits, and the highest rank that costs hardly more."""
     assert row.plan is not None

@@ -173,7 +173,7 @@ def _counted(conditions: Conditions, method: Method) -> tuple[int, int]:
     model = built(conditions.config, conditions.dtype, conditions.labels is not None)
     where = _where(conditions, model)
     adapter = adapt(model, supposed(model, method, **where), **where)
-    return adapter.trainable_parameters, len(adapter.plan.sites)
+    return adapter.trainable_parameters, len(adapter.placement.methods)
 
 
 def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> Rehearsed:
@@ -220,7 +220,11 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
         run.evaluate()
         held = sum(p.numel() * p.element_size() for p in adapter.parameters())
         return Rehearsed(
-            adapter.trainable_parameters, held, len(adapter.plan.sites), traced.peaks, seconds
+            adapter.trainable_parameters,
+            held,
+            len(adapter.placement.methods),
+            traced.peaks,
+            seconds,
         )
 
 

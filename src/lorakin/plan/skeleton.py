@@ -110,15 +110,15 @@ def supposed(
     places: dict[str, Any] = {"layer_indices": where.get("layers")} | {
         k: v for k, v in where.items() if k in PLACES
     }
-    paths = placement.plan(model, method.for_probe(), targets, **places).sites
+    paths = placement.place(model, method.for_probe(), targets, **places).methods
     check_called(model, paths)
-    shapes = {path: placement.spot_of(module_at(model, path)).shape for path in paths}
+    shapes = {path: placement.target_of(module_at(model, path)).shape for path in paths}
     ranked = sorted(shapes, key=lambda path: -(shapes[path].inputs + shapes[path].outputs))
     return method.with_importance(_almost_equal(ranked))
 
 
 PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
-"""What `adapt` and `placement.plan` call by the same names."""
+"""What `adapt` and `placement.placement` call by the same names."""
 
 
 def _almost_equal(ranked: Sequence[str]) -> Mapping[str, float]:

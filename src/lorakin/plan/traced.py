@@ -55,7 +55,7 @@ class Peak(NamedTuple):
 
 
 @dataclasses.dataclass
-class Stored:
+class StoredBytes:
     """A storage that is alive."""
 
     reference: weakref.ref[Any]
@@ -83,7 +83,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Phase → its moment of most bytes."""
         self.seconds: collections.Counter[str] = collections.Counter()
         """Phase → what its operations would take."""
-        self._storages: dict[int, Stored] = {}
+        self._storages: dict[int, StoredBytes] = {}
         self._phase, self._kind, self._total = "", "temporary", 0
 
     @contextlib.contextmanager
@@ -168,7 +168,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         size = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._gone(key))
-        self._storages[key] = Stored(reference, size, self._kind)
+        self._storages[key] = StoredBytes(reference, size, self._kind)
         self.pieces += size if size < PIECE else 0
         self.alive[self._kind] += size
         self._total += size

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from lorakin.report import page, pictures, spectrum
-from lorakin.report.page import Block, Code, Column, Section, Table, Text
+from lorakin.report.page import Block, Code, Column, Paragraph, Section, Table
 from lorakin.storage.summary import Summary, importance_in
 
 MAGNITUDES = (
@@ -59,9 +59,9 @@ def _facts(summary: Summary) -> Table:
 
 def _change(summary: Summary) -> list[Block]:
     if not summary.norms:
-        return [Text(NO_PAIR)]
+        return [Paragraph(NO_PAIR)]
     if not any(summary.norms.values()):
-        return [Text(UNTRAINED)]
+        return [Paragraph(UNTRAINED)]
     notes = [MAGNITUDES] * summary.gained + [TOO_WIDE] * _shared(summary)
     return [
         pictures.change_by_layer(
@@ -87,7 +87,7 @@ def _spectra(summary: Summary) -> list[Section]:
     blocks: list[Block] = [
         pictures.effective_ranks(effective),
         pictures.ranks(suggested, title="Suggested rank by layer and module", note=reached),
-        Text(counted, GUESS),
+        Paragraph(counted, GUESS),
         Code(
             "To copy; it is JSON, YAML and Python alike. Patterns mean what they mean in PEFT.",
             _lines(summary, found),

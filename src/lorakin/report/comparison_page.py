@@ -10,12 +10,12 @@ from typing import Any
 from lorakin.compare import arms as arms_
 from lorakin.compare import schedule
 from lorakin.compare.comparison import REPORT, TRIALS, Study
-from lorakin.compare.results import DONE, TIMING, Row
+from lorakin.compare.results import DONE, TIMING, ResultRow
 from lorakin.compare.standings import Ratio, Standing, leaders, measure_of, standings
 from lorakin.compare.verdict import percent, verdict, with_interval
 from lorakin.family.words import decided
 from lorakin.report import charts, page, pictures
-from lorakin.report.page import Cell, Code, Column, Figure, Section, Table, Text
+from lorakin.report.page import Cell, Code, Column, Figure, Paragraph, Section, Table
 from lorakin.storage.summary import place_of
 from lorakin.terminal import command
 
@@ -69,7 +69,7 @@ def html(study: Study, found: Findings) -> str:
         subtitle += f" **Unfinished**: about {left} trials are still to run."
     troubles = [_troubles(found)] if any(s.ended or s.refused for s in found.standings) else []
     sections = [
-        Section("Verdict", [Text(*found.verdict), _to_use(study, found)]),
+        Section("Verdict", [Paragraph(*found.verdict), _to_use(study, found)]),
         Section("All arms", [_table(found), *troubles]),
         Section("Quality against cost", _costs(found)),
         Section("Learning", _curves(study, found)),
@@ -146,7 +146,7 @@ def _table(found: Findings) -> Table:
         (s for s in order if s.kind in (arms_.REFERENCE, arms_.MEMBER) and s.quality is not None),
         None,
     )
-    rows = [page.Row(_cells(s, measure), _mark(s, best)) for s in order]
+    rows = [page.TableRow(_cells(s, measure), _mark(s, best)) for s in order]
     note = "**best** is the best mean, which need not be better than the next by more than the noise: the verdict tells."
     return Table("Every arm at its own best learning rate", columns, rows, note)
 
@@ -255,7 +255,7 @@ def _curves(study: Study, found: Findings) -> list[page.Block]:
     return blocks
 
 
-def _first(found: Findings) -> list[tuple[Standing, Row]]:
+def _first(found: Findings) -> list[tuple[Standing, ResultRow]]:
     """Each arm that trains, with the first seed's run at its best rate, for pictures of one run."""
     return [(s, s.done[0]) for s in found.standings if s.done and s.lr is not None]
 
@@ -281,7 +281,7 @@ def _has_a_scatter(s: Standing) -> bool:
     return gains or s.kind == arms_.REFERENCE or s.arm.name == arms_.FULL
 
 
-def _points(shown: Sequence[tuple[Standing, Row]]) -> list[pictures.Point]:
+def _points(shown: Sequence[tuple[Standing, ResultRow]]) -> list[pictures.Point]:
     return [
         pictures.Point(s.arm.title, *place_of(path), step, magnitude, direction)
         for s, row in shown
@@ -307,7 +307,7 @@ def _named(s: Standing, figure: Figure) -> Figure:
     return dataclasses.replace(figure, title=f"{s.arm.title}: {figure.title}")
 
 
-def _method(study: Study, found: Findings) -> Text:
+def _method(study: Study, found: Findings) -> Paragraph:
     asked, parts, rows = study.comparison, study.parts, study.results.rows
     timed = [
         f"{s.arm.title} {study.steps(s.arm.name)}"
@@ -325,7 +325,7 @@ def _method(study: Study, found: Findings) -> Text:
         if asked.sweeps.rates is None
         else f"the best of {asked.sweep}, by the loss on the tuning rows with the first seed."
     )
-    return Text(
+    return Paragraph(
         f"**Data**: {parts.train:,} rows to train on, {parts.tune} to choose learning rates by, {parts.report} to report on, "
         f"the same for all{left}. The table's figures are of the rows to report on{counted}.",
         f"**Budget**: {asked.spent} for every trial; the same rows in the same order for all arms of one seed."

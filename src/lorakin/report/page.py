@@ -1,6 +1,6 @@
 """A page for a browser from plain data: text, tables that sort, charts with their data. One file that needs no network.
 
-    page.write(path, page.render("Title", "what it is", [page.Section("Results", [page.Text("…"), page.Table(…)])]))
+    page.write(path, page.render("Title", "what it is", [page.Section("Results", [page.Paragraph("…"), page.Table(…)])]))
 
 Whatever is put in is shown as it is: only `Text`, captions and notes know **bold** and `code`, and nothing knows HTML. The
 page's Content-Security-Policy runs the two scripts that `render` puts into it, by their hashes, and no other.
@@ -38,7 +38,7 @@ class Block(Protocol):
         """The block as HTML; `name` is no other block's on the page and begins its ids."""
 
 
-class Text:
+class Paragraph:
     """Paragraphs, in which **bold** and `code` are known."""
 
     def __init__(self, *paragraphs: str) -> None:
@@ -82,7 +82,7 @@ Value = Cell | str | float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """Cells, the first of which names the row. The `mark` stands beside it: "best", "control", "failed", or any other word."""
 
     cells: Sequence[Value]
@@ -95,7 +95,7 @@ class Table:
 
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Row | Sequence[Value]]
+    rows: Sequence[TableRow | Sequence[Value]]
     note: str = ""
     sortable: bool = True
 
@@ -111,8 +111,8 @@ class Table:
             f"<tbody>{''.join(map(self._row, self.rows))}</tbody></table></div>{self._help()}{_note(self.note)}</div>"
         )
 
-    def _row(self, row: Row | Sequence[Value]) -> str:
-        row = row if isinstance(row, Row) else Row(row)
+    def _row(self, row: TableRow | Sequence[Value]) -> str:
+        row = row if isinstance(row, TableRow) else TableRow(row)
         kind = f' class="mark-{re.sub("[^a-z0-9]+", "-", row.mark.lower())}"' if row.mark else ""
         mark = f' <span class="mark">{escape(row.mark)}</span>' if row.mark else ""
         cells = []

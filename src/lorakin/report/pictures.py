@@ -24,7 +24,7 @@ BARE = alt.Axis(ticks=False, domain=False, labelLimit=140)
 STEP = alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickMinStep=1))
 
 
-class Scale(NamedTuple):
+class ColourScale(NamedTuple):
     """What a colour tells: its name, and how a value is written, in d3's words and in Python's."""
 
     title: str
@@ -39,7 +39,7 @@ def change_by_layer(
     values: Mapping[str, float], *, of: str = "ΔW", relative: bool = False, note: str = ""
 ) -> Figure:
     """How much each module changes: path → ‖ΔW‖ (Frobenius), or, if `relative`, ‖ΔW‖/‖W‖. The `note` ends the caption."""
-    scale = Scale(f"‖{of}‖ / ‖W‖" if relative else f"‖{of}‖", ".3~g", "{:.3g}")
+    scale = ColourScale(f"‖{of}‖ / ‖W‖" if relative else f"‖{of}‖", ".3~g", "{:.3g}")
     said = f"The Frobenius norm of each module's change{', relative to that of its weight' if relative else ''}. "
     return _heatmap(
         f"{scale.title} by layer and module",
@@ -51,7 +51,7 @@ def change_by_layer(
 
 def effective_ranks(values: Mapping[str, float]) -> Figure:
     """How many directions each module's change spreads over: path → `spectrum.effective_rank`."""
-    scale = Scale("effective rank", ".2~f", "{:.2f}")
+    scale = ColourScale("effective rank", ".2~f", "{:.2f}")
     caption = (
         "The exponential of the entropy of each change's singular values: 1 if all of it lies in one direction, the pair's "
         f"rank if it is spread evenly. {_extremes(values, scale)}"
@@ -70,7 +70,7 @@ def ranks(
     caption = (
         f"Of {len(values)} modules: {said}; {sum(values.values()):,} ranks in all. {note}".strip()
     )
-    return _heatmap(title, caption, values, Scale("rank", "d", "{:d}"), numbers=True)
+    return _heatmap(title, caption, values, ColourScale("rank", "d", "{:d}"), numbers=True)
 
 
 def importance(found: Mapping[str, float], own: Collection[str]) -> Figure:
@@ -84,12 +84,12 @@ def importance(found: Mapping[str, float], own: Collection[str]) -> Figure:
         "Importance by layer and module",
         caption,
         found,
-        Scale("share", ".2~%", "{:.2%}"),
+        ColourScale("share", ".2~%", "{:.2%}"),
         dots=frozenset(own),
     )
 
 
-def _extremes(values: Mapping[str, float], scale: Scale) -> str:
+def _extremes(values: Mapping[str, float], scale: ColourScale) -> str:
     known = {path: value for path, value in values.items() if math.isfinite(value)}
     if not known:
         return "None is known."
@@ -291,7 +291,7 @@ def _heatmap(
     title: str,
     caption: str,
     values: Mapping[str, float],
-    what: Scale,
+    what: ColourScale,
     *,
     numbers: bool = False,
     dots: Collection[str] = (),

@@ -9,9 +9,9 @@ from typing import Any
 import lorakin
 from lorakin.errors import AdapterError, SettingError
 from lorakin.family.low_rank import Fit
-from lorakin.serving.job import Job, Order
+from lorakin.serving.job import ExportJob, Order
 from lorakin.serving.output import new_directory, write_report
-from lorakin.serving.targets import TARGETS, Target
+from lorakin.serving.targets import TARGETS, ExportTarget
 from lorakin.serving.verify import Agreement, check_limit, compare, record, tolerance_for
 from lorakin.storage import directory, hub
 
@@ -77,7 +77,7 @@ def export(order: Order) -> Exported:
         raise AdapterError(
             f"{order.adapter} does not say what its base model is; name it with --model"
         )
-    job = Job(order, files, name)
+    job = ExportJob(order, files, name)
     with new_directory(order.out) as partial:
         transcript = record(job.base(), job.texts()) if order.verify else None
         target.write(job, partial)
@@ -103,7 +103,7 @@ def export(order: Order) -> Exported:
     return exported
 
 
-def _target(order: Order) -> type[Target]:
+def _target(order: Order) -> type[ExportTarget]:
     """The target, once every setting is one that it has."""
     if order.to not in TARGETS:
         raise SettingError(f"--to {order.to} is unknown; there are: {', '.join(TARGETS)}")

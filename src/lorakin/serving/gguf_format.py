@@ -78,7 +78,7 @@ ELSEWHERE = "use --to gguf-merged, or --to merged and llama.cpp's convert_hf_to_
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class TensorType:
     """One tensor of a file: its name and shape there, the key of `TYPES` it is written in, and what gives its numbers.
 
     `source` is what the user knows it by.
@@ -170,7 +170,7 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
     return gguf.quants.quantize(array, _TYPE.Q8_0) if dtype == "q8_0" else array
 
 
-def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
+def write_file(path: Path, writer: Any, tensors: Sequence[TensorType]) -> None:
     """Write the GGUFWriter's metadata and `tensors`, one at a time, beside `path`, and rename it when it is complete.
 
     Raises:
@@ -213,7 +213,7 @@ def _check_written(file: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A module that llama.cpp can adapt: its weight's name there, its matrix, and the order of its rows, see `row_order`."""
 
     name: str
@@ -221,7 +221,7 @@ class Place:
     order: Tensor | None
 
 
-def _places(config: Any) -> Iterator[tuple[str, Place | str]]:
+def _places(config: Any) -> Iterator[tuple[str, TensorPlace | str]]:
     """Every module of the model that has a weight matrix, by path, or why llama.cpp cannot adapt it."""
     tied = "the embedding and the output head are tied, and llama.cpp cannot adapt a tensor that serves as both"
     for path, module in skeleton(config).named_modules():
@@ -233,7 +233,7 @@ def _places(config: Any) -> Iterator[tuple[str, Place | str]]:
         elif config.tie_word_embeddings and name in (EMBEDDING, HEAD):
             yield path, tied
         else:
-            yield path, Place(name, shape, row_order(config, f"{path}.weight", shape.outputs))
+            yield path, TensorPlace(name, shape, row_order(config, f"{path}.weight", shape.outputs))
 
 
 def write_adapter(
@@ -291,7 +291,7 @@ def write_adapter(
             except ModelError as error:
                 raise AdapterError(str(error)) from None
             tensors.append(
-                Stored(
+                TensorType(
                     f"{place.name}.lora_{half}",
                     tuple(tensor.shape),
                     dtype,
@@ -347,7 +347,9 @@ def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
             for t in reader.tensors
         }
     places = {
-        place.name: (module, place) for module, place in _places(config) if isinstance(place, Place)
+        place.name: (module, place)
+        for module, place in _places(config)
+        if isinstance(place, TensorPlace)
     }
     pairs = {}
     for name in dict.fromkeys(
@@ -373,7 +375,7 @@ def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
     return pairs
 
 
-def _pair(a: Tensor, b: Tensor, alpha: float, place: Place, where: str) -> Pair:
+def _pair(a: Tensor, b: Tensor, alpha: float, place: TensorPlace, where: str) -> Pair:
     up, down = b.float(), (a.T if place.name == EMBEDDING else a).float()
     rank = up.shape[-1]
     if up.shape != (place.shape.outputs, rank) or down.shape != (rank, place.shape.inputs):

@@ -21,7 +21,7 @@ from lorakin.serving.gguf_format import (
     EMBEDDING,
     HEAD,
     TYPES,
-    Stored,
+    TensorType,
     architecture_of,
     check_dtype,
     gguf_name,
@@ -129,7 +129,7 @@ def _head_dim(config: Any) -> int:
     )
 
 
-def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Stored]:
+def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[TensorType]:
     """The file's tensors, after all were found to be the model's: none missing, none left over."""
     expected = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
     names = {key: gguf_name(config, key) for key in expected}
@@ -154,12 +154,14 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Stor
         assert name is not None  # of the architectures written whole every tensor has one
         order = row_order(config, key, shape[0])
         kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
-        stored.append(Stored(name, shape, kind, _reader(tensors, key, shape, order), key))
+        stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _rope_factors(config)
         stored.insert(
             0,
-            Stored("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"),
+            TensorType(
+                "rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"
+            ),
         )
     return stored
 

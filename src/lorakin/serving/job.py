@@ -42,7 +42,7 @@ class Order:
     other_base: bool = False
 
 
-class Job:
+class ExportJob:
     """An order under way: the base with its adapter, loaded when first asked for, and what is made of them."""
 
     def __init__(self, order: Order, files: directory.Files, name: str) -> None:

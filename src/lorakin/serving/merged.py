@@ -81,7 +81,7 @@ class Merged(Mapping[str, Tensor]):
         self.names, self.kinds, self.shards = _where(base, self.model)
         self.is_sharded = not (base / SINGLE).is_file()
         beside(base)  # so that what cannot go along is said before anything is written
-        tokens = self.contents.plan.tokens
+        tokens = self.contents.placement.tokens
         self.leaders = {
             f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)
         }
@@ -103,10 +103,10 @@ class Merged(Mapping[str, Tensor]):
             return copied.to(dtype).contiguous()
         stored, path = self._stored(name), name.removesuffix(".weight")
         if (leader := self.leaders.get(name)) is not None:
-            ids = torch.tensor(self.contents.plan.tokens[leader].ids)
+            ids = torch.tensor(self.contents.placement.tokens[leader].ids)
             rows = self.contents.rows[leader].to(stored.dtype)
             return stored.index_copy(0, ids, rows).to(dtype).contiguous()
-        if path in self.contents.plan.sites and name.endswith(".weight"):
+        if path in self.contents.placement.methods and name.endswith(".weight"):
             return self._folded(path, stored, dtype)
         return stored.to(dtype).contiguous()
 
@@ -194,7 +194,7 @@ class Merged(Mapping[str, Tensor]):
     def _add_what_is_new(self) -> None:
         """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
         last = max(self.shards.values())
-        changed = {f"{path}.weight" for path in self.contents.plan.sites}
+        changed = {f"{path}.weight" for path in self.contents.placement.methods}
         changed |= self.leaders.keys()
         changed |= {
             f"{path}.{key}" for path, state in self.contents.copies.items() for key in state
@@ -223,7 +223,10 @@ class Merged(Mapping[str, Tensor]):
         for name in sorted(changed - self.shards.keys()):
             if name in self.leaders and name in partners:
                 continue
-            if name.removesuffix(".weight") in self.contents.plan.sites or name in self.leaders:
+            if (
+                name.removesuffix(".weight") in self.contents.placement.methods
+                or name in self.leaders
+            ):
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
 
@@ -248,7 +251,7 @@ class Merged(Mapping[str, Tensor]):
         return tensor
 
     def _folded(self, path: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        module, method = self.model.get_submodule(path), self.contents.plan.sites[path]
+        module, method = self.model.get_submodule(path), self.contents.placement.methods[path]
         kind = layers.kind_of(module)
         assert kind is not None
         if (

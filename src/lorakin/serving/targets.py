@@ -17,7 +17,7 @@ from lorakin.family import all_finite
 from lorakin.inject.description import in_words
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
-from lorakin.serving.job import Job
+from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
 from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
@@ -38,7 +38,7 @@ GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
-class Target:
+class ExportTarget:
     """One kind of result. `dtypes` are those it is written in, the first unless another is asked for."""
 
     word: ClassVar[str]
@@ -47,17 +47,17 @@ class Target:
     """Whether it holds low-rank pairs beside the base, so that ranks matter."""
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         """Write it into the empty directory `folder`."""
         raise NotImplementedError
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         """The model that `folder` holds, ready to answer."""
         raise NotImplementedError
 
 
-class PlainLoRA(Target):
+class PlainLoRA(ExportTarget):
     """An adapter's directory that every reader of LoRA knows."""
 
     word: ClassVar[str] = "lora"
@@ -65,7 +65,7 @@ class PlainLoRA(Target):
     is_pairs = True
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         plain = job.plain()
         if job.order.dtype is not None:
             _narrow(plain, DTYPES[job.order.dtype])
@@ -76,13 +76,13 @@ class PlainLoRA(Target):
         _carry_template(job, folder)
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
         load(model, folder, other_base=job.order.other_base)
         return model
 
 
-class MergedModel(Target):
+class MergedModel(ExportTarget):
     """A plain transformers directory that needs lorakin no more."""
 
     word = "merged"
@@ -90,7 +90,7 @@ class MergedModel(Target):
     is_pairs = False
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         job.forget()
         dtype = DTYPES.get(job.order.dtype or "")
         try:
@@ -104,14 +104,14 @@ class MergedModel(Target):
         say_where_answers_end(folder)
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         config = config_of(str(folder))
         return load_model(
             str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM
         ).model
 
 
-class GGUFAdapter(Target):
+class GGUFAdapter(ExportTarget):
     """A LoRA for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf"
@@ -119,21 +119,21 @@ class GGUFAdapter(Target):
     is_pairs = True
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         loaded, plain = job.base(), job.plain()
-        if whole := plain.plan.copies:
+        if whole := plain.placement.copies:
             raise AdapterError(
                 f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged"
             )
-        if tokens := list(plain.plan.tokens):
+        if tokens := list(plain.placement.tokens):
             raise AdapterError(
                 f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged"
             )
-        if biases := plain.plan.biases:
+        if biases := plain.placement.biases:
             raise AdapterError(
                 f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged"
             )
-        pairs = {path: plain.change_at(path) for path in plain.plan.sites}
+        pairs = {path: plain.change_at(path) for path in plain.placement.methods}
         gguf_format.write_adapter(
             folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
         )
@@ -143,13 +143,13 @@ class GGUFAdapter(Target):
         (folder / MODELFILE).write_text(text, encoding="utf-8")
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
         of_pairs(model, "written", gguf_format.read_adapter(folder / GGUF_ADAPTER, model.config))
         return model
 
 
-class GGUFModel(Target):
+class GGUFModel(ExportTarget):
     """A model for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf-merged"
@@ -157,7 +157,7 @@ class GGUFModel(Target):
     is_pairs = False
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         job.forget()
         source = directory_of(job.name)
         tensors: Mapping[str, Tensor]
@@ -179,26 +179,26 @@ class GGUFModel(Target):
         )
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         return gguf_model.read_model(folder / GGUF_MODEL, directory_of(job.name))
 
 
-TARGETS: dict[str, type[Target]] = {
+TARGETS: dict[str, type[ExportTarget]] = {
     one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)
 }
 
 
-def _carry_template(job: Job, folder: Path) -> None:
+def _carry_template(job: ExportJob, folder: Path) -> None:
     """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
     if (template := remembered_template(job.files.path)) is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
+def _merged(job: ExportJob, dtype: torch.dtype | None) -> Merged:
     return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
 
 
-def _folded(job: Job, dtype: str) -> Loaded:
+def _folded(job: ExportJob, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
     loaded = load_with_adapter(
         job.name, job.files, dtype, other_base=job.order.other_base, any_head=True
@@ -208,7 +208,7 @@ def _folded(job: Job, dtype: str) -> Loaded:
     return loaded
 
 
-def _gguf_word(job: Job, default: str) -> str:
+def _gguf_word(job: ExportJob, default: str) -> str:
     return GGUF_WORDS[job.order.dtype or default]
 
 

@@ -27,7 +27,7 @@ from lorakin.inject.parameters import IN_PROJECTIONS, is_attention
 from lorakin.inject.patterns import resolve
 from lorakin.inject.placement import own_weight
 from lorakin.storage.expert_layout import NAMES
-from lorakin.storage.expert_stacks import FIELD, Scale, _set_scale, _taken, _without, scale_at
+from lorakin.storage.expert_stacks import FIELD, PairScale, _set_scale, _taken, _without, scale_at
 
 IN, OUT = "in_proj_weight.0", "out_proj"
 NESTED = {IN: "", OUT: "base_layer.out_proj."}
@@ -50,9 +50,9 @@ def written(
     model: nn.Module,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    scales: Mapping[str, Scale],
+    scales: Mapping[str, PairScale],
     prefix: str,
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Scale]]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, PairScale]]:
     """The files with attentions as PEFT has them, and the scales of all other pairs, by path."""
     owners = _owners(model, scales)
     if not owners:
@@ -85,7 +85,7 @@ def _nothing(like: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
     return {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": row_norms(weight, B, A).to(m)}
 
 
-def _widened(slots: Mapping[str, Tensor], own: Scale, scale: Scale) -> dict[str, Tensor]:
+def _widened(slots: Mapping[str, Tensor], own: PairScale, scale: PairScale) -> dict[str, Tensor]:
     """A pair of one rank and scale as one of another: zeros beside it, and the rest of the scale in B."""
     factor, more = own.value / scale.value, scale.rank - len(slots["A"])
     if factor == 1 and not more:

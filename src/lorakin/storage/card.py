@@ -118,7 +118,7 @@ def base_id(graft: Graft) -> str | None:
 
 
 def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
-    words, plan = graft.method.words, graft.plan
+    words, plan = graft.method.words, graft.placement
     base, name = base_id(graft), getattr(graft.model, "name_or_path", None)
     kind = own_class(graft.model)
     if base:
@@ -136,7 +136,7 @@ def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
         f"- **Base model:** {said} ({_code(kind.__name__)}{packed})",
         f"- **Method:** {_plain(in_words(graft.method))}"
         + (f", of {ranks}" if " to " in ranks else ""),
-        f"- **Adapted:** {count(len(plan.sites), 'module')}" + _of(module_names(plan.sites)),
+        f"- **Adapted:** {count(len(plan.methods), 'module')}" + _of(module_names(plan.methods)),
         *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
         *(
             [f"- **Biases:** {biases_in_words(graft)} in place of the base's"]

@@ -79,7 +79,7 @@ class Files:
         )
         self.check()
         remembered = None if other_base else self.base
-        here = fingerprint(model, ids_at(contents.plan.tokens)) if remembered else {}
+        here = fingerprint(model, ids_at(contents.placement.tokens)) if remembered else {}
         if remembered and (apart := difference(remembered, here)):
             random = (
                 "Rows that a resize added are random where the adapter does not train them. "
@@ -124,7 +124,7 @@ def save(
         TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG: _json(config),
     }
-    method = graft.plan.method
+    method = graft.placement.method
     more: dict[str, Tensor] = {}
     own: dict[str, Any] = {
         "format": FORMAT,
@@ -133,16 +133,16 @@ def save(
         "config": meaning(config),
     }
     if form is None:
-        sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
-        own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
+        sites = {at: graft.tensors_at(at) for at in graft.placement.methods}
+        own["patterns"] = [dict(graft.placement.rank_pattern), dict(graft.placement.alpha_pattern)]
         own["tensors"] = packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens), again=True)
+    own["base"] = fingerprint(graft.model, ids_at(graft.placement.tokens), again=True)
     if moved := graft.moved_buffers():
         own["buffers"] = packed(moved, "buffers", more, {})
-    if graft.plan.copies:
-        own["whole"] = list(graft.plan.copies)
+    if graft.placement.copies:
+        own["whole"] = list(graft.placement.copies)
     if graft.rules is not None:
         own["state"] = packed(graft.state(), "state", more, {})
     if more:
@@ -230,7 +230,7 @@ def check_trained(graft: Graft) -> None:
         )
     whole = [
         path
-        for path in graft.plan.copies
+        for path in graft.placement.copies
         if graft.is_fresh and graft.steps and _is_the_bases(graft, path)
     ]
     if whole:
@@ -240,11 +240,13 @@ def check_trained(graft: Graft) -> None:
             stacklevel=3,
         )
     for path, rows in base_rows(
-        graft.model, graft.plan.tokens if graft.is_fresh and graft.steps else {}
+        graft.model, graft.placement.tokens if graft.is_fresh and graft.steps else {}
     ).items():
         same = (graft.rows_at(path).to(rows) == rows).all(1).tolist()
         if still := [
-            str(n) for n, unmoved in zip(graft.plan.tokens[path].ids, same, strict=True) if unmoved
+            str(n)
+            for n, unmoved in zip(graft.placement.tokens[path].ids, same, strict=True)
+            if unmoved
         ]:
             warnings.warn(
                 f"adapter {graft.name!r} trains rows of {path} that are exactly the base's: training never met the tokens "
@@ -270,8 +272,8 @@ def check_trained(graft: Graft) -> None:
     if still:
         share = (
             "every module"
-            if len(still) == len(graft.plan.sites)
-            else f"{len(still)} of {len(graft.plan.sites)} modules"
+            if len(still) == len(graft.placement.methods)
+            else f"{len(still)} of {len(graft.placement.methods)} modules"
         )
         warnings.warn(
             f"adapter {graft.name!r} changes nothing in {share} ({still[0]}, …): the change is exactly zero there, so "
@@ -297,7 +299,7 @@ def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
 
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
-    site = graft.site(path)
+    site = graft.branch(path)
     if not any(role.trained for role in site.roles().values()):
         return False  # meant to
     bias = graft.biases().get(path)

@@ -42,7 +42,7 @@ from lorakin.storage.expert_layout import (
 FIELD = "target_parameters"
 
 
-class Scale(NamedTuple):
+class PairScale(NamedTuple):
     """The rank and alpha of a pair, and how they make its scale."""
 
     rank: int
@@ -55,26 +55,26 @@ class Scale(NamedTuple):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def scale_of(method: Method) -> Scale:
+def scale_of(method: Method) -> PairScale:
     """What a method says of its pair; of one that has no such settings, nothing that is ever read."""
     pair = method.parametrisation
-    return Scale(
+    return PairScale(
         getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False)
     )
 
 
-def scale_at(config: Mapping[str, Any], path: str) -> Scale:
+def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
     """What a config of PEFT's says of the pair at `path`."""
     rank = resolve(config.get("rank_pattern") or {}, path, config.get("r", 8))
     alpha = resolve(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
-    return Scale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))
+    return PairScale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))
 
 
 def stacked(
     model: nn.Module,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    scales: Mapping[str, Scale],
+    scales: Mapping[str, PairScale],
     prefix: str,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of an adapter with the pairs of experts put together as PEFT has them; others stay as they are.
@@ -189,9 +189,9 @@ def _taken(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 def _together(
     there: Mapping[int, Mapping[str, Tensor]],
-    scales: Mapping[int, Scale],
+    scales: Mapping[int, PairScale],
     matrices: list[nn.Module],
-) -> tuple[Scale, dict[str, Tensor]]:
+) -> tuple[PairScale, dict[str, Tensor]]:
     """The tensors of one stack, of the highest rank that one of its experts has, and their scale."""
     scale = max(scales.values(), key=lambda one: one.rank)
     some_A, some_B = next((slots["A"], slots["B"]) for slots in there.values())
@@ -229,7 +229,7 @@ def _without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any
     }
 
 
-def _set_scale(config: dict[str, Any], stack: str, scale: Scale) -> None:
+def _set_scale(config: dict[str, Any], stack: str, scale: PairScale) -> None:
     """Let `config` say this rank and alpha of a stack."""
     for field, usual, value in (
         ("rank_pattern", "r", scale.rank),

@@ -28,7 +28,7 @@ from lorakin.family import (
     Pair,
     Parametrisation,
     Shape,
-    Spot,
+    Target,
     VeRA,
     all_finite,
     member_named,
@@ -53,7 +53,7 @@ from lorakin.inject.layers import (
     UngroupedLayer,
 )
 from lorakin.inject.patterns import Values
-from lorakin.inject.placement import Graft, Plan, own_weight, plan_for, spot_of
+from lorakin.inject.placement import Graft, Placement, own_weight, placement_for, target_of
 from lorakin.inject.targets import named_modules
 from lorakin.inject.tokens import TokenRows
 from lorakin.storage import (
@@ -65,7 +65,7 @@ from lorakin.storage import (
     starts,
     token_rows,
 )
-from lorakin.storage.expert_stacks import Scale, scale_of
+from lorakin.storage.expert_stacks import PairScale, scale_of
 from lorakin.storage.fields import misfit
 from lorakin.storage.peft_targets import check_targets
 from lorakin.storage.prefixes import other_prefix
@@ -181,17 +181,17 @@ SILENT = {
 def native_form(graft: Graft) -> Form | None:
     """PEFT's form that holds exactly this adapter's tensors; None if it has none, and the pair is written in its stead."""
     form, sites = (
-        FORM_OF.get(graft.plan.method.parametrisation.word),
-        [graft.site(path) for path in graft.plan.sites],
+        FORM_OF.get(graft.placement.method.parametrisation.word),
+        [graft.branch(path) for path in graft.placement.methods],
     )
-    patterns = bool(graft.plan.rank_pattern or graft.plan.alpha_pattern)
+    patterns = bool(graft.placement.rank_pattern or graft.placement.alpha_pattern)
     if (
-        graft.plan.tokens
-        and not (sites or graft.plan.copies)
-        and token_rows.stand_alone(graft.plan.tokens)
+        graft.placement.tokens
+        and not (sites or graft.placement.copies)
+        and token_rows.stand_alone(graft.placement.tokens)
     ):
         return TOKENS
-    if graft.plan.tokens and form is VERA:  # of which PEFT trains no tokens
+    if graft.placement.tokens and form is VERA:  # of which PEFT trains no tokens
         return None
     if (
         form is None
@@ -200,14 +200,17 @@ def native_form(graft: Graft) -> Form | None:
     ):
         return None
     if not all(
-        form_of.are_whole(graft.model, graft.plan.sites) for form_of in (expert_stacks, attention)
+        form_of.are_whole(graft.model, graft.placement.methods)
+        for form_of in (expert_stacks, attention)
     ):
         return None
-    if any(layers.is_grouped(module_at(graft.model, path)) for path in graft.plan.sites):
+    if any(layers.is_grouped(module_at(graft.model, path)) for path in graft.placement.methods):
         return None
     slots = {*form.slots, *form.shared}
     return (
-        form if all(slots.issuperset(graft.tensors_at(path)) for path in graft.plan.sites) else None
+        form
+        if all(slots.issuperset(graft.tensors_at(path)) for path in graft.placement.methods)
+        else None
     )
 
 
@@ -216,16 +219,18 @@ def to_files(graft: Graft, form: Form | None) -> tuple[dict[str, Any], dict[str,
 
     `form` is its native form. The config has PEFT's required fields and those that differ from its defaults.
     """
-    copies = {path: graft.copy_of(path).state_dict() for path in graft.plan.copies}
+    copies = {path: graft.copy_of(path).state_dict() for path in graft.placement.copies}
     rows = token_rows.written(graft)
     if form is None:
-        dropout, biases = graft.plan.method.dropout, graft.biases()
+        dropout, biases = graft.placement.method.dropout, graft.biases()
         return pairs_to_files(
             graft.model, _as_pairs(graft), copies=copies, dropout=dropout, rows=rows, biases=biases
         )
     config, tensors = _as_they_are(graft, form)
-    scales = {path: scale_of(method) for path, method in graft.plan.sites.items()}
-    word = bias_format.word(graft.model, graft.plan.biases, graft.plan.sites, form.peft_type)
+    scales = {path: scale_of(method) for path, method in graft.placement.methods.items()}
+    word = bias_format.word(
+        graft.model, graft.placement.biases, graft.placement.methods, form.peft_type
+    )
     config |= {"peft_type": form.peft_type, "bias": word}
     return _finished(graft.model, config, tensors, scales, copies, rows, graft.biases())
 
@@ -300,7 +305,7 @@ def pairs_to_files(
             if value != most
         }:
             config[pattern] = own
-    scales = {path: Scale(ranks[path], alphas[path], False) for path in ranks}
+    scales = {path: PairScale(ranks[path], alphas[path], False) for path in ranks}
     config |= {"use_dora": True} if gained else {}
     return _finished(model, config, tensors, scales, copies or {}, rows, biases or {})
 
@@ -309,7 +314,7 @@ def _finished(
     model: nn.Module,
     config: Mapping[str, Any],
     tensors: dict[str, Tensor],
-    scales: Mapping[str, Scale],
+    scales: Mapping[str, PairScale],
     copies: Mapping[str, Mapping[str, Tensor]],
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]],
     biases: Mapping[str, Tensor],
@@ -362,34 +367,34 @@ def wrapped_too(
 
 def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config fields and tensors of an adapter whose tensors are PEFT's."""
-    plan = graft.plan
-    config: dict[str, Any] = {"target_modules": sorted(plan.sites)}
+    placement = graft.placement
+    config: dict[str, Any] = {"target_modules": sorted(placement.methods)}
     for setting, field in form.fields.items():
         value = graft.method.setting(setting)
         value = UNPLANNED.get(field) if value is None else value
         if field in form.always or value != form.defaults[field]:
             config[field] = _whole(value)
     for field, pattern in (
-        ("rank_pattern", plan.rank_pattern),
-        ("alpha_pattern", plan.alpha_pattern),
+        ("rank_pattern", placement.rank_pattern),
+        ("alpha_pattern", placement.alpha_pattern),
     ):
         if pattern:
             config[field] = {key: _whole(value) for key, value in pattern.items()}
     tensors: dict[str, Tensor] = {}
     kept = {}
-    for path in plan.sites:
-        site, module = graft.site(path), module_at(graft.model, path)
+    for path in placement.methods:
+        site, module = graft.branch(path), module_at(graft.model, path)
         for slot, tensor in graft.tensors_at(path).items():
             if slot not in form.shared:
                 tensors[f"{PREFIX}{path}.{_slots(form, site.layer)[slot]}"] = _to_file(
                     tensor, slot, module
                 )
-            elif plan.method.setting("save_projection"):
+            elif placement.method.setting("save_projection"):
                 tensors[form.shared[slot]] = tensor
             if slot == "m":
                 config["use_dora"] = True
         if form is ADALORA:
-            rank, initial = len(site.tensors()["E"]), plan.method.setting("initial_rank")
+            rank, initial = len(site.tensors()["E"]), placement.method.setting("initial_rank")
             kept[f"{path}.lora_E"] = [True] * rank + [False] * (initial - rank)
     if not all(all(row) for row in kept.values()):
         config["rank_pattern"] = kept
@@ -399,8 +404,8 @@ def _as_they_are(graft: Graft, form: Form) -> tuple[dict[str, Any], dict[str, Te
 def _as_pairs(graft: Graft) -> dict[str, dict[str, Tensor]]:
     """For `pairs_to_files`, an adapter that PEFT has no form for: its pair with the scale in it, a gain as DoRA's m."""
     sites = {}
-    for path in graft.plan.sites:
-        site = graft.site(path)
+    for path in graft.placement.methods:
+        site = graft.branch(path)
         wide = widened(graft.tensors_at(path))
         pair = site.method.low_rank(wide, site.shape)
         sites[path] = {"A": pair.down, "B": pair.up}
@@ -413,9 +418,9 @@ def _as_pairs(graft: Graft) -> dict[str, dict[str, Tensor]]:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """An adapter read from files and matched with a model: the plan, the tensors of each of its modules, training's state."""
+    """An adapter read from files and matched with a model: the placement, the tensors of each of its modules, training's state."""
 
-    plan: Plan
+    placement: Placement
     sites: Mapping[str, Mapping[str, Tensor]]
     copies: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any] | None = None
@@ -512,32 +517,32 @@ def from_files(
     else:
         read = {path: _matrices(sites[path]) for path in modules if path in sites}
     try:
-        plan = plan_for(method, list(read), list(copies), *_patterns(form, config, own))
-        kept = _with_ranks_kept(plan, config, read)
-        plan = dataclasses.replace(
+        placement = placement_for(method, list(read), list(copies), *_patterns(form, config, own))
+        kept = _with_ranks_kept(placement, config, read)
+        placement = dataclasses.replace(
             kept, tokens=tokens.tokens, ungrouped=over_all, biases=tuple(biases)
         )
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
-    spots = {path: spot_of(modules[path]) for path in read}
-    spots |= {
-        path: Spot(UngroupedLayer.shape(modules[path]), spots[path].weight)
-        for path in over_all & spots.keys()
+    targets = {path: target_of(modules[path]) for path in read}
+    targets |= {
+        path: Target(UngroupedLayer.shape(modules[path]), targets[path].weight)
+        for path in over_all & targets.keys()
     }
     expected = _expected(
-        plan, spots
+        placement, targets
     )  # whose order of tensors a fresh adapter has, and its optimizer's state
     if own is None or own.tensors is None:
-        _check_shapes(form, plan, expected, modules, sites, where)
-        _add_shared(form, config, own, method, spots, tensors, read, where)
+        _check_shapes(form, placement, expected, modules, sites, where)
+        _add_shared(form, config, own, method, targets, tensors, read, where)
     read = {
         path: dict(sorted(slots.items(), key=lambda item: _position(item[0], expected[path])))
         for path, slots in read.items()
     }
-    _check_slots(plan, expected, spots, read, where)
+    _check_slots(placement, expected, targets, read, where)
     if own is not None and own.tensors is not None:
-        _check_pairs(plan, modules, spots, read, config, sites, where)
-    shared = plan.method.share(read, spots, plan.sites)
+        _check_pairs(placement, modules, targets, read, config, sites, where)
+    shared = placement.method.share(read, targets, placement.methods)
     for path, slots in shared.items():
         for slot, tensor in slots.items():
             if tensor is not read[path][slot] and not torch.equal(tensor, read[path][slot]):
@@ -545,10 +550,10 @@ def from_files(
                     f"{where}: {path} shares its pair with others, but its {slot} in the file is another"
                 )
     if own is None:
-        return Contents(plan, shared, copies, rows=tokens.values, biases=biases)
+        return Contents(placement, shared, copies, rows=tokens.values, biases=biases)
     if reason := misfit_of_buffers(model, own.buffers):
         raise AdapterError(f"{where}: {reason}")
-    return Contents(plan, shared, copies, own.state, own.buffers, tokens.values, biases)
+    return Contents(placement, shared, copies, own.state, own.buffers, tokens.values, biases)
 
 
 def _read(
@@ -581,9 +586,9 @@ def _position(slot: str, expected: Mapping[str, Tensor]) -> int:
 
 
 def _check_pairs(
-    plan: Plan,
+    placement: Placement,
     modules: Mapping[str, nn.Module],
-    spots: Mapping[str, Spot],
+    targets: Mapping[str, Target],
     read: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
     sites: Mapping[str, Mapping[str, Tensor]],
@@ -592,7 +597,7 @@ def _check_pairs(
     """The pairs of our own tensors are those that PEFT's files hold, so that both say the same function."""
     ranks, alphas = (Values(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern"))
     for path, slots in read.items():
-        pair = plan.sites[path].low_rank(widened(slots), spots[path].shape)
+        pair = placement.methods[path].low_rank(widened(slots), targets[path].shape)
         theirs = sites.get(path, {})
         if not theirs and not pair.down.shape[0]:
             continue
@@ -626,14 +631,14 @@ def _check_pairs(
 
 
 def _with_ranks_kept(
-    plan: Plan, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]
-) -> Plan:
-    """The plan with the rank of each module whose ranks were pruned."""
-    scales = plan.method.parametrisation.per_rank
-    if not plan.method.parametrisation.per_rank_sides or scales is None:
-        return plan
+    placement: Placement, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]
+) -> Placement:
+    """The placement with the rank of each module whose ranks were pruned."""
+    scales = placement.method.parametrisation.per_rank
+    if not placement.method.parametrisation.per_rank_sides or scales is None:
+        return placement
     sites = {}
-    for path, method in plan.sites.items():
+    for path, method in placement.methods.items():
         rows = (config.get("rank_pattern") or {}).get(f"{path}.lora_E")
         kept = (
             len(read[path][scales])
@@ -643,7 +648,7 @@ def _with_ranks_kept(
         sites[path] = (
             method if kept == method.parametrisation.initial_rank else method.at(kept=kept)  # type: ignore[attr-defined]
         )
-    return dataclasses.replace(plan, sites=sites)
+    return dataclasses.replace(placement, methods=sites)
 
 
 def _matrices(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -672,19 +677,20 @@ def _add_shared(
     config: Mapping[str, Any],
     own: Own | None,
     method: Method,
-    spots: Mapping[str, Spot],
+    targets: Mapping[str, Target],
     tensors: Mapping[str, Tensor],
     read: dict[str, dict[str, Tensor]],
     where: str,
 ) -> None:
     """Give every module the tensors of the whole model: those in the file, or drawn again."""
-    if not form.shared or not spots:
+    if not form.shared or not targets:
         return
     found = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
     found = found if len(found) == len(form.shared) else {}
     saved = config.get("save_projection", form.defaults["save_projection"])
     inputs, outputs = (
-        max(getattr(spot.shape, side) for spot in spots.values()) for side in ("inputs", "outputs")
+        max(getattr(target.shape, side) for target in targets.values())
+        for side in ("inputs", "outputs")
     )
     if found:
         rank = method.setting("rank")
@@ -713,18 +719,18 @@ def _add_shared(
     if not saved:
         rank, there = (
             method.setting("rank"),
-            sum(math.prod(spot.shape[:2]) for spot in spots.values()),
+            sum(math.prod(target.shape[:2]) for target in targets.values()),
         )
         if (numbers := rank * (inputs + outputs)) > max(MOST_DRAWN, there):
             raise AdapterError(
                 f"{where}: its shared pair of rank {rank:,} is not in the file, and drawn again it would have {numbers:,} "
                 f"numbers, where the weights that it adapts have {there:,}; the file is damaged or hostile"
             )
-        pair, base = method.parametrisation, next(iter(spots.values())).weight
+        pair, base = method.parametrisation, next(iter(targets.values())).weight
         fresh = next(
             iter(
                 pair.start_all(
-                    spots, dict.fromkeys(spots, pair), None, torch.device("cpu")
+                    targets, dict.fromkeys(targets, pair), None, torch.device("cpu")
                 ).values()
             )
         )
@@ -752,9 +758,9 @@ def _add_shared(
 
 def shared_tensors(graft: Graft, form: Form) -> dict[str, Tensor]:
     """The tensors of the whole model that the adapter has, whose form this is, by slot."""
-    if not form.shared or not graft.plan.sites:
+    if not form.shared or not graft.placement.methods:
         return {}
-    tensors = graft.tensors_at(next(iter(graft.plan.sites)))
+    tensors = graft.tensors_at(next(iter(graft.placement.methods)))
     return {slot: tensors[slot] for slot in form.shared}
 
 
@@ -766,7 +772,7 @@ def projection_checksum(shared: Mapping[str, Tensor]) -> str:
 
 def _check_shapes(
     form: Form,
-    plan: Plan,
+    placement: Placement,
     expected: Mapping[str, Mapping[str, Tensor]],
     modules: Mapping[str, nn.Module],
     sites: Mapping[str, Mapping[str, Tensor]],
@@ -776,7 +782,10 @@ def _check_shapes(
     for path, fresh in expected.items():
         kind = layers.kind_of(modules[path])
         assert kind is not None
-        names, rank = _slots(form, kind), getattr(plan.sites[path].parametrisation, "rank", "?")
+        names, rank = (
+            _slots(form, kind),
+            getattr(placement.methods[path].parametrisation, "rank", "?"),
+        )
         wanted = {slot: t for slot, t in fresh.items() if slot in names}
         if missing := [names[slot] for slot in wanted if slot not in sites[path]]:
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
@@ -801,15 +810,15 @@ def _check_shapes(
 
 
 def _check_slots(
-    plan: Plan,
+    placement: Placement,
     expected: Mapping[str, Mapping[str, Tensor]],
-    spots: Mapping[str, Spot],
+    targets: Mapping[str, Target],
     read: Mapping[str, Mapping[str, Tensor]],
     where: str,
 ) -> None:
     """The tensors of each module, which are finite, are those of the method, and fit together."""
     for path, fresh in expected.items():
-        shape, method, slots = spots[path].shape, plan.sites[path], read[path]
+        shape, method, slots = targets[path].shape, placement.methods[path], read[path]
         known = method.roles(path, shape, fresh).keys()
         if missing := [slot for slot, t in fresh.items() if slot not in slots and t.numel()]:
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)} of {method.words}")
@@ -836,14 +845,16 @@ def _check_slots(
             )
 
 
-def _expected(plan: Plan, spots: Mapping[str, Spot]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a fresh adapter of this plan, without values."""
+def _expected(placement: Placement, targets: Mapping[str, Target]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a fresh adapter of this placement, without values."""
     meta = torch.device("meta")
     bare = {
-        path: Spot(spot.shape, torch.empty(spot.weight.shape, dtype=spot.weight.dtype, device=meta))
-        for path, spot in spots.items()
+        path: Target(
+            target.shape, torch.empty(target.weight.shape, dtype=target.weight.dtype, device=meta)
+        )
+        for path, target in targets.items()
     }
-    return plan.method.start(bare, plan.sites, None, meta)
+    return placement.method.start(bare, placement.methods, None, meta)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> Form:
@@ -936,8 +947,8 @@ def _pair_fields(member: Member) -> frozenset[str]:
 
 def pairs_of(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
-) -> tuple[Plan, dict[str, Pair]]:
-    """The plan, and path → the pair there without its gain, read from the files alone, without a model.
+) -> tuple[Placement, dict[str, Pair]]:
+    """The placement, and path → the pair there without its gain, read from the files alone, without a model.
 
     Where only the base says how many inputs a module has (VERA), the widest's are taken; where a shared pair would have to
     be drawn with the base at hand, there are no pairs.
@@ -956,8 +967,8 @@ def pairs_of(
         }
         needed = set(form.slots) - {"m"}
     try:
-        plan = _with_ranks_kept(
-            plan_for(method, list(sites), (), *_patterns(form, config, own)), config, sites
+        placement = _with_ranks_kept(
+            placement_for(method, list(sites), (), *_patterns(form, config, own)), config, sites
         )
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
@@ -965,9 +976,9 @@ def pairs_of(
         if missing := sorted(form.slots[slot] for slot in needed if slot not in slots):
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
     if form.shared and not any(form.shared.keys() <= slots.keys() for slots in sites.values()):
-        return plan, {}
-    return plan, {
-        path: _pair_of_files(plan.sites[path], slots, f"{where}: {path}")
+        return placement, {}
+    return placement, {
+        path: _pair_of_files(placement.methods[path], slots, f"{where}: {path}")
         for path, slots in sites.items()
     }
 

@@ -93,8 +93,8 @@ def _absent_experts(
             if start and (stack, start, end) not in seen:
                 seen.add((stack, start, end))
                 numbers = itertools.takewhile(
-                    lambda n, stack=stack: f"{stack}.{n}" in modules,
-                    itertools.count(),  # type: ignore[misc]
+                    lambda n, stack=stack: f"{stack}.{n}" in modules,  # type: ignore[misc]
+                    itertools.count(),
                 )
                 wanted |= {f"{start}.{n}.{end}" for n in numbers}
     return sorted(name for name in wanted - there if meant.takes(name))

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.inject import layers
-from lorakin.storage.expert_stacks import Scale, scale_at
+from lorakin.storage.expert_stacks import PairScale, scale_at
 
 Slots = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RenamedPlace:
     """Where a module of the file is today: the whole of `path`, or part `number` of `parts` below one another."""
 
     path: str
@@ -72,7 +72,7 @@ def todays(
     names = _Names.of(model) if unknown or lost else None
     if names is None:
         return Todays(config, sites, rest, {})
-    parts: dict[str, list[tuple[Place, str]]] = {}
+    parts: dict[str, list[tuple[RenamedPlace, str]]] = {}
     for old in unknown:
         for place in names.places(old, modules):
             parts.setdefault(place.path, []).append((place, old))
@@ -82,7 +82,7 @@ def todays(
         raise AdapterError(
             f"{where}: it adapts {clash[0]} twice, as that and as {parts[clash[0]][0][1]}"
         )
-    scales: dict[str, Scale] = {}
+    scales: dict[str, PairScale] = {}
     for path, there in parts.items():
         done[path], scales[path] = _joined(modules[path], path, there, sites, config, where)
     whole = config.get("modules_to_save")
@@ -139,11 +139,11 @@ class _Names:
         new: str = self.rename(f"{path}.weight", self.renamings, [])[0]
         return new.removesuffix(".weight")
 
-    def places(self, path: str, modules: Mapping[str, nn.Module]) -> list[Place]:
+    def places(self, path: str, modules: Mapping[str, nn.Module]) -> list[RenamedPlace]:
         """Where the module at `path` is today; nothing if that is not known."""
         new, source = self.rename(f"{path}.weight", self.renamings, self.converters)
         if source is None:
-            found = [Place(new.removesuffix(".weight")), Place(f"{new}.0")]
+            found = [RenamedPlace(new.removesuffix(".weight")), RenamedPlace(f"{new}.0")]
             return [
                 place
                 for place in found
@@ -158,7 +158,7 @@ class _Names:
             paths = [
                 new.replace(targets[0], target, 1).removesuffix(".weight") for target in targets
             ]
-            places = [Place(one, cut=(n, len(paths))) for n, one in enumerate(paths)]
+            places = [RenamedPlace(one, cut=(n, len(paths))) for n, one in enumerate(paths)]
             return places if all(place.path in modules for place in places) else []
         if not _only_puts_together(converter.operations):
             return []
@@ -167,7 +167,7 @@ class _Names:
             before = self.rename(f"{path}.weight", self.renamings, [])[0]
             number = re.search(source.replace("*.", r"(\d+)\."), before)
             new = f"{new}.{number[1]}" if number else new
-        return [Place(new, sources.index(source), len(sources))] if new in modules else []
+        return [RenamedPlace(new, sources.index(source), len(sources))] if new in modules else []
 
 
 def _only_puts_together(operations: Iterable[Any]) -> bool:
@@ -188,11 +188,11 @@ def _only_puts_together(operations: Iterable[Any]) -> bool:
 def _joined(
     module: nn.Module,
     path: str,
-    there: list[tuple[Place, str]],
+    there: list[tuple[RenamedPlace, str]],
     sites: Mapping[str, Slots],
     config: Mapping[str, Any],
     where: str,
-) -> tuple[dict[str, Tensor], Scale]:
+) -> tuple[dict[str, Tensor], PairScale]:
     """The slots of today's module, and their scale, from those of the file's modules that are in it."""
     there = sorted(there, key=lambda one: one[0].number)
     place = there[0][0]
@@ -233,7 +233,7 @@ def _joined(
             f"{where}: {', '.join(name for _, name in there)} are {place.parts} parts of {path} ({outputs} rows) in this "
             "model, and what the file has of them does not fill it"
         )
-    total = Scale(sum(scale.rank for scale in scales), 1.0, scales[0].rslora)
+    total = PairScale(sum(scale.rank for scale in scales), 1.0, scales[0].rslora)
     total = total._replace(alpha=scales[0].value / total.value)
     up = slots[0]["B"].new_zeros(outputs, total.rank)
     column = 0
@@ -253,10 +253,10 @@ def _starts(numbers: list[int], rows: list[int], parts: int, outputs: int) -> li
 
 
 def _with_scales(
-    config: Mapping[str, Any], scales: Mapping[str, Scale], sites: Iterable[str]
+    config: Mapping[str, Any], scales: Mapping[str, PairScale], sites: Iterable[str]
 ) -> Mapping[str, Any]:
     """The config that says these ranks and alphas, in as few patterns as can be."""
-    ends: dict[str, set[Scale]] = {}
+    ends: dict[str, set[PairScale]] = {}
     for path, scale in scales.items():
         ends.setdefault(_end(path), set()).add(scale)
     mixed = {_end(path) for path in sites if path not in scales} | {

@@ -123,14 +123,15 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    plan, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    placement, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
     files.check()
     known = {
-        where: getattr(method.parametrisation, "rank", 0) for where, method in plan.sites.items()
+        where: getattr(method.parametrisation, "rank", 0)
+        for where, method in placement.methods.items()
     }
     return Summary(
         path=path,
-        method=plan.method,
+        method=placement.method,
         base=files.config.get("base_model_name_or_path"),
         ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},

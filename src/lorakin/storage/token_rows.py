@@ -29,7 +29,7 @@ OTHER_BASE = 0.25
 
 def written(graft: Graft) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """For `to_files`: the adapter's rows, each weight once."""
-    tokens = dict(graft.plan.tokens)
+    tokens = dict(graft.placement.tokens)
     return tokens, {path: graft.rows_at(path).detach() for path in tokens}
 
 

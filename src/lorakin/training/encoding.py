@@ -14,8 +14,8 @@ from lorakin.errors import DataError
 from lorakin.storage import paths
 from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
 from lorakin.training.endings import stops
-from lorakin.training.formats import Content, Conversation, Labelled, Text
-from lorakin.training.reading import Record, Rows, shown
+from lorakin.training.formats import Content, Conversation, Labelled, PlainText
+from lorakin.training.reading import DataRows, Record, shown
 from lorakin.training.templates import ALPACA, Template
 
 TEMPLATES = {"alpaca": ALPACA}
@@ -41,7 +41,7 @@ class Encoded:
 def use_template(
     tokenizer: Any,
     chosen: bool | str,
-    rows: Rows | None = None,
+    rows: DataRows | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Give the tokenizer the chat template that rows are to be written with.
@@ -177,7 +177,7 @@ class Encoder:
             DataError: a conversation without a chat template, or one that cannot be verified.
         """
         if (
-            isinstance(content, Text)
+            isinstance(content, PlainText)
             and content.prompt
             and self.template is not None
             and not self._is_rendered(content.prompt)
@@ -187,7 +187,7 @@ class Encoder:
                 {"role": "assistant", "content": content.answer},
             ]
             content = Conversation(turns, [None, None])
-        if isinstance(content, Text):
+        if isinstance(content, PlainText):
             return self._text(content)
         if isinstance(content, Labelled):
             raise DataError("it has a label, which a language model does not learn")
@@ -221,7 +221,7 @@ class Encoder:
             ids = ids[:-1]
         return ids[1:] if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id] else ids
 
-    def _text(self, content: Text) -> tuple[list[int], list[int]]:
+    def _text(self, content: PlainText) -> tuple[list[int], list[int]]:
         ids = self._opened(content.prompt)
         if not content.answer:
             return ids, [IGNORED] * len(ids)
@@ -239,7 +239,7 @@ class Encoder:
 
 
 def encode(
-    rows: Rows,
+    rows: DataRows,
     tokenizer: Any,
     max_length: int,
     loss_on: str = ANSWERS,
@@ -281,12 +281,12 @@ def encode(
 
 
 def with_answers(
-    rows: Rows,
+    rows: DataRows,
     tokenizer: Any,
     max_length: int,
     loss_on: str = ANSWERS,
     day: datetime.date | None = None,
-) -> Rows:
+) -> DataRows:
     """The rows that `encode` keeps, those that have something to learn from within `max_length` tokens.
 
     Raises:
@@ -303,7 +303,7 @@ def with_answers(
 
 
 def _encode_rows(
-    rows: Rows, tokenizer: Any, loss_on: str, day: datetime.date | None
+    rows: DataRows, tokenizer: Any, loss_on: str, day: datetime.date | None
 ) -> Iterator[dict[str, Any]]:
     encoder = Encoder(tokenizer, loss_on, day)
     for record in rows.records:
@@ -324,7 +324,9 @@ def _has_answer(example: dict[str, Any]) -> bool:
     return any(label != IGNORED for label in example["labels"][1:])
 
 
-def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequence[str]) -> Encoded:
+def encode_labelled(
+    rows: DataRows, tokenizer: Any, max_length: int, labels: Sequence[str]
+) -> Encoded:
     """Tokenise rows for a classifier whose classes are `labels`.
 
     Raises:

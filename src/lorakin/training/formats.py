@@ -80,7 +80,7 @@ class Conversation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class PlainText:
     """A prompt and the answer to it, as plain text; the prompt may be empty."""
 
     prompt: str
@@ -95,7 +95,7 @@ class Labelled:
     label: Any
 
 
-Content = Conversation | Text | Labelled
+Content = Conversation | PlainText | Labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _alpaca(
     return read
 
 
-def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | Text]:
-    def read(row: Values) -> Conversation | Text:
+def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | PlainText]:
+    def read(row: Values) -> Conversation | PlainText:
         if asked := _turns(row[prompt]):
             said = _turns(row[answer]) or [{"role": "assistant", "content": row[answer]}]
             found = _conversation([*asked, *said], row)
@@ -141,7 +141,7 @@ def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | Text]:
         question, reply = _with_context(row, prompt, ("context",)), text_of(row[answer], answer)
         if any(row.get(key) for key in (*SYSTEM, "history", *TOOLS)):
             return _conversation(_exchanges(row, question, reply), row)
-        return Text(question, reply)
+        return PlainText(question, reply)
 
     return read
 
@@ -152,12 +152,12 @@ def _called(row: Values) -> Conversation:
     return _conversation([{"role": "user", "content": row["query"]}, calls], row)
 
 
-def _squad(row: Values) -> Text:
+def _squad(row: Values) -> PlainText:
     answers = _unpacked(row["answers"])
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     if not isinstance(texts, list):
         raise DataError(f"answers is {_shown(answers)}, expected a list of texts")
-    return Text(
+    return PlainText(
         _with_context(row, "question", ("context",)), text_of(texts[0], "answers") if texts else ""
     )
 
@@ -171,8 +171,8 @@ def _labelled(text: str, label: str) -> Callable[[Values], Labelled]:
     return read
 
 
-def _plain(row: Values) -> Text:
-    return Text("", text_of(row["text"], "text"))
+def _plain(row: Values) -> PlainText:
+    return PlainText("", text_of(row["text"], "text"))
 
 
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")

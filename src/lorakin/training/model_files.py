@@ -51,7 +51,7 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """The weights in a directory: how many tensors, and bytes in all."""
 
     tensors: int
@@ -125,7 +125,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def check(folder: Path) -> Stored:
+def check(folder: Path) -> StoredTensor:
     """See that a model's directory can be loaded, as far as its files alone say.
 
     Raises:
@@ -158,7 +158,7 @@ def check(folder: Path) -> Stored:
             f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, which are plain; leave it out, "
             "and say --quantize to have them in few bits"
         )
-    return Stored(len(at), sum(file.stat().st_size for file in files))
+    return StoredTensor(len(at), sum(file.stat().st_size for file in files))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:

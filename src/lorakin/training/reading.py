@@ -80,7 +80,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DataRows:
     """Data as it was read, from one source or several.
 
     `left_out` counts rows that say themselves that they are not to be learned; `unused` are keys that no
@@ -131,7 +131,7 @@ class Rows:
 
 def read_rows(
     names: str | Sequence[str], columns: Mapping[str, str] | None = None, layout: str | None = None
-) -> Rows:
+) -> DataRows:
     """Read data files or hub data sets, and see what their rows say.
 
     Args:
@@ -157,7 +157,7 @@ def read_rows(
     unused: collections.Counter[str] = collections.Counter()
     for part in parts:
         unused.update(part.unused)
-    return Rows(
+    return DataRows(
         joined,
         [r for part in parts for r in part.records],
         sum(part.left_out for part in parts),
@@ -165,7 +165,7 @@ def read_rows(
     )
 
 
-def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Rows:
+def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> DataRows:
     numbered, label_names = _table(name)
     if not numbered:
         raise DataError(f"data {name!r} has no rows")
@@ -189,7 +189,7 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Rows
         raise DataError(
             f"data {name!r}: all {len(values)} rows say that they are not to be learned"
         )
-    return Rows(name, records, len(values) - len(records), formats.unused_keys(found, values))
+    return DataRows(name, records, len(values) - len(records), formats.unused_keys(found, values))
 
 
 def _mapped(
@@ -208,7 +208,7 @@ def shown(row: Mapping[str, Any]) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+def split(rows: DataRows, share: float, seed: int) -> tuple[DataRows, DataRows]:
     """Set apart `share` of the rows, at least one and at most 256, chosen by `seed`; both parts keep the order.
 
     Raises:
@@ -229,7 +229,7 @@ def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return dataclasses.replace(rows, records=train), dataclasses.replace(rows, records=test)
 
 
-def summary(rows: Rows) -> str:
+def summary(rows: DataRows) -> str:
     """One line about the rows: how many, of which format, and the classes with their counts."""
     line = f"{len(rows):,} rows, format {' and '.join(rows.formats)}"
     if rows.is_classification:
@@ -240,7 +240,7 @@ def summary(rows: Rows) -> str:
     return line
 
 
-def unused(rows: Rows) -> str | None:
+def unused(rows: DataRows) -> str | None:
     """What the rows hold that is not read, in words; None if there is nothing."""
     if not rows.unused:
         return None

@@ -50,7 +50,7 @@ from lorakin.training.encoding import (
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
-from lorakin.training.reading import Rows
+from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import Held, resumed_recipe
 from lorakin.training.templates import Template
@@ -273,7 +273,7 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     )  # so that what is wrong is said before anything is written
     float16_base.check_trained(loaded.model)
     pilot.remove()
-    check_called(loaded.model, pilot.plan.sites)
+    check_called(loaded.model, pilot.placement.methods)
     _written(lambda: _save_settings(recipe, out, template))
     found = processes.agreed(_importance(run, method, where))
     _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
@@ -282,7 +282,7 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     return run
 
 
-def check_meant(recipe: Recipe, rows: Rows) -> None:
+def check_meant(recipe: Recipe, rows: DataRows) -> None:
     """See that rows with a text and a label are meant to train a classifier, where the model is a language model.
 
     Raises:
@@ -306,7 +306,7 @@ def _printed_day(recipe: Recipe, tokenizer: Any) -> str | None:
     return recipe.date or processes.agreed(datetime.date.today().isoformat())
 
 
-def _describe_rows(console: Console, rows: Rows, held_out: Rows) -> None:
+def _describe_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
     """Say what was read, and what of it is not used."""
     line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
     console.print(labelled("data   ", line))
@@ -497,7 +497,7 @@ def described(evaluation: Evaluation) -> str:
     return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
 
 
-def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
+def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
     held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
@@ -508,7 +508,9 @@ def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
     return rows, held
 
 
-def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
+def encoded(
+    recipe: Recipe, rows: DataRows, loaded: Loaded, labels: Sequence[str] | None
+) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
         found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
@@ -525,14 +527,14 @@ def _describe(run: Run) -> None:
     trained, total = parameter_counts(run.loaded.model)
     what = (
         f"{recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
-        f"{len(run.adapter.plan.sites)} modules"
+        f"{len(run.adapter.placement.methods)} modules"
         + (
-            f", {', '.join(run.adapter.plan.copies)} trained whole"
-            if run.adapter.plan.copies
+            f", {', '.join(run.adapter.placement.copies)} trained whole"
+            if run.adapter.placement.copies
             else ""
         )
         + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
-        + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
+        + (f", {len(run.adapter.placement.biases)} biases" if run.adapter.placement.biases else "")
         + f"; {share(trained, total)} train"
     )
     console.print(labelled("model  ", what))

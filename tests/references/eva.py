@@ -23,7 +23,7 @@ its rank grows past them; the batches are run through again and again until all 
 Equation 6 differs from both codes: ξ_j = σ_j²/((M − 1)·‖σ‖_1); and the paper's SVD is of X, the
 codes' of X centred. Here is the codes'. Modules of equal inputs share one SVD, that of the first,
 which never has less rank than they. PEFT whitens such a V once for every sharer, which is a slip.
-Among the sharers of an SVD all ξ are ties. PEFT's sort is not stable (nor on a CPU), so which of the
+Among the sharers of an SVD all ξ tie. PEFT's sort is not stable, on a CPU either, so which of the
 followers gets the last rank is arbitrary there; here it is the earlier one.
 """
 

@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("lora", "vera"): "both decide where the pair comes from",
     ("lora", "adalora"): "lora has no number for each rank to prune by; leave it out",
-    ("lora+", "lora-fa"): "nothing trains but the factor that starts at zero",
+    ("lora+", "lora-fa"): "nothing trains but",
     ("lora-fa", "vera"): "both decide whether its random factor trains",
 }
 WORDS = [member.word for member in FAMILY]

@@ -1,15 +1,9 @@
 """The members of the family, what a member is, and how members combine."""
 
-from lorakin.family.composition import AXES, Method, conflict
-from lorakin.family.member import (
-    AdaptedModule,
-    Member,
-    Modifier,
-    Parametrisation,
-    Role,
-    Rule,
-    Target,
-)
+from lorakin.family.change import Chain, Change, LowRank
+from lorakin.family.composition import AXES
+from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Observer, Target
+from lorakin.family.member import Member, Modifier, Parametrisation
 from lorakin.family.members import (
     FAMILY,
     AdaLoRA,
@@ -21,30 +15,40 @@ from lorakin.family.members import (
     LoRAPlus,
     VeRA,
 )
-from lorakin.family.pair import Chain, Pair, Shape, Weight, all_finite, widened
+from lorakin.family.method import Method, conflict
+from lorakin.family.pair import Pair, Shape, Weight, all_finite, widened
 from lorakin.family.registry import member_named, members, register
+from lorakin.family.rule import AdaptedModule, Rule
+from lorakin.family.slots import Slot, Slots
 from lorakin.family.words import method_named
 
 __all__ = [
     "AXES",
     "FAMILY",
+    "GRADIENTS",
+    "INPUTS",
+    "WEIGHT",
     "AdaLoRA",
     "AdaptedModule",
     "Chain",
+    "Change",
     "DeltaLoRA",
     "DoRA",
     "LoRA",
     "LoRADrop",
     "LoRAFA",
     "LoRAPlus",
+    "LowRank",
     "Member",
     "Method",
     "Modifier",
+    "Observer",
     "Pair",
     "Parametrisation",
-    "Role",
     "Rule",
     "Shape",
+    "Slot",
+    "Slots",
     "Target",
     "VeRA",
     "Weight",

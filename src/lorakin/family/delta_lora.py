@@ -26,17 +26,12 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import (
-    FIXED,
-    AdaptedModule,
-    Modifier,
-    Parametrisation,
-    Role,
-    Rule,
-    Target,
-)
-from lorakin.family.pair import Pair, Shape, Tensors, widened
+from lorakin.family.measure import Target
+from lorakin.family.member import Modifier, Parametrisation
+from lorakin.family.pair import Pair, Tensors, widened
+from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import number, one_of, require, whole_number
+from lorakin.family.slots import Slot, Slots
 
 ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
 
@@ -59,7 +54,12 @@ class DeltaLoRA(Modifier):
         "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
     )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
+    slots: ClassVar[Slots] = {
+        ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
+        ANCHOR_DOWN: Slot(("rank", "inputs"), trained=False),
+    }
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
+    small: ClassVar[Mapping[str, Any]] = {"rank": 2, "alpha": 4.0, "start_step": 1}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = (
         "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
@@ -106,7 +106,7 @@ class DeltaLoRA(Modifier):
             f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs",
         )
 
-    def extend(
+    def started(
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
@@ -121,11 +121,6 @@ class DeltaLoRA(Modifier):
         """The anchor at K = 0, when the pair is zero: of rank 0."""
         like = next(iter(tensors.values()))
         return {ANCHOR_UP: like.new_zeros(0)}
-
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        return {**roles, ANCHOR_UP: FIXED, ANCHOR_DOWN: FIXED}
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         if ANCHOR_UP not in tensors:
@@ -254,7 +249,9 @@ def product_of(place: AdaptedModule) -> Tensor:
 
 def pair_of(place: AdaptedModule) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
-    return place.method.parametrisation.pair(widened(place.tensors()), place.shape)
+    return place.method.parametrisation.change(widened(place.tensors()), place.shape).pair(
+        place.shape
+    )
 
 
 def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:

@@ -71,27 +71,6 @@ LEAST = torch.finfo(torch.float32).eps
 """The smallest gain that `Pair.times` gives."""
 
 
-class Chain(NamedTuple):
-    """A pair of which only two vectors train, diag(outer)·up and diag(inner)·down, around frozen matrices.
-
-    `outer` (outputs,), `up` (≥ outputs, k), `inner` (k,), `down` (k, ≥ inputs): the leading part of the matrices counts.
-    """
-
-    outer: Tensor
-    up: Tensor
-    inner: Tensor
-    down: Tensor
-
-    def times(self, factor: float) -> Chain:
-        """The chain that changes a weight `factor` times as much."""
-        return self if factor == 1 else self._replace(outer=factor * self.outer)
-
-    def pair(self, shape: Shape) -> Pair:
-        """The same as a pair, differentiable in the vectors."""
-        up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
-        return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
-
-
 class Weight:
     """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward.
 

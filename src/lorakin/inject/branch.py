@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family import Method, Pair, Role, Shape, Weight, widened
+from lorakin.family import Method, Pair, Shape, Slot, Slots, Weight, widened
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layers import Layer, LinearLayer, kind_of
 from lorakin.kernels import adapted_linear
@@ -17,9 +17,9 @@ from lorakin.kernels.adapted_linear import Ready
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
-def trains(role: Role, tensor: Tensor) -> bool:
-    """Whether a tensor is trained: as its role says, unless it is empty, which some optimizers cannot bear."""
-    return role.trained and bool(tensor.numel())
+def trains(slot: Slot, tensor: Tensor) -> bool:
+    """Whether a tensor is trained: as its slot says, unless it is empty, which some optimizers cannot bear."""
+    return slot.trained and bool(tensor.numel())
 
 
 class Branch(nn.Module):
@@ -70,11 +70,11 @@ class Branch(nn.Module):
                 was_empty = not own[slot].numel()
                 own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
                 if was_empty or not tensor.numel():
-                    own[slot].requires_grad_(trains(self.roles()[slot], tensor))
+                    own[slot].requires_grad_(trains(self.slots()[slot], tensor))
 
-    def roles(self) -> dict[str, Role]:
-        """What each of them is to an optimizer."""
-        return self.method.roles(self.path, self.shape, self.tensors())
+    def slots(self) -> Slots:
+        """What the method declares of each of them."""
+        return self.method.slots_at(self.path, self.shape)
 
     def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The tensors in float32 or, where they are float64, in float64; on `device`.
@@ -105,7 +105,7 @@ class Branch(nn.Module):
         dropout = self.method.dropout if self.training else 0.0
         tensors = self.wide()
         if (
-            chain := self.method.chain(tensors)
+            chain := self.method.chain(tensors, self.shape)
         ) is not None:  # whose frozen matrices are moved once
             chain = chain.times(self.scale)
             return adapted_linear.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)

@@ -356,13 +356,13 @@ class Graft:
             kind = UngroupedLayer if path in self.placement.ungrouped else layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
-            roles, parameters = method.roles(path, shape, tensors[path]), {}
+            slots, parameters = method.slots_at(path, shape), {}
             for slot, tensor in tensors[path].items():
                 if (id(tensor), device) not in made:
                     there = (
                         tensor.detach() if device.type == "meta" else tensor.detach().to(device)
                     )  # values are not given up
-                    made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
+                    made[id(tensor), device] = nn.Parameter(there, trains(slots[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
             children[path] = Branch(path, method, kind, shape, parameters, own_biases.get(path))
         for path in self.placement.copies:
@@ -847,7 +847,7 @@ class PlacedModule:
 
     def trains(self, slot: str) -> bool:
         """Whether the method trains this tensor."""
-        return self.graft.branch(self.path).roles()[slot].trained
+        return self.graft.branch(self.path).slots()[slot].trained
 
     def put(self, slot: str, tensor: Tensor) -> None:
         """Give it one more tensor, which does not train."""

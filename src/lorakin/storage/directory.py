@@ -276,7 +276,7 @@ def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
     site = graft.branch(path)
-    if not any(role.trained for role in site.roles().values()):
+    if not any(slot.trained for slot in site.slots().values()):
         return False  # meant to
     bias = graft.biases().get(path)
     if bias is not None and not _is_the_bases_bias(graft, path, bias):

@@ -107,8 +107,10 @@ def fresh(placement: Placement, targets: Mapping[str, Target]) -> dict[str, dict
     """The tensors of a fresh adapter of this placement, on the meta device."""
     meta = torch.device("meta")
     bare = {
-        path: Target(shape, torch.empty(weight.shape, dtype=weight.dtype, device=meta))
-        for path, (shape, weight) in targets.items()
+        path: target._replace(
+            weight=torch.empty(target.weight.shape, dtype=target.weight.dtype, device=meta)
+        )
+        for path, target in targets.items()
     }
     return placement.method.start(bare, placement.methods, None, meta)
 
@@ -173,7 +175,7 @@ def slots_are_the_methods(case: Case) -> None:
     """Each module has the slots of the method, and no others."""
     for path, fresh in case.fresh.items():
         method, slots = case.placement.methods[path], case.slots[path]
-        known = method.roles(path, case.targets[path].shape, fresh).keys()
+        known = method.slots_at(path, case.targets[path].shape)
         if missing := [slot for slot, t in fresh.items() if slot not in slots and t.numel()]:
             raise case.error(f"{path} lacks {', '.join(missing)} of {method.words}")
         if extra := sorted(set(slots) - set(known)):

@@ -114,16 +114,15 @@ def as_plain(document: Document, model: nn.Module) -> Document:
     for path, method in document.placement.methods.items():
         wide, module = widened(document.slots[path]), module_at(model, path)
         shape = kind_at(document, model, path).shape(module)
-        is_magnitude = "m" in wide
-        if method.gains and not is_magnitude:
-            pair = method.pair(wide, shape, own_weight(module))
-        else:
-            pair = method.low_rank(wide, shape)
+        pair = method.low_rank(wide, shape)
         slots[path] = {"A": pair.down, "B": pair.up}
-        if is_magnitude:
+        if "m" in wide:
             slots[path]["m"] = wide["m"]
-        elif pair.gain is not None:
-            slots[path]["m"] = pair.gain * row_norms(own_weight(module), pair.up, pair.down)
+        elif method.gains:
+            weight = own_weight(module)
+            gain = method.pair(wide, shape, weight).gain
+            assert gain is not None
+            slots[path]["m"] = gain * row_norms(weight, pair.up, pair.down)
     placement = document.placement
     return of_pairs(
         model,

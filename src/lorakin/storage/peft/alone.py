@@ -36,7 +36,7 @@ def pairs_of(
         shared = {
             slot: read.tensors[key] for slot, key in form.shared.items() if key in read.tensors
         }
-        needed = form.slots.keys() - {"m"}
+        needed = form.slots.keys() & form.pair_slots.keys()
         slots: Mapping[str, Slots] = {
             path: grouped.spread(as_matrices(own_slots)) | shared
             for path, own_slots in read.slots.items()
@@ -89,7 +89,7 @@ def _pair(method: Method, slots: Slots, where: str) -> Pair:
     shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in slots.items())
     misfit = AdapterError(f"{where}: its tensors make no pair of {method.words}: {shapes}")
     try:
-        shape = _shape(slots)
+        shape = _shape(method, slots)
         pair = method.low_rank({slot: t.float() for slot, t in slots.items()}, shape)
     except (RuntimeError, IndexError, KeyError, TypeError):
         raise misfit from None
@@ -98,10 +98,12 @@ def _pair(method: Method, slots: Slots, where: str) -> Pair:
     return pair
 
 
-def _shape(slots: Slots) -> Shape:
+def _shape(method: Method, slots: Slots) -> Shape:
     """A module's shape, as far as its tensors tell."""
-    up = slots.get("b", slots.get("B", slots.get("P")))
-    down = slots.get("A", slots.get("Q"))
-    if up is None or down is None:
-        raise KeyError("A")
-    return Shape(len(up), down.shape[1])
+    sides: dict[str | int, int] = {}
+    # What all modules share is as large as the largest needs, so the others come after it.
+    declared = sorted(method.parametrisation.slots.items(), key=lambda item: not item[1].shared)
+    for name, slot in declared:
+        if name in slots:
+            sides |= zip(slot.shape, slots[name].shape, strict=False)
+    return Shape(sides["outputs"], sides["inputs"])

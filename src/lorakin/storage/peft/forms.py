@@ -1,4 +1,6 @@
-"""PEFT's words for what members decide, in one table: types, config fields, names of tensors.
+"""PEFT's words for what members decide, in one table: types, config fields and their defaults.
+
+The names of tensors stand with the slots that the members declare.
 
 This is the one file outside `family/` that knows members by name, since PEFT's files do.
 """
@@ -7,10 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from lorakin.family import AdaLoRA, DoRA, LoRA, Member, Method, Modifier, VeRA
+from lorakin.family import (
+    AdaLoRA,
+    DoRA,
+    LoRA,
+    Member,
+    Method,
+    Modifier,
+    Parametrisation,
+    VeRA,
+)
 from lorakin.family.adalora import Triplets
+from lorakin.family.slots import Slot, Slots
 from lorakin.inject.layers import (
     ConvolutionLayer,
     EmbeddingLayer,
@@ -33,7 +46,9 @@ class Form:
     """How PEFT writes one type of adapter."""
 
     peft_type: str
-    members: tuple[type[Member], ...]
+    pair: type[Parametrisation] | None
+    """The parametrisation whose tensors such a file holds; its slots have PEFT's names."""
+    member: type[Member]
     """What such a file is read as, where nothing else says more."""
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Setting of a member → field of the config."""
@@ -43,40 +58,64 @@ class Form:
     """Fields that are written even where they have PEFT's default."""
     ignored: tuple[str, ...] = ()
     """Fields that PEFT writes and does not read."""
-    slots: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Slot → name of the tensor, after the module's path."""
-    lookup_slots: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """The same for an embedding."""
-    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Slot that all modules share → the tensor's whole key."""
     layers: tuple[type[Layer], ...] = MATRICES
     """The kinds of layer that PEFT adapts so."""
     has_patterns: bool = False
     """`rank_pattern` and `alpha_pattern` give modules a rank and an alpha of their own."""
-    per_rank: str | None = None
-    """The slot with one number per rank, for which `rank_pattern` lists the ranks that are left."""
     alpha_without: str | None = None
     """The setting that stands for alpha where alpha is 0 or less."""
     bias: str = "lora_only"
     """The word for "the biases of adapted modules"."""
     takes_tokens: bool = True
     """PEFT trains rows of tokens beside it."""
+    flags: Mapping[str, type[Modifier]] = dataclasses.field(default_factory=dict)
+    """Field of the config → the member that it adds where it is true."""
+
+    @cached_property
+    def pair_slots(self) -> Slots:
+        """The slots of the parametrisation."""
+        return {} if self.pair is None else self.pair.slots
+
+    @cached_property
+    def slots(self) -> dict[str, str]:
+        """Slot → name of the tensor, after the module's path."""
+        return _names(self._declared(self.pair_slots), shared=False)
+
+    @cached_property
+    def lookup_slots(self) -> dict[str, str]:
+        """The same for an embedding."""
+        own = None if self.pair is None else self.pair.lookup_slots
+        return _names(self._declared(own or {}), shared=False)
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Slot that all modules share → the tensor's whole key."""
+        return _names(self.pair_slots, shared=True)
+
+    def _declared(self, own: Slots) -> dict[str, Slot]:
+        more = (member.slots for member in self.flags.values())
+        return {name: slot for slots in (own, *more) for name, slot in slots.items()}
+
+
+def _names(slots: Slots, *, shared: bool) -> dict[str, str]:
+    return {name: slot.peft for name, slot in slots.items() if slot.peft and slot.shared == shared}
 
 
 LORA = Form(
     peft_type="LORA",
-    members=(LoRA,),
+    pair=LoRA,
+    member=LoRA,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
     always=("r", "lora_alpha", "lora_dropout"),
-    slots={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
-    lookup_slots={"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
     layers=(*MATRICES, EmbeddingLayer, ConvolutionLayer, ExpertLayer),
     has_patterns=True,
+    flags={"use_dora": DoRA},
 )
 VERA = Form(
     peft_type="VERA",
-    members=(VeRA,),
+    pair=VeRA,
+    member=VeRA,
     fields={
         "rank": "r",
         "dropout": "vera_dropout",
@@ -92,14 +131,13 @@ VERA = Form(
         "save_projection": True,
     },
     always=("r", "projection_prng_key", "save_projection"),
-    slots={"d": "vera_lambda_d", "b": "vera_lambda_b"},
-    shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
     bias="vera_only",
     takes_tokens=False,
 )
 ADALORA = Form(
     peft_type="ADALORA",
-    members=(AdaLoRA,),
+    pair=Triplets,
+    member=AdaLoRA,
     fields={
         "initial_rank": "init_r",
         "alpha": "lora_alpha",
@@ -137,20 +175,15 @@ ADALORA = Form(
         "orth_reg_weight",
     ),
     ignored=("r",),
-    slots={"P": "lora_B", "E": "lora_E", "Q": "lora_A"},
-    per_rank="E",
     alpha_without="initial_rank",
 )
-TOKENS = Form(peft_type="TRAINABLE_TOKENS", members=(LoRA,), ignored=("token_indices",))
+TOKENS = Form(peft_type="TRAINABLE_TOKENS", pair=None, member=LoRA, ignored=("token_indices",))
 """Rows of tokens and nothing else."""
 
 FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA, TOKENS)}
-FORM_OF = {LoRA.word: LORA, VeRA.word: VERA, Triplets.word: ADALORA}
+FORM_OF = {form.pair.word: form for form in FORMS.values() if form.pair is not None}
 """Word of a parametrisation → its form."""
-FLAGS: Mapping[str, type[Modifier]] = {"use_dora": DoRA}
-"""Field of a LORA config → the member that it adds where it is true."""
-FLAG_OF = {"m": "use_dora"}
-"""Slot that only a modifier has → the field that says so."""
+FLAGS = LORA.flags
 
 SCHEDULE = ("total_steps", "start", "finish", "interval")
 """Settings that belong to one run, which is over when a file is read."""
@@ -173,4 +206,4 @@ def plain_method(rank: int, alpha: float, dropout: float = 0.0, *, with_gain: bo
 
 def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
     """The members that a config of PEFT's stands for."""
-    return (*form.members, *(kind for flag, kind in FLAGS.items() if config.get(flag)))
+    return (form.member, *(kind for flag, kind in FLAGS.items() if config.get(flag)))

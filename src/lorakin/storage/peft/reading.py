@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import Method, Target
+from lorakin.family.slots import scale_of_ranks, sides_of_ranks
 from lorakin.inject.placement import Placement, placement_for
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.match import check_kinds, check_paths, fresh, modules_for, targets_of
@@ -201,13 +202,14 @@ def placement_of(read: Read, slots: Mapping[str, Slots], copies: list[str]) -> P
 
 def _with_ranks_kept(placement: Placement, read: Read, slots: Mapping[str, Slots]) -> Placement:
     """The placement, in which modules that lost ranks in training have fewer."""
-    pair = placement.method.parametrisation
-    if not pair.per_rank_sides or pair.per_rank is None:
+    own = placement.method.parametrisation.slots
+    scale = scale_of_ranks(own)
+    if scale is None or not sides_of_ranks(own):
         return placement
-    said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(pair.per_rank)
+    said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(scale)
     methods = {}
     for path, method in placement.methods.items():
-        kept, there = said.get(f"{path}.{name}"), slots[path].get(pair.per_rank)
+        kept, there = said.get(f"{path}.{name}"), slots[path].get(scale)
         if isinstance(kept, list):
             rank = sum(kept)
         else:

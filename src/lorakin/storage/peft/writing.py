@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakin.family.slots import scale_of_ranks, sides_of_ranks
 from lorakin.inject import layers
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
@@ -151,7 +152,8 @@ def _settings(document: Document, form: Form) -> dict[str, Any]:
     for (field, _), pattern in zip(PATTERNS, own, strict=True):
         if pattern:
             config[field] = {key: whole(value) for key, value in pattern.items()}
-    if form.per_rank and (kept := _ranks_kept(document, form, form.per_rank)):
+    scale = scale_of_ranks(form.pair_slots)
+    if scale and sides_of_ranks(form.pair_slots) and (kept := _ranks_kept(document, form, scale)):
         config["rank_pattern"] = kept
     return config
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from comparison_page.browser import Browser, browser
+from report.browser import Browser, browser
 from rich.console import Console
 
 from conftest import WORDS

@@ -183,7 +183,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
         page.write(path, page.render(title, "", []))
     assert "<title>two</title>" in path.read_text()
     path.write_text("<!doctype html><p>mine")
-    with pytest.raises(OutputError, match="no page of lorakin's"):
+    with pytest.raises(OutputError, match="not a page made by lorakin"):
         page.write(path, page.render("three", "", []))
     assert path.read_text() == "<!doctype html><p>mine"
     with pytest.raises(OutputError, match="directory"):

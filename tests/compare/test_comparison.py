@@ -15,17 +15,18 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from report.browser import Browser, browser
 from rich.console import Console
 
 from conftest import WORDS
 from lorakin.cli.app import run as cli
-from lorakin.compare import comparison as comparing
-from lorakin.compare import schedule
+from lorakin.compare import directory, schedule
 from lorakin.compare.arms import BASE, FULL
+from lorakin.compare.comparison import Comparison
+from lorakin.compare.preparation import prepare
 from lorakin.compare.results import DIVERGED, DONE, FAILED, SEED, SWEEP, ResultRow, Results
 from lorakin.errors import OutputError, SettingError
 from lorakin.report import comparison_page
+from report.browser import Browser, browser
 
 __all__ = ["browser"]
 
@@ -58,7 +59,7 @@ def arguments(model: str, data: Path, out: Path, **more: str) -> list[str]:
 
 
 def rows_of(out: Path) -> list[ResultRow]:
-    return Results(out / comparing.RESULTS).rows
+    return Results(out / directory.RESULTS).rows
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,8 @@ def finished(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         until = time.monotonic() + 120
         while (
-            not (out / comparing.RESULTS).exists()
-            or len((out / comparing.RESULTS).read_bytes().splitlines()) < seen
+            not (out / directory.RESULTS).exists()
+            or len((out / directory.RESULTS).read_bytes().splitlines()) < seen
         ):
             assert process.poll() is None, process.stderr and process.stderr.read().decode()
             assert time.monotonic() < until
@@ -119,7 +120,7 @@ def test_the_figures_are_those_of_the_runs(finished: Any) -> None:
     """The report loss again, by `lorakin evaluate` on the adapter that was kept."""
     out, result, _ = finished
     row = next(row for row in rows_of(out) if row.trial.arm == "vera" and row.trial.stage == SEED)
-    kept = out / comparing.TRIALS / row.trial.name
+    kept = out / directory.TRIALS / row.trial.name
     recipe = yaml.safe_load((kept / "recipe.yaml").read_text())
     assert (recipe["seed"], recipe["lr"], recipe["steps"]) == (1, 1e-2, 6)
     from lorakin.training.evaluate import evaluate_rows
@@ -141,10 +142,10 @@ def test_the_figures_are_those_of_the_runs(finished: Any) -> None:
 
 def test_adapters_that_lost_and_whole_models_are_cleared_away(finished: Any) -> None:
     out, _, _ = finished
-    kept = {path.name for path in (out / comparing.TRIALS).iterdir() if path.is_dir()}
+    kept = {path.name for path in (out / directory.TRIALS).iterdir() if path.is_dir()}
     best = {row.trial.name for row in rows_of(out) if row.status == DONE and row.trial.lr == 1e-2}
     assert kept == {name for name in best if not name.startswith((FULL, BASE))}
-    assert len(list((out / comparing.TRIALS).glob("*.log"))) == len(rows_of(out))
+    assert len(list((out / directory.TRIALS).glob("*.log"))) == len(rows_of(out))
 
 
 def test_all_arms_with_one_seed_saw_the_same_rows_in_the_same_order(finished: Any) -> None:
@@ -164,10 +165,10 @@ def test_run_again_it_only_says_its_verdict(
     finished: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, result, command = finished
-    before = (out / comparing.RESULTS).read_bytes()
+    before = (out / directory.RESULTS).read_bytes()
     assert cli([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
-    assert (out / comparing.RESULTS).read_bytes() == before
+    assert (out / directory.RESULTS).read_bytes() == before
 
 
 def test_another_comparison_in_its_place_is_refused(finished: Any) -> None:
@@ -184,18 +185,18 @@ def test_another_comparison_in_its_place_is_refused(finished: Any) -> None:
 
 def _comparison(command: list[str]) -> None:
     options = dict(zip(command[1::2], command[2::2], strict=True))
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=options["--model"], data=options["--data"], out=options["--out"], methods=options["--methods"].split(),
         budget=options["--budget"], seeds=int(options["--seeds"]), sweep=options["--lr-sweep"], rank=int(options["--rank"]),
         recipe={"batch_size": 4, "dtype": "float32"},
     )  # fmt: skip
-    with comparing.locked(comparison):
+    with directory.locked(comparison):
         raise AssertionError("it was let in")
 
 
 def test_the_report_in_a_browser(finished: Any, browser: Browser) -> None:
     out, _, _ = finished
-    browser.open(out / comparing.REPORT).unfolded()
+    browser.open(out / directory.REPORT).unfolded()
     assert browser.errors() == []
     assert len(browser.requests()) == 1
     marks = browser.marks()
@@ -215,7 +216,7 @@ def test_the_report_in_a_browser(finished: Any, browser: Browser) -> None:
     trained = [float(value) for value in browser.run(cells, 5) if value is not None]
     assert len(trained) == 4
     assert trained == sorted(trained)
-    browser.open(out / comparing.REPORT, width=360)
+    browser.open(out / directory.REPORT, width=360)
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -224,11 +225,11 @@ def test_an_unfinished_comparison_has_a_report_too(finished: Any, count: int) ->
     """As it would be had it been interrupted there."""
     out, _, asked = finished
     options = dict(zip(asked[1::2], asked[2::2], strict=True))
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=options["--model"], data=options["--data"], out=str(out), methods=options["--methods"].split(), rank=2, seeds=2,
         budget=options["--budget"], sweep=options["--lr-sweep"], recipe={"batch_size": 4, "dtype": "float32"},
     )  # fmt: skip
-    study = comparing.prepare(comparison, Console(quiet=True))
+    study = prepare(comparison, Console(quiet=True))
     study.results.rows = study.results.rows[:count]
     html = comparison_page.html(study, comparison_page.findings(study))
     assert "<strong>Unfinished</strong>: about" in html
@@ -238,13 +239,13 @@ def test_an_unfinished_comparison_has_a_report_too(finished: Any, count: int) ->
 
 
 def test_two_at_once_in_one_directory_are_refused(model_dir: str, tmp_path: Path) -> None:
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=model_dir, data="rows.jsonl", out=str(tmp_path / "out"), methods=["vera"]
     )
     with (
-        comparing.locked(comparison),
+        directory.locked(comparison),
         pytest.raises(OutputError, match="in use by another lorakin compare"),
-        comparing.locked(comparison),
+        directory.locked(comparison),
     ):
         pass
 
@@ -271,7 +272,7 @@ def test_a_classifier_is_compared_by_accuracy_with_its_head_alone(
     (row,) = [row for row in rows_of(out) if row.trial.arm == "lora-drop"]
     assert row.importance.keys() == row.layers.keys() - {"classifier"}
     assert set(row.own) < row.importance.keys()
-    page = (out / comparing.REPORT).read_text()
+    page = (out / directory.REPORT).read_text()
     assert "lora-drop: Importance by layer and module" in page
     assert "The probe of lora-drop comes on top" in page
 
@@ -346,7 +347,7 @@ def test_bad_input_is_told_before_anything_runs(
 ) -> None:
     assert cli(arguments(model_dir, write(tmp_path / "rows.jsonl"), tmp_path / "out", **more)) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
-    assert not (tmp_path / "out" / comparing.RESULTS).exists()
+    assert not (tmp_path / "out" / directory.RESULTS).exists()
 
 
 def test_a_directory_of_something_else_is_left_alone(

@@ -16,9 +16,11 @@ import lorakin as lk
 import soak
 from lorakin.cli.app import run as cli
 from lorakin.compare import arms as arms_
-from lorakin.compare import comparison as comparing
+from lorakin.compare import directory
+from lorakin.compare.comparison import Comparison
 from lorakin.compare.results import DONE, SEED, SWEEP, ResultRow, Results, Trial
 from lorakin.compare.split import Parts
+from lorakin.compare.study import Study
 from lorakin.report import comparison_page
 
 COUNT = soak.count("LORAKIN_FUZZ", 400) // 8
@@ -54,18 +56,18 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(one.as_json()) for one in found]
 
 
-def study_in(out: Path) -> comparing.Study:
-    asked = comparing.Comparison(
+def study_in(out: Path) -> Study:
+    asked = Comparison(
         model="m", data="d.jsonl", out=str(out), methods=["adalora", "vera"], rank=2, seeds=2
     )
     arms = arms_.arms_of(asked.methods, asked.size, 200, asked.settings, asked.dropout)
-    return comparing.Study(
-        asked, out, arms, Parts(10, 5, 5, "", None), Results(out / comparing.RESULTS), "float32"
+    return Study(
+        asked, out, arms, Parts(10, 5, 5, "", None), Results(out / directory.RESULTS), "float32"
     )
 
 
 def write(out: Path, content: list[dict[str, Any]]) -> None:
-    (out / comparing.RESULTS).write_text("".join(json.dumps(one) + "\n" for one in content))
+    (out / directory.RESULTS).write_text("".join(json.dumps(one) + "\n" for one in content))
 
 
 def places(content: Any) -> Any:
@@ -119,7 +121,7 @@ def test_mutated_results(tmp_path: Path) -> None:
 def test_a_crafted_row_deletes_nothing(tmp_path: Path) -> None:
     """What the issue found: the seed is text that leads out of the directory."""
     out, victim = tmp_path / "out", tmp_path / "victim"
-    (out / comparing.TRIALS).mkdir(parents=True)
+    (out / directory.TRIALS).mkdir(parents=True)
     victim.mkdir()
     (victim / "thesis.txt").write_text("mine")
     crafted = rows()
@@ -154,10 +156,10 @@ def test_links_in_a_comparison_are_not_followed(
     (out / where).symlink_to(
         victim / "thesis.txt" if "." in Path(where).suffix + where[:1] else victim
     )
-    asked = comparing.Comparison(
+    asked = Comparison(
         model="m", data="d.jsonl", out=str(out), methods=["adalora", "vera"], rank=2, seeds=2
     )
-    (out / comparing.SETTINGS).write_text(yaml.safe_dump(comparing._asked(asked)))
+    (out / directory.SETTINGS).write_text(yaml.safe_dump(asked.as_dict()))
     before = sorted(tmp_path.rglob("*"))
     assert (
         cli(["compare", "-m", "m", "-d", "d.jsonl", "-o", str(out), "--methods", "adalora vera"])
@@ -186,7 +188,7 @@ def test_links_in_a_comparison_are_not_followed(
 def test_a_damaged_comparison_file(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / comparing.SETTINGS).write_text(content)
+    (tmp_path / directory.SETTINGS).write_text(content)
     assert (
         cli(["compare", "-m", "m", "-d", "d.jsonl", "-o", str(tmp_path), "--methods", "vera"]) == 2
     )

@@ -11,7 +11,6 @@ import pytest
 
 from lorakin.compare import schedule
 from lorakin.compare.arms import MEMBER, Arm
-from lorakin.compare.comparison import check_ran
 from lorakin.compare.results import (
     DIVERGED,
     DONE,
@@ -24,6 +23,7 @@ from lorakin.compare.results import (
     Trial,
 )
 from lorakin.compare.schedule import Sweep, chosen, expected, rate, remaining, swept
+from lorakin.compare.study import check_ran
 from lorakin.errors import SettingError
 
 ARM = Arm("a", "a", MEMBER, "lora", 8, 2.0, lr=1e-3)

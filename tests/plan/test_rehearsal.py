@@ -136,7 +136,8 @@ def status(kind):
     lines = open("/proc/self/status").read().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 def step(rows, length, **sizes):
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=True, **sizes)).train()
+    config = transformers.LlamaConfig(tie_word_embeddings=True, **sizes)
+    model = transformers.LlamaForCausalLM(config).train()
     optimizer = lk.adapt(model, lk.LoRA()).optimizer(lr=1e-3)
     ids = torch.ones(rows, length, dtype=torch.long)
     for _ in range(2):

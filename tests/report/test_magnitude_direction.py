@@ -115,7 +115,8 @@ def test_all_are_drawn_at_the_size_of_a_real_run(browser: Browser, tmp_path: Pat
     assert browser.open(path, width=360, dark=True).marks() == expected
     assert browser.run("return document.documentElement.scrollWidth") <= 360
     assert browser.errors() == []
-    seen = """return [...document.querySelectorAll('.plot')[0].querySelectorAll('.role-axis-label text')]
+    seen = """const plot = document.querySelector('.plot');
+        return [...plot.querySelectorAll('.role-axis-label text')]
         .filter(text => /^\\d+$/.test(text.textContent) && getComputedStyle(text).opacity > 0)
         .map(text => text.getBoundingClientRect()).map(box => [box.left, box.right])"""
     layers = sorted(browser.run(seen))

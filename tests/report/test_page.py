@@ -162,7 +162,7 @@ def test_what_cells_show_and_are_sorted_by() -> None:
 
 
 def test_a_row_with_too_few_cells_is_an_error() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         Table("", [Column("a"), Column("b")], [[1]]).html("t")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
-from lorakin.family.measure import Observer, Probe, Target
+from lorakin.family.measure import Collector, Probe, Target
 from lorakin.family.pair import Pair, Shape, Tensors, Weight
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, whole_number
@@ -217,14 +217,14 @@ class Modifier(Member):
         """How many batches of data it looks at, at most; None for as many as there are."""
         return None
 
-    def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Observer:
+    def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Collector:
         """What takes in the inputs or gradients of these modules, if it `needs` them."""
         raise NotImplementedError
 
     def settings_by(
         self, found: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
-        """Path → settings of the pair there, by what its observer found; None leaves the module out."""
+        """Path → settings of the pair there, by what its collector found; None leaves the module out."""
         return {}
 
     def among(self, paths: Sequence[str]) -> Self:

@@ -4,17 +4,9 @@ from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import AXES
 from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Observer, Target
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.members import (
-    FAMILY,
-    AdaLoRA,
-    DeltaLoRA,
-    DoRA,
-    LoRA,
-    LoRADrop,
-    LoRAFA,
-    LoRAPlus,
-    VeRA,
-)
+from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
+from lorakin.family.members import FAMILY
+from lorakin.family.members import __all__ as _members
 from lorakin.family.method import Method, conflict
 from lorakin.family.pair import Pair, Shape, Weight, all_finite, widened
 from lorakin.family.registry import member_named, members, register
@@ -28,16 +20,9 @@ __all__ = [
     "GRADIENTS",
     "INPUTS",
     "WEIGHT",
-    "AdaLoRA",
     "AdaptedModule",
     "Chain",
     "Change",
-    "DeltaLoRA",
-    "DoRA",
-    "LoRA",
-    "LoRADrop",
-    "LoRAFA",
-    "LoRAPlus",
     "LowRank",
     "Member",
     "Method",
@@ -50,7 +35,6 @@ __all__ = [
     "Slot",
     "Slots",
     "Target",
-    "VeRA",
     "Weight",
     "all_finite",
     "conflict",
@@ -60,3 +44,4 @@ __all__ = [
     "register",
     "widened",
 ]
+__all__ += _members

@@ -131,7 +131,7 @@ class AdaLoRA(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"budget": "ranks are pruned while training"}
     in_probe: ClassVar[bool] = False
-    small: ClassVar[Mapping[str, Any]] = {"initial_rank": 3, "target_rank": 2, "alpha": 4}
+    small: ClassVar[Mapping[str, Any]] = {"target_rank": 2, "start": 1, "finish": 3}
     pair_settings: ClassVar[tuple[str, ...]] = (
         "initial_rank",
         "alpha",

@@ -79,7 +79,7 @@ def clash(one: Member, other: Member) -> str | None:
     """Why two members do not combine, as far as their declarations say; None if they do."""
     if one.word == other.word:
         return f"{one.word} is given twice; give it once, with all its settings"
-    for axis in one.decides.keys() & other.decides.keys():
+    for axis in (axis for axis in one.decides if axis in other.decides):
         return (
             f"{one.word} and {other.word} do not combine: both decide {AXES.get(axis, axis)} "
             f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ class DoRA(Modifier):
         "m": Slot(("outputs",), decays=False, of_pair=False, peft="lora_magnitude_vector")
     }
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
-    small: ClassVar[Mapping[str, Any]] = {"rank": 2, "alpha": 4}
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = "Serves as PEFT's DoRA or merged; as a plain pair only approximately."
 

@@ -56,7 +56,7 @@ class LoRA(Parametrisation):
         "A": Slot(("rank", "inputs"), starts_at_zero=True, peft="lora_embedding_A"),
         "B": Slot(("outputs", "rank"), drawn=True, peft="lora_embedding_B"),
     }
-    small: ClassVar[Mapping[str, Any]] = {"rank": 2, "alpha": 4}
+    small: ClassVar[Mapping[str, Any]] = {"rank": 4}
     learning_rate: ClassVar[float] = 2e-4
     of_no_account: ClassVar[frozenset[str]] = frozenset({"init"})
 

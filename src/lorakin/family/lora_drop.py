@@ -56,7 +56,7 @@ class LoRADrop(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"sharing": "modules that matter less share one pair"}
     in_probe: ClassVar[bool] = False
-    small: ClassVar[Mapping[str, Any]] = {"rank": 2, "alpha": 4, "keep": 2}
+    small: ClassVar[Mapping[str, Any]] = {"keep": 3}
 
     threshold: float | None = None
     keep: int | None = None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape
@@ -46,6 +46,7 @@ class LoRAPlus(Modifier):
     decides: ClassVar[Mapping[str, str]] = {
         "rates": "the factor that starts at zero learns faster than the other"
     }
+    small: ClassVar[Mapping[str, Any]] = {"ratio": 4.0}
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = (
         "Under Adam the same as alpha times ratio at one learning rate: compare it with that before you keep it."

@@ -1,12 +1,13 @@
 """What a member may look at before it starts: the base weights, and what is measured on data.
 
-A member says in `needs` what it looks at. Inputs and gradients are measured by one piece of code for
-all modules (`inject/measuring.py`); the member gives an `Observer` for each module and gets what that
-has found in the module's `Target`.
+A member says in `needs` what it looks at. Inputs and gradients are measured by one piece of code for all
+members and modules (`inject/measuring.py`); the member gives an `Observer` that takes them in, and gets
+what that has found for a module in the module's `Target`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,7 +19,7 @@ WEIGHT = "weight"
 INPUTS = "inputs"
 """It looks at what its modules are given on batches of data, in eval mode."""
 GRADIENTS = "gradients"
-"""It looks at the gradients of the loss by its modules' weights."""
+"""It looks at the gradients of the loss by its modules' weights, in eval mode."""
 
 
 class Target(NamedTuple):
@@ -34,16 +35,23 @@ class Target(NamedTuple):
 
 
 class Observer(Protocol):
-    """Takes in what is measured of one module, a batch at a time."""
+    """Takes in what is measured, batch by batch."""
 
-    settled: bool
-    """Whether it has seen enough; when all observers have, no more batches are run."""
+    def wants(self, path: str) -> bool:
+        """Whether it still takes in what the module at `path` shows."""
 
-    def see(self, seen: Tensor) -> None:
-        """Take in a batch: inputs (tokens, inputs) without padding, or a gradient (outputs, inputs)."""
+    def see(self, path: str, seen: Tensor) -> None:
+        """Take in one call of a module, in float32 at least.
 
-    def found(self) -> Any:
-        """What it found, for `Target.measured`."""
+        `seen` holds its inputs (tokens, inputs) without padding, or a gradient (outputs, inputs).
+        Modules that are given one tensor show one object.
+        """
+
+    def settled(self) -> bool:
+        """Say after each batch whether it has seen enough."""
+
+    def found(self) -> Mapping[str, Any]:
+        """Path → what it found there, for `Target.measured`."""
 
 
 class Probe(NamedTuple):

@@ -207,17 +207,19 @@ class Modifier(Member):
         """Itself, with what its probe found: path → share of the importance."""
         return self
 
-    def observer(self, target: Target, parametrisation: Parametrisation) -> Observer:
-        """What takes in the inputs or gradients of one module, if it `needs` them."""
-        raise NotImplementedError
-
     @property
     def batches(self) -> int | None:
-        """How many batches it needs at most for that; None for as many as are given."""
+        """How many batches of data it looks at, at most; None for as many as there are."""
         return None
 
-    def ranks(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> dict[str, int]:
-        """The ranks that it gives to modules by what was measured there; those not named keep theirs."""
+    def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Observer:
+        """What takes in the inputs or gradients of these modules, if it `needs` them."""
+        raise NotImplementedError
+
+    def settings_by(
+        self, found: Mapping[str, Any], methods: Mapping[str, Method]
+    ) -> dict[str, Mapping[str, Any] | None]:
+        """Path → settings of the pair there, by what its observer found; None leaves the module out."""
         return {}
 
     def among(self, paths: Sequence[str]) -> Self:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorakin.errors import StateError
 
@@ -145,6 +146,12 @@ def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of all of it, also where DeepSpeed has cut it."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
+
+
+def is_imagined(weight: Tensor | Weight) -> bool:
+    """Whether it has a shape and no numbers: on the meta device, or one of torch's fake tensors."""
+    tensor = weight if isinstance(weight, Tensor) else getattr(weight, "_matrix", None)
+    return weight.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -60,7 +60,7 @@ class VeRA(Parametrisation):
         "d": Slot(("rank",), decays=False, peft="vera_lambda_d"),
         "b": Slot(("outputs",), starts_at_zero=True, decays=False, peft="vera_lambda_b"),
     }
-    small: ClassVar[Mapping[str, Any]] = {"rank": 4}
+    small: ClassVar[Mapping[str, Any]] = {"rank": 6}
     per_module: ClassVar[frozenset[str]] = frozenset()
     of_no_account: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
 

@@ -41,6 +41,7 @@ class Branch(nn.Module):
         self.shape = shape
         self.scale = 1.0
         self.siblings = path.rpartition(".")[0]
+        self._begun: dict[str, Tensor] = {}
         self._squares: tuple[Version, Tensor] | None = None
         self._ready: tuple[Version, Copied, Ready] | None = None
         for slot, parameter in parameters.items():
@@ -71,6 +72,23 @@ class Branch(nn.Module):
                 own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
                 if was_empty or not tensor.numel():
                     own[slot].requires_grad_(trains(self.slots()[slot], tensor))
+
+    def remember_start(self) -> None:
+        """Keep a sample of what trains, so that it can be told later whether training reached it."""
+        slots, tensors = self.slots(), self.tensors()
+        trained = {slot: t for slot, t in tensors.items() if slots[slot].trained}
+        self._begun = {slot: _sampled(t) for slot, t in trained.items() if slots[slot].of_pair}
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether its pair is as it began: what starts at zero is zero, or nothing of it has moved."""
+        slots, tensors = self.slots(), self.tensors()
+        zero = [
+            t for slot, t in tensors.items() if slots[slot].trained and slots[slot].starts_at_zero
+        ]
+        if zero or not self._begun:
+            return bool(zero) and not any(bool(t.any()) for t in zero)
+        return all(torch.equal(_sampled(tensors[s]).to(t), t) for s, t in self._begun.items())
 
     def slots(self) -> Slots:
         """What the method declares of each of them."""
@@ -204,6 +222,11 @@ class Copy(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Some thousand of its numbers, at equal distances."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].clone()
 
 
 @contextlib.contextmanager

@@ -281,12 +281,9 @@ def _changes_nothing(graft: Graft, path: str) -> bool:
     bias = graft.biases().get(path)
     if bias is not None and not _is_the_bases_bias(graft, path, bias):
         return False
-    pair = site.method.low_rank(site.wide(), site.shape)
-    return (
-        not pair.up.is_meta
-        and bool(pair.down.numel())
-        and not (bool(pair.up.any()) and bool(pair.down.any()))
-    )
+    there = site.tensors().values()
+    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
+    return has_numbers and site.is_at_start
 
 
 __all__ = [

@@ -19,7 +19,9 @@ from lorakin.family import (
     Member,
     Method,
     Modifier,
+    OLoRA,
     Parametrisation,
+    PiSSA,
     VeRA,
 )
 from lorakin.family.adalora import Triplets
@@ -185,6 +187,11 @@ FORM_OF = {form.pair.word: form for form in FORMS.values() if form.pair is not N
 """Word of a parametrisation → its form."""
 FLAGS = LORA.flags
 
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica", "lora_fa")
+"""Words of `init_lora_weights` whose file is a plain pair for the plain base."""
+STARTS: Mapping[str, type[Modifier]] = {"pissa": PiSSA, "olora": OLoRA}
+"""Words whose file is a pair for a base without its start, which the member makes again."""
+
 SCHEDULE = ("total_steps", "start", "finish", "interval")
 """Settings that belong to one run, which is over when a file is read."""
 NO_SCHEDULE = {"total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
@@ -206,4 +213,12 @@ def plain_method(rank: int, alpha: float, dropout: float = 0.0, *, with_gain: bo
 
 def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
     """The members that a config of PEFT's stands for."""
-    return (form.member, *(kind for flag, kind in FLAGS.items() if config.get(flag)))
+    flags = [kind for flag, kind in form.flags.items() if config.get(flag)]
+    start = STARTS.get(start_word(config)) if form is LORA else None
+    return (form.member, *flags, *([start] if start else []))
+
+
+def start_word(config: Mapping[str, Any]) -> str:
+    """The word of `init_lora_weights`, in small letters; "" where it is true, false or null."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) else ""

@@ -172,6 +172,8 @@ class Modifier(Member):
     """Fields that are the pair's."""
     pair_defaults: ClassVar[Mapping[str, Any]] = {}
     """Its own defaults for the pair."""
+    peft_start: ClassVar[str] = ""
+    """PEFT's word for it in `init_lora_weights`, if it is a start that PEFT has."""
     learning_rate_factor: ClassVar[float] = 1.0
     """By how much the usual learning rate of the pair changes."""
 
@@ -257,10 +259,6 @@ class Modifier(Member):
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
-        return tensors
-
-    def of_weight(self, tensors: Tensors, path: str, target: Target, method: Method) -> Tensors:
-        """A module's tensors with those of this member's slots that a file lacks and the base weight gives."""
         return tensors
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:

@@ -101,7 +101,7 @@ def _allocation(base: Decoder) -> Pairs:
                 )
         loss.backward()
 
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     return {
         "adalora: allocator": (
             lambda: (rule.observe(), rule.after(next(steps), optimizer)),

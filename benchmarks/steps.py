@@ -46,7 +46,7 @@ def compared(
     models, after = {"frozen": base, "lorakin": model}, {}
     if subject.acts:
         optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=10_000)
-        after["lorakin"] = lambda: (adapter.before_step(), adapter.after_step(optimizer))
+        after["lorakin"] = lambda: (adapter.run.before_step(), adapter.run.after_step(optimizer))
     if subject.theirs is not None:
         for name, narrow in (("PEFT", False), ("PEFT narrow", True)):
             models[name] = peer = theirs(base, subject, narrow)

@@ -101,8 +101,8 @@ class Subject:
 
 
 def _begin_delta(adapter: lk.Adapter) -> None:
-    adapter.begin()
-    for rule in adapter.rules or ():
+    adapter.run.begin()
+    for rule in adapter.run.rules or ():
         rule.after(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 

@@ -19,6 +19,7 @@ ROOMS = [
     "loop",
     "storage",
     "adapter",
+    "adapting",
     "conversion",
     "terminal",
     "training",
@@ -74,6 +75,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "loop": {"torch"},
         "storage": {"torch", "safetensors"},
         "adapter": {"torch"},
+        "adapting": {"torch"},
         "conversion": {"torch"},
     }
     if path == SOURCE / "__init__.py" or room(path) not in allowed:

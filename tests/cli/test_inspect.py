@@ -108,7 +108,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         for path in adapter.placement.methods:
-            up = adapter.tensors_at(path)["B"]
+            up = adapter.tensors.at(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):
                 up[direction, direction] = 1.0
@@ -170,7 +170,10 @@ def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["inspect", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "18 modules: self_attn.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj" in shown
-    norms = [adapter.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm() for n in range(4)]
+    norms = [
+        adapter.tensors.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm()
+        for n in range(4)
+    ]
     assert f"{math.hypot(*norms):.3g}" in shown
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lorakin.adapter import Adapter, adapt
+from lorakin.adapter import Adapter
+from lorakin.adapting import adapt
 from lorakin.errors import LorakinError, ModelError
 from lorakin.family import Method
 from lorakin.inject.llama_fusions import fuse
@@ -92,7 +93,9 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
         run = RehearsedRun(model, adapter, optimizer, batch, traced, conditions.accumulate > 1)
         run.optimize(1)
         seconds = run.step(2)
-        for turn in sorted({turn for rule in adapter.rules or () for turn in rule.turns if turn}):
+        for turn in sorted(
+            {turn for rule in adapter.run.rules or () for turn in rule.turns if turn}
+        ):
             run.optimize(turn)
             seconds = run.step(turn + 1)
         run.evaluate()
@@ -206,7 +209,7 @@ class RehearsedRun:
     def optimize(self, number: int) -> None:
         """Runs the optimizer's part of step `number`; missing gradients are zero."""
         trained = self.trained()
-        self.adapter.steps = number - 1
+        self.adapter.run.steps = number - 1
         with self.traced.phase(STEP, makes="a good copy"):
             self.good = [parameter.detach().clone() for parameter in trained]
         self._begin_gradients(STEP)

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from lorakin.study import page
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("train", "cpu", "torch", "cuda", "test", "deepspeed")
+SECTIONS = ("train", "cpu", "torch", "cuda", "test", "docs", "deepspeed")
 
 
 def locked(section: str) -> dict[str, tuple[str, list[str]]]:
@@ -40,17 +40,21 @@ def test_every_package_has_a_version_and_hashes() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in models)
 
 
-@pytest.mark.parametrize(("section", "extras"), [("train", {"train"}), ("test", {"train", "quantised", "test"})])
+@pytest.mark.parametrize(
+    ("section", "extras"), [("train", {"train"}), ("test", {"train", "quantised", "test"}), ("docs", {"docs"})]
+)
 def test_the_lock_has_all_that_is_asked_for(section: str, extras: set[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    there = locked("train") | locked("torch") | (locked("test") if section == "test" else {})
+    there = locked("train") | locked("torch") | (locked("test") if section in ("test", "docs") else {}) | locked(section)
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     for requirement in map(Requirement, asked):
         name = canonicalize_name(requirement.name)
         if name != "lorakin":
             assert name in there, f"{requirement} is not in constraints.txt: make lock"
             assert requirement.specifier.contains(there[name][0]), f"{requirement}, but constraints.txt has {there[name][0]}"
-    for name in there:  # and what those need, as far as it is installed here at the locked version
+    for name in there.keys() - (
+        locked("docs").keys() if section == "docs" else ()
+    ):  # and what those need; docs are not installed here
         for inner in map(Requirement, metadata.requires(name) or ()):
             if (inner.marker is None or inner.marker.evaluate({"extra": ""})) and not inner.name.startswith(("nvidia", "cuda")):
                 known = there | locked("cuda")

@@ -16,7 +16,13 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 FROZEN, TRAINED, FAST, MOVED, FREED = "frozen", "trained", "fast", "moved", "freed"
 """Kinds of box; their looks stand in STYLE."""
-LEGEND = {FROZEN: "frozen", TRAINED: "trained", FAST: "trained, faster", MOVED: "moves with the pair", FREED: "pruned and freed"}
+LEGEND = {
+    FROZEN: "frozen",
+    TRAINED: "trained",
+    FAST: "trained, faster",
+    MOVED: "moves with the pair",
+    FREED: "pruned and freed",
+}
 STYLE = """\
 svg:root { color: #24292f }
 @media (prefers-color-scheme: dark) { svg:root { color: #e6edf3 } }

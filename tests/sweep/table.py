@@ -1,4 +1,4 @@
-"""Run the sweep and write docs/architectures.md: `python -m sweep.table`, with src and tests on the path.
+"""Run the sweep and write docs/evidence/architectures.md: `python -m sweep.table`, with src and tests on the path.
 
 With `--refused`, print instead what `REFUSED` in architectures.py would have to say. `--only NAME …` runs some.
 """
@@ -17,7 +17,7 @@ import transformers
 
 from sweep import architectures, checks
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "architectures.md"
 COMMAND = "make sweep"
 NO_FAILURE = "none"
 HEAD = """# Architectures

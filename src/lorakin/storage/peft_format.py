@@ -1,4 +1,4 @@
-"""PEFT's words for what lorakin does: config fields, tensor names and shapes, both ways. docs/format.md tells it to a reader.
+"""PEFT's words for what lorakin does: config fields, tensor names and shapes, both ways. docs/reference/format.md tells it to a reader.
 
 This is the one place outside `family/` that knows members by name, since the format does.
 """

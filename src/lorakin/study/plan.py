@@ -2,7 +2,7 @@
 
 The model is made of its config alone, without numbers, and the run rehearsed on it (`rehearsal.py`): so bytes of tensors are
 counted, not estimated. What a process takes beside its tensors is not: `BESIDE`, `HOLES` and a machine's speed are measured
-figures. docs/planning.md sets predictions beside measured peaks.
+figures. docs/howto/memory.md sets predictions beside measured peaks.
 """
 
 from __future__ import annotations

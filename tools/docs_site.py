@@ -37,7 +37,10 @@ def on_config(config: Any) -> Any:
 def _formula(source: str, *_: Any, **__: Any) -> str:
     from latex2mathml.converter import convert
 
-    return convert(source, display="block")
+    formula = convert(source, display="block")
+    if "\\" in formula:
+        raise ValueError(f"a formula has a word that latex2mathml does not know: {source}")
+    return formula
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

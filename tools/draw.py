@@ -80,10 +80,23 @@ def vector(name: str, kind: str, shape: str, height: int) -> Box:
 
 
 PLUS = Sign("+")
+
+
+def small(name: str, matters: str) -> list[Part]:
+    return [Box(70, 70, name, matters, FROZEN), PLUS]
+
+
+def small_pair(up: str, down: str, shape: str, kind: str) -> list[Part]:
+    return [Box(20, 70, up, shape, kind), Box(70, 20, down, shape, kind)]
+
+
 DRAWINGS: dict[str, tuple[str, list[Part]]] = {
     "family": (
         "the whole family: a gain times the sum of the frozen weight and a low-rank pair",
-        [vector("gain", TRAINED, "out", 110), Sign("⊙ ("), weight(), PLUS, up("up", TRAINED), down("down", TRAINED), Sign(")")],
+        [
+            vector("gain", TRAINED, "out", 110), Sign("⊙ ("), weight(), PLUS,
+            up("up", TRAINED), down("down", TRAINED), Sign(")"),
+        ],
     ),
     "lora": (
         "LoRA: W₀ is frozen; B and A are trained",
@@ -100,8 +113,8 @@ DRAWINGS: dict[str, tuple[str, list[Part]]] = {
     "vera": (
         "VeRA: one frozen pair for all modules, and two trained vectors for each module",
         [
-            weight(), PLUS, vector("b", TRAINED, "out", 110), Sign("⊙"), up("B", FROZEN, "shared"), vector("d", TRAINED, "r", 30), Sign("⊙"),
-            down("A", FROZEN, "shared"),
+            weight(), PLUS, vector("b", TRAINED, "out", 110), Sign("⊙"), up("B", FROZEN, "shared"),
+            vector("d", TRAINED, "r", 30), Sign("⊙"), down("A", FROZEN, "shared"),
         ],
     ),
     "dora": (
@@ -114,24 +127,25 @@ DRAWINGS: dict[str, tuple[str, list[Part]]] = {
     "adalora": (
         "AdaLoRA: triplets of P, Λ and Q, of which the least important are pruned and freed while training",
         [
-            weight(), Sign("+ s ·"), Box(30, 110, "P", "out × r", TRAINED), Box(12, 110, "", "", FREED), Sign("·"),
-            Box(30, 30, "Λ", "", TRAINED), Box(12, 30, "", "", FREED), Sign("·"), Box(110, 26, "Q", "", TRAINED),
-            Box(110, 12, "", "r × in", FREED),
+            weight(), Sign("+ s ·"),
+            up("P", TRAINED), Box(12, 110, "", "", FREED), Sign("·"),
+            Box(30, 30, "Λ", "", TRAINED), Box(12, 30, "", "", FREED), Sign("·"),
+            Box(110, 26, "Q", "", TRAINED), Box(110, 12, "", "r × in", FREED),
         ],
     ),
     "lora-drop": (
         "LoRA-drop: modules that matter keep a pair of their own; the others share one pair",
         [
-            Box(70, 70, "W₁", "matters", FROZEN), PLUS, Box(20, 70, "B₁", "", TRAINED), Box(70, 20, "A₁", "", TRAINED), Sign("   "),
-            Box(70, 70, "W₂", "matters less", FROZEN), PLUS, Box(20, 70, "B", "shared", MOVED), Box(70, 20, "A", "shared", MOVED), Sign("   "),
-            Box(70, 70, "W₃", "matters less", FROZEN), PLUS, Box(20, 70, "B", "shared", MOVED), Box(70, 20, "A", "shared", MOVED),
+            *small("W₁", "matters"), *small_pair("B₁", "A₁", "", TRAINED), Sign("   "),
+            *small("W₂", "matters less"), *small_pair("B", "A", "shared", MOVED), Sign("   "),
+            *small("W₃", "matters less"), *small_pair("B", "A", "shared", MOVED),
         ],
     ),
     "delta-lora": (
         "Delta-LoRA: the weight itself moves with every step of the pair; stored exactly as a second, frozen pair",
         [
-            weight(MOVED, "W"), Sign("+ s ·"), up("B", TRAINED), down("A", TRAINED), Sign("  with  W = W₀ + λs · ("), up("B", TRAINED), down("A", TRAINED),
-            Sign("−"), up("Bₖ", FROZEN), down("Aₖ", FROZEN), Sign(")"),
+            weight(MOVED, "W"), Sign("+ s ·"), up("B", TRAINED), down("A", TRAINED), Sign("  with  W = W₀ + λs · ("),
+            up("B", TRAINED), down("A", TRAINED), Sign("−"), up("Bₖ", FROZEN), down("Aₖ", FROZEN), Sign(")"),
         ],
     ),
 }  # fmt: skip
@@ -159,10 +173,11 @@ def drawn(name: str) -> str:
         legend.append(f'<rect class="{kind}" x="{left:g}" y="162" width="14" height="14" rx="2"/>')
         legend.append(f'<text class="small" x="{left + 20:g}" y="174" style="text-anchor: start">{words[kind]}</text>')
         left += 44 + 6.6 * len(words[kind])
-    width = max(x + 16, left)
+    width = f"{max(x + 16, left):g}"
+    size = f'viewBox="0 0 {width} {HEIGHT}" style="max-width: {width}px"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="update" viewBox="0 0 {width:g} {HEIGHT}" style="max-width: {width:g}px">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="update" {size}>',
             f"<title>{escape(title)}</title>",
             f"<style>{STYLE}</style>",
             *shapes,

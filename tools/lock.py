@@ -1,4 +1,4 @@
-"""Write constraints.txt: every package that `make demo`, `make test` and `make docs` install, at one version, with its files' SHA-256.
+"""Write constraints.txt: every package that make demo, test and docs install, at one version, with its files' SHA-256.
 
     make lock        in the environment that has passed the tests, whose versions are taken
 
@@ -52,7 +52,7 @@ DEEPSPEED = {
 }  # fmt: skip
 """Named here, since it is built from source, and says only then what it needs."""
 HEAD = """\
-# The versions and files that `make demo`, `make test` and `make docs` install. Written by `make lock` (tools/lock.py); do not edit.
+# The versions and files that make demo, test and docs install. Written by `make lock` (tools/lock.py); do not edit.
 """
 
 

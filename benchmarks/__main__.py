@@ -29,13 +29,27 @@ from benchmarks import chores, dispatch, mixed_batch, profiles, report, scaling,
 from benchmarks.subjects import SHAPES, SUBJECTS, decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
-PARTS = ("steps", "whole", "chores", "serving", "dispatch", "accuracy", "compiled", "scaling", "profile")
+PARTS = (
+    "steps",
+    "whole",
+    "chores",
+    "serving",
+    "dispatch",
+    "accuracy",
+    "compiled",
+    "scaling",
+    "profile",
+)
 
 
 def main() -> None:
     """Measure what was asked for and write `results.json`, `results.md` and `scaling.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="the first two by default")
     parser.add_argument("--shape", action="append", choices=tuple(SHAPES), help="both by default")
@@ -47,7 +61,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    members = [name.strip() for name in (arguments.members or ";".join(SUBJECTS)).replace(",", ";").split(";")]
+    members = [
+        name.strip()
+        for name in (arguments.members or ";".join(SUBJECTS)).replace(",", ";").split(";")
+    ]
     members = _known(members, parser)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
@@ -59,7 +76,9 @@ def main() -> None:
         for key in outer:
             inner = inner.setdefault(key, {})
         inner[last] = figures
-        _write(arguments.out, results)  # after each part, so that what was measured is there whatever becomes of the rest
+        _write(
+            arguments.out, results
+        )  # after each part, so that what was measured is there whatever becomes of the rest
     print(f"{arguments.out}/results.md, {arguments.out}/results.json")
 
 
@@ -91,9 +110,14 @@ def _known(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")),
+        platform.machine(),
+    )
     return {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{cpu} ({platform.machine()})",
+        "device": torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else f"{cpu} ({platform.machine()})",
         "threads": arguments.threads,
         "clock": "wall" if arguments.device == "cuda" or arguments.threads > 1 else "thread",
         "versions": {
@@ -110,14 +134,22 @@ def _cpu_lines() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _measured(arguments: argparse.Namespace, members: list[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _measured(
+    arguments: argparse.Namespace, members: list[str]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Each part's figures as soon as they are there, and where they belong."""
-    quick, device, rounds = arguments.quick, arguments.device, 2 if arguments.quick else arguments.rounds
+    quick, device, rounds = (
+        arguments.quick,
+        arguments.device,
+        2 if arguments.quick else arguments.rounds,
+    )
     shapes = arguments.shape or (["S"] if quick else list(SHAPES))
     dtypes = arguments.dtype or (["bfloat16"] if quick else ["float32", "bfloat16"])
     parts = arguments.parts or list(PARTS)
     size = {"length": 16, "rows": 1} if quick else {"length": 256, "rows": 4}
-    for shape, dtype in itertools.product(shapes, dtypes) if {"steps", "accuracy", "profile"} & set(parts) else ():
+    for shape, dtype in (
+        itertools.product(shapes, dtypes) if {"steps", "accuracy", "profile"} & set(parts) else ()
+    ):
         kind = f"{shape} {dtype}"
         base = decoder(SHAPES[shape], getattr(torch, dtype), device, 1 if quick else None)
         if "steps" in parts:

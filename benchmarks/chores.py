@@ -17,14 +17,21 @@ from benchmarks.subjects import LINEARS, SUBJECTS, Decoder, decoder, ours, their
 Pairs = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 
 
-def measure(shape: dict[str, int], layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
+def measure(
+    shape: dict[str, int], layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One row a chore: lorakin's time over PEFT's, by clock."""
     base = decoder(shape, dtype, device, layers)
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for name, (mine, other) in _chores(base, Path(folder)).items():
             seconds = interleaved({"lorakin": mine, "peft": other}, rounds, device)
-            table.append({"chore": name, **{clock: ratio(seconds[clock], "lorakin", "peft") for clock in seconds}})
+            table.append(
+                {
+                    "chore": name,
+                    **{clock: ratio(seconds[clock], "lorakin", "peft") for clock in seconds},
+                }
+            )
             print(name, table[-1]["thread"], "wall", table[-1]["wall"], flush=True)
     return table
 
@@ -54,10 +61,16 @@ def _chores(base: Decoder, folder: Path) -> Pairs:
         other.unmerge_adapter()
 
     return {
-        f"optimizer step, {len(adapter.parameters())} tensors": (_stepping(mine, adapter.optimizer(lr=1e-4)), _stepping(other)),
+        f"optimizer step, {len(adapter.parameters())} tensors": (
+            _stepping(mine, adapter.optimizer(lr=1e-4)),
+            _stepping(other),
+        ),
         "put adapters in": (inject, lambda: peft.get_peft_model(bare, lora.theirs()).unload()),
         "load": (load, peft_load),
-        "save": (lambda: adapter.save(folder / "lorakin"), lambda: other.save_pretrained(folder / "peft")),
+        "save": (
+            lambda: adapter.save(folder / "lorakin"),
+            lambda: other.save_pretrained(folder / "peft"),
+        ),
         "merge and unmerge": (merge, peft_merge),
         **_allocation(base),
     }
@@ -83,7 +96,9 @@ def _allocation(base: Decoder) -> Pairs:
         for name, parameter in other.named_parameters():
             if "lora_A" in name or "lora_B" in name:
                 square = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-                loss = loss + torch.norm(square - torch.eye(*square.shape, out=torch.empty_like(square)), p="fro")
+                loss = loss + torch.norm(
+                    square - torch.eye(*square.shape, out=torch.empty_like(square)), p="fro"
+                )
         loss.backward()
 
     (rule,) = adapter.rules or ()

@@ -27,15 +27,22 @@ class One(nn.Module):
         return out
 
 
-def measure(names: Sequence[str], dtype: torch.dtype, rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
+def measure(
+    names: Sequence[str], dtype: torch.dtype, rounds: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One row a member: a step with gradients, and a forward without in eval mode, of an adapter that does not train."""
     base = One().to(device, dtype).requires_grad_(False)
     x, table = torch.randn(1, 64, device=device).to(dtype), []
     for name in (name for name in names if SUBJECTS[name].theirs is not None):
-        models = {"lorakin": ours(base, SUBJECTS[name], ["q_proj"])[0], "PEFT": theirs(base, SUBJECTS[name])}
+        models = {
+            "lorakin": ours(base, SUBJECTS[name], ["q_proj"])[0],
+            "PEFT": theirs(base, SUBJECTS[name]),
+        }
         row: dict[str, Any] = {"member": name}
         for kind, make in (("step", _step), ("forward", _forward)):
-            seconds = interleaved({key: make(model, x) for key, model in models.items()}, rounds, device)
+            seconds = interleaved(
+                {key: make(model, x) for key, model in models.items()}, rounds, device
+            )
             row[kind] = ratio(seconds["thread" if device == "cpu" else "wall"], "lorakin", "PEFT")
         table.append(row)
         print(f"{name}, one token × PEFT: step {row['step']}, forward {row['forward']}", flush=True)

@@ -54,7 +54,9 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = transformers.MixtralConfig(
-            hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_local_experts=shape.experts
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_local_experts=shape.experts,
         )
         config._experts_implementation = kernel
         self.experts = MixtralExperts(config)
@@ -98,26 +100,50 @@ def measured(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int, device:
     """One cell for each variant but the base: time × (lowest–highest), bytes kept ×."""
     base = Layer(shape, kernel, dtype, device)
     models, x = variants(base), torch.randn(shape.tokens, shape.hidden, dtype=dtype, device=device)
-    seconds = interleaved({name: step_of(model, x) for name, model in models.items()}, rounds, device)
+    seconds = interleaved(
+        {name: step_of(model, x) for name, model in models.items()}, rounds, device
+    )
     clock = seconds["thread" if device == "cpu" else "wall"]
-    kept = {name: saved_bytes(model, lambda: model(x.detach().requires_grad_())) for name, model in models.items()}  # noqa: B023
-    return [f"{ratio(clock, name, 'base')}\nkept {kept[name] / kept['base']:.1f}" for name in models if name != "base"]
+    kept = {
+        name: saved_bytes(model, lambda: model(x.detach().requires_grad_()))  # noqa: B023
+        for name, model in models.items()
+    }
+    return [
+        f"{ratio(clock, name, 'base')}\nkept {kept[name] / kept['base']:.1f}"
+        for name in models
+        if name != "base"
+    ]
 
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    table = Table("experts", "kernel", "dtype", *MEMBERS, "PEFT lora", title="Forward and backward over the frozen base's")
+    table = Table(
+        "experts",
+        "kernel",
+        "dtype",
+        *MEMBERS,
+        "PEFT lora",
+        title="Forward and backward over the frozen base's",
+    )
     for shape in QUICK if arguments.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             for kernel in ("eager", "grouped_mm"):
-                cells = measured(shape, kernel, dtype, 2 if arguments.quick else arguments.rounds, arguments.device)
+                cells = measured(
+                    shape,
+                    kernel,
+                    dtype,
+                    2 if arguments.quick else arguments.rounds,
+                    arguments.device,
+                )
                 words = f"{shape.experts} of {shape.hidden} × {shape.intermediate}, {shape.tokens} tokens to {shape.chosen}"
                 table.add_row(words, kernel, str(dtype).removeprefix("torch."), *cells)
     Console(width=160).print(table)

@@ -27,12 +27,16 @@ class Spread(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, dict[str, list[float]]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu"
+) -> dict[str, dict[str, list[float]]]:
     """Seconds of every call in every round but a first one, by clock: `thread`, this thread's own, and `wall`.
 
     The order is reversed every other round, so that what drifts meets all alike. On a GPU only `wall` means anything.
     """
-    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in ("thread", "wall")}
+    seconds: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in calls} for clock in ("thread", "wall")
+    }
     for number in range(rounds + 1):
         for name in list(calls)[:: 1 if number % 2 else -1]:
             _finish(device)
@@ -52,7 +56,9 @@ def _finish(device: str) -> None:
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> Spread:
     """One call's time over another's, round by round."""
-    return Spread.of([one / other for one, other in zip(seconds[over], seconds[under], strict=True)])
+    return Spread.of(
+        [one / other for one, other in zip(seconds[over], seconds[under], strict=True)]
+    )
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:

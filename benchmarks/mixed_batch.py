@@ -46,7 +46,15 @@ def measure(
                     "PEFT over base": ratio(seconds, "theirs", "base"),
                 }
             )
-            print(adapters, "adapters,", count, "tokens:", table[-1]["over PEFT"], "× PEFT", flush=True)
+            print(
+                adapters,
+                "adapters,",
+                count,
+                "tokens:",
+                table[-1]["over PEFT"],
+                "× PEFT",
+                flush=True,
+            )
     return table
 
 

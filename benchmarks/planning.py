@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-# ruff: noqa: E501 - one configuration a line
+
 SIZES = {
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4},
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 6, "num_key_value_heads": 6},
@@ -55,7 +55,9 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 
 def main() -> None:
     """Measure and predict what was asked for; write `planning.json` and `planning.md`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="numbers of configurations, by comma")
     parser.add_argument("--out", type=Path, default=Path("planning"))
     parser.add_argument("--predict", action="store_true", help="measure nothing")
@@ -64,14 +66,22 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measured(json.loads(arguments.child))))
         return
-    numbers = [int(n) for n in arguments.only.split(",")] if arguments.only else range(len(CONFIGURATIONS))
+    numbers = (
+        [int(n) for n in arguments.only.split(",")]
+        if arguments.only
+        else range(len(CONFIGURATIONS))
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "planning.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for number in numbers if not arguments.predict else sorted(map(int, rows)):
         configuration = CONFIGURATIONS[number]
         measured_there = rows[str(number)] if arguments.predict else in_child(configuration)
-        rows[str(number)] = {**measured_there, "configuration": configuration, **predicted(configuration)}
+        rows[str(number)] = {
+            **measured_there,
+            "configuration": configuration,
+            **predicted(configuration),
+        }
         path.write_text(json.dumps(rows, indent=1) + "\n")
         (arguments.out / "planning.md").write_text(markdown(rows))
         print(json.dumps(rows[str(number)]), flush=True)
@@ -100,7 +110,9 @@ def measured(configuration: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(configuration)
         model = placed(settings.pop("model"), Path(folder))
-        rows = written(Path(folder), settings.pop("padded", False), settings["max_length"], model == "minilm")
+        rows = written(
+            Path(folder), settings.pop("padded", False), settings["max_length"], model == "minilm"
+        )
         recipe = Recipe(model=model, data=str(rows), out=f"{folder}/out", steps=3, **settings)
         before = resident("VmRSS")
         run = train.prepare(recipe, Console(quiet=True))
@@ -111,7 +123,11 @@ def measured(configuration: dict[str, Any]) -> dict[str, float]:
 
 def import_lazily() -> None:
     """What transformers imports when it is first used."""
-    for name in ("matplotlib.pyplot", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"):
+    for name in (
+        "matplotlib.pyplot",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.llama.modeling_llama",
+    ):
         importlib.import_module(name)
 
 
@@ -125,7 +141,11 @@ def placed(model: str, folder: Path) -> str:
         "config = transformers.LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **json.loads(sys.argv[2]));"
         "transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", code, str(folder / model), json.dumps(SIZES[model])], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder / model), json.dumps(SIZES[model])],
+        check=True,
+        capture_output=True,
+    )
     return str(folder / model)
 
 
@@ -154,8 +174,8 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     from lorakin.family import method_named
-    from lorakin.study.plan import planned
-    from lorakin.study.rehearsal import Conditions
+    from lorakin.plan.prediction import planned
+    from lorakin.plan.rehearsal import Conditions
     from lorakin.training.models import config_of
 
     settings = {"padded": False, **configuration}
@@ -166,11 +186,20 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
         if model in SIZES
         else config_of(model, ["no", "yes"] if labels else None)
     )
-    given = settings.pop("settings", {}) | {key: settings.pop(key) for key in ("rank", "dropout") if key in settings}
-    method, dtype = method_named(settings.pop("method"), given), getattr(torch, settings.pop("dtype"))
+    given = settings.pop("settings", {}) | {
+        key: settings.pop(key) for key in ("rank", "dropout") if key in settings
+    }
+    method, dtype = (
+        method_named(settings.pop("method"), given),
+        getattr(torch, settings.pop("dtype")),
+    )
     started = time.perf_counter()
     plan = planned(Conditions(config, dtype, labels=labels, steps=3, **settings), method, 1.0)
-    return {"predicted": plan.peak / MIB, "phase": plan.phase, "seconds": time.perf_counter() - started}
+    return {
+        "predicted": plan.peak / MIB,
+        "phase": plan.phase,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def markdown(rows: dict[str, Any]) -> str:

@@ -13,17 +13,32 @@ from benchmarks.subjects import SUBJECTS, Decoder, batch, ours
 STEPS = 4
 
 
-def measure(base: Decoder, names: Sequence[str], length: int = 256, rows: int = 4, most: int = 8) -> list[dict[str, Any]]:
+def measure(
+    base: Decoder, names: Sequence[str], length: int = 256, rows: int = 4, most: int = 8
+) -> list[dict[str, Any]]:
     """For each member the operations that add most: their own milliseconds a step in the frozen base and with the adapter."""
     inputs, table = batch(base, rows, length), []
     frozen = _times(step_of(base, inputs))
     for name in names:
         model, _ = ours(base, SUBJECTS[name])
         adapted = _times(step_of(model, inputs))
-        kinds = sorted(adapted.keys() | frozen.keys(), key=lambda kind: frozen.get(kind, 0) - adapted.get(kind, 0))
+        kinds = sorted(
+            adapted.keys() | frozen.keys(),
+            key=lambda kind: frozen.get(kind, 0) - adapted.get(kind, 0),
+        )
         for kind in ("all", *[kind for kind in kinds if kind != "all"][:most]):
-            table.append({"member": name, "operation": kind, "frozen": frozen.get(kind, 0), "lorakin": adapted.get(kind, 0)})
-            print(f"{name}, {kind}: {table[-1]['frozen']:.1f} ms, with the adapter {table[-1]['lorakin']:.1f}", flush=True)
+            table.append(
+                {
+                    "member": name,
+                    "operation": kind,
+                    "frozen": frozen.get(kind, 0),
+                    "lorakin": adapted.get(kind, 0),
+                }
+            )
+            print(
+                f"{name}, {kind}: {table[-1]['frozen']:.1f} ms, with the adapter {table[-1]['lorakin']:.1f}",
+                flush=True,
+            )
     return table
 
 

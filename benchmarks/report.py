@@ -24,7 +24,15 @@ BARS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }  # fmt: skip
 """Time and saved bytes over the frozen base that each member is to stay within."""
-CHORES = {"optimizer": 0.25, "put": 0.3, "load": 0.1, "save": 0.4, "merge": 0.3, "adalora: a": 0.3, "adalora: r": 0.3}
+CHORES = {
+    "optimizer": 0.25,
+    "put": 0.3,
+    "load": 0.1,
+    "save": 0.4,
+    "merge": 0.3,
+    "adalora: a": 0.3,
+    "adalora: r": 0.3,
+}
 SERVING = {1: 0.35, 32: 0.7, 128: 0.8}
 
 
@@ -33,9 +41,17 @@ def markdown(results: dict[str, Any]) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     clock = "one thread's own time" if machine["clock"] == "thread" else "wall time"
-    lines = [f"{machine['device']}, threads: {machine['threads']}; {versions}. Times: {clock}, median (lowest–highest).", ""]
+    lines = [
+        f"{machine['device']}, threads: {machine['threads']}; {versions}. Times: {clock}, median (lowest–highest).",
+        "",
+    ]
     for kind, rows in results.get("steps", {}).items():
-        lines += [f"**A step, {kind}: × the frozen base**", "", *_steps(rows, kind, machine["clock"]), ""]
+        lines += [
+            f"**A step, {kind}: × the frozen base**",
+            "",
+            *_steps(rows, kind, machine["clock"]),
+            "",
+        ]
     for name, make in (
         ("whole", _whole),
         ("chores", _chores),
@@ -47,8 +63,16 @@ def markdown(results: dict[str, Any]) -> str:
         if name in results:
             lines += [*make(results, machine["clock"]), ""]
     if "compiled" in results:
-        cells = [[row["member"], row["variant"], _spread(row[machine["clock"]])] for row in results["compiled"]]
-        lines += ["**torch.compile, S, × the frozen base without it**", "", *_table(["member", "variant", "time"], cells), ""]
+        cells = [
+            [row["member"], row["variant"], _spread(row[machine["clock"]])]
+            for row in results["compiled"]
+        ]
+        lines += [
+            "**torch.compile, S, × the frozen base without it**",
+            "",
+            *_table(["member", "variant", "time"], cells),
+            "",
+        ]
     if "scaling" in results:
         lines += [*_scaling(results["scaling"]), ""]
     return "\n".join(lines)
@@ -59,7 +83,9 @@ def _steps(rows: Sequence[dict[str, Any]], kind: str, clock: str) -> list[str]:
     for row in rows:
         bar = BARS.get(kind, {}).get(row["member"]) if row["variant"] == "lorakin" else None
         time, saved = (f"{bar[0]:.3g}", f"{bar[1]:.3g}") if bar else ("", "")
-        cells.append([row["member"], row["variant"], _spread(row[clock]), time, f"{row['saved']:.2f}", saved])
+        cells.append(
+            [row["member"], row["variant"], _spread(row[clock]), time, f"{row['saved']:.2f}", saved]
+        )
     return _table(["member", "variant", "time", "bar", "saved bytes", "bar"], cells)
 
 
@@ -70,7 +96,10 @@ def _whole(results: dict[str, Any], clock: str) -> list[str]:
         if peak is None:
             continue
         times = {"frozen": "1", **{row["variant"]: _spread(row[clock]) for row in rows}}
-        cells = [[name, times[name], f"{mib:.0f}", f"{mib / peak['peft']:.2f}"] for name, mib in peak.items()]
+        cells = [
+            [name, times[name], f"{mib:.0f}", f"{mib / peak['peft']:.2f}"]
+            for name, mib in peak.items()
+        ]
         head = ["variant", "step, × frozen", "peak of a step over idle, MiB", "× PEFT"]
         lines += [
             f"**A whole model with head and loss, S, {dtype}** (step: 6 layers; peak: 12)",
@@ -82,15 +111,24 @@ def _whole(results: dict[str, Any], clock: str) -> list[str]:
 
 def _chores(results: dict[str, Any], clock: str) -> list[str]:
     bars = {
-        row["chore"]: next(bar for start, bar in CHORES.items() if row["chore"].startswith(start)) for row in results["chores"]
+        row["chore"]: next(bar for start, bar in CHORES.items() if row["chore"].startswith(start))
+        for row in results["chores"]
     }
-    cells = [[row["chore"], _spread(row[clock]), f"{bars[row['chore']]:.2f}"] for row in results["chores"]]
+    cells = [
+        [row["chore"], _spread(row[clock]), f"{bars[row['chore']]:.2f}"]
+        for row in results["chores"]
+    ]
     return ["**Around the steps, × PEFT**", "", *_table(["", "time", "bar"], cells)]
 
 
 def _serving(results: dict[str, Any], clock: str) -> list[str]:
     cells = [
-        [str(row["tokens"]), _spread(row["over PEFT"]), f"{SERVING[row['tokens']]:.2f}", _spread(row["over base"])]
+        [
+            str(row["tokens"]),
+            _spread(row["over PEFT"]),
+            f"{SERVING[row['tokens']]:.2f}",
+            _spread(row["over base"]),
+        ]
         for row in results["serving"]
     ]
     head = ["tokens a request", "× PEFT", "bar", "× base alone"]
@@ -98,16 +136,24 @@ def _serving(results: dict[str, Any], clock: str) -> list[str]:
 
 
 def _dispatch(results: dict[str, Any], clock: str) -> list[str]:
-    cells = [[row["member"], _spread(row["step"]), _spread(row["forward"])] for row in results["dispatch"]]
+    cells = [
+        [row["member"], _spread(row["step"]), _spread(row["forward"])]
+        for row in results["dispatch"]
+    ]
     head = ["member", "step", "forward without gradients"]
     return ["**Dispatch: one token through one layer, × PEFT**", "", *_table(head, cells)]
 
 
 def _accuracy(results: dict[str, Any], clock: str) -> list[str]:
     kinds = list(results["accuracy"])
-    names = {(row["member"], row["variant"]): None for rows in results["accuracy"].values() for row in rows}
+    names = {
+        (row["member"], row["variant"]): None
+        for rows in results["accuracy"].values()
+        for row in rows
+    }
     known = {
-        kind: {(row["member"], row["variant"]): row["error"] for row in rows} for kind, rows in results["accuracy"].items()
+        kind: {(row["member"], row["variant"]): row["error"] for row in rows}
+        for kind, rows in results["accuracy"].items()
     }
     cells = [[*name, *(f"{known[kind][name]:.2g}" for kind in kinds)] for name in names]
     return [
@@ -149,7 +195,12 @@ def _profile(results: dict[str, Any], clock: str) -> list[str]:
             if row["operation"] == "all" or row["lorakin"] - row["frozen"] > 0.5
         ]
         head = ["member", "operation", "frozen, ms", "with the adapter, ms"]
-        lines += [f"**Where the time goes, {kind}, under the profiler**", "", *_table(head, cells), ""]
+        lines += [
+            f"**Where the time goes, {kind}, under the profiler**",
+            "",
+            *_table(head, cells),
+            "",
+        ]
     return lines
 
 

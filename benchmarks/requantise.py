@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.hung import hung_on
-from lorakin.surgery.layers import QuantisedLayer
+from lorakin.inject.adapted import module_at
+from lorakin.inject.attachments import attachments_of
+from lorakin.inject.layers import QuantisedLayer
 from lorakin.training import train as training
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.recipe import Recipe
@@ -34,7 +34,9 @@ def four_bits(weight: Tensor) -> Tensor:
     """Rounded to NF4 with nested scales."""
     from bitsandbytes import functional
 
-    bits, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    bits, state = functional.quantize_4bit(
+        weight.contiguous(), quant_type="nf4", compress_statistics=True
+    )
     rounded: Tensor = functional.dequantize_4bit(bits, state)
     return rounded.float()
 
@@ -66,7 +68,7 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
     run = training.prepare(recipe, Console(quiet=True))
     result = training.train(run)
     left, error = [], []
-    for path in run.adapter.plan.sites:
+    for path in run.adapter.placement.methods:
         module: Any = module_at(run.loaded.model, path)
         weight, change = run.adapter.base_weight(path), run.adapter.change_at(path)
         merged = change.applied_to(weight).detach()
@@ -74,8 +76,10 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
         size = float(moved.square().sum())
         left.append(float(((rounded - ROUNDINGS[word](weight)) * moved).sum()) / size)
         error.append(float((rounded - merged).norm()) / size**0.5)
-        hung_on(module).dense = rounded.to(next(run.loaded.model.parameters()).dtype)  # as a merge would leave it, but rounded
-        hung_on(module).merged = (run.adapter.name,)
+        attachments_of(module).dense = rounded.to(
+            next(run.loaded.model.parameters()).dtype
+        )  # as a merge would leave it, but rounded
+        attachments_of(module).merged = (run.adapter.name,)
         assert QuantisedLayer.shape(module)[:2] == rounded.shape
     with torch.no_grad():
         again = run.evaluate()
@@ -85,11 +89,16 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     table = Table(
-        "base", "of ΔW survives (median)", "rounding error / ΔW (median)", "held-out loss: base / adapter / merged, rounded"
+        "base",
+        "of ΔW survives (median)",
+        "rounding error / ΔW (median)",
+        "held-out loss: base / adapter / merged, rounded",
     )
     with tempfile.TemporaryDirectory() as folder:
         for word in ROUNDINGS:

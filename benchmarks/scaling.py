@@ -34,7 +34,9 @@ LABELS = {
 }
 
 
-def measure(dtype: torch.dtype, rounds: int, device: str = "cpu", points: int | None = None) -> list[dict[str, Any]]:
+def measure(
+    dtype: torch.dtype, rounds: int, device: str = "cpu", points: int | None = None
+) -> list[dict[str, Any]]:
     """One row for each point: time and saved bytes of a LoRA step over the frozen base's, and what the arithmetic says.
 
     `adapters` is the forward of a mixed batch instead, over the base's forward.
@@ -42,7 +44,11 @@ def measure(dtype: torch.dtype, rounds: int, device: str = "cpu", points: int | 
     table = []
     for axis, values in AXES.items():
         for value in values[:points]:
-            row = _adapters(value, dtype, rounds) if axis == "adapters" else _step(axis, value, dtype, rounds, device)
+            row = (
+                _adapters(value, dtype, rounds)
+                if axis == "adapters"
+                else _step(axis, value, dtype, rounds, device)
+            )
             table.append({"axis": axis, "value": value, **row})
             print(axis, value, {key: str(figure) for key, figure in row.items()}, flush=True)
     return table
@@ -54,15 +60,21 @@ def _step(axis: str, value: int, dtype: torch.dtype, rounds: int, device: str) -
         "hidden_size": width, "intermediate_size": width * 8 // 3 // 64 * 64, "num_attention_heads": width // 64,
         "num_key_value_heads": width // 64,
     }  # fmt: skip
-    rank, layers = (value if axis == name else usual for name, usual in (("rank", 16), ("depth", 1)))
+    rank, layers = (
+        value if axis == name else usual for name, usual in (("rank", 16), ("depth", 1))
+    )
     base = decoder(shape, dtype, device, layers)
     inputs = batch(base, 1, value if axis == "sequence" else 256)
     subject = Subject("lora", lambda: lk.LoRA(rank, 2 * rank), lora_config(rank))
     models = {"frozen": base, "lorakin": ours(base, subject)[0], "PEFT": theirs(base, subject)}
-    clock = interleaved({name: step_of(model, inputs) for name, model in models.items()}, rounds, device)
+    clock = interleaved(
+        {name: step_of(model, inputs) for name, model in models.items()}, rounds, device
+    )
     seconds = clock["thread" if device == "cpu" else "wall"]
     kept = {name: saved_bytes(model, forward_of(model, inputs)) for name, model in models.items()}
-    linears = [module for name, module in base.named_modules() if name.rpartition(".")[2] in LINEARS]
+    linears = [
+        module for name, module in base.named_modules() if name.rpartition(".")[2] in LINEARS
+    ]
     product = sum(4 * m.in_features * m.out_features for m in linears)
     pair = sum(6 * rank * (m.in_features + m.out_features) for m in linears)
     return {
@@ -93,9 +105,17 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
             above.plot(values, middle, "o-", color=colour, label=name)
             above.fill_between(values, low, high, color=colour, alpha=0.15)
             if axis != "adapters":
-                below.plot(values, [row[f"{name} saved"] for row in rows], "o-", color=colour, label=name)
+                below.plot(
+                    values, [row[f"{name} saved"] for row in rows], "o-", color=colour, label=name
+                )
         if axis != "adapters":
-            above.plot(values, [row["arithmetic"] for row in rows], ":", color="#555555", label="arithmetic of the linears")
+            above.plot(
+                values,
+                [row["arithmetic"] for row in rows],
+                ":",
+                color="#555555",
+                label="arithmetic of the linears",
+            )
         for panel in (above, below):
             panel.set_xscale("log", base=2)
             panel.grid(alpha=0.3)

@@ -21,7 +21,9 @@ def forward_of(model: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: model(x.detach().requires_grad_(), weights)["loss"]
 
 
-def step_of(model: Any, inputs: Inputs, after: Callable[[], Any] | None = None) -> Callable[[], None]:
+def step_of(
+    model: Any, inputs: Inputs, after: Callable[[], Any] | None = None
+) -> Callable[[], None]:
     """A call that goes forward and backward and then does what belongs to the step."""
     forward = forward_of(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -36,7 +38,9 @@ def step_of(model: Any, inputs: Inputs, after: Callable[[], Any] | None = None) 
     return step
 
 
-def compared(base: Decoder, subject: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+def compared(
+    base: Decoder, subject: Subject
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
     """The models of one comparison by variant, and what some of them do after their backward."""
     model, adapter = ours(base, subject)
     models, after = {"frozen": base, "lorakin": model}, {}
@@ -60,7 +64,9 @@ def _allocating(peer: Any) -> Callable[[], Any]:
     return lambda: peer.base_model.update_and_allocate(next(steps))
 
 
-def measure(base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4) -> list[dict[str, Any]]:
+def measure(
+    base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4
+) -> list[dict[str, Any]]:
     """One row for each variant of each member: time over the frozen base, by clock, and bytes saved over it."""
     inputs, table = batch(base, rows, length), []
     for name in names:
@@ -70,12 +76,21 @@ def measure(base: Decoder, names: Sequence[str], rounds: int, length: int = 256,
         kept = {key: saved_bytes(model, forward_of(model, inputs)) for key, model in models.items()}
         for key in list(models)[1:]:
             spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
-            table.append({"member": name, "variant": key, **spreads, "saved": round(kept[key] / kept["frozen"], 3)})
+            table.append(
+                {
+                    "member": name,
+                    "variant": key,
+                    **spreads,
+                    "saved": round(kept[key] / kept["frozen"], 3),
+                }
+            )
             print(f"{name}, {key}: {spreads['thread']}, saved {table[-1]['saved']:.2f}", flush=True)
     return table
 
 
-def compiled(base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4) -> list[dict[str, Any]]:
+def compiled(
+    base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4
+) -> list[dict[str, Any]]:
     """The same under torch.compile, over the frozen base without it: one row for each variant of each member."""
     inputs, table = batch(base, rows, length), []
     for name in names:
@@ -84,7 +99,9 @@ def compiled(base: Decoder, names: Sequence[str], rounds: int, length: int = 256
         steps = {key: step_of(model, inputs) for key, model in chosen.items()}
         for key, model in chosen.items():
             torch._dynamo.reset()
-            steps[f"{key}, compiled"] = step_of(torch.compile(model, fullgraph=key == "lorakin"), inputs)
+            steps[f"{key}, compiled"] = step_of(
+                torch.compile(model, fullgraph=key == "lorakin"), inputs
+            )
         seconds = interleaved(steps, rounds, inputs[0].device.type)
         for key in list(steps)[1:]:
             spreads = {clock: ratio(seconds[clock], key, "frozen") for clock in seconds}
@@ -93,7 +110,9 @@ def compiled(base: Decoder, names: Sequence[str], rounds: int, length: int = 256
     return table
 
 
-def accuracy(base: Decoder, names: Sequence[str], length: int = 64, rows: int = 2) -> list[dict[str, Any]]:
+def accuracy(
+    base: Decoder, names: Sequence[str], length: int = 64, rows: int = 2
+) -> list[dict[str, Any]]:
     """How far the gradients of the trained tensors are from float64: ‖g − g64‖ / ‖g64‖ over all of them."""
     inputs, table = batch(base, rows, length), []
     for name in (name for name in names if "dropout" not in name):  # whose masks are drawn anew
@@ -101,11 +120,19 @@ def accuracy(base: Decoder, names: Sequence[str], length: int = 64, rows: int = 
         for key in ("lorakin", "PEFT", "PEFT narrow"):
             if key not in models:
                 continue
-            exact = _gradients(copy.deepcopy(models[key]).double(), tuple(t.double() for t in inputs))
+            exact = _gradients(
+                copy.deepcopy(models[key]).double(), tuple(t.double() for t in inputs)
+            )
             got = _gradients(models[key], inputs)
-            error = torch.cat([(g.double() - e).flatten() for g, e in zip(got, exact, strict=True)]).norm()
+            error = torch.cat(
+                [(g.double() - e).flatten() for g, e in zip(got, exact, strict=True)]
+            ).norm()
             table.append(
-                {"member": name, "variant": key, "error": float(error / torch.cat([e.flatten() for e in exact]).norm())}
+                {
+                    "member": name,
+                    "variant": key,
+                    "error": float(error / torch.cat([e.flatten() for e in exact]).norm()),
+                }
             )
             print(f"{name}, {key}: gradient error {table[-1]['error']:.4f}", flush=True)
     return table

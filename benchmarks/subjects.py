@@ -16,15 +16,35 @@ import lorakin as lk
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES: dict[str, dict[str, int]] = {
-    "S": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "layers": 4},
-    "W": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4, "layers": 1},
+    "S": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "layers": 4,
+    },
+    "W": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "layers": 1,
+    },
 }
 """S is SmolLM2-135M's shape, W TinyLlama's; with so many layers as make the figures steady."""
 
 
-def config(shape: dict[str, int], layers: int, vocabulary: int, **more: Any) -> transformers.LlamaConfig:
+def config(
+    shape: dict[str, int], layers: int, vocabulary: int, **more: Any
+) -> transformers.LlamaConfig:
     """A Llama of one of `SHAPES`, with so many layers."""
-    sizes = {**shape, **more, "num_hidden_layers": layers, "vocab_size": vocabulary, "use_cache": False}
+    sizes = {
+        **shape,
+        **more,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "use_cache": False,
+    }
     sizes.pop("layers", None)
     return transformers.LlamaConfig(**sizes)
 
@@ -42,7 +62,9 @@ class Decoder(nn.Module):
         return transformers.utils.ModelOutput(loss=(out * weights).sum())
 
 
-def decoder(shape: dict[str, int], dtype: torch.dtype, device: str = "cpu", layers: int | None = None) -> Decoder:
+def decoder(
+    shape: dict[str, int], dtype: torch.dtype, device: str = "cpu", layers: int | None = None
+) -> Decoder:
     """With random weights, in train mode, frozen."""
     torch.manual_seed(0)
     return Decoder(shape, layers).to(device, dtype).train().requires_grad_(False)
@@ -52,7 +74,9 @@ def batch(model: Decoder, rows: int = 4, length: int = 256) -> tuple[Tensor, Ten
     """Inputs of a decoder, and the weights of its loss."""
     like = next(model.parameters())
     hidden = model.decoder.config.hidden_size
-    return tuple(torch.randn(rows, length, hidden, device=like.device).to(like.dtype) for _ in range(2))  # type: ignore[return-value]
+    return tuple(
+        torch.randn(rows, length, hidden, device=like.device).to(like.dtype) for _ in range(2)
+    )  # type: ignore[return-value]
 
 
 def twin(base: nn.Module) -> Any:
@@ -116,7 +140,9 @@ SUBJECTS: dict[str, Subject] = {
 }  # fmt: skip
 
 
-def ours(base: nn.Module, subject: Subject, targets: Sequence[str] = LINEARS) -> tuple[Any, lk.Adapter]:
+def ours(
+    base: nn.Module, subject: Subject, targets: Sequence[str] = LINEARS
+) -> tuple[Any, lk.Adapter]:
     """The base with lorakin's adapter, every trained tensor away from its start."""
     model = twin(base)
     adapter = lk.adapt(model, subject.ours(), targets, seed=0)

@@ -43,7 +43,9 @@ def variant(base: Any, name: str, member: str = "lora") -> Any:
 def step(changed: Any, rows: int = 4, length: int = 256) -> Callable[[], None]:
     """Forward and backward with a loss, gradients wanted at the embeddings so that a frozen model has something to do."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 49_152, (rows, length), generator=generator).to(next(changed.parameters()).device)
+    ids = torch.randint(0, 49_152, (rows, length), generator=generator).to(
+        next(changed.parameters()).device
+    )
     embeddings = changed.get_input_embeddings()
 
     def run() -> None:
@@ -54,24 +56,33 @@ def step(changed: Any, rows: int = 4, length: int = 256) -> Callable[[], None]:
     return run
 
 
-def measure(shape: str, layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
+def measure(
+    shape: str, layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One row a variant: time over the frozen model's, by clock."""
     base = model(shape, layers, dtype, device)
     seconds = interleaved({name: step(variant(base, name)) for name in VARIANTS}, rounds, device)
     table = []
     for name in VARIANTS[1:]:
-        table.append({"variant": name, **{clock: ratio(seconds[clock], name, "frozen") for clock in seconds}})
+        table.append(
+            {"variant": name, **{clock: ratio(seconds[clock], name, "frozen") for clock in seconds}}
+        )
         print(name, table[-1]["thread"], "wall", table[-1]["wall"], flush=True)
     return table
 
 
-def peaks(shape: str, layers: int, dtype: str, variants: Sequence[str] = VARIANTS, device: str = "cpu") -> dict[str, float]:
+def peaks(
+    shape: str, layers: int, dtype: str, variants: Sequence[str] = VARIANTS, device: str = "cpu"
+) -> dict[str, float]:
     """MiB over idle at the peak of a step, each variant in a process of its own."""
     found = {}
     for name in variants:
         order = json.dumps([shape, layers, dtype, name, device])
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.whole", order], capture_output=True, text=True, check=True
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.whole", order],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found[name] = float(done.stdout.split()[-1])
         print(name, f"{found[name]:.0f} MiB", flush=True)

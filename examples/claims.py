@@ -28,12 +28,15 @@ from movie_sentiment import snippets
 from rich.console import Console
 
 import lorakin as lk
-from lorakin.study import arms, compare, report, workers
-from lorakin.study.charts import SMOOTHING
-from lorakin.study.pictures import Point, correlation
-from lorakin.study.progress import Board
-from lorakin.study.standings import Estimate, Standing, apart, leaders
-from lorakin.study.verdict import amount, with_interval
+from lorakin.compare import arms, workers
+from lorakin.compare import comparison as comparing
+from lorakin.compare.progress import Board
+from lorakin.compare.standings import Estimate, Standing, apart, leaders
+from lorakin.compare.verdict import amount, with_interval
+from lorakin.family.words import methods_of
+from lorakin.report import comparison_page
+from lorakin.report.charts import SMOOTHING
+from lorakin.report.pictures import Point, correlation
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.progress import running_mean
 
@@ -111,8 +114,8 @@ class Evidence:
     """A task's comparison, and where its arms stand."""
 
     task: Task
-    study: compare.Study
-    found: report.Findings
+    study: comparing.Study
+    found: comparison_page.Findings
 
     def arm(self, name: str) -> Standing:
         """The arm of that name."""
@@ -128,14 +131,19 @@ class Evidence:
         for arm in (name, "lora"):
             curves = [running_mean(row.losses, SMOOTHING) for row in self.arm(arm).done]
             mean[arm] = [statistics.fmean(at) for at in zip(*curves, strict=True)]
-        reached = next((step for step, loss in enumerate(mean[name], 1) if loss <= mean["lora"][-1]), None)
+        reached = next(
+            (step for step, loss in enumerate(mean[name], 1) if loss <= mean["lora"][-1]), None
+        )
         return None if reached is None else len(mean["lora"]) / reached
 
     def correlation(self, name: str, part: str = "") -> float:
         """Of the changes of magnitude and direction, over modules whose name has `part`, at all looks at the first run."""
         (row, *_) = self.arm(name).done
         points = [
-            Point(name, "", path, step, *move) for step, moves in row.moves for path, move in moves.items() if part in path
+            Point(name, "", path, step, *move)
+            for step, moves in row.moves
+            for path, move in moves.items()
+            if part in path
         ]
         return correlation(points).r
 
@@ -160,10 +168,14 @@ def each(evidence: Sequence[Evidence], figure: Callable[[Evidence], str]) -> str
     return "; ".join(f"{e.task.name} {figure(e)}" for e in evidence)
 
 
-def where(evidence: Sequence[Evidence], holds: Callable[[Evidence], bool], yes: str, no: str) -> str:
+def where(
+    evidence: Sequence[Evidence], holds: Callable[[Evidence], bool], yes: str, no: str
+) -> str:
     """On which tasks something holds, in words."""
     tasks = [e.task.name for e in evidence if holds(e)]
-    return no if not tasks else yes if len(tasks) == len(evidence) else f"{yes} on {', '.join(tasks)}"
+    return (
+        no if not tasks else yes if len(tasks) == len(evidence) else f"{yes} on {', '.join(tasks)}"
+    )
 
 
 def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tuple[str, str]:
@@ -172,7 +184,9 @@ def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tup
     def share(e: Evidence) -> float:
         return (e.arm(name).trained or 0) / (e.arm("lora").trained or 1)
 
-    return each(evidence, lambda e: f"{share(e):.1%}"), where(evidence, lambda e: share(e) <= most, "holds", f"not here: {why}")
+    return each(evidence, lambda e: f"{share(e):.1%}"), where(
+        evidence, lambda e: share(e) <= most, "holds", f"not here: {why}"
+    )
 
 
 def ratio(e: Evidence, name: str, of: str) -> str:
@@ -194,13 +208,17 @@ def cheaper(evidence: Sequence[Evidence], name: str, of: str) -> tuple[str, str]
 def faster(evidence: Sequence[Evidence], name: str) -> tuple[str, str]:
     """How much sooner an arm's training loss reaches plain LoRA's last."""
     shown = each(evidence, lambda e: f"{gain:.1f}×" if (gain := e.faster(name)) else "never")
-    return shown, where(evidence, lambda e: (e.faster(name) or 0) >= 1.2, "faster", "no faster than tuned LoRA")
+    return shown, where(
+        evidence, lambda e: (e.faster(name) or 0) >= 1.2, "faster", "no faster than tuned LoRA"
+    )
 
 
 def scatter(evidence: Sequence[Evidence], part: str) -> tuple[str, str]:
     """The correlation of magnitude and direction for whole training, LoRA and DoRA, and whether the order is the paper's."""
     arms_shown = ("full", "lora", "dora")
-    shown = each(evidence, lambda e: " / ".join(f"{e.correlation(name, part):+.2f}" for name in arms_shown))
+    shown = each(
+        evidence, lambda e: " / ".join(f"{e.correlation(name, part):+.2f}" for name in arms_shown)
+    )
 
     def ordered(e: Evidence) -> bool:
         full, plain, split = (e.correlation(name, part) for name in arms_shown)
@@ -220,9 +238,15 @@ def ranks_by_kind(e: Evidence) -> list[tuple[float, str]]:
 def favoured(evidence: Sequence[Evidence]) -> tuple[str, str]:
     """The kinds of modules that AdaLoRA gave the most and the fewest ranks, and whether that is a choice at all."""
     kinds = {e.task.name: ranks_by_kind(e) for e in evidence}
-    shown = "; ".join(f"{task}: {k[0][1]} {k[0][0]:.1f}, …, {k[-1][1]} {k[-1][0]:.1f}" for task, k in kinds.items())
+    shown = "; ".join(
+        f"{task}: {k[0][1]} {k[0][0]:.1f}, …, {k[-1][1]} {k[-1][0]:.1f}"
+        for task, k in kinds.items()
+    )
     return shown, where(
-        evidence, lambda e: kinds[e.task.name][0][0] > 1.5 * kinds[e.task.name][-1][0], "it moves them", "hardly"
+        evidence,
+        lambda e: kinds[e.task.name][0][0] > 1.5 * kinds[e.task.name][-1][0],
+        "it moves them",
+        "hardly",
     )
 
 
@@ -234,12 +258,16 @@ def claims(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str]]:
 
     def rates(e: Evidence) -> str:
         return ", ".join(
-            f"{s.arm.name} {s.lr:g}" for s in e.found.standings if s.lr and s.kind in (arms.REFERENCE, arms.MEMBER)
+            f"{s.arm.name} {s.lr:g}"
+            for s in e.found.standings
+            if s.lr and s.kind in (arms.REFERENCE, arms.MEMBER)
         )
 
     tuned = each(evidence, lambda e: ", ".join(leading(e)) or "none leads")
     some = where(evidence, lambda e: bool(leading(e)), "some do", "none does")
-    one_rate = where(evidence, lambda e: len(set(rates(e).split()[1::2])) == 1, "one rate serves all", "holds")
+    one_rate = where(
+        evidence, lambda e: len(set(rates(e).split()[1::2])) == 1, "one rate serves all", "holds"
+    )
     return [
         ("Full fine-tuning is no better than LoRA", "on par or worse", *ahead(evidence, "full")),
         ("LoRA+ is better than LoRA", "1–2 %", *ahead(evidence, "lora+")),
@@ -271,7 +299,11 @@ def table(evidence: Sequence[Evidence]) -> str:
     lines += [f"| {' | '.join(row)} |" for row in claims(evidence)]
     for e in evidence:
         asked, measure = e.study.comparison, e.found.measure
-        lines += ["", f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, {asked.seeds} seeds", ""]
+        lines += [
+            "",
+            f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, {asked.seeds} seeds",
+            "",
+        ]
         lines += [f"> {sentence}" for sentence in e.found.verdict[:1]]
         lines += [
             "",
@@ -283,50 +315,70 @@ def table(evidence: Sequence[Evidence]) -> str:
             gained = "–" if s.ahead is None else with_interval(s.ahead, measure, signed=True)
             count = f"{s.trained:,}" if s.lr is not None and s.trained is not None else "–"
             figures = [ratio(e, s.arm.name, of) for of in ("time", "memory")]
-            lines.append(f"| {' | '.join([s.arm.title, quality, gained, f'{s.lr:g}' if s.lr else '–', count, *figures])} |")
+            lines.append(
+                f"| {' | '.join([s.arm.title, quality, gained, f'{s.lr:g}' if s.lr else '–', count, *figures])} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-def compared(task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console) -> Evidence:
+def compared(
+    task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console
+) -> Evidence:
     """The task's comparison, run to its end, with its report."""
     size = task.quick if quick else task.full
     data = out / f"{task.name}.jsonl"
     if not data.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        data.write_text("".join(json.dumps(row) + "\n" for row in task.rows()[: size.rows]), encoding="utf-8")
-    comparison = compare.Comparison(
-        model=task.model, data=str(data), out=str(out / task.name), methods=arms.methods_of("all"),
+        data.write_text(
+            "".join(json.dumps(row) + "\n" for row in task.rows()[: size.rows]), encoding="utf-8"
+        )
+    comparison = comparing.Comparison(
+        model=task.model, data=str(data), out=str(out / task.name), methods=methods_of("all"),
         budget=f"steps={size.steps}", seeds=seeds, recipe={"batch_size": size.batch_size, **task.recipe},
     )  # fmt: skip
-    with compare.locked(comparison):
-        study = compare.prepare(comparison, console)
+    with comparing.locked(comparison):
+        study = comparing.prepare(comparison, console)
         places = workers.devices_of(devices)
         with Board(console, len(places)) as board:
             workers.run(study, places, board)
-        return Evidence(task, study, report.write(study))
+        return Evidence(task, study, comparison_page.write(study))
 
 
 def main() -> None:
     """Compare on each task, then write the claims."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rows and steps: under two hours on two cores")
-    parser.add_argument("--out", type=Path, default=Path("claims"), help="what is there already is not run again")
-    parser.add_argument("--devices", default="cpu,cpu", help="where trials run, one at a time on each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows and steps: under two hours on two cores"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("claims"), help="what is there already is not run again"
+    )
+    parser.add_argument(
+        "--devices", default="cpu,cpu", help="where trials run, one at a time on each"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="*", choices=[task.name for task in TASKS], help="only these")
+    parser.add_argument(
+        "--tasks", nargs="*", choices=[task.name for task in TASKS], help="only these"
+    )
     options = parser.parse_args()
     console = Console(soft_wrap=True)
     evidence = []
     for task in TASKS:
         if not options.tasks or task.name in options.tasks:
             console.rule(task.title)
-            evidence.append(compared(task, options.out, options.quick, options.seeds, options.devices, console))
+            evidence.append(
+                compared(task, options.out, options.quick, options.seeds, options.devices, console)
+            )
             machine = (
                 f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, lorakin {lk.__version__}, "
                 f"{'quick' if options.quick else 'full'} size, {evidence[-1].study.dtype} on the last task\n\n"
             )
             (options.out / "claims.md").write_text(machine + table(evidence), encoding="utf-8")
-    console.print(f"the claims are in {options.out / 'claims.md'}, the reports beside it", highlight=False)
+    console.print(
+        f"the claims are in {options.out / 'claims.md'}, the reports beside it", highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,26 @@ class Task:
 
 
 TASKS = (
-    Task("smollm2", "SmolLM2-135M, docstrings", "loss", 40, 5, ("--batch-size", "8", "--max-length", "320"), 640, 96),
-    Task("minilm", "MiniLM, movie reviews", "accuracy", 150, 10, ("--batch-size", "32", "--max-length", "128"), 8612, 1000),
+    Task(
+        "smollm2",
+        "SmolLM2-135M, docstrings",
+        "loss",
+        40,
+        5,
+        ("--batch-size", "8", "--max-length", "320"),
+        640,
+        96,
+    ),
+    Task(
+        "minilm",
+        "MiniLM, movie reviews",
+        "accuracy",
+        150,
+        10,
+        ("--batch-size", "32", "--max-length", "128"),
+        8612,
+        1000,
+    ),
 )
 
 
@@ -63,8 +81,13 @@ def settings_of(word: str, steps: int) -> dict[str, Any]:
 def write_data(task: Task, folder: Path) -> None:
     """The task's rows, `train.jsonl` and `held_out.jsonl`."""
     rows: list[Any] = docstring_rows() if task.model == "smollm2" else snippets()
-    for name, part in (("held_out", rows[: task.held_out]), ("train", rows[task.held_out : task.held_out + task.rows])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    for name, part in (
+        ("held_out", rows[: task.held_out]),
+        ("train", rows[task.held_out : task.held_out + task.rows]),
+    ):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
+        )
 
 
 def train(task: Task, word: str, folder: Path, steps: int) -> dict[str, Any]:
@@ -87,7 +110,12 @@ def train(task: Task, word: str, folder: Path, steps: int) -> dict[str, Any]:
         str(lr),
     ]
     command += ["--model", task.model, "--steps", str(steps), "--out", str(out), *task.flags]
-    command += ["--data", str(folder / "train.jsonl"), "--eval-data", str(folder / "held_out.jsonl")]
+    command += [
+        "--data",
+        str(folder / "train.jsonl"),
+        "--eval-data",
+        str(folder / "held_out.jsonl"),
+    ]
     for name, value in settings_of(word, steps).items():
         command += ["--set", f"{name}={value}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -101,17 +129,25 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
     console = Console(quiet=True)
     models: dict[str, tuple[Run, Any, torch.optim.Optimizer]] = {}
     for member in FAMILY:
-        flags = dict(zip((f.removeprefix("--").replace("-", "_") for f in task.flags[::2]), task.flags[1::2], strict=True))
+        flags = dict(
+            zip(
+                (f.removeprefix("--").replace("-", "_") for f in task.flags[::2]),
+                task.flags[1::2],
+                strict=True,
+            )
+        )
         recipe = Recipe(
             model=task.model, data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
             out=str(folder / "timed" / member.word), steps=100, **flags,  # type: ignore[arg-type]
         )  # fmt: skip
         run = prepare(recipe, console)
-        whole = list(run.adapter.plan.copies)
+        whole = list(run.adapter.placement.copies)
         run.adapter.remove()
         method: Method = method_named(member.word, settings_of(member.word, 1))
         if method.probe is not None:
-            method = method.with_importance(json.loads((folder / member.word / "importance.json").read_text()))
+            method = method.with_importance(
+                json.loads((folder / member.word / "importance.json").read_text())
+            )
         adapter = lk.adapt(run.loaded.model, method, modules_to_save=whole)
         run.loaded.model.train()
         models[member.word] = (run, adapter, adapter.optimizer(lr=1e-4, total_steps=10_000))
@@ -122,8 +158,12 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
         for word in list(models)[:: 1 if number % 2 else -1]:
             run, _, optimizer = models[word]
             started = time.perf_counter()
-            outputs = run.loaded.model(**{k: v for k, v in batch.items() if k != "labels" or run.labels is not None})
-            (outputs.loss if run.labels is not None else answer_loss(outputs, batch["labels"])).backward()
+            outputs = run.loaded.model(
+                **{k: v for k, v in batch.items() if k != "labels" or run.labels is not None}
+            )
+            (
+                outputs.loss if run.labels is not None else answer_loss(outputs, batch["labels"])
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
             times[word].append(time.perf_counter() - started)
@@ -139,7 +179,9 @@ def frozen_shared(folder: Path) -> int:
         return sum(file.get_tensor(key).numel() for key in shared)
 
 
-def table(task: Task, results: list[dict[str, Any]], times: dict[str, list[float]], folder: Path) -> str:
+def table(
+    task: Task, results: list[dict[str, Any]], times: dict[str, list[float]], folder: Path
+) -> str:
     """The task's results as Markdown."""
     name = "held-out loss" if task.measure == "loss" else "held-out accuracy"
     lines = [
@@ -150,9 +192,15 @@ def table(task: Task, results: list[dict[str, Any]], times: dict[str, list[float
     ]
     for result in results:
         word = result["word"]
-        ratios = [mine / base for mine, base in zip(times[word], times[FAMILY[0].word], strict=True)]
+        ratios = [
+            mine / base for mine, base in zip(times[word], times[FAMILY[0].word], strict=True)
+        ]
         before, after = (result[when][task.measure] for when in ("before", "after"))
-        shown = f"{before:.3f} | {after:.3f}" if task.measure == "loss" else f"{before:.1%} | {after:.1%}"
+        shown = (
+            f"{before:.3f} | {after:.3f}"
+            if task.measure == "loss"
+            else f"{before:.1%} | {after:.1%}"
+        )
         trained, shared = f"{result['trainable_parameters']:,}", frozen_shared(folder / word)
         lines.append(
             f"| `{word}` | {result['lr']:g} | {shown} | {trained} | {f'{shared:,}' if shared else '–'} | "
@@ -163,10 +211,17 @@ def table(task: Task, results: list[dict[str, Any]], times: dict[str, list[float
 
 def main() -> None:
     """Train everything, time everything, write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps on a few rows, to see that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("family"), help="where everything goes; what is there already is not trained again"
+        "--quick", action="store_true", help="a few steps on a few rows, to see that it runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("family"),
+        help="where everything goes; what is there already is not trained again",
     )
     options = parser.parse_args()
     console = Console(soft_wrap=True)

@@ -82,14 +82,24 @@ class Trained:
                     same += answer.tokens[number] == said[number]
                     places += 1
         equal = sum(answer.tokens == said for answer, said in zip(answers, self.said, strict=True))
-        return {"difference": max(apart), "mean": statistics.mean(apart), "tokens": same / places, "answers": equal}
+        return {
+            "difference": max(apart),
+            "mean": statistics.mean(apart),
+            "tokens": same / places,
+            "answers": equal,
+        }
 
 
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int]) -> list[int]:
     """The prompt and the likeliest `SAID` tokens after it; no token ends them."""
     ids = torch.tensor([prompt])
-    settings: dict[str, Any] = {"max_new_tokens": SAID, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "max_new_tokens": SAID,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     out: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     return list(out[0].tolist())
 
@@ -121,7 +131,10 @@ def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
     trained = Trained(loaded.model, loaded.tokenizer)
     moved = float((logits_of(loaded.model, [trained.prompts[0]])[0] - plain_model).abs().max())
     del loaded
-    figures: dict[str, dict[str, Any]] = {"trained": {"moved": moved}, "peft": trained.against(peft_reads(adapter))}
+    figures: dict[str, dict[str, Any]] = {
+        "trained": {"moved": moved},
+        "peft": trained.against(peft_reads(adapter)),
+    }
     gained = any("gain" in member_named(one).decides for one in word.split(","))
     work = out / "work"
 
@@ -133,20 +146,26 @@ def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
         more = {"errors": [statistics.median(errors), max(errors)]} if any(errors) else {}
         return {**read(work), **more, "mib": size}
 
-    figures["merged"] = through("merged", lambda folder: trained.against(load_model(str(folder), "base").model))
+    figures["merged"] = through(
+        "merged", lambda folder: trained.against(load_model(str(folder), "base").model)
+    )
     figures["gguf-merged"] = through(
         "gguf-merged", lambda folder: trained.against_llama(folder / "model.gguf"), dtype="float32"
     )
     for rank in RANKS if gained else (None,):
         name = "" if rank is None else f" {rank}"
-        figures[f"plain{name}"] = through("lora", lambda folder: trained.against(peft_reads(folder)), rank=rank, portable=True)
+        figures[f"plain{name}"] = through(
+            "lora", lambda folder: trained.against(peft_reads(folder)), rank=rank, portable=True
+        )
         if rank is None or rank >= RANKS[-1]:
             figures["gguf"] = through(
                 "gguf",
                 lambda folder: trained.against_llama(base_gguf(out), [folder / "adapter.gguf"]),
                 rank=rank,
             )
-            figures["4-bit"] = trained.against_llama(packaged(MODEL), [out / "work" / "adapter.gguf"])
+            figures["4-bit"] = trained.against_llama(
+                packaged(MODEL), [out / "work" / "adapter.gguf"]
+            )
     shutil.rmtree(work, ignore_errors=True)
     return figures
 
@@ -155,7 +174,10 @@ def base_alone(out: Path) -> dict[str, dict[str, Any]]:
     """The base without an adapter in llama.cpp, in F32 and as packaged: what the reader and the quantisation do alone."""
     loaded = load_model(MODEL, "float32")
     said = Trained(loaded.model, loaded.tokenizer)
-    return {"gguf": said.against_llama(base_gguf(out)), "4-bit": said.against_llama(packaged(MODEL))}
+    return {
+        "gguf": said.against_llama(base_gguf(out)),
+        "4-bit": said.against_llama(packaged(MODEL)),
+    }
 
 
 def cell(figures: dict[str, Any] | None) -> str:
@@ -171,7 +193,9 @@ def four_bit(figures: dict[str, dict[str, Any]]) -> str:
     return f"mean {figures['4-bit']['mean']:.3f}, {cell(figures['4-bit'])}"
 
 
-def report(results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[str, Any]], steps: int) -> str:
+def report(
+    results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[str, Any]], steps: int
+) -> str:
     """The tables as Markdown."""
     versions = (
         f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -190,8 +214,16 @@ def report(results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[
     for word, figures in results.items():
         plain = cell(figures.get("plain")) if "plain" in figures else "by rank, below"
         gguf = cell(figures["gguf"]) + ("" if "plain" in figures else f" (rank {RANKS[-1]})")
-        cells = [f"`{word}`", f"{figures['trained']['moved']:.1f}", cell(figures["peft"]), plain, cell(figures["merged"])]
-        lines.append(f"| {' | '.join([*cells, gguf, cell(figures['gguf-merged']), four_bit(figures)])} |")
+        cells = [
+            f"`{word}`",
+            f"{figures['trained']['moved']:.1f}",
+            cell(figures["peft"]),
+            plain,
+            cell(figures["merged"]),
+        ]
+        lines.append(
+            f"| {' | '.join([*cells, gguf, cell(figures['gguf-merged']), four_bit(figures)])} |"
+        )
     for word, figures in results.items():
         if "plain" in figures:
             continue
@@ -214,7 +246,9 @@ def report(results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[
 
 def main() -> None:
     """Train, export, read, compare; `interop.md` and `interop.json` in the output directory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("interop"))
     parser.add_argument("--members", default=",".join(member.word for member in FAMILY))

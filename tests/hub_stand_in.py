@@ -31,14 +31,18 @@ class Hub:
         self.url = ""
 
     def put(self, name: str, folder: Path, revision: str = "main", inside: str = "") -> None:
-        files = {f"{inside}{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        files = {
+            f"{inside}{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()
+        }
         self.repos.setdefault(name, {}).setdefault(revision, {}).update(files)
 
     def commit(self, name: str, revision: str) -> str:
         """A commit's hash, which changes with the content."""
         files = self.repos[name][revision]
         return hashlib.sha1(
-            repr([name, *sorted((k, hashlib.sha1(v).hexdigest()) for k, v in files.items())]).encode()
+            repr(
+                [name, *sorted((k, hashlib.sha1(v).hexdigest()) for k, v in files.items())]
+            ).encode()
         ).hexdigest()
 
     def find(self, name: str, revision: str) -> str | None:
@@ -79,7 +83,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise Answer(503, {"error": "down"})
             method(path, sent)
         except Answer as answer:
-            body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+            body = (
+                answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+            )
             self.send_response(answer.status)
             for key, value in {"Content-Length": str(len(body)), **answer.headers}.items():
                 self.send_header(key, value)
@@ -102,10 +108,16 @@ class Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             branch, files = self.repo(found[1], found[2] or "main")
             siblings = [{"rfilename": name} for name in files]
-            raise Answer(200, {"id": found[1], "sha": self.hub.commit(found[1], branch), "siblings": siblings})
+            raise Answer(
+                200,
+                {"id": found[1], "sha": self.hub.commit(found[1], branch), "siblings": siblings},
+            )
         if found := re.fullmatch(r"api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             _, files = self.repo(found[1], found[2])
-            entry = [{"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in files.items()]
+            entry = [
+                {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for n, c in files.items()
+            ]
             raise Answer(200, entry)
         if found := re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             branch, files = self.repo(found[1], found[2])
@@ -115,7 +127,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise missing("EntryNotFound")
             content = files[found[3]]
             etag = hashlib.sha1(content).hexdigest()
-            raise Answer(200, content, ETag=f'"{etag}"', **{"X-Repo-Commit": self.hub.commit(found[1], branch)})
+            raise Answer(
+                200,
+                content,
+                ETag=f'"{etag}"',
+                **{"X-Repo-Commit": self.hub.commit(found[1], branch)},
+            )
         raise missing("NotFound")
 
     def post(self, path: str, sent: bytes) -> None:
@@ -127,16 +144,26 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(sent)
             name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
             if name.startswith("others/"):
-                raise Answer(403, {"error": "You don't have the rights to create a model under the namespace"})
+                raise Answer(
+                    403,
+                    {"error": "You don't have the rights to create a model under the namespace"},
+                )
             status = 409 if name in self.hub.repos else 200
             self.hub.repos.setdefault(name, {"main": {}})
-            self.hub.private.setdefault(name, wanted.get("visibility") == "private" or bool(wanted.get("private")))
+            self.hub.private.setdefault(
+                name, wanted.get("visibility") == "private" or bool(wanted.get("private"))
+            )
             raise Answer(status, {"url": f"{self.hub.url}/{name}", "name": name})
         if found := re.fullmatch(r"api/models/([^/]+/[^/]+)/branch/(.+)", path):
-            made = self.hub.repos[found[1]].setdefault(found[2], dict(self.hub.repos[found[1]]["main"]))
+            made = self.hub.repos[found[1]].setdefault(
+                found[2], dict(self.hub.repos[found[1]]["main"])
+            )
             raise Answer(200, {"files": len(made)})
         if found := re.fullmatch(r"api/models/([^/]+/[^/]+)/preupload/(.+)", path):
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(sent)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(sent)["files"]
+            ]
             raise Answer(200, {"files": files})
         if found := re.fullmatch(r"api/models/([^/]+/[^/]+)/commit/(.+)", path):
             _, files = self.repo(found[1], found[2])
@@ -146,7 +173,14 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "deletedFile":
                     del files[line["value"]["path"]]
             commit = self.hub.commit(found[1], found[2])
-            raise Answer(200, {"commitUrl": f"{self.hub.url}/{found[1]}/commit/{commit}", "commitOid": commit, "success": True})
+            raise Answer(
+                200,
+                {
+                    "commitUrl": f"{self.hub.url}/{found[1]}/commit/{commit}",
+                    "commitOid": commit,
+                    "success": True,
+                },
+            )
         raise missing("NotFound")
 
 
@@ -163,7 +197,11 @@ def hub_on_this_machine(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     patch.setattr(constants, "ENDPOINT", hub.url)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -56,14 +56,26 @@ def main(folder: str) -> None:
     lines = [json.loads(line) for line in (Path(folder) / "figures.jsonl").read_text().splitlines()]
     text, console = "", Console()
     for what in dict.fromkeys(line["what"] for line in lines):
-        rows = rows_of([{key: v for key, v in line.items() if key != "what"} for line in lines if line["what"] == what])
+        rows = rows_of(
+            [
+                {key: v for key, v in line.items() if key != "what"}
+                for line in lines
+                if line["what"] == what
+            ]
+        )
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = Table(*columns, title=what)
         for row in rows:
             table.add_row(*(row.get(column, "") for column in columns))
         console.print(table)
         head = [f"### {what}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        text += "\n".join(head + [f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows]) + "\n\n"
+        text += (
+            "\n".join(
+                head
+                + [f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows]
+            )
+            + "\n\n"
+        )
     (Path(folder) / "soak.md").write_text(text)
 
 

@@ -23,7 +23,9 @@ def test_the_quick_form_measures_every_part(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     steps = results["steps"]["S bfloat16"]
     assert {(row["member"], row["variant"]) for row in steps} >= {
-        (member, variant) for member in ("lora", "dora", "vera") for variant in ("lorakin", "PEFT", "PEFT narrow")
+        (member, variant)
+        for member in ("lora", "dora", "vera")
+        for variant in ("lorakin", "PEFT", "PEFT narrow")
     }
     assert {row["variant"] for row in steps} >= {"lorakin fused", "full fine-tuning"}
     for row in (*steps, *results["whole"]["bfloat16"], *results["chores"]):
@@ -33,7 +35,13 @@ def test_the_quick_form_measures_every_part(tmp_path: Path) -> None:
     assert all(row["saved"] > 0 for row in steps)
     assert all(mib > 0 for mib in results["peak"]["bfloat16"].values())
     assert [row["tokens"] for row in results["serving"]] == [1, 32, 128]
-    assert {row["axis"] for row in results["scaling"]} == {"rank", "width", "sequence", "depth", "adapters"}
+    assert {row["axis"] for row in results["scaling"]} == {
+        "rank",
+        "width",
+        "sequence",
+        "depth",
+        "adapters",
+    }
     assert all(0 < row["error"] < 1 for row in results["accuracy"]["S bfloat16"])
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     text = (tmp_path / "results.md").read_text()
@@ -42,9 +50,12 @@ def test_the_quick_form_measures_every_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--members", "lorra"], "no member 'lorra'"), (["steppes"], "no part 'steppes'")]
+    ("arguments", "said"),
+    [(["--members", "lorra"], "no member 'lorra'"), (["steppes"], "no part 'steppes'")],
 )
-def test_what_is_unknown_is_said_before_anything_runs(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_is_unknown_is_said_before_anything_runs(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
     done = bench(tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert said in done.stderr

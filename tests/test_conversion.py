@@ -31,7 +31,9 @@ MEMBERS: dict[str, Any] = {
 }
 
 
-def trained(model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 3, **more: Any) -> lk.Adapter:
+def trained(
+    model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 3, **more: Any
+) -> lk.Adapter:
     """A few large steps, so that what acts at steps has acted and the change is far from nothing."""
     batch = {"input_ids": ids, "labels": ids}
     if isinstance(member, lk.LoRADrop) and member.importance is None:
@@ -51,15 +53,19 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("word", MEMBERS)
-def test_every_member_without_a_gain_is_plain_lora_exactly(word: str, ids: Tensor, tmp_path: Path) -> None:
+def test_every_member_without_a_gain_is_plain_lora_exactly(
+    word: str, ids: Tensor, tmp_path: Path
+) -> None:
     model = tiny_llama().double()
     base = logits(model, ids)
     adapter = trained(model, MEMBERS[word], ids)
     want = logits(model, ids)
     assert (want - base).abs().max() > 0.05
     plain, fits = lk.as_lora(adapter)
-    assert plain.plan.method.words == "lora" and not adapter.is_active and plain.is_active
-    torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=1e-6)  # files hold float32 unless the pair is wider
+    assert plain.placement.method.words == "lora" and not adapter.is_active and plain.is_active
+    torch.testing.assert_close(
+        logits(model, ids), want, rtol=0, atol=1e-6
+    )  # files hold float32 unless the pair is wider
     assert all(fit.error == 0 and fit.gain is None for fit in fits.values())
     plain.save(tmp_path / "plain")
     fresh = tiny_llama().double()
@@ -74,7 +80,7 @@ def test_other_layers(make: Callable[[], Any], ids: Tensor) -> None:
     want = logits(model, ids)
     plain, _ = lk.as_lora(adapter)
     torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=1e-5)
-    assert plain.plan.sites.keys() == adapter.plan.sites.keys()
+    assert plain.placement.methods.keys() == adapter.placement.methods.keys()
 
 
 def test_convolutions_and_embeddings() -> None:
@@ -88,7 +94,9 @@ def test_convolutions_and_embeddings() -> None:
 
 def test_the_portable_form(ids: Tensor, tmp_path: Path) -> None:
     model = tiny_llama()
-    adapter = randomise(lk.adapt(model, lk.LoRA(4, 8), rank_pattern={"q_proj": 6}, alpha_pattern={"v_proj": 3}))
+    adapter = randomise(
+        lk.adapt(model, lk.LoRA(4, 8), rank_pattern={"q_proj": 6}, alpha_pattern={"v_proj": 3})
+    )
     want = logits(model, ids)
     plain, _ = lk.as_lora(adapter, portable=True)
     plain.save(tmp_path)
@@ -100,7 +108,9 @@ def test_the_portable_form(ids: Tensor, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
     assert {t.shape[0] if "lora_A" in key else t.shape[1] for key, t in tensors.items()} == {8}
-    torch.testing.assert_close(logits(reader_of_one_factor(tiny_llama(), config, tensors), ids), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(reader_of_one_factor(tiny_llama(), config, tensors), ids), want, rtol=0, atol=1e-5
+    )
 
 
 def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -152,12 +162,18 @@ def test_a_gain_has_a_nearest_plain_lora(word: str, ids: Tensor) -> None:
     for rank in (2, 8, 32):
         plain, fits = lk.as_lora(adapter, rank=rank)
         errors.append(float((logits(model, ids) - want).abs().max()))
-        assert all(fit.rank <= rank and fit.gain is not None and fit.gain > 0 for fit in fits.values())
+        assert all(
+            fit.rank <= rank and fit.gain is not None and fit.gain > 0 for fit in fits.values()
+        )
         path = next(iter(fits))
         with torch.no_grad():
-            change = adapter.change_at(path).applied_to(adapter.base_weight(path)) - adapter.base_weight(path)
+            change = adapter.change_at(path).applied_to(
+                adapter.base_weight(path)
+            ) - adapter.base_weight(path)
             pair = plain.pair_at(path)
-        assert fits[path].error == pytest.approx(float((change - pair.up @ pair.down).norm() / change.norm()), abs=1e-5)
+        assert fits[path].error == pytest.approx(
+            float((change - pair.up @ pair.down).norm() / change.norm()), abs=1e-5
+        )
         plain.remove()
     assert errors[0] > errors[2] and errors[2] < 1e-4, "at full rank it is exact"
     assert errors[0] < float((want - base).abs().max())
@@ -170,10 +186,13 @@ def test_by_error_each_module_gets_the_rank_it_needs(ids: Tensor) -> None:
     assert all(fit.error <= 0.2 for fit in fits.values())
     assert len({fit.rank for fit in fits.values()}) > 1
     smaller = {
-        path: nearest(adapter.change_at(path), adapter.base_weight(path), rank=f.rank - 1)[1] for path, f in fits.items()
+        path: nearest(adapter.change_at(path), adapter.base_weight(path), rank=f.rank - 1)[1]
+        for path, f in fits.items()
     }
     assert all(fit.error > 0.2 for fit in smaller.values()), "no rank is spent for nothing"
-    assert {path: plain.pair_at(path).down.shape[0] for path in fits} == {path: fit.rank for path, fit in fits.items()}
+    assert {path: plain.pair_at(path).down.shape[0] for path in fits} == {
+        path: fit.rank for path, fit in fits.items()
+    }
 
 
 def test_data_makes_the_outputs_better(ids: Tensor) -> None:
@@ -201,8 +220,10 @@ def test_truncation_of_a_pair(ids: Tensor) -> None:
     for path, fit in fits.items():
         pair = adapter.pair_at(path)
         values = torch.linalg.svdvals((pair.up @ pair.down).double())
-        assert fit.rank == 3 and fit.error == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-5)
-    assert plain.plan.method.setting("rank") == 3
+        assert fit.rank == 3 and fit.error == pytest.approx(
+            float(values[3:].norm() / values.norm()), rel=1e-5
+        )
+    assert plain.placement.method.setting("rank") == 3
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"error": 0.0}, {"error": 1.5}])
@@ -222,7 +243,7 @@ def test_combining_is_the_sum_of_the_changes(ids: Tensor) -> None:
     second = trained(model, lk.VeRA(rank=8), ids, "second", targets=["q_proj", "v_proj"])
     changes: dict[str, Tensor] = {}
     for adapter, weight in ((first, 0.7), (second, -0.4)):
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             pair = adapter.change_at(path)
             changes[path] = changes.get(path, 0) + weight * (pair.up @ pair.down)
     twin = tiny_llama()
@@ -243,7 +264,10 @@ def test_combining_modules_trained_whole(ids: Tensor) -> None:
     model = tiny_bert()
     base = model.classifier.weight.detach().clone()
     for name, seed in (("a", 1), ("b", 2)):
-        randomise(lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name), seed=seed)
+        randomise(
+            lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name),
+            seed=seed,
+        )
     own = {name: lk.adapters(model)[name].copy_of("classifier").weight.detach() for name in "ab"}
     combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25})
     want = base + 0.5 * (own["a"] - base) + 0.25 * (own["b"] - base)
@@ -259,8 +283,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def expected(adapters: list[lk.Adapter], weights: list[float], path: str, way: dict[str, Any]) -> Any:
-    there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.plan.sites]
+def expected(
+    adapters: list[lk.Adapter], weights: list[float], path: str, way: dict[str, Any]
+) -> Any:
+    there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.placement.methods]
     changes = [(a.change_at(path).up @ a.change_at(path).down).detach().numpy() for a, _ in there]
     return reference.combined(changes, [w for _, w in there], **way)
 
@@ -272,60 +298,94 @@ def test_combining_otherwise_is_the_nearest_to_the_papers_formula(way: str, ids:
     first = trained(model, lk.LoRA(4, 8), ids, "first", targets=["q_proj", "up_proj"])
     second = trained(model, lk.VeRA(rank=8), ids, "second", targets=["q_proj", "v_proj"])
     combined, fits = lk.combine(model, {"first": 0.7, "second": -0.4}, **WAYS[way], rank=6)
-    assert combined.is_active and combined.plan.sites.keys() == first.plan.sites.keys() | second.plan.sites.keys()
-    for path in combined.plan.sites:
+    assert (
+        combined.is_active
+        and combined.placement.methods.keys()
+        == first.placement.methods.keys() | second.placement.methods.keys()
+    )
+    for path in combined.placement.methods:
         want = expected([first, second], [0.7, -0.4], path, WAYS[way])
         near, pair = reference.nearest(want, 6), combined.change_at(path)
-        np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), near, rtol=0, atol=1e-5 * abs(want).max())
-        assert fits[path].error == pytest.approx(np.linalg.norm(want - near) / np.linalg.norm(want), abs=1e-6)
+        np.testing.assert_allclose(
+            (pair.up @ pair.down).detach().numpy(), near, rtol=0, atol=1e-5 * abs(want).max()
+        )
+        assert fits[path].error == pytest.approx(
+            np.linalg.norm(want - near) / np.linalg.norm(want), abs=1e-6
+        )
     whole, _ = lk.combine(model, {"first": 0.7, "second": -0.4}, "whole", **WAYS[way], error=1e-6)
     pair = whole.change_at("model.layers.1.self_attn.q_proj")
     want = expected([first, second], [0.7, -0.4], "model.layers.1.self_attn.q_proj", WAYS[way])
-    np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-5 * abs(want).max())
+    np.testing.assert_allclose(
+        (pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-5 * abs(want).max()
+    )
 
 
 @pytest.mark.parametrize("word", MEMBERS)
 def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None:
     model = tiny_llama().double()
     one = trained(model, MEMBERS[word], ids, "one")
-    if isinstance(member := MEMBERS[word], lk.LoRADrop):  # a second probe would need the model to itself
+    if isinstance(
+        member := MEMBERS[word], lk.LoRADrop
+    ):  # a second probe would need the model to itself
         member = dataclasses.replace(member, importance=one.method.setting("importance"))
     two = trained(model, member, ids, "two", steps=5)
     combined, _ = lk.combine(model, {"one": 1, "two": 1}, how="ties", density=0.3, rank=40)
-    path = next(iter(one.plan.sites))
+    path = next(iter(one.placement.methods))
     pair = combined.change_at(path)
     want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
-    np.testing.assert_allclose((pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max())
-    if any(one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.plan.sites):
+    np.testing.assert_allclose(
+        (pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max()
+    )
+    if any(
+        one.change_at(p).down.shape != two.change_at(p).down.shape for p in one.placement.methods
+    ):
         assert "adalora" in word, "whose runs keep ranks of their own"
         return
-    factors, fits = lk.combine(model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors")
+    factors, fits = lk.combine(
+        model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors"
+    )
     assert fits[path].error == 0 and fits[path].rank == factors.change_at(path).down.shape[0]
 
 
 def test_other_layers_are_combined_otherwise() -> None:
-    for make, targets in ((ConvNet, ["one", "two", "head"]), (tiny_gpt2, ["c_attn", "wte"]), (tiny_mixtral, "experts")):
+    for make, targets in (
+        (ConvNet, ["one", "two", "head"]),
+        (tiny_gpt2, ["c_attn", "wte"]),
+        (tiny_mixtral, "experts"),
+    ):
         model = make()
-        paths = [p for p in ("model.layers.0.mlp.experts.gate_up_proj",) if targets == "experts"] or targets
-        found = [randomise(lk.adapt(model, lk.LoRA(2), paths, name=name), seed=n) for n, name in enumerate("ab")]
+        paths = [
+            p for p in ("model.layers.0.mlp.experts.gate_up_proj",) if targets == "experts"
+        ] or targets
+        found = [
+            randomise(lk.adapt(model, lk.LoRA(2), paths, name=name), seed=n)
+            for n, name in enumerate("ab")
+        ]
         combined, _ = lk.combine(model, {"a": 1.0, "b": 0.5}, how="ties", density=0.5, rank=64)
-        for path in found[0].plan.sites:
+        for path in found[0].placement.methods:
             pair = combined.change_at(path)
             want = expected(found, [1.0, 0.5], path, {"how": "ties", "density": 0.5})
-            np.testing.assert_allclose((pair.up @ pair.down).numpy(), want, rtol=0, atol=1e-5 * abs(want).max())
+            np.testing.assert_allclose(
+                (pair.up @ pair.down).numpy(), want, rtol=0, atol=1e-5 * abs(want).max()
+            )
 
 
 def test_modules_trained_whole_are_combined_in_the_same_way() -> None:
     model = tiny_bert()
     base = {key: t.detach().clone() for key, t in model.classifier.state_dict().items()}
     for name, seed in (("a", 1), ("b", 2)):
-        randomise(lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name), seed=seed)
+        randomise(
+            lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name),
+            seed=seed,
+        )
     states = [lk.adapters(model)[name].copy_of("classifier").state_dict() for name in "ab"]
     combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25}, how="ties", density=0.5, rank=4)
     for key, own in base.items():
         changes = [(state[key] - own).numpy() for state in states]
         want = own.numpy() + reference.combined(changes, [0.5, 0.25], "ties", 0.5)
-        np.testing.assert_allclose(combined.copy_of("classifier").state_dict()[key].numpy(), want, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            combined.copy_of("classifier").state_dict()[key].numpy(), want, rtol=0, atol=1e-6
+        )
 
 
 def test_combinations_that_are_refused() -> None:
@@ -335,7 +395,10 @@ def test_combinations_that_are_refused() -> None:
     before = set(lk.adapters(model))
     for settings, message in (
         ({"how": "ties", "density": 0.5}, "makes one of full rank; name the rank, or the error"),
-        ({"on": "factors"}, r"of one rank, but in model.layers.0.self_attn.v_proj 'a' has rank 4, 'b' has rank 2"),
+        (
+            {"on": "factors"},
+            r"of one rank, but in model.layers.0.self_attn.v_proj 'a' has rank 4, 'b' has rank 2",
+        ),
         ({"how": "dare"}, "did you mean 'dare_"),
         ({"how": "ties", "rank": 4}, "give density"),
     ):
@@ -380,7 +443,7 @@ def test_what_is_not_finite_is_not_converted(ids: Tensor) -> None:
     model = tiny_llama()
     adapter = randomise(lk.adapt(model, lk.DoRA(rank=4)))
     with torch.no_grad():
-        adapter.site("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
+        adapter.branch("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
     with pytest.raises(lk.StateError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
         lk.as_lora(adapter, rank=2)
 
@@ -416,9 +479,16 @@ def test_a_file_with_magnitudes_in_one_module_alone(tmp_path: Path, ids: Tensor)
     for path, gained in zip(paths, (True, False), strict=True):
         weight = want.get_submodule(path).weight
         outputs, inputs = weight.shape
-        down, up = torch.randn(2, inputs, generator=generator) * 0.1, torch.randn(outputs, 2, generator=generator) * 0.1
+        down, up = (
+            torch.randn(2, inputs, generator=generator) * 0.1,
+            torch.randn(outputs, 2, generator=generator) * 0.1,
+        )
         name = "lora_transformer_" + path.replace(".", "_")
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(4.0),
+        }
         with torch.no_grad():
             weight += 2 * up.double() @ down.double()
             if gained:

@@ -28,10 +28,14 @@ def test_the_rows_are_what_they_say() -> None:
         assert row["completion"] not in row["prompt"], "the answer is not in the question"
         code = row["prompt"].split("\n\n", 1)[1]
         assert len(code) <= 400
-        compile(code, "row", "exec", dont_inherit=True, flags=0) if "await" not in code and "yield" not in code else None
+        compile(
+            code, "row", "exec", dont_inherit=True, flags=0
+        ) if "await" not in code and "yield" not in code else None
 
 
-def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     packaged("smollm2")
     monkeypatch.chdir(tmp_path)
     assert run(["demo", "--steps", "4"]) == 0
@@ -40,14 +44,27 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert len(perplexity) == 3, "before, and both again at the end"
     assert perplexity[-1] < 0.7 * perplexity[-2]
     assert shown.count("its author") == shown.count("  before ") == shown.count("  after ") == 3
-    for part in ("tok/s", "trained", "peak memory", "MiB", "loss.png", "metrics.jsonl", "recipe.yaml", "⟦"):
+    for part in (
+        "tok/s",
+        "trained",
+        "peak memory",
+        "MiB",
+        "loss.png",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "⟦",
+    ):
         assert part in shown, part
-    following = re.findall(r"^  .*?lorakin (.*)$|^  .*?python\S* (.*)$", shown.split("\nnext\n")[1], re.MULTILINE)
+    following = re.findall(
+        r"^  .*?lorakin (.*)$|^  .*?python\S* (.*)$", shown.split("\nnext\n")[1], re.MULTILINE
+    )
     assert len(following) == 5
     for line in (found[0] for found in following):
         if line.startswith(("evaluate", "inspect", "merge")):
             assert run(shlex.split(line)) == 0, line
-    assert run(["demo", "--steps", "1", "--out", "."]) == 2, "a directory that no demo made is left alone"
+    assert run(["demo", "--steps", "1", "--out", "."]) == 2, (
+        "a directory that no demo made is left alone"
+    )
     compare_with_peft(tmp_path / "demo" / "adapter", tmp_path / "demo" / "merged")
 
 
@@ -62,7 +79,9 @@ def compare_with_peft(adapter: Path, merged: Path) -> None:
         ours = loaded.model(ids).logits
         lk.adapters(loaded.model)["default"].remove()
         theirs = peft.PeftModel.from_pretrained(loaded.model, adapter).eval()(ids).logits
-        plain = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+        plain = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(
+            ids
+        ).logits
     assert (ours - base).abs().max() > 0.1
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=5e-4)

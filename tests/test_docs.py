@@ -44,7 +44,11 @@ SITE = tool("docs_site")
 def blocks(page: Path, language: str, mark: str = "") -> list[str]:
     """Fenced code of this language, also inside tabs and lists; with `mark`, only what follows that line."""
     start = rf"^{re.escape(mark)}\n" if mark else ""
-    found = re.findall(rf"{start}^( *)```{language}\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        rf"{start}^( *)```{language}\n(.*?)^\1```$",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
     return [textwrap.dedent(code) for _, code in found]
 
 
@@ -55,7 +59,11 @@ def name_of(page: Path) -> str:
 def in_nav(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]
-    return [page for inner in (entry.values() if isinstance(entry, dict) else entry) for page in in_nav(inner)]
+    return [
+        page
+        for inner in (entry.values() if isinstance(entry, dict) else entry)
+        for page in in_nav(inner)
+    ]
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
@@ -68,11 +76,17 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 def anchors(page: Path) -> set[str]:
     """What a link to this page may end with: its headings, and what the site generates there."""
-    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words.encode("ascii", "ignore").decode()).strip().lower())
+        slug = re.sub(
+            r"[-\s]+",
+            "-",
+            re.sub(r"[^\w\s-]", "", words.encode("ascii", "ignore").decode()).strip().lower(),
+        )
         found.add(slug if slug not in found else f"{slug}_1")
     found |= set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     if "<!-- generated: commands -->" in text:
@@ -82,7 +96,11 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES + OF_THE_ROOT, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    prose = re.sub(r"`[^`\n]*`", "", re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    prose = re.sub(
+        r"`[^`\n]*`",
+        "",
+        re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL),
+    )
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -100,7 +118,11 @@ def test_python_compiles_and_imports_what_there_is(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorakin"):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lk":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "lk"
+            ):
                 assert node.attr in lk.__all__, ast.unparse(node)
 
 
@@ -127,15 +149,23 @@ def test_marked_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def commands(page: Path) -> list[str]:
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if re.search(r"(^|-m )lorakin ", line) and "…" not in line and "--help" not in line]
+    return [
+        line
+        for line in lines
+        if re.search(r"(^|-m )lorakin ", line) and "…" not in line and "--help" not in line
+    ]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_have_the_options_that_the_pages_use(page: Path) -> None:
     known = SITE.click_commands()
     for line in commands(page):
-        command, *arguments = shlex.split(re.sub(r".*?(^|-m )lorakin ", "", line, count=1), comments=True)
-        known[command].make_context(f"lorakin {command}", arguments)  # raises on an option that it does not have
+        command, *arguments = shlex.split(
+            re.sub(r".*?(^|-m )lorakin ", "", line, count=1), comments=True
+        )
+        known[command].make_context(
+            f"lorakin {command}", arguments
+        )  # raises on an option that it does not have
 
 
 # reference
@@ -152,7 +182,9 @@ def test_every_error_is_in_its_table() -> None:
     page = (DOCS / "reference" / "errors.md").read_text()
     rows = re.findall(r"^\| `(\w+Error)` \| `(\w+)` \| .* \| (\d) \|$", page, re.MULTILINE)
     found = {name: getattr(lk, name) for name, _, _ in rows}
-    assert set(found) == {name for name in lk.__all__ if name.endswith("Error") and name != "LorakinError"}
+    assert set(found) == {
+        name for name in lk.__all__ if name.endswith("Error") and name != "LorakinError"
+    }
     assert all(found[name].__mro__[2].__name__ == builtin for name, builtin, _ in rows)
     assert all(found[name].exit_code == int(code) for name, _, code in rows)
 
@@ -160,9 +192,15 @@ def test_every_error_is_in_its_table() -> None:
 def test_what_is_generated_is_whole() -> None:
     marks = [mark for page in PAGES for mark in SITE.MARK.findall(page.read_text())]
     assert sorted(marks) == sorted(SITE.PARTS)
-    assert re.findall(r"^## lorakin (\S+)$", SITE.commands(), re.MULTILINE) == list(SITE.click_commands())
-    assert re.findall(r"^\| `(\w+)` \|", SITE.recipe_keys(), re.MULTILINE) == [*Recipe.__dataclass_fields__]
-    assert re.findall(r"^\| `(\S+)` \|", SITE.members(), re.MULTILINE) == [member.word for member in FAMILY]
+    assert re.findall(r"^## lorakin (\S+)$", SITE.commands(), re.MULTILINE) == list(
+        SITE.click_commands()
+    )
+    assert re.findall(r"^\| `(\w+)` \|", SITE.recipe_keys(), re.MULTILINE) == [
+        *Recipe.__dataclass_fields__
+    ]
+    assert re.findall(r"^\| `(\S+)` \|", SITE.members(), re.MULTILINE) == [
+        member.word for member in FAMILY
+    ]
     assert SITE.combinations().count("| `") == 2 * len(FAMILY)
 
 
@@ -172,8 +210,17 @@ def test_recipes_and_their_translations_have_keys_that_exist() -> None:
         assert ours
         for recipe in ours:
             Recipe(**recipe | {"lr": float(recipe["lr"])})
-    table = (DOCS / "howto" / "from-others.md").read_text().partition("| LLaMA-Factory |")[2].partition("\n\n")[0]
-    keys = {key for row in table.splitlines()[2:] for key in re.findall(r"`([a-z_]+)[:`]", row.split("|")[2])}
+    table = (
+        (DOCS / "howto" / "from-others.md")
+        .read_text()
+        .partition("| LLaMA-Factory |")[2]
+        .partition("\n\n")[0]
+    )
+    keys = {
+        key
+        for row in table.splitlines()[2:]
+        for key in re.findall(r"`([a-z_]+)[:`]", row.split("|")[2])
+    }
     assert len(keys) > 20
     assert keys - FIELDS <= {"float16", "int8"}
 
@@ -182,7 +229,11 @@ def test_recipes_and_their_translations_have_keys_that_exist() -> None:
 
 
 def test_each_member_has_a_page_with_a_picture_and_a_command() -> None:
-    pages = re.findall(r"^\| \[[\w+-]+\]\(([\w-]+)\.md\) \|", (DOCS / "methods" / "index.md").read_text(), re.MULTILINE)
+    pages = re.findall(
+        r"^\| \[[\w+-]+\]\(([\w-]+)\.md\) \|",
+        (DOCS / "methods" / "index.md").read_text(),
+        re.MULTILINE,
+    )
     assert len(pages) == len(FAMILY)
     for page, member in zip(pages, FAMILY, strict=True):
         text = (DOCS / "methods" / f"{page}.md").read_text()
@@ -195,4 +246,6 @@ def test_each_member_has_a_page_with_a_picture_and_a_command() -> None:
 def test_the_pictures_are_as_drawn() -> None:
     draw = tool("draw")
     for name in draw.DRAWINGS:
-        assert (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == draw.drawn(name), "run tools/draw.py"
+        assert (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == draw.drawn(
+            name
+        ), "run tools/draw.py"

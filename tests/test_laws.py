@@ -14,14 +14,18 @@ SOURCE = Path(lorakin.__file__).parent
 ROOMS = [
     "errors",
     "family",
-    "surgery",
+    "kernels",
+    "inject",
+    "loop",
     "storage",
     "adapter",
     "conversion",
     "terminal",
     "training",
+    "plan",
     "serving",
-    "study",
+    "compare",
+    "report",
     "cli",
     "__main__",
 ]
@@ -55,7 +59,9 @@ def test_imports_point_one_way(path: Path) -> None:
     for name in imported(ast.parse(path.read_text())):
         if name.startswith("lorakin."):
             other = name.split(".")[1]
-            assert other in ROOMS and ROOMS.index(other) <= own, f"{path} imports {name}, a room above it"
+            assert other in ROOMS and ROOMS.index(other) <= own, (
+                f"{path} imports {name}, a room above it"
+            )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
@@ -63,7 +69,9 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
     allowed = {
         "errors": set(),
         "family": {"torch"},
-        "surgery": {"torch"},
+        "kernels": {"torch"},
+        "inject": {"torch"},
+        "loop": {"torch"},
         "storage": {"torch", "safetensors"},
         "adapter": {"torch"},
         "conversion": {"torch"},
@@ -74,12 +82,18 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
 
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":  # an optional one, said in docs
-            optional = {"hub.py": "huggingface_hub", "renamed.py": "transformers"}.get(path.name, "none")
+        if (
+            isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module"
+        ):  # an optional one, said in docs
+            optional = {"hub.py": "huggingface_hub", "renamed.py": "transformers"}.get(
+                path.name, "none"
+            )
             assert ast.literal_eval(node.args[0]).split(".")[0] == optional, path
     for name in imported(tree):
         top = name.split(".")[0]
-        assert top in {"lorakin", *sys.stdlib_module_names} | allowed[room(path)], f"{path} imports {name}"
+        assert top in {"lorakin", *sys.stdlib_module_names} | allowed[room(path)], (
+            f"{path} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
@@ -87,25 +101,35 @@ def test_no_member_is_known_by_name_outside_the_family(path: Path) -> None:
     if path in (SOURCE / "__init__.py", PEFT_TABLE) or room(path) == "family":
         return
     tree = ast.parse(path.read_text())
-    defaults = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)}  # `method: str = "lora"`
+    defaults = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)
+    }  # `method: str = "lora"`
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute):
             name = node.id if isinstance(node, ast.Name) else node.attr
-            assert name not in {member.__name__ for member in FAMILY}, f"{path}:{node.lineno} names {name}"
+            assert name not in {member.__name__ for member in FAMILY}, (
+                f"{path}:{node.lineno} names {name}"
+            )
         if isinstance(node, ast.Constant) and id(node) not in defaults:
-            assert node.value not in {member.word for member in FAMILY}, f"{path}:{node.lineno} compares with {node.value!r}"
+            assert node.value not in {member.word for member in FAMILY}, (
+                f"{path}:{node.lineno} compares with {node.value!r}"
+            )
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "family").glob("*.py")), ids=lambda p: p.name)
 def test_a_member_is_short_enough_to_read_beside_its_paper(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= (330 if path.name in ("member.py", "composition.py") else 230)
+    assert len(path.read_text().splitlines()) <= (
+        375 if path.name in ("member.py", "composition.py") else 290
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_error_is_swallowed(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
-            assert not all(isinstance(line, ast.Pass) for line in node.body), f"{path}:{node.lineno}"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), (
+                f"{path}:{node.lineno}"
+            )
 
 
 def test_every_member_is_public_and_says_where_it_comes_from() -> None:
@@ -121,7 +145,13 @@ LOADERS = {
 }  # fmt: skip
 """Calls that read what a stranger made, and could run code in it."""
 DOORS = {
-    "training/loading.py": {"from_pretrained", "from_config", "get_config_dict", "snapshot_download", "cached_file"},
+    "training/loading.py": {
+        "from_pretrained",
+        "from_config",
+        "get_config_dict",
+        "snapshot_download",
+        "cached_file",
+    },
     "training/model_files.py": {"torch.load"},
     "storage/pickles.py": {"torch.load"},
     "storage/hub.py": {"snapshot_download", "hf_hub_download"},
@@ -137,7 +167,9 @@ def test_what_strangers_made_is_loaded_in_one_place(path: Path) -> None:
             continue
         name = ast.unparse(node.func)
         called = {name, name.rpartition(".")[2]} & LOADERS
-        assert called <= allowed, f"{path}:{node.lineno} calls {name}; call lorakin.training.loading instead"
+        assert called <= allowed, (
+            f"{path}:{node.lineno} calls {name}; call lorakin.training.loading instead"
+        )
         said = {word.arg: word.value for word in node.keywords}
         if "torch.load" in called:
             assert ast.unparse(said["weights_only"]) == "True", f"{path}:{node.lineno}"
@@ -151,5 +183,9 @@ def test_the_door_trusts_no_code() -> None:
     assert loading.NO_CODE == {"trust_remote_code": False}
     tree = ast.parse((SOURCE / "training" / "loading.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [node for node in calls if getattr(node.func, "attr", "") in ("from_pretrained", "from_config")]
+    loads = [
+        node
+        for node in calls
+        if getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
     assert loads and all("NO_CODE" in ast.unparse(node) for node in loads)

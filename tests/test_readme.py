@@ -28,7 +28,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(first_word: str) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
     return [line for line in lines if line.split(" ")[0] == first_word]
 
 
@@ -38,17 +40,24 @@ def test_it_is_short() -> None:
 
 @pytest.mark.model
 def test_the_commands_run(
-    tmp_path: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)]
+    rows = [
+        {"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)
+    ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = commands("lorakin")
     assert len(lines) == 14
     for line in lines:
         arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
         if arguments[0] == "compare":  # dozens of runs, so on a tiny model, and of few steps
-            arguments = [{"smollm2": model_dir, "steps=200": "steps=4"}.get(word, word) for word in arguments]
+            arguments = [
+                {"smollm2": model_dir, "steps=200": "steps=4"}.get(word, word) for word in arguments
+            ]
             arguments += ["--seeds", "1", "--lr-sweep", "1e-3"]
         assert run(arguments) == 0, line
     assert (tmp_path / "comparison" / "report.html").exists()
@@ -73,13 +82,17 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_make_has_the_targets_that_the_readme_names() -> None:
-    for target in {line.split()[1] for line in commands("make")} | set(re.findall(r"`make (\w+)`", README)):
+    for target in {line.split()[1] for line in commands("make")} | set(
+        re.findall(r"`make (\w+)`", README)
+    ):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
 def test_the_table_of_members_is_the_family() -> None:
-    assert re.findall(r"^\| .*? \| `([a-z+-]+)` \| \[.* \|$", README, re.MULTILINE) == [member.word for member in FAMILY]
+    assert re.findall(r"^\| .*? \| `([a-z+-]+)` \| \[.* \|$", README, re.MULTILINE) == [
+        member.word for member in FAMILY
+    ]
 
 
 def test_the_example_of_a_member_is_one(ids: torch.Tensor) -> None:

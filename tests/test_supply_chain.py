@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lorakin.study import page
+from lorakin.report import page
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ("train", "cpu", "torch", "cuda", "test", "docs", "deepspeed")
@@ -32,31 +32,47 @@ def locked(section: str) -> dict[str, tuple[str, list[str]]]:
 def test_every_package_has_a_version_and_hashes() -> None:
     text = (ROOT / "constraints.txt").read_text()
     everything = {name: entry for section in SECTIONS for name, entry in locked(section).items()}
-    assert len(everything) + 1 == sum(len(locked(section)) for section in SECTIONS) == text.count("==") > 90, "torch twice"
+    assert (
+        len(everything) + 1
+        == sum(len(locked(section)) for section in SECTIONS)
+        == text.count("==")
+        > 90
+    ), "torch twice"
     assert locked("cpu")["torch"][0] == locked("torch")["torch"][0] + "+cpu"
     assert all(hashes for _, hashes in everything.values())
-    assert text.count("--hash") == sum(len(hashes) for section in SECTIONS for _, hashes in locked(section).values())
-    models = [line for line in (ROOT / "models.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert text.count("--hash") == sum(
+        len(hashes) for section in SECTIONS for _, hashes in locked(section).values()
+    )
+    models = [
+        line for line in (ROOT / "models.txt").read_text().splitlines() if line[:1] not in ("", "#")
+    ]
     assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in models)
 
 
-@pytest.mark.parametrize(
-    ("section", "extras"), [("train", {"train"}), ("test", {"train", "quantised", "test"}), ("docs", {"docs"})]
-)
+ASKED = [("train", {"train"}), ("test", {"train", "quantised", "test"}), ("docs", {"docs"})]
+
+
+@pytest.mark.parametrize(("section", "extras"), ASKED)
 def test_the_lock_has_all_that_is_asked_for(section: str, extras: set[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    there = locked("train") | locked("torch") | (locked("test") if section in ("test", "docs") else {}) | locked(section)
-    asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    there = locked("train") | locked("torch") | (locked("test") if section != "train" else {})
+    there |= locked(section)
+    asked = [
+        *project["dependencies"],
+        *(line for extra in extras for line in project["optional-dependencies"][extra]),
+    ]
     for requirement in map(Requirement, asked):
         name = canonicalize_name(requirement.name)
         if name != "lorakin":
             assert name in there, f"{requirement} is not in constraints.txt: make lock"
-            assert requirement.specifier.contains(there[name][0]), f"{requirement}, but constraints.txt has {there[name][0]}"
-    for name in there.keys() - (
-        locked("docs").keys() if section == "docs" else ()
-    ):  # and what those need; docs are not installed here
+            assert requirement.specifier.contains(there[name][0]), (
+                f"{requirement}, but constraints.txt has {there[name][0]}"
+            )
+    for name in there.keys() - locked("docs").keys():  # and what those need; the site's is not here
         for inner in map(Requirement, metadata.requires(name) or ()):
-            if (inner.marker is None or inner.marker.evaluate({"extra": ""})) and not inner.name.startswith(("nvidia", "cuda")):
+            if (
+                inner.marker is None or inner.marker.evaluate({"extra": ""})
+            ) and not inner.name.startswith(("nvidia", "cuda")):
                 known = there | locked("cuda")
                 assert canonicalize_name(inner.name) in known, f"{name} needs {inner}: make lock"
 
@@ -65,7 +81,10 @@ def test_the_makefile_installs_nothing_else() -> None:
     recipe = (ROOT / "Makefile").read_text()
     installs = re.findall(r"\$\(PIP\) (.*)", recipe)
     assert len(installs) == 3
-    assert all("--require-hashes" in line or line == "--no-build-isolation --editable ." for line in installs)
+    assert all(
+        "--require-hashes" in line or line == "--no-build-isolation --editable ."
+        for line in installs
+    )
     assert "--no-deps" in re.search(r"^PIP := .*", recipe, re.MULTILINE)[0]  # type: ignore[index]
 
 
@@ -91,7 +110,7 @@ def test_licences_go_with_what_they_cover() -> None:
         "THE SOFTWARE IS PROVIDED &quot;AS IS&quot; AND THE AUTHOR DISCLAIMS ALL WARRANTIES",
     ):
         assert words in html
-    named = (ROOT / "src/lorakin/study/assets/licences.txt").read_text()
+    named = (ROOT / "src/lorakin/report/assets/licences.txt").read_text()
     assert all(
         re.search(rf"\b{name}\b", named)
         for name in ("vega", "vega-lite", "vega-embed", "d3-scale", "semver", "fast-json-patch")

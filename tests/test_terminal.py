@@ -22,7 +22,13 @@ HOSTILE = "[/x] [bold]b[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202egpj \ud800 \r\b
 
 def is_safe(text: str) -> bool:
     """No character that a terminal obeys, and none that cannot be written."""
-    return not {unicodedata.category(c) for c in text if c not in "\n\t\u200c\u200d"} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return not {unicodedata.category(c) for c in text if c not in "\n\t\u200c\u200d"} & {
+        "Cc",
+        "Cf",
+        "Cs",
+        "Zl",
+        "Zp",
+    }
 
 
 def printed(thing: Any, kind: type[Console] = Terminal) -> str:
@@ -48,25 +54,45 @@ def test_whatever_is_printed_is_shown_as_it_is() -> None:
         assert "[/x]" in said
         assert ":smile:" in said
         assert r"\x1b" in said
-    assert printed(labelled("label ", HOSTILE), Console) == f"label {visible(HOSTILE)}\n", "on a console of rich's, too"
+    assert printed(labelled("label ", HOSTILE), Console) == f"label {visible(HOSTILE)}\n", (
+        "on a console of rich's, too"
+    )
 
 
 def test_styles_of_ours_are_still_obeyed() -> None:
     file = io.StringIO()
-    Terminal(file=file, force_terminal=True, color_system="standard").print(labelled("label", HOSTILE))
+    Terminal(file=file, force_terminal=True, color_system="standard").print(
+        labelled("label", HOSTILE)
+    )
     assert file.getvalue().startswith("\x1b[1mlabel\x1b[0m[/x]")
     assert file.getvalue().count("\x1b") == 2
 
 
 @pytest.mark.parametrize(
-    "word", ["plain", "a b", "it's", "$(touch x)", "`id`", "; rm -rf /", "-x", "", "\\", "a\\b c", "*", "~"]
+    "word",
+    [
+        "plain",
+        "a b",
+        "it's",
+        "$(touch x)",
+        "`id`",
+        "; rm -rf /",
+        "-x",
+        "",
+        "\\",
+        "a\\b c",
+        "*",
+        "~",
+    ],
 )
 @pytest.mark.parametrize("more", ["", "\n", "\x1b", "\t'\\", "\u202e"])
 def test_a_shell_reads_a_quoted_word_as_it_is(word: str, more: str) -> None:
     word += more
     assert is_safe(quoted(word))
     assert "\n" not in quoted(word)
-    said = subprocess.run(["bash", "-c", f"printf %s {command(word, 2)}"], capture_output=True, check=True).stdout
+    said = subprocess.run(
+        ["bash", "-c", f"printf %s {command(word, 2)}"], capture_output=True, check=True
+    ).stdout
     assert said.decode() == word + "2"
 
 
@@ -79,4 +105,6 @@ def test_nothing_else_prints_to_a_console_of_its_own() -> None:
                 name = ast.unparse(node.func).rpartition(".")[2]
                 assert name not in ("Console", "from_markup"), f"{path}:{node.lineno}"
                 printed = name in ("print", "add_row", "add_column") and ast.unparse(node)
-                assert not printed or "[/" not in printed, f"{path}:{node.lineno} prints markup; use lorakin.terminal.labelled"
+                assert not printed or "[/" not in printed, (
+                    f"{path}:{node.lineno} prints markup; use lorakin.terminal.labelled"
+                )

@@ -80,12 +80,23 @@ def _command(name: str, command: Any) -> str:
     hints = typing.get_type_hints(inspect.unwrap(command.callback))
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     lines = [f"## lorakin {name}", "", _plain(command.help or ""), ""]
-    lines += ["```text", " ".join(["lorakin", name, *map(_usage, arguments), "[OPTIONS]"]), "```", ""]
+    lines += [
+        "```text",
+        " ".join(["lorakin", name, *map(_usage, arguments), "[OPTIONS]"]),
+        "```",
+        "",
+    ]
     lines += ["| | value | what it does |", "|---|---|---|"]
     for one in command.params:
         if one.name != "help":
-            lines.append(f"| {_names(one)} | {_value(one, hints[one.name])} | {_cell(_plain(one.help or ''))} |")
-    examples = [line.strip() for line in _plain(command.epilog or "").splitlines() if line.startswith("lorakin")]
+            lines.append(
+                f"| {_names(one)} | {_value(one, hints[one.name])} | {_cell(_plain(one.help or ''))} |"
+            )
+    examples = [
+        line.strip()
+        for line in _plain(command.epilog or "").splitlines()
+        if line.startswith("lorakin")
+    ]
     return "\n".join([*lines, "", "```bash", *examples, "```", ""])
 
 
@@ -97,7 +108,9 @@ def _usage(argument: Any) -> str:
 def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.name.upper()}`"
-    return " ".join(f"`{word}`" for word in [*sorted(parameter.opts, key=len), *parameter.secondary_opts])
+    return " ".join(
+        f"`{word}`" for word in [*sorted(parameter.opts, key=len), *parameter.secondary_opts]
+    )
 
 
 KINDS = {int: "whole number", float: "number", Path: "path", str: "text"}
@@ -108,7 +121,9 @@ def _value(parameter: Any, hint: Any) -> str:
         return ""
     (kind,) = {KINDS[one] for one in _leaves(hint)}
     said = kind + (", may be repeated" if parameter.multiple else "")
-    plain = isinstance(parameter.default, str | int | float) and not isinstance(parameter.default, bool)
+    plain = isinstance(parameter.default, str | int | float) and not isinstance(
+        parameter.default, bool
+    )
     return f"{said} `{parameter.default}`" if plain else said
 
 
@@ -136,9 +151,15 @@ def recipe_keys() -> str:
     lines = ["| key | type | default | option | what it is |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(Recipe):
         option = options.get(OTHER_NAMES.get(field.name, field.name))
-        said = _cell(re.sub(r"\s*\[default: [^]]*\]", "", option.help or "")) if option else ONLY_IN_RECIPES[field.name]
+        said = (
+            _cell(re.sub(r"\s*\[default: [^]]*\]", "", option.help or ""))
+            if option
+            else ONLY_IN_RECIPES[field.name]
+        )
         word = f"`{sorted(option.opts, key=len)[-1] if option.opts else ''}`" if option else "–"
-        lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {word} | {said} |")
+        lines.append(
+            f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {word} | {said} |"
+        )
     return "\n".join(lines)
 
 
@@ -151,7 +172,11 @@ ONLY_IN_RECIPES = {
 
 
 def _type(hint: Any) -> str:
-    return _cell(getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", ""))
+    return _cell(
+        getattr(hint, "__name__", str(hint))
+        if not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )
 
 
 def _default(field: Any) -> str:
@@ -175,7 +200,9 @@ def members() -> str:
     """The family's settings and usual learning rates, as `lorakin methods` says them."""
     lines = ["| word | settings and their defaults | usual learning rate |", "|---|---|---|"]
     for member in _family()["members"]:
-        settings = " ".join(f"`{name}={_setting(value)}`" for name, value in member["settings"].items())
+        settings = " ".join(
+            f"`{name}={_setting(value)}`" for name, value in member["settings"].items()
+        )
         lines.append(f"| `{member['word']}` | {settings} | {member['learning_rate']:g} |")
     return "\n".join(lines)
 
@@ -190,11 +217,19 @@ def combinations() -> str:
     words = [member["word"] for member in family["members"]]
     refused = {frozenset((one["one"], one["other"])): one["reason"] for one in family["refused"]}
     reasons = list(dict.fromkeys(refused.values()))
-    lines = ["| | " + " | ".join(f"`{word}`" for word in words) + " |", "|---" + "|:-:" * len(words) + "|"]
+    lines = [
+        "| | " + " | ".join(f"`{word}`" for word in words) + " |",
+        "|---" + "|:-:" * len(words) + "|",
+    ]
     for row in words:
-        cells = ["·" if row == column else _together(refused.get(frozenset((row, column))), reasons) for column in words]
+        cells = [
+            "·" if row == column else _together(refused.get(frozenset((row, column))), reasons)
+            for column in words
+        ]
         lines.append(f"| `{row}` | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+    return "\n".join(
+        [*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    )
 
 
 def _together(reason: str | None, reasons: list[str]) -> str:

@@ -163,7 +163,9 @@ def drawn(name: str) -> str:
         stacked = isinstance(part, Box) and isinstance(before, Box) and before.name == "Q"
         if isinstance(part, Box) and isinstance(before, Box):
             x += -before.width if stacked else 0 if (before.name, part.name) in JOINED else GAP
-        shapes.append(_box(part, x, 20.0 if stacked else 0.0) if isinstance(part, Box) else _sign(part, x))
+        shapes.append(
+            _box(part, x, 20.0 if stacked else 0.0) if isinstance(part, Box) else _sign(part, x)
+        )
         x += part.width
         before = part
     kinds = dict.fromkeys(part.kind for part in parts if isinstance(part, Box))
@@ -171,7 +173,9 @@ def drawn(name: str) -> str:
     legend, left = [], 16.0
     for kind in kinds:
         legend.append(f'<rect class="{kind}" x="{left:g}" y="162" width="14" height="14" rx="2"/>')
-        legend.append(f'<text class="small" x="{left + 20:g}" y="174" style="text-anchor: start">{words[kind]}</text>')
+        legend.append(
+            f'<text class="small" x="{left + 20:g}" y="174" style="text-anchor: start">{words[kind]}</text>'
+        )
         left += 44 + 6.6 * len(words[kind])
     width = f"{max(x + 16, left):g}"
     size = f'viewBox="0 0 {width} {HEIGHT}" style="max-width: {width}px"'
@@ -192,16 +196,22 @@ def _box(box: Box, x: float, lower: float) -> str:
     top, centre = MIDDLE - box.height / 2 + lower, x + box.width / 2
     inside = box.width >= 30 and box.height >= 26
     label = MIDDLE + lower + 5 if inside else top - 6
-    lines = [f'<rect class="{box.kind}" x="{x:g}" y="{top:g}" width="{box.width}" height="{box.height}" rx="2"/>']
+    lines = [
+        f'<rect class="{box.kind}" x="{x:g}" y="{top:g}" width="{box.width}" height="{box.height}" rx="2"/>'
+    ]
     if box.name:
         lines.append(f'<text x="{centre:g}" y="{label:g}">{escape(box.name)}</text>')
     if box.shape:
-        lines.append(f'<text class="small" x="{centre:g}" y="{top + box.height + 15:g}">{escape(box.shape)}</text>')
+        lines.append(
+            f'<text class="small" x="{centre:g}" y="{top + box.height + 15:g}">{escape(box.shape)}</text>'
+        )
     return "\n".join(lines)
 
 
 def _sign(sign: Sign, x: float) -> str:
-    return f'<text class="sign" x="{x + sign.width / 2:g}" y="{MIDDLE + 7}">{escape(sign.text)}</text>'
+    return (
+        f'<text class="sign" x="{x + sign.width / 2:g}" y="{MIDDLE + 7}">{escape(sign.text)}</text>'
+    )
 
 
 if __name__ == "__main__":

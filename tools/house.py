@@ -27,11 +27,18 @@ def figures(root: Path) -> dict[str, object]:
     trees = {path: ast.parse(path.read_text()) for path in paths}
     lines = {path: len(path.read_text().splitlines()) for path in paths}
     widths = [len(line) for path in paths for line in path.read_text().splitlines()]
-    functions = {f"{p.relative_to(source)}:{f.name}": length(f) for p, tree in trees.items() for f in functions_of(tree)}
+    functions = {
+        f"{p.relative_to(source)}:{f.name}": length(f)
+        for p, tree in trees.items()
+        for f in functions_of(tree)
+    }
     public = [d for tree in trees.values() for d in public_definitions(tree)]
     documented = [ast.get_docstring(d) or "" for d in public]
     classes = Counter(
-        node.name for t in trees.values() for node in ast.walk(t) if isinstance(node, ast.ClassDef) and node.name[0] != "_"
+        node.name
+        for t in trees.values()
+        for node in ast.walk(t)
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_"
     )
     longest = max(paths, key=lines.__getitem__)
     most = max(functions, key=functions.__getitem__)
@@ -43,7 +50,9 @@ def figures(root: Path) -> dict[str, object]:
         "files above 350 lines": sum(n > 350 for n in lines.values()),
         "functions": len(functions),
         "lines of the median function": round(statistics.median(functions.values())),
-        "lines of a function, 90th percentile": round(statistics.quantiles(functions.values(), n=10)[8]),
+        "lines of a function, 90th percentile": round(
+            statistics.quantiles(functions.values(), n=10)[8]
+        ),
         "lines of the longest function": f"{functions[most]} ({most})",
         "functions above 60 lines": sum(n > 60 for n in functions.values()),
         "lines wider than 100 columns": sum(width > 100 for width in widths),
@@ -55,21 +64,34 @@ def figures(root: Path) -> dict[str, object]:
         "circles of imports between rooms": len(circles(rooms(imports(trees, source)))),
         "public class names that stand twice": sorted(name for name, n in classes.items() if n > 1),
         "test functions": sum(tests(path) for path in (root / "tests").rglob("test_*.py")),
-        "tests that pin prose (match=)": sum(p.read_text().count("match=") for p in (root / "tests").rglob("*.py")),
+        "tests that pin prose (match=)": sum(
+            p.read_text().count("match=") for p in (root / "tests").rglob("*.py")
+        ),
     }
 
 
 def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """All functions, methods and nested ones too."""
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
 
 
 def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """The lines of a function's body and head, without its docstring."""
     first = function.body[0]
-    docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    docstring = (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
     assert function.end_lineno is not None and first.end_lineno is not None
-    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if docstring else 0)
+    return (
+        function.end_lineno
+        - function.lineno
+        + 1
+        - (first.end_lineno - first.lineno + 1 if docstring else 0)
+    )
 
 
 def public_definitions(tree: ast.Module) -> Iterator[Definition]:
@@ -78,24 +100,35 @@ def public_definitions(tree: ast.Module) -> Iterator[Definition]:
         if isinstance(node, Definition) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from (inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name[0] != "_")
+                yield from (
+                    inner
+                    for inner in node.body
+                    if isinstance(inner, ast.FunctionDef) and inner.name[0] != "_"
+                )
 
 
 def comments(path: Path) -> int:
     """How many lines hold nothing but a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return sum(token.type == tokenize.COMMENT and token.line.strip().startswith("#") for token in tokens)
+    return sum(
+        token.type == tokenize.COMMENT and token.line.strip().startswith("#") for token in tokens
+    )
 
 
 def tests(path: Path) -> int:
     """How many test functions a file has."""
-    return sum(function.name.startswith("test_") for function in functions_of(ast.parse(path.read_text())))
+    return sum(
+        function.name.startswith("test_") for function in functions_of(ast.parse(path.read_text()))
+    )
 
 
 def imports(trees: dict[Path, ast.Module], source: Path) -> dict[str, set[str]]:
     """Module → the modules of the package that it imports when it is imported itself."""
     named = {dotted(path, source): tree for path, tree in trees.items()}
-    return {name: {other for other in imported(tree) if other in named and other != name} for name, tree in named.items()}
+    return {
+        name: {other for other in imported(tree) if other in named and other != name}
+        for name, tree in named.items()
+    }
 
 
 def dotted(path: Path, source: Path) -> str:
@@ -134,12 +167,18 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
                 seen.add(node)
                 todo += graph.get(node, ())
         reach[start] = seen
-    groups = {frozenset({n, *(m for m in reach[n] if n in reach.get(m, ()))}) for n in graph if n in reach[n]}
+    groups = {
+        frozenset({n, *(m for m in reach[n] if n in reach.get(m, ()))})
+        for n in graph
+        if n in reach[n]
+    }
     return [set(group) for group in groups]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()

@@ -64,7 +64,9 @@ def needed(names: Iterable[str]) -> dict[str, str]:
     while waiting:
         requirement = waiting.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if (name, extras) in done or _is_cuda(name):  # the latter of a torch for CUDA, if that is what is installed here
+        if (name, extras) in done or _is_cuda(
+            name
+        ):  # the latter of a torch for CUDA, if that is what is installed here
             continue
         done.add((name, extras))
         try:
@@ -72,7 +74,9 @@ def needed(names: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             sys.exit(f"{requirement} is not installed here; run make test first")
         found[name] = dist.version.partition("+")[0]
-        waiting += [inner for inner in map(Requirement, dist.requires or ()) if _applies(inner, extras)]
+        waiting += [
+            inner for inner in map(Requirement, dist.requires or ()) if _applies(inner, extras)
+        ]
     return found
 
 
@@ -82,25 +86,46 @@ def _is_cuda(name: str) -> bool:
 
 def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
     marker = requirement.marker
-    return marker is None or any(marker.evaluate({**there, "extra": extra}) for there in TARGETS for extra in ("", *extras))
+    return marker is None or any(
+        marker.evaluate({**there, "extra": extra}) for there in TARGETS for extra in ("", *extras)
+    )
 
 
 def cuda_of(torch: str) -> dict[str, str]:
     """What PyPI's torch needs of CUDA, as pip resolves it there."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | {"PIP_CONFIG_FILE": os.devnull}
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | {
+        "PIP_CONFIG_FILE": os.devnull
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+    ]
     said = subprocess.run(
-        [*command, "--index-url", INDEX, f"torch=={torch}"], env=plain, capture_output=True, check=True, text=True
+        [*command, "--index-url", INDEX, f"torch=={torch}"],
+        env=plain,
+        capture_output=True,
+        check=True,
+        text=True,
     )
     found = {
-        canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in json.loads(said.stdout)["install"]
+        canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"]
+        for one in json.loads(said.stdout)["install"]
     }
     return {name: version for name, version in found.items() if _is_cuda(name)}
 
 
 def hashes(name: str, version: str) -> list[str]:
     """The SHA-256 of the files of a release that a target may take; of one without wheels, of its source."""
-    request = urllib.request.Request(f"{INDEX}/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    request = urllib.request.Request(
+        f"{INDEX}/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         files = json.load(answer)["files"]
     wheels, sources = set[str](), set[str]()
@@ -130,40 +155,69 @@ def _is_taken(tag: Any) -> bool:
     if not platform or number is None:
         return False
     minor = int(number[1] or 0)
-    return (minor <= 13) if tag.abi in ("none", "abi3") else (tag.abi == tag.interpreter and 11 <= minor <= 13)
+    return (
+        (minor <= 13)
+        if tag.abi in ("none", "abi3")
+        else (tag.abi == tag.interpreter and 11 <= minor <= 13)
+    )
 
 
 def served(requirement: str) -> tuple[str, str]:
     """Version and SHA-256 of the wheel that pip takes on this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            requirement,
+        ]
         subprocess.run(command, check=True)
         (file,) = Path(folder).iterdir()
-        return str(parse_wheel_filename(file.name)[1]), hashlib.sha256(file.read_bytes()).hexdigest()
+        return str(parse_wheel_filename(file.name)[1]), hashlib.sha256(
+            file.read_bytes()
+        ).hexdigest()
 
 
 def section(title: str, versions: dict[str, str]) -> str:
     """Lines of the lock between "# title" and "# end"."""
-    entries = {f"{name}=={version}": hashes(name, version) for name, version in sorted(versions.items())}
+    entries = {
+        f"{name}=={version}": hashes(name, version) for name, version in sorted(versions.items())
+    }
     return lines(title, entries)
 
 
 def lines(title: str, entries: dict[str, list[str]]) -> str:
     """The same from requirement -> hashes."""
-    written = [" \\\n".join([pin, *(f"    --hash=sha256:{one}" for one in found)]) for pin, found in entries.items()]
+    written = [
+        " \\\n".join([pin, *(f"    --hash=sha256:{one}" for one in found)])
+        for pin, found in entries.items()
+    ]
     return "\n".join([f"# {title}", *written, "# end", ""])
 
 
 def main() -> None:
     """Write the lock."""
     train = needed(["lorakin[train]", "setuptools"])
-    test = {name: version for name, version in needed(["lorakin[test]"]).items() if name not in train}
-    docs = {name: version for name, version in needed(["lorakin[docs]"]).items() if name not in train and name not in test}
+    test = {
+        name: version for name, version in needed(["lorakin[test]"]).items() if name not in train
+    }
+    docs = {
+        name: version
+        for name, version in needed(["lorakin[docs]"]).items()
+        if name not in train and name not in test
+    }
     del train["lorakin"]
     torch = train.pop("torch")
     version, digest = served(f"torch=={torch}")
     if "+cpu" not in version:
-        sys.exit(f"pip takes torch {version} here; make the lock where it is served a build for the CPU")
+        sys.exit(
+            f"pip takes torch {version} here; make the lock where it is served a build for the CPU"
+        )
     parts = [
         HEAD,
         section("train", train),

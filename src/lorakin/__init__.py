@@ -16,9 +16,9 @@ from lorakin.errors import (
     VerificationError,
 )
 from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
-from lorakin.surgery.light import fuse, unfuse
-from lorakin.surgery.reference import reference
-from lorakin.surgery.status import Status, status
+from lorakin.inject.llama_fusions import fuse, unfuse
+from lorakin.inject.reference import reference
+from lorakin.inject.status import Status, status
 
 __version__ = "0.1.0"
 

@@ -16,21 +16,25 @@ from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError, StateError
 from lorakin.family import Member, Method, widened
+from lorakin.inject import placement
+from lorakin.inject.activation_norms import check_called, energies
+from lorakin.inject.description import described, in_one_line
+from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.mixed_batch import MixedBatch
+from lorakin.inject.placement import Graft
+from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
+from lorakin.inject.tokens import Tokens, base_rows
+from lorakin.loop import float16_base
+from lorakin.loop.optimizer_hooks import trained_by
+from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
 from lorakin.storage.peft_format import Contents
-from lorakin.surgery import graft as surgery
-from lorakin.surgery import half
-from lorakin.surgery.energy import check_called, energies
-from lorakin.surgery.graft import Graft
-from lorakin.surgery.mixed import MixedBatch
-from lorakin.surgery.mode import in_mode
-from lorakin.surgery.optimizer import check_attached, check_rates, parameter_groups
-from lorakin.surgery.stepping import trained_by
-from lorakin.surgery.targets import ALL_LINEAR, Targets, new_heads
-from lorakin.surgery.tokens import Tokens, base_rows
-from lorakin.surgery.words import described, in_one_line
 
-FUSED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+FUSED: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+)
 """Optimizers that have a kernel of one pass over each tensor."""
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - the conventional letter for "an optimizer class"
@@ -93,7 +97,9 @@ class Adapter(Graft):
         check_rates(self, optimizer)
         return optimizer
 
-    def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, object] | None = None) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], *, notes: Mapping[str, object] | None = None
+    ) -> Path:
         """Write the adapter to the directory `path` in PEFT's layout, whole or not at all.
 
         A model card, README.md, is among the files, unless one that a person wrote is there. `notes` are more lines of it:
@@ -136,7 +142,9 @@ class Adapter(Graft):
         """
         directory.check_trained(self)
         return hub.upload(
-            lambda folder: directory.save(self, folder, notes, home=repo_id if "/" in repo_id else None),
+            lambda folder: directory.save(
+                self, folder, notes, home=repo_id if "/" in repo_id else None
+            ),
             repo_id,
             private=private,
             token=token,
@@ -154,7 +162,9 @@ class Adapter(Graft):
             AdapterError: the directory holds another adapter than this one. Nothing is overwritten then.
         """
         if self.is_merged:
-            raise StateError(f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}")
+            raise StateError(
+                f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}"
+            )
         files = directory.read(Path(path))
         if (other := files.beside.rewritten) is not None:
             raise AdapterError(
@@ -162,12 +172,14 @@ class Adapter(Graft):
                 f"To restore what PEFT's files say alone, remove {directory.OWN}"
             )
         contents = files.match(self.model)
-        if not self._is_as(contents.plan, training=files.own is not None):
-            raise AdapterError(f"{path}: it holds another adapter than {self!r}: {contents.plan.method}")
+        if not self._is_as(contents.placement, training=files.own is not None):
+            raise AdapterError(
+                f"{path}: it holds another adapter than {self!r}: {contents.placement.method}"
+            )
         self.end()
         with torch.no_grad():
             for at, tensors in contents.sites.items():
-                self.site(at).overwrite(tensors)
+                self.branch(at).overwrite(tensors)
             for at, state in contents.copies.items():
                 self.copy_of(at).load_state_dict(state)
             for at, rows in contents.rows.items():
@@ -178,16 +190,18 @@ class Adapter(Graft):
         if contents.state is not None:
             self.restore_state(contents.state)
 
-    def _is_as(self, plan: surgery.Plan, training: bool) -> bool:
+    def _is_as(self, plan: placement.Placement, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
-        mine, its = self.plan, plan
-        if (list(mine.sites), mine.copies, mine.tokens) != (
-            list(its.sites),
+        mine, its = self.placement, plan
+        if (list(mine.methods), mine.copies, mine.tokens) != (
+            list(its.methods),
             its.copies,
             its.tokens,
         ) or mine.biases != its.biases:
             return False
-        pairs = [(method, its.sites[path]) for path, method in mine.sites.items()] or [(mine.method, its.method)]
+        pairs = [(method, its.methods[path]) for path, method in mine.methods.items()] or [
+            (mine.method, its.method)
+        ]
         distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
         return all(one.agrees_with(other, training) for one, other in distinct.values())
 
@@ -247,7 +261,7 @@ def adapt(
         TargetError: a pattern that selects nothing, or something that cannot be adapted.
         StateError: another adapter is merged at the moment.
     """
-    model = surgery.root_of(model)
+    model = placement.root_of(model)
     method = Method.of(member)
     places: dict[str, Any] = {
         "exclude": exclude,
@@ -260,11 +274,13 @@ def adapt(
         "bias": bias,
     }
     if probe is not None and method.setting("importance") is not None:
-        raise SettingError(f"{method.words} was given importance and a probe that would find it; give one of them")
+        raise SettingError(
+            f"{method.words} was given importance and a probe that would find it; give one of them"
+        )
     if probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    adapter = _fresh(model, name, surgery.plan(model, method, targets, **places), seed, dtype)
-    if heads := new_heads(model, (*adapter.plan.sites, *adapter.plan.copies)):
+    adapter = _fresh(model, name, placement.place(model, method, targets, **places), seed, dtype)
+    if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
             f"train it, nor does its file hold it. Train it whole, with modules_to_save={heads!r}",
@@ -323,7 +339,9 @@ def importance(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    return _importance(surgery.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
+    return _importance(
+        placement.root_of(model), Method.of(member), batches, targets, seed, places, lr, loss
+    )
 
 
 def _importance(
@@ -342,25 +360,37 @@ def _importance(
     except TypeError:
         raise SettingError(f"a probe needs a list of batches, not {batches!r}") from None
     if probe is None:
-        raise SettingError(f"{method.words} does not choose its modules by a probe, so there is nothing to probe for")
+        raise SettingError(
+            f"{method.words} does not choose its modules by a probe, so there is nothing to probe for"
+        )
     if not batches:
         raise SettingError("a probe needs batches, and there are none")
-    if loss is None and not all(isinstance(batch, Mapping) and "labels" in batch for batch in batches):
+    if loss is None and not all(
+        isinstance(batch, Mapping) and "labels" in batch for batch in batches
+    ):
         raise SettingError(
             "a probe's batches must be mappings with labels, so that the model's output has a loss; or give loss="
         )
-    if there := surgery.grafts(model):
-        raise StateError(f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first")
-    pilot = _fresh(model, "probe", surgery.plan(model, method.for_probe(), targets, **places), seed)
+    if there := placement.grafts(model):
+        raise StateError(
+            f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first"
+        )
+    pilot = _fresh(
+        model, "probe", placement.place(model, method.for_probe(), targets, **places), seed
+    )
     try:
-        check_called(model, pilot.plan.sites)
-        optimizer: torch.optim.Optimizer = pilot.optimizer(lr=pilot.plan.method.learning_rate if lr is None else lr)
-        scaler = half.loss_scaler(model)
-        half.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
+        check_called(model, pilot.placement.methods)
+        optimizer: torch.optim.Optimizer = pilot.optimizer(
+            lr=pilot.placement.method.learning_rate if lr is None else lr
+        )
+        scaler = float16_base.loss_scaler(model)
+        float16_base.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
         with in_mode(model, training=True):
             for _ in range(probe.epochs):
                 for batch in batches:
-                    scaler.scale(model(**batch).loss if loss is None else loss(model, batch)).backward()
+                    scaler.scale(
+                        model(**batch).loss if loss is None else loss(model, batch)
+                    ).backward()
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad()
@@ -369,11 +399,20 @@ def _importance(
         pilot.remove()
 
 
-def _fresh(model: nn.Module, name: str, plan: surgery.Plan, seed: int | None, dtype: torch.dtype | None = None) -> Adapter:
+def _fresh(
+    model: nn.Module,
+    name: str,
+    plan: placement.Placement,
+    seed: int | None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    rows, biases = base_rows(model, plan.tokens, dtype), surgery.start_of(model, plan.biases, dtype)
-    adapter.install(surgery.fresh(model, plan, _generator(seed), dtype), rows=rows, biases=biases)
+    rows, biases = (
+        base_rows(model, plan.tokens, dtype),
+        placement.start_of(model, plan.biases, dtype),
+    )
+    adapter.install(placement.fresh(model, plan, _generator(seed), dtype), rows=rows, biases=biases)
     adapter.freeze_base()
     adapter.is_fresh = True
     return adapter
@@ -385,7 +424,9 @@ def _generator(seed: int | None) -> torch.Generator | None:
     try:
         return torch.Generator().manual_seed(operator.index(seed))
     except (TypeError, RuntimeError, OverflowError):
-        raise SettingError(f"seed must be a whole number of at most 64 bits, not {seed!r}") from None
+        raise SettingError(
+            f"seed must be a whole number of at most 64 bits, not {seed!r}"
+        ) from None
 
 
 def load(
@@ -415,18 +456,25 @@ def load(
         AdapterError: missing, unknown or misshapen tensors, unsupported settings, another base, or nothing that the hub
             gives. The model is then as it was before.
     """
-    model = surgery.root_of(model)
+    model = placement.root_of(model)
     there = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
     return placed(model, name, directory.read(there).match(model, other_base), trainable)
 
 
 def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
-    adapter = Adapter(model, name, contents.plan)
+    adapter = Adapter(model, name, contents.placement)
     if trainable:
-        adapter.install(contents.masters(), contents.copies, rows=widened(contents.rows), biases=contents.bias_masters())
+        adapter.install(
+            contents.masters(),
+            contents.copies,
+            rows=widened(contents.rows),
+            biases=contents.bias_masters(),
+        )
     else:
-        adapter.install(contents.sites, contents.copies, contents.buffers, contents.rows, contents.biases)
+        adapter.install(
+            contents.sites, contents.copies, contents.buffers, contents.rows, contents.biases
+        )
     if trainable:
         adapter.take_buffers(contents.buffers)
         adapter.freeze_base()
@@ -438,7 +486,11 @@ def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = Fa
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters in `model`, by name."""
-    return {name: graft for name, graft in surgery.grafts(surgery.root_of(model)).items() if isinstance(graft, Adapter)}
+    return {
+        name: graft
+        for name, graft in placement.grafts(placement.root_of(model)).items()
+        if isinstance(graft, Adapter)
+    }
 
 
 def merge(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -452,7 +504,7 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: a merged weight would not be finite, an adapter is disabled, another one is merged, two do not go together,
             or one that stays has a gain over a weight that would change. Nothing is merged then.
     """
-    surgery.merge(surgery.root_of(model), names)
+    placement.merge(placement.root_of(model), names)
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -462,10 +514,12 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         SettingError: an unknown name, or two adapters that both train the same module whole, or its bias.
         StateError: an adapter is merged.
     """
-    surgery.activate(surgery.root_of(model), names)
+    placement.activate(placement.root_of(model), names)
 
 
-def mixed_batch(model: nn.Module, names: Iterable[str | None]) -> contextlib.AbstractContextManager[None]:
+def mixed_batch(
+    model: nn.Module, names: Iterable[str | None]
+) -> contextlib.AbstractContextManager[None]:
     """`with mixed_batch(model, ["a", None, "b"]): model(…)`: row n uses the adapter `names[n]` alone, None being the base.
 
     Also in `generate`: a batch of k times as many rows, as beams make, takes each name k times in a row. Any method's adapters
@@ -482,4 +536,4 @@ def mixed_batch(model: nn.Module, names: Iterable[str | None]) -> contextlib.Abs
         StateError: an adapter is merged or has moved the base weights, or another thread is in such a context; inside, adding,
             removing, merging or switching adapters; in the forward, a module whose rows are not the batch's.
     """
-    return MixedBatch(surgery.root_of(model), names)
+    return MixedBatch(placement.root_of(model), names)

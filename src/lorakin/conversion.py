@@ -18,14 +18,14 @@ from lorakin.family import Pair, all_finite
 from lorakin.family.combining import Combination
 from lorakin.family.low_rank import Fit, nearest, nearest_to, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
+from lorakin.inject.attachments import base_state
+from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
+from lorakin.inject.calibration_inputs import input_samples
+from lorakin.inject.layers import LinearLayer, TransposedLayer
+from lorakin.inject.placement import root_of
+from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
 from lorakin.storage import peft_format
 from lorakin.storage.foreign import read_foreign
-from lorakin.surgery.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
-from lorakin.surgery.graft import root_of
-from lorakin.surgery.hung import base_state
-from lorakin.surgery.layers import LinearLayer, TransposedLayer
-from lorakin.surgery.samples import input_samples
-from lorakin.surgery.tokens import TokenRows, base_rows, ids_at, tied_rows
 
 KERNEL = 8
 """Portable ranks are multiples of it, which suits the kernels that serve them."""
@@ -81,14 +81,16 @@ def as_lora(
         raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before converting it")
     _check_limits(rank, error)
     if not all(isinstance(batch, Mapping) for batch in batches) or isinstance(batches, Mapping):
-        raise SettingError(f"batches must be a list of mappings that the model takes as keywords, not {str(batches)[:80]}")
+        raise SettingError(
+            f"batches must be a list of mappings that the model takes as keywords, not {str(batches)[:80]}"
+        )
     seen = _Seen(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         change = adapter.change_at(path)
         if change.gain is not None and rank is None and error is None:
             raise SettingError(
-                f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain ({path}, …), which "
+                f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base weight by a gain ({path}, …), which "
                 "no plain LoRA does exactly. Name a rank or an error for the nearest one (rank=…, error=…; --rank, --error), "
                 "or merge it into the model, which is exact"
             )
@@ -97,11 +99,16 @@ def as_lora(
         pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=seen.root(path))
         fits[path] = seen.judged(fit, change, pairs[path], weight, path)
     _warn_if_missed(fits, error)
-    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.plan.copies}
-    rows = adapter.plan.tokens, {path: adapter.rows_at(path) for path in adapter.plan.tokens}
+    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.placement.copies}
+    rows = (
+        adapter.placement.tokens,
+        {path: adapter.rows_at(path) for path in adapter.placement.tokens},
+    )
     if portable:
         pairs = _portable(adapter, pairs)
-    plain = of_pairs(adapter.model, name, pairs, copies, rows, adapter.moved_buffers(), adapter.biases())
+    plain = of_pairs(
+        adapter.model, name, pairs, copies, rows, adapter.moved_buffers(), adapter.biases()
+    )
     return Plain(plain, fits)
 
 
@@ -146,18 +153,20 @@ def combine(
         StateError: an adapter is merged.
     """
     model = root_of(model)
-    rule = checked_combination(how=how, on=on, density=density, elect=elect, seed=seed, rank=rank, error=error)
+    rule = checked_combination(
+        how=how, on=on, density=density, elect=elect, seed=seed, rank=rank, error=error
+    )
     known = _chosen(model, weights)
     parts: dict[str, list[tuple[Adapter, Pair]]] = {}
     for adapter in known:
         if adapter.is_merged:
             raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             change = adapter.change_at(path)
             _check_finite(change, adapter, path)
             if change.gain is not None:
                 raise SettingError(
-                    f"adapter {adapter.name!r} ({adapter.plan.method.words}) scales the base weight by a gain, so its change "
+                    f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base weight by a gain, so its change "
                     "cannot be added to others; make a plain LoRA of it first: lorakin.as_lora, or lorakin export --to lora"
                 )
             parts.setdefault(path, []).append((adapter, change))
@@ -165,7 +174,11 @@ def combine(
     for path, there in parts.items():
         each = [weights[adapter.name] for adapter, _ in there]
         if rule.is_low_rank:
-            whole = _summed(there, each) if on == "change" else _of_factors(rule, path, there, each, generator)
+            whole = (
+                _summed(there, each)
+                if on == "change"
+                else _of_factors(rule, path, there, each, generator)
+            )
             pairs[path], fits[path] = nearest(whole, whole.up, rank=rank, error=error)
         else:
             combined = rule.of_pairs([change for _, change in there], each, generator)
@@ -177,7 +190,9 @@ def combine(
     return Plain(of_pairs(model, name, pairs, copies, rows, buffers, biases), fits)
 
 
-def checked_combination(*, rank: int | None = None, error: float | None = None, **settings: Any) -> Combination:
+def checked_combination(
+    *, rank: int | None = None, error: float | None = None, **settings: Any
+) -> Combination:
     """How adapters become one, from the settings of `combine`.
 
     Raises:
@@ -195,15 +210,21 @@ def checked_combination(*, rank: int | None = None, error: float | None = None, 
 
 def _chosen(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
     """The adapters of the model that have a weight other than 0, as `weights` names them."""
-    if not isinstance(weights, Mapping) or not all(is_finite_number(weight) for weight in weights.values()):
-        raise SettingError(f"expected an adapter's name → its weight, a finite number, for each adapter, not {weights!r}")
+    if not isinstance(weights, Mapping) or not all(
+        is_finite_number(weight) for weight in weights.values()
+    ):
+        raise SettingError(
+            f"expected an adapter's name → its weight, a finite number, for each adapter, not {weights!r}"
+        )
     if not any(weights.values()):
         raise SettingError(
             f"there is nothing to combine in {dict(weights)!r}: name at least one adapter with a weight other than 0"
         )
     known = adapters(model)
     if missing := [one for one in weights if one not in known]:
-        raise SettingError(f"no adapter {missing[0]!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}")
+        raise SettingError(
+            f"no adapter {missing[0]!r} in the model; there are: {', '.join(map(repr, known)) or 'none'}"
+        )
     return [known[one] for one, weight in weights.items() if weight]
 
 
@@ -214,18 +235,26 @@ def _summed(there: Sequence[tuple[Adapter, Pair]], weights: Sequence[float]) -> 
 
 
 def _of_factors(
-    rule: Combination, path: str, there: Sequence[tuple[Adapter, Pair]], weights: Sequence[float], generator: torch.Generator
+    rule: Combination,
+    path: str,
+    there: Sequence[tuple[Adapter, Pair]],
+    weights: Sequence[float],
+    generator: torch.Generator,
 ) -> Pair:
     """The pair of factors combined each by itself."""
     factors = [adapter.factors_at(path) for adapter, _ in there]
-    ranks = {adapter.name: len(pair.down) for (adapter, _), (pair, _) in zip(there, factors, strict=True)}
+    ranks = {
+        adapter.name: len(pair.down) for (adapter, _), (pair, _) in zip(there, factors, strict=True)
+    }
     if len(set(ranks.values())) > 1:
         said = ", ".join(f"{name!r} has rank {rank}" for name, rank in ranks.items())
         raise SettingError(
             f"factors can be combined only if they are of one rank, but in {path} {said}; combine the changes instead "
             '(on="change"; --on change)'
         )
-    return rule.of_factors([pair for pair, _ in factors], [scale for _, scale in factors], weights, generator)
+    return rule.of_factors(
+        [pair for pair, _ in factors], [scale for _, scale in factors], weights, generator
+    )
 
 
 def of_pairs(
@@ -246,12 +275,20 @@ def of_pairs(
         biases: path → a bias in place of the base's.
     """
     sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(model, sites, copies=copies, rows=rows, biases=biases)
+    config, tensors = peft_format.pairs_to_files(
+        model, sites, copies=copies, rows=rows, biases=biases
+    )
     contents = peft_format.from_files(model, config, tensors, None, f"adapter {name!r}")
     return placed(model, name, dataclasses.replace(contents, buffers=buffers or {}))
 
 
-def convert(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", alpha: float | None = None) -> Converted:
+def convert(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    alpha: float | None = None,
+) -> Converted:
     """Put the adapter in another library's file into `model`, as the active one.
 
     Read are loralib, torchtune, mlx-lm and LyCORIS/kohya; `lorakin.storage.foreign` has the names and the scale of each.
@@ -276,7 +313,11 @@ def convert(model: nn.Module, path: str | os.PathLike[str], *, name: str = "defa
         sites[at] = slots if plain else slots | {"B": scale * slots["B"]}
         alphas[at] = scale * rank if plain else float(rank)
     files = peft_format.pairs_to_files(model, sites, alphas=alphas)
-    return Converted(placed(model, name, peft_format.from_files(model, *files, None, str(path))), found.format, found.notes)
+    return Converted(
+        placed(model, name, peft_format.from_files(model, *files, None, str(path))),
+        found.format,
+        found.notes,
+    )
 
 
 class _Seen:
@@ -301,7 +342,9 @@ class _Seen:
         wide = weight.to(x.dtype)
         true = x @ (change.applied_to(wide) - wide).T
         apart = true - (x @ near.down.to(x.dtype).T) @ near.up.to(x.dtype).T
-        return dataclasses.replace(fit, output_error=float(apart.norm() / true.norm().clamp(min=1e-30)))
+        return dataclasses.replace(
+            fit, output_error=float(apart.norm() / true.norm().clamp(min=1e-30))
+        )
 
 
 def _check_limits(rank: int | None, error: float | None) -> None:
@@ -313,7 +356,9 @@ def _check_limits(rank: int | None, error: float | None) -> None:
 
 def _check_finite(change: Pair, adapter: Adapter, path: str) -> None:
     if not all(all_finite(part) for part in change if part is not None):
-        raise StateError(f"adapter {adapter.name!r} holds NaN or infinity in {path}; it cannot be converted")
+        raise StateError(
+            f"adapter {adapter.name!r} holds NaN or infinity in {path}; it cannot be converted"
+        )
 
 
 def _warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
@@ -331,15 +376,23 @@ def _warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
 
 def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """All of one rank; refused if there is something that other readers do not take."""
-    if copies := list(adapter.plan.copies):
-        raise SettingError(f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead")
-    if tokens := list(adapter.plan.tokens):
-        raise SettingError(f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead")
-    if biases := adapter.plan.biases:
+    if copies := list(adapter.placement.copies):
+        raise SettingError(
+            f"the portable form cannot hold what is trained whole ({', '.join(copies)}); merge instead"
+        )
+    if tokens := list(adapter.placement.tokens):
+        raise SettingError(
+            f"the portable form cannot hold trained rows of tokens ({', '.join(tokens)}); merge instead"
+        )
+    if biases := adapter.placement.biases:
         raise SettingError(f"the portable form cannot hold biases ({some(biases)}); merge instead")
-    strange = [path for path in pairs if adapter.site(path).layer not in (LinearLayer, TransposedLayer)]
+    strange = [
+        path for path in pairs if adapter.branch(path).layer not in (LinearLayer, TransposedLayer)
+    ]
     if strange:
-        raise SettingError(f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead")
+        raise SettingError(
+            f"{strange[0]} is no linear layer, which the portable form cannot hold; merge instead"
+        )
     most = -(-max(1, *(pair.down.shape[0] for pair in pairs.values())) // KERNEL) * KERNEL
     if most > LARGEST:
         warnings.warn(
@@ -375,15 +428,20 @@ def _combined_biases(
 
     Where only a part of what "lora_only" or "all" says is anyone's, the others are the base's.
     """
-    paths = {path for adapter in known for path in adapter.plan.biases}
-    sites = {path for adapter in known for path in adapter.plan.sites}
-    whole = [path for adapter in known for path in adapter.plan.copies]
+    paths = {path for adapter in known for path in adapter.placement.biases}
+    sites = {path for adapter in known for path in adapter.placement.methods}
+    whole = [path for adapter in known for path in adapter.placement.copies]
     if not paths:
         return {}
-    found = start_of(model, find_biases(model, ALL if paths - adapted_modules(model, sites) else ADAPTED, sites, whole))
+    found = start_of(
+        model,
+        find_biases(model, ALL if paths - adapted_modules(model, sites) else ADAPTED, sites, whole),
+    )
     for path in [path for path in found if path in paths]:
-        there = [adapter for adapter in known if path in adapter.plan.biases]
-        changes = [(adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there]
+        there = [adapter for adapter in known if path in adapter.placement.biases]
+        changes = [
+            (adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there
+        ]
         each = [weights[adapter.name] for adapter in there]
         found[path] = found[path] + rule.of_matrices(changes, each, generator).view(-1)
     return found
@@ -398,8 +456,8 @@ def _combined_copies(
 ) -> dict[str, dict[str, Tensor]]:
     """Each module trained whole: the base's, plus the combined changes. What is not floating is the last adapter's."""
     states: dict[str, dict[str, Tensor]] = {}
-    for path in dict.fromkeys(path for adapter in known for path in adapter.plan.copies):
-        there = [adapter for adapter in known if path in adapter.plan.copies]
+    for path in dict.fromkeys(path for adapter in known for path in adapter.placement.copies):
+        there = [adapter for adapter in known if path in adapter.placement.copies]
         own = base_state(model.get_submodule(path))
         found = [adapter.copy_of(path).state_dict() for adapter in there]
         each = [weights[adapter.name] for adapter in there]
@@ -407,8 +465,13 @@ def _combined_copies(
         for key, base in own.items():
             if base.is_floating_point():
                 wide = base.to(torch.promote_types(base.dtype, torch.float32))
-                changes = [(state[key] - wide).reshape(len(base) if base.dim() else 1, -1) for state in found]
-                states[path][key] = (wide + rule.of_matrices(changes, each, generator).view(base.shape)).to(base.dtype)
+                changes = [
+                    (state[key] - wide).reshape(len(base) if base.dim() else 1, -1)
+                    for state in found
+                ]
+                states[path][key] = (
+                    wide + rule.of_matrices(changes, each, generator).view(base.shape)
+                ).to(base.dtype)
     return states
 
 
@@ -416,7 +479,7 @@ def _combined_rows(
     model: nn.Module, known: Sequence[Adapter], weights: Mapping[str, float]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """The rows that any of them trains: the base's, plus the weighted changes."""
-    used = [(ids_at(adapter.plan.tokens), adapter, weights[adapter.name]) for adapter in known]
+    used = [(ids_at(adapter.placement.tokens), adapter, weights[adapter.name]) for adapter in known]
     ids: dict[str, set[int]] = {}
     for own, _, _ in used:
         for path, tokens in own.items():
@@ -426,8 +489,16 @@ def _combined_rows(
     for own, adapter, weight in used:
         base = base_rows(model, {path: TokenRows(tokens) for path, tokens in own.items()})
         for path, tokens in own.items():
-            at = torch.tensor([every[path].ids.index(token) for token in tokens], device=base[path].device)
-            values[path].index_add_(0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path]))
+            at = torch.tensor(
+                [every[path].ids.index(token) for token in tokens], device=base[path].device
+            )
+            values[path].index_add_(
+                0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path])
+            )
     named = {path: tokens.ids for path, tokens in every.items()}
-    found = tied_rows(model, named, joins=lambda one, other: other in values and torch.equal(values[one], values[other]))
+    found = tied_rows(
+        model,
+        named,
+        joins=lambda one, other: other in values and torch.equal(values[one], values[other]),
+    )
     return found, {path: values[path] for path in found}

@@ -33,7 +33,10 @@ def visible(text: str) -> str:
 
 
 def _visible(letter: str) -> str:
-    obeyed = unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in "\n\t" + JOINERS
+    obeyed = (
+        unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        and letter not in "\n\t" + JOINERS
+    )
     return letter.encode("unicode_escape").decode("ascii") if obeyed else letter
 
 
@@ -76,10 +79,19 @@ class Terminal(Console):
         highlighter: Any = None,
     ) -> Text:
         """As rich does it; the text is made visible before rich counts its columns."""
-        more: dict[str, Any] = {"style": style, "justify": justify, "overflow": overflow, "highlighter": highlighter}
-        return super().render_str(visible(text), emoji=emoji, markup=markup, highlight=highlight, **more)
+        more: dict[str, Any] = {
+            "style": style,
+            "justify": justify,
+            "overflow": overflow,
+            "highlighter": highlighter,
+        }
+        return super().render_str(
+            visible(text), emoji=emoji, markup=markup, highlight=highlight, **more
+        )
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         """As rich does it; whatever the renderable is made of, only rich's own control codes are left."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))

@@ -37,7 +37,19 @@ def trained(model_dir: str, data: str, tmp_path: Path) -> Path:
 
 
 def training_of(model: str, data: str, out: Path) -> list[str]:
-    return ["train", "-m", model, "-d", data, "-o", str(out), "--steps=4", "--rank=4", "--lr=1e-2", "--dtype=float32"]
+    return [
+        "train",
+        "-m",
+        model,
+        "-d",
+        data,
+        "-o",
+        str(out),
+        "--steps=4",
+        "--rank=4",
+        "--lr=1e-2",
+        "--dtype=float32",
+    ]
 
 
 def script(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -59,17 +71,42 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in shown for command in COMMANDS)
 
 
-def test_train_says_where_everything_is(model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_says_where_everything_is(
+    model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(training_of(model_dir, data, tmp_path / "out")) == 0
     shown = capsys.readouterr().out
-    for part in ("one example", "held out before", "held out after", "perplexity", "loss.png", "metrics.jsonl", "recipe.yaml"):
+    for part in (
+        "one example",
+        "held out before",
+        "held out after",
+        "perplexity",
+        "loss.png",
+        "metrics.jsonl",
+        "recipe.yaml",
+    ):
         assert part in shown, part
     assert str(tmp_path / "out") in shown
 
 
-def test_a_recipe_runs_with_flags_over_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_runs_with_flags_over_it(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
-    assert run(["train", str(trained / "recipe.yaml"), "--steps", "2", "--out", str(tmp_path / "other"), "--json"]) == 0
+    assert (
+        run(
+            [
+                "train",
+                str(trained / "recipe.yaml"),
+                "--steps",
+                "2",
+                "--out",
+                str(tmp_path / "other"),
+                "--json",
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result["steps"] == 2
@@ -81,23 +118,45 @@ def test_a_recipe_runs_with_flags_over_it(trained: Path, tmp_path: Path, capsys:
     assert run(["train", "--resume", "--out", str(tmp_path / "other")]) == 0
 
 
-def test_generate_streams_and_gives_json(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["generate", "-m", model_dir, "--prompt", "what did the cat ran", "--max-new-tokens", "5", "--dtype", "float32"]
+def test_generate_streams_and_gives_json(
+    trained: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        "generate",
+        "-m",
+        model_dir,
+        "--prompt",
+        "what did the cat ran",
+        "--max-new-tokens",
+        "5",
+        "--dtype",
+        "float32",
+    ]
     capsys.readouterr()
     assert run([*common, "--adapter", str(trained)]) == 0
     streamed = capsys.readouterr().out.strip()
     assert run([*common, "--adapter", str(trained), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"prompt": "what did the cat ran", "answer": streamed}
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt": "what did the cat ran",
+        "answer": streamed,
+    }
     assert run(common) == 0
-    assert capsys.readouterr().out.strip() != streamed, "without the adapter it is the base that answers"
+    assert capsys.readouterr().out.strip() != streamed, (
+        "without the adapter it is the base that answers"
+    )
     assert run([*common, "--temperature", "5", "--seed", "1", "--json"]) == 0
 
 
-def test_evaluate(trained: Path, model_dir: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate(
+    trained: Path, model_dir: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = []
     for adapter in ([], ["--adapter", str(trained)]):
         capsys.readouterr()
-        assert run(["evaluate", "-m", model_dir, "-d", data, "--json", "--dtype", "float32", *adapter]) == 0
+        assert (
+            run(["evaluate", "-m", model_dir, "-d", data, "--json", "--dtype", "float32", *adapter])
+            == 0
+        )
         figures.append(json.loads(capsys.readouterr().out))
     assert figures[1]["loss"] < figures[0]["loss"]
     assert figures[0]["perplexity"] == pytest.approx(2.718281828 ** figures[0]["loss"], rel=1e-6)
@@ -105,9 +164,16 @@ def test_evaluate(trained: Path, model_dir: str, data: str, capsys: pytest.Captu
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_merge(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge(
+    trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
-    assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged"), "--json"]) == 0
+    assert (
+        run(
+            ["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged"), "--json"]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["bytes"] > 0
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     lk.load(base, trained)
@@ -117,24 +183,68 @@ def test_merge(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.Cap
     assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged")]) == 2
 
 
-def test_export(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(
+    trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     out = tmp_path / "plain"
-    assert run(["export", str(trained), "--to", "lora", "--portable", "-o", str(out), "--json"]) == 0
+    assert (
+        run(["export", str(trained), "--to", "lora", "--portable", "-o", str(out), "--json"]) == 0
+    )
     report = json.loads(capsys.readouterr().out)
-    assert report["verified"]["token_agreement"] == 1 and report["order"]["model"] is None, "the adapter names its base"
+    assert report["verified"]["token_agreement"] == 1 and report["order"]["model"] is None, (
+        "the adapter names its base"
+    )
     assert report == json.loads((out / "export.json").read_text())
-    assert run(["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "9", "-o", str(tmp_path / "one")]) == 0
+    assert (
+        run(
+            [
+                "export",
+                str(trained),
+                "--to",
+                "lora",
+                "--rank",
+                "1",
+                "--max-kl",
+                "9",
+                "-o",
+                str(tmp_path / "one"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "worst first" in said and "rank 1, relative error 0." in said and "compared with the trained model" in said
-    refused = ["export", str(trained), "--to", "lora", "--rank", "1", "--max-kl", "1e-9", "-o", str(tmp_path / "two")]
+    assert (
+        "worst first" in said
+        and "rank 1, relative error 0." in said
+        and "compared with the trained model" in said
+    )
+    refused = [
+        "export",
+        str(trained),
+        "--to",
+        "lora",
+        "--rank",
+        "1",
+        "--max-kl",
+        "1e-9",
+        "-o",
+        str(tmp_path / "two"),
+    ]
     assert run([*refused, "--json"]) == 4
-    assert json.loads(capsys.readouterr().out)["verified"]["mean_kl"] > 1e-9, "a script learns how far it was"
+    assert json.loads(capsys.readouterr().out)["verified"]["mean_kl"] > 1e-9, (
+        "a script learns how far it was"
+    )
     assert run(refused) == 4
-    assert "not the model that was trained" in capsys.readouterr().err and not (tmp_path / "two").exists()
+    assert (
+        "not the model that was trained" in capsys.readouterr().err
+        and not (tmp_path / "two").exists()
+    )
 
 
-def test_combine(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_combine(
+    trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "sum")
     assert run(["combine", f"{trained}=0.25", f"{trained}=0.75", "-m", model_dir, "-o", out]) == 0
     assert "rank 4, exact" in capsys.readouterr().out
@@ -150,16 +260,45 @@ def test_combine(trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "less").exists()
     assert run([*less, str(tmp_path / "less"), "--max-kl", "9"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ranks"] == [1] and report["largest_relative_error"] > 0 and 0 < report["verified"]["mean_kl"] < 9
+    assert (
+        report["ranks"] == [1]
+        and report["largest_relative_error"] > 0
+        and 0 < report["verified"]["mean_kl"] < 9
+    )
     assert report == json.loads((tmp_path / "less" / "export.json").read_text())
-    ties = ["combine", str(trained), f"{out}=0.5", "--how", "ties", "-m", model_dir, "-o", str(tmp_path / "ties"), "--json"]
+    ties = [
+        "combine",
+        str(trained),
+        f"{out}=0.5",
+        "--how",
+        "ties",
+        "-m",
+        model_dir,
+        "-o",
+        str(tmp_path / "ties"),
+        "--json",
+    ]
     assert run([*ties, "--density", "0.5"]) == 2 and run([*ties, "--rank", "3"]) == 2
     assert "give density" in capsys.readouterr().err
     assert run([*ties, "--density", "0.5", "--rank", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["how"] == {"how": "ties", "on": "change", "density": 0.5} and report["ranks"] == [3]
+    assert report["how"] == {"how": "ties", "on": "change", "density": 0.5} and report["ranks"] == [
+        3
+    ]
     assert report["verified"]["mean_kl"] < 1e-9 < report["largest_relative_error"]
-    factors = ["combine", str(trained), str(out), "--on", "factors", "--how", "dare_linear", "--density", "0.5", "--seed", "3"]
+    factors = [
+        "combine",
+        str(trained),
+        str(out),
+        "--on",
+        "factors",
+        "--how",
+        "dare_linear",
+        "--density",
+        "0.5",
+        "--seed",
+        "3",
+    ]
     assert run([*factors, "-m", model_dir, "-o", str(tmp_path / "factors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["largest_relative_error"] == 0
     assert run(["combine", f"{trained}=0", "-m", model_dir, "-o", str(tmp_path / "none")]) == 2
@@ -175,9 +314,13 @@ def test_convert(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = str(tmp_path / "converted")
     assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "-o", out]) == 2
     assert "alpha" in capsys.readouterr().err
-    assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 0
+    assert (
+        run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 0
+    )
     assert "loralib adapter" in capsys.readouterr().out
-    assert run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 2, "not over another"
+    assert (
+        run(["convert", str(tmp_path / "lora.pt"), "-m", model_dir, "--alpha", "6", "-o", out]) == 2
+    ), "not over another"
     ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2))
     lk.load(ours, out)
     with torch.no_grad():
@@ -186,15 +329,28 @@ def test_convert(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_another_base(trained: Path, model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_base(
+    trained: Path, model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
     model.save_pretrained(tmp_path / "other")
     transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "other")
-    for command in (["generate", "-p", "the cat", "--max-new-tokens", "2"], ["evaluate", "-d", data]):
-        arguments = [*command, "-m", str(tmp_path / "other"), "-a", str(trained), "--dtype", "float32"]
+    for command in (
+        ["generate", "-p", "the cat", "--max-new-tokens", "2"],
+        ["evaluate", "-d", data],
+    ):
+        arguments = [
+            *command,
+            "-m",
+            str(tmp_path / "other"),
+            "-a",
+            str(trained),
+            "--dtype",
+            "float32",
+        ]
         assert run(arguments) == 2
         assert "5.00% from that one" in capsys.readouterr().err
         assert run([*arguments, "--other-base"]) == 0
@@ -241,13 +397,29 @@ def test_errors_are_one_line_and_exit_codes_mean_something(tmp_path: Path, data:
     assert run(["train", "--model", "m", "--data", "d", "--out", "o", "--rank", "0"]) == 2
 
 
-def test_a_diverged_run_ends_with_3(model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["train", "-m", model_dir, "-d", data, "-o", str(tmp_path / "x"), "--steps", "40", "--dtype", "float32"]
+def test_a_diverged_run_ends_with_3(
+    model_dir: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        "train",
+        "-m",
+        model_dir,
+        "-d",
+        data,
+        "-o",
+        str(tmp_path / "x"),
+        "--steps",
+        "40",
+        "--dtype",
+        "float32",
+    ]
     assert run([*common, "--lr", "1e30", "--max-grad-norm", "1e30"]) == 3
     assert "the loss became" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str, tmp_path: Path) -> None:
+def test_ctrl_c_in_training_ends_with_130_and_resumes(
+    model_dir: str, data: str, tmp_path: Path
+) -> None:
     out = tmp_path / "x"
     arguments = [
         "train",
@@ -265,9 +437,14 @@ def test_ctrl_c_in_training_ends_with_130_and_resumes(model_dir: str, data: str,
         "float32",
     ]
     command = [sys.executable, "-c", "from lorakin.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     deadline = time.time() + 90
-    while not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+    while (
+        not list((out / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+        and time.time() < deadline
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     shown, errors = process.communicate(timeout=60)
@@ -293,8 +470,8 @@ def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "pip install 'lorakin[train]'" in result.stderr
     core = "import sys; import lorakin as lk, torch; lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1)); "
-    core += (
-        "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}))"
+    core += "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}))"
+    result = subprocess.run(
+        [sys.executable, "-c", core], capture_output=True, text=True, timeout=60
     )
-    result = subprocess.run([sys.executable, "-c", core], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", "the library imports nothing but torch and safetensors"

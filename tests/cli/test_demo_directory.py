@@ -29,7 +29,11 @@ def trained(out: Path) -> None:
     demo._write_data(out)
     with demo._noted(out):
         (out / "adapter" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
-        for name in ("adapter_model.safetensors", "recipe.yaml", "checkpoints/checkpoint-8/optimizer.pt"):
+        for name in (
+            "adapter_model.safetensors",
+            "recipe.yaml",
+            "checkpoints/checkpoint-8/optimizer.pt",
+        ):
             (out / "adapter" / name).write_text(name)
 
 
@@ -60,12 +64,20 @@ def test_a_second_demo_replaces_the_first_and_keeps_what_is_beside_it(tmp_path: 
     (tmp_path / "demo" / "merged" / "model.txt").write_text("mine")
     demo._write_data(tmp_path / "demo")
     found = contents(tmp_path / "demo")
-    assert found.keys() == {"train.jsonl", "held_out.jsonl", "prompt.txt", "merged/model.txt", demo.MADE}
+    assert found.keys() == {
+        "train.jsonl",
+        "held_out.jsonl",
+        "prompt.txt",
+        "merged/model.txt",
+        demo.MADE,
+    }
     assert json.loads(found[demo.MADE]).keys() == {"train.jsonl", "held_out.jsonl", "prompt.txt"}
     assert len(found["train.jsonl"].splitlines()) == 4
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "prompt.txt", "adapter/recipe.yaml", "adapter/notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "prompt.txt", "adapter/recipe.yaml", "adapter/notes.txt"]
+)
 def test_what_was_changed_since_stays_and_nothing_is_removed(name: str, tmp_path: Path) -> None:
     trained(tmp_path)
     (tmp_path / name).write_text("mine")
@@ -75,7 +87,9 @@ def test_what_was_changed_since_stays_and_nothing_is_removed(name: str, tmp_path
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "adapter", "adapter/checkpoints", "adapter/recipe.yaml", demo.MADE])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "adapter", "adapter/checkpoints", "adapter/recipe.yaml", demo.MADE]
+)
 def test_links_are_not_followed(name: str, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
     trained(out)

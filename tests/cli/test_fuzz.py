@@ -16,9 +16,9 @@ import torch
 
 import lorakin as lk
 import soak
+from compare.test_fuzz import places
 from conftest import tiny_llama
 from lorakin.cli.app import run
-from study.test_fuzz import places
 
 COUNT = soak.count("LORAKIN_FUZZ", 400) // 2
 JUNK: list[Any] = [
@@ -47,13 +47,15 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     folder = made.save(tmp_path_factory.mktemp("adapter"))
-    (folder / "importance.json").write_text(json.dumps(dict.fromkeys(made.plan.sites, 0.1)))
+    (folder / "importance.json").write_text(json.dumps(dict.fromkeys(made.placement.methods, 0.1)))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def patience() -> Iterator[Callable[[], Any]]:
-    old = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a command took more than twenty seconds"))
+    old = signal.signal(
+        signal.SIGALRM, lambda *_: pytest.fail("a command took more than twenty seconds")
+    )
     yield lambda: signal.alarm(20)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
@@ -96,10 +98,20 @@ def test_an_adapters_files(
         patience()
         codes[
             tried(
-                ["inspect", str(folder), *(page if number % 10 == 0 or (name == names[2] and number % 3 == 0) else [])],
+                [
+                    "inspect",
+                    str(folder),
+                    *(page if number % 10 == 0 or (name == names[2] and number % 3 == 0) else []),
+                ],
                 capsys,
                 folder,
             )
         ] += 1
     assert min(codes.values()) > COUNT // 20
-    soak.record("Hostile files", files="JSON of adapters, through inspect", tried=COUNT, refused=codes[2], usable=codes[0])
+    soak.record(
+        "Hostile files",
+        files="JSON of adapters, through inspect",
+        tried=COUNT,
+        refused=codes[2],
+        usable=codes[0],
+    )

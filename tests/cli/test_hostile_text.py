@@ -42,7 +42,11 @@ def test_labels_and_paths(
 ) -> None:
     rows = [{"text": f"{WORDS[n % 9]} sat", "label": ("good", ESCAPES)[n % 2]} for n in range(40)]
     data, out = ["-d", write_rows(rows)], ["-o", str(folder / "out")]
-    shown = said(["train", "-m", bert_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"], 0, capsys)
+    shown = said(
+        ["train", "-m", bert_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"],
+        0,
+        capsys,
+    )
     assert shown.count(r"x]\x1b[2J") >= 3, "in the classes and the paths"
     shown = said(["inspect", str(folder / "out")], 0, capsys)
     assert "[bold]" in shown
@@ -58,8 +62,14 @@ def test_rows_and_prompts(
 ) -> None:
     rows = [{"prompt": f"the {ESCAPES} cat {n}", "completion": ESCAPES + " sat"} for n in range(40)]
     data, out = ["-d", write_rows(rows)], ["-o", str(folder / "out")]
-    said(["train", "-m", model_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"], 0, capsys)
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: f"so {ESCAPES} ")
+    said(
+        ["train", "-m", model_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"],
+        0,
+        capsys,
+    )
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: f"so {ESCAPES} "
+    )
     generate = ["generate", "-m", model_dir, "-p", ESCAPES, "--max-new-tokens=2"]
     run(generate)
     assert ESCAPES in capsys.readouterr().out, "into a pipe goes what the model said"
@@ -87,7 +97,10 @@ def test_rows_and_prompts(
     ids=lambda arguments: arguments[0][:8],
 )
 def test_what_the_user_wrote_comes_back_in_errors(
-    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
     said(arguments, 2, capsys)
@@ -101,13 +114,22 @@ def test_keys_and_names_in_an_adapter(folder: Path, capsys: pytest.CaptureFixtur
     out = adapter.save(folder / "adapter")
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "lorakin.json").unlink()
-    for field in ("base_model_name_or_path", "target_modules", "task_type", "revision", "peft_type", ESCAPES):
+    for field in (
+        "base_model_name_or_path",
+        "target_modules",
+        "task_type",
+        "revision",
+        "peft_type",
+        ESCAPES,
+    ):
         (out / "adapter_config.json").write_text(json.dumps(config | {field: ESCAPES}))
         run(["inspect", str(out)])
         shown = "".join(capsys.readouterr())
         assert is_safe(shown), (field, shown)
     (out / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {f"base_model.model.{ESCAPES}.q_proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    tensors = {
+        f"base_model.model.{ESCAPES}.q_proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"
+    }
     safetensors.torch.save_file(tensors, out / "adapter_model.safetensors")
     assert r"\x1b" in said(["inspect", str(out)], 0, capsys)
 
@@ -128,6 +150,24 @@ def test_the_command_to_go_on_with_is_quoted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)
-    run(["train", "-m", model_dir, "-d", write_rows(rows), "-o", str(out), "--steps=1", "--dtype=float32"])
+    run(
+        [
+            "train",
+            "-m",
+            model_dir,
+            "-d",
+            write_rows(rows),
+            "-o",
+            str(out),
+            "--steps=1",
+            "--dtype=float32",
+        ]
+    )
     line = next(line for line in capsys.readouterr().out.splitlines() if "go on with: " in line)
-    assert shlex.split(line.partition("go on with: ")[2]) == ["lorakin", "train", "--resume", "--out", str(out)]
+    assert shlex.split(line.partition("go on with: ")[2]) == [
+        "lorakin",
+        "train",
+        "--resume",
+        "--out",
+        str(out),
+    ]

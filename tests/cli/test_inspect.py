@@ -19,7 +19,7 @@ from conftest import randomise, tiny_llama, tiny_mixtral
 from lorakin.cli.app import run
 from lorakin.family import FAMILY, Member, Method
 from lorakin.storage.summary import summarise
-from study.browser import Browser, browser
+from report.browser import Browser, browser
 
 __all__ = ["browser"]
 
@@ -73,22 +73,41 @@ def test_every_member_has_a_page(kind: type[Member], tmp_path: Path) -> None:
 
 def test_the_page_opens_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     adapter = saved(lk.LoRA(rank=4), tmp_path, rank_pattern={"q_proj": 2})
-    (adapter / "importance.json").write_text(json.dumps(dict.fromkeys(summarise(adapter).ranks, 1 / 14)))
+    (adapter / "importance.json").write_text(
+        json.dumps(dict.fromkeys(summarise(adapter).ranks, 1 / 14))
+    )
     page_of(adapter)
-    assert browser.open(tmp_path / "page.html", width=360).unfolded().marks() == [14, 28, 28, 14, 28]
+    assert browser.open(tmp_path / "page.html", width=360).unfolded().marks() == [
+        14,
+        28,
+        28,
+        14,
+        28,
+    ]
     assert browser.errors() == []
     assert browser.requests() == [(tmp_path / "page.html").as_uri()]
     assert browser.run("return document.documentElement.scrollWidth") <= 360
     titles = browser.run("return [...document.querySelectorAll('h2')].map(h => h.textContent)")
-    assert titles == ["At a glance", "Change", "Importance", "Rank", "Rank that is needed", "Every module"]
+    assert titles == [
+        "At a glance",
+        "Change",
+        "Importance",
+        "Rank",
+        "Rank that is needed",
+        "Every module",
+    ]
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'default' changes nothing:lorakin.errors.LorakinWarning")
+@pytest.mark.filterwarnings(
+    "ignore:adapter 'default' changes nothing:lorakin.errors.LorakinWarning"
+)
 def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     """A change of rank 1 in q, of rank 2 in k, of none in v, under rank 8."""
-    adapter = lk.adapt(tiny_llama(), lk.LoRA(rank=8, alpha=16), targets=["q_proj", "k_proj", "v_proj"])
+    adapter = lk.adapt(
+        tiny_llama(), lk.LoRA(rank=8, alpha=16), targets=["q_proj", "k_proj", "v_proj"]
+    )
     with torch.no_grad():
-        for path in adapter.plan.sites:
+        for path in adapter.placement.methods:
             up = adapter.tensors_at(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):
@@ -106,7 +125,9 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     assert f"have {then:,} numbers, {then / now:.0%} of the {now:,}" in text
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'default' changes nothing:lorakin.errors.LorakinWarning")
+@pytest.mark.filterwarnings(
+    "ignore:adapter 'default' changes nothing:lorakin.errors.LorakinWarning"
+)
 def test_an_untrained_adapter_has_no_pictures(tmp_path: Path) -> None:
     text = page_of(lk.adapt(tiny_llama(), lk.LoRA(rank=2)).save(tmp_path / "adapter"))
     assert "No module changes" in text
@@ -130,7 +151,9 @@ def test_a_shared_pair_is_said_to_be_too_wide(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_an_adapter_of_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
     text = page_of(tmp_path / "adapter")
     tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -140,7 +163,9 @@ def test_an_adapter_of_peft(tmp_path: Path) -> None:
 
 
 def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = lk.adapt(tiny_mixtral(), lk.LoRA(rank=4), targets=["q_proj", "gate_up_proj", "down_proj"])
+    adapter = lk.adapt(
+        tiny_mixtral(), lk.LoRA(rank=4), targets=["q_proj", "gate_up_proj", "down_proj"]
+    )
     randomise(adapter).save(tmp_path / "a")
     assert run(["inspect", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
@@ -149,7 +174,9 @@ def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{math.hypot(*norms):.3g}" in shown
 
 
-def test_what_is_in_the_way_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_in_the_way_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = saved(lk.LoRA(rank=2), tmp_path)
     mine = tmp_path / "mine.html"
     mine.write_text("mine")
@@ -158,7 +185,10 @@ def test_what_is_in_the_way_is_an_error_of_one_line(tmp_path: Path, capsys: pyte
     assert mine.read_text() == "mine"
     (adapter / "importance.json").write_text('{"a": "much"}')
     assert run(["inspect", str(adapter), "--html", str(tmp_path / "page.html")]) == 2
-    assert "importance.json cannot be read (a is 'much', expected" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "importance.json cannot be read (a is 'much', expected"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
     assert not (tmp_path / "page.html").exists()
 
 
@@ -193,7 +223,11 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.parametrize("options", [["--json"], ["--html", "page.html"]])
 def test_what_every_other_command_refuses(
-    what: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    what: str,
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     adapter = saved(lk.LoRA(rank=2), tmp_path)
@@ -204,4 +238,8 @@ def test_what_every_other_command_refuses(
     save_file(tensors, file, metadata={"format": "pt"})
     assert run(["inspect", str(adapter), *options]) == 2
     said = capsys.readouterr()
-    assert not said.out and what in said.err.replace("\n", " ") and not (tmp_path / "page.html").exists()
+    assert (
+        not said.out
+        and what in said.err.replace("\n", " ")
+        and not (tmp_path / "page.html").exists()
+    )

@@ -21,23 +21,49 @@ def model(tmp_path: Path) -> str:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    assert run(["plan", "--json", "--batch-size", "2", "--max-length", "16", "--dtype", "float32", *arguments]) == 0
+    assert (
+        run(
+            [
+                "plan",
+                "--json",
+                "--batch-size",
+                "2",
+                "--max-length",
+                "16",
+                "--dtype",
+                "float32",
+                *arguments,
+            ]
+        )
+        == 0
+    )
     return json.loads(capsys.readouterr().out)
 
 
-def test_all_members_are_planned_of_a_config_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_members_are_planned_of_a_config_alone(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = planned(capsys, "--model", model, "--memory", "4GB", "--set", "target_rank=4")
     assert [row["method"] for row in said["methods"]] == [member.word for member in FAMILY]
-    assert all(row["fits"] and row["peak"] == max(row["peaks"].values()) for row in said["methods"] if "peak" in row)
+    assert all(
+        row["fits"] and row["peak"] == max(row["peaks"].values())
+        for row in said["methods"]
+        if "peak" in row
+    )
     assert said["memory"] == 4 * 10**9
-    assert {row["method"]: row["rank"] for row in said["methods"]}["adalora"] == 12  # only it has the setting
+    assert {row["method"]: row["rank"] for row in said["methods"]}[
+        "adalora"
+    ] == 12  # only it has the setting
     fair = {
-        row["method"]: row["rank"] for row in planned(capsys, "--model", model, "--rank", "4", "--memory", "4GB")["methods"]
+        row["method"]: row["rank"]
+        for row in planned(capsys, "--model", model, "--rank", "4", "--memory", "4GB")["methods"]
     }
     assert fair == dict.fromkeys(fair, 4) | {"vera": 256, "adalora": 6}
 
 
-def test_a_table_with_reasons_and_suggestions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_with_reasons_and_suggestions(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--batch-size", "2", "--max-length", "16", "--dtype", "float32", "--memory", "8GiB"]
     words = f"{FAMILY[0].word} {FAMILY[4].word},{FAMILY[1].word} {FAMILY[2].word},{FAMILY[1].word}"
     assert run(["plan", "--model", model, "--method", words, "--rank", "4", *options]) == 0
@@ -47,7 +73,9 @@ def test_a_table_with_reasons_and_suggestions(model: str, capsys: pytest.Capture
     assert "3,712" in said  # 2 layers of rank 4: q, o 64 numbers a rank, k, v 48, gate, up, down 80
 
 
-def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_told_what_would(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = planned(capsys, "--model", model, "--method", FAMILY[0].word, "--memory", "600kB")
     (row,) = said["methods"]
     assert row["fits"] is False
@@ -57,7 +85,16 @@ def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.Capture
 
 @pytest.mark.filterwarnings("ignore:rank_above")
 def test_clamped_ranks_are_planned(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model", model, "--method", FAMILY[0].word, "--memory", "4GB", "--rank-above", "clamp"]
+    given = [
+        "--model",
+        model,
+        "--method",
+        FAMILY[0].word,
+        "--memory",
+        "4GB",
+        "--rank-above",
+        "clamp",
+    ]
     rows = [planned(capsys, *given, "--rank", rank)["methods"][0] for rank in ("32", "500")]
     assert rows[0]["trainable_parameters"] == rows[1]["trainable_parameters"]
 
@@ -82,13 +119,19 @@ def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixt
         (["--layers", "all"], "layers must look like"),
     ],
 )
-def test_bad_options_are_errors(model: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_errors(
+    model: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["plan", "--model", model, *options]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_card_that_is_not_here_needs_its_memory(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = planned(capsys, "--model", model, "--method", FAMILY[0].word, "--device", "cuda", "--memory", "24GB")
+def test_a_card_that_is_not_here_needs_its_memory(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = planned(
+        capsys, "--model", model, "--method", FAMILY[0].word, "--device", "cuda", "--memory", "24GB"
+    )
     assert said["methods"][0]["fits"] is True
     assert "loading" not in said["methods"][0]["peaks"]
 
@@ -98,4 +141,6 @@ def test_quantised_bases_are_smaller(model: str, capsys: pytest.CaptureFixture[s
     (row,) = planned(capsys, *common, "--quantize", "nf4")["methods"]
     numbers = sum(p.numel() for p in tiny_llama().parameters())
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert row["weight_bytes"] == pytest.approx(4 * (numbers - linear) + linear * 4.127 / 8, abs=200)  # and rotary tables
+    assert row["weight_bytes"] == pytest.approx(
+        4 * (numbers - linear) + linear * 4.127 / 8, abs=200
+    )  # and rotary tables

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lorakin as lk
-from lorakin.surgery.dropout import Dropped
+from lorakin.kernels.dropout import Dropped
 
 BOTH_PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -24,10 +24,15 @@ def linear(dtype: torch.dtype = torch.float64, *widths: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(i, o) for i, o in itertools.pairwise(widths))).to(dtype)
 
 
-def data(dtype: torch.dtype = torch.float64, inputs: int = 11, outputs: int = 7, rows: int = 20) -> tuple[Tensor, Tensor]:
+def data(
+    dtype: torch.dtype = torch.float64, inputs: int = 11, outputs: int = 7, rows: int = 20
+) -> tuple[Tensor, Tensor]:
     """Inputs (rows, inputs) and targets (rows, outputs)."""
     generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype) for n in (inputs, outputs))  # type: ignore[return-value]
+    return tuple(
+        torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype)
+        for n in (inputs, outputs)
+    )  # type: ignore[return-value]
 
 
 def array(tensor: Tensor) -> NDArray[Any]:
@@ -35,7 +40,9 @@ def array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().numpy().copy()
 
 
-def fit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> list[float]:
+def fit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int
+) -> list[float]:
     """Full-batch steps on the mean squared error; the loss before each."""
     losses = []
     for _ in range(steps):
@@ -56,7 +63,11 @@ def close(got: Tensor | list[float], want: Any, tolerance: float) -> None:
 def mask(x: Tensor, p: float) -> NDArray[Any]:
     """What the branch's dropout, if it comes next, will multiply the entries of `x` by."""
     rows = torch.ones_like(x).reshape(-1, x.shape[-1])
-    return np.ones(x.shape) if not p else array((drawn := Dropped.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
+    return (
+        np.ones(x.shape)
+        if not p
+        else array((drawn := Dropped.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
+    )
 
 
 def randomised(adapter: lk.Adapter, scale: float = 0.3) -> lk.Adapter:
@@ -65,7 +76,9 @@ def randomised(adapter: lk.Adapter, scale: float = 0.3) -> lk.Adapter:
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+                parameter += scale * torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float64
+                ).to(parameter)
     return adapter
 
 

@@ -16,7 +16,10 @@ PAIR = {"rank": 4, "alpha": 8.0}
     ("one", "other"),
     [
         (lk.DoRA(**PAIR), [lk.LoRA(**PAIR), lk.DoRA()]),
-        ([lk.DoRA(), lk.LoRAPlus(ratio=4, **PAIR)], [lk.LoRA(**PAIR), lk.LoRAPlus(ratio=4), lk.DoRA()]),
+        (
+            [lk.DoRA(), lk.LoRAPlus(ratio=4, **PAIR)],
+            [lk.LoRA(**PAIR), lk.LoRAPlus(ratio=4), lk.DoRA()],
+        ),
         (lk.LoRAFA(**PAIR), [lk.LoRAFA(), lk.LoRA(**PAIR)]),
         (lk.LoRA(**PAIR), lk.LoRA(**PAIR, init="gaussian")),
         (lk.VeRA(rank=8), lk.VeRA(rank=8, d_init=0.2, save_projection=False)),

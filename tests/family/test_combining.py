@@ -19,13 +19,23 @@ from lorakin.family.pair import Pair
 from references import combining as reference
 
 WEIGHTS = [0.7, -0.4, 1.3]
-ALL = [("sum", None), ("ties", 0.3), ("ties", 1.0), ("magnitude_prune", 0.3), ("dare_linear", 1.0), ("dare_ties", 1.0)]
+ALL = [
+    ("sum", None),
+    ("ties", 0.3),
+    ("ties", 1.0),
+    ("magnitude_prune", 0.3),
+    ("dare_linear", 1.0),
+    ("dare_ties", 1.0),
+]
 
 
 def pairs(ranks: Sequence[int] = (2, 5, 3), outputs: int = 9, inputs: int = 7) -> list[Pair]:
     g = torch.Generator().manual_seed(0)
     draw = [
-        (torch.randn(outputs, r, generator=g, dtype=torch.float64), torch.randn(r, inputs, generator=g, dtype=torch.float64))
+        (
+            torch.randn(outputs, r, generator=g, dtype=torch.float64),
+            torch.randn(r, inputs, generator=g, dtype=torch.float64),
+        )
         for r in ranks
     ]
     return [Pair(up, down) for up, down in draw]
@@ -38,7 +48,8 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("block")
 @pytest.mark.parametrize(
-    ("how", "density", "elect"), [(*one, None) for one in ALL] + [(*one, "frequency") for one in ALL if "ties" in one[0]]
+    ("how", "density", "elect"),
+    [(*one, None) for one in ALL] + [(*one, "frequency") for one in ALL if "ties" in one[0]],
 )
 def test_on_changes_of_any_ranks(how: str, density: float | None, elect: str | None) -> None:
     rule = Combination(how, density=density, elect=elect)
@@ -67,8 +78,14 @@ def test_on_factors(how: str, density: float | None) -> None:
     got = rule.of_factors(there, scales, WEIGHTS, rule.generator())
     roots = [abs(w * s) ** 0.5 for w, s in zip(WEIGHTS, scales, strict=True)]
     signed = [np.sign(w) * root for w, root in zip(WEIGHTS, roots, strict=True)]
-    close(got.up, reference.combined([array(p.up) for p in there], roots, how, density or 1.0), 1e-12)
-    close(got.down, reference.combined([array(p.down) for p in there], signed, how, density or 1.0), 1e-12)
+    close(
+        got.up, reference.combined([array(p.up) for p in there], roots, how, density or 1.0), 1e-12
+    )
+    close(
+        got.down,
+        reference.combined([array(p.down) for p in there], signed, how, density or 1.0),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("how", ["dare_linear", "dare_ties"])
@@ -90,7 +107,9 @@ def test_dare_keeps_the_mean_and_a_share(how: str, monkeypatch: pytest.MonkeyPat
     other = Combination(how, density=0.3, seed=6)
     assert not torch.equal(got, other.of_matrices([one, one], [1.0, 1.0], other.generator()))
     monkeypatch.setattr(combining, "BLOCK", 900)
-    assert torch.equal(got, rule.of_matrices([one, one], [1.0, 1.0], rule.generator())), "whatever the blocks"
+    assert torch.equal(got, rule.of_matrices([one, one], [1.0, 1.0], rule.generator())), (
+        "whatever the blocks"
+    )
 
 
 def test_what_is_dropped_is_drawn_anew_for_each_change() -> None:
@@ -113,7 +132,9 @@ def test_the_nearest_pair_of_a_matrix(shape: tuple[int, int]) -> None:
     want = reference.nearest(array(change), 3)
     close(near.up @ near.down, want, 1e-7)
     assert fit.rank == near.down.shape[0] == 3
-    assert fit.error == pytest.approx(np.linalg.norm(array(change) - want) / np.linalg.norm(array(change)), rel=1e-6)
+    assert fit.error == pytest.approx(
+        np.linalg.norm(array(change) - want) / np.linalg.norm(array(change)), rel=1e-6
+    )
     assert nearest_to(change, error=0.999)[1].rank <= 1
     assert nearest_to(torch.zeros(shape), rank=3)[1].rank == 0
     assert nearest_to(change.float(), rank=2)[0].up.dtype is torch.float32

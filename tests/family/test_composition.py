@@ -59,13 +59,17 @@ def batch(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def begin(words: tuple[str, ...], ids: Tensor, importance: Any = None) -> tuple[Any, lk.Adapter, torch.optim.Optimizer]:
+def begin(
+    words: tuple[str, ...], ids: Tensor, importance: Any = None
+) -> tuple[Any, lk.Adapter, torch.optim.Optimizer]:
     """A tiny GPT-2 in float64 (its layers are Conv1D, and it rounds nothing to float32) with the method in it."""
     model = tiny_gpt2().double()
     method = Method.of(members(words))
     if method.probe is not None and importance is not None:
         method = method.with_importance(importance)
-    adapter = lk.adapt(model, method, seed=0, probe=[batch(ids)] if method.probe is not None else None)
+    adapter = lk.adapt(
+        model, method, seed=0, probe=[batch(ids)] if method.probe is not None else None
+    )
     return model, adapter, adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=STEPS)
 
 
@@ -94,10 +98,14 @@ def test_the_table(pair: tuple[str, str]) -> None:
 def test_what_two_cannot_a_third_may_make_sound() -> None:
     """LoRA+ with LoRA-FA has B alone to give a rate; with DoRA there are magnitudes that keep the base rate."""
     adapter = lk.adapt(tiny_gpt2(), [lk.DoRA(rank=2), lk.LoRAFA(), lk.LoRAPlus(ratio=8)])
-    rates = {id(p): group["lr"] for group in adapter.parameter_groups(lr=1e-3) for p in group["params"]}
+    rates = {
+        id(p): group["lr"] for group in adapter.parameter_groups(lr=1e-3) for p in group["params"]
+    }
     for name, parameter in adapter.named_parameters():
         slot = name.rpartition(".")[2]
-        assert rates.get(id(parameter)) == (None if slot == "A" else pytest.approx(8e-3 if slot == "B" else 1e-3))
+        assert rates.get(id(parameter)) == (
+            None if slot == "A" else pytest.approx(8e-3 if slot == "B" else 1e-3)
+        )
 
 
 @pytest.mark.parametrize("words", LEGAL, ids="×".join)
@@ -112,14 +120,20 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
     half = copy.deepcopy(optimizer.state_dict())
     losses += [step(model, optimizer, ids) for _ in range(STEPS - STOP)]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(t, base.state_dict()[key]) for key, t in model.state_dict().items() if "lorakin" not in key)
+    assert all(
+        torch.equal(t, base.state_dict()[key])
+        for key, t in model.state_dict().items()
+        if "lorakin" not in key
+    )
     trained = model(ids).logits
     assert (trained - before).abs().max() > 1e-4
 
     other, resumed, again = begin(words, ids, adapter.method.setting("importance"))
     resumed.restore(tmp_path / "half")
     again.load_state_dict(half)
-    assert [step(other, again, ids) for _ in range(STEPS - STOP)] == losses[STOP:], "resumed to the bit"
+    assert [step(other, again, ids) for _ in range(STEPS - STOP)] == losses[STOP:], (
+        "resumed to the bit"
+    )
     assert torch.equal(other(ids).logits, trained)
 
     adapter.save(tmp_path / "whole")
@@ -128,10 +142,10 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
         loaded = lk.load(fresh, tmp_path / "whole", trainable=trainable)
         torch.testing.assert_close(fresh(ids).logits, trained, rtol=1e-14, atol=1e-14)
         assert loaded.trainable_parameters == (adapter.trainable_parameters if trainable else 0)
-        assert loaded.method.agrees_with(adapter.plan.method)
+        assert loaded.method.agrees_with(adapter.placement.method)
 
     plain = tiny_gpt2().double()
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         pair = adapter.pair_at(path)
         weight = plain.get_submodule(path).weight
         with torch.no_grad():
@@ -154,7 +168,9 @@ def test_what_is_legal_is_read_by_peft(words: tuple[str, ...], ids: Tensor, tmp_
     for _ in range(STEPS):
         step(model, optimizer, ids)
     adapter.save(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False
+    ).eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
     for name in ("lorakin.json", "lorakin.safetensors"):
         (tmp_path / name).unlink(missing_ok=True)
@@ -182,40 +198,65 @@ def test_an_alpha_of_its_own_that_pefts_form_would_lose(ids: Tensor, tmp_path: P
             parameter.normal_(0, 0.1)
     directory.save(adapter, tmp_path)
     for read in (
-        lambda: peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval(),
+        lambda: peft.PeftModel.from_pretrained(
+            tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False
+        ).eval(),
         lambda: lk.load(tiny_gpt2().double(), tmp_path).model,
     ):
         torch.testing.assert_close(read()(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
 
 
 def test_the_order_in_which_members_are_named_is_nothing() -> None:
-    one, other = Method.of([lk.LoRAPlus(), lk.DoRA(rank=4)]), Method.of([lk.DoRA(rank=4), lk.LoRAPlus()])
+    one, other = (
+        Method.of([lk.LoRAPlus(), lk.DoRA(rank=4)]),
+        Method.of([lk.DoRA(rank=4), lk.LoRAPlus()]),
+    )
     assert one == other
     assert one.words == "lora+,dora"
     assert one.parametrisation == lk.LoRA(rank=4)
 
 
 def test_what_members_say_about_their_pair() -> None:
-    assert Method.of([lk.DoRA(rank=4), lk.LoRAFA(alpha=8)]).parametrisation == lk.LoRA(rank=4, alpha=8)
+    assert Method.of([lk.DoRA(rank=4), lk.LoRAFA(alpha=8)]).parametrisation == lk.LoRA(
+        rank=4, alpha=8
+    )
     assert Method.of([lk.LoRA(rank=4), lk.DoRA(rank=4)]).parametrisation == lk.LoRA(rank=4)
     for given, message in (
-        ([lk.DoRA(rank=4), lk.LoRAFA(rank=8)], "dora has rank=4|lora-fa has rank=8.*but they share one pair"),
+        (
+            [lk.DoRA(rank=4), lk.LoRAFA(rank=8)],
+            "dora has rank=4|lora-fa has rank=8.*but they share one pair",
+        ),
         ([lk.LoRA(rank=4), lk.DoRA(rank=8)], "lora has rank=4, but another member says rank=8"),
         ([lk.DoRA(), lk.DoRA()], "dora is given twice"),
         ([], "a method needs at least one member"),
-        ([lk.DoRA(), "lora+"], r"expected a member with its settings, such as lk.LoRA\(rank=16\), not 'lora\+'"),
+        (
+            [lk.DoRA(), "lora+"],
+            r"expected a member with its settings, such as lk.LoRA\(rank=16\), not 'lora\+'",
+        ),
     ):
         with pytest.raises(lk.SettingError, match=message):
             Method.of(given)  # type: ignore[arg-type]
 
 
 def test_methods_by_their_words() -> None:
-    assert method_named("dora, lora+", {"rank": 8, "ratio": 4}) == Method.of([lk.DoRA(rank=8), lk.LoRAPlus(ratio=4, rank=8)])
+    assert method_named("dora, lora+", {"rank": 8, "ratio": 4}) == Method.of(
+        [lk.DoRA(rank=8), lk.LoRAPlus(ratio=4, rank=8)]
+    )
     assert method_named("vera,dora", {"rank": 8}).parametrisation == lk.VeRA(rank=8)
-    assert method_named("vera,adalora", {"rank": 8, "target_rank": 2}).parametrisation == lk.VeRA(rank=8)
+    assert method_named("vera,adalora", {"rank": 8, "target_rank": 2}).parametrisation == lk.VeRA(
+        rank=8
+    )
     for words, settings, message in (
-        ("lora", {"ratio": 4}, r"method 'lora' has no setting 'ratio'; it has: .*; ratio is a setting of lora\+"),
-        ("lora,dorra", {}, r"unknown method 'dorra' \(did you mean 'dora'\?\); this version has: lora, "),
+        (
+            "lora",
+            {"ratio": 4},
+            r"method 'lora' has no setting 'ratio'; it has: .*; ratio is a setting of lora\+",
+        ),
+        (
+            "lora,dorra",
+            {},
+            r"unknown method 'dorra' \(did you mean 'dora'\?\); this version has: lora, ",
+        ),
         ("LoRA+", {}, r"unknown method 'LoRA\+' \(did you mean 'lora\+'\?\)"),
         ("dora,", {}, "method 'dora,' has a comma without a member beside it"),
         ("vera", {"alpha": 8}, "method 'vera' has no setting 'alpha'"),
@@ -235,7 +276,9 @@ def test_a_probe_is_on_the_methods_own_pair() -> None:
         probe = Method.of(given).for_probe()
         assert probe.parametrisation == pair
         assert probe.probe is None
-        assert {member.word for member in probe.modifiers} == {m.word for m in given if m.word == "dora"}
+        assert {member.word for member in probe.modifiers} == {
+            m.word for m in given if m.word == "dora"
+        }
 
 
 def test_the_usual_learning_rate() -> None:

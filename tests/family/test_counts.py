@@ -19,7 +19,10 @@ class Blocks(nn.Module):
         super().__init__()
         with torch.device("meta"):
             self.layers = nn.ModuleList(
-                nn.ModuleDict({name: nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()}) for _ in range(depth)
+                nn.ModuleDict(
+                    {name: nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()}
+                )
+                for _ in range(depth)
             )
 
 
@@ -36,12 +39,23 @@ GPT2_M, GPT2_L = (24, square(1024)), (36, square(1280))
 VIT_B, VIT_L = ROBERTA, ROBERTA_LARGE
 LLAMA_3B = (28, {"q": (3072, 3072), "k": (1024, 3072), "v": (1024, 3072), "o": (3072, 3072)})
 LLAMA_7B, LLAMA_13B = (32, llama(4096, 11008)), (40, llama(5120, 13824))
-LLAMA3_8B = (32, {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "up": (14336, 4096), "down": (4096, 14336)})
+LLAMA3_8B = (
+    32,
+    {
+        "q": (4096, 4096),
+        "k": (1024, 4096),
+        "v": (1024, 4096),
+        "up": (14336, 4096),
+        "down": (4096, 14336),
+    },
+)
 DEBERTA = (12, {**square(768), "in": (3072, 768), "out": (768, 3072)})
 FIVE = ("q", "k", "v", "up", "down")
 
 
-def adapted(shapes: tuple[int, dict[str, tuple[int, int]]], member: Any, targets: Iterable[str] = "qv") -> lk.Adapter:
+def adapted(
+    shapes: tuple[int, dict[str, tuple[int, int]]], member: Any, targets: Iterable[str] = "qv"
+) -> lk.Adapter:
     return lk.adapt(Blocks(*shapes), member, targets if targets == "all-linear" else list(targets))
 
 
@@ -111,7 +125,9 @@ def test_the_papers_counts(shapes: Any, targets: Any, member: Any, count: int) -
     assert adapted(shapes, member, targets).trainable_parameters == count
 
 
-@pytest.mark.parametrize(("rank", "all_numbers"), [(1, 2_384_064), (16, 2_755_584), (256, 8_699_904)])
+@pytest.mark.parametrize(
+    ("rank", "all_numbers"), [(1, 2_384_064), (16, 2_755_584), (256, 8_699_904)]
+)
 def test_veras_2_8M_is_trained_plus_frozen_shared(rank: int, all_numbers: int) -> None:
     """The paper counts the shared pair too: so all six of its GPT-3 cells come out. Trained at rank 16: 2,362,368."""
     adapter = adapted(GPT3, lk.VeRA(rank=rank))
@@ -120,7 +136,9 @@ def test_veras_2_8M_is_trained_plus_frozen_shared(rank: int, all_numbers: int) -
     assert shared == 2 * 12288 * rank
     lora = adapted(GPT3, lk.LoRA(rank=16)).trainable_parameters
     if rank == 16:
-        assert 1 - adapter.trainable_parameters / lora == pytest.approx(0.9687, abs=5e-5), "97 % fewer"
+        assert 1 - adapter.trainable_parameters / lora == pytest.approx(0.9687, abs=5e-5), (
+            "97 % fewer"
+        )
         assert 1 - all_numbers / lora == pytest.approx(0.9635, abs=5e-5)
 
 

@@ -21,14 +21,22 @@ FORMS = ["telescoped", "in_place"]
 @pytest.mark.parametrize("update", FORMS)
 @pytest.mark.parametrize("K", [0, 1, 12])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_eighty_steps_of_training(update: Any, K: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_eighty_steps_of_training(
+    update: Any, K: int, dtype: torch.dtype, tolerance: float
+) -> None:
     """Both forms are the paper's literal rule, with decay on A and B."""
     model, (x, target) = linear(dtype), data(dtype)
-    adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, alpha=6, lam=1.5, start_step=K, update=update), "0", seed=1)
-    site, W0 = adapter.site("0"), array(model[0].weight)
+    adapter = lk.adapt(
+        model, lk.DeltaLoRA(rank=3, alpha=6, lam=1.5, start_step=K, update=update), "0", seed=1
+    )
+    site, W0 = adapter.branch("0"), array(model[0].weight)
     numbers = [array(t) for t in (x, target, model[0].weight, model[0].bias, site.A, site.B)]
-    A, B, W, losses, _ = reference.train_literal(*numbers, s=2, lam=1.5, K=K, steps=80, lr=0.01, weight_decay=0.05)
-    seen = fit(model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.05), x, target, 80)
+    A, B, W, losses, _ = reference.train_literal(
+        *numbers, s=2, lam=1.5, K=K, steps=80, lr=0.01, weight_decay=0.05
+    )
+    seen = fit(
+        model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.05), x, target, 80
+    )
     assert losses[-1] < 0.8 * losses[0], "it learns"
     close(seen, losses, 10 * tolerance)
     close(site.A, A, 50 * tolerance)
@@ -49,7 +57,9 @@ def test_telescoped_and_in_place_are_equal_in_float64() -> None:
     weights = []
     for update in FORMS:
         model, (x, target) = linear(), data()
-        adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, alpha=6, start_step=7, update=update), "0", seed=1)  # type: ignore[arg-type]
+        adapter = lk.adapt(
+            model, lk.DeltaLoRA(rank=3, alpha=6, start_step=7, update=update), "0", seed=1
+        )  # type: ignore[arg-type]
         fit(model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.05), x, target, 80)
         adapter.merge(permanent=True)
         weights.append(model[0].weight.detach())
@@ -61,7 +71,7 @@ def test_forward_and_gradients(K: int) -> None:
     """The gradient is a plain pair's at the full effective weight, not 1 + λ times that."""
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, alpha=6, start_step=K), "0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     start = array(site.A), array(site.B)
     fit(model, adapter.optimizer(lr=0.05), x, target, K)
     A_K, B_K = (array(site.A), array(site.B)) if K else start
@@ -72,7 +82,9 @@ def test_forward_and_gradients(K: int) -> None:
     numbers = [array(t) for t in (x, model[0].weight, model[0].bias, site.A, site.B)]
     rest = {"s": 2, "lam": 2.0, "A_K": A_K, "B_K": B_K}
     close(y, reference.telescoped_forward(*numbers, **rest), 1e-10)
-    dA, dB, dx = reference.telescoped_gradients(numbers[0], numbers[1], *numbers[3:], **rest, delta=array(delta))
+    dA, dB, dx = reference.telescoped_gradients(
+        numbers[0], numbers[1], *numbers[3:], **rest, delta=array(delta)
+    )
     for got, want in ((site.A.grad, dA), (site.B.grad, dB), (x.grad, dx)):
         close(got, want, 1e-10)
 
@@ -86,7 +98,7 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
     loss.backward()
     optimizer.step()
     pair = adapter.pair_at("0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     assert pair.down.shape[0] == 4
     torch.testing.assert_close(pair.up @ pair.down, 2 * site.B @ site.A, rtol=1e-12, atol=1e-14)
     fit(model, optimizer, x, target, 10)
@@ -96,9 +108,15 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
 
 def test_the_identity_that_an_honest_comparison_controls_for() -> None:
     """§11: Delta-LoRA (λ, K = 0) ≡ LoRA ((1+λ)·alpha), under AdamW with ε → 0 and any decay; under SGD at η/(1+λ)."""
-    for cls, lr, more in ((torch.optim.AdamW, 0.01, {"eps": 1e-30, "weight_decay": 0.1}), (torch.optim.SGD, 0.02, {})):
+    for cls, lr, more in (
+        (torch.optim.AdamW, 0.01, {"eps": 1e-30, "weight_decay": 0.1}),
+        (torch.optim.SGD, 0.02, {}),
+    ):
         outputs = []
-        for member, rate in ((lk.DeltaLoRA(rank=3, alpha=4, lam=2, start_step=0), lr), (lk.LoRA(rank=3, alpha=12), lr)):
+        for member, rate in (
+            (lk.DeltaLoRA(rank=3, alpha=4, lam=2, start_step=0), lr),
+            (lk.LoRA(rank=3, alpha=12), lr),
+        ):
             model, (x, target) = linear(), data()
             rate = rate / 3 if cls is torch.optim.SGD and isinstance(member, lk.LoRA) else rate
             adapter = lk.adapt(model, member, "0", seed=5)
@@ -111,7 +129,10 @@ def test_the_identity_that_an_honest_comparison_controls_for() -> None:
 
 def test_with_lora_plus_it_is_a_still_larger_scale() -> None:
     outputs = []
-    for member in ([lk.DeltaLoRA(rank=3, alpha=2, lam=2, start_step=0), lk.LoRAPlus(ratio=4)], lk.LoRA(rank=3, alpha=24)):
+    for member in (
+        [lk.DeltaLoRA(rank=3, alpha=2, lam=2, start_step=0), lk.LoRAPlus(ratio=4)],
+        lk.LoRA(rank=3, alpha=24),
+    ):
         model, (x, target) = linear(), data()
         adapter = lk.adapt(model, member, "0", seed=5)
         fit(model, adapter.optimizer(torch.optim.Adam, lr=0.002, eps=1e-30), x, target, 20)
@@ -124,7 +145,7 @@ def test_on_lora_fa_one_pair_of_rank_r_holds_both() -> None:
     adapter = lk.adapt(model, [lk.DeltaLoRA(rank=3, alpha=6, start_step=2), lk.LoRAFA()], "0")
     optimizer = adapter.optimizer(lr=0.05)
     fit(model, optimizer, x, target, 2)
-    B_K, site = array(adapter.site("0").B), adapter.site("0")
+    B_K, site = array(adapter.branch("0").B), adapter.branch("0")
     fit(model, optimizer, x, target, 3)
     pair = adapter.pair_at("0")
     assert pair.down.shape[0] == 3
@@ -212,7 +233,10 @@ def test_a_moved_base_has_the_model_to_itself() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, start_step=0, update="in_place"), "0")
     fit(model, adapter.optimizer(lr=0.05), x, target, 2)
-    for forbidden in (lambda: lk.adapt(model, lk.LoRA(rank=2), name="other"), lambda: lk.activate(model, [])):
+    for forbidden in (
+        lambda: lk.adapt(model, lk.LoRA(rank=2), name="other"),
+        lambda: lk.activate(model, []),
+    ):
         with pytest.raises(lk.StateError, match="'default' has moved the base weights in place"):
             forbidden()
     moved = array(model[0].weight)
@@ -231,7 +255,9 @@ def test_a_moved_base_has_the_model_to_itself() -> None:
 
 def test_a_run_that_would_never_begin() -> None:
     adapter = lk.adapt(linear(), lk.DeltaLoRA(rank=2, start_step=10))
-    with pytest.raises(lk.SettingError, match=r"begins after start_step=10 optimizer steps, but the run has 10"):
+    with pytest.raises(
+        lk.SettingError, match=r"begins after start_step=10 optimizer steps, but the run has 10"
+    ):
         adapter.optimizer(lr=0.1, total_steps=10)
     adapter.optimizer(lr=0.1, total_steps=11)
 
@@ -243,7 +269,8 @@ def test_a_run_that_never_began_is_announced(tmp_path: Path) -> None:
         adapter.save(tmp_path)
     fit(model, adapter.optimizer(lr=0.1), x, target, 3)
     with pytest.warns(
-        lk.LorakinWarning, match="delta-lora never began: training stopped after 3 optimizer steps, start_step is 500"
+        lk.LorakinWarning,
+        match="delta-lora never began: training stopped after 3 optimizer steps, start_step is 500",
     ):
         adapter.save(tmp_path)
 
@@ -257,7 +284,9 @@ def test_dropout_is_refused() -> None:
 
 
 def test_settings() -> None:
-    assert lk.adapt(linear(torch.float32, 32, 32), lk.DeltaLoRA()).method.parametrisation == lk.LoRA(rank=8, alpha=16)
+    assert lk.adapt(
+        linear(torch.float32, 32, 32), lk.DeltaLoRA()
+    ).method.parametrisation == lk.LoRA(rank=8, alpha=16)
     for settings in ({"lam": 0}, {"start_step": -1}, {"update": "inplace"}):
         with pytest.raises(lk.SettingError, match=f"{next(iter(settings))} must be"):
             lk.DeltaLoRA(**settings)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     with torch.no_grad():
         model[0].weight[3] = 0  # a row of length zero
     adapter = randomised(lk.adapt(model, lk.DoRA(rank=3, alpha=5, dropout=dropout), "0"))
-    site, x, delta = adapter.site("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
@@ -35,7 +35,11 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     for got, want in ((site.A.grad, dA), (site.B.grad, dB), (site.m.grad, dm), (x.grad, dx)):
         close(got, want, 10 * tolerance)
     adapter.merge()
-    close(model[0].weight, reference.merged(*(numbers[n] for n in (1, 3, 4)), s=5 / 3, m=more["m"]), 10 * tolerance)
+    close(
+        model[0].weight,
+        reference.merged(*(numbers[n] for n in (1, 3, 4)), s=5 / 3, m=more["m"]),
+        10 * tolerance,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_PRECISIONS)
@@ -43,10 +47,14 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     """With a decay that must not reach m, and B at its own rate."""
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, [lk.DoRA(rank=3, alpha=6), lk.LoRAPlus(ratio=3)], "0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     tensors = (x, target, model[0].weight, model[0].bias, site.A, site.B)
-    A, B, m, losses = reference.train(*map(array, tensors), s=2, m=array(site.m), steps=25, lr=0.01, weight_decay=0.1, ratio=3)
-    seen = fit(model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.1), x, target, 25)
+    A, B, m, losses = reference.train(
+        *map(array, tensors), s=2, m=array(site.m), steps=25, lr=0.01, weight_decay=0.1, ratio=3
+    )
+    seen = fit(
+        model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.1), x, target, 25
+    )
     assert losses[-1] < 0.8 * losses[0], "it learns"
     close(seen, losses, tolerance)
     for got, want in ((site.A, A), (site.B, B), (site.m, m)):
@@ -60,7 +68,7 @@ def test_the_start_is_the_base_to_the_bit(dtype: torch.dtype, dropout: float) ->
     before = model(x)
     adapter = lk.adapt(model, lk.DoRA(rank=8, dropout=dropout))
     assert torch.equal(model(x), before)
-    assert adapter.site("0").m.dtype == torch.promote_types(dtype, torch.float32)
+    assert adapter.branch("0").m.dtype == torch.promote_types(dtype, torch.float32)
     gain = adapter.pair_at("0").gain
     assert gain is not None
     assert torch.equal(gain, torch.ones_like(gain)), "exactly 1"
@@ -69,17 +77,23 @@ def test_the_start_is_the_base_to_the_bit(dtype: torch.dtype, dropout: float) ->
 def test_m_has_one_number_for_each_output() -> None:
     model = tiny_gpt2()  # its Conv1D stores the weight as (in, out)
     adapter = lk.adapt(model, lk.DoRA(rank=2))
-    for path in adapter.plan.sites:
+    for path in adapter.placement.methods:
         module = model.get_submodule(path)
-        close(adapter.site(path).m, np.linalg.norm(module.weight.detach().numpy(), axis=0), 1e-6)
+        close(adapter.branch(path).m, np.linalg.norm(module.weight.detach().numpy(), axis=0), 1e-6)
     net = ConvNet()
     adapter = lk.adapt(net, lk.DoRA(rank=2), targets=["two", "head"])
-    close(adapter.site("two").m, np.linalg.norm(net.two.weight.detach().numpy().reshape(6, -1), axis=1), 1e-6)
+    close(
+        adapter.branch("two").m,
+        np.linalg.norm(net.two.weight.detach().numpy().reshape(6, -1), axis=1),
+        1e-6,
+    )
 
 
 def test_the_norm_in_float32_is_as_good_as_forming_the_weight() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, up, down = (torch.randn(s, generator=generator) for s in ((900, 1700), (900, 16), (16, 1700)))
+    weight, up, down = (
+        torch.randn(s, generator=generator) for s in ((900, 1700), (900, 16), (16, 1700))
+    )
     exact = reference.norms(weight.numpy(), 0.05 * up.double().numpy(), down.numpy())
     factored = row_norms(weight, 0.05 * up, down)
     formed = (weight + 0.05 * up @ down).norm(dim=1)
@@ -100,12 +114,16 @@ def test_rows_that_the_pair_cancels_are_measured_directly() -> None:
     down = torch.randn(4, 300)
     up = torch.randn(6, 4)
     weight = torch.randn(6, 300)
-    weight[2] = -(up[2] @ down) + 1e-4 * torch.randn(300)  # what is left is far below float32's noise in the expansion
+    weight[2] = -(up[2] @ down) + 1e-4 * torch.randn(
+        300
+    )  # what is left is far below float32's noise in the expansion
     weight[4] = -(up[4] @ down)
     exact = reference.norms(weight.numpy(), up.numpy(), down.numpy())
     norms = row_norms(weight, up, down)
     np.testing.assert_allclose(norms[2].item(), exact[2], rtol=1e-2)
-    np.testing.assert_allclose(np.delete(norms.numpy(), (2, 4)), np.delete(exact, (2, 4)), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.delete(norms.numpy(), (2, 4)), np.delete(exact, (2, 4)), rtol=1e-5
+    )
     assert norms[4] < 1e-4
     assert torch.isfinite(norms).all()
 
@@ -156,14 +174,20 @@ def test_decay_on_the_magnitude_is_announced() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DoRA(rank=2))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.1)
-    with pytest.warns(lk.LorakinWarning, match=r"such as a magnitude, that dora must not decay \(weight_decay=0.1\)"):
+    with pytest.warns(
+        lk.LorakinWarning,
+        match=r"such as a magnitude, that dora must not decay \(weight_decay=0.1\)",
+    ):
         fit(model, optimizer, x, target, 1)
 
 
 def test_a_magnitude_that_never_trained_is_announced(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DoRA(rank=2))
-    site = adapter.site("0")
+    site = adapter.branch("0")
     fit(model, torch.optim.SGD([site.A, site.B], lr=0.1), x, target, 3)
-    with pytest.warns(lk.LorakinWarning, match=r"magnitudes of 1 of 1 modules \(0, …\) are exactly the base's row norms"):
+    with pytest.warns(
+        lk.LorakinWarning,
+        match=r"magnitudes of 1 of 1 modules \(0, …\) are exactly the base's row norms",
+    ):
         adapter.save(tmp_path)

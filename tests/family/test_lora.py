@@ -41,7 +41,11 @@ def test_settings_outside_their_range(settings: dict[str, object], message: str)
 
 def test_numbers_of_other_libraries_become_plain() -> None:
     member = lk.LoRA(rank=np.int64(4), alpha=np.float32(8), dropout=torch.tensor(0.5))  # type: ignore[arg-type]
-    assert [type(value) for value in (member.rank, member.alpha, member.dropout)] == [int, float, float]
+    assert [type(value) for value in (member.rank, member.alpha, member.dropout)] == [
+        int,
+        float,
+        float,
+    ]
 
 
 def test_defaults_and_scales() -> None:
@@ -49,7 +53,9 @@ def test_defaults_and_scales() -> None:
     assert lk.LoRA().scaling == 2
     for rank, alpha in ((8, 16.0), (6, 9.0)):
         assert lk.LoRA(rank, alpha).scaling == pytest.approx(reference.scaling(rank, alpha))
-        assert lk.LoRA(rank, alpha, rslora=True).scaling == pytest.approx(reference.scaling(rank, alpha, rslora=True))
+        assert lk.LoRA(rank, alpha, rslora=True).scaling == pytest.approx(
+            reference.scaling(rank, alpha, rslora=True)
+        )
 
 
 def test_the_start() -> None:
@@ -58,7 +64,9 @@ def test_the_start() -> None:
     assert not start["B"].any()
     assert start["A"].abs().max() <= 300**-0.5
     assert start["A"].var().item() == pytest.approx(1 / 900, rel=0.05)
-    gaussian = lk.LoRA(rank=64, init="gaussian").start(Shape(8, 300), generator, torch.device("cpu"))
+    gaussian = lk.LoRA(rank=64, init="gaussian").start(
+        Shape(8, 300), generator, torch.device("cpu")
+    )
     assert gaussian["A"].std().item() == pytest.approx(1 / 64, rel=0.05)
     lookup = lk.LoRA(rank=64).start(Shape(300, 1000, lookup=True), generator, torch.device("cpu"))
     assert not lookup["A"].any()
@@ -73,7 +81,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     member = lk.LoRA(rank=3, alpha=5, dropout=dropout)
     adapter = lk.adapt(model, member, "0")
     with torch.no_grad():
-        adapter.site("0").B.normal_()
+        adapter.branch("0").B.normal_()
     x = torch.randn(6, 11, dtype=dtype, requires_grad=True)
     delta = torch.randn(6, 7, dtype=dtype)
     torch.manual_seed(4)
@@ -81,10 +89,12 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     dropped = mask(x, dropout)
     y.backward(delta)
-    site, linear = adapter.site("0"), model[0]
+    site, linear = adapter.branch("0"), model[0]
     numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
     expected = reference.forward(*numbers, s=member.scaling, mask=dropped)
-    dA, dB, dx = reference.gradients(numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=dropped)
+    dA, dB, dx = reference.gradients(
+        numbers[0], numbers[1], *numbers[3:], s=member.scaling, delta=delta.numpy(), mask=dropped
+    )
     for got, want in ((y, expected), (site.A.grad, dA), (site.B.grad, dB), (x.grad, dx)):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=tolerance, atol=tolerance)
 
@@ -95,7 +105,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     model = nn.Sequential(nn.Linear(11, 7)).to(dtype)
     member = lk.LoRA(rank=3, alpha=5)
     adapter = lk.adapt(model, member, "0")
-    site, linear = adapter.site("0"), model[0]
+    site, linear = adapter.branch("0"), model[0]
     x, target = torch.randn(20, 11, dtype=dtype), torch.randn(20, 7, dtype=dtype)
     A, B, losses = reference.train(
         x.numpy(), target.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy(),
@@ -110,7 +120,9 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
         optimizer.zero_grad()
         seen.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], "it learns"
-    np.testing.assert_allclose(seen[: len(losses)], losses[: len(seen)], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        seen[: len(losses)], losses[: len(seen)], rtol=tolerance, atol=tolerance
+    )
     np.testing.assert_allclose(site.A.detach().numpy(), A, rtol=tolerance, atol=10 * tolerance)
     np.testing.assert_allclose(site.B.detach().numpy(), B, rtol=tolerance, atol=10 * tolerance)
 
@@ -119,5 +131,5 @@ def test_at_the_first_step_only_B_moves() -> None:
     model = nn.Sequential(nn.Linear(5, 4))
     adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
     model(torch.randn(3, 5)).square().sum().backward()
-    assert not adapter.site("0").A.grad.any()
-    assert adapter.site("0").B.grad.any()
+    assert not adapter.branch("0").A.grad.any()
+    assert adapter.branch("0").B.grad.any()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
 from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear
-from lorakin.surgery.energy import energies
+from lorakin.inject.activation_norms import energies
 from references import lora_drop as reference
 
 IMPORTANCE = {"0": 0.1, "1": 0.5, "2": 0.15, "3": 0.25}
@@ -26,19 +26,23 @@ def batches(ids: Tensor) -> list[dict[str, Tensor]]:
 def test_the_importance_is_the_papers(ids: Tensor) -> None:
     """Σ ‖s·B·A·x‖² over unmasked tokens, from the inputs that the modules get in eval mode."""
     model = tiny_bert().double()
-    adapter = randomise(lk.adapt(model, lk.LoRA(rank=2, alpha=5), targets=["query", "value", "dense"]), 0.3)
+    adapter = randomise(
+        lk.adapt(model, lk.LoRA(rank=2, alpha=5), targets=["query", "value", "dense"]), 0.3
+    )
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
     model.train()
     shares = energies(adapter, [{"input_ids": ids, "attention_mask": mask}])
     assert model.training, "the mode is put back"
-    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.plan.sites}
+    seen: dict[str, list[Tensor]] = {path: [] for path in adapter.placement.methods}
     for path in seen:
-        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0]))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: seen[path].append(args[0])
+        )
     model.eval()(ids, attention_mask=mask)
     expected = []
     for path, (x,) in seen.items():
-        site = adapter.site(path)
+        site = adapter.branch(path)
         keep = mask.bool().numpy() if x.dim() == 3 else None
         expected.append(reference.energy(array(x), array(site.A), array(site.B), 2.5, keep))
     close(list(shares.values()), reference.importance(expected), 1e-9)
@@ -53,7 +57,7 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
     with torch.no_grad():
         inputs = [x, model[0](x)]
         ratios = []
-        for path, given in zip(adapter.plan.sites, inputs, strict=True):
+        for path, given in zip(adapter.placement.methods, inputs, strict=True):
             pair = adapter.pair_at(path)
             own = (given @ model.get_submodule(path).weight.T).square().sum()
             ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
@@ -74,7 +78,15 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"threshold": 0.5}, {"threshold": 0.51}, {"threshold": 1.0}, {"keep": 1}, {"keep": 3}, {"keep": 9}]
+    "settings",
+    [
+        {"threshold": 0.5},
+        {"threshold": 0.51},
+        {"threshold": 1.0},
+        {"keep": 1},
+        {"keep": 3},
+        {"keep": 9},
+    ],
 )
 def test_the_choice(settings: dict[str, float]) -> None:
     paths, values = list(IMPORTANCE), np.array(list(IMPORTANCE.values()))
@@ -84,7 +96,10 @@ def test_the_choice(settings: dict[str, float]) -> None:
 
 def test_ties_fall_to_the_first() -> None:
     assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).chosen() == ["a", "b"]
-    assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == ["a", "b"], "0.6 + 0.3 is 0.9"
+    assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == [
+        "a",
+        "b",
+    ], "0.6 + 0.3 is 0.9"
 
 
 def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
@@ -92,15 +107,24 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
     model = linear(torch.float64, 6, 6, 6, 6, 6)
     raw = {"3": 100.0, "0": 10.0, "1": 50.0, "2": 15.0}
     adapter = lk.adapt(model, lk.LoRADrop(threshold=0.6, importance=raw, rank=2))
-    shares = np.array([raw[path] for path in adapter.plan.sites]) / sum(raw.values())
+    shares = np.array([raw[path] for path in adapter.placement.methods]) / sum(raw.values())
     known = adapter.method.setting("importance")
-    assert list(known) == list(adapter.plan.sites), "in the model's order, by which ties are settled"
+    assert list(known) == list(adapter.placement.methods), (
+        "in the model's order, by which ties are settled"
+    )
     close(list(known.values()), shares, 1e-15)
-    assert adapter.method.own_pairs(list("0123")) == [str(n) for n in sorted(reference.choose(shares, 0.6))]
+    assert adapter.method.own_pairs(list("0123")) == [
+        str(n) for n in sorted(reference.choose(shares, 0.6))
+    ]
     adapter.remove()
-    with pytest.warns(lk.LorakinWarning, match=r"also names 2 modules that are not among the targets \(3, …\)"):
+    with pytest.warns(
+        lk.LorakinWarning, match=r"also names 2 modules that are not among the targets \(3, …\)"
+    ):
         adapter = lk.adapt(
-            model, lk.LoRADrop(threshold=0.6, importance=raw | {"nowhere": 7.0}, rank=2), ["0", "1", "2"], seed=0
+            model,
+            lk.LoRADrop(threshold=0.6, importance=raw | {"nowhere": 7.0}, rank=2),
+            ["0", "1", "2"],
+            seed=0,
         )
     close(list(adapter.method.setting("importance").values()), np.array([10, 50, 15]) / 75, 1e-15)
     assert adapter.method.own_pairs(list("012")) == ["1"], "50/75 alone is above 0.6"
@@ -108,22 +132,26 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
 
 def test_a_probes_shares_keep_their_bits() -> None:
     found = {"0": 0.7 + 1e-12, "1": 0.3}
-    adapter = lk.adapt(linear(torch.float64, 6, 6, 6), lk.LoRADrop(keep=1, importance=found, rank=2))
+    adapter = lk.adapt(
+        linear(torch.float64, 6, 6, 6), lk.LoRADrop(keep=1, importance=found, rank=2)
+    )
     assert adapter.method.setting("importance") == found
 
 
 def test_the_others_share_by_name_and_shape() -> None:
     model = tiny_llama()
-    paths = list(lk.adapt(model, lk.LoRA(rank=2)).plan.sites)
+    paths = list(lk.adapt(model, lk.LoRA(rank=2)).placement.methods)
     kept = [path for path in paths if path.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))]
     share = {path: (10.0 if path in kept else 1.0) for path in paths}
     adapter = lk.adapt(tiny_llama(), lk.LoRADrop(keep=2, importance=share, rank=2))
     found: dict[int, list[str]] = {}
     for path in paths:
-        found.setdefault(id(adapter.site(path).B), []).append(path)
+        found.setdefault(id(adapter.branch(path).B), []).append(path)
     keys = [(path.rpartition(".")[2],) for path in paths]
     groups = reference.groups(keys, [paths.index(path) for path in kept])
-    expected = sorted([[paths[n] for n in members] for members in groups.values()] + [[path] for path in kept])
+    expected = sorted(
+        [[paths[n] for n in members] for members in groups.values()] + [[path] for path in kept]
+    )
     assert sorted(found.values()) == expected
 
 
@@ -137,7 +165,7 @@ def test_the_papers_count() -> None:
 
     with torch.device("meta"):
         model = nn.Sequential(*(Layer() for _ in range(12)))
-    paths = list(lk.adapt(model, lk.LoRA(rank=8), name="all").plan.sites)
+    paths = list(lk.adapt(model, lk.LoRA(rank=8), name="all").placement.methods)
     share = {path: 1.0 / (n + 1) for n, path in enumerate(paths)}
     adapter = lk.adapt(model, lk.LoRADrop(keep=10, importance=share, rank=8))
     assert adapter.trainable_parameters == 147_456
@@ -150,13 +178,22 @@ def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
     model, (x, target) = linear(dtype, 8, 8, 8), data(dtype, 8, 8)
     share = {"0": 0.5, "1": 0.5}
     unused = nn.Linear(8, 8, dtype=dtype)
-    holder = nn.ModuleDict({"0": nn.ModuleDict({"fc": model[0]}), "1": nn.ModuleDict({"fc": model[1]}), "z": unused})
-    member = lk.LoRADrop(threshold=1e-9, importance={"0.fc": share["0"], "1.fc": share["1"], "z": 9.0}, rank=3, alpha=6)
+    holder = nn.ModuleDict(
+        {"0": nn.ModuleDict({"fc": model[0]}), "1": nn.ModuleDict({"fc": model[1]}), "z": unused}
+    )
+    member = lk.LoRADrop(
+        threshold=1e-9,
+        importance={"0.fc": share["0"], "1.fc": share["1"], "z": 9.0},
+        rank=3,
+        alpha=6,
+    )
     adapter = lk.adapt(holder, member)
-    one, two = (adapter.site(path) for path in ("0.fc", "1.fc"))
+    one, two = (adapter.branch(path) for path in ("0.fc", "1.fc"))
     assert one.A is two.A
     layers = [{"W0": array(module.weight), "bias": array(module.bias)} for module in model]
-    A, B, losses = reference.train_shared(array(x), array(target), layers, array(one.A), array(one.B), 2, 25, 0.01)
+    A, B, losses = reference.train_shared(
+        array(x), array(target), layers, array(one.A), array(one.B), 2, 25, 0.01
+    )
     seen = fit(model, adapter.optimizer(lr=0.01), x, target, 25)
     assert losses[-1] < 0.9 * losses[0], "it learns"
     close(seen, losses, tolerance)
@@ -170,13 +207,15 @@ def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None
     before = {key: t.clone() for key, t in model.state_dict().items()}
     logits = model(ids).logits
     adapter = lk.adapt(model, lk.LoRADrop(keep=5, rest=rest, rank=2), probe=batches(ids), seed=0)  # type: ignore[arg-type]
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if key in before), "the base is untouched"
+    assert all(
+        torch.equal(t, before[key]) for key, t in model.state_dict().items() if key in before
+    ), "the base is untouched"
     assert torch.equal(model(ids).logits, logits), "everything starts anew"
-    assert len(adapter.plan.sites) == (5 if rest == "none" else 14)
+    assert len(adapter.placement.methods) == (5 if rest == "none" else 14)
     groups = {id(t) for t in adapter.parameters() if t.requires_grad}
-    own = set(adapter.method.own_pairs(list(adapter.plan.sites)))
+    own = set(adapter.method.own_pairs(list(adapter.placement.methods)))
     assert len(own) == 5
-    kinds = {path.rpartition(".")[2] for path in adapter.plan.sites if path not in own}
+    kinds = {path.rpartition(".")[2] for path in adapter.placement.methods if path not in own}
     assert len(groups) == 2 * (5 + (len(kinds) if rest == "shared" else 0))
     optimizer = adapter.optimizer(lr=1e-2)
     losses = []
@@ -191,7 +230,9 @@ def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None
     other = tiny_llama().double()
     loaded = lk.load(other, tmp_path, trainable=True)
     assert torch.equal(other(ids).logits, model(ids).logits)
-    assert loaded.trainable_parameters == adapter.trainable_parameters, "what was shared is shared again"
+    assert loaded.trainable_parameters == adapter.trainable_parameters, (
+        "what was shared is shared again"
+    )
     assert loaded.method.setting("importance") == adapter.method.setting("importance")
 
 
@@ -201,7 +242,9 @@ def test_the_probe_leaves_no_trace(ids: Tensor) -> None:
     keys = set(model.state_dict())
     found = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
     assert list(found) == [
-        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
     ]
     assert sum(found.values()) == pytest.approx(1)
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
@@ -211,30 +254,43 @@ def test_the_probe_leaves_no_trace(ids: Tensor) -> None:
     assert again == found
 
 
-def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(ids: Tensor, tmp_path: Path) -> None:
+def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
+    ids: Tensor, tmp_path: Path
+) -> None:
     import safetensors.torch
 
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRADrop(keep=2, rank=2), probe=batches(ids), seed=0)
     randomise(adapter).save(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    own = adapter.method.own_pairs(list(adapter.plan.sites))
-    path = next(p for p in adapter.plan.sites if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own))
+    own = adapter.method.own_pairs(list(adapter.placement.methods))
+    path = next(
+        p
+        for p in adapter.placement.methods
+        if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own)
+    )
     tensors[f"base_model.model.{path}.lora_B.weight"] += 1
-    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.warns(lk.LorakinWarning, match="left aside"):
         loaded = lk.load(tiny_llama(), tmp_path)
     assert loaded.method.words == "lora"
-    assert torch.equal(loaded.site(path).B, adapter.site(path).B + 1)
+    assert torch.equal(loaded.branch(path).B, adapter.branch(path).B + 1)
     own_part = json.loads((tmp_path / "lorakin.json").read_text())
     own_part["beside"] = {}
     (tmp_path / "lorakin.json").write_text(json.dumps(own_part))
-    with pytest.raises(lk.AdapterError, match="shares its pair with others, but its B in the file is another"):
+    with pytest.raises(
+        lk.AdapterError, match="shares its pair with others, but its B in the file is another"
+    ):
         lk.load(tiny_llama(), tmp_path)
 
 
 def test_guards(ids: Tensor) -> None:
-    with pytest.raises(lk.SettingError, match=r"chooses modules by a probe and has none: call adapt\(…, probe=batches\)"):
+    with pytest.raises(
+        lk.SettingError,
+        match=r"chooses modules by a probe and has none: call adapt\(…, probe=batches\)",
+    ):
         lk.adapt(tiny_llama(), lk.LoRADrop())
     with pytest.raises(lk.SettingError, match="lora does not choose its modules by a probe"):
         lk.adapt(tiny_llama(), lk.LoRA(), probe=batches(ids))
@@ -243,14 +299,22 @@ def test_guards(ids: Tensor) -> None:
     with pytest.raises(lk.SettingError, match="says nothing about model.layers.0.self_attn.q_proj"):
         lk.adapt(tiny_llama(), lk.LoRADrop(importance=IMPORTANCE))
     model = tiny_llama()
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
+    ]
     with pytest.warns(lk.LorakinWarning, match="all modules are equally important"):
         lk.adapt(model, lk.LoRADrop(keep=3, importance=dict.fromkeys(paths, 0.1)))
     rising = {path: float(n) for n, path in enumerate(paths)}
     with pytest.warns(lk.LorakinWarning, match="chose all 14 modules, so nothing is shared"):
         lk.adapt(tiny_llama(), lk.LoRADrop(keep=14, importance=rising))
     with pytest.raises(lk.SettingError, match="is 0 for all 2 modules that are adapted"):
-        lk.adapt(tiny_llama(), lk.LoRADrop(importance=dict.fromkeys(paths, 0.0) | {paths[1]: 1.0}), "q_proj")
+        lk.adapt(
+            tiny_llama(),
+            lk.LoRADrop(importance=dict.fromkeys(paths, 0.0) | {paths[1]: 1.0}),
+            "q_proj",
+        )
     lk.adapt(model, lk.LoRA(), name="other")
     with pytest.raises(lk.StateError, match="the probe needs the model to itself"):
         lk.adapt(model, lk.LoRADrop(), probe=batches(ids))
@@ -280,7 +344,19 @@ def test_the_probe_of_an_encoder_decoder(ids: Tensor) -> None:
 
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
     )
-    found = lk.importance(transformers.T5ForConditionalGeneration(config), lk.LoRADrop(rank=2), batches(ids), seed=0, lr=1e-2)
+    found = lk.importance(
+        transformers.T5ForConditionalGeneration(config),
+        lk.LoRADrop(rank=2),
+        batches(ids),
+        seed=0,
+        lr=1e-2,
+    )
     assert sum(found.values()) == pytest.approx(1)

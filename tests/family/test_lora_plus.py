@@ -17,7 +17,7 @@ from references import lora_plus as reference
 def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> None:
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=5, rank=3, alpha=6), "0")
-    site = adapter.site("0")
+    site = adapter.branch("0")
     A, B, losses = reference.train(
         *map(array, (x, target, model[0].weight, model[0].bias, site.A, site.B)),
         s=2,
@@ -26,7 +26,9 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
         ratio=5,
         weight_decay=0.1,
     )
-    seen = fit(model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.1), x, target, 25)
+    seen = fit(
+        model, adapter.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.1), x, target, 25
+    )
     assert losses[-1] < 0.8 * losses[0], "it learns"
     close(seen, losses, tolerance)
     close(site.A, A, 10 * tolerance)
@@ -42,12 +44,18 @@ def test_under_adam_it_is_a_larger_scale(member: type) -> None:
     ratio, (x, target) = 8.0, data()
     models = [linear(), linear()]
     scale = {"alpha": 4.0} if member is not lk.VeRA else {}
-    more = {"target_rank": 2, "start": 4, "finish": 5, "initial_rank": 4} if member is lk.AdaLoRA else {"rank": 4}
+    more = (
+        {"target_rank": 2, "start": 4, "finish": 5, "initial_rank": 4}
+        if member is lk.AdaLoRA
+        else {"rank": 4}
+    )
     plus = lk.adapt(models[0], [member(**scale, **more), lk.LoRAPlus(ratio=ratio)], seed=3)
-    control = lk.adapt(models[1], member(**{name: ratio * alpha for name, alpha in scale.items()}, **more), seed=3)
+    control = lk.adapt(
+        models[1], member(**{name: ratio * alpha for name, alpha in scale.items()}, **more), seed=3
+    )
     if member is lk.VeRA:
         with torch.no_grad():
-            control.site("0").B.mul_(ratio)
+            control.branch("0").B.mul_(ratio)
     losses = []
     for model, adapter in zip(models, (plus, control), strict=True):
         optimizer = adapter.optimizer(torch.optim.Adam, lr=2e-3, eps=1e-30, total_steps=20)
@@ -62,23 +70,40 @@ def test_with_weight_decay_it_is_not() -> None:
     (x, target), losses = data(), []
     for member in ([lk.LoRA(rank=4, alpha=4), lk.LoRAPlus(ratio=8)], lk.LoRA(rank=4, alpha=32)):
         model = linear()
-        optimizer = lk.adapt(model, member, seed=3).optimizer(torch.optim.AdamW, lr=2e-3, eps=1e-30, weight_decay=0.5)
+        optimizer = lk.adapt(model, member, seed=3).optimizer(
+            torch.optim.AdamW, lr=2e-3, eps=1e-30, weight_decay=0.5
+        )
         losses.append(fit(model, optimizer, x, target, 20)[-1])
     assert abs(losses[0] / losses[1] - 1) > 1e-4
 
 
 def test_the_groups_go_by_role() -> None:
-    adapter = lk.adapt(tiny_bert(), [lk.DoRA(rank=2), lk.LoRAPlus(ratio=10)], modules_to_save=["classifier"])
+    adapter = lk.adapt(
+        tiny_bert(), [lk.DoRA(rank=2), lk.LoRAPlus(ratio=10)], modules_to_save=["classifier"]
+    )
     groups = adapter.parameter_groups(lr=1e-3, weight_decay=0.1)
-    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert sum(p.numel() for group in groups for p in group["params"]) == adapter.trainable_parameters
-    expected = {"A": (1e-3, 0.1), "B": (1e-2, 0.1), "m": (1e-3, 0.0), "weight": (1e-3, 0.1), "bias": (1e-3, 0.0)}
+    rates = {
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    assert (
+        sum(p.numel() for group in groups for p in group["params"]) == adapter.trainable_parameters
+    )
+    expected = {
+        "A": (1e-3, 0.1),
+        "B": (1e-2, 0.1),
+        "m": (1e-3, 0.0),
+        "weight": (1e-3, 0.1),
+        "bias": (1e-3, 0.0),
+    }
     for name, parameter in adapter.named_parameters():
         assert rates[id(parameter)] == pytest.approx(expected[name.rpartition(".")[2]]), name
 
 
 def test_the_factor_that_starts_at_zero_in_every_pair() -> None:
-    for member, fast, slow in ((lk.VeRA(rank=4), "b", ["d"]), (lk.AdaLoRA(initial_rank=4), "E", ["P", "Q"])):
+    for member, fast, slow in (
+        (lk.VeRA(rank=4), "b", ["d"]),
+        (lk.AdaLoRA(initial_rank=4), "E", ["P", "Q"]),
+    ):
         adapter = lk.adapt(tiny_llama(), [member, lk.LoRAPlus(ratio=10)])
         groups = adapter.parameter_groups(lr=1e-3)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -93,9 +118,15 @@ def test_pairs_on_embeddings_have_a_rate_of_their_own() -> None:
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=10, rank=2), targets=["embed_tokens", "q_proj"])
     rates = {group["lr"] for group in adapter.parameter_groups(lr=1e-3)}
     assert sorted(rates) == pytest.approx([1e-6, 1e-3, 1e-2])
-    other = lk.adapt(tiny_llama(), lk.LoRAPlus(ratio=10, rank=2, embedding_lr=None), targets=["embed_tokens"])
-    rates = {id(p): group["lr"] for group in other.parameter_groups(lr=1e-3) for p in group["params"]}
-    assert rates[id(other.site("model.embed_tokens").A)] == pytest.approx(1e-2), "an embedding's A starts at zero"
+    other = lk.adapt(
+        tiny_llama(), lk.LoRAPlus(ratio=10, rank=2, embedding_lr=None), targets=["embed_tokens"]
+    )
+    rates = {
+        id(p): group["lr"] for group in other.parameter_groups(lr=1e-3) for p in group["params"]
+    }
+    assert rates[id(other.branch("model.embed_tokens").A)] == pytest.approx(1e-2), (
+        "an embedding's A starts at zero"
+    )
     model(torch.arange(5).unsqueeze(0)).logits.sum().backward()
     adapter.optimizer(lr=1e-3).step()  # its own rate is not held against the ratio
 
@@ -111,7 +142,9 @@ def test_a_scheduler_keeps_the_ratio() -> None:
         assert fast / slow == pytest.approx(16)
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 0.5}, {"ratio": math.inf}, {"ratio": "16"}, {"embedding_lr": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 0.5}, {"ratio": math.inf}, {"ratio": "16"}, {"embedding_lr": 0}]
+)
 def test_settings_outside_their_range(settings: dict[str, object]) -> None:
     with pytest.raises(lk.SettingError, match=f"{next(iter(settings))} must be"):
         lk.LoRAPlus(**settings)  # type: ignore[arg-type]
@@ -122,7 +155,9 @@ def test_an_optimizer_with_one_rate_for_all_is_refused() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    with pytest.raises(lk.StateError, match=r"is lora\+, whose tensors learn at different rates.*adapter.optimizer"):
+    with pytest.raises(
+        lk.StateError, match=r"is lora\+, whose tensors learn at different rates.*adapter.optimizer"
+    ):
         fit(model, optimizer, x, target, 1)
 
 
@@ -130,7 +165,7 @@ def test_two_optimizers_or_a_schedule_do_not_undo_it_silently() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
     for slot in ("A", "B"):
-        optimizer = torch.optim.AdamW([adapter.site("0").tensors()[slot]], lr=1e-3)
+        optimizer = torch.optim.AdamW([adapter.branch("0").tensors()[slot]], lr=1e-3)
         with pytest.raises(lk.SettingError, match="one optimizer has to hold them all"):
             fit(model, optimizer, x, target, 1)
     optimizer = adapter.optimizer(lr=1e-3)
@@ -141,7 +176,9 @@ def test_two_optimizers_or_a_schedule_do_not_undo_it_silently() -> None:
     fit(model, optimizer, x, target, 1)
     for group in optimizer.param_groups:
         group["lr"] = 5e-4
-    with pytest.warns(lk.LorakinWarning, match="at step 2 the learning rates .* are no longer related as lora"):
+    with pytest.warns(
+        lk.LorakinWarning, match="at step 2 the learning rates .* are no longer related as lora"
+    ):
         fit(model, optimizer, x, target, 1)
     fit(model, optimizer, x, target, 1)  # said once
 
@@ -160,6 +197,9 @@ def test_an_optimizer_that_finds_one_rate_itself_is_refused() -> None:
             super().__init__(params, **options)  # type: ignore[arg-type]
             self.defaults["d0"] = 1e-6
 
-    with pytest.raises(lk.StateError, match=r"Prodigy finds one learning rate for all groups, which would undo lora\+"):
+    with pytest.raises(
+        lk.StateError,
+        match=r"Prodigy finds one learning rate for all groups, which would undo lora\+",
+    ):
         lk.adapt(linear(), lk.LoRAPlus(rank=2)).optimizer(Prodigy, lr=1.0)
     lk.adapt(linear(), lk.LoRA(rank=2)).optimizer(Prodigy, lr=1.0)

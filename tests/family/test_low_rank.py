@@ -37,7 +37,10 @@ def test_it_is_the_truncated_svd(shape: tuple[int, int], rank: int, gained: bool
     assert near.gain is None and near.down.shape[0] == fit.rank == rank
     assert fit.error == pytest.approx(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()), rel=1e-6)
     assert fit.output_error is None and (fit.gain is not None) == gained
-    torch.testing.assert_close(near.up.norm(dim=0), near.down.norm(dim=1)), "both factors are of one size"
+    (
+        torch.testing.assert_close(near.up.norm(dim=0), near.down.norm(dim=1)),
+        "both factors are of one size",
+    )
 
 
 @pytest.mark.parametrize("gained", [False, True])
@@ -50,17 +53,25 @@ def test_weighted_it_is_the_best_for_the_outputs(shape: tuple[int, int], gained:
     weighted, fit = nearest(pair, weight, rank=3, root=root)
     plain, _ = nearest(pair, weight, rank=3)
     true = change(pair, weight)
-    wrong = [np.linalg.norm((true - (p.up @ p.down).numpy()) @ x.numpy().T) for p in (weighted, plain)]
+    wrong = [
+        np.linalg.norm((true - (p.up @ p.down).numpy()) @ x.numpy().T) for p in (weighted, plain)
+    ]
     assert wrong[0] < 0.98 * wrong[1]
-    assert fit.output_error == pytest.approx(wrong[0] / np.linalg.norm(true @ x.numpy().T), rel=1e-6)
+    assert fit.output_error == pytest.approx(
+        wrong[0] / np.linalg.norm(true @ x.numpy().T), rel=1e-6
+    )
     values = np.linalg.svd(true @ x.numpy().T, compute_uv=False)
-    assert wrong[0] == pytest.approx(np.sqrt((values[3:] ** 2).sum()), rel=1e-6), "no rank-3 pair does better"
+    assert wrong[0] == pytest.approx(np.sqrt((values[3:] ** 2).sum()), rel=1e-6), (
+        "no rank-3 pair does better"
+    )
 
 
 def test_the_smallest_rank_within_an_error() -> None:
     pair, weight = drawn(14, 18, 8, gained=True)
     values = np.linalg.svd(change(pair, weight), compute_uv=False)
-    errors = np.sqrt(np.array([(values[k:] ** 2).sum() for k in range(len(values) + 1)]) / (values**2).sum())
+    errors = np.sqrt(
+        np.array([(values[k:] ** 2).sum() for k in range(len(values) + 1)]) / (values**2).sum()
+    )
     for error in (0.5, 0.1, 0.01):
         _, fit = nearest(pair, weight, error=error)
         assert fit.rank == int((errors > error).sum()) and fit.error <= error

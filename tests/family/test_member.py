@@ -27,9 +27,15 @@ class Gained(Parametrisation):
     frozen: ClassVar[frozenset[str]] = frozenset({"A"})
     dropout: float = 0.0
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
+    def start(
+        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+    ) -> dict[str, Tensor]:
         A = torch.randn(2, shape.inputs, generator=generator, device=device) * 0.1
-        return {"A": A, "B": torch.zeros(shape.outputs, 2, device=device), "g": torch.ones(shape.outputs, device=device)}
+        return {
+            "A": A,
+            "B": torch.zeros(shape.outputs, 2, device=device),
+            "g": torch.ones(shape.outputs, device=device),
+        }
 
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         return Pair(tensors["B"], tensors["A"], tensors["g"])
@@ -39,8 +45,12 @@ def test_the_pair_is_the_common_form() -> None:
     rng = np.random.default_rng(0)
     W, up, down, gain = (rng.standard_normal(s) for s in ((5, 7), (5, 3), (3, 7), 5))
     pair = Pair(torch.tensor(up), torch.tensor(down), torch.tensor(gain))
-    np.testing.assert_allclose(pair.applied_to(torch.tensor(W)).numpy(), gain[:, None] * (W + up @ down), rtol=1e-12)
-    np.testing.assert_allclose(pair._replace(gain=None).applied_to(torch.tensor(W)).numpy(), W + up @ down, rtol=1e-12)
+    np.testing.assert_allclose(
+        pair.applied_to(torch.tensor(W)).numpy(), gain[:, None] * (W + up @ down), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        pair._replace(gain=None).applied_to(torch.tensor(W)).numpy(), W + up @ down, rtol=1e-12
+    )
     assert pair.norm() == pytest.approx(np.linalg.norm(up @ down), rel=1e-12)
 
 
@@ -50,7 +60,10 @@ def test_a_new_member_needs_no_other_code(make, ids: Tensor) -> None:  # type: i
     before = model(ids).logits
     adapter = lk.adapt(model, Gained())
     assert torch.equal(model(ids).logits, before), "a gain of one and B = 0 is the base to the bit"
-    assert {n.rsplit(".", 1)[1] for n, p in adapter.named_parameters() if p.requires_grad} == {"B", "g"}
+    assert {n.rsplit(".", 1)[1] for n, p in adapter.named_parameters() if p.requires_grad} == {
+        "B",
+        "g",
+    }
     randomise(adapter, 0.3)
     changed = model(ids).logits
     assert (changed - before).abs().max() > 1e-3
@@ -81,9 +94,11 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
     y = linear(x)
     torch.manual_seed(7)
     dropped = torch.nn.functional.dropout(x, 0.5)
-    site = adapter.site("0")
+    site = adapter.branch("0")
     W, b, (A, B, g) = linear[0].weight, linear[0].bias, (site.A, site.B, site.g)
-    torch.testing.assert_close(y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b)
+    torch.testing.assert_close(
+        y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b
+    )
 
 
 def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
@@ -97,13 +112,15 @@ def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    site = next(adapter.site(path) for path in adapter.plan.sites)
+    site = next(adapter.branch(path) for path in adapter.placement.methods)
     pair = adapter.pair_at(site.path)
     assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
     assert pair.up.shape[1] == 2
     peft = pytest.importorskip("peft")
     adapter.save(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_gpt2().double(), tmp_path, autocast_adapter_dtype=False
+    ).eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-7, atol=1e-7)
     adapter.remove()
     for other, message in (
@@ -118,6 +135,7 @@ def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
 def test_the_registry() -> None:
     assert member_named("lora") is lk.LoRA
     with pytest.raises(
-        lk.SettingError, match=r"unknown method 'lorra' \(did you mean 'lora'\?\); this version has: lora, lora\+, lora-fa"
+        lk.SettingError,
+        match=r"unknown method 'lorra' \(did you mean 'lora'\?\); this version has: lora, lora\+, lora-fa",
     ):
         member_named("lorra")

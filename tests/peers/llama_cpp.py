@@ -53,7 +53,9 @@ def available() -> str | None:
     node = shutil.which("node")
     if node is None:
         return "llama.cpp needs node, which is not installed"
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [node, "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if int(version.removeprefix("v").split(".")[0]) < NODE:
         return f"llama.cpp needs node {NODE} or newer, not {version}"
     if not (_installed() / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins").is_dir():
@@ -91,10 +93,16 @@ def run(
         "score": score,
     }
     done = subprocess.run(
-        ["node", HERE / "run.mjs", _installed()], input=json.dumps(request), capture_output=True, text=True, timeout=SECONDS
+        ["node", HERE / "run.mjs", _installed()],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"llama.cpp failed with exit status {done.returncode}:\n{done.stderr.strip()}")
+        raise RuntimeError(
+            f"llama.cpp failed with exit status {done.returncode}:\n{done.stderr.strip()}"
+        )
     return [
         Answer(
             answer["tokens"],
@@ -114,10 +122,16 @@ def dequantise(source: Path, target: Path) -> Path:
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == gguf.Keys.General.ARCHITECTURE:  # the header's own, and what the writer has put
+        if (
+            name.startswith("GGUF.") or name == gguf.Keys.General.ARCHITECTURE
+        ):  # the header's own, and what the writer has put
             continue
-        value = gguf.LlamaFileType.ALL_F32 if name == gguf.Keys.General.FILE_TYPE else field.contents()
-        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        value = (
+            gguf.LlamaFileType.ALL_F32 if name == gguf.Keys.General.FILE_TYPE else field.contents()
+        )
+        writer.add_key_value(
+            name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
+        )
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         writer.add_tensor(tensor.name, values.reshape(tensor.shape[::-1]))

@@ -12,7 +12,13 @@ import transformers
 import lorakin as lk
 from conftest import randomise
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
@@ -25,13 +31,28 @@ def model(kind: str) -> Any:
     if kind == "opt":
         return transformers.OPTForCausalLM(
             transformers.OPTConfig(
-                vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+                vocab_size=64,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=32,
             )
         ).eval()
     if kind == "mixtral":  # experts are packed parameters, which all-linear does not reach
-        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**GROUPED, num_local_experts=2)).eval()
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**GROUPED, num_local_experts=2)
+        ).eval()
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        transformers.T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
     ).eval()
 
 
@@ -48,7 +69,9 @@ def test_architecture(kind: str, tmp_path: Path, ids: torch.Tensor) -> None:
     weights = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     before = logits(base, ids)
     adapter = lk.adapt(base, lk.LoRA(rank=2))
-    torch.testing.assert_close(logits(base, ids), before, rtol=1e-5, atol=1e-5)  # T5 alone is not the same bits twice
+    torch.testing.assert_close(
+        logits(base, ids), before, rtol=1e-5, atol=1e-5
+    )  # T5 alone is not the same bits twice
     randomise(adapter)
     changed = logits(base, ids)
     assert (changed - before).abs().max() > 1e-4

@@ -94,29 +94,43 @@ def test_files(member: str, tmp_path: Path, x: Tensor) -> None:
     torch.testing.assert_close(back(x), model(x), rtol=1e-5, atol=1e-5)
     read.merge()
     torch.testing.assert_close(back(x), model(x), rtol=1e-5, atol=1e-5)
-    assert summarise(tmp_path / "theirs").norms == pytest.approx({p: adapter.pair_at(p).norm() for p in NAMES}, rel=1e-4)
+    assert summarise(tmp_path / "theirs").norms == pytest.approx(
+        {p: adapter.pair_at(p).norm() for p in NAMES}, rel=1e-4
+    )
 
 
 def test_a_file_edited_beside_ours_is_refused(tmp_path: Path) -> None:
     randomise(lk.adapt(Grouped(), lk.LoRA(rank=2), NAMES)).save(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 3, "alpha_pattern": {}}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "lora_alpha": 3, "alpha_pattern": {}})
+    )
     with pytest.raises(lk.AdapterError, match="say another change"):
         lk.load(Grouped(), tmp_path)
 
 
 def test_ranks_above_a_groups_own(tmp_path: Path) -> None:
     """No group's change has more ranks than the group has outputs, and PEFT's file needs no more."""
-    randomise(lk.adapt(nn.Sequential(nn.Conv1d(6, 6, 5, groups=6)), lk.LoRA(rank=4), "0")).save(tmp_path)
-    shapes = {key: tuple(t.shape) for key, t in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").items()}
-    assert shapes == {"base_model.model.0.lora_A.weight": (6, 6, 5), "base_model.model.0.lora_B.weight": (6, 1, 1)}
+    randomise(lk.adapt(nn.Sequential(nn.Conv1d(6, 6, 5, groups=6)), lk.LoRA(rank=4), "0")).save(
+        tmp_path
+    )
+    shapes = {
+        key: tuple(t.shape)
+        for key, t in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    assert shapes == {
+        "base_model.model.0.lora_A.weight": (6, 6, 5),
+        "base_model.model.0.lora_B.weight": (6, 1, 1),
+    }
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_peft_trains_across_groups(rslora: bool, tmp_path: Path, x: Tensor) -> None:
     """It is no change of the weight: read as what it is, trained on, written; merging is refused."""
     torch.manual_seed(4)
-    config = peft.LoraConfig(r=8, lora_alpha=3, target_modules=NAMES, init_lora_weights=False, use_rslora=rslora)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=3, target_modules=NAMES, init_lora_weights=False, use_rslora=rslora
+    )
     theirs = peft.get_peft_model(Grouped(), config).eval()
     theirs.save_pretrained(tmp_path)
     adapter = lk.load(model := Grouped(), tmp_path, trainable=True)
@@ -124,7 +138,10 @@ def test_what_peft_trains_across_groups(rslora: bool, tmp_path: Path, x: Tensor)
     back = peft.PeftModel.from_pretrained(Grouped(), adapter.save(tmp_path / "again")).eval()
     torch.testing.assert_close(back(x), theirs(x), rtol=1e-5, atol=1e-5)
     shapes = [
-        {key: t.shape for key, t in safetensors.torch.load_file(at / "adapter_model.safetensors").items()}
+        {
+            key: t.shape
+            for key, t in safetensors.torch.load_file(at / "adapter_model.safetensors").items()
+        }
         for at in (tmp_path, tmp_path / "again")
     ]
     assert shapes[0] == shapes[1], "as PEFT had it"
@@ -148,7 +165,9 @@ def test_what_peft_trains_across_groups(rslora: bool, tmp_path: Path, x: Tensor)
 def test_dora_across_groups_is_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=8, target_modules=["one"], init_lora_weights=False, use_dora=True)
     peft.get_peft_model(Grouped(), config).save_pretrained(tmp_path)
-    with pytest.raises(lk.AdapterError, match="one, a convolution with groups=2, reads inputs across groups"):
+    with pytest.raises(
+        lk.AdapterError, match="one, a convolution with groups=2, reads inputs across groups"
+    ):
         lk.load(Grouped(), tmp_path)
 
 

@@ -22,10 +22,19 @@ THEIRS = {
     "lora": (tiny_bert, lambda bias: peft.LoraConfig(r=2, bias=bias, **QUERY)),
     "dora": (tiny_bert, lambda bias: peft.LoraConfig(r=2, bias=bias, use_dora=True, **QUERY)),
     "head": (tiny_bert, lambda bias: peft.LoraConfig(r=2, bias=bias, task_type="SEQ_CLS", **QUERY)),
-    "adalora": (tiny_bert, lambda bias: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, bias=bias, **QUERY)),
-    "vera": (tiny_bert, lambda bias: peft.VeraConfig(r=4, bias=bias.replace("lora", "vera"), **QUERY)),
+    "adalora": (
+        tiny_bert,
+        lambda bias: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, bias=bias, **QUERY),
+    ),
+    "vera": (
+        tiny_bert,
+        lambda bias: peft.VeraConfig(r=4, bias=bias.replace("lora", "vera"), **QUERY),
+    ),
     "conv1d": (tiny_gpt2, lambda bias: peft.LoraConfig(r=2, bias=bias, target_modules=["c_attn"])),
-    "convolution": (ConvNet, lambda bias: peft.LoraConfig(r=2, bias=bias, target_modules=["one", "head"])),
+    "convolution": (
+        ConvNet,
+        lambda bias: peft.LoraConfig(r=2, bias=bias, target_modules=["one", "head"]),
+    ),
 }
 
 
@@ -37,7 +46,11 @@ def out(model: nn.Module, kind: str) -> Tensor:
 
 
 def keys(folder: Path) -> set[str]:
-    return {key for key in safetensors.torch.load_file(folder / "adapter_model.safetensors") if key.endswith(".bias")}
+    return {
+        key
+        for key in safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        if key.endswith(".bias")
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -60,9 +73,16 @@ def test_there_and_back(kind: str, bias: str, tmp_path: Path) -> None:
         assert torch.equal(out(model, kind), base)
     assert len(adapter.biases()) >= 2
     adapter.save(tmp_path / "ours")
-    written = [json.loads((tmp_path / side / "adapter_config.json").read_text())["bias"] for side in ("theirs", "ours")]
+    written = [
+        json.loads((tmp_path / side / "adapter_config.json").read_text())["bias"]
+        for side in ("theirs", "ours")
+    ]
     assert written[0] == written[1]
-    twice = {key for key in keys(tmp_path / "theirs") if "original_module" in key or "modules_to_save" in key}
+    twice = {
+        key
+        for key in keys(tmp_path / "theirs")
+        if "original_module" in key or "modules_to_save" in key
+    }
     assert keys(tmp_path / "ours") == keys(tmp_path / "theirs") - twice
     back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(out(back, kind), wanted, rtol=1e-5, atol=1e-5)
@@ -72,10 +92,12 @@ def test_there_and_back(kind: str, bias: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_a_method_without_a_form_of_its_own(bias: str, tmp_path: Path) -> None:
     model = tiny_bert()
-    adapter = randomise(lk.adapt(model, [lk.DoRA(), lk.VeRA(rank=4)], ["query", "dense"], bias=bias))
+    adapter = randomise(
+        lk.adapt(model, [lk.DoRA(), lk.VeRA(rank=4)], ["query", "dense"], bias=bias)
+    )
     adapter.save(tmp_path)
     fresh = tiny_bert()
-    assert lk.load(fresh, tmp_path).plan.biases == adapter.plan.biases
+    assert lk.load(fresh, tmp_path).placement.biases == adapter.placement.biases
     torch.testing.assert_close(out(fresh, ""), out(model, ""))
     back = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
     torch.testing.assert_close(out(back, ""), out(model, ""), rtol=1e-4, atol=1e-5)
@@ -99,7 +121,10 @@ KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bia
         (lambda t: t.update({KEY: torch.zeros(3)}), r"query is torch.float32, \(3,\)"),
         (lambda t: t.update({KEY: torch.full((32,), torch.nan)}), "NaN"),
         (lambda t: t.update({KEY: torch.zeros(32, dtype=torch.int64)}), "int64"),
-        (lambda t: t.update({"base_model.model.bert.nothing.bias": torch.zeros(3)}), "belong to nothing"),
+        (
+            lambda t: t.update({"base_model.model.bert.nothing.bias": torch.zeros(3)}),
+            "belong to nothing",
+        ),
     ],
 )
 def test_damaged_files_are_refused(change: Any, message: str, tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def theirs(model: Any, folders: dict[str, Any], word: str, **more: Any) -> Any:
 @torch.no_grad()
 def changes(before: Any, after: Any) -> dict[str, Tensor]:
     return {
-        key: after[key] - weight for key, weight in before.items() if not torch.equal(after[key], weight) and "lora" not in key
+        key: after[key] - weight
+        for key, weight in before.items()
+        if not torch.equal(after[key], weight) and "lora" not in key
     }
 
 
@@ -71,17 +73,27 @@ def gpt2() -> Any:
 
 CASES = [
     (make, word, elect, targets)
-    for make, targets in ((llama, ["q_proj", "v_proj", "down_proj"]), (llama, ["embed_tokens", "q_proj"]), (gpt2, ["c_attn"]))
+    for make, targets in (
+        (llama, ["q_proj", "v_proj", "down_proj"]),
+        (llama, ["embed_tokens", "q_proj"]),
+        (gpt2, ["c_attn"]),
+    )
     for word in OURS
     for elect in (("total", "frequency") if "ties" in word else (None,))
     # on embeddings and Conv1D PEFT draws over the transposed change
-    if not (word.startswith("dare") and word.endswith("svd") and (make is gpt2 or "embed_tokens" in targets))
+    if not (
+        word.startswith("dare")
+        and word.endswith("svd")
+        and (make is gpt2 or "embed_tokens" in targets)
+    )
 ]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("make", "word", "elect", "targets"), CASES)
-def test_each_of_pefts_words(make: Callable[[], Any], word: str, elect: str | None, targets: list[str], tmp_path: Any) -> None:
+def test_each_of_pefts_words(
+    make: Callable[[], Any], word: str, elect: str | None, targets: list[str], tmp_path: Any
+) -> None:
     model = make()
     base = {key: t.clone() for key, t in model.state_dict().items()}
     folders = {}
@@ -92,8 +104,13 @@ def test_each_of_pefts_words(make: Callable[[], Any], word: str, elect: str | No
     combined.merge(permanent=True)
     for adapter in lk.adapters(model).values():
         adapter.remove()
-    more: dict[str, Any] = {"density": OURS[word].get("density"), "svd_rank": OURS[word].get("rank")}
-    more = {key: value for key, value in more.items() if value} | {"majority_sign_method": elect or "total"}
+    more: dict[str, Any] = {
+        "density": OURS[word].get("density"),
+        "svd_rank": OURS[word].get("rank"),
+    }
+    more = {key: value for key, value in more.items() if value} | {
+        "majority_sign_method": elect or "total"
+    }
     wrapped = theirs(make(), folders, word, **more)
     merged = wrapped.merge_and_unload().state_dict()
     ours, want = changes(base, model.state_dict()), changes(base, merged)
@@ -109,5 +126,7 @@ def test_peft_reads_what_was_combined(ids: Tensor, tmp_path: Any) -> None:
         randomise(lk.adapt(model, lk.LoRA(4 + seed, 8), name=name), 0.3, seed)
     combined, _ = lk.combine(model, {"a": 1, "b": 1}, how="ties", density=0.3, rank=5)
     want = model(ids).logits
-    read = peft.PeftModel.from_pretrained(copy.deepcopy(tiny_llama()), combined.save(tmp_path / "out"))
+    read = peft.PeftModel.from_pretrained(
+        copy.deepcopy(tiny_llama()), combined.save(tmp_path / "out")
+    )
     torch.testing.assert_close(read(ids).logits, want, rtol=0, atol=1e-5)

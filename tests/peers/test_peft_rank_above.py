@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import tiny_llama, tiny_mixtral
-from surgery.test_rank_above import MEMBERS, adapted, trained
+from inject.test_rank_above import MEMBERS, adapted, trained
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -25,7 +25,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("word", MEMBERS)
-def test_every_member_is_read_with_equal_logits(word: str, steps: int, ids: Tensor, tmp_path: Path) -> None:
+def test_every_member_is_read_with_equal_logits(
+    word: str, steps: int, ids: Tensor, tmp_path: Path
+) -> None:
     adapter = trained(adapted(word, ids), ids, steps)
     want = adapter.model(ids).logits
     read: Any = peft.PeftModel.from_pretrained(tiny_llama(), adapter.save(tmp_path / "out"))
@@ -34,7 +36,12 @@ def test_every_member_is_read_with_equal_logits(word: str, steps: int, ids: Tens
 
 def test_experts(ids: Tensor, tmp_path: Path) -> None:
     model = tiny_mixtral()
-    adapter = lk.adapt(model, lk.LoRA(40), ["q_proj", "experts.gate_up_proj", "experts.down_proj"], rank_above="clamp")
+    adapter = lk.adapt(
+        model,
+        lk.LoRA(40),
+        ["q_proj", "experts.gate_up_proj", "experts.down_proj"],
+        rank_above="clamp",
+    )
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import MEMBERS, randomise, tiny_gpt2, tiny_llama
-from lorakin.surgery.tokens import TokenRows
+from lorakin.inject.tokens import TokenRows
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -36,12 +36,20 @@ def ids(ids: Tensor) -> Tensor:
 
 def tiny_t5() -> Any:
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
 def theirs(model: Any, tokens: Any, **more: Any) -> Any:
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "trainable_token_indices": tokens, **more}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": tokens,
+        **more,
+    }
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
 
 
@@ -71,7 +79,9 @@ def test_training_is_pefts(tokens: Any, tied: bool, ids: Tensor, tmp_path: Path)
     other.train()
     torch.testing.assert_close(trained(model, ids, 4), trained(other, ids, 4), rtol=0, atol=2e-5)
     ours = {name: p for name, p in adapter.named_parameters() if name.endswith("rows")}
-    assert ours and all((p - tiny_llama(tied).model.embed_tokens.weight[0]).abs().max() > 0 for p in ours.values())
+    assert ours and all(
+        (p - tiny_llama(tied).model.embed_tokens.weight[0]).abs().max() > 0 for p in ours.values()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -133,7 +143,7 @@ def test_tied_by_hand_they_get_both(ids: Tensor, tmp_path: Path) -> None:
     model = tiny_llama(tied=False)
     model.lm_head.weight = model.model.embed_tokens.weight
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), trainable_tokens=IDS), 0.2)
-    assert adapter.plan.tokens["model.embed_tokens"].tied == ("lm_head",)
+    assert adapter.placement.tokens["model.embed_tokens"].tied == ("lm_head",)
     want = model(ids).logits
     adapter.save(tmp_path)
     for load in (lk.load, peft.PeftModel.from_pretrained):
@@ -155,7 +165,9 @@ def test_a_pair_on_the_tied_head_is_refused(ids: Tensor, tmp_path: Path) -> None
     torch.testing.assert_close(untied(ids).logits, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [IDS, {"embed_tokens": IDS}, {"shared": IDS, "lm_head": IDS}], ids=str)
+@pytest.mark.parametrize(
+    "tokens", [IDS, {"embed_tokens": IDS}, {"shared": IDS, "lm_head": IDS}], ids=str
+)
 def test_four_modules_of_one_weight(tokens: Any, ids: Tensor, tmp_path: Path) -> None:
     """Named by another than the input embedding, PEFT ties nothing; ours are then written one by one."""
 
@@ -166,12 +178,19 @@ def test_four_modules_of_one_weight(tokens: Any, ids: Tensor, tmp_path: Path) ->
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(other.named_parameters()):
             if "trainable_tokens" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                )
     other.save_pretrained(tmp_path / "theirs")
     lk.load(model := tiny_t5(), tmp_path / "theirs")
     torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=1e-5)
-    adapter = randomise(lk.adapt(model := tiny_t5(), lk.LoRA(rank=2), ["q"], trainable_tokens=tokens), 0.2)
-    assert len(adapter.plan.tokens) == 1 and len(next(iter(adapter.plan.tokens.values())).tied) == 3
+    adapter = randomise(
+        lk.adapt(model := tiny_t5(), lk.LoRA(rank=2), ["q"], trainable_tokens=tokens), 0.2
+    )
+    assert (
+        len(adapter.placement.tokens) == 1
+        and len(next(iter(adapter.placement.tokens.values())).tied) == 3
+    )
     adapter.save(tmp_path / "ours")
     for load in (lk.load, peft.PeftModel.from_pretrained):
         loaded = load(base := tiny_t5(), tmp_path / "ours")
@@ -194,7 +213,7 @@ def test_their_own_type(tied: bool, ids: Tensor, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     model = tiny_llama(tied)
     adapter = lk.load(model, tmp_path)
-    assert not adapter.plan.sites
+    assert not adapter.placement.methods
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
 
 
@@ -206,7 +225,9 @@ def resized(tied: bool, folder: Path, seed: int, size: int = 67) -> Any:
     if size != 64:
         torch.manual_seed(seed)
         model.resize_token_embeddings(size, mean_resizing=False)
-        for table in {id(t): t for t in (model.lm_head.weight, model.model.embed_tokens.weight)}.values():
+        for table in {
+            id(t): t for t in (model.lm_head.weight, model.model.embed_tokens.weight)
+        }.values():
             nn.init.normal_(table[64:].detach(), std=0.2)
     return model.eval()
 
@@ -226,7 +247,9 @@ def test_their_resized_vocabulary(tokens: Any, tied: bool, ids: Tensor, tmp_path
         model = resized(tied, tmp_path / "base", seed)
         adapter = lk.load(model, tmp_path / "a")
         torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
-        assert set(NEW) >= {token for rows in adapter.plan.tokens.values() for token in rows.ids}
+        assert set(NEW) >= {
+            token for rows in adapter.placement.tokens.values() for token in rows.ids
+        }
     with pytest.raises(lk.AdapterError, match=r"resize_token_embeddings\(67\)"):
         lk.load(resized(tied, tmp_path / "base", 1, 64), tmp_path / "a")
     with pytest.raises(lk.AdapterError, match="another base model"):
@@ -238,13 +261,17 @@ def test_our_resized_vocabulary(tied: bool, size: int, ids: Tensor, tmp_path: Pa
     """The rows that the adapter trains, and any after them, are no part of what its base is known by."""
     ids[0, :3] = torch.tensor(NEW)
     model = resized(tied, tmp_path / "base", 1, size)
-    adapter = lk.adapt(model, lk.LoRA(rank=4), trainable_tokens={"embed_tokens": NEW, "lm_head": NEW})
+    adapter = lk.adapt(
+        model, lk.LoRA(rank=4), trainable_tokens={"embed_tokens": NEW, "lm_head": NEW}
+    )
     want = trained(model, ids)
     adapter.save(tmp_path / "a")
     other = resized(tied, tmp_path / "base", 2, size)
     lk.load(other, tmp_path / "a")
     torch.testing.assert_close(other(ids).logits[..., :67], want[..., :67], rtol=0, atol=1e-5)
-    with pytest.raises(lk.AdapterError, match=rf"token 66 of .* 64 rows.*resize_token_embeddings\({size}\)"):
+    with pytest.raises(
+        lk.AdapterError, match=rf"token 66 of .* 64 rows.*resize_token_embeddings\({size}\)"
+    ):
         lk.load(resized(tied, tmp_path / "base", 1, 64), tmp_path / "a")
     changed = resized(tied, tmp_path / "base", 1, size)
     with torch.no_grad():
@@ -256,7 +283,9 @@ def test_our_resized_vocabulary(tied: bool, size: int, ids: Tensor, tmp_path: Pa
 def test_new_rows_that_are_not_trained_are_missed(tmp_path: Path) -> None:
     model = resized(False, tmp_path / "base", 1)
     randomise(lk.adapt(model, lk.LoRA(rank=4), trainable_tokens=NEW)).save(tmp_path / "a")
-    with pytest.raises(lk.AdapterError, match=r"lm_head here is another.*Rows that a resize added are random"):
+    with pytest.raises(
+        lk.AdapterError, match=r"lm_head here is another.*Rows that a resize added are random"
+    ):
         lk.load(resized(False, tmp_path / "base", 2), tmp_path / "a")
 
 
@@ -264,7 +293,9 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
     old, held = files(folder)
     (folder / "adapter_config.json").write_text(json.dumps({**old, **(config or {})}))
     held = {key: tensors.get(key.rpartition(".")[2], tensor) for key, tensor in held.items()}
-    safetensors.torch.save_file({key: t for key, t in held.items() if t is not None}, folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(
+        {key: t for key, t in held.items() if t is not None}, folder / "adapter_model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +304,11 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
         ({"trainable_token_indices": [5]}, torch.zeros(2, 32), "shape"),
         ({"trainable_token_indices": [5, "a"]}, torch.zeros(2, 32), "expected ids"),
         ({"trainable_token_indices": [5, -1]}, torch.zeros(2, 32), "expected ids"),
-        ({"trainable_token_indices": [5, 99]}, torch.zeros(2, 32), r"resize_token_embeddings\(100\)"),
+        (
+            {"trainable_token_indices": [5, 99]},
+            torch.zeros(2, 32),
+            r"resize_token_embeddings\(100\)",
+        ),
         ({"trainable_token_indices": 5}, torch.zeros(2, 32), "expected ids"),
         ({"trainable_token_indices": None}, torch.zeros(2, 32), "does not name"),
         ({"trainable_token_indices": {"other": [5, 6]}}, torch.zeros(2, 32), "does not name"),
@@ -283,7 +318,9 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
         ({}, None, "the file has no rows"),
     ],
 )
-def test_files_that_do_not_fit_together(config: Any, rows: Any, message: str, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_together(
+    config: Any, rows: Any, message: str, tmp_path: Path
+) -> None:
     theirs(tiny_llama(), IDS).save_pretrained(tmp_path)
     edited(tmp_path, config, trainable_tokens_delta=rows)
     model = tiny_llama()
@@ -299,7 +336,7 @@ def test_the_last_of_a_token_that_stands_twice_counts(ids: Tensor, tmp_path: Pat
     edited(tmp_path, trainable_tokens_delta=rows)
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
-    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((5, 6), ("lm_head",))}
+    assert adapter.placement.tokens == {"model.embed_tokens": TokenRows((5, 6), ("lm_head",))}
     assert torch.equal(adapter.rows_at("model.embed_tokens"), rows[[2, 1]])
     other = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=0, atol=1e-5)

@@ -43,7 +43,10 @@ def bart() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {"gemma": gemma, "bart": bart}
-MEMBERS: dict[str, Callable[[], Any]] = {"lora": lambda: lk.LoRA(rank=2, alpha=3), "dora": lambda: lk.DoRA(rank=2, alpha=3)}
+MEMBERS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: lk.LoRA(rank=2, alpha=3),
+    "dora": lambda: lk.DoRA(rank=2, alpha=3),
+}
 
 
 @pytest.fixture
@@ -58,8 +61,12 @@ def test_peft_both_ways(name: str, member: str, tmp_path: Path, ids: Tensor) -> 
     model = make()
     randomise(lk.adapt(model, MEMBERS[member](), "embed_tokens"), 0.2).save(tmp_path / "ours")
     read = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
-    torch.testing.assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens"], use_dora=member == "dora")
+    torch.testing.assert_close(
+        read(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5
+    )
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["embed_tokens"], use_dora=member == "dora"
+    )
     theirs = peft.get_peft_model(make(), config).eval()
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
@@ -71,11 +78,20 @@ def test_peft_both_ways(name: str, member: str, tmp_path: Path, ids: Tensor) -> 
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     out.square().mean().backward()
     wanted.square().mean().backward()
-    grads = {n.removeprefix("base_model.model.").replace(".default", ""): p.grad for n, p in theirs.named_parameters()}
+    grads = {
+        n.removeprefix("base_model.model.").replace(".default", ""): p.grad
+        for n, p in theirs.named_parameters()
+    }
     for key, parameter in adapter.named_parameters():
         path, slot = key.rsplit(".", 1)
-        wanted_key = f"{path}.lora_embedding_{slot}" if slot != "m" else f"{path}.lora_magnitude_vector.weight"
-        torch.testing.assert_close(parameter.grad, grads[wanted_key].view_as(parameter), rtol=1e-4, atol=1e-6)
+        wanted_key = (
+            f"{path}.lora_embedding_{slot}"
+            if slot != "m"
+            else f"{path}.lora_magnitude_vector.weight"
+        )
+        torch.testing.assert_close(
+            parameter.grad, grads[wanted_key].view_as(parameter), rtol=1e-4, atol=1e-6
+        )
     adapter.merge()
     torch.testing.assert_close(again(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
 
@@ -96,7 +112,9 @@ def test_compiled_checkpointed_and_mixed(name: str, member: str, ids: Tensor) ->
     wanted = torch.autograd.grad(out.square().mean(), tensors)
     model.gradient_checkpointing_enable()
     model.train()
-    again = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.square().mean(), tensors)
+    again = torch.autograd.grad(
+        model(input_ids=ids, use_cache=False).logits.square().mean(), tensors
+    )
     torch.testing.assert_close(again, wanted)
 
 
@@ -111,7 +129,11 @@ class Tables(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
         for one in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(one, Tensor) and one.numel() >= 32 * WORDS and one.untyped_storage().data_ptr() not in known:
+            if (
+                isinstance(one, Tensor)
+                and one.numel() >= 32 * WORDS
+                and one.untyped_storage().data_ptr() not in known
+            ):
                 self.made.append(str(func))
         return out
 
@@ -137,8 +159,14 @@ def test_no_table_is_compiled() -> None:
 
     model = nn.Sequential(Gemma3TextScaledWordEmbedding(WORDS, 32, 0, 3.0))
     randomise(lk.adapt(model, lk.LoRA(rank=2), "0"), 0.1)
-    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    compiled = torch.compile(
+        model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
+    )
     torch.testing.assert_close(compiled(ids), model(ids))
     nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
-    sizes = {str(node.target): node.meta["val"].numel() for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+    sizes = {
+        str(node.target): node.meta["val"].numel()
+        for node in nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    }
     assert sizes and max(sizes.values()) < 32 * WORDS, sizes

@@ -16,7 +16,11 @@ from conftest import randomise, tiny_llama
 from lorakin.training import prepare_trainer
 
 ROWS = [
-    {"input_ids": [3 + (i * k) % 50 for k in range(1, 9)], "labels": [3 + (i * k) % 50 for k in range(1, 9)]} for i in range(16)
+    {
+        "input_ids": [3 + (i * k) % 50 for k in range(1, 9)],
+        "labels": [3 + (i * k) % 50 for k in range(1, 9)],
+    }
+    for i in range(16)
 ]
 
 
@@ -82,12 +86,21 @@ def test_checkpoints_hold_the_adapter_and_resuming_is_exact(tmp_path: Path, drop
     prepare_trainer(trainer(tmp_path / "whole", model)).train()
     whole = state(adapter)
     files = {p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"} <= files
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "optimizer.pt",
+        "trainer_state.json",
+    } <= files
     assert "model.safetensors" not in files
     model, adapter = adapted(dropout=dropout)
     randomise(adapter)
-    prepare_trainer(trainer(tmp_path / "again", model)).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items()), "bit for bit"
+    prepare_trainer(trainer(tmp_path / "again", model)).train(
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+    )
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state(adapter).items()), (
+        "bit for bit"
+    )
     model, adapter = adapted(dropout=dropout)
     over = prepare_trainer(trainer(tmp_path / "over", model))
     over.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
@@ -115,7 +128,9 @@ def test_two_adapters_lie_as_peft_lays_them(tmp_path: Path) -> None:
     lk.adapt(model, lk.LoRA(rank=3), "q_proj", name="second")
     prepare_trainer(trainer(tmp_path, model)).train()
     assert (tmp_path / "checkpoint-6" / "adapter_config.json").exists()
-    assert lk.load(tiny_llama(), tmp_path / "checkpoint-6" / "second").method.parametrisation.rank == 3
+    assert (
+        lk.load(tiny_llama(), tmp_path / "checkpoint-6" / "second").method.parametrisation.rank == 3
+    )
 
 
 @pytest.mark.filterwarnings("default::lorakin.errors.LorakinWarning")
@@ -142,22 +157,33 @@ def test_a_prepared_trainer_needs_nothing_else(member: Any, tmp_path: Path) -> N
         model = tiny_llama()
         adapter = lk.adapt(model, member, seed=0)
         run = prepare_trainer(trainer(tmp_path / part, model, weight_decay=0.1))
-        run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if part == "again" else None)
+        run.train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+            if part == "again"
+            else None
+        )
         assert adapter.steps == 6
         results.append(state(adapter))
         rates = {
-            id(p): (group["initial_lr"], group["weight_decay"]) for group in run.optimizer.param_groups for p in group["params"]
+            id(p): (group["initial_lr"], group["weight_decay"])
+            for group in run.optimizer.param_groups
+            for p in group["params"]
         }
         for group in adapter.parameter_groups(lr=1e-2, weight_decay=0.1):
-            assert all(rates[id(p)] == (group["lr"], group["weight_decay"]) for p in group["params"])
+            assert all(
+                rates[id(p)] == (group["lr"], group["weight_decay"]) for p in group["params"]
+            )
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(t, results[1][name]) for name, t in results[0].items()), "bit for bit"
 
 
 @pytest.mark.parametrize(
-    ("member", "message"), [(MEMBERS[0], "learn at different rates"), (MEMBERS[1], "does not know its length")]
+    ("member", "message"),
+    [(MEMBERS[0], "learn at different rates"), (MEMBERS[1], "does not know its length")],
 )
-def test_a_plain_trainer_does_not_make_another_method_of_it(member: Any, message: str, tmp_path: Path) -> None:
+def test_a_plain_trainer_does_not_make_another_method_of_it(
+    member: Any, message: str, tmp_path: Path
+) -> None:
     model = tiny_llama()
     lk.adapt(model, member)
     with pytest.raises(lk.LorakinError, match=message):
@@ -166,21 +192,28 @@ def test_a_plain_trainer_does_not_make_another_method_of_it(member: Any, message
 
 def test_a_plain_trainer_is_enough_where_nothing_need_be_told(tmp_path: Path) -> None:
     model = tiny_llama()
-    adapter = lk.adapt(model, [lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=6, start=1, finish=2), lk.DoRA()])
+    adapter = lk.adapt(
+        model,
+        [lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=6, start=1, finish=2), lk.DoRA()],
+    )
     trainer(tmp_path, model, gradient_accumulation_steps=2, max_grad_norm=0.1).train()
-    assert sum(len(adapter.site(path).E) for path in adapter.plan.sites) == 14 * 2
+    assert sum(len(adapter.branch(path).E) for path in adapter.placement.methods) == 14 * 2
     adapter.save(tmp_path / "adapter")
 
 
 def test_a_trainer_without_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lk.StateError, match="the trainer's model has no adapters"):
         prepare_trainer(trainer(tmp_path, tiny_llama()))
-    with pytest.raises(lk.SettingError, match="expected a Trainer of transformers or TRL, not a LlamaForCausalLM"):
+    with pytest.raises(
+        lk.SettingError, match="expected a Trainer of transformers or TRL, not a LlamaForCausalLM"
+    ):
         prepare_trainer(tiny_llama())
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]], fused: bool) -> None:
+def test_sft_trainer(
+    tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]], fused: bool
+) -> None:
     trl = pytest.importorskip("trl")
     model, adapter = adapted()
     if fused:
@@ -196,7 +229,9 @@ def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, s
     run = prepare_trainer(
         trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, max_steps=8)),
+            args=trl.SFTConfig(
+                **arguments(tmp_path, bf16=False, gradient_checkpointing=False, max_steps=8)
+            ),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
         )
@@ -214,7 +249,9 @@ def test_sft_trainer(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, s
 def test_sft_trainer_with_members_that_act_at_steps(tmp_path: Path, tokenizer: Any) -> None:
     trl = pytest.importorskip("trl")
     model = tiny_llama()
-    adapter = lk.adapt(model, [lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2), lk.LoRAPlus(ratio=4)])
+    adapter = lk.adapt(
+        model, [lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2), lk.LoRAPlus(ratio=4)]
+    )
     prepare_trainer(
         trl.SFTTrainer(
             model=model,
@@ -223,25 +260,35 @@ def test_sft_trainer_with_members_that_act_at_steps(tmp_path: Path, tokenizer: A
             processing_class=tokenizer,
         )
     ).train()
-    assert sum(len(adapter.site(path).E) for path in adapter.plan.sites) == 14 * 2
+    assert sum(len(adapter.branch(path).E) for path in adapter.placement.methods) == 14 * 2
     adapter.save(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_head_whose_weight_the_trainer_reads_trains(whole: bool, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_head_whose_weight_the_trainer_reads_trains(
+    whole: bool, tmp_path: Path, tokenizer: Any
+) -> None:
     """TRL multiplies by the head's weight without calling the head; it refuses PEFT's adapters there."""
     trl = pytest.importorskip("trl")
     model = tiny_llama(tied=False)
-    targets = {"targets": ["q_proj"], "modules_to_save": ["lm_head"]} if whole else {"targets": ["q_proj", "lm_head"]}
+    targets = (
+        {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}
+        if whole
+        else {"targets": ["q_proj", "lm_head"]}
+    )
     adapter = lk.adapt(model, lk.LoRA(rank=2), **targets)
     trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**arguments(tmp_path, bf16=False, gradient_checkpointing=False, save_strategy="no")),
+        args=trl.SFTConfig(
+            **arguments(tmp_path, bf16=False, gradient_checkpointing=False, save_strategy="no")
+        ),
         train_dataset=datasets.Dataset.from_list(ROWS),
         processing_class=tokenizer,
     ).train()
     if whole:
-        assert not torch.equal(adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"])
+        assert not torch.equal(
+            adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"]
+        )
     else:
-        assert adapter.site("lm_head").tensors()["B"].any()
+        assert adapter.branch("lm_head").tensors()["B"].any()
     adapter.save(tmp_path / "adapter")  # which would say what training never reached

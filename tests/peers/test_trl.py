@@ -36,13 +36,21 @@ def losses(trainer: Any) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("member", [lk.LoRA(rank=4), lk.DoRA(rank=4), lk.VeRA(rank=8)], ids=lambda m: m.word)
-def test_sft_with_packing(member: Any, tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize(
+    "member", [lk.LoRA(rank=4), lk.DoRA(rank=4), lk.VeRA(rank=8)], ids=lambda m: m.word
+)
+def test_sft_with_packing(
+    member: Any, tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]
+) -> None:
     model = tiny_llama()
     adapter = lk.adapt(model, member)
     rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in chat_rows]
-    args = trl.SFTConfig(**settings(tmp_path, packing=True, packing_strategy="wrapped", max_length=24))
-    trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    args = trl.SFTConfig(
+        **settings(tmp_path, packing=True, packing_strategy="wrapped", max_length=24)
+    )
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
     assert all(len(row["input_ids"]) == 24 for row in list(trainer.train_dataset)[:-1]), "packed"
     prepare_trainer(trainer).train()
     assert adapter.steps == 6
@@ -50,14 +58,22 @@ def test_sft_with_packing(member: Any, tmp_path: Path, tokenizer: Any, chat_rows
     assert again.method.words == adapter.method.words
 
 
-@pytest.mark.parametrize("members", [[lk.LoRA(rank=4)], [lk.DoRA(rank=4), lk.LoRAPlus(ratio=4)]], ids=["lora", "dora,lora+"])
+@pytest.mark.parametrize(
+    "members",
+    [[lk.LoRA(rank=4)], [lk.DoRA(rank=4), lk.LoRAPlus(ratio=4)]],
+    ids=["lora", "dora,lora+"],
+)
 def test_dpo_against_the_model_itself(members: Any, tmp_path: Path, tokenizer: Any) -> None:
     """The same losses as with a second copy of the base as the reference, without one."""
 
     def run(model: Any, ref_model: Any, folder: Path) -> list[float]:
         args = trl.DPOConfig(**settings(folder))
         trainer = trl.DPOTrainer(
-            model, ref_model, args, train_dataset=datasets.Dataset.from_list(PAIRS), processing_class=tokenizer
+            model,
+            ref_model,
+            args,
+            train_dataset=datasets.Dataset.from_list(PAIRS),
+            processing_class=tokenizer,
         )
         prepare_trainer(trainer).train()
         return losses(trainer)
@@ -100,17 +116,21 @@ def test_a_reference_is_the_base_whatever_becomes_of_the_adapters(ids: torch.Ten
     adapter.remove()
     other = lk.adapt(model, lk.LoRA(rank=2), name="other")
     with torch.no_grad():
-        other.site("model.layers.0.mlp.up_proj").B.normal_()
+        other.branch("model.layers.0.mlp.up_proj").B.normal_()
     assert torch.equal(ours(ids).logits, base)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
 
-def test_a_head_that_trl_reads_trains_whole(tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]) -> None:
+def test_a_head_that_trl_reads_trains_whole(
+    tmp_path: Path, tokenizer: Any, chat_rows: list[dict[str, str]]
+) -> None:
     model = tiny_llama(tied=False)
     adapter = lk.adapt(model, lk.LoRA(rank=4), ["q_proj"], modules_to_save=["lm_head"])
     rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in chat_rows]
     args = trl.SFTConfig(**settings(tmp_path, save_strategy="no"))
-    trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
     prepare_trainer(trainer).train()
     assert not torch.equal(adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"])
     adapter.save(tmp_path / "adapter")
@@ -122,7 +142,13 @@ def test_a_reward_model(tmp_path: Path, tokenizer: Any) -> None:
     config.num_labels = 1
     model = transformers.LlamaForSequenceClassification(config)
     adapter = lk.adapt(model, lk.LoRA(rank=4), modules_to_save=["score"])
-    rows = [{"chosen": f"{row['prompt']} {row['chosen']}", "rejected": f"{row['prompt']} {row['rejected']}"} for row in PAIRS]
+    rows = [
+        {
+            "chosen": f"{row['prompt']} {row['chosen']}",
+            "rejected": f"{row['prompt']} {row['rejected']}",
+        }
+        for row in PAIRS
+    ]
     trainer = trl.RewardTrainer(
         model,
         trl.RewardConfig(**settings(tmp_path)),
@@ -134,7 +160,9 @@ def test_a_reward_model(tmp_path: Path, tokenizer: Any) -> None:
     assert not torch.equal(adapter.copy_of("score").weight, model.score.weight)
     torch.manual_seed(1)
     other = transformers.LlamaForSequenceClassification(config)
-    other.model.load_state_dict({key: t for key, t in model.model.state_dict().items() if "lorakin" not in key})
+    other.model.load_state_dict(
+        {key: t for key, t in model.model.state_dict().items() if "lorakin" not in key}
+    )
     lk.load(other, tmp_path / "checkpoint-6", other_base=True)
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(other.eval()(ids).logits, model.eval()(ids).logits)

@@ -110,7 +110,9 @@ def schedule(T: int, t_i: int, t_f: int, delta_t: int, b0: int, bT: int) -> list
     """The budget in force after step n, for n = 1..T: item n−1; where nothing is chosen it is the previous one, b0 at first."""
     budgets = [b0]
     for n in range(1, T + 1):
-        budgets.append(budget(n, T, t_i, t_f, b0, bT) if chooses(n, T, t_i, t_f, delta_t) else budgets[-1])
+        budgets.append(
+            budget(n, T, t_i, t_f, b0, bT) if chooses(n, T, t_i, t_f, delta_t) else budgets[-1]
+        )
     return budgets[1:]
 
 
@@ -142,7 +144,11 @@ def triplet_scores(sP: ArrayLike, sE: ArrayLike, sQ: ArrayLike) -> Array:
 
 def keep(scores_by_matrix: list[Array], b: int) -> list[Mask]:
     """The b greatest scores over all matrices, exactly b: [(r_k,)] -> [(r_k,)] of bool; of equals the lower (k, j) is kept."""
-    ranked = sorted((-score, k, j) for k, scores in enumerate(scores_by_matrix) for j, score in enumerate(f64(scores)))
+    ranked = sorted(
+        (-score, k, j)
+        for k, scores in enumerate(scores_by_matrix)
+        for j, score in enumerate(f64(scores))
+    )
     kept: list[Mask] = [np.zeros(len(scores), dtype=np.bool_) for scores in scores_by_matrix]
     for _, k, j in ranked[:b]:
         kept[k][j] = True
@@ -183,7 +189,9 @@ def train(
         hidden = forward(x, layers[0]["W0"], layers[0]["bias"], P1, E1, Q1, s)
         error = forward(hidden, layers[1]["W0"], layers[1]["bias"], P2, E2, Q2, s) - f64(target)
         losses[n - 1] = np.mean(error**2)
-        dP2, dE2, dQ2, d_hidden = gradients(hidden, layers[1]["W0"], P2, E2, Q2, s, 2 * error / error.size)
+        dP2, dE2, dQ2, d_hidden = gradients(
+            hidden, layers[1]["W0"], P2, E2, Q2, s, 2 * error / error.size
+        )
         dP1, dE1, dQ1, _ = gradients(x, layers[0]["W0"], P1, E1, Q1, s, d_hidden)
         _, ((rP1, rP2), (rQ1, rQ2)) = regulariser([P1, P2], [Q1, Q2])
         grads = {"0.P": dP1 + gamma * rP1, "0.E": dE1, "0.Q": dQ1 + gamma * rQ1}
@@ -195,7 +203,11 @@ def train(
             S = [triplet_scores(*(scores.score(f"{k}.{part}") for part in "PEQ")) for k in (0, 1)]
             pattern = keep(S, budgets[n - 1])
         if chooses(n, T, t_i, t_f, delta_t) or n > T - t_f:
-            values |= {f"{k}.E": np.where(pattern[k][:, None], values[f"{k}.E"], 0.0) for k in (0, 1)}
+            values |= {
+                f"{k}.E": np.where(pattern[k][:, None], values[f"{k}.E"], 0.0) for k in (0, 1)
+            }
         history.append(pattern)
-    trained = [layer | {part: values[f"{k}.{part}"] for part in "PEQ"} for k, layer in enumerate(layers)]
+    trained = [
+        layer | {part: values[f"{k}.{part}"] for part in "PEQ"} for k, layer in enumerate(layers)
+    ]
     return {"layers": trained, "losses": losses, "kept": history}

@@ -32,20 +32,28 @@ def weighted(changes: Sequence[Array], weights: Sequence[float]) -> Array:
     return total
 
 
-def elect_and_average(changes: Sequence[Array], weights: Sequence[float], elect: str = "total") -> Array:
+def elect_and_average(
+    changes: Sequence[Array], weights: Sequence[float], elect: str = "total"
+) -> Array:
     """Each entry: the sign that wins, then the mean of w·D over those that have it: (K, o, i), (K,) -> (o, i)."""
     out = np.zeros_like(changes[0])
     for at in np.ndindex(out.shape):
         values = [change[at] for change in changes]
         votes = sum(values) if elect == "total" else sum(np.sign(values))
         sign = 1.0 if votes >= 0 else -1.0
-        agreeing = [w * v for w, v in zip(weights, values, strict=True) if v != 0 and np.sign(v) == sign]
+        agreeing = [
+            w * v for w, v in zip(weights, values, strict=True) if v != 0 and np.sign(v) == sign
+        ]
         out[at] = sum(agreeing) / len(agreeing) if agreeing else 0.0
     return out
 
 
 def combined(
-    changes: Sequence[ArrayLike], weights: Sequence[float], how: str, density: float = 1.0, elect: str = "total"
+    changes: Sequence[ArrayLike],
+    weights: Sequence[float],
+    how: str,
+    density: float = 1.0,
+    elect: str = "total",
 ) -> Array:
     """What becomes of the changes; DARE only where it drops nothing, density 1."""
     kept = [f64(change) for change in changes]

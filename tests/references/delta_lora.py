@@ -25,14 +25,18 @@ from references.lora import AdamW, Array, f64, forward, gradients
 Anchor = tuple[Array, Array]
 
 
-def telescoped_pair(A: ArrayLike, B: ArrayLike, s: float, lam: float, A_K: ArrayLike, B_K: ArrayLike) -> tuple[Array, Array]:
+def telescoped_pair(
+    A: ArrayLike, B: ArrayLike, s: float, lam: float, A_K: ArrayLike, B_K: ArrayLike
+) -> tuple[Array, Array]:
     """The whole change as a pair of rank 2r: A, A_K (r, i), B, B_K (o, r) -> up (o, 2r), down (2r, i), the scale inside up."""
     up = s * np.concatenate([f64(B), f64(B_K)], axis=1)
     down = np.concatenate([(1 + lam) * f64(A), -lam * f64(A_K)], axis=0)
     return up, down
 
 
-def telescoped_base(W0: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, lam: float, A_K: ArrayLike, B_K: ArrayLike) -> Array:
+def telescoped_base(
+    W0: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, lam: float, A_K: ArrayLike, B_K: ArrayLike
+) -> Array:
     """W_n = W0 + λs(BA − B_K A_K) (o, i): the base that the literal rule would have reached, without the branch s·BA."""
     return f64(W0) + lam * s * (f64(B) @ f64(A) - f64(B_K) @ f64(A_K))
 
@@ -141,7 +145,9 @@ def train_telescoped(
             dA, dB, _ = gradients(x, W0, A_n, B_n, s, 2 * error / error.size)
         else:
             error = telescoped_forward(x, W0, bias, A_n, B_n, s, lam, *anchor) - f64(target)
-            dA, dB, _ = telescoped_gradients(x, W0, A_n, B_n, s, lam, *anchor, 2 * error / error.size)
+            dA, dB, _ = telescoped_gradients(
+                x, W0, A_n, B_n, s, lam, *anchor, 2 * error / error.size
+            )
         losses[n - 1] = np.mean(error**2)
         params = optimizer.step(params, {"A": dA, "B": dB})
         if n == K:

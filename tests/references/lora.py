@@ -41,7 +41,13 @@ def branch_input(x: ArrayLike, mask: ArrayLike | None) -> Array:
 
 
 def forward(
-    x: ArrayLike, W0: ArrayLike, bias: ArrayLike | None, A: ArrayLike, B: ArrayLike, s: float, mask: ArrayLike | None = None
+    x: ArrayLike,
+    W0: ArrayLike,
+    bias: ArrayLike | None,
+    A: ArrayLike,
+    B: ArrayLike,
+    s: float,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """y = W0 x + b + s·B(A x̃) for every row of x.
 
@@ -53,7 +59,13 @@ def forward(
 
 
 def gradients(
-    x: ArrayLike, W0: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, delta: ArrayLike, mask: ArrayLike | None = None
+    x: ArrayLike,
+    W0: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    s: float,
+    delta: ArrayLike,
+    mask: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array]:
     """The closed-form gradients of a loss whose gradient with respect to y is `delta`.
 
@@ -73,7 +85,9 @@ def merged(W0: ArrayLike, A: ArrayLike, B: ArrayLike, s: float) -> Array:
     return f64(W0) + s * (f64(B) @ f64(A))
 
 
-def embedding_forward(ids: NDArray[np.integer[Any]], table: ArrayLike, A: ArrayLike, B: ArrayLike, s: float) -> Array:
+def embedding_forward(
+    ids: NDArray[np.integer[Any]], table: ArrayLike, A: ArrayLike, B: ArrayLike, s: float
+) -> Array:
     """y = table[id] + s·B A[:, id]: a linear layer of weight tableᵀ on one-hot inputs.
 
     ids (...) integers in 0..vocab−1, table (vocab, dim), A (r, vocab), B (dim, r) -> y (..., dim).
@@ -83,7 +97,9 @@ def embedding_forward(ids: NDArray[np.integer[Any]], table: ArrayLike, A: ArrayL
     return y
 
 
-def patches(x: ArrayLike, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Array:
+def patches(
+    x: ArrayLike, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> Array:
     """The windows a convolution sees: x (n, c, h, w) -> (n, h', w', c·kh·kw), zero padded, each flattened as c, kh, kw."""
     (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
     x = np.pad(f64(x), ((0, 0), (0, 0), (ph, ph), (pw, pw)))
@@ -128,18 +144,28 @@ class AdamW:
     """
 
     def __init__(
-        self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.state: dict[str, tuple[int, Array, Array]] = {}
 
     def step(self, params: dict[str, Array], grads: dict[str, Array]) -> dict[str, Array]:
         """New parameters, one for each of `params`, same shapes; one without a gradient comes back as it is, undecayed."""
-        return {name: self._update(name, f64(p), f64(grads[name])) if name in grads else p for name, p in params.items()}
+        return {
+            name: self._update(name, f64(p), f64(grads[name])) if name in grads else p
+            for name, p in params.items()
+        }
 
     def _update(self, name: str, p: Array, g: Array) -> Array:
         """One parameter's step: p, g and the result have one shape."""
-        (b1, b2), (n, m, v) = self.betas, self.state.get(name, (0, np.zeros_like(p), np.zeros_like(p)))
+        (b1, b2), (n, m, v) = (
+            self.betas,
+            self.state.get(name, (0, np.zeros_like(p), np.zeros_like(p))),
+        )
         n, m, v = n + 1, b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         self.state[name] = (n, m, v)
         m_hat, v_hat = m / (1 - b1**n), v / (1 - b2**n)
@@ -163,7 +189,11 @@ def train(
     x (N, i), target (N, o), W0 (o, i), bias (o,) or None, A (r, i), B (o, r) -> A (r, i), B (o, r), losses (steps,).
     losses[n] is the loss before step n+1, so losses[0] belongs to the A and B given; after the last step none is taken.
     """
-    params, optimizer, losses = {"A": f64(A), "B": f64(B)}, AdamW(lr, weight_decay=weight_decay), np.empty(steps)
+    params, optimizer, losses = (
+        {"A": f64(A), "B": f64(B)},
+        AdamW(lr, weight_decay=weight_decay),
+        np.empty(steps),
+    )
     for n in range(steps):
         error = forward(x, W0, bias, params["A"], params["B"], s) - f64(target)
         losses[n] = np.mean(error**2)

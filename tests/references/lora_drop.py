@@ -24,7 +24,9 @@ from references.lora import AdamW, Array, f64, forward, gradients
 Key = TypeVar("Key", bound=Hashable)
 
 
-def energy(x: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, keep_tokens: ArrayLike | None = None) -> float:
+def energy(
+    x: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, keep_tokens: ArrayLike | None = None
+) -> float:
     """g = Σ over tokens of ‖s·B A x‖²: x (..., i), A (r, i), B (o, r), keep_tokens (...) true where a token counts, or None."""
     rows = f64(x) if keep_tokens is None else f64(x)[np.asarray(keep_tokens).astype(bool)]
     return float(np.sum((s * (rows @ f64(A).T) @ f64(B).T) ** 2))
@@ -39,7 +41,9 @@ def importance(energies: ArrayLike) -> Array:
     return normalised
 
 
-def choose(importance: ArrayLike, threshold: float | None = None, keep: int | None = None) -> list[int]:
+def choose(
+    importance: ArrayLike, threshold: float | None = None, keep: int | None = None
+) -> list[int]:
     """The modules that keep their own pair, most important first, equals in module order: I (M,) -> indices.
 
     With `threshold` θ the shortest prefix of that order whose ΣI ≥ θ, all modules if rounding leaves even their sum below
@@ -66,12 +70,18 @@ def groups(keys: list[Key], kept: list[int]) -> dict[Key, list[int]]:
     return found
 
 
-def shared_gradients(inputs: list[Array], deltas: list[Array], A: ArrayLike, B: ArrayLike, s: float) -> tuple[Array, Array]:
+def shared_gradients(
+    inputs: list[Array], deltas: list[Array], A: ArrayLike, B: ArrayLike, s: float
+) -> tuple[Array, Array]:
     """The gradient of a shared pair is the sum over its modules: x_k (N, i), δ_k (N, o) -> dA (r, i), dB (o, r)."""
     A, B = f64(A), f64(B)
     unused = np.zeros((B.shape[0], A.shape[1]))  # W0 only enters dx
-    each: list[Any] = [gradients(x, unused, A, B, s, delta) for x, delta in zip(inputs, deltas, strict=True)]
-    return sum((dA for dA, _, _ in each), np.zeros_like(A)), sum((dB for _, dB, _ in each), np.zeros_like(B))
+    each: list[Any] = [
+        gradients(x, unused, A, B, s, delta) for x, delta in zip(inputs, deltas, strict=True)
+    ]
+    return sum((dA for dA, _, _ in each), np.zeros_like(A)), sum(
+        (dB for _, dB, _ in each), np.zeros_like(B)
+    )
 
 
 def train_shared(

@@ -21,7 +21,13 @@ from references.lora import AdamW, Array, branch_input, f64
 
 
 def gradients(
-    x: ArrayLike, W0: ArrayLike, A: ArrayLike, B: ArrayLike, s: float, delta: ArrayLike, mask: ArrayLike | None = None
+    x: ArrayLike,
+    W0: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    s: float,
+    delta: ArrayLike,
+    mask: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """∂B = s·δᵀz and ∂x = δW0 + mask ⊙ (s·(δB)A); A gets no gradient.
 

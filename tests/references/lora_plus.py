@@ -41,12 +41,15 @@ class AdamWGroups:
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.optimizers = {
-            name: AdamW(rate, betas, per_name(eps, name), per_name(weight_decay, name)) for name, rate in lr.items()
+            name: AdamW(rate, betas, per_name(eps, name), per_name(weight_decay, name))
+            for name, rate in lr.items()
         }
 
     def step(self, params: dict[str, Array], grads: dict[str, Array]) -> dict[str, Array]:
         """New parameters, one for each of `params`, same shapes; one without a gradient comes back as it is, undecayed."""
-        return {name: self.optimizers[name].step({name: p}, grads)[name] for name, p in params.items()}
+        return {
+            name: self.optimizers[name].step({name: p}, grads)[name] for name, p in params.items()
+        }
 
 
 def train(
@@ -70,11 +73,16 @@ def train(
     """
     x, target, losses = f64(x), f64(target), np.empty(steps)
     base = x @ f64(W0).T + (0.0 if bias is None else f64(bias))
-    params, optimizer = {"A": f64(A), "B": f64(B)}, AdamWGroups({"A": lr, "B": ratio * lr}, weight_decay, eps)
+    params, optimizer = (
+        {"A": f64(A), "B": f64(B)},
+        AdamWGroups({"A": lr, "B": ratio * lr}, weight_decay, eps),
+    )
     for n in range(steps):
         down, up = params["A"], params["B"]
         error = base + s * (x @ down.T) @ up.T - target
         losses[n] = np.mean(error**2)
         delta = 2 * error / error.size
-        params = optimizer.step(params, {"A": s * up.T @ delta.T @ x, "B": s * delta.T @ (x @ down.T)})
+        params = optimizer.step(
+            params, {"A": s * up.T @ delta.T @ x, "B": s * delta.T @ (x @ down.T)}
+        )
     return params["A"], params["B"], losses

@@ -32,11 +32,15 @@ def sliced(A: ArrayLike, B: ArrayLike, o: int, i: int) -> tuple[Array, Array]:
     """A layer's share of the frozen pair: A (r, ≥i), B (≥o, r) -> A (r, i), B (o, r)."""
     A, B = f64(A), f64(B)
     if A.shape[1] < i or B.shape[0] < o:
-        raise ValueError(f"a pair of shapes {A.shape} and {B.shape} is too small for a layer of shape {(o, i)}")
+        raise ValueError(
+            f"a pair of shapes {A.shape} and {B.shape} is too small for a layer of shape {(o, i)}"
+        )
     return A[:, :i], B[:o]
 
 
-def pair(A: ArrayLike, B: ArrayLike, d: ArrayLike, b: ArrayLike, o: int, i: int) -> tuple[Array, Array]:
+def pair(
+    A: ArrayLike, B: ArrayLike, d: ArrayLike, b: ArrayLike, o: int, i: int
+) -> tuple[Array, Array]:
     """The plain LoRA pair of scale 1: A (r, ≥i), B (≥o, r), d (r,), b (o,) -> up = diag(b)B (o, r), down = diag(d)A (r, i)."""
     A, B = sliced(A, B, o, i)
     return f64(b)[:, None] * B, f64(d)[:, None] * A

@@ -63,7 +63,9 @@ class GoTemplate:
     def _lexed(text: str) -> Iterator[tuple[bool, str]]:
         """Texts and actions. An action ends at the first }} outside of quotes."""
         while (start := text.find("{{")) >= 0:
-            assert not re.match(r"\{\{-|\{\{\{", text[start:]), "neither trimming nor a third brace is meant here"
+            assert not re.match(r"\{\{-|\{\{\{", text[start:]), (
+                "neither trimming nor a third brace is meant here"
+            )
             yield False, text[:start]
             action = re.match(r'\{\{((?:"(?:\\.|[^"\\])*"|[^"])*?)\}\}', text[start:], re.DOTALL)
             assert action, text[start : start + 40]
@@ -128,7 +130,11 @@ class GoTemplate:
         return value
 
     def _call(self, words: list[str], dot: Any, names: dict[str, Any]) -> tuple[Any, list[str]]:
-        function = words[0] if words and words[0] in ("eq", "ne", "len", "slice", "and", "or", "not") else None
+        function = (
+            words[0]
+            if words and words[0] in ("eq", "ne", "len", "slice", "and", "or", "not")
+            else None
+        )
         if function:
             words = words[1:]
         given = []

@@ -22,7 +22,7 @@ from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
 from lorakin.serving.gguf_format import read_adapter
-from lorakin.serving.job import Job, Order
+from lorakin.serving.job import ExportJob, Order
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.storage import directory
 from lorakin.training.models import load_model
@@ -72,11 +72,15 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("word", MEMBERS)
 def test_every_member_to_every_target(word: str, to: str, base_dir: str, tmp_path: Path) -> None:
     adapter = adapter_on(base_dir, MEMBERS[word], tmp_path / "adapter")
-    rank = 32 if "dora" in word and to in ("lora", "gguf") else None  # the full rank of these layers, so exact
+    rank = (
+        32 if "dora" in word and to in ("lora", "gguf") else None
+    )  # the full rank of these layers, so exact
     dtype = "float32" if to.startswith("gguf") else None
     done = export(Order(adapter, to, str(tmp_path / "out"), rank=rank, dtype=dtype))
     assert done.agreement is not None
-    assert done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
+    assert (
+        done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
+    )
     report = json.loads((tmp_path / "out" / "export.json").read_text())
     assert report["verified"]["places"] == done.agreement.places > 100
     trained, other = load_model(base_dir, "base").model, load_model(base_dir, "base").model
@@ -95,39 +99,62 @@ def test_every_member_to_every_target(word: str, to: str, base_dir: str, tmp_pat
         settings = {"gguf_file": "model.gguf", "dtype": torch.float32, "quantization_config": held}
         other = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), **settings)
     torch.testing.assert_close(logits(other), logits(trained), rtol=0, atol=2e-4)
-    assert not torch.allclose(logits(trained), logits(load_model(base_dir, "base").model), atol=0.05)
+    assert not torch.allclose(
+        logits(trained), logits(load_model(base_dir, "base").model), atol=0.05
+    )
 
 
 @pytest.mark.parametrize("to", ["lora", "merged", "gguf-merged"])
 def test_rows_of_tokens(to: str, base_dir: str, tmp_path: Path) -> None:
     rows = {"embed_tokens": [5, 6], "lm_head": [7]}
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter", trainable_tokens=rows)
-    done = export(Order(adapter, to, str(tmp_path / "out"), dtype="float32" if to == "gguf-merged" else None))
-    assert done.agreement is not None
-    assert done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
-
-
-def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(base_dir: str, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16).save_pretrained(
-        half, max_shard_size="30KB"
+    done = export(
+        Order(adapter, to, str(tmp_path / "out"), dtype="float32" if to == "gguf-merged" else None)
     )
+    assert done.agreement is not None
+    assert (
+        done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
+    )
+
+
+def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(
+    base_dir: str, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    transformers.AutoModelForCausalLM.from_pretrained(
+        base_dir, dtype=torch.bfloat16
+    ).save_pretrained(half, max_shard_size="30KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(Path(base_dir) / name, half / name)
-    adapter = adapter_on(str(half), MEMBERS["lora"], tmp_path / "adapter", targets=["q_proj", "lm_head"])
+    adapter = adapter_on(
+        str(half), MEMBERS["lora"], tmp_path / "adapter", targets=["q_proj", "lm_head"]
+    )
     export(Order(adapter, "merged", str(tmp_path / "out"), str(half)))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*(p.name for p in half.iterdir()), "export.json"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [*(p.name for p in half.iterdir()), "export.json"]
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (half / name).read_bytes(), name
-    said, had = (json.loads((folder / "generation_config.json").read_text()) for folder in (tmp_path / "out", half))
-    assert had["max_length"] == 77 and said == {**had, "eos_token_id": [2, 0]}  # the tokenizer's, too
-    base, merged = load_model(str(half), "base").model, load_model(str(tmp_path / "out"), "base").model
+    said, had = (
+        json.loads((folder / "generation_config.json").read_text())
+        for folder in (tmp_path / "out", half)
+    )
+    assert had["max_length"] == 77 and said == {
+        **had,
+        "eos_token_id": [2, 0],
+    }  # the tokenizer's, too
+    base, merged = (
+        load_model(str(half), "base").model,
+        load_model(str(tmp_path / "out"), "base").model,
+    )
     whole = load_model(str(half), "base").model
     lk.load(whole, adapter).merge(permanent=True)
     changed = []
     for name, tensor in whole.state_dict().items():
         assert merged.state_dict()[name].dtype is torch.bfloat16
-        assert torch.equal(merged.state_dict()[name], tensor), "folded in float32 and rounded once, as in memory"
+        assert torch.equal(merged.state_dict()[name], tensor), (
+            "folded in float32 and rounded once, as in memory"
+        )
         changed += [name] if not torch.equal(tensor, base.state_dict()[name]) else []
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "lm_head"}
 
@@ -142,7 +169,10 @@ def test_the_safetensors_are_the_librarys_own(base_dir: str, tmp_path: Path) -> 
         with safetensors.safe_open(file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == json.loads((Path(base_dir) / "model.safetensors.index.json").read_text())["weight_map"]
+    assert (
+        index["weight_map"]
+        == json.loads((Path(base_dir) / "model.safetensors.index.json").read_text())["weight_map"]
+    )
 
 
 def test_tied_embeddings_come_apart(tmp_path: Path) -> None:
@@ -177,19 +207,30 @@ def logits_small(model: Any) -> torch.Tensor:
 def test_a_classifier_with_its_head_from_a_base_without_one(bert_dir: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     loaded = load_model(bert_dir, "float32", ["bad", "good", "odd"])
-    adapter = randomise(lk.adapt(loaded.model, lk.LoRA(4), targets=["query", "dense"], modules_to_save=["classifier"]), 0.3)
+    adapter = randomise(
+        lk.adapt(
+            loaded.model, lk.LoRA(4), targets=["query", "dense"], modules_to_save=["classifier"]
+        ),
+        0.3,
+    )
     want = logits_small(loaded.model)
     adapter.save(tmp_path / "adapter")
-    assert run(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        run(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    )
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_small(merged), want, rtol=0, atol=1e-5)
     assert merged.config.num_labels == 3
     for to, said in (("gguf", "gguf-merged"), ("lora", "merge instead")):
         with pytest.raises(lk.LorakinError, match=said):
-            export(Order(str(tmp_path / "adapter"), to, str(tmp_path / "other"), portable=to == "lora"))
+            export(
+                Order(str(tmp_path / "adapter"), to, str(tmp_path / "other"), portable=to == "lora")
+            )
 
 
-def test_a_base_that_is_not_stored_under_its_own_names_is_loaded_whole(base_dir: str, tmp_path: Path) -> None:
+def test_a_base_that_is_not_stored_under_its_own_names_is_loaded_whole(
+    base_dir: str, tmp_path: Path
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     old = tmp_path / "old"
     shutil.copytree(base_dir, old, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -204,7 +245,12 @@ def test_a_base_that_is_not_stored_under_its_own_names_is_loaded_whole(base_dir:
 
 def test_peak_memory_is_about_one_tensor(tmp_path: Path) -> None:
     """Eight shards of 8 MB; the merged model is 64 MB. Counted is the process's own memory, not the files mapped into it."""
-    sizes = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+    }
     tiny_llama(tied=True, **sizes).save_pretrained(tmp_path / "base", max_shard_size="8MB")
     randomise(lk.adapt(tiny_llama(tied=True, **sizes), lk.DoRA(rank=2))).save(tmp_path / "adapter")
     merged = Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
@@ -247,13 +293,18 @@ class TestRefusals:
         with pytest.raises(lk.VerificationError, match=r"not the model that was trained.*--max-kl"):
             export(Order(adapter, "lora", str(tmp_path / "out"), rank=1))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
-        assert run(["export", adapter, "--to", "lora", "--rank", "1", "--out", str(tmp_path / "out")]) == 4
+        assert (
+            run(["export", adapter, "--to", "lora", "--rank", "1", "--out", str(tmp_path / "out")])
+            == 4
+        )
         done = export(Order(adapter, "lora", str(tmp_path / "out"), rank=1, max_kl=100.0))
         assert done.agreement is not None and 0.02 < done.agreement.divergence < 100
         export(Order(adapter, "lora", str(tmp_path / "unseen"), rank=1, verify=False))
         assert json.loads((tmp_path / "unseen" / "export.json").read_text())["verified"] is None
 
-    @pytest.mark.filterwarnings("ignore::lorakin.LorakinWarning")  # the damage is also seen by its checksum
+    @pytest.mark.filterwarnings(
+        "ignore::lorakin.LorakinWarning"
+    )  # the damage is also seen by its checksum
     @pytest.mark.parametrize("to", TARGETS)
     def test_a_fault_in_what_was_written_is_found(
         self, to: str, base_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +317,9 @@ class TestRefusals:
 
         def damaged(job: Any, folder: Path) -> None:
             write(job, folder)
-            file = next(f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".gguf"))
+            file = next(
+                f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".gguf")
+            )
             content = bytearray(file.read_bytes())
             content[-4000:-3000] = bytes(1000)
             file.write_bytes(bytes(content))
@@ -288,7 +341,9 @@ class TestRefusals:
             ({"adapter": "/nowhere"}, "/nowhere"),
         ],
     )
-    def test_bad_orders(self, changes: dict[str, Any], said: str, base_dir: str, tmp_path: Path) -> None:
+    def test_bad_orders(
+        self, changes: dict[str, Any], said: str, base_dir: str, tmp_path: Path
+    ) -> None:
         adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
         order = {"adapter": adapter, "to": "lora", "out": str(tmp_path / "out"), **changes}
         with pytest.raises(lk.LorakinError, match=said):
@@ -330,10 +385,18 @@ class TestRefusals:
 
 
 class TestData:
-    def test_calibration_fits_the_outputs(self, base_dir: str, tmp_path: Path, write_rows: Any) -> None:
+    def test_calibration_fits_the_outputs(
+        self, base_dir: str, tmp_path: Path, write_rows: Any
+    ) -> None:
         adapter = adapter_on(base_dir, MEMBERS["dora"], tmp_path / "adapter")
         texts = ["the quick brown fox", "jumps over 1234 lazy dogs", "don't you think it's ok?"]
-        data = write_rows([{"prompt": f"{text} {n}", "completion": text[::-1]} for n in range(30) for text in texts])
+        data = write_rows(
+            [
+                {"prompt": f"{text} {n}", "completion": text[::-1]}
+                for n in range(30)
+                for text in texts
+            ]
+        )
         done: dict[str, Exported] = {}
         for name, given in (("plain", None), ("fitted", data)):
             order = Order(adapter, "lora", str(tmp_path / name), rank=6, data=given, max_kl=100.0)
@@ -346,7 +409,10 @@ class TestData:
 
 class TestComparing:
     def test_the_figures(self) -> None:
-        one, other = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([[1.0, 2.5, 0.0], [2.0, 1.0, 1.0]])
+        one, other = (
+            torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]),
+            torch.tensor([[1.0, 2.5, 0.0], [2.0, 1.0, 1.0]]),
+        )
         transcript = verify.Transcript([[1, 2]], [one])
 
         class Said(torch.nn.Module):
@@ -357,7 +423,11 @@ class TestComparing:
 
         agreement = verify.compare(transcript, Said())
         p, q = one.double().softmax(-1), other.double().softmax(-1)
-        assert agreement.largest == 2 and agreement.mean == pytest.approx(4.5 / 6) and agreement.tokens == 0.5
+        assert (
+            agreement.largest == 2
+            and agreement.mean == pytest.approx(4.5 / 6)
+            and agreement.tokens == 0.5
+        )
         assert agreement.divergence == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
         assert agreement.places == 2 and agreement.largest_logit == 3
 
@@ -378,7 +448,9 @@ class TestComparing:
             (("float32", "float32"), False, 0.5, verify.Tolerance(float("inf"), 0.5)),
         ],
     )
-    def test_which_tolerance(self, precisions: Any, near: bool, max_kl: float | None, want: verify.Tolerance) -> None:
+    def test_which_tolerance(
+        self, precisions: Any, near: bool, max_kl: float | None, want: verify.Tolerance
+    ) -> None:
         assert verify.tolerance_for(precisions, near, max_kl) == want
 
 
@@ -387,13 +459,14 @@ def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
     file = tmp_path / "base" / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].to(
-        torch.float8_e4m3fn
-    )
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors[
+        "model.layers.0.self_attn.q_proj.weight"
+    ].to(torch.float8_e4m3fn)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     merged = Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
     with pytest.raises(
-        lk.ModelError, match=r"layers\.0\.self_attn\.q_proj is stored as torch.float8.*before that is quantised"
+        lk.ModelError,
+        match=r"layers\.0\.self_attn\.q_proj is stored as torch.float8.*before that is quantised",
     ):
         merged["model.layers.0.self_attn.q_proj.weight"]
 
@@ -406,11 +479,15 @@ def test_an_index_that_points_elsewhere(base_dir: str, tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
     with pytest.raises(lk.ModelError, match="a file outside of it"):
-        export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False))
+        export(
+            Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("to", "target"), [("merged", "float32"), ("merged", "float16"), ("gguf-merged", None)])
+@pytest.mark.parametrize(
+    ("to", "target"), [("merged", "float32"), ("merged", "float16"), ("gguf-merged", None)]
+)
 def test_a_half_precision_base_is_judged_by_its_own_precision(
     dtype: torch.dtype, to: str, target: str | None, base_dir: str, tmp_path: Path
 ) -> None:
@@ -430,7 +507,15 @@ class TestBrokenBases:
         shard.write_bytes(shard.read_bytes()[:1000])
         for verified in (True, False):
             with pytest.raises(lk.ModelError, match="cannot be (read|loaded)"):
-                export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=verified))
+                export(
+                    Order(
+                        adapter,
+                        "merged",
+                        str(tmp_path / "out"),
+                        str(tmp_path / "base"),
+                        verify=verified,
+                    )
+                )
 
     def test_a_tensor_is_missing(self, tmp_path: Path, tokenizer: Any) -> None:
         tiny_llama().save_pretrained(tmp_path / "base")
@@ -441,11 +526,22 @@ class TestBrokenBases:
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         randomise(lk.adapt(tiny_llama(), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
         for verified in (True, False):
-            order = Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=verified)
-            with pytest.raises(lk.ModelError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight.*would be random"):
+            order = Order(
+                str(tmp_path / "adapter"),
+                "merged",
+                str(tmp_path / "out"),
+                str(tmp_path / "base"),
+                verify=verified,
+            )
+            with pytest.raises(
+                lk.ModelError,
+                match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight.*would be random",
+            ):
                 export(order)
 
-    def test_a_base_of_another_name_that_nothing_tells_apart(self, base_dir: str, tmp_path: Path) -> None:
+    def test_a_base_of_another_name_that_nothing_tells_apart(
+        self, base_dir: str, tmp_path: Path
+    ) -> None:
         adapter = Path(adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter"))
         (adapter / "lorakin.json").unlink()
         shutil.copytree(base_dir, tmp_path / "another")
@@ -465,11 +561,18 @@ def test_the_bases_other_files_go_along_in_their_folders(base_dir: str, tmp_path
     assert not (tmp_path / "out" / "original").exists()
 
 
-def test_rows_to_fit_to_are_not_rows_to_compare_on(base_dir: str, tmp_path: Path, write_rows: Any) -> None:
+def test_rows_to_fit_to_are_not_rows_to_compare_on(
+    base_dir: str, tmp_path: Path, write_rows: Any
+) -> None:
     adapter = adapter_on(base_dir, MEMBERS["dora"], tmp_path / "adapter")
     for count, read in ((3, 0), (8, 2), (200, 16)):
-        data = write_rows([{"prompt": f"the fox {n}", "completion": "jumps"} for n in range(count)], f"{count}.jsonl")
-        job = Job(Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir)
+        data = write_rows(
+            [{"prompt": f"the fox {n}", "completion": "jumps"} for n in range(count)],
+            f"{count}.jsonl",
+        )
+        job = ExportJob(
+            Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir
+        )
         fitted, compared = job.parts
         assert len(compared) == len(job.texts()) == read and len(fitted) == min(64, count - read)
         assert not [row for row in compared if row in list(fitted)]

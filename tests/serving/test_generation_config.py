@@ -20,7 +20,9 @@ from lorakin.training.endings import end_of_turn
 from peers import llama_cpp
 from training.templates import TEMPLATES, tokenizer_of
 
-CHATML = TEMPLATES["qwen2_5"].replace("<|im_end|>", "<|over|>")  # an end that no reader knows by its name
+CHATML = TEMPLATES["qwen2_5"].replace(
+    "<|im_end|>", "<|over|>"
+)  # an end that no reader knows by its name
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose template closes turns with <|over|>."""
     folder = tmp_path_factory.mktemp("base")
     made = tokenizer_of(CHATML)
-    model = tiny_llama(tied=False, vocab_size=len(made), eos_token_id=made.eos_token_id, bos_token_id=made.bos_token_id)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=made.eos_token_id, temperature=0.25, do_sample=True)
+    model = tiny_llama(
+        tied=False,
+        vocab_size=len(made),
+        eos_token_id=made.eos_token_id,
+        bos_token_id=made.bos_token_id,
+    )
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=made.eos_token_id, temperature=0.25, do_sample=True
+    )
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
@@ -71,7 +80,9 @@ def test_a_merged_model_ends_at_both(base: Path, tmp_path: Path) -> None:
     merged = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert merged.generation_config.eos_token_id == list(ids(base))
     saying(merged, {5: 6, 6: ids(base)[1], ids(base)[1]: 5})
-    assert merged.generate(torch.tensor([[5]]), max_new_tokens=6, do_sample=False).tolist() == [[5, 6, ids(base)[1]]]
+    assert merged.generate(torch.tensor([[5]]), max_new_tokens=6, do_sample=False).tolist() == [
+        [5, 6, ids(base)[1]]
+    ]
 
 
 def test_a_base_without_the_file(base: Path, tmp_path: Path) -> None:
@@ -111,7 +122,9 @@ def test_a_damaged_file(base: Path, tmp_path: Path, content: str) -> None:
 
 
 def test_a_gguf_model_names_both(base: Path, tmp_path: Path) -> None:
-    fields = gguf.GGUFReader(exported(base, tmp_path, "gguf-merged", verify=False) / "model.gguf").fields
+    fields = gguf.GGUFReader(
+        exported(base, tmp_path, "gguf-merged", verify=False) / "model.gguf"
+    ).fields
     assert fields[gguf.Keys.Tokenizer.EOS_ID].contents() == ids(base)[0]
     assert fields[gguf.Keys.Tokenizer.EOT_ID].contents() == ids(base)[1]
 
@@ -127,7 +140,15 @@ def test_llama_cpp_ends_an_answer_at_each(base: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "says")
     made.save_pretrained(tmp_path / "says")
     randomise(lk.adapt(model, lk.LoRA(rank=2)), 1e-4).save(tmp_path / "adapter")
-    export(Order(str(tmp_path / "adapter"), "gguf-merged", str(tmp_path / "out"), str(tmp_path / "says"), verify=False))
+    export(
+        Order(
+            str(tmp_path / "adapter"),
+            "gguf-merged",
+            str(tmp_path / "out"),
+            str(tmp_path / "says"),
+            verify=False,
+        )
+    )
     (said,) = llama_cpp.run(tmp_path / "out" / "model.gguf", [[5]], max_tokens=3, top=2)
     assert said.tokens == [plain, turn, end]
     assert said.ends == [False, True, True]
@@ -144,7 +165,10 @@ def test_the_template_of_the_training_goes_along(base: Path, tmp_path: Path) -> 
     merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     end = merged.convert_tokens_to_ids("<|im_start|>")
     assert merged.chat_template == other
-    assert json.loads((tmp_path / "merged" / FILE).read_text())["eos_token_id"] == [merged.eos_token_id, end]
+    assert json.loads((tmp_path / "merged" / FILE).read_text())["eos_token_id"] == [
+        merged.eos_token_id,
+        end,
+    ]
     fields = gguf.GGUFReader(tmp_path / "gguf-merged" / "model.gguf").fields
     assert fields[gguf.Keys.Tokenizer.CHAT_TEMPLATE].contents() == other
     assert fields[gguf.Keys.Tokenizer.EOT_ID].contents() == end

@@ -17,13 +17,20 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from conftest import TEMPLATE, tiny_gpt2, tiny_llama
-from lorakin.errors import AdapterError, LorakinError, LorakinWarning, ModelError, OutputError, SettingError
+from lorakin.errors import (
+    AdapterError,
+    LorakinError,
+    LorakinWarning,
+    ModelError,
+    OutputError,
+    SettingError,
+)
 from lorakin.family import Pair
+from lorakin.inject.layers import EmbeddingLayer, kind_of
 from lorakin.serving import gguf_vocabulary
 from lorakin.serving.gguf_format import ARCHITECTURES, read_adapter, skeleton, write_adapter
 from lorakin.serving.gguf_model import write_model
 from lorakin.serving.gguf_vocabulary import read_vocabulary
-from lorakin.surgery.layers import EmbeddingLayer, kind_of
 from peers import llama_cpp
 from serving.words import CUTS, ROWS, WORDS, byte_tokenizer, piece_tokenizer
 
@@ -39,7 +46,9 @@ def tiny(kind: str, **changes: Any) -> Any:
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(kind, **{**settings, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -51,16 +60,30 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
-    "llama with biases and wide heads": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "llama with biases and wide heads": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    ),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}}),
+    "llama linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}},
+    ),
     "mistral": ("mistral", {"num_key_value_heads": 4}),
     "qwen2": ("qwen2", {}),
     "qwen2 yarn": ("qwen2", {"rope_parameters": YARN}),
-    "qwen3": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),  # 128, as transformers takes for granted there
+    "qwen3": (
+        "qwen3",
+        {"head_dim": 128, "tie_word_embeddings": True},
+    ),  # 128, as transformers takes for granted there
 }
 
 
@@ -95,7 +118,10 @@ def random_pairs(model: Any, rank: int = 3, only: Any = lambda path: True) -> di
     for number, (path, module) in enumerate(model.named_modules()):
         if (kind := kind_of(module)) and only(path):
             shape, k = kind.shape(module), rank + number % 2
-            up, down = torch.randn(shape.outputs, k, generator=generator), torch.randn(k, shape.inputs, generator=generator)
+            up, down = (
+                torch.randn(shape.outputs, k, generator=generator),
+                torch.randn(k, shape.inputs, generator=generator),
+            )
             pairs[path] = Pair(up * 0.2, down * 0.1)
     return pairs
 
@@ -111,15 +137,24 @@ def apply_by_hand(model: Any, pairs: Mapping[str, Pair]) -> Any:
 
 
 class TestModel:
-    @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3"])  # it reads no biases or rotations from the file
-    def test_transformers_loads_it_with_equal_logits(self, case: str, words: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "case", ["llama", "mistral", "qwen2", "qwen3"]
+    )  # it reads no biases or rotations from the file
+    def test_transformers_loads_it_with_equal_logits(
+        self, case: str, words: Path, tmp_path: Path
+    ) -> None:
         kind, changes = MODELS[case]
         model = tiny(kind, **changes)
-        write_model(tmp_path / "m.gguf", model.config, words, model.state_dict(), dtype="f32", name="tiny")
+        write_model(
+            tmp_path / "m.gguf", model.config, words, model.state_dict(), dtype="f32", name="tiny"
+        )
         names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
         assert ("output.weight" in names) is not model.config.tie_word_embeddings
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, gguf_file="m.gguf", dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+            tmp_path,
+            gguf_file="m.gguf",
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
         )
         torch.testing.assert_close(places(loaded), places(model), rtol=0, atol=1e-5)
 
@@ -135,7 +170,9 @@ class TestModel:
     @llama
     @pytest.mark.peer
     @pytest.mark.parametrize(("dtype", "atol"), [("bf16", 0.3), ("f16", 0.05), ("q8_0", 0.5)])
-    def test_smaller_dtypes_run_in_llama_cpp(self, dtype: str, atol: float, words: Path, tmp_path: Path) -> None:
+    def test_smaller_dtypes_run_in_llama_cpp(
+        self, dtype: str, atol: float, words: Path, tmp_path: Path
+    ) -> None:
         model = tiny("qwen3", initializer_range=0.05)
         write_model(tmp_path / "m.gguf", model.config, words, model.state_dict(), dtype=dtype)
         torch.testing.assert_close(in_llama(tmp_path / "m.gguf"), places(model), rtol=0, atol=atol)
@@ -147,15 +184,23 @@ class TestModel:
         model = tiny("llama", intermediate_size=100, tie_word_embeddings=True)
         write_model(tmp_path / "m.gguf", model.config, words, model.state_dict(), dtype=dtype)
         tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-        assert tensors["blk.1.attn_norm.weight"].tensor_type.name == tensors["output_norm.weight"].tensor_type.name == "F32"
+        assert (
+            tensors["blk.1.attn_norm.weight"].tensor_type.name
+            == tensors["output_norm.weight"].tensor_type.name
+            == "F32"
+        )
         assert tensors["blk.1.ffn_up.weight"].tensor_type.name == dtype.upper()
-        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == ("F16" if dtype == "q8_0" else dtype.upper())  # 100 / 32
+        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == (
+            "F16" if dtype == "q8_0" else dtype.upper()
+        )  # 100 / 32
         up = tensors["blk.1.ffn_up.weight"]
         stored = torch.tensor(gguf.quants.dequantize(up.data, up.tensor_type))
         weight = model.model.layers[1].mlp.up_proj.weight.detach()
         if dtype == "q8_0":
             step = weight.view(100, -1, 32).abs().amax(-1, keepdim=True) / 127
-            assert ((stored - weight).view(100, -1, 32).abs() <= step * 0.57).all()  # a half, and what a float16 step is off
+            assert (
+                (stored - weight).view(100, -1, 32).abs() <= step * 0.57
+            ).all()  # a half, and what a float16 step is off
         else:
             narrow = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
             assert torch.equal(stored, weight.to(narrow).float())
@@ -192,7 +237,9 @@ class TestModel:
         tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
         assert torch.equal(torch.tensor(tensors["output.weight"]), apart["lm_head.weight"])
 
-    def test_the_context_ends_where_the_sliding_window_begins_to_matter(self, words: Path, tmp_path: Path) -> None:
+    def test_the_context_ends_where_the_sliding_window_begins_to_matter(
+        self, words: Path, tmp_path: Path
+    ) -> None:
         model = tiny("mistral", sliding_window=48)
         with pytest.warns(LorakinWarning, match="context is cut to that, 48 tokens"):
             write_model(tmp_path / "m.gguf", model.config, words, model.state_dict())
@@ -204,8 +251,16 @@ class TestModel:
             ("gemma", {}, "a gemma model cannot be written as GGUF here, only adapters"),
             ("opt", {}, "'opt' model's GGUF layout is not known"),
             ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-            ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-            ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a part of each head"),
+            (
+                "llama",
+                {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                "'dynamic'",
+            ),
+            (
+                "llama",
+                {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+                "a part of each head",
+            ),
             ("qwen2", {"rope_parameters": LLAMA3}, "Llama 3's rotation"),
             ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.2}}, "attention_factor"),
             ("qwen3", {"attention_bias": True}, "attention_bias"),
@@ -219,14 +274,20 @@ class TestModel:
             write_model(tmp_path / "m.gguf", config, words, {})
         assert not list(tmp_path.iterdir())
 
-    def test_tensors_that_do_not_fit_are_refused_and_leave_the_file_that_was_there(self, words: Path, tmp_path: Path) -> None:
+    def test_tensors_that_do_not_fit_are_refused_and_leave_the_file_that_was_there(
+        self, words: Path, tmp_path: Path
+    ) -> None:
         model, path = tiny("llama"), tmp_path / "m.gguf"
         path.write_text("before")
         state, key = model.state_dict(), "model.layers.1.mlp.up_proj.weight"
         large = {**state, key: torch.full((96, 64), 7e4)}
         cases = [
             ({k: v for k, v in state.items() if k != key}, "f32", f"{key} is missing"),
-            ({**state, "score.weight": torch.ones(2, 64)}, "f32", "score.weight is no tensor of this llama model"),
+            (
+                {**state, "score.weight": torch.ones(2, 64)},
+                "f32",
+                "score.weight is no tensor of this llama model",
+            ),
             ({**state, key: torch.ones(96, 63)}, "f32", r"has the shape \(96, 63\)"),
             ({**state, key: torch.full((96, 64), math.nan)}, "f32", f"{key} holds NaN"),
             (large, "f16", f"{key} holds 70000, too large for f16"),
@@ -242,7 +303,9 @@ class TestModel:
         with pytest.raises(OutputError, match="cannot write"):
             write_model(words / "tokenizer.json" / "m.gguf", model.config, words, state)
 
-    def test_a_disk_that_fills_up_leaves_the_file_that_was_there(self, words: Path, tmp_path: Path) -> None:
+    def test_a_disk_that_fills_up_leaves_the_file_that_was_there(
+        self, words: Path, tmp_path: Path
+    ) -> None:
         model, path = tiny("llama"), tmp_path / "m.gguf"
         path.write_text("before")
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -264,7 +327,9 @@ class TestModel:
         try:
             for most in range(16, size, 16):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-                with pytest.raises(OutputError, match=r"cannot write .*a\.gguf: .*; what was there is unchanged"):
+                with pytest.raises(
+                    OutputError, match=r"cannot write .*a\.gguf: .*; what was there is unchanged"
+                ):
                     write_adapter(path, config, pairs)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -279,9 +344,17 @@ class TestModel:
         config = transformers.AutoConfig.from_pretrained(source)
         weights = load_file(source / "model.safetensors")
         path = tmp_path / "m.gguf"
-        write_model(path, config, source, weights, dtype="f32", name="Smollm2 135M 8k Lc100K Mix1 Ep2")
+        write_model(
+            path, config, source, weights, dtype="f32", name="Smollm2 135M 8k Lc100K Mix1 Ep2"
+        )
         theirs, ours = gguf.GGUFReader(original), gguf.GGUFReader(path)
-        about = {"general.organization", "general.finetune", "general.basename", "general.size_label", "general.license"}
+        about = {
+            "general.organization",
+            "general.finetune",
+            "general.basename",
+            "general.size_label",
+            "general.license",
+        }
         about |= {"general.languages", "general.file_type", "GGUF.kv_count"}
         for key in theirs.fields.keys() - about:
             assert ours.fields[key].contents() == theirs.fields[key].contents(), key
@@ -290,7 +363,9 @@ class TestModel:
         tensors = {t.name: t for t in ours.tensors}
         for tensor in theirs.tensors:
             mine = tensors[tensor.name]
-            assert (gguf.quants.dequantize(tensor.data, tensor.tensor_type) == mine.data).all(), tensor.name
+            assert (gguf.quants.dequantize(tensor.data, tensor.tensor_type) == mine.data).all(), (
+                tensor.name
+            )
 
 
 class TestVocabulary:
@@ -309,20 +384,29 @@ class TestVocabulary:
     def test_qwen2s_own_tokenizer_is_known(self, tmp_path: Path) -> None:
         from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-        assert ((("Split", PRETOKENIZE_REGEX), ("ByteLevel", False)), False) in gguf_vocabulary.KNOWN
+        assert (
+            (("Split", PRETOKENIZE_REGEX), ("ByteLevel", False)),
+            False,
+        ) in gguf_vocabulary.KNOWN
 
-    def test_every_token_keeps_its_number_kind_and_the_merges_their_order(self, words: Path) -> None:
+    def test_every_token_keeps_its_number_kind_and_the_merges_their_order(
+        self, words: Path
+    ) -> None:
         tokenizer, found = byte_tokenizer(), read_vocabulary(words, ROWS)
         size = len(tokenizer)
         assert list(found.tokens[:size]) == tokenizer.convert_ids_to_tokens(range(size))
-        assert found.tokens[size:] == [f"[PAD{n}]" for n in range(size, ROWS)] and set(found.types[size:]) == {5}
+        assert found.tokens[size:] == [f"[PAD{n}]" for n in range(size, ROWS)] and set(
+            found.types[size:]
+        ) == {5}
         assert [found.types[n] for n in (0, 1, 2, size - 1)] == [3, 3, 1, 4]
         assert len(found.merges) == 300 - 256 - 2 and found.merges[0] in {"t h", "Ġ t", "h e"}
         assert found.special == {"eos": 0, "pad": 0, "eot": 0} and found.template == TEMPLATE
         assert not found.add_bos and not found.add_eos
 
     @pytest.mark.parametrize("prefix", [True, False])
-    def test_sentencepiece_has_scores_in_the_order_of_its_merges(self, prefix: bool, tmp_path: Path) -> None:
+    def test_sentencepiece_has_scores_in_the_order_of_its_merges(
+        self, prefix: bool, tmp_path: Path
+    ) -> None:
         tokenizer = piece_tokenizer(prefix)
         tokenizer.save_pretrained(tmp_path)
         found = read_vocabulary(tmp_path, ROWS + 20)
@@ -333,10 +417,22 @@ class TestVocabulary:
             True,
             False,
         )
-        assert found.types[:4] == [2, 3, 3, 6] and found.types.count(6) == 256 and found.tokens[3] == "<0x00>"
-        ranks = {t: found.scores[n] for t, n in tokenizer.get_vocab().items() if found.types[n] == 1 and len(t) > 1}
+        assert (
+            found.types[:4] == [2, 3, 3, 6]
+            and found.types.count(6) == 256
+            and found.tokens[3] == "<0x00>"
+        )
+        ranks = {
+            t: found.scores[n]
+            for t, n in tokenizer.get_vocab().items()
+            if found.types[n] == 1 and len(t) > 1
+        }
         assert sorted(ranks.values(), reverse=True) == [-float(n) for n in range(len(ranks))]
-        assert all(found.scores[n] < min(ranks.values()) for t, n in tokenizer.get_vocab().items() if len(t) == 1)
+        assert all(
+            found.scores[n] < min(ranks.values())
+            for t, n in tokenizer.get_vocab().items()
+            if len(t) == 1
+        )
 
     def test_transformers_reads_the_same_sentencepiece_back(self, tmp_path: Path) -> None:
         tokenizer, model = piece_tokenizer(), tiny("llama", vocab_size=ROWS + 20)
@@ -344,20 +440,31 @@ class TestVocabulary:
         write_model(tmp_path / "m.gguf", model.config, tmp_path / "tokenizer", model.state_dict())
         back = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
         for text in ["the lazy fox", "don't you 1234", "naïve ☃ café"]:
-            assert back.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False), text
+            assert back.encode(text, add_special_tokens=False) == tokenizer.encode(
+                text, add_special_tokens=False
+            ), text
 
-    @pytest.mark.parametrize("kind", ["cut", "normalizer", "wordlevel", "around", "rows", "pieces", "bytes"])
-    def test_a_tokenizer_without_a_form_there_is_refused(self, kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    @pytest.mark.parametrize(
+        "kind", ["cut", "normalizer", "wordlevel", "around", "rows", "pieces", "bytes"]
+    )
+    def test_a_tokenizer_without_a_form_there_is_refused(
+        self, kind: str, tmp_path: Path, tokenizer: Any
+    ) -> None:
         made, rows = byte_tokenizer(), ROWS
         inner = made.backend_tokenizer
         if kind == "cut":
-            inner.pre_tokenizer, message = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), WORDS]), "Punctuation"
+            inner.pre_tokenizer, message = (
+                pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), WORDS]),
+                "Punctuation",
+            )
         elif kind == "normalizer":
             inner.normalizer, message = normalizers.Lowercase(), "normalises text by Lowercase"
         elif kind == "wordlevel":
             made, message = tokenizer, "of the kind WordLevel"
         elif kind == "around":
-            single = processors.TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
+            single = processors.TemplateProcessing(
+                single="<|user|> $A", special_tokens=[("<|user|>", 1)]
+            )
             inner.post_processor, message = single, "as llama.cpp can"
         elif kind == "rows":
             rows, message = 280, "only 280 rows"
@@ -383,39 +490,60 @@ class TestAdapter:
     def test_what_is_written_is_read_back(self, dtype: str, tmp_path: Path) -> None:
         model = tiny("llama")
         narrow = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
-        pairs = {path: Pair(*(t.to(narrow) for t in pair[:2])) for path, pair in random_pairs(model).items()}
+        pairs = {
+            path: Pair(*(t.to(narrow) for t in pair[:2]))
+            for path, pair in random_pairs(model).items()
+        }
         write_adapter(tmp_path / "a.gguf", model.config, pairs, dtype=dtype)
         back = read_adapter(tmp_path / "a.gguf", model.config)
         assert back.keys() == pairs.keys()
         for path, pair in pairs.items():
             k = pair.up.shape[1]
             assert back[path].up.dtype == torch.float32 and back[path].up.shape[1] == 4
-            assert torch.equal(back[path].up[:, :k], pair.up.float()) and torch.equal(back[path].down[:k], pair.down.float())
+            assert torch.equal(back[path].up[:, :k], pair.up.float()) and torch.equal(
+                back[path].down[:k], pair.down.float()
+            )
             assert not back[path].up[:, k:].any() and not back[path].down[k:].any()
 
     def test_the_file_is_what_llama_cpps_converter_makes_of_it(self, tmp_path: Path) -> None:
         model = tiny("llama")
-        pairs = random_pairs(model, only=lambda path: "layers.1" in path or path == "model.embed_tokens")
+        pairs = random_pairs(
+            model, only=lambda path: "layers.1" in path or path == "model.embed_tokens"
+        )
         write_adapter(tmp_path / "a.gguf", model.config, pairs)
         reader = gguf.GGUFReader(tmp_path / "a.gguf")
-        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF")}
+        fields = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if not key.startswith("GGUF")
+        }
         assert fields == {
             "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0
         }  # fmt: skip
         tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
         assert len(tensors) == 16
-        assert tensors["token_embd.weight.lora_a"].shape == (ROWS, 4) and tensors["token_embd.weight.lora_b"].shape == (64, 4)
+        assert tensors["token_embd.weight.lora_a"].shape == (ROWS, 4) and tensors[
+            "token_embd.weight.lora_b"
+        ].shape == (64, 4)
         assert tensors["blk.1.ffn_down.weight.lora_a"].shape == (4, 96)
-        for module, name, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2), ("v_proj", "attn_v", 0)):
+        for module, name, heads in (
+            ("q_proj", "attn_q", 4),
+            ("k_proj", "attn_k", 2),
+            ("v_proj", "attn_v", 0),
+        ):
             up = pairs[f"model.layers.1.self_attn.{module}"].up
             if heads:  # the formula of llama.cpp's converter
-                up = up.reshape(heads, 2, len(up) // heads // 2, -1).swapaxes(1, 2).reshape(up.shape)
+                up = (
+                    up.reshape(heads, 2, len(up) // heads // 2, -1).swapaxes(1, 2).reshape(up.shape)
+                )
             assert torch.equal(tensors[f"blk.1.{name}.weight.lora_b"][:, : up.shape[1]], up)
 
     @llama
     @pytest.mark.peer
     @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-    def test_llama_cpp_gives_the_logits_of_the_changed_weights(self, kind: str, words: Path, tmp_path: Path) -> None:
+    def test_llama_cpp_gives_the_logits_of_the_changed_weights(
+        self, kind: str, words: Path, tmp_path: Path
+    ) -> None:
         model = tiny(kind)
         write_model(tmp_path / "m.gguf", model.config, words, model.state_dict(), dtype="f32")
         pairs = random_pairs(model)  # with embedding and head
@@ -423,10 +551,14 @@ class TestAdapter:
         base = places(model)
         changed = places(apply_by_hand(model, pairs))
         assert (changed - base).abs().max() > 1
-        torch.testing.assert_close(in_llama(tmp_path / "m.gguf", tmp_path / "a.gguf"), changed, rtol=0, atol=5e-4)
+        torch.testing.assert_close(
+            in_llama(tmp_path / "m.gguf", tmp_path / "a.gguf"), changed, rtol=0, atol=5e-4
+        )
 
     @pytest.mark.parametrize("kind", ARCHITECTURES)
-    def test_every_linear_layer_of_every_architecture_has_a_name(self, kind: str, tmp_path: Path) -> None:
+    def test_every_linear_layer_of_every_architecture_has_a_name(
+        self, kind: str, tmp_path: Path
+    ) -> None:
         small = {
             "num_hidden_layers": 2,
             "hidden_size": 64,
@@ -434,9 +566,15 @@ class TestAdapter:
             "num_key_value_heads": 2,
             "vocab_size": 40,
         }
-        extra = {"layer_types": ["full_attention"] * 2} if kind in ("cohere2", "gemma2", "gemma3_text") else {}
+        extra = (
+            {"layer_types": ["full_attention"] * 2}
+            if kind in ("cohere2", "gemma2", "gemma3_text")
+            else {}
+        )
         ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-        config = transformers.AutoConfig.for_model(kind, **small, **ids, **extra, intermediate_size=64, head_dim=16)
+        config = transformers.AutoConfig.for_model(
+            kind, **small, **ids, **extra, intermediate_size=64, head_dim=16
+        )
         model = skeleton(config)
         linears = {
             path: Pair(torch.ones(shape.outputs, 1), torch.ones(1, shape.inputs))
@@ -448,23 +586,39 @@ class TestAdapter:
         write_adapter(tmp_path / "a.gguf", config, linears)
         assert read_adapter(tmp_path / "a.gguf", config).keys() == linears.keys()
 
-    def test_alpha_over_rank_is_part_of_what_is_read_and_zero_means_one(self, tmp_path: Path) -> None:
+    def test_alpha_over_rank_is_part_of_what_is_read_and_zero_means_one(
+        self, tmp_path: Path
+    ) -> None:
         model, path = tiny("qwen2"), tmp_path / "a.gguf"
         for alpha, factor in ((16.0, 4.0), (0.0, 1.0), (None, 1.0)):
             write_raw(
-                path, {"blk.0.ffn_up.weight.lora_a": torch.ones(4, 64), "blk.0.ffn_up.weight.lora_b": torch.ones(96, 4)}, alpha
+                path,
+                {
+                    "blk.0.ffn_up.weight.lora_a": torch.ones(4, 64),
+                    "blk.0.ffn_up.weight.lora_b": torch.ones(96, 4),
+                },
+                alpha,
             )
             pair = read_adapter(path, model.config)["model.layers.0.mlp.up_proj"]
-            assert torch.equal(pair.up, torch.full((96, 4), factor)) and torch.equal(pair.down, torch.ones(4, 64))
+            assert torch.equal(pair.up, torch.full((96, 4), factor)) and torch.equal(
+                pair.down, torch.ones(4, 64)
+            )
 
     def test_q8_0_adapters_of_llama_cpps_converter_are_read(self, tmp_path: Path) -> None:
         a, b = torch.randn(32, 64), torch.randn(96, 32)
-        write_raw(tmp_path / "a.gguf", {"blk.0.ffn_up.weight.lora_a": a, "blk.0.ffn_up.weight.lora_b": b}, 32.0, quantised=True)
+        write_raw(
+            tmp_path / "a.gguf",
+            {"blk.0.ffn_up.weight.lora_a": a, "blk.0.ffn_up.weight.lora_b": b},
+            32.0,
+            quantised=True,
+        )
         pair = read_adapter(tmp_path / "a.gguf", tiny("qwen2").config)["model.layers.0.mlp.up_proj"]
         torch.testing.assert_close(pair.down, a, rtol=0, atol=0.02)
         torch.testing.assert_close(pair.up, b, rtol=0, atol=0.02)
 
-    def test_modules_that_llama_cpp_cannot_adapt_are_refused_before_anything_is_written(self, tmp_path: Path) -> None:
+    def test_modules_that_llama_cpp_cannot_adapt_are_refused_before_anything_is_written(
+        self, tmp_path: Path
+    ) -> None:
         path, config = tmp_path / "a.gguf", tiny_llama(tied=True).config
         gpt2 = tiny_gpt2().config
         embedding = Pair(torch.ones(32, 1), torch.ones(1, 64))
@@ -472,18 +626,32 @@ class TestAdapter:
         place = "model.layers.0.mlp.up_proj"
         cases: list[tuple[Any, dict[str, Pair], str]] = [
             (config, {"model.embed_tokens": embedding}, "model.embed_tokens cannot .* tied"),
-            (config, {"lm_head": Pair(torch.ones(64, 1), torch.ones(1, 32))}, "lm_head cannot .* tied"),
+            (
+                config,
+                {"lm_head": Pair(torch.ones(64, 1), torch.ones(1, 32))},
+                "lm_head cannot .* tied",
+            ),
             (gpt2, {"transformer.wpe": embedding}, "transformer.wpe cannot .* no adapter there"),
             (config, {place: fine, "score": fine}, "score cannot .* no module of that name"),
             (config, {"model.layers.2.mlp.up_proj": fine}, "no module of that name"),
-            (config, {place: Pair(fine.down.T, fine.up.T)}, r"up \(32, 1\) and down \(1, 48\) do not fit .* 48 × 32"),
-            (config, {place: Pair(fine.up * math.inf, fine.down)}, f"{place} holds NaN or infinity"),
+            (
+                config,
+                {place: Pair(fine.down.T, fine.up.T)},
+                r"up \(32, 1\) and down \(1, 48\) do not fit .* 48 × 32",
+            ),
+            (
+                config,
+                {place: Pair(fine.up * math.inf, fine.down)},
+                f"{place} holds NaN or infinity",
+            ),
             (config, {}, "without any module"),
         ]
         for base, pairs, message in cases:
             with pytest.raises(AdapterError, match=message):
                 write_adapter(path, base, pairs)
-        with pytest.raises(AdapterError, match=f"{place} holds 70000, too large for f16; write it as bf16"):
+        with pytest.raises(
+            AdapterError, match=f"{place} holds 70000, too large for f16; write it as bf16"
+        ):
             write_adapter(path, config, {place: Pair(fine.up * 7e4, fine.down)}, dtype="f16")
         with pytest.raises(ValueError, match="has a gain"):
             write_adapter(path, config, {place: Pair(fine.up, fine.down, torch.ones(48))})
@@ -493,19 +661,39 @@ class TestAdapter:
             write_adapter(path, config, {place: fine}, dtype="q8_0")
         assert not list(tmp_path.iterdir())
 
-    def test_files_that_are_no_adapter_of_the_model_are_refused(self, words: Path, tmp_path: Path) -> None:
+    def test_files_that_are_no_adapter_of_the_model_are_refused(
+        self, words: Path, tmp_path: Path
+    ) -> None:
         model, path = tiny("qwen2"), tmp_path / "a.gguf"
-        a, b = {"blk.0.ffn_up.weight.lora_a": torch.ones(4, 64)}, {"blk.0.ffn_up.weight.lora_b": torch.ones(96, 4)}
-        other = {"blk.9.ffn_up.weight.lora_a": torch.ones(4, 64), "blk.9.ffn_up.weight.lora_b": torch.ones(96, 4)}
+        a, b = (
+            {"blk.0.ffn_up.weight.lora_a": torch.ones(4, 64)},
+            {"blk.0.ffn_up.weight.lora_b": torch.ones(96, 4)},
+        )
+        other = {
+            "blk.9.ffn_up.weight.lora_a": torch.ones(4, 64),
+            "blk.9.ffn_up.weight.lora_b": torch.ones(96, 4),
+        }
         cases = [
             (a, {}, "lora_b is missing"),
             (b, {}, "lora_a is missing"),
             ({}, {}, "holds no tensors"),
             (other, {}, "blk.9.ffn_up.weight is no tensor of this qwen2 model"),
-            ({**a, **b, "blk.0.attn_norm.weight": torch.ones(64)}, {}, "blk.0.attn_norm.weight is a whole tensor"),
-            ({**a, "blk.0.ffn_up.weight.lora_b": torch.ones(96, 3)}, {}, "do not fit the base model's weight, 96 × 64"),
+            (
+                {**a, **b, "blk.0.attn_norm.weight": torch.ones(64)},
+                {},
+                "blk.0.attn_norm.weight is a whole tensor",
+            ),
+            (
+                {**a, "blk.0.ffn_up.weight.lora_b": torch.ones(96, 3)},
+                {},
+                "do not fit the base model's weight, 96 × 64",
+            ),
             ({**a, "blk.0.ffn_up.weight.lora_b": torch.ones(96)}, {}, "do not fit"),
-            ({**a, "blk.0.ffn_up.weight.lora_b": torch.full((96, 4), math.nan)}, {}, "NaN or infinity"),
+            (
+                {**a, "blk.0.ffn_up.weight.lora_b": torch.full((96, 4), math.nan)},
+                {},
+                "NaN or infinity",
+            ),
             ({**a, **b}, {"arch": "llama"}, "general.architecture is 'llama', expected 'qwen2'"),
             ({**a, **b}, {"kind": "dreambooth"}, "adapter.type is 'dreambooth'"),
             ({**a, **b}, {"alpha": math.nan}, "adapter.lora.alpha is nan"),
@@ -521,13 +709,21 @@ class TestAdapter:
         with pytest.raises(AdapterError, match="there is no file"):
             read_adapter(tmp_path / "none.gguf", model.config)
 
-    def test_a_damaged_file_is_an_error_of_ours_wherever_it_is_damaged(self, tmp_path: Path) -> None:
+    def test_a_damaged_file_is_an_error_of_ours_wherever_it_is_damaged(
+        self, tmp_path: Path
+    ) -> None:
         model, path = tiny("qwen2", num_hidden_layers=1), tmp_path / "a.gguf"
-        write_adapter(path, model.config, random_pairs(model, rank=1, only=lambda path: path.endswith("_proj")))
+        write_adapter(
+            path,
+            model.config,
+            random_pairs(model, rank=1, only=lambda path: path.endswith("_proj")),
+        )
         whole = path.read_bytes()
         header = whole.index(b"blk.0.ffn_down") + 200
         generator = torch.Generator().manual_seed(0)
-        damaged = [whole[:length] for length in (*range(0, header, 7), len(whole) // 2, len(whole) - 1)]
+        damaged = [
+            whole[:length] for length in (*range(0, header, 7), len(whole) // 2, len(whole) - 1)
+        ]
         for at in range(0, header, 3):
             value = int(torch.randint(256, (), generator=generator))
             damaged.append(whole[:at] + bytes([value]) + whole[at + 1 :])

@@ -20,7 +20,9 @@ from lorakin.training.models import load_model
 
 @pytest.fixture
 def adapter(model_dir: str, tmp_path: Path) -> Path:
-    return randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(tmp_path / "adapter")
+    return randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(
+        tmp_path / "adapter"
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def merge(base: Path, adapter: Path, out: Path) -> int:
     return run(["merge", "-m", str(base), "-a", str(adapter), "-o", str(out), "--no-verify"])
 
 
-def test_a_snapshot_of_the_hub_is_copied_as_files(model_dir: str, adapter: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_the_hub_is_copied_as_files(
+    model_dir: str, adapter: Path, tmp_path: Path
+) -> None:
     """Its files are links into the blobs beside it."""
     home = tmp_path / "hub" / "models--org--name"
     snapshot = home / "snapshots" / "0123abcd"
@@ -45,7 +49,9 @@ def test_a_snapshot_of_the_hub_is_copied_as_files(model_dir: str, adapter: Path,
     assert merge(snapshot, adapter, tmp_path / "out") == 0
     made = list((tmp_path / "out").iterdir())
     assert not [path for path in made if path.is_symlink()]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (Path(model_dir) / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        Path(model_dir) / "tokenizer.json"
+    ).read_bytes()
     assert all(path.is_symlink() for path in snapshot.iterdir())
     load_model(str(tmp_path / "out"), "base")
 
@@ -53,16 +59,27 @@ def test_a_snapshot_of_the_hub_is_copied_as_files(model_dir: str, adapter: Path,
 @pytest.mark.parametrize("name", ["tokenizer.json", "notes.txt", "more/deep.txt"])
 @pytest.mark.parametrize("how", ["absolute", "relative"])
 def test_a_link_to_the_outside_is_not_copied(
-    name: str, how: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    how: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     secret, link = tmp_path / "secret", base / name
     secret.write_text("secret")
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(secret if how == "absolute" else Path("../" * (2 + name.count("/")), tmp_path.name, "secret"))
+    link.symlink_to(
+        secret
+        if how == "absolute"
+        else Path("../" * (2 + name.count("/")), tmp_path.name, "secret")
+    )
     assert link.read_text() == "secret"
     assert merge(base, adapter, tmp_path / "out") == 2
-    assert "is a link to" in capsys.readouterr().err or name == "tokenizer.json"  # which no tokenizer can be read from
+    assert (
+        "is a link to" in capsys.readouterr().err or name == "tokenizer.json"
+    )  # which no tokenizer can be read from
     assert not (tmp_path / "out").exists()
     with pytest.raises(lk.ModelError, match="outside of the model's directory"):
         beside(base)
@@ -76,12 +93,16 @@ def test_links_inside_and_to_directories(base: Path, adapter: Path, tmp_path: Pa
     (base / "LICENSE").symlink_to("NOTICE")
     (base / "gone").symlink_to("nothing")
     assert merge(base, adapter, tmp_path / "out") == 0
-    assert (tmp_path / "out" / "LICENSE").read_text() == "notice" and not (tmp_path / "out" / "LICENSE").is_symlink()
+    assert (tmp_path / "out" / "LICENSE").read_text() == "notice" and not (
+        tmp_path / "out" / "LICENSE"
+    ).is_symlink()
     assert not (tmp_path / "out" / "folder").exists() and not (tmp_path / "out" / "gone").exists()
 
 
 @pytest.mark.parametrize("there", ["an empty directory", "nothing", "a file"])
-def test_a_result_is_not_written_through_a_link(there: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_result_is_not_written_through_a_link(
+    there: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     target, out = tmp_path / "target", tmp_path / "out"
     if there == "an empty directory":
         target.mkdir()
@@ -99,7 +120,11 @@ def test_a_result_is_not_written_through_a_link(there: str, base: Path, adapter:
 def test_the_weights_are_those_that_transformers_takes(base: Path, adapter: Path) -> None:
     """With one file and an index both there, the index is not looked at."""
     state = load_file(base / "model.safetensors")
-    save_file({key: torch.zeros_like(t) for key, t in state.items()}, base / "other.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: torch.zeros_like(t) for key, t in state.items()},
+        base / "other.safetensors",
+        metadata={"format": "pt"},
+    )
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "other.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     merged = Merged(base, directory.read(adapter))
@@ -107,7 +132,9 @@ def test_the_weights_are_those_that_transformers_takes(base: Path, adapter: Path
     assert load_model(str(base), "base").model.model.norm.weight.any()
 
 
-def test_a_file_of_weights_that_another_directory_holds(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_file_of_weights_that_another_directory_holds(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     """Weights are read through links, which a user's own copies often are; nothing of the link is kept."""
     shutil.move(base / "model.safetensors", tmp_path / "weights")
     (base / "model.safetensors").symlink_to(tmp_path / "weights")

@@ -62,10 +62,14 @@ def conversations(system: str | None) -> list[list[dict[str, str]]]:
 def own(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """The tokenizer's rendering. Some templates want a list of parts."""
     with contextlib.suppress(jinja2.TemplateError):
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
         if messages[-1]["content"] in text:
             return text
-    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    parts = [
+        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages
+    ]
     return str(tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True))
 
 
@@ -81,7 +85,10 @@ def test_ollama_writes_what_the_chat_template_writes(name: str, system: str | No
     for messages in conversations(system):
         if system and told:
             question = messages[1]["content"]
-            messages_without = [{"role": "user", "content": f"{system}\n\n{question}"}, *messages[2:]]
+            messages_without = [
+                {"role": "user", "content": f"{system}\n\n{question}"},
+                *messages[2:],
+            ]
             assert shown(template, messages) == own(made, messages_without)
         else:
             assert shown(template, messages) == own(made, messages)
@@ -92,7 +99,9 @@ def test_a_conversation_that_ends_with_an_answer_goes_on_with_it() -> None:
     (template,) = [value for word, value in parse(modelfile("x", None, made)) if word == "TEMPLATE"]
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
     assert shown(template, messages) == own(made, messages[:1]) + "Hel"
-    assert shown(template, messages[1:] + messages[:1]) == own(made, messages[:1]), "an answer to nothing is left out"
+    assert shown(template, messages[1:] + messages[:1]) == own(made, messages[:1]), (
+        "an answer to nothing is left out"
+    )
 
 
 def test_the_end_of_a_turn_stops_the_answer() -> None:
@@ -103,7 +112,9 @@ def test_the_end_of_a_turn_stops_the_answer() -> None:
         ("glm4moe", "<|user|>"),
     ):
         stops = [
-            value for word, value in parse(modelfile("x", None, tokenizer_of(TEMPLATES[name]))) if word == "PARAMETER stop"
+            value
+            for word, value in parse(modelfile("x", None, tokenizer_of(TEMPLATES[name])))
+            if word == "PARAMETER stop"
         ]
         assert stops == ["</s>", stop], name
 
@@ -119,7 +130,10 @@ def test_a_bos_that_the_reader_adds_itself_is_not_written_twice() -> None:
     assert made("a")["input_ids"][0] == made.bos_token_id
     (template,) = [value for word, value in parse(modelfile("x", None, made)) if word == "TEMPLATE"]
     assert shown(template, [{"role": "user", "content": "Hi"}]) == "[INST] Hi [/INST]"
-    assert shown(template, [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]) == "[INST] S\n\nHi [/INST]"
+    assert (
+        shown(template, [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}])
+        == "[INST] S\n\nHi [/INST]"
+    )
 
 
 def test_a_date_is_said() -> None:
@@ -142,7 +156,10 @@ def test_where_no_template_is_known_it_is_said(template: str) -> None:
     assert turns_of(made) is None
     with pytest.warns(lk.LorakinWarning, match="will not answer as it was trained"):
         text = modelfile("x", None, made)
-    assert dict(parse(text))["TEMPLATE"] == "{{ .Prompt }}" and "# WARNING: no TEMPLATE is known" in text
+    assert (
+        dict(parse(text))["TEMPLATE"] == "{{ .Prompt }}"
+        and "# WARNING: no TEMPLATE is known" in text
+    )
 
 
 def test_a_model_without_a_template_has_prompts_as_they_are() -> None:
@@ -182,7 +199,10 @@ def test_a_templates_own_text_is_no_instruction(evil: str, where: str) -> None:
 def test_a_stop_is_no_instruction(evil: str) -> None:
     made = tokenizer_of(None, eos=f"<end{evil}>")
     found = parse(modelfile("./model.gguf", None, made))
-    assert [word for word, _ in found] in (["FROM", "TEMPLATE", "PARAMETER stop"], ["FROM", "TEMPLATE"])
+    assert [word for word, _ in found] in (
+        ["FROM", "TEMPLATE", "PARAMETER stop"],
+        ["FROM", "TEMPLATE"],
+    )
     assert [value for word, value in found if word == "PARAMETER stop"] in ([], [f"<end{evil}>"])
 
 
@@ -192,7 +212,10 @@ def test_a_files_name_is_no_instruction(evil: str) -> None:
         found = parse(modelfile(name, "./adapter.gguf", tokenizer_of(None)))
         assert [word for word, _ in found] == ["FROM", "ADAPTER", "TEMPLATE", "PARAMETER stop"]
         assert found[0][1] in (name, "./base.gguf")
-    assert parse(modelfile("/my models/a b.gguf", None, tokenizer_of(None)))[0] == ("FROM", "/my models/a b.gguf")
+    assert parse(modelfile("/my models/a b.gguf", None, tokenizer_of(None)))[0] == (
+        "FROM",
+        "/my models/a b.gguf",
+    )
 
 
 def table() -> list[str]:
@@ -211,11 +234,17 @@ def table() -> list[str]:
         system = "before the first question, no place of its own" if joined else "in its place"
         system = "with the last question" if any(t and t.system_later for t in turns) else system
         shown_ends = ", ".join(f"`{end}`" for end in ends).replace("|", "\\|")
-        rows.append(f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | {system} |")
+        rows.append(
+            f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | {system} |"
+        )
     return rows
 
 
 @pytest.mark.skipif(trl.__version__ != "1.16.0", reason="another version has other templates")
 def test_the_table_in_the_docs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "howto" / "serve.md").read_text(encoding="utf-8").splitlines()
+    page = (
+        (Path(__file__).parents[2] / "docs" / "howto" / "serve.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     assert not [row for row in table() if row not in page]

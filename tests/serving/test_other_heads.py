@@ -12,16 +12,16 @@ import transformers
 
 import lorakin as lk
 from conftest import randomise
+from inject.test_ties import BERT, PAIRS, T5
 from lorakin.cli.app import run
+from lorakin.inject.merge import folded
 from lorakin.serving.export import export
 from lorakin.serving.inputs import inputs_of, random_inputs
 from lorakin.serving.job import Order
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.serving.verify import logits_of
 from lorakin.storage import directory
-from lorakin.surgery.merge import folded
 from serving.words import byte_tokenizer
-from surgery.test_ties import BERT, PAIRS, T5
 
 WHISPER = {
     **PAIRS, "max_source_positions": 10, "max_target_positions": 40, "num_mel_bins": 8, "suppress_tokens": [],
@@ -82,7 +82,9 @@ def test_merged_and_read_back(name: str, bare: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = cls(config).eval()
     (made.base_model if bare else made).save_pretrained(tmp_path / "base")
-    names = {"id2label": dict(enumerate("abc")), "num_labels": 3} if bare and name != "spans" else {}
+    names = (
+        {"id2label": dict(enumerate("abc")), "num_labels": 3} if bare and name != "spans" else {}
+    )
     model = cls.from_pretrained(tmp_path / "base", **names)
     adapter = randomise(lk.adapt(model.eval(), lk.LoRA(rank=2), **where), scale=0.3)
     expected = answers(model)
@@ -95,7 +97,9 @@ def test_merged_and_read_back(name: str, bare: bool, tmp_path: Path) -> None:
             (tmp_path / "base" / "model.safetensors").unlink()
         out = tmp_path / f"out {streamed}"
         done = export(Order(str(tmp_path / "adapter"), "merged", str(out), str(tmp_path / "base")))
-        assert done.agreement is not None and done.agreement.largest < 1e-4 * max(1, done.agreement.largest_logit)
+        assert done.agreement is not None and done.agreement.largest < 1e-4 * max(
+            1, done.agreement.largest_logit
+        )
         assert done.agreement.of == f"random {model.main_input_name}"
         merged, found = cls.from_pretrained(out, output_loading_info=True)
         assert not found["missing_keys"] and not found["mismatched_keys"]
@@ -122,7 +126,9 @@ def test_files_of_peft_say_less_but_enough(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_fault_in_what_was_written_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_what_was_written_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name in SILENT:
         pytest.skip("the same as the others of its class")
     cls, config, where = KINDS[name]
@@ -135,9 +141,13 @@ def test_a_fault_in_what_was_written_is_found(name: str, tmp_path: Path, monkeyp
         return torch.nn.Parameter(folded(*args, **kwargs).detach() * 1.5, requires_grad=False)
 
     monkeypatch.setattr("lorakin.serving.merged.folded", lambda *args: wrong(*args).detach())
-    monkeypatch.setattr("lorakin.surgery.merge.folded", wrong)
+    monkeypatch.setattr("lorakin.inject.merge.folded", wrong)
     with pytest.raises(lk.VerificationError, match="is not the model that was trained"):
-        export(Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")))
+        export(
+            Order(
+                str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -146,8 +156,15 @@ def test_a_head_that_nothing_holds_is_refused(tmp_path: Path) -> None:
     cls(config).base_model.save_pretrained(tmp_path / "base")
     model = cls.from_pretrained(tmp_path / "base")
     randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
-    with pytest.raises(lk.ModelError, match="lacks classifier.* of a ViTForImageClassification, which would be random"):
-        export(Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")))
+    with pytest.raises(
+        lk.ModelError,
+        match="lacks classifier.* of a ViTForImageClassification, which would be random",
+    ):
+        export(
+            Order(
+                str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")
+            )
+        )
 
 
 def test_the_decoder_reads_what_the_encoder_does_one_place_later() -> None:
@@ -169,7 +186,9 @@ def test_prompts_and_data_where_there_is_a_tokenizer(tmp_path: Path, write_rows:
         done = export(Order(adapter, "merged", str(tmp_path / of), base, data=given))
         assert done.agreement is not None and done.agreement.of == of
         assert done.agreement.places > 10 and done.agreement.largest < 1e-4
-    assert ", of the data" in str(export(Order(adapter, "merged", str(tmp_path / "c"), base, data=data)).agreement)
+    assert ", of the data" in str(
+        export(Order(adapter, "merged", str(tmp_path / "c"), base, data=data)).agreement
+    )
 
 
 def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
@@ -178,6 +197,12 @@ def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
     model = cls.from_pretrained(tmp_path / "base")
     randomise(lk.adapt(model, lk.LoRA(rank=2), **where)).save(tmp_path / "adapter")
     data = write_rows([{"prompt": "a", "completion": "b"}])
-    order = Order(str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base"), data=data)
+    order = Order(
+        str(tmp_path / "adapter"),
+        "merged",
+        str(tmp_path / "out"),
+        str(tmp_path / "base"),
+        data=data,
+    )
     with pytest.raises(lk.SettingError, match="has no tokenizer to read it with"):
         export(order)

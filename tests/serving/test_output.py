@@ -72,13 +72,17 @@ def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
     for to in TARGETS:
         serve(order(base, to, tmp_path / f"whole-{to}"))
     usual = (time.monotonic() - begun) / len(TARGETS)
-    start(order(base, "merged", tmp_path / "out-first")).join()  # so that all that is imported is there
+    start(
+        order(base, "merged", tmp_path / "out-first")
+    ).join()  # so that all that is imported is there
     expected = {to: contents(tmp_path / f"whole-{to}") for to in TARGETS}
     for number in range(KILLS):
         to = TARGETS[number % len(TARGETS)]
         out = tmp_path / f"out{number}"
         child = start(order(base, to, out))
-        while not any(path.name.startswith(".lorakin-") or path == out for path in tmp_path.iterdir()):
+        while not any(
+            path.name.startswith(".lorakin-") or path == out for path in tmp_path.iterdir()
+        ):
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 6 * usual))
         child.kill()
@@ -86,17 +90,29 @@ def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
         if out.exists():
             whole += 1
             assert contents(out) == expected[to]
-        assert all(p.name.startswith((".lorakin-", "out", "whole-")) for p in tmp_path.iterdir()), "nothing else to be seen"
+        assert all(p.name.startswith((".lorakin-", "out", "whole-")) for p in tmp_path.iterdir()), (
+            "nothing else to be seen"
+        )
     child = start(order(base, "merged", tmp_path / "last"))
     child.join()
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "last")
-    soak.record("Exports killed with SIGKILL", kills=KILLS, were_through=whole, half_a_model=0, left_behind=0)
+    soak.record(
+        "Exports killed with SIGKILL",
+        kills=KILLS,
+        were_through=whole,
+        half_a_model=0,
+        left_behind=0,
+    )
 
 
 def contents(folder: Path) -> dict[str, int]:
     """But for the report and the card, which name where it lies."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("export.json", "README.md")]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("export.json", "README.md")
+    ]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
@@ -124,7 +140,9 @@ def test_a_full_disk_is_said_in_a_sentence(to: str, limit: int, base: Path, tmp_
         assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_is_read_only(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_is_read_only(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(lk.OutputError, match=r"cannot write to --out /proc/lorakin/out: "):
         export(order(base, "merged", Path("/proc/lorakin/out")))
 
@@ -159,13 +177,18 @@ def test_nothing_of_a_users_own_is_taken_for_a_leftover(tmp_path: Path) -> None:
     with new_directory(str(tmp_path / "out")) as partial:
         (partial / "x").touch()
     assert precious.is_dir()
-    assert all((tmp_path / name).read_text() == "mine" and (tmp_path / name).with_suffix("").is_dir() for name in kept)
+    assert all(
+        (tmp_path / name).read_text() == "mine" and (tmp_path / name).with_suffix("").is_dir()
+        for name in kept
+    )
     with pytest.raises(lk.OutputError, match="is not empty"):
         with new_directory(str(tmp_path / "out")):
             pass
 
 
-def test_an_export_is_of_one_save(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_of_one_save(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The adapter is saved anew once the export has begun: what is written, and compared with, is the one that was."""
     shutil.copytree(base / "adapter", tmp_path / "adapter")
     read, times = directory.read, [0]
@@ -180,7 +203,9 @@ def test_an_export_is_of_one_save(base: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(directory, "read", read_and_save)
     for to in ("merged", "gguf-merged"):
-        what = dataclasses.replace(order(tmp_path, to, tmp_path / to), model=str(base / "model"), verify=True)
+        what = dataclasses.replace(
+            order(tmp_path, to, tmp_path / to), model=str(base / "model"), verify=True
+        )
         done = export(what)
         assert done.agreement is not None
     assert times == [2], "each has read it once"

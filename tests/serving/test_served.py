@@ -15,15 +15,23 @@ from lorakin.training.models import load_model, packaged
 from peers import llama_cpp
 
 REASON = llama_cpp.available()
-pytestmark = [pytest.mark.peer, pytest.mark.model, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.model,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 SUBJECTS = "rain,the sea,bread,a fox,music,the moon,tea,a train,winter,paper".split(",")
-PROMPTS = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [f"What is {subject}?" for subject in SUBJECTS]
+PROMPTS = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [
+    f"What is {subject}?" for subject in SUBJECTS
+]
 SAID = 10
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], list[list[int]], list[torch.Tensor]]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, list[list[int]], list[list[int]], list[torch.Tensor]]:
     """An adapter that changes much, the prompts, what it says to them, and its log-probabilities in each place of that."""
     loaded = load_model("smollm2", "float32")
     adapter = lk.adapt(loaded.model, lk.VeRA(rank=32), seed=1)
@@ -35,13 +43,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[i
     prompts = [prompt_ids(prompt, loaded.tokenizer) for prompt in PROMPTS]
     said: list[list[int]] = []
     logprobs = []
-    settings: dict[str, Any] = {"max_new_tokens": SAID, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "max_new_tokens": SAID,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     with torch.no_grad():
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0]
+            out = loaded.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **settings
+            )[0]
             said.append(out[len(prompt) :].tolist())
-            logprobs.append(loaded.model(out[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1))
+            logprobs.append(
+                loaded.model(out[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            )
         with adapter.disabled():
             base = loaded.model(out[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
         assert (base - logprobs[-1]).abs().max() > 1
@@ -52,9 +69,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[i
 def test_llama_cpp_says_what_the_trained_model_says(to: str, trained: Any, tmp_path: Path) -> None:
     adapter, prompts, said, logprobs = trained
     out = tmp_path / "out"
-    assert run(["export", str(adapter), "--to", to, "--dtype", "float32", "--out", str(out), "--no-verify"]) == 0
+    assert (
+        run(
+            [
+                "export",
+                str(adapter),
+                "--to",
+                to,
+                "--dtype",
+                "float32",
+                "--out",
+                str(out),
+                "--no-verify",
+            ]
+        )
+        == 0
+    )
     if to == "gguf":
-        model, loras = llama_cpp.dequantise(packaged("smollm2"), tmp_path / "base.gguf"), [out / "adapter.gguf"]
+        model, loras = (
+            llama_cpp.dequantise(packaged("smollm2"), tmp_path / "base.gguf"),
+            [out / "adapter.gguf"],
+        )
     else:
         model, loras = out / "model.gguf", []
     answers = llama_cpp.run(model, prompts, loras=loras, max_tokens=SAID)

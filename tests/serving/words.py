@@ -6,7 +6,17 @@ import json
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from conftest import TEMPLATE
 
@@ -21,7 +31,9 @@ CUTS = {
     "gpt-2": WORDS,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT % ""), "isolated"), BYTES]),
-    "smaug-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), BYTES]),
+    "smaug-bpe": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), BYTES]
+    ),
 }
 
 
@@ -31,7 +43,10 @@ def byte_tokenizer(cut: Any = WORDS, **more: Any) -> Any:
     raw.pre_tokenizer, raw.decoder = cut, decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|end|>", "<|user|>"]
-    raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=specials))
+    raw.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=specials),
+    )
     raw.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     settings = {"eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": TEMPLATE, **more}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **settings)
@@ -47,9 +62,15 @@ def piece_tokenizer(prefix: bool = True) -> Any:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
     tokens += [a + b for a, b in merges] + [token for token in part["vocab"] if len(token) == 1]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     steps = [normalizers.Prepend("▁")] if prefix else []
     raw.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

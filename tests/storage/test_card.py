@@ -40,7 +40,9 @@ def named(model: nn.Module, name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("word", ["lora", "lora+", "lora-fa", "vera", "dora", "adalora", "delta-lora"])
+@pytest.mark.parametrize(
+    "word", ["lora", "lora+", "lora-fa", "vera", "dora", "adalora", "delta-lora"]
+)
 def test_what_it_says_of_each_member(word: str, tmp_path: Path) -> None:
     adapter = randomise(lk.adapt(named(tiny_llama(), "org/base"), MEMBERS[word]()))
     directory.save(adapter, tmp_path)
@@ -50,7 +52,10 @@ def test_what_it_says_of_each_member(word: str, tmp_path: Path) -> None:
     assert (matter["library_name"], matter["pipeline_tag"]) == ("peft", "text-generation")
     assert {"lora", "lorakin", word} <= set(matter["tags"])
     assert f"{adapter.trainable_parameters:,} of " in text
-    assert 'LlamaForCausalLM.from_pretrained("org/base")' in text and "PeftModel.from_pretrained" in text
+    assert (
+        'LlamaForCausalLM.from_pretrained("org/base")' in text
+        and "PeftModel.from_pretrained" in text
+    )
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(code, "card", "exec")
     pytest.importorskip("huggingface_hub")
@@ -74,24 +79,39 @@ def test_the_code_in_it_runs(word: str, tmp_path: Path, ids: torch.Tensor) -> No
     for code in (ours, peers):
         if code is peers:
             pytest.importorskip("peft")
-        code = code.replace("org/base", str(tmp_path / "base")).replace("path/to/this/directory", str(tmp_path / "adapter"))
+        code = code.replace("org/base", str(tmp_path / "base")).replace(
+            "path/to/this/directory", str(tmp_path / "adapter")
+        )
         names: dict[str, Any] = {}
         exec(code, names)
-        torch.testing.assert_close(names["model"](ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            names["model"](ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_classifier_a_quantised_base_and_a_model_of_no_library(tmp_path: Path) -> None:
-    text = saved(randomise(lk.adapt(tiny_bert(3), lk.LoRA(2), modules_to_save=["classifier"])), tmp_path / "one")
-    assert front(text)["pipeline_tag"] == "text-classification" and "num_labels=3" in text and "`classifier`" in text
+    text = saved(
+        randomise(lk.adapt(tiny_bert(3), lk.LoRA(2), modules_to_save=["classifier"])),
+        tmp_path / "one",
+    )
+    assert (
+        front(text)["pipeline_tag"] == "text-classification"
+        and "num_labels=3" in text
+        and "`classifier`" in text
+    )
     assert "base_model" not in front(text)
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     text = saved(randomise(lk.adapt(plain, lk.LoRA(2))), tmp_path / "two")
-    assert "pipeline_tag" not in front(text) and "transformers" not in text and "`Sequential`" in text
+    assert (
+        "pipeline_tag" not in front(text) and "transformers" not in text and "`Sequential`" in text
+    )
     dora = randomise(lk.adapt(tiny_mixtral(), lk.DoRA(rank=2), ["mlp.experts.down_proj"]))
     assert "refuses" in saved(dora, tmp_path / "three")
 
 
-def test_only_what_the_hub_knows_is_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_the_hub_knows_is_a_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "here").mkdir()
@@ -103,7 +123,10 @@ def test_only_what_the_hub_knows_is_a_base_model(tmp_path: Path, monkeypatch: py
         return card.base_id(adapter)
 
     assert base("org/base") == "org/base" and base("gpt2", "a" * 40) == "gpt2"
-    assert all(base(name) is None for name in ("gpt2", "org/here", "/tmp/model", "a/b/c", "", None, 'o/"x', "o/x\n", "../x"))
+    assert all(
+        base(name) is None
+        for name in ("gpt2", "org/here", "/tmp/model", "a/b/c", "", None, 'o/"x', "o/x\n", "../x")
+    )
 
 
 def test_nothing_breaks_it(tmp_path: Path) -> None:
@@ -113,7 +136,9 @@ def test_nothing_breaks_it(tmp_path: Path) -> None:
     assert front(text) == front(plain) and "base_model" not in front(text)
     assert text.count("\n") == plain.count("\n")
     assert text.count("```") == plain.count("```") and text.count("<!--") == plain.count("<!--")
-    assert [line[:4] for line in text.splitlines()][:20] == [line[:4] for line in plain.splitlines()][:20]
+    assert [line[:4] for line in text.splitlines()][:20] == [
+        line[:4] for line in plain.splitlines()
+    ][:20]
     assert max(map(len, text.splitlines())) < 2000
     assert "rows \\| of --- mine" in text
 
@@ -148,7 +173,9 @@ def test_what_a_person_wrote_stays(edit: Callable[[str], str | bytes], tmp_path:
 
 def test_its_own_is_written_anew(tmp_path: Path) -> None:
     first = saved(randomise(lk.adapt(tiny_llama(), lk.LoRA(2))), tmp_path)
-    (tmp_path / card.CARD).write_bytes(first.replace("\n", "\r\n").encode())  # as git may have it on Windows
+    (tmp_path / card.CARD).write_bytes(
+        first.replace("\n", "\r\n").encode()
+    )  # as git may have it on Windows
     second = saved(randomise(lk.adapt(tiny_llama(), lk.DoRA(rank=3))), tmp_path)
     assert second != first and card.is_own(second) and "dora" in second
     (tmp_path / card.CARD).unlink()

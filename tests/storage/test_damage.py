@@ -71,7 +71,9 @@ def test_no_flipped_bit_lets_another_base_pass(part: str, folder: Path) -> None:
     assert not lk.adapters(model)
 
 
-@pytest.mark.filterwarnings("ignore::lorakin.errors.LorakinWarning")  # a digest in it that is of no file is said first
+@pytest.mark.filterwarnings(
+    "ignore::lorakin.errors.LorakinWarning"
+)  # a digest in it that is of no file is said first
 @pytest.mark.parametrize("part", ["lorakin.json", "lorakin.safetensors"])
 def test_every_flipped_bit_in_lorakins_own_part_is_refused(part: str, folder: Path) -> None:
     """On the right base, where nothing else would speak against it; `inspect` does not take it either."""
@@ -123,18 +125,26 @@ def test_earlier_files_have_no_checksum(folder: Path) -> None:
 
 def test_what_peft_wrote_over_ours_is_still_for_that_base(folder: Path) -> None:
     """Also in the old form, a `.bin`, where the file that lorakin wrote is gone."""
-    other = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3), targets="v_proj")).save(folder.parent / "other")
+    other = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3), targets="v_proj")).save(
+        folder.parent / "other"
+    )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((other / name).read_bytes())
     for _ in range(2):
         with pytest.warns(lk.LorakinWarning, match="left aside, but for the base"):
             assert lk.load(tiny_llama(), folder).method.words == "lora"
-        with pytest.warns(lk.LorakinWarning, match="left aside"), pytest.raises(lk.AdapterError, match="another base model"):
+        with (
+            pytest.warns(lk.LorakinWarning, match="left aside"),
+            pytest.raises(lk.AdapterError, match="another base model"),
+        ):
             lk.load(other_base(), folder)
         with pytest.warns(lk.LorakinWarning, match="left aside"):
             lk.load(other_base(), folder, other_base=True)
         if (folder / "adapter_model.safetensors").exists():
-            torch.save(safetensors.torch.load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+            torch.save(
+                safetensors.torch.load_file(folder / "adapter_model.safetensors"),
+                folder / "adapter_model.bin",
+            )
             (folder / "adapter_model.safetensors").unlink()
 
 
@@ -149,10 +159,16 @@ def test_training_does_not_go_on_from_tensors_that_training_did_not_write(tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lk.LorakinWarning)
         adapter.save(tmp_path)
-    flip(tmp_path / "adapter_model.safetensors", 8 * (tmp_path / "adapter_model.safetensors").stat().st_size - 20)
+    flip(
+        tmp_path / "adapter_model.safetensors",
+        8 * (tmp_path / "adapter_model.safetensors").stat().st_size - 20,
+    )
     again = lk.adapt(tiny_llama(), member, "q_proj", seed=1)
     before = [p.clone() for p in again.parameters()]
-    with pytest.warns(lk.LorakinWarning, match="left aside"), pytest.raises(lk.AdapterError, match="what training remembered"):
+    with (
+        pytest.warns(lk.LorakinWarning, match="left aside"),
+        pytest.raises(lk.AdapterError, match="what training remembered"),
+    ):
         again.restore(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
 
@@ -163,12 +179,20 @@ def test_training_does_not_go_on_from_tensors_that_training_did_not_write(tmp_pa
         (lk.LoRA(rank=4, alpha=32), {"lora_alpha": 72}),
         (lk.LoRA(rank=4, alpha=32), {"lora_dropout": 0.5}),
         (lk.LoRA(rank=4, rslora=True), {"use_rslora": False}),
-        (lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9), {"lora_alpha": 33}),
-        (lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9), {"orth_reg_weight": 0.2}),
+        (
+            lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9),
+            {"lora_alpha": 33},
+        ),
+        (
+            lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, total_steps=9),
+            {"orth_reg_weight": 0.2},
+        ),
         (lk.VeRA(rank=4), {"projection_prng_key": 1}),
     ],
 )
-def test_a_setting_that_is_not_the_one_that_was_saved_is_refused(member: Any, change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_setting_that_is_not_the_one_that_was_saved_is_refused(
+    member: Any, change: dict[str, Any], tmp_path: Path
+) -> None:
     directory.save(lk.adapt(tiny_llama(), member, "q_proj"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
@@ -180,7 +204,9 @@ def test_a_setting_that_is_not_the_one_that_was_saved_is_refused(member: Any, ch
         summarise(tmp_path)
 
 
-def test_every_flipped_bit_in_a_number_of_the_config_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+def test_every_flipped_bit_in_a_number_of_the_config_is_refused_or_changes_nothing(
+    tmp_path: Path,
+) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=4, alpha=32), "q_proj")).save(tmp_path)
     file, ids = tmp_path / "adapter_config.json", torch.arange(3, 12).unsqueeze(0)
     whole, model = file.read_bytes(), tiny_llama()

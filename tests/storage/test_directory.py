@@ -39,7 +39,9 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     tensors = safetensors.torch.load_file(path / TENSORS)
     change(tensors)
     safetensors.torch.save_file(tensors, path / TENSORS)
-    (path / "lorakin.json").unlink(missing_ok=True)  # of another writer, who knows nothing of lorakin's part
+    (path / "lorakin.json").unlink(
+        missing_ok=True
+    )  # of another writer, who knows nothing of lorakin's part
 
 
 def test_round_trip(saved: Path, ids: Tensor) -> None:
@@ -75,7 +77,9 @@ def test_the_same_adapter_gives_the_same_bytes(saved: Path, tmp_path: Path) -> N
 def test_dtypes_are_kept(tmp_path: Path, ids: Tensor) -> None:
     model = tiny_llama(dtype=torch.bfloat16)
     randomise(lk.adapt(model, lk.LoRA(rank=2), dtype=torch.float16)).save(tmp_path)
-    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / TENSORS).values()} == {torch.float16}
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / TENSORS).values()} == {
+        torch.float16
+    }
     other = tiny_llama(dtype=torch.bfloat16)
     assert {p.dtype for p in lk.load(other, tmp_path).parameters()} == {torch.float16}
     assert torch.equal(model(ids).logits, other(ids).logits)
@@ -127,22 +131,39 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(Q.format("B")), "model.layers.0.self_attn.q_proj lacks lora_B.weight"),
-        (lambda t: [t.pop(Q.format(slot)) for slot in "AB"], "targets model.layers.0.self_attn.q_proj, but the file has no"),
-        (lambda t: t.update({"base_model.model.extra.weight": torch.ones(2)}), "belong to nothing: extra.weight"),
-        (lambda t: t.update({Q.format("A"): torch.ones(3, 31)}), r"shape \(3, 31\), expected \(3, 32\)"),
+        (
+            lambda t: [t.pop(Q.format(slot)) for slot in "AB"],
+            "targets model.layers.0.self_attn.q_proj, but the file has no",
+        ),
+        (
+            lambda t: t.update({"base_model.model.extra.weight": torch.ones(2)}),
+            "belong to nothing: extra.weight",
+        ),
+        (
+            lambda t: t.update({Q.format("A"): torch.ones(3, 31)}),
+            r"shape \(3, 31\), expected \(3, 32\)",
+        ),
         (lambda t: t[Q.format("A")].fill_(torch.nan), "lora_A.weight holds NaN"),
-        (lambda t: t.update({Q.format("A"): torch.ones(3, 32, dtype=torch.int8)}), "is torch.int8, expected a floating type"),
+        (
+            lambda t: t.update({Q.format("A"): torch.ones(3, 32, dtype=torch.int8)}),
+            "is torch.int8, expected a floating type",
+        ),
         (lambda t: t.clear(), "the file has no tensors for it"),
     ],
 )
-def test_tensors_that_do_not_fit(saved: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+def test_tensors_that_do_not_fit(
+    saved: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     edit_tensors(saved, change)
     with pytest.raises(lk.AdapterError, match=message):
         lk.load(tiny_llama(), saved)
 
 
 def test_another_base(saved: Path) -> None:
-    with pytest.raises(lk.AdapterError, match=r"for another base model: it adapts model.layers.0.* this GPT2LMHeadModel"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"for another base model: it adapts model.layers.0.* this GPT2LMHeadModel",
+    ):
         lk.load(tiny_gpt2(), saved)
     with pytest.raises(lk.AdapterError, match=r"expected \(3, 64\) for rank 3 on this base"):
         lk.load(tiny_llama(hidden_size=64), saved)
@@ -151,7 +172,9 @@ def test_another_base(saved: Path) -> None:
 
 
 def test_a_head_of_another_size(tmp_path: Path) -> None:
-    randomise(lk.adapt(tiny_bert(labels=3), lk.LoRA(rank=2), modules_to_save=["classifier"])).save(tmp_path)
+    randomise(lk.adapt(tiny_bert(labels=3), lk.LoRA(rank=2), modules_to_save=["classifier"])).save(
+        tmp_path
+    )
     with pytest.raises(lk.AdapterError, match=r"classifier.* has shape .*3"):
         lk.load(tiny_bert(labels=2), tmp_path)
     edit_tensors(tmp_path, lambda t: t.pop("base_model.model.classifier.bias"))
@@ -176,14 +199,18 @@ def test_a_setting_that_is_absent_has_pefts_default_not_ours(tmp_path: Path) -> 
     own = json.loads((tmp_path / "lorakin.json").read_text())
     del own["config"], own["sha256"]  # as earlier files are, which do not know what the config said
     (tmp_path / "lorakin.json").write_text(json.dumps(own))
-    assert lk.load(tiny_llama(), tmp_path).method.members == (lk.LoRA(rank=8, alpha=8, dropout=0.0),)
+    assert lk.load(tiny_llama(), tmp_path).method.members == (
+        lk.LoRA(rank=8, alpha=8, dropout=0.0),
+    )
 
 
 def test_directories_that_hold_no_adapter(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(lk.AdapterError, match="there is no adapter directory"):
         lk.load(tiny_llama(), tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(lk.AdapterError, match="has no adapter_config.json; is it an adapter's directory"):
+    with pytest.raises(
+        lk.AdapterError, match="has no adapter_config.json; is it an adapter's directory"
+    ):
         lk.load(tiny_llama(), tmp_path / "empty")
     whole = (saved / TENSORS).read_bytes()
     (saved / TENSORS).write_bytes(whole[: len(whole) // 2])
@@ -225,8 +252,10 @@ def test_an_adapter_that_learned_nothing_is_announced(tmp_path: Path) -> None:
         adapter.save(tmp_path / "a")
     randomise(adapter)
     with torch.no_grad():
-        adapter.site("model.layers.1.mlp.up_proj").B.zero_()
-    with pytest.warns(lk.LorakinWarning, match=r"changes nothing in 1 of 14 modules \(model.layers.1.mlp.up_proj"):
+        adapter.branch("model.layers.1.mlp.up_proj").B.zero_()
+    with pytest.warns(
+        lk.LorakinWarning, match=r"changes nothing in 1 of 14 modules \(model.layers.1.mlp.up_proj"
+    ):
         adapter.save(tmp_path / "b")
 
 
@@ -245,7 +274,9 @@ def test_a_full_disk_leaves_the_old_adapter_whole(saved: Path, ids: Tensor) -> N
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
     try:
-        with pytest.raises(lk.OutputError, match=r"cannot write to .*; what was there is unchanged"):
+        with pytest.raises(
+            lk.OutputError, match=r"cannot write to .*; what was there is unchanged"
+        ):
             adapter.save(saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -299,11 +330,17 @@ def test_a_real_interrupt_while_saving(saved: Path) -> None:
         """
     ).format(tests=str(Path(__file__).parents[1]), path=str(saved))
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
     )
     assert process.stdout
     assert process.stdout.readline() == "saving\n"
-    for _ in range(30):  # one signal may fall into a callback of torch's, where Python cannot raise it
+    for _ in range(
+        30
+    ):  # one signal may fall into a callback of torch's, where Python cannot raise it
         process.send_signal(2)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
@@ -318,17 +355,23 @@ def test_a_real_interrupt_while_saving(saved: Path) -> None:
 def test_one_path_may_be_the_tail_of_another(tmp_path: Path) -> None:
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        )
 
     adapted, other, x = model(), model(), torch.ones(1, 4)
     randomise(lk.adapt(adapted, lk.LoRA(rank=1), exclude="1.0")).save(tmp_path)
-    assert list(lk.load(other, tmp_path).plan.sites) == ["0", "1.1"]
+    assert list(lk.load(other, tmp_path).placement.methods) == ["0", "1.1"]
     assert torch.equal(adapted(x), other(x))
 
 
 def test_whole_modules_restore_in_whatever_order_they_were_named(tmp_path: Path) -> None:
     adapter = randomise(
-        lk.adapt(tiny_llama(tied=False), lk.LoRA(rank=2), modules_to_save=["model.norm", "lm_head", "embed_tokens"])
+        lk.adapt(
+            tiny_llama(tied=False),
+            lk.LoRA(rank=2),
+            modules_to_save=["model.norm", "lm_head", "embed_tokens"],
+        )
     )
     adapter.save(tmp_path)
     adapter.restore(tmp_path)
@@ -340,7 +383,9 @@ def test_whole_modules_restore_in_whatever_order_they_were_named(tmp_path: Path)
 def test_what_goes_on_training_has_float32_masters(tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2), dtype=torch.bfloat16)).save(tmp_path)
     assert {p.dtype for p in lk.load(tiny_llama(), tmp_path).parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in lk.load(tiny_llama(), tmp_path, trainable=True).parameters()} == {torch.float32}
+    assert {p.dtype for p in lk.load(tiny_llama(), tmp_path, trainable=True).parameters()} == {
+        torch.float32
+    }
 
 
 def test_a_directory_in_a_files_place(saved: Path) -> None:
@@ -360,7 +405,9 @@ def test_restore_overwrites_in_place(saved: Path, ids: Tensor) -> None:
     expected = tiny_llama()
     lk.load(expected, saved)
     assert torch.equal(model(ids).logits, expected(ids).logits)
-    assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True)), "optimizers keep holding them"
+    assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True)), (
+        "optimizers keep holding them"
+    )
     assert all(p.requires_grad for p in adapter.parameters())
     other = lk.adapt(tiny_llama(), lk.LoRA(rank=2))
     with pytest.raises(lk.AdapterError, match="holds another adapter"):
@@ -386,12 +433,19 @@ def test_files_of_two_adapters_do_not_mix(tmp_path: Path, ids: Tensor) -> None:
     """Ours beside PEFT's that it was not written with: what PEFT's say counts, and it is said. Ours of another is damage."""
     one = trained_beside(tmp_path / "one")
     trained_beside(tmp_path / "two", seed=1)
-    (tmp_path / "one" / "lorakin.safetensors").write_bytes((tmp_path / "two" / "lorakin.safetensors").read_bytes())
-    with pytest.raises(lk.AdapterError, match=r"lorakin.safetensors is damaged: .* remove lorakin.json and"):
+    (tmp_path / "one" / "lorakin.safetensors").write_bytes(
+        (tmp_path / "two" / "lorakin.safetensors").read_bytes()
+    )
+    with pytest.raises(
+        lk.AdapterError, match=r"lorakin.safetensors is damaged: .* remove lorakin.json and"
+    ):
         lk.load(tiny_llama(), tmp_path / "one")
     (tmp_path / "one" / "lorakin.safetensors").unlink()
     other = tiny_llama()
-    with pytest.warns(lk.LorakinWarning, match=r"lorakin.safetensors is not the one that lorakin.json was written with"):
+    with pytest.warns(
+        lk.LorakinWarning,
+        match=r"lorakin.safetensors is not the one that lorakin.json was written with",
+    ):
         adapter = lk.load(other, tmp_path / "one")
     assert adapter.method.words == "lora,dora"
     torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-4, atol=1e-4)
@@ -410,12 +464,16 @@ def test_files_of_two_adapters_do_not_mix(tmp_path: Path, ids: Tensor) -> None:
         ("lorakin.json", lambda own: own["members"][0]["settings"].update(alpha=64.0)),
     ],
 )
-def test_what_ours_and_pefts_files_say_must_be_the_same(name: str, change: Any, tmp_path: Path) -> None:
+def test_what_ours_and_pefts_files_say_must_be_the_same(
+    name: str, change: Any, tmp_path: Path
+) -> None:
     trained_beside(tmp_path)
     content = json.loads((tmp_path / name).read_text())
     change(content)
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(lk.AdapterError, match=r"say another change than lorakin.json; one of them was edited"):
+    with pytest.raises(
+        lk.AdapterError, match=r"say another change than lorakin.json; one of them was edited"
+    ):
         lk.load(tiny_llama(), tmp_path)
 
 
@@ -423,17 +481,24 @@ def test_damage_to_our_own_files(tmp_path: Path) -> None:
     import hashlib
 
     trained_beside(tmp_path)
-    whole = {name: (tmp_path / name).read_bytes() for name in ("lorakin.json", "lorakin.safetensors")}
+    whole = {
+        name: (tmp_path / name).read_bytes() for name in ("lorakin.json", "lorakin.safetensors")
+    }
     tensors = safetensors.torch.load(whole["lorakin.safetensors"])
     tensors[next(key for key in tensors if key.endswith("/B"))][0, 0] = float("nan")
     own = json.loads(whole["lorakin.json"])
     (tmp_path / "lorakin.safetensors").write_bytes(safetensors.torch.save(tensors))
-    own["beside"]["lorakin.safetensors"] = hashlib.sha256((tmp_path / "lorakin.safetensors").read_bytes()).hexdigest()
+    own["beside"]["lorakin.safetensors"] = hashlib.sha256(
+        (tmp_path / "lorakin.safetensors").read_bytes()
+    ).hexdigest()
     (tmp_path / "lorakin.json").write_text(json.dumps(own))
     with pytest.raises(lk.AdapterError, match=r"of lorakin.safetensors holds NaN or infinity"):
         lk.load(tiny_llama(), tmp_path)
     for change, message in (
-        (lambda own: own.update(state={"steps": "x", "rules": 7}), "expected steps, a number, and rules, a list"),
+        (
+            lambda own: own.update(state={"steps": "x", "rules": 7}),
+            "expected steps, a number, and rules, a list",
+        ),
         (lambda own: own.update(members="all"), "members is .all., expected a list"),
         (lambda own: own["tensors"].clear(), "lorakin.json lacks the tensors of"),
     ):
@@ -454,24 +519,35 @@ def test_a_shared_pair_that_was_damaged(tmp_path: Path) -> None:
         lk.load(tiny_llama(), tmp_path)
 
 
-@pytest.mark.parametrize("member", [lk.LoRA(rank=2), lk.VeRA(rank=4), lk.AdaLoRA(initial_rank=4), [lk.VeRA(rank=4), lk.DoRA()]])
-def test_a_loaded_adapters_tensors_come_in_the_order_of_a_fresh_ones(member: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "member",
+    [lk.LoRA(rank=2), lk.VeRA(rank=4), lk.AdaLoRA(initial_rank=4), [lk.VeRA(rank=4), lk.DoRA()]],
+)
+def test_a_loaded_adapters_tensors_come_in_the_order_of_a_fresh_ones(
+    member: Any, tmp_path: Path
+) -> None:
     """Or an optimizer's saved state would go to the wrong tensors."""
     adapter = randomise(lk.adapt(tiny_llama(), member))
     directory.save(adapter, tmp_path)
     loaded = lk.load(tiny_llama(), tmp_path, trainable=True)
-    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in adapter.named_parameters()]
+    assert [name for name, _ in loaded.named_parameters()] == [
+        name for name, _ in adapter.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize("member", [lk.LoRAFA(rank=2), lk.VeRA(rank=4), lk.LoRAPlus(rank=2)])
 def test_what_peft_saves_over_ours_is_what_peft_says(member: Any, tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_llama(), member, targets="q_proj")).save(tmp_path)
-    other = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3), targets="v_proj")).save(tmp_path / "other")
+    other = randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=3), targets="v_proj")).save(
+        tmp_path / "other"
+    )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((other / name).read_bytes())
     with pytest.warns(lk.LorakinWarning, match="left aside"):
         adapter = lk.load(tiny_llama(), tmp_path)
-    assert adapter.method.words == "lora" and list(adapter.plan.sites) == [f"model.layers.{n}.self_attn.v_proj" for n in (0, 1)]
+    assert adapter.method.words == "lora" and list(adapter.placement.methods) == [
+        f"model.layers.{n}.self_attn.v_proj" for n in (0, 1)
+    ]
 
 
 def test_a_base_without_values_keeps_the_files(tmp_path: Path, ids: Tensor) -> None:
@@ -498,7 +574,9 @@ def test_patterns_that_would_take_for_ever_mean_what_they_mean(saved: Path, patt
 
 
 def test_eight_bit_tensors(saved: Path) -> None:
-    edit_tensors(saved, lambda t: t.update({Q.format("A"): t[Q.format("A")].to(torch.float8_e4m3fn)}))
+    edit_tensors(
+        saved, lambda t: t.update({Q.format("A"): t[Q.format("A")].to(torch.float8_e4m3fn)})
+    )
     with pytest.raises(lk.AdapterError, match="is torch.float8_e4m3fn; expected float32"):
         lk.load(tiny_llama(), saved)
 
@@ -508,6 +586,8 @@ def test_complex_numbers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "lorakin.json").unlink()
     file = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({key: tensor.to(torch.complex64) for key, tensor in tensors.items()}, file)
+    safetensors.torch.save_file(
+        {key: tensor.to(torch.complex64) for key, tensor in tensors.items()}, file
+    )
     with pytest.raises(lk.AdapterError, match=r"is torch.complex64; expected float32"):
         lk.load(tiny_llama(), tmp_path)

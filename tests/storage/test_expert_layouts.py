@@ -42,7 +42,13 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 def takes_last(version: str, says: bool) -> bool:
     """Whether this PEFT takes the last side for the inputs (its ParamWrapper)."""
-    return {"0.17.1": False, "0.18.1": False, "0.19.0": says, "0.19.1": not says, "0.21.2": not says}[version]
+    return {
+        "0.17.1": False,
+        "0.18.1": False,
+        "0.19.0": says,
+        "0.19.1": not says,
+        "0.21.2": not says,
+    }[version]
 
 
 def write(path: Path, owner: str, parameter: Tensor, last: bool, version: str | None) -> Tensor:
@@ -54,14 +60,20 @@ def write(path: Path, owner: str, parameter: Tensor, last: bool, version: str | 
     B = torch.randn(outputs, RANK * EXPERTS, generator=generator) * 0.3
     key = f"base_model.model.{owner}.lora_"
     path.mkdir(exist_ok=True)
-    safetensors.torch.save_file({f"{key}A.weight": A, f"{key}B.weight": B}, path / "adapter_model.safetensors")
+    safetensors.torch.save_file(
+        {f"{key}A.weight": A, f"{key}B.weight": B}, path / "adapter_model.safetensors"
+    )
     config = {
         "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [],
         "target_parameters": [f"{owner}.down_proj"],
     }  # fmt: skip
-    (path / "adapter_config.json").write_text(json.dumps(config | ({"peft_version": version} if version else {})))
+    (path / "adapter_config.json").write_text(
+        json.dumps(config | ({"peft_version": version} if version else {}))
+    )
     sides = "e o i" if last else "e i o"
-    change = torch.einsum(f"o r e, e r i -> {sides}", B.view(outputs, RANK, EXPERTS), A.view(EXPERTS, RANK, inputs))
+    change = torch.einsum(
+        f"o r e, e r i -> {sides}", B.view(outputs, RANK, EXPERTS), A.view(EXPERTS, RANK, inputs)
+    )
     return ALPHA / RANK * change
 
 
@@ -71,7 +83,13 @@ def test_a_file_of_any_version(name: str, version: str, tmp_path: Path, ids: Ten
     owner, model, merged = WHERE[name], MODELS[name](), MODELS[name]()
     experts = merged.get_submodule(owner)
     last = takes_last(version, bool(getattr(experts, "is_transposed", False)))
-    change = write(tmp_path, owner, experts.down_proj, last, None if version == "0.17.1" and name != "square" else version)
+    change = write(
+        tmp_path,
+        owner,
+        experts.down_proj,
+        last,
+        None if version == "0.17.1" and name != "square" else version,
+    )
     with torch.no_grad():
         experts.down_proj += change
     lk.load(model, tmp_path)
@@ -91,11 +109,15 @@ def test_what_nothing_tells_is_asked_for(version: str | None, tmp_path: Path) ->
 def test_another_parameter_of_the_file_tells(tmp_path: Path, ids: Tensor) -> None:
     """gate_up_proj is never square; what it says holds for down_proj too, even against the version."""
     model = square()
-    randomise(lk.adapt(model, lk.LoRA(rank=2, alpha=6), targets=["gate_up_proj", "down_proj"])).save(tmp_path)
+    randomise(
+        lk.adapt(model, lk.LoRA(rank=2, alpha=6), targets=["gate_up_proj", "down_proj"])
+    ).save(tmp_path)
     (tmp_path / "lorakin.json").unlink()
     for version in (None, "0.18.1"):
         config = json.loads((tmp_path / "adapter_config.json").read_text())
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": version}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(config | {"peft_version": version})
+        )
         other = square()
         lk.load(other, tmp_path)
         torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -106,7 +128,9 @@ def test_our_own_files_say_it(tmp_path: Path, ids: Tensor) -> None:
     randomise(lk.adapt(model, lk.LoRA(rank=2), targets="down_proj")).save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config.pop("peft_version") == "0.19.1"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))  # as lorakin wrote it before it said so
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config)
+    )  # as lorakin wrote it before it said so
     other = square()
     lk.load(other, tmp_path)
     assert torch.equal(other(ids).logits, model(ids).logits)

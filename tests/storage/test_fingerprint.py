@@ -26,7 +26,11 @@ def nudged(share: float, dtype: torch.dtype = torch.float32) -> Any:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.dim() > 1 else 0
+            weight += (
+                share * weight.std() * torch.randn(weight.shape, generator=generator)
+                if weight.dim() > 1
+                else 0
+            )
     return model.to(dtype)
 
 
@@ -52,7 +56,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("trained_in", [torch.float32, *HALF])
 @pytest.mark.parametrize(
-    "ways", [*[(a, b) for a in HALF for b in (*HALF, torch.float32)], (torch.float16, torch.bfloat16, torch.float32)]
+    "ways",
+    [
+        *[(a, b) for a in HALF for b in (*HALF, torch.float32)],
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
 )
 def test_copies_in_half_precision_are_the_same_base(
     trained_in: torch.dtype, ways: tuple[torch.dtype, ...], tmp_path: Path
@@ -80,7 +88,10 @@ def test_another_config_of_the_same_weights_is_another_base(saved: Path, key: st
         config[key] = CHANGES[key]
     else:
         setattr(config, key, CHANGES[key])
-    with pytest.raises(lk.AdapterError, match=rf"where \S*{key} is '?{before}'? in the config; here it is '?{CHANGES[key]}"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=rf"where \S*{key} is '?{before}'? in the config; here it is '?{CHANGES[key]}",
+    ):
         lk.load(model, saved)
     assert not lk.adapters(model)
     lk.load(model, saved, other_base=True)
@@ -98,10 +109,13 @@ def test_what_a_config_says_besides_does_not_count(saved: Path) -> None:
     known = own["base"].pop("config")
     assert known["rms_norm_eps"] == tiny_llama().config.rms_norm_eps and "use_cache" not in known
     assert (
-        "rope_parameters.rope_theta" in known and difference({**own["base"], "config": {"new": 1}}, fingerprint(model)) is None
+        "rope_parameters.rope_theta" in known
+        and difference({**own["base"], "config": {"new": 1}}, fingerprint(model)) is None
     )
     assert difference(own["base"], fingerprint(model)) is None  # of an earlier version
-    assert not is_fingerprint({**own["base"], "config": {"a": {"b": 1}}}) and not is_fingerprint({**own["base"], "config": 3})
+    assert not is_fingerprint({**own["base"], "config": {"a": {"b": 1}}}) and not is_fingerprint(
+        {**own["base"], "config": 3}
+    )
 
 
 def test_a_light_change_of_a_float32_base_is_seen(saved: Path) -> None:
@@ -116,7 +130,9 @@ def test_one_changed_layer_is_seen(saved: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 1.1
-    with pytest.raises(lk.AdapterError, match=r"layers\.1\.mlp\.down_proj here is another: 10\.00%"):
+    with pytest.raises(
+        lk.AdapterError, match=r"layers\.1\.mlp\.down_proj here is another: 10\.00%"
+    ):
         lk.load(model, saved)
 
 
@@ -143,31 +159,48 @@ def test_what_adapters_do_to_the_weight_does_not_count(saved: Path, tmp_path: Pa
 def test_it_is_small_and_stands_in_lorakin_json(saved: Path, tmp_path: Path) -> None:
     base = json.loads((saved / "lorakin.json").read_text())["base"]
     assert base["class"] == "LlamaForCausalLM" and base["model_type"] == "llama"
-    assert base["weights"].keys() == dict(tiny_llama().named_parameters(remove_duplicate=False)).keys()
+    assert (
+        base["weights"].keys() == dict(tiny_llama().named_parameters(remove_duplicate=False)).keys()
+    )
     assert all(len(text.split()) == 6 for text in base["weights"].values())
     gpt2 = randomise(lk.adapt(tiny_gpt2(), lk.LoRA(2))).save(tmp_path / "gpt2")
     lk.load(tiny_gpt2(), gpt2)
 
 
 @pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ],
 )
 def test_what_is_not_adapted_counts_too(name: str, tmp_path: Path) -> None:
-    saved = randomise(lk.adapt(tiny_llama(tied=False), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
+    saved = randomise(lk.adapt(tiny_llama(tied=False), lk.LoRA(2), targets="q_proj")).save(
+        tmp_path / "adapter"
+    )
     model = tiny_llama(tied=False)
     with torch.no_grad():
         model.get_parameter(name).mul_(1.02)
-    with pytest.raises(lk.AdapterError, match=rf"the weight of {name.removesuffix('.weight')} here is another: 2\.00%"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=rf"the weight of {name.removesuffix('.weight')} here is another: 2\.00%",
+    ):
         lk.load(model, saved)
 
 
 def test_other_shapes_and_other_architectures(tmp_path: Path) -> None:
     saved = randomise(lk.adapt(tiny_llama(), lk.LoRA(2))).save(tmp_path / "adapter")
-    with pytest.raises(lk.AdapterError, match=r"where model\.embed_tokens\.weight is 64x32; here it is 80x32"):
+    with pytest.raises(
+        lk.AdapterError, match=r"where model\.embed_tokens\.weight is 64x32; here it is 80x32"
+    ):
         lk.load(tiny_llama(vocab_size=80), saved)
     settings = tiny_llama().config.to_dict()
     mistral = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**{k: v for k, v in settings.items() if k not in ("model_type", "architectures")})
+        transformers.MistralConfig(
+            **{k: v for k, v in settings.items() if k not in ("model_type", "architectures")}
+        )
     )
     mistral.load_state_dict(tiny_llama().state_dict())
     with pytest.raises(lk.AdapterError, match="a 'llama' model, and this is a 'mistral' model"):
@@ -175,7 +208,9 @@ def test_other_shapes_and_other_architectures(tmp_path: Path) -> None:
 
 
 def test_a_head_that_is_trained_whole_is_not_the_bases(tmp_path: Path) -> None:
-    saved = randomise(lk.adapt(tiny_bert(), lk.LoRA(2), modules_to_save=["classifier"])).save(tmp_path / "adapter")
+    saved = randomise(lk.adapt(tiny_bert(), lk.LoRA(2), modules_to_save=["classifier"])).save(
+        tmp_path / "adapter"
+    )
     model = tiny_bert()
     torch.nn.init.normal_(model.classifier.weight)
     lk.load(model, saved)

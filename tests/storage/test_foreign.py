@@ -36,7 +36,9 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return (0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> Path:
     """The tensors as a file, as safetensors or with torch.save by its name, perhaps with a config beside it."""
     if path.suffix == ".safetensors":
         safetensors.torch.save_file({key: t.contiguous() for key, t in tensors.items()}, path)
@@ -51,7 +53,9 @@ def branched(model: nn.Module, branches: Mapping[str, Branch]) -> nn.Module:
     """The model in float64 with each branch of a module's input added to the module's output."""
     model = copy.deepcopy(model).double()
     for path, branch in branches.items():
-        model.get_submodule(path).register_forward_hook(lambda _, args, out, branch=branch: out + branch(args[0]))
+        model.get_submodule(path).register_forward_hook(
+            lambda _, args, out, branch=branch: out + branch(args[0])
+        )
     return model
 
 
@@ -66,14 +70,18 @@ def folded(model: nn.Module, found: Foreign) -> nn.Module:
         weight = weight + found.scales[path] * slots["B"].double() @ slots["A"].double()
         if "m" in slots:
             weight = weight * (slots["m"].double() / weight.norm(dim=1)).unsqueeze(1)
-        module.weight = nn.Parameter((weight.T if transposed else weight).reshape(module.weight.shape))
+        module.weight = nn.Parameter(
+            (weight.T if transposed else weight).reshape(module.weight.shape)
+        )
     return model
 
 
 def agree(model: nn.Module, found: Foreign, theirs: nn.Module, x: Tensor) -> None:
     """Folded in, what was read gives the logits of `theirs`, and other ones than the base."""
     with torch.no_grad():
-        ours, expected, base = (_logits(m, x) for m in (folded(model, found), theirs, copy.deepcopy(model).double()))
+        ours, expected, base = (
+            _logits(m, x) for m in (folded(model, found), theirs, copy.deepcopy(model).double())
+        )
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
     assert (expected - base).abs().max() > 1e-3
 
@@ -90,7 +98,9 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv_in = nn.Conv2d(3, 4, 3, padding=1)
-        self.block = nn.ModuleDict({"down": nn.Conv2d(4, 6, 3, stride=2, padding=1), "proj": nn.Conv2d(6, 6, 1)})
+        self.block = nn.ModuleDict(
+            {"down": nn.Conv2d(4, 6, 3, stride=2, padding=1), "proj": nn.Conv2d(6, 6, 1)}
+        )
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +140,9 @@ def test_loralib_merged_parts_become_one_pair(tmp_path: Path, ids: Tensor) -> No
     path = "transformer.h.1.attn.c_attn"
     A, B = drawn(3 * 2, 32), drawn(3 * 32, 2)
     model = tiny_gpt2()
-    found = read_foreign(write(tmp_path / "a.pt", {f"{path}.lora_A": A, f"{path}.lora_B": B}), model, alpha=5)
+    found = read_foreign(
+        write(tmp_path / "a.pt", {f"{path}.lora_A": A, f"{path}.lora_B": B}), model, alpha=5
+    )
     assert found.sites[path]["A"].shape == (6, 32) and found.sites[path]["B"].shape == (96, 6)
     assert found.scales == {path: 2.5}
     delta = F.conv1d(A.unsqueeze(0), B.unsqueeze(-1), groups=3).squeeze(0)  # as loralib merges them
@@ -149,7 +161,9 @@ def test_loralib_convolutions(tmp_path: Path) -> None:
     theirs = copy.deepcopy(model).double()
     for path in found.sites:
         weight = theirs.get_parameter(f"{path}.weight")
-        weight.data += (tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"]).view(weight.shape) * 1.5
+        weight.data += (tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"]).view(
+            weight.shape
+        ) * 1.5
     agree(model, found, theirs, drawn(2, 3, 8, 8))
 
 
@@ -163,7 +177,11 @@ TUNE_TO_HF = {
 
 def tune_tensors(model: nn.Module, magnitudes: bool, r: int = 3) -> dict[str, Tensor]:
     """torchtune's tensors for every layer it adapts and for the head."""
-    names = {f"layers.{n}.{tune}": f"model.layers.{n}.{hf}" for n in range(2) for tune, hf in TUNE_TO_HF.items()}
+    names = {
+        f"layers.{n}.{tune}": f"model.layers.{n}.{hf}"
+        for n in range(2)
+        for tune, hf in TUNE_TO_HF.items()
+    }
     tensors = {}
     for seed, (name, path) in enumerate((names | {"output": "lm_head"}).items()):
         out, inputs = model.get_submodule(path).weight.shape
@@ -185,10 +203,16 @@ def tuned(model: nn.Module, tensors: Mapping[str, Tensor], s: float, alternate: 
             continue
         name = key.removesuffix(".lora_a.weight")
         n, _, rest = name.removeprefix("layers.").partition(".")
-        module = theirs.lm_head if name == "output" else theirs.get_submodule(f"model.layers.{n}.{TUNE_TO_HF[rest]}")
+        module = (
+            theirs.lm_head
+            if name == "output"
+            else theirs.get_submodule(f"model.layers.{n}.{TUNE_TO_HF[rest]}")
+        )
         weight = module.weight.detach()
         if alternate and rest in ("attn.q_proj", "attn.k_proj"):
-            weight = torch.stack([weight[h + i] for h in range(0, len(weight), head) for i in _tune_order(head)])
+            weight = torch.stack(
+                [weight[h + i] for h in range(0, len(weight), head) for i in _tune_order(head)]
+            )
         weight = weight + s * tensors[f"{name}.lora_b.weight"] @ tensors[key]
         if f"{name}.magnitude" in tensors:
             weight = weight * (tensors[f"{name}.magnitude"] / weight.norm(dim=1)).unsqueeze(1)
@@ -201,7 +225,9 @@ def _tune_order(head: int) -> list[int]:
     return [i // 2 + (head // 2) * (i % 2) for i in range(head)]
 
 
-def alternating_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def alternating_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
     """Rotary positions as torchtune applies them: to neighbours, (x₀ c − x₁ s, x₁ c + x₀ s)."""
     half = cos.shape[-1] // 2
     c, s = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
@@ -216,19 +242,31 @@ def alternating_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **
 @pytest.mark.parametrize("magnitudes", [False, True])
 @pytest.mark.parametrize("head_dim", [12, None])
 def test_torchtune_on_llama(
-    tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch, magnitudes: bool, head_dim: int | None
+    tmp_path: Path,
+    ids: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    magnitudes: bool,
+    head_dim: int | None,
 ) -> None:
     model = tiny_llama(tied=False, head_dim=head_dim)
     model.config.head_dim = head_dim  # None is what older configs have, for hidden_size / heads
     tensors = tune_tensors(model, magnitudes)
-    write(tmp_path / "adapter_model.pt", tensors, {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "peft_type": "LORA"})
-    write(tmp_path / "adapter_model.safetensors", {"base_model.model.not.read": drawn(2)})  # torchtune writes both
+    write(
+        tmp_path / "adapter_model.pt",
+        tensors,
+        {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "peft_type": "LORA"},
+    )
+    write(
+        tmp_path / "adapter_model.safetensors", {"base_model.model.not.read": drawn(2)}
+    )  # torchtune writes both
     found = read_foreign(tmp_path, model)
     assert found.format == "torchtune"
     assert set(found.scales.values()) == {2.0} and len(found.sites) == 15
     with torch.no_grad():
         ours = folded(model, found)(ids).logits
-        monkeypatch.setattr(transformers.models.llama.modeling_llama, "apply_rotary_pos_emb", alternating_rope)
+        monkeypatch.setattr(
+            transformers.models.llama.modeling_llama, "apply_rotary_pos_emb", alternating_rope
+        )
         theirs = tuned(model, tensors, 2.0, alternate=True)(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -255,13 +293,21 @@ def test_torchtune_leaves_the_rows_of_qwen2(tmp_path: Path, ids: Tensor) -> None
 
 
 def mlx_config(kind: str = "lora", **parameters: Any) -> dict[str, Any]:
-    return {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": {"rank": 3, "dropout": 0.0, **parameters}}
+    return {
+        "fine_tune_type": kind,
+        "num_layers": 2,
+        "lora_parameters": {"rank": 3, "dropout": 0.0, **parameters},
+    }
 
 
 def test_mlx(tmp_path: Path, ids: Tensor) -> None:
     path = "model.layers.1.mlp.up_proj"
     a, b = drawn(32, 3), drawn(3, 48)
-    write(tmp_path / "adapters.safetensors", {f"{path}.lora_a": a, f"{path}.lora_b": b}, mlx_config(scale=20.0, alpha=16))
+    write(
+        tmp_path / "adapters.safetensors",
+        {f"{path}.lora_a": a, f"{path}.lora_b": b},
+        mlx_config(scale=20.0, alpha=16),
+    )
     write(tmp_path / "0000100_adapters.safetensors", {f"{path}.lora_a": a * 2, f"{path}.lora_b": b})
     model = tiny_llama()
     found = read_foreign(tmp_path, model)
@@ -276,7 +322,9 @@ def test_mlx_with_magnitudes(tmp_path: Path, ids: Tensor) -> None:
     a, b, m = drawn(32, 3), drawn(3, 32), 1 + drawn(32)
     tensors = {f"{path}.lora_a": a, f"{path}.lora_b": b, f"{path}.m": m}
     model = tiny_llama()
-    found = read_foreign(write(tmp_path / "adapters.safetensors", tensors, mlx_config("dora", scale=2.0)), model)
+    found = read_foreign(
+        write(tmp_path / "adapters.safetensors", tensors, mlx_config("dora", scale=2.0)), model
+    )
     theirs = copy.deepcopy(model).double()
 
     def forward(x: Tensor) -> Tensor:
@@ -289,11 +337,15 @@ def test_mlx_with_magnitudes(tmp_path: Path, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_of_mlx_takes_its_tied_head_along(tmp_path: Path, ids: Tensor, tied: bool) -> None:
+def test_an_embedding_of_mlx_takes_its_tied_head_along(
+    tmp_path: Path, ids: Tensor, tied: bool
+) -> None:
     a, b = drawn(64, 3), drawn(3, 32)
     tensors = {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
     model = tiny_llama(tied=tied)
-    found = read_foreign(write(tmp_path / "adapters.safetensors", tensors, mlx_config(scale=2.0)), model)
+    found = read_foreign(
+        write(tmp_path / "adapters.safetensors", tensors, mlx_config(scale=2.0)), model
+    )
     assert bool(found.notes) is tied
     branches: dict[str, Branch] = {"model.embed_tokens": lambda ids: 2.0 * (a[ids] @ b)}
     if tied:
@@ -303,14 +355,26 @@ def test_an_embedding_of_mlx_takes_its_tied_head_along(tmp_path: Path, ids: Tens
 
 def test_the_two_meanings_of_an_early_mlx_config(tmp_path: Path) -> None:
     path = "model.layers.1.mlp.up_proj"
-    config = {"lora_layers": 16, "lora_parameters": {"rank": 8, "alpha": 16, "dropout": 0.0, "scale": 10.0}}
-    file = write(tmp_path / "adapters.safetensors", {f"{path}.lora_a": drawn(32, 8), f"{path}.lora_b": drawn(8, 48)}, config)
+    config = {
+        "lora_layers": 16,
+        "lora_parameters": {"rank": 8, "alpha": 16, "dropout": 0.0, "scale": 10.0},
+    }
+    file = write(
+        tmp_path / "adapters.safetensors",
+        {f"{path}.lora_a": drawn(32, 8), f"{path}.lora_b": drawn(8, 48)},
+        config,
+    )
     model = tiny_llama()
-    with pytest.raises(lk.AdapterError, match="two scales; give alpha=80, a scale of 10 or alpha=160, a scale of 20"):
+    with pytest.raises(
+        lk.AdapterError,
+        match="two scales; give alpha=80, a scale of 10 or alpha=160, a scale of 20",
+    ):
         read_foreign(file, model)
     assert read_foreign(file, model, alpha=160).scales == {path: 20.0}
     assert read_foreign(file, model, alpha=80).scales == {path: 10.0}
-    with pytest.raises(lk.AdapterError, match="alpha=16 was given, but for .* of rank 8 the file says 80 or 160"):
+    with pytest.raises(
+        lk.AdapterError, match="alpha=16 was given, but for .* of rank 8 the file says 80 or 160"
+    ):
         read_foreign(file, model, alpha=16)
 
 
@@ -385,13 +449,17 @@ def test_of_a_file_for_several_models_the_part_for_this_one(tmp_path: Path) -> N
     ]
     first, second = read_foreign(file, clip(2, 16)), read_foreign(file, clip(2, 24))
     assert [path.rpartition("encoder.")[2] for path in first.sites] == ["layers.0.self_attn.q_proj"]
-    assert [path.rpartition("encoder.")[2] for path in second.sites] == ["layers.1.self_attn.q_proj"]
+    assert [path.rpartition("encoder.")[2] for path in second.sites] == [
+        "layers.1.self_attn.q_proj"
+    ]
     assert torch.equal(second.sites[next(iter(second.sites))]["A"], drawn(2, 24))
 
 
 def test_two_parts_that_fit_the_same_model(tmp_path: Path) -> None:
     name = "text_model_encoder_layers_0_self_attn_q_proj"
-    file = write(tmp_path / "a.pt", kohya(f"lora_te1_{name}", 16, 16) | kohya(f"lora_te2_{name}", 16, 16))
+    file = write(
+        tmp_path / "a.pt", kohya(f"lora_te1_{name}", 16, 16) | kohya(f"lora_te2_{name}", 16, 16)
+    )
     with pytest.raises(lk.AdapterError, match="lora_te1 and lora_te2 both fit this model"):
         read_foreign(file, clip(2, 16))
 
@@ -417,7 +485,11 @@ def tune(name: str = "layers.1.mlp.w3", **more: Tensor) -> dict[str, Tensor]:
 
 
 def mlx(path: str = UP, **more: Tensor) -> dict[str, Tensor]:
-    return {f"{path}.lora_a": drawn(32, 3), f"{path}.lora_b": drawn(3, 48), **{f"{path}.{k}": t for k, t in more.items()}}
+    return {
+        f"{path}.lora_a": drawn(32, 3),
+        f"{path}.lora_b": drawn(3, 48),
+        **{f"{path}.{k}": t for k, t in more.items()},
+    }
 
 
 FLAT_UP = "lycoris_model_layers_1_mlp_up_proj"
@@ -467,7 +539,11 @@ GOOD = loralib(drawn(3, 32), drawn(48, 3))
 def test_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str, suffix: str) -> None:
     file = write(tmp_path / f"a{suffix}", tensors)
     with pytest.raises(lk.AdapterError, match=message) as caught:
-        read_foreign(file, tiny_llama(), alpha=None if "lycoris" in str(tensors) or "lora_te" in str(tensors) else 4)
+        read_foreign(
+            file,
+            tiny_llama(),
+            alpha=None if "lycoris" in str(tensors) or "lora_te" in str(tensors) else 4,
+        )
     assert str(file) in str(caught.value)
 
 
@@ -477,19 +553,38 @@ def test_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str, suffi
         (GOOD, None, None, rf"nothing here says alpha; give alpha=….* rank of {UP} is 3"),
         (tune(), None, None, "nothing here says alpha"),
         (mlx(), mlx_config(alpha=16), None, "nothing here says alpha"),
-        (tune(), {"r": 4, "lora_alpha": 8}, None, r"layers\.1\.mlp\.w3 has rank 3, but its adapter_config\.json says r=4"),
+        (
+            tune(),
+            {"r": 4, "lora_alpha": 8},
+            None,
+            r"layers\.1\.mlp\.w3 has rank 3, but its adapter_config\.json says r=4",
+        ),
         (tune(), {"r": 3, "lora_alpha": "8"}, None, "lora_alpha='8', expected a number"),
-        (tune(), {"r": 3, "lora_alpha": 6}, 8, "alpha=8 was given, but for .* of rank 3 the file says 6; leave alpha out"),
+        (
+            tune(),
+            {"r": 3, "lora_alpha": 6},
+            8,
+            "alpha=8 was given, but for .* of rank 3 the file says 6; leave alpha out",
+        ),
         (mlx(), mlx_config("full"), None, "a full fine-tune"),
         (mlx(), mlx_config("dora", scale=2.0), None, "lacks m, but its adapter_config"),
-        (mlx(), {"use_dora": True, "lora_parameters": {"scale": 2.0}}, None, "lacks m, but its adapter_config"),
+        (
+            mlx(),
+            {"use_dora": True, "lora_parameters": {"scale": 2.0}},
+            None,
+            "lacks m, but its adapter_config",
+        ),
         (mlx(), mlx_config(scale=None), None, "scale=None, expected a number"),
         (mlx(), {"lora_parameters": 3}, None, "lora_parameters=3, expected an object"),
         (kohya(FLAT_UP, 48, 32), None, 8, "the file says 2; leave alpha out"),
     ],
 )
 def test_scales_that_are_missing_or_at_odds(
-    tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, alpha: float | None, message: str
+    tmp_path: Path,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any] | None,
+    alpha: float | None,
+    message: str,
 ) -> None:
     with pytest.raises(lk.AdapterError, match=message):
         read_foreign(write(tmp_path / "a.safetensors", tensors, config), tiny_llama(), alpha=alpha)
@@ -512,14 +607,21 @@ def test_torchtune_needs_a_model_whose_rows_it_orders_in_a_known_way(tmp_path: P
 def test_kernels_that_differ(tmp_path: Path) -> None:
     one, flat = drawn(2, 4, 1, 1), drawn(2, 36)
     for down, kernel in ((one, r"\(1, 1\)"), (flat, r"\(\)")):
-        tensors = {"lora_unet_block_down.lora_down.weight": down, "lora_unet_block_down.lora_up.weight": drawn(6, 2, 1, 1)}
-        with pytest.raises(lk.AdapterError, match=rf"kernel of {kernel}, but that of block\.down is \(3, 3\)"):
+        tensors = {
+            "lora_unet_block_down.lora_down.weight": down,
+            "lora_unet_block_down.lora_up.weight": drawn(6, 2, 1, 1),
+        }
+        with pytest.raises(
+            lk.AdapterError, match=rf"kernel of {kernel}, but that of block\.down is \(3, 3\)"
+        ):
             read_foreign(write(tmp_path / "a.pt", tensors), Net())
 
 
 def test_dtypes_are_the_files(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", {key: t.bfloat16() for key, t in GOOD.items()})
-    assert {t.dtype for t in read_foreign(file, tiny_llama(), alpha=4).sites[UP].values()} == {torch.bfloat16}
+    assert {t.dtype for t in read_foreign(file, tiny_llama(), alpha=4).sites[UP].values()} == {
+        torch.bfloat16
+    }
 
 
 class Code:
@@ -539,7 +641,10 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, zipped: bool) -> None:
         torch.save(GOOD | {"x": Code(trace)}, file)
     else:
         file.write_bytes(pickle.dumps(GOOD | {"x": Code(trace)}, protocol=2))
-    with pytest.raises(lk.AdapterError, match="more than tensors, and is not run" if zipped else "is damaged, or none"):
+    with pytest.raises(
+        lk.AdapterError,
+        match="more than tensors, and is not run" if zipped else "is damaged, or none",
+    ):
         read_foreign(file, tiny_llama(), alpha=4)
     assert not trace.exists()
 
@@ -555,7 +660,11 @@ def test_truncated_at_any_place(tmp_path: Path, suffix: str) -> None:
 
 
 def test_other_things_in_a_pickle(tmp_path: Path) -> None:
-    for content, message in (({"a": 3}, "'a' is int"), ({3: drawn(2)}, "3 is Tensor"), ([drawn(2)], "holds list")):
+    for content, message in (
+        ({"a": 3}, "'a' is int"),
+        ({3: drawn(2)}, "3 is Tensor"),
+        ([drawn(2)], "holds list"),
+    ):
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(lk.AdapterError, match=message):
             read_foreign(tmp_path / "a.pt", tiny_llama())
@@ -573,11 +682,15 @@ def test_files_that_are_not_there_or_too_many(tmp_path: Path) -> None:
     with pytest.raises(lk.AdapterError, match=r"holds one\.pt, two\.pt; name the adapter's file"):
         read_foreign(tmp_path, model)
     (tmp_path / "adapters.npz").touch()
-    with pytest.raises(lk.AdapterError, match=r"adapters\.npz is no file of tensors; expected \.safetensors"):
+    with pytest.raises(
+        lk.AdapterError, match=r"adapters\.npz is no file of tensors; expected \.safetensors"
+    ):
         read_foreign(tmp_path / "adapters.npz", model)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "holds list, expected an object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[]", "holds list, expected an object")]
+)
 def test_a_config_that_is_none(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(lk.AdapterError, match=f"{CONFIG} {message}"):

@@ -33,14 +33,23 @@ from lorakin.storage.summary import summarise
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
 MEMBERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "patterns": (lk.LoRA(4, 8, rslora=True), {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "patterns": (
+        lk.LoRA(4, 8, rslora=True),
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
     "dora": (lk.DoRA(rank=2), {"targets": ["q_proj", "down_proj"]}),
     "vera": (lk.VeRA(rank=4), {"targets": ["q_proj", "down_proj"]}),
     "adalora": (lk.AdaLoRA(initial_rank=3, target_rank=2), {"targets": ["q_proj", "v_proj"]}),
     "delta-lora": (lk.DeltaLoRA(rank=2, start_step=1), {"targets": ["q_proj", "v_proj"]}),
     "whole": (lk.LoRA(2), {"targets": "q_proj", "modules_to_save": ["lm_head"]}),
-    "experts": (lk.LoRA(4), {"targets": ["q_proj", "gate_up_proj", "down_proj"], "rank_pattern": {"down_proj": 2}}),
-    "some experts": (lk.DoRA(rank=2), {"targets": ["gate_up_proj.1", "down_proj.0", "down_proj.2"]}),
+    "experts": (
+        lk.LoRA(4),
+        {"targets": ["q_proj", "gate_up_proj", "down_proj"], "rank_pattern": {"down_proj": 2}},
+    ),
+    "some experts": (
+        lk.DoRA(rank=2),
+        {"targets": ["gate_up_proj.1", "down_proj.0", "down_proj.2"]},
+    ),
 }
 JUNK: list[Any] = [
     None, True, -1, 0, 1e308, 10**30, "", "(", "(.*", "../../../etc/passwd", "\x00", [], [None], ["x", 3], {}, {"a": "b"},
@@ -126,33 +135,65 @@ class Mutations:
     def json_text(self) -> None:
         file = self.folder / self.chance.choice(["adapter_config.json", "lorakin.json"])
         file.write_text(
-            self.chance.choice(["", "[" * 100_000, "null", "[]", '"x"', "{", '{"peft_type": "LORA"', "\ufeff{}", "{'a': 1}"])
+            self.chance.choice(
+                [
+                    "",
+                    "[" * 100_000,
+                    "null",
+                    "[]",
+                    '"x"',
+                    "{",
+                    '{"peft_type": "LORA"',
+                    "\ufeff{}",
+                    "{'a': 1}",
+                ]
+            )
         )
 
     def duplicate_json_key(self) -> None:
         file = self.folder / "adapter_config.json"
-        file.write_text('{"lora_alpha": 1, ' + file.read_text().replace("{", '"lora_alpha": 2, ', 1).lstrip())
+        file.write_text(
+            '{"lora_alpha": 1, ' + file.read_text().replace("{", '"lora_alpha": 2, ', 1).lstrip()
+        )
 
     def rewritten(self, change: Callable[[dict[str, Tensor], str], None]) -> None:
         tensors = safetensors.torch.load_file(self.tensors)
         change(tensors, self.chance.choice(sorted(tensors)))
-        safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, self.tensors, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, self.tensors, metadata={"format": "pt"}
+        )
 
     def drop_tensor(self) -> None:
         self.rewritten(lambda tensors, key: tensors.__delitem__(key))
 
     def extra_tensor(self) -> None:
-        names = ["x", "../../x", "base_model.model.lm_head.lora_A.weight", "base_model.model..lora_A.weight", "lora_A.weight"]
-        self.rewritten(lambda tensors, key: tensors.update({self.chance.choice(names): torch.ones(2, 2)}))
+        names = [
+            "x",
+            "../../x",
+            "base_model.model.lm_head.lora_A.weight",
+            "base_model.model..lora_A.weight",
+            "lora_A.weight",
+        ]
+        self.rewritten(
+            lambda tensors, key: tensors.update({self.chance.choice(names): torch.ones(2, 2)})
+        )
 
     def rename_tensor(self) -> None:
-        self.rewritten(lambda tensors, key: tensors.update({key.replace("proj", "prjo") + "x": tensors.pop(key)}))
+        self.rewritten(
+            lambda tensors, key: tensors.update(
+                {key.replace("proj", "prjo") + "x": tensors.pop(key)}
+            )
+        )
 
     def reshape_tensor(self) -> None:
-        self.rewritten(lambda tensors, key: tensors.update({key: torch.ones(*tensors[key].shape, 3)}))
+        self.rewritten(
+            lambda tensors, key: tensors.update({key: torch.ones(*tensors[key].shape, 3)})
+        )
 
     def grow_rank(self) -> None:
-        self.rewritten(lambda tensors, key: tensors.update({key: torch.cat([tensors[key], tensors[key]])}))
+        self.rewritten(
+            lambda tensors, key: tensors.update({key: torch.cat([tensors[key], tensors[key]])})
+        )
 
     def empty_tensor(self) -> None:
         self.rewritten(lambda tensors, key: tensors.update({key: tensors[key][:0]}))
@@ -162,18 +203,28 @@ class Mutations:
 
     def not_finite(self) -> None:
         bad = self.chance.choice([float("nan"), float("inf"), float("-inf")])
-        self.rewritten(lambda tensors, key: tensors.update({key: tensors[key].index_fill(0, torch.tensor(0), bad)}))
+        self.rewritten(
+            lambda tensors, key: tensors.update(
+                {key: tensors[key].index_fill(0, torch.tensor(0), bad)}
+            )
+        )
 
     def pickle_instead(self) -> None:
         self.tensors.unlink()
-        (self.folder / "adapter_model.bin").write_bytes(pickle.dumps(Executed(str(self.folder / "executed"))))
+        (self.folder / "adapter_model.bin").write_bytes(
+            pickle.dumps(Executed(str(self.folder / "executed")))
+        )
 
 
 MUST_FAIL = (
     "header_length", "truncate", "grow", "duplicate_json_key", "drop_tensor", "extra_tensor", "rename_tensor", "reshape_tensor",
     "integer_tensor", "not_finite", "pickle_instead",
 )  # fmt: skip
-MUTATIONS = [name for name in vars(Mutations) if not name.startswith("_") and name not in ("file", "rewritten")]
+MUTATIONS = [
+    name
+    for name in vars(Mutations)
+    if not name.startswith("_") and name not in ("file", "rewritten")
+]
 
 
 class Executed:
@@ -234,7 +285,9 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
             with contextlib.suppress(lk.LorakinError):
                 summarise(folder)
     with torch.no_grad():
-        assert all(torch.equal(models[which](ids).logits, untouched[which](ids).logits) for which in models)
+        assert all(
+            torch.equal(models[which](ids).logits, untouched[which](ids).logits) for which in models
+        )
     assert all(count == refused[kind] for kind, count in tried.items() if kind in MUST_FAIL)
     assert all(count >= COUNT // len(MUTATIONS) for count in tried.values())
     soak.record(
@@ -248,7 +301,9 @@ def test_the_directories_load_as_they_are(sources: dict[str, Path]) -> None:
         lk.load(base_for(word), folder)
 
 
-def test_a_file_outside_the_directory_is_never_opened(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_outside_the_directory_is_never_opened(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(sources["delta-lora"], folder)
     own = json.loads((folder / "lorakin.json").read_text())
@@ -284,7 +339,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("pattern", [*ENDLESS, *REFUSED], ids=lambda pattern: pattern[:12])
-def test_a_pattern_that_would_never_end_ends(pattern: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pattern_that_would_never_end_ends(
+    pattern: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
     """Those that can be matched step by step match nothing here; the others are refused."""
     folder, model = tmp_path / "adapter", tiny_llama(tied=False)
     shutil.copytree(sources["patterns"], folder)
@@ -310,7 +367,12 @@ def test_many_patterns(sources: dict[str, Path], tmp_path: Path) -> None:
     begun = time.monotonic()
     for keys in ([f"a{n}" for n in range(100_000)], [f".*a{n}" for n in range(100_000)]):
         many = dict.fromkeys(keys, 2)
-        for change in ({"rank_pattern": many}, {"alpha_pattern": many}, {"target_modules": keys}, {"modules_to_save": keys}):
+        for change in (
+            {"rank_pattern": many},
+            {"alpha_pattern": many},
+            {"target_modules": keys},
+            {"modules_to_save": keys},
+        ):
             (folder / "adapter_config.json").write_text(json.dumps(whole | change))
             with pytest.raises(lk.AdapterError):
                 lk.load(model, folder)

@@ -65,10 +65,14 @@ def test_a_revision_and_a_subfolder(hub: Hub, saved: Path, tmp_path: Path) -> No
     hub.put("org/adapter", other, revision="v2")
     assert (adapter_directory("org/adapter", revision="v2") / card.CARD).is_file()
     inner = adapter_directory("org/adapter", subfolder="one/two")
-    assert (inner / "adapter_model.safetensors").read_bytes() == (saved / "adapter_model.safetensors").read_bytes()
+    assert (inner / "adapter_model.safetensors").read_bytes() == (
+        saved / "adapter_model.safetensors"
+    ).read_bytes()
     assert lk.load(tiny_llama(), "org/adapter", subfolder="one/two/").is_active
     commit = hub.commit("org/adapter", "v2")
-    assert adapter_directory("org/adapter", revision=commit) == adapter_directory("org/adapter", revision="v2")
+    assert adapter_directory("org/adapter", revision=commit) == adapter_directory(
+        "org/adapter", revision="v2"
+    )
     assert lk.load(tiny_llama(), saved.parent, subfolder=saved.name).is_active  # of a directory too
     for wrong in ("../adapter", "/etc", "a\\b"):
         with pytest.raises(SettingError, match="subfolder"):
@@ -84,7 +88,9 @@ def test_older_tensors_are_fetched_only_in_need(hub: Hub, saved: Path) -> None:
     assert (adapter_directory("org/old") / "adapter_model.bin").read_bytes() == b"another"
 
 
-def test_a_directory_wins_and_asks_nothing(hub: Hub, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_wins_and_asks_nothing(
+    hub: Hub, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "org").mkdir()
     saved.rename(tmp_path / "org" / "adapter")
     monkeypatch.chdir(tmp_path)
@@ -143,7 +149,9 @@ def test_each_failure_is_said(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyP
     refused("org/fresh", "cannot be reached", "network")
 
 
-def test_a_cache_that_another_program_filled_is_warned_of(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_another_program_filled_is_warned_of(
+    hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PEFT fetches its two files alone: offline nobody can know whether there were lorakin's too."""
     from huggingface_hub import hf_hub_download
 
@@ -163,20 +171,58 @@ def test_a_cache_that_another_program_filled_is_warned_of(hub: Hub, saved: Path,
     assert (adapter_directory("org/adapter") / "lorakin.json").exists()
 
 
-def test_the_commands_take_a_hub_id(hub: Hub, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_take_a_hub_id(
+    hub: Hub, tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lorakin.training.models import load_model
 
     folder = composed(load_model(model_dir, "float32").model).save(tmp_path / "adapter")
     hub.put("org/adapter", folder)
     assert run(["inspect", "org/adapter"]) == 0
     assert "vera" in capsys.readouterr().out
-    hub.put("org/plain", randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(tmp_path / "plain"))
-    assert run(["combine", "org/plain=1.0", "--model", model_dir, "--out", str(tmp_path / "sum")]) == 0
-    assert run(["export", "org/adapter", "--model", model_dir, "--to", "merged", "--out", str(tmp_path / "merged")]) == 0
+    hub.put(
+        "org/plain",
+        randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(
+            tmp_path / "plain"
+        ),
+    )
+    assert (
+        run(["combine", "org/plain=1.0", "--model", model_dir, "--out", str(tmp_path / "sum")]) == 0
+    )
+    assert (
+        run(
+            [
+                "export",
+                "org/adapter",
+                "--model",
+                model_dir,
+                "--to",
+                "merged",
+                "--out",
+                str(tmp_path / "merged"),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     answers = []
     for name in ("org/adapter", str(folder)):
-        assert run(["generate", "--model", model_dir, "--adapter", name, "--prompt", "the cat", "--max-new-tokens", "4"]) == 0
+        assert (
+            run(
+                [
+                    "generate",
+                    "--model",
+                    model_dir,
+                    "--adapter",
+                    name,
+                    "--prompt",
+                    "the cat",
+                    "--max-new-tokens",
+                    "4",
+                ]
+            )
+            == 0
+        )
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert run(["inspect", "org/none"]) == 2
@@ -186,13 +232,20 @@ def test_the_commands_take_a_hub_id(hub: Hub, tmp_path: Path, model_dir: str, ca
 def test_an_upload_is_what_save_writes(hub: Hub, tmp_path: Path, ids: Tensor) -> None:
     model = tiny_llama()
     adapter = composed(model)
-    info = adapter.push_to_hub("org/mine", private=True, token=TOKEN, commit_message="first", notes={"Data": "rows"})
+    info = adapter.push_to_hub(
+        "org/mine", private=True, token=TOKEN, commit_message="first", notes={"Data": "rows"}
+    )
     assert str(info).startswith(f"{hub.url}/org/mine/commit/") and hub.private["org/mine"]
     files = hub.repos["org/mine"]["main"]
-    local = {p.name: p.read_bytes() for p in adapter.save(tmp_path / "local", notes={"Data": "rows"}).iterdir()}
+    local = {
+        p.name: p.read_bytes()
+        for p in adapter.save(tmp_path / "local", notes={"Data": "rows"}).iterdir()
+    }
     readme, other = files.pop(card.CARD).decode(), local.pop(card.CARD)
     assert files == local
-    assert 'lk.load(model, "org/mine")' in readme and b"org/mine" not in other and card.is_own(readme)
+    assert (
+        'lk.load(model, "org/mine")' in readme and b"org/mine" not in other and card.is_own(readme)
+    )
     files[card.CARD] = readme.encode()
     again = tiny_llama()
     lk.load(again, "org/mine", token=TOKEN)
@@ -206,7 +259,13 @@ def test_an_upload_replaces_an_adapter_and_leaves_what_a_person_wrote(hub: Hub) 
     first = files[card.CARD]
     plain = randomise(lk.adapt(tiny_llama(), lk.LoRA(2)))
     plain.push_to_hub("org/mine", token=TOKEN)
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "lorakin.json", "README.md", "notes.txt"}
+    assert set(files) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakin.json",
+        "README.md",
+        "notes.txt",
+    }
     assert files[card.CARD] != first
     files[card.CARD] = b"# My own\n"
     composed(tiny_llama()).push_to_hub("org/mine", token=TOKEN)

@@ -102,7 +102,9 @@ def test_threads_take_turns(tmp_path: Path) -> None:
     assert most == [1]
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_locks(fd: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

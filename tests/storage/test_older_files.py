@@ -33,7 +33,13 @@ SINCE_0_16: dict[str, Any] = SINCE_0_12 | {
     "corda_config": None, "eva_config": None, "exclude_modules": None, "lora_bias": False, "qalora_group_size": 16,
     "trainable_token_indices": None, "use_qalora": False,
 }  # fmt: skip
-RELEASES = {"0.2": FIRST, "0.4": SINCE_0_4, "0.8": SINCE_0_8, "0.12": SINCE_0_12, "0.16": SINCE_0_16}
+RELEASES = {
+    "0.2": FIRST,
+    "0.4": SINCE_0_4,
+    "0.8": SINCE_0_8,
+    "0.12": SINCE_0_12,
+    "0.16": SINCE_0_16,
+}
 
 
 @pytest.fixture
@@ -47,7 +53,13 @@ def saved(tmp_path: Path) -> Path:
 def test_the_keys_of_a_release(release: str, saved: Path, ids: Tensor) -> None:
     model, other = tiny_llama(), tiny_llama()
     lk.load(model, saved)
-    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+    said = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 6,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+    }
     (saved / "adapter_config.json").write_text(json.dumps(said | RELEASES[release]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -60,17 +72,25 @@ def test_parameters_in_a_pickle(saved: Path, ids: Tensor) -> None:
     lk.load(model, saved)
     tensors = safetensors.torch.load_file(saved / "adapter_model.safetensors")
     (saved / "adapter_model.safetensors").unlink()
-    torch.save({key: torch.nn.Parameter(tensor) for key, tensor in tensors.items()}, saved / "adapter_model.bin")
+    torch.save(
+        {key: torch.nn.Parameter(tensor) for key, tensor in tensors.items()},
+        saved / "adapter_model.bin",
+    )
     adapter = lk.load(other, saved)
     assert not any(parameter.requires_grad for parameter in adapter.parameters())
     assert torch.equal(model(ids).logits, other(ids).logits)
 
 
-@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}])
+@pytest.mark.parametrize(
+    "content", [torch.ones(2), [torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}]
+)
 def test_a_pickle_of_something_else(content: Any, saved: Path) -> None:
     (saved / "adapter_model.safetensors").unlink()
     torch.save(content, saved / "adapter_model.bin")
-    with pytest.raises(lk.AdapterError, match=r"adapter_model.bin.* expected (tensors by name|a tensor under a name)"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"adapter_model.bin.* expected (tensors by name|a tensor under a name)",
+    ):
         lk.load(tiny_llama(), saved)
 
 
@@ -79,5 +99,7 @@ def test_a_pattern_for_layers_that_is_none(pattern: Any, saved: Path) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     config |= {"layers_to_transform": [0], "layers_pattern": pattern}
     (saved / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(lk.AdapterError, match=r"layers_pattern.* is .*, expected a regular expression"):
+    with pytest.raises(
+        lk.AdapterError, match=r"layers_pattern.* is .*, expected a regular expression"
+    ):
         lk.load(tiny_llama(), saved)

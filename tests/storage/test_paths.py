@@ -28,7 +28,9 @@ def test_names_that_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", NAMES[:4])
-def test_every_command_says_so(name: str, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_says_so(
+    name: str, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     train = ["train", "--model", model_dir, "--data", str(tmp_path / "rows.jsonl"), "--out"]
     commands: list[list[Any]] = [
@@ -41,11 +43,16 @@ def test_every_command_says_so(name: str, model_dir: str, tmp_path: Path, capsys
     for command in commands:
         assert run(command) == 2, command
         said = capsys.readouterr().err.replace("\n", " ")
-        assert "is no path" in said or "embedded null byte" in said, command  # the latter is typer's, of a Path
+        assert "is no path" in said or "embedded null byte" in said, (
+            command
+        )  # the latter is typer's, of a Path
 
 
 def test_a_result_goes_into_a_directory() -> None:
     from lorakin.serving.output import new_directory
 
-    with pytest.raises(lk.LorakinError, match="/dev/null is no directory"), new_directory("/dev/null"):
+    with (
+        pytest.raises(lk.LorakinError, match="/dev/null is no directory"),
+        new_directory("/dev/null"),
+    ):
         pass

@@ -43,7 +43,9 @@ class Sub(Tensor):
 HOSTILE: dict[str, Callable[[], Any]] = {
     "a tensor of 10¹² ones": lambda: {KEY: strided((10**6, 10**6), (0, 0))},
     "one that overlaps itself": lambda: {KEY: torch.zeros(100).as_strided((90, 90), (1, 0))},
-    "a memory under many names": lambda: dict.fromkeys((f"x{n}" for n in range(1000)), torch.ones(10**5)),
+    "a memory under many names": lambda: dict.fromkeys(
+        (f"x{n}" for n in range(1000)), torch.ones(10**5)
+    ),
     "sparse": lambda: {KEY: torch.eye(4).to_sparse()},
     "sparse rows": lambda: {KEY: torch.eye(4).to_sparse_csr()},
     "quantised": lambda: {KEY: quantised()},
@@ -90,7 +92,9 @@ def test_what_no_adapter_holds(what: str, old: bool, tmp_path: Path, patience: N
         pytest.skip(f"torch writes no such file: {error}")
     with pytest.raises(lk.AdapterError, match="adapter_model.bin"):
         tensors_of(file)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}'
+    )
     with pytest.raises(lk.AdapterError):
         lk.load(tiny_llama(), tmp_path)
     with pytest.raises(lk.AdapterError):
@@ -113,7 +117,10 @@ def test_what_is_packed(tmp_path: Path) -> None:
     """Sixty megabytes of zeros in one."""
     plain = io.BytesIO()
     torch.save({KEY: torch.zeros(2**24)}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for entry in source.infolist():
             packed.writestr(entry.filename, source.read(entry))
     assert (tmp_path / "x.bin").stat().st_size < 1 << 20
@@ -137,7 +144,10 @@ def test_what_is_cut_off_or_changed(where: str, tmp_path: Path, patience: None) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes in the file system")
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakin.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakin.json"],
+)
 def test_pipes_and_devices_are_no_files(name: str, tmp_path: Path, patience: None) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2), targets="q_proj")).save(tmp_path)
     for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir):
@@ -150,7 +160,9 @@ def test_pipes_and_devices_are_no_files(name: str, tmp_path: Path, patience: Non
             lk.load(tiny_llama(), tmp_path)
         if name.startswith("adapter_model"):
             with pytest.raises(lk.AdapterError, match="expected a file|no plain file"):
-                lk.convert(tiny_llama(), path) if not path.is_dir() else lk.load(tiny_llama(), tmp_path)
+                lk.convert(tiny_llama(), path) if not path.is_dir() else lk.load(
+                    tiny_llama(), tmp_path
+                )
 
 
 def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
@@ -159,9 +171,15 @@ def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
     path = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_"
 
     safetensors.torch.save_file(
-        {path + "d": torch.ones(rank), path + "b": torch.ones(32)}, tmp_path / "adapter_model.safetensors"
+        {path + "d": torch.ones(rank), path + "b": torch.ones(32)},
+        tmp_path / "adapter_model.safetensors",
     )
-    config = {"peft_type": "VERA", "r": rank, "save_projection": False, "target_modules": ["model.layers.0.self_attn.q_proj"]}
+    config = {
+        "peft_type": "VERA",
+        "r": rank,
+        "save_projection": False,
+        "target_modules": ["model.layers.0.self_attn.q_proj"],
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     script = (
         "import resource, sys, lorakin as lk; from conftest import tiny_llama; model = tiny_llama()\n"
@@ -170,5 +188,11 @@ def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
         "try:\n    lk.load(model, sys.argv[1])\nexcept lk.AdapterError as error:\n    print(error)\n"
     )
     tests = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, env=tests)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=tests,
+    )
     assert "drawn again it would have 300,800,000 numbers" in done.stdout, done.stderr[-2000:]

@@ -24,7 +24,8 @@ def test_made_without_the_head(tmp_path: Path, ids: Tensor) -> None:
     whole, model = tiny_llama(), tiny_llama()
     randomise(lk.adapt(whole.model, lk.LoRA(rank=2), "q_proj")).save(tmp_path)
     with pytest.raises(
-        lk.AdapterError, match=r"layers.0.self_attn.q_proj in the file is model.layers.0.*get_submodule\('model'\)"
+        lk.AdapterError,
+        match=r"layers.0.self_attn.q_proj in the file is model.layers.0.*get_submodule\('model'\)",
     ):
         lk.load(model, tmp_path)
     assert not lk.adapters(model)
@@ -35,12 +36,29 @@ def test_made_without_the_head(tmp_path: Path, ids: Tensor) -> None:
 @pytest.mark.parametrize(
     ("make", "inner", "targets", "names"),
     [
-        (tiny_llama, "model", "q_proj", r"model.layers.0.self_attn.q_proj in the file is layers.0.self_attn.q_proj here"),
-        (tiny_bert, "bert", "query", r"bert.encoder.layer.0.attention.self.query in the file is encoder.layer.0"),
-        (tiny_gpt2, "transformer", "c_attn", r"transformer.h.0.attn.c_attn in the file is h.0.attn.c_attn here"),
+        (
+            tiny_llama,
+            "model",
+            "q_proj",
+            r"model.layers.0.self_attn.q_proj in the file is layers.0.self_attn.q_proj here",
+        ),
+        (
+            tiny_bert,
+            "bert",
+            "query",
+            r"bert.encoder.layer.0.attention.self.query in the file is encoder.layer.0",
+        ),
+        (
+            tiny_gpt2,
+            "transformer",
+            "c_attn",
+            r"transformer.h.0.attn.c_attn in the file is h.0.attn.c_attn here",
+        ),
     ],
 )
-def test_made_with_the_head(make: Any, inner: str, targets: str, names: str, tmp_path: Path) -> None:
+def test_made_with_the_head(
+    make: Any, inner: str, targets: str, names: str, tmp_path: Path
+) -> None:
     randomise(lk.adapt(make(), lk.LoRA(rank=2), targets)).save(tmp_path)
     with pytest.raises(lk.AdapterError, match=f"{names}.*holds this one as '{inner}'"):
         lk.load(make().get_submodule(inner), tmp_path)
@@ -59,12 +77,18 @@ def test_made_in_a_wrapper(tmp_path: Path, ids: Tensor) -> None:
 def test_experts_made_without_the_head(targets: Any, tmp_path: Path, ids: Tensor) -> None:
     whole, model = tiny_mixtral(), tiny_mixtral()
     randomise(lk.adapt(whole.model, lk.LoRA(rank=2), targets)).save(tmp_path)
-    with pytest.raises(lk.AdapterError, match=r"layers.0.mlp.experts in the file is model.layers.0.mlp.experts here"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"layers.0.mlp.experts in the file is model.layers.0.mlp.experts here",
+    ):
         lk.load(model, tmp_path)
     lk.load(model.model, tmp_path)
     assert torch.equal(model(ids).logits, whole(ids).logits)
     randomise(lk.adapt(tiny_mixtral(), lk.LoRA(rank=2), targets)).save(tmp_path)
-    with pytest.raises(lk.AdapterError, match=r"model.layers.0.mlp.experts in the file is layers.0.mlp.experts here"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"model.layers.0.mlp.experts in the file is layers.0.mlp.experts here",
+    ):
         lk.load(tiny_mixtral().model, tmp_path)
 
 
@@ -79,7 +103,10 @@ def test_experts_made_without_the_head(targets: Any, tmp_path: Path, ids: Tensor
 )
 def test_another_model_is_another_model(other: Any, tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2), "q_proj")).save(tmp_path)
-    with pytest.raises(lk.AdapterError, match="it is for another base model: it adapts model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        lk.AdapterError,
+        match="it is for another base model: it adapts model.layers.0.self_attn.q_proj",
+    ):
         lk.load(other(), tmp_path)
 
 
@@ -87,8 +114,16 @@ def test_a_module_that_only_ends_alike(tmp_path: Path) -> None:
     """One name is no address."""
     torch.manual_seed(0)
     bert = transformers.BertModel(
-        transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+        transformers.BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+        )
     )
-    randomise(lk.adapt(nn.ModuleDict({"dense": nn.Linear(32, 32)}), lk.LoRA(rank=2), "dense")).save(tmp_path)
+    randomise(lk.adapt(nn.ModuleDict({"dense": nn.Linear(32, 32)}), lk.LoRA(rank=2), "dense")).save(
+        tmp_path
+    )
     with pytest.raises(lk.AdapterError, match="it is for another base model"):
         lk.load(bert, tmp_path)

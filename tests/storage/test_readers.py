@@ -33,13 +33,18 @@ def write_for_ever(path: Path, number: int, writers: int) -> None:
     """Save after save; every other one has no `d`."""
     while True:
         number += writers
-        files = {name: f"{number} {name} {'x' * (number % 7 * 1000)}".encode() for name in NAMES[: 4 - number % 2]}
+        files = {
+            name: f"{number} {name} {'x' * (number % 7 * 1000)}".encode()
+            for name in NAMES[: 4 - number % 2]
+        }
         atomic.write(path, files, without=NAMES[4 - number % 2 :])
 
 
 @contextlib.contextmanager
 def running(*targets: tuple[Any, ...]) -> Iterator[None]:
-    processes = [children.Process(target=target, args=args, daemon=True) for target, *args in targets]
+    processes = [
+        children.Process(target=target, args=args, daemon=True) for target, *args in targets
+    ]
     for process in processes:
         process.start()
     try:
@@ -54,7 +59,9 @@ def running(*targets: tuple[Any, ...]) -> Iterator[None]:
 def whole(found: dict[str, bytes]) -> int | None:
     """The save that these files are of, or None if they are of several."""
     numbers = {int(content.split()[0]) for content in found.values()}
-    if len(numbers) != 1 or [content.split()[1].decode() for content in found.values()] != list(found):
+    if len(numbers) != 1 or [content.split()[1].decode() for content in found.values()] != list(
+        found
+    ):
         return None
     (number,) = numbers
     return number if len(found) == 4 - number % 2 else None
@@ -89,7 +96,9 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Adapters of other ranks and methods, whose files do not go together."""
     members = [lk.LoRA(rank=2), lk.DoRA(rank=3), [lk.VeRA(rank=4), lk.DoRA()]]
     return [
-        randomise(lk.adapt(tiny_llama(), member, "q_proj", seed=n)).save(tmp_path_factory.mktemp(f"save{n}"))
+        randomise(lk.adapt(tiny_llama(), member, "q_proj", seed=n)).save(
+            tmp_path_factory.mktemp(f"save{n}")
+        )
         for n, member in enumerate(members)
     ]
 
@@ -106,17 +115,29 @@ def test_an_adapter_is_read_whole_while_it_is_saved(saves: list[Path], tmp_path:
     """Its tensors, its config and lorakin's part are of one save: no warning, no error, each of them seen."""
     shutil.copytree(saves[0], tmp_path / "adapter")
     reads, words = max(READS // 10, 60), set()
-    with running((save_for_ever, saves, tmp_path / "adapter"), (save_for_ever, saves[::-1], tmp_path / "adapter")):
+    with running(
+        (save_for_ever, saves, tmp_path / "adapter"),
+        (save_for_ever, saves[::-1], tmp_path / "adapter"),
+    ):
         for _ in range(reads):
             files = directory.read(tmp_path / "adapter")
             assert files.own is not None
             words.add(",".join(word for word, _ in files.own.members))
     assert words == {"lora", "dora", "vera,dora"}
-    soak.record("Readers beside writers", what_is_read="adapters", writers=2, reads=reads, saves_seen=len(words), mixed=0)
+    soak.record(
+        "Readers beside writers",
+        what_is_read="adapters",
+        writers=2,
+        reads=reads,
+        saves_seen=len(words),
+        mixed=0,
+    )
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+    return {
+        p.name: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()
+    }
 
 
 def cut_off(folder: Path, files: dict[str, bytes], without: tuple[str, ...], at: int) -> None:
@@ -130,7 +151,9 @@ def cut_off(folder: Path, files: dict[str, bytes], without: tuple[str, ...], at:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_cut_off_save_is_read_whole_and_left_as_it_is(at: int, saves: list[Path], tmp_path: Path) -> None:
+def test_a_cut_off_save_is_read_whole_and_left_as_it_is(
+    at: int, saves: list[Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(saves[2], folder)
     old, new = listing(folder), {file.name: file.read_bytes() for file in saves[0].iterdir()}
@@ -143,13 +166,21 @@ def test_a_cut_off_save_is_read_whole_and_left_as_it_is(at: int, saves: list[Pat
     assert listing(folder) == before, "who reads changes nothing"
     folder.chmod(0o755)
     atomic.write(folder, {"other": b"x"})
-    assert {name: content for name, (_, _, content) in listing(folder).items()} == {**new, "other": b"x"}, "a writer repairs"
+    assert {name: content for name, (_, _, content) in listing(folder).items()} == {
+        **new,
+        "other": b"x",
+    }, "a writer repairs"
 
 
 def test_a_save_that_did_not_come_to_count(saves: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(saves[2], folder)
-    cut_off(folder, {file.name: file.read_bytes() for file in saves[0].iterdir()}, ("lorakin.safetensors",), 0)
+    cut_off(
+        folder,
+        {file.name: file.read_bytes() for file in saves[0].iterdir()},
+        ("lorakin.safetensors",),
+        0,
+    )
     before = listing(folder)
     assert lk.load(tiny_llama(), folder).method.words == "vera,dora"
     assert listing(folder) == before

@@ -22,8 +22,20 @@ from conftest import tiny_llama, tiny_mixtral
 
 IDS = torch.arange(10, 26)[None]
 PIXELS = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
-TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-SEEN = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+SEEN = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+}
 
 
 def made(cls: Any, config: Any) -> Any:
@@ -32,22 +44,40 @@ def made(cls: Any, config: Any) -> Any:
 
 
 def qwen_moe() -> Any:
-    sizes = {**TEXT, "num_key_value_heads": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
-    config = T.Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, initializer_range=0.2)
+    sizes = {
+        **TEXT,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    }
+    config = T.Qwen2MoeConfig(
+        **sizes, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, initializer_range=0.2
+    )
     return made(T.Qwen2MoeForCausalLM, config)
 
 
 def llava() -> Any:
     vision = T.CLIPVisionConfig(**SEEN, patch_size=8)
-    config = T.LlavaConfig(vision_config=vision, text_config=T.LlamaConfig(**TEXT), image_token_index=5)
+    config = T.LlavaConfig(
+        vision_config=vision, text_config=T.LlamaConfig(**TEXT), image_token_index=5
+    )
     return made(T.LlavaForConditionalGeneration, config)
 
 
 def qwen_vl() -> Any:
-    vision = {"depth": 1, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 8, "spatial_merge_size": 1}
+    vision = {
+        "depth": 1,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "hidden_size": 32,
+        "patch_size": 8,
+        "spatial_merge_size": 1,
+    }
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     text = {**TEXT, "num_key_value_heads": 2, "rope_parameters": rope}
-    return made(T.Qwen2VLForConditionalGeneration, T.Qwen2VLConfig(text_config=text, vision_config=vision))
+    return made(
+        T.Qwen2VLForConditionalGeneration, T.Qwen2VLConfig(text_config=text, vision_config=vision)
+    )
 
 
 def vit() -> Any:
@@ -58,7 +88,9 @@ def half(number: int) -> Callable[[Tensor], Tensor]:
     return lambda weight: weight.chunk(2)[number]
 
 
-def experts(first: str, up: str, down: str, layer: str, now: str, count: int = 4) -> dict[str, tuple[str, Any, Any]]:
+def experts(
+    first: str, up: str, down: str, layer: str, now: str, count: int = 4
+) -> dict[str, tuple[str, Any, Any]]:
     """v4's path → the parameter today, the index in it, and which part of that."""
     places: dict[str, tuple[str, Any, Any]] = {}
     for n in range(count):
@@ -75,12 +107,23 @@ def plain(names: Mapping[str, str]) -> dict[str, tuple[str, Any, Any]]:
 MIXTRAL = {
     old: place
     for layer in range(2)
-    for old, place in experts("w1", "w3", "w2", f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp").items()
+    for old, place in experts(
+        "w1", "w3", "w2", f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
+    ).items()
 }
-ROUTERS = plain({f"model.layers.{n}.block_sparse_moe.gate": f"model.layers.{n}.mlp.gate" for n in range(2)})
-ATTENTION = plain({f"model.layers.{n}.self_attn.q_proj": f"model.layers.{n}.self_attn.q_proj" for n in range(2)})
-QWEN = experts("gate_proj", "up_proj", "down_proj", "model.layers.0.mlp", "model.layers.0.mlp") | plain(
-    {f"model.layers.0.mlp.shared_expert.{n}": f"model.layers.0.mlp.shared_expert.{n}" for n in ("gate_proj", "up_proj")}
+ROUTERS = plain(
+    {f"model.layers.{n}.block_sparse_moe.gate": f"model.layers.{n}.mlp.gate" for n in range(2)}
+)
+ATTENTION = plain(
+    {f"model.layers.{n}.self_attn.q_proj": f"model.layers.{n}.self_attn.q_proj" for n in range(2)}
+)
+QWEN = experts(
+    "gate_proj", "up_proj", "down_proj", "model.layers.0.mlp", "model.layers.0.mlp"
+) | plain(
+    {
+        f"model.layers.0.mlp.shared_expert.{n}": f"model.layers.0.mlp.shared_expert.{n}"
+        for n in ("gate_proj", "up_proj")
+    }
     | {"model.layers.0.mlp.shared_expert.down_proj": "model.layers.0.mlp.shared_expert.down_proj"}
 )
 LLAVA = plain(
@@ -137,7 +180,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any], dict[s
 def value(patterns: Mapping[str, int], path: str, usual: int) -> int:
     import re
 
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), usual)
+    return next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), usual
+    )
 
 
 def write(path: Path, model: Any, places: Mapping[str, Any], settings: dict[str, Any]) -> Any:
@@ -150,10 +195,16 @@ def write(path: Path, model: Any, places: Mapping[str, Any], settings: dict[str,
             weight = changed.get_parameter(parameter)
             weight = weight if number is None else weight[number]
             weight = weight if part is None else part(weight)
-            rank, alpha = (value(settings.get(f, {}), old, u) for f, u in (("rank_pattern", 2), ("alpha_pattern", 6)))
+            rank, alpha = (
+                value(settings.get(f, {}), old, u)
+                for f, u in (("rank_pattern", 2), ("alpha_pattern", 6))
+            )
             A = torch.randn(rank, weight.shape[1], generator=generator) * 0.3
             B = torch.randn(weight.shape[0], rank, generator=generator) * 0.3
-            tensors[f"base_model.model.{old}.lora_A.weight"], tensors[f"base_model.model.{old}.lora_B.weight"] = A, B
+            (
+                tensors[f"base_model.model.{old}.lora_A.weight"],
+                tensors[f"base_model.model.{old}.lora_B.weight"],
+            ) = A, B
             weight += alpha / (rank**0.5 if settings.get("use_rslora") else rank) * B @ A
     path.mkdir(exist_ok=True)
     safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
@@ -192,13 +243,33 @@ def test_as_peft_reads_it(name: str, tmp_path: Path) -> None:
 
 
 def dinov2() -> Any:
-    return made(T.Dinov2ForImageClassification, T.Dinov2Config(**SEEN, patch_size=8, num_labels=3, use_swiglu_ffn=True))
+    return made(
+        T.Dinov2ForImageClassification,
+        T.Dinov2Config(**SEEN, patch_size=8, num_labels=3, use_swiglu_ffn=True),
+    )
 
 
 def deepseek() -> Any:
-    sizes = {**TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8}
-    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
-    routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    sizes = {
+        **TEXT,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+    }
+    heads = {
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    routed = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 0,
+    }
     return made(T.DeepseekV3ForCausalLM, T.DeepseekV3Config(**sizes, **heads, **routed))
 
 
@@ -207,22 +278,33 @@ def deepseek() -> Any:
     [(dinov2, SIGHT), (deepseek, TOKENS), (tiny_mixtral, TOKENS), (llava, TOKENS), (vit, SIGHT)],
     ids=["dinov2", "deepseek", "mixtral", "llava", "vit"],
 )
-def test_as_transformers_loads_the_changed_checkpoint(make: Callable[[], Any], batch: dict[str, Any], tmp_path: Path) -> None:
+def test_as_transformers_loads_the_changed_checkpoint(
+    make: Callable[[], Any], batch: dict[str, Any], tmp_path: Path
+) -> None:
     """Every weight with another name in a checkpoint gets a pair; transformers loads the one where they are merged."""
     model = make()
     model.save_pretrained(tmp_path / "base")
     weights = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
     today, generator = dict(model.named_parameters()), torch.Generator().manual_seed(2)
-    renamed = [k for k, t in weights.items() if k.endswith(".weight") and t.dim() == 2 and k not in today and "embed" not in k]
+    renamed = [
+        k
+        for k, t in weights.items()
+        if k.endswith(".weight") and t.dim() == 2 and k not in today and "embed" not in k
+    ]
     assert renamed
     pairs = {}
     for key in renamed:
         outputs, inputs = weights[key].shape
-        A, B = torch.randn(2, inputs, generator=generator) * 0.2, torch.randn(outputs, 2, generator=generator) * 0.2
+        A, B = (
+            torch.randn(2, inputs, generator=generator) * 0.2,
+            torch.randn(outputs, 2, generator=generator) * 0.2,
+        )
         name = f"base_model.model.{key.removesuffix('.weight')}.lora_"
         pairs |= {f"{name}A.weight": A, f"{name}B.weight": B}
         weights[key] = weights[key] + 2 * B @ A
-    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"}
+    )
     merged = type(model).from_pretrained(tmp_path / "base").eval()
     (tmp_path / "adapter").mkdir()
     safetensors.torch.save_file(pairs, tmp_path / "adapter" / "adapter_model.safetensors")
@@ -247,12 +329,20 @@ W1 = "base_model.model.model.layers.0.block_sparse_moe.experts.2.w1.lora_{}.weig
 @pytest.mark.parametrize(
     ("edit", "settings", "message"),
     [
-        (lambda t: [t.pop(W1.format(s)) for s in "AB"], {}, r"targets model.*experts.2.w1, but the file has no tensors"),
+        (
+            lambda t: [t.pop(W1.format(s)) for s in "AB"],
+            {},
+            r"targets model.*experts.2.w1, but the file has no tensors",
+        ),
         (lambda t: t.pop(W1.format("B")), {}, "experts.2.w1 has A .*expected a pair of rank 2"),
         (lambda t: t.update({W1.format("A"): torch.ones(3, 32)}), {}, "expected a pair of rank 2"),
         (lambda t: t.update({W1.format("B"): torch.ones(47, 2)}), {}, "does not fill it"),
         (lambda t: t.update({W1.format("A"): torch.ones(2, 31)}), {}, "expected a pair of rank 2"),
-        (lambda t: None, {"target_modules": ["w1", "w2"]}, "has tensors for .* which the config does not target"),
+        (
+            lambda t: None,
+            {"target_modules": ["w1", "w2"]},
+            "has tensors for .* which the config does not target",
+        ),
     ],
 )
 def test_a_damaged_file(edit: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -268,9 +358,13 @@ def test_modules_trained_whole_are_renamed_too(tmp_path: Path) -> None:
     model = llava()
     changed = write(tmp_path, model, LLAVA, {"target_modules": ["q_proj"]})
     head = torch.randn(64, 32, generator=torch.Generator().manual_seed(7)) * 0.1
-    change(tmp_path, lambda t: t.update({"base_model.model.language_model.lm_head.weight": head}), modules_to_save=["lm_head"])
+    change(
+        tmp_path,
+        lambda t: t.update({"base_model.model.language_model.lm_head.weight": head}),
+        modules_to_save=["lm_head"],
+    )
     changed.lm_head.weight.data.copy_(head)
-    assert list(lk.load(model, tmp_path).plan.copies) == ["lm_head"]
+    assert list(lk.load(model, tmp_path).placement.copies) == ["lm_head"]
     torch.testing.assert_close(model(IDS).logits, changed(IDS).logits, rtol=1e-4, atol=1e-5)
 
 

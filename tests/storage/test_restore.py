@@ -25,25 +25,32 @@ def equal(one: Any, other: Any, ids: Tensor) -> None:
         (lk.DoRA(rank=4, alpha=8), [lk.LoRA(rank=4, alpha=8), lk.DoRA()]),
         ([lk.LoRA(rank=4, alpha=8), lk.DoRA()], lk.DoRA(rank=4, alpha=8)),
         (lk.LoRA(rank=4, init="gaussian"), lk.LoRA(rank=4)),
-        ([lk.LoRAPlus(rank=4, alpha=8), lk.DoRA()], [lk.LoRA(rank=4, alpha=8), lk.DoRA(), lk.LoRAPlus()]),
+        (
+            [lk.LoRAPlus(rank=4, alpha=8), lk.DoRA()],
+            [lk.LoRA(rank=4, alpha=8), lk.DoRA(), lk.LoRAPlus()],
+        ),
     ],
 )
 def test_another_spelling(saved: Any, here: Any, tmp_path: Path, ids: Tensor) -> None:
     model, other = tiny_llama(), tiny_llama()
     randomise(lk.adapt(model, saved, TARGETS)).save(tmp_path)
     adapter = randomise(lk.adapt(other, here, TARGETS), seed=9)
-    before, tensors = adapter.plan.method, adapter.parameters()
+    before, tensors = adapter.placement.method, adapter.parameters()
     adapter.restore(tmp_path)
     equal(model, other, ids)
-    assert adapter.plan.method is before
+    assert adapter.placement.method is before
     assert all(a is b for a, b in zip(adapter.parameters(), tensors, strict=True))
 
 
 def test_patterns_in_another_spelling(tmp_path: Path, ids: Tensor) -> None:
     model, other = tiny_llama(), tiny_llama()
-    randomise(lk.adapt(model, lk.LoRA(rank=4, alpha=8), TARGETS, rank_pattern={"v_proj": 2})).save(tmp_path)
+    randomise(lk.adapt(model, lk.LoRA(rank=4, alpha=8), TARGETS, rank_pattern={"v_proj": 2})).save(
+        tmp_path
+    )
     pattern = {"q_proj": 4, "layers.0.self_attn.v_proj": 2, "layers.1.self_attn.v_proj": 2}
-    randomise(lk.adapt(other, lk.LoRA(rank=3, alpha=8), TARGETS, rank_pattern=pattern), seed=9).restore(tmp_path)
+    randomise(
+        lk.adapt(other, lk.LoRA(rank=3, alpha=8), TARGETS, rank_pattern=pattern), seed=9
+    ).restore(tmp_path)
     equal(model, other, ids)
     with pytest.raises(lk.AdapterError, match="holds another adapter"):
         lk.adapt(tiny_llama(), lk.LoRA(rank=4, alpha=8), TARGETS).restore(tmp_path)
@@ -74,10 +81,14 @@ IMPORTANCE = dict(zip(PATHS, (0.4, 0.3, 0.2, 0.1), strict=True))
         (PLAIN, lk.LoRADrop(rank=4, alpha=8, keep=1, importance=IMPORTANCE), False),
     ],
 )
-def test_what_peft_wrote(settings: dict[str, Any], member: Any, fits: bool, tmp_path: Path, ids: Tensor) -> None:
+def test_what_peft_wrote(
+    settings: dict[str, Any], member: Any, fits: bool, tmp_path: Path, ids: Tensor
+) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, **settings)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, **settings
+    )
     theirs = peft.get_peft_model(tiny_llama(), config).eval()
     theirs.save_pretrained(tmp_path)
     model = tiny_llama()

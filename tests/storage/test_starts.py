@@ -41,11 +41,19 @@ CHANGED: dict[str, dict[str, Any]] = {
 def trained(settings: dict[str, Any]) -> tuple[Any, bool]:
     """PEFT's model with random pairs, and whether its start left the base weights alone."""
     peft = pytest.importorskip("peft")
-    made = {k: getattr(peft.tuners.lora.config, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in settings.items()}
+    made = {
+        k: getattr(peft.tuners.lora.config, v[0])(**v[1]) if isinstance(v, tuple) else v
+        for k, v in settings.items()
+    }
     model = tiny_llama()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **made})).eval()
-    own = {k.removeprefix("base_model.model.").replace("base_layer.", ""): t for k, t in theirs.state_dict().items()}
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **made})
+    ).eval()
+    own = {
+        k.removeprefix("base_model.model.").replace("base_layer.", ""): t
+        for k, t in theirs.state_dict().items()
+    }
     same = all(torch.equal(tensor, own[key]) for key, tensor in before.items())
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -73,7 +81,9 @@ def test_a_start_that_changes_the_base(name: str, tmp_path: Path) -> None:
     theirs, same = trained(CHANGED[name])
     assert not same
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(lk.AdapterError, match="KaSA" if name == "kasa" else "changes the base weight"):
+    with pytest.raises(
+        lk.AdapterError, match="KaSA" if name == "kasa" else "changes the base weight"
+    ):
         lk.load(tiny_llama(), tmp_path)
 
 
@@ -99,6 +109,11 @@ def test_the_reason(start: Any, reason: str, tmp_path: Path) -> None:
 
 
 def test_tensors_of_training_go() -> None:
-    names = ("a.lora_A.weight", "a.lora_velora_embed", "a.lora_monteclora_sampler.std_prior", "a.lora_velora_embedding")
+    names = (
+        "a.lora_A.weight",
+        "a.lora_velora_embed",
+        "a.lora_monteclora_sampler.std_prior",
+        "a.lora_velora_embedding",
+    )
     left = starts.without_training(dict.fromkeys(names, torch.ones(1)))
     assert list(left) == ["a.lora_A.weight", "a.lora_velora_embedding"]

@@ -25,7 +25,12 @@ def numbers(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 def ways(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The same numbers, rounded in every way that a model is stored in."""
-    rounded = [tensor, tensor.double(), *(tensor.to(a) for a in HALF), *(tensor.to(a).to(b) for a in HALF for b in HALF)]
+    rounded = [
+        tensor,
+        tensor.double(),
+        *(tensor.to(a) for a in HALF),
+        *(tensor.to(a).to(b) for a in HALF for b in HALF),
+    ]
     return [*rounded, *(one.float() for one in rounded)]
 
 
@@ -36,21 +41,36 @@ def test_rounding_is_the_same_tensor(shape: tuple[int, ...]) -> None:
         held = [str(line).split()[:2] for line in lines]
         other = [(a, b) for a, b in zip(lines, held, strict=True)]
         assert all(sums.apart(a, b) == 0.0 for a, (h, _) in other for b, (g, _) in other if h != g)
-        once = [sums.of(numbers(shape, seed).to(half)) for half in HALF]  # run in the other half, and in float32
-        again = [sums.of(numbers(shape, seed).to(half).to(one).to(two)) for half in HALF for one in HALF for two in HALF]
-        assert all(sums.apart(one, line) == 0.0 for n, one in enumerate(once) for line in again[4 * n : 4 * n + 4])
+        once = [
+            sums.of(numbers(shape, seed).to(half)) for half in HALF
+        ]  # run in the other half, and in float32
+        again = [
+            sums.of(numbers(shape, seed).to(half).to(one).to(two))
+            for half in HALF
+            for one in HALF
+            for two in HALF
+        ]
+        assert all(
+            sums.apart(one, line) == 0.0
+            for n, one in enumerate(once)
+            for line in again[4 * n : 4 * n + 4]
+        )
         assert held[0] == held[1] and held[2] == held[12]  # widened, the numbers are the same
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (300, 1000), (4, 6, 3, 2), (576,)])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_another_tensor_is_as_far_as_the_difference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_another_tensor_is_as_far_as_the_difference(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     for seed in range(10):
         one, share = numbers(shape, seed), 0.05
         other = one + share * numbers(shape, seed + 100)
         found = sums.apart(sums.of(one.to(dtype)), sums.of(other.to(dtype)))
         assert found == pytest.approx(share, rel=0.6)
-        assert sums.apart(sums.of(one), sums.of(numbers(shape, seed + 100).to(dtype))) == pytest.approx(2**0.5, rel=0.7)
+        assert sums.apart(
+            sums.of(one), sums.of(numbers(shape, seed + 100).to(dtype))
+        ) == pytest.approx(2**0.5, rel=0.7)
 
 
 def test_the_sums_are_the_formula() -> None:
@@ -58,11 +78,16 @@ def test_the_sums_are_the_formula() -> None:
     line = sums.of(one.float())
     assert line is not None
     left, right = sums._signs("rows", 6), sums._signs("columns", 5)
-    want = [float(one.float().double().norm()), *(float(left[:, k] @ one.float().double() @ right[:, k]) for k in range(8))]
+    want = [
+        float(one.float().double().norm()),
+        *(float(left[:, k] @ one.float().double() @ right[:, k]) for k in range(8)),
+    ]
     assert [float(word) for word in line.split()[2:]] == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert left.unique().tolist() == [-1.0, 1.0]
     assert sums._signs("rows", 4)[:, 0].tolist() == sums._signs("rows", 4)[:, 0].tolist()
-    assert "".join("+" if sign > 0 else "-" for sign in sums._signs("rows", 6)[:, 0]) == "++-+--"  # kept in files: never others
+    assert (
+        "".join("+" if sign > 0 else "-" for sign in sums._signs("rows", 6)[:, 0]) == "++-+--"
+    )  # kept in files: never others
 
 
 @pytest.mark.parametrize("at", [0, 1, 777, 2047])
@@ -84,8 +109,13 @@ def test_one_changed_number_of_a_half_precision_tensor_is_seen(at: int, dtype: t
     other.view(-1)[at] *= 1.02
     line, now = sums.of(one), sums.of(other)
     assert line is not None and now is not None and 0 < sums.apart(line, now) < 0.01
-    earlier = [f"{held} {crc[:8]} {rest}" for held, crc, rest in (text.split(" ", 2) for text in (line, now))]
-    assert sums.apart(earlier[0], line) == sums.apart(earlier[0], earlier[1]) == 0.0  # their first checksum had rounding in it
+    earlier = [
+        f"{held} {crc[:8]} {rest}"
+        for held, crc, rest in (text.split(" ", 2) for text in (line, now))
+    ]
+    assert (
+        sums.apart(earlier[0], line) == sums.apart(earlier[0], earlier[1]) == 0.0
+    )  # their first checksum had rounding in it
 
 
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +131,10 @@ def test_what_has_no_plain_numbers_has_no_line() -> None:
     assert sums.of(torch.ones(3, device="meta")) is None
     assert sums.of(torch.ones(3, dtype=torch.int64)) is None
     assert sums.of(torch.ones(0, 3)) is None
-    assert sums.of(torch.tensor([1.0, float("nan")])) is None and sums.of(torch.tensor([float("inf")])) is None
+    assert (
+        sums.of(torch.tensor([1.0, float("nan")])) is None
+        and sums.of(torch.tensor([float("inf")])) is None
+    )
     assert sums.of(nn.Parameter(torch.ones(2, 2))) == sums.of(torch.ones(2, 2))
     one = numbers((5, 3))
     assert sums.of(one, [1, 4]) == sums.of(one[[0, 2, 3]]) and sums.of(one, [0]) is None
@@ -110,17 +143,29 @@ def test_what_has_no_plain_numbers_has_no_line() -> None:
 def test_lines_of_files_are_checked() -> None:
     line = sums.of(numbers((3, 5)))
     assert sums.is_sum(line)
-    for wrong in (None, 3, "", "float32", f"{line} 1", str(line).replace(str(line).split()[2], "nan"), "a zz " + "1 " * 9):
+    for wrong in (
+        None,
+        3,
+        "",
+        "float32",
+        f"{line} 1",
+        str(line).replace(str(line).split()[2], "nan"),
+        "a zz " + "1 " * 9,
+    ):
         assert not sums.is_sum(wrong)
 
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **where: Any) -> Path:
-    return randomise(lk.adapt(tiny_llama(dtype=dtype), lk.LoRA(2), **where)).save(folder / "adapter")
+    return randomise(lk.adapt(tiny_llama(dtype=dtype), lk.LoRA(2), **where)).save(
+        folder / "adapter"
+    )
 
 
 @pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("run_in", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_base_with_a_random_remainder_is_another(trained_in: torch.dtype, run_in: torch.dtype, tmp_path: Path) -> None:
+def test_a_base_with_a_random_remainder_is_another(
+    trained_in: torch.dtype, run_in: torch.dtype, tmp_path: Path
+) -> None:
     """All but the four numbers that earlier versions kept of each parameter."""
     adapter = saved(tmp_path, trained_in)
     model = tiny_llama()
@@ -156,7 +201,9 @@ def test_files_of_earlier_versions_still_load(tmp_path: Path) -> None:
     lk.load(tiny_llama(), adapter)
 
 
-def test_saving_again_reads_what_was_written_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_again_reads_what_was_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama()
     adapter = randomise(lk.adapt(model, lk.LoRA(2), targets="q_proj"))
     adapter.save(tmp_path / "first")

@@ -17,8 +17,20 @@ from conftest import randomise, tiny_bert, tiny_llama
 from lorakin.storage.tasks import is_classifiers, task_of
 
 IDS = torch.arange(5, 12)[None]
-BERT = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 SEEN = {**TEXT, "image_size": 16, "patch_size": 8}
 
 
@@ -28,8 +40,17 @@ def made(cls: Any, config: Any) -> Any:
 
 
 def whisper(cls: Any = T.WhisperForConditionalGeneration) -> Any:
-    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))}
-    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 20, "max_target_positions": 20}
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 2))
+    }
+    sizes |= {
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "max_source_positions": 20,
+        "max_target_positions": 20,
+    }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
     return made(cls, T.WhisperConfig(vocab_size=64, num_mel_bins=8, d_model=16, **sizes, **special))
 
@@ -38,13 +59,24 @@ def llava() -> Any:
     vision = T.CLIPVisionConfig(**{**SEEN, "projection_dim": 16})
     return made(
         T.LlavaForConditionalGeneration,
-        T.LlavaConfig(vision_config=vision, text_config=T.LlamaConfig(**TEXT), image_token_index=63),
+        T.LlavaConfig(
+            vision_config=vision, text_config=T.LlamaConfig(**TEXT), image_token_index=63
+        ),
     )
 
 
 def t5() -> Any:
-    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    return made(T.T5ForConditionalGeneration, T.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0))
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
+    return made(
+        T.T5ForConditionalGeneration, T.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)
+    )
 
 
 def bert(cls: Any) -> Any:
@@ -57,7 +89,13 @@ def distilbert() -> Any:
 
 
 def speaker() -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 32,
+    }
     ears = {"conv_dim": [8], "conv_kernel": [4], "conv_stride": [4], "num_conv_pos_embeddings": 4}
     more = {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1}
     return made(T.Wav2Vec2ForSequenceClassification, T.Wav2Vec2Config(**sizes, **ears, **more))
@@ -143,7 +181,9 @@ def test_what_peft_takes_for_the_head_by_its_name_is_in_the_file(tmp_path: Path)
 
     def make() -> Any:
         torch.manual_seed(0)
-        config = T.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=3)
+        config = T.DistilBertConfig(
+            vocab_size=64, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=3
+        )
         return T.DistilBertForSequenceClassification(config).eval()
 
     model, ids = make(), torch.arange(5, 13).view(2, 4)
@@ -153,10 +193,10 @@ def test_what_peft_takes_for_the_head_by_its_name_is_in_the_file(tmp_path: Path)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(theirs(input_ids=ids).logits, want, rtol=1e-5, atol=1e-6)
     loaded = make()
-    assert lk.load(loaded, tmp_path).plan.copies == ("classifier",)
+    assert lk.load(loaded, tmp_path).placement.copies == ("classifier",)
     torch.testing.assert_close(loaded(ids).logits, want, rtol=1e-5, atol=1e-6)
     adapter.restore(tmp_path)
     (tmp_path / "lorakin.json").unlink()
     other = make()
-    assert lk.load(other, tmp_path).plan.copies == ("pre_classifier", "classifier")
+    assert lk.load(other, tmp_path).placement.copies == ("pre_classifier", "classifier")
     torch.testing.assert_close(other(ids).logits, want, rtol=1e-5, atol=1e-6)

@@ -23,7 +23,9 @@ from lorakin.training.models import load_model, load_with_adapter
 
 @pytest.fixture
 def saved(model_dir: str, tmp_path: Path) -> Path:
-    return randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(tmp_path / "adapter")
+    return randomise(lk.adapt(load_model(model_dir, "float32").model, lk.LoRA(2))).save(
+        tmp_path / "adapter"
+    )
 
 
 @pytest.fixture
@@ -46,19 +48,27 @@ def loads(folder: str, adapter: Path) -> None:
         load_with_adapter(folder, str(adapter), "float32")
 
 
-def test_the_same_tokenizer_is_not_mentioned(model_dir: str, saved: Path, folder: Callable[..., str]) -> None:
+def test_the_same_tokenizer_is_not_mentioned(
+    model_dir: str, saved: Path, folder: Callable[..., str]
+) -> None:
     loads(model_dir, saved)
     loads(folder(lambda tokenizer: None), saved)
 
 
-def test_other_words_are_another_base(saved: Path, folder: Callable[..., str], tokenizer: Any) -> None:
+def test_other_words_are_another_base(
+    saved: Path, folder: Callable[..., str], tokenizer: Any
+) -> None:
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     words[-2:] = reversed(words[-2:])  # behind the last power of two
 
     def swapped(_: Any) -> Any:
-        raw = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+        raw = Tokenizer(
+            WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+        )
         raw.pre_tokenizer = WhitespaceSplit()
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", chat_template=TEMPLATE)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="<unk>", chat_template=TEMPLATE
+        )
 
     place = folder(swapped)
     found = tokenizer.get_vocab()
@@ -66,7 +76,10 @@ def test_other_words_are_another_base(saved: Path, folder: Callable[..., str], t
     with pytest.warns(LorakinWarning, match="its tokenizer has other words at its end"):
         load_with_adapter(place, str(saved), "float32")
     words[10:12] = reversed(words[10:12])
-    with pytest.raises(lk.AdapterError, match="with a tokenizer in which other words have the same numbers.*--other-base"):
+    with pytest.raises(
+        lk.AdapterError,
+        match="with a tokenizer in which other words have the same numbers.*--other-base",
+    ):
         load_with_adapter(folder(swapped), str(saved), "float32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +88,10 @@ def test_other_words_are_another_base(saved: Path, folder: Callable[..., str], t
 
 def test_more_words_are_said(saved: Path, folder: Callable[..., str]) -> None:
     place = folder(lambda tokenizer: tokenizer.add_tokens(["more"]) and None)
-    with pytest.warns(LorakinWarning, match="its tokenizer has other words at its end than when the adapter was made"):
+    with pytest.warns(
+        LorakinWarning,
+        match="its tokenizer has other words at its end than when the adapter was made",
+    ):
         load_with_adapter(place, str(saved), "float32")
 
 
@@ -88,9 +104,13 @@ def test_another_way_of_cutting_is_said(saved: Path, folder: Callable[..., str])
 
 
 @pytest.mark.parametrize("template", [TEMPLATE + " ", None])
-def test_another_template_is_said(template: str | None, saved: Path, folder: Callable[..., str]) -> None:
+def test_another_template_is_said(
+    template: str | None, saved: Path, folder: Callable[..., str]
+) -> None:
     place = folder(lambda tokenizer: setattr(tokenizer, "chat_template", template))
-    with pytest.warns(LorakinWarning, match="its chat template is another than when the adapter was made"):
+    with pytest.warns(
+        LorakinWarning, match="its chat template is another than when the adapter was made"
+    ):
         load_with_adapter(place, str(saved), "float32")
 
 
@@ -109,12 +129,22 @@ def test_what_a_file_says_is_checked(saved: Path) -> None:
     base = json.loads((saved / "lorakin.json").read_text())["base"]
     assert texts.are_texts(base) and texts.are_texts({})
     assert set(base["tokenizer"]["words"]) == {"16", "all"}
-    for wrong in ([], "x", {"words": []}, {"words": {}, "cuts": 3}, {"words": {"16": 3}, "cuts": "x", "template": None}):
+    for wrong in (
+        [],
+        "x",
+        {"words": []},
+        {"words": {}, "cuts": 3},
+        {"words": {"16": 3}, "cuts": "x", "template": None},
+    ):
         assert not texts.are_texts({"tokenizer": wrong}), wrong
 
 
 def test_an_adapter_that_brings_its_template_does_not_mind_the_bases(
-    model_dir: str, tmp_path: Path, folder: Callable[..., str], write_rows: Callable[..., str], chat_rows: list[dict[str, str]]
+    model_dir: str,
+    tmp_path: Path,
+    folder: Callable[..., str],
+    write_rows: Callable[..., str],
+    chat_rows: list[dict[str, str]],
 ) -> None:
     from lorakin.cli.app import run
 
@@ -122,7 +152,18 @@ def test_an_adapter_that_brings_its_template_does_not_mind_the_bases(
     own.write_text(TEMPLATE.replace("<|end|> {% endfor %}", "<|end|> {% endfor %}{# ours #}"))
     out = tmp_path / "trained"
     rows = write_rows(chat_rows)
-    asked = ["-m", model_dir, "-d", rows, "-o", str(out), "--steps=1", "--dtype=float32", "--chat-template", str(own)]
+    asked = [
+        "-m",
+        model_dir,
+        "-d",
+        rows,
+        "-o",
+        str(out),
+        "--steps=1",
+        "--dtype=float32",
+        "--chat-template",
+        str(own),
+    ]
     assert run(["train", *asked]) == 0
     loads(model_dir, out)
     loads(folder(lambda tokenizer: setattr(tokenizer, "chat_template", TEMPLATE + " ")), out)

@@ -447,7 +447,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 4,
     },
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+    "bamba": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "attn_layer_indices": [1],
+    },
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2},
@@ -517,7 +523,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.channel_multiplier": [1],
         "vq_config.num_res_blocks": 1,
     },
-    "roc_bert": {"pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "roc_bert": {
+        "pronunciation_vocab_size": 16,
+        "shape_vocab_size": 16,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
     "glm4v": MROPE,
     "glm46v": MROPE,
     "glm_ocr": MROPE,
@@ -533,7 +544,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_attention_heads": [2, 2, 2],
         "key_dim": [8, 8, 8],
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"], "num_layers": 2},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "attention_layers": ["global", "local"],
+        "num_layers": 2,
+    },
     "granitemoehybrid": {
         "mamba_n_heads": 4,
         "mamba_d_head": 16,
@@ -561,7 +576,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
         "n_mamba_heads": 2,
     },
-    "moonshine": {"num_key_value_heads": 4, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "moonshine": {
+        "num_key_value_heads": 4,
+        "encoder_num_key_value_heads": 4,
+        "decoder_num_key_value_heads": 4,
+    },
     "cvt": {"depth": [1, 2, 3]},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
@@ -598,7 +617,11 @@ Extra = dict[str, Callable[[Any], Any]]
 FRAMES_FIRST: Extra = {"input_features": lambda model: given.spectrum(model).transpose(1, 2)}
 SPECTRUM_VALUES: Extra = {"input_values": lambda model: given.spectrum(model).transpose(1, 2)}
 WAVE: Extra = {"input_values": lambda model: torch.randn(2, 1, 1600)}
-VIDEO: Extra = {"pixel_values": lambda model: given.images(model).unsqueeze(1).repeat(1, setting_frames(model), 1, 1, 1)}
+VIDEO: Extra = {
+    "pixel_values": lambda model: (
+        given.images(model).unsqueeze(1).repeat(1, setting_frames(model), 1, 1, 1)
+    )
+}
 SEVERAL: Extra = {"pixel_values": lambda model: given.images(model).unsqueeze(1)}
 TILED: Extra = {
     "pixel_values": lambda model: given.images(model).unsqueeze(1).repeat(1, 2, 1, 1, 1),
@@ -606,12 +629,20 @@ TILED: Extra = {
 }
 SIZED: Extra = {"image_sizes": given.INPUTS["image_sizes"]}
 PAIR: Extra = {"pixel_values": lambda model: given.images(model).unsqueeze(1).repeat(1, 2, 1, 1, 1)}
-CODEBOOKS: Extra = {"input_ids": lambda model: torch.randint(0, 16, (2 * model.config.num_codebooks, 12)), "labels": None}
+CODEBOOKS: Extra = {
+    "input_ids": lambda model: torch.randint(0, 16, (2 * model.config.num_codebooks, 12)),
+    "labels": None,
+}
 SERIES: Extra = {
-    "past_values": lambda model: torch.randn(2, model.config.context_length, model.config.num_input_channels),
+    "past_values": lambda model: torch.randn(
+        2, model.config.context_length, model.config.num_input_channels
+    ),
     "past_observed_mask": None,
 }
-CURVES: Extra = {"past_values": lambda model: [torch.randn(64) for _ in range(2)], "future_values": None}
+CURVES: Extra = {
+    "past_values": lambda model: [torch.randn(64) for _ in range(2)],
+    "future_values": None,
+}
 PATCHED: Extra = {"pixel_values": lambda model: torch.randn(2, 16, 3 * 64)}
 
 
@@ -629,7 +660,9 @@ EXTRA: dict[str, Extra] = {
     "audio-spectrogram-transformer": SPECTRUM_VALUES,
     **dict.fromkeys("dac pocket_tts_audio_tokenizer".split(), WAVE),
     **dict.fromkeys("timesformer videomae vivit tvp".split(), VIDEO),
-    **dict.fromkeys("idefics2 idefics3 smolvlm modernvbert ultravbert granite_docling".split(), SEVERAL),
+    **dict.fromkeys(
+        "idefics2 idefics3 smolvlm modernvbert ultravbert granite_docling".split(), SEVERAL
+    ),
     **dict.fromkeys("lightglue efficientloftr".split(), PAIR),
     **dict.fromkeys("musicgen musicgen_melody".split(), CODEBOOKS),
     **dict.fromkeys("llava_next llava_onevision llava_next_video".split(), TILED),
@@ -639,7 +672,9 @@ EXTRA: dict[str, Extra] = {
     "pop2piano": {"input_features": None},
     "fuyu": {"pixel_values": None},
     "dia": {
-        "decoder_input_ids": lambda model: torch.randint(3, 60, (2, 12, model.config.decoder_config.num_channels)),
+        "decoder_input_ids": lambda model: torch.randint(
+            3, 60, (2, 12, model.config.decoder_config.num_channels)
+        ),
         "labels": None,
     },
     "mllama": {
@@ -650,26 +685,40 @@ EXTRA: dict[str, Extra] = {
     },
     "colpali": {
         "input_ids": lambda model: torch.cat(
-            [torch.full((2, 16), given.setting(model, "image_token_index", "image_token_id")), given.ids(model)], 1
+            [
+                torch.full((2, 16), given.setting(model, "image_token_index", "image_token_id")),
+                given.ids(model),
+            ],
+            1,
         )
     },
     "reformer": {
         "input_ids": lambda model: torch.randint(5, 60, (2, 32)),
         "labels": lambda model: torch.randint(5, 60, (2, 32)),
     },
-    "kosmos-2": {"image_embeds_position_mask": lambda model: (torch.arange(12) < 4).long().repeat(2, 1)},
+    "kosmos-2": {
+        "image_embeds_position_mask": lambda model: (torch.arange(12) < 4).long().repeat(2, 1)
+    },
     "idefics": {
         "pixel_values": lambda model: given.images(model).unsqueeze(1),
         "image_attention_mask": lambda model: torch.ones(2, 12, 1),
     },
-    "vilt": {"input_ids": given.ids, "labels": lambda model: torch.rand(2, model.config.num_labels)},
+    "vilt": {
+        "input_ids": given.ids,
+        "labels": lambda model: torch.rand(2, model.config.num_labels),
+    },
     **dict.fromkeys("siglip2 lfm2_vl".split(), PATCHED),
     "parakeet_ctc": FRAMES_FIRST | {"attention_mask": given.INPUTS["input_features_mask"]},
     "lasr_ctc": FRAMES_FIRST | {"attention_mask": given.INPUTS["input_features_mask"]},
-    "speech-encoder-decoder": {"input_values": given.INPUTS["input_values"], "input_features": None},
+    "speech-encoder-decoder": {
+        "input_values": given.INPUTS["input_values"],
+        "input_features": None,
+    },
     "timesfm": CURVES,
     "qwen2_audio": {
-        "input_ids": lambda model: torch.cat([torch.full((2, 1), model.config.audio_token_index), given.ids(model)], 1),
+        "input_ids": lambda model: torch.cat(
+            [torch.full((2, 1), model.config.audio_token_index), given.ids(model)], 1
+        ),
         "attention_mask": lambda model: torch.ones(2, 13, dtype=torch.long),
         "labels": None,
     },
@@ -679,14 +728,20 @@ EXTRA: dict[str, Extra] = {
         "labels": lambda model: torch.randint(5, 60, (2, 64)),
         "input_ids": None,
     },
-    "visual_bert": {"attention_mask": lambda model: torch.ones(2, 12), "labels": lambda model: torch.randint(5, 60, (2, 16))},
+    "visual_bert": {
+        "attention_mask": lambda model: torch.ones(2, 12),
+        "labels": lambda model: torch.randint(5, 60, (2, 16)),
+    },
 }
 """Architecture → arguments of its forward that it wants otherwise than `INPUTS` has them."""
 
 
 NO_LINEAR = {"": "it has no linear layer outside its head that can be adapted"}
 REFUSED: dict[str, dict[str, str]] = {
-    **dict.fromkeys("bit dac ibert mobilenet_v1 mobilenet_v2 mobilevitv2 poolformer regnet resnet".split(), NO_LINEAR),
+    **dict.fromkeys(
+        "bit dac ibert mobilenet_v1 mobilenet_v2 mobilevitv2 poolformer regnet resnet".split(),
+        NO_LINEAR,
+    ),
 }
 """Architecture → the modules that lorakin leaves out of "all-linear" there (the number of a layer as `*`), each with the
 reason; "" is the whole model. `python -m sweep.table --refused` prints what lorakin says today."""
@@ -700,7 +755,9 @@ def build(name: str) -> nn.Module:
 def make(name: str, head: str) -> nn.Module:
     cls = getattr(transformers, head)
     torch.manual_seed(0)
-    return cls(cls.config_class.from_dict(settings(cls.config_class, OVERRIDES.get(name, {})))).train()
+    return cls(
+        cls.config_class.from_dict(settings(cls.config_class, OVERRIDES.get(name, {})))
+    ).train()
 
 
 def settings(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise
-from lorakin.surgery.targets import new_heads
+from lorakin.inject.targets import new_heads
 from sweep import architectures
 from sweep.inputs import loss_of, tensors
 
@@ -67,13 +67,15 @@ def examined(name: str) -> Found:
     reached = _reached(plain, given)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     base = outputs(model, given)
-    warnings.filterwarnings("ignore", "the first step of adapter", lk.LorakinWarning)  # `unused` tells them
+    warnings.filterwarnings(
+        "ignore", "the first step of adapter", lk.LorakinWarning
+    )  # `unused` tells them
     found = Found(name, type(model).__name__, unlike_itself=distance(base, outputs(model, given)))
     adapter = _adapted(model, found)
     if adapter is None:
         return found
-    found.adapted = len(adapter.plan.sites)
-    found.unused = [path for path in adapter.plan.sites if not reached.get(path, True)]
+    found.adapted = len(adapter.placement.methods)
+    found.unused = [path for path in adapter.placement.methods if not reached.get(path, True)]
     _train(model, adapter, given, found)
     randomise(adapter, SCALE)
     changed = outputs(model, given)
@@ -88,7 +90,9 @@ def examined(name: str) -> Found:
         found.loaded = distance(changed, outputs(twin, given))
     adapter.remove()
     after = model.state_dict()
-    found.changed = sorted(key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key)))
+    found.changed = sorted(
+        key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))
+    )
     found.removed = distance(base, outputs(model, given))
     return found
 
@@ -139,7 +143,9 @@ def _same(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return (
-        one.dtype == other.dtype and one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool(((one == other) | (one.isnan() & other.isnan())).all())
     )
 
 
@@ -154,7 +160,10 @@ def _reached(plain: nn.Module, given: dict[str, Any]) -> dict[str, bool]:
         parameter.requires_grad_(parameter.is_floating_point())
     for step in range(STEPS):
         loss(plain, given, step).backward()
-    return {path: weight.grad is not None and bool(weight.grad.any()) for path, weight in weights.items()}
+    return {
+        path: weight.grad is not None and bool(weight.grad.any())
+        for path, weight in weights.items()
+    }
 
 
 def _adapted(model: nn.Module, found: Found) -> lk.Adapter | None:
@@ -190,7 +199,7 @@ def _train(model: nn.Module, adapter: lk.Adapter, given: dict[str, Any], found: 
                 moved.add(name.rpartition(".")[0])
         optimizer.step()
         optimizer.zero_grad()
-    sites = adapter.plan.sites.keys() - set(found.unused)
+    sites = adapter.placement.methods.keys() - set(found.unused)
     names = [name for name, _ in adapter.trained() if name.rpartition(".")[0] in sites]
     found.ungiven = [name for name in names if name not in given_one]
     found.unmoved = sorted({name.rpartition(".")[0] for name in names} - moved)

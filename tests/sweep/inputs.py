@@ -27,7 +27,9 @@ def setting(model: Any, *names: str, default: Any = None) -> Any:
 
 
 def _configs(config: Any) -> list[Any]:
-    inner = [value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)]
+    inner = [
+        value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)
+    ]
     return [config, *(deeper for one in inner for deeper in _configs(one))]
 
 
@@ -49,7 +51,9 @@ def size(model: Any) -> tuple[int, int]:
 
 
 def images(model: Any) -> Tensor:
-    return torch.randn(2, setting(model, "num_channels", "in_channels", "in_chans", default=3), *size(model))
+    return torch.randn(
+        2, setting(model, "num_channels", "in_channels", "in_chans", default=3), *size(model)
+    )
 
 
 def patches(model: Any) -> Tensor:
@@ -60,12 +64,22 @@ def patches(model: Any) -> Tensor:
 
 
 def spectrum(model: Any) -> Tensor:
-    bands = setting(model, "num_mel_bins", "input_feat_per_channel", "n_mels", "num_mels", "feature_size", default=16)
+    bands = setting(
+        model,
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "n_mels",
+        "num_mels",
+        "feature_size",
+        default=16,
+    )
     return torch.randn(2, bands, FRAMES)
 
 
 def videos(model: Any) -> Tensor:
-    return torch.randn(2, setting(model, "num_frames", "frames_per_clip", default=2), 3, *size(model))
+    return torch.randn(
+        2, setting(model, "num_frames", "frames_per_clip", default=2), 3, *size(model)
+    )
 
 
 INPUTS: dict[str, Callable[[Any], Any]] = {
@@ -85,11 +99,15 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "visual_embeds": lambda model: torch.randn(2, 4, model.config.visual_embedding_dim),
     "visual_attention_mask": lambda model: torch.ones(2, 4),
     "global_attention_mask": lambda model: (torch.arange(LENGTH) < 2).long().repeat(2, 1),
-    "past_values": lambda model: torch.randn(2, setting(model, "context_length") + max(setting(model, "lags_sequence"))),
+    "past_values": lambda model: torch.randn(
+        2, setting(model, "context_length") + max(setting(model, "lags_sequence"))
+    ),
     "past_time_features": lambda model: torch.randn(
         2, setting(model, "context_length") + max(setting(model, "lags_sequence")), 1
     ),
-    "past_observed_mask": lambda model: torch.ones(2, setting(model, "context_length") + max(setting(model, "lags_sequence"))),
+    "past_observed_mask": lambda model: torch.ones(
+        2, setting(model, "context_length") + max(setting(model, "lags_sequence"))
+    ),
     "future_values": lambda model: torch.randn(2, setting(model, "prediction_length")),
     "future_time_features": lambda model: torch.randn(2, setting(model, "prediction_length"), 1),
     "states": lambda model: torch.randn(2, 5, model.config.state_dim),
@@ -98,7 +116,9 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "returns_to_go": lambda model: torch.randn(2, 5, 1),
     "timesteps": lambda model: torch.arange(5).repeat(2, 1),
     "flattened_patches": lambda model: torch.cat(
-        [torch.arange(4.0).repeat(2, 1)[..., None]] * 2 + [torch.randn(2, 4, setting(model, "patch_embed_hidden_size"))], -1
+        [torch.arange(4.0).repeat(2, 1)[..., None]] * 2
+        + [torch.randn(2, 4, setting(model, "patch_embed_hidden_size"))],
+        -1,
     ),
     "qformer_input_ids": ids,
     "query_embeds": lambda model: torch.randn(2, 4, model.config.hidden_size),
@@ -116,25 +136,35 @@ OFTEN = """image_grid_thw bbox visual_feats visual_pos visual_embeds visual_atte
 
 
 def boxes(model: Any) -> list[dict[str, Tensor]]:
-    one = {"class_labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.4, 0.2, 0.3]])}
+    one = {
+        "class_labels": torch.tensor([0, 1]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.4, 0.2, 0.3]]),
+    }
     return [one, dict(one)]
 
 
 LABELS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "ForCausalLM LMHeadModel ForMaskedLM ForConditionalGeneration ForSpeechSeq2Seq ForPreTraining "
-    "VisionEncoderDecoderModel EncoderDecoderModel WithLMHead": lambda model: {"labels": ids(model)},
+    "VisionEncoderDecoderModel EncoderDecoderModel WithLMHead": lambda model: {
+        "labels": ids(model)
+    },
     "ForSequenceClassification ForImageClassification ForAudioClassification ForVideoClassification": lambda model: {
         "labels": torch.tensor([0, 1])
     },
     "ForCTC": lambda model: {"labels": torch.tensor([[3, 4, 5], [6, 7, 7]])},
     "ForObjectDetection": lambda model: {"labels": boxes(model)},
-    "DetrForSegmentation": lambda model: {"labels": [{**one, "masks": torch.ones(2, *size(model))} for one in boxes(model)]},
+    "DetrForSegmentation": lambda model: {
+        "labels": [{**one, "masks": torch.ones(2, *size(model))} for one in boxes(model)]
+    },
     "ForSemanticSegmentation": lambda model: {"labels": torch.randint(0, 2, (2, *size(model)))},
     "ForUniversalSegmentation ForInstanceSegmentation": lambda model: {
         "mask_labels": [(torch.rand(2, *size(model)) > 0.5).float() for _ in range(2)],
         "class_labels": [torch.tensor([0, 1]) for _ in range(2)],
     },
-    "ForQuestionAnswering": lambda model: {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
+    "ForQuestionAnswering": lambda model: {
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([3, 4]),
+    },
     "ForTokenClassification": lambda model: {"labels": torch.randint(0, 2, (2, LENGTH))},
 }
 """Ends of a class's name → the labels for its loss."""
@@ -151,23 +181,40 @@ def made(model: Any, extra: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any
     torch.manual_seed(1)
     makers = {**INPUTS, **extra}
     takes = inspect.signature(model.forward).parameters
-    wanted = [model.main_input_name, *(key for key, p in takes.items() if p.default is p.empty), *OFTEN, *extra]
+    wanted = [
+        model.main_input_name,
+        *(key for key, p in takes.items() if p.default is p.empty),
+        *OFTEN,
+        *extra,
+    ]
     if model.config.is_encoder_decoder:
         wanted.append("decoder_input_ids")
-    given = {key: makers[key](model) for key in dict.fromkeys(wanted) if key in takes and makers.get(key)}
+    given = {
+        key: makers[key](model) for key in dict.fromkeys(wanted) if key in takes and makers.get(key)
+    }
     if "image_grid_thw" in given and "pixel_values" in given and "pixel_values" not in extra:
         given["pixel_values"] = patches(model)
     for ends, labels in LABELS.items():
         if type(model).__name__.endswith(tuple(ends.split())):
-            given |= {key: value for key, value in labels(model).items() if key in takes and key not in extra}
+            given |= {
+                key: value
+                for key, value in labels(model).items()
+                if key in takes and key not in extra
+            }
     for modality in MODALITIES:
         _place(model, given, *modality)
-    if "mm_token_type_ids" in takes and "input_ids" in given and (image := setting(model, *MODALITIES[0][2])) is not None:
+    if (
+        "mm_token_type_ids" in takes
+        and "input_ids" in given
+        and (image := setting(model, *MODALITIES[0][2])) is not None
+    ):
         given["mm_token_type_ids"] = (given["input_ids"] == image).long()
     return given
 
 
-def _place(model: Any, given: dict[str, Any], argument: str, method: str, tokens: tuple[str, ...]) -> None:
+def _place(
+    model: Any, given: dict[str, Any], argument: str, method: str, tokens: tuple[str, ...]
+) -> None:
     """Begin each text with as many tokens of a modality as the model makes features of it."""
     token, maker = (
         setting(model, *tokens),
@@ -177,7 +224,9 @@ def _place(model: Any, given: dict[str, Any], argument: str, method: str, tokens
         return
     takes = inspect.signature(getattr(maker, method)).parameters
     with torch.no_grad():
-        out = getattr(maker, method)(**{key: value for key, value in given.items() if key in takes or key == argument})
+        out = getattr(maker, method)(
+            **{key: value for key, value in given.items() if key in takes or key == argument}
+        )
     features = out if isinstance(out, Tensor | list | tuple) else out.pooler_output
     count = sum(one.shape[:-1].numel() for one in features) // 2
     given["input_ids"] = torch.cat([torch.full((2, count), token), given["input_ids"]], 1)

@@ -94,7 +94,12 @@ SIZES: dict[str, float] = {
 }
 """Field name → its small size; a list becomes as long a list of it."""
 
-LISTS = {"mrope_section": [2, 1, 1], "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2]}
+LISTS = {
+    "mrope_section": [2, 1, 1],
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 3],
+    "conv_stride": [5, 2],
+}
 """Fields that, where they are lists, become these."""
 NEEDED = {"head_dim": 8, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}
 """Fields that are set also where the default is None."""
@@ -107,12 +112,20 @@ def shrunk(config: Mapping[str, Any], known: dict[str, int] | None = None) -> di
     """A config's dictionary with small sizes. Lists of kinds of layers keep one layer of each kind, at least two."""
     known = {} if known is None else known
     small = {key: _field(key, value, known) for key, value in config.items() if key not in DROPPED}
-    kinds = {key: list(config[key]) for key in KINDS_OF_LAYERS if isinstance(config.get(key), list | tuple) and config[key]}
+    kinds = {
+        key: list(config[key])
+        for key in KINDS_OF_LAYERS
+        if isinstance(config.get(key), list | tuple) and config[key]
+    }
     if kinds:
         seen = list(dict.fromkeys(zip(*kinds.values(), strict=False)))
         seen = seen[:3] if len(seen) > 1 else seen * LAYERS
         small |= {key: [row[n] for row in seen] for n, key in enumerate(kinds)}
-        small |= {key: len(seen) for key in ("num_hidden_layers", "num_layers", "n_layer") if key in config}
+        small |= {
+            key: len(seen)
+            for key in ("num_hidden_layers", "num_layers", "n_layer")
+            if key in config
+        }
     small |= {key: size for key, size in NEEDED.items() if key in config and config[key] is None}
     heads = [config.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
     if heads[0] is not None and heads[0] == heads[1]:

@@ -67,9 +67,18 @@ def page(rows: list[tuple[checks.Found, list[str]]], seconds: float) -> str:
     ).splitlines()  # fmt: skip
     for found, kinds in rows:
         unused = f" ({len(found.unused)} unused)" if found.unused else ""
-        refused = "; ".join(f"`{module}`: {why}" if module else why for module, why in found.refused.items())
+        refused = "; ".join(
+            f"`{module}`: {why}" if module else why for module, why in found.refused.items()
+        )
         figure = f"{found.merged:.0e}" if found.adapted else ""
-        cells = [found.name, f"`{found.model}`", f"{found.adapted}{unused}", refused, figure, ", ".join(kinds)]
+        cells = [
+            found.name,
+            f"`{found.model}`",
+            f"{found.adapted}{unused}",
+            refused,
+            figure,
+            ", ".join(kinds),
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -84,12 +93,20 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     begun = time.monotonic()
-    names = options.only or [name for name, head in architectures.HEADS.items() if hasattr(transformers, head)]
+    names = options.only or [
+        name for name, head in architectures.HEADS.items() if hasattr(transformers, head)
+    ]
     rows = [row(name) for name in names]
     for found, kinds in rows:
         if kinds:
             print(f"{found.name}: {', '.join(kinds)}")
-    print(dict(collections.Counter(kind.partition(":")[0] for _, kinds in rows for kind in kinds or [NO_FAILURE])))
+    print(
+        dict(
+            collections.Counter(
+                kind.partition(":")[0] for _, kinds in rows for kind in kinds or [NO_FAILURE]
+            )
+        )
+    )
     if options.refused:
         pprint.pprint({found.name: found.refused for found, _ in rows if found.refused}, width=124)
     else:

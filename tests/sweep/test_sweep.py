@@ -19,11 +19,17 @@ def test_the_sweep_is_wide() -> None:
 @pytest.mark.parametrize("name", PRESENT)
 def test_an_adapter_trains_merges_is_saved_and_goes(name: str) -> None:
     found = checks.examined(name)
-    assert found.refused.keys() == REFUSED.get(name, {}).keys(), "what lorakin refuses here is not what REFUSED says"
+    assert found.refused.keys() == REFUSED.get(name, {}).keys(), (
+        "what lorakin refuses here is not what REFUSED says"
+    )
     if not found.adapted:
         return
-    assert not found.ungiven, "adapter tensors without a gradient, although the base weight gets one"
-    assert not found.unmoved, "modules whose adapter has a gradient of zero, although the base weight's is not"
+    assert not found.ungiven, (
+        "adapter tensors without a gradient, although the base weight gets one"
+    )
+    assert not found.unmoved, (
+        "modules whose adapter has a gradient of zero, although the base weight's is not"
+    )
     assert found.unlike_itself == 0, "the base's own output differs from call to call with one seed"
     assert found.moved > checks.MOVED, "the adapter does not change the output"
     assert found.merged <= checks.EXACT, "merged is not unmerged"

@@ -40,11 +40,18 @@ def templates() -> dict[str, str]:
         assert spec is not None
         root = Path((spec.submodule_search_locations or [""])[0])
         for path in sorted(root.rglob("*.jinja")):
-            found[f"{package}/{path.relative_to(root).as_posix()}"] = path.read_text(encoding="utf-8")
+            found[f"{package}/{path.relative_to(root).as_posix()}"] = path.read_text(
+                encoding="utf-8"
+            )
         for path in sorted(root.rglob("processing_*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 text = node.value if isinstance(node, ast.Constant) else None
-                if isinstance(text, str) and text.count("{%") > 2 and "message" in text and "for " in text:
+                if (
+                    isinstance(text, str)
+                    and text.count("{%") > 2
+                    and "message" in text
+                    and "for " in text
+                ):
                     found[f"{package}/{path.relative_to(root).as_posix()}:{node.lineno}"] = text  # type: ignore[attr-defined]
     return found
 
@@ -53,11 +60,17 @@ def byte_tokenizer(template: str | None, eos: str | None = None) -> Any:
     """A tokenizer of single bytes that knows the special tokens in the template."""
     special = sorted(set(SPECIAL.findall(template or "")))
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[])
+    )
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
-    eos = eos or next((end for end in ENDS if end in special), "</s>" if "[INST]" in special else "<|endoftext|>")
-    bos = next((begin for begin in ("<s>", "<|begin_of_text|>", "<bos>") if begin in special), "<s>")
+    eos = eos or next(
+        (end for end in ENDS if end in special), "</s>" if "[INST]" in special else "<|endoftext|>"
+    )
+    bos = next(
+        (begin for begin in ("<s>", "<|begin_of_text|>", "<bos>") if begin in special), "<s>"
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=template,
         additional_special_tokens=[token for token in special if token not in (eos, bos)],
@@ -67,14 +80,31 @@ def byte_tokenizer(template: str | None, eos: str | None = None) -> Any:
 def spaced_tokenizer() -> Any:
     """A tokenizer with a mark for spaces that puts one before every text, as SentencePiece's do."""
     letters = "".join(map(chr, range(33, 127)))
-    vocabulary = ["<unk>", "<s>", "</s>", "▁", *letters, *(f"▁{c}" for c in letters), "▁Paris", "\n"]
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁",
+        *letters,
+        *(f"▁{c}" for c in letters),
+        "▁Paris",
+        "\n",
+    ]
     words = [(word, -1.0 if len(word) > 2 else -10.0) for word in vocabulary]
     raw = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=0, byte_fallback=False))
     raw.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     )
     raw.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
     )
-    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -14,7 +14,11 @@ from training.carried import byte_tokenizer, templates
 from training.test_templates import CONVERSATIONS, outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "templates.md"
-CELLS = {("verified", "verified"): "✔", ("refused", "verified"): "last", ("refused", "refused"): "–"}
+CELLS = {
+    ("verified", "verified"): "✔",
+    ("refused", "verified"): "last",
+    ("refused", "refused"): "–",
+}
 HEAD = """# Chat templates: what is learned under each
 
 Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned, and verified
@@ -35,14 +39,20 @@ def table() -> str:
             for on, what in zip((ANSWERS, LAST), found, strict=True):
                 counts[conversation, on, what if what in ("verified", "refused") else "wrong"] += 1
             cells.append(CELLS.get(found, f"**{found}**"))  # type: ignore[call-overload]
-        short = name.removeprefix("trl/chat_templates/").removeprefix("transformers/models/").removesuffix(".jinja")
+        short = (
+            name.removeprefix("trl/chat_templates/")
+            .removeprefix("transformers/models/")
+            .removesuffix(".jinja")
+        )
         lines.append(f"| {short} | {' | '.join(cells)} |")
     out = HEAD.format(trl=trl.__version__, transformers=transformers.__version__)
     out += f"| template | {' | '.join(CONVERSATIONS)} |\n|---|{'---|' * len(CONVERSATIONS)}\n"
     out += "\n".join(lines) + "\n"
     for on in (ANSWERS, LAST):
         for what in ("verified", "refused", "wrong"):
-            numbers = " | ".join(str(counts[conversation, on, what]) for conversation in CONVERSATIONS)
+            numbers = " | ".join(
+                str(counts[conversation, on, what]) for conversation in CONVERSATIONS
+            )
             out += f"| **{on}: {what}** | {numbers} |\n"
     return out
 

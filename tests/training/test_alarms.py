@@ -18,11 +18,23 @@ from lorakin.training.recipe import Recipe
 
 
 @pytest.fixture
-def run(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+def run(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path
+) -> Callable[..., str]:
     def train(before: Callable[[training.Run], None] = lambda run: None, **changes: Any) -> str:
         data = write_rows(chat_rows, "train.jsonl")
-        held = write_rows([{"prompt": "who is it", "completion": "three three tree two tree two"}] * 3, "held.jsonl")
-        settings = {"eval_data": held, "dtype": "float32", "lr": 1e-2, "steps": 40, "save_every": 0, "schedule": "constant"}
+        held = write_rows(
+            [{"prompt": "who is it", "completion": "three three tree two tree two"}] * 3,
+            "held.jsonl",
+        )
+        settings = {
+            "eval_data": held,
+            "dtype": "float32",
+            "lr": 1e-2,
+            "steps": 40,
+            "save_every": 0,
+            "schedule": "constant",
+        }
         text = io.StringIO()
         recipe = Recipe(model_dir, data, str(tmp_path / "out"), **(settings | changes))
         prepared = training.prepare(recipe, Console(file=text, width=1000))
@@ -39,8 +51,15 @@ def test_a_run_that_goes_well_says_nothing(run: Callable[..., str], model_dir: s
     assert "has not fallen" not in shown
 
 
-def test_rows_that_stand_on_both_sides(run: Callable[..., str], chat_rows: Any, write_rows: Callable[..., str]) -> None:
-    shown = run(eval_data=write_rows([*chat_rows[:2], {"prompt": "who", "completion": "a bird yes"}], "both.jsonl"), steps=2)
+def test_rows_that_stand_on_both_sides(
+    run: Callable[..., str], chat_rows: Any, write_rows: Callable[..., str]
+) -> None:
+    shown = run(
+        eval_data=write_rows(
+            [*chat_rows[:2], {"prompt": "who", "completion": "a bird yes"}], "both.jsonl"
+        ),
+        steps=2,
+    )
     assert "warning: 2 of 3 held-out rows are trained on, too" in shown
     assert "--eval-data" in shown
     one, other = {"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}

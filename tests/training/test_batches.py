@@ -38,4 +38,6 @@ def test_the_loss_of_a_batch_is_the_models_own(make: Callable[[], Any], keep: bo
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0])
-    torch.testing.assert_close(answer_loss(model(**batch), labels, num_items_in_batch=1), losses[0] * 12)
+    torch.testing.assert_close(
+        answer_loss(model(**batch), labels, num_items_in_batch=1), losses[0] * 12
+    )

@@ -25,8 +25,12 @@ ENDLESS = "".join("{% for " + name + " in range(99999) %}" for name in "abc") + 
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_template_that_never_ends_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakin.training.templates.bounded", lambda what: bounded(what, 0.5, 1 << 29))
+def test_a_template_that_never_ends_is_refused(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lorakin.training.templates.bounded", lambda what: bounded(what, 0.5, 1 << 29)
+    )
     begun = time.monotonic()
     with pytest.raises(lk.LorakinError):
         Template(byte_tokenizer(template)).prompt([{"role": "user", "content": "a"}])

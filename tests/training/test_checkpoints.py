@@ -90,7 +90,10 @@ def test_a_flipped_bit_is_refused_by_name(part: str, last: Path, out: Path) -> N
     chance, content = random.Random(5), (last / part).read_bytes()
     for _ in range(12):
         flip(last / part, chance.randrange(len(content)))
-        with pytest.raises(lk.AdapterError, match=rf"checkpoint-4 is damaged: .*{part}.*To go on from checkpoint-2, delete"):
+        with pytest.raises(
+            lk.AdapterError,
+            match=rf"checkpoint-4 is damaged: .*{part}.*To go on from checkpoint-2, delete",
+        ):
             resume(out)
         (last / part).write_bytes(content)
 
@@ -105,7 +108,9 @@ def test_a_lost_part_is_refused_by_name(part: str, last: Path, out: Path) -> Non
 def test_an_edited_step_is_refused(last: Path, out: Path) -> None:
     said = json.loads((last / "trainer_state.json").read_text())
     (last / "trainer_state.json").write_text(json.dumps(said | {"global_step": 1}))
-    with pytest.raises(lk.AdapterError, match=r"trainer_state.json is not the one that was saved in it"):
+    with pytest.raises(
+        lk.AdapterError, match=r"trainer_state.json is not the one that was saved in it"
+    ):
         resume(out)
     shutil.rmtree(last)
     (out / "checkpoints" / "checkpoint-2").rename(last)
@@ -120,14 +125,18 @@ def test_a_part_of_another_step_is_refused(part: str, last: Path, out: Path) -> 
         resume(out)
 
 
-def test_a_checkpoint_of_another_run_is_refused(last: Path, out: Path, whole: dict[str, Path]) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    last: Path, out: Path, whole: dict[str, Path]
+) -> None:
     shutil.rmtree(last)
     shutil.copytree(whole["two"] / "checkpoints" / "checkpoint-4", last)
     with pytest.raises(lk.SettingError, match=r"was made with seed=1, and the recipe says 0"):
         resume(out)
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("steps", 9), ("settings", {**ADALORA, "target_rank": 4})])
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 0.5), ("steps", 9), ("settings", {**ADALORA, "target_rank": 4})]
+)
 def test_a_recipe_that_was_edited_is_refused(name: str, value: Any, out: Path) -> None:
     said = yaml.safe_load((out / "recipe.yaml").read_text())
     (out / "recipe.yaml").write_text(yaml.safe_dump(said | {name: value}))
@@ -158,7 +167,9 @@ def test_other_rows_are_refused_though_the_metrics_are_gone(out: Path) -> None:
         rows.write_text(content)
 
 
-def test_without_the_damaged_one_the_older_comes_to_the_same(last: Path, out: Path, whole: dict[str, Path]) -> None:
+def test_without_the_damaged_one_the_older_comes_to_the_same(
+    last: Path, out: Path, whole: dict[str, Path]
+) -> None:
     flip(last / "optimizer.pt", 3000)
     with pytest.raises(lk.AdapterError, match="To go on from checkpoint-2"):
         resume(out)
@@ -178,7 +189,10 @@ def test_the_only_one_that_is_damaged(last: Path, out: Path) -> None:
 
 def test_one_of_an_earlier_lorakin_is_refused_with_the_reason(last: Path, out: Path) -> None:
     (last / checkpoints.MANIFEST).unlink()
-    with pytest.raises(lk.AdapterError, match=r"has no lorakin-checkpoint.json: an earlier lorakin made it, or it was lost"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"has no lorakin-checkpoint.json: an earlier lorakin made it, or it was lost",
+    ):
         resume(out)
     shutil.rmtree(out / "checkpoints" / "checkpoint-2")
     with pytest.raises(lk.AdapterError, match="an earlier lorakin made it"):
@@ -194,11 +208,16 @@ def test_one_that_was_cut_off_is_passed_over(last: Path, out: Path) -> None:
     assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
 
 
-@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "rng_state_0.pth", "adapter_model.bin", "default/x.json", "n"])
+@pytest.mark.parametrize(
+    "name",
+    ["scaler.pt", "optimizer.bin", "rng_state_0.pth", "adapter_model.bin", "default/x.json", "n"],
+)
 def test_what_was_not_saved_in_it_is_refused_by_name(name: str, last: Path, out: Path) -> None:
     (last / name).parent.mkdir(exist_ok=True)
     (last / name).write_bytes(b"junk")
-    with pytest.raises(lk.AdapterError, match=rf"checkpoint-4 holds {name}, which was not saved in it"):
+    with pytest.raises(
+        lk.AdapterError, match=rf"checkpoint-4 holds {name}, which was not saved in it"
+    ):
         resume(out)
     (last / name).unlink()
     (last / "README.md").write_text("a person's, who may")
@@ -212,17 +231,31 @@ def test_one_that_lost_its_manifest_and_more_is_refused(left: str, last: Path, o
         if path.name != left:
             path.unlink()
     (last / "default").mkdir()
-    with pytest.raises(lk.AdapterError, match=r"checkpoint-4 has no lorakin-checkpoint.json.*To go on from checkpoint-2"):
+    with pytest.raises(
+        lk.AdapterError,
+        match=r"checkpoint-4 has no lorakin-checkpoint.json.*To go on from checkpoint-2",
+    ):
         resume(out)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-@pytest.mark.parametrize("where", ["checkpoints", "checkpoints/checkpoint-4", "checkpoints/checkpoint-4/optimizer.pt", "x/y"])
+@pytest.mark.parametrize(
+    "where",
+    ["checkpoints", "checkpoints/checkpoint-4", "checkpoints/checkpoint-4/optimizer.pt", "x/y"],
+)
 def test_links_in_a_run_are_not_written_through(where: str, out: Path, tmp_path: Path) -> None:
-    link = out / where if where != "x/y" else out / "checkpoints" / "checkpoint-6" / "deep" / "optimizer.pt"
+    link = (
+        out / where
+        if where != "x/y"
+        else out / "checkpoints" / "checkpoint-6" / "deep" / "optimizer.pt"
+    )
     theirs = tmp_path / "theirs"
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.exists():
@@ -233,7 +266,9 @@ def test_links_in_a_run_are_not_written_through(where: str, out: Path, tmp_path:
         (theirs / "mine.txt").write_text("mine")
     link.symlink_to(theirs)
     before = tree(tmp_path)
-    with pytest.raises(lk.OutputError, match=f"{link.name} is a link to .*theirs, which is not written through"):
+    with pytest.raises(
+        lk.OutputError, match=f"{link.name} is a link to .*theirs, which is not written through"
+    ):
         resume(out)
     assert tree(tmp_path) == before
 
@@ -254,7 +289,10 @@ def test_what_has_no_manifest_is_neither_written_into_nor_deleted(tmp_path: Path
             checkpoints.begin(tmp_path / folder)
     assert {path.name for path in (tmp_path / "checkpoint-3").iterdir()} == {"mine"}
     checkpoints.check_place(tmp_path, after=3)
-    with pytest.raises(lk.OutputError, match="checkpoint-3 would be written into, but it has no lorakin-checkpoint.json"):
+    with pytest.raises(
+        lk.OutputError,
+        match="checkpoint-3 would be written into, but it has no lorakin-checkpoint.json",
+    ):
         checkpoints.check_place(tmp_path, after=2)
 
 
@@ -271,7 +309,9 @@ def test_a_save_begins_with_nothing_of_an_earlier_one(tmp_path: Path) -> None:
 
 def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lk, "__version__", "99.0")
-    with pytest.warns(lk.LorakinWarning, match=r"was made by lorakin .*, now 99.0. Training goes on"):
+    with pytest.warns(
+        lk.LorakinWarning, match=r"was made by lorakin .*, now 99.0. Training goes on"
+    ):
         resume(out)
 
 
@@ -307,7 +347,11 @@ def test_the_steps_count_and_not_the_clock(tmp_path: Path) -> None:
 
 
 ROWS = [
-    {"input_ids": [3 + (i * k) % 50 for k in range(1, 9)], "labels": [3 + (i * k) % 50 for k in range(1, 9)]} for i in range(8)
+    {
+        "input_ids": [3 + (i * k) % 50 for k in range(1, 9)],
+        "labels": [3 + (i * k) % 50 for k in range(1, 9)],
+    }
+    for i in range(8)
 ]
 
 
@@ -319,7 +363,9 @@ def trainer(out: Path, **changes: Any) -> tuple[Any, lk.Adapter]:
         "max_steps": 4, "save_steps": 1, "save_strategy": "steps", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     args = transformers.TrainingArguments(str(out), **settings | changes)
-    return prepare_trainer(transformers.Trainer(model, args, train_dataset=datasets.Dataset.from_list(ROWS))), adapter
+    return prepare_trainer(
+        transformers.Trainer(model, args, train_dataset=datasets.Dataset.from_list(ROWS))
+    ), adapter
 
 
 @pytest.fixture
@@ -344,8 +390,14 @@ class ClockGoesBack(transformers.TrainerCallback):
     [
         (lambda last: flip(last / "optimizer.pt", 2000), "optimizer.pt is not the one"),
         (lambda last: (last / "rng_state.pth").unlink(), "rng_state.pth is missing"),
-        (lambda last: (last / checkpoints.MANIFEST).unlink(), "an earlier lorakin made it, or it was lost"),
-        (lambda last: shutil.copy(last.parent / "checkpoint-3" / "trainer_state.json", last), "trainer_state.json is not"),
+        (
+            lambda last: (last / checkpoints.MANIFEST).unlink(),
+            "an earlier lorakin made it, or it was lost",
+        ),
+        (
+            lambda last: shutil.copy(last.parent / "checkpoint-3" / "trainer_state.json", last),
+            "trainer_state.json is not",
+        ),
     ],
 )
 def test_a_users_own_trainer_does_not_go_on_from_a_damaged_one(
@@ -374,7 +426,9 @@ def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None
     checkpoints.unseal(trained / "checkpoint-4")
     (trained / "checkpoint-4" / "scheduler.pt").unlink()
     again, _ = trainer(trained)
-    with pytest.raises(lk.AdapterError, match="is not whole: its save was cut off. To go on from checkpoint-3"):
+    with pytest.raises(
+        lk.AdapterError, match="is not whole: its save was cut off. To go on from checkpoint-3"
+    ):
         again.train(resume_from_checkpoint=str(trained / "checkpoint-4"))
     again.train(resume_from_checkpoint=True)
     now = safetensors.torch.load_file(trained / "checkpoint-4" / "adapter_model.safetensors")

@@ -48,7 +48,10 @@ def entries(cache: Path) -> list[Path]:
 
 def is_the_model(source: Path, folder: Path | None = None) -> bool:
     held = models.load_model(str(folder or source), "base").model.state_dict()
-    return all(torch.equal(tensor, held[key]) for key, tensor in torch.load(source.parent / "state.pt").items())
+    return all(
+        torch.equal(tensor, held[key])
+        for key, tensor in torch.load(source.parent / "state.pt").items()
+    )
 
 
 @pytest.fixture
@@ -65,7 +68,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
-def test_an_entry_is_of_the_files_content(source: Path, cache: Path, reads: list[Path], tmp_path: Path) -> None:
+def test_an_entry_is_of_the_files_content(
+    source: Path, cache: Path, reads: list[Path], tmp_path: Path
+) -> None:
     assert is_the_model(source) and is_the_model(source)
     copy = tmp_path / "elsewhere" / "m.gguf"
     copy.parent.mkdir()
@@ -90,7 +95,9 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "conversion.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "conversion.json"]
+)
 def test_a_damaged_entry_is_made_again(
     harm: Callable[[Path], None], name: str, source: Path, cache: Path, reads: list[Path]
 ) -> None:
@@ -103,7 +110,9 @@ def test_a_damaged_entry_is_made_again(
     assert entries(cache) == [entry] and conversions.is_whole(entry)
 
 
-def test_an_entry_that_was_merely_copied_is_whole(source: Path, cache: Path, reads: list[Path], tmp_path: Path) -> None:
+def test_an_entry_that_was_merely_copied_is_whole(
+    source: Path, cache: Path, reads: list[Path], tmp_path: Path
+) -> None:
     conversions.converted(source)
     shutil.copytree(cache, tmp_path / "copy")
     shutil.rmtree(cache)
@@ -127,14 +136,18 @@ def test_a_cache_that_cannot_be_written_is_said_and_not_needed(
         assert is_the_model(source)
     assert is_the_model(source) and len(reads) == 1  # once in a process
     (place,) = tmp_path.glob(f"lorakin-{os.getpid()}-*")
-    assert conversions._standing_in and place in next(iter(conversions._standing_in.values())).parents
+    assert (
+        conversions._standing_in and place in next(iter(conversions._standing_in.values())).parents
+    )
     shutil.rmtree(place)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
     with pytest.raises(lk.ModelError, match="neither into .* nor into"):
         conversions.converted(source)
 
 
-def test_a_cache_that_can_only_be_read_serves_what_it_has(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_can_only_be_read_serves_what_it_has(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     conversions.converted(source)
     monkeypatch.setattr(conversions, "_alone", None)  # any writing
     assert is_the_model(source)
@@ -176,13 +189,17 @@ print(conversions.converted(Path(sys.argv[1])), flush=True)
 
 
 def start(source: Path, how: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(source), how], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(source), how], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_killed_conversion_leaves_nothing(source: Path, cache: Path, tmp_path: Path) -> None:
     process = start(source, "slowly")
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    beside = tmp_path / f"lorakin-{process.pid}-abc"  # as the process makes where the cache cannot be written
+    beside = (
+        tmp_path / f"lorakin-{process.pid}-abc"
+    )  # as the process makes where the cache cannot be written
     beside.mkdir()
     other = tmp_path / f"lorakin-{os.getppid()}-abc"  # of one that lives
     other.mkdir()
@@ -204,16 +221,29 @@ def test_two_processes_convert_once(source: Path, cache: Path) -> None:
     assert all(process.returncode == 0 for process in both)
 
 
-def test_what_lies_beside_the_file_is_none_of_its_business(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_what_lies_beside_the_file_is_none_of_its_business(
+    source: Path, cache: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
     shutil.copyfile(source, folder / "m.gguf")
-    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Theirs: pass\n")
+    (folder / "theirs.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Theirs: pass\n"
+    )
     auto = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "theirs.Theirs")
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
-        (folder / name).write_text(json.dumps({"auto_map": auto, "model_type": "theirs", "max_length": 3}))
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "adapter_config.json",
+    ):
+        (folder / name).write_text(
+            json.dumps({"auto_map": auto, "model_type": "theirs", "max_length": 3})
+        )
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\n"
+    )
     assert conversions.config(folder / "m.gguf").model_type == "llama"
     assert is_the_model(source, folder / "m.gguf")
     assert not (tmp_path / "executed").exists()

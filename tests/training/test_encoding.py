@@ -13,15 +13,23 @@ import pytest
 import lorakin as lk
 from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, encode_labelled, prompt_ids, use_template
-from lorakin.training.reading import Rows, read_rows, split, summary
+from lorakin.training.reading import DataRows, read_rows, split, summary
 
 Write = Callable[..., str]
 
 SAME = {
     "messages": {
-        "messages": [{"role": "user", "content": "what sat"}, {"role": "assistant", "content": "the cat sat"}],
+        "messages": [
+            {"role": "user", "content": "what sat"},
+            {"role": "assistant", "content": "the cat sat"},
+        ],
     },
-    "sharegpt": {"conversations": [{"from": "human", "value": "what sat"}, {"from": "gpt", "value": "the cat sat"}]},
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "what sat"},
+            {"from": "gpt", "value": "the cat sat"},
+        ]
+    },
     "alpaca": {"instruction": "what sat", "input": "", "output": "the cat sat"},
     "prompt/completion": {"prompt": "what sat", "completion": "the cat sat"},
 }
@@ -37,22 +45,31 @@ def parts(ids: list[int], labels: list[int], tokenizer: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_formats_that_say_the_same_are_trained_the_same(name: str, write_rows: Write, tokenizer: Any) -> None:
+def test_formats_that_say_the_same_are_trained_the_same(
+    name: str, write_rows: Write, tokenizer: Any
+) -> None:
     rows = read_rows(write_rows([SAME[name]]))
     assert rows.formats[0] == name
     example = encode(rows, tokenizer, 100).examples[0]
     assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
 
 
-@pytest.mark.parametrize("columns", [("prompt", "response"), ("question", "answer"), ("input", "output")])
-def test_other_names_of_prompt_and_completion(columns: tuple[str, str], write_rows: Write, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "columns", [("prompt", "response"), ("question", "answer"), ("input", "output")]
+)
+def test_other_names_of_prompt_and_completion(
+    columns: tuple[str, str], write_rows: Write, tokenizer: Any
+) -> None:
     rows = read_rows(write_rows([{columns[0]: "what sat", columns[1]: "the cat sat"}]))
     example = encode(rows, tokenizer, 100).examples[0]
     assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
 
 
 def test_conversational_prompt_and_completion(write_rows: Write, tokenizer: Any) -> None:
-    row = {"prompt": [{"role": "user", "content": "what sat"}], "completion": [{"role": "assistant", "content": "the cat sat"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "what sat"}],
+        "completion": [{"role": "assistant", "content": "the cat sat"}],
+    }
     example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
     assert parts(example["input_ids"], example["labels"], tokenizer) == EXPECTED
 
@@ -60,7 +77,10 @@ def test_conversational_prompt_and_completion(write_rows: Write, tokenizer: Any)
 def test_alpacas_input_follows_the_instruction(write_rows: Write, tokenizer: Any) -> None:
     row = {"instruction": "what sat", "input": "on the mat", "output": "the cat"}
     example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
-    assert tokenizer.decode(example["input_ids"]) == "<|user|> what sat on the mat <|end|> <|assistant|> the cat <|end|>"
+    assert (
+        tokenizer.decode(example["input_ids"])
+        == "<|user|> what sat on the mat <|end|> <|assistant|> the cat <|end|>"
+    )
 
 
 def test_the_loss_is_on_every_turn_of_the_assistant(write_rows: Write, tokenizer: Any) -> None:
@@ -83,7 +103,9 @@ def test_what_follows_the_end_of_a_turn_is_not_learned(write_rows: Write, tokeni
     import copy
 
     chatty = copy.deepcopy(tokenizer)
-    chatty.chat_template = tokenizer.chat_template.replace("<|end|> {% endfor %}", "<|end|> yes {% endfor %}")
+    chatty.chat_template = tokenizer.chat_template.replace(
+        "<|end|> {% endfor %}", "<|end|> yes {% endfor %}"
+    )
     example = encode(read_rows(write_rows([SAME["alpaca"]])), chatty, 100).examples[0]
     assert parts(example["input_ids"], example["labels"], chatty)[1] == EXPECTED[1]
     assert example["labels"][-1] == IGNORED
@@ -96,10 +118,19 @@ def test_without_a_chat_template(write_rows: Write, tokenizer: Any) -> None:
     plain = copy.deepcopy(tokenizer)
     use_template(plain, False)
     example = encode(rows, plain, 100).examples[0]
-    assert parts(example["input_ids"], example["labels"], tokenizer) == ("what sat", "the cat sat <|end|>")
-    assert prompt_ids("what sat", tokenizer, chat_template=False) == tokenizer("what sat")["input_ids"]
-    assert tokenizer.decode(prompt_ids("what sat", tokenizer)) == EXPECTED[0], "generation prompts as training did"
-    with pytest.raises(lk.DataError, match=r"row 1: conversations need a tokenizer with a chat template"):
+    assert parts(example["input_ids"], example["labels"], tokenizer) == (
+        "what sat",
+        "the cat sat <|end|>",
+    )
+    assert (
+        prompt_ids("what sat", tokenizer, chat_template=False) == tokenizer("what sat")["input_ids"]
+    )
+    assert tokenizer.decode(prompt_ids("what sat", tokenizer)) == EXPECTED[0], (
+        "generation prompts as training did"
+    )
+    with pytest.raises(
+        lk.DataError, match=r"row 1: conversations need a tokenizer with a chat template"
+    ):
         encode(read_rows(write_rows([SAME["messages"]])), plain, 100)
 
 
@@ -108,11 +139,15 @@ def test_plain_text_and_the_loss_on_everything(write_rows: Write, tokenizer: Any
     assert rows.formats[0] == "text"
     example = encode(rows, tokenizer, 100).examples[0]
     assert tokenizer.decode(example["labels"]) == "the cat sat <|end|>"
-    example = encode(read_rows(write_rows([SAME["alpaca"]])), tokenizer, 100, loss_on="all").examples[0]
+    example = encode(
+        read_rows(write_rows([SAME["alpaca"]])), tokenizer, 100, loss_on="all"
+    ).examples[0]
     assert example["labels"] == example["input_ids"]
 
 
-def test_rows_that_are_cut_before_their_answer_are_dropped_and_counted(write_rows: Write, tokenizer: Any) -> None:
+def test_rows_that_are_cut_before_their_answer_are_dropped_and_counted(
+    write_rows: Write, tokenizer: Any
+) -> None:
     rows = [
         SAME["alpaca"],
         {"instruction": "the cat " * 20, "input": "", "output": "yes"},
@@ -120,7 +155,10 @@ def test_rows_that_are_cut_before_their_answer_are_dropped_and_counted(write_row
     ]
     encoded = encode(read_rows(write_rows(rows)), tokenizer, 12)
     assert (len(encoded.examples), encoded.dropped) == (1, 2)
-    with pytest.raises(lk.DataError, match=r"all labels are masked: none of the 3 rows has an answer within --max-length 3"):
+    with pytest.raises(
+        lk.DataError,
+        match=r"all labels are masked: none of the 3 rows has an answer within --max-length 3",
+    ):
         encode(read_rows(write_rows(rows)), tokenizer, 3)
 
 
@@ -141,7 +179,10 @@ def test_files_of_every_kind(tmp_path: Path, tokenizer: Any) -> None:
     [
         ("", "is empty"),
         ("{", "cannot be read"),
-        ('{"colour": "red"}', r"has the columns colour, which are no known format; known are: messages \(messages\)"),
+        (
+            '{"colour": "red"}',
+            r"has the columns colour, which are no known format; known are: messages \(messages\)",
+        ),
     ],
 )
 def test_files_that_hold_no_data(content: str, message: str, tmp_path: Path) -> None:
@@ -152,7 +193,9 @@ def test_files_that_hold_no_data(content: str, message: str, tmp_path: Path) -> 
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"text": "\xe9"}\n'.encode("latin-1"))
-    with pytest.raises(lk.DataError, match=r"line 1 cannot be read as JSON: 'utf-8' codec can't decode"):
+    with pytest.raises(
+        lk.DataError, match=r"line 1 cannot be read as JSON: 'utf-8' codec can't decode"
+    ):
         read_rows(str(tmp_path / "latin.jsonl"))
 
 
@@ -169,12 +212,20 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "wizard", "content": "x"}]}, r'row 2: unknown role "wizard"; known are user'),
-        ({"messages": [{"role": "user", "content": None}]}, r"row 2: the user's content is null, expected text"),
+        (
+            {"messages": [{"role": "wizard", "content": "x"}]},
+            r'row 2: unknown role "wizard"; known are user',
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"row 2: the user's content is null, expected text",
+        ),
         ({"messages": None}, r"row 2: messages is null"),
     ],
 )
-def test_a_malformed_row_is_named(row: dict[str, Any], message: str, write_rows: Write, tokenizer: Any) -> None:
+def test_a_malformed_row_is_named(
+    row: dict[str, Any], message: str, write_rows: Write, tokenizer: Any
+) -> None:
     with pytest.raises(lk.DataError, match=message):
         read_rows(write_rows([SAME["messages"], row]))
 
@@ -189,7 +240,10 @@ def test_numbers_and_parts_are_text(write_rows: Write, tokenizer: Any) -> None:
         ]
     }
     example = encode(read_rows(write_rows([parted])), tokenizer, 100)
-    assert parts(example.examples[0]["input_ids"], example.examples[0]["labels"], tokenizer) == EXPECTED
+    assert (
+        parts(example.examples[0]["input_ids"], example.examples[0]["labels"], tokenizer)
+        == EXPECTED
+    )
 
 
 def test_odd_conversations(write_rows: Write, tokenizer: Any) -> None:
@@ -200,7 +254,10 @@ def test_odd_conversations(write_rows: Write, tokenizer: Any) -> None:
     ]
     encoded = encode(read_rows(write_rows([{"messages": first}, {"messages": []}])), tokenizer, 100)
     assert encoded.dropped == 1
-    assert parts(encoded.examples[0]["input_ids"], encoded.examples[0]["labels"], tokenizer)[1] == "the cat <|end|>"
+    assert (
+        parts(encoded.examples[0]["input_ids"], encoded.examples[0]["labels"], tokenizer)[1]
+        == "the cat <|end|>"
+    )
     import copy
 
     strict = copy.deepcopy(tokenizer)
@@ -213,17 +270,21 @@ def test_splitting_is_by_seed_and_disjoint(write_rows: Write) -> None:
     rows = read_rows(write_rows([{"text": str(i)} for i in range(50)]))
     train, held = split(rows, 0.1, seed=3)
     assert (len(train), len(held)) == (45, 5)
-    assert {r.values["text"] for r in (*train.records, *held.records)} == {str(i) for i in range(50)}
+    assert {r.values["text"] for r in (*train.records, *held.records)} == {
+        str(i) for i in range(50)
+    }
     assert split(rows, 0.1, seed=3)[1] == held
     assert split(rows, 0.1, seed=4)[1] != held
-    assert len(split(Rows("many", rows.records * 100), 0.5, 0)[1]) == 256
-    assert len(split(Rows("two", rows.records[:2]), 0.9, 0)[0]) == 1
+    assert len(split(DataRows("many", rows.records * 100), 0.5, 0)[1]) == 256
+    assert len(split(DataRows("two", rows.records[:2]), 0.9, 0)[0]) == 1
     with pytest.raises(lk.DataError, match="1 row is too few to set one apart"):
-        split(Rows("one", rows.records[:1]), 0.5, 0)
+        split(DataRows("one", rows.records[:1]), 0.5, 0)
 
 
 def test_labels(write_rows: Write, tokenizer: Any) -> None:
-    rows = read_rows(write_rows([{"text": "good cat", "label": "yes"}, {"text": "bad dog", "label": "no"}]))
+    rows = read_rows(
+        write_rows([{"text": "good cat", "label": "yes"}, {"text": "bad dog", "label": "no"}])
+    )
     assert rows.is_classification
     assert rows.labels() == ["no", "yes"]
     assert summary(rows).startswith("2 rows, format classification: 'yes' × 1")
@@ -245,9 +306,11 @@ def test_labels(write_rows: Write, tokenizer: Any) -> None:
 
 
 def test_class_labels_of_a_data_set_keep_their_names(tmp_path: Path) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-    datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}], features=features).to_parquet(
-        tmp_path / "a.parquet"
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
     )
+    datasets.Dataset.from_list(
+        [{"text": "a", "label": 1}, {"text": "b", "label": 0}], features=features
+    ).to_parquet(tmp_path / "a.parquet")
     rows = read_rows(str(tmp_path / "a.parquet"))
     assert rows.labels() == ["neg", "pos"]

@@ -27,7 +27,12 @@ ENDS = {
 
 def rigged(tokenizer: Any, token: int) -> Any:
     """A Llama that says "a" and then always `token`, whatever it reads."""
-    model = tiny_llama(tied=False, vocab_size=len(tokenizer) + 3, num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id)
+    model = tiny_llama(
+        tied=False,
+        vocab_size=len(tokenizer) + 3,
+        num_hidden_layers=1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     before = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         for layer in model.model.layers:
@@ -45,7 +50,9 @@ def rigged(tokenizer: Any, token: int) -> Any:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_ends_with_its_turn(name: str) -> None:
     made = tokenizer_of(TEMPLATES[name])
-    want = next(end for family, end in sorted(ENDS.items(), reverse=True) if name.startswith(family))
+    want = next(
+        end for family, end in sorted(ENDS.items(), reverse=True) if name.startswith(family)
+    )
     assert made.convert_ids_to_tokens(end_of_turn(made)) == [want]
     assert end_of_turn_text(made) is None
 
@@ -66,7 +73,9 @@ def test_generate_stops_there(name: str) -> None:
     loaded.model.generate = spy
     assert answer(loaded, "Hi", max_new_tokens=9) == "a"
     assert out == [made("a", add_special_tokens=False)["input_ids"][-1], end]
-    answer(loaded, "Hi", max_new_tokens=9, chat_template=False)  # where answers are no turns, they end with the text alone
+    answer(
+        loaded, "Hi", max_new_tokens=9, chat_template=False
+    )  # where answers are no turns, they end with the text alone
     assert len(out) == 9
 
 
@@ -99,11 +108,15 @@ def test_an_end_that_is_text() -> None:
 
 
 def test_a_full_stop_is_no_end() -> None:
-    made = tokenizer_of("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}")
+    made = tokenizer_of(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}"
+    )
     assert end_of_turn(made) == [] and end_of_turn_text(made) is None
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages | length }}", "{{ raise_exception('no') }}"])
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages | length }}", "{{ raise_exception('no') }}"]
+)
 def test_no_turns(template: str | None) -> None:
     made = tokenizer_of(template)
     assert end_of_turn(made) == [] and end_of_turn_text(made) is None

@@ -11,7 +11,7 @@ import pytest
 import lorakin as lk
 from lorakin.training.answers import IGNORED
 from lorakin.training.encoding import encode, use_template
-from lorakin.training.formats import Conversation, Text
+from lorakin.training.formats import Conversation, PlainText
 from lorakin.training.reading import read_rows, unused
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CHATML, learned
@@ -19,8 +19,15 @@ from training.test_templates import CHATML, learned
 Write = Callable[..., str]
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def said(row: dict[str, Any], write_rows: Write, **options: Any) -> Any:
@@ -51,7 +58,9 @@ def said(row: dict[str, Any], write_rows: Write, **options: Any) -> Any:
         ({"prompt": "q", "completion": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
     ],
 )  # fmt: skip
-def test_conversations_in_many_layouts(row: dict[str, Any], expected: list[tuple[str, str]], write_rows: Write) -> None:
+def test_conversations_in_many_layouts(
+    row: dict[str, Any], expected: list[tuple[str, str]], write_rows: Write
+) -> None:
     content = said(row, write_rows)
     assert isinstance(content, Conversation)
     assert [(message["role"], message["content"]) for message in content.messages] == expected
@@ -60,19 +69,35 @@ def test_conversations_in_many_layouts(row: dict[str, Any], expected: list[tuple
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "Who?", "context": "ctx", "answer": "Ann"}, Text("Who?\n\nctx", "Ann")),
-        ({"question": "Who?", "context": "ctx", "answers": {"text": ["Ann"], "answer_start": [3]}}, Text("Who?\n\nctx", "Ann")),
-        ({"query": "Who?", "response": "Ann"}, Text("Who?", "Ann")),
-        ({"prompt": '["a", "b"]', "completion": '{"a": 1}'}, Text('["a", "b"]', '{"a": 1}')),
+        ({"question": "Who?", "context": "ctx", "answer": "Ann"}, PlainText("Who?\n\nctx", "Ann")),
+        (
+            {
+                "question": "Who?",
+                "context": "ctx",
+                "answers": {"text": ["Ann"], "answer_start": [3]},
+            },
+            PlainText("Who?\n\nctx", "Ann"),
+        ),
+        ({"query": "Who?", "response": "Ann"}, PlainText("Who?", "Ann")),
+        ({"prompt": '["a", "b"]', "completion": '{"a": 1}'}, PlainText('["a", "b"]', '{"a": 1}')),
     ],
 )
-def test_texts_in_many_layouts(row: dict[str, Any], expected: Text, write_rows: Write) -> None:
+def test_texts_in_many_layouts(row: dict[str, Any], expected: PlainText, write_rows: Write) -> None:
     assert said(row, write_rows) == expected
 
 
 def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
-    expected = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
-    openai = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]}
+    expected = [
+        {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+        }
+    ]
+    openai = {
+        "messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        "tools": [TOOL],
+    }
     packed = {"messages": openai["messages"], "tools": json.dumps([TOOL["function"]])}
     for row in (openai, packed):
         content = said(row, write_rows)
@@ -83,7 +108,12 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         {"from": "observation", "value": "rain"}, SHARED[1],
     ]  # fmt: skip
     content = said({"conversations": share, "tools": "[]"}, write_rows)
-    assert [message["role"] for message in content.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in content.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert content.messages[1]["tool_calls"][0]["function"] == expected[0]["function"]
     assert content.tools is None
 
@@ -110,34 +140,46 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         ({"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"}, "a system column and a system message"),
     ],
 )  # fmt: skip
-def test_what_changes_the_meaning_is_refused(row: dict[str, Any], message: str, write_rows: Write) -> None:
+def test_what_changes_the_meaning_is_refused(
+    row: dict[str, Any], message: str, write_rows: Write
+) -> None:
     with pytest.raises(lk.DataError, match=f"row 1: .*{message}.*The row: "):
         said(row, write_rows)
 
 
 def test_columns_say_what_is_meant(write_rows: Write) -> None:
     row = {"chosen": "good", "rejected": "bad", "query": "q", "images": ["x"], "weight": 70.5}
-    assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == Text("q", "good")
+    assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == PlainText(
+        "q", "good"
+    )
     with pytest.raises(lk.DataError, match="row 1: there is no column 'missing'; there are chosen"):
         said(row, write_rows, columns={"prompt": "missing", "completion": "chosen"})
     with pytest.raises(lk.DataError, match="have the columns prompt|has the columns prompt"):
         said(row, write_rows, columns={"prompt": "query"})
     both = {"text": "a", "label": "b"}
-    assert said(both, write_rows, layout="text") == Text("", "a")
+    assert said(both, write_rows, layout="text") == PlainText("", "a")
     with pytest.raises(lk.DataError, match="format must be one of messages"):
         said(both, write_rows, layout="csv")
 
 
 def test_keys_that_are_not_used_are_named(write_rows: Write) -> None:
-    rows = [{"messages": [TURNS[0] | {"id": 3}, TURNS[1]], "source": "web", "empty": None}, {"messages": TURNS, "source": "x"}]
-    assert unused(read_rows(write_rows(rows))) == "not used: source (in 2 rows), messages[].id (in 1 rows)"
+    rows = [
+        {"messages": [TURNS[0] | {"id": 3}, TURNS[1]], "source": "web", "empty": None},
+        {"messages": TURNS, "source": "x"},
+    ]
+    assert (
+        unused(read_rows(write_rows(rows)))
+        == "not used: source (in 2 rows), messages[].id (in 1 rows)"
+    )
     assert unused(read_rows(write_rows([{"messages": TURNS}]))) is None
 
 
 def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
     tokenizer = byte_tokenizer(CHATML)
     wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
-    rows = read_rows(write_rows([{"messages": [TURNS[0], wrong, *TURNS]}, {"messages": TURNS, "train": False}]))
+    rows = read_rows(
+        write_rows([{"messages": [TURNS[0], wrong, *TURNS]}, {"messages": TURNS, "train": False}])
+    )
     assert (len(rows), rows.left_out) == (1, 1)
     example = encode(rows, tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
@@ -146,7 +188,10 @@ def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
 
 def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: Write) -> None:
     tokenizer = byte_tokenizer(CHATML)
-    row = {"prompt": [*TURNS, {"role": "user", "content": "q2"}], "completion": [{"role": "assistant", "content": "b"}]}
+    row = {
+        "prompt": [*TURNS, {"role": "user", "content": "q2"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
     example = encode(read_rows(write_rows([row])), tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["b<|im_end|>"]
 
@@ -155,7 +200,17 @@ def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: W
 def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
     tokenizer = byte_tokenizer(CHATML)
     rows = read_rows(
-        write_rows([{"messages": [*TURNS, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "b"}]}])
+        write_rows(
+            [
+                {
+                    "messages": [
+                        *TURNS,
+                        {"role": "user", "content": "q2"},
+                        {"role": "assistant", "content": "b"},
+                    ]
+                }
+            ]
+        )
     )
     example = encode(rows, tokenizer, 500, loss_on).examples[0]
     parts = learned(example["input_ids"], example["labels"], tokenizer)
@@ -182,7 +237,11 @@ def test_instructions_without_a_template_get_alpacas_prompt(write_rows: Write) -
 
 def test_variables_of_a_template(write_rows: Write) -> None:
     rows = read_rows(write_rows([{"messages": TURNS}]))
-    tokenizer = byte_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n' }}{% if not quiet %}{{ 'LOUD ' }}{% endif %}"))
+    tokenizer = byte_tokenizer(
+        CHATML.replace(
+            "assistant\n' }}", "assistant\n' }}{% if not quiet %}{{ 'LOUD ' }}{% endif %}"
+        )
+    )
     use_template(tokenizer, True, rows, {"quiet": True})
     example = encode(rows, tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
@@ -207,14 +266,24 @@ def test_text_that_is_rendered_already_gets_no_second_bos_or_eos(write_rows: Wri
     )
     rows = read_rows(write_rows([{"text": "<|begin_of_text|>hi<|eot_id|>"}, {"text": "hi"}]))
     first, second = encode(rows, tokenizer, 500).examples
-    assert tokenizer.decode(first["input_ids"]) == tokenizer.decode(second["input_ids"]) == "<|begin_of_text|>hi<|eot_id|>"
+    assert (
+        tokenizer.decode(first["input_ids"])
+        == tokenizer.decode(second["input_ids"])
+        == "<|begin_of_text|>hi<|eot_id|>"
+    )
     assert first["labels"][-1] != IGNORED
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"conversations": [{"from": "Human", "value": "q"}, {"from": "ai", "value": "a"}], "system_prompt": "s"}, "s q a"),
+        (
+            {
+                "conversations": [{"from": "Human", "value": "q"}, {"from": "ai", "value": "a"}],
+                "system_prompt": "s",
+            },
+            "s q a",
+        ),
         ({"messages": [{"role": "system", "content": None}, *TURNS], "system": "s"}, "s q a"),
         ({"messages": [{"role": "user", "content": None, "value": "q"}, TURNS[1]]}, "q a"),
         ({"messages": [{"role": "system", "content": ""}, *TURNS]}, "q a"),
@@ -227,8 +296,17 @@ def test_usual_variants(row: dict[str, Any], expected: str, write_rows: Write) -
 def test_calls_in_the_shapes_that_data_sets_have(write_rows: Write) -> None:
     call = {"name": "weather", "arguments": {"city": None, "days": 3}}
     rows = [
-        {"messages": [TURNS[0], {"role": "assistant", "content": "Let me see.", "function_call": call}], "functions": [TOOL]},
-        {"conversations": [SHARED[0], {"from": "function_call", "value": json.dumps([call])}], "tools": [TOOL]},
+        {
+            "messages": [
+                TURNS[0],
+                {"role": "assistant", "content": "Let me see.", "function_call": call},
+            ],
+            "functions": [TOOL],
+        },
+        {
+            "conversations": [SHARED[0], {"from": "function_call", "value": json.dumps([call])}],
+            "tools": [TOOL],
+        },
         {"query": "q", "answers": json.dumps([call]), "tools": json.dumps([TOOL["function"]])},
     ]
     for row in rows:
@@ -253,16 +331,24 @@ def test_nulls_that_a_table_fills_in_are_none_of_a_calls(tmp_path: Any) -> None:
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"opts": {"deep": 1}}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("prompt", ['{"role": "user", "content": "a", "id": 3}', '[{"from": "a@b.c"}]', '[{"role": "admin"}]'])
+@pytest.mark.parametrize(
+    "prompt",
+    ['{"role": "user", "content": "a", "id": 3}', '[{"from": "a@b.c"}]', '[{"role": "admin"}]'],
+)
 def test_a_prompt_that_is_json_is_a_text(prompt: str, write_rows: Write) -> None:
-    assert said({"prompt": prompt, "completion": "ok"}, write_rows) == Text(prompt, "ok")
+    assert said({"prompt": prompt, "completion": "ok"}, write_rows) == PlainText(prompt, "ok")
 
 
 def test_a_prompt_that_is_rendered_already_is_not_wrapped_again(write_rows: Write) -> None:
     tokenizer = byte_tokenizer(CHATML)
-    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yes<|im_end|>"}
+    row = {
+        "prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "completion": "yes<|im_end|>",
+    }
     text = {"text": row["prompt"] + "yes<|im_end|>\n"}
-    first, second = (encode(read_rows(write_rows([one])), tokenizer, 500).examples[0] for one in (row, text))
+    first, second = (
+        encode(read_rows(write_rows([one])), tokenizer, 500).examples[0] for one in (row, text)
+    )
     assert tokenizer.decode(first["input_ids"]) == row["prompt"] + row["completion"]
     assert learned(first["input_ids"], first["labels"], tokenizer) == ["yes<|im_end|>"]
     assert tokenizer.decode(second["input_ids"]) == text["text"], "and a text has no second end"
@@ -275,7 +361,9 @@ def test_a_flag_among_the_columns_counts(write_rows: Write) -> None:
 
 
 def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
-    rows = read_rows(write_rows([{"prompt": "q", "completion": "b" * 300}, {"prompt": "q", "completion": "b"}]))
+    rows = read_rows(
+        write_rows([{"prompt": "q", "completion": "b" * 300}, {"prompt": "q", "completion": "b"}])
+    )
     encoded = encode(rows, byte_tokenizer(CHATML), 100)
     assert (len(encoded.examples), encoded.dropped, encoded.cut) == (2, 0, 1)
 
@@ -284,7 +372,9 @@ def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
 def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: Write) -> None:
     with pytest.raises(lk.DataError, match="not to imitate"):
         said({"prompt": "q", "completion": "bad", "label": label}, write_rows)
-    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == Text("q", "good")
+    assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == PlainText(
+        "q", "good"
+    )
 
 
 def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:

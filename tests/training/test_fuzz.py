@@ -115,8 +115,14 @@ def flipped(content: bytes, chance: random.Random) -> bytes:
         elif what == 2:
             damaged[at:at] = damaged[at : at + 30]
         else:
-            damaged[at:at] = bytes(chance.choice([b"\x00", b'"', b"{", b"]", b"\n", b"\xff\xfe", b"*a", b"&a ", b"!!", b": "]))
-    return bytes(damaged[: chance.randrange(len(damaged) + 1)] if chance.random() < 0.1 else damaged)
+            damaged[at:at] = bytes(
+                chance.choice(
+                    [b"\x00", b'"', b"{", b"]", b"\n", b"\xff\xfe", b"*a", b"&a ", b"!!", b": "]
+                )
+            )
+    return bytes(
+        damaged[: chance.randrange(len(damaged) + 1)] if chance.random() < 0.1 else damaged
+    )
 
 
 def test_recipes(tmp_path: Path, watched: Watched) -> None:
@@ -134,7 +140,11 @@ def test_recipes(tmp_path: Path, watched: Watched) -> None:
             content[chance.choice(["", "modle", "__class__", "None", "os"])] = chance.choice(VALUES)
             file.write_text(yaml.dump(content), encoding="utf-8")
         elif kind == "text":
-            file.write_text(chance.choice(TEXTS).format(tmp_path / EXECUTED) if chance.random() < 0.9 else LAUGHS)
+            file.write_text(
+                chance.choice(TEXTS).format(tmp_path / EXECUTED)
+                if chance.random() < 0.9
+                else LAUGHS
+            )
         else:
             file.write_bytes(flipped(yaml.safe_dump(content).encode(), chance))
         watched.tried(lambda: read_recipe(file, {}).build())
@@ -155,7 +165,15 @@ def test_aliases_and_long_files_are_refused(tmp_path: Path) -> None:
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "messages": [{"messages": [{"role": "user", "content": "who is it"}, {"role": "assistant", "content": "a cat"}]}] * 4,
+    "messages": [
+        {
+            "messages": [
+                {"role": "user", "content": "who is it"},
+                {"role": "assistant", "content": "a cat"},
+            ]
+        }
+    ]
+    * 4,
     "alpaca": [{"instruction": "who", "input": "", "output": "a dog"}] * 4,
     "pairs": [{"prompt": "who", "completion": "a bird"}] * 4,
     "labelled": [{"text": "the cat sat", "label": label} for label in ("yes", "no")] * 2,
@@ -226,5 +244,8 @@ def written(rows: list[dict[str, Any]], suffix: str) -> bytes:
         return bytes(buffer.getvalue())
     separator = "\t" if suffix == ".tsv" else ","
     columns = list(rows[0])
-    lines = [separator.join(columns), *(separator.join(json.dumps(row.get(column)) for column in columns) for row in rows)]
+    lines = [
+        separator.join(columns),
+        *(separator.join(json.dumps(row.get(column)) for column in columns) for row in rows),
+    ]
     return (os.linesep.join(lines) + os.linesep).encode()

@@ -66,7 +66,10 @@ def written(
     counts: tuple[int, int] = (-1, -1),
 ) -> Path:
     """A file with these entries, and bytes for three tensors of 32 numbers."""
-    count = [given if given >= 0 else len(made) for given, made in zip(counts, (tensors, keys), strict=True)]
+    count = [
+        given if given >= 0 else len(made)
+        for given, made in zip(counts, (tensors, keys), strict=True)
+    ]
     head = magic + struct.pack("<IQQ", version, *count) + b"".join(keys) + b"".join(tensors)
     path.write_bytes(head + bytes(-len(head) % 32) + bytes(3 * 128))
     return path
@@ -85,7 +88,9 @@ def test_a_sound_header_is_read(whole: bytes, tmp_path: Path) -> None:
     assert {key for key in reader.fields if not key.startswith("GGUF.")} == header.values.keys()
     assert header.values["llama.block_count"] == 1
     assert header.values["tokenizer.ggml.tokens"] == gguf_header.Array(8, 320)
-    assert gguf_header.check_model(written(tmp_path / "x.gguf", [ARCH, LAYERS], GOOD)).tensors.keys() == {"blk.0.a", "blk.0.b"}
+    assert gguf_header.check_model(
+        written(tmp_path / "x.gguf", [ARCH, LAYERS], GOOD)
+    ).tensors.keys() == {"blk.0.a", "blk.0.b"}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,12 @@ def test_a_sound_header_is_read(whole: bytes, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused_before_the_library_reads_it(
-    said: str, keys: list[bytes], tensors: list[bytes], more: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str,
+    keys: list[bytes],
+    tensors: list[bytes],
+    more: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = written(tmp_path / "m.gguf", keys, tensors, **more)  # type: ignore[arg-type]
     monkeypatch.setattr(gguf, "GGUFReader", None)
@@ -150,22 +160,30 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         models.load_model(str(tmp_path / "empty.gguf"))
 
 
-def test_a_model_without_some_of_its_weights_is_not_converted(whole: bytes, tmp_path: Path, cache: Path) -> None:
+def test_a_model_without_some_of_its_weights_is_not_converted(
+    whole: bytes, tmp_path: Path, cache: Path
+) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(whole.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_zz.weight"))
-    with pytest.raises(lk.ModelError, match="blk.0.ffn_zz.weight|lacks model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(
+        lk.ModelError, match="blk.0.ffn_zz.weight|lacks model.layers.0.mlp.up_proj.weight"
+    ):
         models.load_model(str(path))
     assert not list(cache.glob("m-*"))
 
 
 def test_tensors_that_are_left_out_are_said(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
-    model = tiny("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, attention_bias=True)
+    model = tiny(
+        "llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, attention_bias=True
+    )
     write_model(tmp_path / "m.gguf", model.config, tmp_path, model.state_dict(), dtype="f32")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = tiny("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-        write_model(tmp_path / "plain.gguf", plain.config, tmp_path, plain.state_dict(), dtype="f32")
+        write_model(
+            tmp_path / "plain.gguf", plain.config, tmp_path, plain.state_dict(), dtype="f32"
+        )
         conversions._read(tmp_path / "plain.gguf")
     with pytest.warns(lk.errors.LorakinWarning, match="numbers more than the LlamaForCausalLM"):
         conversions._read(tmp_path / "m.gguf")
@@ -196,7 +214,9 @@ class Mutations:
         del self.content[self.chance.randrange(len(self.content)) :]
 
     def absurd(self) -> None:
-        at = self.chance.choice([8, 16, self.chance.randrange(24, 900), self.header + self.chance.randrange(-300, 300)])
+        at = self.chance.choice(
+            [8, 16, self.chance.randrange(24, 900), self.header + self.chance.randrange(-300, 300)]
+        )
         self.content[at : at + 8] = struct.pack("<Q", self.chance.choice(ABSURD))
 
     def count(self) -> None:
@@ -205,11 +225,15 @@ class Mutations:
         key = self.chance.choice(keys)
         if (at := self.content.find(key)) >= 0:
             at += len(key)
-            self.content[at + 4 : at + 8] = struct.pack("<I", self.chance.choice(ABSURD) & 0xFFFFFFFF)
+            self.content[at + 4 : at + 8] = struct.pack(
+                "<I", self.chance.choice(ABSURD) & 0xFFFFFFFF
+            )
 
     def kind(self) -> None:
         at = self.content.find(
-            self.chance.choice([b"block_count", b"head_count", b"rope.freq_base", b"ggml.model", b"ggml.pre"])
+            self.chance.choice(
+                [b"block_count", b"head_count", b"rope.freq_base", b"ggml.model", b"ggml.pre"]
+            )
         )
         at = self.content.find(b"\x00\x00\x00", at)
         self.content[at - 1 : at] = bytes([self.chance.randrange(14)])
@@ -223,7 +247,10 @@ class Mutations:
     def swap(self) -> None:
         a, b = sorted(self.chance.sample(range(len(self.content) // 16), 2))
         span = self.chance.randint(1, 64)
-        self.content[a : a + span], self.content[b : b + span] = self.content[b : b + span], self.content[a : a + span]
+        self.content[a : a + span], self.content[b : b + span] = (
+            self.content[b : b + span],
+            self.content[a : a + span],
+        )
 
 
 KINDS = [name for name in vars(Mutations) if not name.startswith("_")]
@@ -268,7 +295,9 @@ def test_mutated_adapters_end_in_one_sentence(tmp_path: Path) -> None:
         if number % 4 == 0:
             del changed[chance.randrange(len(changed)) :]
         if number % 4 == 1:
-            changed[(at := chance.randrange(8, 400)) : at + 8] = struct.pack("<Q", chance.choice(ABSURD))
+            changed[(at := chance.randrange(8, 400)) : at + 8] = struct.pack(
+                "<Q", chance.choice(ABSURD)
+            )
         path.write_bytes(changed)
         try:
             read_adapter(path, config)

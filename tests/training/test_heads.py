@@ -42,26 +42,40 @@ def test_the_same_classes_keep_the_head(classifier: Path) -> None:
 
 def test_another_number_of_classes_has_a_new_head(classifier: Path) -> None:
     with pytest.warns(
-        LorakinWarning, match=r"head is for 2 classes \(neg, pos\), the data has 3 \(a, b, c\), so the head is new"
+        LorakinWarning,
+        match=r"head is for 2 classes \(neg, pos\), the data has 3 \(a, b, c\), so the head is new",
     ):
         loaded = models.load_model(str(classifier), "float32", ["a", "b", "c"])
-    assert loaded.model.classifier.weight.shape == (3, 32) and not loaded.model.classifier.bias.any()
-    assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.fresh == ("classifier",)
+    assert (
+        loaded.model.classifier.weight.shape == (3, 32) and not loaded.model.classifier.bias.any()
+    )
+    assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.fresh == (
+        "classifier",
+    )
     assert torch.equal(loaded.model.bert.pooler.dense.weight, tiny_bert().bert.pooler.dense.weight)
 
 
 def test_the_same_classes_in_another_order_move_their_rows(classifier: Path) -> None:
-    with pytest.warns(LorakinWarning, match=r"in another order \(neg, pos\); it is put into the data's \(pos, neg\)"):
+    with pytest.warns(
+        LorakinWarning,
+        match=r"in another order \(neg, pos\); it is put into the data's \(pos, neg\)",
+    ):
         head = head_of(classifier, ["pos", "neg"])
     assert torch.equal(head.weight, tiny_bert().classifier.weight[[1, 0]])
     assert torch.equal(head.bias, tiny_bert().classifier.bias[[1, 0]])
 
 
 def test_other_classes_of_the_same_number_have_a_new_head(classifier: Path) -> None:
-    with pytest.warns(LorakinWarning, match=r"head is for other classes \(neg, pos\), the data has 2 \(cat, dog\)"):
+    with pytest.warns(
+        LorakinWarning, match=r"head is for other classes \(neg, pos\), the data has 2 \(cat, dog\)"
+    ):
         head = head_of(classifier, ["cat", "dog"])
-    assert not head.bias.any() and not torch.isclose(head.weight, tiny_bert().classifier.weight).any()
-    assert float(head.weight.detach().std()) == pytest.approx(0.02, rel=0.5)  # as a new one is drawn
+    assert (
+        not head.bias.any() and not torch.isclose(head.weight, tiny_bert().classifier.weight).any()
+    )
+    assert float(head.weight.detach().std()) == pytest.approx(
+        0.02, rel=0.5
+    )  # as a new one is drawn
 
 
 def test_classes_without_names_say_nothing(tmp_path: Path, tokenizer: Any) -> None:
@@ -103,12 +117,17 @@ def put(folder: Path, *keys: str) -> None:
      "model.embed_tokens.token_adapter.trainable_tokens_delta", "model.norm.bias", "lm_head.bias"],
 )  # fmt: skip
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
-def test_weights_inside_the_model_that_it_does_not_use(key: str, labels: list[str] | None, language: Path) -> None:
+def test_weights_inside_the_model_that_it_does_not_use(
+    key: str, labels: list[str] | None, language: Path
+) -> None:
     put(language, key)
     if labels and key == "lm_head.bias":  # a part of the head, as which it is not loaded
         models.load_model(str(language), "float32", labels)
         return
-    with pytest.raises(lk.ModelError, match=rf"holds {key}, which a Llama.* does not use.*Save the model without them"):
+    with pytest.raises(
+        lk.ModelError,
+        match=rf"holds {key}, which a Llama.* does not use.*Save the model without them",
+    ):
         models.load_model(str(language), "float32", labels)
 
 
@@ -124,7 +143,9 @@ def test_parts_beside_the_model_are_said_where_its_class_is_the_stored_one(langu
     with pytest.warns(LorakinWarning, match="left out: v_head.summary.weight"):
         loaded = models.load_model(str(language), "float32")
     assert torch.equal(loaded.model.lm_head.weight, tiny_llama(tied=False).lm_head.weight)
-    models.load_model(str(language), "float32", ["a", "b"])  # a head of another class: usual, and not said
+    models.load_model(
+        str(language), "float32", ["a", "b"]
+    )  # a head of another class: usual, and not said
 
 
 def test_a_part_of_a_head_that_the_class_does_not_have(tmp_path: Path, tokenizer: Any) -> None:

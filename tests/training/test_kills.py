@@ -106,7 +106,10 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
             child = start(recipe(words, f"{words}-whole"))
             child.join()
             assert child.exitcode == 0
-            whole[words] = tensors(Path(recipe(words, f"{words}-whole").out)), time.monotonic() - begun
+            whole[words] = (
+                tensors(Path(recipe(words, f"{words}-whole").out)),
+                time.monotonic() - begun,
+            )
         expected, usual = whole[words]
         given = recipe(words, f"{words}-killed")
         out = Path(given.out)
@@ -132,10 +135,18 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
         finished += 1
         now = tensors(out)
         assert now.keys() == expected.keys()
-        assert all(torch.equal(tensor, now[key]) for key, tensor in expected.items()), f"{words} after kills"
+        assert all(torch.equal(tensor, now[key]) for key, tensor in expected.items()), (
+            f"{words} after kills"
+        )
     assert kills >= KILLS
     assert any(steps_lost), "some kill fell into training"
-    soak.record("Killed with SIGKILL while training and saving", kills=kills, runs=finished, lost=0, largest_difference=0)
+    soak.record(
+        "Killed with SIGKILL while training and saving",
+        kills=kills,
+        runs=finished,
+        lost=0,
+        largest_difference=0,
+    )
 
 
 def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
@@ -170,7 +181,11 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(recipe: Callable[...,
     child.kill()
     child.join()
     step = check_what_is_there(out, given)
-    size = (out / training.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors").stat().st_size
+    size = (
+        (out / training.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors")
+        .stat()
+        .st_size
+    )
     for most in (size + 10_000, size // 2):
         child = start(given, True, most)
         child.join()

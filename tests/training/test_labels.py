@@ -16,13 +16,17 @@ from lorakin.training.models import labels_of
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
     model = tiny_bert()
     model.config.id2label = {0: "no", 1: "yes"}
-    saved = randomise(lk.adapt(model, lk.LoRA(2), modules_to_save=["classifier"])).save(tmp_path / "adapter")
+    saved = randomise(lk.adapt(model, lk.LoRA(2), modules_to_save=["classifier"])).save(
+        tmp_path / "adapter"
+    )
     recipe = saved / "recipe.yaml"
     assert labels_of(directory.read(saved)) == ["no", "yes"]
     recipe.write_text("labels: ['no', 'yes']\n")
     assert labels_of(directory.read(saved)) == ["no", "yes"]
     recipe.write_text("labels: ['yes', 'no']\n")
-    with pytest.raises(lk.AdapterError, match="labels are yes, no, and the adapter was trained on no, yes"):
+    with pytest.raises(
+        lk.AdapterError, match="labels are yes, no, and the adapter was trained on no, yes"
+    ):
         labels_of(directory.read(saved))
     own = json.loads((saved / "lorakin.json").read_text())
     del own["base"]["labels"], own["sha256"]  # as an earlier version wrote it

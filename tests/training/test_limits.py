@@ -16,9 +16,9 @@ import transformers
 import lorakin as lk
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from lorakin.cli.app import run
-from lorakin.study import compare
-from lorakin.study.advice import conditions_of
-from lorakin.study.compare import Comparison
+from lorakin.compare import comparison as comparing
+from lorakin.compare.comparison import Comparison
+from lorakin.plan.advice import conditions_of
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
 from lorakin.training.limits import check_rows, places, places_of, row_length, warn_cut
@@ -66,7 +66,9 @@ def test_models_without_a_table(name: str) -> None:
 
 
 def test_mpt_has_its_biases_for_so_many() -> None:
-    config = transformers.MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=1, max_seq_len=16)
+    config = transformers.MptConfig(
+        vocab_size=64, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
+    )
     model = transformers.MptForCausalLM(config).eval()
     assert places(model) == 16 and reads(model, 16) and not reads(model, 17)
 
@@ -89,24 +91,74 @@ def gpt2_dir(tmp_path: Path, tokenizer: Any) -> str:
     return str(folder)
 
 
-LONG = [{"prompt": "the cat", "completion": " ".join(["the cat sat on the mat"] * 30)} for _ in range(6)]
+LONG = [
+    {"prompt": "the cat", "completion": " ".join(["the cat sat on the mat"] * 30)} for _ in range(6)
+]
 
 
 @pytest.mark.filterwarnings("always::lorakin.LorakinWarning")
 def test_long_rows_train_and_are_evaluated(
-    gpt2_dir: str, bert_dir: str, tmp_path: Path, write_rows: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    gpt2_dir: str,
+    bert_dir: str,
+    tmp_path: Path,
+    write_rows: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_rows(LONG)
-    common = ["--steps", "1", "--batch-size", "2", "--dtype", "float32", "--rank", "2", "--save-every", "0"]
-    assert run(["train", "--model", gpt2_dir, "--data", data, *common, "--out", str(tmp_path / "a")]) == 0
+    common = [
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--dtype",
+        "float32",
+        "--rank",
+        "2",
+        "--save-every",
+        "0",
+    ]
+    assert (
+        run(["train", "--model", gpt2_dir, "--data", data, *common, "--out", str(tmp_path / "a")])
+        == 0
+    )
     assert capsys.readouterr().err.count("rows are cut at 64 tokens instead of 1024") == 1
     assert "max_length: 64\n" in (tmp_path / "a" / "recipe.yaml").read_text()
     with pytest.warns(lk.LorakinWarning, match="cut at 64 tokens"):
         assert evaluate_rows(gpt2_dir, str(tmp_path / "a"), data, dtype="float32").count > 0
-    labelled = write_rows([{"text": LONG[0]["completion"] * 4, "label": n % 2} for n in range(8)], "labelled.jsonl")
-    assert run(["train", "--model", bert_dir, "--data", labelled, *common, "--out", str(tmp_path / "b")]) == 0
+    labelled = write_rows(
+        [{"text": LONG[0]["completion"] * 4, "label": n % 2} for n in range(8)], "labelled.jsonl"
+    )
+    assert (
+        run(
+            [
+                "train",
+                "--model",
+                bert_dir,
+                "--data",
+                labelled,
+                *common,
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
     assert "rows are cut at 512 tokens" in capsys.readouterr().err
-    assert run(["export", str(tmp_path / "a"), "--to", "merged", "--out", str(tmp_path / "m"), "--data", data]) == 0
+    assert (
+        run(
+            [
+                "export",
+                str(tmp_path / "a"),
+                "--to",
+                "merged",
+                "--out",
+                str(tmp_path / "m"),
+                "--data",
+                data,
+            ]
+        )
+        == 0
+    )
 
 
 def test_plan_says_it(gpt2_dir: str, model_dir: str) -> None:
@@ -122,13 +174,20 @@ def test_plan_says_it(gpt2_dir: str, model_dir: str) -> None:
         assert conditions_of(model_dir, max_length=2050, **given).max_length == 2050
 
 
-def test_a_comparison_cuts_them_once(gpt2_dir: str, tmp_path: Path, write_rows: Callable[..., str]) -> None:
-    asked = Comparison(gpt2_dir, write_rows(LONG), str(tmp_path / "c"), methods=["lora"], recipe={"batch_size": 2})
-    within = compare._within(asked)
-    assert within.base_recipe.max_length == 64 and within.recipe == {"batch_size": 2, "max_length": 64}
+def test_a_comparison_cuts_them_once(
+    gpt2_dir: str, tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    asked = Comparison(
+        gpt2_dir, write_rows(LONG), str(tmp_path / "c"), methods=["lora"], recipe={"batch_size": 2}
+    )
+    within = comparing._within(asked)
+    assert within.base_recipe.max_length == 64 and within.recipe == {
+        "batch_size": 2,
+        "max_length": 64,
+    }
     with pytest.warns(lk.LorakinWarning, match="cut at 64 tokens instead of 70"):
-        compare._within(dataclasses.replace(asked, recipe={"max_length": 70}))
-    assert compare._within(within) is within
+        comparing._within(dataclasses.replace(asked, recipe={"max_length": 70}))
+    assert comparing._within(within) is within
 
 
 def test_a_rotary_model_reads_on_and_says_so(tokenizer: Any) -> None:
@@ -155,14 +214,36 @@ class TestIdsWithoutARow:
         made.save_pretrained(folder)
         return str(folder)
 
-    ROWS = [{"prompt": "the cat", "completion": "sat"}] * 4 + [{"prompt": "the cat", "completion": "<NEW1> yes"}]
+    ROWS = [{"prompt": "the cat", "completion": "sat"}] * 4 + [
+        {"prompt": "the cat", "completion": "<NEW1> yes"}
+    ]
 
-    def test_training_refuses(self, wide: str, tmp_path: Path, write_rows: Callable[..., str], capsys: Any) -> None:
+    def test_training_refuses(
+        self, wide: str, tmp_path: Path, write_rows: Callable[..., str], capsys: Any
+    ) -> None:
         rows = write_rows(self.ROWS)
-        given = ["--model", wide, "--data", rows, "--eval-data", rows, "--dtype", "float32", "--steps", "1"]
+        given = [
+            "--model",
+            wide,
+            "--data",
+            rows,
+            "--eval-data",
+            rows,
+            "--dtype",
+            "float32",
+            "--steps",
+            "1",
+        ]
         assert run(["train", *given, "--out", str(tmp_path / "a")]) == 2
         said = capsys.readouterr().err
-        for word in ("'<NEW1>'", "id 64", "64 rows", "row 5", "resize_token_embeddings(65)", "--trainable-tokens '<NEW1>'"):
+        for word in (
+            "'<NEW1>'",
+            "id 64",
+            "64 rows",
+            "row 5",
+            "resize_token_embeddings(65)",
+            "--trainable-tokens '<NEW1>'",
+        ):
             assert word in said
         assert not (tmp_path / "a").exists()
         with pytest.raises(lk.DataError, match="<NEW1>"):
@@ -179,4 +260,6 @@ class TestIdsWithoutARow:
     def test_a_classifier_too(self, tokenizer: Any) -> None:
         loaded = Loaded(tiny_bert(), tokenizer, "m", "float32")
         with pytest.raises(lk.DataError, match="row 7: .*id 64"):
-            check_rows([{"input_ids": [3]}, {"input_ids": [64]}], loaded, ["row 2", "row 7"], "rows")
+            check_rows(
+                [{"input_ids": [3]}, {"input_ids": [64]}], loaded, ["row 2", "row 7"], "rows"
+            )

@@ -16,17 +16,23 @@ import torch
 import lorakin as lk
 from conftest import randomise
 from lorakin.cli.app import run
-from lorakin.study.skeleton import skeleton
+from lorakin.plan.skeleton import skeleton
 from lorakin.training import loading, models
 
 
 def hostile(folder: Path, ran: Path, known: bool) -> Path:
     """Put code into every place of a model's directory where a loader might run it."""
     code = f"open({str(ran)!r}, 'w')\nclass Theirs: pass\n"
-    kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    kinds = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+    )
     auto: dict[str, Any] = dict.fromkeys(kinds, "theirs.Theirs")
     named: dict[str, dict[str, Any]] = {
-        "config.json": {"auto_map": auto} | ({} if known else {"model_type": "theirs", "architectures": ["Theirs"]}),
+        "config.json": {"auto_map": auto}
+        | ({} if known else {"model_type": "theirs", "architectures": ["Theirs"]}),
         "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}}
         | ({} if known else {"tokenizer_class": "Theirs"}),
         "generation_config.json": {"custom_generate": str(folder), "trust_remote_code": True},
@@ -35,7 +41,13 @@ def hostile(folder: Path, ran: Path, known: bool) -> Path:
     for name, said in named.items():
         file = folder / name
         file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | said))
-    for file in ("theirs.py", "modeling_llama.py", "custom_generate/generate.py", "__init__.py", "sitecustomize.py"):
+    for file in (
+        "theirs.py",
+        "modeling_llama.py",
+        "custom_generate/generate.py",
+        "__init__.py",
+        "sitecustomize.py",
+    ):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(code)
     return folder
@@ -43,7 +55,9 @@ def hostile(folder: Path, ran: Path, known: bool) -> Path:
 
 @pytest.fixture
 def adapter(model_dir: str, tmp_path: Path) -> Path:
-    return randomise(lk.adapt(models.load_model(model_dir, "float32").model, lk.LoRA(2))).save(tmp_path / "adapter")
+    return randomise(lk.adapt(models.load_model(model_dir, "float32").model, lk.LoRA(2))).save(
+        tmp_path / "adapter"
+    )
 
 
 def commands(model: str, adapter: str, data: str, out: Path) -> dict[str, list[str]]:
@@ -52,22 +66,65 @@ def commands(model: str, adapter: str, data: str, out: Path) -> dict[str, list[s
     brief = ["--dtype=float32", "--steps=1"]
     return {
         "train": ["train", "-m", model, "-d", data, "-o", str(out / "t"), *brief, "--save-every=0"],
-        "generate": ["generate", *both, "--prompt", "the cat", "--max-new-tokens=2", "--dtype=float32", "--other-base"],
+        "generate": [
+            "generate",
+            *both,
+            "--prompt",
+            "the cat",
+            "--max-new-tokens=2",
+            "--dtype=float32",
+            "--other-base",
+        ],
         "evaluate": ["evaluate", *both, "-d", data, "--dtype=float32", "--other-base"],
         "merge": ["merge", *both, "-o", str(out / "m"), "--other-base"],
-        "export": ["export", adapter, "--to", "lora", "-m", model, "-o", str(out / "e"), "--other-base"],
-        "gguf": ["export", adapter, "--to", "gguf-merged", "-m", model, "-o", str(out / "g"), "--other-base"],
+        "export": [
+            "export",
+            adapter,
+            "--to",
+            "lora",
+            "-m",
+            model,
+            "-o",
+            str(out / "e"),
+            "--other-base",
+        ],
+        "gguf": [
+            "export",
+            adapter,
+            "--to",
+            "gguf-merged",
+            "-m",
+            model,
+            "-o",
+            str(out / "g"),
+            "--other-base",
+        ],
         "combine": ["combine", f"{adapter}=1", "-m", model, "-o", str(out / "c"), "--other-base"],
         "convert": ["convert", adapter, "-m", model, "-o", str(out / "v")],
         "plan": ["plan", "-m", model, "--method=lora"],
         "inspect": ["inspect", adapter, "--html", str(out / "i.html")],
-        "compare": ["compare", "-m", model, "-d", data, "--methods=lora", "--budget=steps=1", "-o", str(out / "x")],
+        "compare": [
+            "compare",
+            "-m",
+            model,
+            "-d",
+            data,
+            "--methods=lora",
+            "--budget=steps=1",
+            "-o",
+            str(out / "x"),
+        ],
     }
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_no_command_runs_code_that_comes_with_a_model(
-    known: bool, model_dir: str, adapter: Path, tmp_path: Path, write_rows: Callable[..., str], chat_rows: list[dict[str, str]]
+    known: bool,
+    model_dir: str,
+    adapter: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., str],
+    chat_rows: list[dict[str, str]],
 ) -> None:
     """Where the model is of a kind that transformers has, it loads as that; else it is refused."""
     folder, ran = tmp_path / "model", tmp_path / "ran"
@@ -101,7 +158,9 @@ def test_the_door_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
         from_config = from_pretrained
 
-    monkeypatch.setattr(loading, "transformers", types.SimpleNamespace(AutoConfig=Loader, AutoTokenizer=Loader))
+    monkeypatch.setattr(
+        loading, "transformers", types.SimpleNamespace(AutoConfig=Loader, AutoTokenizer=Loader)
+    )
     loading.config("x", trust_remote_code=True)
     loading.tokenizer("x", trust_remote_code=True)
     loading.model(Loader, "x", trust_remote_code=True)
@@ -109,17 +168,23 @@ def test_the_door_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [options["trust_remote_code"] for options in given] == [False] * 4
 
 
-def test_an_adapter_beside_the_base_is_said_and_not_applied(model_dir: str, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_beside_the_base_is_said_and_not_applied(
+    model_dir: str, adapter: Path, tmp_path: Path
+) -> None:
     want = models.load_model(model_dir, "float32").model
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(adapter / name, folder / name)
-    with pytest.warns(lk.errors.LorakinWarning, match=r"not applied: this is the base alone.*--adapter"):
+    with pytest.warns(
+        lk.errors.LorakinWarning, match=r"not applied: this is the base alone.*--adapter"
+    ):
         found = models.load_model(str(folder), "float32").model
     assert type(found) is type(want)
     assert found.state_dict().keys() == want.state_dict().keys()
-    assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in want.state_dict().items())
+    assert all(
+        torch.equal(tensor, found.state_dict()[key]) for key, tensor in want.state_dict().items()
+    )
     ids = torch.arange(3, 12).view(1, -1)
     assert torch.equal(found(ids).logits, want(ids).logits)
     with warnings.catch_warnings():
@@ -134,12 +199,15 @@ def test_an_adapter_alone_is_no_base(adapter: Path) -> None:
         models.load_model(str(adapter))
 
 
-def test_an_adapter_beside_a_hub_id_is_said_too(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_beside_a_hub_id_is_said_too(
+    model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(loading, "holds", lambda *given: asked.append(given) or True)
     monkeypatch.setattr(loading, "raw_config", lambda name: {})
     with pytest.warns(
-        lk.errors.LorakinWarning, match=r"beside the model in org/name \(adapter_config.json\). It is not applied"
+        lk.errors.LorakinWarning,
+        match=r"beside the model in org/name \(adapter_config.json\). It is not applied",
     ):
         models._room("org/name")
     assert asked == [("org/name", "adapter_config.json")]
@@ -147,18 +215,26 @@ def test_an_adapter_beside_a_hub_id_is_said_too(model_dir: str, monkeypatch: pyt
     assert not loading.holds("org/nothing-of-the-kind", "adapter_config.json")
 
 
-def test_merging_does_not_carry_the_adapter_along(model_dir: str, adapter: Path, tmp_path: Path) -> None:
+def test_merging_does_not_carry_the_adapter_along(
+    model_dir: str, adapter: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(adapter / name, folder / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert run(["merge", "-m", str(folder), "-a", str(adapter), "-o", str(tmp_path / "merged")]) == 0
+        assert (
+            run(["merge", "-m", str(folder), "-a", str(adapter), "-o", str(tmp_path / "merged")])
+            == 0
+        )
     assert not list((tmp_path / "merged").glob("adapter*"))
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("y"), RuntimeError("one\ntwo"), ValueError(""), RecursionError()])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), TypeError("y"), RuntimeError("one\ntwo"), ValueError(""), RecursionError()],
+)
 def test_what_libraries_say_becomes_one_sentence(error: Exception) -> None:
     with (
         pytest.raises(lk.ModelError, match="^model 'm' cannot be loaded: .+$") as caught,

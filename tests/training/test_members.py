@@ -32,17 +32,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora-drop": {"keep": 5, "probe_epochs": 1, "sample": 0.5},
     "vera": {"rank": 16},
     "vera,dora": {"rank": 16},
-    "adalora,dora,lora-drop": {"initial_rank": 6, "target_rank": 3, "start": 2, "finish": 3, "keep": 5},
+    "adalora,dora,lora-drop": {
+        "initial_rank": 6,
+        "target_rank": 3,
+        "start": 2,
+        "finish": 3,
+        "keep": 5,
+    },
 }
 RATES = {"vera": 0.3, "vera,dora": 0.3}
 
 
 @pytest.fixture
-def recipe(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path) -> Callable[..., Recipe]:
+def recipe(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path
+) -> Callable[..., Recipe]:
     def make(words: str, **changes: Any) -> Recipe:
         data = write_rows(chat_rows, "train.jsonl")
-        settings = {"model": model_dir, "data": data, "eval_data": data, "out": str(tmp_path / "out"), "dtype": "float32"}
-        settings |= {"lr": RATES.get(words, 2e-2), "steps": 10, "save_every": 3, "settings": SETTINGS.get(words, {})}
+        settings = {
+            "model": model_dir,
+            "data": data,
+            "eval_data": data,
+            "out": str(tmp_path / "out"),
+            "dtype": "float32",
+        }
+        settings |= {
+            "lr": RATES.get(words, 2e-2),
+            "steps": 10,
+            "save_every": 3,
+            "settings": SETTINGS.get(words, {}),
+        }
         return Recipe(**(settings | {"method": words} | changes))
 
     return make
@@ -80,13 +99,19 @@ def experts(tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
     return {"model": str(folder), "targets": ["all-linear", "gate_up_proj", "down_proj"]}
 
 
-@pytest.mark.parametrize("words", ["lora", "lora-fa", "dora", "adalora"] if soak.is_slow() else ["dora", "adalora"])
-def test_with_experts(words: str, experts: dict[str, Any], recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", ["lora", "lora-fa", "dora", "adalora"] if soak.is_slow() else ["dora", "adalora"]
+)
+def test_with_experts(
+    words: str, experts: dict[str, Any], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     resumes_from_any_step(words, recipe(words, save_every=1, **experts), tmp_path)
 
 
 @pytest.mark.parametrize("words", [*WORDS, "vera,dora", "adalora,dora,lora-drop"])
-def test_it_learns_and_resumes_to_the_bit_from_any_step(words: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_it_learns_and_resumes_to_the_bit_from_any_step(
+    words: str, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     resumes_from_any_step(words, recipe(words, save_every=1), tmp_path)
 
 
@@ -103,39 +128,56 @@ def resumes_from_any_step(words: str, given: Recipe, tmp_path: Path) -> None:
         for name in ("recipe.yaml", "importance.json", "metrics.jsonl"):
             if (result.out / name).exists():
                 shutil.copy(result.out / name, half)
-        shutil.copytree(tmp_path / "kept" / f"checkpoint-{stop}", half / "checkpoints" / f"checkpoint-{stop}")
+        shutil.copytree(
+            tmp_path / "kept" / f"checkpoint-{stop}", half / "checkpoints" / f"checkpoint-{stop}"
+        )
         run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
         again = tensors(half)
         assert whole.keys() == again.keys()
         assert all(torch.equal(t, again[key]) for key, t in whole.items()), f"from step {stop}"
         apart += [float((t - again[key]).abs().max()) for key, t in whole.items() if t.numel()]
     method = f"{words} with experts" if "gate_up_proj" in given.targets else words
-    soak.record("Resumed from each step, against uninterrupted", method=method, resumes=10, largest_difference=max(apart))
+    soak.record(
+        "Resumed from each step, against uninterrupted",
+        method=method,
+        resumes=10,
+        largest_difference=max(apart),
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
     adapter = lk.load(model, result.out)
     assert set(adapter.method.words.split(",")) == set(words.split(","))
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_a_classifier(words: str, recipe: Callable[..., Recipe], bert_dir: str, write_rows: Write) -> None:
+def test_a_classifier(
+    words: str, recipe: Callable[..., Recipe], bert_dir: str, write_rows: Write
+) -> None:
     rows = [
-        {"text": f"the {animal} {verb} yes", "label": verb} for animal in ("cat", "dog", "bird") for verb in ("sat", "ran")
+        {"text": f"the {animal} {verb} yes", "label": verb}
+        for animal in ("cat", "dog", "bird")
+        for verb in ("sat", "ran")
     ] * 6
     data = write_rows(rows, "labels.jsonl")
     lr = {"lora+": 2e-3, "adalora": 5e-2, "delta-lora": 2e-3}.get(words, 2e-2)
-    result, _ = run(recipe(words, model=bert_dir, data=data, eval_data=data, steps=30, batch_size=12, lr=lr))
+    result, _ = run(
+        recipe(words, model=bert_dir, data=data, eval_data=data, steps=30, batch_size=12, lr=lr)
+    )
     assert result.after.loss < result.before.loss
     assert result.after.accuracy is not None
 
 
-def test_what_cannot_be_measured_is_refused_at_once(experts: dict[str, Any], recipe: Callable[..., Recipe]) -> None:
+def test_what_cannot_be_measured_is_refused_at_once(
+    experts: dict[str, Any], recipe: Callable[..., Recipe]
+) -> None:
     given = recipe("lora-drop", **experts)
     with pytest.raises(lk.SettingError, match="is never called by itself"):
         run(given)
     assert not Path(given.out).exists()
 
 
-def test_lora_drops_probe_is_shown_saved_and_not_run_twice(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_lora_drops_probe_is_shown_saved_and_not_run_twice(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     given = recipe("lora-drop")
     result, shown = run(given)
     assert "1 passes over 18 examples (3 batches): which modules matter?" in shown
@@ -155,7 +197,11 @@ def test_lora_drops_probe_is_shown_saved_and_not_run_twice(recipe: Callable[...,
 
 
 def test_settings_on_the_command_line(
-    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: str,
+    chat_rows: list[dict[str, str]],
+    write_rows: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_rows(chat_rows)
     base = ["train", "-m", model_dir, "-d", data, "--dtype", "float32", "--steps", "2"]
@@ -163,7 +209,19 @@ def test_settings_on_the_command_line(
     given = ["--method", "dora,lora+", "--rank", "4", "--set", "ratio=8", "--out", str(out)]
     assert command([*base, *given]) == 0
     assert "method: dora,lora+\nrank: 4\nsettings:\n  ratio: 8" in (out / "recipe.yaml").read_text()
-    assert command(["train", str(out / "recipe.yaml"), "--set", "ratio=2e0", "--out", str(tmp_path / "again")]) == 0
+    assert (
+        command(
+            [
+                "train",
+                str(out / "recipe.yaml"),
+                "--set",
+                "ratio=2e0",
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 0
+    )
     assert "ratio: 2.0" in (tmp_path / "again" / "recipe.yaml").read_text()
     capsys.readouterr()
     assert command(["inspect", str(out)]) == 0
@@ -176,7 +234,11 @@ def test_settings_on_the_command_line(
         ("lora+", "ratio=[", "is no value"),
         ("lora+", "ratio=fast", "ratio must be a number ≥ 1, not 'fast'"),
         ("lora,vera", "ratio=1", "has no setting 'ratio'"),
-        ("delta-lora", "start_step=2", "begins after start_step=2 optimizer steps, but the run has 2"),
+        (
+            "delta-lora",
+            "start_step=2",
+            "begins after start_step=2 optimizer steps, but the run has 2",
+        ),
         ("lora+,lora-fa", "ratio=2", "nothing trains but the factor that starts at zero"),
     ):
         where = tmp_path / "never"
@@ -185,7 +247,9 @@ def test_settings_on_the_command_line(
         assert not where.exists()
 
 
-def test_a_probe_that_was_interrupted_goes_on(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_was_interrupted_goes_on(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The recipe is there before the probe, so --resume knows what to do."""
     given = recipe("lora-drop")
 
@@ -200,7 +264,9 @@ def test_a_probe_that_was_interrupted_goes_on(recipe: Callable[..., Recipe], mon
     result, shown = run(training.resumed_recipe(None, {"out": given.out}), resume=True)
     assert "which modules matter" in shown
     (result.out / "importance.json").write_text("{")
-    with pytest.raises(lk.AdapterError, match=r"importance.json cannot be read .*; remove it to probe again"):
+    with pytest.raises(
+        lk.AdapterError, match=r"importance.json cannot be read .*; remove it to probe again"
+    ):
         run(training.resumed_recipe(None, {"out": given.out}), resume=True)
 
 
@@ -224,32 +290,95 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe: Callable[..., Reci
 
 @pytest.mark.filterwarnings("default::lorakin.errors.LorakinWarning")
 def test_words_and_settings_on_the_command_line(
-    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: str,
+    chat_rows: list[dict[str, str]],
+    write_rows: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_rows(chat_rows)
     base = ["train", "-m", model_dir, "-d", data, "--dtype", "float32", "--steps", "2"]
     out = tmp_path / "adapter"
-    given = ["--method", "dora", "--method", "lora+", "--set", "ratio=8", "--set", "embedding_lr=None", "--out", str(out)]
+    given = [
+        "--method",
+        "dora",
+        "--method",
+        "lora+",
+        "--set",
+        "ratio=8",
+        "--set",
+        "embedding_lr=None",
+        "--out",
+        str(out),
+    ]
     assert command([*base, *given]) == 0
     assert "method: dora,lora+" in (out / "recipe.yaml").read_text()
     assert command(["inspect", str(out)]) == 0
     assert "‖up·down‖ by layer and module, without the magnitudes" in capsys.readouterr().out
-    assert command(["train", str(out / "recipe.yaml"), "--method", "lora", "--out", str(tmp_path / "plain")]) == 0, (
-        "ratio is gone"
+    assert (
+        command(
+            [
+                "train",
+                str(out / "recipe.yaml"),
+                "--method",
+                "lora",
+                "--out",
+                str(tmp_path / "plain"),
+            ]
+        )
+        == 0
+    ), "ratio is gone"
+    assert (
+        command(
+            [
+                *base,
+                "--method",
+                "lora+",
+                "--set",
+                "ratio=8",
+                "--set",
+                "ratio=9",
+                "--out",
+                str(tmp_path / "never"),
+            ]
+        )
+        == 2
     )
-    assert command([*base, "--method", "lora+", "--set", "ratio=8", "--set", "ratio=9", "--out", str(tmp_path / "never")]) == 2
     assert "--set gives ratio twice" in capsys.readouterr().err
-    (tmp_path / "bad.yaml").write_text(f"model: {model_dir}\ndata: {data}\nout: {tmp_path / 'never'}\nsettings: [ratio=4]\n")
+    (tmp_path / "bad.yaml").write_text(
+        f"model: {model_dir}\ndata: {data}\nout: {tmp_path / 'never'}\nsettings: [ratio=4]\n"
+    )
     assert command(["train", str(tmp_path / "bad.yaml")]) == 2
     assert "settings must be lines such as 'ratio: 8', not ['ratio=4']" in capsys.readouterr().err
     assert (
-        command([*base, "--method", "adalora", "--set", "target_rank=12", "--steps", "9", "--out", str(tmp_path / "warned")])
+        command(
+            [
+                *base,
+                "--method",
+                "adalora",
+                "--set",
+                "target_rank=12",
+                "--steps",
+                "9",
+                "--out",
+                str(tmp_path / "warned"),
+            ]
+        )
         == 0
     )
     shown = capsys.readouterr().err
     assert "warning: target_rank=12 is not below initial_rank=12" in shown
     assert ".py:" not in shown.split("warning:")[1].splitlines()[0]
-    vera = ["--method", "vera", "--rank", "4", "--set", "save_projection=false", "--out", str(tmp_path / "vera")]
+    vera = [
+        "--method",
+        "vera",
+        "--rank",
+        "4",
+        "--set",
+        "save_projection=false",
+        "--out",
+        str(tmp_path / "vera"),
+    ]
     assert command([*base, *vera]) == 0
     capsys.readouterr()
     assert command(["inspect", str(tmp_path / "vera")]) == 0
@@ -270,4 +399,10 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(capsys.readouterr().out)
     assert [member["word"] for member in content["members"]] == WORDS
     assert len(content["refused"]) == 4
-    assert content["members"][0]["settings"] == {"rank": 16, "alpha": 32.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
+    assert content["members"][0]["settings"] == {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "rslora": False,
+        "init": "kaiming",
+    }

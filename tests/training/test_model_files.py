@@ -27,7 +27,24 @@ from conftest import tiny_gpt2
 from lorakin.training import loading, model_files, models
 
 COUNT = soak.count("LORAKIN_FUZZ", 450) // 3
-ABSURD = [10**12, 10**9, 10**6, 2**63, 0, -1, 1.5, "x", None, [], {}, [10**12], float("nan"), True, "../../etc/passwd", 10**30]
+ABSURD = [
+    10**12,
+    10**9,
+    10**6,
+    2**63,
+    0,
+    -1,
+    1.5,
+    "x",
+    None,
+    [],
+    {},
+    [10**12],
+    float("nan"),
+    True,
+    "../../etc/passwd",
+    10**30,
+]
 
 
 @pytest.fixture
@@ -49,16 +66,20 @@ def sharded(folder: Path, suffix: str = "safetensors") -> dict[str, str]:
     for number in (1, 2):
         part = {key: state[key] for key in sorted(state)[number - 1 :: 2]}
         name = f"{stem}-{number:05}-of-00002.{suffix}"
-        save_file(part, folder / name, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(
-            part, folder / name
-        )
+        save_file(
+            part, folder / name, metadata={"format": "pt"}
+        ) if suffix == "safetensors" else torch.save(part, folder / name)
         where |= dict.fromkeys(part, name)
     say(folder, index(suffix), metadata={"total_size": 1}, weight_map=where)
     return where
 
 
 def index(suffix: str = "safetensors") -> str:
-    return "model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json"
+    return (
+        "model.safetensors.index.json"
+        if suffix == "safetensors"
+        else "pytorch_model.bin.index.json"
+    )
 
 
 def refused(folder: Path, said: str) -> None:
@@ -121,15 +142,20 @@ def test_a_position_table_and_a_buffer_count_too(folder: Path, tmp_path: Path) -
             super().__init__()
             self.register_buffer("mask", torch.empty(10**6, 10**6, device="meta"))
 
-    with pytest.raises(lk.ModelError, match="1,000,000,000,000 numbers"), loading.bounded(10, 10**9, "a file"):
+    with (
+        pytest.raises(lk.ModelError, match="1,000,000,000,000 numbers"),
+        loading.bounded(10, 10**9, "a file"),
+    ):
         Buffers()
     Buffers()  # outside nothing is counted
 
 
-def test_a_config_without_weights_is_bounded_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_without_weights_is_bounded_as_well(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loading, "TENSORS", 500)
     say(folder, num_hidden_layers=90_000)
-    from lorakin.study.skeleton import skeleton
+    from lorakin.plan.skeleton import skeleton
 
     with pytest.raises(lk.ModelError, match="501 tensors"):
         skeleton(str(folder))
@@ -137,10 +163,15 @@ def test_a_config_without_weights_is_bounded_as_well(folder: Path, monkeypatch: 
 
 def test_weights_of_another_shape_are_named(folder: Path) -> None:
     say(folder, intermediate_size=40)
-    refused(folder, r"stores model.layers.0.mlp.down_proj.weight as \(32, 48\), and its config makes .* \(32, 40\)")
+    refused(
+        folder,
+        r"stores model.layers.0.mlp.down_proj.weight as \(32, 48\), and its config makes .* \(32, 40\)",
+    )
 
 
-@pytest.mark.parametrize("where", ["../other.safetensors", "/etc/hostname", "a/b.safetensors", "..", ".hidden", "a\\b"])
+@pytest.mark.parametrize(
+    "where", ["../other.safetensors", "/etc/hostname", "a/b.safetensors", "..", ".hidden", "a\\b"]
+)
 def test_an_index_that_leads_outside(where: str, folder: Path) -> None:
     said = sharded(folder)
     say(folder, index(), weight_map=said | {next(iter(said)): where})
@@ -152,10 +183,19 @@ def test_damaged_indexes(folder: Path) -> None:
     first = next(iter(said))
     other = next(name for name in said.values() if name != said[first])
     for content, error in [
-        ({"weight_map": said | {first: "model-00003-of-00003.safetensors"}}, "not there: model-00003"),
+        (
+            {"weight_map": said | {first: "model-00003-of-00003.safetensors"}},
+            "not there: model-00003",
+        ),
         ({"weight_map": said | {first: other}}, "says that .* is in .*, which does not hold it"),
-        ({"weight_map": said | {"model.extra.weight": other}}, "says that model.extra.weight is in"),
-        ({"weight_map": said | {first: "tokenizer.json"}}, "expected files that end in .safetensors"),
+        (
+            {"weight_map": said | {"model.extra.weight": other}},
+            "says that model.extra.weight is in",
+        ),
+        (
+            {"weight_map": said | {first: "tokenizer.json"}},
+            "expected files that end in .safetensors",
+        ),
         ({"weight_map": {}}, "no weight_map"),
         ({"weight_map": [first]}, "no weight_map"),
         ({"weight_map": {first: 3}}, "no weight_map"),
@@ -165,7 +205,11 @@ def test_damaged_indexes(folder: Path) -> None:
         (folder / index()).write_text(json.dumps(content))
         refused(folder, error)
     twice = json.dumps({"weight_map": said})[:-2] + f', "{first}": "{other}"}}}}'
-    for text, error in [("{", "cannot be read as JSON"), ("[" * 50_000, "cannot be read as JSON"), (twice, "twice")]:
+    for text, error in [
+        ("{", "cannot be read as JSON"),
+        ("[" * 50_000, "cannot be read as JSON"),
+        (twice, "twice"),
+    ]:
         (folder / index()).write_text(text)
         refused(folder, error)
 
@@ -182,7 +226,13 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
 def test_damaged_safetensors(folder: Path) -> None:
     file = folder / "model.safetensors"
     content = file.read_bytes()
-    for change in (content[:-100], content[:40], b"", struct.pack("<Q", 2**62) + content[8:], content + b"0" * 64):
+    for change in (
+        content[:-100],
+        content[:40],
+        b"",
+        struct.pack("<Q", 2**62) + content[8:],
+        content + b"0" * 64,
+    ):
         file.write_bytes(change)
         refused(folder, "cannot be read.*cut off or damaged")
     file.unlink()
@@ -242,7 +292,9 @@ def test_bins_that_hold_no_state_dict_or_code(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 def test_settings_that_are_no_json(name: str, folder: Path) -> None:
     for text in ("", "{", "[" * 50_000, "[1]", '"x"', "\x00\x01", '{"a": 1' + "0" * 5000 + "}"):
         (folder / name).write_text(text)
@@ -263,14 +315,22 @@ def test_kernels_are_not_fetched(folder: Path) -> None:
 
 
 def test_a_distributed_checkpoint_is_not_read(folder: Path) -> None:
-    shutil.copyfile(folder / "model.safetensors", folder / "shard-00001-model-00001-of-00001.safetensors")
+    shutil.copyfile(
+        folder / "model.safetensors", folder / "shard-00001-model-00001-of-00001.safetensors"
+    )
     refused(folder, "part of a distributed checkpoint")
 
 
 def places(content: Any) -> list[tuple[Any, Any]]:
     """Every holder of a value in JSON, with its key."""
     found = []
-    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    pairs = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in pairs:
         found += [(content, key), *places(value)]
     return found
@@ -306,7 +366,9 @@ class Mutations:
         file.write_text(json.dumps(content))
 
     def drop(self) -> None:
-        file = self.chance.choice([file for file in sorted(self.folder.iterdir()) if file.suffix == ".json"])
+        file = self.chance.choice(
+            [file for file in sorted(self.folder.iterdir()) if file.suffix == ".json"]
+        )
         content = json.loads(file.read_text())
         holder, key = self.chance.choice(places(content))
         del holder[key]
@@ -325,7 +387,9 @@ KINDS: list[str] = [name for name in vars(Mutations) if not name.startswith("_")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_mutated_directories_end_in_one_sentence(suffix: str, model_dir: str, tmp_path: Path) -> None:
+def test_mutated_directories_end_in_one_sentence(
+    suffix: str, model_dir: str, tmp_path: Path
+) -> None:
     chance, whole = random.Random(23), tmp_path / "whole"
     shutil.copytree(model_dir, whole)
     sharded(whole, suffix)
@@ -337,7 +401,11 @@ def test_mutated_directories_end_in_one_sentence(suffix: str, model_dir: str, tm
         shutil.copytree(whole, folder)
         kind = KINDS[number % len(KINDS)]
         getattr(Mutations(folder, chance), kind)()
-        readers: list[Callable[..., Any]] = [models.config_of, models.load_tokenizer, models.load_model]
+        readers: list[Callable[..., Any]] = [
+            models.config_of,
+            models.load_tokenizer,
+            models.load_model,
+        ]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -362,19 +430,25 @@ def test_a_config_that_asks_for_tuples_answers_by_name(folder: Path) -> None:
 
 def test_weights_that_are_not_as_packed_as_the_config_says(folder: Path) -> None:
     say(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(lk.ModelError, match="says that bitsandbytes packed the weights, which are plain"):
+    with pytest.raises(
+        lk.ModelError, match="says that bitsandbytes packed the weights, which are plain"
+    ):
         models.load_model(str(folder))
 
 
 def test_an_encoder_that_is_not_there(folder: Path) -> None:
     say(folder, is_encoder_decoder=True)
-    with pytest.raises(lk.ModelError, match="says is_encoder_decoder, and a LlamaForCausalLM has no encoder"):
+    with pytest.raises(
+        lk.ModelError, match="says is_encoder_decoder, and a LlamaForCausalLM has no encoder"
+    ):
         models.load_model(str(folder))
 
 
 def test_a_sparse_tensor_in_a_pickle(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({**state, "model.norm.weight": torch.eye(32).to_sparse()[0]}, folder / "pytorch_model.bin")
+    torch.save(
+        {**state, "model.norm.weight": torch.eye(32).to_sparse()[0]}, folder / "pytorch_model.bin"
+    )
     with pytest.raises(lk.ModelError, match="'model.norm.weight' is no plain dense tensor"):
         models.load_model(str(folder))

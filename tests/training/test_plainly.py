@@ -49,7 +49,9 @@ def test_only_ids_are_ends() -> None:
 def test_ends_that_are_no_ids(ends: Any, model_dir: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(lk.ModelError, match="generation_config.json: eos_token_id is .*, expected a token's number"):
+    with pytest.raises(
+        lk.ModelError, match="generation_config.json: eos_token_id is .*, expected a token's number"
+    ):
         models.load_model(str(folder))
 
 
@@ -65,7 +67,9 @@ def test_a_model_of_nan_says_so(tokenizer: Any) -> None:
 @pytest.mark.parametrize("temperature", [1e-40, float("inf"), float("nan"), -1.0])
 def test_temperatures_that_are_none(temperature: float, tokenizer: Any) -> None:
     with pytest.raises(lk.SettingError, match="temperature must be 0, or from"):
-        answer(Loaded(tiny_llama(), tokenizer, "tiny", "float32"), "the cat", temperature=temperature)
+        answer(
+            Loaded(tiny_llama(), tokenizer, "tiny", "float32"), "the cat", temperature=temperature
+        )
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,14 +78,19 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().out
 
 
-def test_a_loss_of_nan_ends_with_2(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_of_nan_ends_with_2(
+    model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = models.load_model(model_dir, "float32").model
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     model.save_pretrained(folder)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat", "completion": "sat"}\n')
-    assert run(["evaluate", "--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--json"]) == 2
+    assert (
+        run(["evaluate", "--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--json"])
+        == 2
+    )
     assert not capsys.readouterr().out
 
 

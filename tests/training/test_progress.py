@@ -54,7 +54,9 @@ def test_rows_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_row_is_named(row: Any, named: str, tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [ROWS[0], row])
-    with pytest.raises(lk.DataError, match=rf"metrics\.jsonl, line 2 is no row of metrics: .*{named}"):
+    with pytest.raises(
+        lk.DataError, match=rf"metrics\.jsonl, line 2 is no row of metrics: .*{named}"
+    ):
         Metrics(path, writes=False).rows()
 
 
@@ -65,7 +67,9 @@ def test_mutated_metrics(tmp_path: Path) -> None:
     for _ in range(COUNT):
         damaged = bytearray(whole)
         for _ in range(chance.randint(1, 3)):
-            damaged[chance.randrange(len(damaged))] = chance.choice([0, 10, 34, 44, 91, 93, 123, 125, 255, 57])
+            damaged[chance.randrange(len(damaged))] = chance.choice(
+                [0, 10, 34, 44, 91, 93, 123, 125, 255, 57]
+            )
         (tmp_path / "metrics.jsonl").write_bytes(damaged)
         metrics = Metrics(tmp_path / "metrics.jsonl", writes=False)
         try:
@@ -97,7 +101,9 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ['"x"', "NaN", "-1", "true", "1e40", "{}", "9" * 5000, "[" * 10**5, "\x00"], ids=lambda value: value[:4]
+    "value",
+    ['"x"', "NaN", "-1", "true", "1e40", "{}", "9" * 5000, "[" * 10**5, "\x00"],
+    ids=lambda value: value[:4],
 )
 def test_an_importance_that_is_none(value: str, tmp_path: Path) -> None:
     assert importance_in(tmp_path) == {}

@@ -16,7 +16,13 @@ def test_flags_win_and_what_is_written_reads_the_same(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: m\ndata: d\nout: o\nlr: 2e-4\nrank: 8\ntargets: q_proj\nepochs: 2\n")
     recipe = read_recipe(path, {"rank": 4, "steps": 10, "alpha": None, "targets": []})
-    assert (recipe.rank, recipe.lr, recipe.targets, recipe.steps, recipe.epochs) == (4, 2e-4, ["q_proj"], 10, None)
+    assert (recipe.rank, recipe.lr, recipe.targets, recipe.steps, recipe.epochs) == (
+        4,
+        2e-4,
+        ["q_proj"],
+        10,
+        None,
+    )
     recipe.save(tmp_path / "again.yaml")
     assert read_recipe(tmp_path / "again.yaml", {}) == recipe
 

@@ -50,15 +50,21 @@ def other(recipe: Recipe) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_run_is_refused_while_the_first_lives(resume: bool, other: Any, recipe: Recipe) -> None:
+def test_a_second_run_is_refused_while_the_first_lives(
+    resume: bool, other: Any, recipe: Recipe
+) -> None:
     out = Path(recipe.out)
     before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(lk.OutputError, match=rf"out is in use: process {other.pid} on .* Wait until it has ended"):
+    with pytest.raises(
+        lk.OutputError, match=rf"out is in use: process {other.pid} on .* Wait until it has ended"
+    ):
         training.prepare(recipe, Console(quiet=True), resume)
     assert sorted(path.name for path in out.iterdir()) == before
     os.kill(other.pid, signal.SIGKILL)
     other.join()
-    with pytest.raises(lk.LorakinError, match=r"not empty; choose" if not resume else r"nothing.jsonl"):
+    with pytest.raises(
+        lk.LorakinError, match=r"not empty; choose" if not resume else r"nothing.jsonl"
+    ):
         training.prepare(recipe, Console(quiet=True), resume)
     assert [path.name for path in out.iterdir()] == [run_directory.RECIPE]
 
@@ -86,7 +92,9 @@ def test_of_one_process_too(recipe: Recipe) -> None:
     run_directory.enter(recipe, Path(recipe.out), resume=True).release()
 
 
-def test_where_nothing_can_be_written_there_is_a_sentence(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_written_there_is_a_sentence(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(lk.OutputError, match=r"--out /proc/lorakin/out cannot be"):
         run_directory.enter(recipe, Path("/proc/lorakin/out"), resume=False)
 
@@ -103,7 +111,14 @@ def test_where_nothing_can_be_written_there_is_a_sentence(recipe: Recipe, monkey
 def begun(tmp_path: Path) -> Path:
     """The directory of a run that was begun with this recipe."""
     saved = Recipe(
-        "m", "d.jsonl", str(tmp_path / "out"), lr=1e-3, steps=9, dtype="float32", method="lora+", settings={"ratio": 8}
+        "m",
+        "d.jsonl",
+        str(tmp_path / "out"),
+        lr=1e-3,
+        steps=9,
+        dtype="float32",
+        method="lora+",
+        settings={"ratio": 8},
     )
     saved.save(tmp_path / "out" / run_directory.RECIPE)
     return tmp_path / "out"
@@ -135,24 +150,41 @@ def test_a_recipe_that_contradicts_is_refused(
 ) -> None:
     given = line if out_in == "flag" else {**line, "out": str(begun)}
     with pytest.raises(lk.SettingError, match=said):
-        training.resumed_recipe(written(tmp_path / "mine.yaml", **given), {"out": str(begun) if out_in == "flag" else None})
+        training.resumed_recipe(
+            written(tmp_path / "mine.yaml", **given),
+            {"out": str(begun) if out_in == "flag" else None},
+        )
 
 
 def test_the_same_recipe_goes_on(begun: Path, tmp_path: Path) -> None:
     """Also the one that the run was begun with, where what it left open has been filled in since."""
     saved = training.resumed_recipe(None, {"out": str(begun)})
     for lines in (
-        {"model": "m", "data": "d.jsonl", "method": "lora+", "settings": {"ratio": 8.0}, "lr": "1e-3", "dtype": "auto"},
+        {
+            "model": "m",
+            "data": "d.jsonl",
+            "method": "lora+",
+            "settings": {"ratio": 8.0},
+            "lr": "1e-3",
+            "dtype": "auto",
+        },
         {"steps": 9},
         {"targets": "all-linear", "labels": None},
         yaml.safe_load((begun / run_directory.RECIPE).read_text()),
     ):
-        assert training.resumed_recipe(written(tmp_path / "mine.yaml", **lines), {"out": str(begun)}) == saved
+        assert (
+            training.resumed_recipe(written(tmp_path / "mine.yaml", **lines), {"out": str(begun)})
+            == saved
+        )
     with pytest.raises(lk.SettingError, match="where lr is 0.001, not 0.5"):
-        training.resumed_recipe(written(tmp_path / "mine.yaml", lr=1e-3), {"out": str(begun), "lr": 0.5})
+        training.resumed_recipe(
+            written(tmp_path / "mine.yaml", lr=1e-3), {"out": str(begun), "lr": 0.5}
+        )
 
 
-def test_on_the_command_line(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(
+    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = written(tmp_path / "mine.yaml", lr=0.5)
     assert command(["train", str(recipe), "--resume", "--out", str(begun)]) == 2
     assert "where lr is 0.001, not 0.5" in capsys.readouterr().err.replace("\n", " ")
@@ -178,11 +210,15 @@ def test_of_several_processes_the_first_one_looks_for_all(
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("target", ["empty", "nowhere"])
-def test_out_that_is_a_link_is_not_written_through(target: str, resume: bool, recipe: Recipe, tmp_path: Path) -> None:
+def test_out_that_is_a_link_is_not_written_through(
+    target: str, resume: bool, recipe: Recipe, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     Path(recipe.out).parent.mkdir()
     Path(recipe.out).symlink_to(tmp_path / target)
-    with pytest.raises(lk.OutputError, match=rf"is a link to .*{target}, which is not written through"):
+    with pytest.raises(
+        lk.OutputError, match=rf"is a link to .*{target}, which is not written through"
+    ):
         run_directory.enter(recipe, Path(recipe.out), resume)
     assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "nowhere").exists()
 

@@ -36,7 +36,9 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def recipe(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path) -> Recipe:
+def recipe(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path
+) -> Recipe:
     data = write_rows(chat_rows[:12], "train.jsonl")
     return Recipe(
         model=model_dir, data=data, eval_data=data, out=str(tmp_path / "out"), rank=2, lr=LR, steps=STEPS, dtype="float32",
@@ -61,7 +63,9 @@ def rates(folder: str | Path) -> list[float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_runs_and_resumes_to_the_bit(name: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_runs_and_resumes_to_the_bit(
+    name: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Metrics, "plot", lambda *_: None)  # which takes most of the time
     recipe.schedule, recipe.schedule_args = name, NEEDED.get(name, {})
     run(recipe)
@@ -70,12 +74,16 @@ def test_each_runs_and_resumes_to_the_bit(name: str, recipe: Recipe, tmp_path: P
     shutil.rmtree(there / "checkpoints" / "checkpoint-6")
     before = tensors(recipe.out)
     run(training.resumed_recipe(None, {"out": str(there)}), resume=True)
-    assert before.keys() == tensors(there).keys() and all(torch.equal(before[key], t) for key, t in tensors(there).items())
+    assert before.keys() == tensors(there).keys() and all(
+        torch.equal(before[key], t) for key, t in tensors(there).items()
+    )
     assert rates(there) == rates(recipe.out)
     seen = rates(recipe.out)
     assert len(seen) == STEPS
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
-    own: Any = transformers.get_scheduler(name, optimizer, int(WARMUP * STEPS), STEPS, NEEDED.get(name, {}))
+    own: Any = transformers.get_scheduler(
+        name, optimizer, int(WARMUP * STEPS), STEPS, NEEDED.get(name, {})
+    )
     losses = {row["step"]: row["eval_loss"] for row in rows(recipe.out) if "eval_loss" in row}
     for step, rate in enumerate(seen, 1):
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
@@ -94,13 +102,21 @@ def test_each_runs_and_resumes_to_the_bit(name: str, recipe: Recipe, tmp_path: P
         ("cosine", {"min_lr": 1e-5}, "schedule cosine has no argument 'min_lr'; it has num_cycles"),
         ("constant", {"min_lr": 1e-5}, "it has none"),
         ("linear", {"num_training_steps": 3}, "has no argument 'num_training_steps'"),
-        ("cosine_with_min_lr", {}, r"cannot be made with no arguments: .*min_lr.*--schedule-arg name=value"),
+        (
+            "cosine_with_min_lr",
+            {},
+            r"cannot be made with no arguments: .*min_lr.*--schedule-arg name=value",
+        ),
         ("cosine_warmup_with_min_lr", {}, "min_lr"),
         ("cosine_with_min_lr", {"min_lr": "small"}, "cannot be made with min_lr='small'"),
         ("cosine_with_min_lr", {"min_lr": 1e-4, "min_lr_rate": 0.5}, "Only one of"),
         ("cosine_with_min_lr", {"min_lr": 1.0}, "above --lr 0.02"),
         ("warmup_stable_decay", {}, "num_decay_steps"),
-        ("warmup_stable_decay", {"num_decay_steps": 6}, "the warm-up have 7 steps in all, and the run has 6"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 6},
+            "the warm-up have 7 steps in all, and the run has 6",
+        ),
         ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "sudden"}, "sudden"),
         ("polynomial", {"lr_end": 0.5}, "lr_end"),
         ("polynomial", {"power": "two"}, "cannot be made"),
@@ -115,7 +131,14 @@ def test_what_is_wrong_is_said_at_once(name: str, arguments: dict[str, Any], sai
         check(name, arguments, LR, STEPS, WARMUP)
     with pytest.raises(lk.SettingError, match=said):
         Recipe(
-            model="nowhere", data="nothing", out="x", schedule=name, schedule_args=arguments, lr=LR, steps=STEPS, warmup=WARMUP
+            model="nowhere",
+            data="nothing",
+            out="x",
+            schedule=name,
+            schedule_args=arguments,
+            lr=LR,
+            steps=STEPS,
+            warmup=WARMUP,
         )
 
 
@@ -137,8 +160,20 @@ def test_the_steps_of_an_epoch_count(recipe: Recipe) -> None:
         run(recipe)
 
 
-def test_arguments_on_the_command_line_and_in_recipes(recipe: Recipe, tmp_path: Path, capsys: Any) -> None:
-    given = ["train", "--model", recipe.model, "--data", *recipe.data, "--eval-data", *recipe.data, "--dtype", "float32"]
+def test_arguments_on_the_command_line_and_in_recipes(
+    recipe: Recipe, tmp_path: Path, capsys: Any
+) -> None:
+    given = [
+        "train",
+        "--model",
+        recipe.model,
+        "--data",
+        *recipe.data,
+        "--eval-data",
+        *recipe.data,
+        "--dtype",
+        "float32",
+    ]
     given += ["--steps", "2", "--rank", "2", "--lr", "0.02", "--schedule", "cosine_with_min_lr"]
     assert command([*given, "--out", str(tmp_path / "a")]) == 2
     assert "--schedule-arg name=value" in capsys.readouterr().err and not (tmp_path / "a").exists()

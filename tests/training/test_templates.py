@@ -29,7 +29,13 @@ def reply(words: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": words, **more}
 
 
-CALLS = [{"type": "function", "id": "abc123def", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}]
+CALLS = [
+    {
+        "type": "function",
+        "id": "abc123def",
+        "function": {"name": "get_weather", "arguments": {"city": "Oslo"}},
+    }
+]
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": {
         "type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}}}
@@ -72,7 +78,9 @@ def outcome(template: Template, name: str, loss_on: str) -> str:
     """verified, refused, or what is wrong."""
     messages, tools, answers = CONVERSATIONS[name]
     try:
-        ids, labels = Answers(template).encode(Conversation(messages, [None] * len(messages), tools), loss_on)
+        ids, labels = Answers(template).encode(
+            Conversation(messages, [None] * len(messages), tools), loss_on
+        )
     except lk.DataError:
         return "refused"
     tokenizer = template.tokenizer
@@ -82,13 +90,20 @@ def outcome(template: Template, name: str, loss_on: str) -> str:
         return f"{len(parts)} parts"
     for part, words in zip(parts, expected, strict=True):
         at = [part.find(word) for word in words]
-        if -1 in at or at != sorted(at) or "zzq" in part or (name.startswith("reasoning") is False and "zzt" in part):
-            return repr(part)
-        if part.count("Replied") > 1 or tokenizer.convert_tokens_to_ids(tokenizer.tokenize(part)[-1]) not in specials(
-            tokenizer
+        if (
+            -1 in at
+            or at != sorted(at)
+            or "zzq" in part
+            or (name.startswith("reasoning") is False and "zzt" in part)
         ):
             return repr(part)
-    prompts = [at for at, label in enumerate(labels) if label != IGNORED and labels[at - 1] == IGNORED]
+        if part.count("Replied") > 1 or tokenizer.convert_tokens_to_ids(
+            tokenizer.tokenize(part)[-1]
+        ) not in specials(tokenizer):
+            return repr(part)
+    prompts = [
+        at for at, label in enumerate(labels) if label != IGNORED and labels[at - 1] == IGNORED
+    ]
     asked = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     for start, at in zip(prompts, asked if loss_on == ANSWERS else asked[-1:], strict=True):
         prompt = tokenizer.apply_chat_template(
@@ -103,7 +118,10 @@ def told(messages: list[dict[str, Any]], template: Template) -> list[dict[str, A
     """The messages in the form that templates of models with pictures take, where this one is such."""
     if not template.takes_parts:
         return messages
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
 
 
 def specials(tokenizer: Any) -> set[int]:
@@ -151,7 +169,9 @@ def test_most_are_verified() -> None:
 def test_what_well_known_templates_learn(template: str, name: str, expected: list[str]) -> None:
     tokenizer = byte_tokenizer(templates()[template])
     messages, tools, _ = CONVERSATIONS[name]
-    ids, labels = Answers(Template(tokenizer)).encode(Conversation(messages, [None] * len(messages), tools))
+    ids, labels = Answers(Template(tokenizer)).encode(
+        Conversation(messages, [None] * len(messages), tools)
+    )
     assert learned(ids, labels, tokenizer) == expected
 
 
@@ -164,16 +184,22 @@ def test_what_cannot_be_verified_is_refused_with_the_way_out() -> None:
     assert learned(ids, labels, mistral.tokenizer) == [" Replied3</s>"]
     assert "Be brief zzq.\n\nAsked3" in mistral.tokenizer.decode(ids)
     r1 = Template(byte_tokenizer(templates()["trl/chat_templates/deepseek_r1_distill.jinja"]))
-    with pytest.raises(Unverified, match=r"opens the answer with <think>, and this one has no reasoning"):
+    with pytest.raises(
+        Unverified, match=r"opens the answer with <think>, and this one has no reasoning"
+    ):
         Answers(r1).encode(Conversation(ONE, [None, None]))
-    dropping = Template(byte_tokenizer(CHATML.replace("in messages", "in messages if m.role != 'system'")))
+    dropping = Template(
+        byte_tokenizer(CHATML.replace("in messages", "in messages if m.role != 'system'"))
+    )
     with pytest.raises(lk.DataError, match="drops message 1, from the system: 'Be brief zzq.'"):
         Answers(dropping).encode(Conversation([SYSTEM, *ONE], [None] * 3))
     with pytest.raises(lk.DataError, match="does not write the row's tools"):
         Answers(Template(byte_tokenizer(CHATML))).encode(Conversation(ONE, [None] * 2, TOOLS))
 
 
-CALLING = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function|tojson if m.tool_calls else '') +")
+CALLING = CHATML.replace(
+    "m.content +", "m.content + (m.tool_calls[0].function|tojson if m.tool_calls else '') +"
+)
 BERGEN = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bergen"}}}
 
 
@@ -193,7 +219,9 @@ def test_what_a_template_drops_is_seen_though_its_words_stand_elsewhere(
     template: str, messages: list[dict[str, Any]], loss_on: str
 ) -> None:
     with pytest.raises(lk.DataError, match="drops message"):
-        Answers(Template(byte_tokenizer(template))).encode(Conversation(messages, [None] * len(messages)), loss_on)
+        Answers(Template(byte_tokenizer(template))).encode(
+            Conversation(messages, [None] * len(messages)), loss_on
+        )
 
 
 def test_the_loss_on_all_drops_no_reasoning() -> None:
@@ -203,11 +231,15 @@ def test_the_loss_on_all_drops_no_reasoning() -> None:
             Answers(template).encode(Conversation([user("q"), message], [None, None]), "all")
 
 
-@pytest.mark.parametrize("name", [f"trl/chat_templates/{family}.jinja" for family in ("gptoss", "glm4moe", "qwen3")])
+@pytest.mark.parametrize(
+    "name", [f"trl/chat_templates/{family}.jinja" for family in ("gptoss", "glm4moe", "qwen3")]
+)
 @pytest.mark.parametrize("word", ["a", "in", "user", "think", "c\r\n"])
 def test_short_answers_are_not_taken_for_the_templates_own_letters(name: str, word: str) -> None:
     template = Template(byte_tokenizer(templates()[name]))
-    ids, labels = Answers(template).encode(Conversation([user("Pick"), reply(word), user("again"), reply("b")], [None] * 4))
+    ids, labels = Answers(template).encode(
+        Conversation([user("Pick"), reply(word), user("again"), reply("b")], [None] * 4)
+    )
     first = learned(ids, labels, template.tokenizer)[0]
     assert word.strip() in first and first.count("<|") <= 4
 
@@ -223,7 +255,10 @@ def test_tags_in_what_is_no_reasoning_are_text() -> None:
     ]
     template = Template(byte_tokenizer(CHATML))
     ids, labels = Answers(template).encode(Conversation(messages, [None] * 5))
-    assert learned(ids, labels, template.tokenizer) == ["b <think>c</think><|im_end|>", "e<|im_end|>"]
+    assert learned(ids, labels, template.tokenizer) == [
+        "b <think>c</think><|im_end|>",
+        "e<|im_end|>",
+    ]
 
 
 def test_ends_that_were_added_as_no_special_tokens() -> None:
@@ -231,16 +266,26 @@ def test_ends_that_were_added_as_no_special_tokens() -> None:
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = CHATML
     ids, labels = Answers(Template(tokenizer)).encode(Conversation([*ONE, *MORE], [None] * 6))
-    assert learned(ids, labels, tokenizer) == ["Replied1<|im_end|>", "Replied2<|im_end|>", "Replied3<|im_end|>"]
+    assert learned(ids, labels, tokenizer) == [
+        "Replied1<|im_end|>",
+        "Replied2<|im_end|>",
+        "Replied3<|im_end|>",
+    ]
 
 
-@pytest.mark.parametrize("answer", ["\n\nReplied1", " Replied1", "Répliqué 💥", "Replied1\n", "a<|im_end|>b"])
+@pytest.mark.parametrize(
+    "answer", ["\n\nReplied1", " Replied1", "Répliqué 💥", "Replied1\n", "a<|im_end|>b"]
+)
 def test_answers_with_odd_edges(answer: str) -> None:
     """A tokenizer may join an answer's first characters with what stands before it; the prompt is whole all the same."""
     tokenizer = byte_tokenizer(CHATML)
     merged = tokenizer.backend_tokenizer
-    assert merged.add_tokens(["\n\n\n", "\n "]) == 2  # as a trained tokenizer has tokens over the edge
-    ids, labels = Answers(Template(tokenizer)).encode(Conversation([user("a"), reply(answer)], [None, None]))
+    assert (
+        merged.add_tokens(["\n\n\n", "\n "]) == 2
+    )  # as a trained tokenizer has tokens over the edge
+    ids, labels = Answers(Template(tokenizer)).encode(
+        Conversation([user("a"), reply(answer)], [None, None])
+    )
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
     assert ids[:start] == Template(tokenizer).prompt([user("a")])
     assert tokenizer.decode(ids[start:]).startswith(answer)
@@ -250,9 +295,13 @@ def test_answers_with_odd_edges(answer: str) -> None:
 def test_the_ends_of_answers() -> None:
     tokenizer = byte_tokenizer(CHATML, eos="<|endoftext|>")
     assert Template(tokenizer).endings.last == "<|im_end|>"
-    plain = byte_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", eos="</s>")
+    plain = byte_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", eos="</s>"
+    )
     ids, labels = Answers(Template(plain)).encode(Conversation(ONE, [None, None]), LAST)
-    assert learned(ids, labels, plain)[0].endswith("Replied1</s>"), "an answer that no token ends would never end"
+    assert learned(ids, labels, plain)[0].endswith("Replied1</s>"), (
+        "an answer that no token ends would never end"
+    )
 
 
 def test_the_day_that_a_template_prints_is_the_runs() -> None:
@@ -268,14 +317,23 @@ def test_a_space_tokenizer_puts_no_second_space_before_a_completion() -> None:
     prompt, completion = "Q: capital?\nAnswer:", " Paris"
     whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert tokenizer(completion, add_special_tokens=False)["input_ids"] != whole[len(start) :], "alone it has two spaces"
+    assert tokenizer(completion, add_special_tokens=False)["input_ids"] != whole[len(start) :], (
+        "alone it has two spaces"
+    )
     assert start + continued(tokenizer, prompt, completion) == whole
     after_space = continued(tokenizer, prompt + " ", "Paris")
-    assert tokenizer.decode(tokenizer(prompt + " ", add_special_tokens=False)["input_ids"] + after_space) == prompt + " Paris"
+    assert (
+        tokenizer.decode(
+            tokenizer(prompt + " ", add_special_tokens=False)["input_ids"] + after_space
+        )
+        == prompt + " Paris"
+    )
 
 
 @pytest.mark.parametrize("over_the_edge", [[], ["\nrep"]])
-def test_tokenising_grows_with_the_conversation_and_not_with_its_square(over_the_edge: list[str]) -> None:
+def test_tokenising_grows_with_the_conversation_and_not_with_its_square(
+    over_the_edge: list[str],
+) -> None:
     counted = byte_tokenizer(CHATML)
     counted.backend_tokenizer.add_tokens(over_the_edge)
     seen: list[int] = []
@@ -289,7 +347,11 @@ def test_tokenising_grows_with_the_conversation_and_not_with_its_square(over_the
 
     def characters(turns: int) -> int:
         seen.clear()
-        messages = [message for n in range(turns) for message in (user(f"asked {n:03}"), reply(f"replied {n:03}"))]
+        messages = [
+            message
+            for n in range(turns)
+            for message in (user(f"asked {n:03}"), reply(f"replied {n:03}"))
+        ]
         Answers(Template(counted)).encode(Conversation(messages, [None] * len(messages)))
         return sum(seen)
 

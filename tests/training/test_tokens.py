@@ -17,9 +17,9 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
+from lorakin.inject.tokens import TokenRows
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
-from lorakin.surgery.tokens import TokenRows
 from lorakin.training import prepare_trainer
 from lorakin.training import train as training
 from lorakin.training.models import load_model, load_with_adapter
@@ -51,7 +51,7 @@ def test_a_run_and_its_exports(
     model = load_with_adapter(base, recipe.out, "base").model
     (adapter,) = lk.adapters(model).values()
     heads = {} if tied else {"lm_head"}
-    assert {path: rows.ids for path, rows in adapter.plan.tokens.items()} == dict.fromkeys(
+    assert {path: rows.ids for path, rows in adapter.placement.tokens.items()} == dict.fromkeys(
         ["model.embed_tokens", *heads], (3, 10)
     )
     x = torch.arange(3, 27).view(2, 12)
@@ -75,7 +75,10 @@ def test_a_run_and_its_exports(
 
 def test_which_rows(tokenizer: Any) -> None:
     assert rows_of(["<|end|>", "7"], tokenizer, tiny_llama()) == [1, 7]
-    assert rows_of(["<unk>"], tokenizer, tiny_llama(False)) == {"model.embed_tokens": [2], "lm_head": [2]}
+    assert rows_of(["<unk>"], tokenizer, tiny_llama(False)) == {
+        "model.embed_tokens": [2],
+        "lm_head": [2],
+    }
     assert rows_of(["7"], tokenizer, tiny_bert()) == [7]
     assert rows_of([], tokenizer, tiny_llama(False)) == []
 
@@ -96,8 +99,12 @@ def test_the_trainer_saves_and_resumes_them(ids: Tensor, tmp_path: Path) -> None
     whole, resumed = trainer("whole"), trainer("again")
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    first, second = (lk.adapters(run.model)["default"].rows_at("model.embed_tokens") for run in (whole, resumed))
-    assert torch.equal(first, second) and not torch.equal(first, tiny_llama().model.embed_tokens.weight[[5, 6]])
+    first, second = (
+        lk.adapters(run.model)["default"].rows_at("model.embed_tokens") for run in (whole, resumed)
+    )
+    assert torch.equal(first, second) and not torch.equal(
+        first, tiny_llama().model.embed_tokens.weight[[5, 6]]
+    )
 
 
 def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Path) -> None:
@@ -118,10 +125,16 @@ def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Pat
 
 
 def test_the_example_of_the_docs_runs(tokenizer: Any) -> None:
-    section = (Path(__file__).parents[2] / "docs" / "howto" / "tokens.md").read_text()
-    example = section.partition("```python\n")[2].partition("```")[0]
-    names: dict[str, Any] = {"lk": lk, "tokenizer": copy.deepcopy(tokenizer), "model": tiny_llama(vocab_size=len(tokenizer))}
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "tokens.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {
+        "lk": lk,
+        "tokenizer": copy.deepcopy(tokenizer),
+        "model": tiny_llama(vocab_size=len(tokenizer)),
+    }
     exec(example, names)
     adapter, size = names["adapter"], len(tokenizer)
-    assert adapter.plan.tokens == {"model.embed_tokens": TokenRows((size, size + 1), ("lm_head",))}
+    assert adapter.placement.tokens == {
+        "model.embed_tokens": TokenRows((size, size + 1), ("lm_head",))
+    }
     assert len(names["model"].lm_head.weight) == size + 2

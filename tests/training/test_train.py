@@ -35,10 +35,19 @@ def merge(model: str, adapter: str, out: str) -> int:
 
 
 @pytest.fixture
-def recipe(model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path) -> Recipe:
+def recipe(
+    model_dir: str, chat_rows: list[dict[str, str]], write_rows: Write, tmp_path: Path
+) -> Recipe:
     data = write_rows(chat_rows, "train.jsonl")
     return Recipe(
-        model=model_dir, data=data, eval_data=data, out=str(tmp_path / "out"), rank=8, lr=2e-2, steps=20, dtype="float32"
+        model=model_dir,
+        data=data,
+        eval_data=data,
+        out=str(tmp_path / "out"),
+        rank=8,
+        lr=2e-2,
+        steps=20,
+        dtype="float32",
     )
 
 
@@ -60,18 +69,38 @@ def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     assert result.after.loss < 0.5 * result.before.loss
     assert result.after.perplexity < result.before.perplexity
     out = result.out
-    assert {"adapter_model.safetensors", "adapter_config.json", "lorakin.json", "recipe.yaml", "metrics.jsonl", "loss.png"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "lorakin.json",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+    } <= {p.name for p in out.iterdir()}
     card = (out / "README.md").read_text()
-    assert f"loss {result.before.loss:.3f}" in card and f"loss {result.after.loss:.3f}" in card and "20 steps" in card
+    assert (
+        f"loss {result.before.loss:.3f}" in card
+        and f"loss {result.after.loss:.3f}" in card
+        and "20 steps" in card
+    )
     assert result.adapter_bytes > 0
     assert result.trainable_parameters == sum(t.numel() for t in tensors(out).values())
-    for expected in ("format prompt/completion", "⟦ the ", "<|assistant|>", "14 modules", "step 20/20", "tok/s", "GiB", "lr "):
+    for expected in (
+        "format prompt/completion",
+        "⟦ the ",
+        "<|assistant|>",
+        "14 modules",
+        "step 20/20",
+        "tok/s",
+        "GiB",
+        "lr ",
+    ):
         assert expected in shown, expected
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 21))
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(metrics[1])
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(
+        metrics[1]
+    )
     assert metrics[0]["eval_loss"] == pytest.approx(result.before.loss)
     assert metrics[-1]["eval_loss"] == pytest.approx(result.after.loss)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -81,7 +110,9 @@ def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     assert re.fullmatch("the (cat|dog|bird) (sat|ran|flew) on the (mat|tree)", said), said
 
 
-def test_the_effective_recipe_runs_again_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_effective_recipe_runs_again_to_the_same_adapter(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     recipe.lr, recipe.dtype, recipe.steps = None, "auto", 3
     run(recipe)
     saved = read_recipe(Path(recipe.out) / "recipe.yaml", {})
@@ -108,7 +139,9 @@ def test_biases_are_trained_and_resumed(recipe: Recipe, tokenizer: Any, tmp_path
     shutil.copytree(recipe.out, half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-4")
     run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
-    assert tensors(half).keys() == whole.keys() and all(torch.equal(t, whole[key]) for key, t in tensors(half).items())
+    assert tensors(half).keys() == whole.keys() and all(
+        torch.equal(t, whole[key]) for key, t in tensors(half).items()
+    )
 
 
 def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path) -> None:
@@ -131,7 +164,10 @@ def test_resuming_with_other_rows(recipe: Recipe) -> None:
     before = tensors(Path(recipe.out))
     for changed in (rows[::-1], rows[:-1], [*rows[:-1], rows[0]]):
         file.write_text("\n".join(changed) + "\n")
-        with pytest.raises(lk.DataError, match=r"the rows of .*train.jsonl, or how they are tokenised, have changed since"):
+        with pytest.raises(
+            lk.DataError,
+            match=r"the rows of .*train.jsonl, or how they are tokenised, have changed since",
+        ):
             run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
     file.write_text("\n".join(rows) + "\n")
     run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
@@ -145,13 +181,18 @@ def test_a_blow_up_in_the_last_step_is_no_success(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resuming_gives_the_bits_of_the_whole_run(recipe: Recipe, tmp_path: Path, dropout: float) -> None:
+def test_resuming_gives_the_bits_of_the_whole_run(
+    recipe: Recipe, tmp_path: Path, dropout: float
+) -> None:
     recipe.dropout, recipe.save_every, recipe.steps, recipe.accumulate = dropout, 3, 9, 2
     run(recipe)
     whole = tensors(Path(recipe.out))
     half = tmp_path / "half"
     shutil.copytree(recipe.out, half)
-    for name in ("adapter_model.safetensors", "loss.png"):  # as if it had been killed after step 6, in the middle of a save
+    for name in (
+        "adapter_model.safetensors",
+        "loss.png",
+    ):  # as if it had been killed after step 6, in the middle of a save
         (half / name).unlink()
     (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
     checkpoints.unseal(half / "checkpoints" / "checkpoint-9")
@@ -177,7 +218,10 @@ def test_resuming_without_a_run(recipe: Recipe, tmp_path: Path) -> None:
 def test_an_output_directory_in_use_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(lk.OutputError, match=r"is not empty; choose another directory, or go on there with --resume"):
+    with pytest.raises(
+        lk.OutputError,
+        match=r"is not empty; choose another directory, or go on there with --resume",
+    ):
         run(recipe)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
     recipe.out = str(tmp_path / "out" / "mine.txt")
@@ -188,7 +232,9 @@ def test_an_output_directory_in_use_is_left_alone(recipe: Recipe, tmp_path: Path
         run(recipe)
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loss of the fifth step is made NaN; the adapter after step 3, whose forward gave the last finite loss, is kept."""
     real = training.answer_loss
     seen: list[list[Tensor]] = []
@@ -203,7 +249,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(recipe: Recipe
     monkeypatch.setattr(training, "answer_loss", loss)
     prepared = training.prepare(recipe, Console(file=io.StringIO()))
     holder.append(prepared.adapter)
-    with pytest.raises(lk.DivergedError, match=r"became nan at step 5; stopped, and the adapter after step 3.*--lr") as caught:
+    with pytest.raises(
+        lk.DivergedError, match=r"became nan at step 5; stopped, and the adapter after step 3.*--lr"
+    ) as caught:
         training.train(prepared)
     assert caught.value.step == 5
     assert caught.value.exit_code == 3
@@ -212,11 +260,17 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(recipe: Recipe
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), seen[3], strict=True))
 
 
-def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_at_the_first_step_keeps_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        training, "answer_loss", lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * float("nan")
+        training,
+        "answer_loss",
+        lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * float("nan"),
     )
-    with pytest.raises(lk.DivergedError, match="at step 1, the first step of this run, so there is nothing to keep"):
+    with pytest.raises(
+        lk.DivergedError, match="at step 1, the first step of this run, so there is nothing to keep"
+    ):
         run(recipe)
     assert not (Path(recipe.out) / "adapter_model.safetensors").exists()
 
@@ -225,7 +279,7 @@ def test_divergence_at_the_first_step_keeps_nothing(recipe: Recipe, monkeypatch:
 def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None:
     recipe.rank, recipe.rank_above = 4096, "clamp"
     adapter = training.prepare(recipe, Console(quiet=True)).adapter
-    assert {adapter.site(path).A.shape[0] for path in adapter.plan.sites} == {16, 32}
+    assert {adapter.branch(path).A.shape[0] for path in adapter.placement.methods} == {16, 32}
     assert read_recipe(Path(recipe.out) / training.RECIPE, {"out": "other"}).rank_above == "clamp"
 
 
@@ -239,7 +293,11 @@ def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None
         ({"targets": ["q_prj"]}, lk.TargetError, "did you mean .*q_proj"),
         ({"rank": 0}, lk.SettingError, "rank must be a whole number ≥ 1, not 0"),
         ({"rank": 4096}, lk.SettingError, "rank 4096 is above"),
-        ({"rank_above": "lower"}, lk.SettingError, "rank_above must be 'refuse' or 'clamp', not 'lower'"),
+        (
+            {"rank_above": "lower"},
+            lk.SettingError,
+            "rank_above must be 'refuse' or 'clamp', not 'lower'",
+        ),
         ({"max_length": 3}, lk.DataError, "all labels are masked"),
         ({"layers": "7"}, lk.TargetError, "no layer 7"),
         ({"dtype": "int3"}, lk.SettingError, "dtype must be auto"),
@@ -259,7 +317,12 @@ def test_bad_input_fails_before_anything_is_written(
 
 def test_options_reach_the_run(recipe: Recipe) -> None:
     recipe.targets, recipe.exclude, recipe.layers = ["q_proj", "v_proj"], ["*.0.*.v_proj"], "0-1"
-    recipe.gradient_checkpointing, recipe.schedule, recipe.steps, recipe.epochs = True, "linear", None, 0.5
+    recipe.gradient_checkpointing, recipe.schedule, recipe.steps, recipe.epochs = (
+        True,
+        "linear",
+        None,
+        0.5,
+    )
     result, shown, prepared = run(recipe)
     assert "3 modules" in shown
     assert prepared.total_steps == result.steps == 3
@@ -278,15 +341,31 @@ def test_bfloat16_trains_float32_masters(recipe: Recipe) -> None:
 def sentiment(bert_dir: str, write_rows: Write, tmp_path: Path) -> Recipe:
     rows = [
         {"text": f"the {word} {animal} {verb}", "label": label}
-        for word, label in (("good", "liked"), ("bad", "disliked"), ("fast", "liked"), ("slow", "disliked"))
+        for word, label in (
+            ("good", "liked"),
+            ("bad", "disliked"),
+            ("fast", "liked"),
+            ("slow", "disliked"),
+        )
         for animal in ("cat", "dog", "bird")
         for verb in ("sat", "ran", "flew")
     ]
     data = write_rows(rows, "labels.jsonl")
-    return Recipe(model=bert_dir, data=data, eval_data=data, out=str(tmp_path / "c"), rank=4, lr=1e-2, steps=30, batch_size=12)
+    return Recipe(
+        model=bert_dir,
+        data=data,
+        eval_data=data,
+        out=str(tmp_path / "c"),
+        rank=4,
+        lr=1e-2,
+        steps=30,
+        batch_size=12,
+    )
 
 
-def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: Recipe, ids: Tensor) -> None:
+def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(
+    sentiment: Recipe, ids: Tensor
+) -> None:
     result, shown, prepared = run(sentiment)
     assert result.after.accuracy == 1.0
     assert result.after.perplexity is None
@@ -299,7 +378,9 @@ def test_a_classifier_trains_its_new_head_and_is_evaluated_from_disk(sentiment: 
     assert again.loss == pytest.approx(result.after.loss, rel=1e-5)
     loaded = load_with_adapter(sentiment.model, sentiment.out)
     assert loaded.model.config.id2label == {0: "disliked", 1: "liked"}
-    with pytest.raises(lk.ModelError, match="a BertForSequenceClassification, which classifies and cannot generate"):
+    with pytest.raises(
+        lk.ModelError, match="a BertForSequenceClassification, which classifies and cannot generate"
+    ):
         answer(loaded, "the cat")
     merge(sentiment.model, sentiment.out, sentiment.out + "-merged")
     assert evaluate_rows(sentiment.out + "-merged", None, sentiment.data).accuracy == 1.0
@@ -313,7 +394,9 @@ def test_a_language_model_as_a_classifier(sentiment: Recipe, model_dir: str) -> 
     assert evaluate_rows(model_dir, sentiment.out, sentiment.data).accuracy == 1.0
 
 
-def test_a_classifiers_recipe_runs_again_to_the_same_adapter(sentiment: Recipe, tmp_path: Path) -> None:
+def test_a_classifiers_recipe_runs_again_to_the_same_adapter(
+    sentiment: Recipe, tmp_path: Path
+) -> None:
     sentiment.steps = 2
     run(sentiment)
     torch.manual_seed(77)
@@ -328,7 +411,9 @@ def test_the_head_alone(sentiment: Recipe) -> None:
     sentiment.targets, sentiment.steps = ["none"], 4
     result, _, _ = run(sentiment)
     assert result.trainable_parameters == 2 * 32 + 2
-    assert evaluate_rows(sentiment.model, sentiment.out, sentiment.data).loss == pytest.approx(result.after.loss, rel=1e-5)
+    assert evaluate_rows(sentiment.model, sentiment.out, sentiment.data).loss == pytest.approx(
+        result.after.loss, rel=1e-5
+    )
 
 
 def test_evaluating_what_does_not_suit(sentiment: Recipe, recipe: Recipe) -> None:
@@ -341,17 +426,23 @@ def test_evaluating_what_does_not_suit(sentiment: Recipe, recipe: Recipe) -> Non
         evaluate_rows(recipe.model, None, recipe.data, loss_on="some")
 
 
-def test_a_merged_model_is_a_plain_directory_with_the_same_output(recipe: Recipe, tmp_path: Path, ids: Tensor) -> None:
+def test_a_merged_model_is_a_plain_directory_with_the_same_output(
+    recipe: Recipe, tmp_path: Path, ids: Tensor
+) -> None:
     result, _, prepared = run(recipe)
     size = merge(recipe.model, recipe.out, str(tmp_path / "merged"))
-    assert size == sum(p.stat().st_size for p in (tmp_path / "merged").iterdir() if p.name != "export.json")
+    assert size == sum(
+        p.stat().st_size for p in (tmp_path / "merged").iterdir() if p.name != "export.json"
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = ids % 30
-    torch.testing.assert_close(plain(ids).logits, prepared.loaded.model(ids).logits, rtol=1e-4, atol=1e-5)
-    assert evaluate_rows(str(tmp_path / "merged"), None, recipe.data, dtype="float32").loss == pytest.approx(
-        result.after.loss, rel=1e-4
+    torch.testing.assert_close(
+        plain(ids).logits, prepared.loaded.model(ids).logits, rtol=1e-4, atol=1e-5
     )
+    assert evaluate_rows(
+        str(tmp_path / "merged"), None, recipe.data, dtype="float32"
+    ).loss == pytest.approx(result.after.loss, rel=1e-4)
     with pytest.raises(lk.OutputError, match="is not empty"):
         merge(recipe.model, recipe.out, str(tmp_path / "merged"))
 
@@ -384,13 +475,17 @@ def test_what_torch_says_of_a_full_disk_is_known(tmp_path: Path) -> None:
             try:
                 torch.save(content, path)
             except RuntimeError as error:
-                found |= {writer for writer in training.TORCHS_WRITERS if writer in str(error)} or {str(error)}
+                found |= {writer for writer in training.TORCHS_WRITERS if writer in str(error)} or {
+                    str(error)
+                }
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert found and found <= {*training.TORCHS_WRITERS}
 
 
-@pytest.mark.parametrize("message", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:672] . "])
+@pytest.mark.parametrize(
+    "message", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:672] . "]
+)
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_disk_that_fills_up_is_told_with_what_is_left(
     message: str, whole: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
@@ -405,8 +500,13 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
         save(self, folder)
 
     monkeypatch.setattr(training.AdapterTrainer, "_save_optimizer_and_scheduler", fails)
-    left = "checkpoint-2 is whole" if whole else "no checkpoint is whole yet, so it will begin again"
-    with pytest.raises(lk.OutputError, match=rf"cannot write to .*; {left}\. When there is room, go on with: lorakin train"):
+    left = (
+        "checkpoint-2 is whole" if whole else "no checkpoint is whole yet, so it will begin again"
+    )
+    with pytest.raises(
+        lk.OutputError,
+        match=rf"cannot write to .*; {left}\. When there is room, go on with: lorakin train",
+    ):
         run(recipe)
     assert calls
     monkeypatch.undo()
@@ -420,30 +520,46 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
 
     transformers.BertForMaskedLM(tiny_bert().config).save_pretrained(tmp_path / "mlm")
     tokenizer.save_pretrained(tmp_path / "mlm")
-    rows = [{"text": f"the {animal} {verb}", "label": verb} for animal in ("cat", "dog", "bird") for verb in ("sat", "ran")] * 4
+    rows = [
+        {"text": f"the {animal} {verb}", "label": verb}
+        for animal in ("cat", "dog", "bird")
+        for verb in ("sat", "ran")
+    ] * 4
     recipe = Recipe(
-        model=str(tmp_path / "mlm"), data=write_rows(rows), out=str(tmp_path / "out"), steps=2, settings={"rank": 2}
+        model=str(tmp_path / "mlm"),
+        data=write_rows(rows),
+        out=str(tmp_path / "out"),
+        steps=2,
+        settings={"rank": 2},
     )
     _, _, prepared = run(recipe)
-    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.plan.copies)
+    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.placement.copies)
     loaded = load_with_adapter(recipe.model, recipe.out, "float32")
-    torch.testing.assert_close(loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits)
+    torch.testing.assert_close(
+        loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits
+    )
 
 
-def test_a_fused_run_is_the_same_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakin.surgery.deferred import CrossEntropy
+def test_a_fused_run_is_the_same_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakin.kernels.lazy_logits import CrossEntropy
 
     plain, _, _ = run(recipe)
     calls = []
     forward = CrossEntropy.forward
-    monkeypatch.setattr(CrossEntropy, "forward", staticmethod(lambda *args: (calls.append(1), forward(*args))[1]))
+    monkeypatch.setattr(
+        CrossEntropy, "forward", staticmethod(lambda *args: (calls.append(1), forward(*args))[1])
+    )
     fused, _, prepared = run(dataclasses.replace(recipe, fuse=True, out=str(tmp_path / "fused")))
     assert len(calls) == recipe.steps, "the loss of every step was computed without logits"
     assert fused.after.loss == pytest.approx(plain.after.loss, rel=1e-2)
     assert type(prepared.loaded.model.lm_head) is torch.nn.Linear, "the model is itself again"
 
 
-def test_a_float16_base_trains_as_float32_does_and_resumes_to_the_bit(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_float16_base_trains_as_float32_does_and_resumes_to_the_bit(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     recipe.save_every, recipe.steps, recipe.lr = 4, 8, 5e-3
     there = {}
     for dtype in ("float32", "float16"):
@@ -492,17 +608,26 @@ def test_a_template_that_prints_the_day_prints_the_same_when_resumed(
     assert run(again, resume=True)[2].train.examples == first.train.examples
 
 
-def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     template = DATED.replace("{{ strftime_now('%d %b %Y') }}", "the cat")
     (tmp_path / "own.jinja").write_text(template)
     recipe.chat_template, recipe.steps = str(tmp_path / "own.jinja"), 2
     run(recipe)
-    assert load_with_adapter(recipe.model, recipe.out, "float32").tokenizer.chat_template == template
+    assert (
+        load_with_adapter(recipe.model, recipe.out, "float32").tokenizer.chat_template == template
+    )
     merge(recipe.model, recipe.out, str(tmp_path / "merged"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
     export(Order(recipe.out, "lora", str(tmp_path / "plain"), recipe.model))
-    assert load_with_adapter(recipe.model, str(tmp_path / "plain"), "float32").tokenizer.chat_template == template
+    assert (
+        load_with_adapter(recipe.model, str(tmp_path / "plain"), "float32").tokenizer.chat_template
+        == template
+    )
     recipe.out, recipe.chat_template = str(tmp_path / "none"), str(tmp_path / "nothing.jinja")
-    with pytest.raises(lk.DataError, match=r"--chat-template .*nothing.jinja: there is no such file"):
+    with pytest.raises(
+        lk.DataError, match=r"--chat-template .*nothing.jinja: there is no such file"
+    ):
         run(recipe)
     assert not Path(recipe.out).exists()

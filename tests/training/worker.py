@@ -51,12 +51,22 @@ def options(engine: str, model: Any) -> dict[str, Any]:
     """What the Trainer is told of an engine."""
     if engine == "fsdp2":
         block = type(model.model.layers[0]).__name__
-        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]}}
+        return {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [block]},
+        }
     if not engine.startswith("zero"):
         return {}
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 1}  # so that all of the base is cut
-    config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    zero = {
+        "stage": int(engine[-1]),
+        "stage3_param_persistence_threshold": 1,
+    }  # so that all of the base is cut
+    config = {
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
     return {"deepspeed": config | dict.fromkeys(batches, "auto")}
 
 
@@ -64,10 +74,22 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
     """Train, and save the losses and the adapter at `folder`/`engine`-`member`-`base`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     model, data = load(base, folder), rows()
-    probe = [{key: torch.stack([row[key] for row in data[:4]]) for key in data[0]}] if member == "lora-drop" else None
-    adapter = lk.adapt(model, MEMBERS[member](), EXPERTS if base == "experts" else "all-linear", seed=0, probe=probe)
+    probe = (
+        [{key: torch.stack([row[key] for row in data[:4]]) for key in data[0]}]
+        if member == "lora-drop"
+        else None
+    )
+    adapter = lk.adapt(
+        model,
+        MEMBERS[member](),
+        EXPERTS if base == "experts" else "all-linear",
+        seed=0,
+        probe=probe,
+    )
     place = folder / f"{engine}-{member}-{base}"
-    sgd = member == "vera"  # whose gradients are so small that Adam would make their last digits into steps
+    sgd = (
+        member == "vera"
+    )  # whose gradients are so small that Adam would make their last digits into steps
     args = transformers.TrainingArguments(
         str(place / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, logging_steps=1,
         learning_rate=0.5 if sgd else 5e-3, optim="sgd" if sgd else "adamw_torch", lr_scheduler_type="constant",
@@ -85,7 +107,9 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
     resume = os.environ.get("LORAKIN_RESUME")
     prepare_trainer(trainer).train(resume_from_checkpoint=str(half) if resume else None)
     wrapped = type(trainer.model_wrapped).__name__
-    assert {"one": type(model).__name__, "ddp": "DistributedData", "fsdp2": "FSDP"}.get(engine, "DeepSpeed") in wrapped
+    assert {"one": type(model).__name__, "ddp": "DistributedData", "fsdp2": "FSDP"}.get(
+        engine, "DeepSpeed"
+    ) in wrapped
     assert not any(is_sharded(p) for p in adapter.parameters())
     assert is_sharded(model.model.embed_tokens.weight) == (engine in ("fsdp2", "zero3"))
     for name, parameter in adapter.named_parameters():
@@ -100,7 +124,9 @@ def assert_same_everywhere(name: str, tensor: torch.Tensor, world: int) -> None:
     if world > 1:
         both = [torch.empty_like(tensor) for _ in range(world)]
         torch.distributed.all_gather(both, tensor.contiguous())
-        assert all(torch.equal(tensor, other) for other in both), f"{name} differs between the processes"
+        assert all(torch.equal(tensor, other) for other in both), (
+            f"{name} differs between the processes"
+        )
 
 
 if __name__ == "__main__":

@@ -9,11 +9,15 @@ import sys
 
 def main() -> None:
     """Run the command line and end the process: 0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same, 130 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an end that cleans up
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # an end that cleans up
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
     try:
         from lorakin.cli.app import run
     except ImportError as error:
-        sys.exit(f"lorakin's command needs more than its core ({error}); install it with: pip install 'lorakin[train]'")
+        sys.exit(
+            f"lorakin's command needs more than its core ({error}); install it with: pip install 'lorakin[train]'"
+        )
     sys.exit(run(sys.argv[1:]))

@@ -12,7 +12,20 @@ from typing import Any
 
 import typer
 
-from lorakin.cli import combine, compare, convert, demo, evaluate, export, generate, inspect, merge, methods, plan, train
+from lorakin.cli import (
+    combine,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    merge,
+    methods,
+    plan,
+    train,
+)
 from lorakin.errors import LorakinError, LorakinWarning
 from lorakin.terminal import Terminal, labelled, shortened
 
@@ -30,7 +43,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, plan, compare, generate, evaluate, export, merge, combine, convert, inspect, methods, demo):
+for module in (
+    train,
+    plan,
+    compare,
+    generate,
+    evaluate,
+    export,
+    merge,
+    combine,
+    convert,
+    inspect,
+    methods,
+    demo,
+):
     app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 
@@ -40,7 +66,9 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    errors = Terminal(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one of several processes talks
+    errors = Terminal(
+        stderr=True, quiet=os.environ.get("RANK", "0") != "0"
+    )  # one of several processes talks
     shown = warnings.showwarning
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -52,7 +80,9 @@ def run(arguments: Sequence[str]) -> int:
     warnings.showwarning = show_ours
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
-        logging.getLogger(chatty).addFilter(_is_serious)  # one of them sets its level anew, and writes where results go
+        logging.getLogger(chatty).addFilter(
+            _is_serious
+        )  # one of them sets its level anew, and writes where results go
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakin.cli.options import Json, MaxKL, Model, NoVerify, OtherBase, console_for, examples, print_json
+from lorakin.cli.options import (
+    Json,
+    MaxKL,
+    Model,
+    NoVerify,
+    OtherBase,
+    console_for,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     "lorakin combine french=0.7 legal=0.5 --model smollm2 --out both",
@@ -16,22 +25,41 @@ EXAMPLES = examples(
 
 
 def command(
-    parts: Annotated[list[str], typer.Argument(help="DIRECTORY=WEIGHT, or DIRECTORY for weight 1.")],
+    parts: Annotated[
+        list[str], typer.Argument(help="DIRECTORY=WEIGHT, or DIRECTORY for weight 1.")
+    ],
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the sum.")],
     how: Annotated[
-        str, typer.Option(help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank.")
+        str,
+        typer.Option(
+            help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank."
+        ),
     ] = "sum",
     on: Annotated[
-        str, typer.Option(help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …")
+        str,
+        typer.Option(
+            help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …"
+        ),
     ] = "change",
-    density: Annotated[float | None, typer.Option(help="The share of each change's entries that is kept, in (0, 1].")] = None,
-    elect: Annotated[str | None, typer.Option(help="How TIES elects a sign: total or frequency. [default: total]")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="The share of each change's entries that is kept, in (0, 1]."),
+    ] = None,
+    elect: Annotated[
+        str | None,
+        typer.Option(help="How TIES elects a sign: total or frequency. [default: total]"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of what DARE draws. [default: 0]")] = None,
     rank: Annotated[
-        int | None, typer.Option(help="The nearest combination of that rank; without it the sum is exact, and ranks add up.")
+        int | None,
+        typer.Option(
+            help="The nearest combination of that rank; without it the sum is exact, and ranks add up."
+        ),
     ] = None,
-    error: Annotated[float | None, typer.Option(help="The smallest ranks whose relative error is at most this.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="The smallest ranks whose relative error is at most this.")
+    ] = None,
     verify: NoVerify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
@@ -43,8 +71,20 @@ def command(
     weights: dict[str, float] = {}
     for directory, weight in map(_weight, parts):
         weights[directory] = weights.get(directory, 0.0) + weight
-    settings: dict[str, Any] = {"how": how, "on": on, "density": density, "elect": elect, "seed": seed}
-    settings |= {"rank": rank, "error": error, "max_kl": max_kl, "verify": verify, "other_base": other_base}
+    settings: dict[str, Any] = {
+        "how": how,
+        "on": on,
+        "density": density,
+        "elect": elect,
+        "seed": seed,
+    }
+    settings |= {
+        "rank": rank,
+        "error": error,
+        "max_kl": max_kl,
+        "verify": verify,
+        "other_base": other_base,
+    }
     report = combine_directories(weights, model, out, **settings)
     if as_json:
         print_json(report)

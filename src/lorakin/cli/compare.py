@@ -42,27 +42,52 @@ EXAMPLES = examples(
 def command(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)],
     data: Annotated[str, typer.Option("--data", "-d", help=DATA_HELP)],
-    out: Annotated[str, typer.Option("--out", "-o", help="A directory: a new one, or one where a comparison was interrupted.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", "-o", help="A directory: a new one, or one where a comparison was interrupted."
+        ),
+    ],
     methods: Annotated[
-        list[str] | None, typer.Option(help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]")
+        list[str] | None,
+        typer.Option(
+            help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]"
+        ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="Of each trial: steps=… or minutes=…; and params=…, the most that may be trained.")
+        str,
+        typer.Option(
+            help="Of each trial: steps=… or minutes=…; and params=…, the most that may be trained."
+        ),
     ] = "steps=200",
     seeds: Annotated[int, typer.Option(help="Runs of each method at its best learning rate.")] = 3,
-    lr_sweep: Annotated[str, typer.Option(help="auto: half decades around each method's own; or rates, 1e-4,3e-4.")] = "auto",
+    lr_sweep: Annotated[
+        str, typer.Option(help="auto: half decades around each method's own; or rates, 1e-4,3e-4.")
+    ] = "auto",
     devices: Annotated[
         str,
-        typer.Option(help="Where trials run, one at a time on each: cuda:0,cuda:1 or cpu,cpu. auto: all cards or the CPU."),
+        typer.Option(
+            help="Where trials run, one at a time on each: cuda:0,cuda:1 or cpu,cpu. auto: all cards or the CPU."
+        ),
     ] = "auto",
-    eval_data: Annotated[str | None, typer.Option(help="Rows to report on. [default: split off the data]")] = None,
-    rank: Annotated[int | None, typer.Option(help="At which methods are compared. [default: 16]")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale is alpha/rank, the same for all. [default: 2 × rank]")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Rows to report on. [default: split off the data]")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="At which methods are compared. [default: 16]")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Scale is alpha/rank, the same for all. [default: 2 × rank]"),
+    ] = None,
     dropout: Annotated[float, typer.Option(help="For those that can have it.")] = 0.0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as ratio=8.")
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, for the methods that have it, as ratio=8."),
     ] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")
+    ] = None,
     rank_above: RankAbove = None,
     batch_size: BatchSize = None,
     accumulate: Accumulate = None,
@@ -85,8 +110,11 @@ def command(
     Plain LoRA, the methods, and controls that tell what a difference comes from. Every trial is one row in results.jsonl;
     the same command goes on where a killed one was. The answer is report.html, which opens in any browser.
     """
-    from lorakin.study import arms, compare, report, workers
-    from lorakin.study.progress import Board
+    from lorakin.compare import comparison as comparing
+    from lorakin.compare import workers
+    from lorakin.compare.progress import Board
+    from lorakin.family.words import methods_of
+    from lorakin.report import comparison_page
     from lorakin.training.recipe import parse_columns, parse_settings
 
     shared: dict[str, Any] = {
@@ -107,11 +135,11 @@ def command(
         "rank_above": rank_above,
     }
     console = console_for(as_json)
-    comparison = compare.Comparison(
+    comparison = comparing.Comparison(
         model=model,
         data=data,
         out=out,
-        methods=arms.methods_of(" ".join(methods or ["all"])),
+        methods=methods_of(" ".join(methods or ["all"])),
         budget=budget,
         seeds=seeds,
         sweep=lr_sweep,
@@ -123,17 +151,21 @@ def command(
         recipe={name: value for name, value in shared.items() if value is not None},
     )
     places = workers.devices_of(devices)
-    with compare.locked(comparison):
-        study = compare.prepare(comparison, console)
+    with comparing.locked(comparison):
+        study = comparing.prepare(comparison, console)
         try:
             with Board(console, len(places)) as board:
                 workers.run(study, places, board)
         finally:
-            findings = report.write(study) if study.results.rows else report.findings(study)
-    compare.check_ran(study)
+            findings = (
+                comparison_page.write(study)
+                if study.results.rows
+                else comparison_page.findings(study)
+            )
+    comparing.check_ran(study)
     if as_json:
         print_json(findings.as_dict())
         return
     for sentence in findings.verdict:
         console.print(sentence.replace("**", ""))
-    console.print(f"the report: {study.out / compare.REPORT}")
+    console.print(f"the report: {study.out / comparing.REPORT}")

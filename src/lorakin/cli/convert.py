@@ -13,10 +13,15 @@ EXAMPLES = examples("lorakin convert adapters.safetensors --model smollm2 --out 
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="A file of loralib, torchtune, mlx-lm or kohya, or its directory.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A file of loralib, torchtune, mlx-lm or kohya, or its directory."),
+    ],
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the adapter.")],
-    alpha: Annotated[float | None, typer.Option(help="Where the file does not say it; the scale is alpha/rank.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Where the file does not say it; the scale is alpha/rank.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read another library's LoRA file and save it in PEFT's layout."""

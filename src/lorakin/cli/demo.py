@@ -32,7 +32,10 @@ Rows = list[dict[str, str]]
 
 def command(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="A directory for everything; an earlier demo there is replaced.")
+        Path,
+        typer.Option(
+            "--out", "-o", help="A directory for everything; an earlier demo there is replaced."
+        ),
     ] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
 ) -> None:
@@ -43,7 +46,11 @@ def command(
 
     out = paths.named(out, "--out")
     console = console_for(False)
-    console.print(labelled("demo   ", "one-line docstrings for Python functions, learned from the standard library"))
+    console.print(
+        labelled(
+            "demo   ", "one-line docstrings for Python functions, learned from the standard library"
+        )
+    )
     held_out = _write_data(out)
     recipe = Recipe(
         model="smollm2",
@@ -83,10 +90,14 @@ def _write_data(out: Path) -> Rows:
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
-                with open(out / name, "x", encoding="utf-8") as file:  # which fails on a file, and on a link, that is there
+                with open(
+                    out / name, "x", encoding="utf-8"
+                ) as file:  # which fails on a file, and on a link, that is there
                     file.write(text)
         except OSError as error:
-            raise OutputError(f"cannot write to --out {out}: {error.strerror or error}; choose another directory") from error
+            raise OutputError(
+                f"cannot write to --out {out}: {error.strerror or error}; choose another directory"
+            ) from error
     return rows[:HELD_OUT_ROWS]
 
 
@@ -96,14 +107,24 @@ def _clear(out: Path) -> None:
 
     try:
         made = json.loads((out / MADE).read_text(encoding="utf-8"))
-        if (out / MADE).is_symlink() or not all(isinstance(digest, str) for digest in made.values()):
+        if (out / MADE).is_symlink() or not all(
+            isinstance(digest, str) for digest in made.values()
+        ):
             raise ValueError
     except (OSError, ValueError, AttributeError, RecursionError):
-        raise OutputError(f"--out {out} is not empty and no demo made it; choose another directory") from None
+        raise OutputError(
+            f"--out {out} is not empty and no demo made it; choose another directory"
+        ) from None
     there = _entries(out)
-    changed = [p for p in there if not _is_folder(p) and not (_is_file(p) and made.get(_name(out, p)) == _digest(p))]
+    changed = [
+        p
+        for p in there
+        if not _is_folder(p) and not (_is_file(p) and made.get(_name(out, p)) == _digest(p))
+    ]
     if changed:
-        raise OutputError(f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose another directory")
+        raise OutputError(
+            f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose another directory"
+        )
     for path in reversed(there):
         path.rmdir() if _is_folder(path) else path.unlink()
     (out / MADE).unlink()

@@ -32,7 +32,9 @@ EXAMPLES = examples(
 
 def command(
     model: Model,
-    data: Annotated[list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")],
+    data: Annotated[
+        list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")
+    ],
     adapter: MaybeAdapter = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 1024,
@@ -59,7 +61,9 @@ def command(
         batch_size=batch_size,
         max_length=max_length,
         loss_on=loss_on,
-        chat_template=True if (template := template_of(chat_template, no_chat_template)) is None else template,
+        chat_template=True
+        if (template := template_of(chat_template, no_chat_template)) is None
+        else template,
         columns=parse_columns(columns or []),
         layout=layout,
         dtype=dtype,

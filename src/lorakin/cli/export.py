@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Json, MaxKL, MaybeModel, NoVerify, OtherBase, console_for, examples, print_json
+from lorakin.cli.options import (
+    Json,
+    MaxKL,
+    MaybeModel,
+    NoVerify,
+    OtherBase,
+    console_for,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     "lorakin export adapter --to lora --portable --out plain",
@@ -18,21 +27,40 @@ EXAMPLES = examples(
 
 
 def command(
-    adapter: Annotated[str, typer.Argument(help="An adapter's directory, lorakin's or PEFT's, or a hub id.")],
-    to: Annotated[str, typer.Option("--to", help="lora, merged, gguf or gguf-merged: adapters and whole models.")],
+    adapter: Annotated[
+        str, typer.Argument(help="An adapter's directory, lorakin's or PEFT's, or a hub id.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="lora, merged, gguf or gguf-merged: adapters and whole models."),
+    ],
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory.")],
     model: MaybeModel = None,
-    rank: Annotated[int | None, typer.Option(help="The largest rank of a module; DoRA needs this or --error.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The largest rank of a module; DoRA needs this or --error.")
+    ] = None,
     error: Annotated[
-        float | None, typer.Option(help="The smallest rank whose relative error is at most this, in each module.")
+        float | None,
+        typer.Option(
+            help="The smallest rank whose relative error is at most this, in each module."
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="Rows like those of training: the outputs on them count, and they are read."),
+        typer.Option(
+            "--data",
+            "-d",
+            help="Rows like those of training: the outputs on them count, and they are read.",
+        ),
     ] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="One rank and scale 1, which vLLM needs.")] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="One rank and scale 1, which vLLM needs.")
+    ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged).")
+        str | None,
+        typer.Option(
+            help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
+        ),
     ] = None,
     verify: NoVerify = True,
     max_kl: MaxKL = None,
@@ -44,7 +72,9 @@ def command(
     from lorakin.serving.export import export
     from lorakin.serving.job import Order
 
-    order = Order(adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base)
+    order = Order(
+        adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base
+    )
     try:
         exported = export(order)
     except VerificationError as error:

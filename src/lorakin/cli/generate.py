@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from lorakin.cli.options import Dtype, Json, MaybeAdapter, Model, NoTemplate, OtherBase, Quantize, examples, print_json
+from lorakin.cli.options import (
+    Dtype,
+    Json,
+    MaybeAdapter,
+    Model,
+    NoTemplate,
+    OtherBase,
+    Quantize,
+    examples,
+    print_json,
+)
 
 EXAMPLES = examples(
     'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
@@ -31,16 +41,22 @@ def _text(prompt: str) -> str:
         prompt.encode("utf-8")
     except UnicodeError:
         where = "on stdin" if prompt == "-" else "of --prompt"
-        raise DataError(f"the prompt {where} is no UTF-8, so it is no text; convert it first") from None
+        raise DataError(
+            f"the prompt {where} is no UTF-8, so it is no text; convert it first"
+        ) from None
     return prompt
 
 
 def command(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
+    ],
     adapter: MaybeAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=1e4, help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=1e4, help="0 takes the likeliest token each time.")
+    ] = 0.0,
     no_chat_template: NoTemplate = False,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,

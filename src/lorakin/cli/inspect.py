@@ -12,16 +12,26 @@ from rich.table import Table
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.terminal import labelled
 
-EXAMPLES = examples("lorakin inspect adapter", "lorakin inspect adapter --html adapter.html", "lorakin inspect adapter --json")
+EXAMPLES = examples(
+    "lorakin inspect adapter",
+    "lorakin inspect adapter --html adapter.html",
+    "lorakin inspect adapter --json",
+)
 
 
 def command(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="An adapter's directory, lorakin's or PEFT's, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter's directory, lorakin's or PEFT's, or a hub id."
+        ),
     ],
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="Write a page with pictures by layer, and the ranks that would do, into this file."),
+        typer.Option(
+            "--html",
+            help="Write a page with pictures by layer, and the ranks that would do, into this file.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -31,7 +41,7 @@ def command(
 
     summary = summarise(adapter_directory(adapter))
     if html is not None:
-        from lorakin.study import adapter_page, page
+        from lorakin.report import adapter_page, page
 
         page.write(html, adapter_page.render(summary))
         console_for(as_json).print(f"the page: {html}")
@@ -42,9 +52,15 @@ def command(
     for name, value in summary.headline().items():
         console.print(labelled(f"{name:<11} ", value))
     if not summary.norms:
-        console.print("no norms: the shared pair is not in the file but drawn again with the base model at hand")
+        console.print(
+            "no norms: the shared pair is not in the file but drawn again with the base model at hand"
+        )
         return
-    title = "‖up·down‖ by layer and module, without the magnitudes" if summary.gained else "‖ΔW‖ by layer and module"
+    title = (
+        "‖up·down‖ by layer and module, without the magnitudes"
+        if summary.gained
+        else "‖ΔW‖ by layer and module"
+    )
     title += "; a parameter's experts together" if summary.has_experts else ""
     columns = summary.columns
     last = [name.rpartition(".")[2] for name in columns]

@@ -17,7 +17,10 @@ def command(
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the merged model.")],
     model: MaybeModel = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the merged weights: base (as the base model's are stored), float32, bfloat16, float16.")
+        str,
+        typer.Option(
+            help="Of the merged weights: base (as the base model's are stored), float32, bfloat16, float16."
+        ),
     ] = "base",
     verify: NoVerify = True,
     max_kl: MaxKL = None,
@@ -26,5 +29,13 @@ def command(
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model; the same as `lorakin export --to merged`."""
     export.command(
-        adapter, "merged", out, model, dtype=dtype, verify=verify, max_kl=max_kl, other_base=other_base, as_json=as_json
+        adapter,
+        "merged",
+        out,
+        model,
+        dtype=dtype,
+        verify=verify,
+        max_kl=max_kl,
+        other_base=other_base,
+        as_json=as_json,
     )

@@ -19,20 +19,26 @@ EXAMPLES = examples("lorakin methods", "lorakin methods --json")
 def command(as_json: Json = False) -> None:
     """Show the family: each member, its settings, and which of them combine."""
     if as_json:
-        print_json({"members": [_described(member) for member in FAMILY], "refused": _refused(FAMILY)})
+        print_json(
+            {"members": [_described(member) for member in FAMILY], "refused": _refused(FAMILY)}
+        )
         return
     console = console_for(False)
     for member in FAMILY:
         console.print(Text.assemble((member.word, "bold"), "  ", (member.paper, "dim")))
         for axis, choice in member.decides.items():
             console.print(f"    {axis}: {choice}")
-        settings = ", ".join(f"{name}={value}" for name, value in _described(member)["settings"].items())
+        settings = ", ".join(
+            f"{name}={value}" for name, value in _described(member)["settings"].items()
+        )
         rate = Method.of(member()).learning_rate
         console.print(f"    settings: {settings}; usual learning rate {rate:g}")
         if member.remark:
             console.print(f"    {member.remark}")
     numbers = [str(number) for number in range(1, len(FAMILY) + 1)]
-    table = Table("", *numbers, box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0))
+    table = Table(
+        "", *numbers, box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0)
+    )
     reasons: list[str] = []
     for row in FAMILY:
         cells = []
@@ -40,17 +46,23 @@ def command(as_json: Json = False) -> None:
             reason = None if row is column else conflict(*sorted((row, column), key=FAMILY.index))
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
-            cells.append("·" if row is column else "✔" if reason is None else f"✗{reasons.index(reason) + 1}")
+            cells.append(
+                "·" if row is column else "✔" if reason is None else f"✗{reasons.index(reason) + 1}"
+            )
         table.add_row(f"{len(table.rows) + 1} {row.word}", *cells)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"✗{number} {reason}")
-    console.print("More than two combine if each two of them do; a reason says where it depends on a third.")
+    console.print(
+        "More than two combine if each two of them do; a reason says where it depends on a third."
+    )
 
 
 def _described(member: type[Member]) -> dict[str, Any]:
     defaults = Method.of(member())
-    foreign = Modifier.setting_names() - defaults.parametrisation.setting_names()  # of pairs, which this one's does not have
+    foreign = (
+        Modifier.setting_names() - defaults.parametrisation.setting_names()
+    )  # of pairs, which this one's does not have
     fields = [field for field in dataclasses.fields(member) if field.name not in foreign]  # type: ignore[arg-type]
     return {
         "word": member.word,
@@ -65,4 +77,8 @@ def _described(member: type[Member]) -> dict[str, Any]:
 def _refused(family: Sequence[type[Member]]) -> list[dict[str, str]]:
     pairs = [(one, other) for n, one in enumerate(family) for other in family[n + 1 :]]
     found = [(one, other, conflict(one, other)) for one, other in pairs]
-    return [{"one": one.word, "other": other.word, "reason": reason} for one, other, reason in found if reason is not None]
+    return [
+        {"one": one.word, "other": other.word, "reason": reason}
+        for one, other, reason in found
+        if reason is not None
+    ]

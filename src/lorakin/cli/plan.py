@@ -12,8 +12,8 @@ from lorakin.cli.options import Json, Model, console_for, examples, parts, print
 from lorakin.terminal import Terminal, labelled
 
 if TYPE_CHECKING:
-    from lorakin.study.advice import Advice
-    from lorakin.study.plan import Plan
+    from lorakin.plan.advice import Advice
+    from lorakin.plan.prediction import Plan
 
 EXAMPLES = examples(
     "lorakin plan --model smollm2",
@@ -26,35 +26,72 @@ def command(
     model: Model,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]"),
+        typer.Option(
+            help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]"
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of plain LoRA, the others at a fair size beside it. [default: each method's own]")
+        int | None,
+        typer.Option(
+            help="Of plain LoRA, the others at a fair size beside it. [default: each method's own]"
+        ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, for the methods that have it, as dropout=0.1.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other setting, for the methods that have it, as dropout=0.1."
+        ),
     ] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave out.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")] = None,
-    modules_to_save: Annotated[list[str] | None, typer.Option(help="Modules to train whole.")] = None,
-    rank_above: Annotated[str, typer.Option(help="As for lorakin train: refuse or clamp.")] = "refuse",
-    labels: Annotated[int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")
+    ] = None,
+    modules_to_save: Annotated[
+        list[str] | None, typer.Option(help="Modules to train whole.")
+    ] = None,
+    rank_above: Annotated[
+        str, typer.Option(help="As for lorakin train: refuse or clamp.")
+    ] = "refuse",
+    labels: Annotated[
+        int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens per row; all rows are planned as long as that. [default: 1024, or what the model can take]"),
+        typer.Option(
+            help="Tokens per row; all rows are planned as long as that. [default: 1024, or what the model can take]"
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps, for members that plan over the run.")] = 1000,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
-    fuse: Annotated[bool, typer.Option("--fuse", help="Norms, activations, loss in less memory (Llama-like models).")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, base, or auto, as lorakin train takes it.")] = "auto",
+    steps: Annotated[
+        int, typer.Option(help="Optimizer steps, for members that plan over the run.")
+    ] = 1000,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Norms, activations, loss in less memory (Llama-like models)."),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, float16, base, or auto, as lorakin train takes it."),
+    ] = "auto",
     quantize: Annotated[
-        str | None, typer.Option(help="nf4, int8, torchao-int8: the base's linear layers in few bits, by arithmetic alone.")
+        str | None,
+        typer.Option(
+            help="nf4, int8, torchao-int8: the base's linear layers in few bits, by arithmetic alone."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what lorakin train would take]")] = None,
-    memory: Annotated[str | None, typer.Option(help="What there is, as 24GB. [default: what is free here]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. [default: what lorakin train would take]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What there is, as 24GB. [default: what is free here]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what training would take, before anything is downloaded or trained: of a hub id only the config is fetched.
@@ -62,7 +99,7 @@ def command(
     Trainable parameters, adapter, optimizer, activations, peak memory and time of a step for each method, whether it fits, and
     what would make it fit.
     """
-    from lorakin.study.advice import advise
+    from lorakin.plan.advice import advise
 
     asked = {name: value for name, value in locals().items() if name not in ("as_json", "advise")}
     console = console_for(as_json)
@@ -91,7 +128,7 @@ def show(advice: Advice, console: Terminal) -> None:
 
 
 def _cells(plan: Plan, fits: bool | None) -> list[str]:
-    from lorakin.study.advice import size
+    from lorakin.plan.advice import size
 
     return [
         plan.method + ("*" if plan.supposed else ""),

@@ -37,7 +37,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation
 from lorakin.family.lora import check_rank, orthonormal_rows
-from lorakin.family.member import Modifier, Parametrisation, Place, Role, Rule
+from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Rule
 from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
 
@@ -75,17 +75,26 @@ class Triplets(Parametrisation):
         return self.alpha / (self.initial_rank + 1e-5)
 
     def check(self, shape: Shape, where: str) -> None:
-        require(not shape.lookup, f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it")
+        require(
+            not shape.lookup,
+            f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it",
+        )
         check_rank(self.rank, shape, where)
 
     def clamped(self, shape: Shape) -> Mapping[str, int]:
         return {"kept": min(shape[:2])} if self.rank > min(shape[:2]) else {}
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
+    def start(
+        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+    ) -> Tensors:
         P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
         E = torch.zeros(self.rank, 1, device=device, dtype=torch.float32)
-        return {"P": P.normal_(0, 0.02, generator=generator), "E": E, "Q": Q.normal_(0, 0.02, generator=generator)}
+        return {
+            "P": P.normal_(0, 0.02, generator=generator),
+            "E": E,
+            "Q": Q.normal_(0, 0.02, generator=generator),
+        }
 
     def roles(self, shape: Shape) -> dict[str, Role]:
         return {"P": Role(), "E": Role(starts_at_zero=True), "Q": Role()}
@@ -122,10 +131,18 @@ class AdaLoRA(Modifier):
     """
 
     word: ClassVar[str] = "adalora"
-    paper: ClassVar[str] = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512"
+    paper: ClassVar[str] = (
+        "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512"
+    )
     decides: ClassVar[Mapping[str, str]] = {"budget": "ranks are pruned while training"}
     in_probe: ClassVar[bool] = False
-    pair_settings: ClassVar[tuple[str, ...]] = ("initial_rank", "alpha", "dropout", "rank", "rslora")
+    pair_settings: ClassVar[tuple[str, ...]] = (
+        "initial_rank",
+        "alpha",
+        "dropout",
+        "rank",
+        "rslora",
+    )
 
     initial_rank: int | None = None
     target_rank: int = 8
@@ -139,10 +156,21 @@ class AdaLoRA(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank is None, "adalora has no one rank: give initial_rank and target_rank instead of rank")
-        require(not self.rslora, "adalora's scale belongs to its initial rank, so rslora cannot apply")
+        require(
+            self.rank is None,
+            "adalora has no one rank: give initial_rank and target_rank instead of rank",
+        )
+        require(
+            not self.rslora, "adalora's scale belongs to its initial rank, so rslora cannot apply"
+        )
         whole_number(self, "target_rank", at_least=1)
-        for name, least in (("initial_rank", 1), ("total_steps", 1), ("start", 0), ("finish", 0), ("interval", 1)):
+        for name, least in (
+            ("initial_rank", 1),
+            ("total_steps", 1),
+            ("start", 0),
+            ("finish", 0),
+            ("interval", 1),
+        ):
             whole_number(self, name, at_least=least, optional=True)
         for name in ("beta1", "beta2"):
             number(self, name, lambda beta: 0 < beta < 1, "a number between 0 and 1")
@@ -163,7 +191,12 @@ class AdaLoRA(Modifier):
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
         initial = rank + max(1, rank // 2)
-        return {"rank": None, "target_rank": rank, "initial_rank": initial, "alpha": scaling * initial}
+        return {
+            "rank": None,
+            "target_rank": rank,
+            "initial_rank": initial,
+            "alpha": scaling * initial,
+        }
 
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         T = total_steps or self.total_steps
@@ -191,7 +224,9 @@ class AdaLoRA(Modifier):
                 stacklevel=2,
             )
         interval = self.interval or (1 if T < 5_000 else 10 if T < 15_000 else 100)
-        return dataclasses.replace(self, total_steps=T, start=start, finish=finish, interval=interval)
+        return dataclasses.replace(
+            self, total_steps=T, start=start, finish=finish, interval=interval
+        )
 
-    def rule(self, places: Sequence[Place]) -> Rule:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
         return Allocation(self, places)

@@ -24,15 +24,21 @@ def are_one(one: Method, other: Method, training: bool = True) -> bool:
     aside = one.parametrisation.of_no_account | (set() if training else {"dropout"})
     if not _same(one.parametrisation, other.parametrisation, aside):
         return False
-    mine, its = ({m.word: m for m in method.modifiers if training or _computes(m)} for method in (one, other))
-    return mine.keys() == its.keys() and all(_same(mine[word], its[word], {*mine[word].pair_settings}) for word in mine)
+    mine, its = (
+        {m.word: m for m in method.modifiers if training or _computes(m)} for method in (one, other)
+    )
+    return mine.keys() == its.keys() and all(
+        _same(mine[word], its[word], {*mine[word].pair_settings}) for word in mine
+    )
 
 
 def _computes(member: Modifier) -> bool:
     return any(getattr(type(member), hook) is not getattr(Modifier, hook) for hook in COMPUTING)
 
 
-def _same(one: Parametrisation | Modifier, other: Parametrisation | Modifier, aside: Set[str]) -> bool:
+def _same(
+    one: Parametrisation | Modifier, other: Parametrisation | Modifier, aside: Set[str]
+) -> bool:
     """Whether all settings but those `aside` are equal, where neither is open."""
     values = ((getattr(one, name), getattr(other, name)) for name in one.setting_names() - aside)
     return all(mine is None or its is None or mine == its for mine, its in values)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.member import Place, Rule
+from lorakin.family.member import AdaptedModule, Rule
 
 if TYPE_CHECKING:
     from lorakin.family.adalora import AdaLoRA
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Matrix:
     """One P·Λ·Q of the budget, which several modules may share."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: AdaptedModule) -> None:
         self.place = place
         pair = place.method.parametrisation
         assert pair.per_rank is not None
@@ -46,7 +46,7 @@ class Matrix:
 class Allocation(Rule):
     """Scores triplets before each step, keeps the best of them after it, and frees the others in the end."""
 
-    def __init__(self, member: AdaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: AdaLoRA, places: Sequence[AdaptedModule]) -> None:
         self.member = member
         shared: dict[int, Matrix] = {}
         for place in places:
@@ -67,7 +67,9 @@ class Allocation(Rule):
             return self.all
         if n >= end:
             return self.target
-        return self.target + (self.all - self.target) * (end - n) ** 3 // (end - start) ** 3  # exact in whole numbers
+        return (
+            self.target + (self.all - self.target) * (end - n) ** 3 // (end - start) ** 3
+        )  # exact in whole numbers
 
     @property
     def _end(self) -> int:
@@ -89,18 +91,31 @@ class Allocation(Rule):
         """
         kept = pattern or [torch.ones(matrix.rank, dtype=torch.bool) for matrix in self.matrices]
         alive = [(m, k) for m, k in zip(self.matrices, kept, strict=True) if k.any()]
-        sides = [(factor, k) for m, k in alive for slot, factor in m.factors().items() if slot != m.scales]
+        sides = [
+            (factor, k)
+            for m, k in alive
+            for slot, factor in m.factors().items()
+            if slot != m.scales
+        ]
         with_grad = [side for side, _ in sides if side.grad is not None]
         if not with_grad:
             return
         wide = [side.to(torch.promote_types(side.dtype, torch.float32)) for side in with_grad]
-        excess = [side.T @ side if side.shape[0] >= side.shape[1] else side @ side.T for side in wide]
+        excess = [
+            side.T @ side if side.shape[0] >= side.shape[1] else side @ side.T for side in wide
+        ]
         for gram, k in zip(excess, (k for side, k in sides if side.grad is not None), strict=True):
             gram.diagonal().sub_(k.to(gram))
-        sizes = [size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)]
+        sizes = [
+            size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)
+        ]
         torch._foreach_mul_(excess, 2 * self.member.orthogonality / len(sides))
         for parameter, side, gram, size in zip(with_grad, wide, excess, sizes, strict=True):
-            factors = (side, gram.div_(size)) if side.shape[0] >= side.shape[1] else (gram.div_(size), side)
+            factors = (
+                (side, gram.div_(size))
+                if side.shape[0] >= side.shape[1]
+                else (gram.div_(size), side)
+            )
             grad = parameter.grad
             assert grad is not None
             if grad.dtype == side.dtype:
@@ -110,16 +125,26 @@ class Allocation(Rule):
 
     def observe(self) -> None:
         """Ī and U take in |w · ∂w| of every tensor of the budget."""
-        seen = {f"{m.place.path}.{slot}": w for m in self.matrices for slot, w in m.factors().items() if w.grad is not None}
+        seen = {
+            f"{m.place.path}.{slot}": w
+            for m in self.matrices
+            for slot, w in m.factors().items()
+            if w.grad is not None
+        }
         if not seen:
             return
-        sizes = torch._foreach_mul([w.detach() for w in seen.values()], [w.grad for w in seen.values() if w.grad is not None])
+        sizes = torch._foreach_mul(
+            [w.detach() for w in seen.values()],
+            [w.grad for w in seen.values() if w.grad is not None],
+        )
         torch._foreach_abs_(sizes)
         now = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in sizes]
         for key, each in zip(seen, now, strict=True):
             for known in (self.sensitivity, self.uncertainty):  # moved, if the model was since
                 known[key] = known[key].to(each.device) if key in known else torch.zeros_like(each)
-        means, spreads = ([known[key] for key in seen] for known in (self.sensitivity, self.uncertainty))
+        means, spreads = (
+            [known[key] for key in seen] for known in (self.sensitivity, self.uncertainty)
+        )
         torch._foreach_lerp_(means, now, 1 - self.member.beta1)
         torch._foreach_sub_(now, means)
         torch._foreach_abs_(now)
@@ -145,10 +170,15 @@ class Allocation(Rule):
             self.blind = bool((scores == scores[0]).all())
             best = torch.sort(scores, descending=True, stable=True).indices[: self.budget(n)]
             kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
-            self._switch_off(list(torch.split(kept, [matrix.rank for matrix in self.matrices])), for_good=n == self._end)
+            self._switch_off(
+                list(torch.split(kept, [matrix.rank for matrix in self.matrices])),
+                for_good=n == self._end,
+            )
         elif self.pattern is not None and not self.freed and n > self._end:
             self._switch_off(self.pattern, for_good=True)
-        last = self.member.total_steps if several_processes() else self._end  # what averages gradients has sized its buffers
+        last = (
+            self.member.total_steps if several_processes() else self._end
+        )  # what averages gradients has sized its buffers
         if n == last:
             self._free(optimizer)
 
@@ -158,7 +188,11 @@ class Allocation(Rule):
             tensors = matrix.place.tensors()
             for slot, axis in matrix.axes() if for_good else [(matrix.scales, 0)]:
                 tensor = tensors[slot]
-                tensor.mul_(kept.to(tensor).view([-1 if along == axis else 1 for along in range(tensor.ndim)]))
+                tensor.mul_(
+                    kept.to(tensor).view(
+                        [-1 if along == axis else 1 for along in range(tensor.ndim)]
+                    )
+                )
         self.pattern = pattern
 
     def _free(self, optimizer: torch.optim.Optimizer) -> None:
@@ -172,20 +206,34 @@ class Allocation(Rule):
         self.sensitivity, self.uncertainty = {}, {}
 
     def state(self) -> dict[str, Any]:
-        pattern = {m.place.path: kept for m, kept in zip(self.matrices, self.pattern or (), strict=False)}
+        pattern = {
+            m.place.path: kept for m, kept in zip(self.matrices, self.pattern or (), strict=False)
+        }
         counts = {"all": self.all, "freed": self.freed}
-        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "pattern": pattern, **counts}
+        return {
+            "sensitivity": self.sensitivity,
+            "uncertainty": self.uncertainty,
+            "pattern": pattern,
+            **counts,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.all, self.freed = int(state["all"]), bool(state["freed"])
         self.target = min(self.all, len(self.matrices) * self.member.target_rank)
         devices = {m.place.path: m.place.tensors()[m.scales].device for m in self.matrices}
         for name in ("sensitivity", "uncertainty"):
-            moved = {key: t.to(devices[key.rpartition(".")[0]], copy=True) for key, t in state[name].items()}
+            moved = {
+                key: t.to(devices[key.rpartition(".")[0]], copy=True)
+                for key, t in state[name].items()
+            }
             setattr(self, name, moved)
-        self.pattern = [state["pattern"][m.place.path].bool() for m in self.matrices] if state["pattern"] else None
+        self.pattern = (
+            [state["pattern"][m.place.path].bool() for m in self.matrices]
+            if state["pattern"]
+            else None
+        )
 
-    def gave_up(self, place: Place) -> bool:
+    def gave_up(self, place: AdaptedModule) -> bool:
         scales = place.tensors()[place.method.parametrisation.per_rank or ""]
         patterns = zip(self.matrices, self.pattern or (), strict=False)
         return any(m.place.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns)
@@ -209,7 +257,9 @@ def several_processes() -> bool:
     return there and torch.distributed.get_world_size() > 1
 
 
-def keep_only(parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer) -> None:
+def keep_only(
+    parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer
+) -> None:
     """Shrink a parameter along `axis` in place, the same object, with its gradient and what the optimizer keeps for it.
 
     State of another shape than the parameter's is given up; the optimizer then begins it anew.
@@ -224,6 +274,10 @@ def keep_only(parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch
             break
     smaller = parameter.data.index_select(axis, kept)
     parameter.grad = None
-    parameter.requires_grad_(parameter.requires_grad and bool(smaller.numel()))  # some optimizers divide by the size
-    parameter.data = parameter.data.to(torch.float16 if parameter.dtype != torch.float16 else torch.float32)
+    parameter.requires_grad_(
+        parameter.requires_grad and bool(smaller.numel())
+    )  # some optimizers divide by the size
+    parameter.data = parameter.data.to(
+        torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    )
     parameter.data = smaller  # by way of another dtype, at which autograd forgets the shape it expects of the gradient

@@ -80,14 +80,23 @@ class Combination:
         if not isinstance(self.how, str) or self.how not in KINDS:
             raise SettingError(_unknown(self.how))
         one_of(self, "on", SPACES)
-        number(self, "density", lambda share: 0 < share <= 1, "a number in (0, 1], the share of entries kept", optional=True)
+        number(
+            self,
+            "density",
+            lambda share: 0 < share <= 1,
+            "a number in (0, 1], the share of entries kept",
+            optional=True,
+        )
         whole_number(self, "seed", at_least=0, optional=True)
         if self.elect is not None:
             one_of(self, "elect", ("total", "frequency"))
         kind = KINDS[self.how]
         uses = {"density": bool(kind.drops), "elect": kind.elects, "seed": kind.drops == "chance"}
         for name, used in uses.items():
-            require(used or getattr(self, name) is None, f"how={self.how!r} uses no {name}; leave {name} out")
+            require(
+                used or getattr(self, name) is None,
+                f"how={self.how!r} uses no {name}; leave {name} out",
+            )
         needed = f"how={self.how!r} keeps a share of each change's entries: give density, such as density=0.5"
         require(not kind.drops or self.density is not None, needed)
 
@@ -100,13 +109,21 @@ class Combination:
         """What DARE draws from, for all matrices in turn."""
         return torch.Generator().manual_seed(self.seed or 0)
 
-    def of_pairs(self, pairs: Sequence[Pair], weights: Sequence[float], generator: torch.Generator) -> Tensor:
+    def of_pairs(
+        self, pairs: Sequence[Pair], weights: Sequence[float], generator: torch.Generator
+    ) -> Tensor:
         """The combined change (outputs, inputs) of pairs without gains, which may be of different ranks."""
         shape = len(pairs[0].up), pairs[0].down.shape[1]
-        return self.of_rows([_product(pair) for pair in pairs], weights, shape, pairs[0].up, generator)
+        return self.of_rows(
+            [_product(pair) for pair in pairs], weights, shape, pairs[0].up, generator
+        )
 
     def of_factors(
-        self, pairs: Sequence[Pair], scales: Sequence[float], weights: Sequence[float], generator: torch.Generator
+        self,
+        pairs: Sequence[Pair],
+        scales: Sequence[float],
+        weights: Sequence[float],
+        generator: torch.Generator,
     ) -> Pair:
         """A and B combined each by itself: half of weight · scale goes into each, as its root, and its sign into A.
 
@@ -115,17 +132,33 @@ class Combination:
             scales: by pair.
         """
         roots = [abs(weight * scale) ** 0.5 for weight, scale in zip(weights, scales, strict=True)]
-        signed = [root if weight * scale >= 0 else -root for root, weight, scale in zip(roots, weights, scales, strict=True)]
+        signed = [
+            root if weight * scale >= 0 else -root
+            for root, weight, scale in zip(roots, weights, scales, strict=True)
+        ]
         down = self.of_matrices([pair.down for pair in pairs], signed, generator)
         return Pair(self.of_matrices([pair.up for pair in pairs], roots, generator), down)
 
-    def of_matrices(self, matrices: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator) -> Tensor:
+    def of_matrices(
+        self, matrices: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
+    ) -> Tensor:
         """The same of matrices of one shape."""
         one = matrices[0]
-        return self.of_rows([matrix.__getitem__ for matrix in matrices], weights, (one.shape[0], one.shape[1]), one, generator)
+        return self.of_rows(
+            [matrix.__getitem__ for matrix in matrices],
+            weights,
+            (one.shape[0], one.shape[1]),
+            one,
+            generator,
+        )
 
     def of_rows(
-        self, parts: Sequence[Rows], weights: Sequence[float], shape: tuple[int, int], like: Tensor, generator: torch.Generator
+        self,
+        parts: Sequence[Rows],
+        weights: Sequence[float],
+        shape: tuple[int, int],
+        like: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """The same, rows by rows: beside the result, whole are a mask of each part and, at first, one part at a time."""
         if 0 in shape:
@@ -133,7 +166,11 @@ class Combination:
         kind, step = KINDS[self.how], max(1, BLOCK // shape[1])
         spans = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
         density = 1.0 if self.density is None else self.density
-        masks = [self._mask(part, spans, shape, like, generator) for part in parts] if density < 1 else []
+        masks = (
+            [self._mask(part, spans, shape, like, generator) for part in parts]
+            if density < 1
+            else []
+        )
         factors = torch.tensor(list(weights), device=like.device, dtype=like.dtype).view(-1, 1, 1)
         out = []
         for span in spans:
@@ -151,13 +188,21 @@ class Combination:
         return torch.cat(out)
 
     def _mask(
-        self, part: Rows, spans: Sequence[slice], shape: tuple[int, int], like: Tensor, generator: torch.Generator
+        self,
+        part: Rows,
+        spans: Sequence[slice],
+        shape: tuple[int, int],
+        like: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Which entries of a part are kept, (outputs, inputs). Entries as large as the smallest that is kept are kept too."""
         assert self.density is not None
         if KINDS[self.how].drops == "chance":
             drawn = [
-                torch.bernoulli(torch.full((s.stop - s.start, shape[1]), self.density, dtype=like.dtype), generator=generator)
+                torch.bernoulli(
+                    torch.full((s.stop - s.start, shape[1]), self.density, dtype=like.dtype),
+                    generator=generator,
+                )
                 for s in spans
             ]
             return torch.cat(drawn).bool().to(like.device)

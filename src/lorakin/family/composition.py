@@ -19,7 +19,17 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family import agreement
 from lorakin.family.lora import LoRA
-from lorakin.family.member import FIXED, Member, Modifier, Parametrisation, Place, Probe, Role, Rule, Spot
+from lorakin.family.member import (
+    FIXED,
+    AdaptedModule,
+    Member,
+    Modifier,
+    Parametrisation,
+    Probe,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight, cast_together
 from lorakin.family.settings import require
 
@@ -58,10 +68,14 @@ class Method:
         given: tuple[Any, ...] = tuple(members) if several else (members,)  # type: ignore[arg-type]
         for member in given:
             if not isinstance(member, Member):
-                raise SettingError(f"expected a member with its settings, such as lk.LoRA(rank=16), not {member!r}")
+                raise SettingError(
+                    f"expected a member with its settings, such as lk.LoRA(rank=16), not {member!r}"
+                )
         require(bool(given), "a method needs at least one member, such as lk.LoRA(rank=16)")
         axes = list(AXES)
-        ordered = tuple(sorted(given, key=lambda member: min(axes.index(axis) for axis in member.decides)))
+        ordered = tuple(
+            sorted(given, key=lambda member: min(axes.index(axis) for axis in member.decides))
+        )
         for n, one in enumerate(ordered):
             for other in ordered[n + 1 :]:
                 if reason := _clash(one, other):
@@ -112,8 +126,13 @@ class Method:
     def at(self, **settings: Any) -> Method:
         """The method of one module, with a rank or an alpha of its own."""
         if unknown := [name for name in settings if name not in self.parametrisation.per_module]:
-            raise SettingError(f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern cannot apply")
-        return dataclasses.replace(self, parametrisation=dataclasses.replace(self.parametrisation, **settings))  # type: ignore[type-var]
+            raise SettingError(
+                f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern cannot apply"
+            )
+        return dataclasses.replace(
+            self,
+            parametrisation=dataclasses.replace(self.parametrisation, **settings),  # type: ignore[type-var]
+        )
 
     def resolved(self, total_steps: int | None) -> Method:
         """With settings left open decided for a run of so many steps.
@@ -121,7 +140,9 @@ class Method:
         Raises:
             SettingError: a member cannot be run like that.
         """
-        return dataclasses.replace(self, members=tuple(member.resolved(self, total_steps) for member in self.members))
+        return dataclasses.replace(
+            self, members=tuple(member.resolved(self, total_steps) for member in self.members)
+        )
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
         """Whether it is `other`, however that is spelt, but for settings that one of them leaves open; see `agreement`."""
@@ -130,11 +151,15 @@ class Method:
     @property
     def probe(self) -> Probe | None:
         """The probe that a member still needs before the method can be put into a model."""
-        return next((probe for member in self.modifiers if (probe := member.probe()) is not None), None)
+        return next(
+            (probe for member in self.modifiers if (probe := member.probe()) is not None), None
+        )
 
     def with_importance(self, importance: Mapping[str, float]) -> Method:
         """The method with what a probe found: path → share of the importance."""
-        known = tuple(m.with_importance(importance) if isinstance(m, Modifier) else m for m in self.members)
+        known = tuple(
+            m.with_importance(importance) if isinstance(m, Modifier) else m for m in self.members
+        )
         return dataclasses.replace(self, members=known)
 
     def own_pairs(self, paths: Sequence[str]) -> list[str]:
@@ -164,7 +189,7 @@ class Method:
 
     def start(
         self,
-        spots: Mapping[str, Spot],
+        targets: Mapping[str, Target],
         methods: Mapping[str, Method],
         generator: torch.Generator | None,
         device: torch.device,
@@ -175,20 +200,25 @@ class Method:
         They are float32, float64 on a float64 base, unless `dtype` says otherwise. `methods` has each module's own.
         """
         each = {path: method.parametrisation for path, method in methods.items()}
-        drawn = self.parametrisation.start_all(spots, each, generator, device)
-        wide = {path: torch.promote_types(spots[path].weight.dtype, torch.float32) for path in drawn}
+        drawn = self.parametrisation.start_all(targets, each, generator, device)
+        wide = {
+            path: torch.promote_types(targets[path].weight.dtype, torch.float32) for path in drawn
+        }
         drawn = cast_together(drawn, wide)
         for member in self.modifiers:
-            drawn = member.extend(drawn, spots, methods)
-        shared = self.share(drawn, spots, methods)
+            drawn = member.extend(drawn, targets, methods)
+        shared = self.share(drawn, targets, methods)
         return shared if dtype is None else cast_together(shared, dict.fromkeys(shared, dtype))
 
     def share(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
         for member in self.modifiers:
-            tensors = member.share(tensors, spots, methods)
+            tensors = member.share(tensors, targets, methods)
         return tensors
 
     def roles(self, path: str, shape: Shape, slots: Iterable[str]) -> dict[str, Role]:
@@ -209,7 +239,11 @@ class Method:
 
     def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
         """The pair as frozen matrices between trained vectors, if it is that and no member makes something else of it."""
-        return None if self._that_have("amend_pair") or self._that_have("gain") else self.parametrisation.chain(tensors)
+        return (
+            None
+            if self._that_have("amend_pair") or self._that_have("gain")
+            else self.parametrisation.chain(tensors)
+        )
 
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
         """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
@@ -222,7 +256,9 @@ class Method:
             pair = pair if gain is None else pair._replace(gain=gain)
         return pair
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight) -> tuple[Pair, float]:
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight
+    ) -> tuple[Pair, float]:
         """The pair and its gain over `weight` before the scale is in `up`, and the scale."""
         if self._that_have("amend_pair"):
             return self.pair(tensors, shape, weight), 1.0
@@ -239,7 +275,11 @@ class Method:
 
     def _that_have(self, hook: str) -> list[Modifier]:
         """The modifiers with an own method of this name, not `Modifier`'s that does nothing."""
-        return [member for member in self.modifiers if getattr(type(member), hook) is not getattr(Modifier, hook)]
+        return [
+            member
+            for member in self.modifiers
+            if getattr(type(member), hook) is not getattr(Modifier, hook)
+        ]
 
     def rate(self, lr: float, role: Role, shape: Shape) -> float:
         """The learning rate of a tensor, given the base rate."""
@@ -247,11 +287,11 @@ class Method:
             lr = member.rate(lr, role, shape)
         return lr
 
-    def unmoved(self, places: Sequence[Place]) -> list[str]:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> list[str]:
         """What of the members training never reached."""
         return [reason for member in self.members if (reason := member.unmoved(places)) is not None]
 
-    def rules(self, places: Sequence[Place]) -> list[Rule]:
+    def rules(self, places: Sequence[AdaptedModule]) -> list[Rule]:
         """What happens at each optimizer step; call `resolved` first."""
         return [rule for member in self.members if (rule := member.rule(places)) is not None]
 
@@ -299,7 +339,9 @@ def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
 
 def _kind(modifiers: Sequence[Modifier]) -> type[Parametrisation]:
     """The parametrisation that a modifier needs, else plain LoRA."""
-    return next((kind for modifier in modifiers if (kind := modifier.default_pair()) is not None), LoRA)
+    return next(
+        (kind for modifier in modifiers if (kind := modifier.default_pair()) is not None), LoRA
+    )
 
 
 def _parametrisation(
@@ -309,10 +351,17 @@ def _parametrisation(
     settings = _pair_settings(modifiers)
     known = kind.setting_names()
     if unknown := [name for name in settings if name not in known and settings[name]]:
-        raise SettingError(f"{kind.word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply")
+        raise SettingError(
+            f"{kind.word} has no {unknown[0]}, so {unknown[0]}={settings[unknown[0]]!r} cannot apply"
+        )
     settings = {name: value for name, value in settings.items() if name in known}
     if named is None:
-        defaults = {name: value for m in modifiers for name, value in m.pair_defaults.items() if name in known}
+        defaults = {
+            name: value
+            for m in modifiers
+            for name, value in m.pair_defaults.items()
+            if name in known
+        }
         return kind(**(defaults | settings))
     for name, value in settings.items():
         if value != getattr(named, name):

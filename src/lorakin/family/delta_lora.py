@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.member import (
+    FIXED,
+    AdaptedModule,
+    Modifier,
+    Parametrisation,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.pair import Pair, Shape, Tensors, widened
 from lorakin.family.settings import number, one_of, require, whole_number
 
@@ -47,11 +55,15 @@ class DeltaLoRA(Modifier):
     """
 
     word: ClassVar[str] = "delta-lora"
-    paper: ClassVar[str] = "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+    paper: ClassVar[str] = (
+        "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+    )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
     in_probe: ClassVar[bool] = False
-    remark: ClassVar[str] = "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
+    remark: ClassVar[str] = (
+        "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
+    )
 
     lam: float = 2.0
     start_step: int = 500
@@ -89,9 +101,17 @@ class DeltaLoRA(Modifier):
 
     @staticmethod
     def _refuse_dropout(dropout: float | None) -> None:
-        require(not dropout, f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs")
+        require(
+            not dropout,
+            f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs",
+        )
 
-    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+    def extend(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping,  # type: ignore[type-arg]
+    ) -> dict[str, Tensors]:
         if self.start_step or self.update == "in_place":
             return tensors
         return {path: there | self.empty_anchor(there) for path, there in tensors.items()}
@@ -102,7 +122,9 @@ class DeltaLoRA(Modifier):
         like = next(iter(tensors.values()))
         return {ANCHOR_UP: like.new_zeros(0)}
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         return {**roles, ANCHOR_UP: FIXED, ANCHOR_DOWN: FIXED}
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
@@ -119,14 +141,14 @@ class DeltaLoRA(Modifier):
             down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
         )
 
-    def rule(self, places: Sequence[Place]) -> Rule:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
         return (Anchoring if self.update == "telescoped" else InPlace)(self, places)
 
 
 class Anchoring(Rule):
     """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
         self.member, self.places, self.turns = member, places, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
@@ -135,7 +157,9 @@ class Anchoring(Rule):
         made: dict[tuple[int, ...], Tensors] = {}
         for place in self.places:
             if ANCHOR_UP not in place.tensors():
-                key = tuple(map(id, place.tensors().values()))  # modules that share their pair share its anchor
+                key = tuple(
+                    map(id, place.tensors().values())
+                )  # modules that share their pair share its anchor
                 for slot, tensor in made.setdefault(key, anchor_of(place)).items():
                     place.put(slot, tensor)
 
@@ -151,12 +175,15 @@ class Anchoring(Rule):
 class InPlace(Anchoring):
     """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it. It keeps the anchors itself."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[Place]) -> None:
+    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
         super().__init__(member, places)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
         weights, exact = [place.weight for place in places], "update='telescoped' is exact"
-        require(all(isinstance(w, Tensor) for w in weights), f"delta-lora in place cannot move quantised weights; {exact}")
+        require(
+            all(isinstance(w, Tensor) for w in weights),
+            f"delta-lora in place cannot move quantised weights; {exact}",
+        )
         self.restore({})  # of an earlier run
         if narrow := [weight.dtype for weight in weights if weight.dtype.itemsize < 4]:
             lost = f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; {exact}"
@@ -174,7 +201,9 @@ class InPlace(Anchoring):
         for place in self.places:
             if place.path in self.anchors:
                 product = product_of(place)
-                place.move_base(self.member.lam * (product - self.last[place.path].to(product.device)))
+                place.move_base(
+                    self.member.lam * (product - self.last[place.path].to(product.device))
+                )
                 self.last[place.path] = product
         if n == self.member.start_step:
             self._begin()
@@ -196,28 +225,34 @@ class InPlace(Anchoring):
                 anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
                 self.anchors[place.path] = anchor
                 self.last[place.path] = product = product_of(place)
-                place.move_base(self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]))
+                place.move_base(
+                    self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN])
+                )
 
     def check(self, n: int) -> str | None:
         return None if self.anchors else super().check(n)
 
 
-def anchor_of(place: Place, whole: bool = False) -> Tensors:
+def anchor_of(place: AdaptedModule, whole: bool = False) -> Tensors:
     """A copy of the place's pair, without `down` where that never trains, unless `whole`."""
     with torch.enable_grad():
         pair = pair_of(place)
     anchor = {ANCHOR_UP: pair.up.detach().clone()}
-    return anchor | {ANCHOR_DOWN: pair.down.detach().clone()} if whole or pair.down.requires_grad else anchor
+    return (
+        anchor | {ANCHOR_DOWN: pair.down.detach().clone()}
+        if whole or pair.down.requires_grad
+        else anchor
+    )
 
 
 @torch.no_grad()
-def product_of(place: Place) -> Tensor:
+def product_of(place: AdaptedModule) -> Tensor:
     """P = up·down of the place (out, in), in the dtype of its pair."""
     pair = pair_of(place)
     return pair.up @ pair.down
 
 
-def pair_of(place: Place) -> Pair:
+def pair_of(place: AdaptedModule) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
     return place.method.parametrisation.pair(widened(place.tensors()), place.shape)
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Modifier, Parametrisation, Place, Role, Spot
+from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Target
 from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_sharded
 
 CANCELLED = 1e-3
@@ -47,22 +47,31 @@ class DoRA(Modifier):
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = "Serves as PEFT's DoRA or merged; as a plain pair only approximately."
 
-    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+    def extend(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping,  # type: ignore[type-arg]
+    ) -> dict[str, Tensors]:
         extended = {}
         for path, there in tensors.items():
-            shape, weight = spots[path]
-            pair = methods[path].low_rank({slot: t.to(weight.device) for slot, t in there.items()}, shape)
+            shape, weight = targets[path]
+            pair = methods[path].low_rank(
+                {slot: t.to(weight.device) for slot, t in there.items()}, shape
+            )
             extended[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
         return extended
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         return {**roles, "m": Role(decays=False, of_pair=False)}
 
     def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor:
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
-    def unmoved(self, places: Sequence[Place]) -> str | None:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
         still = [place.path for place in places if _is_at_start(place)]
         if not still:
             return None
@@ -72,7 +81,7 @@ class DoRA(Modifier):
         )
 
 
-def _is_at_start(place: Place) -> bool:
+def _is_at_start(place: AdaptedModule) -> bool:
     m, weight = place.tensors()["m"], place.weight
     if is_sharded(weight):  # this process knows some of its rows
         return False
@@ -93,7 +102,9 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
         return torch.empty(kept.shape[0], dtype=wide, device=kept.device)
     up, down = up.to(wide), down.to(wide)
     with torch.autocast(kept.device.type, enabled=False):
-        if torch.compiler.is_compiling():  # there the sum is fused into the norm; a choice by values would break the graph
+        if (
+            torch.compiler.is_compiling()
+        ):  # there the sum is fused into the norm; a choice by values would break the graph
             formed: Tensor = torch.linalg.vector_norm(kept.matrix + up @ down, dim=1)
             return formed
         own = kept.squares
@@ -104,6 +115,10 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
         square = own + (torch.addmm(met.to(wide), up, down @ down.T, beta=2) * up).sum(1)
         norms = square.clamp(min=0).sqrt()
         lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
-        if (cancelled := square < 2 * lost * own).any():  # a row is cancelled by a change of its own length
-            norms[cancelled] = torch.linalg.vector_norm(kept.rows(cancelled).to(wide) + up[cancelled] @ down, dim=1)
+        if (
+            cancelled := square < 2 * lost * own
+        ).any():  # a row is cancelled by a change of its own length
+            norms[cancelled] = torch.linalg.vector_norm(
+                kept.rows(cancelled).to(wide) + up[cancelled] @ down, dim=1
+            )
         return norms

@@ -70,7 +70,9 @@ class LoRA(Parametrisation):
     def clamped(self, shape: Shape) -> Mapping[str, int]:
         return {"rank": min(shape[:2])} if self.rank > min(shape[:2]) else {}
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
+    def start(
+        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+    ) -> Tensors:
         A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
         B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
         if shape.lookup:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Spot
+from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Target
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import is_finite_number, number, one_of, require, whole_number
 
@@ -46,7 +46,9 @@ class LoRADrop(Modifier):
     """
 
     word: ClassVar[str] = "lora-drop"
-    paper: ClassVar[str] = "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation, arXiv 2402.07721"
+    paper: ClassVar[str] = (
+        "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation, arXiv 2402.07721"
+    )
     decides: ClassVar[Mapping[str, str]] = {"sharing": "modules that matter less share one pair"}
     in_probe: ClassVar[bool] = False
 
@@ -75,11 +77,21 @@ class LoRADrop(Modifier):
             and all(map(_is_share, given.values()))
             and any(given.values())
         )
-        require(right, f"importance must map modules' paths to finite numbers ≥ 0, not all of them 0, not {str(given)[:80]}")
-        require(isinstance(self.normalised, bool), f"normalised must be True or False, not {self.normalised!r}")
+        require(
+            right,
+            f"importance must map modules' paths to finite numbers ≥ 0, not all of them 0, not {str(given)[:80]}",
+        )
+        require(
+            isinstance(self.normalised, bool),
+            f"normalised must be True or False, not {self.normalised!r}",
+        )
 
     def probe(self) -> Probe | None:
-        return Probe(self.sample, self.probe_epochs, self.normalised) if self.importance is None else None
+        return (
+            Probe(self.sample, self.probe_epochs, self.normalised)
+            if self.importance is None
+            else None
+        )
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
         return dataclasses.replace(self, importance=dict(importance))
@@ -89,10 +101,16 @@ class LoRADrop(Modifier):
         if self.importance is None:
             return self
         if unknown := [path for path in paths if path not in self.importance]:
-            require(False, f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted")
+            require(
+                False,
+                f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted",
+            )
         own = {path: self.importance[path] for path in paths}
         total = math.fsum(own.values())
-        require(total > 0, f"lora-drop's importance is 0 for all {len(paths)} modules that are adapted, so none can be chosen")
+        require(
+            total > 0,
+            f"lora-drop's importance is 0 for all {len(paths)} modules that are adapted, so none can be chosen",
+        )
         if others := list(self.importance.keys() - set(paths)):
             warnings.warn(
                 f"lora-drop: importance also names {len(others)} modules that are not among the targets ({min(others)}, …); "
@@ -101,7 +119,9 @@ class LoRADrop(Modifier):
                 stacklevel=2,
             )
         exact = abs(total - 1) <= 1e-9  # a probe's shares keep their bits, which files hold
-        return self.with_importance(own if exact else {path: value / total for path, value in own.items()})
+        return self.with_importance(
+            own if exact else {path: value / total for path, value in own.items()}
+        )
 
     def chosen(self) -> list[str]:
         """The paths that keep a pair of their own, the most important first."""
@@ -143,20 +163,31 @@ class LoRADrop(Modifier):
             )
         return [path for path in paths if path in kept] if self.rest == "none" else list(paths)
 
-    def share(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+    def share(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping,  # type: ignore[type-arg]
+    ) -> dict[str, Tensors]:
         kept = set(self.chosen())
         first: dict[object, Tensors] = {}
         shared = {}
         for path, there in tensors.items():
-            method, shape = methods[path], spots[path].shape
+            method, shape = methods[path], targets[path].shape
             if path not in kept:
-                of_pair = {slot for slot, role in method.roles(path, shape, there).items() if role.of_pair}
+                of_pair = {
+                    slot for slot, role in method.roles(path, shape, there).items() if role.of_pair
+                }
                 kind = (path.rpartition(".")[2], shape, method.parametrisation)
-                there = there | {slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair}
+                there = there | {
+                    slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair
+                }
             shared[path] = there
         return shared
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         frozen = self.rest == "frozen" and self.importance is not None and path not in self.chosen()
         return dict.fromkeys(roles, FIXED) if frozen else roles
 

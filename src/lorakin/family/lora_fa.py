@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from lorakin.family.lora import INITS
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Place, Role, Rule, Spot
+from lorakin.family.member import (
+    FIXED,
+    AdaptedModule,
+    Modifier,
+    Parametrisation,
+    Role,
+    Rule,
+    Target,
+)
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import one_of, require
 
@@ -44,7 +52,9 @@ class LoRAFA(Modifier):
     paper: ClassVar[str] = (
         "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, arXiv 2308.03303"
     )
-    decides: ClassVar[Mapping[str, str]] = {"projection": "the random factor A stays as it was drawn"}
+    decides: ClassVar[Mapping[str, str]] = {
+        "projection": "the random factor A stays as it was drawn"
+    }
     pair_settings: ClassVar[tuple[str, ...]] = (*Modifier.pair_settings, "init")
 
     corrected: bool = False
@@ -52,7 +62,10 @@ class LoRAFA(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(isinstance(self.corrected, bool), f"corrected must be True or False, not {self.corrected!r}")
+        require(
+            isinstance(self.corrected, bool),
+            f"corrected must be True or False, not {self.corrected!r}",
+        )
         if self.init is not None:
             one_of(self, "init", INITS)
 
@@ -67,22 +80,30 @@ class LoRAFA(Modifier):
             return "its corrected gradient is defined for a plain product B·A; leave corrected=True out"
         return None
 
-    def extend(self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping) -> dict[str, Tensors]:  # type: ignore[type-arg]
+    def extend(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping,  # type: ignore[type-arg]
+    ) -> dict[str, Tensors]:
         return {
-            path: methods[path].parametrisation.keep_projection(there, spots[path].shape) for path, there in tensors.items()
+            path: methods[path].parametrisation.keep_projection(there, targets[path].shape)
+            for path, there in tensors.items()
         }
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         return {**roles, parametrisation.projection(shape): FIXED}
 
-    def rule(self, places: Sequence[Place]) -> Rule | None:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
         return Corrected(places) if self.corrected else None
 
 
 class Corrected(Rule):
     """Before each step: ∂B ← s⁻² · ∂B · (A Aᵀ)⁻¹; for an embedding, whose B is the frozen factor, ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[AdaptedModule]) -> None:
         self.places = places
         self.inverses: dict[str, Tensor] = {}
 
@@ -97,7 +118,9 @@ class Corrected(Rule):
             inverse = self.inverses.get(path := place.path)
             if inverse is None or inverse.device != trained.device:
                 wide = torch.promote_types(A.dtype, torch.float32)
-                gram = B.to(wide).T @ B.to(wide) if place.shape.lookup else A.to(wide) @ A.to(wide).T
+                gram = (
+                    B.to(wide).T @ B.to(wide) if place.shape.lookup else A.to(wide) @ A.to(wide).T
+                )
                 scale: float = place.method.parametrisation.scaling  # type: ignore[attr-defined]
                 inverse = self.inverses[path] = torch.linalg.inv(gram.detach()) / scale**2
             grad = trained.grad.to(inverse.dtype)

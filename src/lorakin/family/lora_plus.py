@@ -42,7 +42,9 @@ class LoRAPlus(Modifier):
 
     word: ClassVar[str] = "lora+"
     paper: ClassVar[str] = "LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354"
-    decides: ClassVar[Mapping[str, str]] = {"rates": "the factor that starts at zero learns faster than the other"}
+    decides: ClassVar[Mapping[str, str]] = {
+        "rates": "the factor that starts at zero learns faster than the other"
+    }
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = (
         "Under Adam the same as alpha times ratio at one learning rate: compare it with that before you keep it."
@@ -54,7 +56,13 @@ class LoRAPlus(Modifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "ratio", lambda ratio: 1 <= ratio < float("inf"), "a number ≥ 1")
-        number(self, "embedding_lr", lambda lr: 0 < lr < float("inf"), "a positive number", optional=True)
+        number(
+            self,
+            "embedding_lr",
+            lambda lr: 0 < lr < float("inf"),
+            "a positive number",
+            optional=True,
+        )
 
     @property
     def alpha_factor(self) -> float:
@@ -63,7 +71,9 @@ class LoRAPlus(Modifier):
     def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
         if any(role.trained and not role.starts_at_zero for role in roles.values()):
             return None
-        others = " and ".join(member.word for member in method.members if "projection" in member.decides)
+        others = " and ".join(
+            member.word for member in method.members if "projection" in member.decides
+        )
         return (
             f"lora+ and {others} do not combine: nothing trains but the factor that starts at zero, so ratio would only "
             "multiply the learning rate; raise that. With dora they do, since magnitudes keep the base rate"

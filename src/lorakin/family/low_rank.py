@@ -33,7 +33,12 @@ class Fit:
 
 
 def nearest(
-    pair: Pair, weight: Tensor, *, rank: int | None = None, error: float | None = None, root: Tensor | None = None
+    pair: Pair,
+    weight: Tensor,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
     """The nearest pair without a gain, of at most `rank`, or of the smallest rank whose relative error is at most `error`.
 
@@ -52,21 +57,32 @@ def nearest(
     if pair.gain is None and error is None and (rank is None or pair.down.shape[0] <= rank):
         return pair, Fit(pair.down.shape[0], 0.0, None if root is None else 0.0)
     if rank is None and error is None:
-        raise SettingError("a change with a gain is no low-rank pair; name the rank, or the error, of its nearest one")
+        raise SettingError(
+            "a change with a gain is no low-rank pair; name the rank, or the error, of its nearest one"
+        )
     left, core = _factored(pair, weight)
     near, fit = _nearest(left, core, rank=rank, error=error, root=root)
-    fit = dataclasses.replace(fit, gain=None if pair.gain is None else float((pair.gain - 1).abs().max()))
+    fit = dataclasses.replace(
+        fit, gain=None if pair.gain is None else float((pair.gain - 1).abs().max())
+    )
     return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
 
 
-def nearest_to(change: Tensor, *, rank: int | None = None, error: float | None = None) -> tuple[Pair, Fit]:
+def nearest_to(
+    change: Tensor, *, rank: int | None = None, error: float | None = None
+) -> tuple[Pair, Fit]:
     """The same of a change that is no pair: a matrix (outputs, inputs), of any rank, in whose dtype the pair is."""
     near, fit = _nearest(None, change.double(), rank=rank, error=error)
     return Pair(near.up.to(change.dtype), near.down.to(change.dtype)), fit
 
 
 def _nearest(
-    left: Tensor | None, core: Tensor, *, rank: int | None, error: float | None, root: Tensor | None = None
+    left: Tensor | None,
+    core: Tensor,
+    *,
+    rank: int | None,
+    error: float | None,
+    root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
     """Of an orthonormal left factor (None: the identity) times a core, both float64."""
     seen = core if root is None else core @ root.double()
@@ -76,7 +92,9 @@ def _nearest(
         kept = min(kept, _enough(values, error))
     vectors, values = vectors[:, :kept], values[:kept].sqrt()
     down = vectors.T @ core
-    near = Pair(_times(left, vectors * values), down / values.unsqueeze(1))  # both sides of one size, for narrow dtypes
+    near = Pair(
+        _times(left, vectors * values), down / values.unsqueeze(1)
+    )  # both sides of one size, for narrow dtypes
     rest = core - vectors @ down
     of_weights = _ratio(rest, core)
     of_outputs = None if root is None else _ratio(seen - vectors @ (vectors.T @ seen), seen)
@@ -104,7 +122,9 @@ def root_of_samples(x: Tensor, ridge: float = 1e-2) -> Tensor:
     wide = x.double()
     moment = wide.T @ wide / max(1, len(wide))
     floor = ridge * (float(moment.diagonal().mean()) or 1.0)
-    root: Tensor = torch.linalg.cholesky(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    root: Tensor = torch.linalg.cholesky(
+        moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    )
     return root
 
 

@@ -38,7 +38,7 @@ class Role(NamedTuple):
 FIXED = Role(trained=False)
 
 
-class Spot(NamedTuple):
+class Target(NamedTuple):
     """A weight that is about to be adapted: its shape, and its matrix (outputs, inputs), on the meta device if unknown."""
 
     shape: Shape
@@ -56,7 +56,7 @@ class Probe(NamedTuple):
     """Whether importance is relative to the size of each module's own output."""
 
 
-class Place(Protocol):
+class AdaptedModule(Protocol):
     """An adapted module as a `Rule` sees it."""
 
     @property
@@ -123,7 +123,7 @@ class Rule:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
         return {}
 
-    def gave_up(self, place: Place) -> bool:
+    def gave_up(self, place: AdaptedModule) -> bool:
         """Whether the member itself has taken all ranks from this module, so that it is right if it changes nothing."""
         return False
 
@@ -171,11 +171,11 @@ class Member(ABC):
         """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""
         return self
 
-    def unmoved(self, places: Sequence[Place]) -> str | None:
+    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
         """What of its own training never reached, asked when the adapter is saved."""
         return None
 
-    def rule(self, places: Sequence[Place]) -> Rule | None:
+    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
         """What it does while training the adapter on `places`, if anything. `resolved` was called before."""
         return None
 
@@ -206,15 +206,24 @@ class Parametrisation(Member):
         """The setting that gives a module no more ranks than its weight of this shape has; {} if it has no more anyway."""
         return {}
 
-    def start(self, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Tensors:
+    def start(
+        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+    ) -> Tensors:
         """The tensors of one module at initialisation, by slot; float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
-        self, spots: Mapping[str, Spot], each: Mapping[str, Self], generator: torch.Generator | None, device: torch.device
+        self,
+        targets: Mapping[str, Target],
+        each: Mapping[str, Self],
+        generator: torch.Generator | None,
+        device: torch.device,
     ) -> dict[str, Tensors]:
         """The tensors of all modules, by path; `each` is this member with the settings of each module."""
-        return {path: each[path].start(spot.shape, generator, device) for path, spot in spots.items()}
+        return {
+            path: each[path].start(target.shape, generator, device)
+            for path, target in targets.items()
+        }
 
     def roles(self, shape: Shape) -> dict[str, Role]:
         """What each tensor is to an optimizer; those not named are trained, or FIXED if they are in `frozen`."""
@@ -300,18 +309,26 @@ class Modifier(Member):
         return list(paths)
 
     def extend(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors at the start, with this member's among them or in place of others."""
         return tensors
 
     def share(
-        self, tensors: dict[str, Tensors], spots: Mapping[str, Spot], methods: Mapping[str, Method]
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
         return tensors
 
-    def amend_roles(self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation) -> dict[str, Role]:
+    def amend_roles(
+        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
+    ) -> dict[str, Role]:
         """The roles of a module's tensors, this member's own included."""
         return roles
 
@@ -319,7 +336,9 @@ class Modifier(Member):
         """What this member makes of the pair."""
         return pair
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor | None:
+    def gain(
+        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+    ) -> Tensor | None:
         """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
         return None
 

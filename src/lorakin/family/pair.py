@@ -95,7 +95,7 @@ class Chain(NamedTuple):
 class Weight:
     """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward.
 
-    `surgery/quantised.py` has one that holds no numbers, so what needs few of them should ask for few.
+    `inject/quantised.py` has one that holds no numbers, so what needs few of them should ask for few.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -170,19 +170,29 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, from its extremes: far quicker than by each number."""
-    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    return not tensor.numel() or all(
+        bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)
+    )
 
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors in float32, those in float64 as they are: what pairs are computed in."""
     wide = (torch.float32, torch.float64)
-    return {slot: t if t.dtype in wide else t.to(torch.promote_types(t.dtype, wide[0])) for slot, t in tensors.items()}
+    return {
+        slot: t if t.dtype in wide else t.to(torch.promote_types(t.dtype, wide[0]))
+        for slot, t in tensors.items()
+    }
 
 
-def cast_together(tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensors]:
+def cast_together(
+    tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensors]:
     """The tensors of all modules, by path, in these dtypes; those that were one object still are."""
     cast: dict[tuple[int, torch.dtype], Tensor] = {}
     return {
-        path: {slot: cast.setdefault((id(t), dtypes[path]), t.to(dtypes[path])) for slot, t in there.items()}
+        path: {
+            slot: cast.setdefault((id(t), dtypes[path]), t.to(dtypes[path]))
+            for slot, t in there.items()
+        }
         for path, there in tensors.items()
     }

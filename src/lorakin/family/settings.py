@@ -33,11 +33,20 @@ def whole_number(settings: object, name: str, at_least: int, optional: bool = Fa
         plain = operator.index(value)
     except TypeError:
         plain = at_least - 1
-    require(plain >= at_least and not isinstance(value, bool), f"{name} must be a whole number ≥ {at_least}, not {value!r}")
+    require(
+        plain >= at_least and not isinstance(value, bool),
+        f"{name} must be a whole number ≥ {at_least}, not {value!r}",
+    )
     object.__setattr__(settings, name, plain)
 
 
-def number(settings: object, name: str, fits: Callable[[float], bool], expected: str, optional: bool = False) -> None:
+def number(
+    settings: object,
+    name: str,
+    fits: Callable[[float], bool],
+    expected: str,
+    optional: bool = False,
+) -> None:
     """Make the field `name` of a frozen dataclass a plain float that `fits` (or None), or raise `SettingError`."""
     value = getattr(settings, name)
     if optional and value is None:
@@ -52,10 +61,18 @@ def number(settings: object, name: str, fits: Callable[[float], bool], expected:
 
 def check_pair_settings(settings: object, optional: bool = False) -> None:
     """Make `alpha`, `dropout` and `rslora` (if there) plain and within their ranges, or raise `SettingError`."""
-    number(settings, "alpha", lambda alpha: 0 < alpha <= LARGEST, "a positive number that float32 holds", optional)
+    number(
+        settings,
+        "alpha",
+        lambda alpha: 0 < alpha <= LARGEST,
+        "a positive number that float32 holds",
+        optional,
+    )
     number(settings, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)", optional)
     rslora = getattr(settings, "rslora", None)
-    require(rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}")
+    require(
+        rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}"
+    )
 
 
 def one_of(settings: object, name: str, words: Sequence[str]) -> None:

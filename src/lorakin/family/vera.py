@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Parametrisation, Role, Spot
+from lorakin.family.member import Parametrisation, Role, Target
 from lorakin.family.pair import Chain, Pair, Shape, Tensors
 from lorakin.family.settings import number, require, whole_number
 
@@ -67,29 +67,47 @@ class VeRA(Parametrisation):
         whole_number(self, "seed", at_least=0)
         number(self, "d_init", lambda d: d != 0 and math.isfinite(d), "a number other than 0")
         number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
-        require(isinstance(self.save_projection, bool), f"save_projection must be True or False, not {self.save_projection!r}")
+        require(
+            isinstance(self.save_projection, bool),
+            f"save_projection must be True or False, not {self.save_projection!r}",
+        )
 
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        return {"rank": None, "alpha": None}  # its rank is a drawn pair's, which costs little, and it has no alpha
+        return {
+            "rank": None,
+            "alpha": None,
+        }  # its rank is a drawn pair's, which costs little, and it has no alpha
 
     def check(self, shape: Shape, where: str) -> None:
-        require(not shape.lookup, f"vera adapts layers that multiply by their weight; {where} is an embedding: exclude it")
+        require(
+            not shape.lookup,
+            f"vera adapts layers that multiply by their weight; {where} is an embedding: exclude it",
+        )
 
     def start_all(
-        self, spots: Mapping[str, Spot], each: Mapping[str, Self], generator: torch.Generator | None, device: torch.device
+        self,
+        targets: Mapping[str, Target],
+        each: Mapping[str, Self],
+        generator: torch.Generator | None,
+        device: torch.device,
     ) -> dict[str, Tensors]:
-        if not spots:
+        if not targets:
             return {}
         A, B = self.draw(
-            max(spot.shape.inputs for spot in spots.values()),
-            max(spot.shape.outputs for spot in spots.values()),
-            next(iter(spots.values())).weight.dtype,
+            max(target.shape.inputs for target in targets.values()),
+            max(target.shape.outputs for target in targets.values()),
+            next(iter(targets.values())).weight.dtype,
             device,
         )
-        return {path: {"A": A, "B": B, **self.vectors(spot.shape, device)} for path, spot in spots.items()}
+        return {
+            path: {"A": A, "B": B, **self.vectors(target.shape, device)}
+            for path, target in targets.items()
+        }
 
-    def draw(self, inputs: int, outputs: int, base: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, inputs: int, outputs: int, base: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """The shared pair, A (r, inputs) and B (outputs, r), float32."""
         A = torch.empty(self.rank, inputs, device=device, dtype=torch.float32)
         B = torch.empty(outputs, self.rank, device=device, dtype=torch.float32)

@@ -48,7 +48,9 @@ def combine_directories(
             load(loaded.model, directory, name=f"part{number}", other_base=other_base)
             weights[f"part{number}"] = weight
         limits: dict[str, Any] = {"rank": rank, "error": error}
-        summed = combine(loaded.model, weights, "exact", **settings, **({} if rule.is_low_rank else limits))
+        summed = combine(
+            loaded.model, weights, "exact", **settings, **({} if rule.is_low_rank else limits)
+        )
         transcript = record(loaded) if verify else None
         if rule.is_low_rank and (rank is not None or error is not None):
             summed = combine(loaded.model, weights, **settings, **limits)
@@ -56,7 +58,9 @@ def combine_directories(
         report: dict[str, Any] = {
             "lorakin": lorakin.__version__,
             "parts": dict(parts),
-            "how": {name: value for name, value in dataclasses.asdict(rule).items() if value is not None},
+            "how": {
+                name: value for name, value in dataclasses.asdict(rule).items() if value is not None
+            },
             "ranks": sorted({fit.rank for fit in summed.fits.values()}),
             "largest_relative_error": max((fit.error for fit in summed.fits.values()), default=0.0),
             "verified": None,
@@ -65,10 +69,17 @@ def combine_directories(
             written = load(loaded.model, partial, name="written", other_base=other_base)
             agreement = compare(transcript, loaded.model)
             is_nearest = rule.is_low_rank and report["largest_relative_error"] > 0
-            agreement.check(tolerance_for((loaded.dtype,), is_nearest, max_kl), "the combination that was written")
+            agreement.check(
+                tolerance_for((loaded.dtype,), is_nearest, max_kl),
+                "the combination that was written",
+            )
             report["verified"] = agreement.as_dict()
             report["agreement"] = str(agreement)
-            report["compared_with"] = "the exact combination" if rule.is_low_rank else "its nearest pair, before it was written"
+            report["compared_with"] = (
+                "the exact combination"
+                if rule.is_low_rank
+                else "its nearest pair, before it was written"
+            )
             written.remove()
         write_report(partial, report)
     return report

@@ -9,9 +9,9 @@ from typing import Any
 import lorakin
 from lorakin.errors import AdapterError, SettingError
 from lorakin.family.low_rank import Fit
-from lorakin.serving.job import Job, Order
+from lorakin.serving.job import ExportJob, Order
 from lorakin.serving.output import new_directory, write_report
-from lorakin.serving.targets import TARGETS, Target
+from lorakin.serving.targets import TARGETS, ExportTarget
 from lorakin.serving.verify import Agreement, check_limit, compare, record, tolerance_for
 from lorakin.storage import directory, hub
 
@@ -34,7 +34,11 @@ class Exported:
             lines += [f"  {path}: {_described(fit)}" for path, fit in worst]
             ranks = [fit.rank for fit in self.fits.values()]
             lines.append(f"ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all")
-        lines.append("not compared" if self.agreement is None else f"compared with the trained model: {self.agreement}")
+        lines.append(
+            "not compared"
+            if self.agreement is None
+            else f"compared with the trained model: {self.agreement}"
+        )
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,8 +74,10 @@ def export(order: Order) -> Exported:
     files = directory.read(hub.adapter_directory(order.adapter))
     name = order.model or files.config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
-        raise AdapterError(f"{order.adapter} does not say what its base model is; name it with --model")
-    job = Job(order, files, name)
+        raise AdapterError(
+            f"{order.adapter} does not say what its base model is; name it with --model"
+        )
+    job = ExportJob(order, files, name)
     with new_directory(order.out) as partial:
         transcript = record(job.base(), job.texts()) if order.verify else None
         target.write(job, partial)
@@ -79,27 +85,43 @@ def export(order: Order) -> Exported:
         if transcript is not None:
             written = target.read(job, partial)
             agreement = compare(transcript, written)
-            precisions = transcript.dtype, str(written.dtype).removeprefix("torch."), order.dtype or target.dtypes[0]
+            precisions = (
+                transcript.dtype,
+                str(written.dtype).removeprefix("torch."),
+                order.dtype or target.dtypes[0],
+            )
             is_nearest = any(fit.error > 0 for fit in job.fits.values())
             report = Exported(order, 0, agreement, job.fits).as_dict()
-            agreement.check(tolerance_for(precisions, is_nearest, order.max_kl), f"what was written ({order.to})", report)
+            agreement.check(
+                tolerance_for(precisions, is_nearest, order.max_kl),
+                f"what was written ({order.to})",
+                report,
+            )
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         exported = Exported(order, size, agreement, job.fits)
         write_report(partial, exported.as_dict())
     return exported
 
 
-def _target(order: Order) -> type[Target]:
+def _target(order: Order) -> type[ExportTarget]:
     """The target, once every setting is one that it has."""
     if order.to not in TARGETS:
         raise SettingError(f"--to {order.to} is unknown; there are: {', '.join(TARGETS)}")
     target = TARGETS[order.to]
     if order.dtype is not None and order.dtype not in target.dtypes:
-        raise SettingError(f"--to {order.to} writes {', '.join(target.dtypes)}, not --dtype {order.dtype}")
+        raise SettingError(
+            f"--to {order.to} writes {', '.join(target.dtypes)}, not --dtype {order.dtype}"
+        )
     given = {"--rank": order.rank, "--error": order.error, "--portable": order.portable or None}
-    if not target.is_pairs and (wrong := [name for name, value in given.items() if value is not None]):
-        raise SettingError(f"--to {order.to} changes the weights themselves, so it has no {wrong[0]}")
+    if not target.is_pairs and (
+        wrong := [name for name, value in given.items() if value is not None]
+    ):
+        raise SettingError(
+            f"--to {order.to} changes the weights themselves, so it has no {wrong[0]}"
+        )
     if order.data is not None and not target.is_pairs and not order.verify:
-        raise SettingError(f"--to {order.to} needs --data only to compare, which --no-verify leaves out")
+        raise SettingError(
+            f"--to {order.to} needs --data only to compare, which --no-verify leaves out"
+        )
     check_limit(order.max_kl)
     return target

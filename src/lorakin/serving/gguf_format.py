@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError, OutputError, SettingError
 from lorakin.family import Pair, Shape, all_finite
-from lorakin.surgery.layers import kind_of
+from lorakin.inject.layers import kind_of
 from lorakin.training import gguf_header, loading
 
 
@@ -78,7 +78,7 @@ ELSEWHERE = "use --to gguf-merged, or --to merged and llama.cpp's convert_hf_to_
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class TensorType:
     """One tensor of a file: its name and shape there, the key of `TYPES` it is written in, and what gives its numbers.
 
     `source` is what the user knows it by.
@@ -99,14 +99,18 @@ def architecture_of(config: Any) -> Architecture:
     """
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
-        raise ModelError(f"a {kind!r} model's GGUF layout is not known here, only: {', '.join(ARCHITECTURES)}; {ELSEWHERE}")
+        raise ModelError(
+            f"a {kind!r} model's GGUF layout is not known here, only: {', '.join(ARCHITECTURES)}; {ELSEWHERE}"
+        )
     return ARCHITECTURES[kind]
 
 
 def skeleton(config: Any) -> nn.Module:
     """The causal language model of `config`, without memory for its weights."""
     with torch.device("meta"):
-        model: nn.Module = loading.made(transformers.AutoModelForCausalLM, config, attn_implementation="eager")
+        model: nn.Module = loading.made(
+            transformers.AutoModelForCausalLM, config, attn_implementation="eager"
+        )
     return model
 
 
@@ -124,7 +128,10 @@ def _names(arch: Any, layers: int) -> Any:
 
 def row_order(config: Any, parameter: str, rows: int) -> Tensor | None:
     """For each row in llama.cpp's order the row it is in transformers', (rows,) int64; None where the order is the same."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", None)}
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "k_proj": getattr(config, "num_key_value_heads", None),
+    }
     count = heads.get(parameter.split(".")[-2])
     if not architecture_of(config).permuted or count is None:
         return None
@@ -152,14 +159,18 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
     else:
         narrow = tensor.to(torch.float16 if dtype == "f16" else torch.float32)
         array = narrow.numpy()
-    block_scale = narrow.abs().amax() / 127 if dtype == "q8_0" and narrow.numel() else torch.zeros(())
+    block_scale = (
+        narrow.abs().amax() / 127 if dtype == "q8_0" and narrow.numel() else torch.zeros(())
+    )
     if not all_finite(narrow) or block_scale > torch.finfo(torch.float16).max:
         largest = float(tensor.abs().max())
-        raise ModelError(f"{source} holds {largest:g}, too large for {dtype}; write it as bf16 or f32")
+        raise ModelError(
+            f"{source} holds {largest:g}, too large for {dtype}; write it as bf16 or f32"
+        )
     return gguf.quants.quantize(array, _TYPE.Q8_0) if dtype == "q8_0" else array
 
 
-def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
+def write_file(path: Path, writer: Any, tensors: Sequence[TensorType]) -> None:
     """Write the GGUFWriter's metadata and `tensors`, one at a time, beside `path`, and rename it when it is complete.
 
     Raises:
@@ -168,7 +179,9 @@ def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
     for tensor in tensors:
         block, size = gguf.GGML_QUANT_SIZES[TYPES[tensor.dtype]]
         nbytes = math.prod(tensor.shape) // block * size
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=TYPES[tensor.dtype])
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=TYPES[tensor.dtype]
+        )
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +196,9 @@ def write_file(path: Path, writer: Any, tensors: Sequence[Stored]) -> None:
         writer.close()
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; what was there is unchanged"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # closing flushes what a full disk refused before
             writer.close()
@@ -198,7 +213,7 @@ def _check_written(file: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A module that llama.cpp can adapt: its weight's name there, its matrix, and the order of its rows, see `row_order`."""
 
     name: str
@@ -206,7 +221,7 @@ class Place:
     order: Tensor | None
 
 
-def _places(config: Any) -> Iterator[tuple[str, Place | str]]:
+def _places(config: Any) -> Iterator[tuple[str, TensorPlace | str]]:
     """Every module of the model that has a weight matrix, by path, or why llama.cpp cannot adapt it."""
     tied = "the embedding and the output head are tied, and llama.cpp cannot adapt a tensor that serves as both"
     for path, module in skeleton(config).named_modules():
@@ -218,10 +233,12 @@ def _places(config: Any) -> Iterator[tuple[str, Place | str]]:
         elif config.tie_word_embeddings and name in (EMBEDDING, HEAD):
             yield path, tied
         else:
-            yield path, Place(name, shape, row_order(config, f"{path}.weight", shape.outputs))
+            yield path, TensorPlace(name, shape, row_order(config, f"{path}.weight", shape.outputs))
 
 
-def write_adapter(path: Path, config: Any, pairs: Mapping[str, Pair], *, dtype: str = "f32") -> None:
+def write_adapter(
+    path: Path, config: Any, pairs: Mapping[str, Pair], *, dtype: str = "f32"
+) -> None:
     """Write `pairs` as a LoRA that llama.cpp loads beside the model of `config`.
 
     Pairs of smaller rank are filled up with zeros to the largest, and alpha is that rank, so that every factor is 1.
@@ -247,11 +264,18 @@ def write_adapter(path: Path, config: Any, pairs: Mapping[str, Pair], *, dtype: 
     rank = max(1, *(pair.up.shape[1] for pair in pairs.values()))
     tensors = []
     for module, pair in pairs.items():
-        place = places.get(module, f"a {config.model_type} model of this config has no module of that name to adapt")
+        place = places.get(
+            module,
+            f"a {config.model_type} model of this config has no module of that name to adapt",
+        )
         if isinstance(place, str):
-            raise AdapterError(f"{module} cannot be written to a GGUF adapter: {place}. Leave it out, or {ELSEWHERE}")
+            raise AdapterError(
+                f"{module} cannot be written to a GGUF adapter: {place}. Leave it out, or {ELSEWHERE}"
+            )
         if pair.gain is not None:
-            raise ValueError(f"{module} has a gain, which a GGUF adapter cannot hold; convert it to a plain pair first")
+            raise ValueError(
+                f"{module} has a gain, which a GGUF adapter cannot hold; convert it to a plain pair first"
+            )
         k = pair.up.shape[1]
         if pair.up.shape != (place.shape.outputs, k) or pair.down.shape != (k, place.shape.inputs):
             raise AdapterError(
@@ -267,7 +291,13 @@ def write_adapter(path: Path, config: Any, pairs: Mapping[str, Pair], *, dtype: 
             except ModelError as error:
                 raise AdapterError(str(error)) from None
             tensors.append(
-                Stored(f"{place.name}.lora_{half}", tuple(tensor.shape), dtype, partial(Tensor.contiguous, tensor), module)
+                TensorType(
+                    f"{place.name}.lora_{half}",
+                    tuple(tensor.shape),
+                    dtype,
+                    partial(Tensor.contiguous, tensor),
+                    module,
+                )
             )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -299,32 +329,53 @@ def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
     }
     for key, value in expected.items():
         if fields.get(key) != value:
-            raise AdapterError(f"{path}: {key} is {fields.get(key)!r}, expected {value!r}; is it an adapter of this model?")
+            raise AdapterError(
+                f"{path}: {key} is {fields.get(key)!r}, expected {value!r}; is it an adapter of this model?"
+            )
     if gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS in fields:
-        raise AdapterError(f"{path} is an aLoRA, which acts from certain tokens on; only plain adapters are read")
+        raise AdapterError(
+            f"{path} is an aLoRA, which acts from certain tokens on; only plain adapters are read"
+        )
     alpha = fields.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise AdapterError(f"{path}: {gguf.Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a finite number")
+        raise AdapterError(
+            f"{path}: {gguf.Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a finite number"
+        )
     with _readable(path):
-        tensors = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
-    places = {place.name: (module, place) for module, place in _places(config) if isinstance(place, Place)}
+        tensors = {
+            t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
+            for t in reader.tensors
+        }
+    places = {
+        place.name: (module, place)
+        for module, place in _places(config)
+        if isinstance(place, TensorPlace)
+    }
     pairs = {}
-    for name in dict.fromkeys(tensor.removesuffix(".lora_a").removesuffix(".lora_b") for tensor in tensors):
+    for name in dict.fromkeys(
+        tensor.removesuffix(".lora_a").removesuffix(".lora_b") for tensor in tensors
+    ):
         if name in tensors:
-            raise AdapterError(f"{path}: {name} is a whole tensor; only .lora_a and .lora_b are read")
+            raise AdapterError(
+                f"{path}: {name} is a whole tensor; only .lora_a and .lora_b are read"
+            )
         if name not in places:
-            raise AdapterError(f"{path}: {name} is no tensor of this {config.model_type} model that can be adapted")
+            raise AdapterError(
+                f"{path}: {name} is no tensor of this {config.model_type} model that can be adapted"
+            )
         missing = [half for half in (f"{name}.lora_a", f"{name}.lora_b") if half not in tensors]
         if missing:
             raise AdapterError(f"{path}: {missing[0]} is missing, its other half is there")
         module, place = places[name]
-        pairs[module] = _pair(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], alpha, place, f"{path}: {name}")
+        pairs[module] = _pair(
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], alpha, place, f"{path}: {name}"
+        )
     if not pairs:
         raise AdapterError(f"{path} holds no tensors")
     return pairs
 
 
-def _pair(a: Tensor, b: Tensor, alpha: float, place: Place, where: str) -> Pair:
+def _pair(a: Tensor, b: Tensor, alpha: float, place: TensorPlace, where: str) -> Pair:
     up, down = b.float(), (a.T if place.name == EMBEDDING else a).float()
     rank = up.shape[-1]
     if up.shape != (place.shape.outputs, rank) or down.shape != (rank, place.shape.inputs):
@@ -347,5 +398,13 @@ def _readable(path: Path) -> Iterator[None]:
             yield
     except ModelError as error:
         raise AdapterError(str(error)) from None
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, TypeError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         raise AdapterError(f"{path} cannot be read as a GGUF file ({error})") from None

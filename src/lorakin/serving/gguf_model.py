@@ -21,7 +21,7 @@ from lorakin.serving.gguf_format import (
     EMBEDDING,
     HEAD,
     TYPES,
-    Stored,
+    TensorType,
     architecture_of,
     check_dtype,
     gguf_name,
@@ -33,7 +33,12 @@ from lorakin.serving.gguf_vocabulary import read_vocabulary
 from lorakin.training import loading
 
 _FILE = gguf.LlamaFileType
-_FILE_TYPES = {"f32": _FILE.ALL_F32, "f16": _FILE.MOSTLY_F16, "bf16": _FILE.MOSTLY_BF16, "q8_0": _FILE.MOSTLY_Q8_0}
+_FILE_TYPES = {
+    "f32": _FILE.ALL_F32,
+    "f16": _FILE.MOSTLY_F16,
+    "bf16": _FILE.MOSTLY_BF16,
+    "q8_0": _FILE.MOSTLY_Q8_0,
+}
 _ROTATIONS = ("default", "linear", "yarn", "llama3")
 
 
@@ -68,7 +73,9 @@ def write_model(
     check_dtype(dtype, tuple(TYPES))
     architecture = architecture_of(config)
     _check(config)
-    if (window := getattr(config, "sliding_window", None)) and window < config.max_position_embeddings:
+    if (
+        window := getattr(config, "sliding_window", None)
+    ) and window < config.max_position_embeddings:
         warnings.warn(
             f"llama.cpp has no sliding window for this architecture, so the file's context is cut to that, {window} tokens",
             LorakinWarning,
@@ -91,13 +98,17 @@ def _check(config: Any) -> None:
     kind = config.model_type
     if not ARCHITECTURES[kind].whole:
         whole = ", ".join(other for other, one in ARCHITECTURES.items() if one.whole)
-        raise ModelError(f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: {whole}. {ELSEWHERE}")
+        raise ModelError(
+            f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: {whole}. {ELSEWHERE}"
+        )
     rope = config.rope_parameters
     rotation = rope.get("rope_type", "default")
     yarn = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
     problems = {
-        f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu": config.hidden_act not in ("silu", "swish"),
-        f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}": rotation not in _ROTATIONS,
+        f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu": config.hidden_act
+        not in ("silu", "swish"),
+        f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}": rotation
+        not in _ROTATIONS,
         "llama.cpp has Llama 3's rotation for Llama and Mistral only": rotation == "llama3"
         and kind not in ("llama", "mistral"),
         f"its yarn rotation sets {', '.join(yarn)}": rotation == "yarn" and bool(yarn),
@@ -113,22 +124,28 @@ def _check(config: Any) -> None:
 
 
 def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
-def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Stored]:
+def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[TensorType]:
     """The file's tensors, after all were found to be the model's: none missing, none left over."""
     expected = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
     names = {key: gguf_name(config, key) for key in expected}
     if left := [key for key in tensors if key not in expected]:
-        raise ModelError(f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters before")
+        raise ModelError(
+            f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters before"
+        )
     optional = {key for key in names if config.tie_word_embeddings and names[key] == HEAD}
     for key in optional & set(tensors):
         embedding = next(other for other in names if names[other] == EMBEDDING)
         if torch.equal(tensors[key], tensors[embedding]):
             del expected[key]
     if missing := [key for key in expected if key not in tensors and key not in optional]:
-        raise ModelError(f"{missing[0]} is missing from the tensors of this {config.model_type} model")
+        raise ModelError(
+            f"{missing[0]} is missing from the tensors of this {config.model_type} model"
+        )
     stored = []
     for key, shape in expected.items():
         if key not in tensors:
@@ -137,20 +154,29 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Stor
         assert name is not None  # of the architectures written whole every tensor has one
         order = row_order(config, key, shape[0])
         kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
-        stored.append(Stored(name, shape, kind, _reader(tensors, key, shape, order), key))
+        stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _rope_factors(config)
-        stored.insert(0, Stored("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"))
+        stored.insert(
+            0,
+            TensorType(
+                "rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"
+            ),
+        )
     return stored
 
 
-def _reader(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], order: Tensor | None) -> Callable[[], Tensor]:
+def _reader(
+    tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], order: Tensor | None
+) -> Callable[[], Tensor]:
     """What loads one tensor in llama.cpp's order of rows, and refuses it if it has another shape than the model's."""
 
     def read() -> Tensor:
         tensor = tensors[key]
         if tuple(tensor.shape) != shape:
-            raise ModelError(f"{key} has the shape {tuple(tensor.shape)}, the model's config says {shape}")
+            raise ModelError(
+                f"{key} has the shape {tuple(tensor.shape)}, the model's config says {shape}"
+            )
         return tensor if order is None else tensor[order.to(tensor.device)]
 
     return read
@@ -160,7 +186,9 @@ def _rope_factors(config: Any) -> Tensor:
     """By what llama.cpp divides each rotation's frequency, (head_dim / 2,) float32, for Llama 3's long contexts."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = _head_dim(config)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (
+        torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    )
     factors: Tensor = (plain / scaled.double()).float()
     return factors
 
@@ -173,7 +201,9 @@ def _add_hyperparameters(writer: Any, config: Any) -> None:
     """
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_context_length(
+        min(config.max_position_embeddings, window or config.max_position_embeddings)
+    )
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -186,7 +216,9 @@ def _add_hyperparameters(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_type(
+            gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN
+        )
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
@@ -206,7 +238,10 @@ def read_model(path: Path, source: Path) -> nn.Module:
     """
     config = loading.config(source)
     reader = gguf.GGUFReader(path)
-    held = {t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+    held = {
+        t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
+        for t in reader.tensors
+    }
     config.tie_word_embeddings = HEAD not in held
     state = {}
     for key, tensor in skeleton(config).state_dict().items():
@@ -217,6 +252,8 @@ def read_model(path: Path, source: Path) -> nn.Module:
             raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
         order = row_order(config, key, tensor.shape[0])
         state[key] = held[name] if order is None else held[name][torch.argsort(order)]
-    model: nn.Module = loading.made(transformers.AutoModelForCausalLM, config, dtype=torch.float32).eval()
+    model: nn.Module = loading.made(
+        transformers.AutoModelForCausalLM, config, dtype=torch.float32
+    ).eval()
     model.load_state_dict(state)
     return model

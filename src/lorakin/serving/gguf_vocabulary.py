@@ -94,39 +94,57 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
     model, where = parts["model"], f"{directory}: the tokenizer"
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unlike):
-        raise ModelError(f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE only")
+        raise ModelError(
+            f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE only"
+        )
     ids = tokenizer.get_vocab()
     if max(ids.values()) >= size:
-        raise ModelError(f"{where} has the token {max(ids.values())}, the model's embedding only {size} rows")
+        raise ModelError(
+            f"{where} has the token {max(ids.values())}, the model's embedding only {size} rows"
+        )
     added = {token["id"]: token for token in parts["added_tokens"]}
     pieces = bool(model.get("byte_fallback"))
     tokens, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
     for token, number in ids.items():
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
         if number in added:
-            types[number] = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+            types[number] = (
+                gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+            )
             tokens[number] = token if added[number]["special"] else token.replace(_SPACE, " ")
         if pieces and token == model.get("unk_token"):
             types[number] = gguf.TokenType.UNKNOWN
-        elif pieces and number not in added and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        elif (
+            pieces
+            and number not in added
+            and len(token) == 6
+            and token.startswith("<0x")
+            and token.endswith(">")
+        ):
             types[number] = gguf.TokenType.BYTE
     before, after = _around(tokenizer, where)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    known["eot"] = next(iter(end_of_turn(tokenizer)), None)  # where llama.cpp ends an answer, beside eos
+    known["eot"] = next(
+        iter(end_of_turn(tokenizer)), None
+    )  # where llama.cpp ends an answer, beside eos
     written = tokenizer.chat_template
     return Vocabulary(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre(parts, where),
         tokens=tokens,
         types=types,
-        merges=[] if pieces else [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges],
+        merges=[]
+        if pieces
+        else [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges],
         scores=_scores(tokens, types, merges, where) if pieces else [],
         special={kind: number for kind, number in known.items() if number is not None},
         add_bos=before,
         add_eos=after,
         space_prefix=pieces and _space_prefix(parts, where),
-        template=[{"name": n, "template": t} for n, t in written.items()] if isinstance(written, dict) else written,
+        template=[{"name": n, "template": t} for n, t in written.items()]
+        if isinstance(written, dict)
+        else written,
     )
 
 
@@ -141,7 +159,9 @@ def _around(tokenizer: Any, where: str) -> tuple[bool, bool]:
         for after in ([], [tokenizer.eos_token_id]):
             if full == before + plain + after:
                 return bool(before), bool(after)
-    raise ModelError(f"{where} turns 'a' into {full}, which is not {plain} with BOS before or EOS after it, as llama.cpp can")
+    raise ModelError(
+        f"{where} turns 'a' into {full}, which is not {plain} with BOS before or EOS after it, as llama.cpp can"
+    )
 
 
 def _steps(part: dict[str, Any] | None) -> Steps:
@@ -155,7 +175,12 @@ def _steps(part: dict[str, Any] | None) -> Steps:
         return (("ByteLevel", part.get("use_regex", True)),)
     if kind == "Digits":
         return (("Digits", part["individual_digits"]),)
-    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
+    if (
+        kind == "Split"
+        and part["behavior"] == "Isolated"
+        and not part["invert"]
+        and "Regex" in part["pattern"]
+    ):
         return (("Split", part["pattern"]["Regex"]),)
     return ((kind, json.dumps(part, sort_keys=True, ensure_ascii=False)),)
 
@@ -164,7 +189,9 @@ def _pre(parts: dict[str, Any], where: str) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts text into words. It does not normalise; NFC is let pass."""
     normalizer = parts["normalizer"]
     if normalizer is not None and normalizer != {"type": "NFC"}:
-        raise ModelError(f"{where} normalises text by {normalizer['type']}, which llama.cpp does not for byte-level BPE")
+        raise ModelError(
+            f"{where} normalises text by {normalizer['type']}, which llama.cpp does not for byte-level BPE"
+        )
     steps, unmerged = _steps(parts["pre_tokenizer"]), bool(parts["model"].get("ignore_merges"))
     if (steps, unmerged) not in KNOWN:
         raise ModelError(
@@ -184,24 +211,42 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
     normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    if cutter is None and steps and steps[-1] == replace and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}]):
+    if (
+        cutter is None
+        and steps
+        and steps[-1] == replace
+        and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}])
+    ):
         return len(steps) == 2
-    if not steps and cutter and cutter["type"] == "Metaspace" and cutter["replacement"] == _SPACE and not cutter["split"]:
+    if (
+        not steps
+        and cutter
+        and cutter["type"] == "Metaspace"
+        and cutter["replacement"] == _SPACE
+        and not cutter["split"]
+    ):
         return bool(cutter["prepend_scheme"] != "never")
     prepares = json.dumps([normalizer, cutter], ensure_ascii=False)
     raise ModelError(f"{where} prepares text as llama.cpp does not for SentencePiece: {prepares}")
 
 
-def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], where: str) -> list[float]:
+def _scores(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], where: str
+) -> list[float]:
     """For each token how early it is merged: 0 for the first, −1 for the next, and single characters last.
 
     Raises:
         ModelError: a byte is missing, which llama.cpp needs for characters that are no tokens.
     """
     if sum(kind == gguf.TokenType.BYTE for kind in types) != 256:
-        raise ModelError(f"{where} falls back on bytes without having all 256 of them as tokens <0x00> to <0xFF>")
+        raise ModelError(
+            f"{where} falls back on bytes without having all 256 of them as tokens <0x00> to <0xFF>"
+        )
     order: dict[str, int] = {}
     for left, right in merges:
         order.setdefault(left + right, len(order))
     last = len(order)
-    return [-float(order.get(t, last)) if kind == gguf.TokenType.NORMAL else 0.0 for t, kind in zip(tokens, types, strict=True)]
+    return [
+        -float(order.get(t, last)) if kind == gguf.TokenType.NORMAL else 0.0
+        for t, kind in zip(tokens, types, strict=True)
+    ]

@@ -37,7 +37,10 @@ def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[st
         inputs = {"input_ids": ids}
         if is_pair(model):
             inputs["decoder_input_ids"] = _shifted(model.config, ids)
-    return {name: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
+    return {
+        name: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype)
+        for name, t in inputs.items()
+    }
 
 
 def random_inputs(model: Any) -> list[dict[str, Tensor]]:

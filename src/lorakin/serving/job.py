@@ -42,7 +42,7 @@ class Order:
     other_base: bool = False
 
 
-class Job:
+class ExportJob:
     """An order under way: the base with its adapter, loaded when first asked for, and what is made of them."""
 
     def __init__(self, order: Order, files: directory.Files, name: str) -> None:
@@ -55,7 +55,9 @@ class Job:
     def base(self) -> Loaded:
         """The base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
-            self._loaded = load_with_adapter(self.name, self.files, "base", other_base=self.order.other_base, any_head=True)
+            self._loaded = load_with_adapter(
+                self.name, self.files, "base", other_base=self.order.other_base, any_head=True
+            )
         return self._loaded
 
     def bare(self) -> Loaded:
@@ -82,7 +84,9 @@ class Job:
             for n in range(0, len(fitted), BATCH)
         ]
         (adapter,) = adapters(loaded.model).values()
-        made = as_lora(adapter, rank=order.rank, error=order.error, batches=batches, portable=order.portable)
+        made = as_lora(
+            adapter, rank=order.rank, error=order.error, batches=batches, portable=order.portable
+        )
         self.fits = made.fits
         return made.adapter
 
@@ -91,11 +95,15 @@ class Job:
             return []
         rows, loaded = read_rows(self.order.data), self.base()
         if loaded.tokenizer is None:
-            raise SettingError(f"--data holds text, and {self.name} has no tokenizer to read it with")
+            raise SettingError(
+                f"--data holds text, and {self.name} has no tokenizer to read it with"
+            )
         length = min(LENGTH, places(loaded.model) or LENGTH)
         if rows.is_classification:
             names = loaded.model.config.id2label
-            found = encode_labelled(rows, loaded.tokenizer, length, [names[n] for n in sorted(names)])
+            found = encode_labelled(
+                rows, loaded.tokenizer, length, [names[n] for n in sorted(names)]
+            )
         else:
             use_template(loaded.tokenizer, True, rows)
             found = encode(rows, loaded.tokenizer, length)

@@ -16,19 +16,29 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
+from lorakin.inject import layers
+from lorakin.inject.attachments import BIAS
+from lorakin.inject.merge import folded
+from lorakin.inject.ties import FLAG, Parting, groups
+from lorakin.inject.tokens import ids_at
 from lorakin.storage import sums
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
-from lorakin.surgery import layers
-from lorakin.surgery.hung import BIAS
-from lorakin.surgery.merge import folded
-from lorakin.surgery.ties import FLAG, Parting, groups
-from lorakin.surgery.tokens import ids_at
 from lorakin.training import loading, model_files
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.model_files import INDEX, SINGLE
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".index.json",
+)
 """Files of a model's directory that hold weights; all others go along unchanged."""
 
 DTYPES = {
@@ -71,8 +81,10 @@ class Merged(Mapping[str, Tensor]):
         self.names, self.kinds, self.shards = _where(base, self.model)
         self.is_sharded = not (base / SINGLE).is_file()
         beside(base)  # so that what cannot go along is said before anything is written
-        tokens = self.contents.plan.tokens
-        self.leaders = {f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)}
+        tokens = self.contents.placement.tokens
+        self.leaders = {
+            f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)
+        }
         self.trained = {f"{path}.weight": ids for path, ids in ids_at(tokens).items()}
         self._add_what_is_new()
 
@@ -91,10 +103,10 @@ class Merged(Mapping[str, Tensor]):
             return copied.to(dtype).contiguous()
         stored, path = self._stored(name), name.removesuffix(".weight")
         if (leader := self.leaders.get(name)) is not None:
-            ids = torch.tensor(self.contents.plan.tokens[leader].ids)
+            ids = torch.tensor(self.contents.placement.tokens[leader].ids)
             rows = self.contents.rows[leader].to(stored.dtype)
             return stored.index_copy(0, ids, rows).to(dtype).contiguous()
-        if path in self.contents.plan.sites and name.endswith(".weight"):
+        if path in self.contents.placement.methods and name.endswith(".weight"):
             return self._folded(path, stored, dtype)
         return stored.to(dtype).contiguous()
 
@@ -120,12 +132,19 @@ class Merged(Mapping[str, Tensor]):
     def write(self, out: Path) -> None:
         """Write the model into the directory `out`, shard by shard as the base is, with the base's other files beside it."""
         copy_beside(self.base, out)
-        (out / "config.json").write_text(json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8")
+        (out / "config.json").write_text(
+            json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8"
+        )
         total = 0
         for shard in sorted(set(self.shards.values())):
-            total += self._write_shard(out / shard, [name for name, file in self.shards.items() if file == shard])
+            total += self._write_shard(
+                out / shard, [name for name, file in self.shards.items() if file == shard]
+            )
         if self.is_sharded:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.shards.items()))}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(self.shards.items())),
+            }
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_shard(self, path: Path, names: Sequence[str]) -> int:
@@ -138,7 +157,11 @@ class Merged(Mapping[str, Tensor]):
         for name in names:
             dtype, shape = self.kind(name)
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": DTYPES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         with open(path, "wb") as file:
@@ -146,7 +169,9 @@ class Merged(Mapping[str, Tensor]):
             for name in names:
                 tensor = self[name]
                 if (tensor.dtype, tuple(tensor.shape)) != self.kind(name):
-                    raise ModelError(f"{name} is stored with shape {tuple(tensor.shape)}, expected {self.kind(name)[1]}")
+                    raise ModelError(
+                        f"{name} is stored with shape {tuple(tensor.shape)}, expected {self.kind(name)[1]}"
+                    )
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
@@ -160,19 +185,25 @@ class Merged(Mapping[str, Tensor]):
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if "id2label" in self.config.to_diff_dict() and type(self.model).__name__.endswith("Classification"):
+        if "id2label" in self.config.to_diff_dict() and type(self.model).__name__.endswith(
+            "Classification"
+        ):
             config |= {key: getattr(self.config, key) for key in ("id2label", "label2id")}
         return config
 
     def _add_what_is_new(self) -> None:
         """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
         last = max(self.shards.values())
-        changed = {f"{path}.weight" for path in self.contents.plan.sites}
+        changed = {f"{path}.weight" for path in self.contents.placement.methods}
         changed |= self.leaders.keys()
-        changed |= {f"{path}.{key}" for path, state in self.contents.copies.items() for key in state}
+        changed |= {
+            f"{path}.{key}" for path, state in self.contents.copies.items() for key in state
+        }
         changed |= {f"{path}.{BIAS}" for path in self.contents.biases}
         tied = groups(self.model)
-        parted = [names for names in tied if changed & names.keys() and not self._is_one_table(names)]
+        parted = [
+            names for names in tied if changed & names.keys() and not self._is_one_table(names)
+        ]
         self.parting = Parting.of(self.model, {name for names in parted for name in names})
         for names in tied:
             if self.parting.names & names.keys():
@@ -185,12 +216,17 @@ class Merged(Mapping[str, Tensor]):
             setattr(config, FLAG, False)
         self.parting.announce(stacklevel=3)
         partners = {name for names in tied for name in names if self.shards.keys() & names.keys()}
-        if lacking := sorted(dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners):
+        if lacking := sorted(
+            dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners
+        ):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
         for name in sorted(changed - self.shards.keys()):
             if name in self.leaders and name in partners:
                 continue
-            if name.removesuffix(".weight") in self.contents.plan.sites or name in self.leaders:
+            if (
+                name.removesuffix(".weight") in self.contents.placement.methods
+                or name in self.leaders
+            ):
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
 
@@ -209,14 +245,20 @@ class Merged(Mapping[str, Tensor]):
             "sums": sums.of_all({name: tensor}, {name: ids}),
         }
         if self.remembered and (apart := difference(self.remembered, here)):
-            raise AdapterError(f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base")
+            raise AdapterError(
+                f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base"
+            )
         return tensor
 
     def _folded(self, path: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        module, method = self.model.get_submodule(path), self.contents.plan.sites[path]
+        module, method = self.model.get_submodule(path), self.contents.placement.methods[path]
         kind = layers.kind_of(module)
         assert kind is not None
-        if stored.shape != module.weight.shape or not stored.is_floating_point() or stored.element_size() < 2:
+        if (
+            stored.shape != module.weight.shape
+            or not stored.is_floating_point()
+            or stored.element_size() < 2
+        ):
             raise ModelError(
                 f"{path} is stored as {stored.dtype}, {tuple(stored.shape)}, which is no plain weight of this model; an "
                 "adapter is folded into the base before that is quantised"
@@ -261,7 +303,12 @@ def beside(base: Path) -> list[tuple[Path, Path]]:
     for file in sorted(base.rglob("*")):
         inside = file.relative_to(base)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not file.is_file() or file.name.endswith(WEIGHTS) or file.name == model_files.ADAPTER:
+        if (
+            hidden
+            or not file.is_file()
+            or file.name.endswith(WEIGHTS)
+            or file.name == model_files.ADAPTER
+        ):
             continue
         place = file.resolve()
         if not any(place.is_relative_to(one) for one in homes):
@@ -279,9 +326,13 @@ def _config(base: Path) -> Any:
         return loading.config(base)
 
 
-def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:
+def _where(
+    base: Path, model: nn.Module
+) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:
     """The model's name of each stored tensor → its file and its name there; → its kind; → the file it is to be written to."""
-    files = [file.name for file in model_files.weight_files(base)[0] if file.suffix == ".safetensors"]
+    files = [
+        file.name for file in model_files.weight_files(base)[0] if file.suffix == ".safetensors"
+    ]
     if not files:
         raise NotStreamed(f"{base} holds no {SINGLE} or {INDEX}")
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
@@ -290,9 +341,14 @@ def _where(base: Path, model: nn.Module) -> tuple[dict[str, tuple[str, str]], di
     for file in files:
         with _opened(base / file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
-                known = (name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own)
+                known = (
+                    name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own
+                )
                 name, stored = next(known, key), shard.get_slice(key)
-                names[name], kinds[name] = (file, key), (BY_NAME[stored.get_dtype()], tuple(stored.get_shape()))
+                names[name], kinds[name] = (
+                    (file, key),
+                    (BY_NAME[stored.get_dtype()], tuple(stored.get_shape())),
+                )
     return names, kinds, {name: file for name, (file, _) in names.items()}
 
 

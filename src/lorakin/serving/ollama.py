@@ -116,10 +116,14 @@ def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
     leading = _pieces(_rendered(tokenizer, SYSTEM, USER, ASSISTANT), [SYSTEM, *order])
     if leading is not None:
         return dataclasses.replace(found, system=(alone[0], alone[1]), is_told=True)
-    trailing = _pieces(_rendered(tokenizer, SYSTEM, USER, ASSISTANT), [*order[:-1], SYSTEM, order[-1]])
+    trailing = _pieces(
+        _rendered(tokenizer, SYSTEM, USER, ASSISTANT), [*order[:-1], SYSTEM, order[-1]]
+    )
     if trailing is None:
         return None
-    return dataclasses.replace(found, system=(alone[0], alone[1]), system_later=(trailing[-3], trailing[-2]), is_told=True)
+    return dataclasses.replace(
+        found, system=(alone[0], alone[1]), system_later=(trailing[-3], trailing[-2]), is_told=True
+    )
 
 
 def _without_bos(found: Turns, tokenizer: Any) -> Turns:
@@ -138,13 +142,20 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
     Nothing that the names or the tokenizer hold can become an instruction of its own. A template that cannot be written is
     warned of.
     """
-    lines = [*_file("FROM", source, "./base.gguf"), *(_file("ADAPTER", adapter, "./adapter.gguf") if adapter else [])]
+    lines = [
+        *_file("FROM", source, "./base.gguf"),
+        *(_file("ADAPTER", adapter, "./adapter.gguf") if adapter else []),
+    ]
     turns = turns_of(tokenizer)
     if turns is not None:
         if not turns.is_told:
-            lines.append("# the model's chat template takes no system prompt: one is put before the first question")
+            lines.append(
+                "# the model's chat template takes no system prompt: one is put before the first question"
+            )
         if Template(tokenizer).prints_the_day:
-            lines.append("# the model's chat template prints the date: here it is the day on which this file was written")
+            lines.append(
+                "# the model's chat template prints the date: here it is the day on which this file was written"
+            )
         lines.append(f'TEMPLATE """{turns.go_template()}"""')
     elif getattr(tokenizer, "chat_template", None):
         warnings.warn(f"{source}: {NO_TEMPLATE}", LorakinWarning, stacklevel=2)
@@ -154,7 +165,10 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
         ]
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
-        lines += ["# the model has no chat template, so prompts are handed on as they are", 'TEMPLATE """{{ .Prompt }}"""']
+        lines += [
+            "# the model has no chat template, so prompts are handed on as they are",
+            'TEMPLATE """{{ .Prompt }}"""',
+        ]
     for stop in _stops(tokenizer):
         lines += _quoted("PARAMETER stop ", stop)
     return "\n".join(lines) + "\n"
@@ -163,14 +177,23 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
 def _stops(tokenizer: Any) -> list[str]:
     """The texts that end an answer."""
     ends = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
-    return [str(stop) for stop in dict.fromkeys([tokenizer.eos_token, *ends, end_of_turn_text(tokenizer)]) if stop]
+    return [
+        str(stop)
+        for stop in dict.fromkeys([tokenizer.eos_token, *ends, end_of_turn_text(tokenizer)])
+        if stop
+    ]
 
 
 def _file(word: str, name: str, instead: str) -> list[str]:
     """An instruction that names a file; a name that could not stand there is replaced."""
     if name.isprintable() and '"' not in name and name == name.strip():
-        return [f'{word} "{name}"' if any(letter.isspace() for letter in name) else f"{word} {name}"]
-    return ["# the file's own name cannot stand in a Modelfile: copy it here under this one", f"{word} {instead}"]
+        return [
+            f'{word} "{name}"' if any(letter.isspace() for letter in name) else f"{word} {name}"
+        ]
+    return [
+        "# the file's own name cannot stand in a Modelfile: copy it here under this one",
+        f"{word} {instead}",
+    ]
 
 
 def _quoted(word: str, text: str) -> list[str]:
@@ -217,7 +240,9 @@ def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
     return [*pieces, text]
 
 
-def _rendered(tokenizer: Any, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
+def _rendered(
+    tokenizer: Any, system: str | None, questions: Sequence[str], answers: Sequence[str]
+) -> str:
     """The template's text for a conversation whose last question is to be answered; nothing if it refuses it."""
     messages = [{"role": "system", "content": system}] if system else []
     for number, text in enumerate(_order(questions, answers)):

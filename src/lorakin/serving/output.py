@@ -56,7 +56,9 @@ def new_directory(out: str) -> Iterator[Path]:
     except (OSError, ValueError) as error:  # the latter of a zero byte in a name
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write to --out {out}: {getattr(error, 'strerror', None) or error}") from error
+        raise OutputError(
+            f"cannot write to --out {out}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         yield partial
         partial.chmod(0o755)

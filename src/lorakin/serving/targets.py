@@ -14,11 +14,11 @@ from lorakin.adapter import Adapter, adapters, load
 from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
+from lorakin.inject.description import in_words
 from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
-from lorakin.serving.job import Job
+from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
-from lorakin.surgery.words import in_words
 from lorakin.training.encoding import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
@@ -38,7 +38,7 @@ GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
-class Target:
+class ExportTarget:
     """One kind of result. `dtypes` are those it is written in, the first unless another is asked for."""
 
     word: ClassVar[str]
@@ -47,17 +47,17 @@ class Target:
     """Whether it holds low-rank pairs beside the base, so that ranks matter."""
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         """Write it into the empty directory `folder`."""
         raise NotImplementedError
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         """The model that `folder` holds, ready to answer."""
         raise NotImplementedError
 
 
-class PlainLoRA(Target):
+class PlainLoRA(ExportTarget):
     """An adapter's directory that every reader of LoRA knows."""
 
     word: ClassVar[str] = "lora"
@@ -65,7 +65,7 @@ class PlainLoRA(Target):
     is_pairs = True
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         plain = job.plain()
         if job.order.dtype is not None:
             _narrow(plain, DTYPES[job.order.dtype])
@@ -76,13 +76,13 @@ class PlainLoRA(Target):
         _carry_template(job, folder)
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
         load(model, folder, other_base=job.order.other_base)
         return model
 
 
-class MergedModel(Target):
+class MergedModel(ExportTarget):
     """A plain transformers directory that needs lorakin no more."""
 
     word = "merged"
@@ -90,7 +90,7 @@ class MergedModel(Target):
     is_pairs = False
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         job.forget()
         dtype = DTYPES.get(job.order.dtype or "")
         try:
@@ -104,12 +104,14 @@ class MergedModel(Target):
         say_where_answers_end(folder)
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         config = config_of(str(folder))
-        return load_model(str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM).model
+        return load_model(
+            str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM
+        ).model
 
 
-class GGUFAdapter(Target):
+class GGUFAdapter(ExportTarget):
     """A LoRA for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf"
@@ -117,29 +119,37 @@ class GGUFAdapter(Target):
     is_pairs = True
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         loaded, plain = job.base(), job.plain()
-        if whole := plain.plan.copies:
-            raise AdapterError(f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged")
-        if tokens := list(plain.plan.tokens):
-            raise AdapterError(f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged")
-        if biases := plain.plan.biases:
-            raise AdapterError(f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged")
-        pairs = {path: plain.change_at(path) for path in plain.plan.sites}
-        gguf_format.write_adapter(folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32"))
+        if whole := plain.placement.copies:
+            raise AdapterError(
+                f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged"
+            )
+        if tokens := list(plain.placement.tokens):
+            raise AdapterError(
+                f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged"
+            )
+        if biases := plain.placement.biases:
+            raise AdapterError(
+                f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged"
+            )
+        pairs = {path: plain.change_at(path) for path in plain.placement.methods}
+        gguf_format.write_adapter(
+            folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
+        )
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()
         source = str(base) if base.suffix == ".gguf" else "./base.gguf"
         text = ollama.modelfile(source, f"./{GGUF_ADAPTER}", loaded.tokenizer)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
         of_pairs(model, "written", gguf_format.read_adapter(folder / GGUF_ADAPTER, model.config))
         return model
 
 
-class GGUFModel(Target):
+class GGUFModel(ExportTarget):
     """A model for llama.cpp, with a Modelfile for Ollama."""
 
     word = "gguf-merged"
@@ -147,7 +157,7 @@ class GGUFModel(Target):
     is_pairs = False
 
     @staticmethod
-    def write(job: Job, folder: Path) -> None:
+    def write(job: ExportJob, folder: Path) -> None:
         job.forget()
         source = directory_of(job.name)
         tensors: Mapping[str, Tensor]
@@ -161,36 +171,44 @@ class GGUFModel(Target):
         template, tokenizer = remembered_template(job.files.path), load_tokenizer(str(source))
         tokenizer.chat_template = template or tokenizer.chat_template
         name = Path(job.name).name
-        gguf_model.write_model(folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template)
-        (folder / MODELFILE).write_text(ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8")
+        gguf_model.write_model(
+            folder / GGUF_MODEL, config, source, tensors, dtype=word, name=name, template=template
+        )
+        (folder / MODELFILE).write_text(
+            ollama.modelfile(f"./{GGUF_MODEL}", None, tokenizer), encoding="utf-8"
+        )
 
     @staticmethod
-    def read(job: Job, folder: Path) -> Any:
+    def read(job: ExportJob, folder: Path) -> Any:
         return gguf_model.read_model(folder / GGUF_MODEL, directory_of(job.name))
 
 
-TARGETS: dict[str, type[Target]] = {one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)}
+TARGETS: dict[str, type[ExportTarget]] = {
+    one.word: one for one in (PlainLoRA, MergedModel, GGUFAdapter, GGUFModel)
+}
 
 
-def _carry_template(job: Job, folder: Path) -> None:
+def _carry_template(job: ExportJob, folder: Path) -> None:
     """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
     if (template := remembered_template(job.files.path)) is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def _merged(job: Job, dtype: torch.dtype | None) -> Merged:
+def _merged(job: ExportJob, dtype: torch.dtype | None) -> Merged:
     return Merged(directory_of(job.name), job.files, job.kind(), dtype, job.order.other_base)
 
 
-def _folded(job: Job, dtype: str) -> Loaded:
+def _folded(job: ExportJob, dtype: str) -> Loaded:
     """The whole model in memory, with the adapter folded in."""
-    loaded = load_with_adapter(job.name, job.files, dtype, other_base=job.order.other_base, any_head=True)
+    loaded = load_with_adapter(
+        job.name, job.files, dtype, other_base=job.order.other_base, any_head=True
+    )
     for adapter in adapters(loaded.model).values():
         adapter.merge(permanent=True)
     return loaded
 
 
-def _gguf_word(job: Job, default: str) -> str:
+def _gguf_word(job: ExportJob, default: str) -> str:
     return GGUF_WORDS[job.order.dtype or default]
 
 
@@ -199,4 +217,6 @@ def _narrow(adapter: Adapter, dtype: torch.dtype) -> None:
     for name, parameter in adapter.named_parameters():
         parameter.data = parameter.data.to(dtype)
         if not all_finite(parameter):
-            raise OutputError(f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype")
+            raise OutputError(
+                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype"
+            )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError, VerificationError
+from lorakin.inject.eval_mode import in_mode
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
-from lorakin.surgery.mode import in_mode
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import stops
 from lorakin.training.limits import places
@@ -93,12 +93,18 @@ class Agreement:
             "inputs": self.of,
         }
 
-    def check(self, tolerance: Tolerance, what: str, report: Mapping[str, Any] | None = None) -> None:
+    def check(
+        self, tolerance: Tolerance, what: str, report: Mapping[str, Any] | None = None
+    ) -> None:
         """Raises VerificationError, with the `report`, if the two are further apart than `tolerance`."""
         share = self.largest / max(self.largest_logit, 1e-30)
         if share <= tolerance.logit and self.divergence <= tolerance.divergence:
             return
-        of_logits = f" and a logit difference of {tolerance.logit * self.largest_logit:.3g}" if tolerance.logit < 1 else ""
+        of_logits = (
+            f" and a logit difference of {tolerance.logit * self.largest_logit:.3g}"
+            if tolerance.logit < 1
+            else ""
+        )
         raise VerificationError(
             f"{what} is not the model that was trained: {self}. Tolerated is a KL of {tolerance.divergence:g}{of_logits}. "
             "Nothing was kept; --max-kl allows more, --no-verify leaves this check out",
@@ -139,7 +145,9 @@ def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
     of = "the data" if chosen else "prompts"
     if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
         chosen = _own_texts(loaded)
-    if len({token for text in chosen for token in text}) < FEWEST:  # as of a tokenizer that transformers makes up
+    if (
+        len({token for text in chosen for token in text}) < FEWEST
+    ):  # as of a tokenizer that transformers makes up
         chosen, of = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
     return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, of)
 
@@ -158,13 +166,22 @@ def compare(transcript: Transcript, model: Any) -> Agreement:
         top = max(top, float(trained.abs().max()))
         count, numbers = count + len(divergence), numbers + difference.numel()
     return Agreement(
-        largest, float(sums[0]) / numbers, float(sums[1]) / count, float(sums[2]) / count, count, top, transcript.of
+        largest,
+        float(sums[0]) / numbers,
+        float(sums[1]) / count,
+        float(sums[2]) / count,
+        count,
+        top,
+        transcript.of,
     )
 
 
 def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
     """KL(trained ‖ written) and whether the most likely token is the same, at each place."""
-    rows, others = trained.reshape(-1, trained.shape[-1]).double(), written.reshape(-1, written.shape[-1]).double()
+    rows, others = (
+        trained.reshape(-1, trained.shape[-1]).double(),
+        written.reshape(-1, written.shape[-1]).double(),
+    )
     said, heard = rows.log_softmax(-1), others.log_softmax(-1)
     return (said.exp() * (said - heard)).sum(-1), rows.argmax(-1) == others.argmax(-1)
 
@@ -196,7 +213,9 @@ def _longest(model: Any) -> int:
 def _own_texts(loaded: Loaded) -> list[list[int]]:
     longest = _longest(loaded.model)
     prompts = [prompt_ids(prompt, loaded.tokenizer)[:longest] for prompt in PROMPTS]
-    if is_pair(loaded.model) or not (hasattr(loaded.model, "can_generate") and loaded.model.can_generate()):
+    if is_pair(loaded.model) or not (
+        hasattr(loaded.model, "can_generate") and loaded.model.can_generate()
+    ):
         return prompts
     texts, ends = [], stops(None, loaded.model.generation_config) or None
     for prompt in prompts:
@@ -204,7 +223,14 @@ def _own_texts(loaded: Loaded) -> list[list[int]]:
             texts.append(prompt)
             continue
         ids = torch.tensor([prompt], device=loaded.model.device)
-        with by_own_settings(loaded.model, eos_token_id=ends, pad_token_id=loaded.tokenizer.pad_token_id, do_sample=False):
-            out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room)
+        with by_own_settings(
+            loaded.model,
+            eos_token_id=ends,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            do_sample=False,
+        ):
+            out = loaded.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room
+            )
         texts.append(out[0].tolist())
     return texts

@@ -40,9 +40,15 @@ def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locks.held(path / LOCK, PATIENCE):
-            _write(path, files, [name for name in without if (path / name).exists() or (path / RECORD).exists()])
+            _write(
+                path,
+                files,
+                [name for name in without if (path / name).exists() or (path / RECORD).exists()],
+            )
     except locks.LockTaken as error:
-        raise OutputError(f"cannot write to {path}: {error} is writing there; what was there is unchanged") from None
+        raise OutputError(
+            f"cannot write to {path}: {error} is writing there; what was there is unchanged"
+        ) from None
     except OSError as error:
         begun = (path / RECORD).exists()
         state = "the new files lie there, and count" if begun else "what was there is unchanged"
@@ -50,7 +56,9 @@ def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -
 
 
 def _write(path: Path, files: Mapping[str, bytes], without: Iterable[str]) -> None:
-    temporary: dict[str, str | None] = {name: f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files}
+    temporary: dict[str, str | None] = {
+        name: f".{name}.{uuid.uuid4().hex[:8]}.tmp" for name in files
+    }
     sources = [source for source in temporary.values() if source is not None]
     temporary |= dict.fromkeys(without)
     record: dict[str, str | None] = {RECORD: f".{RECORD}.{uuid.uuid4().hex[:8]}.tmp"}
@@ -111,7 +119,9 @@ def read(path: Path, names: Iterable[str]) -> dict[str, bytes]:
                 if before == {name: _mark(os.fstat(file.fileno())) for name, file in files.items()}:
                     return contents
         time.sleep(attempt / 1000)
-    raise AdapterError(f"{path} is being written all the time; read it when the other process is through")
+    raise AdapterError(
+        f"{path} is being written all the time; read it when the other process is through"
+    )
 
 
 def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[str, T]:
@@ -119,7 +129,9 @@ def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[
     record, found = _recorded(path), dict[str, T]()
     for name in names:
         source = record.get(name, name)
-        for place in () if source is None else dict.fromkeys((source, name)):  # which it may have been renamed to just now
+        for place in (
+            () if source is None else dict.fromkeys((source, name))
+        ):  # which it may have been renamed to just now
             with contextlib.suppress(FileNotFoundError):
                 found[name] = look(path / place)
                 break
@@ -145,7 +157,9 @@ def _recorded(path: Path) -> dict[str, str | None]:
     try:
         with _open(record) as file:
             temporary = dict(json.loads(file.read()))
-        right = bool(temporary) and all(_is_of_a_save(name, source) for name, source in temporary.items())
+        right = bool(temporary) and all(
+            _is_of_a_save(name, source) for name, source in temporary.items()
+        )
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from lorakin.errors import LorakinWarning, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
+from lorakin.inject.adapted import module_at
+from lorakin.inject.parameters import IN_PROJECTIONS, is_attention
+from lorakin.inject.patterns import resolve
+from lorakin.inject.placement import own_weight
 from lorakin.storage.expert_layout import NAMES
-from lorakin.storage.expert_stacks import FIELD, Scale, _set_scale, _taken, _without, scale_at
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.graft import own_weight
-from lorakin.surgery.parameters import IN_PROJECTIONS, is_attention
-from lorakin.surgery.patterns import resolve
+from lorakin.storage.expert_stacks import FIELD, PairScale, _set_scale, _taken, _without, scale_at
 
 IN, OUT = "in_proj_weight.0", "out_proj"
 NESTED = {IN: "", OUT: "base_layer.out_proj."}
@@ -41,12 +41,18 @@ def _owners(model: nn.Module, paths: Collection[str]) -> list[str]:
 
 def are_whole(model: nn.Module, sites: Mapping[str, Method]) -> bool:
     """Whether every attention has both of its parts adapted alike, so that PEFT's form holds just that."""
-    return all(sites.get(f"{owner}.{OUT}") == sites[f"{owner}.{IN}"] for owner in _owners(model, sites))
+    return all(
+        sites.get(f"{owner}.{OUT}") == sites[f"{owner}.{IN}"] for owner in _owners(model, sites)
+    )
 
 
 def written(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], scales: Mapping[str, Scale], prefix: str
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Scale]]:
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, PairScale],
+    prefix: str,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, PairScale]]:
     """The files with attentions as PEFT has them, and the scales of all other pairs, by path."""
     owners = _owners(model, scales)
     if not owners:
@@ -79,13 +85,17 @@ def _nothing(like: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
     return {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": row_norms(weight, B, A).to(m)}
 
 
-def _widened(slots: Mapping[str, Tensor], own: Scale, scale: Scale) -> dict[str, Tensor]:
+def _widened(slots: Mapping[str, Tensor], own: PairScale, scale: PairScale) -> dict[str, Tensor]:
     """A pair of one rank and scale as one of another: zeros beside it, and the rest of the scale in B."""
     factor, more = own.value / scale.value, scale.rank - len(slots["A"])
     if factor == 1 and not more:
         return dict(slots)
     A, B = slots["A"], slots["B"] * factor
-    return {**slots, "A": torch.cat([A, A.new_zeros(more, A.shape[1])]), "B": torch.cat([B, B.new_zeros(len(B), more)], 1)}
+    return {
+        **slots,
+        "A": torch.cat([A, A.new_zeros(more, A.shape[1])]),
+        "B": torch.cat([B, B.new_zeros(len(B), more)], 1),
+    }
 
 
 def read(
@@ -102,13 +112,21 @@ def read(
     """
     end = f".{NESTED[OUT]}{NAMES['A']}"
     owners = [key.removeprefix(prefix).removesuffix(end) for key in tensors if key.endswith(end)]
-    named = tuple(f".{target}" for target in config.get(FIELD) or ())  # there "base_layer." is of what wraps a parameter
-    owners = [one for one in owners if not any(f".{one}.{name}".endswith(named) for name in IN_PROJECTIONS)]
+    named = tuple(
+        f".{target}" for target in config.get(FIELD) or ()
+    )  # there "base_layer." is of what wraps a parameter
+    owners = [
+        one
+        for one in owners
+        if not any(f".{one}.{name}".endswith(named) for name in IN_PROJECTIONS)
+    ]
     owners = [one for one in owners if not one.endswith(".base_layer")]
     if not owners:
         return config, tensors
     left, apart, doubled = dict(tensors), dict[str, Tensor](), list[str]()
-    patterns: dict[str, dict[str, Any]] = {field: dict(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
+    patterns: dict[str, dict[str, Any]] = {
+        field: dict(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")
+    }
     outs = []
     for owner in owners:
         scale = scale_at(config, owner)
@@ -120,7 +138,10 @@ def read(
                 continue
             apart |= _named(f"{prefix}{path}.", slots)
             outs += [path] if part == OUT else []
-            for field, default, value in (("rank_pattern", "r", scale.rank), ("alpha_pattern", "lora_alpha", scale.alpha)):
+            for field, default, value in (
+                ("rank_pattern", "r", scale.rank),
+                ("alpha_pattern", "lora_alpha", scale.alpha),
+            ):
                 if resolve(patterns[field], path, config.get(default, 8)) != value:
                     patterns[field] = {f"^{re.escape(path)}": value} | patterns[field]
     if doubled and not is_ours:

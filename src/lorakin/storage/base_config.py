@@ -71,5 +71,7 @@ def _is_same(then: Any, now: Any) -> bool:
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(map(_is_same, then, now))
     if isinstance(then, int | float) and isinstance(now, int | float):
-        return then == now or (abs(then) < 2**63 and abs(now) < 2**63 and math.isclose(then, now, rel_tol=CLOSE))
+        return then == now or (
+            abs(then) < 2**63 and abs(now) < 2**63 and math.isclose(then, now, rel_tol=CLOSE)
+        )
     return bool(then == now)

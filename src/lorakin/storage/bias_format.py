@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.surgery.biases import ADAPTED, ALL, NONE, adapted_modules, bias_of
-from lorakin.surgery.experts import ExpertMatrix
+from lorakin.inject.biases import ADAPTED, ALL, NONE, adapted_modules, bias_of
+from lorakin.inject.experts import ExpertMatrix
 
 ONLY = "_only"
 WRAPPED = re.compile(r"(.+?)\.((?:base_layer\.)*)(?:lora|vera)_")
@@ -54,7 +54,9 @@ def check(config: Mapping[str, Any], where: str) -> None:
     """Raise `AdapterError` if the config's `bias` is no word of PEFT's."""
     which = config.get("bias") or NONE
     if which not in (NONE, ALL) and not (isinstance(which, str) and which.endswith(ONLY)):
-        raise AdapterError(f"{where}: its config says bias={which!r}; expected none, all or {ADAPTED}")
+        raise AdapterError(
+            f"{where}: its config says bias={which!r}; expected none, all or {ADAPTED}"
+        )
 
 
 def without_doubles(config: Mapping[str, Any], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,13 +90,19 @@ def split(
         module = modules.get(path) if name.endswith(".bias") else None
         if module is not None and bias_of(module) is not None:
             found[path] = tensor
-        elif module is None or "bias" not in module._buffers:  # "all" writes buffers of that name too
+        elif (
+            module is None or "bias" not in module._buffers
+        ):  # "all" writes buffers of that name too
             left[name] = tensor
     whole = tuple(f"{path}." for path in copies)
     biases: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     for path, module in modules.items():
-        own = None if isinstance(module, ExpertMatrix) or f"{path}.".startswith(whole) else bias_of(module)
+        own = (
+            None
+            if isinstance(module, ExpertMatrix) or f"{path}.".startswith(whole)
+            else bias_of(module)
+        )
         if own is None:
             continue
         if path in found:
@@ -104,10 +112,16 @@ def split(
         elif id(own) in made:
             biases[path] = made[id(own)]
     owners = {id(bias_of(modules[path])) for path in biases}
-    wanted = {path: bias_of(m) for path, m in modules.items() if path in adapted or (which == ALL and not _in(path, whole))}
+    wanted = {
+        path: bias_of(m)
+        for path, m in modules.items()
+        if path in adapted or (which == ALL and not _in(path, whole))
+    }
     lacking = [p for p, own in wanted.items() if own is not None and id(own) not in owners]
     if lacking:
-        raise AdapterError(f"{where}: its config says bias={which!r}, but it lacks the biases of {some(lacking)}")
+        raise AdapterError(
+            f"{where}: its config says bias={which!r}, but it lacks the biases of {some(lacking)}"
+        )
     return biases, left
 
 

@@ -17,12 +17,20 @@ from typing import Any
 import torch
 
 from lorakin.errors import AdapterError
+from lorakin.inject.counts import parameter_counts, tensors_of, trained_by_method
+from lorakin.inject.description import (
+    biases_in_words,
+    count,
+    in_words,
+    listed,
+    module_names,
+    ranks_in_words,
+    share,
+)
+from lorakin.inject.placement import Graft
+from lorakin.inject.quantised import is_quantised
+from lorakin.inject.status import own_class
 from lorakin.storage import files
-from lorakin.surgery.counts import parameter_counts, tensors_of, trained_by_method
-from lorakin.surgery.graft import Graft
-from lorakin.surgery.quantised import is_quantised
-from lorakin.surgery.status import own_class
-from lorakin.surgery.words import biases_in_words, count, in_words, listed, module_names, ranks_in_words, share
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -41,7 +49,11 @@ LONGEST = 300
 
 
 def content(
-    graft: Graft, config: Mapping[str, Any], notes: Mapping[str, object], home: str | None = None, converted: bool = False
+    graft: Graft,
+    config: Mapping[str, Any],
+    notes: Mapping[str, object],
+    home: str | None = None,
+    converted: bool = False,
 ) -> str:
     """The card of an adapter; the same for the same adapter, base and versions.
 
@@ -99,12 +111,14 @@ def base_id(graft: Graft) -> str | None:
     name, config = getattr(graft.model, "name_or_path", None), getattr(graft.model, "config", None)
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
-    fetched = getattr(config, "_commit_hash", None)  # which transformers sets when it has asked the hub
+    fetched = getattr(
+        config, "_commit_hash", None
+    )  # which transformers sets when it has asked the hub
     return name if "/" in name or fetched else None
 
 
 def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
-    words, plan = graft.method.words, graft.plan
+    words, plan = graft.method.words, graft.placement
     base, name = base_id(graft), getattr(graft.model, "name_or_path", None)
     kind = own_class(graft.model)
     if base:
@@ -120,10 +134,15 @@ def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
         f"# {'An' if words[:1] in 'aeiou' else 'A'} {words} adapter",
         "",
         f"- **Base model:** {said} ({_code(kind.__name__)}{packed})",
-        f"- **Method:** {_plain(in_words(graft.method))}" + (f", of {ranks}" if " to " in ranks else ""),
-        f"- **Adapted:** {count(len(plan.sites), 'module')}" + _of(module_names(plan.sites)),
+        f"- **Method:** {_plain(in_words(graft.method))}"
+        + (f", of {ranks}" if " to " in ranks else ""),
+        f"- **Adapted:** {count(len(plan.methods), 'module')}" + _of(module_names(plan.methods)),
         *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
-        *([f"- **Biases:** {biases_in_words(graft)} in place of the base's"] if plan.biases else []),
+        *(
+            [f"- **Biases:** {biases_in_words(graft)} in place of the base's"]
+            if plan.biases
+            else []
+        ),
         f"- **Trained:** {share(trained, total)}, kept in {', '.join(dtypes)}",
         *(f"- **{_plain(heading)}:** {_plain(str(text))}" for heading, text in notes.items()),
         f"- **Versions:** {', '.join(_versions(kind))}",
@@ -149,10 +168,15 @@ def _versions(kind: type) -> list[str]:
 
 def _is_transformers(kind: type) -> bool:
     """Whether others find the class under its name in transformers."""
-    return kind.__module__.startswith("transformers.") and getattr(sys.modules["transformers"], kind.__name__, None) is kind
+    return (
+        kind.__module__.startswith("transformers.")
+        and getattr(sys.modules["transformers"], kind.__name__, None) is kind
+    )
 
 
-def _loading(graft: Graft, config: Mapping[str, Any], home: str | None, converted: bool) -> list[str]:
+def _loading(
+    graft: Graft, config: Mapping[str, Any], home: str | None, converted: bool
+) -> list[str]:
     here = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
     base = _base_in_code(graft, config)
     return [
@@ -182,19 +206,35 @@ def _base_in_code(graft: Graft, config: Mapping[str, Any]) -> list[str]:
     if not _is_transformers(kind):
         return ["", "model = ...  # the base model, made as it was for training", ""]
     labels = getattr(getattr(graft.model, "config", None), "num_labels", None)
-    more = f", num_labels={labels:d}" if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and isinstance(labels, int) else ""
+    more = (
+        f", num_labels={labels:d}"
+        if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and isinstance(labels, int)
+        else ""
+    )
     source = base_id(graft) or "path/to/the/base/model"
-    return [f"from transformers import {kind.__name__}", "", f'model = {kind.__name__}.from_pretrained("{source}"{more})']
+    return [
+        f"from transformers import {kind.__name__}",
+        "",
+        f'model = {kind.__name__}.from_pretrained("{source}"{more})',
+    ]
 
 
 def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
     """What to know of PEFT, after its name."""
-    experts, dora, kind = config.get("target_parameters"), config.get("use_dora"), config["peft_type"]
+    experts, dora, kind = (
+        config.get("target_parameters"),
+        config.get("use_dora"),
+        config["peft_type"],
+    )
     if experts and dora:
         return ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter that it takes:"
     said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
     said += ", and only lorakin trains on with this method" if converted else ""
-    return f"{said}; experts in one parameter need a recent version, 0.21 was tried:" if experts else f"{said}:"
+    return (
+        f"{said}; experts in one parameter need a recent version, 0.21 was tried:"
+        if experts
+        else f"{said}:"
+    )
 
 
 def _code(text: object) -> str:

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning, StateError, some
 from lorakin.family.pair import is_sharded
+from lorakin.inject.adapted import module_at
+from lorakin.inject.biases import bias_of
+from lorakin.inject.placement import Graft
+from lorakin.inject.tokens import base_rows, ids_at
 from lorakin.storage import atomic, card, peft_format, texts
 from lorakin.storage.fingerprint import difference, fingerprint
 from lorakin.storage.own_part import (
@@ -43,10 +47,6 @@ from lorakin.storage.own_part import (
     unsound,
 )
 from lorakin.storage.pickles import tensors_of
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.biases import bias_of
-from lorakin.surgery.graft import Graft
-from lorakin.surgery.tokens import base_rows, ids_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +74,26 @@ class Files:
         Raises:
             AdapterError: also if the adapter remembers another base, unless `other_base`.
         """
-        contents = peft_format.from_files(model, self.config, self.tensors, self.own, str(self.path))
+        contents = peft_format.from_files(
+            model, self.config, self.tensors, self.own, str(self.path)
+        )
         self.check()
         remembered = None if other_base else self.base
-        here = fingerprint(model, ids_at(contents.plan.tokens)) if remembered else {}
+        here = fingerprint(model, ids_at(contents.placement.tokens)) if remembered else {}
         if remembered and (apart := difference(remembered, here)):
-            random = "Rows that a resize added are random where the adapter does not train them. " if contents.rows else ""
+            random = (
+                "Rows that a resize added are random where the adapter does not train them. "
+                if contents.rows
+                else ""
+            )
             raise AdapterError(
                 f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
                 "say so with other_base=True or --other-base"
             )
         for said in texts.differences(remembered or {}, here):
-            message = f"{self.path}: {said} than when the adapter was made, so it may answer otherwise"
+            message = (
+                f"{self.path}: {said} than when the adapter was made, so it may answer otherwise"
+            )
             warnings.warn(message, LorakinWarning, stacklevel=4)
         return contents
 
@@ -93,11 +101,15 @@ class Files:
         """Raise `AdapterError` if `lorakin.json` or PEFT's config beside it are not as written, once nothing more is wrong."""
         if not self.beside.is_sound:
             raise unsound(self.path)
-        if self.beside.config is not None and (error := disagreement(self.path, self.beside.config, self.config)):
+        if self.beside.config is not None and (
+            error := disagreement(self.path, self.beside.config, self.config)
+        ):
             raise error
 
 
-def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None) -> Path:
+def save(
+    graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None
+) -> Path:
     """Write the adapter into the directory `path`, made if need be, all of its files or none.
 
     Among them is a model card, README.md, unless a person's is there. `notes` and `home` are for it: see `card.content`.
@@ -108,8 +120,11 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
     graft.check_sizes()
     form = peft_format.native_form(graft)
     config, tensors = peft_format.to_files(graft, form)
-    files = {TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: _json(config)}
-    method = graft.plan.method
+    files = {
+        TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        CONFIG: _json(config),
+    }
+    method = graft.placement.method
     more: dict[str, Tensor] = {}
     own: dict[str, Any] = {
         "format": FORMAT,
@@ -118,16 +133,16 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
         "config": meaning(config),
     }
     if form is None:
-        sites = {at: graft.tensors_at(at) for at in graft.plan.sites}
-        own["patterns"] = [dict(graft.plan.rank_pattern), dict(graft.plan.alpha_pattern)]
+        sites = {at: graft.tensors_at(at) for at in graft.placement.methods}
+        own["patterns"] = [dict(graft.placement.rank_pattern), dict(graft.placement.alpha_pattern)]
         own["tensors"] = packed(sites, "tensors", more, {})
     elif shared := peft_format.shared_tensors(graft, form):
         own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model, ids_at(graft.plan.tokens), again=True)
+    own["base"] = fingerprint(graft.model, ids_at(graft.placement.tokens), again=True)
     if moved := graft.moved_buffers():
         own["buffers"] = packed(moved, "buffers", more, {})
-    if graft.plan.copies:
-        own["whole"] = list(graft.plan.copies)
+    if graft.placement.copies:
+        own["whole"] = list(graft.placement.copies)
     if graft.rules is not None:
         own["state"] = packed(graft.state(), "state", more, {})
     if more:
@@ -137,7 +152,9 @@ def save(graft: Graft, path: Path, notes: Mapping[str, object] | None = None, ho
     text = card.content(graft, config, notes or {}, home, converted=form is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
-    atomic.write(path, files, without=[] if more else [OWN_TENSORS])  # of an adapter that was there before
+    atomic.write(
+        path, files, without=[] if more else [OWN_TENSORS]
+    )  # of an adapter that was there before
     return path
 
 
@@ -157,7 +174,12 @@ def read(path: Path) -> Files:
         raise AdapterError(f"{path} cannot be read ({error})") from None
     if CONFIG not in found:
         raise no_json(path / CONFIG)
-    return Files(path, parsed(path / CONFIG, found[CONFIG]), _read_tensors(path, found), read_beside(path, found))
+    return Files(
+        path,
+        parsed(path / CONFIG, found[CONFIG]),
+        _read_tensors(path, found),
+        read_beside(path, found),
+    )
 
 
 def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
@@ -206,16 +228,26 @@ def check_trained(graft: Graft) -> None:
             LorakinWarning,
             stacklevel=3,
         )
-    whole = [path for path in graft.plan.copies if graft.is_fresh and graft.steps and _is_the_bases(graft, path)]
+    whole = [
+        path
+        for path in graft.placement.copies
+        if graft.is_fresh and graft.steps and _is_the_bases(graft, path)
+    ]
     if whole:
         warnings.warn(
             f"adapter {graft.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it",
             LorakinWarning,
             stacklevel=3,
         )
-    for path, rows in base_rows(graft.model, graft.plan.tokens if graft.is_fresh and graft.steps else {}).items():
+    for path, rows in base_rows(
+        graft.model, graft.placement.tokens if graft.is_fresh and graft.steps else {}
+    ).items():
         same = (graft.rows_at(path).to(rows) == rows).all(1).tolist()
-        if still := [str(n) for n, unmoved in zip(graft.plan.tokens[path].ids, same, strict=True) if unmoved]:
+        if still := [
+            str(n)
+            for n, unmoved in zip(graft.placement.tokens[path].ids, same, strict=True)
+            if unmoved
+        ]:
             warnings.warn(
                 f"adapter {graft.name!r} trains rows of {path} that are exactly the base's: training never met the tokens "
                 f"{some(still)}",
@@ -223,7 +255,12 @@ def check_trained(graft: Graft) -> None:
                 stacklevel=3,
             )
     own = graft.biases()
-    if graft.is_fresh and graft.steps and own and all(_is_the_bases_bias(graft, path, bias) for path, bias in own.items()):
+    if (
+        graft.is_fresh
+        and graft.steps
+        and own
+        and all(_is_the_bases_bias(graft, path, bias) for path, bias in own.items())
+    ):
         warnings.warn(
             f"adapter {graft.name!r} trains {some(f'the bias of {path}' for path in own)}, but each is exactly the base's: "
             "training never reached them",
@@ -233,7 +270,11 @@ def check_trained(graft: Graft) -> None:
     reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
-        share = "every module" if len(still) == len(graft.plan.sites) else f"{len(still)} of {len(graft.plan.sites)} modules"
+        share = (
+            "every module"
+            if len(still) == len(graft.placement.methods)
+            else f"{len(still)} of {len(graft.placement.methods)} modules"
+        )
         warnings.warn(
             f"adapter {graft.name!r} changes nothing in {share} ({still[0]}, …): the change is exactly zero there, so "
             "training never reached it",
@@ -244,7 +285,10 @@ def check_trained(graft: Graft) -> None:
 
 def _is_the_bases(graft: Graft, path: str) -> bool:
     base = module_at(graft.model, path).state_dict()
-    return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in graft.copy_of(path).state_dict().items())
+    return all(
+        torch.equal(tensor, base[key].to(tensor))
+        for key, tensor in graft.copy_of(path).state_dict().items()
+    )
 
 
 def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
@@ -255,14 +299,28 @@ def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
 
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
-    site = graft.site(path)
+    site = graft.branch(path)
     if not any(role.trained for role in site.roles().values()):
         return False  # meant to
     bias = graft.biases().get(path)
     if bias is not None and not _is_the_bases_bias(graft, path, bias):
         return False
     pair = site.method.low_rank(site.wide(), site.shape)
-    return not pair.up.is_meta and bool(pair.down.numel()) and not (bool(pair.up.any()) and bool(pair.down.any()))
+    return (
+        not pair.up.is_meta
+        and bool(pair.down.numel())
+        and not (bool(pair.up.any()) and bool(pair.down.any()))
+    )
 
 
-__all__ = ["CONFIG", "OLD_TENSORS", "OWN", "OWN_TENSORS", "TENSORS", "Files", "check_trained", "read", "save"]
+__all__ = [
+    "CONFIG",
+    "OLD_TENSORS",
+    "OWN",
+    "OWN_TENSORS",
+    "TENSORS",
+    "Files",
+    "check_trained",
+    "read",
+    "save",
+]

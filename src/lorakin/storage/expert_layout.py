@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.family.pair import whole_shape
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import is_transposed, says_transposed
+from lorakin.inject.adapted import module_at
+from lorakin.inject.experts import is_transposed, says_transposed
 
 VERSION = "peft_version"
 WRITTEN = "0.19.1"
@@ -32,7 +32,9 @@ NESTED = "base_layer."
 def is_turned(owner: nn.Module, name: str, last: bool | None) -> bool:
     """Whether a stack's pairs are those of the transposed matrices, PEFT having taken its inputs for outputs."""
     parameter = owner._parameters[name]
-    return parameter is not None and len(whole_shape(parameter)) == 3 and last == is_transposed(owner)
+    return (
+        parameter is not None and len(whole_shape(parameter)) == 3 and last == is_transposed(owner)
+    )
 
 
 def takes_last(owner: nn.Module, version: Any) -> bool | None:
@@ -41,13 +43,20 @@ def takes_last(owner: nn.Module, version: Any) -> bool | None:
     if number is None:
         return None
     release, says = tuple(map(int, number.groups()[:3])), bool(says_transposed(owner))
-    if number["rest"] and (0, 18) <= release < (0, 20):  # between two releases, on either side of a change
+    if number["rest"] and (0, 18) <= release < (
+        0,
+        20,
+    ):  # between two releases, on either side of a change
         return None
     return False if release < (0, 19) else says if release == (0, 19, 0) else not says
 
 
 def layout(
-    model: nn.Module, owners: Iterable[tuple[str, list[str]]], tensors: Mapping[str, Tensor], version: Any, prefix: str
+    model: nn.Module,
+    owners: Iterable[tuple[str, list[str]]],
+    tensors: Mapping[str, Tensor],
+    version: Any,
+    prefix: str,
 ) -> dict[str, bool | None]:
     """Owner → whether the file takes the last side of its stacks for the inputs: by shapes, else by the version of PEFT."""
     told: dict[bool, set[bool]] = {True: set(), False: set()}
@@ -56,7 +65,12 @@ def layout(
         for depth, name in enumerate(reversed(names)):
             A = tensors.get(f"{prefix}{owner}.{NESTED * depth}{NAMES['A']}")
             _, *sides = whole_shape(modules[owner]._parameters[name])  # type: ignore[arg-type]
-            if A is not None and A.dim() == len(sides) == 2 and sides[0] != sides[1] and A.shape[1] in sides:
+            if (
+                A is not None
+                and A.dim() == len(sides) == 2
+                and sides[0] != sides[1]
+                and A.shape[1] in sides
+            ):
                 told[bool(says_transposed(modules[owner]))].add(A.shape[1] == sides[1])
     found = {}
     for owner, module in modules.items():
@@ -65,7 +79,9 @@ def layout(
     return found
 
 
-def turns(model: nn.Module, owner: str, name: str, last: bool | None, version: Any, where: str) -> bool:
+def turns(
+    model: nn.Module, owner: str, name: str, last: bool | None, version: Any, where: str
+) -> bool:
     """`is_turned` of a stack that is read; raises `AdapterError` if nothing tells."""
     module = module_at(model, owner)
     if last is None and len(whole_shape(module._parameters[name])) == 3:  # type: ignore[arg-type]

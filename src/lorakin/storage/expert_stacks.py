@@ -22,18 +22,27 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method
 from lorakin.family.dora import row_norms
-from lorakin.storage.expert_layout import NAMES, NESTED, VERSION, WRITTEN, is_turned, layout, takes_last, turns
-from lorakin.surgery import parameters
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.experts import ExpertMatrix, count, stack_names
-from lorakin.surgery.graft import own_weight
-from lorakin.surgery.patterns import resolve
-from lorakin.surgery.targets import for_stacks
+from lorakin.inject import parameters
+from lorakin.inject.adapted import module_at
+from lorakin.inject.experts import ExpertMatrix, count, stack_names
+from lorakin.inject.patterns import resolve
+from lorakin.inject.placement import own_weight
+from lorakin.inject.targets import for_stacks
+from lorakin.storage.expert_layout import (
+    NAMES,
+    NESTED,
+    VERSION,
+    WRITTEN,
+    is_turned,
+    layout,
+    takes_last,
+    turns,
+)
 
 FIELD = "target_parameters"
 
 
-class Scale(NamedTuple):
+class PairScale(NamedTuple):
     """The rank and alpha of a pair, and how they make its scale."""
 
     rank: int
@@ -46,21 +55,27 @@ class Scale(NamedTuple):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def scale_of(method: Method) -> Scale:
+def scale_of(method: Method) -> PairScale:
     """What a method says of its pair; of one that has no such settings, nothing that is ever read."""
     pair = method.parametrisation
-    return Scale(getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False))
+    return PairScale(
+        getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False)
+    )
 
 
-def scale_at(config: Mapping[str, Any], path: str) -> Scale:
+def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
     """What a config of PEFT's says of the pair at `path`."""
     rank = resolve(config.get("rank_pattern") or {}, path, config.get("r", 8))
     alpha = resolve(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
-    return Scale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))
+    return PairScale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))
 
 
 def stacked(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], scales: Mapping[str, Scale], prefix: str
+    model: nn.Module,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, PairScale],
+    prefix: str,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of an adapter with the pairs of experts put together as PEFT has them; others stay as they are.
 
@@ -73,7 +88,12 @@ def stacked(
             owners.setdefault(owner, {}).setdefault(name, {})[int(number)] = path
     if not owners:
         return dict(config), dict(tensors)
-    paths = {path for stacks in owners.values() for matrices in stacks.values() for path in matrices.values()}
+    paths = {
+        path
+        for stacks in owners.values()
+        for matrices in stacks.values()
+        for path in matrices.values()
+    }
     config = _without(config, paths)
     done, left, adapted, depths = dict[str, Tensor](), dict(tensors), list[str](), dict[str, int]()
     for owner, stacks in owners.items():
@@ -81,15 +101,31 @@ def stacked(
         depths[owner] = len(names)
         for depth, name in enumerate(reversed(names)):
             there = {n: _taken(left, f"{prefix}{path}.") for n, path in stacks[name].items()}
-            matrices = [module_at(model, f"{owner}.{name}.{n}") for n in range(experts_in(model, f"{owner}.{name}"))]
-            if is_turned(module_at(model, owner), name, takes_last(module_at(model, owner), WRITTEN)):
+            matrices = [
+                module_at(model, f"{owner}.{name}.{n}")
+                for n in range(experts_in(model, f"{owner}.{name}"))
+            ]
+            if is_turned(
+                module_at(model, owner), name, takes_last(module_at(model, owner), WRITTEN)
+            ):
                 there = {number: _turned(slots) for number, slots in there.items()}
-            scale, together = _together(there, {n: scales[path] for n, path in stacks[name].items()}, matrices)
-            done |= {f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor for slot, tensor in together.items()}
+            scale, together = _together(
+                there, {n: scales[path] for n, path in stacks[name].items()}, matrices
+            )
+            done |= {
+                f"{prefix}{owner}.{NESTED * depth}{NAMES[slot]}": tensor
+                for slot, tensor in together.items()
+            }
             _set_scale(config, f"{owner}.{name}", scale)
         adapted += [f"{owner}.{name}" for name in names]
-    wrapped = {_keyed(_wrapped, key, depths, prefix): tensor for key, tensor in (left | done).items()}
-    said = {FIELD: adapted, VERSION: WRITTEN, "lora_dropout": 0.0}  # of dropout there PEFT will hear nothing
+    wrapped = {
+        _keyed(_wrapped, key, depths, prefix): tensor for key, tensor in (left | done).items()
+    }
+    said = {
+        FIELD: adapted,
+        VERSION: WRITTEN,
+        "lora_dropout": 0.0,
+    }  # of dropout there PEFT will hear nothing
     return {**config, **said}, wrapped
 
 
@@ -113,7 +149,10 @@ def _wrapped(path: str, depths: Mapping[str, int]) -> str:
     """The path in PEFT's model, where an owner's parts lie inside what wraps it, one deeper for each of its parameters."""
     inner = path
     for owner, depth in sorted(depths.items(), key=lambda item: -len(item[0])):
-        if path.startswith(f"{owner}.") and path.removeprefix(f"{owner}.").replace(NESTED, "") not in NAMES.values():
+        if (
+            path.startswith(f"{owner}.")
+            and path.removeprefix(f"{owner}.").replace(NESTED, "") not in NAMES.values()
+        ):
             inner = f"{owner}.{NESTED * depth}{inner[len(owner) + 1 :]}"
     return inner
 
@@ -134,17 +173,25 @@ def experts_in(model: nn.Module, stack: str) -> int:
 
 def _turned(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the transposed change, (B·A)ᵀ = Aᵀ·Bᵀ."""
-    return {**slots, "A": slots["B"].T, "B": slots["A"].T} if {"A", "B"} <= slots.keys() else dict(slots)
+    return (
+        {**slots, "A": slots["B"].T, "B": slots["A"].T}
+        if {"A", "B"} <= slots.keys()
+        else dict(slots)
+    )
 
 
 def _taken(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     """The tensors of one module by slot, taken out of `tensors`."""
-    return {slot: tensors.pop(start + name) for slot, name in NAMES.items() if start + name in tensors}
+    return {
+        slot: tensors.pop(start + name) for slot, name in NAMES.items() if start + name in tensors
+    }
 
 
 def _together(
-    there: Mapping[int, Mapping[str, Tensor]], scales: Mapping[int, Scale], matrices: list[nn.Module]
-) -> tuple[Scale, dict[str, Tensor]]:
+    there: Mapping[int, Mapping[str, Tensor]],
+    scales: Mapping[int, PairScale],
+    matrices: list[nn.Module],
+) -> tuple[PairScale, dict[str, Tensor]]:
     """The tensors of one stack, of the highest rank that one of its experts has, and their scale."""
     scale = max(scales.values(), key=lambda one: one.rank)
     some_A, some_B = next((slots["A"], slots["B"]) for slots in there.values())
@@ -159,7 +206,8 @@ def _together(
     if any("m" in slots for slots in there.values()):
         nothing = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[2])
         lengths = [
-            there[n]["m"] if n in there else row_norms(own_weight(matrix), *nothing) for n, matrix in enumerate(matrices)
+            there[n]["m"] if n in there else row_norms(own_weight(matrix), *nothing)
+            for n, matrix in enumerate(matrices)
         ]
         parts["m"] = torch.stack([length.to(up) for length in lengths])
     return scale, parts
@@ -168,18 +216,30 @@ def _together(
 def _without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
     """The config without what it says of these modules one by one."""
     single = {f"^{re.escape(path)}" for path in paths}
-    rest = {**config, "target_modules": [path for path in config["target_modules"] if path not in paths]}
+    rest = {
+        **config,
+        "target_modules": [path for path in config["target_modules"] if path not in paths],
+    }
     for field in ("rank_pattern", "alpha_pattern"):
-        rest[field] = {key: value for key, value in rest.get(field, {}).items() if key not in single}
-    return {field: value for field, value in rest.items() if value or not field.endswith("_pattern")}
+        rest[field] = {
+            key: value for key, value in rest.get(field, {}).items() if key not in single
+        }
+    return {
+        field: value for field, value in rest.items() if value or not field.endswith("_pattern")
+    }
 
 
-def _set_scale(config: dict[str, Any], stack: str, scale: Scale) -> None:
+def _set_scale(config: dict[str, Any], stack: str, scale: PairScale) -> None:
     """Let `config` say this rank and alpha of a stack."""
-    for field, usual, value in (("rank_pattern", "r", scale.rank), ("alpha_pattern", "lora_alpha", scale.alpha)):
+    for field, usual, value in (
+        ("rank_pattern", "r", scale.rank),
+        ("alpha_pattern", "lora_alpha", scale.alpha),
+    ):
         patterns = config.get(field, {})
         if resolve(patterns, stack, config[usual]) != value:
-            config[field] = {f"^{re.escape(stack)}": int(value) if float(value).is_integer() else value} | patterns
+            config[field] = {
+                f"^{re.escape(stack)}": int(value) if float(value).is_integer() else value
+            } | patterns
 
 
 def unstacked(
@@ -209,7 +269,9 @@ def unstacked(
     if model is not None:
         owners = list(_owners_in(model, targets, where))
     else:
-        owners = list(_owners_by(tensors, targets, config.get("target_modules") or (), where, prefix))
+        owners = list(
+            _owners_by(tensors, targets, config.get("target_modules") or (), where, prefix)
+        )
     depths = {owner: len(names) for owner, names in owners}
     left = {_keyed(_unwrapped, key, depths, prefix): tensor for key, tensor in tensors.items()}
     last: dict[str, bool | None] = {}
@@ -222,16 +284,28 @@ def unstacked(
                 raise _otherwise_named(model, elsewhere, owner, where)
             stacks.append(stack)
             experts = None if model is None else experts_in(model, stack)
-            turned = model is not None and turns(model, owner, name, last[owner], config.get(VERSION), where)
-            for number, own in enumerate(_apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")):
+            turned = model is not None and turns(
+                model, owner, name, last[owner], config.get(VERSION), where
+            )
+            for number, own in enumerate(
+                _apart(slots, scale_at(config, stack).rank, experts, f"{where}: {stack}")
+            ):
                 path = f"{stack}.{number}"
                 own = _turned(own) if turned else own
                 if known is None or path in known or own["B"].any():
-                    apart |= {f"{prefix}{path}.{NAMES[slot]}": tensor for slot, tensor in own.items()}
-    counts = Counter(key.removeprefix(prefix).rsplit(".", 3)[0] for key in apart if key.endswith(NAMES["A"]))
+                    apart |= {
+                        f"{prefix}{path}.{NAMES[slot]}": tensor for slot, tensor in own.items()
+                    }
+    counts = Counter(
+        key.removeprefix(prefix).rsplit(".", 3)[0] for key in apart if key.endswith(NAMES["A"])
+    )
     changed = {}
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = {key: value for key, value in (config.get(field) or {}).items() if not _is_of_one(key, stacks, counts)}
+        patterns = {
+            key: value
+            for key, value in (config.get(field) or {}).items()
+            if not _is_of_one(key, stacks, counts)
+        }
         changed[field] = for_stacks(patterns, stacks)
     return {**config, FIELD: None, **changed}, left | apart
 
@@ -239,7 +313,11 @@ def unstacked(
 def _elsewhere(tensors: Iterable[str], owner: str, prefix: str) -> str | None:
     """The path of the same experts in the file, if it begins otherwise than `owner`."""
     for key in tensors:
-        path = key.removeprefix(prefix).removesuffix(f".{NAMES['A']}").replace(f".{NESTED.rstrip('.')}", "")
+        path = (
+            key.removeprefix(prefix)
+            .removesuffix(f".{NAMES['A']}")
+            .replace(f".{NESTED.rstrip('.')}", "")
+        )
         if (
             key.endswith(NAMES["A"])
             and path != owner
@@ -260,26 +338,36 @@ def _is_of_one(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bo
     """Whether a pattern matches single experts of a stack and not the stack, so that it means nothing to PEFT."""
     one = {key: 1.0}
     return any(
-        not resolve(one, stack, 0.0) and any(resolve(one, f"{stack}.{n}", 0.0) for n in range(counts[stack]))
+        not resolve(one, stack, 0.0)
+        and any(resolve(one, f"{stack}.{n}", 0.0) for n in range(counts[stack]))
         for stack in stacks
     )
 
 
-def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterator[tuple[str, list[str]]]:
+def _owners_in(
+    model: nn.Module, targets: Collection[str], where: str
+) -> Iterator[tuple[str, list[str]]]:
     """The modules that own the parameters, and the names of those in the order in which PEFT wraps them."""
     taken = set[str]()
     for path, module in model.named_modules():
-        hits = {name: {t for t in targets if f".{path}.{name}".endswith(f".{t}")} for name in module._parameters}
+        hits = {
+            name: {t for t in targets if f".{path}.{name}".endswith(f".{t}")}
+            for name in module._parameters
+        }
         hits = {name: by for name, by in hits.items() if by}
         names = [name for name in parameters.names(module) if name in hits]
         if wrong := sorted(hits.keys() - set(names)):
-            raise AdapterError(f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no matrix and no stack of them")
+            raise AdapterError(
+                f"{where}: it adapts the parameter {path}.{wrong[0]}, which is no matrix and no stack of them"
+            )
         taken |= set[str]().union(*hits.values())
         if names:
             yield path, names
     if missing := sorted(set(targets) - taken):
         owners = (
-            (missing[0].rpartition(".")[0], path) for path, module in model.named_modules() if path and stack_names(module)
+            (missing[0].rpartition(".")[0], path)
+            for path, module in model.named_modules()
+            if path and stack_names(module)
         )
         if named := next((two for two in owners if two[0].endswith(f".{two[1]}")), None):
             raise _otherwise_named(model, *named, where)
@@ -290,7 +378,11 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Iterat
 
 
 def _owners_by(
-    tensors: Iterable[str], targets: Collection[str], modules: Container[str], where: str, prefix: str
+    tensors: Iterable[str],
+    targets: Collection[str],
+    modules: Container[str],
+    where: str,
+    prefix: str,
 ) -> Iterator[tuple[str, list[str]]]:
     """The same from the tensors' keys alone, in the order that every model of transformers has: down_proj is the last.
 
@@ -309,10 +401,14 @@ def _owners_by(
         if len(names) == depth:
             yield holder, sorted(names, key=lambda name: (name.startswith("down"), order[name]))
         elif names:
-            raise AdapterError(f"{where}: without its base it cannot be told which parameters of {holder} it adapts")
+            raise AdapterError(
+                f"{where}: without its base it cannot be told which parameters of {holder} it adapts"
+            )
 
 
-def _apart(slots: Mapping[str, Tensor], rank: int, experts: int | None, where: str) -> Iterator[dict[str, Tensor]]:
+def _apart(
+    slots: Mapping[str, Tensor], rank: int, experts: int | None, where: str
+) -> Iterator[dict[str, Tensor]]:
     """The tensors of each expert of one stack; as many as fit if it is not known how many there are."""
     if missing := [NAMES[slot] for slot in ("A", "B") if slot not in slots]:
         raise AdapterError(f"{where} lacks {', '.join(missing)}")
@@ -321,7 +417,9 @@ def _apart(slots: Mapping[str, Tensor], rank: int, experts: int | None, where: s
     fits = A.dim() == B.dim() == 2 and rank > 0 and len(A) == B.shape[1] == rank * there
     if not fits or (m is not None and m.shape != (there, len(B))):
         shapes = ", ".join(f"{NAMES[slot]} {tuple(tensor.shape)}" for slot, tensor in slots.items())
-        raise AdapterError(f"{where}: {shapes} are no pairs of rank {rank} for {experts or 'any number of'} experts")
+        raise AdapterError(
+            f"{where}: {shapes} are no pairs of rank {rank} for {experts or 'any number of'} experts"
+        )
     downs, ups = A.view(there, rank, -1), B.view(len(B), rank, there)
     for number in range(there):
         own = {"A": downs[number], "B": ups[..., number]}

@@ -52,8 +52,18 @@ def appending(path: Path) -> BinaryIO:
         OutputError: it is a link, or cannot be opened.
     """
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        flags = (
+            os.O_WRONLY
+            | os.O_APPEND
+            | os.O_CREAT
+            | getattr(os, "O_NOFOLLOW", 0)
+            | getattr(os, "O_BINARY", 0)
+        )
         return open(os.open(path, flags, 0o666), "ab")
     except OSError as error:
-        reason = "it is a link, which is not written through" if path.is_symlink() else error.strerror or error
+        reason = (
+            "it is a link, which is not written through"
+            if path.is_symlink()
+            else error.strerror or error
+        )
         raise OutputError(f"cannot write to {path}: {reason}") from error

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.inject.adapted import module_at
+from lorakin.inject.placement import own_parameters
+from lorakin.inject.quantised import is_quantised, rows_of, shape_of
 from lorakin.storage import base_config, sums, texts
-from lorakin.surgery.adapted import module_at
-from lorakin.surgery.graft import own_parameters
-from lorakin.surgery.quantised import is_quantised, rows_of, shape_of
 
 NUMBERS, PACKED = 4, "packed"
 LABELS = "labels"
@@ -36,7 +36,9 @@ FEW_BITS = 0.5
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None, again: bool = False) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None, again: bool = False
+) -> dict[str, Any]:
     """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters.
 
     `trained`: module's path → ids of the rows of its weight that the adapter trains; `again`: see `sums.of_all`.
@@ -50,7 +52,11 @@ def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = 
         "class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": getattr(model, "name_or_path", None) or None,
-        "weights": {name: text for name, weight in own_parameters(model).items() if (text := text_of(name, weight))},
+        "weights": {
+            name: text
+            for name, weight in own_parameters(model).items()
+            if (text := text_of(name, weight))
+        },
         "sums": sums.of_all(own_parameters(model), own, again),
         **texts.known(model),
         **base_config.known(model),
@@ -61,10 +67,16 @@ def fingerprint(model: nn.Module, trained: Mapping[str, Sequence[int]] | None = 
 def _labels(model: nn.Module) -> dict[str, Any]:
     """The classes of a classifier in their order, which its head is trained for and the base does not know."""
     names = getattr(getattr(model, "config", None), "id2label", None)
-    if not type(model).__name__.endswith("ForSequenceClassification") or not isinstance(names, dict):
+    if not type(model).__name__.endswith("ForSequenceClassification") or not isinstance(
+        names, dict
+    ):
         return {}
     labels = [str(names[number]) for number in sorted(names)]
-    return {} if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else {LABELS: labels}
+    return (
+        {}
+        if all(label == f"LABEL_{number}" for number, label in enumerate(labels))
+        else {LABELS: labels}
+    )
 
 
 def _text(model: nn.Module, name: str, weight: Tensor, trained: Sequence[int] = ()) -> str | None:
@@ -91,12 +103,19 @@ def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     Of one whose rows `trained` an adapter trains, a sample of the others before the last of these.
     """
     weight = weight.detach()
-    plain = type(weight) is Tensor and not weight.is_meta and weight.is_floating_point() and weight.element_size() > 1
+    plain = (
+        type(weight) is Tensor
+        and not weight.is_meta
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+    )
     if not plain or not weight.numel():  # sharded, without values, quantised, empty
         return None
     shape = "x".join(map(str, weight.shape)) or SCALAR
     if trained:
-        kept = torch.tensor(sorted(set(range(max(trained))) - set(trained)), dtype=torch.long, device=weight.device)
+        kept = torch.tensor(
+            sorted(set(range(max(trained))) - set(trained)), dtype=torch.long, device=weight.device
+        )
         if not len(kept):
             return None
         width = weight[0].numel()
@@ -104,8 +123,15 @@ def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
         flat = kept[inside // width] * width + inside % width
     else:
         flat = _places(weight.numel()).to(weight.device)
-    values = weight.view(-1)[flat] if weight.is_contiguous() else weight[torch.unravel_index(flat, weight.shape)]
-    held = next((dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)), weight.dtype)
+    values = (
+        weight.view(-1)[flat]
+        if weight.is_contiguous()
+        else weight[torch.unravel_index(flat, weight.shape)]
+    )
+    held = next(
+        (dtype for dtype in PRECISIONS if torch.equal(values.to(dtype).to(values.dtype), values)),
+        weight.dtype,
+    )
     numbers = " ".join(f"{value:.5g}" for value in values.tolist())
     return f"{str(held).removeprefix('torch.')} {shape} {numbers}"
 
@@ -131,11 +157,17 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
             return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}{resized if width == other and width else ''}"
         if PACKED in (then.split()[0], now.split()[0]):
             packed.append((then, now))
-        elif (apart := _apart(then, now) or sums.apart(_sum(remembered, name), _sum(here, name))) > worst:
+        elif (
+            apart := _apart(then, now) or sums.apart(_sum(remembered, name), _sum(here, name))
+        ) > worst:
             worst, where = apart, name
     if packed and (apart := _apart_together(packed)) > FEW_BITS:
         return f"{made}, and the quantised layers here stand for others: {apart:.0%} from those"
-    return f"{made}, and {name_of(where)} here is another: {worst:.2%} from that one" if where else None
+    return (
+        f"{made}, and {name_of(where)} here is another: {worst:.2%} from that one"
+        if where
+        else None
+    )
 
 
 def _sum(base: Mapping[str, Any], name: str) -> str | None:
@@ -165,7 +197,9 @@ def is_fingerprint(value: Any) -> bool:
     labels = value.get(LABELS, [])
     are_labels = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     are_known = texts.are_texts(value) and base_config.is_known(value)
-    return are_sums and are_known and are_labels and all(_is_sample(text) for text in weights.values())
+    return (
+        are_sums and are_known and are_labels and all(_is_sample(text) for text in weights.values())
+    )
 
 
 def _is_sample(text: Any) -> bool:
@@ -178,7 +212,9 @@ def _is_sample(text: Any) -> bool:
 
 def _apart_together(pairs: list[tuple[str, str]]) -> float:
     """How far all of these samples are apart, relative to the first of each."""
-    old, new = ([float(number) for pair in pairs for number in pair[side].split()[2:]] for side in (0, 1))
+    old, new = (
+        [float(number) for pair in pairs for number in pair[side].split()[2:]] for side in (0, 1)
+    )
     gaps = math.hypot(*(a - b for a, b in zip(old, new, strict=False)))
     return gaps / max(math.hypot(*old), 1e-30)
 
@@ -186,7 +222,10 @@ def _apart_together(pairs: list[tuple[str, str]]) -> float:
 def _apart(then: str, now: str) -> float:
     """How far two samples are apart, relative to the first; 0 within what precision explains."""
     (held, _, *before), (other, _, *after) = then.split(), now.split()
-    old, new = (torch.tensor([float(number) for number in numbers], dtype=torch.float64) for numbers in (before, after))
+    old, new = (
+        torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        for numbers in (before, after)
+    )
     if len(old) != len(new):
         return 1.0
     size, gap = float(old.norm()), float((old - new).norm())

@@ -36,17 +36,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, some
-from lorakin.family import FAMILY, Shape, all_finite
+from lorakin.family import Shape, all_finite, members
 from lorakin.family.settings import is_finite_number
+from lorakin.inject import layers
+from lorakin.inject.layers import EmbeddingLayer
+from lorakin.inject.targets import named_modules
 from lorakin.storage import files
 from lorakin.storage.own_part import read_json
 from lorakin.storage.pickles import tensors_of
-from lorakin.surgery import layers
-from lorakin.surgery.layers import EmbeddingLayer
-from lorakin.surgery.targets import named_modules
 
 CONFIG = "adapter_config.json"
-USUAL_NAMES = ("adapters.safetensors", "adapter_model.pt", "adapter_model.safetensors", "adapter_model.bin")
+USUAL_NAMES = (
+    "adapters.safetensors",
+    "adapter_model.pt",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,7 +82,9 @@ def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) ->
             another base model; or one that does not say its scale, without `alpha`.
         SettingError: `alpha` is no positive number.
     """
-    if alpha is not None and (isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha < math.inf)):
+    if alpha is not None and (
+        isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha < math.inf)
+    ):
         raise SettingError(f"alpha must be a positive number, not {alpha!r}")
     file = _file_at(path)
     config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).exists() else {}
@@ -110,12 +117,18 @@ class _Source:
             else:
                 sites.setdefault(key.removesuffix(f".{ending}"), {})[endings[ending]] = tensor
         if rest:
-            raise self.error(f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
+            raise self.error(
+                f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind"
+            )
         for path, slots in sites.items():
             if absent := [ending for ending in list(endings)[:2] if endings[ending] not in slots]:
-                raise self.error(f"{path} lacks {', '.join(absent)}; the file is damaged or incomplete")
+                raise self.error(
+                    f"{path} lacks {', '.join(absent)}; the file is damaged or incomplete"
+                )
             if flat := [slot for slot in ("A", "B") if slots[slot].ndim < 2]:
-                raise self.error(f"{flat[0]} of {path} has shape {tuple(slots[flat[0]].shape)}, expected a matrix")
+                raise self.error(
+                    f"{flat[0]} of {path} has shape {tuple(slots[flat[0]].shape)}, expected a matrix"
+                )
         return sites
 
     def module(self, path: str) -> tuple[nn.Module, Shape]:
@@ -137,10 +150,14 @@ class _Source:
         A, B, m = slots["A"], slots["B"], slots.get("m")
         for slot, tensor in slots.items():
             if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-                raise self.error(f"{slot} of {path} is {tensor.dtype} ({tensor.layout}), expected a dense floating tensor")
+                raise self.error(
+                    f"{slot} of {path} is {tensor.dtype} ({tensor.layout}), expected a dense floating tensor"
+                )
             if not all_finite(tensor):
                 raise self.error(f"{slot} of {path} holds NaN or infinity")
-        fits = A.ndim == B.ndim == 2 and (len(B), A.shape[1]) == shape[:2] and B.shape[1] == len(A) > 0
+        fits = (
+            A.ndim == B.ndim == 2 and (len(B), A.shape[1]) == shape[:2] and B.shape[1] == len(A) > 0
+        )
         if not fits or (m is not None and tuple(m.shape) != shape[:1]):
             have = ", ".join(f"{slot} {tuple(t.shape)}" for slot, t in slots.items())
             raise self.error(
@@ -180,16 +197,24 @@ class _Source:
     def tied(self, path: str) -> list[str]:
         """The other modules whose weight is that of the module at `path`."""
         weight = self.modules[path].weight
-        return [other for other, m in self.modules.items() if other != path and getattr(m, "weight", None) is weight]
+        return [
+            other
+            for other, m in self.modules.items()
+            if other != path and getattr(m, "weight", None) is weight
+        ]
 
 
 def _reader(source: _Source) -> Callable[[_Source], Foreign]:
     """The reader of the format that the file's keys are of."""
     keys = list(source.tensors)
     if any(key.startswith("base_model.model.") for key in keys):
-        raise source.error("it is in PEFT's layout, which is read from its directory, as lorakin's own is")
+        raise source.error(
+            "it is in PEFT's layout, which is read from its directory, as lorakin's own is"
+        )
     if source.config.get("fine_tune_type") == "full":
-        raise source.error("a full fine-tune (fine_tune_type='full'), not an adapter; load it as a model")
+        raise source.error(
+            "a full fine-tune (fine_tune_type='full'), not an adapter; load it as a model"
+        )
     for marks, reader in (
         (r".*\.(lora_[ab]\.weight|magnitude)", _torchtune),
         (r".*\.(lora_[ab]|m)", _mlx),
@@ -206,7 +231,9 @@ def _reader(source: _Source) -> Callable[[_Source], Foreign]:
 
 def _loralib(source: _Source) -> Foreign:
     if biases := [key for key in source.tensors if key.rpartition(".")[2] == "bias"]:
-        raise source.error(f"it trains biases ({some(biases)}), which this version does not implement")
+        raise source.error(
+            f"it trains biases ({some(biases)}), which this version does not implement"
+        )
     found = Foreign("loralib", {}, {}, [])
     for path, slots in source.split({"lora_A": "A", "lora_B": "B"}).items():
         module, shape = source.module(path)
@@ -214,17 +241,28 @@ def _loralib(source: _Source) -> Foreign:
         rank, parts = len(A), len(A) // max(B.shape[1], 1)
         if kernel := _square_kernel(module, A, B):
             A, B, rank = _diagonal([A] * kernel), B.reshape(shape.outputs, -1), len(A) // kernel
-            found.notes.append(f"{path}: loralib's convolution of rank {rank} is a pair of rank {len(A)} here")
+            found.notes.append(
+                f"{path}: loralib's convolution of rank {rank} is a pair of rank {len(A)} here"
+            )
         elif parts > 1 and len(A) == parts * B.shape[1] and len(B) < shape.outputs:
             raise source.error(
                 f"{path} is a merged linear layer with {parts} of its parts adapted; the file does not say which "
                 "(enable_lora), so it is not read"
             )
-        elif parts > 1 and len(A) == parts * B.shape[1] and len(B) == shape.outputs and len(B) % parts == 0:
+        elif (
+            parts > 1
+            and len(A) == parts * B.shape[1]
+            and len(B) == shape.outputs
+            and len(B) % parts == 0
+        ):
             B, rank = _diagonal(B.chunk(parts)), B.shape[1]
-            found.notes.append(f"{path}: {parts} merged parts of rank {rank} are one pair of rank {len(A)} here")
+            found.notes.append(
+                f"{path}: {parts} merged parts of rank {rank} are one pair of rank {len(A)} here"
+            )
         if shape.lookup and source.tied(path):
-            found.notes.append(f"{path}: the head that is tied to it stays the base's, as in loralib's training")
+            found.notes.append(
+                f"{path}: the head that is tied to it stays the base's, as in loralib's training"
+            )
         found.sites[path] = source.checked(path, {"A": A, "B": B})
         found.scales[path] = source.scale(path, rank, ())
     return found
@@ -245,7 +283,10 @@ def _square_kernel(module: nn.Module, A: Tensor, B: Tensor) -> int | None:
     if not isinstance(module, nn.Conv2d):
         return None
     k = module.kernel_size[0]
-    fits = module.kernel_size == (k, k) and (len(B), A.shape[1]) == (module.out_channels * k, module.in_channels * k)
+    fits = module.kernel_size == (k, k) and (len(B), A.shape[1]) == (
+        module.out_channels * k,
+        module.in_channels * k,
+    )
     return k if k > 1 and fits and len(A) == B.shape[1] and len(A) % k == 0 else None
 
 
@@ -258,7 +299,13 @@ TORCHTUNE_NAMES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
-TORCHTUNE_ALTERNATES = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+TORCHTUNE_ALTERNATES = {
+    "llama": True,
+    "mistral": True,
+    "gemma": True,
+    "gemma2": True,
+    "qwen2": False,
+}
 """model_type → whether the halves of a head alternate in torchtune's queries and keys."""
 
 
@@ -270,22 +317,35 @@ def _torchtune(source: _Source) -> Foreign:
             f"torchtune's file for a model of type {model_type!r}; read are those for {', '.join(TORCHTUNE_ALTERNATES)}"
         )
     found = Foreign("torchtune", {}, {}, [])
-    for name, slots in source.split({"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}).items():
+    for name, slots in source.split(
+        {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}
+    ).items():
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
         if layer and layer[2] in TORCHTUNE_NAMES:
             path = f"model.layers.{layer[1]}.{TORCHTUNE_NAMES[layer[2]]}"
         elif name == "output":
             path = "lm_head"
         else:
-            raise source.error(f"tensors that belong to nothing: {name} is no module that torchtune adapts in {model_type}")
+            raise source.error(
+                f"tensors that belong to nothing: {name} is no module that torchtune adapts in {model_type}"
+            )
         slots = source.checked(path, slots)
         if TORCHTUNE_ALTERNATES[model_type] and path.endswith((".q_proj", ".k_proj")):
-            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            head = (
+                getattr(config, "head_dim", None)
+                or config.hidden_size // config.num_attention_heads
+            )
             slots |= {slot: _halves_together(t, head) for slot, t in slots.items() if slot != "A"}
         rank = len(slots["A"])
         if "r" in source.config and source.number(source.config, "r") != rank:
-            raise source.error(f"{name} has rank {rank}, but its {CONFIG} says r={source.config['r']}")
-        said = [source.number(source.config, "lora_alpha") / rank] if "lora_alpha" in source.config else []
+            raise source.error(
+                f"{name} has rank {rank}, but its {CONFIG} says r={source.config['r']}"
+            )
+        said = (
+            [source.number(source.config, "lora_alpha") / rank]
+            if "lora_alpha" in source.config
+            else []
+        )
         found.sites[path], found.scales[path] = slots, source.scale(path, rank, said)
     return found
 
@@ -299,20 +359,30 @@ def _mlx(source: _Source) -> Foreign:
     settings = source.config.get("lora_parameters", {})
     if not isinstance(settings, dict):
         raise source.error(f"its {CONFIG} says lora_parameters={settings!r}, expected an object")
-    with_gain = [member.word for member in FAMILY if "gain" in member.decides]
-    gained = source.config.get("fine_tune_type") in with_gain or source.config.get("use_dora") is True
+    with_gain = [member.word for member in members() if "gain" in member.decides]
+    gained = (
+        source.config.get("fine_tune_type") in with_gain or source.config.get("use_dora") is True
+    )
     found = Foreign("mlx-lm", {}, {}, [])
     for path, slots in source.split({"lora_a": "A", "lora_b": "B", "m": "m"}).items():
         if slots["A"].ndim != 2 or slots["B"].ndim != 2:
-            raise source.error(f"{path} is a layer of experts, {tuple(slots['A'].shape)}, which this version does not read")
+            raise source.error(
+                f"{path} is a layer of experts, {tuple(slots['A'].shape)}, which this version does not read"
+            )
         if gained and "m" not in slots:
-            raise source.error(f"{path} lacks m, but its {CONFIG} says that magnitudes were trained")
+            raise source.error(
+                f"{path} lacks m, but its {CONFIG} says that magnitudes were trained"
+            )
         module, _ = source.module(path)
         embedding = layers.kind_of(module) is EmbeddingLayer
         if embedding and "m" in slots:
-            raise source.error(f"{path} is an embedding with a magnitude for each word, not each output: another method")
+            raise source.error(
+                f"{path} is an embedding with a magnitude for each word, not each output: another method"
+            )
         found.sites[path] = source.checked(path, slots | {"A": slots["A"].T, "B": slots["B"].T})
-        found.scales[path] = source.scale(path, slots["A"].shape[1], _mlx_scales(source, settings, slots["A"].shape[1]))
+        found.scales[path] = source.scale(
+            path, slots["A"].shape[1], _mlx_scales(source, settings, slots["A"].shape[1])
+        )
         for head in source.tied(path) if embedding else []:
             found.sites[head] = source.checked(head, {"A": slots["B"], "B": slots["A"]})
             found.scales[head] = found.scales[path]
@@ -330,7 +400,9 @@ def _mlx_scales(source: _Source, settings: Mapping[str, Any], rank: int) -> set[
     return {scale}
 
 
-FLAT = re.compile(r"(?P<model>lora_(?:unet|te\d?|transformer|prior_unet)|lycoris)_(?P<path>[^.]+)\.(?P<rest>.+)")
+FLAT = re.compile(
+    r"(?P<model>lora_(?:unet|te\d?|transformer|prior_unet)|lycoris)_(?P<path>[^.]+)\.(?P<rest>.+)"
+)
 ANOTHER_METHOD = {
     "lora_mid": "a Tucker decomposition (LoCon with lora_mid)",
     "hada_": "LoHa",
@@ -353,7 +425,9 @@ def _kohya(source: _Source) -> Foreign:
         else:
             rest.append(key)
     if rest:
-        raise source.error(f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind")
+        raise source.error(
+            f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind"
+        )
     paths = _flat_paths(source)
     found: dict[str, Foreign] = {}
     errors: dict[str, AdapterError] = {}
@@ -363,19 +437,30 @@ def _kohya(source: _Source) -> Foreign:
         except AdapterError as error:
             errors[model] = error
     if len(found) > 1:
-        raise source.error(f"its parts {' and '.join(found)} both fit this model; keep one of them in the file")
+        raise source.error(
+            f"its parts {' and '.join(found)} both fit this model; keep one of them in the file"
+        )
     if not found:
-        raise errors[max(errors, key=lambda model: sum(key.partition(".")[0] in paths for key in by_model[model]))]
+        raise errors[
+            max(
+                errors,
+                key=lambda model: sum(key.partition(".")[0] in paths for key in by_model[model]),
+            )
+        ]
     ((model, fitting),) = found.items()
     for other, reason in errors.items():
-        fitting.notes.append(f"the {len(by_model[other])} tensors of {other} were left out, as another model's: {reason}")
+        fitting.notes.append(
+            f"the {len(by_model[other])} tensors of {other} were left out, as another model's: {reason}"
+        )
     return fitting
 
 
 def _flat_paths(source: _Source) -> dict[str, list[str]]:
     """The paths of the modules that can be meant by a name with underscores for dots."""
     paths: dict[str, list[str]] = {}
-    clip = "text_model" not in source.modules  # transformers 5 no longer has it in a CLIPTextModel; the files do
+    clip = (
+        "text_model" not in source.modules
+    )  # transformers 5 no longer has it in a CLIPTextModel; the files do
     for path, module in source.modules.items():
         if layers.kind_of(module) is not None:
             flat = path.replace(".", "_")
@@ -386,7 +471,14 @@ def _flat_paths(source: _Source) -> dict[str, list[str]]:
 
 def _kohya_part(source: _Source, paths: Mapping[str, list[str]]) -> Foreign:
     for key in source.tensors:
-        what = next((what for start, what in ANOTHER_METHOD.items() if key.partition(".")[2].startswith(start)), None)
+        what = next(
+            (
+                what
+                for start, what in ANOTHER_METHOD.items()
+                if key.partition(".")[2].startswith(start)
+            ),
+            None,
+        )
         if what:
             raise source.error(f"{key} is of {what}, which is no low-rank pair and not read")
     found = Foreign("kohya/LyCORIS", {}, {}, [])
@@ -398,11 +490,15 @@ def _kohya_part(source: _Source, paths: Mapping[str, list[str]]) -> Foreign:
                 "name, with underscores for dots"
             )
         if len(paths[name]) > 1:
-            raise source.error(f"{name} can mean {' or '.join(paths[name])} in this {type(source.model).__name__}")
+            raise source.error(
+                f"{name} can mean {' or '.join(paths[name])} in this {type(source.model).__name__}"
+            )
         (path,) = paths[name]
         module, shape = source.module(path)
         if shape.lookup:
-            raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")
+            raise source.error(
+                f"it adapts {path}, an embedding, for which kohya's format has no form"
+            )
         rank, alpha = len(slots["A"]), slots.pop("alpha", torch.zeros(()))
         if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha):
             raise source.error(f"{name}.alpha is {alpha.tolist()}, expected one number")
@@ -413,9 +509,13 @@ def _kohya_part(source: _Source, paths: Mapping[str, list[str]]) -> Foreign:
             )
         kernel, own = slots["A"].shape[2:], tuple(getattr(module, "kernel_size", ()))
         if kernel != own and not math.prod(kernel) == math.prod(own) == 1:
-            raise source.error(f"{name}.lora_down.weight has a kernel of {tuple(kernel)}, but that of {path} is {own}")
+            raise source.error(
+                f"{name}.lora_down.weight has a kernel of {tuple(kernel)}, but that of {path} is {own}"
+            )
         flat = {slot: t.flatten(1) for slot, t in slots.items() if slot != "m"}
-        found.sites[path] = source.checked(path, flat | ({"m": slots["m"].flatten()} if "m" in slots else {}))
+        found.sites[path] = source.checked(
+            path, flat | ({"m": slots["m"].flatten()} if "m" in slots else {})
+        )
         found.scales[path] = source.scale(path, rank, [float(alpha) / rank or 1.0])
     return found
 
@@ -429,13 +529,17 @@ def _file_at(path: Path) -> Path:
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
     usual = [path / name for name in USUAL_NAMES if path / name in files]
     if not usual and len(files) != 1:
-        raise AdapterError(f"{path} holds {some(file.name for file in files) or 'no file of tensors'}; name the adapter's file")
+        raise AdapterError(
+            f"{path} holds {some(file.name for file in files) or 'no file of tensors'}; name the adapter's file"
+        )
     return (usual or files)[0]
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix not in (".safetensors", *PICKLES):
-        raise AdapterError(f"{file} is no file of tensors; expected .safetensors, {', '.join(PICKLES)}")
+        raise AdapterError(
+            f"{file} is no file of tensors; expected .safetensors, {', '.join(PICKLES)}"
+        )
     if file.suffix != ".safetensors":
         return tensors_of(file)
     try:

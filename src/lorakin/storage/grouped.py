@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
+from lorakin.inject.layers import is_grouped
+from lorakin.inject.placement import own_weight
 from lorakin.storage.expert_stacks import scale_at
-from lorakin.surgery.graft import own_weight
-from lorakin.surgery.layers import is_grouped
 
 
 class Grouped(NamedTuple):
@@ -113,7 +113,11 @@ def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
 def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For PEFT the tensors of one module: `A`, `B` whose scale is 1, and perhaps `m`."""
     over_all = slots["A"].shape[1] == own_weight(module).shape[1] * module.groups
-    theirs = _gathered(module, slots["B"], slots["A"]) if over_all else as_peft(module, slots["B"], slots["A"])
+    theirs = (
+        _gathered(module, slots["B"], slots["A"])
+        if over_all
+        else as_peft(module, slots["B"], slots["A"])
+    )
     there = {"A": theirs.A, "B": theirs.B}
     if "m" in slots:
         ours = row_norms(own_weight(module).to(slots["A"]), slots["B"], slots["A"])
@@ -139,7 +143,10 @@ def read(
         module: Any = modules[path]
         if not is_grouped(module) or not {"A", "B"} <= slots.keys():
             continue
-        scale, theirs = scale_at(config, path), Grouped(slots["A"].flatten(1), slots["B"].flatten(1))
+        scale, theirs = (
+            scale_at(config, path),
+            Grouped(slots["A"].flatten(1), slots["B"].flatten(1)),
+        )
         inputs = module.in_channels * math.prod(module.kernel_size)
         wanted = (scale.rank, inputs), (module.out_channels, scale.rank // module.groups)
         if scale.rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
@@ -147,7 +154,9 @@ def read(
             raise AdapterError(
                 f"{where}: {path} has {have}, which do not fit rank {scale.rank} on a convolution with groups={module.groups}"
             )
-        wide = Grouped(*(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs))
+        wide = Grouped(
+            *(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs)
+        )
         pair = as_pair(module, wide)
         if pair is None:
             if "m" in slots:
@@ -170,7 +179,10 @@ def read(
         key, alpha = f"^{re.escape(path)}", len(down) ** (0.5 if scale.rslora else 1)
         ranks[key], alphas[key] = len(down), alpha
     changed = {
-        field: {**values, **{key: n for key, n in (config.get(field) or {}).items() if key not in values}}
+        field: {
+            **values,
+            **{key: n for key, n in (config.get(field) or {}).items() if key not in values},
+        }
         for field, values in (("rank_pattern", ranks), ("alpha_pattern", alphas))
     }
     return ({**config, **changed} if ranks else config), done, frozenset(over_all)

@@ -29,7 +29,11 @@ Token = str | bool | None
 
 
 def adapter_directory(
-    name: str | os.PathLike[str], *, revision: str | None = None, token: Token = None, subfolder: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    subfolder: str | None = None,
 ) -> Path:
     """The directory of the adapter `name`: one on this machine, or else one that is fetched from the hub into its cache.
 
@@ -48,7 +52,9 @@ def adapter_directory(
     path = Path(name) if Path(name).exists() else expanded  # `save` writes to a `~` as it stands
     if path.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         if revision is not None:
-            _warn(f"revision={revision!r} is not used: {name} is a path on this machine, and only the hub has revisions")
+            _warn(
+                f"revision={revision!r} is not used: {name} is a path on this machine, and only the hub has revisions"
+            )
         return path / inside
     return _fetched(name, revision, token, inside)
 
@@ -56,27 +62,44 @@ def adapter_directory(
 def _inside(subfolder: str | None) -> str:
     parts = PurePosixPath(subfolder or "")
     if parts.is_absolute() or ".." in parts.parts or "\\" in (subfolder or ""):
-        raise SettingError(f"subfolder must be a path inside the adapter's directory or repository, not {subfolder!r}")
+        raise SettingError(
+            f"subfolder must be a path inside the adapter's directory or repository, not {subfolder!r}"
+        )
     return "" if str(parts) == "." else str(parts)
 
 
 def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path:
     """The folder of the hub's cache that holds the adapter, once all of its files are there."""
-    what = f"there is no adapter directory {name} on this machine, and the hub gives none of that id"
+    what = (
+        f"there is no adapter directory {name} on this machine, and the hub gives none of that id"
+    )
     library = _library(f"there is no adapter directory {name}; to fetch it from the hub, install")
 
     def fetch(*files: str) -> Path:
         wanted = [glob.escape(f"{inside}/{file}" if inside else file) for file in files]
-        return Path(library.snapshot_download(name, revision=revision, token=token, allow_patterns=wanted)) / inside
+        return (
+            Path(
+                library.snapshot_download(
+                    name, revision=revision, token=token, allow_patterns=wanted
+                )
+            )
+            / inside
+        )
 
     try:
         folder = fetch(*FILES)
         if (folder / CONFIG).is_file() and not (folder / TENSORS).is_file():
             folder = fetch(*FILES, OLD_TENSORS)
-    except Exception as error:  # the hub's client has many errors, all of which mean that there is nothing to load
+    except (
+        Exception
+    ) as error:  # the hub's client has many errors, all of which mean that there is nothing to load
         raise AdapterError(f"{what}: {_reason(library, error, name, revision)}") from error
-    if not (folder / CONFIG).is_file() or not ((folder / TENSORS).is_file() or (folder / OLD_TENSORS).is_file()):
-        raise AdapterError(f"{what}: {_without_adapter(library, folder, name, revision, token, inside)}")
+    if not (folder / CONFIG).is_file() or not (
+        (folder / TENSORS).is_file() or (folder / OLD_TENSORS).is_file()
+    ):
+        raise AdapterError(
+            f"{what}: {_without_adapter(library, folder, name, revision, token, inside)}"
+        )
     if not (folder / OWN).is_file() and not _is_listed(library, name, revision):
         _warn(
             f"{name} is taken from the cache, where another program put PEFT's files; whether the hub has {OWN} too cannot be "
@@ -85,7 +108,9 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
     return folder
 
 
-def _without_adapter(library: Any, folder: Path, name: str, revision: str | None, token: Token, inside: str) -> str:
+def _without_adapter(
+    library: Any, folder: Path, name: str, revision: str | None, token: Token, inside: str
+) -> str:
     """Why a repository has no adapter where it was looked for, and where it has some."""
     lacks = CONFIG if not (folder / CONFIG).is_file() else TENSORS
     if not _is_listed(library, name, revision):
@@ -94,7 +119,9 @@ def _without_adapter(library: Any, folder: Path, name: str, revision: str | None
         files = library.HfApi(token=token).list_repo_files(name, revision=revision)
     except Exception:  # it is an error already; without the list it says less
         files = []
-    others = sorted(str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == CONFIG)
+    others = sorted(
+        str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == CONFIG
+    )
     where = f"in its subfolder {inside}" if inside else "at its top"
     advice = "is the id an adapter's?"
     if lacks == CONFIG and others:
@@ -146,7 +173,9 @@ def upload(
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             if api.file_exists(name, CARD, revision=revision):
-                there = Path(api.hf_hub_download(name, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
+                there = Path(api.hf_hub_download(name, CARD, revision=revision)).read_text(
+                    encoding="utf-8", errors="replace"
+                )
                 if not is_own(there):
                     (folder / CARD).unlink()
             return api.upload_folder(
@@ -154,10 +183,16 @@ def upload(
                 folder_path=folder,
                 commit_message=commit_message or "Upload adapter with lorakin",
                 revision=revision,
-                delete_patterns=[TENSORS, OLD_TENSORS, OWN_TENSORS],  # those that are not uploaded anew
+                delete_patterns=[
+                    TENSORS,
+                    OLD_TENSORS,
+                    OWN_TENSORS,
+                ],  # those that are not uploaded anew
             )
         except Exception as error:  # as above
-            raise OutputError(f"cannot upload to {name!r}: {_reason(library, error, name, revision)}") from error
+            raise OutputError(
+                f"cannot upload to {name!r}: {_reason(library, error, name, revision)}"
+            ) from error
 
 
 def _library(purpose: str, error: type[LorakinError] = AdapterError) -> Any:
@@ -170,7 +205,11 @@ def _library(purpose: str, error: type[LorakinError] = AdapterError) -> Any:
 def _reason(library: Any, error: BaseException, name: str, revision: str | None) -> str:
     """What an error of the hub's client means, and what to do, in a sentence."""
     errors = library.errors
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    cause = (
+        error.__cause__
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
+        else error
+    )
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.GatedRepoError):
         return f"{name} is gated; ask for access on its page ({library.constants.ENDPOINT}/{name}), then {LOG_IN}"
@@ -187,13 +226,21 @@ def _reason(library: Any, error: BaseException, name: str, revision: str | None)
     if status is not None:
         said = getattr(cause, "server_message", None) or _first_line(cause)
         return f"the hub answered {status} ({_first_line(said)}){'; try again later' if status >= 500 else ''}"
-    if isinstance(cause, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)) or _is_of_the_network(cause):
+    if isinstance(
+        cause, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
+    ) or _is_of_the_network(cause):
         return f"the hub cannot be reached ({_first_line(cause)}); check the network, or give a directory"
     return f"{_first_line(cause)} ({type(cause).__name__})"
 
 
 def _is_of_the_network(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "requests",
+        "urllib3",
+    )
 
 
 def _first_line(text: object) -> str:

@@ -79,7 +79,9 @@ def _forget_all() -> None:
         lock.forget()
 
 
-if hasattr(os, "register_at_fork"):  # a child that outlives this process must not hold what this one held
+if hasattr(
+    os, "register_at_fork"
+):  # a child that outlives this process must not hold what this one held
     os.register_at_fork(after_in_child=_forget_all)
 
 
@@ -99,12 +101,16 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
             _lock(fd)
         except OSError as error:
             if error.errno in HELD:
-                holder = os.pread(fd, 200, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+                holder = (
+                    os.pread(fd, 200, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+                )
                 os.close(fd)
                 if time.monotonic() < until:
                     time.sleep(OFTEN)
                     continue
-                raise LockTaken(holder if holder.isprintable() and holder else "another process") from None
+                raise LockTaken(
+                    holder if holder.isprintable() and holder else "another process"
+                ) from None
             if error.errno not in NO_LOCKS:
                 os.close(fd)
                 raise

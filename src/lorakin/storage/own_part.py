@@ -21,7 +21,11 @@ from lorakin.storage.fields import misfit
 from lorakin.storage.fingerprint import is_fingerprint
 from lorakin.storage.schema import Check, shown
 
-CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, TENSORS, OLD_TENSORS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
 FORMAT, CHECKSUM = 1, "sha256"
 KNOWN = {
@@ -50,7 +54,9 @@ def _is_state(value: Mapping[str, Any]) -> bool:
     return type(value.get("steps")) is int and isinstance(value.get("rules"), list)
 
 
-_Named = Annotated[dict[Literal["tensor"], str], Check("a tensor's name", lambda value: len(value) == 1)]
+_Named = Annotated[
+    dict[Literal["tensor"], str], Check("a tensor's name", lambda value: len(value) == 1)
+]
 KINDS: Mapping[str, Any] = {
     "members": list[_Member],
     "beside": dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str],
@@ -94,7 +100,9 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
         return Beside()
     own = parsed(path / OWN, found[OWN])
     if own.get("format") != FORMAT:
-        raise AdapterError(f"{path / OWN}: format {shown(own.get('format'))}, this version reads {FORMAT}; update lorakin")
+        raise AdapterError(
+            f"{path / OWN}: format {shown(own.get('format'))}, this version reads {FORMAT}; update lorakin"
+        )
     if unknown := sorted(own.keys() - KNOWN):
         raise AdapterError(
             f"{path / OWN}: it says {unknown[0][:80]!r}, which no lorakin writes in format {FORMAT}; it is damaged"
@@ -103,8 +111,14 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
         raise AdapterError(f"{path / OWN}: {reason}")
     beside, base = own.get("beside") or {}, own.get("base")
     if base is not None and not is_fingerprint(base):
-        raise AdapterError(f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}")
-    others = [name for name, digest in beside.items() if name not in found or sha256(found[name]) != digest]
+        raise AdapterError(
+            f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}"
+        )
+    others = [
+        name
+        for name, digest in beside.items()
+        if name not in found or sha256(found[name]) != digest
+    ]
     if others == [OWN_TENSORS] and OWN_TENSORS in found:  # which lorakin alone writes
         raise AdapterError(
             f"{path}: {OWN_TENSORS} is damaged: it is not the one that was saved here. To have what PEFT's files say, and "
@@ -112,7 +126,9 @@ def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
         )
     is_sound = own.get(CHECKSUM, checksum(own)) == checksum(own)
     if not others:
-        return Beside(_own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound, own.get("config"))
+        return Beside(
+            _own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound, own.get("config")
+        )
     if not is_sound:
         raise unsound(path)
     warnings.warn(
@@ -137,7 +153,9 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ASIDE}
 
 
-def disagreement(path: Path, then: Mapping[str, Any], config: Mapping[str, Any]) -> AdapterError | None:
+def disagreement(
+    path: Path, then: Mapping[str, Any], config: Mapping[str, Any]
+) -> AdapterError | None:
     """What to say if `config`, in `adapter_config.json`, is not what was saved in the directory `path`.
 
     Fields that PEFT adds when it writes the file anew do not count, nor one that is not set in either.
@@ -161,18 +179,34 @@ def _own_part(path: Path, own: Mapping[str, Any], content: bytes | None) -> peft
         state = _unpacked(own["state"], more, path) if "state" in own else None
         buffers = _unpacked(own.get("buffers", {}), more, path)
         whole, patterns = own.get("whole"), own.get("patterns", [{}, {}])
-        if spoilt := [key for key, t in more.items() if t.is_floating_point() and not all_finite(t)]:
+        if spoilt := [
+            key for key, t in more.items() if t.is_floating_point() and not all_finite(t)
+        ]:
             raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(members, tensors, patterns, state, own.get("projection"), own.get("base"), buffers, whole)
+    return peft_format.Own(
+        members, tensors, patterns, state, own.get("projection"), own.get("base"), buffers, whole
+    )
 
 
 def checksum(own: Mapping[str, Any]) -> str:
     """SHA-256 of what `lorakin.json` says, but for this checksum, however it is laid out."""
-    return sha256(json.dumps({key: value for key, value in own.items() if key != CHECKSUM}, sort_keys=True).encode())
+    return sha256(
+        json.dumps(
+            {key: value for key, value in own.items() if key != CHECKSUM}, sort_keys=True
+        ).encode()
+    )
 
 
 def packed(value: Any, key: str, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
@@ -221,14 +255,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise no_json(path) from None
     except OSError as error:
-        raise error if isinstance(error, AdapterError) else AdapterError(f"{path} cannot be read as JSON ({error})") from None
+        raise (
+            error
+            if isinstance(error, AdapterError)
+            else AdapterError(f"{path} cannot be read as JSON ({error})")
+        ) from None
     return parsed(path, content)
 
 
 def no_json(path: Path) -> AdapterError:
     """What to say where the file `path` is not there."""
     if named := sorted(inner.parent.name for inner in path.parent.glob(f"*/{path.name}")):
-        return AdapterError(f"{path.parent} holds adapters in directories of their own ({', '.join(named)}); load one of them")
+        return AdapterError(
+            f"{path.parent} holds adapters in directories of their own ({', '.join(named)}); load one of them"
+        )
     return AdapterError(f"{path.parent} has no {path.name}; is it an adapter's directory?")
 
 

@@ -12,7 +12,9 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes of a file's name, and of a path, that file systems take."""
 
 
-def named(name: str | os.PathLike[str], what: str, error: type[LorakinError] = SettingError) -> Path:
+def named(
+    name: str | os.PathLike[str], what: str, error: type[LorakinError] = SettingError
+) -> Path:
     """The path that `name` is, its `~` expanded. `what` says in a message what it is the name of: "--out".
 
     Raises:
@@ -22,8 +24,16 @@ def named(name: str | os.PathLike[str], what: str, error: type[LorakinError] = S
     try:
         path = Path(text).expanduser()
         raw = os.fsencode(path)
-        short = len(raw) <= LONGEST_PATH and all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts)
-        reason = "it holds a character of number 0" if b"\0" in raw else "" if short else "it is too long"
+        short = len(raw) <= LONGEST_PATH and all(
+            len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts
+        )
+        reason = (
+            "it holds a character of number 0"
+            if b"\0" in raw
+            else ""
+            if short
+            else "it is too long"
+        )
     except UnicodeEncodeError:
         reason = "it holds characters that no name can have"
     except RuntimeError:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, some
-from lorakin.surgery import layers
-from lorakin.surgery.layers import ExpertLayer
-from lorakin.surgery.patterns import matches
+from lorakin.inject import layers
+from lorakin.inject.layers import ExpertLayer
+from lorakin.inject.patterns import matches
 
 FIRST, LAST = 1, -1
 """Of several numbers in a path PEFT takes the first as the layer's, up to 0.19 it took the last."""
@@ -35,7 +35,9 @@ def check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
-    experts = {path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer}  # not targeted as modules
+    experts = {
+        path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer
+    }  # not targeted as modules
     whole = list(copies)
     targetable = [
         path
@@ -57,7 +59,9 @@ def check_targets(
     assert wanted is not None
     missing = lacking or sorted(wanted - set(sites))
     if lacking or (missing and not former):
-        raise AdapterError(f"{where}: the config targets {some(missing)}, but the file has no tensors for it")
+        raise AdapterError(
+            f"{where}: the config targets {some(missing)}, but the file has no tensors for it"
+        )
     if missing:
         warnings.warn(
             f"{where}: the file is of another transformers, which named modules otherwise; its config targets {some(missing)} "
@@ -66,12 +70,20 @@ def check_targets(
             stacklevel=2,
         )
     if extra := sorted(set(sites) - wanted - (experts - former.keys())):
-        raise AdapterError(f"{where}: the file has tensors for {some(extra)}, which the config does not target")
+        raise AdapterError(
+            f"{where}: the file has tensors for {some(extra)}, which the config does not target"
+        )
 
 
-def _absent_experts(modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading) -> list[str]:
+def _absent_experts(
+    modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading
+) -> list[str]:
     """Names of experts that the config targets as it does others of their stack, and that the file lacks."""
-    there, wanted, seen = {name for names in former.values() for name in names}, set[str](), set[tuple[str, str, str]]()
+    there, wanted, seen = (
+        {name for names in former.values() for name in names},
+        set[str](),
+        set[tuple[str, str, str]](),
+    )
     for path, names in former.items():
         stack, _, number = path.rpartition(".")
         if layers.kind_of(modules[path]) is not ExpertLayer:
@@ -80,7 +92,10 @@ def _absent_experts(modules: Mapping[str, nn.Module], former: Mapping[str, list[
             start, _, end = name.rpartition(f".{number}.")
             if start and (stack, start, end) not in seen:
                 seen.add((stack, start, end))
-                numbers = itertools.takewhile(lambda n, stack=stack: f"{stack}.{n}" in modules, itertools.count())  # type: ignore[misc]
+                numbers = itertools.takewhile(
+                    lambda n, stack=stack: f"{stack}.{n}" in modules,  # type: ignore[misc]
+                    itertools.count(),
+                )
                 wanted |= {f"{start}.{n}.{end}" for n in numbers}
     return sorted(name for name in wanted - there if meant.takes(name))
 
@@ -92,7 +107,13 @@ class Reading:
     the end of its path, not what is named whole.
     """
 
-    def __init__(self, targets: str | list[str], config: Mapping[str, Any], known: Collection[str], which: int) -> None:
+    def __init__(
+        self,
+        targets: str | list[str],
+        config: Mapping[str, Any],
+        known: Collection[str],
+        which: int,
+    ) -> None:
         """`known`: an entry that is one of these paths means that one alone. `which`: `FIRST` or `LAST`."""
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
@@ -110,7 +131,9 @@ class Reading:
             return False
         if isinstance(self.targets, str) or path in self.targets:
             return _matches(self.targets, path)
-        return _ends_in(self.targets, path, self.known) and (not self.numbers or self._layer_of(path) in self.numbers)
+        return _ends_in(self.targets, path, self.known) and (
+            not self.numbers or self._layer_of(path) in self.numbers
+        )
 
     def _layer_of(self, path: str) -> int | None:
         parts = path.split(".")
@@ -122,7 +145,9 @@ class Reading:
         return None
 
 
-def _readings(targets: str | list[str], config: Mapping[str, Any], known: Collection[str]) -> Iterator[Reading]:
+def _readings(
+    targets: str | list[str], config: Mapping[str, Any], known: Collection[str]
+) -> Iterator[Reading]:
     """The ways in which a config may be meant, the likeliest first.
 
     In our files an entry that is a module's whole path means that module; to PEFT it is also the end of others' paths.
@@ -142,4 +167,6 @@ def _matches(targets: str | Collection[str], path: str) -> bool:
 
 def _ends_in(entries: Collection[str], path: str, known: Collection[str]) -> bool:
     parts = path.split(".")
-    return any((end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts)))
+    return any(
+        (end := ".".join(parts[n:])) in entries and end not in known for n in range(1, len(parts))
+    )

@@ -34,20 +34,32 @@ def tensors_of(file: Path, content: bytes | None = None) -> dict[str, Tensor]:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         whole = content is not None and zipfile.is_zipfile(io.BytesIO(content))
-        what = "it holds more than tensors, and is not run" if whole else "it is damaged, or none that torch.save wrote"
+        what = (
+            "it holds more than tensors, and is not run"
+            if whole
+            else "it is damaged, or none that torch.save wrote"
+        )
         raise AdapterError(f"{file} cannot be read: {what}") from None
     except AdapterError:
         raise
-    except (Exception, RecursionError, MemoryError) as error:  # a damaged pickle makes torch stumble in any way
+    except (
+        Exception,
+        RecursionError,
+        MemoryError,
+    ) as error:  # a damaged pickle makes torch stumble in any way
         raise AdapterError(f"{file}: its tensors cannot be read ({str(error)[:200]})") from None
     if not isinstance(found, dict):
         raise AdapterError(f"{file} holds {type(found).__name__}, expected tensors by name")
     for key, tensor in found.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise AdapterError(f"{file}: {shown(key)} is {type(tensor).__name__}, expected a tensor under a name")
+            raise AdapterError(
+                f"{file}: {shown(key)} is {type(tensor).__name__}, expected a tensor under a name"
+            )
         _check(key, tensor, file)
     if sum(tensor.nbytes for tensor in found.values()) > SHARED * len(content) + (1 << 20):
-        raise AdapterError(f"{file}: its tensors share memory, and have many more numbers than it holds")
+        raise AdapterError(
+            f"{file}: its tensors share memory, and have many more numbers than it holds"
+        )
     return {key: tensor.detach().contiguous() for key, tensor in found.items()}
 
 
@@ -56,8 +68,13 @@ def _check_packing(file: Path, content: bytes) -> None:
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
             entries = packed.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
-            raise AdapterError(f"{file}: its tensors cannot be read (it is compressed, as torch.save never does)")
+        if (
+            any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            or sum(e.file_size for e in entries) > size
+        ):
+            raise AdapterError(
+                f"{file}: its tensors cannot be read (it is compressed, as torch.save never does)"
+            )
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -68,7 +85,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _check(key: str, tensor: Tensor, file: Path) -> None:
     if not is_plain(tensor) or tensor.device.type != "cpu":
-        raise AdapterError(f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, {tensor.device.type})")
+        raise AdapterError(
+            f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, {tensor.device.type})"
+        )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)
-        raise AdapterError(f"{file}: tensor {shown(key)} claims shape {shape}, for which there are too few numbers in the file")
+        raise AdapterError(
+            f"{file}: tensor {shown(key)} claims shape {shape}, for which there are too few numbers in the file"
+        )

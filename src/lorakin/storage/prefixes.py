@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakin.surgery import layers
+from lorakin.inject import layers
 
 
 class Prefix(NamedTuple):
@@ -28,7 +28,9 @@ class Prefix(NamedTuple):
         return "Load it into a model of the class that it was made on"
 
 
-def other_prefix(sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]) -> Prefix | None:
+def other_prefix(
+    sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
+) -> Prefix | None:
     """The one change of the beginning by which every path of the file names a module of this size; None if there is none."""
     first = next(iter(sites), "")
     parts = first.split(".")
@@ -42,8 +44,14 @@ def other_prefix(sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str
     return None
 
 
-def _fits(prefix: Prefix, path: str, slots: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> bool:
-    module = modules.get(prefix.here + path.removeprefix(prefix.there)) if path.startswith(prefix.there) else None
+def _fits(
+    prefix: Prefix, path: str, slots: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> bool:
+    module = (
+        modules.get(prefix.here + path.removeprefix(prefix.there))
+        if path.startswith(prefix.there)
+        else None
+    )
     kind = None if module is None else layers.kind_of(module)
     if module is None or kind is None:
         return False

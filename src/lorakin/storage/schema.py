@@ -65,7 +65,10 @@ def fitted(kind: Any, value: Any, at: str = "") -> Any:
         return [fitted(inner[0], item, f"{at}[{n}]") for n, item in enumerate(value)]
     if origin is tuple:
         _is(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, at)
-        return tuple(fitted(one, item, f"{at}[{n}]") for n, (one, item) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            fitted(one, item, f"{at}[{n}]")
+            for n, (one, item) in enumerate(zip(inner, value, strict=True))
+        )
     if origin in (dict, Mapping):
         _is(isinstance(value, Mapping), value, kind, at)
         keys = [fitted(inner[0], key, f"a key of {at or 'it'}") for key in value]
@@ -106,7 +109,11 @@ def _record(kind: Any, value: Any, at: str) -> Any:
     if strange := [key for key in value if key not in fields]:
         raise Misfit(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
     missing = dataclasses.MISSING
-    needed = [name for name, field in fields.items() if field.default is missing and field.default_factory is missing]
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.default is missing and field.default_factory is missing
+    ]
     if lacking := [name for name in needed if name not in value]:
         raise Misfit(f"{_in(at, lacking[0])} is missing")
     hints = _hints(kind)
@@ -122,7 +129,9 @@ def in_words(kind: Any) -> str:
     """What a value must be, for a message."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return next((check.what for check in inner[1:] if isinstance(check, Check)), in_words(inner[0]))
+        return next(
+            (check.what for check in inner[1:] if isinstance(check, Check)), in_words(inner[0])
+        )
     if origin in (Union, types.UnionType):
         return " or ".join(map(in_words, inner))
     if origin is Literal:
@@ -133,7 +142,14 @@ def in_words(kind: Any) -> str:
         return f"a list of {len(inner)}"
     if origin in (dict, Mapping) or dataclasses.is_dataclass(kind):
         return "an object"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null", type(None): "null"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        None: "null",
+        type(None): "null",
+    }
     return words.get(kind, "something else")
 
 
@@ -143,7 +159,11 @@ def shown(value: Any) -> str:
         value = value[: LONGEST + 1]
     if isinstance(value, int) and abs(value) >= 2**63:
         return "a whole number of more than 63 bits"
-    text = f"a {type(value).__name__} of {len(value):,}" if isinstance(value, list | dict) and len(value) > 8 else repr(value)
+    text = (
+        f"a {type(value).__name__} of {len(value):,}"
+        if isinstance(value, list | dict) and len(value) > 8
+        else repr(value)
+    )
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

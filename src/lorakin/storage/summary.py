@@ -11,9 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 from lorakin.errors import AdapterError
 from lorakin.family import Method, Pair
+from lorakin.inject.description import member_in_words, settings_of
 from lorakin.storage import directory, expert_stacks, own_part, peft_format, token_rows
 from lorakin.storage.schema import Check, Misfit, fitted
-from lorakin.surgery.words import member_in_words, settings_of
 
 IMPORTANCE = "importance.json"
 """What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
@@ -68,7 +68,9 @@ class Summary:
         ranks = sorted(set(self.ranks.values()))
         names = self.columns
         lines: dict[str, str] = {
-            "member" if len(self.method.members) == 1 else "members": "; ".join(map(member_in_words, self.method.members)),
+            "member" if len(self.method.members) == 1 else "members": "; ".join(
+                map(member_in_words, self.method.members)
+            ),
             **(
                 {}
                 if self.method.parametrisation in self.method.members
@@ -76,7 +78,11 @@ class Summary:
             ),
             "base": self.base or "not recorded",
             "targets": f"{len(self.ranks)} modules{': ' * bool(names)}{', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
-            **({"rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"} if ranks else {}),
+            **(
+                {"rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"}
+                if ranks
+                else {}
+            ),
             "numbers": f"{self.parameters:,} in the file",
             "size": f"{self.size / 2**20:.2f} MiB in {self.path}",
         }
@@ -84,7 +90,9 @@ class Summary:
         if len(own) < len(self.ranks):
             lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
         if self.tokens:
-            lines["tokens"] = ", ".join(f"{count} rows of {where}" for where, count in self.tokens.items())
+            lines["tokens"] = ", ".join(
+                f"{count} rows of {where}" for where, count in self.tokens.items()
+            )
         lines |= {"whole": ", ".join(self.whole)} if self.whole else {}
         return lines | ({} if self.bias == "none" else {"biases": self.bias})
 
@@ -101,7 +109,10 @@ class Summary:
             "trainable_tokens": dict(self.tokens),
             "bias": self.bias,
             "pair": settings_of(self.method.parametrisation),
-            "modules": {path: {"rank": rank, "norm": self.norms.get(path)} for path, rank in self.ranks.items()},
+            "modules": {
+                path: {"rank": rank, "norm": self.norms.get(path)}
+                for path, rank in self.ranks.items()
+            },
         }
 
 
@@ -112,12 +123,15 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    plan, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    placement, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
     files.check()
-    known = {where: getattr(method.parametrisation, "rank", 0) for where, method in plan.sites.items()}
+    known = {
+        where: getattr(method.parametrisation, "rank", 0)
+        for where, method in placement.methods.items()
+    }
     return Summary(
         path=path,
-        method=plan.method,
+        method=placement.method,
         base=files.config.get("base_model_name_or_path"),
         ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},
@@ -152,7 +166,12 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
     for path, value in values.items():
         layer, name = place_of(path)
         table.setdefault(layer, {})[name] = value
-    return dict(sorted(table.items(), key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0)))
+    return dict(
+        sorted(
+            table.items(),
+            key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0),
+        )
+    )
 
 
 def place_of(path: str) -> tuple[str, str]:

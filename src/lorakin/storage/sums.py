@@ -44,7 +44,9 @@ TINY = 1e-7
 """Absolute, for each number: less than a float16 can hold."""
 
 
-def of_all(weights: Mapping[str, Tensor], trained: Mapping[str, Sequence[int]], again: bool = False) -> dict[str, str]:
+def of_all(
+    weights: Mapping[str, Tensor], trained: Mapping[str, Sequence[int]], again: bool = False
+) -> dict[str, str]:
     """The line of each parameter that has plain numbers.
 
     Args:
@@ -60,9 +62,13 @@ def of_all(weights: Mapping[str, Tensor], trained: Mapping[str, Sequence[int]], 
         if key not in made:
             stamp = key[1], weight._version, weight.dtype, weight.device
             before = _before.get(weight) if again else None
-            made[key] = before[1] if before is not None and before[0] == stamp else of(weight, key[1])
+            made[key] = (
+                before[1] if before is not None and before[0] == stamp else of(weight, key[1])
+            )
             _before[weight] = stamp, made[key]
-    lines = {name: made[id(weight), tuple(trained.get(name, ()))] for name, weight in weights.items()}
+    lines = {
+        name: made[id(weight), tuple(trained.get(name, ()))] for name, weight in weights.items()
+    }
     return {name: line for name, line in lines.items() if line is not None}
 
 
@@ -81,7 +87,9 @@ def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
     matrix = weight.reshape(weight.shape[0] if weight.dim() > 1 else 1, -1)
     height = max(1, CHUNK // matrix.shape[1])
     parts = [matrix[start : start + height] for start in range(0, len(matrix), height)]
-    held = next((dtype for dtype in PRECISIONS if all(_holds(dtype, part) for part in parts)), weight.dtype)
+    held = next(
+        (dtype for dtype in PRECISIONS if all(_holds(dtype, part) for part in parts)), weight.dtype
+    )
     checksum, larger, square = 0, 0, 0.0
     total = torch.zeros(COUNT, dtype=torch.float64)
     left, right = _signs("rows", len(matrix)), _signs("columns", matrix.shape[1])
@@ -114,7 +122,9 @@ def _holds(dtype: torch.dtype, part: Tensor) -> bool:
 def _signs(what: str, length: int) -> Tensor:
     """Signs of a length, (length, COUNT) float64, from a hash: the same in every version of every library."""
     drawn = hashlib.shake_128(f"{what} {length}".encode()).digest(length)
-    bits = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(-1, 1) >> torch.arange(COUNT, dtype=torch.uint8)
+    bits = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(-1, 1) >> torch.arange(
+        COUNT, dtype=torch.uint8
+    )
     return (bits & 1).double() * 2 - 1
 
 
@@ -127,11 +137,15 @@ def apart(then: str | None, now: str | None) -> float:
         return 0.0
     (held, checksum, *before), (other, checksum_now, *after) = then.split(), now.split()
     both = min(len(checksum), len(checksum_now)) > 8  # earlier versions wrote one
-    if held == other and (checksum[8:] == checksum_now[8:] if both else checksum[:8] == checksum_now[:8]):
+    if held == other and (
+        checksum[8:] == checksum_now[8:] if both else checksum[:8] == checksum_now[:8]
+    ):
         return 0.0
     (size, *old), (_, *new) = ([float(number) for number in numbers] for numbers in (before, after))
     gap = math.hypot(*(a - b for a, b in zip(old, new, strict=True))) / math.sqrt(COUNT)
-    if held == other and (both or held not in ("bfloat16", "float16")):  # nothing was rounded, and the bits are others
+    if held == other and (
+        both or held not in ("bfloat16", "float16")
+    ):  # nothing was rounded, and the bits are others
         return max(gap / max(size, 1e-30), 1e-9)
     allowed = TAIL * ROUNDINGS * size + TINY
     return 0.0 if gap <= allowed else gap / max(size, 1e-30)
@@ -141,6 +155,10 @@ def is_sum(text: object) -> bool:
     """Whether this, from a file, has the form that `of` gives."""
     parts = text.split() if isinstance(text, str) else []
     try:
-        return len(parts) == 3 + COUNT and int(parts[1], 16) >= 0 and all(math.isfinite(float(part)) for part in parts[2:])
+        return (
+            len(parts) == 3 + COUNT
+            and int(parts[1], 16) >= 0
+            and all(math.isfinite(float(part)) for part in parts[2:])
+        )
     except ValueError:
         return False

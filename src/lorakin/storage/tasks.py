@@ -33,14 +33,23 @@ def task_of(model: nn.Module, whole: Collection[str]) -> str | None:
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     can_generate = getattr(model, "can_generate", None)
-    if callable(can_generate) and can_generate() and hasattr(model, "prepare_inputs_for_generation"):
+    if (
+        callable(can_generate)
+        and can_generate()
+        and hasattr(model, "prepare_inputs_for_generation")
+    ):
         decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if decodes:
             return "SEQ_2_SEQ_LM" if _takes(model, DECODER) else None
         return "CAUSAL_LM" if _takes(model, ("labels",)) else None
     for ending, (task, heads, more) in HEADS.items():
         if type(model).__name__.endswith(ending):
-            return task if _takes(model, more, KEPT_BACK.get(task, ())) and _holds_heads(model, heads, whole) else None
+            return (
+                task
+                if _takes(model, more, KEPT_BACK.get(task, ()))
+                and _holds_heads(model, heads, whole)
+                else None
+            )
     return None
 
 
@@ -50,18 +59,26 @@ def is_classifiers(config: Mapping[str, Any], base_class: str | None) -> bool:
     task, heads, _ = HEADS[ending]
     if config.get("task_type") == task:
         return True
-    return (base_class or "").endswith(ending) and any(name.endswith(heads) for name in config.get("modules_to_save") or ())
+    return (base_class or "").endswith(ending) and any(
+        name.endswith(heads) for name in config.get("modules_to_save") or ()
+    )
 
 
 def _holds_heads(model: nn.Module, heads: tuple[str, ...], whole: Collection[str]) -> bool:
     """Whether the file has every module that PEFT takes for the head, and there is one."""
-    wanted = [path for path, module in model.named_modules() if path.endswith(heads) and any(True for _ in module.parameters())]
+    wanted = [
+        path
+        for path, module in model.named_modules()
+        if path.endswith(heads) and any(True for _ in module.parameters())
+    ]
     return bool(wanted) and all(path in whole for path in wanted)
 
 
 def _takes(model: nn.Module, more: Iterable[str], kept_back: Iterable[str] = ()) -> bool:
     """Whether the model's forward can be handed these arguments, and has none of those that PEFT would keep back."""
     parameters = inspect.signature(model.forward).parameters
-    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    anything = any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
     wanted = {*PASSED, *more, *(() if anything else FLAGS)}
     return parameters.keys() >= wanted and parameters.keys().isdisjoint(kept_back)

@@ -41,7 +41,9 @@ def known(model: nn.Module) -> dict[str, Any]:
 def is_other_vocabulary(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether, in the tokenizers of two fingerprints, the same number stands for another word, as far as both have words."""
     then, now = (base.get(TOKENIZER, {}).get(WORDS, {}) for base in (remembered, here))
-    return any(digest != now[count] for count, digest in then.items() if count in now and count != ALL)
+    return any(
+        digest != now[count] for count, digest in then.items() if count in now and count != ALL
+    )
 
 
 def differences(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -65,7 +67,9 @@ def are_texts(base: Mapping[str, Any]) -> bool:
     if not isinstance(said, dict) or not isinstance(words := said.get(WORDS), dict):
         return False
     template = said.get(TEMPLATE)
-    return isinstance(said.get(CUTS), str) and all(isinstance(text, str) for text in (*words.values(), template or ""))
+    return isinstance(said.get(CUTS), str) and all(
+        isinstance(text, str) for text in (*words.values(), template or "")
+    )
 
 
 def _words(words: Mapping[int, str]) -> dict[str, str]:

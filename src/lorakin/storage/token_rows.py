@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
-from lorakin.surgery.graft import Graft
-from lorakin.surgery.tokens import TokenRows, check_free, own_table, tied_rows
+from lorakin.inject.placement import Graft
+from lorakin.inject.tokens import TokenRows, check_free, own_table, tied_rows
 
 FIELD, ALONE = "trainable_token_indices", "TRAINABLE_TOKENS"
 """The field of LORA and ADALORA, and PEFT's type of an adapter that is nothing else."""
@@ -29,7 +29,7 @@ OTHER_BASE = 0.25
 
 def written(graft: Graft) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """For `to_files`: the adapter's rows, each weight once."""
-    tokens = dict(graft.plan.tokens)
+    tokens = dict(graft.placement.tokens)
     return tokens, {path: graft.rows_at(path).detach() for path in tokens}
 
 
@@ -69,7 +69,9 @@ def _is_input(model: nn.Module, path: str) -> bool:
 
 def _peft_ties(model: nn.Module, path: str) -> bool:
     """Whether PEFT has the rows of the embedding at `path` count in what is tied to it."""
-    return _is_input(model, path) and bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    return _is_input(model, path) and bool(
+        getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    )
 
 
 def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
@@ -84,7 +86,9 @@ def says_all_of_ties(config: Mapping[str, Any]) -> bool:
 
 def counts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
     """Path → how many rows an adapter's file holds."""
-    found = {key.removeprefix(prefix): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)}
+    found = {
+        key.removeprefix(prefix): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)
+    }
     return {key.removesuffix(DELTA).removesuffix(WRAPPER): count for key, count in found.items()}
 
 
@@ -145,12 +149,18 @@ def taken(
             model,
             named,
             copies,
-            lambda one, other: _same(values[one], values[other]) if other in named else _peft_ties(model, one),
+            lambda one, other: (
+                _same(values[one], values[other]) if other in named else _peft_ties(model, one)
+            ),
         )
         check_free(tokens, sites)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
-    return Taken(tokens, {path: torch.stack([values[path][n] for n in tokens[path].ids]) for path in tokens}, rest)
+    return Taken(
+        tokens,
+        {path: torch.stack([values[path][n] for n in tokens[path].ids]) for path in tokens},
+        rest,
+    )
 
 
 def _field(config: Mapping[str, Any]) -> Any:
@@ -174,11 +184,17 @@ def _sorted(
 
 
 def _holds_a_table(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Embedding | nn.Linear) and module._parameters.get("weight") is not None
+    return (
+        isinstance(module, nn.Embedding | nn.Linear)
+        and module._parameters.get("weight") is not None
+    )
 
 
 def _ids(
-    modules: Mapping[str, nn.Module], config: Mapping[str, Any], rows: Mapping[str, Tensor], where: str
+    modules: Mapping[str, nn.Module],
+    config: Mapping[str, Any],
+    rows: Mapping[str, Tensor],
+    where: str,
 ) -> dict[str, list[int]]:
     """Path → ids in the order of the file's rows."""
     field = _field(config)
@@ -189,23 +205,34 @@ def _ids(
     named = field if isinstance(field, Mapping) else {"": field} if field else {}
     for tokens in named.values():
         if not isinstance(tokens, list) or not all(type(n) is int and n >= 0 for n in tokens):
-            raise AdapterError(f"{where}: {FIELD} is {str(field)[:80]!r}, expected ids of tokens, or modules' names with ids")
+            raise AdapterError(
+                f"{where}: {FIELD} is {str(field)[:80]!r}, expected ids of tokens, or modules' names with ids"
+            )
     found: dict[str, list[int]] = {}
     for path in rows:  # PEFT takes every module whose path ends in the name
         fitting = [name for name in named if path.endswith(name)]
         if fitting:
             found[path] = list(named[max(fitting, key=len)])
-    for path in rows.keys() - found.keys():  # a head tied to one of them, of which the config does not speak
+    for path in (
+        rows.keys() - found.keys()
+    ):  # a head tied to one of them, of which the config does not speak
         weight = modules[path]._parameters.get("weight")
-        leader = next((one for one in found if modules[one]._parameters.get("weight") is weight), None)
+        leader = next(
+            (one for one in found if modules[one]._parameters.get("weight") is weight), None
+        )
         if leader is None:
             raise AdapterError(f"{where}: it has rows of {path}, which {FIELD} does not name")
         found[path] = found[leader]
     for name in named:
         ended = [path for path in modules if path and path.endswith(name)] if name else list(rows)
         weights = [modules[path]._parameters.get("weight") for path in found]
-        if not any(path in found or _is_one_of(modules[path]._parameters.get("weight"), weights) for path in ended):
-            raise AdapterError(f"{where}: {FIELD} names tokens{f' of {name}' * bool(name)}, but the file has no rows of them")
+        if not any(
+            path in found or _is_one_of(modules[path]._parameters.get("weight"), weights)
+            for path in ended
+        ):
+            raise AdapterError(
+                f"{where}: {FIELD} names tokens{f' of {name}' * bool(name)}, but the file has no rows of them"
+            )
     return found
 
 
@@ -219,17 +246,23 @@ def _size(vocabulary: Mapping[str, str], path: str) -> int:
     return int(known[1].split("x")[0]) if len(known) > 1 else 0
 
 
-def _check_rows(path: str, module: nn.Module, ids: list[int], rows: Tensor, size: int, where: str) -> None:
+def _check_rows(
+    path: str, module: nn.Module, ids: list[int], rows: Tensor, size: int, where: str
+) -> None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
-        raise AdapterError(f"{where}: it trains rows of {path}, but that is a {type(module).__name__} here")
+        raise AdapterError(
+            f"{where}: it trains rows of {path}, but that is a {type(module).__name__} here"
+        )
     if rows.shape != (len(ids), weight.shape[1]):
         raise AdapterError(
             f"{where}: {path} has trained rows of shape {tuple(rows.shape)}, expected {(len(ids), weight.shape[1])}: "
             f"one of width {weight.shape[1]} for each of its tokens"
         )
     if not rows.is_floating_point() or rows.element_size() < 2 or not all_finite(rows):
-        raise AdapterError(f"{where}: the trained rows of {path} are no finite floating numbers ({rows.dtype})")
+        raise AdapterError(
+            f"{where}: the trained rows of {path} are no finite floating numbers ({rows.dtype})"
+        )
     if max(ids, default=0) >= len(weight):
         size = max(size, max(ids) + 1)
         raise AdapterError(
@@ -239,7 +272,9 @@ def _check_rows(path: str, module: nn.Module, ids: list[int], rows: Tensor, size
         )
 
 
-def _new_rows(path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:
+def _new_rows(
+    path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str
+) -> dict[int, Tensor]:
     """The rows of a table in the file that this base has otherwise, but for those trained anyway."""
     here = own_table(module)
     if table.shape != here.shape:

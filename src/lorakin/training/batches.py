@@ -45,7 +45,9 @@ class AnswerCollator:
         if self.logits_to_keep:
             following = labels[:, 1:]
             keep = (following != IGNORED).any(0).nonzero().flatten()
-            batch["labels"] = torch.cat([labels.new_full((len(examples), 1), IGNORED), following[:, keep]], 1)
+            batch["labels"] = torch.cat(
+                [labels.new_full((len(examples), 1), IGNORED), following[:, keep]], 1
+            )
             batch["logits_to_keep"] = keep
         return batch
 
@@ -56,7 +58,9 @@ def digest(*parts: Sequence[Row]) -> int:
     for part in parts:
         for row in part:
             labels = row["labels"] if isinstance(row["labels"], list) else [row["labels"]]
-            found.update(array.array("q", [len(row["input_ids"]), *row["input_ids"], *labels]).tobytes())
+            found.update(
+                array.array("q", [len(row["input_ids"]), *row["input_ids"], *labels]).tobytes()
+            )
         found.update(b"|")
     return int(found.hexdigest()[:12], 16)
 
@@ -65,17 +69,27 @@ def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[
     """About `share` of the examples, at least one of each class where they have classes, in random order."""
     classes: dict[int | None, list[Row]] = {}
     for example in examples:
-        classes.setdefault(example["labels"] if isinstance(example["labels"], int) else None, []).append(example)
+        classes.setdefault(
+            example["labels"] if isinstance(example["labels"], int) else None, []
+        ).append(example)
     chance = random.Random(seed)
-    chosen = [row for rows in classes.values() for row in chance.sample(rows, max(1, round(share * len(rows))))]
+    chosen = [
+        row
+        for rows in classes.values()
+        for row in chance.sample(rows, max(1, round(share * len(rows))))
+    ]
     chance.shuffle(chosen)
     return chosen
 
 
-def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def answer_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
     """Cross-entropy per labelled token, in float32: of a batch of `AnswerCollator`, over `num_items_in_batch` if given."""
     following = labels[:, 1:].to(outputs.logits.device)
     logits = outputs.logits[:, : following.shape[1]].float()
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     count = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count

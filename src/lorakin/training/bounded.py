@@ -74,7 +74,9 @@ class _Watch:
 
     def end(self) -> None:
         with self.lock:
-            if self.ends.pop(threading.get_ident(), None) is None:  # it was ended; what has not come yet shall not
+            if (
+                self.ends.pop(threading.get_ident(), None) is None
+            ):  # it was ended; what has not come yet shall not
                 _raise_in(threading.get_ident(), None)
 
     def _look(self) -> None:
@@ -83,7 +85,9 @@ class _Watch:
             time.sleep(self.LOOKS)
             with self.lock:
                 idle = 0 if self.ends else idle + 1
-                for thread in [thread for thread, end in self.ends.items() if time.monotonic() > end]:
+                for thread in [
+                    thread for thread, end in self.ends.items() if time.monotonic() > end
+                ]:
                     del self.ends[thread]
                     _raise_in(thread, _Late)
                 self.runs = idle < self.IDLE

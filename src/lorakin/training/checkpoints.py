@@ -30,7 +30,14 @@ from lorakin.storage.card import CARD
 from lorakin.storage.own_part import CHECKSUM, checksum
 
 MANIFEST, FORMAT, STATE = "lorakin-checkpoint.json", 1, "trainer_state.json"
-FORM = {"is_whole": bool, "step": int, "processes": int, "run": dict, "versions": dict, "parts": dict}
+FORM = {
+    "is_whole": bool,
+    "step": int,
+    "processes": int,
+    "run": dict,
+    "versions": dict,
+    "parts": dict,
+}
 RECIPE, ROWS = "recipe", "rows"
 """What a run says of itself: its settings by name, and the digest of the rows as the model sees them."""
 OPEN = (None, "auto")
@@ -55,7 +62,9 @@ class Manifest:
             DataError: other rows.
         """
         if RECIPE in run and RECIPE not in self.run:
-            raise SettingError(f"{self.folder} is no checkpoint of lorakin train, so it cannot be gone on with here")
+            raise SettingError(
+                f"{self.folder} is no checkpoint of lorakin train, so it cannot be gone on with here"
+            )
         then, now = self.run.get(RECIPE, {}), json.loads(json.dumps(run.get(RECIPE, {})))
         for name in [name for name in now if name in then]:
             if now[name] not in OPEN and now[name] != then[name]:
@@ -71,7 +80,9 @@ class Manifest:
     def check_versions(self) -> None:
         """Warn if other software goes on than began: the numbers may come out differently then, in the last bits or more."""
         if changed := [
-            f"{name} {then}, now {now}" for name, now in versions().items() if (then := self.versions.get(name)) != now
+            f"{name} {then}, now {now}"
+            for name, now in versions().items()
+            if (then := self.versions.get(name)) != now
         ]:
             warnings.warn(
                 f"{self.folder} was made by {'; '.join(changed)}. Training goes on, but what comes out need not be what the "
@@ -83,7 +94,11 @@ class Manifest:
 
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
-    return {"lorakin": lorakin.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "lorakin": lorakin.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def begin(folder: Path) -> None:
@@ -131,16 +146,27 @@ def links(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for place, folders, files in os.walk(folder):
-        yield from (path for name in sorted((*folders, *files)) if (path := Path(place, name)).is_symlink())
+        yield from (
+            path for name in sorted((*folders, *files)) if (path := Path(place, name)).is_symlink()
+        )
 
 
 def _is_a_link(link: Path) -> OutputError:
-    return OutputError(f"{link} is a link to {os.readlink(link)}, which is not written through; remove it")
+    return OutputError(
+        f"{link} is a link to {os.readlink(link)}, which is not written through; remove it"
+    )
 
 
 def seal(folder: Path, step: int, processes: int, run: Mapping[str, Any]) -> None:
     """Write the manifest of the checkpoint in `folder`, once every process has written its parts."""
-    said = {"format": FORMAT, "is_whole": True, "step": step, "processes": processes, "run": dict(run), "versions": versions()}
+    said = {
+        "format": FORMAT,
+        "is_whole": True,
+        "step": step,
+        "processes": processes,
+        "run": dict(run),
+        "versions": versions(),
+    }
     _write(folder, {**said, "parts": {name: _digest(folder / name) for name in _parts(folder)}})
 
 
@@ -159,7 +185,9 @@ def opened(folder: Path) -> Manifest:
     if not said["is_whole"]:
         raise AdapterError(f"{folder} is not whole: its save was cut off. {_instead(folder)}")
     if (named := _number(folder)) not in (None, said["step"]):
-        raise AdapterError(f"{folder} is the checkpoint of step {said['step']}, not {named}. {_instead(folder)}")
+        raise AdapterError(
+            f"{folder} is the checkpoint of step {said['step']}, not {named}. {_instead(folder)}"
+        )
     for name, digest in said["parts"].items():
         part = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -168,8 +196,12 @@ def opened(folder: Path) -> Manifest:
             raise _damaged(folder, f"{name} is missing")
         if _digest(part) != digest:
             raise _damaged(folder, f"{name} is not the one that was saved in it")
-    if strange := [name for name in _parts(folder) if name not in said["parts"]]:  # which the Trainer might load
-        raise AdapterError(f"{folder} holds {some(strange)}, which was not saved in it. To go on from it, take that out")
+    if strange := [
+        name for name in _parts(folder) if name not in said["parts"]
+    ]:  # which the Trainer might load
+        raise AdapterError(
+            f"{folder} holds {some(strange)}, which was not saved in it. To go on from it, take that out"
+        )
     return Manifest(folder, said["step"], said["processes"], said["run"], said["versions"])
 
 
@@ -196,8 +228,12 @@ def rotate(folder: Path, step: int, limit: int | None, best: str | None) -> None
     """
     if not limit or limit < 0:
         return
-    ours = [(number, path) for number, path in _numbered(folder) if number <= step and _is_ours(path)]
-    spare = [path for number, path in ours if number != step and (best is None or path != Path(best))]
+    ours = [
+        (number, path) for number, path in _numbered(folder) if number <= step and _is_ours(path)
+    ]
+    spare = [
+        path for number, path in ours if number != step and (best is None or path != Path(best))
+    ]
     spare.sort(key=lambda path: (_is_whole(path), _number(path)))
     for path in spare[: max(0, len(ours) - limit)]:
         with contextlib.suppress(OSError):  # it is not a matter of the run
@@ -246,8 +282,12 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if said.get(CHECKSUM) != checksum(said):
         raise _damaged(folder, f"its {MANIFEST} was edited, or a bit of it is another")
     if said.get("format") != FORMAT:
-        raise AdapterError(f"{folder / MANIFEST}: format {said.get('format')!r}, this version reads {FORMAT}; update lorakin")
-    if said.get("is_whole") is not False and not all(isinstance(said.get(key), kind) for key, kind in FORM.items()):
+        raise AdapterError(
+            f"{folder / MANIFEST}: format {said.get('format')!r}, this version reads {FORMAT}; update lorakin"
+        )
+    if said.get("is_whole") is not False and not all(
+        isinstance(said.get(key), kind) for key, kind in FORM.items()
+    ):
         raise _damaged(folder, f"its {MANIFEST} does not say what a manifest says")
     return said
 
@@ -261,12 +301,18 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _damaged(folder: Path, how: str) -> AdapterError:
-    return AdapterError(f"{folder} is damaged: {how}. Training does not go on from it. {_instead(folder)}")
+    return AdapterError(
+        f"{folder} is damaged: {how}. Training does not go on from it. {_instead(folder)}"
+    )
 
 
 def _instead(folder: Path) -> str:
     """What to do without this checkpoint."""
-    older = [path for number, path in _numbered(folder.parent) if path != folder and number < (_number(folder) or 0)]
+    older = [
+        path
+        for number, path in _numbered(folder.parent)
+        if path != folder and number < (_number(folder) or 0)
+    ]
     if whole := [path for path in older if _is_whole(path)]:
         return f"To go on from {whole[-1].name}, delete {folder}"
     return "There is no older one that is whole: delete it to begin again, or start anew elsewhere"
@@ -285,14 +331,22 @@ def _number(folder: Path) -> int | None:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in `folder` with their steps, in order of them."""
-    found = [(number, path) for path in folder.glob("checkpoint-*") if (number := _number(path)) is not None and path.is_dir()]
+    found = [
+        (number, path)
+        for path in folder.glob("checkpoint-*")
+        if (number := _number(path)) is not None and path.is_dir()
+    ]
     return sorted(found)
 
 
 def _parts(folder: Path) -> list[str]:
     """The files of a checkpoint, but for the model card, which anybody may edit."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(file.as_posix() for file in files if file.name not in (MANIFEST, CARD) and not file.name.startswith("."))
+    return sorted(
+        file.as_posix()
+        for file in files
+        if file.name not in (MANIFEST, CARD) and not file.name.startswith(".")
+    )
 
 
 def _digest(path: Path) -> str:

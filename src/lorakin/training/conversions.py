@@ -64,7 +64,9 @@ def converted(path: Path) -> Path:
     for place in (entry, _standing_in.get(digest)):
         if place is not None and is_whole(place):
             return place
-    make = functools.cache(lambda: _read(path))  # so that it is read once, also where the cache then fails
+    make = functools.cache(
+        lambda: _read(path)
+    )  # so that it is read once, also where the cache then fails
     try:
         with _alone(entry.parent):
             if not is_whole(entry):  # another process may have been faster
@@ -96,7 +98,9 @@ def is_whole(entry: Path) -> bool:
     """Whether a directory is a conversion with all of its files as they were written."""
     try:
         said = json.loads((entry / RECORD).read_text(encoding="utf-8"))["files"]
-        return bool(said) and all(_is_as_written(entry / name, *stamp) for name, stamp in said.items())
+        return bool(said) and all(
+            _is_as_written(entry / name, *stamp) for name, stamp in said.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -113,7 +117,9 @@ def _put(entry: Path, make: Callable[[], tuple[Any, Any]]) -> None:
     Raises:
         OSError: it cannot be written. ModelError: it cannot be made.
     """
-    for half in entry.parent.glob(f"{HALF}*"):  # of processes that were killed: whoever lives has the lock
+    for half in entry.parent.glob(
+        f"{HALF}*"
+    ):  # of processes that were killed: whoever lives has the lock
         shutil.rmtree(half, ignore_errors=True)
     half = Path(tempfile.mkdtemp(prefix=HALF, dir=entry.parent))
     try:
@@ -172,7 +178,12 @@ def _remove_abandoned() -> None:
     for place in Path(tempfile.gettempdir()).glob(f"{BESIDE}[0-9]*-*"):
         owner = place.name.removeprefix(BESIDE).partition("-")[0]
         with contextlib.suppress(OSError, ValueError):
-            if place.is_dir() and not place.is_symlink() and place.stat().st_uid == os.getuid() and not _lives(int(owner)):
+            if (
+                place.is_dir()
+                and not place.is_symlink()
+                and place.stat().st_uid == os.getuid()
+                and not _lives(int(owner))
+            ):
                 shutil.rmtree(place, ignore_errors=True)
 
 
@@ -226,7 +237,9 @@ def _read(path: Path) -> tuple[Any, Any]:
                 output_loading_info=True,
             )
         if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
-            raise ModelError(f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language model")
+            raise ModelError(
+                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language model"
+            )
         _say_what_is_left(path, header, model)
         tokenizer = loading.tokenizer(folder, gguf_file=path.name)
         if header.values.get(gguf.Keys.Tokenizer.PRE) in DIGIT_SPLITTERS:
@@ -249,7 +262,10 @@ def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> Non
 
 def _split_digits(tokenizer: Any) -> None:
     """Cut numbers into digits, as the file says and transformers forgets."""
-    cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    cuts = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
 
 

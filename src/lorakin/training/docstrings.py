@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 INSTRUCTION = "Write a one-line docstring for this Python function.\n\n"
-LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo", "__pycache__"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
 
 
 def docstring_rows(max_code: int = 400, seed: int = 0) -> list[dict[str, str]]:

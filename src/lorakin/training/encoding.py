@@ -14,8 +14,8 @@ from lorakin.errors import DataError
 from lorakin.storage import paths
 from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
 from lorakin.training.endings import stops
-from lorakin.training.formats import Content, Conversation, Labelled, Text
-from lorakin.training.reading import Record, Rows, shown
+from lorakin.training.formats import Content, Conversation, Labelled, PlainText
+from lorakin.training.reading import DataRows, Record, shown
 from lorakin.training.templates import ALPACA, Template
 
 TEMPLATES = {"alpaca": ALPACA}
@@ -39,7 +39,10 @@ class Encoded:
 
 
 def use_template(
-    tokenizer: Any, chosen: bool | str, rows: Rows | None = None, arguments: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    chosen: bool | str,
+    rows: DataRows | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Give the tokenizer the chat template that rows are to be written with.
 
@@ -60,17 +63,29 @@ def use_template(
         tokenizer.chat_template = template_named(chosen)
     elif not chosen:
         tokenizer.chat_template = None
-    spoken = [r.content for r in rows.records if isinstance(r.content, Conversation)] if rows is not None else []
+    spoken = (
+        [r.content for r in rows.records if isinstance(r.content, Conversation)]
+        if rows is not None
+        else []
+    )
     if not tokenizer.chat_template and spoken and all(content.is_instruction for content in spoken):
         tokenizer.chat_template = ALPACA
-    if tokenizer.chat_template == ALPACA and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+    if tokenizer.chat_template == ALPACA and tokenizer("")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]:
         tokenizer.chat_template = "{{- bos_token }}\n" + ALPACA
     if arguments:
         if not tokenizer.chat_template:
             raise DataError(f"--template-arg {next(iter(arguments))}: there is no chat template")
-        sets = "".join(f"{{%- set {name} = {_literal(name, value)} -%}}\n" for name, value in arguments.items())
+        sets = "".join(
+            f"{{%- set {name} = {_literal(name, value)} -%}}\n" for name, value in arguments.items()
+        )
         tokenizer.chat_template = sets + tokenizer.get_chat_template(None, None)
-    return tokenizer.chat_template if tokenizer.chat_template and tokenizer.chat_template != own else None
+    return (
+        tokenizer.chat_template
+        if tokenizer.chat_template and tokenizer.chat_template != own
+        else None
+    )
 
 
 def remembered_template(folder: Path) -> str | None:
@@ -91,7 +106,9 @@ def use_remembered(tokenizer: Any, folder: Path) -> None:
 def _literal(name: str, value: Any) -> str:
     """A value as Jinja writes it."""
     if not name.isidentifier() or not isinstance(value, str | int | float | bool | None):
-        raise DataError(f"--template-arg {name}={value!r}: expected a name, and true, false, a number or a text")
+        raise DataError(
+            f"--template-arg {name}={value!r}: expected a name, and true, false, a number or a text"
+        )
     return json.dumps(value)
 
 
@@ -101,18 +118,26 @@ def template_named(name: str) -> str:
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    return TEMPLATES[name] if name in TEMPLATES else _template_file(paths.named(name, "--chat-template", DataError))
+    return (
+        TEMPLATES[name]
+        if name in TEMPLATES
+        else _template_file(paths.named(name, "--chat-template", DataError))
+    )
 
 
 def _template_file(path: Path) -> str:
     if not path.is_file():
         known = ", ".join(TEMPLATES)
-        raise DataError(f"--chat-template {path}: there is no such file; expected {known}, or a file that holds a template")
+        raise DataError(
+            f"--chat-template {path}: there is no such file; expected {known}, or a file that holds a template"
+        )
     try:
         with path.open("rb") as file:
             content = file.read(LONGEST_TEMPLATE + 1)
         if len(content) > LONGEST_TEMPLATE:
-            raise DataError(f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none")
+            raise DataError(
+                f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none"
+            )
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--chat-template {path} cannot be read: {error}") from None
@@ -130,7 +155,9 @@ class Encoder:
         DataError: an unknown `loss_on`.
     """
 
-    def __init__(self, tokenizer: Any, loss_on: str = ANSWERS, day: datetime.date | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, loss_on: str = ANSWERS, day: datetime.date | None = None
+    ) -> None:
         if loss_on not in LOSS_ON:
             raise DataError(f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
         self.tokenizer = tokenizer
@@ -149,10 +176,18 @@ class Encoder:
         Raises:
             DataError: a conversation without a chat template, or one that cannot be verified.
         """
-        if isinstance(content, Text) and content.prompt and self.template is not None and not self._is_rendered(content.prompt):
-            turns = [{"role": "user", "content": content.prompt}, {"role": "assistant", "content": content.answer}]
+        if (
+            isinstance(content, PlainText)
+            and content.prompt
+            and self.template is not None
+            and not self._is_rendered(content.prompt)
+        ):
+            turns = [
+                {"role": "user", "content": content.prompt},
+                {"role": "assistant", "content": content.answer},
+            ]
             content = Conversation(turns, [None, None])
-        if isinstance(content, Text):
+        if isinstance(content, PlainText):
             return self._text(content)
         if isinstance(content, Labelled):
             raise DataError("it has a label, which a language model does not learn")
@@ -178,11 +213,15 @@ class Encoder:
         """A text's tokens as a model begins with them: with a BOS token if the tokenizer puts one, but not twice."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         eos = self.tokenizer.eos_token_id
-        if ids and ids[-1] == eos and (ids[-2:-1] == [eos] or not text.endswith(str(self.tokenizer.eos_token))):
+        if (
+            ids
+            and ids[-1] == eos
+            and (ids[-2:-1] == [eos] or not text.endswith(str(self.tokenizer.eos_token)))
+        ):
             ids = ids[:-1]
         return ids[1:] if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id] else ids
 
-    def _text(self, content: Text) -> tuple[list[int], list[int]]:
+    def _text(self, content: PlainText) -> tuple[list[int], list[int]]:
         ids = self._opened(content.prompt)
         if not content.answer:
             return ids, [IGNORED] * len(ids)
@@ -190,14 +229,22 @@ class Encoder:
             answer = continued(self.tokenizer, content.prompt, content.answer)
         else:
             ids, answer = [], self._opened(content.answer)
-        closed = content.answer.rstrip().endswith(tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends))))
+        closed = content.answer.rstrip().endswith(
+            tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
+        )
         if self.tokenizer.eos_token_id is not None and not closed:
             answer = [*answer, self.tokenizer.eos_token_id]
         labels = ids + answer if self.loss_on == ALL else [IGNORED] * len(ids) + answer
         return ids + answer, labels
 
 
-def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Encoded:
+def encode(
+    rows: DataRows,
+    tokenizer: Any,
+    max_length: int,
+    loss_on: str = ANSWERS,
+    day: datetime.date | None = None,
+) -> Encoded:
     """Tokenise rows for a causal language model; labels are -100 where no loss is taken.
 
     Conversations, and prompts too, go through the tokenizer's chat template if it has one. The loss is on the
@@ -211,18 +258,35 @@ def encode(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, 
     for whole in _encode_rows(rows, tokenizer, loss_on, day):
         example = {key: part[:max_length] for key, part in whole.items()}
         encoded.append(example)
-        cut += _has_answer(example) and any(label != IGNORED for label in whole["labels"][max_length:])
-    kept = [(record.where, example) for record, example in zip(rows.records, encoded, strict=True) if _has_answer(example)]
+        cut += _has_answer(example) and any(
+            label != IGNORED for label in whole["labels"][max_length:]
+        )
+    kept = [
+        (record.where, example)
+        for record, example in zip(rows.records, encoded, strict=True)
+        if _has_answer(example)
+    ]
     if not kept:
         raise DataError(
             f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
             f"--max-length {max_length} tokens; raise it, if the model has positions for more, or check that the "
             "answers are not empty"
         )
-    return Encoded([example for _, example in kept], len(encoded) - len(kept), cut, [where for where, _ in kept])
+    return Encoded(
+        [example for _, example in kept],
+        len(encoded) - len(kept),
+        cut,
+        [where for where, _ in kept],
+    )
 
 
-def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANSWERS, day: datetime.date | None = None) -> Rows:
+def with_answers(
+    rows: DataRows,
+    tokenizer: Any,
+    max_length: int,
+    loss_on: str = ANSWERS,
+    day: datetime.date | None = None,
+) -> DataRows:
     """The rows that `encode` keeps, those that have something to learn from within `max_length` tokens.
 
     Raises:
@@ -230,13 +294,17 @@ def with_answers(rows: Rows, tokenizer: Any, max_length: int, loss_on: str = ANS
     """
     kept = [
         record
-        for record, example in zip(rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True)
+        for record, example in zip(
+            rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True
+        )
         if any(label != IGNORED for label in example["labels"][1:max_length])
     ]
     return dataclasses.replace(rows, records=kept)
 
 
-def _encode_rows(rows: Rows, tokenizer: Any, loss_on: str, day: datetime.date | None) -> Iterator[dict[str, Any]]:
+def _encode_rows(
+    rows: DataRows, tokenizer: Any, loss_on: str, day: datetime.date | None
+) -> Iterator[dict[str, Any]]:
     encoder = Encoder(tokenizer, loss_on, day)
     for record in rows.records:
         try:
@@ -247,14 +315,18 @@ def _encode_rows(rows: Rows, tokenizer: Any, loss_on: str, day: datetime.date | 
 
 
 def _of_row(record: Record, error: Exception) -> DataError:
-    return DataError(f"{record.where}: {error} (format {record.source.format.name}). The row: {shown(record.values)}")
+    return DataError(
+        f"{record.where}: {error} (format {record.source.format.name}). The row: {shown(record.values)}"
+    )
 
 
 def _has_answer(example: dict[str, Any]) -> bool:
     return any(label != IGNORED for label in example["labels"][1:])
 
 
-def encode_labelled(rows: Rows, tokenizer: Any, max_length: int, labels: Sequence[str]) -> Encoded:
+def encode_labelled(
+    rows: DataRows, tokenizer: Any, max_length: int, labels: Sequence[str]
+) -> Encoded:
     """Tokenise rows for a classifier whose classes are `labels`.
 
     Raises:

@@ -44,7 +44,12 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     turn (GLM's `<|user|>`).
     """
     last, going_on = (_leading_tokens(text, tokenizer) for text in closings(tokenizer))
-    common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False))]
+    common = [
+        a
+        for a, _ in itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False)
+        )
+    ]
     return common[-1:] or last[:1] or going_on[:1]
 
 
@@ -82,7 +87,11 @@ def _leading_tokens(text: str, tokenizer: Any) -> list[int]:
         known.setdefault(str(tokenizer.eos_token), tokenizer.eos_token_id)
     found = []
     while text := text.lstrip():
-        name = max((token for token in known if token.strip() and text.startswith(token)), key=len, default=None)
+        name = max(
+            (token for token in known if token.strip() and text.startswith(token)),
+            key=len,
+            default=None,
+        )
         if name is None:
             break
         found.append(known[name])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
 from lorakin.family.settings import require
-from lorakin.surgery.mode import in_mode
+from lorakin.inject.eval_mode import in_mode
 from lorakin.training.answers import ANSWERS, IGNORED, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.encoding import encode, encode_labelled, use_template
@@ -39,7 +39,12 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, float]:
         """The figures by name, without those that do not apply."""
-        named = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy, "count": self.count}
+        named = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "count": self.count,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -50,7 +55,9 @@ def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
 
 
 @torch.no_grad()
-def evaluate(model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int) -> Evaluation:
+def evaluate(
+    model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int
+) -> Evaluation:
     """The loss per labelled token over all examples, or a classifier's loss per row and accuracy.
 
     Longest examples come first, so that little of a batch is padding; a model that is too large for memory fails at once.
@@ -98,15 +105,21 @@ def evaluate_rows(
     rows = read_rows(name, columns, layout)
     labels = stored_labels(model) if rows.is_classification and adapter is None else None
     if rows.is_classification and adapter is None and labels is None:
-        raise DataError(f"{name} has labels, but without --adapter the classifier would have a random head")
+        raise DataError(
+            f"{name} has labels, but without --adapter the classifier would have a random head"
+        )
     loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
-        raise DataError(f"{name} has format {rows.formats[0]}, which does not suit a {type(loaded.model).__name__}")
+        raise DataError(
+            f"{name} has format {rows.formats[0]}, which does not suit a {type(loaded.model).__name__}"
+        )
     length = row_length(places(loaded.model), max_length)
     if is_classifier:
         names = loaded.model.config.id2label
-        encoded = encode_labelled(rows, loaded.tokenizer, length, [names[number] for number in sorted(names)])
+        encoded = encode_labelled(
+            rows, loaded.tokenizer, length, [names[number] for number in sorted(names)]
+        )
         check_rows(encoded.examples, loaded, encoded.where, rows.name)
         warn_cut(length, max_length, model, encoded.examples)
         collate = transformers.DataCollatorWithPadding(loaded.tokenizer)

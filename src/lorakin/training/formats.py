@@ -80,7 +80,7 @@ class Conversation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class PlainText:
     """A prompt and the answer to it, as plain text; the prompt may be empty."""
 
     prompt: str
@@ -95,7 +95,7 @@ class Labelled:
     label: Any
 
 
-Content = Conversation | Text | Labelled
+Content = Conversation | PlainText | Labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,26 +116,32 @@ def _sharegpt(row: Values) -> Conversation:
     return _conversation(_listed(row["conversations"], "conversations"), row)
 
 
-def _alpaca(instruction: str, extra: tuple[str, ...], output: str) -> Callable[[Values], Conversation]:
+def _alpaca(
+    instruction: str, extra: tuple[str, ...], output: str
+) -> Callable[[Values], Conversation]:
     def read(row: Values) -> Conversation:
-        turns = _exchanges(row, _with_context(row, instruction, extra), text_of(row[output], output))
+        turns = _exchanges(
+            row, _with_context(row, instruction, extra), text_of(row[output], output)
+        )
         return dataclasses.replace(_conversation(turns, row), is_instruction=True)
 
     return read
 
 
-def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | Text]:
-    def read(row: Values) -> Conversation | Text:
+def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | PlainText]:
+    def read(row: Values) -> Conversation | PlainText:
         if asked := _turns(row[prompt]):
             said = _turns(row[answer]) or [{"role": "assistant", "content": row[answer]}]
             found = _conversation([*asked, *said], row)
-            before = len(found.messages) - len(said)  # what stands in the prompt is asked, not answered
+            before = len(found.messages) - len(
+                said
+            )  # what stands in the prompt is asked, not answered
             learned = [False if at < before else flag for at, flag in enumerate(found.learned)]
             return dataclasses.replace(found, learned=learned)
         question, reply = _with_context(row, prompt, ("context",)), text_of(row[answer], answer)
         if any(row.get(key) for key in (*SYSTEM, "history", *TOOLS)):
             return _conversation(_exchanges(row, question, reply), row)
-        return Text(question, reply)
+        return PlainText(question, reply)
 
     return read
 
@@ -146,12 +152,14 @@ def _called(row: Values) -> Conversation:
     return _conversation([{"role": "user", "content": row["query"]}, calls], row)
 
 
-def _squad(row: Values) -> Text:
+def _squad(row: Values) -> PlainText:
     answers = _unpacked(row["answers"])
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     if not isinstance(texts, list):
         raise DataError(f"answers is {_shown(answers)}, expected a list of texts")
-    return Text(_with_context(row, "question", ("context",)), text_of(texts[0], "answers") if texts else "")
+    return PlainText(
+        _with_context(row, "question", ("context",)), text_of(texts[0], "answers") if texts else ""
+    )
 
 
 def _labelled(text: str, label: str) -> Callable[[Values], Labelled]:
@@ -163,8 +171,8 @@ def _labelled(text: str, label: str) -> Callable[[Values], Labelled]:
     return read
 
 
-def _plain(row: Values) -> Text:
-    return Text("", text_of(row["text"], "text"))
+def _plain(row: Values) -> PlainText:
+    return PlainText("", text_of(row["text"], "text"))
 
 
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
@@ -214,9 +222,13 @@ def detected(rows: Sequence[Values], name: str, chosen: str | None) -> Format:
         columns = ", ".join(there)
         wanted = "; ".join(f"{found.name} ({', '.join(found.columns)})" for found in known)
         lone = next(iter(keys[0])) if len(keys[0]) == 1 else ""
-        hint = next((f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), "")
+        hint = next(
+            (f"; is the file separated by {mark!r}?" for mark in ";\t|" if mark in lone), ""
+        )
         plain = {key.strip().lower(): key for key in there}
-        if fit := next((found.columns for found in known if set(found.columns) <= set(plain)), None):
+        if fit := next(
+            (found.columns for found in known if set(found.columns) <= set(plain)), None
+        ):
             hint = f"; here that is --columns {','.join(f'{column}={plain[column]}' for column in fit)}"
         raise DataError(
             f"data {name!r} has the columns {columns}, which are no known format; known are: {wanted}. Say which columns "
@@ -247,7 +259,15 @@ def read(layout: Format, row: Values, mapped: bool) -> Content:
 
 def is_left_out(row: Values) -> bool:
     """Whether the row itself says that nothing of it is to be learned, as with `weight: 0`."""
-    return _flag(row, FLAGS, "the row's ", "; to leave the column aside, name those that matter with --columns") is False
+    return (
+        _flag(
+            row,
+            FLAGS,
+            "the row's ",
+            "; to leave the column aside, name those that matter with --columns",
+        )
+        is False
+    )
 
 
 def unused_keys(layout: Format, rows: Iterable[Values]) -> dict[str, int]:
@@ -259,7 +279,13 @@ def unused_keys(layout: Format, rows: Iterable[Values]) -> dict[str, int]:
         for column in ("messages", "conversations", "prompt", "completion"):
             turns = row.get(column) if column in used else None
             if isinstance(turns, list):
-                said = {key for turn in turns if isinstance(turn, Mapping) for key, value in turn.items() if value is not None}
+                said = {
+                    key
+                    for turn in turns
+                    if isinstance(turn, Mapping)
+                    for key, value in turn.items()
+                    if value is not None
+                }
                 found.update(f"{column}[].{key}" for key in said - USED_OF_A_MESSAGE)
     return dict(found)
 
@@ -283,16 +309,24 @@ def text_of(value: Any, what: str) -> str:
 
 def label_text(value: Any) -> str:
     """A class's name: text as it is, a whole number without a fraction, True and False."""
-    return value if isinstance(value, str) else str(value if isinstance(value, bool) else int(value))
+    return (
+        value if isinstance(value, str) else str(value if isinstance(value, bool) else int(value))
+    )
 
 
 def _is_parts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(part, Mapping) and "type" in part for part in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and "type" in part for part in value)
+    )
 
 
 def _part(part: Mapping[str, Any], what: str) -> str:
     if part["type"] != "text":
-        raise DataError(f"{what} holds a part of type {_shown(part['type'])}; only text can be trained on")
+        raise DataError(
+            f"{what} holds a part of type {_shown(part['type'])}; only text can be trained on"
+        )
     return text_of(part.get("text", part.get("value")), what)
 
 
@@ -334,7 +368,10 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
         calls.append(_call(_unpacked(turn["function_call"]), "function_call"))
     if str(word).lower() in CALLING:
         said = _unpacked(content)
-        calls, content = [_call(call, str(word)) for call in (said if isinstance(said, list) else [said])], None
+        calls, content = (
+            [_call(call, str(word)) for call in (said if isinstance(said, list) else [said])],
+            None,
+        )
     if content is None and not calls:
         raise DataError(f"the {word}'s content is null, expected text")
     message["content"] = "" if content is None else text_of(content, f"the {word}'s content")
@@ -343,7 +380,9 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("name", "tool_call_id"):
         if turn.get(key) is not None:
             message[key] = text_of(turn[key], key)
-    thoughts = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
+    thoughts = [
+        turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)
+    ]
     if thoughts:
         message["reasoning_content"] = text_of(thoughts[0], "reasoning_content")
     return message
@@ -361,8 +400,13 @@ def _call(call: Any, what: str) -> dict[str, Any]:
         raise DataError(f"{what} is {_shown(call)}, expected a name and arguments")
     arguments = _unpacked(_either(inner, "arguments", "parameters") or {})
     if not isinstance(arguments, Mapping):
-        raise DataError(f"{what}: the arguments of {inner['name']} are {_shown(arguments)}, expected a JSON object")
-    found: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
+        raise DataError(
+            f"{what}: the arguments of {inner['name']} are {_shown(arguments)}, expected a JSON object"
+        )
+    found: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": inner["name"], "arguments": dict(arguments)},
+    }
     return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
 
 
@@ -373,7 +417,10 @@ def _tools(given: Any) -> list[Any] | None:
     found = [_unpacked(tool) for tool in _listed(tools, "tools")]
     if odd := [tool for tool in found if not isinstance(tool, Mapping)]:
         raise DataError(f"tools holds {_shown(odd[0])}, expected JSON schemas of functions")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in found]
+    return [
+        dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+        for tool in found
+    ]
 
 
 def _with_context(row: Values, question: str, extra: tuple[str, ...]) -> str:
@@ -385,23 +432,35 @@ def _with_context(row: Values, question: str, extra: tuple[str, ...]) -> str:
 def _pairs(history: Any) -> list[Sequence[Any]]:
     pairs = _listed(_unpacked(history), "history") if history else []
     if odd := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
-        raise DataError(f"history holds {_shown(odd[0])}, expected pairs of a question and its answer")
+        raise DataError(
+            f"history holds {_shown(odd[0])}, expected pairs of a question and its answer"
+        )
     return pairs
 
 
 def _exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
     """The messages of earlier exchanges, if the row has any, and of this one."""
     pairs = [*_pairs(row.get("history")), (question, reply)]
-    return [{"role": role, "content": said} for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]
+    return [
+        {"role": role, "content": said}
+        for pair in pairs
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _turns(value: Any) -> list[Any] | None:
     """The messages that a column holds, as a list, one alone, or a list as JSON text; None if it holds none."""
     found = [value] if isinstance(value, Mapping) else _unpacked(value)
-    if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(isinstance(turn, Mapping) for turn in found)
+    ):
         return None
     words = [_either(turn, "role", "from") for turn in found]
-    if isinstance(value, str) and not all(isinstance(word, str) and word.lower() in ROLES for word in words):
+    if isinstance(value, str) and not all(
+        isinstance(word, str) and word.lower() in ROLES for word in words
+    ):
         return None  # JSON that is a text to answer
     return found if all(word is not None for word in words) else None
 
@@ -423,7 +482,9 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _flag(given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: str = "") -> bool | None:
+def _flag(
+    given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: str = ""
+) -> bool | None:
     """True, False, or None where nothing is said; 0 and 1 count as such, as numbers or as text."""
     for key in keys:
         value = given.get(key)
@@ -432,27 +493,52 @@ def _flag(given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: 
         if isinstance(value, int | float) and value in (0, 1):
             return bool(value)
         if (said := SAYS.get(str(value).lower())) is None:
-            raise DataError(f"{whose}{key} is {_shown(value)}; only 0 and 1 are taken, for not learned and learned{way_out}")
+            raise DataError(
+                f"{whose}{key} is {_shown(value)}; only 0 and 1 are taken, for not learned and learned{way_out}"
+            )
         return said
     return None
 
 
 def _check_meaning(layout: Format, row: Values) -> None:
     """Refuse what would make the row another than it is read as."""
-    said = {key for key, value in row.items() if value not in (None, [], {}, "")} - {*layout.columns, *layout.optional}
+    said = {key for key, value in row.items() if value not in (None, [], {}, "")} - {
+        *layout.columns,
+        *layout.optional,
+    }
     way_out = f"; if it does not matter, name the columns that do: --columns {','.join(f'{c}={c}' for c in layout.columns)}"
     if pair := [key for key in PREFERENCES if key in said]:
-        asked = f", or --columns prompt={layout.columns[0]},completion=chosen" if "chosen" in said else ""
-        raise DataError(f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate{way_out}{asked}")
+        asked = (
+            f", or --columns prompt={layout.columns[0]},completion=chosen"
+            if "chosen" in said
+            else ""
+        )
+        raise DataError(
+            f"{pair[0]} makes it a preference (DPO) row, and train takes answers to imitate{way_out}{asked}"
+        )
     if media := [key for key in MEDIA if key in said]:
-        raise DataError(f"{media[0]} is {_shown(row[media[0]])}, and only text can be trained on{way_out}")
-    if "label" in said and SAYS.get(str(row["label"]).lower()) is False and layout.name != CLASSIFICATION:
-        raise DataError(f"label {_shown(row['label'])} marks an answer not to imitate (KTO); remove such rows{way_out}")
+        raise DataError(
+            f"{media[0]} is {_shown(row[media[0]])}, and only text can be trained on{way_out}"
+        )
+    if (
+        "label" in said
+        and SAYS.get(str(row["label"]).lower()) is False
+        and layout.name != CLASSIFICATION
+    ):
+        raise DataError(
+            f"label {_shown(row['label'])} marks an answer not to imitate (KTO); remove such rows{way_out}"
+        )
     if layout.name == CLASSIFICATION and (pair := [key for key in PAIRS if key in said]):
-        raise DataError(f"{pair[0]} stands beside {layout.columns[0]}, and pairs of texts cannot be classified yet{way_out}")
+        raise DataError(
+            f"{pair[0]} stands beside {layout.columns[0]}, and pairs of texts cannot be classified yet{way_out}"
+        )
 
 
 def _shown(value: Any) -> str:
     """A value for a message, at most 80 characters of it."""
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, Number) else value.literal
+    text = (
+        json.dumps(value, ensure_ascii=False, default=str)
+        if not isinstance(value, Number)
+        else value.literal
+    )
     return text if len(text) <= 80 else text[:79] + "…"

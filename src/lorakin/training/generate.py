@@ -42,9 +42,13 @@ def answer(
     """
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     if temperature != 0 and not COOLEST <= temperature <= HOTTEST:
-        raise SettingError(f"temperature must be 0, or from {COOLEST:g} to {HOTTEST:g}, not {temperature!r}")
+        raise SettingError(
+            f"temperature must be 0, or from {COOLEST:g} to {HOTTEST:g}, not {temperature!r}"
+        )
     if not hasattr(model, "generate") or not model.can_generate():
-        raise ModelError(f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and cannot generate")
+        raise ModelError(
+            f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and cannot generate"
+        )
     asked = prompt_ids(prompt, tokenizer, chat_template)
     check_prompt(asked, loaded)
     if (there := places(model)) is not None and len(asked) >= there:
@@ -53,18 +57,24 @@ def answer(
         )
     ids = torch.tensor([asked], device=model.device)
     text = end_of_turn_text(tokenizer) if chat_template else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     ends = stops(tokenizer, model.generation_config, chat_template) or None
     with by_own_settings(model, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens if there is None else min(max_new_tokens, there - len(asked)),
+            max_new_tokens=max_new_tokens
+            if there is None
+            else min(max_new_tokens, there - len(asked)),
             stop_strings=text,
             tokenizer=tokenizer,
             logits_processor=transformers.LogitsProcessorList([OnlyNumbers(loaded.name)]),
-            streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if stream
+            else None,
         )
     said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return said.strip() if text is None else said.strip().removesuffix(text).strip()

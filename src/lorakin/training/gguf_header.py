@@ -67,7 +67,9 @@ def read_header(path: Path, kind: str = "file") -> Header:
     try:
         with path.open("rb") as file:
             if path.stat().st_size < len(MAGIC) + 20:
-                raise ModelError(f"{path} cannot be read as a GGUF {kind}: it is too short for a header")
+                raise ModelError(
+                    f"{path} cannot be read as a GGUF {kind}: it is too short for a header"
+                )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Walk(path, content, kind).header()
     except OSError as error:
@@ -86,7 +88,9 @@ def check_model(path: Path) -> Header:
     def wrong(what: str) -> ModelError:
         return ModelError(f"{path} cannot be read as a GGUF model: {what}")
 
-    if values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER or any(name.endswith(".lora_a") for name in names):
+    if values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER or any(
+        name.endswith(".lora_a") for name in names
+    ):
         raise wrong("it holds a LoRA adapter for llama.cpp, not a model; name its base instead")
     if isinstance(parts := values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT), int) and parts > 1:
         raise wrong(f"it is one of {parts} parts; join them first: llama-gguf-split --merge")
@@ -95,7 +99,9 @@ def check_model(path: Path) -> Header:
         raise wrong(f"{gguf.Keys.General.ARCHITECTURE} is {arch!r}, expected a name")
     layers = values.get(f"{arch}.block_count")
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= len(names):
-        raise wrong(f"{arch}.block_count is {layers!r}, expected a number of layers that its {len(names)} tensors can make")
+        raise wrong(
+            f"{arch}.block_count is {layers!r}, expected a number of layers that its {len(names)} tensors can make"
+        )
     numbers = (name.split(".")[1] for name in names if name.startswith("blk."))
     beyond = [number for number in numbers if not number.isdecimal() or int(number) >= layers]
     more = values.get(f"{arch}.nextn_predict_layers")
@@ -118,11 +124,15 @@ class _Walk:
         if self.take(4) != MAGIC:
             raise self.wrong("it does not begin with GGUF")
         if (version := self.number("<I")) not in VERSIONS:
-            raise self.wrong(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}, little-endian")
+            raise self.wrong(
+                f"its version is {version}, known are {', '.join(map(str, VERSIONS))}, little-endian"
+            )
         tensors, keys = self.number("<Q"), self.number("<Q")
         room = self.size - self.at
         if keys * LEAST_KEY + tensors * LEAST_TENSOR > room:
-            raise self.wrong(f"it says that it has {keys:,} keys and {tensors:,} tensors, and it has only {room:,} bytes")
+            raise self.wrong(
+                f"it says that it has {keys:,} keys and {tensors:,} tensors, and it has only {room:,} bytes"
+            )
         values: dict[str, Any] = {}
         for _ in range(keys):
             if (key := self.text("a key")) in values:
@@ -130,7 +140,9 @@ class _Walk:
             values[key] = self.value(self.number("<I"), key)
         alignment = values.get(gguf.Keys.General.ALIGNMENT, DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.wrong(f"{gguf.Keys.General.ALIGNMENT} is {alignment!r}, expected a power of two")
+            raise self.wrong(
+                f"{gguf.Keys.General.ALIGNMENT} is {alignment!r}, expected a power of two"
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         spans: list[tuple[int, int, str]] = []
         for _ in range(tensors):
@@ -144,16 +156,22 @@ class _Walk:
     def tensor(self, name: str, alignment: int) -> tuple[tuple[int, ...], tuple[int, int]]:
         """A tensor's shape, innermost dimension first, and where it begins and ends behind the header."""
         if not 1 <= (dimensions := self.number("<I")) <= MOST_DIMENSIONS:
-            raise self.wrong(f"the tensor {name!r} has {dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}")
+            raise self.wrong(
+                f"the tensor {name!r} has {dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}"
+            )
         shape = tuple(self.number("<Q") for _ in range(dimensions))
         kind, start = self.number("<I"), self.number("<Q")
         if kind not in SIZES:
             raise self.wrong(f"the tensor {name!r} is of the unknown type {kind}")
         block, width = SIZES[kind]
         if not all(shape) or shape[0] % block:
-            raise self.wrong(f"the tensor {name!r} has the shape {shape}, which its type does not divide")
+            raise self.wrong(
+                f"the tensor {name!r} has the shape {shape}, which its type does not divide"
+            )
         if start % alignment:
-            raise self.wrong(f"the tensor {name!r} begins at {start}, which the alignment {alignment} does not divide")
+            raise self.wrong(
+                f"the tensor {name!r} begins at {start}, which the alignment {alignment} does not divide"
+            )
         return shape, (start, start + math.prod(shape) // block * width)
 
     def check_places(self, spans: list[tuple[int, int, str]], start: int) -> None:
@@ -203,7 +221,9 @@ class _Walk:
 
     def skip(self, count: int) -> None:
         if count > self.size - self.at:
-            raise self.wrong(f"it ends in the middle of its header, {count:,} bytes after byte {self.at:,}")
+            raise self.wrong(
+                f"it ends in the middle of its header, {count:,} bytes after byte {self.at:,}"
+            )
         self.at += count
 
     def wrong(self, what: str) -> ModelError:

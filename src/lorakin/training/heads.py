@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakin.errors import LorakinWarning, ModelError, some
-from lorakin.surgery.targets import head_of
+from lorakin.inject.targets import head_of
 
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|(attn|attention)\.bias|num_batches_tracked"
@@ -21,7 +21,13 @@ BUFFERS = re.compile(
 NAMELESS = re.compile(r"LABEL_\d+")
 
 
-def check_unused(name: str, model: nn.Module, unused: Iterable[str], stored: Sequence[str], quantised: bool = False) -> None:
+def check_unused(
+    name: str,
+    model: nn.Module,
+    unused: Iterable[str],
+    stored: Sequence[str],
+    quantised: bool = False,
+) -> None:
     """Refuse weights in the base's files that belong inside the model and that it does not use; say what lies beside it.
 
     A weight is inside if the model has the module that it is of, or, in the model's base, the list
@@ -41,7 +47,9 @@ def check_unused(name: str, model: nn.Module, unused: Iterable[str], stored: Seq
     left = sorted(key for key in unused if not BUFFERS.search(key))
     base = getattr(model, "base_model", model)
     within = {module for module in base.modules() if module is not base and module is not model}
-    homes = within | {module for module in model.modules() if any(True for _ in module.parameters(recurse=False))}
+    homes = within | {
+        module for module in model.modules() if any(True for _ in module.parameters(recurse=False))
+    }
     inside = [key for key in left if _nearest(model, key) in homes - {base, model}]
     if inside and not quantised:
         raise ModelError(
@@ -71,7 +79,9 @@ def _nearest(model: nn.Module, key: str) -> nn.Module:
     return module
 
 
-def check_shapes(name: str, model: nn.Module, mismatched: Iterable[Sequence[Any]], heads: Sequence[str]) -> list[str]:
+def check_shapes(
+    name: str, model: nn.Module, mismatched: Iterable[Sequence[Any]], heads: Sequence[str]
+) -> list[str]:
     """The parameters that are stored in another shape, all of them in `heads`.
 
     Raises:
@@ -90,12 +100,17 @@ def check_shapes(name: str, model: nn.Module, mismatched: Iterable[Sequence[Any]
 
 def named_classes(config: Any) -> list[str] | None:
     """The classes of a model that is stored as a classifier, in order; None of any other."""
-    if not any(str(kind).endswith("ForSequenceClassification") for kind in getattr(config, "architectures", None) or ()):
+    if not any(
+        str(kind).endswith("ForSequenceClassification")
+        for kind in getattr(config, "architectures", None) or ()
+    ):
         return None
     return [str(config.id2label[number]) for number in sorted(config.id2label)]
 
 
-def fit(model: nn.Module, stored: Sequence[str] | None, wanted: Sequence[str], mismatched: Sequence[str]) -> str | None:
+def fit(
+    model: nn.Module, stored: Sequence[str] | None, wanted: Sequence[str], mismatched: Sequence[str]
+) -> str | None:
     """Let a stored classifier's head be one for the classes `wanted`: kept, with its rows in their order, or new.
 
     Args:
@@ -122,7 +137,9 @@ def fit(model: nn.Module, stored: Sequence[str] | None, wanted: Sequence[str], m
 def _reorder(model: Any, order: torch.Tensor) -> None:
     """Put the rows of the head's layer that gives the classes into this order."""
     layers = [model.get_submodule(path) for path in head_of(model)]
-    last = next(layer for layer in reversed(layers) if getattr(layer, "out_features", None) == len(order))
+    last = next(
+        layer for layer in reversed(layers) if getattr(layer, "out_features", None) == len(order)
+    )
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.copy_(parameter[order.to(parameter.device)])

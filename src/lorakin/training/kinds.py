@@ -123,7 +123,9 @@ def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
     """As many classes as the adapter's own head has, if the config would give that another number."""
     if not files.config.get("modules_to_save"):
         return None
-    expected = {PREFIX + name: p.shape for name, p in BaseKind(cls).skeleton(config).named_parameters()}
+    expected = {
+        PREFIX + name: p.shape for name, p in BaseKind(cls).skeleton(config).named_parameters()
+    }
     for key, tensor in files.tensors.items():
         shape = expected.get(key)
         if shape is None or shape == tensor.shape:

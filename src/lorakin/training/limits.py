@@ -37,7 +37,9 @@ def places(model: nn.Module) -> int | None:
             counts.append(tensor.shape[0])
     if counts:
         counts.append(getattr(config, "max_position_embeddings", None) or counts[0])
-    if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT makes its biases once, so long and no longer
+    if getattr(
+        getattr(config, "attn_config", None), "alibi", False
+    ):  # MPT makes its biases once, so long and no longer
         counts.append(config.max_seq_len)
     return min(counts, default=None)
 
@@ -60,7 +62,9 @@ def row_length(there: int | None, wanted: int) -> int:
 
 def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[str, Any]]) -> None:
     """Warn that rows were cut at `length` tokens, all that the model has places for, if there are such among the examples."""
-    if length < wanted and any(len(example["input_ids"]) >= length for rows in examples for example in rows):
+    if length < wanted and any(
+        len(example["input_ids"]) >= length for rows in examples for example in rows
+    ):
         warnings.warn(
             f"rows are cut at {length} tokens instead of {wanted} (--max-length): {name} has no more positions",
             LorakinWarning,
@@ -68,7 +72,9 @@ def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[st
         )
 
 
-def check_rows(examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str], source: str) -> None:
+def check_rows(
+    examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str], source: str
+) -> None:
     """See that the model can read rows of token ids; warn if they are longer than it was trained on.
 
     Args:

@@ -55,7 +55,11 @@ def made(auto: Any, config: Any, **options: Any) -> Any:
     """
     is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
     with bounded(TENSORS, NUMBERS, "its config"):
-        found = auto.from_config(config, **{**options, **NO_CODE}) if is_auto else auto(config, **options)
+        found = (
+            auto.from_config(config, **{**options, **NO_CODE})
+            if is_auto
+            else auto(config, **options)
+        )
     _answer_by_name(found)
     return found
 
@@ -79,7 +83,10 @@ def snapshot(name: str) -> Path:
 def holds(name: str, file: str) -> bool:
     """Whether a hub id has this file, as far as can be known now; it is fetched if it does."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
-    return cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}) is not None
+    return (
+        cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
+        is not None
+    )
 
 
 @contextlib.contextmanager
@@ -120,8 +127,14 @@ def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
         seen.add((id(module), name))
         total += tensor.numel()
         if len(seen) > tensors or total > numbers:
-            asked = f"{len(seen):,} tensors or more" if len(seen) > tensors else f"{total:,} numbers or more"
-            raise ModelError(f"the config asks for a model of {asked}, which {source} cannot hold: one of its counts is wrong")
+            asked = (
+                f"{len(seen):,} tensors or more"
+                if len(seen) > tensors
+                else f"{total:,} numbers or more"
+            )
+            raise ModelError(
+                f"the config asks for a model of {asked}, which {source} cannot hold: one of its counts is wrong"
+            )
 
     with (
         hooks.register_module_parameter_registration_hook(count),

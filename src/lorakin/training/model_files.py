@@ -37,7 +37,12 @@ MOST = 100_000
 """Keys of a config that say how many things Python makes, in lists and modules; and more than any of them is."""
 COPIES, MOST_COPIES = re.compile(r"num_beam|return_sequences"), 1000
 """Keys that say how often generation runs a text side by side; and more than anyone does."""
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+KERNELS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
 SPREAD, SLACK = 16, 10**8
 """Numbers that a byte of weights may stand for (8 of one bit, and a tied partner); numbers that may be new, such as a head."""
 BITSANDBYTES, PACKED = "bitsandbytes", re.compile(r"\.(quant_state\.|SCB$|absmax$)")
@@ -46,7 +51,7 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """The weights in a directory: how many tensors, and bytes in all."""
 
     tensors: int
@@ -71,7 +76,9 @@ def check_config(folder: Path) -> dict[str, Any]:
     """
     for entry in sorted(folder.iterdir()):
         if entry.exists() and not entry.is_file() and not entry.is_dir():
-            raise ModelError(f"{entry} is neither a file nor a directory, so {folder} is no model's")
+            raise ModelError(
+                f"{entry} is neither a file nor a directory, so {folder} is no model's"
+            )
     parsed = {name: read_object(folder / name) for name in PARSED if (folder / name).is_file()}
     if CONFIG not in parsed:
         raise ModelError(f"{folder} is a directory without a config.json, so no transformers model")
@@ -89,22 +96,36 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     """
     for key, value in _values(config):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and ((COUNTED.search(key) and value > MOST) or (COPIES.search(key) and value > MOST_COPIES)):
+        if is_number and (
+            (COUNTED.search(key) and value > MOST) or (COPIES.search(key) and value > MOST_COPIES)
+        ):
             raise ModelError(f"{where}: {key} is {float(value):g}, more than any model has")
         if key in KERNELS and isinstance(value, str) and "/" in value:
-            raise ModelError(f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out")
+            raise ModelError(
+                f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out"
+            )
     ends = config.get("eos_token_id")
     named = ends if isinstance(ends, list) else [ends] if ends is not None else []
     if not all(type(one) is int and -1 <= one < 2**31 for one in named):
-        raise ModelError(f"{where}: eos_token_id is {str(ends)[:80]!r}, expected a token's number, or a list of them")
+        raise ModelError(
+            f"{where}: eos_token_id is {str(ends)[:80]!r}, expected a token's number, or a list of them"
+        )
     classes, labels = config.get("architectures"), config.get("id2label")
-    if not (classes is None or (isinstance(classes, list) and all(isinstance(word, str) for word in classes))):
+    if not (
+        classes is None
+        or (isinstance(classes, list) and all(isinstance(word, str) for word in classes))
+    ):
         raise ModelError(f"{where}: architectures is {classes!r}, expected names of classes")
-    if not (labels is None or (isinstance(labels, dict) and all(str(number).isdecimal() for number in labels))):
-        raise ModelError(f"{where}: id2label is {str(labels)[:80]}, expected a name for each number")
+    if not (
+        labels is None
+        or (isinstance(labels, dict) and all(str(number).isdecimal() for number in labels))
+    ):
+        raise ModelError(
+            f"{where}: id2label is {str(labels)[:80]}, expected a name for each number"
+        )
 
 
-def check(folder: Path) -> Stored:
+def check(folder: Path) -> StoredTensor:
     """See that a model's directory can be loaded, as far as its files alone say.
 
     Raises:
@@ -112,7 +133,9 @@ def check(folder: Path) -> Stored:
     """
     packing = check_config(folder).get("quantization_config")
     if strange := [entry.name for entry in folder.iterdir() if DISTRIBUTED.fullmatch(entry.name)]:
-        raise ModelError(f"{folder} holds a part of a distributed checkpoint ({strange[0]}); save the model whole")
+        raise ModelError(
+            f"{folder} holds a part of a distributed checkpoint ({strange[0]}); save the model whole"
+        )
     files, index = weight_files(folder)
     if not files:
         raise ModelError(f"{folder} holds no weights: expected {SINGLE}, {INDEX} or {OLD_SINGLE}")
@@ -123,13 +146,19 @@ def check(folder: Path) -> Stored:
                 raise ModelError(f"{folder}: {key} stands in both {at[key]} and {file.name}")
             at[key] = file.name
     if lacking := [key for key, file in index.items() if at.get(key) != file]:
-        raise ModelError(f"{folder}: its index says that {lacking[0]} is in {index[lacking[0]]}, which does not hold it")
-    if isinstance(packing, dict) and packing.get("quant_method") == BITSANDBYTES and not any(map(PACKED.search, at)):
+        raise ModelError(
+            f"{folder}: its index says that {lacking[0]} is in {index[lacking[0]]}, which does not hold it"
+        )
+    if (
+        isinstance(packing, dict)
+        and packing.get("quant_method") == BITSANDBYTES
+        and not any(map(PACKED.search, at))
+    ):
         raise ModelError(
             f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, which are plain; leave it out, "
             "and say --quantize to have them in few bits"
         )
-    return Stored(len(at), sum(file.stat().st_size for file in files))
+    return StoredTensor(len(at), sum(file.stat().st_size for file in files))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
@@ -148,15 +177,23 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 def _sharded(index: Path, suffix: str) -> tuple[list[Path], Mapping[str, str]]:
     said = read_object(index, unique=True).get("weight_map")
-    if not isinstance(said, dict) or not said or not all(isinstance(name, str) for name in said.values()):
+    if (
+        not isinstance(said, dict)
+        or not said
+        or not all(isinstance(name, str) for name in said.values())
+    ):
         raise ModelError(f"{index} has no weight_map from tensors to files; is it a model's index?")
     names = sorted(set(said.values()))
-    if outside := [name for name in names if Path(name).name != name or "\\" in name or name.startswith(".")]:
+    if outside := [
+        name for name in names if Path(name).name != name or "\\" in name or name.startswith(".")
+    ]:
         raise ModelError(f"{index} names a file outside of its directory: {outside[0]!r}")
     if other := [name for name in names if not name.endswith(suffix)]:
         raise ModelError(f"{index} names {other[0]!r}, expected files that end in {suffix}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise ModelError(f"{index} names files that are not there: {some(missing)}; fetch or copy the whole model")
+        raise ModelError(
+            f"{index} names files that are not there: {some(missing)}; fetch or copy the whole model"
+        )
     return [index.parent / name for name in names], said
 
 
@@ -181,23 +218,39 @@ def _pickled(file: Path) -> Iterable[str]:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ModelError(f"{file} is compressed, which no file of weights is; it may unfold without end")
+                    raise ModelError(
+                        f"{file} is compressed, which no file of weights is; it may unfold without end"
+                    )
         content = torch.load(file, map_location="meta", weights_only=True)
     except ModelError:
         raise
     except pickle.UnpicklingError:
-        raise ModelError(f"{file} holds more than tensors, or is damaged; nothing in it is run") from None
+        raise ModelError(
+            f"{file} holds more than tensors, or is damaged; nothing in it is run"
+        ) from None
     except Exception as error:  # torch's reader has every kind for a damaged file
         raise ModelError(
             f"{file} cannot be read as weights ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
         ) from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) and isinstance(key, str) for key, t in content.items()):
-        raise ModelError(f"{file} holds something else than tensors by name, so it is no model's state_dict")
+    if not isinstance(content, dict) or not all(
+        isinstance(t, Tensor) and isinstance(key, str) for key, t in content.items()
+    ):
+        raise ModelError(
+            f"{file} holds something else than tensors by name, so it is no model's state_dict"
+        )
     if strange := [key for key, t in content.items() if not is_plain(t)]:
-        raise ModelError(f"{file}: tensor {shown(strange[0])} is no plain dense tensor ({content[strange[0]].layout})")
-    storages = {storage._cdata: storage.nbytes() for t in content.values() if (storage := t.untyped_storage())}
+        raise ModelError(
+            f"{file}: tensor {shown(strange[0])} is no plain dense tensor ({content[strange[0]].layout})"
+        )
+    storages = {
+        storage._cdata: storage.nbytes()
+        for t in content.values()
+        if (storage := t.untyped_storage())
+    }
     if sum(storages.values()) > file.stat().st_size:
-        raise ModelError(f"{file} says that it holds more numbers than it has bytes for; is it cut off?")
+        raise ModelError(
+            f"{file} says that it holds more numbers than it has bytes for; is it cut off?"
+        )
     return list(content)
 
 
@@ -205,7 +258,9 @@ def first_line(error: BaseException) -> str:
     """An error's first line, with its class where that line alone says nothing."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    if line and not isinstance(error, KeyError | IndexError | AttributeError | TypeError | AssertionError):
+    if line and not isinstance(
+        error, KeyError | IndexError | AttributeError | TypeError | AssertionError
+    ):
         return line
     return f"{type(error).__name__} ({line})" if line else type(error).__name__
 
@@ -230,7 +285,9 @@ def read_object(path: Path, unique: bool = False) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{path} cannot be read as JSON ({error}); is it cut off or damaged?") from None
+        raise ModelError(
+            f"{path} cannot be read as JSON ({error}); is it cut off or damaged?"
+        ) from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds {type(content).__name__}, expected an object")
     return content

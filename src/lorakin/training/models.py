@@ -14,10 +14,10 @@ import transformers
 
 from lorakin.adapter import placed
 from lorakin.errors import AdapterError, LorakinWarning, ModelError, some
+from lorakin.inject.targets import head_of
 from lorakin.storage import directory, hub, paths, texts
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.tasks import is_classifiers
-from lorakin.surgery.targets import head_of
 from lorakin.training import conversions, heads, loading, model_files
 from lorakin.training.encoding import remembered_template, use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
@@ -76,13 +76,19 @@ def load_model(
     return loaded
 
 
-def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any) -> Loaded:
+def _load(
+    name: str, dtype: str, labels: Sequence[str] | None, quantize: str | None, cls: Any
+) -> Loaded:
     """As `load_model`, which says what is in `Loaded.note`."""
     chosen = resolve_dtype(dtype, classification=labels is not None)
     source, task = _source(name), _task(labels)
     auto = cls
     if auto is None:
-        auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
+        auto = (
+            transformers.AutoModelForCausalLM
+            if labels is None
+            else transformers.AutoModelForSequenceClassification
+        )
     options: dict[str, Any] = {**REPORT, "dtype": DTYPES.get(chosen, "auto")}
     made = None if quantize is None else quantisation(quantize)
     room = _room(source)
@@ -103,14 +109,18 @@ def _load(name: str, dtype: str, labels: Sequence[str] | None, quantize: str | N
         )
     is_packed = getattr(stored, "quantization_config", None) is not None
     heads.check_unused(name, model, found["unexpected_keys"], stored.architectures or (), is_packed)
-    others = heads.check_shapes(name, model, found["mismatched_keys"], () if labels is None else head_of(model))
+    others = heads.check_shapes(
+        name, model, found["mismatched_keys"], () if labels is None else head_of(model)
+    )
     missing = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
     if labels is None and cls is None and missing:
         raise _lacks(name, missing, model)
     note = None if labels is None else heads.fit(model, heads.named_classes(stored), labels, others)
     if labels is not None and tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.name_or_path = model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
+    model.name_or_path = model.config.name_or_path = (
+        str(Path(name).resolve()) if Path(name).exists() else name
+    )
     if getattr(model, "hf_quantizer", None) is None:  # which has put it there
         model.to(best_device())
     fresh = tuple(dict.fromkeys(key.rpartition(".")[0] for key in (*missing, *others)))
@@ -123,7 +133,11 @@ def _room(source: str) -> tuple[int, int, str]:
     if folder.is_dir():
         stored = model_files.check(folder)
         _say_that_it_lies_there(source, (folder / model_files.ADAPTER).is_file())
-        return stored.most_tensors, stored.most_numbers, f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,"
+        return (
+            stored.most_tensors,
+            stored.most_numbers,
+            f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,",
+        )
     with loading.readable(f"model {source!r} cannot be loaded"):
         model_files.check_values(loading.raw_config(source), f"the config of {source}")
         _say_that_it_lies_there(source, loading.holds(source, model_files.ADAPTER))
@@ -153,7 +167,11 @@ def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | No
     if not task:
         return None
     model, found = loading.model(auto, source, device_map="meta", **REPORT, **task)
-    missing = {key.rpartition(".")[0] for key in found["missing_keys"] if key in dict(model.named_parameters())}
+    missing = {
+        key.rpartition(".")[0]
+        for key in found["missing_keys"]
+        if key in dict(model.named_parameters())
+    }
     return sorted(missing | set(head_of(model)))
 
 
@@ -197,7 +215,12 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
 def _tokenizer_if_any(source: str) -> Any:
     try:
         return _tokenizer(source)
-    except (OSError, ValueError, KeyError, TypeError):  # the last is how a slow one says that it has no file
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # the last is how a slow one says that it has no file
         return None
 
 
@@ -205,7 +228,11 @@ def _task(labels: Sequence[str] | None) -> dict[str, Any]:
     """What a classifier's config says of its classes."""
     if labels is None:
         return {}
-    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {v: i for i, v in enumerate(labels)},
+    }
 
 
 def load_with_adapter(
@@ -222,7 +249,9 @@ def load_with_adapter(
     """
     if adapter is None:
         return load_model(name, dtype, labels, quantize)
-    files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter  # once: of one save
+    files = (
+        directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter
+    )  # once: of one save
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
     else:
@@ -231,10 +260,18 @@ def load_with_adapter(
     whole = files.config.get("modules_to_save") or ()
     new = [path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)]
     if any_head and new:
-        raise _lacks(name, [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new], loaded.model)
+        raise _lacks(
+            name,
+            [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new],
+            loaded.model,
+        )
     said = files.config.get("base_model_name_or_path")
     known = files.base is not None
-    if isinstance(said, str) and not known and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
+    if (
+        isinstance(said, str)
+        and not known
+        and Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower()
+    ):
         warnings.warn(
             f"{files.path} says that its base is {said}, not {name}, and holds nothing to tell whether they are the same",
             LorakinWarning,
@@ -242,14 +279,19 @@ def load_with_adapter(
         )
     if loaded.tokenizer is not None and remembered_template(files.path) is not None:
         use_remembered(loaded.tokenizer, files.path)
-        texts.remember(loaded.model, loaded.tokenizer)  # the base's own template is not what the adapter answers with
+        texts.remember(
+            loaded.model, loaded.tokenizer
+        )  # the base's own template is not what the adapter answers with
     placed(loaded.model, "default", files.match(loaded.model, other_base))
     return loaded
 
 
 def stored_labels(name: str) -> list[str] | None:
     """The classes of a model that is stored as a classifier, head included; None for any other."""
-    if name in PACKAGED or not (paths.named(name, "--model", ModelError) / model_files.CONFIG).is_file():
+    if (
+        name in PACKAGED
+        or not (paths.named(name, "--model", ModelError) / model_files.CONFIG).is_file()
+    ):
         return None
     return heads.named_classes(config_of(name))
 
@@ -284,9 +326,15 @@ def labels_of(files: directory.Files) -> list[str] | None:
     if (said := recipe_labels(files)) is not None:
         return said
     whole = files.config.get("modules_to_save") or []
-    heads = [t for key, t in files.tensors.items() if any(f".{name}." in key for name in whole) and key.endswith(".weight")]
+    heads = [
+        t
+        for key, t in files.tensors.items()
+        if any(f".{name}." in key for name in whole) and key.endswith(".weight")
+    ]
     if not heads:
-        raise AdapterError(f"{files.path}: it is a classifier's adapter without a trained head, so its classes are unknown")
+        raise AdapterError(
+            f"{files.path}: it is a classifier's adapter without a trained head, so its classes are unknown"
+        )
     return [str(number) for number in range(heads[-1].shape[0])]
 
 
@@ -320,7 +368,11 @@ def directory_of(name: str) -> Path:
 def _source(name: str) -> str:
     """What transformers can load for `name`."""
     place = _located(name)
-    return str(conversions.converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place)
+    return str(
+        conversions.converted(place)
+        if isinstance(place, Path) and place.suffix == ".gguf"
+        else place
+    )
 
 
 def _located(name: str) -> Path | str:
@@ -332,9 +384,13 @@ def _located(name: str) -> Path | str:
         return path
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name} is a directory without a config.json, so no transformers model")
+            raise ModelError(
+                f"{name} is a directory without a config.json, so no transformers model"
+            )
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         known = ", ".join(PACKAGED)
-        raise ModelError(f"there is no model {name!r}: expected {known}, a .gguf file, a model's directory, or a hub id")
+        raise ModelError(
+            f"there is no model {name!r}: expected {known}, a .gguf file, a model's directory, or a hub id"
+        )
     return name

@@ -38,7 +38,9 @@ def quantisation(word: str) -> Callable[[torch.dtype, list[str] | None], Any]:
         raise SettingError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {word!r}")
     package, config = QUANTISATIONS[word]
     if importlib.util.find_spec(package) is None:
-        raise SettingError(f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}")
+        raise SettingError(
+            f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}"
+        )
     return config
 
 
@@ -47,7 +49,11 @@ def best_device() -> torch.device:
     if processes.count() > 1:
         return torch.device(processes.joined().device)
     accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+    return (
+        accelerator
+        if accelerator is not None and torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
 
 
 def resolve_dtype(dtype: str, classification: bool = False) -> str:
@@ -66,7 +72,11 @@ def resolve_dtype(dtype: str, classification: bool = False) -> str:
 def fastest_dtype() -> str:
     """bfloat16 where this machine multiplies matrices faster in it, else float32: measured on a CPU, about 50 ms."""
     if best_device().type != "cpu":
-        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        return (
+            "bfloat16"
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            else "float32"
+        )
 
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     for _ in range(12):  # in turns, and the best of each, so that a busy machine misleads it less

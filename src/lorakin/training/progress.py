@@ -46,7 +46,9 @@ def peak_memory_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class Metrics:
@@ -61,7 +63,9 @@ class Metrics:
         if not writes:
             return
         kept = [row for row in self.rows() if row["step"] <= from_step] if from_step else []
-        atomic.write(path.parent, {path.name: "".join(json.dumps(row) + "\n" for row in kept).encode()})
+        atomic.write(
+            path.parent, {path.name: "".join(json.dumps(row) + "\n" for row in kept).encode()}
+        )
 
     def add(self, step: int, **values: float) -> None:
         """Append a row."""
@@ -79,7 +83,9 @@ class Metrics:
         if not self.path.exists():
             return []
         try:
-            content = files.content(self.path, MOST_BYTES, DataError).decode("utf-8", errors="replace")
+            content = files.content(self.path, MOST_BYTES, DataError).decode(
+                "utf-8", errors="replace"
+            )
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from None
         whole, _, rest = content.rpartition("\n")
@@ -89,11 +95,15 @@ class Metrics:
     def _row(self, number: int, line: str) -> dict[str, Any]:
         try:
             content = fitted(dict[str, Any], json.loads(line))
-            row = {name: fitted(KINDS.get(name, float), value, name) for name, value in content.items()}
+            row = {
+                name: fitted(KINDS.get(name, float), value, name) for name, value in content.items()
+            }
             if "step" not in row:
                 raise Misfit("step is missing")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}, line {number} is no row of metrics: {error}; remove that line") from None
+            raise DataError(
+                f"{self.path}, line {number} is no row of metrics: {error}; remove that line"
+            ) from None
         return row
 
     def plot(self, path: Path) -> None:
@@ -104,9 +114,21 @@ class Metrics:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         training, held_out = self._points("loss"), self._points("eval_loss")
         if training:
-            axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+            axes.plot(
+                *zip(*training, strict=True),
+                color="tab:blue",
+                alpha=0.35,
+                linewidth=1,
+                label="training, each step",
+            )
             steps, losses = zip(*training, strict=True)
-            axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=2, label="training, running mean")
+            axes.plot(
+                steps,
+                running_mean(losses),
+                color="tab:blue",
+                linewidth=2,
+                label="training, running mean",
+            )
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", label="held out")
         axes.set(xlabel="step", ylabel="loss")
@@ -149,25 +171,39 @@ class Watch(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_tokens = time.perf_counter(), state.num_input_tokens_seen
         self.last_line = 0.0
-        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self.task = self.progress.add_task(
+            "train", total=state.max_steps, completed=state.global_step, figures=""
+        )
         if self.console.is_terminal:
             self.progress.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        speed = (state.num_input_tokens_seen - self.first_tokens) / (time.perf_counter() - self.started)
-        values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        speed = (state.num_input_tokens_seen - self.first_tokens) / (
+            time.perf_counter() - self.started
+        )
+        values = {
+            key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+        }
         memory = memory_bytes()
-        self.metrics.add(state.global_step, **values, tokens_per_second=round(speed, 1), memory_bytes=memory)
+        self.metrics.add(
+            state.global_step, **values, tokens_per_second=round(speed, 1), memory_bytes=memory
+        )
         figures = f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {speed:,.0f} tok/s  {memory / 2**30:.1f} GiB"
         self.progress.update(self.task, completed=state.global_step, figures=figures)
         now = time.perf_counter()
-        if not self.console.is_terminal and (now - self.last_line > 15 or state.global_step == state.max_steps):
+        if not self.console.is_terminal and (
+            now - self.last_line > 15 or state.global_step == state.max_steps
+        ):
             self.last_line = now
             done = self.progress.tasks[0]
             left = "" if done.time_remaining is None else f"  left {done.time_remaining:.0f} s"
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", markup=False, highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {figures}{left}",
+                markup=False,
+                highlight=False,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

@@ -30,7 +30,9 @@ LONGEST_CELL = 1 << 27
 """Characters of one CSV cell; Python's own limit of 131,072 is less than a long document has."""
 MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
 """A gzip or Parquet file may unfold into so many bytes, or into so many times its own size if that is more."""
-HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(:(?P<split>[^:\[\]]+(\[[^\]]*\])?))?")
+HUB_NAME = re.compile(
+    r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(:(?P<split>[^:\[\]]+(\[[^\]]*\])?))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +68,19 @@ class Record:
         names = self.source.label_names
         if names is not None:
             if not isinstance(value, int) or not 0 <= value < len(names):
-                raise DataError(f"{self.where}: label {value!r} is none of the classes 0 to {len(names) - 1}; remove such rows")
+                raise DataError(
+                    f"{self.where}: label {value!r} is none of the classes 0 to {len(names) - 1}; remove such rows"
+                )
             return names[value]
         if not isinstance(value, str | int | float) or value != value or not _is_class(value):
-            raise DataError(f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole numbers")
+            raise DataError(
+                f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole numbers"
+            )
         return label_text(value)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DataRows:
     """Data as it was read, from one source or several.
 
     `left_out` counts rows that say themselves that they are not to be learned; `unused` are keys that no
@@ -110,14 +116,22 @@ class Rows:
             return list(dict.fromkeys(name for names in named for name in names))
         found = {record.label() for record in self.records}
         if len(found) < 2:
-            raise DataError(f"{self.name}: all {len(self)} rows have the same label {next(iter(found))!r}")
-        kinds = {isinstance(r.content.label, str | bool) for r in self.records if isinstance(r.content, formats.Labelled)}
+            raise DataError(
+                f"{self.name}: all {len(self)} rows have the same label {next(iter(found))!r}"
+            )
+        kinds = {
+            isinstance(r.content.label, str | bool)
+            for r in self.records
+            if isinstance(r.content, formats.Labelled)
+        }
         if len(kinds) > 1:
             raise DataError(f"{self.name}: some labels are text and some are numbers; use one kind")
         return sorted(found) if kinds == {True} else sorted(found, key=int)
 
 
-def read_rows(names: str | Sequence[str], columns: Mapping[str, str] | None = None, layout: str | None = None) -> Rows:
+def read_rows(
+    names: str | Sequence[str], columns: Mapping[str, str] | None = None, layout: str | None = None
+) -> DataRows:
     """Read data files or hub data sets, and see what their rows say.
 
     Args:
@@ -132,7 +146,10 @@ def read_rows(names: str | Sequence[str], columns: Mapping[str, str] | None = No
     """
     if layout is not None and layout not in formats.NAMES:
         raise DataError(f"format must be one of {', '.join(formats.NAMES)}, not {layout!r}")
-    parts = [_read_one(name, columns or {}, layout) for name in ([names] if isinstance(names, str) else names)]
+    parts = [
+        _read_one(name, columns or {}, layout)
+        for name in ([names] if isinstance(names, str) else names)
+    ]
     joined = ", ".join(part.name for part in parts)
     if len({part.is_classification for part in parts}) > 1:
         kinds = "; ".join(f"{part.name} has format {part.formats[0]}" for part in parts)
@@ -140,10 +157,15 @@ def read_rows(names: str | Sequence[str], columns: Mapping[str, str] | None = No
     unused: collections.Counter[str] = collections.Counter()
     for part in parts:
         unused.update(part.unused)
-    return Rows(joined, [r for part in parts for r in part.records], sum(part.left_out for part in parts), unused)
+    return DataRows(
+        joined,
+        [r for part in parts for r in part.records],
+        sum(part.left_out for part in parts),
+        unused,
+    )
 
 
-def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Rows:
+def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> DataRows:
     numbered, label_names = _table(name)
     if not numbered:
         raise DataError(f"data {name!r} has no rows")
@@ -156,17 +178,27 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Rows
     for number, row in numbered:
         try:
             if not formats.is_left_out(row):
-                records.append(Record(source, number, row, formats.read(found, row, mapped=bool(columns))))
+                records.append(
+                    Record(source, number, row, formats.read(found, row, mapped=bool(columns)))
+                )
         except DataError as error:
-            raise DataError(f"{name}, row {number}: {error} (format {found.name}). The row: {shown(row)}") from None
+            raise DataError(
+                f"{name}, row {number}: {error} (format {found.name}). The row: {shown(row)}"
+            ) from None
     if not records:
-        raise DataError(f"data {name!r}: all {len(values)} rows say that they are not to be learned")
-    return Rows(name, records, len(values) - len(records), formats.unused_keys(found, values))
+        raise DataError(
+            f"data {name!r}: all {len(values)} rows say that they are not to be learned"
+        )
+    return DataRows(name, records, len(values) - len(records), formats.unused_keys(found, values))
 
 
-def _mapped(name: str, number: int, row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _mapped(
+    name: str, number: int, row: Mapping[str, Any], columns: Mapping[str, str]
+) -> dict[str, Any]:
     if missing := [source for source in columns.values() if source not in row]:
-        raise DataError(f"{name}, row {number}: there is no column {missing[0]!r}; there are {', '.join(map(str, row))}")
+        raise DataError(
+            f"{name}, row {number}: there is no column {missing[0]!r}; there are {', '.join(map(str, row))}"
+        )
     return {target: row[source] for target, source in columns.items()}
 
 
@@ -176,7 +208,7 @@ def shown(row: Mapping[str, Any]) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+def split(rows: DataRows, share: float, seed: int) -> tuple[DataRows, DataRows]:
     """Set apart `share` of the rows, at least one and at most 256, chosen by `seed`; both parts keep the order.
 
     Raises:
@@ -184,14 +216,20 @@ def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """
     count = len(rows)
     if count < 2:
-        raise DataError(f"{rows.name}: {count} row is too few to set one apart; give held-out rows with --eval-data")
-    held = set(random.Random(seed).sample(range(count), min(max(1, round(share * count)), HOLDOUT_LIMIT, count - 1)))
+        raise DataError(
+            f"{rows.name}: {count} row is too few to set one apart; give held-out rows with --eval-data"
+        )
+    held = set(
+        random.Random(seed).sample(
+            range(count), min(max(1, round(share * count)), HOLDOUT_LIMIT, count - 1)
+        )
+    )
     train = [record for at, record in enumerate(rows.records) if at not in held]
     test = [record for at, record in enumerate(rows.records) if at in held]
     return dataclasses.replace(rows, records=train), dataclasses.replace(rows, records=test)
 
 
-def summary(rows: Rows) -> str:
+def summary(rows: DataRows) -> str:
     """One line about the rows: how many, of which format, and the classes with their counts."""
     line = f"{len(rows):,} rows, format {' and '.join(rows.formats)}"
     if rows.is_classification:
@@ -202,11 +240,13 @@ def summary(rows: Rows) -> str:
     return line
 
 
-def unused(rows: Rows) -> str | None:
+def unused(rows: DataRows) -> str | None:
     """What the rows hold that is not read, in words; None if there is nothing."""
     if not rows.unused:
         return None
-    return "not used: " + ", ".join(f"{key} (in {count:,} rows)" for key, count in rows.unused.items())
+    return "not used: " + ", ".join(
+        f"{key} (in {count:,} rows)" for key, count in rows.unused.items()
+    )
 
 
 # a row's number in its file (from 1) and its columns; and the names of classes of those columns that have some
@@ -216,7 +256,11 @@ Table = tuple[list[tuple[int, dict[str, Any]]], dict[str, list[str]]]
 def _table(name: str) -> Table:
     path = paths.named(name, "--data", DataError)
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes[-1:] or [""])[0]
+    suffix = (
+        suffixes[-2]
+        if suffixes[-1:] == [".gz"] and len(suffixes) > 1
+        else (suffixes[-1:] or [""])[0]
+    )
     reader = READERS.get(suffix)
     try:
         if path.exists() or reader is not None:
@@ -235,7 +279,9 @@ def _file(path: Path, reader: Callable[[IO[bytes]], Table] | None, suffix: str) 
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
         raise DataError(f"data {str(path)!r} is no file")
     if reader is None:
-        raise DataError(f"data {str(path)!r}: expected a file ending in {', '.join(READERS)}, perhaps with .gz after it")
+        raise DataError(
+            f"data {str(path)!r}: expected a file ending in {', '.join(READERS)}, perhaps with .gz after it"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"data {str(path)!r} is empty")
     with path.open("rb") as file:
@@ -255,7 +301,9 @@ def _bounded(unpacked: gzip.GzipFile, path: Path) -> bytes:
     most = max(MOST_UNPACKED, MOST_RATIO * os.path.getsize(path))
     content = unpacked.read(most + 1)
     if len(content) > most:
-        raise DataError(f"data {str(path)!r} unfolds into more than {most:,} bytes; unpack it yourself if it is meant")
+        raise DataError(
+            f"data {str(path)!r} unfolds into more than {most:,} bytes; unpack it yourself if it is meant"
+        )
     return content
 
 
@@ -282,8 +330,14 @@ def _json_lines(file: IO[bytes]) -> Table:
 def _whole(content: bytes) -> Table:
     """One object over many lines: a row, or what holds a list of rows."""
     found = _object(_parsed(content, "line 1"), "line 1")
-    lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) == 1 and not any(set(layout.columns) <= found.keys() for layout in formats.FORMATS):
+    lists = [
+        value
+        for value in found.values()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(lists) == 1 and not any(
+        set(layout.columns) <= found.keys() for layout in formats.FORMATS
+    ):
         return _objects(lists[0]), {}
     return [(1, found)], {}
 
@@ -294,13 +348,20 @@ def _objects(content: Any) -> list[tuple[int, dict[str, Any]]]:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where} cannot be read as a row: it holds {json.dumps(value, default=str)[:80]}, expected an object")
+        raise DataError(
+            f"{where} cannot be read as a row: it holds {json.dumps(value, default=str)[:80]}, expected an object"
+        )
     return value
 
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_float=Number, parse_int=_whole_number, parse_constant=_no_number)
+        return json.loads(
+            content.decode("utf-8-sig"),
+            parse_float=Number,
+            parse_int=_whole_number,
+            parse_constant=_no_number,
+        )
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read as JSON: {error}") from None
 
@@ -323,7 +384,9 @@ def _separated(delimiter: str) -> Callable[[IO[bytes]], Table]:
             mark = ";" if delimiter == "," and "," not in first and ";" in first else delimiter
             if mark == "\t" and (rows := _unquoted(text)) is not None:
                 return rows, {}
-            return _cells(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)), {}
+            return _cells(
+                csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+            ), {}
         finally:
             csv.field_size_limit(limit)
 
@@ -341,7 +404,9 @@ def _unquoted(text: str) -> list[tuple[int, dict[str, Any]]] | None:
     if len({len(cells) for cells in lines}) != 1:
         return None
     quoted = re.compile(r'"(?:[^"]|"")*"')
-    plain = [[c[1:-1].replace('""', '"') if quoted.fullmatch(c) else c for c in cells] for cells in lines]
+    plain = [
+        [c[1:-1].replace('""', '"') if quoted.fullmatch(c) else c for c in cells] for cells in lines
+    ]
     return _cells(iter(plain))
 
 
@@ -349,21 +414,31 @@ def _cells(reader: Any) -> list[tuple[int, dict[str, Any]]]:
     rows: list[tuple[int, dict[str, Any]]] = []
     try:
         header = [name.strip() for name in next(reader, [])]
-        named = len(header) - next((n for n, name in enumerate(reversed(header)) if name), len(header))
+        named = len(header) - next(
+            (n for n, name in enumerate(reversed(header)) if name), len(header)
+        )
         if twice := [name for name in header[:named] if header.count(name) > 1]:
             raise DataError(f"the column {twice[0]!r} stands in the header twice")
         for number, cells in enumerate((cells for cells in reader if cells), 1):
             if len(cells) != len(header) or any(cells[named:]):
-                raise DataError(f"row {number} has {len(cells)} cells, and the header {named}: {str(cells)[:120]}")
+                raise DataError(
+                    f"row {number} has {len(cells)} cells, and the header {named}: {str(cells)[:120]}"
+                )
             rows.append((number, dict(zip(header[:named], cells[:named], strict=True))))
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num}: {error}; is a quote missing, or another separator meant?") from None
+        raise DataError(
+            f"line {reader.line_num}: {error}; is a quote missing, or another separator meant?"
+        ) from None
     return rows
 
 
 def _lines(file: IO[bytes]) -> Table:
     lines = io.TextIOWrapper(file, encoding="utf-8-sig")
-    return [(number, {"text": line.rstrip("\n")}) for number, line in enumerate(lines, 1) if line.strip()], {}
+    return [
+        (number, {"text": line.rstrip("\n")})
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ], {}
 
 
 def _parquet(file: IO[bytes]) -> Table:
@@ -376,7 +451,9 @@ def _parquet(file: IO[bytes]) -> Table:
         sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups)),
     )
     if max(cells, held) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
-        raise DataError(f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are meant")
+        raise DataError(
+            f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are meant"
+        )
     table = pyarrow.parquet.read_table(file)
     said = (table.schema.metadata or {}).get(b"huggingface")
     features = datasets.Features.from_arrow_schema(table.schema) if said is not None else {}
@@ -385,7 +462,10 @@ def _parquet(file: IO[bytes]) -> Table:
 
 def _filled(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """A table's rows, without the nulls that Arrow puts inside objects for keys which other rows have."""
-    return [(number, {key: _without_nulls(value) for key, value in row.items()}) for number, row in enumerate(rows, 1)]
+    return [
+        (number, {key: _without_nulls(value) for key, value in row.items()})
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -397,7 +477,11 @@ def _without_nulls(value: Any) -> Any:
 def _class_names(features: Any) -> dict[str, list[str]]:
     import datasets
 
-    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    return {
+        name: list(kind.names)
+        for name, kind in features.items()
+        if isinstance(kind, datasets.ClassLabel)
+    }
 
 
 def _hub(name: str) -> Table:
@@ -406,7 +490,9 @@ def _hub(name: str) -> Table:
 
     found = HUB_NAME.fullmatch(name)
     if found is None or name.startswith("."):
-        raise DataError(f"there is no data {name!r}: expected a file, or a hub data set as org/set or org/set:split")
+        raise DataError(
+            f"there is no data {name!r}: expected a file, or a hub data set as org/set or org/set:split"
+        )
     path, config, part = found["path"], found["config"], found["split"]
     if config is not None and part is None:
         config, part = None, config

@@ -15,9 +15,9 @@ import yaml
 from lorakin.errors import SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import one_of, require
+from lorakin.inject.biases import ADAPTED, ALL, NONE
+from lorakin.inject.placement import RANK_ABOVE
 from lorakin.storage import atomic, files
-from lorakin.surgery.biases import ADAPTED, ALL, NONE
-from lorakin.surgery.graft import RANK_ABOVE
 from lorakin.training import schedules
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.formats import NAMES
@@ -79,26 +79,52 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            setattr(self, field.name, _coerced(field.name, getattr(self, field.name), hints[field.name]))
+            setattr(
+                self, field.name, _coerced(field.name, getattr(self, field.name), hints[field.name])
+            )
         require(self.steps is None or self.epochs is None, "give steps or epochs, not both")
-        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
-        require(self.epochs is None or 0 < self.epochs < 1e9, f"epochs must be positive, not {self.epochs}")
+        require(
+            self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}"
+        )
+        require(
+            self.epochs is None or 0 < self.epochs < 1e9,
+            f"epochs must be positive, not {self.epochs}",
+        )
         for name in ("batch_size", "accumulate", "max_length"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(self.weight_decay >= 0, f"weight_decay must not be negative, not {self.weight_decay}")
-        require(self.max_grad_norm >= 0, f"max_grad_norm must not be negative, not {self.max_grad_norm}")
+            require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}"
+            )
+        require(
+            self.weight_decay >= 0, f"weight_decay must not be negative, not {self.weight_decay}"
+        )
+        require(
+            self.max_grad_norm >= 0, f"max_grad_norm must not be negative, not {self.max_grad_norm}"
+        )
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
-        require(0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
+        require(
+            0 <= self.warmup < 1,
+            f"warmup must be a share of the steps in [0, 1), not {self.warmup}",
+        )
         one_of(self, "rank_above", RANK_ABOVE)
-        self.loss_on = ANSWERS if self.loss_on == "answer" else self.loss_on  # its name in recipes of lorakin 0.1
+        self.loss_on = (
+            ANSWERS if self.loss_on == "answer" else self.loss_on
+        )  # its name in recipes of lorakin 0.1
         one_of(self, "loss_on", LOSS_ON)
         require(bool(self.data), "data is missing; give a file or a hub data set")
-        require(self.format in (None, *NAMES), f"format must be one of {', '.join(NAMES)}, not {self.format!r}")
+        require(
+            self.format in (None, *NAMES),
+            f"format must be one of {', '.join(NAMES)}, not {self.format!r}",
+        )
         require(_is_date(self.date), f"date must be a day such as 2026-11-30, not {self.date!r}")
         require(self.bias in BIASES, f"bias must be {', '.join(BIASES)}, not {self.bias!r}")
-        require(self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}")
-        require(self.save_every is None or self.save_every >= 0, f"save_every must not be negative, not {self.save_every}")
+        require(
+            self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}"
+        )
+        require(
+            self.save_every is None or self.save_every >= 0,
+            f"save_every must not be negative, not {self.save_every}",
+        )
         schedules.check(self.schedule, self.schedule_args, self.lr or 1.0, self.steps, self.warmup)
 
     def build(self) -> Method:
@@ -110,7 +136,10 @@ class Recipe:
         given = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "rslora")}
         given = {name: value for name, value in given.items() if value is not None}
         for name in self.settings:
-            require(name not in given, f"{name} is given twice, as a setting of its own and under settings")
+            require(
+                name not in given,
+                f"{name} is given twice, as a setting of its own and under settings",
+            )
         return method_named(self.method, given | self.settings)
 
     def save(self, path: Path) -> None:
@@ -119,7 +148,11 @@ class Recipe:
         Raises:
             OutputError: it cannot be written there.
         """
-        settings = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, [], {})}
+        settings = {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if value not in (None, [], {})
+        }
         header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
         text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         atomic.write(path.parent, {path.name: text.encode()})
@@ -135,7 +168,9 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         SettingError: no such file, not YAML, an unknown setting, a wrong type, or model, data or out missing.
     """
     settings = settings_in(path) if path is not None else {}
-    given = {key: value for key, value in flags.items() if value is not None and value not in ([], {})}
+    given = {
+        key: value for key, value in flags.items() if value is not None and value not in ([], {})
+    }
     if "steps" in given:
         settings.pop("epochs", None)
     if "epochs" in given:
@@ -160,7 +195,9 @@ def settings_in(path: Path) -> dict[str, Any]:
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise SettingError(f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'")
+        raise SettingError(
+            f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'"
+        )
     settings = {str(key): value for key, value in content.items()}
     if unknown := sorted(set(settings) - FIELDS):
         raise SettingError(
@@ -180,7 +217,9 @@ class _Plain(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands in it twice", None)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]} stands in it twice", None
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -214,7 +253,10 @@ def parse_columns(texts: Sequence[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
         target, equals, source = (piece.strip() for piece in part.partition("="))
-        require(bool(equals and target and source), f"--columns takes FORMATS=YOURS, such as prompt=question, not {part!r}")
+        require(
+            bool(equals and target and source),
+            f"--columns takes FORMATS=YOURS, such as prompt=question, not {part!r}",
+        )
         require(target not in columns, f"--columns gives {target} twice")
         columns[target] = source
     return columns
@@ -230,7 +272,10 @@ def parse_settings(texts: Sequence[str], option: str = "--set") -> dict[str, Any
     for text in texts:
         name, equals, value = text.partition("=")
         require(name.strip() not in settings, f"{option} gives {name.strip()} twice")
-        require(bool(equals and name.strip()), f"{option} takes NAME=VALUE, such as ratio=8, not {text!r}")
+        require(
+            bool(equals and name.strip()),
+            f"{option} takes NAME=VALUE, such as ratio=8, not {text!r}",
+        )
         try:
             settings[name.strip()] = _plain(yaml.load(value, _Plain))
         except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
@@ -271,14 +316,20 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
         return {str(key): str(item) if as_text else _plain(item) for key, item in value.items()}
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
-        require(all(isinstance(item, str | int | bool) for item in items), f"{name} must be a list of names, not {value!r}")
+        require(
+            all(isinstance(item, str | int | bool) for item in items),
+            f"{name} must be a list of names, not {value!r}",
+        )
         return [str(item) for item in items]
     try:
         if kind is bool:
             require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
             return value
         if kind is int:
-            require(not isinstance(value, bool) and float(value) == int(float(value)), f"{name} must be whole, not {value!r}")
+            require(
+                not isinstance(value, bool) and float(value) == int(float(value)),
+                f"{name} must be whole, not {value!r}",
+            )
             return int(float(value))
         if kind is float:
             require(not isinstance(value, bool), f"{name} must be a number, not {value!r}")

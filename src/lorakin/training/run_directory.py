@@ -75,9 +75,15 @@ def _check_place(out: Path) -> None:
             raise OutputError(f"--out {out} is a file, expected a directory")
         existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     except (OSError, ValueError) as error:  # too long a name, or a zero byte in it
-        raise error if isinstance(error, OutputError) else OutputError(f"--out {out} cannot be made: {error}") from None
+        raise (
+            error
+            if isinstance(error, OutputError)
+            else OutputError(f"--out {out} cannot be made: {error}")
+        ) from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"--out {out} cannot be made: {existing} is not a directory that may be written to")
+        raise OutputError(
+            f"--out {out} cannot be made: {existing} is not a directory that may be written to"
+        )
 
 
 def _check_contents(out: Path, resume: bool) -> None:
@@ -85,11 +91,15 @@ def _check_contents(out: Path, resume: bool) -> None:
     if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
         return
     if not resume:
-        raise OutputError(f"--out {out} is not empty; choose another directory, or go on there with --resume")
+        raise OutputError(
+            f"--out {out} is not empty; choose another directory, or go on there with --resume"
+        )
     if not (out / RECIPE).is_file():
         raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
     if link := next(checkpoints.links(out / CHECKPOINTS), None):
-        raise OutputError(f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; remove it")
+        raise OutputError(
+            f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; remove it"
+        )
 
 
 def _lock(held: Held, out: Path) -> None:
@@ -136,13 +146,19 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     out = str(flags.get("out") or given.get("out") or "")
     saved = paths.named(out, "--out") / RECIPE
     if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
-        raise SettingError(f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back")
+        raise SettingError(
+            f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back"
+        )
     if not out or not saved.is_file():
         return read_recipe(path, flags)
-    given |= {name: value for name, value in flags.items() if value is not None and value not in ([], {})} | {"out": out}
+    given |= {
+        name: value for name, value in flags.items() if value is not None and value not in ([], {})
+    } | {"out": out}
     recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
-        if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(recipe, name):
+        if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(
+            recipe, name
+        ):
             raise SettingError(
                 f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
                 "to change it, start anew in another --out"

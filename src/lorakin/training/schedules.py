@@ -23,7 +23,9 @@ ENOUGH, LOOKS = 1_000_000, 1000
 """Steps of a run whose length is not known yet; places along it that are looked at."""
 
 
-def check(name: str, arguments: Mapping[str, Any], lr: float, steps: int | None, warmup: float) -> None:
+def check(
+    name: str, arguments: Mapping[str, Any], lr: float, steps: int | None, warmup: float
+) -> None:
     """Build the schedule over an optimizer of one number and look along it, so that what is wrong is said before a run.
 
     Args:
@@ -45,15 +47,23 @@ def check(name: str, arguments: Mapping[str, Any], lr: float, steps: int | None,
     try:
         rates = _rates(name, arguments, lr, total, int(warmup * total))
     except Exception as error:  # whatever a schedule makes of an argument that it cannot have
-        needs = f"; its arguments are {', '.join(takes)} (--schedule-arg name=value)" if takes else ""
-        raise SettingError(f"schedule {name} cannot be made with {_said(arguments)}: {error}{needs}") from error
+        needs = (
+            f"; its arguments are {', '.join(takes)} (--schedule-arg name=value)" if takes else ""
+        )
+        raise SettingError(
+            f"schedule {name} cannot be made with {_said(arguments)}: {error}{needs}"
+        ) from error
     what = f"schedule {name} with {_said(arguments)}"
     for rate in rates:
         require(math.isfinite(rate) and rate >= 0, f"{what} gives a learning rate of {rate:g}")
-        require(rate <= lr * (1 + 1e-6), f"{what} gives a learning rate of {rate:g}, above --lr {lr:g}")
+        require(
+            rate <= lr * (1 + 1e-6), f"{what} gives a learning rate of {rate:g}, above --lr {lr:g}"
+        )
     require(max(rates) > 0, f"{what} gives a learning rate of 0 in every one of {total} steps")
     decay = arguments.get("num_decay_steps", 0) + int(warmup * total)
-    require(decay <= total, f"{what} and the warm-up have {decay} steps in all, and the run has {total}")
+    require(
+        decay <= total, f"{what} and the warm-up have {decay} steps in all, and the run has {total}"
+    )
 
 
 def check_evaluations(name: str, arguments: Mapping[str, Any], evaluations: int) -> None:
@@ -76,7 +86,9 @@ def check_evaluations(name: str, arguments: Mapping[str, Any], evaluations: int)
 def taken(name: str) -> tuple[str, ...]:
     """The arguments of a schedule that a user can give."""
     found = inspect.signature(_function(name)).parameters.values()
-    return tuple(one.name for one in found if one.name not in GIVEN and one.kind is not one.VAR_KEYWORD)
+    return tuple(
+        one.name for one in found if one.name not in GIVEN and one.kind is not one.VAR_KEYWORD
+    )
 
 
 def _function(name: str) -> Any:
@@ -88,15 +100,24 @@ def _function(name: str) -> Any:
     return TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(name)]
 
 
-def _rates(name: str, arguments: Mapping[str, Any], lr: float, steps: int, warmup: int) -> Sequence[float]:
+def _rates(
+    name: str, arguments: Mapping[str, Any], lr: float, steps: int, warmup: int
+) -> Sequence[float]:
     """Learning rates along the run: at the first and the last step, and at many between."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    made: Any = transformers.get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(arguments))
+    made: Any = transformers.get_scheduler(
+        name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(arguments)
+    )
     if name in WATCHERS:
         made.step(1.0)
-        require(made.min_lrs[0] < lr, f"min_lr {made.min_lrs[0]:g} is not below --lr {lr:g}, so the rate could never fall")
+        require(
+            made.min_lrs[0] < lr,
+            f"min_lr {made.min_lrs[0]:g} is not below --lr {lr:g}, so the rate could never fall",
+        )
         return [lr]
-    places = sorted({round(n * (steps - 1) / LOOKS) for n in range(LOOKS + 1)} | {min(warmup, steps - 1)})
+    places = sorted(
+        {round(n * (steps - 1) / LOOKS) for n in range(LOOKS + 1)} | {min(warmup, steps - 1)}
+    )
     return [lr * float(made.lr_lambdas[0](place)) for place in places]
 
 

@@ -30,7 +30,12 @@ ALPACA = """{{- 'Below is an instruction that describes a task. Write a response
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<form>(?:(?!\1).)*)\1\s*\)""")
 CONTROL = re.compile(r"<\|\S+\|>")
 """A token that ends or opens turns, also where it was added as no special one."""
-ASKED, REPLIED, AGAIN, THOUGHT = "lorakinasks", "lorakinreplies", "lorakinasksagain", "lorakinthinks"
+ASKED, REPLIED, AGAIN, THOUGHT = (
+    "lorakinasks",
+    "lorakinreplies",
+    "lorakinasksagain",
+    "lorakinthinks",
+)
 """Messages of a probe: words that no template holds."""
 
 
@@ -66,19 +71,27 @@ class Template:
         self.tokenizer = tokenizer
         self.day = day or datetime.date.today()
 
-    def text(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, answer_next: bool = False) -> str:
+    def text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, answer_next: bool = False
+    ) -> str:
         """The conversation as the template writes it, perhaps with the opening of an answer after it.
 
         Raises:
             DataError: the template does not take such a conversation.
             Unbounded: it does not end, or fills the memory.
         """
-        turns = [_with_parts(message) if self.takes_parts else dict(message) for message in messages]
+        turns = [
+            _with_parts(message) if self.takes_parts else dict(message) for message in messages
+        ]
         source = self.source(tools)
 
         def written(turns: list[dict[str, Any]]) -> str:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=answer_next
+                turns,
+                tools=tools,
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=answer_next,
             )
             return text
 
@@ -94,7 +107,9 @@ class Template:
                     bounded("the chat template"),
                 ):  # some take the arguments of calls as JSON text alone
                     return written([_with_json_arguments(turn) for turn in turns])
-            raise DataError(f"the chat template does not take it: {str(error) or type(error).__name__}") from error
+            raise DataError(
+                f"the chat template does not take it: {str(error) or type(error).__name__}"
+            ) from error
 
     def source(self, tools: Any = None) -> str:
         """The template, the day written out where it asks for it.
@@ -102,7 +117,10 @@ class Template:
         Raises:
             ModelError: it is no text.
         """
-        return TODAY.sub(lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False), self._given(tools))
+        return TODAY.sub(
+            lambda call: json.dumps(self.day.strftime(call["form"]), ensure_ascii=False),
+            self._given(tools),
+        )
 
     def _given(self, tools: Any = None) -> str:
         try:
@@ -110,7 +128,9 @@ class Template:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from None
         if not isinstance(found, str):
-            raise ModelError(f"the tokenizer's chat template is {str(found)[:80]!r}, expected a text")
+            raise ModelError(
+                f"the tokenizer's chat template is {str(found)[:80]!r}, expected a text"
+            )
         return found
 
     @property
@@ -122,9 +142,14 @@ class Template:
     def specials(self) -> re.Pattern[str]:
         """Matches the tokenizer's special tokens in a text."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        words = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
+        words = {
+            token.content for token in added if token.special or CONTROL.fullmatch(token.content)
+        }
         words |= set(self.tokenizer.all_special_tokens)
-        return re.compile("|".join(map(re.escape, sorted(filter(str.strip, words), key=len, reverse=True))) or "(?!)")
+        return re.compile(
+            "|".join(map(re.escape, sorted(filter(str.strip, words), key=len, reverse=True)))
+            or "(?!)"
+        )
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -159,7 +184,9 @@ class Template:
     def opening(self) -> str:
         """What it writes between a question and its answer; nothing if it takes no plain question."""
         with contextlib.suppress(DataError):
-            return self.text([{"role": "user", "content": ASKED}], answer_next=True).partition(ASKED)[2]
+            return self.text([{"role": "user", "content": ASKED}], answer_next=True).partition(
+                ASKED
+            )[2]
         return ""
 
     @cached_property
@@ -185,7 +212,8 @@ def endings_of(template: Template) -> Endings:
     """
     split, eos = template.specials, template.tokenizer.eos_token or ""
     asked, replied, again = (
-        {"role": role, "content": content} for role, content in (("user", ASKED), ("assistant", REPLIED), ("user", AGAIN))
+        {"role": role, "content": content}
+        for role, content in (("user", ASKED), ("assistant", REPLIED), ("user", AGAIN))
     )
     try:
         opening = template.text([asked], answer_next=True)
@@ -202,13 +230,18 @@ def endings_of(template: Template) -> Endings:
     if same:
         return Endings(same, same, before)
     closing = _to_special(split, inner[: len(inner) - _shared(inner[::-1], question[::-1])])
-    closing = closing or "".join(inner[: 1 + next((n for n, piece in enumerate(inner) if split.fullmatch(piece)), -1)])
+    closing = closing or "".join(
+        inner[: 1 + next((n for n, piece in enumerate(inner) if split.fullmatch(piece)), -1)]
+    )
     return Endings(_to_special(split, last) or closing or eos, closing or eos, before)
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """How many pieces two lists begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
 
 
 def _to_special(split: re.Pattern[str], pieces: Sequence[str]) -> str:
@@ -223,7 +256,13 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
         for call in message.get("tool_calls", ())
     ]
     return {**message, "tool_calls": calls} if calls else dict(message)

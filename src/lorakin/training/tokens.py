@@ -10,7 +10,9 @@ from torch import nn
 from lorakin.errors import SettingError
 
 
-def rows_of(words: Sequence[str], tokenizer: Any, model: nn.Module) -> list[int] | Mapping[str, list[int]]:
+def rows_of(
+    words: Sequence[str], tokenizer: Any, model: nn.Module
+) -> list[int] | Mapping[str, list[int]]:
     """For `lorakin.adapt`: these tokens' rows, in the input embedding and in a head that is not tied to it.
 
     A new token is to be read and to be written, so both count.
@@ -24,7 +26,9 @@ def rows_of(words: Sequence[str], tokenizer: Any, model: nn.Module) -> list[int]
         SettingError: a token that the tokenizer does not have.
     """
     ids = [int(word) if word.isdecimal() else _id_of(word, tokenizer) for word in words]
-    tables = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    tables = [
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
+    ]
     weights = [getattr(table, "weight", None) for table in tables]
     if not ids or weights[1] is None or weights[0] is weights[1]:
         return ids
@@ -34,7 +38,9 @@ def rows_of(words: Sequence[str], tokenizer: Any, model: nn.Module) -> list[int]
 
 def _id_of(word: str, tokenizer: Any) -> int:
     found = tokenizer.convert_tokens_to_ids(word)
-    if not isinstance(found, int) or (found == tokenizer.unk_token_id and word != tokenizer.unk_token):
+    if not isinstance(found, int) or (
+        found == tokenizer.unk_token_id and word != tokenizer.unk_token
+    ):
         raise SettingError(
             f"trainable_tokens: the model's tokenizer has no token {word!r}; add it with tokenizer.add_tokens([{word!r}]) and "
             "model.resize_token_embeddings(len(tokenizer)), save both to a directory, and train that model"

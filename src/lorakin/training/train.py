@@ -26,24 +26,31 @@ from torch.utils.data import DataLoader
 from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, OutputError
 from lorakin.family import Method
+from lorakin.inject.activation_norms import check_called
+from lorakin.inject.counts import parameter_counts
+from lorakin.inject.description import count, share
+from lorakin.inject.llama_fusions import fuse, unfuse
+from lorakin.inject.targets import find_modules, head_of, parse_layers
+from lorakin.loop import float16_base
 from lorakin.storage import atomic, directory, paths, texts
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in
-from lorakin.surgery import half
-from lorakin.surgery.counts import parameter_counts
-from lorakin.surgery.energy import check_called
-from lorakin.surgery.light import fuse, unfuse
-from lorakin.surgery.targets import find_modules, head_of, parse_layers
-from lorakin.surgery.words import count, share
 from lorakin.terminal import command, labelled, visible
 from lorakin.training import checkpoints, limits, processes, reading, run_directory, schedules
 from lorakin.training.alarms import Alarms, repeated, warn
 from lorakin.training.answers import IGNORED
 from lorakin.training.batches import AnswerCollator, Row, answer_loss, digest, stratified_sample
-from lorakin.training.encoding import TEMPLATE, Encoded, encode, encode_labelled, template_named, use_template
+from lorakin.training.encoding import (
+    TEMPLATE,
+    Encoded,
+    encode,
+    encode_labelled,
+    template_named,
+    use_template,
+)
 from lorakin.training.evaluate import Evaluation, answer_collator, evaluate
 from lorakin.training.models import Loaded, config_of, load_model
 from lorakin.training.progress import Metrics, Watch
-from lorakin.training.reading import Rows
+from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import Held, resumed_recipe
 from lorakin.training.templates import Template
@@ -54,7 +61,12 @@ TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")
 """In the RuntimeErrors that torch.save makes of a disk that is full."""
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers' classes of models that write text end."""
-RECIPE, METRICS, PICTURE, CHECKPOINTS = run_directory.RECIPE, "metrics.jsonl", "loss.png", run_directory.CHECKPOINTS
+RECIPE, METRICS, PICTURE, CHECKPOINTS = (
+    run_directory.RECIPE,
+    "metrics.jsonl",
+    "loss.png",
+    run_directory.CHECKPOINTS,
+)
 
 
 @dataclasses.dataclass
@@ -101,7 +113,9 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """The model as it is now, on the held-out rows."""
-        return evaluate(self.loaded.model, self.collator(), self.held_out.examples, self.recipe.batch_size)
+        return evaluate(
+            self.loaded.model, self.collator(), self.held_out.examples, self.recipe.batch_size
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +160,17 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
         """The held-out loss, for schedules that follow it."""
         return {"eval_loss": self.held_out(self.state.global_step)}
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
         if not processes.everywhere(bool(torch.isfinite(loss))):
             raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
         if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
             raise DivergedError(
-                f"gradients are too large for float16 at step {step + 1}, however small the loss is made", step + 1
+                f"gradients are too large for float16 at step {step + 1}, however small the loss is made",
+                step + 1,
             )
         if step != self.good_step:
             self.good = [p.detach().clone() for p in self.trained]
@@ -180,7 +197,13 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
 def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     out = Path(recipe.out).expanduser()
     method = recipe.build()
-    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, recipe.steps, recipe.warmup)
+    schedules.check(
+        recipe.schedule,
+        recipe.schedule_args,
+        recipe.lr or method.learning_rate,
+        recipe.steps,
+        recipe.warmup,
+    )
     indices = parse_layers(recipe.layers) if recipe.layers is not None else None
     if isinstance(recipe.chat_template, str):
         template_named(recipe.chat_template)
@@ -193,9 +216,16 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
     if recipe.fuse:
         fuse(loaded.model)
-    wanted, length = recipe.max_length, limits.row_length(limits.places(loaded.model), recipe.max_length)
+    wanted, length = (
+        recipe.max_length,
+        limits.row_length(limits.places(loaded.model), recipe.max_length),
+    )
     recipe = dataclasses.replace(
-        recipe, dtype=loaded.dtype, labels=labels, lr=recipe.lr or method.learning_rate, max_length=length
+        recipe,
+        dtype=loaded.dtype,
+        labels=labels,
+        lr=recipe.lr or method.learning_rate,
+        max_length=length,
     )
     template = None
     if labels is None:
@@ -207,7 +237,9 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
     whole = list(recipe.modules_to_save or (head_of(loaded.model) if labels is not None else []))
     heads = tuple(f"{path}." for path in find_modules(loaded.model, whole)) if whole else ()
-    whole += [path for path in loaded.fresh if not f"{path}.".startswith(heads)]  # such as a pooler: random, so trained too
+    whole += [
+        path for path in loaded.fresh if not f"{path}.".startswith(heads)
+    ]  # such as a pooler: random, so trained too
     where: dict[str, Any] = {
         "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
         "exclude": recipe.exclude,
@@ -220,18 +252,28 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     }
     run = Run(recipe, out, loaded, train, held_out, labels, place, console)
     method.resolved(run.total_steps)
-    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr or method.learning_rate, run.total_steps, recipe.warmup)
-    schedules.check_evaluations(recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints)
+    schedules.check(
+        recipe.schedule,
+        recipe.schedule_args,
+        recipe.lr or method.learning_rate,
+        run.total_steps,
+        recipe.warmup,
+    )
+    schedules.check_evaluations(
+        recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints
+    )
     if method.probe is None:
         run.adapter = adapt(loaded.model, method, **where)
-        half.check_trained(loaded.model)
+        float16_base.check_trained(loaded.model)
         _describe(run)
         _written(lambda: _save_settings(recipe, out, template))
         return run
-    pilot = adapt(loaded.model, method.for_probe(), **where)  # so that what is wrong is said before anything is written
-    half.check_trained(loaded.model)
+    pilot = adapt(
+        loaded.model, method.for_probe(), **where
+    )  # so that what is wrong is said before anything is written
+    float16_base.check_trained(loaded.model)
     pilot.remove()
-    check_called(loaded.model, pilot.plan.sites)
+    check_called(loaded.model, pilot.placement.methods)
     _written(lambda: _save_settings(recipe, out, template))
     found = processes.agreed(_importance(run, method, where))
     _written(lambda: atomic.write(out, {IMPORTANCE: (json.dumps(found, indent=1) + "\n").encode()}))
@@ -240,7 +282,7 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     return run
 
 
-def check_meant(recipe: Recipe, rows: Rows) -> None:
+def check_meant(recipe: Recipe, rows: DataRows) -> None:
     """See that rows with a text and a label are meant to train a classifier, where the model is a language model.
 
     Raises:
@@ -264,7 +306,7 @@ def _printed_day(recipe: Recipe, tokenizer: Any) -> str | None:
     return recipe.date or processes.agreed(datetime.date.today().isoformat())
 
 
-def _describe_rows(console: Console, rows: Rows, held_out: Rows) -> None:
+def _describe_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
     """Say what was read, and what of it is not used."""
     line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
     console.print(labelled("data   ", line))
@@ -300,7 +342,10 @@ def _importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str,
     run.console.print(labelled("probe  ", f"{passes}: which modules matter?"))
 
     def loss_on_answers(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        return answer_loss(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"])
+        return answer_loss(
+            model(**{key: value for key, value in batch.items() if key != "labels"}),
+            batch["labels"],
+        )
 
     loss = None if run.labels is not None else loss_on_answers
     found = importance(run.loaded.model, method, batches, loss=loss, lr=run.recipe.lr, **where)
@@ -312,7 +357,10 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     """Importances by layer and module; those that keep a pair of their own are marked."""
     own = set(method.own_pairs(list(found)))
     marks = {path: ("●", "bold green") if path in own else (" ", "") for path in found}
-    cells = {path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1]) for path, share in found.items()}
+    cells = {
+        path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1])
+        for path, share in found.items()
+    }
     rows = by_layer(cells)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
@@ -324,7 +372,12 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     return table
 
 
-def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[transformers.TrainerCallback] = ()) -> Result:
+def train(
+    run: Run,
+    *,
+    before: Evaluation | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+) -> Result:
     """Train, evaluate before and after, and write the adapter, `metrics.jsonl` and `loss.png` into the output directory.
 
     Args:
@@ -342,7 +395,9 @@ def train(run: Run, *, before: Evaluation | None = None, callbacks: Sequence[tra
         run.place.release()
 
 
-def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]) -> Result:
+def _trained(
+    run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]
+) -> Result:
     model, console = run.loaded.model, run.console
     started = time.perf_counter()
     resumed = int(run.checkpoint.name.removeprefix("checkpoint-")) if run.checkpoint else 0
@@ -359,18 +414,28 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
 
     trainer = _trainer(run, held_out, [*seen, *callbacks])
     rows = run.rows
-    trainer.provenance = {checkpoints.RECIPE: run_directory.described(run.recipe), checkpoints.ROWS: rows}
+    trainer.provenance = {
+        checkpoints.RECIPE: run_directory.described(run.recipe),
+        checkpoints.ROWS: rows,
+    }
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         after = run.evaluate()
-        if not math.isfinite(after.loss) or not all(bool(torch.isfinite(p).all()) for p in trainer.trained):
-            raise DivergedError(f"the held-out loss became {after.loss} with the last step, {run.total_steps}", run.total_steps)
+        if not math.isfinite(after.loss) or not all(
+            bool(torch.isfinite(p).all()) for p in trainer.trained
+        ):
+            raise DivergedError(
+                f"the held-out loss became {after.loss} with the last step, {run.total_steps}",
+                run.total_steps,
+            )
     except DivergedError as error:
         raise _stopped(run, trainer, error) from None
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(writer in str(error) for writer in TORCHS_WRITERS):
+        if isinstance(error, RuntimeError) and not any(
+            writer in str(error) for writer in TORCHS_WRITERS
+        ):
             raise
         raise OutputError(
             f"cannot write to {run.out}: {str(error).strip().splitlines()[0]}; {_left(run)}. When there is room, go on "
@@ -383,7 +448,9 @@ def _trained(run: Run, before: Evaluation | None, callbacks: Sequence[transforme
             f"the adapter learned nothing that helps on the held-out rows: loss {before.loss:.3f} before, {after.loss:.3f} "
             "after. Try another --lr, more --steps, or more rows",
         )
-    metrics.add(run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()})
+    metrics.add(
+        run.total_steps, **{f"eval_{name}": value for name, value in after.as_dict().items()}
+    )
     _written(lambda: metrics.plot(run.out / PICTURE))
     model.eval()
     unfuse(model)
@@ -409,7 +476,9 @@ def _left(run: Run) -> str:
 def _notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
     """What the run knows and the adapter does not, for its model card."""
     recipe = run.recipe
-    sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]  # a path is nobody's business
+    sources = [
+        Path(name).name if Path(name).exists() else name for name in recipe.data
+    ]  # a path is nobody's business
     each = recipe.batch_size * recipe.accumulate * processes.count()
     notes = {
         "Data": f"{', '.join(sources)}: {len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out",
@@ -428,16 +497,20 @@ def described(evaluation: Evaluation) -> str:
     return f"loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f} over {evaluation.count:,} answer tokens"
 
 
-def _held_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
+def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
     if recipe.eval_data is None:
         return reading.split(rows, recipe.holdout, recipe.seed)
     held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
     if held.is_classification != rows.is_classification:
-        raise DataError(f"{recipe.eval_data} has format {held.formats[0]}, but {rows.name} has {rows.formats[0]}")
+        raise DataError(
+            f"{recipe.eval_data} has format {held.formats[0]}, but {rows.name} has {rows.formats[0]}"
+        )
     return rows, held
 
 
-def encoded(recipe: Recipe, rows: Rows, loaded: Loaded, labels: Sequence[str] | None) -> Encoded:
+def encoded(
+    recipe: Recipe, rows: DataRows, loaded: Loaded, labels: Sequence[str] | None
+) -> Encoded:
     """The rows as the recipe has them tokenised; `labels` are a classifier's classes."""
     if labels is not None:
         found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
@@ -454,10 +527,14 @@ def _describe(run: Run) -> None:
     trained, total = parameter_counts(run.loaded.model)
     what = (
         f"{recipe.model} in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}; {recipe.method} on "
-        f"{len(run.adapter.plan.sites)} modules"
-        + (f", {', '.join(run.adapter.plan.copies)} trained whole" if run.adapter.plan.copies else "")
+        f"{len(run.adapter.placement.methods)} modules"
+        + (
+            f", {', '.join(run.adapter.placement.copies)} trained whole"
+            if run.adapter.placement.copies
+            else ""
+        )
         + (f", rows of {len(recipe.trainable_tokens)} tokens" if recipe.trainable_tokens else "")
-        + (f", {len(run.adapter.plan.biases)} biases" if run.adapter.plan.biases else "")
+        + (f", {len(run.adapter.placement.biases)} biases" if run.adapter.placement.biases else "")
         + f"; {share(trained, total)} train"
     )
     console.print(labelled("model  ", what))
@@ -473,7 +550,11 @@ def _describe(run: Run) -> None:
     if run.train.cut:
         why = f" at {recipe.max_length} tokens (--max-length): their last answers do not end"
         console.print(labelled(f"{run.train.cut:,} rows are cut", why, "yellow"))
-    console.print(labelled("one example", " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"))
+    console.print(
+        labelled(
+            "one example", " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"
+        )
+    )
     console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
 
 
@@ -487,15 +568,24 @@ def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) 
     edges = [at for at in range(1, len(ids)) if learned[at] != learned[at - 1]]
     shown = ""
     for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
-        before, shown = shown, tokenizer.decode(ids[:end])  # of all tokens so far, so that spaces between parts show
+        before, shown = (
+            shown,
+            tokenizer.decode(ids[:end]),
+        )  # of all tokens so far, so that spaces between parts show
         words = visible(shown[len(before) :])
-        text.append(f"⟦{words}⟧" if learned[start] else words, style="green" if learned[start] else "dim")
+        text.append(
+            f"⟦{words}⟧" if learned[start] else words, style="green" if learned[start] else "dim"
+        )
     return text
 
 
 def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     """The held-out figures of the untrained adapter, from the interrupted run's metrics if it took them."""
-    known = [row for row in metrics.rows() if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()]
+    known = [
+        row
+        for row in metrics.rows()
+        if row["step"] == 0 and {"eval_loss", "eval_count"} <= row.keys()
+    ]
     rows = run.rows
     for row in processes.agreed(known):
         if row.get("rows", rows) != rows:
@@ -515,7 +605,9 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]) -> AdapterTrainer:
+def _trainer(
+    run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]
+) -> AdapterTrainer:
     recipe, model = run.recipe, run.loaded.model
     assert recipe.lr is not None
     if recipe.gradient_checkpointing:
@@ -531,7 +623,9 @@ def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transfo
         eval_strategy="steps" if recipe.schedule in schedules.WATCHERS else "no",
         eval_steps=run.between_checkpoints,
         metric_for_best_model="eval_loss" if recipe.schedule in schedules.WATCHERS else None,
-        warmup_steps=int(recipe.warmup * run.total_steps),  # rounded down: a step of warm-up has learning rate 0
+        warmup_steps=int(
+            recipe.warmup * run.total_steps
+        ),  # rounded down: a step of warm-up has learning rate 0
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
@@ -566,7 +660,10 @@ def _trainer(run: Run, held_out: Callable[[int], float], callbacks: list[transfo
 
 def checkpointed(model: Any) -> None:
     """Let a transformers model make the activations of each layer again in backward instead of keeping them."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     model.config.use_cache = False
 
@@ -575,7 +672,10 @@ def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> Diverge
     """Save the last good adapter and say what happened."""
     advice = "try a lower --lr, or --dtype float32"
     if not trainer.good:
-        return DivergedError(f"{error}, the first step of this run, so there is nothing to keep; {advice}", error.step)
+        return DivergedError(
+            f"{error}, the first step of this run, so there is nothing to keep; {advice}",
+            error.step,
+        )
     with torch.no_grad():
         for parameter, value in zip(trainer.trained, trainer.good, strict=True):
             parameter.data = value  # not copied: ranks may have been freed since

@@ -14,10 +14,11 @@ import transformers
 
 from lorakin.adapter import Adapter, adapters
 from lorakin.errors import LorakinWarning, SettingError, StateError
+from lorakin.inject import quantised
+from lorakin.loop import float16_base
+from lorakin.loop.deepspeed_zero import follow, gather
+from lorakin.loop.parameter_groups import regroup
 from lorakin.storage import directory
-from lorakin.surgery import half, quantised
-from lorakin.surgery.optimizer import regroup
-from lorakin.surgery.partitioned import follow, gather
 from lorakin.training import checkpoints, processes
 from lorakin.training.checkpoints import STATE, last_checkpoint
 
@@ -88,20 +89,27 @@ class AdapterTraining:
     def _scale_losses(self) -> None:
         """On a float16 base, let Accelerate scale losses as it does for `fp16=True`; with that it does already."""
         if self.accelerator.scaler is not None:
-            half.check_trained(self.model)
+            float16_base.check_trained(self.model)
             return
-        scaler = half.loss_scaler(self.model)
+        scaler = float16_base.loss_scaler(self.model)
         if scaler.is_enabled():
             self.accelerator.scaler = scaler
-            self.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(_innermost(self.optimizer))
+            self.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(
+                _innermost(self.optimizer)
+            )
 
     def _sound(self, resume_from_checkpoint: Any) -> str | None:
         """The checkpoint to go on from, once it is clear that it is whole and of this run."""
         if not resume_from_checkpoint:
             return None
         folder = resume_from_checkpoint
-        if resume_from_checkpoint is True and (folder := last_checkpoint(Path(self.args.output_dir))) is None:
-            raise SettingError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that is whole")
+        if (
+            resume_from_checkpoint is True
+            and (folder := last_checkpoint(Path(self.args.output_dir))) is None
+        ):
+            raise SettingError(
+                f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that is whole"
+            )
         manifest = checkpoints.opened(Path(folder))
         manifest.check_run(self.provenance)
         manifest.check_versions()
@@ -116,13 +124,20 @@ class AdapterTraining:
 
     def _keep_whole(self, checkpoint: str | None) -> None:
         """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
-        if checkpoint is not None:  # DeepSpeed's files hold tensors, the adapters' what the rules remember
+        if (
+            checkpoint is not None
+        ):  # DeepSpeed's files hold tensors, the adapters' what the rules remember
             self._load_from_checkpoint(checkpoint)
         zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         if not zero.get("stage"):  # then torch's own optimizer steps over the adapters' tensors
             return
-        largest, set_to = max(p.numel() for a in self._trained() for p in a.parameters()), zero.get(PERSISTENT, "auto")
-        zero[PERSISTENT] = max(largest, set_to if isinstance(set_to, int) else 100_000)  # which is DeepSpeed's own
+        largest, set_to = (
+            max(p.numel() for a in self._trained() for p in a.parameters()),
+            zero.get(PERSISTENT, "auto"),
+        )
+        zero[PERSISTENT] = max(
+            largest, set_to if isinstance(set_to, int) else 100_000
+        )  # which is DeepSpeed's own
         self.callback_handler.pop_callback(Following)
         self.add_callback(Following(self._trained()))
 
@@ -174,7 +189,9 @@ class AdapterTraining:
             super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # whose engine knows the tensors that there were when it was made
+        if (
+            self.is_deepspeed_enabled
+        ):  # whose engine knows the tensors that there were when it was made
             self.model_wrapped.param_names = {p: name for name, p in self.model.named_parameters()}
         with self._without("is_fsdp_enabled"):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -208,7 +225,7 @@ class AdapterTraining:
         for adapter in self._trained():
             adapter.begin(num_training_steps)
         if self.accelerator.scaler is not None:
-            half.leave_unscaling_to_the_scaler([_innermost(self.optimizer)])
+            float16_base.leave_unscaling_to_the_scaler([_innermost(self.optimizer)])
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -224,12 +241,18 @@ class AdapterTraining:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _trained(self) -> list[Adapter]:
-        return [adapter for adapter in self._adapters().values() if any(p.requires_grad for p in adapter.parameters())]
+        return [
+            adapter
+            for adapter in self._adapters().values()
+            if any(p.requires_grad for p in adapter.parameters())
+        ]
 
     def _adapters(self) -> dict[str, Adapter]:
         found = adapters(self.model)
         if not found:
-            raise StateError("the trainer's model has no adapters to save; call lorakin.adapt(model, …) first")
+            raise StateError(
+                "the trainer's model has no adapters to save; call lorakin.adapt(model, …) first"
+            )
         return found
 
 
@@ -244,12 +267,16 @@ def prepare_trainer(trainer: Any) -> Any:
         StateError: its model has no adapters.
     """
     if not isinstance(trainer, transformers.Trainer):
-        raise SettingError(f"expected a Trainer of transformers or TRL, not a {type(trainer).__name__}")
+        raise SettingError(
+            f"expected a Trainer of transformers or TRL, not a {type(trainer).__name__}"
+        )
     if not adapters(trainer.model):
         raise StateError("the trainer's model has no adapters; call lorakin.adapt(model, …) first")
     cls = type(trainer)
     if not isinstance(trainer, AdapterTraining):
-        trainer.__class__ = type(cls.__name__, (AdapterTraining, cls), {"__module__": cls.__module__})
+        trainer.__class__ = type(
+            cls.__name__, (AdapterTraining, cls), {"__module__": cls.__module__}
+        )
     return trainer
 
 

@@ -1,0 +1,1 @@
+"""Comparisons of methods on one model and data set."""

@@ -1,0 +1,116 @@
+"""What a run does to each weight: how far it moves in length and in direction, and where the ranks are.
+
+Magnitude and direction, as in "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, section 3.2: with w_j the row of
+a base weight W0 (outputs, inputs) that makes output j, and w'_j that of the trained weight,
+
+    ΔM = mean_j |‖w'_j‖ − ‖w_j‖|          ΔD = mean_j (1 − cos(w'_j, w_j))
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lorakin.adapter import Adapter
+from lorakin.inject.layers import kind_of
+from lorakin.inject.placement import own_weight
+
+MOMENTS = 4
+"""How often a run is looked at, evenly, the last time at its end."""
+
+
+class Observer(transformers.TrainerCallback):
+    """A Trainer callback that times each step and looks at the weights now and then."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.seconds: list[float] = []
+        self.work: list[float] = []
+        self.moves: list[tuple[int, dict[str, tuple[float, float]]]] = []
+        self.ranks: list[tuple[int, dict[str, int]]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        clock, processor = self.started
+        self.seconds.append(time.perf_counter() - clock)
+        self.work.append(
+            self.seconds[-1] if torch.cuda.is_available() else time.process_time() - processor
+        )
+        now = ranks(self.adapter)
+        if now and (not self.ranks or self.ranks[-1][1] != now):
+            self.ranks.append((state.global_step, now))
+        every = max(1, state.max_steps // MOMENTS)
+        if state.global_step % every == 0 and state.max_steps - state.global_step >= every:
+            self.moves.append((state.global_step, moved(self.adapter)))
+
+    @property
+    def step(self) -> dict[str, float]:
+        """The median step of the run, its optimizer's included; the first, which warms up, is left out."""
+        seconds, work = (
+            statistics.median(times[1:] or times or [0.0]) for times in (self.seconds, self.work)
+        )
+        return {"step_seconds": seconds, "step_work": work}
+
+
+@torch.no_grad()
+def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
+    """The weight of the module at `path` before and after, (outputs, inputs), float32; None if it has no matrix."""
+    if path in adapter.placement.copies:
+        twin = adapter.copy_of(path)
+        return (
+            None
+            if kind_of(twin) is None
+            else (adapter.base_weight(path).float(), own_weight(twin).float())
+        )
+    before, pair = adapter.base_weight(path).float(), adapter.change_at(path)
+    after = before + pair.up.float() @ pair.down.float()
+    return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after
+
+
+@torch.no_grad()
+def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
+    """Path → (ΔM, ΔD) of each module that the adapter changes."""
+    found = {}
+    for path in (*adapter.placement.methods, *adapter.placement.copies):
+        if (both := weights(adapter, path)) is not None:
+            before, after = both
+            sizes, lengths = before.norm(dim=1), after.norm(dim=1)
+            cosine = (before * after).sum(1) / (sizes * lengths).clamp(min=1e-30)
+            found[path] = (float((lengths - sizes).abs().mean()), float((1 - cosine).mean()))
+    return found
+
+
+@torch.no_grad()
+def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """Path → norm of the change of its weight, Frobenius; its ratio to the weight's own; and the rank of the pair."""
+    found = {}
+    for path in (*adapter.placement.methods, *adapter.placement.copies):
+        if (both := weights(adapter, path)) is not None:
+            change, size = float((both[1] - both[0]).norm()), float(both[0].norm())
+            found[path] = {"norm": change, "relative": change / size if size else 0.0}
+            if path in adapter.placement.methods:
+                found[path]["rank"] = adapter.pair_at(path).down.shape[0]
+    return found
+
+
+def ranks(adapter: Adapter) -> dict[str, int]:
+    """Path → ranks that are not switched off, of a method that moves a budget of them; empty before it is trained."""
+    slot = adapter.placement.method.parametrisation.per_rank
+    if slot is None or not any(
+        "budget" in member.decides for member in adapter.placement.method.members
+    ):
+        return {}
+    there = {
+        path: int(torch.count_nonzero(adapter.tensors_at(path)[slot]))
+        for path in adapter.placement.methods
+    }
+    return there if any(there.values()) else {}

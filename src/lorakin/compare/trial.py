@@ -1,0 +1,179 @@
+"""One trial of a comparison, in a process of its own: a training run, and what is measured of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakin.compare import observe
+from lorakin.compare.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, ResultRow, Trial
+from lorakin.errors import DivergedError, LorakinError, LorakinWarning
+from lorakin.storage.summary import importance_in
+from lorakin.terminal import Terminal
+from lorakin.training import train
+from lorakin.training.evaluate import Evaluation, evaluate
+from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
+from lorakin.training.reading import read_rows
+from lorakin.training.recipe import Recipe
+
+TIMED_STEPS = 6
+"""Steps of a trial that only takes the time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialJob:
+    """All that a trial's process is told."""
+
+    trial: Trial
+    recipe: Recipe
+    report_data: str
+    device: str
+    threads: int
+    keep: bool
+    """Whether the adapter stays on the disk."""
+
+
+def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
+    """The body of the process: run the trial and send its row; all that is printed goes into a log beside its directory.
+
+    It ends when the other end of `lifeline` does, so that a comparison that is killed leaves no trial running.
+    """
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the comparison's to answer
+    _choose_device(job)
+    log = Path(f"{job.recipe.out}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        sender.send(run(job))
+        sender.close()
+
+
+def _end_with(lifeline: Connection) -> None:
+    try:
+        lifeline.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def run(job: TrialJob) -> ResultRow:
+    """The trial's row, however it ends."""
+    out, row = Path(job.recipe.out), ResultRow(job.trial, FAILED, device=job.device)
+    shutil.rmtree(out, ignore_errors=True)  # of a trial that was killed
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", LorakinWarning)
+            row = _limit(job, row) if job.trial.stage == LIMIT else _trained(job, row)
+    except DivergedError as error:
+        row = dataclasses.replace(
+            row,
+            status=DIVERGED,
+            reason=str(error).partition(";")[0],
+            losses=_losses(out),
+            steps=error.step,
+        )
+    except LorakinError as error:
+        row = dataclasses.replace(row, status=REFUSED, reason=str(error))
+    except (
+        Exception
+    ) as error:  # whatever it is, the comparison goes on, and the log has the traceback
+        traceback.print_exc()
+        row = dataclasses.replace(row, reason=f"{type(error).__name__}: {error}")
+    finally:
+        if not job.keep:
+            shutil.rmtree(out, ignore_errors=True)
+    said = [
+        str(warning.message) for warning in heard if issubclass(warning.category, LorakinWarning)
+    ]
+    return dataclasses.replace(
+        row, warnings=list(dict.fromkeys(said)), seconds=round(time.perf_counter() - started, 2)
+    )
+
+
+def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
+    before = memory_bytes()
+    unknown = Evaluation(float("nan"), 0)  # what the base comes to is a trial of its own
+    ready = train.prepare(job.recipe, Terminal())
+    observer = observe.Observer(ready.adapter)
+    result = train.train(ready, before=unknown, callbacks=[observer])
+    row = dataclasses.replace(
+        row, status=DONE, steps=result.steps, **observer.step,  # type: ignore[arg-type]
+        peak_bytes=max(0, peak_memory_bytes() - (0 if torch.cuda.is_available() else before)),
+    )  # fmt: skip
+    if job.trial.stage == TIMING:
+        return row
+    importance = importance_in(ready.out)
+    adapter = ready.adapter
+    return dataclasses.replace(
+        row,
+        tune=result.after.as_dict(),
+        report=_report(job, ready).as_dict(),
+        trained=result.trainable_parameters,
+        frozen=sum(p.numel() for p in adapter.parameters() if not p.requires_grad),
+        adapter_bytes=result.adapter_bytes,
+        losses=_losses(ready.out),
+        layers=_short(observe.layers(adapter)),
+        moves=_short([*observer.moves, (result.steps, observe.moved(adapter))]),
+        ranks=observer.ranks,
+        importance=_short(importance),
+        own=adapter.placement.method.own_pairs(list(adapter.placement.methods))
+        if importance
+        else [],
+    )
+
+
+def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
+    """The model as it is."""
+    ready = train.prepare(job.recipe, Terminal())
+    with ready.adapter.disabled():
+        return dataclasses.replace(
+            row, status=DONE, tune=ready.evaluate().as_dict(), report=_report(job, ready).as_dict()
+        )
+
+
+def _report(job: TrialJob, ready: train.Run) -> Evaluation:
+    """The model as it is now, on the rows that nothing was chosen by."""
+    rows = train.encoded(
+        ready.recipe,
+        read_rows(job.report_data, layout=ready.recipe.format),
+        ready.loaded,
+        ready.labels,
+    )
+    return evaluate(ready.loaded.model, ready.collator(), rows.examples, ready.recipe.batch_size)
+
+
+def _losses(out: Path) -> list[float]:
+    """The training loss of each step."""
+    rows = Metrics(out / train.METRICS, writes=False).rows()
+    return [round(row["loss"], 5) for row in rows if "loss" in row]
+
+
+def _short(value: Any) -> Any:
+    """The same with numbers of four digits, which is what pictures show."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _choose_device(job: TrialJob) -> None:
+    """Let torch see the job's device alone, before it looks."""
+    kind, _, number = job.device.partition(":")
+    os.environ["CUDA_VISIBLE_DEVICES"] = number or "0" if kind == "cuda" else ""
+    torch.set_num_threads(job.threads)

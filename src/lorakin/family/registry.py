@@ -1,0 +1,77 @@
+"""Which members there are: lorakin's own, and those that a program or another package adds.
+
+A class becomes a member by a decorator, wherever it is written:
+
+    @lorakin.register
+    @dataclass(frozen=True)
+    class MyMember(Parametrisation): ...
+
+A package that brings members names their classes as entry points, so that the command finds them:
+
+    [project.entry-points."lorakin.members"]
+    my-member = "my_package:MyMember"
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from lorakin.errors import SettingError
+from lorakin.family.member import Member
+
+GROUP = "lorakin.members"
+"""The group of the entry points that name members."""
+
+M = TypeVar("M", bound=type[Member])
+_MEMBERS: dict[str, type[Member]] = {}
+_searched: list[bool] = []
+
+
+def register(member: M) -> M:
+    """Add a member to the family, under its `word`; returns it, so that this is a decorator.
+
+    Raises:
+        SettingError: it is no member, or its word is another member's.
+    """
+    if not (
+        isinstance(member, type)
+        and issubclass(member, Member)
+        and isinstance(getattr(member, "word", None), str)
+    ):
+        raise SettingError(f"expected a class of a member, with a word, not {member!r}")
+    known = _MEMBERS.setdefault(member.word, member)
+    if known is not member and (known.__module__, known.__qualname__) != (
+        member.__module__,
+        member.__qualname__,
+    ):
+        where = f"{known.__module__}.{known.__qualname__}"
+        raise SettingError(
+            f"{member.word!r} is the word of {where} already; give {member.__qualname__} another one"
+        )
+    _MEMBERS[member.word] = member  # a notebook's cell that runs again defines its class anew
+    return member
+
+
+def members() -> tuple[type[Member], ...]:
+    """All members, lorakin's own first, in the order of the family."""
+    if not _searched:
+        _searched.append(True)
+        for entry in entry_points(group=GROUP):
+            register(entry.load())
+    return tuple(_MEMBERS.values())
+
+
+def member_named(word: str) -> type[Member]:
+    """The member whose command-line word is `word`.
+
+    Raises:
+        SettingError: there is none; the message lists those there are.
+    """
+    words = {member.word: member for member in members()}
+    if word in words:
+        return words[word]
+    near = difflib.get_close_matches(word.lower(), words, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    raise SettingError(f"unknown method {word!r}{meant}; this version has: {', '.join(words)}")

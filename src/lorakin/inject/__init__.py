@@ -1,0 +1,1 @@
+"""Putting adapters into a model: which modules, how they are changed there, and taking them out again."""

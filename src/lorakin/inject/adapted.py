@@ -1,0 +1,317 @@
+"""The class swap: an adapted module becomes a subclass of its own class, with adapters attached on it as `.lorakin`.
+
+The module keeps its identity, its name, its parameters and their `state_dict` keys; the adapters' tensors add keys of
+the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets its class back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakin.errors import StateError
+from lorakin.family.pair import whole_shape
+from lorakin.inject import experts
+from lorakin.inject.attachments import (
+    BIAS,
+    KEY,
+    Adapters,
+    Attachments,
+    Bias,
+    attachments_of,
+    attachments_or_none,
+)
+from lorakin.inject.biases import as_the_bases
+from lorakin.inject.branch import Branch, Copy, brought
+from lorakin.inject.callers import is_in_forward
+from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
+from lorakin.inject.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
+from lorakin.inject.rows import TokenRowsBranch, WithRows
+from lorakin.inject.weight_reads import changed_weight
+
+
+class Adapted(Swapped):
+    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
+
+    Who reads its weight in a forward, without calling the module, gets the changed weight. Who reads
+    its bias in a forward, the module's own too, gets that of the adapter in use, if it has one.
+    """
+
+    lorakin: Adapters
+    bias: Tensor | None
+
+    @staticmethod
+    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        return (Looked,) if issubclass(base, nn.Embedding) and base is not nn.Embedding else ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attached = attachments_of(self)
+        branches = attached.in_use()
+        weight = self._parameters.get("weight")
+        if (
+            branches
+            and attached.shape is not None
+            and weight is not None
+            and weight.shape != attached.shape
+        ):
+            raise StateError(resized(branches[0].path, attached.shape, weight.shape))
+        if attached.by_weight:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        attached.inside += 1
+        try:
+            if any("_hf_hook" in branch.__dict__ for branch in branches):
+                with brought(branches):
+                    return self._changed(attached, branches, x, args, kwargs)
+            return self._changed(attached, branches, x, args, kwargs)
+        finally:
+            attached.inside -= 1
+
+    def _changed(
+        self, attached: Attachments, branches: list[Branch], x: Any, args: Any, kwargs: Any
+    ) -> Any:
+        own_forward = super().forward
+        if (
+            len(branches) == 1
+            and attached.rows is None
+            and not attached.merged
+            and not torch.compiler.is_compiling()
+        ):
+            stock = getattr(own_forward, "__func__", None) is nn.Linear.forward
+            if stock and (whole := branches[0].fused(self, x)) is not None:
+                return whole
+        base = out = (
+            own_forward(*args, **kwargs)
+            if attached.dense is None
+            else F.linear(x, attached.dense, self.bias)
+        )
+        if attached.rows is not None:
+            return attached.rows.adapted(self, x, base)
+        for branch in branches:
+            out = out + branch(self, x, base)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("weight", BIAS) or (attached := attachments_or_none(self)) is None:
+            return super().__getattr__(name)
+        if name == BIAS:
+            if (
+                attached.biased
+                and (attached.inside or is_in_forward(1))
+                and (owner := attached.owner_of_bias()) is not None
+            ):
+                return as_the_bases(attached[owner], self)
+        elif not attached.inside and attached.in_use() and is_in_forward(1):
+            return changed_weight(self, attached)
+        return super().__getattr__(name)
+
+
+class Looked(nn.Embedding):
+    """nn.Embedding where a subclass with a forward of its own calls it: what is looked up is the changed rows.
+
+    So a scaled embedding scales the change with them, and no changed table is made, also by a compiler.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        attached = attachments_of(self)
+        branches = [] if attached.inside else attached.in_use()
+        if attached.inside or not (branches or attached.rows):
+            return super().forward(input)
+        attached.inside += 1
+        try:
+            with brought(branches):
+                out: Tensor
+                out = base = super().forward(input)
+                if attached.rows is not None:
+                    out = attached.rows.adapted(self, input, base)
+                for branch in branches if attached.rows is None else ():
+                    out = out + branch(self, input, base)
+                return out
+        finally:
+            attached.inside -= 1
+
+
+class Replaced(Swapped):
+    """Mixed in before a module's own class when an adapter trains the whole module: its copy is used instead.
+
+    Also by who reads its tensors and parts in a forward, or calls another of its methods.
+    """
+
+    lorakin: Adapters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attached = attachments_of(self)
+        if attached.rows is None:
+            for copy in attached.in_use():
+                return copy.module.forward(
+                    *args, **kwargs
+                )  # not its call: the module's own hooks run around this forward
+        attached.inside += 1
+        try:
+            out = super().forward(*args, **kwargs)
+        finally:
+            attached.inside -= 1
+        if attached.rows is None:
+            return out
+        return attached.rows.replaced(self, out, args[0] if args else next(iter(kwargs.values())))
+
+    def __getattr__(self, name: str) -> Any:
+        if name != KEY and (copy := _copy_in_use(self, 3)) is not None:
+            return getattr(copy, name)
+        return super().__getattr__(name)
+
+
+class ReplacedSequence(Replaced):
+    """`Replaced` for nn.Sequential, whose parts are its children: the adapters are not among them."""
+
+    def _parts(self) -> list[nn.Module]:
+        here: nn.Module = _copy_in_use(self, 4) or self
+        return [child for key, child in here._modules.items() if key != KEY and child is not None]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._parts())
+
+    def __len__(self) -> int:
+        return len(self._parts())
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = self._parts()[index]
+        return nn.Sequential(*parts) if isinstance(index, slice) else parts
+
+
+def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
+    """The copy that answers for `module` to the function `depth` calls above this, or None."""
+    attached = attachments_or_none(module)
+    if (
+        attached is None
+        or attached.inside
+        or not (copies := attached.in_use())
+        or not is_in_forward(depth - 1)
+    ):
+        return None
+    if attached.rows is not None:
+        raise StateError(
+            f"a {type(module).__name__} that is trained whole is read without being called, so it cannot be in a mixed batch"
+        )
+    own: nn.Module = copies[0].module
+    return own
+
+
+Child = Branch | Copy | TokenRowsBranch | Bias
+"""What hangs on a module."""
+
+
+def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
+    """What to say of a module that is no longer as large as its adapter."""
+    return (
+        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at {' x '.join(map(str, before))}: "
+        "something, such as resize_token_embeddings, changed it since. Resize a model before it is adapted; "
+        "here, remove the adapter, resize, and adapt again"
+    )
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether adapters hang on this very module."""
+    return isinstance(module, Adapted | Replaced | WithRows)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, also if it is one of a stack of experts, which torch does not know; raises as `get_submodule`."""
+    module, parts = model, path.split(".") if path else []
+    for n, part in enumerate(parts):
+        inner = module._modules.get(part)
+        if inner is None and len(parts) == n + 2:
+            inner = experts.matrix_of(module, part, parts[-1]) if kind_of(module) is None else None
+            return model.get_submodule(path) if inner is None else inner
+        if inner is None:
+            return model.get_submodule(path)
+        module = inner
+    return module
+
+
+def attach(module: nn.Module, name: str, child: Child) -> None:
+    """Hang the adapter `name` on `module`; the first one swaps the module's class."""
+    if not is_adapted(module):
+        swap_class(module, combined(_mixin(module, child), type(module)))
+        attached = Attachments()
+        attached.by_weight = isinstance(child, Bias)
+        module.lorakin = attached.adapters
+        if isinstance(child, TokenRowsBranch):
+            kind = kind_of(module)
+            assert kind is not None
+            attached.by_weight = has_own_forward(module, kind)
+            attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
+        if isinstance(module, experts.ExpertMatrix):
+            experts.attach(module)
+    attached = attachments_of(module)
+    if isinstance(child, Branch) and not any(
+        isinstance(other, Branch) for other in attached.values()
+    ):
+        attached.by_weight = has_own_forward(module, child.layer)
+        weight = module._parameters.get("weight")
+        if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
+            attached.shape = whole_shape(weight)
+    attached[name] = child
+
+
+def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
+    if isinstance(child, TokenRowsBranch):
+        return WithRows
+    if not isinstance(child, Copy):
+        return Adapted
+    return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
+
+
+def conflict(module: nn.Module, name: str, child: Child) -> str | None:
+    """Why `child` cannot be attached on `module` as the adapter `name`, or None if it can."""
+    if is_adapted(module):
+        attached = attachments_of(module)
+        if not isinstance(module, _mixin(module, child)):
+            return (
+                "it is in use by another adapter in another way: adapted, trained whole, or some of its rows "
+                "trained; remove that one first"
+            )
+        if name in attached:
+            return (
+                f"it already has an adapter {name!r}, put there through another part of the model"
+            )
+    called = module.experts if isinstance(module, experts.ExpertMatrix) else module
+    if "forward" in vars(called) and "_old_forward" not in vars(called):
+        return "its forward was replaced on the instance, so an adapter would never be called"
+    return None
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take the adapter `name` off `module`; the last one gives the module its class back."""
+    attached = attachments_of(module)
+    del attached[name]
+    if not len(attached):
+        del module.lorakin
+        unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
+        if isinstance(module, experts.ExpertMatrix):
+            experts.detach(module)
+
+
+def move_base(module: Any, change: Tensor) -> None:
+    """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
+    kind = kind_of(module)
+    assert kind is not None
+    attached = attachments_of(module)
+    if not attached.unmoved:
+        attached.unmoved = {"weight": experts.set_aside(module, module.weight)}
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    with torch.no_grad():
+        wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
+        module.weight.copy_(wide + kind.layout(change, module))
+
+
+def swap_moved(module: Any) -> None:
+    """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
+    unmoved = attachments_of(module).unmoved
+    for key, tensor in unmoved.items():
+        unmoved[key] = experts.set_aside(module, getattr(module, key))
+        setattr(module, key, tensor)

@@ -1,0 +1,170 @@
+"""What hangs on an adapted module, and which names in a model are lorakin's.
+
+The adapters' tensors are in `module.lorakin`, a module whose children are the adapters under their
+own names. What is known of them (which are in use, what of the base's is set aside) is a plain
+object beside it, so that no adapter's name can clash with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEY = "lorakin"
+"""The child of an adapted module that holds its adapters."""
+BIAS = "bias"
+"""The name of a module's bias, and of an adapter's own in its stead."""
+
+
+class Attachments:
+    """What hangs on one module: its adapters by name, which are in use, what is set aside.
+
+    `base` holds the base's parameters while adapters are merged, `unmoved` its weight while an
+    adapter moves a copy of that, `dense` what a quantised module multiplies by while merged, `rows`
+    which adapter each row of a mixed batch uses. `inside` counts the calls of the module's own
+    forward that are under way, which see the base's own tensors. `by_weight`: the module's class
+    has a forward of its own, which sees the changed weight instead. `biased`: some adapter here has a
+    bias of its own. `shape` is the weight's when
+    the first adapter came.
+    """
+
+    def __init__(self) -> None:
+        self.adapters = Adapters(self)
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.off: set[str] = set()
+        self.base: dict[str, Tensor] = {}
+        self.unmoved: dict[str, Tensor] = {}
+        self.dense: Tensor | None = None
+        self.rows: Any = None
+        self.inside = 0
+        self.by_weight = False
+        self.biased = False
+        self.shape: torch.Size | None = None
+
+    def __getitem__(self, name: str | None) -> Any:
+        return self.adapters._modules[name]  # type: ignore[index]
+
+    def __setitem__(self, name: str, child: nn.Module) -> None:
+        self.adapters._modules[name] = child
+        self._note_biases()
+
+    def __delitem__(self, name: str) -> None:
+        del self.adapters._modules[name]
+        self._note_biases()
+        self.active = tuple(other for other in self.active if other != name)
+        self.off.discard(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.adapters._modules
+
+    def __len__(self) -> int:
+        return len(self.adapters._modules)
+
+    def names(self) -> list[str]:
+        """The adapters here, in the order in which they came."""
+        return list(self.adapters._modules)
+
+    def values(self) -> list[Any]:
+        """What hangs here, in the same order."""
+        return list(self.adapters._modules.values())
+
+    def names_in_use(self) -> list[str]:
+        """The active adapters that are not merged into the weight, in the order of activation."""
+        return [name for name in self.active if name not in self.merged and name not in self.off]
+
+    def in_use(self) -> list[Any]:
+        """What hangs here of these adapters, those aside that have nothing but a bias here."""
+        here = [self.adapters._modules[name] for name in self.names_in_use()]
+        return [child for child in here if not isinstance(child, Bias)] if self.biased else here
+
+    def bias_of(self, name: str) -> nn.Parameter | None:
+        """The bias that this adapter has here in place of the base's; None if it has none."""
+        return self.adapters._modules[name]._parameters.get(BIAS)  # type: ignore[union-attr]
+
+    def owner_of_bias(self) -> str | None:
+        """The adapter in use that has one."""
+        if self.rows is None:
+            for name in self.names_in_use():
+                if self.bias_of(name) is not None:
+                    return name
+        return None
+
+    def _note_biases(self) -> None:
+        self.biased = any(self.bias_of(name) is not None for name in self.names())
+
+    def move(self, fn: Any) -> None:
+        """Move or cast what is set aside, as `fn` does with the model's tensors."""
+        self.dense = None if self.dense is None else fn(self.dense)
+        for aside in (self.base, self.unmoved):
+            for key, tensor in aside.items():
+                moved = fn(tensor.data)
+                if moved.is_meta == tensor.is_meta:
+                    tensor.data = moved  # the same object, so that a tied partner stays one
+                elif isinstance(tensor, nn.Parameter):
+                    aside[key] = nn.Parameter(moved, tensor.requires_grad)
+                else:
+                    aside[key] = moved
+
+
+class Bias(nn.Module):
+    """What an adapter has on a module of which it trains the bias and nothing else."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.register_parameter(BIAS, bias)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """None of the method's."""
+        return {}
+
+    def roles(self) -> dict[str, Any]:
+        """None of the method's."""
+        return {}
+
+
+class Adapters(nn.Module):
+    """The adapters of one module, as children under their own names."""
+
+    def __init__(self, attached: Attachments) -> None:
+        super().__init__()
+        self._attachments = attached
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapters:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._attachments.move(fn)
+        return self
+
+
+def attachments_of(module: nn.Module) -> Attachments:
+    """What hangs on an adapted module."""
+    adapters: Any = module._modules[KEY]
+    attached: Attachments = adapters._attachments
+    return attached
+
+
+def attachments_or_none(module: nn.Module) -> Attachments | None:
+    """The same, or None where nothing hangs."""
+    adapters = module._modules.get(KEY)
+    return adapters._attachments if isinstance(adapters, Adapters) else None
+
+
+def ours(model: nn.Module) -> tuple[str, ...]:
+    """How the names of lorakin's tensors in `model` begin; for `str.startswith`."""
+    every = model.named_modules(remove_duplicate=False)
+    return tuple(f"{path}." for path, module in every if isinstance(module, Adapters))
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The base's own parameters, each under all of its names: merging may part what was tied."""
+    skip = ours(model)
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, parameter) for name, parameter in named if not name.startswith(skip)]
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of `module` without what adapters hang on it."""
+    skip = ours(module)
+    return {key: t for key, t in module.state_dict().items() if not key.startswith(skip)}

@@ -1,0 +1,138 @@
+"""Biases that an adapter trains: those of the modules it adapts, or all of the model's.
+
+An adapter has its own of each, which starts as the base's and hangs beside the adapter's other
+tensors. The base's stays where it is, so what saves, moves or counts the base sees that; what computes
+(a forward, the module's own or another's) sees the adapter's while the adapter is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.errors import SettingError, StateError
+from lorakin.family.pair import is_sharded
+from lorakin.inject.attachments import BIAS, attachments_or_none
+from lorakin.inject.branch import brought
+from lorakin.inject.experts import ExpertMatrix
+from lorakin.inject.targets import named_modules
+from lorakin.kernels.autograd import PLAIN
+
+if TYPE_CHECKING:
+    from lorakin.inject.merge import Placed
+    from lorakin.inject.placement import Graft
+
+NONE, ADAPTED, ALL = "none", "lora_only", "all"
+
+
+def find_biases(
+    model: nn.Module, which: str, branches: Iterable[str], whole: Sequence[str]
+) -> tuple[str, ...]:
+    """Paths of the modules whose bias an adapter trains that adapts `branches` and trains `whole` whole.
+
+    Args:
+        which: "none"; "lora_only", those of `branches`, and of what owns a parameter there; "all", those of the model.
+
+    Raises:
+        SettingError: another word, or a model without such biases.
+    """
+    if which not in (NONE, ADAPTED, ALL):
+        raise SettingError(f"bias must be one of {NONE}, {ADAPTED} and {ALL}, not {which!r}")
+    if which == NONE:
+        return ()
+    skip, adapted = tuple(f"{path}." for path in whole), adapted_modules(model, branches)
+    found = []
+    for path, module in named_modules(model).items():
+        wanted = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
+        if wanted and not isinstance(module, ExpertMatrix) and bias_of(module) is not None:
+            found.append(path)
+    if not found:
+        where = "of the modules it adapts has" if which == ADAPTED else "module has"
+        raise SettingError(f"bias={which!r} would train nothing: none {where} a bias; leave it out")
+    return tuple(found)
+
+
+def adapted_modules(model: nn.Module, branches: Iterable[str]) -> set[str]:
+    """The paths of the modules at `branches`; of a parameter's matrix, that of the module which owns it."""
+    found = set()
+    for path in branches:
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            path = path.rsplit(".", 2)[0]
+        found.add(path)
+    return found
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The base's own bias of a module, whatever adapters do; None if it has none that can be trained."""
+    attached = attachments_or_none(module)
+    own: Tensor | None = module._parameters.get(BIAS)
+    if attached is not None and own is not None:
+        own = attached.base.get(BIAS, own)
+    return own if own is not None and own.is_floating_point() else None
+
+
+def start_of(
+    model: nn.Module, paths: Sequence[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """An adapter's own biases at the start, by path: the base's, in float32 at least, or in `dtype`.
+
+    Those that are one parameter in the base are one object.
+
+    Raises:
+        StateError: the base is sharded already.
+    """
+    made: dict[int, Tensor] = {}
+    started = {}
+    for path in paths:
+        own = bias_of(model.get_submodule(path))
+        assert own is not None
+        if is_sharded(own):
+            raise StateError(
+                f"the bias of {path} is sharded already, so an adapter cannot start from it; adapt the model before "
+                "it is sharded, or leave bias out"
+            )
+        if id(own) not in made:
+            made[id(own)] = own.detach().to(
+                dtype or torch.promote_types(own.dtype, torch.float32), copy=True
+            )
+        started[path] = made[id(own)]
+    return started
+
+
+def as_the_bases(child: Any, module: Any) -> Tensor:
+    """The bias of an adapter's `child` as `module` takes it: where its own bias is, and in that dtype."""
+    bias: Tensor = child._parameters[BIAS]
+    own, weight = module._parameters[BIAS], module._parameters.get("weight")
+    if own.is_meta:
+        return bias
+    if bias.is_meta:  # Accelerate keeps it elsewhere
+        with brought([child]):
+            bias = child._parameters[BIAS].clone()
+    bias = bias.to(own.device, own.dtype)
+    # bitsandbytes casts the data of what it gets here, for good
+    return bias if type(weight) in PLAIN else bias.view_as(bias)
+
+
+def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | StateError]) -> None:
+    """Raise `error` if two of the adapters of these plans, by name, have a bias of their own in one module."""
+    owners: dict[str, str] = {}
+    for name, placement in plans.items():
+        for path in placement.biases:
+            if path in owners:
+                raise error(
+                    f"{owners[path]!r} and {name!r} both train the bias of {path}; use one of them at a time"
+                )
+            owners[path] = name
+
+
+def tie_merged(model: nn.Module, graft: Graft) -> None:
+    """Let merged modules whose bias is one parameter, in the adapter as in the base, go on sharing it."""
+    first: dict[int, Any] = {}
+    for path, own in graft.biases().items():
+        module = model.get_submodule(path)
+        module._parameters[BIAS] = first.setdefault(id(own), module._parameters[BIAS])

@@ -1,0 +1,225 @@
+"""One adapter on one module: its tensors there and what they make of the module's input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.family import Method, Pair, Role, Shape, Weight, widened
+from lorakin.inject.attachments import BIAS, attachments_of
+from lorakin.inject.layers import Layer, LinearLayer, kind_of
+from lorakin.kernels import adapted_linear
+from lorakin.kernels.adapted_linear import Ready
+from lorakin.kernels.autograd import PLAIN, Copied, Version
+
+
+def trains(role: Role, tensor: Tensor) -> bool:
+    """Whether a tensor is trained: as its role says, unless it is empty, which some optimizers cannot bear."""
+    return role.trained and bool(tensor.numel())
+
+
+class Branch(nn.Module):
+    """One adapter on one module: its method's tensors there, as parameters."""
+
+    def __init__(
+        self,
+        path: str,
+        method: Method,
+        layer: type[Layer],
+        shape: Shape,
+        parameters: Mapping[str, nn.Parameter],
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.method = method
+        self.layer = layer
+        self.shape = shape
+        self.scale = 1.0
+        self.siblings = path.rpartition(".")[0]
+        self._squares: tuple[Version, Tensor] | None = None
+        self._ready: tuple[Version, Copied, Ready] | None = None
+        for slot, parameter in parameters.items():
+            self.register_parameter(slot, parameter)
+        if bias is not None:  # in place of the base's
+            self.register_parameter(BIAS, bias)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters by slot, as the members named them."""
+        return {slot: p for slot, p in self._parameters.items() if slot != BIAS and p is not None}
+
+    def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
+        own = self.tensors()
+        for slot in own.keys() - tensors.keys():
+            delattr(self, slot)
+        for slot, tensor in tensors.items():
+            if slot not in own:
+                device = next(iter(own.values())).device
+                own_memory = tensor.to(
+                    device, copy=True
+                )  # torch's, aligned as ever: else sums differ in their last bits
+                self.register_parameter(slot, nn.Parameter(own_memory, requires_grad=False))
+            elif own[slot].shape == tensor.shape:
+                own[slot].copy_(tensor)
+            else:
+                was_empty = not own[slot].numel()
+                own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
+                if was_empty or not tensor.numel():
+                    own[slot].requires_grad_(trains(self.roles()[slot], tensor))
+
+    def roles(self) -> dict[str, Role]:
+        """What each of them is to an optimizer."""
+        return self.method.roles(self.path, self.shape, self.tensors())
+
+    def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The tensors in float32 or, where they are float64, in float64; on `device`.
+
+        One that modules share may be on another device than the module, when a model was spread
+        over several after it was adapted.
+        """
+        wide = widened(self.tensors())
+        return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
+
+    def pair(self, weight: Tensor | Weight, scale: float | None = None) -> Pair:
+        """The method's pair over `weight` (outputs, inputs), in float32 or float64.
+
+        Its change is scaled by `scale`, by default as the adapter is scaled now.
+        """
+        pair = self.method.pair(self.wide(weight.device), self.shape, weight)
+        return pair.times(self.scale if scale is None else scale)
+
+    def rescale(self, scale: float) -> None:
+        """From now on the adapter changes the module `scale` times as much as its tensors say."""
+        self.scale, self._ready = scale, None
+
+    def fused(self, module: Any, x: Any) -> Tensor | None:
+        """The output of the adapted module, the base's part included, where `kernels/adapted_linear.py` can compute it."""
+        weight, bias = module.weight, module.bias
+        if self.layer is not LinearLayer or not adapted_linear.applies(x, weight):
+            return None
+        dropout = self.method.dropout if self.training else 0.0
+        tensors = self.wide()
+        if (
+            chain := self.method.chain(tensors)
+        ) is not None:  # whose frozen matrices are moved once
+            chain = chain.times(self.scale)
+            return adapted_linear.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
+        if any(tensor.device != weight.device for tensor in tensors.values()):
+            tensors = self.wide(weight.device)
+        if (
+            not dropout
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return adapted_linear.linear_with_ready(
+                x, weight, bias, self._as_ready(tensors, weight)
+            )
+        self._ready = None
+        pair, scale = self.factors(tensors, weight)
+        if pair.gain is not None and dropout:  # which needs another product with the weight
+            return None
+        return adapted_linear.linear_with_pair(x, weight, bias, pair, scale, dropout)
+
+    def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+        """The pair and its scale, over a weight whose squares of rows are remembered while it is the same."""
+        return self.scaled_factors(self._factors(tensors, matrix))
+
+    def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
+        """A pair and its scale, with the adapter's."""
+        pair, scale = factors
+        return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
+
+    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
+        """The same as the tensors say, whatever the adapter's scale."""
+        weight = Weight(matrix.detach())
+        if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
+            return self.method.factors(tensors, self.shape, weight)
+        if self._squares is not None and self._squares[0].is_still(matrix):
+            weight.squares = self._squares[1]
+            return self.method.factors(tensors, self.shape, weight)
+        factors = self.method.factors(tensors, self.shape, weight)
+        if "squares" in vars(weight) and (seen := Version.of(matrix)):
+            self._squares = seen, weight.squares
+        return factors
+
+    def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
+        """The pair as inference takes it.
+
+        A gain costs a product with the base weight, so that of an adapter that does not train is kept
+        for as long as nothing changes.
+        """
+        own = self.tensors().values()
+        if (
+            self._ready is not None
+            and self._ready[0].is_still(matrix)
+            and self._ready[1].is_still(*own)
+        ):
+            return self._ready[2]
+        ready = Ready.of(*self.factors(tensors, matrix), matrix.dtype)
+        lasts = ready.more is not None and not any(tensor.requires_grad for tensor in own)
+        seen, copied = (Version.of(matrix), Copied.of(*own)) if lasts else (None, None)
+        self._ready = None if seen is None or copied is None else (seen, copied, ready)
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_squares": None, "_ready": None}
+
+    def kind_now(self, module: Any) -> type[Layer]:
+        """The kind of the module as it is now: what was plain may have been quantised since it was adapted."""
+        changed = self.layer is LinearLayer and type(module._parameters.get("weight")) not in PLAIN
+        return (kind_of(module) or self.layer) if changed else self.layer
+
+    def low_rank_term(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
+        """up(down x), without a gain, in the base's dtype."""
+        dtype = self.kind_now(module).dtype(module, x)
+        return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
+
+    def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
+        """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
+        attached, layer = attachments_of(module), self.kind_now(module)
+        dropped = layer.drop(x, self.method.dropout, self.training)
+        pair = self.pair(layer.weight(module))
+        change = self.low_rank_term(module, dropped, pair)
+        if pair.gain is None:
+            return change
+        if dropped is x and not attached.merged:  # then W0 x is there already
+            bias = getattr(module, "bias", None)
+            product = out if bias is None else out - layer.per_output(bias, module)
+        else:
+            product = layer.product(
+                module, dropped, attached.base.get("weight", module._parameters.get("weight"))
+            )
+        gain = layer.per_output(pair.gain, module)
+        return (gain * change + (gain - 1) * product).to(change.dtype)
+
+
+class Copy(nn.Module):
+    """A whole module that an adapter trains in place of the base's: a copy of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@contextlib.contextmanager
+def brought(branches: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the tensors of adapters that Accelerate keeps elsewhere are here.
+
+    Its hooks bring a module's tensors when the module is called. Adapters are not always called:
+    the fused layer takes their tensors.
+    """
+    hooked = [
+        (branch, vars(branch)["_hf_hook"]) for branch in branches if "_hf_hook" in vars(branch)
+    ]
+    for branch, hook in hooked:
+        hook.pre_forward(branch)
+    try:
+        yield
+    finally:
+        for branch, hook in hooked:
+            hook.post_forward(branch, None)

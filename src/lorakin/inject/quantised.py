@@ -1,0 +1,328 @@
+"""Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and whatever else transformers puts in their place.
+
+Their forward and backward stay the library's own. The numbers of the weight are asked for in blocks of rows, by the few that
+need them (a norm, a merge, a picture), and are not kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lorakin.family import Shape, Weight
+from lorakin.family.pair import BLOCK, whole_shape
+from lorakin.inject.attachments import base_parameters
+from lorakin.kernels.autograd import PLAIN
+
+Rows = Callable[[int, int], Tensor]
+"""(first, behind the last) → those rows of the weight, (rows, inputs), in a floating dtype."""
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` multiplies by a matrix that it does not hold as plain numbers of two bytes or more."""
+    if not all(
+        isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features")
+    ):
+        return False
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter):
+        return False
+    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
+        packed = [*whole_shape(weight)] != [
+            module.out_features,
+            module.in_features,
+        ]  # bits kept in a float's place
+        return packed or (type(weight) not in PLAIN and is_packed(weight))
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
+
+
+def own_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """What the library's own class makes of `x`, without adapters and hooks."""
+    owner = next(
+        c
+        for c in type(module).__mro__
+        if "forward" in vars(c) and not c.__module__.startswith("lorakin.")
+    )
+    out: Tensor = vars(owner)["forward"](module, x)
+    return out
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a quantised module cannot be adapted, or None: its forward must run here and be differentiable."""
+    name = type(module).__name__
+    if device_of(module).type == "meta" or rows_of(module) is not None:
+        return None
+    try:
+        x = torch.ones(2, int(module.in_features), device=device_of(module), requires_grad=True)  # type: ignore[arg-type]
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(own_forward(module, x).sum(), x)
+    except Exception as error:  # whatever the library lacks here
+        reason = str(error).strip().partition("\n")[0]
+        return (
+            f"a {name}, a quantised layer that cannot be trained through on this machine ({reason})"
+        )
+    return None if torch.isfinite(grad).all() else f"a {name} whose gradient is not finite"
+
+
+class PackedWeight(Weight):
+    """The weight of a quantised module as a matrix (outputs, inputs) whose numbers are made anew each time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
+        self.device = device_of(module)
+        self.dtype = torch.float32
+        self.state = _state(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, which outlives this."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def matrix(self) -> Tensor:
+        """All of it at once, float32."""
+        return torch.cat(list(self.blocks()))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Its rows in order, `BLOCK` numbers at a time, float32."""
+        return self._blocks(rows_of(self.module) or _by_backward(self.module))
+
+    def _blocks(self, read: Rows) -> Iterator[Tensor]:
+        outputs, inputs = self.shape
+        step = max(1, BLOCK // max(1, inputs))
+        return (
+            read(start, min(start + step, outputs)).to(torch.float32)
+            for start in range(0, outputs, step)
+        )
+
+    def product(self, down: Tensor) -> Tensor:
+        """W0·downᵀ, (outputs, k), float32."""
+        if (
+            read := rows_of(self.module)
+        ) is None:  # then its rows are dear, and its forward is this product
+            return product(self.module, down).T.to(torch.float32)
+        return torch.cat([rows @ down.to(rows.dtype).T for rows in self._blocks(read)])
+
+    def rows(self, which: Tensor) -> Tensor:
+        """Those rows, by a mask."""
+        return self.matrix[which]
+
+
+_PACKED: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDictionary()
+
+
+def packed_weight(module: nn.Module) -> PackedWeight:
+    """The module's weight, one and the same for as long as the module's tensors are, so that its squares are taken once."""
+    known = _PACKED.get(module)
+    if known is None or known.state != _state(module):
+        known = _PACKED[module] = PackedWeight(module)
+    return known
+
+
+def shape_of(module: Any) -> Shape:
+    """The module's weight as a matrix."""
+    return Shape(module.out_features, module.in_features)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors are."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return next((tensor.device for tensor in own), torch.device("cpu"))
+
+
+def rows_of(module: nn.Module) -> Rows | None:
+    """How to read rows of the module's weight from what it holds, or None if only its own forward and backward know."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return None
+    if (
+        state := getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    ) is not None:
+        return _four_bits(weight, state)
+    if hasattr(weight, "SCB"):
+        holder: Any = module
+        scales: Tensor = holder.state.SCB if weight.SCB is None else weight.SCB
+        return lambda start, stop: weight.data[start:stop] * (scales[start:stop, None] / 127)
+    if is_packed(weight):
+        return lambda start, stop: weight.detach()[start:stop].dequantize()
+    return None
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a tensor's class says how to undo its quantisation, as torchao's do."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def _four_bits(weight: Any, state: Any) -> Rows:
+    """Rows of bitsandbytes' 4-bit weights: two numbers a byte, row after row, a scale for each `blocksize` numbers."""
+    _lay_out(weight, state)
+    library = sys.modules["bitsandbytes"].functional
+    inputs, size, scales = state.shape[1], state.blocksize, state.absmax
+    if state.nested:
+        scales = library.dequantize_blockwise(scales, state.state2) + state.offset
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, behind = start * inputs, stop * inputs
+        if inputs % size:  # a scale is for numbers of several rows
+            whole: Tensor = library.dequantize_4bit(weight.data, state)
+            return whole[start:stop]
+        part = library.QuantState(
+            absmax=scales[first // size : behind // size].float(),
+            shape=torch.Size((stop - start, inputs)),
+            code=state.code,
+            blocksize=size,
+            quant_type=state.quant_type,
+            dtype=torch.float32,
+        )
+        bits = weight.data.view(torch.uint8).reshape(-1, 1)[first // 2 : behind // 2]
+        found: Tensor = library.dequantize_4bit(bits, part)
+        return found
+
+    return rows
+
+
+def _by_backward(module: nn.Module) -> Rows:
+    """Rows of any weight that gradients flow through: row j is what the backward makes of the j-th unit vector."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        outputs, inputs = shape_of(module)[:2]
+        with torch.enable_grad():
+            x = torch.zeros(stop - start, inputs, device=device_of(module), requires_grad=True)
+            out = own_forward(module, x)
+            units = torch.zeros_like(out)
+            units[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            (found,) = torch.autograd.grad(out, x, units)
+        assert found.shape[1] == inputs and out.shape[1] == outputs
+        return found
+
+    return rows
+
+
+def product(module: nn.Module, x: Tensor) -> Tensor:
+    """W0·x without the bias, by the library's own forward."""
+    out, bias = own_forward(module, x), getattr(module, "bias", None)
+    return out if bias is None else out - bias
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
+    """What tells whether the module's tensors are still the same."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return tuple((id(tensor), tensor._version) for tensor in own)
+
+
+FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+"""By which transformers' Trainer refuses a model without PEFT's adapters, and TRL casts all that trains to bfloat16."""
+
+
+def take_flags(model: nn.Module) -> dict[str, bool]:
+    """Tell trainers, for as long as adapters are in it, that the model is no merely quantised one; what it said before."""
+    flags = {flag: True for flag in FLAGS if getattr(model, flag, False)}
+    vars(model).update(dict.fromkeys(flags, False))
+    return flags
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """In which a model computes whose linear layers are quantised: that of its other parameters."""
+    floats = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
+    return next(
+        (dtype for dtype in floats if dtype.is_floating_point and dtype.itemsize > 1), torch.float32
+    )
+
+
+def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put plain linear layers with these weights, by path, in the place of quantised ones.
+
+    A model without quantised layers is no longer called quantised.
+    """
+    for path, weight in weights.items():
+        owner, _, leaf = path.rpartition(".")
+        old: Any = model.get_submodule(path)
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
+        setattr(model.get_submodule(owner), leaf, new.train(old.training))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if (
+        weights
+        and quantizer is not None
+        and not any(is_quantised(module) for module in model.modules())
+    ):
+        quantizer.remove_quantization_config(model)
+        vars(model).update({flag: False for flag in FLAGS if hasattr(model, flag)})
+    if weights and quantizer is not None:
+        _leave_plain(model, quantizer, list(weights))
+
+
+def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
+    """Let the model's config say which modules are plain now, else what is saved cannot be loaded.
+
+    The config may be the caller's, who makes other models by it: the model gets a copy.
+    """
+    config = copy.deepcopy(quantizer.quantization_config)
+    said = [
+        name
+        for name in ("llm_int8_skip_modules", "modules_to_not_convert")
+        if hasattr(config, name)
+    ]
+    for name in said:
+        skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *paths]
+        setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *skipped])))
+    quantizer.quantization_config = config
+    own: Any = getattr(model, "config", None)
+    if hasattr(own, "quantization_config"):
+        own.quantization_config = config
+
+
+def not_to_shard(model: nn.Module) -> list[nn.Module]:
+    """The quantised layers whose tensors FSDP2 cannot cut: of integers, or of a class of their own."""
+    found = []
+    for module in filter(is_quantised, model.modules()):
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(is_packed(tensor) or not tensor.is_floating_point() for tensor in tensors):
+            found.append(module)
+    return found
+
+
+def keep_trainable(model: nn.Module) -> list[nn.Module]:
+    """Let a quantised model be trained, and by DDP; returns the modules that `give_back` should have again.
+
+    On some CPUs bitsandbytes lays 4-bit weights that are used for inference out for a kernel without a backward: after an
+    evaluation no gradient would pass. And DDP would send every process the tensors of classes that cannot be sent.
+    """
+    changed = [
+        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
+    for module in changed:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
+    if unsent := [name for name, parameter in model.named_parameters() if is_packed(parameter)]:
+        model._ddp_params_and_buffers_to_ignore = unsent  # type: ignore[assignment]
+    return changed
+
+
+def give_back(modules: list[nn.Module]) -> None:
+    """Allow them what `keep_trainable` forbade."""
+    for module in modules:
+        module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+
+
+def _lay_out(weight: Any, state: Any) -> None:
+    """Give a 4-bit weight its usual layout back; its scales stay rounded to bfloat16, as they were used."""
+    if getattr(state, "packing_format_for_cpu", False):
+        scales, state.original_nested = (
+            state.absmax.T.reshape(-1).float(),
+            False,
+        )  # of which the library loses the order
+        undo = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
+        weight.data, weight.quant_state = undo(weight.data, state)
+        weight.quant_state.absmax = scales

@@ -1,0 +1,51 @@
+"""The base model beside the adapted one, in the same memory: for what compares the two, such as DPO."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+from torch import nn
+
+from lorakin.errors import SettingError
+from lorakin.inject.class_swap import Swapped, combined
+from lorakin.inject.placement import grafts, root_of
+
+
+class Reference(Swapped):
+    """Mixed in before the class of a model's shallow copy: whatever it is called for, the adapters are off meanwhile."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as off:
+            for graft in grafts(vars(self)["_adapted"]).values():
+                off.enter_context(graft.disabled())
+            return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Reference:
+        """Nothing: its modules are the adapted model's, which says what mode they are in."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Reference:
+        """Nothing: its parameters are the adapted model's. Called, it is under the adapters' rules; use `torch.no_grad()`."""
+        return self
+
+
+def reference(model: nn.Module) -> nn.Module:
+    """The model as it is without its adapters, for as long as they are in it: another object, with the same parameters.
+
+    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. It is the base when it is called and in
+    `generate`; its parts, as `reference.model`, are the adapted model's, and so is its mode.
+
+    Raises:
+        SettingError: there are no adapters in it.
+    """
+    model = root_of(model)
+    if not grafts(model):
+        raise SettingError(
+            "a reference is the model without its adapters, but it has none; call lorakin.adapt(model, …) first"
+        )
+    view = copy.copy(model)
+    vars(view)["_adapted"] = model  # not as a part of it
+    view.__class__ = combined(Reference, type(model))
+    return view

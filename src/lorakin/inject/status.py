@@ -1,0 +1,132 @@
+"""The state of a model and of the adapters in it, as one readable value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from lorakin.inject.class_swap import Swapped
+from lorakin.inject.counts import (
+    Whether,
+    devices_of,
+    hung_of,
+    parameter_counts,
+    requires_grad,
+    tensors_of,
+    whether,
+)
+from lorakin.inject.description import TRAINING, count, share
+from lorakin.inject.placement import Graft, grafts, root_of
+
+Names = tuple[str, ...] | Literal["irregular"]
+"""The adapters' names, or "irregular" if an adapter is in that state in some of its modules only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What `lorakin.status` found: print it, or read the fields."""
+
+    base_model: str
+    """The class of the model."""
+    methods: Mapping[str, str]
+    """Adapter → its members, such as `dora,lora+`, in the order in which the adapters came."""
+    active: Names
+    """The adapters that `activate` chose, in its order."""
+    merged: Names
+    """Those whose change is in the weights now."""
+    disabled: tuple[str, ...]
+    """Those inside their `disabled()` context."""
+    requires_grad: Mapping[str, Whether]
+    """Adapter → whether what its method trains requires gradients."""
+    devices: Mapping[str, tuple[str, ...]]
+    """Adapter → where its tensors are."""
+    modules: int
+    """How many modules hold an adapter, those that are trained whole included."""
+    trainable_parameters: int
+    """The numbers that require gradients, in adapters and in the base."""
+    total_parameters: int
+    """The numbers of the base and of all adapters; a weight in few bits counts as the matrix that it stands for."""
+
+    @property
+    def enabled(self) -> Whether:
+        """Whether no adapter is disabled; False if all are."""
+        return whether(name not in self.disabled for name in self.methods)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.base_model}: {share(self.trainable_parameters, self.total_parameters)} train"
+        ]
+        if self.methods:
+            lines[0] += f"; {count(self.modules, 'adapted module')}"
+        for name, words in self.methods.items():
+            lines.append(
+                f"  {name}: {words}; {', '.join(self._states(name))}; {', '.join(self.devices[name]) or 'no tensors'}"
+            )
+        for state, names in (("active", self.active), ("merged", self.merged)):
+            if names == "irregular":
+                lines.append(f"  irregular: an adapter is {state} in some of its modules only")
+        return "\n".join(lines if self.methods else [*lines, "  no adapters"])
+
+    def _states(self, name: str) -> list[str]:
+        known = {"merged": self.merged, "disabled": self.disabled, "active": self.active}
+        states = [word for word, names in known.items() if names != "irregular" and name in names]
+        other = "inactive" if self.active != "irregular" else "irregular"
+        return [*(states or [other]), TRAINING[self.requires_grad[name]]]
+
+
+def status(model: nn.Module) -> Status:
+    """The state of `model` and of the adapters in it: which are active, merged, disabled, training, where, and how large.
+
+        print(lk.status(model))
+
+    Works on a model without adapters too; of what wraps an adapted model (DDP, say) it is the state of that one.
+
+    Raises:
+        SettingError: it is no model.
+        StateError: PEFT has put adapters of its own into it.
+    """
+    whole = root_of(model)
+    model = next((module for module in whole.modules() if grafts(module)), whole)
+    there = grafts(model)
+    trainable, total = parameter_counts(model)
+    return Status(
+        base_model=own_class(model).__name__,
+        methods={name: graft.method.words for name, graft in there.items()},
+        active=_in_state(there, "active"),
+        merged=_in_state(there, "merged"),
+        disabled=tuple(
+            name
+            for name, graft in there.items()
+            if any(name in attached.off for attached in hung_of(graft))
+        ),
+        requires_grad={name: requires_grad(graft) for name, graft in there.items()},
+        devices={name: devices_of(tensors_of(graft)) for name, graft in there.items()},
+        modules=len({id(attached) for graft in there.values() for attached in hung_of(graft)}),
+        trainable_parameters=trainable,
+        total_parameters=total,
+    )
+
+
+def _in_state(there: Mapping[str, Graft], state: str) -> Names:
+    names: dict[str, None] = {}
+    for name, graft in there.items():
+        found = [getattr(attached, state) for attached in hung_of(graft)]
+        if len({name in among for among in found}) > 1:
+            return "irregular"
+        names |= dict.fromkeys(other for among in found for other in among)
+    return tuple(names)
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The model's class, without what lorakin or FSDP2 mixed into it."""
+    for cls in type(model).__mro__:
+        if (
+            issubclass(cls, nn.Module)
+            and not issubclass(cls, Swapped)
+            and not cls.__module__.startswith("torch.distributed.")
+        ):
+            return cls
+    return nn.Module

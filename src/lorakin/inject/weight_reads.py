@@ -1,0 +1,106 @@
+"""Who reads a tensor of a module without calling the module.
+
+`nn.MultiheadAttention` and others multiply by a layer's weight themselves. What they must see is the
+changed weight; what saves, moves or ties a model must see the base's own: see `readers.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import LorakinWarning, StateError
+from lorakin.inject.attachments import Attachments
+from lorakin.inject.layers import (
+    ConvolutionLayer,
+    LinearLayer,
+    QuantisedLayer,
+    UngroupedLayer,
+    kind_of,
+)
+from lorakin.kernels.factored_weight import Change, read
+
+
+def changed_weight(module: Any, attached: Attachments) -> Tensor:
+    """The module's weight with what its adapters in use make of it, differentiable in their tensors."""
+    weight: Tensor = module._parameters["weight"]
+    branches: list[Any] = attached.in_use()
+    kind = kind_of(module)
+    if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
+        return weight
+    by_columns = kind is LinearLayer
+    if (
+        attached.rows is not None
+    ):  # who asks for no more than the dtype, as Gemma's embedding does, may have that
+        return read(weight, lambda: _unsplit(branches[0].path), by_columns, ())
+    for branch in branches:
+        if branch.layer is UngroupedLayer:
+            raise StateError(
+                f"{branch.path} is read without being called, and its adapter is no change of its weight"
+            )
+        if branch.training and branch.method.dropout and not branch.shape.lookup:
+            warnings.warn(
+                f"the dropout of the adapter does not act in {branch.path}: the model reads its weight "
+                "without calling it, and dropout is for the inputs of a call",
+                LorakinWarning,
+                stacklevel=3,
+            )
+    if kind is ConvolutionLayer:
+        return _formed(module, attached, branches)
+    there = [p for branch in branches for p in branch.parameters(recurse=False)]
+    scaled = [
+        (branch, branch.scale) for branch in branches
+    ]  # as now, also for a backward that comes later
+
+    def changes() -> tuple[Change, ...]:
+        return tuple(
+            _as_change(module, attached, branch, scale, by_columns) for branch, scale in scaled
+        )
+
+    return read(weight, changes, by_columns, there)
+
+
+def _unsplit(path: str) -> tuple[Change, ...]:
+    raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
+
+
+def _as_change(
+    module: Any, attached: Attachments, branch: Any, scale: float, by_columns: bool
+) -> Change:
+    """What one adapter does to the weight, in the weight's layout and dtype."""
+    with outside(attached), torch.autocast(module._parameters["weight"].device.type, enabled=False):
+        pair = branch.pair(branch.layer.weight(module), scale)
+    dtype = module._parameters["weight"].dtype
+    up, down = pair.up.to(dtype), pair.down.to(dtype)
+    left, right = (up, down) if by_columns else (down.T, up.T)
+    own = attached.base.get("weight") if pair.gain is not None else None
+    return Change(left, right, pair.gain, own)
+
+
+def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
+    """The changed weight of a convolution, which is no matrix."""
+    weight: Tensor = module._parameters["weight"]
+    total = weight
+    with outside(attached), torch.autocast(weight.device.type, enabled=False):
+        for branch in branches:
+            matrix = branch.layer.weight(module)
+            assert isinstance(matrix, Tensor)
+            wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            change = branch.pair(matrix).applied_to(wide) - wide
+            total = total + branch.layer.layout(change, module).to(weight.dtype)
+    return total
+
+
+@contextlib.contextmanager
+def outside(attached: Attachments) -> Iterator[None]:
+    """Inside, the module's tensors are the base's own also for who reads them in a forward."""
+    attached.inside += 1
+    try:
+        yield
+    finally:
+        attached.inside -= 1

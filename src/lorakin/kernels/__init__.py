@@ -1,0 +1,1 @@
+"""The autograd functions that adapted modules run. They know tensors, not models."""

@@ -1,0 +1,118 @@
+"""Adapters beside a base that is sharded over processes (FSDP2): every process holds the adapter whole.
+
+What shards the base has to leave the adapter out (`ignored_params`). Its tensors are small, and members look at whole ones:
+ranks are compared over the model, pairs are shared between layers, anchors come in the middle of a run. So nothing else
+averages their gradients over the processes; here it is done once at the end of each backward, before anything uses them.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from lorakin.errors import StateError
+from lorakin.family.allocation import several_processes
+from lorakin.family.pair import is_distributed
+from lorakin.inject.attachments import base_parameters
+from lorakin.inject.placement import WATCHERS, Graft, Watcher
+
+
+class Averaging:
+    """Averages the gradients of an adapter over all processes at the end of each backward, if the base turns out to be sharded.
+
+    That is known when the first gradients are there, since what shards a model often does so after the optimizer was made.
+    """
+
+    def __init__(self, graft: Graft) -> None:
+        self.graft = weakref.ref(graft)
+        self.parameters = list({id(p): p for _, p in graft.trained()}.values())
+        self.is_due = False
+        self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]  # type: ignore[no-untyped-call]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self.is_due:
+            self.is_due = True
+            Variable._execution_engine.queue_callback(self.average)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace every gradient by its mean. Where it was accumulated, means of means are the mean."""
+        self.is_due = False
+        graft = self.graft()
+        if graft is None or not _base_is_sharded(graft.model):  # then DDP averages
+            self.stop()
+            return
+        check_whole(graft)
+        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
+            held = [
+                p for p in self.parameters if p.dtype == dtype
+            ]  # all of them, so that processes agree on the sizes
+            grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held]
+            there = torch.tensor(
+                [float(p.grad is not None) for p in held], dtype=dtype, device=held[0].device
+            )
+            flat = torch.cat([*grads, there])
+            torch.distributed.all_reduce(flat)
+            *means, there = torch.split(
+                flat / torch.distributed.get_world_size(), [*(p.numel() for p in held), len(held)]
+            )
+            for parameter, mean, anywhere in zip(held, means, there.tolist(), strict=True):
+                if anywhere:  # also where this process did not use it
+                    parameter.grad = mean.view_as(parameter).clone()
+
+    def stop(self) -> None:
+        """Average no more."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+_AVERAGING: weakref.WeakKeyDictionary[Graft, Averaging] = weakref.WeakKeyDictionary()
+
+
+class ProcessesWatcher(Watcher):
+    """Averages the gradients of each adapter that several processes train."""
+
+    def begins(self, graft: Graft) -> None:
+        """Average anew: the run may train other tensors than the one before."""
+        if graft in _AVERAGING:
+            _AVERAGING.pop(graft).stop()
+        if several_processes():
+            _AVERAGING[graft] = Averaging(graft)
+
+    def before_backward(self, graft: Graft) -> None:
+        """Be ready for gradients that come before any optimizer is known."""
+        if graft not in _AVERAGING and several_processes() and any(True for _ in graft.trained()):
+            _AVERAGING[graft] = Averaging(graft)
+
+    def before_first_step(self, graft: Graft) -> None:
+        """Refuse an adapter that was itself sharded."""
+        if graft in _AVERAGING:
+            check_whole(graft)
+
+
+WATCHERS.append(ProcessesWatcher())
+
+
+def average_now(graft: Graft) -> None:
+    """Average the gradients that are there, if several processes train."""
+    if graft in _AVERAGING:
+        _AVERAGING[graft].average()
+
+
+def check_whole(graft: Graft) -> None:
+    """Raise `StateError` if the adapter itself was sharded."""
+    if any(is_distributed(parameter) for _, parameter in graft.trained()):
+        raise StateError(
+            f"adapter {graft.name!r} was sharded together with the base, but its method needs whole tensors: shard with "
+            "fully_shard(…, ignored_params=set(adapter.parameters())); with Accelerate, set "
+            "accelerator.state.fsdp_plugin.ignored_modules = adapter.modules() before prepare(); "
+            "lorakin.training.prepare_trainer does it for transformers' Trainer"
+        )
+
+
+def _base_is_sharded(model: nn.Module) -> bool:
+    return any(is_distributed(parameter) for _, parameter in base_parameters(model))

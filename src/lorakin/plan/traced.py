@@ -1,0 +1,226 @@
+"""What running code would take, without running it: bytes alive at each moment, arithmetic, bytes moved.
+
+`Traced` watches every operation on tensors. Under `FakeTensorMode` those have shapes, dtypes and devices but no numbers, so
+that the real model, loss, backward and optimizer run, of any size, in little memory. Each storage counts once, from when it
+is made until nothing holds it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
+PIECE = 32 << 20
+"""From this size on, glibc's malloc maps a block alone and gives it back whole."""
+EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+"""Operations that move no bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How fast operations run: each takes its dispatch and the longer of its arithmetic and its traffic."""
+
+    flops: float
+    """Of large matrix products, per second."""
+    bandwidth: float
+    """Bytes read and written per second."""
+    dispatch: float
+    """Seconds."""
+
+    def seconds(self, flops: int, moved: int) -> float:
+        """Of one operation."""
+        return self.dispatch + max(flops / self.flops, moved / self.bandwidth)
+
+
+class Peak(NamedTuple):
+    """A moment, in bytes."""
+
+    total: int
+    kinds: dict[str, int]
+    """What is alive, by what it is."""
+    pieces: int
+    """What of it lies in storages smaller than `PIECE`."""
+
+
+@dataclasses.dataclass
+class StoredBytes:
+    """A storage that is alive."""
+
+    reference: weakref.ref[Any]
+    size: int
+    kind: str
+
+
+class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what the operations inside its context take. Enter it inside of `FakeTensorMode`.
+
+    A number that the code asks for (`bool(tensor)`, `.item()`) is that of a healthy run: everything is finite, nothing of what
+    is looked for with `any` is there, all that `all` asks for is so, what is compared is equal, `nonzero` finds everything.
+    """
+
+    def __init__(self, machine: Machine, real: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.machine = machine
+        self.real = real
+        """Whether tensors have numbers, so that all that is asked of them can be answered."""
+        self.alive: collections.Counter[str] = collections.Counter()
+        """Bytes by what they are (see `phase`)."""
+        self.pieces = 0
+        """Bytes of those storages alive that are smaller than `PIECE`."""
+        self.peaks: dict[str, Peak] = {}
+        """Phase → its moment of most bytes."""
+        self.seconds: collections.Counter[str] = collections.Counter()
+        """Phase → what its operations would take."""
+        self._storages: dict[int, StoredBytes] = {}
+        self._phase, self._kind, self._total = "", "temporary", 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str, makes: str) -> Iterator[None]:
+        """Inside, peak and seconds are those of phase `name`, and storages that are made count as `makes`."""
+        before, self._phase, self._kind = (self._phase, self._kind), name, makes
+        self._note()
+        try:
+            yield
+        finally:
+            self._phase, self._kind = before
+
+    def see(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count tensors that were there before."""
+        with self.phase(self._phase, makes=kind):
+            for tensor in tensors:
+                self._see(tensor)
+
+    def go_on_as(self, name: str) -> None:
+        """The rest of the present phase is another's."""
+        self._phase = name
+        self._note()
+
+    def become(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """From now on these tensors' storages count as `kind`."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._storages:
+                stored = self._storages[key]
+                self.alive[stored.kind] -= stored.size
+                self.alive[kind] += stored.size
+                stored.kind = kind
+
+    def all_become(self, kind: str, was: str) -> None:
+        """From now on whatever counts as `was` counts as `kind`."""
+        for stored in self._storages.values():
+            if stored.kind == was:
+                stored.kind = kind
+        self.alive[kind] += self.alive.pop(was, 0)
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is DEVICE:  # asked for more often than all else together
+            return function(*args)
+        if not self.real:
+            if function is aten._local_scalar_dense.default:
+                return _healthy(args[0])
+            if function in (aten.equal.default, aten.allclose.default):
+                return True
+            if function is aten.nonzero.default:  # how many there are is a number too: at most all
+                everything = (args[0].numel(), args[0].ndim)
+                function, args, kwargs = (
+                    aten.new_empty.default,
+                    (args[0], everything),
+                    {"dtype": torch.int64},
+                )
+        out = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        if packet in (aten.any, aten.all) and not self.real:
+            out._healthy = packet is aten.all
+        made = [self._see(tensor) for tensor in _tensors(out)]
+        if not function.is_view:
+            flops = _flops(packet, args, kwargs or {}, out)
+            moved = (
+                0
+                if packet in EMPTY or not (any(made) or function._schema.is_mutable)
+                else _bytes(args) + _bytes(out)
+            )
+            self.seconds[self._phase] += self.machine.seconds(flops, moved)  # type: ignore[assignment]
+        return out
+
+    def _see(self, tensor: Tensor) -> bool:
+        """Take note of the tensor's storage; returns whether it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return False
+        size = storage.nbytes()
+        reference = weakref.ref(storage, lambda _: self._gone(key))
+        self._storages[key] = StoredBytes(reference, size, self._kind)
+        self.pieces += size if size < PIECE else 0
+        self.alive[self._kind] += size
+        self._total += size
+        self._note()
+        return True
+
+    def _gone(self, key: int) -> None:
+        stored = self._storages.pop(key)
+        self.alive[stored.kind] -= stored.size
+        self._total -= stored.size
+        self.pieces -= stored.size if stored.size < PIECE else 0
+
+    def _note(self) -> None:
+        peak = self.peaks.get(self._phase)
+        if peak is None or self._total >= peak.total:
+            self.peaks[self._phase] = Peak(self._total, dict(self.alive), self.pieces)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _bytes(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+
+
+def _healthy(tensor: Any) -> bool | int | float:
+    constant = getattr(tensor, "constant", None)
+    if constant is not None:
+        return constant.item()  # type: ignore[no-any-return]
+    if tensor.dtype == torch.bool:
+        return bool(getattr(tensor, "_healthy", True))
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+
+def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiplications and additions of a matrix product, a convolution or attention."""
+    if packet in ATTENTION:
+        skipped, products = ATTENTION[packet]
+        query, key = args[skipped : skipped + 2]
+        return products * 2 * math.prod(query.shape) * key.shape[-2]  # type: ignore[no-any-return]
+    return (
+        int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+    )
+
+
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: (0, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 5),
+}
+"""What torch's own table lacks: how many arguments precede the query, and how many products there are."""

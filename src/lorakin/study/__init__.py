@@ -1,1 +1,0 @@
-"""What is known about training before it, and what is learned from it: plans and comparisons."""

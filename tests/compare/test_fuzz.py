@@ -1,0 +1,225 @@
+"""Damaged and hostile results of comparisons: an error that names line and field, or a report; nothing outside is touched."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lorakin as lk
+import soak
+from lorakin.cli.app import run as cli
+from lorakin.compare import arms as arms_
+from lorakin.compare import comparison as comparing
+from lorakin.compare.results import DONE, SEED, SWEEP, ResultRow, Results, Trial
+from lorakin.compare.split import Parts
+from lorakin.report import comparison_page
+
+COUNT = soak.count("LORAKIN_FUZZ", 400) // 8
+JUNK: list[Any] = [
+    None, True, -1, 0, 1, 2**62, 10**400, 1e308, 1e99, -1e99, 1e-300, float("nan"), float("inf"), float("-inf"), "", "²",
+    "x" * 10_000, "../../../etc", "\x00", "[/x]", "</script><script>alert(1)</script>", "done", [], [[]], [None], {},
+    {"loss": "x"}, {"²": 1},
+]  # fmt: skip
+PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "classifier"]
+
+
+def row(arm: str, stage: str, lr: float | None, seed: int, loss: float) -> ResultRow:
+    trains = lr is not None
+    figures = {"loss": loss, "perplexity": 2.0, "count": 40}
+    return ResultRow(
+        Trial(arm, stage, lr, seed), DONE, steps=4, tune=figures, report=figures, trained=100, frozen=5, adapter_bytes=4000,  # type: ignore[arg-type]
+        step_seconds=0.01, step_work=0.01, seconds=1.0, peak_bytes=1000, device="cpu",
+        losses=[2.0, 1.5, 1.2, loss] if trains else [],
+        layers={path: {"norm": 1.0, "relative": 0.1, "rank": 2.0} for path in PATHS} if trains else {},
+        moves=[(step, dict.fromkeys(PATHS, (0.1 * step, 0.2))) for step in (1, 2)] if trains else [],
+        ranks=[(step, dict.fromkeys(PATHS, 5 - step)) for step in (1, 2)] if arm == "adalora" else [],
+        importance=dict.fromkeys(PATHS, 0.3) if arm == "vera" else {}, own=PATHS[:1], warnings=["so"],
+    )  # fmt: skip
+
+
+def rows() -> list[dict[str, Any]]:
+    """Those of a whole comparison."""
+    found = [row("base", "limit", None, 0, 3.0)]
+    for n, arm in enumerate(("lora", "adalora", "vera")):
+        for place, lr in enumerate((2e-4, 6.3e-4, 2e-3)):
+            found.append(row(arm, SWEEP, lr, 0, 1.0 + 0.1 * place - 0.01 * n))
+        found.append(row(arm, SEED, 2e-4, 1, 1.02 - 0.01 * n))
+    return [json.loads(one.as_json()) for one in found]
+
+
+def study_in(out: Path) -> comparing.Study:
+    asked = comparing.Comparison(
+        model="m", data="d.jsonl", out=str(out), methods=["adalora", "vera"], rank=2, seeds=2
+    )
+    arms = arms_.arms_of(asked.methods, asked.size, 200, asked.settings, asked.dropout)
+    return comparing.Study(
+        asked, out, arms, Parts(10, 5, 5, "", None), Results(out / comparing.RESULTS), "float32"
+    )
+
+
+def write(out: Path, content: list[dict[str, Any]]) -> None:
+    (out / comparing.RESULTS).write_text("".join(json.dumps(one) + "\n" for one in content))
+
+
+def places(content: Any) -> Any:
+    if isinstance(content, dict | list):
+        for key in list(content) if isinstance(content, dict) else range(len(content)):
+            yield content, key
+            yield from places(content[key])
+
+
+def test_a_whole_comparison_has_a_report(tmp_path: Path) -> None:
+    write(tmp_path, rows())
+    study = study_in(tmp_path)
+    html = comparison_page.html(study, comparison_page.findings(study))
+    assert "Ranks in all over the steps" in html
+    assert study.remaining()
+
+
+def test_mutated_results(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    whole, said = rows(), list[str]()
+    for number in range(COUNT):
+        content = copy.deepcopy(whole)
+        for _ in range(chance.choice([1, 1, 3])):
+            holder, key = chance.choice(list(places(chance.choice(content))))
+            if number % 4 == 0 and isinstance(holder, dict):
+                holder[chance.choice(["", "trial", "²", "__class__"])] = holder.pop(key)
+            else:
+                holder[key] = chance.choice(JUNK)
+        write(tmp_path, content)
+        try:
+            study = study_in(tmp_path)
+        except lk.DataError as error:
+            said.append(str(error))
+            continue
+        study.remaining(), study.expected()
+        html = comparison_page.html(study, comparison_page.findings(study))
+        assert "<script>alert" not in html
+    assert all(
+        re.search(r"results\.jsonl, line \d+ is no row", line) and len(line) < 1000 for line in said
+    )
+    assert COUNT // 20 < len(said) < COUNT - COUNT // 20
+    soak.record(
+        "Hostile files",
+        files="results of comparisons",
+        tried=COUNT,
+        refused=len(said),
+        usable=COUNT - len(said),
+    )
+
+
+def test_a_crafted_row_deletes_nothing(tmp_path: Path) -> None:
+    """What the issue found: the seed is text that leads out of the directory."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    (out / comparing.TRIALS).mkdir(parents=True)
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("mine")
+    crafted = rows()
+    crafted[1]["trial"]["seed"] = "/../../../victim"
+    write(out, crafted)
+    with pytest.raises(lk.DataError, match=r"line 2.*trial\.seed"):
+        study_in(out)
+    write(out, rows()[:3])
+    study = study_in(out)
+    forged = Trial("lora", SWEEP, 2e-4, "/../../../victim")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no name"):
+        _ = forged.name
+    for arm in ("..", "a/b", "../../victim", "", ".", "x\x00y", "~"):
+        with pytest.raises(ValueError, match="no name"):
+            _ = Trial(arm, SWEEP, None, 0).name
+    study.take(row("lora", SWEEP, 2e-3, 0, 0.5))
+    assert (victim / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["trials", "data", "trials/lora-lr0.0002-seed0", "trials/lora-lr0.0002-seed0.log", ".lock"],
+)
+def test_links_in_a_comparison_are_not_followed(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "lora-lr0.0002-seed0").mkdir()
+    (victim / "thesis.txt").write_text("mine")
+    (out / where).parent.mkdir(parents=True)
+    (out / where).symlink_to(
+        victim / "thesis.txt" if "." in Path(where).suffix + where[:1] else victim
+    )
+    asked = comparing.Comparison(
+        model="m", data="d.jsonl", out=str(out), methods=["adalora", "vera"], rank=2, seeds=2
+    )
+    (out / comparing.SETTINGS).write_text(yaml.safe_dump(comparing._asked(asked)))
+    before = sorted(tmp_path.rglob("*"))
+    assert (
+        cli(["compare", "-m", "m", "-d", "d.jsonl", "-o", str(out), "--methods", "adalora vera"])
+        == 2
+    )
+    assert "is a link, which a comparison does not follow" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (victim / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "1",
+        "{}",
+        "model: m",
+        "x: [",
+        "? [a]\n: 1",
+        "parts: {train: x}",
+        "null",
+        "parts: []\nmodel: m",
+        "\x00",
+    ],
+)
+def test_a_damaged_comparison_file(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / comparing.SETTINGS).write_text(content)
+    assert (
+        cli(["compare", "-m", "m", "-d", "d.jsonl", "-o", str(tmp_path), "--methods", "vera"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "comparison" in said
+
+
+def test_the_command_to_copy_is_quoted(tmp_path: Path) -> None:
+    import html as escapes
+    import shlex
+
+    write(tmp_path, rows())
+    study = study_in(tmp_path)
+    data, model = "my rows; $(rm -rf ~).jsonl", "it's a model\x1b[201~\n"
+    study.comparison.data, study.comparison.model = data, model
+    study.comparison.recipe = {
+        "targets": ["q_proj", ".*(a|b)$"],
+        "fuse": True,
+        "chat_template": False,
+        "batch_size": 4,
+    }
+    page = comparison_page.html(study, comparison_page.findings(study))
+    (line,) = re.findall(r"<pre[^>]*><code>(lorakin train .*?)</code>", page)
+    said = escapes.unescape(line)
+    assert "\x1b" not in said
+    assert "\n" not in said
+    words = shlex.split(said.replace("$'it\\'s a model\\x1b[201~\\n'", "MODEL"))
+    assert words[2:6] == ["--model", "MODEL", "--data", data]
+    for flag, value in (
+        ("--targets", "q_proj,.*(a|b)$"),
+        ("--batch-size", "4"),
+        ("--out", "adapter"),
+    ):
+        assert words[words.index(flag) + 1] == value
+    assert {"--fuse", "--no-chat-template"} <= set(words)

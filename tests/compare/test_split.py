@@ -1,0 +1,102 @@
+"""Three parts that never meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakin.compare.split import REPORT, TRAIN, TUNE, split_into
+from lorakin.errors import DataError
+from lorakin.training.reading import DataRows
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"question {n}", "completion": f"answer {n}"}
+        for n in range(start, start + count)
+    ]
+
+
+def every(rows: DataRows) -> DataRows:
+    return rows
+
+
+def read(folder: Path) -> dict[str, list[str]]:
+    return {part: (folder / part).read_text().splitlines() for part in (TRAIN, TUNE, REPORT)}
+
+
+def test_the_parts_are_all_rows_and_share_none(
+    tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    parts = split_into(tmp_path / "data", write_rows(rows(200)), None, 8, every)
+    there = read(tmp_path / "data")
+    assert (parts.train, parts.tune, parts.report, parts.left_out) == (150, 20, 30, "")
+    assert [len(there[part]) for part in (TRAIN, TUNE, REPORT)] == [150, 20, 30]
+    assert sorted(line for lines in there.values() for line in lines) == sorted(
+        json.dumps(row) for row in rows(200)
+    )
+    split_into(tmp_path / "again", write_rows(rows(200)), None, 8, every)
+    assert read(tmp_path / "again") == there
+
+
+def test_what_is_there_twice_is_taken_once(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    parts = split_into(tmp_path / "data", write_rows(rows(100) + rows(60)), None, 8, every)
+    assert parts.left_out == "60 rows that are there before"
+    everything = [line for lines in read(tmp_path / "data").values() for line in lines]
+    assert len(everything) == len(set(everything)) == 100
+
+
+def test_rows_to_report_on_are_not_trained_on(
+    tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    data, held = write_rows(rows(100)), write_rows(rows(30, start=90), "held.jsonl")
+    parts = split_into(tmp_path / "data", data, held, 8, every)
+    there = read(tmp_path / "data")
+    assert (parts.report, parts.left_out) == (30, "10 rows that are to be reported on")
+    assert not set(there[REPORT]) & {*there[TRAIN], *there[TUNE]}
+
+
+def test_classes_keep_their_names(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    labelled = [
+        {"text": f"text {n}", "label": "yes" if n % 2 else "no", "unused": n} for n in range(80)
+    ]
+    parts = split_into(tmp_path / "data", write_rows(labelled), None, 8, every)
+    assert parts.labels == ["no", "yes"]
+    assert json.loads(read(tmp_path / "data")[TRAIN][0]).keys() == {"text", "label"}
+
+
+@pytest.mark.parametrize(("count", "repeated"), [(47, 1), (1, 1), (40, 5)])
+def test_too_few_rows_are_refused_with_the_numbers(
+    tmp_path: Path, write_rows: Callable[..., str], count: int, repeated: int
+) -> None:
+    with pytest.raises(
+        DataError,
+        match=rf"{count * repeated} rows.* too few to compare on: 32 are held out.*at least 16",
+    ):
+        split_into(tmp_path / "data", write_rows(rows(count) * repeated), None, 8, every)
+    assert not (tmp_path / "data").exists()
+
+
+def test_rows_that_teach_nothing_are_left_out_before_the_draw(
+    tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    def usable(rows: DataRows) -> DataRows:
+        return dataclasses.replace(rows, records=rows.records[:60])
+
+    parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, usable)
+    assert (parts.train, parts.tune, parts.report) == (28, 16, 16)
+    assert parts.left_out == "40 rows without an answer within --max-length"
+    assert {
+        json.loads(line)["prompt"] for lines in read(tmp_path / "data").values() for line in lines
+    } == {f"question {n}" for n in range(60)}
+
+
+def test_other_kinds_of_rows_are_refused(tmp_path: Path, write_rows: Callable[..., str]) -> None:
+    labelled = write_rows([{"text": "a", "label": "b"}], "held.jsonl")
+    with pytest.raises(DataError, match=r"format classification, but .* has prompt/completion"):
+        split_into(tmp_path / "data", write_rows(rows(100)), labelled, 8, every)

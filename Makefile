@@ -1,5 +1,5 @@
 # make demo       set up .venv, then fine-tune a real model and show what it learned
-# make test       set up .venv, then lint, types and tests
+# make test       set up .venv, then lint, types, documentation and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
@@ -29,7 +29,7 @@ NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
 
-test: check $(VENV)/.llama
+test: check docs $(VENV)/.llama
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test

@@ -82,6 +82,13 @@ def vector(name: str, kind: str, shape: str, height: int) -> Box:
 PLUS = Sign("+")
 
 
+def anchored(b: str, a: str) -> list[Part]:
+    """W₀ and a pair whose start is taken away again; how its factors begin stands under them."""
+    pair: list[Part] = [up("B", TRAINED, b), down("A", TRAINED, a), Sign("−")]
+    anchor: list[Part] = [up("B₀", FROZEN, "the start"), down("A₀", FROZEN, "the start"), Sign(")")]
+    return [weight(), Sign("+ s · ("), *pair, *anchor]
+
+
 def small(name: str, matters: str) -> list[Part]:
     return [Box(70, 70, name, matters, FROZEN), PLUS]
 
@@ -147,6 +154,32 @@ DRAWINGS: dict[str, tuple[str, list[Part]]] = {
             weight(MOVED, "W"), Sign("+ s ·"), up("B", TRAINED), down("A", TRAINED), Sign("  with  W = W₀ + λs · ("),
             up("B", TRAINED), down("A", TRAINED), Sign("−"), up("Bₖ", FROZEN), down("Aₖ", FROZEN), Sign(")"),
         ],
+    ),
+    "pissa": (
+        "PiSSA: B and A begin as the principal part of W₀; a frozen copy takes the start away again",
+        anchored("begins as U√S", "begins as √S Vᵀ"),
+    ),
+    "olora": (
+        "OLoRA: B and A begin as the leading part of W₀'s QR; a frozen copy takes the start away again",
+        anchored("begins as Q", "begins as R"),
+    ),
+    "lora-xs": (
+        "LoRA-XS: only a small square matrix is trained, between the frozen singular vectors of W₀",
+        [
+            weight(), Sign("+ s ·"), up("B", FROZEN, "U S of W₀"), Box(30, 30, "R", "r × r", TRAINED),
+            down("A", FROZEN, "Vᵀ of W₀"),
+        ],
+    ),
+    "eva": (
+        "EVA: A begins as what the module's inputs vary along most; ranks go where they explain most",
+        [
+            weight(), Sign("+ s ·"), up("B", TRAINED, "begins at 0"),
+            down("A", TRAINED, "begins from inputs"),
+        ],
+    ),
+    "lora-ga": (
+        "LoRA-GA: B and A begin along the gradient of W₀; a frozen copy takes the start away again",
+        anchored("gradient's U", "gradient's Vᵀ"),
     ),
 }  # fmt: skip
 """Name of the file -> what it shows, in words, and its parts."""

@@ -148,43 +148,44 @@ def recipe_keys() -> str:
 
     options = {one.name: one for one in click_commands()["train"].params}
     hints = typing.get_type_hints(Recipe)
-    lines = ["| key | type | default | option | what it is |", "|---|---|---|---|---|"]
+    lines = ["| key | value | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(Recipe):
         option = options.get(OTHER_NAMES.get(field.name, field.name))
-        said = (
-            _cell(re.sub(r"\s*\[default: [^]]*\]", "", option.help or ""))
-            if option
-            else ONLY_IN_RECIPES[field.name]
-        )
-        word = f"`{sorted(option.opts, key=len)[-1] if option.opts else ''}`" if option else "–"
-        lines.append(
-            f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {word} | {said} |"
-        )
+        said = (option.help or "") if option else ONLY_IN_RECIPES[field.name]
+        said, _, default = _plain(said).partition("[default: ")
+        default = _default(field, default.rstrip("]"))
+        lines.append(f"| `{field.name}` | {_kind(hints[field.name])} | {default} | {_cell(said)} |")
     return "\n".join(lines)
 
 
 OTHER_NAMES = {"format": "layout"}
 """Recipe's key -> the parameter of `lorakin train` that sets it, where they differ."""
 ONLY_IN_RECIPES = {
-    "date": "The day on which the run began, for chat templates that print it. `lorakin train` fills it in.",
-    "labels": "The classes of a classifier, in their order. `lorakin train` fills them in.",
+    "date": "The day on which the run began, for chat templates that print it; `lorakin train` fills it in.",
+    "labels": "The classes of a classifier, in their order; `lorakin train` fills them in.",
 }
 
 
-def _type(hint: Any) -> str:
-    return _cell(
-        getattr(hint, "__name__", str(hint))
-        if not typing.get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+def _kind(hint: Any) -> str:
+    """A recipe's type in words: list[str] | None is "list of text"."""
+    words = {**KINDS, bool: "true or false", typing.Any: "any"}
+    outer, inner = typing.get_origin(hint), typing.get_args(hint)
+    if outer is list:
+        return f"list of {_kind(inner[0])}"
+    if outer is dict:
+        return f"{_kind(inner[0])} → {_kind(inner[1])}"
+    if inner:
+        return " or ".join(_kind(one) for one in inner if one is not type(None))
+    return words[hint]
 
 
-def _default(field: Any) -> str:
+def _default(field: Any, said: str) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return f"`{field.default_factory()!r}`"
+        value = field.default_factory()
+        return f"`{value!r}`" if value else ""
     if field.default is dataclasses.MISSING:
         return "required"
-    return "" if field.default is None else f"`{field.default!r}`"
+    return said if field.default is None else f"`{_setting(field.default)}`"
 
 
 def _family() -> dict[str, Any]:

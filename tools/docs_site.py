@@ -43,8 +43,10 @@ def _formula(source: str, *_: Any, **__: Any) -> str:
     return formula
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put what is generated in the place of its mark."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put what is generated in the place of its mark; a page of no section needs no list of pages beside it."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
     return MARK.sub(lambda found: PARTS[found[1]](), markdown)
 
 

@@ -203,7 +203,7 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The table of docs/planning.md."""
+    """The table of docs/howto/memory.md."""
     lines = [
         f"{platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}, one thread",
         "",

@@ -3,7 +3,7 @@
     make claims        (or: python examples/claims.py [--quick] [--out claims] [--devices cpu,cpu])
 
 Each task is one `lorakin compare`: every member and its controls under the same steps, learning rates swept for each, three
-seeds or more, held-out rows that nothing was chosen by. What was begun goes on where it was. docs/claims.md has the result.
+seeds or more, held-out rows that nothing was chosen by. What was begun goes on where it was. docs/evidence/claims.md has the result.
 """
 
 from __future__ import annotations

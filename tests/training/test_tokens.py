@@ -125,10 +125,8 @@ def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Pat
 
 
 def test_the_example_of_the_docs_runs(tokenizer: Any) -> None:
-    section = (
-        (Path(__file__).parents[2] / "docs" / "using.md").read_text().partition("## New tokens")[2]
-    )
-    example = section.partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "tokens.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {
         "lk": lk,
         "tokenizer": copy.deepcopy(tokenizer),

@@ -270,7 +270,10 @@ def test_combining_modules_trained_whole(ids: Tensor) -> None:
             lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"], name=name),
             seed=seed,
         )
-    own = {name: lk.adapters(model)[name].tensors.copy_of("classifier").weight.detach() for name in "ab"}
+    own = {
+        name: lk.adapters(model)[name].tensors.copy_of("classifier").weight.detach()
+        for name in "ab"
+    }
     combined, _ = lk.combine(model, {"a": 0.5, "b": 0.25})
     want = base + 0.5 * (own["a"] - base) + 0.25 * (own["b"] - base)
     torch.testing.assert_close(combined.tensors.copy_of("classifier").weight, want)
@@ -350,7 +353,9 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
     factors, fits = lk.combine(
         model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors"
     )
-    assert fits[path].error == 0 and fits[path].rank == factors.tensors.change_at(path).down.shape[0]
+    assert (
+        fits[path].error == 0 and fits[path].rank == factors.tensors.change_at(path).down.shape[0]
+    )
 
 
 def test_other_layers_are_combined_otherwise() -> None:

@@ -32,8 +32,15 @@ def trained(kind: Any, path: Path) -> Path:
     """Its adapter after three steps, chosen by a probe if that is its way."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
-    member = kind(start_step=1) if kind is lk.DeltaLoRA else kind()
-    probe = [batch] if Method.of(member).probe is not None else None
+    tiny: dict[Any, dict[str, int]] = {
+        lk.DeltaLoRA: {"start_step": 1},
+        lk.LoRAXS: {"rank": 4},
+        lk.LoRAGA: {"rank": 4},
+    }
+    member = kind(**tiny.get(kind, {}))
+    method = Method.of(member)
+    looks = method.probe is not None or method.measuring is not None
+    probe = [batch] if looks else None
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):

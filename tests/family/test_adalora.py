@@ -164,7 +164,9 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
 
 
 def test_the_start() -> None:
-    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).tensors.branch("0")
+    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).tensors.branch(
+        "0"
+    )
     assert not site.E.any()
     for factor in (site.P, site.Q):
         assert factor.std().item() == pytest.approx(0.02, rel=0.05)

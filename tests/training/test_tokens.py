@@ -100,7 +100,8 @@ def test_the_trainer_saves_and_resumes_them(ids: Tensor, tmp_path: Path) -> None
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     first, second = (
-        lk.adapters(run.model)["default"].tensors.rows_at("model.embed_tokens") for run in (whole, resumed)
+        lk.adapters(run.model)["default"].tensors.rows_at("model.embed_tokens")
+        for run in (whole, resumed)
     )
     assert torch.equal(first, second) and not torch.equal(
         first, tiny_llama().model.embed_tokens.weight[[5, 6]]

@@ -65,9 +65,6 @@ class Rehearsed:
 def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> Rehearsed:
     """Rehearses the steps at which most is alive.
 
-    These are steps that begin when the optimizer and the members already hold all that they ever
-    will: the second step, and the step after each that a member's rule acts at.
-
     Raises:
         ModelError: what the model does depends on numbers.
         LorakinError: the method cannot run on this model with these settings.
@@ -91,13 +88,7 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
 
         batch = _as_given(rows, conditions, model, fake)
         run = RehearsedRun(model, adapter, optimizer, batch, traced, conditions.accumulate > 1)
-        run.optimize(1)
-        seconds = run.step(2)
-        for turn in sorted(
-            {turn for rule in adapter.run.rules or () for turn in rule.turns if turn}
-        ):
-            run.optimize(turn)
-            seconds = run.step(turn + 1)
+        seconds = run.steps()
         run.evaluate()
 
         return Rehearsed(
@@ -190,6 +181,19 @@ class RehearsedRun:
     def trained(self) -> list[nn.Parameter]:
         """Returns the parameters that are trained."""
         return [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+
+    def steps(self) -> float:
+        """Runs the steps at which most is alive, and returns the seconds of the last.
+
+        They begin when the optimizer and the members already hold all that they ever will: the
+        second step, and the step after each turn of a member's rule.
+        """
+        turns = {turn for rule in self.adapter.run.rules or () for turn in rule.turns if turn}
+        seconds = 0.0
+        for number in (1, *sorted(turns)):
+            self.optimize(number)
+            seconds = self.step(number + 1)
+        return seconds
 
     def step(self, number: int) -> float:
         """Runs step `number` and returns its seconds."""

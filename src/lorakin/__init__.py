@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakin.public import *
+    from lorakin.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 

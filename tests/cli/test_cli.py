@@ -19,7 +19,7 @@ import transformers
 import lorakin as lk
 from conftest import interruptible
 from lorakin.cli.app import run
-from lorakin.cli.options import parts
+from lorakin.cli.recipe_options import parts
 
 COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import lorakin as lk
 from conftest import tiny_llama
-from lorakin.training import checkpoints, prepare_trainer
+from lorakin.training import checkpoints, prepare_trainer, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -38,7 +38,7 @@ def run(recipe: Recipe, resume: bool = False) -> training.Result:
 
 
 def resume(out: Path, **flags: Any) -> training.Result:
-    return run(training.resumed_recipe(None, {"out": str(out), **flags}), resume=True)
+    return run(run_directory.resumed_recipe(None, {"out": str(out), **flags}), resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +440,7 @@ def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None
 
 def test_what_a_probe_found_belongs_to_it(whole: dict[str, Path], tmp_path: Path) -> None:
     """LoRA-drop's choice of modules lies beside the recipe; with another one the checkpoint is of another adapter."""
-    recipe = training.resumed_recipe(None, {"out": str(whole["one"])})
+    recipe = run_directory.resumed_recipe(None, {"out": str(whole["one"])})
     recipe = dataclasses.replace(
         recipe, out=str(tmp_path / "out"), method="lora-drop", targets=["q_proj", "v_proj"],
         settings={"keep": 2, "probe_epochs": 1, "sample": 0.5},

@@ -10,7 +10,8 @@ import pytest
 
 import lorakin as lk
 from lorakin.training.answers import IGNORED
-from lorakin.training.encoding import encode, use_template
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import encode
 from lorakin.training.formats import Conversation, PlainText
 from lorakin.training.reading import read_rows, unused
 from training.carried import byte_tokenizer, templates

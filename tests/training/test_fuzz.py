@@ -24,7 +24,8 @@ import lorakin as lk
 import soak
 from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.reading import read_rows, split
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
 LONGEST, MOST_MEMORY = 10, 500 << 20

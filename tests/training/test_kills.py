@@ -25,6 +25,7 @@ from rich.console import Console
 import lorakin as lk
 import soak
 from lorakin.family import FAMILY
+from lorakin.training import run_directory
 from lorakin.training import train as training
 from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
@@ -50,7 +51,7 @@ def serve(recipe: Recipe, resume: bool, most_bytes: int | None = None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     console = Console(quiet=True)
     if resume:
-        recipe = training.resumed_recipe(None, {"out": recipe.out})
+        recipe = run_directory.resumed_recipe(None, {"out": recipe.out})
     try:
         training.train(training.prepare(recipe, console, resume))
     except lk.LorakinError as error:
@@ -70,7 +71,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def check_what_is_there(out: Path, recipe: Recipe) -> int:
     """The step of the last checkpoint, once it and the adapter, if there is one, have been loaded."""
-    checkpoint = last_checkpoint(out / training.CHECKPOINTS)
+    checkpoint = last_checkpoint(out / run_directory.CHECKPOINTS)
     for folder in (checkpoint, out):
         if folder is not None and (folder / "adapter_config.json").exists():
             lk.load(load_model(recipe.model, "float32").model, folder)
@@ -115,7 +116,7 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
         out = Path(given.out)
         shutil.rmtree(out, ignore_errors=True)
         for attempt in itertools.count():
-            resume = (out / training.RECIPE).is_file()
+            resume = (out / run_directory.RECIPE).is_file()
             if not resume:
                 shutil.rmtree(out, ignore_errors=True)
             before = check_what_is_there(out, given) if resume else 0
@@ -154,7 +155,7 @@ def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
     given = recipe("lora", "shared")
     out = Path(given.out)
     first = start(given)
-    while last_checkpoint(out / training.CHECKPOINTS) is None:
+    while last_checkpoint(out / run_directory.CHECKPOINTS) is None:
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGSTOP)
     for resume in (False, True):
@@ -176,13 +177,13 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(recipe: Callable[...,
     given = recipe("lora", "full")
     out = Path(given.out)
     child = start(given)
-    while last_checkpoint(out / training.CHECKPOINTS) is None:
+    while last_checkpoint(out / run_directory.CHECKPOINTS) is None:
         time.sleep(0.02)
     child.kill()
     child.join()
     step = check_what_is_there(out, given)
     size = (
-        (out / training.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors")
+        (out / run_directory.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors")
         .stat()
         .st_size
     )

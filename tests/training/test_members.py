@@ -20,7 +20,7 @@ import soak
 from conftest import tiny_mixtral
 from lorakin.cli.app import run as command
 from lorakin.family import FAMILY
-from lorakin.training import checkpoints
+from lorakin.training import checkpoints, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -131,7 +131,7 @@ def resumes_from_any_step(words: str, given: Recipe, tmp_path: Path) -> None:
         shutil.copytree(
             tmp_path / "kept" / f"checkpoint-{stop}", half / "checkpoints" / f"checkpoint-{stop}"
         )
-        run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+        run(run_directory.resumed_recipe(None, {"out": str(half)}), resume=True)
         again = tensors(half)
         assert whole.keys() == again.keys()
         assert all(torch.equal(t, again[key]) for key, t in whole.items()), f"from step {stop}"
@@ -190,7 +190,7 @@ def test_lora_drops_probe_is_shown_saved_and_not_run_twice(
     changed = dict(zip(importance, list(importance.values())[::-1], strict=True))
     (result.out / "importance.json").write_text(json.dumps(changed))
     shutil.rmtree(result.out / "checkpoints")
-    _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
+    _, shown = run(run_directory.resumed_recipe(None, {"out": str(result.out)}), resume=True)
     assert "which modules matter" not in shown
     own = json.loads((result.out / "lorakin.json").read_text())
     assert own["members"][0]["settings"]["importance"] == changed
@@ -261,13 +261,13 @@ def test_a_probe_that_was_interrupted_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run(given)
     assert (Path(given.out) / "recipe.yaml").is_file()
-    result, shown = run(training.resumed_recipe(None, {"out": given.out}), resume=True)
+    result, shown = run(run_directory.resumed_recipe(None, {"out": given.out}), resume=True)
     assert "which modules matter" in shown
     (result.out / "importance.json").write_text("{")
     with pytest.raises(
         lk.AdapterError, match=r"importance.json cannot be read .*; remove it to probe again"
     ):
-        run(training.resumed_recipe(None, {"out": given.out}), resume=True)
+        run(run_directory.resumed_recipe(None, {"out": given.out}), resume=True)
 
 
 def test_what_is_wrong_is_said_before_a_probe(recipe: Callable[..., Recipe]) -> None:
@@ -282,7 +282,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe: Callable[..., Reci
     whole = tensors(result.out)
     (result.out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
     checkpoints.unseal(result.out / "checkpoints" / "checkpoint-10")
-    _, shown = run(training.resumed_recipe(None, {"out": str(result.out)}), resume=True)
+    _, shown = run(run_directory.resumed_recipe(None, {"out": str(result.out)}), resume=True)
     assert "step 10/10" in shown
     assert "step 9/10" not in shown
     assert all(torch.equal(t, whole[key]) for key, t in tensors(result.out).items())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import lorakin as lk
 import soak
 from conftest import MEMBERS, tiny_llama
+from lorakin.training import run_directory
 from lorakin.training import train as training
 from lorakin.training.progress import Metrics
 from training.worker import BASES, load, train
@@ -185,7 +186,7 @@ def test_the_command_in_two_processes(
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-6")
     with pytest.raises(lk.SettingError, match="was trained by 2 processes, and there are 1 now"):
         training.prepare(
-            training.resumed_recipe(None, {"out": str(tmp_path / "two")}),
+            run_directory.resumed_recipe(None, {"out": str(tmp_path / "two")}),
             Console(quiet=True),
             resume=True,
         )

@@ -16,7 +16,8 @@ import lorakin as lk
 import soak
 from lorakin.storage.summary import importance_in
 from lorakin.training.progress import Metrics
-from lorakin.training.recipe import parse_settings, read_recipe
+from lorakin.training.recipe_file import read_recipe
+from lorakin.training.yaml_values import parse_settings
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
 ROWS: list[dict[str, Any]] = [

@@ -17,8 +17,7 @@ import pyarrow.parquet
 import pytest
 
 import lorakin as lk
-from lorakin.cli.options import FORMATS
-from lorakin.training import formats, reading
+from lorakin.training import reading
 from lorakin.training.formats import Conversation, PlainText
 from lorakin.training.reading import DataRows, read_rows, split, unused
 
@@ -257,10 +256,6 @@ def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no such/thing/here", "../rows", "a//b", "a/b/c"):
         with pytest.raises(lk.DataError, match="there is no data"):
             read_rows(name)
-
-
-def test_the_command_line_names_the_formats() -> None:
-    assert FORMATS == formats.NAMES
 
 
 @pytest.mark.parametrize(

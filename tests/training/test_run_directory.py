@@ -150,7 +150,7 @@ def test_a_recipe_that_contradicts_is_refused(
 ) -> None:
     given = line if out_in == "flag" else {**line, "out": str(begun)}
     with pytest.raises(lk.SettingError, match=said):
-        training.resumed_recipe(
+        run_directory.resumed_recipe(
             written(tmp_path / "mine.yaml", **given),
             {"out": str(begun) if out_in == "flag" else None},
         )
@@ -158,7 +158,7 @@ def test_a_recipe_that_contradicts_is_refused(
 
 def test_the_same_recipe_goes_on(begun: Path, tmp_path: Path) -> None:
     """Also the one that the run was begun with, where what it left open has been filled in since."""
-    saved = training.resumed_recipe(None, {"out": str(begun)})
+    saved = run_directory.resumed_recipe(None, {"out": str(begun)})
     for lines in (
         {
             "model": "m",
@@ -173,11 +173,13 @@ def test_the_same_recipe_goes_on(begun: Path, tmp_path: Path) -> None:
         yaml.safe_load((begun / run_directory.RECIPE).read_text()),
     ):
         assert (
-            training.resumed_recipe(written(tmp_path / "mine.yaml", **lines), {"out": str(begun)})
+            run_directory.resumed_recipe(
+                written(tmp_path / "mine.yaml", **lines), {"out": str(begun)}
+            )
             == saved
         )
     with pytest.raises(lk.SettingError, match="where lr is 0.001, not 0.5"):
-        training.resumed_recipe(
+        run_directory.resumed_recipe(
             written(tmp_path / "mine.yaml", lr=1e-3), {"out": str(begun), "lr": 0.5}
         )
 

@@ -16,9 +16,11 @@ from rich.console import Console
 
 import lorakin as lk
 from lorakin.cli.app import run as command
+from lorakin.training import run_directory
 from lorakin.training import train as training
 from lorakin.training.progress import Metrics
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe
 from lorakin.training.schedules import NAMES, WATCHERS, check, check_evaluations, taken
 
 LR, STEPS, WARMUP = 0.02, 6, 0.2
@@ -73,7 +75,7 @@ def test_each_runs_and_resumes_to_the_bit(
     shutil.copytree(recipe.out, there)
     shutil.rmtree(there / "checkpoints" / "checkpoint-6")
     before = tensors(recipe.out)
-    run(training.resumed_recipe(None, {"out": str(there)}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": str(there)}), resume=True)
     assert before.keys() == tensors(there).keys() and all(
         torch.equal(before[key], t) for key, t in tensors(there).items()
     )

@@ -20,12 +20,13 @@ from torch import Tensor
 import lorakin as lk
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
-from lorakin.training import checkpoints
+from lorakin.training import checkpoints, run_directory, run_trainer
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
 from lorakin.training.models import load_with_adapter
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe
 
 Write = Callable[..., str]
 
@@ -138,7 +139,7 @@ def test_biases_are_trained_and_resumed(recipe: Recipe, tokenizer: Any, tmp_path
         assert whole[f"base_model.model.model.layers.0.self_attn.{key}.bias"].any()
     shutil.copytree(recipe.out, half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-4")
-    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": str(half)}), resume=True)
     assert tensors(half).keys() == whole.keys() and all(
         torch.equal(t, whole[key]) for key, t in tensors(half).items()
     )
@@ -151,7 +152,7 @@ def test_resuming_in_the_middle_of_a_later_epoch(recipe: Recipe, tmp_path: Path)
     whole, half = tensors(Path(recipe.out)), tmp_path / "half"
     shutil.copytree(recipe.out, half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-12")
-    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": str(half)}), resume=True)
     assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
 
 
@@ -168,9 +169,9 @@ def test_resuming_with_other_rows(recipe: Recipe) -> None:
             lk.DataError,
             match=r"the rows of .*train.jsonl, or how they are tokenised, have changed since",
         ):
-            run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
+            run(run_directory.resumed_recipe(None, {"out": recipe.out}), resume=True)
     file.write_text("\n".join(rows) + "\n")
-    run(training.resumed_recipe(None, {"out": recipe.out}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": recipe.out}), resume=True)
     assert all(torch.equal(before[key], t) for key, t in tensors(Path(recipe.out)).items())
 
 
@@ -198,14 +199,14 @@ def test_resuming_gives_the_bits_of_the_whole_run(
     checkpoints.unseal(half / "checkpoints" / "checkpoint-9")
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
-    resumed = training.resumed_recipe(None, {"out": str(half), "steps": 9})
+    resumed = run_directory.resumed_recipe(None, {"out": str(half), "steps": 9})
     result, _, _ = run(resumed, resume=True)
     assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
     assert result.before.loss == pytest.approx(json.loads(lines[0])["eval_loss"])
     steps = [json.loads(line)["step"] for line in (half / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, *range(1, 10), 9], "no step twice"
     with pytest.raises(lk.SettingError, match="where rank is 8, not 4; to change it, start anew"):
-        training.resumed_recipe(None, {"out": str(half), "rank": 4})
+        run_directory.resumed_recipe(None, {"out": str(half), "rank": 4})
 
 
 def test_resuming_without_a_run(recipe: Recipe, tmp_path: Path) -> None:
@@ -280,7 +281,9 @@ def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None
     recipe.rank, recipe.rank_above = 4096, "clamp"
     adapter = training.prepare(recipe, Console(quiet=True)).adapter
     assert {adapter.branch(path).A.shape[0] for path in adapter.placement.methods} == {16, 32}
-    assert read_recipe(Path(recipe.out) / training.RECIPE, {"out": "other"}).rank_above == "clamp"
+    assert (
+        read_recipe(Path(recipe.out) / run_directory.RECIPE, {"out": "other"}).rank_above == "clamp"
+    )
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
     message: str, whole: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe.steps, recipe.save_every = 4, 2
-    save, calls = training.AdapterTrainer._save_optimizer_and_scheduler, []
+    save, calls = run_trainer.AdapterTrainer._save_optimizer_and_scheduler, []
 
     def fails(self: Any, folder: str) -> None:
         calls.append(folder)
@@ -499,7 +502,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
             raise RuntimeError(message)
         save(self, folder)
 
-    monkeypatch.setattr(training.AdapterTrainer, "_save_optimizer_and_scheduler", fails)
+    monkeypatch.setattr(run_trainer.AdapterTrainer, "_save_optimizer_and_scheduler", fails)
     left = (
         "checkpoint-2 is whole" if whole else "no checkpoint is whole yet, so it will begin again"
     )
@@ -510,7 +513,7 @@ def test_a_disk_that_fills_up_is_told_with_what_is_left(
         run(recipe)
     assert calls
     monkeypatch.undo()
-    run(training.resumed_recipe(None, {"out": str(recipe.out)}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": str(recipe.out)}), resume=True)
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
@@ -572,7 +575,7 @@ def test_a_float16_base_trains_as_float32_does_and_resumes_to_the_bit(
     assert (tmp_path / "float16" / "checkpoints" / "checkpoint-4" / "scaler.pt").is_file()
     shutil.copytree(tmp_path / "float16", half)
     shutil.rmtree(half / "checkpoints" / "checkpoint-8")
-    run(training.resumed_recipe(None, {"out": str(half)}), resume=True)
+    run(run_directory.resumed_recipe(None, {"out": str(half)}), resume=True)
     assert all(torch.equal(whole[key], t) for key, t in tensors(half).items())
 
 
@@ -602,7 +605,7 @@ def test_a_template_that_prints_the_day_prints_the_same_when_resumed(
     (tmp_path / "dated.jinja").write_text(DATED)
     recipe.chat_template, recipe.steps, recipe.save_every = str(tmp_path / "dated.jinja"), 4, 2
     first = run(recipe)[2]
-    again = training.resumed_recipe(None, {"out": recipe.out})
+    again = run_directory.resumed_recipe(None, {"out": recipe.out})
     assert again.date == datetime.date.today().isoformat()
     monkeypatch.setattr(training.datetime, "date", Other)
     assert run(again, resume=True)[2].train.examples == first.train.examples

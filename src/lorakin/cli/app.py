@@ -35,6 +35,16 @@ CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
 """Libraries that warn of every cast of every layer, or of what they cannot load when they are merely imported."""
 
+
+def flowing(text: str | None) -> str:
+    """Returns a docstring with each paragraph on one line, for the terminal to break.
+
+    >>> flowing("One line.\\n\\n    A paragraph\\n    of two lines.")
+    'One line.\\n\\nA paragraph of two lines.'
+    """
+    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
+
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
     no_args_is_help=True,
@@ -57,7 +67,8 @@ for module in (
     methods,
     demo,
 ):
-    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(module.command)
 
 
 def _is_serious(record: logging.LogRecord) -> bool:

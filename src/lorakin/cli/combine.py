@@ -48,9 +48,9 @@ def command(
     ] = None,
     elect: Annotated[
         str | None,
-        typer.Option(help="How TIES elects a sign: total or frequency. [default: total]"),
+        typer.Option(help="How TIES elects a sign: total or frequency. \\[default: total]"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what DARE draws. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE draws. \\[default: 0]")] = None,
     rank: Annotated[
         int | None,
         typer.Option(

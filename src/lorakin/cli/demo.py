@@ -182,20 +182,21 @@ def _show_answers(console: Terminal, rows: Rows, before: list[str], after: list[
 
 
 def _show_result(console: Terminal, out: Path, result: Result) -> None:
-    from lorakin.training import train as training
+    from lorakin.training.evaluate import described
     from lorakin.training.progress import peak_memory_bytes
+    from lorakin.training.run_directory import METRICS, PICTURE, RECIPE
 
     adapter = result.out
     lines = {
-        "held out before": training.described(result.before),
-        "held out after": training.described(result.after),
+        "held out before": described(result.before),
+        "held out after": described(result.after),
         "perplexity": f"{(result.after.perplexity or 0) / (result.before.perplexity or 1):.2f} of the base's",
         "trained": f"{result.trainable_parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
         "peak memory": f"{peak_memory_bytes() / 2**30:.1f} GiB",
         "adapter": f"{adapter} ({result.adapter_bytes / 2**20:.1f} MiB, PEFT's format)",
-        "loss curve": str(adapter / training.PICTURE),
-        "metrics": str(adapter / training.METRICS),
-        "recipe": str(adapter / training.RECIPE),
+        "loss curve": str(adapter / PICTURE),
+        "metrics": str(adapter / METRICS),
+        "recipe": str(adapter / RECIPE),
     }
     console.rule("result")
     for label, value in lines.items():
@@ -206,7 +207,7 @@ def _show_result(console: Terminal, out: Path, result: Result) -> None:
         words("evaluate", "--model", "smollm2", "--adapter", adapter, "--data", out / HELD_OUT),
         words("inspect", adapter),
         words("merge", "--model", "smollm2", "--adapter", adapter, "--out", out / "merged"),
-        words("train", adapter / training.RECIPE, "--steps", 200, "--out", out / "longer"),
+        words("train", adapter / RECIPE, "--steps", 200, "--out", out / "longer"),
     ):
         console.print(f"  {quoted(_as_typed_here())} {line}")
 

@@ -34,13 +34,15 @@ from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.storage import atomic, locks, paths
 from lorakin.storage.schema import Misfit, fitted, shown
 from lorakin.terminal import labelled
-from lorakin.training.encoding import use_template, with_answers
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import with_answers
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import resolve_dtype
+from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
-from lorakin.training.recipe import Recipe, read_yaml
-from lorakin.training.train import check_meant
+from lorakin.training.recipe import Recipe
+from lorakin.training.yaml_values import read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"

@@ -29,7 +29,7 @@ from lorakin.plan.rehearsal import EVALUATION, Conditions
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, best_device, resolve_dtype
-from lorakin.training.recipe import parse_settings
+from lorakin.training.yaml_values import parse_settings
 
 USUAL_LENGTH, LARGEST_BATCH, LARGEST_RANK = 1024, 256, 256
 DEARER = 0.03

@@ -24,7 +24,7 @@ from lorakin.inject.targets import ALL_LINEAR, Targets, head_of
 from lorakin.plan.skeleton import built, give_tensors, supposed
 from lorakin.plan.traced import Machine, Peak, Traced
 from lorakin.training.batches import AnswerCollator, answer_loss
-from lorakin.training.train import checkpointed
+from lorakin.training.run_trainer import checkpoint_activations
 
 SETUP, FORWARD, FIRST, STEP, EVALUATION = (
     "setting up", "forward and backward", "backward of the first layer", "optimizer step", "evaluation",
@@ -277,7 +277,7 @@ class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @dataclasses.dataclass
 class _Run:
-    """As transformers' Trainer and `lorakin.training.train.AdapterTrainer` do it."""
+    """As transformers' Trainer and `lorakin.training.run_trainer.AdapterTrainer` do it."""
 
     model: Any
     adapter: Adapter
@@ -360,7 +360,7 @@ def _get_ready(model: Any, conditions: Conditions, traced: Traced) -> None:
     if conditions.fuse:
         fuse(model)
     if conditions.gradient_checkpointing:
-        checkpointed(model)
+        checkpoint_activations(model)
 
 
 def _where(conditions: Conditions, model: Any) -> dict[str, Any]:

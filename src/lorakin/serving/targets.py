@@ -19,7 +19,7 @@ from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
-from lorakin.training.encoding import TEMPLATE, remembered_template
+from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
 from lorakin.training.models import (

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
-from lorakin.storage import paths
 from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
 from lorakin.training.endings import stops
 from lorakin.training.formats import Content, Conversation, Labelled, PlainText
 from lorakin.training.reading import DataRows, Record, shown
-from lorakin.training.templates import ALPACA, Template
-
-TEMPLATES = {"alpaca": ALPACA}
-"""Chat templates that `--chat-template` knows by name."""
-TEMPLATE = "chat_template.jinja"
-"""Beside an adapter: the chat template that it was trained with, where it is not the base's own."""
-LONGEST_TEMPLATE = 1 << 20
+from lorakin.training.templates import Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,111 +27,6 @@ class Encoded:
     dropped: int
     cut: int = 0
     where: list[str] = dataclasses.field(default_factory=list)
-
-
-def use_template(
-    tokenizer: Any,
-    chosen: bool | str,
-    rows: DataRows | None = None,
-    arguments: Mapping[str, Any] | None = None,
-) -> str | None:
-    """Give the tokenizer the chat template that rows are to be written with.
-
-    Args:
-        tokenizer: of transformers; its `chat_template` is set.
-        chosen: True for its own, False for none, or the name of one that lorakin knows, or of a file that holds one.
-        rows: the rows; instructions get Alpaca's prompt where there is no template.
-        arguments: variables of the template, such as enable_thinking: false.
-
-    Returns:
-        the template where it is another than the tokenizer's own.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    own = tokenizer.chat_template
-    if isinstance(chosen, str):
-        tokenizer.chat_template = template_named(chosen)
-    elif not chosen:
-        tokenizer.chat_template = None
-    spoken = (
-        [r.content for r in rows.records if isinstance(r.content, Conversation)]
-        if rows is not None
-        else []
-    )
-    if not tokenizer.chat_template and spoken and all(content.is_instruction for content in spoken):
-        tokenizer.chat_template = ALPACA
-    if tokenizer.chat_template == ALPACA and tokenizer("")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]:
-        tokenizer.chat_template = "{{- bos_token }}\n" + ALPACA
-    if arguments:
-        if not tokenizer.chat_template:
-            raise DataError(f"--template-arg {next(iter(arguments))}: there is no chat template")
-        sets = "".join(
-            f"{{%- set {name} = {_literal(name, value)} -%}}\n" for name, value in arguments.items()
-        )
-        tokenizer.chat_template = sets + tokenizer.get_chat_template(None, None)
-    return (
-        tokenizer.chat_template
-        if tokenizer.chat_template and tokenizer.chat_template != own
-        else None
-    )
-
-
-def remembered_template(folder: Path) -> str | None:
-    """The chat template that the adapter in `folder` was trained with; None where it is the base's own.
-
-    Raises:
-        DataError: the file that holds it cannot be read.
-    """
-    return _template_file(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else None
-
-
-def use_remembered(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer the chat template that the adapter in `folder` was trained with, where it is another."""
-    if tokenizer is not None and (template := remembered_template(folder)) is not None:
-        tokenizer.chat_template = template
-
-
-def _literal(name: str, value: Any) -> str:
-    """A value as Jinja writes it."""
-    if not name.isidentifier() or not isinstance(value, str | int | float | bool | None):
-        raise DataError(
-            f"--template-arg {name}={value!r}: expected a name, and true, false, a number or a text"
-        )
-    return json.dumps(value)
-
-
-def template_named(name: str) -> str:
-    """The chat template of that name, or in the file of that name.
-
-    Raises:
-        DataError: there is no such file, or it cannot be read.
-    """
-    return (
-        TEMPLATES[name]
-        if name in TEMPLATES
-        else _template_file(paths.named(name, "--chat-template", DataError))
-    )
-
-
-def _template_file(path: Path) -> str:
-    if not path.is_file():
-        known = ", ".join(TEMPLATES)
-        raise DataError(
-            f"--chat-template {path}: there is no such file; expected {known}, or a file that holds a template"
-        )
-    try:
-        with path.open("rb") as file:
-            content = file.read(LONGEST_TEMPLATE + 1)
-        if len(content) > LONGEST_TEMPLATE:
-            raise DataError(
-                f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none"
-            )
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {path} cannot be read: {error}") from None
 
 
 class Encoder:

@@ -17,7 +17,8 @@ from lorakin.family.settings import require
 from lorakin.inject.eval_mode import in_mode
 from lorakin.training.answers import ANSWERS, IGNORED, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
-from lorakin.training.encoding import encode, encode_labelled, use_template
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import Loaded, load_with_adapter, stored_labels
 from lorakin.training.plainly import not_numbers
@@ -46,6 +47,18 @@ class Evaluation:
             "count": self.count,
         }
         return {name: value for name, value in named.items() if value is not None}
+
+
+def described(evaluation: Evaluation) -> str:
+    """Returns an evaluation in words.
+
+    >>> described(Evaluation(loss=0.5, count=1200))
+    'loss 0.500, perplexity 1.65 over 1,200 answer tokens'
+    """
+    loss, count = f"loss {evaluation.loss:.3f}", f"{evaluation.count:,}"
+    if evaluation.accuracy is not None:
+        return f"accuracy {evaluation.accuracy:.1%}, {loss} over {count} rows"
+    return f"{loss}, perplexity {evaluation.perplexity:.2f} over {count} answer tokens"
 
 
 def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:

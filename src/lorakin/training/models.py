@@ -19,10 +19,10 @@ from lorakin.storage import directory, hub, paths, texts
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.tasks import is_classifiers
 from lorakin.training import conversions, heads, loading, model_files
-from lorakin.training.encoding import remembered_template, use_remembered
+from lorakin.training.chat_templates import remembered_template, use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
-from lorakin.training.recipe import read_yaml
+from lorakin.training.yaml_values import read_yaml
 
 # name → requirement, module, and the model's place in it: models that come inside packages, for trying things out
 PACKAGED = {

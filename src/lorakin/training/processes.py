@@ -74,3 +74,10 @@ def by_first(act: Callable[[], T]) -> T:
     if wrong is not None:
         raise wrong
     return value
+
+
+def first_writes(write: Callable[[], object]) -> None:
+    """Lets the first process write; the others wait until it has."""
+    if is_first():
+        write()
+    wait()

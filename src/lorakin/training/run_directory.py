@@ -11,9 +11,11 @@ from typing import Any
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import locks, paths
 from lorakin.training import checkpoints, processes
-from lorakin.training.recipe import Recipe, read_recipe, settings_in
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe, said, settings_in
 
 RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
 
 
 class Held:
@@ -151,9 +153,7 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         )
     if not out or not saved.is_file():
         return read_recipe(path, flags)
-    given |= {
-        name: value for name, value in flags.items() if value is not None and value not in ([], {})
-    } | {"out": out}
+    given |= said(flags) | {"out": out}
     recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
         if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(

@@ -53,7 +53,7 @@ def test_a_directory_with_files_of_the_same_names_survives(tmp_path: Path) -> No
     ):
         if listed is not None:
             (tmp_path / demo.MADE).write_text(listed)
-        with pytest.raises(lk.OutputError, match="choose another directory"):
+        with pytest.raises(lk.OutputError):
             demo._write_data(tmp_path)
         assert mine.items() <= contents(tmp_path).items()
 

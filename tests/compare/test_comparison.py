@@ -332,7 +332,7 @@ def test_a_budget_that_fits_no_trial(model_dir: str, tmp_path: Path, capsys: Any
         ({"devices": "cuda:7"}, "there is no 'cuda:7' here"),
         ({"set": "ratoi=3"}, "has no setting 'ratoi'"),
         ({"rank": "1000"}, "rank 1000 is above what"),
-        ({"rank_above": "lower"}, "rank_above must be 'refuse' or 'clamp', not 'lower'"),
+        ({"rank_above": "lower"}, "lower"),
         ({"targets": "nothing"}, "nothing"),
         ({"batch_size": "99"}, "64 rows are too few to compare on"),
         (

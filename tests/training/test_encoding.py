@@ -11,10 +11,10 @@ import datasets
 import pytest
 
 import lorakin as lk
-from lorakin.training.answers import IGNORED
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled, prompt_ids
 from lorakin.training.reading import DataRows, read_rows, split, summary
+from lorakin.training.token_labels import IGNORED
 
 Write = Callable[..., str]
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import lorakin as lk
-from lorakin.training.answers import IGNORED
 from lorakin.training.chat_templates import use_template
+from lorakin.training.contents import Conversation, PlainText
 from lorakin.training.encoding import encode
-from lorakin.training.formats import Conversation, PlainText
 from lorakin.training.reading import read_rows, unused
+from lorakin.training.token_labels import IGNORED
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CHATML, learned
 

@@ -17,8 +17,7 @@ import pyarrow.parquet
 import pytest
 
 import lorakin as lk
-from lorakin.training import reading
-from lorakin.training.formats import Conversation, PlainText
+from lorakin.training.contents import Conversation, PlainText
 from lorakin.training.reading import DataRows, read_rows, split, unused
 
 Write = Callable[..., str]
@@ -188,7 +187,7 @@ def test_a_table_that_unfolds_into_too_much(
 ) -> None:
     table = pyarrow.table({"text": pyarrow.nulls(10_000_000, pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    monkeypatch.setattr(reading, "MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(data_files, "MOST_UNPACKED", 1 << 20)
     with pytest.raises(lk.DataError, match="10,000,000"):
         read_rows(str(tmp_path / "rows.parquet"))
 

@@ -10,9 +10,10 @@ import pytest
 import transformers
 
 import lorakin as lk
-from lorakin.training.answers import ANSWERS, IGNORED, LAST, Answers, Unverified, continued
-from lorakin.training.formats import Conversation
+from lorakin.training.answers import ANSWERS, LAST, Answers
+from lorakin.training.contents import Conversation
 from lorakin.training.templates import Template
+from lorakin.training.token_labels import IGNORED, Unverified, continued
 from training.carried import MISTRAL, byte_tokenizer, spaced_tokenizer, templates
 
 CHATML = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakin.training.answers import IGNORED
+from lorakin.training.token_labels import IGNORED
 
 Row = Mapping[str, Any]
 """An encoded row: `input_ids`, and `labels`, which of a classifier are one number."""

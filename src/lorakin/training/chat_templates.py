@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakin.errors import DataError
 from lorakin.storage import paths
-from lorakin.training.formats import Conversation
+from lorakin.training.contents import Conversation
 from lorakin.training.reading import DataRows
 from lorakin.training.templates import ALPACA
 

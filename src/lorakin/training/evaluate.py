@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lorakin.errors import DataError
 from lorakin.family.settings import require
 from lorakin.inject.eval_mode import in_mode
-from lorakin.training.answers import ANSWERS, IGNORED, LOSS_ON
+from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
@@ -23,6 +23,7 @@ from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import Loaded, load_with_adapter, stored_labels
 from lorakin.training.plainly import not_numbers
 from lorakin.training.reading import read_rows
+from lorakin.training.token_labels import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)

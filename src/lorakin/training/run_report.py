@@ -18,11 +18,11 @@ from lorakin.storage.summary import by_layer
 from lorakin.terminal import labelled, visible
 from lorakin.training import reading
 from lorakin.training.alarms import repeated, warn
-from lorakin.training.answers import IGNORED
 from lorakin.training.batches import Row
 from lorakin.training.evaluate import Evaluation, described
 from lorakin.training.reading import DataRows
 from lorakin.training.run import Run
+from lorakin.training.token_labels import IGNORED
 
 
 def show_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:

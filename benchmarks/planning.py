@@ -136,7 +136,7 @@ def placed(model: str, folder: Path) -> str:
     if model not in SIZES:
         return model
     code = (
-        "import sys, json, torch, transformers; from lorakin.training.models import directory_of;"
+        "import sys, json, torch, transformers; from lorakin.training.model_sources import directory_of;"
         "tokens = transformers.AutoTokenizer.from_pretrained(directory_of('smollm2')); tokens.save_pretrained(sys.argv[1]);"
         "config = transformers.LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **json.loads(sys.argv[2]));"
         "transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])"

@@ -13,7 +13,8 @@ import transformers
 import lorakin as lk
 from lorakin.cli.app import run
 from lorakin.training.docstrings import docstring_rows
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 
 pytestmark = pytest.mark.model
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorakin as lk
 from conftest import tiny_bert, tiny_llama
 from lorakin.errors import LorakinWarning
-from lorakin.training import models
+from lorakin.training import models, with_adapter
 
 
 @pytest.fixture
@@ -89,7 +89,9 @@ def test_an_adapters_own_head_is_not_announced_as_new(classifier: Path, tmp_path
             parameter.add_(0.1)
     want = model(torch.arange(3, 9).view(1, -1)).logits
     adapter.save(tmp_path / "adapter")
-    again = models.load_with_adapter(str(classifier), str(tmp_path / "adapter"), "float32").model
+    again = with_adapter.load_with_adapter(
+        str(classifier), str(tmp_path / "adapter"), "float32"
+    ).model
     assert torch.allclose(again(torch.arange(3, 9).view(1, -1)).logits, want, atol=1e-6)
 
 

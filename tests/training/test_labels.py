@@ -10,7 +10,7 @@ import pytest
 import lorakin as lk
 from conftest import randomise, tiny_bert
 from lorakin.storage import directory
-from lorakin.training.models import labels_of
+from lorakin.training.with_adapter import labels_of
 
 
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import lorakin as lk
 from conftest import randomise
 from lorakin.cli.app import run
 from lorakin.plan.skeleton import skeleton
-from lorakin.training import loading, models
+from lorakin.training import loading, models, with_adapter
 
 
 def hostile(folder: Path, ran: Path, known: bool) -> Path:
@@ -187,7 +187,7 @@ def test_an_adapter_beside_the_base_is_said_and_not_applied(
     assert torch.equal(found(ids).logits, want(ids).logits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # and that its base lay elsewhere
-        applied = models.load_with_adapter(str(folder), str(folder), "float32").model
+        applied = with_adapter.load_with_adapter(str(folder), str(folder), "float32").model
     assert not torch.allclose(applied(ids).logits, want(ids).logits, atol=1e-3)
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_beside_a_hub_id_is_said_too(
         lk.errors.LorakinWarning,
         match=r"adapter_config\.json",
     ):
-        models._room("org/name")
+        models._size("org/name")
     assert asked == [("org/name", "adapter_config.json")]
     monkeypatch.undo()
     assert not loading.holds("org/nothing-of-the-kind", "adapter_config.json")

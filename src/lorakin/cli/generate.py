@@ -68,7 +68,7 @@ def command(
 ) -> None:
     """Answer a prompt with a model and an adapter, word by word as the answer comes."""
     from lorakin.training.generate import answer
-    from lorakin.training.models import load_with_adapter
+    from lorakin.training.with_adapter import load_with_adapter
 
     text = _text(prompt)
     loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, **flags)

@@ -227,7 +227,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head
     with loading.readable(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
-        with loading.bounded(50 * len(header.tensors) + 2000, numbers, str(path)):
+        with loading.limited_size(50 * len(header.tensors) + 2000, numbers, str(path)):
             model, found = loading.model(
                 transformers.AutoModelForCausalLM,
                 folder,

@@ -20,10 +20,11 @@ from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
-from lorakin.training.models import Loaded, load_with_adapter, stored_labels
+from lorakin.training.models import Loaded, stored_labels
 from lorakin.training.plainly import not_numbers
 from lorakin.training.reading import read_rows
 from lorakin.training.token_labels import IGNORED
+from lorakin.training.with_adapter import load_with_adapter
 
 
 @dataclasses.dataclass(frozen=True)

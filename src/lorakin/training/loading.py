@@ -54,7 +54,7 @@ def made(auto: Any, config: Any, **options: Any) -> Any:
         ModelError: the config asks for more parameters than any model has.
     """
     is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
-    with bounded(TENSORS, NUMBERS, "its config"):
+    with limited_size(TENSORS, NUMBERS, "its config"):
         found = (
             auto.from_config(config, **{**options, **NO_CODE})
             if is_auto
@@ -109,7 +109,7 @@ def readable(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
+def limited_size(tensors: int, numbers: int, source: str) -> Iterator[None]:
     """Ends the making of a model that has more than its source can hold, while it takes no memory.
 
     transformers makes a model on the meta device first, and each module says what it is given.

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import lorakin as lk
 from conftest import tiny_llama
-from lorakin.training import checkpoints, prepare_trainer, run_directory
+from lorakin.training import checkpoint_manifest, checkpoints, prepare_trainer, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -77,15 +77,15 @@ def flip(file: Path, at: int) -> None:
 
 
 def test_every_part_is_in_the_manifest(last: Path) -> None:
-    said = json.loads((last / checkpoints.MANIFEST).read_text())
+    said = json.loads((last / checkpoint_manifest.MANIFEST).read_text())
     assert sorted(said["parts"]) == PARTS
     assert (said["step"], said["processes"]) == (4, 1)
     assert said["run"]["recipe"]["lr"] == 1e-2
     assert said["versions"]["lorakin"] == lk.__version__
-    assert checkpoints.opened(last).step == 4
+    assert checkpoint_manifest.opened(last).step == 4
 
 
-@pytest.mark.parametrize("part", [*PARTS, checkpoints.MANIFEST])
+@pytest.mark.parametrize("part", [*PARTS, checkpoint_manifest.MANIFEST])
 def test_a_flipped_bit_is_refused_by_name(part: str, last: Path, out: Path) -> None:
     chance, content = random.Random(5), (last / part).read_bytes()
     for _ in range(12):
@@ -175,7 +175,7 @@ def test_without_the_damaged_one_the_older_comes_to_the_same(
     resume(out)
     for name in ("adapter_model.safetensors", "lorakin.json"):
         assert (out / name).read_bytes() == (whole["one"] / name).read_bytes()
-    assert checkpoints.opened(last).step == 4
+    assert checkpoint_manifest.opened(last).step == 4
 
 
 def test_the_only_one_that_is_damaged(last: Path, out: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_only_one_that_is_damaged(last: Path, out: Path) -> None:
 
 
 def test_one_of_an_earlier_lorakin_is_refused_with_the_reason(last: Path, out: Path) -> None:
-    (last / checkpoints.MANIFEST).unlink()
+    (last / checkpoint_manifest.MANIFEST).unlink()
     with pytest.raises(
         lk.AdapterError,
         match=r"lorakin-checkpoint\.json",
@@ -198,7 +198,7 @@ def test_one_of_an_earlier_lorakin_is_refused_with_the_reason(last: Path, out: P
 
 
 def test_one_that_was_cut_off_is_passed_over(last: Path, out: Path) -> None:
-    checkpoints.unseal(last)
+    checkpoint_manifest.unseal(last)
     (last / "scheduler.pt").unlink()
     assert checkpoints.last_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
     (out / "checkpoints" / "checkpoint-6").mkdir()  # killed before its first file
@@ -219,7 +219,7 @@ def test_what_was_not_saved_in_it_is_refused_by_name(name: str, last: Path, out:
         resume(out)
     (last / name).unlink()
     (last / "README.md").write_text("a person's, who may")
-    assert checkpoints.opened(last).step == 4
+    assert checkpoint_manifest.opened(last).step == 4
 
 
 @pytest.mark.parametrize("left", ["optimizer.pt", "README.md", "default"])
@@ -274,7 +274,7 @@ def test_links_in_a_run_are_not_written_through(where: str, out: Path, tmp_path:
 def test_what_has_no_manifest_is_neither_written_into_nor_deleted(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         checkpoints.begin(tmp_path / f"checkpoint-{step}")
-        checkpoints.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
+        checkpoint_manifest.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "mine").write_text("mine")
     (tmp_path / "checkpoint-1").symlink_to(tmp_path / "checkpoint-3")
@@ -302,7 +302,9 @@ def test_a_save_begins_with_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     for name in ("rng_state_1.pth", "b/optimizer.pt"):
         (folder / name).write_bytes(b"of a save that was cut off")
     checkpoints.begin(folder)
-    assert list(tree(folder)) == [checkpoints.MANIFEST] and not checkpoints._is_whole(folder)
+    assert list(tree(folder)) == [checkpoint_manifest.MANIFEST] and not checkpoint_manifest.is_whole(
+        folder
+    )
 
 
 def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,15 +315,17 @@ def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.Monke
 
 def test_a_manifest_that_names_other_files(last: Path, out: Path) -> None:
     for name in ("../../recipe.yaml", "/etc/passwd"):
-        said = json.loads((last / checkpoints.MANIFEST).read_text())
+        said = json.loads((last / checkpoint_manifest.MANIFEST).read_text())
         said["parts"][name] = "0"
-        checkpoints._write(last, {key: value for key, value in said.items() if key != "sha256"})
+        checkpoint_manifest._write(
+            last, {key: value for key, value in said.items() if key != "sha256"}
+        )
         with pytest.raises(lk.AdapterError):
             resume(out)
-    checkpoints._write(last, {"format": 1, "is_whole": True, "step": "4"})
+    checkpoint_manifest._write(last, {"format": 1, "is_whole": True, "step": "4"})
     with pytest.raises(lk.AdapterError):
         resume(out)
-    checkpoints._write(last, {"format": 2})
+    checkpoint_manifest._write(last, {"format": 2})
     with pytest.raises(lk.AdapterError):
         resume(out)
 
@@ -329,7 +333,7 @@ def test_a_manifest_that_names_other_files(last: Path, out: Path) -> None:
 def test_the_steps_count_and_not_the_clock(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         checkpoints.begin(tmp_path / f"checkpoint-{step}")
-        checkpoints.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
+        checkpoint_manifest.seal(tmp_path / f"checkpoint-{step}", step, 1, {})
         os.utime(tmp_path / f"checkpoint-{step}", (2e9 - 1000 * step, 2e9 - 1000 * step))
     assert checkpoints.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     checkpoints.begin(tmp_path / "checkpoint-6")
@@ -387,7 +391,7 @@ class ClockGoesBack(transformers.TrainerCallback):
         (lambda last: flip(last / "optimizer.pt", 2000), r"optimizer\.pt"),
         (lambda last: (last / "rng_state.pth").unlink(), r"rng_state\.pth"),
         (
-            lambda last: (last / checkpoints.MANIFEST).unlink(),
+            lambda last: (last / checkpoint_manifest.MANIFEST).unlink(),
             "earlier",
         ),
         (
@@ -419,7 +423,7 @@ def test_a_users_own_trainer_does_not_write_through_links(trained: Path, tmp_pat
 
 def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None:
     expected = safetensors.torch.load_file(trained / "checkpoint-4" / "adapter_model.safetensors")
-    checkpoints.unseal(trained / "checkpoint-4")
+    checkpoint_manifest.unseal(trained / "checkpoint-4")
     (trained / "checkpoint-4" / "scheduler.pt").unlink()
     again, _ = trainer(trained)
     with pytest.raises(lk.AdapterError, match="checkpoint-3"):

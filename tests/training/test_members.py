@@ -20,7 +20,7 @@ import soak
 from conftest import tiny_mixtral
 from lorakin.cli.app import run as command
 from lorakin.family import FAMILY
-from lorakin.training import checkpoints, run_directory
+from lorakin.training import checkpoint_manifest, run_directory
 from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe: Callable[..., Reci
     result, _ = run(recipe("lora"))
     whole = tensors(result.out)
     (result.out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
-    checkpoints.unseal(result.out / "checkpoints" / "checkpoint-10")
+    checkpoint_manifest.unseal(result.out / "checkpoints" / "checkpoint-10")
     _, shown = run(run_directory.resumed_recipe(None, {"out": str(result.out)}), resume=True)
     assert "step 10/10" in shown
     assert "step 9/10" not in shown

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 import lorakin as lk
+from lorakin.training import data_files
 from lorakin.training.contents import Conversation, PlainText
 from lorakin.training.reading import DataRows, read_rows, split, unused
 

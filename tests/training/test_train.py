@@ -20,7 +20,7 @@ from torch import Tensor
 import lorakin as lk
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
-from lorakin.training import checkpoints, prepare, run_directory, run_trainer
+from lorakin.training import checkpoint_manifest, prepare, run_directory, run_trainer
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
@@ -196,7 +196,7 @@ def test_resuming_gives_the_bits_of_the_whole_run(
     ):  # as if it had been killed after step 6, in the middle of a save
         (half / name).unlink()
     (half / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()
-    checkpoints.unseal(half / "checkpoints" / "checkpoint-9")
+    checkpoint_manifest.unseal(half / "checkpoints" / "checkpoint-9")
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 9, "lo')
     resumed = run_directory.resumed_recipe(None, {"out": str(half), "steps": 9})

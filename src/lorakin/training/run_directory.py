@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import locks, paths
-from lorakin.training import checkpoints, processes
+from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import read_recipe, said, settings_in
 
@@ -123,8 +123,8 @@ def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
     checkpoints.check_place(out / CHECKPOINTS, checkpoints.step_of(folder))
     if folder is None:
         return None
-    manifest = checkpoints.opened(folder)
-    manifest.check_run({checkpoints.RECIPE: described(recipe)})
+    manifest = checkpoint_manifest.opened(folder)
+    manifest.check_run({checkpoint_manifest.RECIPE: described(recipe)})
     if manifest.processes != processes.count():
         raise SettingError(
             f"--resume: {out} was trained by {manifest.processes} processes, and there are {processes.count()} now, which "
@@ -156,9 +156,9 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     given |= said(flags) | {"out": out}
     recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
-        if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(
-            recipe, name
-        ):
+        if getattr(wanted, name) not in checkpoint_manifest.OPEN and getattr(
+            wanted, name
+        ) != getattr(recipe, name):
             raise SettingError(
                 f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
                 "to change it, start anew in another --out"

@@ -16,7 +16,7 @@ from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, O
 from lorakin.inject.llama_fusions import unfuse
 from lorakin.storage import directory
 from lorakin.terminal import command, labelled
-from lorakin.training import checkpoints, processes, run_directory
+from lorakin.training import checkpoint_manifest, checkpoints, processes, run_directory
 from lorakin.training.alarms import Alarms, warn
 from lorakin.training.evaluate import Evaluation, described
 from lorakin.training.prepare import prepare
@@ -105,8 +105,8 @@ def _run_trainer(run: Run, trainer: AdapterTrainer) -> Evaluation:
         OutputError: a checkpoint cannot be written.
     """
     trainer.provenance = {
-        checkpoints.RECIPE: run_directory.described(run.recipe),
-        checkpoints.ROWS: run.rows,
+        checkpoint_manifest.RECIPE: run_directory.described(run.recipe),
+        checkpoint_manifest.ROWS: run.rows,
     }
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from lorakin.loop import float16_base
 from lorakin.loop.deepspeed_zero import follow, gather
 from lorakin.loop.parameter_groups import regroup
 from lorakin.storage import directory
-from lorakin.training import checkpoints, processes
+from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.checkpoints import STATE, last_checkpoint
 
 DEFAULT = "default"
@@ -65,7 +65,7 @@ class AdapterTraining:
         """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent.
 
         Raises:
-            AdapterError: the checkpoint to go on from is damaged; see `checkpoints.opened`.
+            AdapterError: the checkpoint to go on from is damaged; see `checkpoint_manifest.opened`.
             OutputError: checkpoints would be written through a link, or into what is none; see `checkpoints.check_place`.
         """
         sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -110,7 +110,7 @@ class AdapterTraining:
             raise SettingError(
                 f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that is whole"
             )
-        manifest = checkpoints.opened(Path(folder))
+        manifest = checkpoint_manifest.opened(Path(folder))
         manifest.check_run(self.provenance)
         manifest.check_versions()
         if manifest.processes != self.args.world_size:
@@ -180,7 +180,9 @@ class AdapterTraining:
         """Write a checkpoint's manifest, once every process has written its parts."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder, self.state.global_step, self.args.world_size, self.provenance)
+            checkpoint_manifest.seal(
+                folder, self.state.global_step, self.args.world_size, self.provenance
+            )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The adapters, by the process that saves."""

@@ -33,13 +33,15 @@ def command(
     how: Annotated[
         str,
         typer.Option(
-            help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank."
+            help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density "
+            "and --rank."
         ),
     ] = "sum",
     on: Annotated[
         str,
         typer.Option(
-            help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …"
+            help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, "
+            "ties …"
         ),
     ] = "change",
     density: Annotated[
@@ -54,7 +56,8 @@ def command(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="The nearest combination of that rank; without it the sum is exact, and ranks add up."
+            help="The nearest combination of that rank; without it the sum is exact, and ranks "
+            "add up."
         ),
     ] = None,
     error: Annotated[
@@ -65,7 +68,10 @@ def command(
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several: their changes' weighted sum, or what TIES, DARE or pruning make of them."""
+    """Make one adapter of several.
+
+    It is the weighted sum of their changes, or what TIES, DARE or pruning make of them.
+    """
     from lorakin.serving.combination import combine_directories
 
     weights: dict[str, float] = {}

@@ -59,7 +59,8 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
+            help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 "
+            "(gguf-merged)."
         ),
     ] = None,
     verify: NoVerify = True,
@@ -67,7 +68,10 @@ def command(
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make of an adapter what others serve: plain LoRA, a merged model, or either as GGUF; compared with the trained model."""
+    """Write an adapter as other programs serve it, and compare that with the trained model.
+
+    Plain LoRA, a merged model, or either as GGUF.
+    """
     from lorakin.errors import ModelError, VerificationError
     from lorakin.serving.export import export
     from lorakin.serving.job import Order

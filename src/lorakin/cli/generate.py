@@ -27,7 +27,7 @@ EXAMPLES = examples(
 
 
 def _text(prompt: str) -> str:
-    """The prompt that is meant.
+    """Returns the prompt, from stdin if it is "-".
 
     Raises:
         DataError: it is no UTF-8.

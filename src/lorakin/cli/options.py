@@ -57,12 +57,12 @@ NoTemplate = Annotated[
 
 
 def console_for(as_json: bool) -> Terminal:
-    """Where a command talks to the user: not on stdout if that is to hold JSON."""
+    """Returns where a command talks to the user: not on stdout if that holds JSON."""
     return Terminal(stderr=as_json)
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """The result on stdout, for scripts.
+    """Prints the result on stdout, for scripts.
 
     Raises:
         ModelError: it holds NaN or infinity, for which JSON has no word.
@@ -71,11 +71,12 @@ def print_json(content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError:
         raise ModelError(
-            "the result holds NaN or infinity, for which JSON has no word; look at it without --json"
+            "the result holds NaN or infinity, for which JSON has no word; look at it without "
+            "--json"
         ) from None
     print(text)
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help: commands to copy, one a paragraph."""
+    """Returns the end of a command's help: commands to copy, one in each paragraph."""
     return "Examples:\n\n" + "\n\n".join(f"[cyan]{line}[/]" for line in lines)

@@ -63,7 +63,8 @@ class Manifest:
         """
         if RECIPE in run and RECIPE not in self.run:
             raise SettingError(
-                f"{self.folder} is no checkpoint of lorakin train, so it cannot be gone on with here"
+                f"{self.folder} is no checkpoint of lorakin train, so it cannot be gone on with "
+                "here"
             )
         then, now = self.run.get(RECIPE, {}), json.loads(json.dumps(run.get(RECIPE, {})))
         for name in [name for name in now if name in then]:
@@ -135,7 +136,8 @@ def opened(folder: Path) -> Manifest:
     said = manifest_in(folder)
     if said is None:
         raise AdapterError(
-            f"{folder} has no {MANIFEST}: an earlier lorakin made it, or it was lost. Nothing tells "
+            f"{folder} has no {MANIFEST}: an earlier lorakin made it, or it was lost. Nothing "
+            "tells "
             "whether its parts belong together, so training does not go on from it. "
             f"{_instead(folder)}"
         )

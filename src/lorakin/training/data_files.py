@@ -1,7 +1,7 @@
 """Data files and hub data sets as tables: numbered rows, with every value as it stands there.
 
-Python's `json` and `csv`, and pyarrow, read the files: nothing is cached, nothing is fetched, and no
-cell is guessed to be a number or a date.
+Python's `json` and `csv`, and pyarrow, read the files: nothing is cached, nothing is fetched, and
+no cell is guessed to be a number or a date.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def _parquet(file: IO[bytes]) -> Table:
     held = sum(stored.row_group(n).total_byte_size for n in range(stored.num_row_groups))
     if max(cells, held) > max(MOST_UNPACKED, MOST_RATIO * file.seek(0, os.SEEK_END)):
         raise DataError(
-            f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are meant"
+            f"the table unfolds into {cells:,} cells of {held:,} bytes; keep the rows that are "
+            "meant"
         )
     content = pyarrow.parquet.read_table(file)
     said = (content.schema.metadata or {}).get(b"huggingface")

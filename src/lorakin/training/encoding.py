@@ -99,7 +99,9 @@ class Encoder:
         return self.opened(prompt)
 
     def opened(self, text: str) -> list[int]:
-        """Returns a text's tokens as a model begins: with one BOS token, if the tokenizer adds it."""
+        """Returns a text's tokens as a model begins: with one BOS token, if the tokenizer adds
+        it.
+        """
         ids: list[int] = self.tokenizer(text)["input_ids"]
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         ends_itself = text.endswith(str(self.tokenizer.eos_token))

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out rows: loss per answer token and perplexity, or a classifier's loss and accuracy."""
+"""How well a model predicts held-out rows: loss and perplexity, or loss and accuracy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from lorakin.training.with_adapter import load_with_adapter
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over `count` answer tokens or, for a classifier, rows (which then has an accuracy)."""
+    """Held-out figures.
+
+    Attributes:
+        loss: the mean loss per answer token or, for a classifier, per row.
+        count: over how many.
+        accuracy: a classifier's share of right answers; None for a language model.
+    """
 
     loss: float
     count: int
@@ -41,7 +47,7 @@ class Evaluation:
         return None if self.accuracy is not None else math.exp(min(self.loss, 700))
 
     def as_dict(self) -> dict[str, float]:
-        """The figures by name, without those that do not apply."""
+        """Returns the figures by name, without those that do not apply."""
         named = {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -64,7 +70,10 @@ def described(evaluation: Evaluation) -> str:
 
 
 def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
-    """The collator for `model`: asks for logits at the answers only if the model's forward can."""
+    """Returns the collator for a language model.
+
+    It asks for logits at the answers alone, if the model's forward can do that.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return AnswerCollator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
 
@@ -73,9 +82,16 @@ def answer_collator(model: Any, tokenizer: Any) -> AnswerCollator:
 def evaluate(
     model: Any, collate: Callable[..., Any], examples: Sequence[Row], batch_size: int
 ) -> Evaluation:
-    """The loss per labelled token over all examples, or a classifier's loss per row and accuracy.
+    """Evaluates a model on tokenised rows.
 
-    Longest examples come first, so that little of a batch is padding; a model that is too large for memory fails at once.
+    The longest rows come first: batches hold little padding then, and a model that is too large for
+    the memory fails at once.
+
+    Args:
+        model: a transformers model, on its device.
+        collate: makes a batch of rows.
+        examples: the rows.
+        batch_size: rows at a time.
     """
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
     total, count, right = 0.0, 0, None
@@ -110,7 +126,19 @@ def evaluate_rows(
     other_base: bool = False,
     quantize: str | None = None,
 ) -> Evaluation:
-    """Evaluate a model, with an adapter or without, on all rows of a data set.
+    """Evaluates a model, with an adapter or without, on all rows of a data set.
+
+    Args:
+        model: a base model, as for `load_model`.
+        adapter: a directory or hub id; None for the base alone.
+        name: files or hub data sets.
+        batch_size: rows at a time.
+        max_length: tokens at which rows are cut.
+        loss_on: "answers", "last" or "all".
+        chat_template: as for `use_template`.
+        columns, layout: as for `read_rows`.
+        dtype, quantize: as for `load_model`.
+        other_base: as for `load_with_adapter`.
 
     Raises:
         ModelError: the model computes NaN or infinity.
@@ -127,7 +155,8 @@ def evaluate_rows(
     is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
     if is_classifier != rows.is_classification:
         raise DataError(
-            f"{name} has format {rows.formats[0]}, which does not suit a {type(loaded.model).__name__}"
+            f"{name} has format {rows.formats[0]}, which does not suit a "
+            f"{type(loaded.model).__name__}"
         )
     length = row_length(places(loaded.model), max_length)
     if is_classifier:

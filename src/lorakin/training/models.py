@@ -168,7 +168,9 @@ def _warn_of_adapter(source: str, is_there: bool) -> None:
 
 
 def _new_modules(auto: Any, source: str, task: dict[str, Any]) -> list[str] | None:
-    """Returns the modules of a classifier that its files lack. They are trained, so not quantised."""
+    """Returns the modules of a classifier that its files lack. They are trained, so not
+    quantised.
+    """
     if not task:
         return None
     model, found = loading.model(auto, source, device_map="meta", **REPORT, **task)

@@ -1,4 +1,6 @@
-"""Getting a run ready: its data, its model and its adapter, all checked before anything is written."""
+"""Getting a run ready: its data, its model and its adapter, all checked before anything is
+written.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ class Record:
             return names[value]
         if not isinstance(value, str | int | float) or value != value or not _is_class(value):
             raise DataError(
-                f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole numbers"
+                f"{self.where}: label {repr(value)[:80]} is no class; expected text or whole "
+                "numbers"
             )
         return label_text(value)
 

@@ -41,7 +41,7 @@ MADE = ("rope_freqs", "rope_factors")
 """Tensors that a config says as well, as numbers of its rotation."""
 RECORD, LOCK, HALF = "conversion.json", ".lock", ".converting-"
 BESIDE = "lorakin-"
-"""Begins the name of a directory for a cache that cannot be written; the process's number follows."""
+"""Begins the name of a directory beside an unwritable cache; the process's number follows."""
 
 
 def cache_directory() -> Path:

@@ -45,7 +45,7 @@ KERNELS = (
     "_experts_implementation",
 )
 SPREAD, SLACK = 16, 10**8
-"""Most numbers for a byte of weights (8 of a bit each, as many tied), and most new ones (a head)."""
+"""Most numbers for a byte of weights (8 of a bit each, as many tied); and new ones, as in a head."""
 BITSANDBYTES, PACKED = "bitsandbytes", re.compile(r"\.(quant_state\.|SCB$|absmax$)")
 """A quant_method, and what stands beside each weight that it has packed."""
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -60,7 +60,7 @@ class StoredTensor:
 
     @property
     def most_tensors(self) -> int:
-        """As many tensors as a model of it can have: tied weights, heads and experts count apart."""
+        """As many tensors as a model of it can have: ties, heads and experts count apart."""
         return 4 * self.tensors + 2000
 
     @property

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError, StateError
-from lorakin.family import Member, Method, widened
+from lorakin.family import GRADIENTS, INPUTS, Member, Method, widened
+from lorakin.family.pair import is_imagined
 from lorakin.inject import placement
-from lorakin.inject.activation_norms import check_called, energies
+from lorakin.inject.activation_norms import energies
+from lorakin.inject.adapted import module_at
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.measuring import check_called, measure
 from lorakin.inject.mixed_batch import MixedBatch
 from lorakin.inject.placement import Graft
 from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
@@ -229,6 +232,7 @@ def adapt(
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Adapter:
     """Put a fresh adapter into `model`, which stays itself: same class, same names, same output until it is trained.
 
@@ -254,7 +258,9 @@ def adapt(
             has its own of each, and the base's stay as they are.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
-        probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
+        probe: batches for a member that looks at data before it starts: LoRA-drop (see
+            `lorakin.importance`), EVA, LoRA-GA.
+        loss: (model, batch) → loss, for a probe of models whose output has none.
 
     Raises:
         SettingError: members that do not combine, a rank above a weight's smaller side, a name that is taken.
@@ -273,13 +279,18 @@ def adapt(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    if probe is not None and method.setting("importance") is not None:
+    if probe is not None and method.measuring is None and method.probe is None:
+        given = method.setting("importance") is not None
         raise SettingError(
             f"{method.words} was given importance and a probe that would find it; give one of them"
+            if given
+            else f"{method.words} looks at no data before it starts; leave probe out"
         )
-    if probe is not None:
+    if probe is not None and method.probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    adapter = _fresh(model, name, placement.place(model, method, targets, **places), seed, dtype)
+    placed_on = placement.place(model, method, targets, **places)
+    placed_on, measured = _measured(model, placed_on, probe, loss)
+    adapter = _fresh(model, name, placed_on, seed, dtype, measured)
     if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
@@ -399,12 +410,40 @@ def _importance(
         pilot.remove()
 
 
+def _measured(
+    model: nn.Module,
+    placed_on: placement.Placement,
+    batches: Sequence[Any] | None,
+    loss: Loss | None,
+) -> tuple[placement.Placement, Mapping[str, Any]]:
+    """What the member that starts by data found, by path, and the placement that follows from it."""
+    method = placed_on.method
+    member = method.measuring
+    if member is None:
+        return placed_on, {}
+    targets = {path: placement.target_of(module_at(model, path)) for path in placed_on.methods}
+    if all(is_imagined(target.weight) for target in targets.values()):
+        return placed_on, {}
+    if batches is None:
+        raise SettingError(
+            f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it starts, and "
+            "there are none: call adapt(…, probe=batches)"
+        )
+    observer = member.observer(targets, placed_on.methods)
+    of = GRADIENTS if GRADIENTS in member.needs else INPUTS
+    paths, most = list(placed_on.methods), member.batches
+    measure(model, paths, observer, of, list(batches), loss, most)
+    found = observer.found()
+    return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
+
+
 def _fresh(
     model: nn.Module,
     name: str,
     plan: placement.Placement,
     seed: int | None,
     dtype: torch.dtype | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
@@ -412,8 +451,12 @@ def _fresh(
         base_rows(model, plan.tokens, dtype),
         placement.start_of(model, plan.biases, dtype),
     )
-    adapter.install(placement.fresh(model, plan, _generator(seed), dtype), rows=rows, biases=biases)
+    adapter.install(
+        placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
+    )
     adapter.freeze_base()
+    for path in plan.methods:
+        adapter.branch(path).remember_start()
     adapter.is_fresh = True
     return adapter
 

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from lorakin.adapter import Adapter
+from lorakin.family.slots import scale_of_ranks
 from lorakin.inject.layers import kind_of
 from lorakin.inject.placement import own_weight
 
@@ -104,7 +105,7 @@ def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
 
 def ranks(adapter: Adapter) -> dict[str, int]:
     """Path → ranks that are not switched off, of a method that moves a budget of them; empty before it is trained."""
-    slot = adapter.placement.method.parametrisation.per_rank
+    slot = scale_of_ranks(adapter.placement.method.parametrisation.slots)
     if slot is None or not any(
         "budget" in member.decides for member in adapter.placement.method.members
     ):

@@ -120,7 +120,7 @@ class Bias(nn.Module):
         """None of the method's."""
         return {}
 
-    def roles(self) -> dict[str, Any]:
+    def slots(self) -> dict[str, Any]:
         """None of the method's."""
         return {}
 

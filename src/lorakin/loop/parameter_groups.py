@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Role
+from lorakin.family import Slot
+from lorakin.family.method import rate as rate_of
 from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import module_at
 
@@ -43,8 +44,8 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
         _rates(graft, lr) if options.get("weight_decay", True) else _rates(graft, lr, exempt=False)
     )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, rate, role in rates:
-        groups.setdefault((rate, role.decays), []).append(parameter)
+    for parameter, rate, slot in rates:
+        groups.setdefault((rate, slot.decays), []).append(parameter)
     if not any(
         parameter.requires_grad for parameters in groups.values() for parameter in parameters
     ):
@@ -126,16 +127,16 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
         )
     for path in graft.placement.methods:
         branch = graft.branch(path)
-        for slot, role in branch.roles().items():
-            parameter = branch.tensors().get(slot)
+        for name, slot in branch.slots().items():
+            parameter = branch.tensors().get(name)
             if (
                 parameter is not None
                 and parameter.requires_grad
-                and not role.trained
+                and not slot.trained
                 and id(parameter) in groups
             ):
                 raise StateError(
-                    f"the optimizer trains {path}.{slot}, which {method.words} keeps as it is: something set its "
+                    f"the optimizer trains {path}.{name}, which {method.words} keeps as it is: something set its "
                     "requires_grad. Set it back, and build the optimizer from adapter.parameter_groups(lr=…)"
                 )
     _warn_of_side_effects(graft, groups)
@@ -146,8 +147,8 @@ def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> No
     words = graft.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
-        for p, _, role in _rates(graft, 1.0, exempt=False)
-        if id(p) in groups and not role.decays
+        for p, _, slot in _rates(graft, 1.0, exempt=False)
+        if id(p) in groups and not slot.decays
     }
     if any(decayed):
         warnings.warn(
@@ -227,7 +228,7 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
 
 
-def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Role]]:
+def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Slot]]:
     """Every trainable tensor once, with its rate and role. Modules trained whole have the base rate.
 
     With `exempt`, those of their parameters that `decays` exempts have a role that does not decay. Without decay there is no
@@ -235,23 +236,23 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
 
     One whose ranks were all freed stays in its group, so that the optimizer of a resumed run has the groups of the first.
     """
-    found: dict[int, tuple[nn.Parameter, float, Role]] = {}
+    found: dict[int, tuple[nn.Parameter, float, Slot]] = {}
     for path in graft.placement.methods:
         branch = graft.branch(path)
-        roles = branch.roles()
+        slots = branch.slots()
         for slot, parameter in branch.tensors().items():
-            if parameter.requires_grad or (roles[slot].trained and not parameter.numel()):
-                rate = graft.placement.method.rate(lr, roles[slot], branch.shape)
-                found.setdefault(id(parameter), (parameter, rate, roles[slot]))
+            if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
+                rate = rate_of(lr, slots[slot])
+                found.setdefault(id(parameter), (parameter, rate, slots[slot]))
     for at in graft.placement.copies:
         for path, owner in graft.copy_of(at).named_modules(prefix=at):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
-                    found.setdefault(id(parameter), (parameter, lr, Role(decays=acts)))
+                    found.setdefault(id(parameter), (parameter, lr, Slot((), decays=acts)))
     for bias in graft.biases().values():
         if bias.requires_grad:
-            found.setdefault(id(bias), (bias, lr, Role(decays=False)))
+            found.setdefault(id(bias), (bias, lr, Slot((), decays=False)))
     for _, parameter in graft.trained():  # rows of tokens
-        found.setdefault(id(parameter), (parameter, lr, Role()))
+        found.setdefault(id(parameter), (parameter, lr, Slot(())))
     return list(found.values())

@@ -14,8 +14,8 @@ from torch import nn
 from lorakin.adapter import adapt
 from lorakin.family import Method
 from lorakin.inject import placement
-from lorakin.inject.activation_norms import check_called
 from lorakin.inject.adapted import module_at
+from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.training import loading
 from lorakin.training.models import config_of

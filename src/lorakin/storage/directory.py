@@ -300,17 +300,14 @@ def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
     site = graft.branch(path)
-    if not any(role.trained for role in site.roles().values()):
+    if not any(slot.trained for slot in site.slots().values()):
         return False  # meant to
     bias = graft.biases().get(path)
     if bias is not None and not _is_the_bases_bias(graft, path, bias):
         return False
-    pair = site.method.low_rank(site.wide(), site.shape)
-    return (
-        not pair.up.is_meta
-        and bool(pair.down.numel())
-        and not (bool(pair.up.any()) and bool(pair.down.any()))
-    )
+    there = site.tensors().values()
+    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
+    return has_numbers and site.is_at_start
 
 
 __all__ = [

@@ -37,6 +37,7 @@ from lorakin.family import (
 from lorakin.family.adalora import Triplets
 from lorakin.family.dora import row_norms
 from lorakin.family.low_rank import padded
+from lorakin.family.slots import scale_of_ranks, sides_of_ranks
 from lorakin.inject import layers
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
@@ -411,8 +412,10 @@ def _as_pairs(graft: Graft) -> dict[str, dict[str, Tensor]]:
         sites[path] = {"A": pair.down, "B": pair.up}
         if "m" in wide:
             sites[path]["m"] = wide["m"]
-        elif pair.gain is not None:
-            sites[path]["m"] = pair.gain * row_norms(graft.base_weight(path), pair.up, pair.down)
+        elif site.method.gains:
+            gain = site.method.pair(wide, site.shape, graft.base_weight(path)).gain
+            assert gain is not None
+            sites[path]["m"] = gain * row_norms(graft.base_weight(path), pair.up, pair.down)
     return sites
 
 
@@ -634,8 +637,9 @@ def _with_ranks_kept(
     placement: Placement, config: Mapping[str, Any], read: Mapping[str, Mapping[str, Tensor]]
 ) -> Placement:
     """The placement with the rank of each module whose ranks were pruned."""
-    scales = placement.method.parametrisation.per_rank
-    if not placement.method.parametrisation.per_rank_sides or scales is None:
+    slots = placement.method.parametrisation.slots
+    scales = scale_of_ranks(slots)
+    if scales is None or not sides_of_ranks(slots):
         return placement
     sites = {}
     for path, method in placement.methods.items():
@@ -819,7 +823,7 @@ def _check_slots(
     """The tensors of each module, which are finite, are those of the method, and fit together."""
     for path, fresh in expected.items():
         shape, method, slots = targets[path].shape, placement.methods[path], read[path]
-        known = method.roles(path, shape, fresh).keys()
+        known = method.slots_at(path, shape).keys()
         if missing := [slot for slot, t in fresh.items() if slot not in slots and t.numel()]:
             raise AdapterError(f"{where}: {path} lacks {', '.join(missing)} of {method.words}")
         if extra := sorted(set(slots) - set(known)):

@@ -45,7 +45,7 @@ KERNELS = (
     "_experts_implementation",
 )
 SPREAD, SLACK = 16, 10**8
-"""Most numbers for a byte of weights (8 of a bit each, as many tied); and new ones, as in a head."""
+"""Most numbers for a byte of weights (8 of a bit each, and as many tied), and in a new head."""
 BITSANDBYTES, PACKED = "bitsandbytes", re.compile(r"\.(quant_state\.|SCB$|absmax$)")
 """A quant_method, and what stands beside each weight that it has packed."""
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")

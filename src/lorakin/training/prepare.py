@@ -16,8 +16,8 @@ from rich.console import Console
 from lorakin.adapter import adapt
 from lorakin.errors import DataError
 from lorakin.family import Method
-from lorakin.inject.activation_norms import check_called
 from lorakin.inject.llama_fusions import fuse
+from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import find_modules, head_of, parse_layers
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, paths, texts

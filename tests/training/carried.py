@@ -12,6 +12,8 @@ from typing import Any
 import tokenizers
 import transformers
 
+from serving.words import byte_tokenizer
+
 SPECIAL = re.compile(
     r"<\|?[a-z_]+\|>|<\|[a-z_]+\|?>|<\|\"\|>|<\|[^|<>\n]+\|>|<｜[^｜]+｜>|</?s>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>"
     r"|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance|start_of_image)>|<SPECIAL_\d+>"
@@ -56,25 +58,44 @@ def templates() -> dict[str, str]:
     return found
 
 
-def byte_tokenizer(template: str | None, eos: str | None = None) -> Any:
-    """A tokenizer of single bytes that knows the special tokens in the template."""
-    special = sorted(set(SPECIAL.findall(template or "")))
+def _short(place: str) -> str:
+    path = Path(place.partition(":")[0])
+    return f"transformers_{path.parent.name}" if place.startswith("transformers/") else path.stem
+
+
+TEMPLATES = {_short(place): text for place, text in templates().items()}
+"""The same by short names."""
+
+
+def tokenizer_of(template: str | None, eos: str | None = None, merges: bool = False) -> Any:
+    """A byte-level tokenizer with a template and its special tokens, and an end of text.
+
+    Without merges each byte is a token, so that it cuts every text at every place.
+    """
+    special = set(SPECIAL.findall(template or ""))
+    usual = "</s>" if "[INST]" in special else "<|endoftext|>"
+    eos = eos or next((end for end in ENDS if end in special), usual)
+    begins = ("<s>", "<|begin_of_text|>", "<bos>")
+    bos = next((begin for begin in begins if begin in special), "<s>")
+    raw = tokenizers.Tokenizer.from_str(_bytes(merges))
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": "<pad>"}
+    others = sorted(special - set(named.values()))
+    made.add_special_tokens({**named, "additional_special_tokens": others})
+    made.chat_template = template
+    return made
+
+
+@cache
+def _bytes(merges: bool) -> str:
+    if merges:
+        return str(byte_tokenizer().backend_tokenizer.to_str())
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[])
-    )
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
-    eos = eos or next(
-        (end for end in ENDS if end in special), "</s>" if "[INST]" in special else "<|endoftext|>"
-    )
-    bos = next(
-        (begin for begin in ("<s>", "<|begin_of_text|>", "<bos>") if begin in special), "<s>"
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=template,
-        additional_special_tokens=[token for token in special if token not in (eos, bos)],
-    )  # fmt: skip
+    return str(raw.to_str())
 
 
 def spaced_tokenizer() -> Any:

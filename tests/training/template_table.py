@@ -10,7 +10,7 @@ import trl
 
 from lorakin.training.answers import ANSWERS, LAST
 from lorakin.training.templates import Template
-from training.carried import byte_tokenizer, templates
+from training.carried import templates, tokenizer_of
 from training.test_templates import CONVERSATIONS, outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "templates.md"
@@ -33,7 +33,7 @@ def table() -> str:
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     lines = []
     for name, text in templates().items():
-        template, cells = Template(byte_tokenizer(text)), []
+        template, cells = Template(tokenizer_of(text)), []
         for conversation in CONVERSATIONS:
             found = tuple(outcome(template, conversation, on) for on in (ANSWERS, LAST))
             for on, what in zip((ANSWERS, LAST), found, strict=True):

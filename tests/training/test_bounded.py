@@ -10,7 +10,7 @@ import pytest
 import lorakin as lk
 from lorakin.training.bounded import bounded
 from lorakin.training.templates import Template
-from training.carried import byte_tokenizer
+from training.carried import tokenizer_of
 
 ENDLESS = "".join("{% for " + name + " in range(99999) %}" for name in "abc") + "{% endfor %}" * 3
 
@@ -33,7 +33,7 @@ def test_a_template_that_never_ends_is_refused(
     )
     begun = time.monotonic()
     with pytest.raises(lk.LorakinError):
-        Template(byte_tokenizer(template)).prompt([{"role": "user", "content": "a"}])
+        Template(tokenizer_of(template)).prompt([{"role": "user", "content": "a"}])
     assert time.monotonic() - begun < 10
 
 

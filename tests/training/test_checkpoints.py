@@ -302,9 +302,9 @@ def test_a_save_begins_with_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     for name in ("rng_state_1.pth", "b/optimizer.pt"):
         (folder / name).write_bytes(b"of a save that was cut off")
     checkpoints.begin(folder)
-    assert list(tree(folder)) == [checkpoint_manifest.MANIFEST] and not checkpoint_manifest.is_whole(
-        folder
-    )
+    assert list(tree(folder)) == [
+        checkpoint_manifest.MANIFEST
+    ] and not checkpoint_manifest.is_whole(folder)
 
 
 def test_other_software_is_said(last: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lorakin.training.contents import Conversation, PlainText
 from lorakin.training.encoding import encode
 from lorakin.training.reading import read_rows, unused
 from lorakin.training.token_labels import IGNORED
-from training.carried import byte_tokenizer, templates
+from training.carried import templates, tokenizer_of
 from training.test_templates import CHATML, learned
 
 Write = Callable[..., str]
@@ -176,7 +176,7 @@ def test_keys_that_are_not_used_are_named(write_rows: Write) -> None:
 
 
 def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
     rows = read_rows(
         write_rows([{"messages": [TURNS[0], wrong, *TURNS]}, {"messages": TURNS, "train": False}])
@@ -188,7 +188,7 @@ def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
 
 
 def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     row = {
         "prompt": [*TURNS, {"role": "user", "content": "q2"}],
         "completion": [{"role": "assistant", "content": "b"}],
@@ -199,7 +199,7 @@ def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: W
 
 @pytest.mark.parametrize("loss_on", ["answers", "last", "all"])
 def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     rows = read_rows(
         write_rows(
             [
@@ -223,13 +223,13 @@ def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
 def test_instructions_without_a_template_get_alpacas_prompt(write_rows: Write) -> None:
     alpaca = read_rows(write_rows([{"instruction": "say 0", "input": "", "output": "it is 0"}]))
     for chosen, template in ((True, None), (False, CHATML), ("alpaca", CHATML)):
-        tokenizer = byte_tokenizer(template, eos="</s>")
+        tokenizer = tokenizer_of(template, eos="</s>")
         assert use_template(tokenizer, chosen, alpaca) is not None
         example = encode(alpaca, tokenizer, 500).examples[0]
         text = tokenizer.decode(example["input_ids"])
         assert text.endswith("\n\n### Instruction:\nsay 0\n\n### Response:\nit is 0</s>")
         assert learned(example["input_ids"], example["labels"], tokenizer) == ["it is 0</s>"]
-    tokenizer = byte_tokenizer(None, eos="</s>")
+    tokenizer = tokenizer_of(None, eos="</s>")
     chat = read_rows(write_rows([{"messages": TURNS}]))
     assert use_template(tokenizer, True, chat) is None
     with pytest.raises(lk.DataError):
@@ -238,7 +238,7 @@ def test_instructions_without_a_template_get_alpacas_prompt(write_rows: Write) -
 
 def test_variables_of_a_template(write_rows: Write) -> None:
     rows = read_rows(write_rows([{"messages": TURNS}]))
-    tokenizer = byte_tokenizer(
+    tokenizer = tokenizer_of(
         CHATML.replace(
             "assistant\n' }}", "assistant\n' }}{% if not quiet %}{{ 'LOUD ' }}{% endif %}"
         )
@@ -246,7 +246,7 @@ def test_variables_of_a_template(write_rows: Write) -> None:
     use_template(tokenizer, True, rows, {"quiet": True})
     example = encode(rows, tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
-    nemotron = byte_tokenizer(templates()["trl/chat_templates/nemotron_3_nano.jinja"])
+    nemotron = tokenizer_of(templates()["trl/chat_templates/nemotron_3_nano.jinja"])
     with pytest.raises(lk.DataError, match="--template-arg"):
         encode(rows, nemotron, 500)
     use_template(nemotron, True, rows, {"enable_thinking": False})
@@ -260,7 +260,7 @@ def test_variables_of_a_template(write_rows: Write) -> None:
 def test_text_that_is_rendered_already_gets_no_second_bos_or_eos(write_rows: Write) -> None:
     import tokenizers
 
-    tokenizer = byte_tokenizer("{{ '<|begin_of_text|><|eot_id|>' }}")
+    tokenizer = tokenizer_of("{{ '<|begin_of_text|><|eot_id|>' }}")
     begin = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
@@ -341,7 +341,7 @@ def test_a_prompt_that_is_json_is_a_text(prompt: str, write_rows: Write) -> None
 
 
 def test_a_prompt_that_is_rendered_already_is_not_wrapped_again(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     row = {
         "prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
         "completion": "yes<|im_end|>",
@@ -365,7 +365,7 @@ def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
     rows = read_rows(
         write_rows([{"prompt": "q", "completion": "b" * 300}, {"prompt": "q", "completion": "b"}])
     )
-    encoded = encode(rows, byte_tokenizer(CHATML), 100)
+    encoded = encode(rows, tokenizer_of(CHATML), 100)
     assert (len(encoded.examples), encoded.dropped, encoded.cut) == (2, 0, 1)
 
 

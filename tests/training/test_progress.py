@@ -82,6 +82,7 @@ def test_mutated_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.usefixtures("pictures")
 def test_links_are_not_followed(tmp_path: Path) -> None:
     mine, out = tmp_path / "mine", tmp_path / "out"
     mine.write_text("mine")

@@ -14,7 +14,7 @@ from lorakin.training.answers import ANSWERS, LAST, Answers
 from lorakin.training.contents import Conversation
 from lorakin.training.templates import Template
 from lorakin.training.token_labels import IGNORED, Unverified, continued
-from training.carried import MISTRAL, byte_tokenizer, spaced_tokenizer, templates
+from training.carried import MISTRAL, spaced_tokenizer, templates, tokenizer_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -131,7 +131,7 @@ def specials(tokenizer: Any) -> set[int]:
 
 @pytest.mark.parametrize("name", sorted(templates()))
 def test_carried_templates_are_verified_or_refused(name: str) -> None:
-    template = Template(byte_tokenizer(templates()[name]))
+    template = Template(tokenizer_of(templates()[name]))
     found = {(c, on): outcome(template, c, on) for c in CONVERSATIONS for on in (ANSWERS, LAST)}
     wrong = {key: value for key, value in found.items() if value not in ("verified", "refused")}
     assert not wrong
@@ -141,7 +141,7 @@ def test_carried_templates_are_verified_or_refused(name: str) -> None:
 def test_most_are_verified() -> None:
     """So that refusing everything is no way to pass."""
     found = [
-        outcome(Template(byte_tokenizer(text)), name, ANSWERS)
+        outcome(Template(tokenizer_of(text)), name, ANSWERS)
         for text in templates().values()
         for name in ("one turn", "several turns")
     ]
@@ -168,7 +168,7 @@ def test_most_are_verified() -> None:
     ],
 )  # fmt: skip
 def test_what_well_known_templates_learn(template: str, name: str, expected: list[str]) -> None:
-    tokenizer = byte_tokenizer(templates()[template])
+    tokenizer = tokenizer_of(templates()[template])
     messages, tools, _ = CONVERSATIONS[name]
     ids, labels = Answers(Template(tokenizer)).encode(
         Conversation(messages, [None] * len(messages), tools)
@@ -177,23 +177,23 @@ def test_what_well_known_templates_learn(template: str, name: str, expected: lis
 
 
 def test_what_cannot_be_verified_is_refused_with_the_way_out() -> None:
-    mistral = Template(byte_tokenizer(MISTRAL))
+    mistral = Template(tokenizer_of(MISTRAL))
     messages = [SYSTEM, *ONE, *MORE]
     with pytest.raises(Unverified, match="--loss-on"):
         Answers(mistral).encode(Conversation(messages, [None] * len(messages)))
     ids, labels = Answers(mistral).encode(Conversation(messages, [None] * len(messages)), LAST)
     assert learned(ids, labels, mistral.tokenizer) == [" Replied3</s>"]
     assert "Be brief zzq.\n\nAsked3" in mistral.tokenizer.decode(ids)
-    r1 = Template(byte_tokenizer(templates()["trl/chat_templates/deepseek_r1_distill.jinja"]))
+    r1 = Template(tokenizer_of(templates()["trl/chat_templates/deepseek_r1_distill.jinja"]))
     with pytest.raises(Unverified):
         Answers(r1).encode(Conversation(ONE, [None, None]))
     dropping = Template(
-        byte_tokenizer(CHATML.replace("in messages", "in messages if m.role != 'system'"))
+        tokenizer_of(CHATML.replace("in messages", "in messages if m.role != 'system'"))
     )
     with pytest.raises(lk.DataError, match="message 1"):
         Answers(dropping).encode(Conversation([SYSTEM, *ONE], [None] * 3))
     with pytest.raises(lk.DataError):
-        Answers(Template(byte_tokenizer(CHATML))).encode(Conversation(ONE, [None] * 2, TOOLS))
+        Answers(Template(tokenizer_of(CHATML))).encode(Conversation(ONE, [None] * 2, TOOLS))
 
 
 CALLING = CHATML.replace(
@@ -218,13 +218,13 @@ def test_what_a_template_drops_is_seen_though_its_words_stand_elsewhere(
     template: str, messages: list[dict[str, Any]], loss_on: str
 ) -> None:
     with pytest.raises(lk.DataError):
-        Answers(Template(byte_tokenizer(template))).encode(
+        Answers(Template(tokenizer_of(template))).encode(
             Conversation(messages, [None] * len(messages)), loss_on
         )
 
 
 def test_the_loss_on_all_drops_no_reasoning() -> None:
-    template = Template(byte_tokenizer(CHATML))
+    template = Template(tokenizer_of(CHATML))
     for message in (reply("ans", reasoning_content="secret"), reply("f", tool_calls=CALLS)):
         with pytest.raises(lk.DataError, match="message 2"):
             Answers(template).encode(Conversation([user("q"), message], [None, None]), "all")
@@ -235,7 +235,7 @@ def test_the_loss_on_all_drops_no_reasoning() -> None:
 )
 @pytest.mark.parametrize("word", ["a", "in", "user", "think", "c\r\n"])
 def test_short_answers_are_not_taken_for_the_templates_own_letters(name: str, word: str) -> None:
-    template = Template(byte_tokenizer(templates()[name]))
+    template = Template(tokenizer_of(templates()[name]))
     ids, labels = Answers(template).encode(
         Conversation([user("Pick"), reply(word), user("again"), reply("b")], [None] * 4)
     )
@@ -252,7 +252,7 @@ def test_tags_in_what_is_no_reasoning_are_text() -> None:
         user("d"),
         reply("e"),
     ]
-    template = Template(byte_tokenizer(CHATML))
+    template = Template(tokenizer_of(CHATML))
     ids, labels = Answers(template).encode(Conversation(messages, [None] * 5))
     assert learned(ids, labels, template.tokenizer) == [
         "b <think>c</think><|im_end|>",
@@ -261,7 +261,7 @@ def test_tags_in_what_is_no_reasoning_are_text() -> None:
 
 
 def test_ends_that_were_added_as_no_special_tokens() -> None:
-    tokenizer = byte_tokenizer(None, eos="</s>")
+    tokenizer = tokenizer_of(None, eos="</s>")
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = CHATML
     ids, labels = Answers(Template(tokenizer)).encode(Conversation([*ONE, *MORE], [None] * 6))
@@ -277,7 +277,7 @@ def test_ends_that_were_added_as_no_special_tokens() -> None:
 )
 def test_answers_with_odd_edges(answer: str) -> None:
     """A tokenizer may join an answer's first characters with what stands before it; the prompt is whole all the same."""
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     merged = tokenizer.backend_tokenizer
     assert (
         merged.add_tokens(["\n\n\n", "\n "]) == 2
@@ -292,9 +292,9 @@ def test_answers_with_odd_edges(answer: str) -> None:
 
 
 def test_the_ends_of_answers() -> None:
-    tokenizer = byte_tokenizer(CHATML, eos="<|endoftext|>")
+    tokenizer = tokenizer_of(CHATML, eos="<|endoftext|>")
     assert Template(tokenizer).endings.last == "<|im_end|>"
-    plain = byte_tokenizer(
+    plain = tokenizer_of(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", eos="</s>"
     )
     ids, labels = Answers(Template(plain)).encode(Conversation(ONE, [None, None]), LAST)
@@ -304,11 +304,11 @@ def test_the_ends_of_answers() -> None:
 
 
 def test_the_day_that_a_template_prints_is_the_runs() -> None:
-    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    tokenizer = tokenizer_of("{{ strftime_now('%d %b %Y') }}" + CHATML)
     template = Template(tokenizer, datetime.date(2024, 7, 26))
     assert template.prints_the_day
     assert tokenizer.decode(template.prompt([user("a")])).startswith("26 Jul 2024")
-    assert not Template(byte_tokenizer(CHATML)).prints_the_day
+    assert not Template(tokenizer_of(CHATML)).prints_the_day
 
 
 def test_a_space_tokenizer_puts_no_second_space_before_a_completion() -> None:
@@ -333,7 +333,7 @@ def test_a_space_tokenizer_puts_no_second_space_before_a_completion() -> None:
 def test_tokenising_grows_with_the_conversation_and_not_with_its_square(
     over_the_edge: list[str],
 ) -> None:
-    counted = byte_tokenizer(CHATML)
+    counted = tokenizer_of(CHATML)
     counted.backend_tokenizer.add_tokens(over_the_edge)
     seen: list[int] = []
 
@@ -363,7 +363,7 @@ def test_transformers_is_one_that_has_templates() -> None:
 
 @pytest.mark.parametrize("template", [5, {"a": CHATML, "b": CHATML}, {"default": 5}, ["x"]])
 def test_a_template_that_is_no_text(template: Any) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     tokenizer.chat_template = template
     with pytest.raises(lk.ModelError):
         Template(tokenizer).prompt([user("a")])

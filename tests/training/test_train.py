@@ -65,6 +65,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path / "adapter_model.safetensors")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_learns_and_leaves_everything(recipe: Recipe) -> None:
     result, shown, prepared = run(recipe)
     assert result.after.loss < 0.5 * result.before.loss

@@ -19,9 +19,11 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
     try:
         from lorakin.cli.app import run
-    except ImportError as error:
+
+        code = run(sys.argv[1:])
+    except ModuleNotFoundError as error:  # commands import what they need when they run
         sys.exit(
             f"lorakin's command needs more than its core ({error}); install it with: pip install "
             "'lorakin[train]'"
         )
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(code)

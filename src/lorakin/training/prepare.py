@@ -25,7 +25,7 @@ from lorakin.training import limits, processes, reading, run_directory, schedule
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
 from lorakin.training.encoding import Encoded, encode, encode_labelled
 from lorakin.training.models import Loaded, config_of, load_model
-from lorakin.training.probe import measure_importance
+from lorakin.training.probe import measure_importance, measured_by
 from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import write_recipe
@@ -132,7 +132,7 @@ def _place_adapter(run: Run, method: Method, template: str | None) -> None:
             atomic.write(run.out, {TEMPLATE: template.encode()})
 
     if method.probe is None:
-        run.adapter = adapt(model, method, **where)
+        run.adapter = adapt(model, method, **where, **measured_by(run, method))
         float16_base.check_trained(model)
         processes.first_writes(settings)
         return

@@ -1,4 +1,4 @@
-"""Batches for methods that look at the data before they start, as LoRA-drop does."""
+"""Batches for methods that look at the data before they start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from lorakin.training.run_report import importance_table
 Batch = dict[str, Tensor]
 
 
-def probe_batches(run: Run, share: float) -> list[Batch]:
+MOST_BATCHES = 256
+"""The most batches for a member that sets itself no limit."""
+
+
+def probe_batches(run: Run, share: float = 1.0, most: int | None = None) -> list[Batch]:
     """Returns batches of a random share of the run's training rows, on the model's device.
 
     The recipe's seed draws the rows, so a run and its resumption see the same ones. At least one
@@ -32,9 +36,11 @@ def probe_batches(run: Run, share: float) -> list[Batch]:
     Args:
         run: the run; its model is loaded and its rows are tokenised.
         share: the share of the training rows, in (0, 1].
+        most: the most batches; None for as many as there are.
     """
-    examples = stratified_sample(run.train.examples, share, run.recipe.seed)
     size = run.recipe.batch_size
+    examples = stratified_sample(run.train.examples, share, run.recipe.seed)
+    examples = examples if most is None else examples[: most * size]
     loader: Any = DataLoader(examples, batch_size=size, collate_fn=run.collator())  # type: ignore[arg-type]
     device = run.loaded.model.device
     return [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
@@ -52,6 +58,21 @@ def probe_loss(run: Run) -> Callable[[Any, Batch], Tensor] | None:
 def _loss_on_answers(model: Any, batch: Batch) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return answer_loss(model(**inputs), batch["labels"])
+
+
+def measured_by(run: Run, method: Method) -> dict[str, Any]:
+    """Returns the arguments of `lorakin.adapt` for a method that starts by data; none for others.
+
+    They are batches of the training rows, and the loss of a model on them.
+    """
+    member = method.measuring
+    if member is None:
+        return {}
+    batches = probe_batches(run, most=member.batches or MOST_BATCHES)
+    needs = " and ".join(sorted(member.needs))
+    said = f"{member.word} looks at {needs} on up to {len(batches)} batches before it starts"
+    run.console.print(labelled("probe  ", said))
+    return {"probe": batches, "loss": probe_loss(run)}
 
 
 def measure_importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:

@@ -31,7 +31,7 @@ ROOMS = [
     "__main__",
 ]
 """From the ground up: a room may import only those before it."""
-PEFT_TABLE = SOURCE / "storage" / "peft_format.py"
+PEFT_TABLE = SOURCE / "storage" / "peft" / "forms.py"
 
 
 def files() -> list[Path]:

@@ -31,7 +31,7 @@ from lorakin.loop import float16_base
 from lorakin.loop.optimizer_hooks import trained_by
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
-from lorakin.storage.peft_format import Contents
+from lorakin.storage.document import Document
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adam,
@@ -174,24 +174,24 @@ class Adapter(Graft):
                 f"{path}: {other} is not the one that {directory.OWN} was written with, so what training remembered is lost. "
                 f"To restore what PEFT's files say alone, remove {directory.OWN}"
             )
-        contents = files.match(self.model)
-        if not self._is_as(contents.placement, training=files.own is not None):
+        document = files.match(self.model)
+        if not self._is_as(document.placement, training=files.own is not None):
             raise AdapterError(
-                f"{path}: it holds another adapter than {self!r}: {contents.placement.method}"
+                f"{path}: it holds another adapter than {self!r}: {document.placement.method}"
             )
         self.end()
         with torch.no_grad():
-            for at, tensors in contents.sites.items():
+            for at, tensors in document.slots.items():
                 self.branch(at).overwrite(tensors)
-            for at, state in contents.copies.items():
+            for at, state in document.copies.items():
                 self.copy_of(at).load_state_dict(state)
-            for at, rows in contents.rows.items():
+            for at, rows in document.rows.items():
                 self.rows_at(at).copy_(rows)
             for at, bias in self.biases().items():
-                bias.copy_(contents.biases[at])
-            self.take_buffers(contents.buffers)
-        if contents.state is not None:
-            self.restore_state(contents.state)
+                bias.copy_(document.biases[at])
+            self.take_buffers(document.buffers)
+        if document.state is not None:
+            self.restore_state(document.state)
 
     def _is_as(self, plan: placement.Placement, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
@@ -504,22 +504,22 @@ def load(
     return placed(model, name, directory.read(there).match(model, other_base), trainable)
 
 
-def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
+def placed(model: nn.Module, name: str, document: Document, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
-    adapter = Adapter(model, name, contents.placement)
+    adapter = Adapter(model, name, document.placement)
     if trainable:
         adapter.install(
-            contents.masters(),
-            contents.copies,
-            rows=widened(contents.rows),
-            biases=contents.bias_masters(),
+            document.masters(),
+            document.copies,
+            rows=widened(document.rows),
+            biases=document.bias_masters(),
         )
     else:
         adapter.install(
-            contents.sites, contents.copies, contents.buffers, contents.rows, contents.biases
+            document.slots, document.copies, document.buffers, document.rows, document.biases
         )
     if trainable:
-        adapter.take_buffers(contents.buffers)
+        adapter.take_buffers(document.buffers)
         adapter.freeze_base()
     else:
         for parameter in adapter.parameters():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
 from lorakin.cli.recipe_options import recipe_options
 from lorakin.training.recipe import DATA_HELP, MODEL_HELP
+
+if TYPE_CHECKING:
+    from lorakin.compare.comparison import Comparison
 
 EXAMPLES = examples(
     "lorakin compare --model smollm2 --data rows.jsonl --budget steps=200 --out comparison",
@@ -67,11 +70,11 @@ def command(
     row in results.jsonl; the same command goes on where a killed one was. The answer is
     report.html, which opens in any browser.
     """
-    from lorakin.compare import comparison as comparing
+    from lorakin.compare.comparison import Comparison
     from lorakin.family.words import methods_of
     from lorakin.training.yaml_values import parse_settings
 
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=model, data=data, out=out, methods=methods_of(" ".join(methods or ["all"])),
         budget=budget, seeds=seeds, sweep=lr_sweep, eval_data=eval_data, rank=rank, alpha=alpha,
         dropout=dropout, settings=parse_settings(settings or []), recipe=flags,
@@ -79,27 +82,29 @@ def command(
     _run(comparison, devices, as_json)
 
 
-def _run(comparison: Any, devices: str, as_json: bool) -> None:
+def _run(comparison: Comparison, devices: str, as_json: bool) -> None:
     """Runs the trials and writes the report, also when the trials are interrupted."""
-    from lorakin.compare import comparison as comparing
     from lorakin.compare import workers
+    from lorakin.compare.directory import REPORT, locked
+    from lorakin.compare.preparation import prepare
     from lorakin.compare.progress import Board
+    from lorakin.compare.study import check_ran
     from lorakin.report import comparison_page
 
     console = console_for(as_json)
     places = workers.devices_of(devices)
-    with comparing.locked(comparison):
-        study = comparing.prepare(comparison, console)
+    with locked(comparison):
+        study = prepare(comparison, console)
         try:
             with Board(console, len(places)) as board:
                 workers.run(study, places, board)
         finally:
             show = comparison_page.write if study.results.rows else comparison_page.findings
             findings = show(study)
-    comparing.check_ran(study)
+    check_ran(study)
     if as_json:
         print_json(findings.as_dict())
         return
     for sentence in findings.verdict:
         console.print(sentence.replace("**", ""))
-    console.print(f"the report: {study.out / comparing.REPORT}")
+    console.print(f"the report: {study.out / REPORT}")

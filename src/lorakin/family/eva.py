@@ -78,7 +78,7 @@ class EVA(Start):
 
     def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
         shares = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
-        moves = all("rank" in m.parametrisation.per_module for m in methods.values())
+        moves = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
         most = {
             path: min(round(rank * self.rho) if moves else rank, *targets[path].shape[:2])
             for path, rank in shares.items()

@@ -120,6 +120,11 @@ class Parametrisation(Member):
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
+    @classmethod
+    def settings_of_modules(cls) -> frozenset[str]:
+        """Those settings that single modules may have their own of, and that it has."""
+        return cls.per_module & cls.setting_names()
+
     def slots_at(self, shape: Shape) -> Slots:
         """Its slots on a weight of this shape."""
         return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
@@ -252,6 +257,10 @@ class Modifier(Member):
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors, with one object wherever modules share a tensor."""
+        return tensors
+
+    def of_weight(self, tensors: Tensors, path: str, target: Target, method: Method) -> Tensors:
+        """A module's tensors with those of this member's slots that a file lacks and the base weight gives."""
         return tensors
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:

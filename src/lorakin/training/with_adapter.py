@@ -10,7 +10,7 @@ from lorakin.adapter import placed
 from lorakin.errors import AdapterError, LorakinWarning, some
 from lorakin.storage import directory, hub, texts
 from lorakin.storage.fingerprint import LABELS
-from lorakin.storage.tasks import is_classifiers
+from lorakin.storage.peft.tasks import is_classifiers
 from lorakin.training.chat_templates import remembered_template, use_remembered
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.models import Loaded, config_of, incomplete, load, load_model

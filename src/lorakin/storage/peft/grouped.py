@@ -25,7 +25,7 @@ from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
 from lorakin.inject.layers import is_grouped
 from lorakin.inject.placement import own_weight
-from lorakin.storage.expert_stacks import scale_at
+from lorakin.storage.peft.scales import scale_at
 
 
 class Grouped(NamedTuple):

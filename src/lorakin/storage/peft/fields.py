@@ -1,4 +1,4 @@
-"""What the fields of `adapter_config.json` that are read must hold, whoever wrote it."""
+"""The types of the fields of `adapter_config.json` that are read, whoever wrote the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from lorakin.family.settings import LARGEST
 from lorakin.inject.patterns import PatternError, check, check_all
-from lorakin.storage.schema import Check, Count, Misfit, fitted
+from lorakin.storage.schema import Check, Count
 
 MOST = 1 << 16
 """Names, keys, layers and ids of one field: as many as the largest mixtures have modules."""
@@ -79,14 +79,3 @@ KINDS: Mapping[str, Any] = {
     "auto_mapping": dict[str, Any],
 }
 """Field -> what it must hold if it is there and not null, which is PEFT's own "not set"."""
-
-
-def misfit(config: Mapping[str, Any], kinds: Mapping[str, Any] = KINDS) -> str | None:
-    """What is wrong with the first field that holds something else than it must."""
-    for field, kind in kinds.items():
-        if config.get(field) is not None:
-            try:
-                fitted(kind, config[field], field)
-            except Misfit as error:
-                return str(error)
-    return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
-from lorakin.storage import starts
+from lorakin.storage.peft import starts
 
 PLAIN: dict[str, dict[str, Any]] = {
     "gaussian": {"init_lora_weights": "gaussian"},

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.inject import layers
-from lorakin.storage.expert_stacks import PairScale, scale_at
+from lorakin.storage.peft.scales import PairScale, scale_at
 
 Slots = Mapping[str, Tensor]
 

@@ -14,7 +14,7 @@ import transformers as T
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
-from lorakin.storage.tasks import is_classifiers, task_of
+from lorakin.storage.peft.tasks import is_classifiers, task_of
 
 IDS = torch.arange(5, 12)[None]
 BERT = {

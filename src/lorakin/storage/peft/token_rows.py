@@ -16,21 +16,16 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
-from lorakin.inject.placement import Graft
 from lorakin.inject.tokens import TokenRows, check_free, own_table, tied_rows
+from lorakin.storage.peft.forms import PREFIX, TOKENS
 
-FIELD, ALONE = "trainable_token_indices", "TRAINABLE_TOKENS"
-"""The field of LORA and ADALORA, and PEFT's type of an adapter that is nothing else."""
+FIELD = "trainable_token_indices"
+"""The field of an adapter that has pairs too."""
 IDS = "token_indices"
+"""The field of an adapter that is rows alone."""
 DELTA, WRAPPER = ".trainable_tokens_delta", ".token_adapter"
 OTHER_BASE = 0.25
 """If more of a table's rows differ than this share, it is that of another base."""
-
-
-def written(graft: Graft) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
-    """For `to_files`: the adapter's rows, each weight once."""
-    tokens = dict(graft.placement.tokens)
-    return tokens, {path: graft.rows_at(path).detach() for path in tokens}
 
 
 def to_files(
@@ -84,10 +79,10 @@ def says_all_of_ties(config: Mapping[str, Any]) -> bool:
     return bool(_field(config)) and not config.get("modules_to_save")
 
 
-def counts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+def counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Path → how many rows an adapter's file holds."""
     found = {
-        key.removeprefix(prefix): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)
+        key.removeprefix(PREFIX): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)
     }
     return {key.removesuffix(DELTA).removesuffix(WRAPPER): count for key, count in found.items()}
 
@@ -164,7 +159,7 @@ def taken(
 
 
 def _field(config: Mapping[str, Any]) -> Any:
-    return config.get(IDS if config.get("peft_type") == ALONE else FIELD)
+    return config.get(IDS if config.get("peft_type") == TOKENS.peft_type else FIELD)
 
 
 def _sorted(

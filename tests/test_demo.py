@@ -1,4 +1,6 @@
-"""The main job, shortened: real weights, real data, from the command to an adapter that PEFT loads."""
+"""The main job, shortened: real weights, real data, from the command to an adapter that PEFT
+loads.
+"""
 
 from __future__ import annotations
 

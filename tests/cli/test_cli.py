@@ -470,8 +470,12 @@ def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:
     result = script("train", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
     assert "pip install 'lorakin[train]'" in result.stderr
-    core = "import sys; import lorakin as lk, torch; lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1)); "
-    core += "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}))"
+    core = (
+        "import sys, torch, lorakin as lk\n"
+        "lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1))\n"
+        "more = {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & more))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", core], capture_output=True, text=True, timeout=60
     )

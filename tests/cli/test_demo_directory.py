@@ -1,4 +1,6 @@
-"""What `lorakin demo` does to its directory: it removes what an earlier demo wrote, as it wrote it, and nothing else."""
+"""What `lorakin demo` does to its directory: it removes what an earlier demo wrote, as it wrote it,
+and nothing else.
+"""
 
 from __future__ import annotations
 

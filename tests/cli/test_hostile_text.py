@@ -1,4 +1,6 @@
-"""Labels, columns, rows, names and paths that strangers chose, through real commands: shown, never obeyed."""
+"""Labels, columns, rows, names and paths that strangers chose, through real commands: shown, never
+obeyed.
+"""
 
 from __future__ import annotations
 

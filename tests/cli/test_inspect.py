@@ -1,4 +1,6 @@
-"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that says what it cannot know."""
+"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that
+says what it cannot know.
+"""
 
 from __future__ import annotations
 
@@ -214,10 +216,15 @@ def _cast(dtype: torch.dtype) -> Any:
 
 
 BROKEN = {
-    "NaN": _set(float("nan")), "infinity": _set(float("inf")), "int8": _cast(torch.int8), "bool": _cast(torch.bool),
-    "float8": _cast(torch.float8_e4m3fn), "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
-    "lacks": lambda tensors, key: tensors.pop(key), "no tensors": lambda tensors, key: tensors.clear(),
-}  # fmt: skip
+    "NaN": _set(float("nan")),
+    "infinity": _set(float("inf")),
+    "int8": _cast(torch.int8),
+    "bool": _cast(torch.bool),
+    "float8": _cast(torch.float8_e4m3fn),
+    "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
+    "lacks": lambda tensors, key: tensors.pop(key),
+    "no tensors": lambda tensors, key: tensors.clear(),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -1,4 +1,6 @@
-"""Chat templates that installed packages carry, and a tokenizer for each: bytes, and the template's special tokens."""
+"""Chat templates that installed packages carry, and a tokenizer for each: bytes, and the template's
+special tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,29 @@ SPECIAL = re.compile(
     r"|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance|start_of_image)>|<SPECIAL_\d+>"
 )
 ENDS = (
-    "<|im_end|>", "<|eot_id|>", "</s>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<end_of_utterance>",
-    "<eos>", "<|eot|>",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|eot_id|>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<|eot|>",
+)
 MISTRAL = (
-    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set loop_messages = messages[1:] %}"
+    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set "
+    "loop_messages = messages[1:] %}"
     "{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}"
     "{%- for message in loop_messages %}{%- if message.role == 'user' %}"
-    "{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + message.content + '[/INST]' }}"
+    "{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + message.content "
+    "+ '[/INST]' }}"
     "{%- else %}{{- '[INST] ' + message.content + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + message.content|trim + eos_token }}{%- endif %}{%- endfor %}"
 )
-"""As Mistral's third version writes turns: the system's words stand in the last turn of the user alone."""
+"""As Mistral's third version writes turns: the system's words stand in the last turn of the user
+alone.
+"""
 
 
 @cache

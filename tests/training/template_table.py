@@ -1,4 +1,6 @@
-"""`make templates`: docs/templates.md, what is learned under every chat template that trl and transformers carry."""
+"""`make templates`: docs/templates.md, what is learned under every chat template that trl and
+transformers carry.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ CELLS = {
 }
 HEAD = """# Chat templates: what is learned under each
 
-Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned, and verified
-([data.md](data.md) says what that is). last: verified with `--loss-on last`, refused without. –: refused, with the reason.
+Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned,
+and verified ([data.md](data.md) says what that is). last: verified with `--loss-on last`, refused
+without. –: refused, with the reason.
 Under the conversations stand the counts with `--loss-on answers` and with `--loss-on last`.
 
 """

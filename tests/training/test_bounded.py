@@ -21,7 +21,8 @@ ENDLESS = "".join("{% for " + name + " in range(99999) %}" for name in "abc") + 
         ENDLESS,
         "{{ 'x' * 10 ** 11 }}",
         "{{ 'x' | center(10 ** 11) }}",
-        "{% set ns = namespace(x='x') %}{% for n in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='x') %}{% for n in range(99) %}{% set ns.x = ns.x + ns.x %}{% "
+        "endfor %}{{ ns.x }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )

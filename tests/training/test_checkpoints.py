@@ -1,4 +1,6 @@
-"""A checkpoint is one thing: whatever part of it is damaged, lost, edited or another's, training does not go on from it."""
+"""A checkpoint is one thing: whatever part of it is damaged, lost, edited or another's, training
+does not go on from it.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,15 @@ from lorakin.training import train as training
 from lorakin.training.recipe import Recipe
 
 PARTS = [
-    "adapter_config.json", "adapter_model.safetensors", "lorakin.json", "lorakin.safetensors", "optimizer.pt", "rng_state.pth",
-    "scheduler.pt", "trainer_state.json",
-]  # fmt: skip
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lorakin.json",
+    "lorakin.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+]
 ADALORA = {"initial_rank": 6, "target_rank": 3, "start": 1, "finish": 1}
 
 
@@ -46,15 +54,30 @@ def whole(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """A run of AdaLoRA with checkpoints at 2 and 4, and one with another seed."""
     place = tmp_path_factory.mktemp("runs")
     rows = [
-        {"prompt": f"what did the {animal} {verb}", "completion": f"the {animal} {verb} on the {thing}"}
-        for animal in ("cat", "dog", "bird") for verb in ("sat", "ran", "flew") for thing in ("mat", "tree")
-    ]  # fmt: skip
+        {
+            "prompt": f"what did the {animal} {verb}",
+            "completion": f"the {animal} {verb} on the {thing}",
+        }
+        for animal in ("cat", "dog", "bird")
+        for verb in ("sat", "ran", "flew")
+        for thing in ("mat", "tree")
+    ]
     data = place / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe(
-        model_dir, str(data), str(place / "one"), "adalora", eval_data=str(data), settings=ADALORA, lr=1e-2, steps=4,
-        save_every=2, dtype="float32", targets=["q_proj"], batch_size=4,
-    )  # fmt: skip
+        model_dir,
+        str(data),
+        str(place / "one"),
+        "adalora",
+        eval_data=str(data),
+        settings=ADALORA,
+        lr=1e-2,
+        steps=4,
+        save_every=2,
+        dtype="float32",
+        targets=["q_proj"],
+        batch_size=4,
+    )
     run(recipe)
     run(dataclasses.replace(recipe, out=str(place / "two"), seed=1))
     return {"one": place / "one", "two": place / "two"}
@@ -360,8 +383,13 @@ def trainer(out: Path, **changes: Any) -> tuple[Any, lk.Adapter]:
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRA(rank=2), "q_proj", seed=0)
     settings: dict[str, Any] = {
-        "max_steps": 4, "save_steps": 1, "save_strategy": "steps", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
+        "max_steps": 4,
+        "save_steps": 1,
+        "save_strategy": "steps",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     args = transformers.TrainingArguments(str(out), **settings | changes)
     return prepare_trainer(
         transformers.Trainer(model, args, train_dataset=datasets.Dataset.from_list(ROWS))
@@ -437,7 +465,9 @@ def test_a_users_own_trainer_passes_over_what_was_cut_off(trained: Path) -> None
 
 
 def test_what_a_probe_found_belongs_to_it(whole: dict[str, Path], tmp_path: Path) -> None:
-    """LoRA-drop's choice of modules lies beside the recipe; with another one the checkpoint is of another adapter."""
+    """LoRA-drop's choice of modules lies beside the recipe; with another one the checkpoint is of
+    another adapter.
+    """
     recipe = run_directory.resumed_recipe(None, {"out": str(whole["one"])})
     recipe = dataclasses.replace(
         recipe, out=str(tmp_path / "out"), method="lora-drop", targets=["q_proj", "v_proj"],

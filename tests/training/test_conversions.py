@@ -1,4 +1,6 @@
-"""The cache of converted GGUF files: named by content, repaired, shared, and left clean by whoever is killed."""
+"""The cache of converted GGUF files: named by content, repaired, shared, and left clean by whoever
+is killed.
+"""
 
 from __future__ import annotations
 

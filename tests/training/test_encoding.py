@@ -95,7 +95,8 @@ def test_the_loss_is_on_every_turn_of_the_assistant(write_rows: Write, tokenizer
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     example = encode(read_rows(write_rows([row])), tokenizer, 100).examples[0]
     assert parts(example["input_ids"], example["labels"], tokenizer) == (
-        "<|system|> good cat <|end|> <|user|> what sat <|end|> <|assistant|> <|user|> what ran <|end|> <|assistant|>",
+        "<|system|> good cat <|end|> <|user|> what sat <|end|> <|assistant|> <|user|> what ran "
+        "<|end|> <|assistant|>",
         "the cat <|end|> the dog <|end|>",
     )
 

@@ -1,4 +1,6 @@
-"""Where answers end: with every chat template that trl and transformers carry, and in what transformers really generates."""
+"""Where answers end: with every chat template that trl and transformers carry, and in what
+transformers really generates.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,27 @@ from lorakin.training.models import Loaded
 from training.carried import TEMPLATES, tokenizer_of
 
 ENDS = {
-    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>", "gemma4": "<turn|>", "diffusion_gemma": "<turn|>",
-    "gemma": "<end_of_turn>", "glm4moe": "<|user|>", "gptoss": "<|return|>", "idefics3": "<end_of_utterance>",
-    "smolvlm": "<end_of_utterance>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>", "llava_next": "</s>",
-    "muse_glimmer": "<|eot|>", "nemotron": "<|im_end|>", "phi3": "<|end|>", "qwen": "<|im_end|>",
-    "mistral": "</s>", "transformers_llama4": "<|eot|>", "transformers_qwen2_audio": "<|im_end|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "gemma4": "<turn|>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|return|>",
+    "idefics3": "<end_of_utterance>",
+    "smolvlm": "<end_of_utterance>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llava_next": "</s>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
+    "qwen": "<|im_end|>",
+    "mistral": "</s>",
+    "transformers_llama4": "<|eot|>",
+    "transformers_qwen2_audio": "<|im_end|>",
     "transformers_smolvlm": "<end_of_utterance>",
-}  # fmt: skip
+}
 """What the templates of each family close an assistant's turn with, by the start of their names."""
 
 

@@ -38,27 +38,48 @@ def said(row: dict[str, Any], write_rows: Write, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"system": "s", "conversations": SHARED}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"system": "s", "conversations": SHARED},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
         ({"conversations": TURNS}, [("user", "q"), ("assistant", "a")]),
         ({"messages": json.dumps(TURNS)}, [("user", "q"), ("assistant", "a")]),
         ({"system": "s", "messages": TURNS}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
         (
-            {"instruction": "and Italy?", "input": "", "output": "Rome", "system": "s", "history": [["France?", "Paris"]]},
-            [("system", "s"), ("user", "France?"), ("assistant", "Paris"), ("user", "and Italy?"), ("assistant", "Rome")],
+            {
+                "instruction": "and Italy?",
+                "input": "",
+                "output": "Rome",
+                "system": "s",
+                "history": [["France?", "Paris"]],
+            },
+            [
+                ("system", "s"),
+                ("user", "France?"),
+                ("assistant", "Paris"),
+                ("user", "and Italy?"),
+                ("assistant", "Rome"),
+            ],
         ),
         (
             {"instruction": "When?", "context": "ctx", "response": "2000", "category": "qa"},
             [("user", "When?\n\nctx"), ("assistant", "2000")],
         ),
-        ({"instruction": "Valid?", "input": "null", "output": "yes"}, [("user", "Valid?\n\nnull"), ("assistant", "yes")]),
+        (
+            {"instruction": "Valid?", "input": "null", "output": "yes"},
+            [("user", "Valid?\n\nnull"), ("assistant", "yes")],
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}]}, TURNS[1]]},
             [("user", "q"), ("assistant", "a")],
         ),
         ({"prompt": TURNS[:1], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"prompt": "q", "completion": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"prompt": "q", "completion": "a", "system": "s"},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_conversations_in_many_layouts(
     row: dict[str, Any], expected: list[tuple[str, str]], write_rows: Write
 ) -> None:
@@ -105,7 +126,8 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         assert content.messages[1] == {"role": "assistant", "content": "", "tool_calls": expected}
         assert content.tools == [TOOL]
     share = [
-        SHARED[0], {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        SHARED[0], {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": '
+                                                      '"Oslo"}}'},
         {"from": "observation", "value": "rain"}, SHARED[1],
     ]  # fmt: skip
     content = said({"conversations": share, "tools": "[]"}, write_rows)
@@ -125,22 +147,54 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         ({"messages": TURNS, "label": False}, "label false marks an answer not to imitate"),
         ({"prompt": "q", "completion": "a", "label": False}, "label false"),
         ({"messages": TURNS, "rejected_response": "b"}, "rejected_response makes it a preference"),
-        ({"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]}, "chosen makes it a preference"),
-        ({"messages": TURNS, "images": ["1.jpg"]}, r'images is \["1.jpg"\], and only text can be trained on'),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]}, 'part of type "image"'),
-        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "a message's weight is 0.5; only 0 and 1"),
+        (
+            {"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]},
+            "chosen makes it a preference",
+        ),
+        (
+            {"messages": TURNS, "images": ["1.jpg"]},
+            r'images is \["1.jpg"\], and only text can be '
+            r"trained on",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]},
+            'part of type "image"',
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]},
+            "a message's weight is 0.5; only 0 and 1",
+        ),
         ({"messages": TURNS, "loss_weight": 2}, "the row's loss_weight is 2"),
-        ({"conversations": [SHARED[0], {"from": "function_call", "value": "{}"}]}, r"function_call is \{\}, expected a name"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "the assistant's content is null"),
-        ({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "("}}]}]},
-         'the arguments of a are "\\(", expected a JSON object'),
+        (
+            {"conversations": [SHARED[0], {"from": "function_call", "value": "{}"}]},
+            r"function_call is \{\}, expected a name",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
+            "the assistant's content is null",
+        ),
+        (
+            {
+                "messages": [
+                    TURNS[0],
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "("}}],
+                    },
+                ]
+            },
+            'the arguments of a are "\\(", expected a JSON object',
+        ),
         ({"messages": TURNS, "tools": "none"}, 'tools is "none", expected a list'),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "expected pairs"),
         ({"prompt": "q", "completion": True}, "completion is true, expected text"),
         ({"prompt": "q", "completion": None}, "completion is null"),
-        ({"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"}, "a system column and a system message"),
+        (
+            {"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"},
+            "a system column and a system message",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_meaning_is_refused(
     row: dict[str, Any], message: str, write_rows: Write
 ) -> None:
@@ -323,10 +377,18 @@ def test_nulls_that_a_table_fills_in_are_none_of_a_calls(tmp_path: Any) -> None:
     import datasets
 
     rows = [
-        {"messages": [{**TURNS[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": [
-            {"function": {"name": "f", "arguments": {"opts": {key: 1}}}}]}]}
+        {
+            "messages": [
+                {**TURNS[0], "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"opts": {key: 1}}}}],
+                },
+            ]
+        }
         for key in ("deep", "wide")
-    ]  # fmt: skip
+    ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = read_rows(str(tmp_path / "rows.parquet")).records[0].content
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"opts": {"deep": 1}}  # type: ignore[union-attr]

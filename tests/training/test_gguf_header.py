@@ -1,4 +1,6 @@
-"""GGUF files that are cut off, mutated or lie: one sentence before any library reads them, and before memory is taken."""
+"""GGUF files that are cut off, mutated or lie: one sentence before any library reads them, and
+before memory is taken.
+"""
 
 from __future__ import annotations
 
@@ -220,8 +222,19 @@ class Mutations:
         self.content[at : at + 8] = struct.pack("<Q", self.chance.choice(ABSURD))
 
     def count(self) -> None:
-        keys = [b"block_count", b"head_count", b"embedding_length", b"feed_forward_length", b"vocab_size", b"dimension_count",
-                b"context_length", b"eos_token_id", b"file_type", b"key_length", b"head_count_kv"]  # fmt: skip
+        keys = [
+            b"block_count",
+            b"head_count",
+            b"embedding_length",
+            b"feed_forward_length",
+            b"vocab_size",
+            b"dimension_count",
+            b"context_length",
+            b"eos_token_id",
+            b"file_type",
+            b"key_length",
+            b"head_count_kv",
+        ]
         key = self.chance.choice(keys)
         if (at := self.content.find(key)) >= 0:
             at += len(key)
@@ -239,8 +252,19 @@ class Mutations:
         self.content[at - 1 : at] = bytes([self.chance.randrange(14)])
 
     def rename(self) -> None:
-        words = [b"general.architecture", b"llama.block_count", b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges", b"llama",
-                 b"gpt2", b"output_norm", b"token_embd", b"attn_q", b"tokenizer.ggml.token_type", b"f32"]  # fmt: skip
+        words = [
+            b"general.architecture",
+            b"llama.block_count",
+            b"tokenizer.ggml.tokens",
+            b"tokenizer.ggml.merges",
+            b"llama",
+            b"gpt2",
+            b"output_norm",
+            b"token_embd",
+            b"attn_q",
+            b"tokenizer.ggml.token_type",
+            b"f32",
+        ]
         word = self.chance.choice(words)
         self.content = self.content.replace(word, bytes(reversed(word)))
 

@@ -1,4 +1,6 @@
-"""A stored classifier's head on other classes, and weights in a base's files that its class does not use."""
+"""A stored classifier's head on other classes, and weights in a base's files that its class does
+not use.
+"""
 
 from __future__ import annotations
 
@@ -110,10 +112,17 @@ def put(folder: Path, *keys: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["model.layers.0.self_attn.q_proj.lora_A.default.weight", "model.layers.1.mlp.up_proj.weight_scale",
-     "model.layers.1.mlp.up_proj.weight.absmax", "model.layers.2.mlp.up_proj.weight", "layers.2.mlp.up_proj.weight",
-     "model.embed_tokens.token_adapter.trainable_tokens_delta", "model.norm.bias", "lm_head.bias"],
-)  # fmt: skip
+    [
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.layers.1.mlp.up_proj.weight_scale",
+        "model.layers.1.mlp.up_proj.weight.absmax",
+        "model.layers.2.mlp.up_proj.weight",
+        "layers.2.mlp.up_proj.weight",
+        "model.embed_tokens.token_adapter.trainable_tokens_delta",
+        "model.norm.bias",
+        "lm_head.bias",
+    ],
+)
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
 def test_weights_inside_the_model_that_it_does_not_use(
     key: str, labels: list[str] | None, language: Path
@@ -147,7 +156,9 @@ def test_parts_beside_the_model_are_said_where_its_class_is_the_stored_one(langu
 
 
 def test_a_part_of_a_head_that_the_class_does_not_have(tmp_path: Path, tokenizer: Any) -> None:
-    """BERT's own files hold the head for the next sentence inside `cls`, where a masked language model has another."""
+    """BERT's own files hold the head for the next sentence inside `cls`, where a masked language
+    model has another.
+    """
     torch.manual_seed(0)
     settings = tiny_bert().config.to_dict() | {"architectures": ["BertForPreTraining"]}
     transformers.BertForPreTraining(transformers.BertConfig(**settings)).save_pretrained(tmp_path)
@@ -171,9 +182,13 @@ def test_remains_in_quantised_files_are_said(language: Path) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.layers.1.self_attn.masked_bias",
-     "model.version"],
-)  # fmt: skip
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.masked_bias",
+        "model.version",
+    ],
+)
 def test_buffers_of_earlier_versions_are_nothing(key: str, language: Path) -> None:
     put(language, key)
     models.load_model(str(language), "float32")

@@ -1,4 +1,5 @@
-"""Killed anywhere: what is on disk loads, and the run that goes on ends with the bits of one that was never killed.
+"""Killed anywhere: what is on disk loads, and the run that goes on ends with the bits of one that
+was never killed.
 
 `LORAKIN_KILLS=200` kills more often than the usual ten times.
 """
@@ -70,7 +71,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_what_is_there(out: Path, recipe: Recipe) -> int:
-    """The step of the last checkpoint, once it and the adapter, if there is one, have been loaded."""
+    """The step of the last checkpoint, once it and the adapter, if there is one, have been
+    loaded.
+    """
     checkpoint = last_checkpoint(out / run_directory.CHECKPOINTS)
     for folder in (checkpoint, out):
         if folder is not None and (folder / "adapter_config.json").exists():
@@ -86,9 +89,17 @@ def recipe(
 
     def make(words: str, out: str) -> Recipe:
         return Recipe(
-            model_dir, data, str(tmp_path / out), words, eval_data=data, dtype="float32", lr=2e-2, steps=STEPS, save_every=1,
+            model_dir,
+            data,
+            str(tmp_path / out),
+            words,
+            eval_data=data,
+            dtype="float32",
+            lr=2e-2,
+            steps=STEPS,
+            save_every=1,
             settings=SETTINGS.get(words, {}),
-        )  # fmt: skip
+        )
 
     return make
 
@@ -151,7 +162,9 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
-    """The second ends at once, begun anew or resumed, while the first lives; when that is killed, the run goes on."""
+    """The second ends at once, begun anew or resumed, while the first lives; when that is killed,
+    the run goes on.
+    """
     given = recipe("lora", "shared")
     out = Path(given.out)
     first = start(given)
@@ -173,7 +186,9 @@ def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint(recipe: Callable[..., Recipe]) -> None:
-    """The size limit of a process makes its writes fail as a full disk does: here the optimizer's state, then the adapter."""
+    """The size limit of a process makes its writes fail as a full disk does: here the optimizer's
+    state, then the adapter.
+    """
     given = recipe("lora", "full")
     out = Path(given.out)
     child = start(given)

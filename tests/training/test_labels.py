@@ -1,4 +1,6 @@
-"""The order of a classifier's classes is the adapter's own: a recipe beside it that was edited is not taken on its word."""
+"""The order of a classifier's classes is the adapter's own: a recipe beside it that was edited is
+not taken on its word.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a model can read: places for tokens and rows for ids, by what its own forward takes and refuses."""
+"""What a model can read: places for tokens and rows for ids, by what its own forward takes and
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,30 @@ from lorakin.training.models import Loaded, load_model
 from sweep.architectures import make
 
 TABLES = {
-    "bert": ("BertForSequenceClassification", 64), "roberta": ("RobertaForSequenceClassification", 63),
-    "opt": ("OPTForCausalLM", 64), "gpt2": ("GPT2LMHeadModel", 64), "gpt_neo": ("GPTNeoForCausalLM", 64),
-    "gptj": ("GPTJForCausalLM", 64), "codegen": ("CodeGenForCausalLM", 64), "ctrl": ("CTRLLMHeadModel", 64),
-    "distilbert": ("DistilBertForSequenceClassification", 64), "mpnet": ("MPNetForSequenceClassification", 62),
-    "biogpt": ("BioGptForCausalLM", 64), "ibert": ("IBertForSequenceClassification", 63),
-    "nystromformer": ("NystromformerForSequenceClassification", 64), "canine": ("CanineForSequenceClassification", 64),
-}  # fmt: skip
+    "bert": ("BertForSequenceClassification", 64),
+    "roberta": ("RobertaForSequenceClassification", 63),
+    "opt": ("OPTForCausalLM", 64),
+    "gpt2": ("GPT2LMHeadModel", 64),
+    "gpt_neo": ("GPTNeoForCausalLM", 64),
+    "gptj": ("GPTJForCausalLM", 64),
+    "codegen": ("CodeGenForCausalLM", 64),
+    "ctrl": ("CTRLLMHeadModel", 64),
+    "distilbert": ("DistilBertForSequenceClassification", 64),
+    "mpnet": ("MPNetForSequenceClassification", 62),
+    "biogpt": ("BioGptForCausalLM", 64),
+    "ibert": ("IBertForSequenceClassification", 63),
+    "nystromformer": ("NystromformerForSequenceClassification", 64),
+    "canine": ("CanineForSequenceClassification", 64),
+}
 """The sweep's architectures with a table of positions, which have 64 of them; some begin late."""
 NONE = {
-    "llama": "LlamaForCausalLM", "bloom": "BloomForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "mamba": "MambaForCausalLM",
-    "xglm": "XGLMForCausalLM", "falcon": "FalconForCausalLM",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "bloom": "BloomForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "xglm": "XGLMForCausalLM",
+    "falcon": "FalconForCausalLM",
+}
 """Rotary, relative, none, or made as long as a row."""
 
 
@@ -163,9 +177,15 @@ def test_long_rows_train_and_are_evaluated(
 
 def test_plan_says_it(gpt2_dir: str, model_dir: str) -> None:
     given: dict[str, Any] = {
-        "labels": None, "dtype": "float32", "device": "cpu", "targets": [], "layers": None, "batch_size": 1, "accumulate": 1,
+        "labels": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "targets": [],
+        "layers": None,
+        "batch_size": 1,
+        "accumulate": 1,
         "steps": 1,
-    }  # fmt: skip
+    }
     assert conditions_of(gpt2_dir, max_length=None, **given).max_length == 64
     with pytest.warns(lk.LorakinWarning):
         assert conditions_of(gpt2_dir, max_length=70, **given).max_length == 64

@@ -1,4 +1,6 @@
-"""Every member through `lorakin train`, on a language model and on a classifier: it learns, and resumes to the bit."""
+"""Every member through `lorakin train`, on a language model and on a classifier: it learns, and
+resumes to the bit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Model directories that are damaged or lie: one sentence, before memory is taken, and nothing in them is run."""
+"""Model directories that are damaged or lie: one sentence, before memory is taken, and nothing in
+them is run.
+"""
 
 from __future__ import annotations
 
@@ -114,9 +116,15 @@ def test_counts_of_things_that_python_makes(key: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"vocab_size": 10**12}, {"hidden_size": 10**9}, {"intermediate_size": 10**10}, {"num_hidden_layers": 90_000},
-     {"head_dim": 10**9}, {"num_key_value_heads": 10**9}],
-)  # fmt: skip
+    [
+        {"vocab_size": 10**12},
+        {"hidden_size": 10**9},
+        {"intermediate_size": 10**10},
+        {"num_hidden_layers": 90_000},
+        {"head_dim": 10**9},
+        {"num_key_value_heads": 10**9},
+    ],
+)
 def test_sizes_are_compared_with_the_weights(changes: dict[str, int], folder: Path) -> None:
     say(folder, **changes)
     refused(folder, "asks for a model of .* or more, which .* in .* bytes, cannot hold")
@@ -165,7 +173,8 @@ def test_weights_of_another_shape_are_named(folder: Path) -> None:
     say(folder, intermediate_size=40)
     refused(
         folder,
-        r"stores model.layers.0.mlp.down_proj.weight as \(32, 48\), and its config makes .* \(32, 40\)",
+        r"stores model.layers.0.mlp.down_proj.weight as \(32, 48\), and its config makes .* \(32, "
+        r"40\)",
     )
 
 
@@ -263,7 +272,8 @@ def test_bins_that_hold_no_state_dict_or_code(folder: Path, tmp_path: Path) -> N
     file = folder / "pytorch_model.bin"
     no_state = "something else than tensors by name"
     for content, error in [
-        ([1, 2], no_state), (torch.ones(2), no_state), ({"model": state}, no_state), ({3: torch.ones(2)}, no_state),
+        ([1, 2], no_state), (torch.ones(2), no_state),
+        ({"model": state}, no_state), ({3: torch.ones(2)}, no_state),
         ("text", no_state), (None, no_state), (OrderedDict(state, more=3), no_state),
         (Attack(tmp_path / "ran"), "nothing in it is run"),
         (state | {"x": Attack(tmp_path / "ran")}, "nothing in it is run"),

@@ -51,7 +51,9 @@ def test_dtypes(model_dir: str) -> None:
 
 @pytest.mark.model
 def test_smollm2_is_the_dequantised_file() -> None:
-    """Tensors are bit for bit those of the gguf library; the query and key rows are stored in another order there."""
+    """Tensors are bit for bit those of the gguf library; the query and key rows are stored in
+    another order there.
+    """
     gguf = pytest.importorskip("gguf")
     path = model_sources.packaged("smollm2")
     loaded = models.load_model("smollm2", "float32")

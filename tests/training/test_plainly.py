@@ -1,4 +1,6 @@
-"""What a model's generation_config.json says besides its ends is not done, and a model that computes NaN says so."""
+"""What a model's generation_config.json says besides its ends is not done, and a model that
+computes NaN says so.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,17 @@ from lorakin.training.generate import answer
 from lorakin.training.models import Loaded
 
 SETTINGS: list[dict[str, Any]] = [
-    {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}, {"repetition_penalty": -1.0},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, {"sequence_bias": {"a": 1}},
-    {"forced_eos_token_id": [999]}, {"dola_layers": "high"}, {"constraints": [1]}, {"max_time": 0.0}, {"num_beams": 3},
-]  # fmt: skip
+    {"return_dict_in_generate": True},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"repetition_penalty": -1.0},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"sequence_bias": {"a": 1}},
+    {"forced_eos_token_id": [999]},
+    {"dola_layers": "high"},
+    {"constraints": [1]},
+    {"max_time": 0.0},
+    {"num_beams": 3},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -1,4 +1,6 @@
-"""metrics.jsonl and importance.json: what a run appends and reads again, and what a stranger may have put in their place."""
+"""metrics.jsonl and importance.json: what a run appends and reads again, and what a stranger may
+have put in their place.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,19 @@ def test_rows_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"loss": 1.0}, "step is missing"), ({"step": "1"}, "step is .1."), ({"step": -1}, "step is -1"),
+        ({"loss": 1.0}, "step is missing"),
+        ({"step": "1"}, "step is .1."),
+        ({"step": -1}, "step is -1"),
         ({"step": True}, "step"),
-        ({"step": 10**30}, "step"), ({"step": 1, "loss": "x"}, "loss is 'x'"), ({"step": 1, "loss": None}, "loss"),
-        ({"step": 1, "loss": [1]}, "loss"), ({"step": 0, "eval_loss": 1.0, "eval_count": math.nan}, "eval_count"),
-        ([1], "it is"), (3, "it is"),
+        ({"step": 10**30}, "step"),
+        ({"step": 1, "loss": "x"}, "loss is 'x'"),
+        ({"step": 1, "loss": None}, "loss"),
+        ({"step": 1, "loss": [1]}, "loss"),
+        ({"step": 0, "eval_loss": 1.0, "eval_count": math.nan}, "eval_count"),
+        ([1], "it is"),
+        (3, "it is"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_row_is_named(row: Any, named: str, tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [ROWS[0], row])
     with pytest.raises(

@@ -1,4 +1,6 @@
-"""One run works in an output directory at a time, and the one that goes on is the one that was begun."""
+"""One run works in an output directory at a time, and the one that goes on is the one that was
+begun.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,9 @@ def test_a_recipe_that_contradicts_is_refused(
 
 
 def test_the_same_recipe_goes_on(begun: Path, tmp_path: Path) -> None:
-    """Also the one that the run was begun with, where what it left open has been filled in since."""
+    """Also the one that the run was begun with, where what it left open has been filled in
+    since.
+    """
     saved = run_directory.resumed_recipe(None, {"out": str(begun)})
     for lines in (
         {

@@ -1,4 +1,6 @@
-"""Schedules of the learning rate: each runs, resumes to the bit, and what is wrong with one is said before a run."""
+"""Schedules of the learning rate: each runs, resumes to the bit, and what is wrong with one is said
+before a run.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "warmup_stable_decay": {"num_decay_steps": 2},
     "greedy": {"patience": 0, "min_lr": 0.001, "factor": 0.5, "threshold": 10.0},
 }
-"""Arguments of schedules that need or have some; the thresholds are such that no loss is ever better."""
+"""Arguments of schedules that need or have some; the thresholds are such that no loss is ever
+better.
+"""
 
 
 @pytest.fixture
@@ -43,9 +47,18 @@ def recipe(
 ) -> Recipe:
     data = write_rows(chat_rows[:12], "train.jsonl")
     return Recipe(
-        model=model_dir, data=data, eval_data=data, out=str(tmp_path / "out"), rank=2, lr=LR, steps=STEPS, dtype="float32",
-        warmup=WARMUP, save_every=2, batch_size=4,
-    )  # fmt: skip
+        model=model_dir,
+        data=data,
+        eval_data=data,
+        out=str(tmp_path / "out"),
+        rank=2,
+        lr=LR,
+        steps=STEPS,
+        dtype="float32",
+        warmup=WARMUP,
+        save_every=2,
+        batch_size=4,
+    )
 
 
 def run(recipe: Recipe, resume: bool = False) -> None:

@@ -1,4 +1,6 @@
-"""Every chat template that installed packages carry: what is learned is exactly the answers, or it is refused."""
+"""Every chat template that installed packages carry: what is learned is exactly the answers, or it
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from lorakin.training.token_labels import IGNORED, Unverified, continued
 from training.carried import MISTRAL, spaced_tokenizer, templates, tokenizer_of
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -38,9 +41,19 @@ CALLS = [
     }
 ]
 TOOLS = [
-    {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}}}
-]  # fmt: skip
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Where"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
 THOUGHT = "<think>\nMused zzt\n</think>\n\n"
 ONE = [user("Asked1 zzq"), reply("Replied1")]
 MORE = [user("Asked2 zzq"), reply("Replied2"), user("Asked3 zzq"), reply("Replied3")]
@@ -49,23 +62,47 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], Any, list[list[str]]]] = {
     "one turn": (ONE, None, [["Replied1"]]),
     "system": ([SYSTEM, *ONE], None, [["Replied1"]]),
     "several turns": ([*ONE, *MORE], None, [["Replied1"], ["Replied2"], ["Replied3"]]),
-    "system, several turns": ([SYSTEM, *ONE, *MORE], None, [["Replied1"], ["Replied2"], ["Replied3"]]),
-    "reasoning": ([user("Asked1 zzq"), reply(THOUGHT + "Replied1")], None, [["Mused zzt", "Replied1"]]),
+    "system, several turns": (
+        [SYSTEM, *ONE, *MORE],
+        None,
+        [["Replied1"], ["Replied2"], ["Replied3"]],
+    ),
+    "reasoning": (
+        [user("Asked1 zzq"), reply(THOUGHT + "Replied1")],
+        None,
+        [["Mused zzt", "Replied1"]],
+    ),
     "reasoning_content": (
-        [user("Asked1 zzq"), reply("Replied1", reasoning_content="Mused zzt")], None, [["Mused zzt", "Replied1"]]
+        [user("Asked1 zzq"), reply("Replied1", reasoning_content="Mused zzt")],
+        None,
+        [["Mused zzt", "Replied1"]],
     ),
     "reasoning, several turns": (
-        [user("Asked1 zzq"), reply(THOUGHT + "Replied1"), user("Asked2 zzq"), reply(THOUGHT + "Replied2")],
-        None, [["Mused zzt", "Replied1"], ["Mused zzt", "Replied2"]],
+        [
+            user("Asked1 zzq"),
+            reply(THOUGHT + "Replied1"),
+            user("Asked2 zzq"),
+            reply(THOUGHT + "Replied2"),
+        ],
+        None,
+        [["Mused zzt", "Replied1"], ["Mused zzt", "Replied2"]],
     ),
     "tools": (
         [
-            user("Asked1 zzq"), reply("", tool_calls=CALLS),
-            {"role": "tool", "name": "get_weather", "tool_call_id": "abc123def", "content": "rain zzq"}, reply("Replied2"),
+            user("Asked1 zzq"),
+            reply("", tool_calls=CALLS),
+            {
+                "role": "tool",
+                "name": "get_weather",
+                "tool_call_id": "abc123def",
+                "content": "rain zzq",
+            },
+            reply("Replied2"),
         ],
-        TOOLS, [["get_weather", "Oslo"], ["Replied2"]],
+        TOOLS,
+        [["get_weather", "Oslo"], ["Replied2"]],
     ),
-}  # fmt: skip
+}
 
 
 def learned(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
@@ -116,7 +153,9 @@ def outcome(template: Template, name: str, loss_on: str) -> str:
 
 
 def told(messages: list[dict[str, Any]], template: Template) -> list[dict[str, Any]]:
-    """The messages in the form that templates of models with pictures take, where this one is such."""
+    """The messages in the form that templates of models with pictures take, where this one is
+    such.
+    """
     if not template.takes_parts:
         return messages
     return [
@@ -151,22 +190,47 @@ def test_most_are_verified() -> None:
 @pytest.mark.parametrize(
     ("template", "name", "expected"),
     [
-        ("trl/chat_templates/qwen3.jinja", "several turns",
-         ["Replied1<|im_end|>", "Replied2<|im_end|>", "<think>\n\n</think>\n\nReplied3<|im_end|>"]),
+        (
+            "trl/chat_templates/qwen3.jinja",
+            "several turns",
+            [
+                "Replied1<|im_end|>",
+                "Replied2<|im_end|>",
+                "<think>\n\n</think>\n\nReplied3<|im_end|>",
+            ],
+        ),
         ("mistral", "system", [" Replied1</s>"]),
-        ("trl/chat_templates/deepseek_r1_distill.jinja", "reasoning",
-         ["Mused zzt\n</think>\n\nReplied1<｜end▁of▁sentence｜>"]),
+        (
+            "trl/chat_templates/deepseek_r1_distill.jinja",
+            "reasoning",
+            ["Mused zzt\n</think>\n\nReplied1<｜end▁of▁sentence｜>"],
+        ),
         ("trl/chat_templates/glm4moe.jinja", "one turn", ["\n<think></think>\nReplied1<|user|>"]),
         ("trl/chat_templates/phi3.jinja", "one turn", ["Replied1<|end|>"]),
-        ("trl/chat_templates/cohere2.jinja", "one turn", ["Replied1<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
-        ("trl/chat_templates/gptoss.jinja", "reasoning", [
-            "<|channel|>analysis<|message|>Mused zzt<|end|><|start|>assistant<|channel|>final<|message|>Replied1<|return|>"
-        ]),
-        ("trl/chat_templates/qwen2_5.jinja", "tools", [
-            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>', "Replied2<|im_end|>"
-        ]),
+        (
+            "trl/chat_templates/cohere2.jinja",
+            "one turn",
+            ["Replied1<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"],
+        ),
+        (
+            "trl/chat_templates/gptoss.jinja",
+            "reasoning",
+            [
+                "<|channel|>analysis<|message|>Mused "
+                "zzt<|end|><|start|>assistant<|channel|>final<|message|>Replied1<|return|>"
+            ],
+        ),
+        (
+            "trl/chat_templates/qwen2_5.jinja",
+            "tools",
+            [
+                '<tool_call>\n{"name": "get_weather", "arguments": {"city": '
+                '"Oslo"}}\n</tool_call><|im_end|>',
+                "Replied2<|im_end|>",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_well_known_templates_learn(template: str, name: str, expected: list[str]) -> None:
     tokenizer = tokenizer_of(templates()[template])
     messages, tools, _ = CONVERSATIONS[name]
@@ -205,14 +269,35 @@ BERGEN = {"type": "function", "function": {"name": "get_weather", "arguments": {
 @pytest.mark.parametrize(
     ("template", "messages"),
     [
-        (CHATML, [{"role": "system", "content": "Use get_weather."}, user("a?"), reply("Look.", tool_calls=CALLS), *MORE]),
+        (
+            CHATML,
+            [
+                {"role": "system", "content": "Use get_weather."},
+                user("a?"),
+                reply("Look.", tool_calls=CALLS),
+                *MORE,
+            ],
+        ),
         (CALLING, [user("a?"), reply("Look.", tool_calls=[*CALLS, BERGEN]), *MORE]),
-        (CHATML.replace("in messages", "in messages if m.role != 'system'"),
-         [{"role": "system", "content": "in French"}, user("Say it in French: hello?"), reply("Bonjour")]),
-        (CHATML.replace("in messages", "in messages if m.role != 'tool'"),
-         [user("Is 22 warm?"), reply("I check"), {"role": "tool", "content": "22"}, reply("Yes")]),
+        (
+            CHATML.replace("in messages", "in messages if m.role != 'system'"),
+            [
+                {"role": "system", "content": "in French"},
+                user("Say it in French: hello?"),
+                reply("Bonjour"),
+            ],
+        ),
+        (
+            CHATML.replace("in messages", "in messages if m.role != 'tool'"),
+            [
+                user("Is 22 warm?"),
+                reply("I check"),
+                {"role": "tool", "content": "22"},
+                reply("Yes"),
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("loss_on", [LAST, "all"])
 def test_what_a_template_drops_is_seen_though_its_words_stand_elsewhere(
     template: str, messages: list[dict[str, Any]], loss_on: str
@@ -276,7 +361,9 @@ def test_ends_that_were_added_as_no_special_tokens() -> None:
     "answer", ["\n\nReplied1", " Replied1", "Répliqué 💥", "Replied1\n", "a<|im_end|>b"]
 )
 def test_answers_with_odd_edges(answer: str) -> None:
-    """A tokenizer may join an answer's first characters with what stands before it; the prompt is whole all the same."""
+    """A tokenizer may join an answer's first characters with what stands before it; the prompt is
+    whole all the same.
+    """
     tokenizer = tokenizer_of(CHATML)
     merged = tokenizer.backend_tokenizer
     assert (

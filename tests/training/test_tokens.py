@@ -1,4 +1,6 @@
-"""`lorakin train --trainable-tokens`, transformers' Trainer, and the merged model: rows of tokens in whole runs."""
+"""`lorakin train --trainable-tokens`, transformers' Trainer, and the merged model: rows of tokens
+in whole runs.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,16 @@ def test_a_run_and_its_exports(
 ) -> None:
     base, data = folder(tmp_path, tokenizer, tied), write_rows(chat_rows)
     recipe = Recipe(
-        model=base, data=data, eval_data=data, out=str(tmp_path / "out"), rank=4, lr=2e-2, steps=8, dtype="float32",
+        model=base,
+        data=data,
+        eval_data=data,
+        out=str(tmp_path / "out"),
+        rank=4,
+        lr=2e-2,
+        steps=8,
+        dtype="float32",
         trainable_tokens=["<|user|>", "10"],
-    )  # fmt: skip
+    )
     shown = io.StringIO()
     training.train(training.prepare(recipe, Console(file=shown, width=200)))
     assert "rows of 2 tokens" in shown.getvalue()
@@ -92,9 +101,16 @@ def test_the_trainer_saves_and_resumes_them(ids: Tensor, tmp_path: Path) -> None
         model = tiny_llama()
         lk.adapt(model, lk.LoRA(rank=4), trainable_tokens=[5, 6], seed=0)
         settings = transformers.TrainingArguments(
-            str(tmp_path / out), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-            report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-        )  # fmt: skip
+            str(tmp_path / out),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+        )
         return prepare_trainer(transformers.Trainer(model, settings, train_dataset=rows))
 
     whole, resumed = trainer("whole"), trainer("again")

@@ -237,7 +237,9 @@ def test_an_output_directory_in_use_is_left_alone(recipe: Recipe, tmp_path: Path
 def test_divergence_stops_the_run_and_keeps_the_last_good_adapter(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of the fifth step is made NaN; the adapter after step 3, whose forward gave the last finite loss, is kept."""
+    """The loss of the fifth step is made NaN; the adapter after step 3, whose forward gave the last
+    finite loss, is kept.
+    """
     real = run_trainer.answer_loss
     seen: list[list[Tensor]] = []
     holder: list[lk.Adapter] = []
@@ -582,7 +584,8 @@ def test_no_module_is_trained_whole_in_float16(recipe: Recipe) -> None:
 
 
 DATED = (
-    "{{ strftime_now('%d %b %Y') }} {% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{{ strftime_now('%d %b %Y') }} {% for m in messages %}<|{{ m.role }}|> {{ m.content }} "
+    "<|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 

@@ -21,7 +21,7 @@ def main() -> None:
         from lorakin.cli.app import run
 
         code = run(sys.argv[1:])
-    except ModuleNotFoundError as error:  # commands import what they need when they run
+    except ImportError as error:  # commands import what they need when they run
         sys.exit(
             f"lorakin's command needs more than its core ({error}); install it with: pip install "
             "'lorakin[train]'"

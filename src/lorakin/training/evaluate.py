@@ -22,7 +22,7 @@ from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import Loaded, stored_labels
 from lorakin.training.plainly import not_numbers
-from lorakin.training.reading import read_rows
+from lorakin.training.reading import DataRows, read_rows
 from lorakin.training.token_labels import IGNORED
 from lorakin.training.with_adapter import load_with_adapter
 
@@ -146,37 +146,45 @@ def evaluate_rows(
     """
     require(loss_on in LOSS_ON, f"loss_on must be {', '.join(LOSS_ON)}, not {loss_on!r}")
     rows = read_rows(name, columns, layout)
-    labels = stored_labels(model) if rows.is_classification and adapter is None else None
-    if rows.is_classification and adapter is None and labels is None:
-        raise DataError(
-            f"{name} has labels, but without --adapter the classifier would have a random head"
-        )
-    loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
-    is_classifier = type(loaded.model).__name__.endswith("ForSequenceClassification")
-    if is_classifier != rows.is_classification:
-        raise DataError(
-            f"{name} has format {rows.formats[0]}, which does not suit a "
-            f"{type(loaded.model).__name__}"
-        )
+    loaded = _loaded_for(rows, model, adapter, dtype, other_base, quantize)
+    tokenizer = loaded.tokenizer
     length = row_length(places(loaded.model), max_length)
-    if is_classifier:
+    if rows.is_classification:
         names = loaded.model.config.id2label
-        encoded = encode_labelled(
-            rows, loaded.tokenizer, length, [names[number] for number in sorted(names)]
-        )
-        check_rows(encoded.examples, loaded, encoded.where, rows.name)
-        warn_cut(length, max_length, model, encoded.examples)
-        collate = transformers.DataCollatorWithPadding(loaded.tokenizer)
-        return _of_numbers(evaluate(loaded.model, collate, encoded.examples, batch_size), loaded)
-    use_template(loaded.tokenizer, chat_template, rows)
-    encoded = encode(rows, loaded.tokenizer, length, loss_on)
-    warn_cut(length, max_length, model, encoded.examples)
+        encoded = encode_labelled(rows, tokenizer, length, [names[n] for n in sorted(names)])
+        collate: Any = transformers.DataCollatorWithPadding(tokenizer)
+    else:
+        use_template(tokenizer, chat_template, rows)
+        encoded = encode(rows, tokenizer, length, loss_on)
+        collate = answer_collator(loaded.model, tokenizer)
     check_rows(encoded.examples, loaded, encoded.where, rows.name)
-    collator = answer_collator(loaded.model, loaded.tokenizer)
-    return _of_numbers(evaluate(loaded.model, collator, encoded.examples, batch_size), loaded)
-
-
-def _of_numbers(figures: Evaluation, loaded: Loaded) -> Evaluation:
+    warn_cut(length, max_length, model, encoded.examples)
+    figures = evaluate(loaded.model, collate, encoded.examples, batch_size)
     if not math.isfinite(figures.loss):
         raise not_numbers(loaded.name)
     return figures
+
+
+def _loaded_for(
+    rows: DataRows,
+    model: str,
+    adapter: str | None,
+    dtype: str,
+    other_base: bool,
+    quantize: str | None,
+) -> Loaded:
+    """Loads the model, a classifier if the rows have classes.
+
+    Raises:
+        DataError: the rows do not suit the model.
+    """
+    labels = stored_labels(model) if rows.is_classification and adapter is None else None
+    if rows.is_classification and adapter is None and labels is None:
+        raise DataError(
+            f"{rows.name} has labels, but without --adapter the classifier would have a random head"
+        )
+    loaded = load_with_adapter(model, adapter, dtype, labels, other_base, quantize)
+    kind = type(loaded.model).__name__
+    if kind.endswith("ForSequenceClassification") != rows.is_classification:
+        raise DataError(f"{rows.name} has format {rows.formats[0]}, which does not suit a {kind}")
+    return loaded

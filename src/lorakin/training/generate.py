@@ -49,16 +49,11 @@ def answer(
         SettingError: a temperature outside of `COOLEST` to `HOTTEST`.
         DataError: a token that the embedding has no row for.
     """
-    model, tokenizer = loaded.model.eval(), loaded.tokenizer
     _check(loaded, temperature)
+    model, tokenizer = loaded.model.eval(), loaded.tokenizer
     encoder = Encoder(tokenizer)
     asked = encoder.prompt(prompt) if chat_template else encoder.opened(prompt)
-    check_prompt(asked, loaded)
-    if (there := places(model)) is not None and len(asked) >= there:
-        raise ModelError(
-            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, "
-            "the answer's included"
-        )
+    longest = min(max_new_tokens, _places_left(loaded, asked))
 
     template = encoder.template if chat_template else None
     text = end_of_turn_text(template)
@@ -76,7 +71,7 @@ def answer(
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max_new_tokens, there - len(asked)) if there else max_new_tokens,
+            max_new_tokens=longest,
             stop_strings=text,
             tokenizer=tokenizer,
             logits_processor=transformers.LogitsProcessorList([OnlyNumbers(loaded.name)]),
@@ -97,6 +92,23 @@ def _check(loaded: Loaded, temperature: float) -> None:
             f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and "
             "cannot generate"
         )
+
+
+def _places_left(loaded: Loaded, asked: list[int]) -> int:
+    """Returns how many positions the model has after a prompt's tokens.
+
+    Raises:
+        ModelError: none.
+        DataError: a token that the embedding has no row for.
+    """
+    check_prompt(asked, loaded)
+    there = places(loaded.model)
+    if there is not None and len(asked) >= there:
+        raise ModelError(
+            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, "
+            "the answer's included"
+        )
+    return sys.maxsize if there is None else there - len(asked)
 
 
 class _Streamer(transformers.TextStreamer):

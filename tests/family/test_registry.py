@@ -141,7 +141,7 @@ def test_the_command_finds_a_package(
         "--lr-sweep", "1e-2", "--out", str(compared),
     )  # fmt: skip
     rows = [json.loads(line) for line in (compared / "results.jsonl").read_text().splitlines()]
-    assert any(row["arm"] == "gained" and row["status"] == "done" for row in rows)
+    assert any(row["trial"]["arm"] == "gained" and row["status"] == "done" for row in rows)
 
 
 def test_files_of_a_package_that_is_not_there_name_it(

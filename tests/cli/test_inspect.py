@@ -26,6 +26,15 @@ from report.browser import Browser, browser
 __all__ = ["browser"]
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "delta-lora": {"start_step": 1},
+    "lora-xs": {"rank": 4},
+    "eva": {"rank": 4},
+    "lora-ga": {"rank": 4},
+}
+"""Settings of members whose own do not suit a tiny model, or a run of three steps."""
+
+
 def saved(member: Any, path: Path, **options: Any) -> Path:
     return randomise(lk.adapt(tiny_llama(), member, **options)).save(path / "adapter")
 
@@ -34,8 +43,9 @@ def trained(kind: Any, path: Path) -> Path:
     """Its adapter after three steps, chosen by a probe if that is its way."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
-    member = kind(start_step=1) if kind is lk.DeltaLoRA else kind()
-    probe = [batch] if Method.of(member).probe is not None else None
+    member = kind(**SMALL.get(kind.word, {}))
+    method = Method.of(member)
+    probe = [batch] if method.probe is not None or method.measuring is not None else None
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 6, "target_rank": 3, "start": 2, "finish": 3},
     "delta-lora": {"start_step": 4},
     "lora-ga": {"rank": 8},
+    "lora-xs": {"rank": 8},
     "lora-drop": {"keep": 5, "probe_epochs": 1, "sample": 0.5},
     "vera": {"rank": 16},
     "vera,dora": {"rank": 16},
@@ -43,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "keep": 5,
     },
 }
-RATES = {"vera": 0.3, "vera,dora": 0.3}
+RATES = {"vera": 0.3, "vera,dora": 0.3, "lora-xs": 0.1}
 
 
 @pytest.fixture
@@ -401,7 +402,9 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["methods", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [member["word"] for member in content["members"]] == WORDS
-    assert len(content["refused"]) == 4
+    assert all({one["one"], one["other"]} <= set(WORDS) for one in content["refused"])
+    pairs = [{one["one"], one["other"]} for one in content["refused"]]
+    assert {"vera", "lora-fa"} in pairs and {"dora", "lora+"} not in pairs
     assert content["members"][0]["settings"] == {
         "rank": 16,
         "alpha": 32.0,

@@ -57,7 +57,9 @@ def test_all_members_are_planned_of_a_config_alone(
 ) -> None:
     tiny_llama(num_hidden_layers=1).config.save_pretrained(tmp_path)
     model = str(tmp_path)
-    said = planned(capsys, "--model", model, "--memory", "4GB", "--set", "target_rank=4")
+    said = planned(
+        capsys, "--model", model, "--memory", "4GB", "--set", "target_rank=4", "--set", "keep=3"
+    )
     assert [row["method"] for row in said["methods"]] == [member.word for member in FAMILY]
     assert all(
         row["fits"] and row["peak"] == max(row["peaks"].values())

@@ -89,7 +89,9 @@ class Recipe:
     method: Annotated[
         str, Option("A member of the family, or several: dora,lora+. See lorakin methods.")
     ] = "lora"
-    rank: Annotated[int | None, Option("", default="the method's own, 16 for lora")] = None
+    rank: Annotated[
+        int | None, Option("Rank of the pairs.", default="the method's own, 16 for lora")
+    ] = None
     alpha: Annotated[
         float | None, Option("Scale is alpha/rank.", default="the method's own, 32 for lora")
     ] = None
@@ -136,7 +138,9 @@ class Recipe:
     holdout: Annotated[Holdout, Option("Share to hold out, at most 256 rows.")] = 0.1
     lr: Annotated[
         Positive | None,
-        Option("", ("--lr", "--learning-rate"), default="the method's own, 2e-4 for lora"),
+        Option(
+            "Learning rate.", ("--lr", "--learning-rate"), default="the method's own, 2e-4 for lora"
+        ),
     ] = None
     schedule: Annotated[str, Option("Of the learning rate: cosine, linear, constant …")] = "cosine"
     schedule_args: Annotated[
@@ -144,8 +148,8 @@ class Recipe:
         Option("What a schedule needs or can have, as min_lr=1e-5.", ("--schedule-arg",)),
     ] = dataclasses.field(default_factory=dict)
     warmup: Annotated[Warmup, Option("Share of the steps.")] = 0.05
-    weight_decay: Annotated[NotNegative, Option("")] = 0.0
-    max_grad_norm: Annotated[NotNegative, Option("")] = 1.0
+    weight_decay: Annotated[NotNegative, Option("Of AdamW.")] = 0.0
+    max_grad_norm: Annotated[NotNegative, Option("Clips gradients to this norm; 0: not.")] = 1.0
     steps: Annotated[AtLeastOne | None, Option("Optimizer steps.", default="one epoch")] = None
     epochs: Annotated[Epochs | None, Option("Passes over the data.")] = None
     batch_size: Annotated[AtLeastOne, Option("Rows at a time.")] = 8
@@ -177,7 +181,7 @@ class Recipe:
         Count | None,
         Option("Steps between checkpoints, 0: none.", default="a fifth of the run"),
     ] = None
-    seed: Annotated[Seed, Option("")] = 0
+    seed: Annotated[Seed, Option("Draws the start, the rows' order and the held-out rows.")] = 0
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:

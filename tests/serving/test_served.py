@@ -11,7 +11,8 @@ import torch
 import lorakin as lk
 from lorakin.cli.app import run
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 REASON = llama_cpp.available()

@@ -19,20 +19,13 @@ from lorakin.serving import gguf_format, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed, copy_beside
-from lorakin.training.encoding import TEMPLATE, remembered_template
+from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
-from lorakin.training.models import (
-    PACKAGED,
-    Loaded,
-    config_of,
-    directory_of,
-    load_model,
-    load_tokenizer,
-    load_with_adapter,
-    packaged,
-)
+from lorakin.training.model_sources import PACKAGED, directory_of, packaged
+from lorakin.training.models import Loaded, config_of, load_model, load_tokenizer
 from lorakin.training.precision import DTYPES
+from lorakin.training.with_adapter import load_with_adapter
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from lorakin.storage.schema import Count, Misfit, fitted
+from lorakin.storage.schema import Count, fitted
 
 PEFT_TENSORS: Final = "adapter_model.safetensors"
 DTYPES = {
@@ -50,8 +50,7 @@ class Reference:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, but for those that are not set."""
-        said = dataclasses.asdict(self)
-        return {key: value for key, value in said.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
     def of(self, there: Tensor) -> Tensor:
         """The tensor, of which `there` holds the numbers, in memory of its own.
@@ -81,6 +80,9 @@ class Reference:
                 raise ValueError(f"{self.tensor} does not have the shape {self.shape}") from None
         dtype = there.dtype if self.dtype is None else DTYPES[self.dtype]
         return found.to(dtype, copy=True).contiguous()
+
+
+FIELDS = {field.name for field in dataclasses.fields(Reference)}
 
 
 class Packing:
@@ -123,20 +125,20 @@ class Packing:
                 return found
         return None
 
-    def _near(self, key: str) -> Iterator[str]:
-        """The keys of PEFT's tensors that may belong to the module that is named in `key`."""
-        tried: set[str] = set()
+    def _near(self, key: str) -> list[str]:
+        """The keys of PEFT's tensors that belong to the module that is named in `key`."""
         for part in key.split("/"):
             path = part
             for _ in range(PARENTS):
                 start = f"{self.prefix}{path}."
                 first = bisect.bisect_left(self.keys, start)
                 end = bisect.bisect_left(self.keys, start + chr(0x10FFFF))
-                yield from (name for name in self.keys[first:end] if name not in tried)
-                tried.update(self.keys[first:end])
                 path = path.rpartition(".")[0]
-                if not path:
+                if first < end or not path:
                     break
+            if first < end:
+                return self.keys[first:end]
+        return []
 
 
 def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) -> Any:
@@ -150,32 +152,26 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
     def unpack(value: Any) -> Any:
         if isinstance(value, list):
             return [unpack(item) for item in value]
+        if isinstance(value, Reference):
+            return tensor_at(value)
         if not isinstance(value, dict):
             return value
-        if not is_reference(value):
-            return {key: unpack(item) for key, item in value.items()}
-        reference = fitted(Reference, value)
+        if "tensor" in value and value.keys() <= FIELDS:
+            return tensor_at(fitted(Reference, value))
+        return {key: unpack(item) for key, item in value.items()}
+
+    def tensor_at(reference: Reference) -> Tensor:
         tensors = own if reference.file is None else peft
         if reference.tensor not in tensors:
             raise ValueError(f"there is no {reference.tensor}")
         if reference.file is None:
             return own[reference.tensor]
-        if repr(reference) not in made:
-            made[repr(reference)] = reference.of(peft[reference.tensor])
-        return made[repr(reference)]
+        key = repr(reference)
+        if key not in made:
+            made[key] = reference.of(peft[reference.tensor])
+        return made[key]
 
     return unpack(value)
-
-
-def is_reference(value: Any) -> bool:
-    """Whether a JSON value stands for a tensor."""
-    if not isinstance(value, Mapping):
-        return False
-    try:
-        fitted(Reference, value)
-    except Misfit:
-        return False
-    return True
 
 
 def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
@@ -184,7 +180,11 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
     is_wider = is_wider and there.element_size() > tensor.element_size() > 1
     if tensor.dtype != there.dtype and not is_wider:
         return None
-    wanted, known = _bits(_matrix(tensor.to(there.dtype))), _bits(_matrix(there))
+    wanted, known = _matrix(tensor), _matrix(there)
+    sides = set(wanted.shape) & {1, *known.shape}
+    if not sides or wanted.numel() > known.numel():
+        return None
+    wanted, known = _bits(wanted.to(there.dtype)), _bits(known)
     place = _place(wanted, known)
     if place is None and wanted.shape[1] == 1:
         wanted = wanted.T  # a vector, which may lie along a row in the file

@@ -23,7 +23,7 @@ from lorakin.family import Member, all_finite, member_named, members
 from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import is_fingerprint
 from lorakin.storage.json_files import parsed, sha256
-from lorakin.storage.references import PEFT_TENSORS, Packing, Reference, unpacked
+from lorakin.storage.references import PEFT_TENSORS, Packing, TensorReference, unpacked
 from lorakin.storage.schema import Check, Misfit, fitted, shown
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", PEFT_TENSORS, "adapter_model.bin"
@@ -103,10 +103,10 @@ class Said:
     beside: dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str] | None = None
     config: dict[str, Any] | None = None
     patterns: tuple[dict[str, Any], dict[str, Any]] | None = None
-    tensors: dict[str, dict[str, Reference]] | None = None
+    tensors: dict[str, dict[str, TensorReference]] | None = None
     projection: str | None = None
     base: Fingerprint | None = None
-    buffers: dict[str, Reference] | None = None
+    buffers: dict[str, TensorReference] | None = None
     whole: list[str] | None = None
     state: State | None = None
     sha256: str | None = None

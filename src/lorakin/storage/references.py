@@ -38,7 +38,7 @@ PARENTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class TensorReference:
     """Where a tensor is."""
 
     tensor: str
@@ -82,7 +82,7 @@ class Reference:
         return found.to(dtype, copy=True).contiguous()
 
 
-FIELDS = {field.name for field in dataclasses.fields(Reference)}
+FIELDS = {field.name for field in dataclasses.fields(TensorReference)}
 
 
 class Packing:
@@ -94,7 +94,7 @@ class Packing:
         self.prefix = prefix
         self.keys = sorted(known)
         self.tensors: dict[str, Tensor] = {}
-        self._seen: dict[int, Reference] = {}
+        self._seen: dict[int, TensorReference] = {}
 
     def packed(self, value: Any, key: str) -> Any:
         """`value` as JSON, with references for its tensors. One object is written once.
@@ -111,11 +111,11 @@ class Packing:
             return [self.packed(v, f"{key}/{n}") for n, v in enumerate(value)]
         return value
 
-    def _stored(self, tensor: Tensor, key: str) -> Reference:
+    def _stored(self, tensor: Tensor, key: str) -> TensorReference:
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        return Reference(key)
+        return TensorReference(key)
 
-    def _found(self, tensor: Tensor, key: str) -> Reference | None:
+    def _found(self, tensor: Tensor, key: str) -> TensorReference | None:
         """Where PEFT's file has these bits already, in a tensor of the same module."""
         if not tensor.numel() or tensor.is_meta:
             return None
@@ -152,15 +152,15 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
     def unpack(value: Any) -> Any:
         if isinstance(value, list):
             return [unpack(item) for item in value]
-        if isinstance(value, Reference):
+        if isinstance(value, TensorReference):
             return tensor_at(value)
         if not isinstance(value, dict):
             return value
         if "tensor" in value and value.keys() <= FIELDS:
-            return tensor_at(fitted(Reference, value))
+            return tensor_at(fitted(TensorReference, value))
         return {key: unpack(item) for key, item in value.items()}
 
-    def tensor_at(reference: Reference) -> Tensor:
+    def tensor_at(reference: TensorReference) -> Tensor:
         tensors = own if reference.file is None else peft
         if reference.tensor not in tensors:
             raise ValueError(f"there is no {reference.tensor}")
@@ -174,7 +174,7 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
     return unpack(value)
 
 
-def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
+def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     """Where `there`, of this name, has the bits of `tensor`."""
     is_wider = there.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
     is_wider = is_wider and there.element_size() > tensor.element_size() > 1
@@ -194,7 +194,7 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
     rows, columns = place
     is_whole = rows is None and columns is None
     usual = there.shape if is_whole else wanted.shape
-    return Reference(
+    return TensorReference(
         name,
         PEFT_TENSORS,
         rows,

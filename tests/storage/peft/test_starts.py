@@ -121,12 +121,33 @@ def test_a_start_that_the_member_makes_again(name: str, tmp_path: Path, ids: Ten
     assert torch.equal(model(ids).logits, other(ids).logits)
 
 
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lora_ga_is_read_as_peft_reads_it(tmp_path: Path, ids: Tensor) -> None:
+    """PEFT keeps no trace of what it took out of the base: both load a plain pair, and ours says so."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model = tiny_llama()
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="lora_ga",
+        lora_ga_config=peft.tuners.lora.config.LoraGAConfig(),
+    )  # fmt: skip
+    preprocess_loraga(model, config, lambda: model(ids, labels=ids).loss.backward())
+    theirs = peft.get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    ours = tiny_llama()
+    with pytest.warns(lk.LorakinWarning, match="lora_ga"):
+        lk.load(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, again(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("start", "reason"),
     [
         ("PiSSA_niter_16", "PiSSA_niter_16"),
         ("corda", "corda"),
-        ("lora_ga", "lora_ga"),
         ("loftq", "loftq"),
         ("of tomorrow", "of tomorrow"),
         (["pissa"], "init_lora_weights"),

@@ -13,16 +13,16 @@ from functools import cached_property
 from typing import Any
 
 from lorakin.family import (
+    WEIGHT,
     AdaLoRA,
     DoRA,
     LoRA,
     Member,
     Method,
     Modifier,
-    OLoRA,
     Parametrisation,
-    PiSSA,
     VeRA,
+    members,
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.slots import Slot, Slots
@@ -189,8 +189,6 @@ FLAGS = LORA.flags
 
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica", "lora_fa")
 """Words of `init_lora_weights` whose file is a plain pair for the plain base."""
-STARTS: Mapping[str, type[Modifier]] = {"pissa": PiSSA, "olora": OLoRA}
-"""Words whose file is a pair for a base without its start, which the member makes again."""
 
 SCHEDULE = ("total_steps", "start", "finish", "interval")
 """Settings that belong to one run, which is over when a file is read."""
@@ -214,8 +212,14 @@ def plain_method(rank: int, alpha: float, dropout: float = 0.0, *, with_gain: bo
 def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
     """The members that a config of PEFT's stands for."""
     flags = [kind for flag, kind in form.flags.items() if config.get(flag)]
-    start = STARTS.get(start_word(config)) if form is LORA else None
+    start = made_again().get(start_word(config)) if form is LORA else None
     return (form.member, *flags, *([start] if start else []))
+
+
+def made_again() -> dict[str, type[Modifier]]:
+    """Words whose file is a pair for a base without its start, which the member makes of the weight again."""
+    starts = [m for m in members() if issubclass(m, Modifier) and m.peft_start]
+    return {start.peft_start: start for start in starts if start.needs == {WEIGHT}}
 
 
 def start_word(config: Mapping[str, Any]) -> str:

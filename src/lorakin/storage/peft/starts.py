@@ -5,7 +5,8 @@
 | true, false, null, gaussian, orthogonal, eva, mica | as it was | the plain pair |
 | pissa, olora | less s·B₀·A₀, the start | a pair for that base; PEFT makes the start again at load |
 | pissa_niter_N | the same, of a random draw | the same, but PEFT draws another start at load |
-| corda, lora_ga | less s·B₀·A₀, made of data | a pair for that base; PEFT needs the data again |
+| corda | less s·B₀·A₀, made of data | a pair for that base; PEFT needs the data again |
+| lora_ga | the same | the same, but PEFT loads it as a plain pair on the plain base |
 | loftq | another, quantised one | a pair for that base |
 
 PiSSA and OLoRA are read as the members of that name, which make B₀ and A₀ again of the base weight.
@@ -21,9 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakin.storage.peft.forms import PLAIN_STARTS, STARTS, start_word
+from lorakin.storage.peft.forms import PLAIN_STARTS, made_again, start_word
 
-TAKEN_OUT = ("corda", "lora_ga")
+LOST = "lora_ga"
+"""The word whose file PEFT itself reads as a plain pair, although a start was taken out of the base."""
 CONFIGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 """Settings of a start."""
 TRAINING = {"velora_config": "lora_velora_embed", "monteclora_config": "lora_monteclora_sampler"}
@@ -34,14 +36,14 @@ CONVERT = "convert it with PEFT (path_initial_model_for_weight_conversion) first
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Why the pair in the file cannot be understood, to follow "it"; None if it can."""
     start, word = config.get("init_lora_weights", True), start_word(config)
-    if start is None or isinstance(start, bool) or word in PLAIN_STARTS or word in STARTS:
+    if start is None or isinstance(start, bool) or word in (*PLAIN_STARTS, LOST, *made_again()):
         return None
     if word.startswith("pissa_niter"):
         return (
             f"was initialised with {start!r}: PEFT took a random start out of the base weight, and no "
             f"file keeps it, so that PEFT itself loads another adapter. Where it was trained, {CONVERT}"
         )
-    if word.startswith(TAKEN_OUT):
+    if word == "corda":
         return (
             f"was initialised with {start!r}, which changes the base weight: a start made of data was "
             f"taken out of it. This version does not repeat that; {CONVERT}"
@@ -54,6 +56,17 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return (
         f"was initialised with {start!r}, and this version does not know whether that changes the "
         "base weight"
+    )
+
+
+def warning(config: Mapping[str, Any]) -> str | None:
+    """What is to be said of a file that is read as PEFT reads it, and is not what was trained."""
+    if start_word(config) != LOST:
+        return None
+    return (
+        f"it was initialised with {LOST!r}: training took a start out of the base weight, which the file "
+        "does not keep. It is read as PEFT reads it, as a plain pair on the plain base, which is not the "
+        f"model that was trained. For that, where it was trained, {CONVERT}"
     )
 
 

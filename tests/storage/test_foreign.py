@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import tiny_gpt2, tiny_llama
-from lorakin.storage.foreign import Foreign, read_foreign
+from lorakin.storage.foreign.foreign_file import Foreign
+from lorakin.storage.foreign.read import read_foreign
 
 CONFIG = "adapter_config.json"
 Branch = Callable[[Tensor], Tensor]

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lorakin.errors import some
 from lorakin.family import Shape
-from lorakin.storage.foreign.source import Foreign, Source
+from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = r".*\.lora_[AB]"
 
 
-def read(source: Source) -> Foreign:
+def read(source: ForeignFile) -> Foreign:
     """The adapter in a file of loralib's."""
     if biases := [key for key in source.tensors if key.rpartition(".")[2] == "bias"]:
         raise source.error(
@@ -41,7 +41,7 @@ def read(source: Source) -> Foreign:
 
 
 def _pair(
-    source: Source,
+    source: ForeignFile,
     path: str,
     module: nn.Module,
     shape: Shape,

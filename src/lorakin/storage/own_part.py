@@ -59,7 +59,7 @@ class MemberEntry:
         return cls(member.word, settings, _package_of(type(member)))
 
     def made(self) -> Member:
-        """The member with its settings; raises `SettingError` if this installation has none such."""
+        """The member with its settings; raises `SettingError` if it is not installed here."""
         if self.member not in {member.word for member in members()}:
             if self.package is not None:
                 raise SettingError(

@@ -1,4 +1,4 @@
-"""Files of the same model in another wrapping, such as without its head: their paths begin otherwise."""
+"""Files of the same model in another class, such as without its head: paths begin otherwise."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ class Prefix(NamedTuple):
         """What to do about it."""
         if not self.there:
             inner = self.here.removesuffix(".")
-            return f"It was made on the part of it that is {inner!r}: load it into that, model.get_submodule({inner!r})"
+            return (
+                f"It was made on the part of it that is {inner!r}: load it into that, "
+                f"model.get_submodule({inner!r})"
+            )
         if not self.here:
             outer = self.there.removesuffix(".")
-            return f"It was made on a model that holds this one as {outer!r}, such as one with a head: load it into that"
+            return (
+                f"It was made on a model that holds this one as {outer!r}, such as one with a "
+                "head: load it into that"
+            )
         return "Load it into a model of the class that it was made on"
 
 
 def other_prefix(
     sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
 ) -> Prefix | None:
-    """The one change of the beginning by which every path of the file names a module of this size; None if there is none."""
+    """The beginnings that turn every path of the file into that of a fitting module, or None."""
     first = next(iter(sites), "")
     parts = first.split(".")
     for n in range(len(parts) - 1):  # at least two names stay, so that a mere "dense" says nothing

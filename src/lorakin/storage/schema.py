@@ -1,11 +1,11 @@
-"""What a file from outside must hold, said once as types: whatever does not fit is named with its place in the file.
+"""Checks what a file from outside holds against types, and says where it does not fit.
 
     fitted(dict[str, Finite], content)           # numbers by name
-    fitted(Row, content)                         # a dataclass: its fields, no others, those without a default all there
+    fitted(Row, content)     # a dataclass: these fields, no others, all that have no default
 
-Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and `Annotated[kind, Check(…)]`.
-A bool is no number, an int is a float, and numbers are below 2**63. (The core needs nothing but torch and safetensors, so this
-is no library's.)
+Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and
+`Annotated[kind, Check(…)]`. A bool is no number, an int is a float, and numbers are below 2**63.
+(The core needs nothing but torch and safetensors, so this is no library's.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST = 80
 
 
 class Misfit(ValueError):
-    """A value that does not fit; the message says where it stands, what it is and what was expected."""
+    """A value that does not fit; the message says where it is, what it is and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,9 @@ Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < v
 
 
 def fitted(kind: Any, value: Any, at: str = "") -> Any:
-    """`value` as the type `kind`: the same, but dataclasses made of dicts and tuples of lists. `at` is where it stands.
+    """`value` as the type `kind`, with dataclasses made of dicts, and tuples of lists.
+
+    `at` is the value's place in the file, for messages.
 
     Raises:
         Misfit: it is of another type somewhere inside.
@@ -168,7 +170,7 @@ def in_words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value's repr, without making the whole of a long one where that can be helped."""
+    """The beginning of a value's repr, for a message."""
     if isinstance(value, str | bytes):
         value = value[: LONGEST + 1]
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -25,9 +25,9 @@ def check_trained(adapter: Graft) -> None:
     acting = [member.word for member in adapter.method.members if member.acts_at_steps]
     if acting and adapter.is_fresh and not adapter.steps:
         raise StateError(
-            f"adapter {adapter.name!r} is not saved: {', '.join(acting)} acts at optimizer steps and "
-            "never saw one, so this is not what it says. Train with a torch optimizer that holds the "
-            "adapter's tensors, such as adapter.optimizer(…)"
+            f"adapter {adapter.name!r} is not saved: {', '.join(acting)} acts at optimizer steps "
+            "and never saw one, so this is not what it says. Train with a torch optimizer that "
+            "holds the adapter's tensors, such as adapter.optimizer(…)"
         )
     for check in CHECKS:
         for said in check(adapter):
@@ -45,8 +45,9 @@ def is_unscaled(adapter: Graft) -> Iterator[str]:
     """Files have no place for the scale that `adapter.scale` sets."""
     if adapter.scale != 1:
         yield (
-            f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not at "
-            f"{adapter.scale:g}. For files of the scaled change, save what lorakin.as_lora makes of it"
+            f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not "
+            f"at {adapter.scale:g}. For files of the scaled change, save what lorakin.as_lora "
+            "makes of it"
         )
 
 
@@ -55,8 +56,8 @@ def buffers_stayed(adapter: Graft) -> Iterator[str]:
     if moved := sorted(adapter.moved_buffers()):
         yield (
             f"training moved buffers of the base ({some(moved)}). They are saved beside adapter "
-            f"{adapter.name!r}, in a file that lorakin reads and PEFT does not. For PEFT, train the "
-            "modules that own them whole, with modules_to_save"
+            f"{adapter.name!r}, in a file that lorakin reads and PEFT does not. For PEFT, train "
+            "the modules that own them whole, with modules_to_save"
         )
 
 
@@ -65,8 +66,8 @@ def whole_modules_moved(adapter: Graft) -> Iterator[str]:
     still = [path for path in adapter.placement.copies if _is_the_bases(adapter, path)]
     if _was_trained_here(adapter) and still:
         yield (
-            f"adapter {adapter.name!r} trains {', '.join(still)} whole, but it is exactly the base's: "
-            "training never reached it"
+            f"adapter {adapter.name!r} trains {', '.join(still)} whole, but it is exactly the "
+            "base's: training never reached it"
         )
 
 
@@ -79,8 +80,8 @@ def rows_moved(adapter: Graft) -> Iterator[str]:
         ids = adapter.placement.tokens[path].ids
         if still := [str(n) for n, unmoved in zip(ids, same, strict=True) if unmoved]:
             yield (
-                f"adapter {adapter.name!r} trains rows of {path} that are exactly the base's: training "
-                f"never met the tokens {some(still)}"
+                f"adapter {adapter.name!r} trains rows of {path} that are exactly the base's: "
+                f"training never met the tokens {some(still)}"
             )
 
 
@@ -90,8 +91,8 @@ def biases_moved(adapter: Graft) -> Iterator[str]:
     if own and all(_is_the_bases_bias(adapter, path, bias) for path, bias in own.items()):
         named = some(f"the bias of {path}" for path in own)
         yield (
-            f"adapter {adapter.name!r} trains {named}, but each is exactly the base's: training never "
-            "reached them"
+            f"adapter {adapter.name!r} trains {named}, but each is exactly the base's: training "
+            "never reached them"
         )
 
 

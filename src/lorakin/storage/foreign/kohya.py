@@ -130,8 +130,8 @@ def _check_shapes(source: ForeignFile, name: str, path: str, slots: Mapping[str,
         raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")
     if "m" in slots and slots["m"].shape != (shape.outputs, *(1 for _ in slots["m"].shape[1:])):
         raise source.error(
-            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs are "
-            f"another method's, expected one for each of the {shape.outputs} outputs"
+            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs "
+            f"are another method's, expected one for each of the {shape.outputs} outputs"
         )
     kernel, own = slots["A"].shape[2:], tuple(getattr(module, "kernel_size", ()))
     if kernel != own and not math.prod(kernel) == math.prod(own) == 1:

@@ -40,8 +40,8 @@ def read(source: ForeignFile) -> Foreign:
         is_embedding = layers.kind_of(module) is EmbeddingLayer
         if is_embedding and "m" in slots:
             raise source.error(
-                f"{path} is an embedding with a magnitude for each word, not for each output, which "
-                "is another method"
+                f"{path} is an embedding with a magnitude for each word, not for each output, "
+                "which is another method"
             )
         rank = slots["A"].shape[1]
         turned = {**slots, "A": slots["A"].T, "B": slots["B"].T}

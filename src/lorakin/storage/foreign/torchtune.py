@@ -41,7 +41,8 @@ def read(source: ForeignFile) -> Foreign:
     model_type = getattr(config, "model_type", None)
     if model_type not in ALTERNATES:
         raise source.error(
-            f"torchtune's file for a model of type {model_type!r}; known are {', '.join(ALTERNATES)}"
+            f"torchtune's file for a model of type {model_type!r}; known are "
+            f"{', '.join(ALTERNATES)}"
         )
     found = Foreign("torchtune", {}, {}, [])
     names = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}

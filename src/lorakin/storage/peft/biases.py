@@ -137,7 +137,7 @@ def _tied(
     whole: tuple[str, ...],
     where: str,
 ) -> dict[str, Tensor]:
-    """The biases of all modules that have one in the file, or share a parameter with one that has."""
+    """Path → bias, also of modules that share a parameter with one that has a bias in the file."""
     biases: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     for path, module in modules.items():

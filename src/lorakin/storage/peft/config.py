@@ -1,4 +1,4 @@
-"""`adapter_config.json` as it is read: what this version knows of it, and the method that it names."""
+"""Reads `adapter_config.json`: checks its fields, and makes the method that it names."""
 
 from __future__ import annotations
 

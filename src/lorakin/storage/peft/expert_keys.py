@@ -1,4 +1,4 @@
-"""The tensors of expert stacks in PEFT's files: their keys, and the tensors of one module taken out.
+"""The keys of expert stacks in PEFT's files, and the tensors of one module.
 
 PEFT wraps a module once for each of its parameters that it adapts. Every wrapper adds one
 `base_layer.` to the keys of what lies inside it.

@@ -53,7 +53,10 @@ def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
 
 
 def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
-    """A pair over all inputs in PEFT's form: q is r/groups where `up` is in groups itself, else r, and A is there for each."""
+    """A pair over all inputs in PEFT's form.
+
+    q is r/groups if `up` is in groups itself. Otherwise it is r, and A stands there for each group.
+    """
     groups = module.groups
     if len(down) % groups == 0:
         blocks = up.view(groups, -1, groups, len(down) // groups)
@@ -64,9 +67,9 @@ def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
 
 
 def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
-    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel), as small as it can be without rounding.
+    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel).
 
-    None if what they add is no change of the weight.
+    r is as small as it can be without rounding. None if what they add is no change of the weight.
     """
     groups, rank = module.groups, theirs.B.shape[1]
     A = theirs.A.view(groups, rank, groups, -1)
@@ -83,7 +86,7 @@ def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
 
 
 def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices of PEFT's whose B is in groups, with a B of all ranks, (outputs, groups·q); others as they are."""
+    """The slots with a B of all ranks, (outputs, groups·q), where PEFT's B is in groups."""
     A, B = slots.get("A"), slots.get("B")
     if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1]:
         return dict(slots)
@@ -94,9 +97,9 @@ def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spread(B: Tensor, groups: int) -> Tensor:
-    """B (outputs, q) of groups as (outputs, groups·q): each group's rows in columns of their own."""
-    spread: Tensor = torch.block_diag(*B.view(groups, -1, B.shape[1]))  # type: ignore[no-untyped-call]
-    return spread
+    """B (outputs, q) in groups as (outputs, groups·q), with columns of its own for each group."""
+    blocks = B.view(groups, -1, B.shape[1])
+    return torch.block_diag(*blocks)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
@@ -132,10 +135,10 @@ def read(
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]], frozenset[str]]:
-    """The config and the tensors with PEFT's form taken for lorakin's, and where they are a pair over all inputs.
+    """The config and the slots with lorakin's pairs for PEFT's, and the paths over all inputs.
 
     Raises:
-        AdapterError: shapes that do not fit, or a gain over what is no change of the layer's weight.
+        AdapterError: shapes do not fit; there is a magnitude over what is no change of the weight.
     """
     over_all = set[str]()
     done, ranks, alphas = dict(sites), dict[str, int](), dict[str, float]()
@@ -152,7 +155,8 @@ def read(
         if scale.rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
             have = f"A {tuple(slots['A'].shape)}, B {tuple(slots['B'].shape)}"
             raise AdapterError(
-                f"{where}: {path} has {have}, which do not fit rank {scale.rank} on a convolution with groups={module.groups}"
+                f"{where}: {path} has {have}, which do not fit rank {scale.rank} on a convolution "
+                f"with groups={module.groups}"
             )
         wide = Grouped(
             *(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs)
@@ -161,9 +165,10 @@ def read(
         if pair is None:
             if "m" in slots:
                 raise AdapterError(
-                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, reads "
-                    "inputs across groups, as PEFT trains it. That is no change of the layer's weight, "
-                    "of which DoRA's magnitudes could be; leave the layer out when training"
+                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, "
+                    "reads inputs across groups, as PEFT trains it. DoRA's magnitudes need a "
+                    "change of the layer's weight, which that is not; leave the layer out when "
+                    "training"
                 )
             over_all.add(path)
             pair = _spread(wide.B, module.groups), wide.A

@@ -51,7 +51,7 @@ class ReadFiles:
 
     @property
     def own_slots(self) -> Mapping[str, Slots] | None:
-        """The modules' tensors in lorakin's own part, where PEFT's file has them in another form."""
+        """The modules' tensors in lorakin's part, where PEFT's file has them in another form."""
         return None if self.own is None else self.own.tensors
 
 

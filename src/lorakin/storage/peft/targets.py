@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts for a config: its rules, and the check that a file has tensors for just those."""
+"""Which modules PEFT adapts for a config, and the check that a file has tensors for just those."""
 
 from __future__ import annotations
 
@@ -29,8 +29,18 @@ def check_targets(
 ) -> None:
     """See that every module that the config targets has its tensors, and the other way round.
 
-    `former`: path → its names in the file, which the config targets, where it has others there. In such a file the config may
-    mean fewer modules than it names in this model, so what is missing is said and left alone; of experts all must be there.
+    Args:
+        modules: the model's modules by path.
+        config: PEFT's config.
+        sites: paths of the modules with tensors.
+        copies: paths of the modules that are trained whole.
+        former: path → its names in the file, which the config targets, where they are others. Such
+            a config may mean fewer modules than it names in this model, so that missing ones are a
+            warning; but all experts of a stack must be there.
+        where: the file, for messages.
+
+    Raises:
+        AdapterError: the two differ.
     """
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
@@ -64,8 +74,9 @@ def check_targets(
         )
     if missing:
         warnings.warn(
-            f"{where}: the file is of another transformers, which named modules otherwise; its config targets {some(missing)} "
-            "by today's names, which have no tensors in it and stay as they are",
+            f"{where}: it was made under another transformers, which named modules otherwise. By "
+            f"today's names its config targets {some(missing)} too; these have no tensors in it "
+            "and stay as they are",
             LorakinWarning,
             stacklevel=2,
         )
@@ -78,7 +89,7 @@ def check_targets(
 def _absent_experts(
     modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading
 ) -> list[str]:
-    """Names of experts that the config targets as it does others of their stack, and that the file lacks."""
+    """Names of experts that the config targets, and others of whose stack the file has."""
     there, wanted, seen = (
         {name for names in former.values() for name in names},
         set[str](),
@@ -103,8 +114,8 @@ def _absent_experts(
 class Reading:
     """One way to understand a config's targets.
 
-    A string is a regular expression for the whole path; a list holds paths and ends of paths. Layers narrow what is found by
-    the end of its path, not what is named whole.
+    A string is a regular expression for the whole path; a list holds paths and ends of paths.
+    Layers narrow what is found by the end of its path, not what is named whole.
     """
 
     def __init__(
@@ -114,7 +125,7 @@ class Reading:
         known: Collection[str],
         which: int,
     ) -> None:
-        """`known`: an entry that is one of these paths means that one alone. `which`: `FIRST` or `LAST`."""
+        """An entry among the paths `known` means that path alone. `which`: `FIRST` or `LAST`."""
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
         self.known = known
@@ -150,7 +161,8 @@ def _readings(
 ) -> Iterator[Reading]:
     """The ways in which a config may be meant, the likeliest first.
 
-    In our files an entry that is a module's whole path means that module; to PEFT it is also the end of others' paths.
+    In lorakin's files an entry that is a module's whole path means that module alone. To PEFT it is
+    the end of other modules' paths too.
     """
     yield Reading(targets, config, known, FIRST)
     if not isinstance(targets, str):

@@ -35,17 +35,17 @@ class Prefix(NamedTuple):
 
 
 def other_prefix(
-    sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
+    slots: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
 ) -> Prefix | None:
     """The beginnings that turn every path of the file into that of a fitting module, or None."""
-    first = next(iter(sites), "")
+    first = next(iter(slots), "")
     parts = first.split(".")
     for n in range(len(parts) - 1):  # at least two names stay, so that a mere "dense" says nothing
         there, rest = "".join(f"{part}." for part in parts[:n]), ".".join(parts[n:])
         for path in modules:
             if path == rest or path.endswith(f".{rest}"):
                 prefix = Prefix(there, path.removesuffix(rest))
-                if all(_fits(prefix, path, slots, modules) for path, slots in sites.items()):
+                if all(_fits(prefix, path, own, modules) for path, own in slots.items()):
                     return prefix
     return None
 

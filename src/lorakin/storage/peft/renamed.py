@@ -48,7 +48,7 @@ class Todays:
     """An adapter's files in the model's names. `former`: path → the paths in the file."""
 
     config: Mapping[str, Any]
-    sites: dict[str, dict[str, Tensor]]
+    slots: dict[str, dict[str, Tensor]]
     rest: dict[str, Tensor]
     former: dict[str, list[str]]
 
@@ -57,7 +57,7 @@ def todays(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
-    sites: dict[str, dict[str, Tensor]],
+    slots: dict[str, dict[str, Tensor]],
     rest: dict[str, Tensor],
     where: str,
 ) -> Todays:
@@ -68,26 +68,26 @@ def todays(
     Raises:
         AdapterError: parts of one weight that do not fit together.
     """
-    unknown = [path for path in sites if not _can_adapt(modules, path)]
+    unknown = [path for path in slots if not _can_adapt(modules, path)]
     lost = [
         key for key in rest if key.rpartition(".")[0].removesuffix(".base_layer") not in modules
     ]
     names = _Names.of(model) if unknown or lost else None
     if names is None:
-        return Todays(config, sites, rest, {})
+        return Todays(config, slots, rest, {})
     parts: dict[str, list[tuple[RenamedPlace, str]]] = {}
     for old in unknown:
         for place in names.places(old, modules):
             parts.setdefault(place.path, []).append((place, old))
     moved = {old for there in parts.values() for _, old in there}
-    done = {path: slots for path, slots in sites.items() if path not in moved}
+    done = {path: own for path, own in slots.items() if path not in moved}
     if clash := [path for path in parts if path in done]:
         raise AdapterError(
             f"{where}: it adapts {clash[0]} twice, as that and as {parts[clash[0]][0][1]}"
         )
     scales: dict[str, PairScale] = {}
     for path, there in parts.items():
-        done[path], scales[path] = _joined(modules[path], path, there, sites, config, where)
+        done[path], scales[path] = _joined(modules[path], path, there, slots, config, where)
     whole = config.get("modules_to_save")
     if whole and lost:
         config = {**config, "modules_to_save": [*whole, *(names.whole(name) for name in whole)]}
@@ -192,7 +192,7 @@ def _joined(
     module: nn.Module,
     path: str,
     there: list[tuple[RenamedPlace, str]],
-    sites: Mapping[str, Slots],
+    slots: Mapping[str, Slots],
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[dict[str, Tensor], PairScale]:
@@ -200,18 +200,18 @@ def _joined(
     there = sorted(there, key=lambda one: one[0].number)
     place = there[0][0]
     scales = [scale_at(config, name) for _, name in there]
-    slots = [dict(sites[name]) for _, name in there]
+    each = [dict(slots[name]) for _, name in there]
     if place.cut is not None:
         rows, pieces = place.cut
         return {
-            slot: t if slot == "A" else t.chunk(pieces)[rows] for slot, t in slots[0].items()
+            slot: t if slot == "A" else t.chunk(pieces)[rows] for slot, t in each[0].items()
         }, scales[0]
     if place.parts == 1:
-        return slots[0], scales[0]
+        return each[0], scales[0]
     kind = layers.kind_of(module)
     assert kind is not None
     outputs, inputs = kind.shape(module)[:2]
-    for (_, name), of_one, scale in zip(there, slots, scales, strict=True):
+    for (_, name), of_one, scale in zip(there, each, scales, strict=True):
         pair = {"A", "B"} <= of_one.keys() <= {"A", "B", "m"} and of_one["A"].dim() == of_one[
             "B"
         ].dim() == 2
@@ -227,11 +227,11 @@ def _joined(
             )
     starts = _starts(
         [one.number for one, _ in there],
-        [len(of_one["B"]) for of_one in slots],
+        [len(of_one["B"]) for of_one in each],
         place.parts,
         outputs,
     )
-    magnitudes = [of_one["m"] for of_one in slots if "m" in of_one]
+    magnitudes = [of_one["m"] for of_one in each if "m" in of_one]
     if starts is None or len(magnitudes) not in (0, place.parts):
         raise AdapterError(
             f"{where}: {', '.join(name for _, name in there)} are {place.parts} parts of {path} "
@@ -239,13 +239,13 @@ def _joined(
         )
     total = PairScale(sum(scale.rank for scale in scales), 1.0, scales[0].rslora)
     total = total._replace(alpha=scales[0].value / total.value)
-    up = slots[0]["B"].new_zeros(outputs, total.rank)
+    up = each[0]["B"].new_zeros(outputs, total.rank)
     column = 0
-    for start, of_one, scale in zip(starts, slots, scales, strict=True):
+    for start, of_one, scale in zip(starts, each, scales, strict=True):
         B, factor = of_one["B"], 1.0 if scale == scales[0] else scale.value / scales[0].value
         up[start : start + len(B), column : column + B.shape[1]] = B if factor == 1 else factor * B
         column += B.shape[1]
-    joined = {"A": torch.cat([of_one["A"] for of_one in slots]), "B": up}
+    joined = {"A": torch.cat([of_one["A"] for of_one in each]), "B": up}
     return (joined | {"m": torch.cat(magnitudes)} if magnitudes else joined), total
 
 
@@ -257,13 +257,13 @@ def _starts(numbers: list[int], rows: list[int], parts: int, outputs: int) -> li
 
 
 def _with_scales(
-    config: Mapping[str, Any], scales: Mapping[str, PairScale], sites: Iterable[str]
+    config: Mapping[str, Any], scales: Mapping[str, PairScale], paths: Iterable[str]
 ) -> Mapping[str, Any]:
     """The config that says these ranks and alphas, in as few patterns as can be."""
     ends: dict[str, set[PairScale]] = {}
     for path, scale in scales.items():
         ends.setdefault(_end(path), set()).add(scale)
-    mixed = {_end(path) for path in sites if path not in scales} | {
+    mixed = {_end(path) for path in paths if path not in scales} | {
         end for end, those in ends.items() if len(those) > 1
     }
     for field, of in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):

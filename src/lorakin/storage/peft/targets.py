@@ -22,7 +22,7 @@ FIRST, LAST = 1, -1
 def check_targets(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
-    sites: Collection[str],
+    slots: Collection[str],
     copies: Iterable[str],
     former: Mapping[str, list[str]],
     where: str,
@@ -32,7 +32,7 @@ def check_targets(
     Args:
         modules: the model's modules by path.
         config: PEFT's config.
-        sites: paths of the modules with tensors.
+        slots: paths of the modules with tensors.
         copies: paths of the modules that are trained whole.
         former: path → its names in the file, which the config targets, where they are others. Such
             a config may mean fewer modules than it names in this model, so that missing ones are a
@@ -45,29 +45,27 @@ def check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
-    experts = {
-        path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer
-    }  # not targeted as modules
-    whole = list(copies)
+    experts = {path for path, m in modules.items() if layers.kind_of(m) is ExpertLayer}
+    # Experts are not targeted as modules.
+    there = set(slots) - (experts - former.keys())
+    whole = tuple(f"{path}." for path in copies)
     targetable = [
         path
         for path, module in modules.items()
-        if path not in experts and layers.kind_of(module)
-        if not any(path == copy or path.startswith(copy + ".") for copy in whole)
+        if path not in experts | former.keys()
+        and layers.kind_of(module)
+        and not f"{path}.".startswith(whole)
     ]
-    known = modules.keys() - experts
-    wanted: set[str] | None = None
-    lacking: list[str] | None = None
-    for meant in _readings(targets, config, known):
-        paths = {path for path in targetable if path not in former and meant.takes(path)}
+    meanings = []
+    for meant in _readings(targets, config, modules.keys() - experts):
+        paths = {path for path in targetable if meant.takes(path)}
         paths |= {path for path, names in former.items() if all(map(meant.takes, names))}
         absent = _absent_experts(modules, former, meant)
-        if paths == set(sites) - (experts - former.keys()) and not absent:
+        if paths == there and not absent:
             return
-        wanted = paths if wanted is None else wanted
-        lacking = absent if lacking is None else lacking
-    assert wanted is not None
-    missing = lacking or sorted(wanted - set(sites))
+        meanings.append((paths, absent))
+    wanted, lacking = meanings[0]
+    missing = lacking or sorted(wanted - set(slots))
     if lacking or (missing and not former):
         raise AdapterError(
             f"{where}: the config targets {some(missing)}, but the file has no tensors for it"
@@ -80,7 +78,7 @@ def check_targets(
             LorakinWarning,
             stacklevel=2,
         )
-    if extra := sorted(set(sites) - wanted - (experts - former.keys())):
+    if extra := sorted(there - wanted):
         raise AdapterError(
             f"{where}: the file has tensors for {some(extra)}, which the config does not target"
         )

@@ -101,7 +101,7 @@ def taken(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    sites: Collection[str],
+    slots: Collection[str],
     copies: Collection[str],
     vocabulary: Mapping[str, str],
     where: str,
@@ -116,7 +116,7 @@ def taken(
         modules: its modules by path.
         config: PEFT's.
         tensors: by key without PEFT's prefix.
-        sites: paths of modules that have pairs, which can have no rows, and
+        slots: paths of modules that have pairs, which can have no rows, and
         copies: of those that are trained whole.
         vocabulary: parameter's name → its sample in the base's fingerprint, where one is known.
         where: for errors.
@@ -135,7 +135,7 @@ def taken(
         values[path] = dict(zip(own, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
-        if new and (path in sites or path in copies):
+        if new and (path in slots or path in copies):
             raise _another(path, table, modules[path], where)
         values.setdefault(path, {}).update(new)
     try:
@@ -148,7 +148,7 @@ def taken(
                 _same(values[one], values[other]) if other in named else _peft_ties(model, one)
             ),
         )
-        check_free(tokens, sites)
+        check_free(tokens, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     return Taken(

@@ -120,25 +120,27 @@ def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
 
 
 def _record(kind: Any, value: Any, at: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    fields, needed = _fields(kind)
     _is(isinstance(value, Mapping), value, kind, at)
     if strange := [key for key in value if key not in fields]:
         raise Misfit(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
+    if lacking := [name for name in needed if name not in value]:
+        raise Misfit(f"{_in(at, lacking[0])} is missing")
+    return kind(**{key: fitted(fields[key], item, _in(at, key)) for key, item in value.items()})
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """The types of a dataclass's fields by name, and the names of those without a default."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     missing = dataclasses.MISSING
     needed = [
         name
         for name, field in fields.items()
         if field.default is missing and field.default_factory is missing
     ]
-    if lacking := [name for name in needed if name not in value]:
-        raise Misfit(f"{_in(at, lacking[0])} is missing")
-    hints = _hints(kind)
-    return kind(**{key: fitted(hints[key], item, _in(at, key)) for key, item in value.items()})
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    return {name: hints[name] for name in fields}, needed
 
 
 def in_words(kind: Any) -> str:

@@ -199,20 +199,13 @@ def _ids(
             "model does not have"
         )
     named = field if isinstance(field, Mapping) else {"": field} if field else {}
-    for tokens in named.values():
-        if not isinstance(tokens, list) or not all(type(n) is int and n >= 0 for n in tokens):
-            raise AdapterError(
-                f"{where}: {FIELD} is {str(field)[:80]!r}, expected ids of tokens, or modules' "
-                "names with ids"
-            )
     found: dict[str, list[int]] = {}
     for path in rows:  # PEFT takes every module whose path ends in the name
         fitting = [name for name in named if path.endswith(name)]
         if fitting:
             found[path] = list(named[max(fitting, key=len)])
-    for path in (
-        rows.keys() - found.keys()
-    ):  # a head tied to one of them, of which the config does not speak
+    # A head that is tied to one of them may have rows without being named.
+    for path in rows.keys() - found.keys():
         weight = modules[path]._parameters.get("weight")
         leader = next(
             (one for one in found if modules[one]._parameters.get("weight") is weight), None

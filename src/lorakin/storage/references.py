@@ -86,7 +86,15 @@ FIELDS = {field.name for field in dataclasses.fields(TensorReference)}
 
 
 class Packing:
-    """Puts tensors into a file, and references to them into JSON."""
+    """Puts tensors into a file, and references to them into JSON.
+
+    >>> there = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
+    >>> packing = Packing(there, "base_model.model.")
+    >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "d": torch.tensor([9.0])}}
+    >>> said = packing.packed(own, "tensors")["mlp.up"]
+    >>> said["B"]["columns"], said["d"]
+    ((1, 3, 1), {'tensor': 'tensors/mlp.up/d'})
+    """
 
     def __init__(self, known: Mapping[str, Tensor], prefix: str) -> None:
         """`known`: the tensors that PEFT's file has, by key. `prefix`: what its keys begin with."""

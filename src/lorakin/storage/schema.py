@@ -42,6 +42,13 @@ Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < v
 def fitted(kind: Any, value: Any, at: str = "") -> Any:
     """`value` as the type `kind`, with dataclasses made of dicts, and tuples of lists.
 
+    >>> fitted(tuple[int, float], [1, 2.5])
+    (1, 2.5)
+    >>> fitted(list[int], [1, "two"], "ids")
+    Traceback (most recent call last):
+        ...
+    lorakin.storage.schema.Misfit: ids[1] is 'two', expected a whole number
+
     `at` is the value's place in the file, for messages.
 
     Raises:
@@ -144,7 +151,11 @@ def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def in_words(kind: Any) -> str:
-    """What a value must be, for a message."""
+    """What a value must be, for a message.
+
+    >>> in_words(list[str] | None)
+    'a list of text or null'
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return next(

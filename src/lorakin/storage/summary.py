@@ -180,6 +180,10 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def place_of(path: str) -> tuple[str, str]:
-    """A module's layer and its name inside the layer."""
+    """A module's layer and its name inside the layer.
+
+    >>> place_of("model.layers.3.self_attn.q_proj")
+    ('3', 'self_attn.q_proj')
+    """
     match = re.search(r"(?:^|\.)([0-9]{1,9})\.(.+)$", path)
     return (match[1], match[2]) if match else ("–", path)

@@ -21,6 +21,9 @@ NESTED = "base_layer."
 def wrapped(key: str, depths: Mapping[str, int]) -> str:
     """The key in PEFT's model of a tensor that may lie inside one of these owners.
 
+    >>> wrapped("base_model.model.mlp.experts.router.bias", {"mlp.experts": 2})
+    'base_model.model.mlp.experts.base_layer.base_layer.router.bias'
+
     `depths`: path of a module that owns stacks → how many of them are adapted.
     """
     if not key.startswith(PREFIX):

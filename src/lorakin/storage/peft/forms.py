@@ -199,7 +199,11 @@ NAMES = LORA.slots
 
 
 def names(form: Form, layer: type[Layer]) -> Mapping[str, str]:
-    """Slot → name of the tensor, for a layer of this kind."""
+    """Slot → name of the tensor, for a layer of this kind.
+
+    >>> names(LORA, EmbeddingLayer)["A"]
+    'lora_embedding_A'
+    """
     return form.lookup_slots if layer is EmbeddingLayer else form.slots
 
 

@@ -35,7 +35,11 @@ CONVERT = "convert it with PEFT (path_initial_model_for_weight_conversion) first
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why the pair in the file cannot be understood, to follow "it"; None if it can."""
+    """Why the pair in the file cannot be understood, to follow "it"; None if it can.
+
+    >>> refusal({"init_lora_weights": "loftq"})[:32]
+    "was initialised with 'loftq', wh"
+    """
     start, word = config.get("init_lora_weights", True), start_word(config)
     if start is None or isinstance(start, bool) or word in (*PLAIN_STARTS, LOST, *made_again()):
         return None

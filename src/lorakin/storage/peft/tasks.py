@@ -54,7 +54,11 @@ def task_of(model: nn.Module, whole: Collection[str]) -> str | None:
 
 
 def is_classifiers(config: Mapping[str, Any], base_class: str | None) -> bool:
-    """Whether an adapter's files hold a classifier's head, by the config and the base's class."""
+    """Whether an adapter's files hold a classifier's head, by the config and the base's class.
+
+    >>> is_classifiers({"modules_to_save": ["score"]}, "LlamaForSequenceClassification")
+    True
+    """
     ending = "ForSequenceClassification"
     task, heads, _ = HEADS[ending]
     if config.get("task_type") == task:

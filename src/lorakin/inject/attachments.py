@@ -77,7 +77,8 @@ class Attachments:
 
     def in_use(self) -> list[Any]:
         """What hangs here of these adapters, those aside that have nothing but a bias here."""
-        here = [self.adapters._modules[name] for name in self.names_in_use()]
+        children, set_aside = self.adapters._modules, (*self.merged, *self.off)
+        here = [children[name] for name in self.active if name not in set_aside]
         return [child for child in here if not isinstance(child, Bias)] if self.biased else here
 
     def bias_of(self, name: str) -> nn.Parameter | None:

@@ -20,9 +20,9 @@ from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined
 from lorakin.inject.eval_mode import in_mode
-from lorakin.kernels.adapted_linear import Rebuilding
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
 from lorakin.kernels.lazy_logits import Deferred
+from lorakin.kernels.rebuilding import Rebuilding
 
 
 class Norm(torch.autograd.Function):

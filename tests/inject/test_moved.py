@@ -204,7 +204,7 @@ def test_modules_that_the_first_step_does_not_reach_are_said(ids: Tensor) -> Non
     adapter = lk.adapt(model, lk.LoRA(rank=2), ["used", "not"])
     optimizer = adapter.optimizer(lr=1e-2)
     model["used"](torch.ones(1, 4)).sum().backward()
-    with pytest.warns(lk.LorakinWarning, match="1 of 2 modules"):
+    with pytest.warns(lk.LorakinWarning, match="1 of 2"):
         optimizer.step()
 
 

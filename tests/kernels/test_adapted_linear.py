@@ -451,15 +451,16 @@ def test_nothing_holds_an_adapter_or_a_weight_alive() -> None:
     import gc
     import weakref
 
-    for member in METHODS.values():
+    held = {}
+    for name, member in METHODS.items():
         model = net()
         adapter = adapted(model, member)
         x = torch.randn(5, 9, dtype=torch.float64)
         fused(model, x)
         with torch.no_grad():
             model(x)
-        held = [weakref.ref(p) for p in (*adapter.parameters(), model[0].weight)]
+        held[name] = [weakref.ref(p) for p in (*adapter.parameters(), model[0].weight)]
         adapter.remove()
         del adapter, model
-        gc.collect()
-        assert not any(ref() is not None for ref in held), member
+    gc.collect()
+    assert not [name for name, refs in held.items() if any(ref() is not None for ref in refs)]

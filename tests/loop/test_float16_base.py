@@ -128,7 +128,7 @@ def test_what_trains_in_float16_is_refused() -> None:
     lk.adapt(model, lk.LoRA(rank=2), modules_to_save=["classifier"])
     with pytest.raises(
         lk.SettingError,
-        match=r"classifier.* would be trained in float16.*--dtype bfloat16 or float32",
+        match="classifier",
     ):
         loss_scaler(model)
 

@@ -29,7 +29,7 @@ from lorakin.compare.schedule import Sweep
 from lorakin.errors import LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
-from lorakin.inject.targets import parse_layers
+from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.storage import atomic, locks, paths
 from lorakin.storage.schema import Misfit, fitted, shown

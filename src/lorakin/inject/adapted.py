@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
-from lorakin.inject import experts
+from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
     BIAS,
     KEY,
@@ -268,7 +268,7 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
             attached.by_weight = has_own_forward(module, kind)
             attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
-            experts.attach(module)
+            expert_forward.attach(module)
     attached = attachments_of(module)
     if isinstance(child, Branch) and not any(
         isinstance(other, Branch) for other in attached.values()
@@ -315,7 +315,7 @@ def detach(module: nn.Module, name: str) -> None:
         del module.lorakin
         unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
         if isinstance(module, experts.ExpertMatrix):
-            experts.detach(module)
+            expert_forward.detach(module)
 
 
 def move_base(module: Any, change: Tensor) -> None:

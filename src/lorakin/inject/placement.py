@@ -49,14 +49,7 @@ from lorakin.inject.merge import check_for_good, check_together, move_adapters, 
 from lorakin.inject.patterns import Values
 from lorakin.inject.rows import TokenRowsBranch
 from lorakin.inject.scale import rescaled
-from lorakin.inject.targets import (
-    ALL_LINEAR,
-    Targets,
-    check_patterns,
-    find_modules,
-    for_stacks,
-    select,
-)
+from lorakin.inject.targets import ALL_LINEAR, Targets, check_patterns, for_stacks, select
 from lorakin.inject.threads import alone, changing, chosen, spoil
 from lorakin.inject.ties import Ties
 from lorakin.inject.tokens import (
@@ -70,6 +63,7 @@ from lorakin.inject.tokens import (
     places_of,
     rows_for,
 )
+from lorakin.inject.whole_modules import find_modules
 
 
 @dataclasses.dataclass(frozen=True)

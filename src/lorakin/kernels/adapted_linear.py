@@ -42,7 +42,7 @@ LEAST_GAIN = 2**-4
 
 
 class ScaledPair(NamedTuple):
-    """A pair, and the factor of its product, which is kept apart so that `up` stays the parameter."""
+    """A pair and the factor of its product, kept apart so that `up` stays the parameter."""
 
     pair: Pair
     scale: float

@@ -27,7 +27,7 @@ class Rebuilding(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Rebuilding:
-        """Returns the tensor's recipe; if it has none or was written to since, one that keeps it."""
+        """Returns the recipe of `tensor`; one that keeps it if there is none, or it has changed."""
         recipe = getattr(tensor, "_lorakin_recipe", None)
         if isinstance(recipe, cls) and recipe.version == tensor._version:
             return recipe

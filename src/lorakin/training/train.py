@@ -29,8 +29,10 @@ from lorakin.family import Method
 from lorakin.inject.activation_norms import check_called
 from lorakin.inject.counts import parameter_counts
 from lorakin.inject.description import count, share
+from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.llama_fusions import fuse, unfuse
-from lorakin.inject.targets import find_modules, head_of, parse_layers
+from lorakin.inject.targets import head_of
+from lorakin.inject.whole_modules import find_modules
 from lorakin.loop import float16_base
 from lorakin.storage import atomic, directory, paths, texts
 from lorakin.storage.summary import IMPORTANCE, by_layer, importance_in

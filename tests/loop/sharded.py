@@ -105,8 +105,7 @@ if __name__ == "__main__":
         try:
             figures: list[object] = [*figures_of(order, dist.get_rank(), dist.get_world_size())]
         except lk.StateError as error:
-            assert "ignored_params" in str(error)
-            figures = [type(error).__name__]
+            figures = [type(error).__name__, "ignored_params" in str(error)]
         if dist.get_rank() == 0:
             print("figures", order, *figures, flush=True)
     dist.barrier()  # or the one that leaves first may break the other

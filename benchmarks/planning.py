@@ -174,8 +174,8 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     from lorakin.family import method_named
+    from lorakin.plan.conditions import Conditions
     from lorakin.plan.prediction import planned
-    from lorakin.plan.rehearsal import Conditions
     from lorakin.training.models import config_of
 
     settings = {"padded": False, **configuration}

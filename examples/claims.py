@@ -29,14 +29,17 @@ from rich.console import Console
 
 import lorakin as lk
 from lorakin.compare import arms, workers
-from lorakin.compare import comparison as comparing
+from lorakin.compare.comparison import Comparison
+from lorakin.compare.directory import locked
+from lorakin.compare.preparation import prepare
 from lorakin.compare.progress import Board
 from lorakin.compare.standings import Estimate, Standing, apart, leaders
+from lorakin.compare.study import Study
 from lorakin.compare.verdict import amount, with_interval
 from lorakin.family.words import methods_of
 from lorakin.report import comparison_page
 from lorakin.report.charts import SMOOTHING
-from lorakin.report.pictures import Point, correlation
+from lorakin.report.magnitude_direction import Point, correlation
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.progress import running_mean
 
@@ -114,7 +117,7 @@ class Evidence:
     """A task's comparison, and where its arms stand."""
 
     task: Task
-    study: comparing.Study
+    study: Study
     found: comparison_page.Findings
 
     def arm(self, name: str) -> Standing:
@@ -332,12 +335,12 @@ def compared(
         data.write_text(
             "".join(json.dumps(row) + "\n" for row in task.rows()[: size.rows]), encoding="utf-8"
         )
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=task.model, data=str(data), out=str(out / task.name), methods=methods_of("all"),
         budget=f"steps={size.steps}", seeds=seeds, recipe={"batch_size": size.batch_size, **task.recipe},
     )  # fmt: skip
-    with comparing.locked(comparison):
-        study = comparing.prepare(comparison, console)
+    with locked(comparison):
+        study = prepare(comparison, console)
         places = workers.devices_of(devices)
         with Board(console, len(places)) as board:
             workers.run(study, places, board)

@@ -30,7 +30,7 @@ ROOMS = [
     "__main__",
 ]
 """From the ground up: a room may import only those before it."""
-PEFT_TABLE = SOURCE / "storage" / "peft_format.py"
+PEFT_TABLE = SOURCE / "storage" / "peft" / "forms.py"
 
 
 def files() -> list[Path]:
@@ -119,7 +119,7 @@ def test_no_member_is_known_by_name_outside_the_family(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((SOURCE / "family").glob("*.py")), ids=lambda p: p.name)
 def test_a_member_is_short_enough_to_read_beside_its_paper(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= (
-        375 if path.name in ("member.py", "composition.py") else 290
+        350 if path.name in ("member.py", "method.py") else 310
     )
 
 

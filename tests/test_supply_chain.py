@@ -105,7 +105,7 @@ def test_licences_go_with_what_they_cover() -> None:
         "Copyright (c) 2015-2023, University of Washington Interactive Data Lab",
         "Redistributions of source code must retain the above copyright notice",
         "Copyright 2010-2026 Mike Bostock",
-        "THE SOFTWARE IS PROVIDED &quot;AS IS&quot; AND THE AUTHOR DISCLAIMS ALL WARRANTIES",
+        "THE SOFTWARE IS PROVIDED &#34;AS IS&#34; AND THE AUTHOR DISCLAIMS ALL WARRANTIES",
     ):
         assert words in html
     named = (ROOT / "src/lorakin/report/assets/licences.txt").read_text()

@@ -1,7 +1,8 @@
-"""Figures about the source: how large its files and functions are, what is documented, what is named twice.
+"""Measure the source: sizes of files and functions, documentation, circles of imports, tests.
 
-python tools/house.py                # a table of this checkout
-python tools/house.py --json         # the same for a script
+python tools/house.py                      # a table for this checkout
+python tools/house.py --json               # the same as JSON
+python tools/house.py --log pytest.log     # adds how long the tests in this log took
 git worktree add /tmp/then COMMIT && python tools/house.py /tmp/then
 """
 
@@ -11,134 +12,142 @@ import argparse
 import ast
 import io
 import json
+import re
 import statistics
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+import networkx
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+DIRECTIVE = re.compile(r"#\s*(noqa|fmt:|type:|pragma|ruff:)")
 
 
 def figures(root: Path) -> dict[str, object]:
-    """The figures of the package in `root`/src/lorakin, by name, in the order in which they are shown."""
+    """Returns the figures of `root`/src/lorakin and `root`/tests by name, in display order."""
     source = root / "src" / "lorakin"
-    paths = sorted(source.rglob("*.py"))
-    trees = {path: ast.parse(path.read_text()) for path in paths}
-    lines = {path: len(path.read_text().splitlines()) for path in paths}
-    widths = [len(line) for path in paths for line in path.read_text().splitlines()]
-    functions = {
-        f"{p.relative_to(source)}:{f.name}": length(f)
-        for p, tree in trees.items()
-        for f in functions_of(tree)
-    }
-    public = [d for tree in trees.values() for d in public_definitions(tree)]
-    documented = [ast.get_docstring(d) or "" for d in public]
-    classes = Counter(
-        node.name
-        for t in trees.values()
-        for node in ast.walk(t)
-        if isinstance(node, ast.ClassDef) and node.name[0] != "_"
-    )
-    longest = max(paths, key=lines.__getitem__)
-    most = max(functions, key=functions.__getitem__)
+    texts = {str(p.relative_to(source)): p.read_text() for p in sorted(source.rglob("*.py"))}
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    tests = [path.read_text() for path in sorted((root / "tests").rglob("*.py"))]
     return {
-        "files": len(paths),
+        **sizes(texts, trees),
+        **documentation(texts, trees),
+        **structure(trees),
+        "test functions": sum(
+            function.name.startswith("test_")
+            for text in tests
+            for function in functions_in(ast.parse(text))
+        ),
+        "tests that pin prose (match=)": sum(len(re.findall(r"\bmatch=", t)) for t in tests),
+    }
+
+
+def sizes(texts: dict[str, str], trees: dict[str, ast.Module]) -> dict[str, object]:
+    """How long files, functions and lines are."""
+    lines = {path: len(text.splitlines()) for path, text in texts.items()}
+    functions = [
+        (length(function), f"{path}:{function.name}")
+        for path, tree in trees.items()
+        for function in functions_in(tree)
+    ]
+    lengths = [count for count, _ in functions]
+    longest_file, longest_function = max(lines, key=lines.__getitem__), max(functions)
+    return {
+        "files": len(texts),
         "lines": sum(lines.values()),
         "lines of the median file": round(statistics.median(lines.values())),
-        "lines of the longest file": f"{lines[longest]} ({longest.relative_to(source)})",
-        "files above 350 lines": sum(n > 350 for n in lines.values()),
+        "lines of the longest file": f"{lines[longest_file]} ({longest_file})",
+        "files above 350 lines": sum(count > 350 for count in lines.values()),
         "functions": len(functions),
-        "lines of the median function": round(statistics.median(functions.values())),
-        "lines of a function, 90th percentile": round(
-            statistics.quantiles(functions.values(), n=10)[8]
-        ),
-        "lines of the longest function": f"{functions[most]} ({most})",
-        "functions above 60 lines": sum(n > 60 for n in functions.values()),
-        "lines wider than 100 columns": sum(width > 100 for width in widths),
-        "public definitions": len(public),
-        "of these with a docstring": sum(bool(text) for text in documented),
-        "of these with an example": sum(">>>" in text for text in documented),
-        "comment lines": sum(comments(path) for path in paths),
-        "circles of imports between files": len(circles(imports(trees, source))),
-        "circles of imports between rooms": len(circles(rooms(imports(trees, source)))),
-        "public class names that stand twice": sorted(name for name, n in classes.items() if n > 1),
-        "test functions": sum(tests(path) for path in (root / "tests").rglob("test_*.py")),
-        "tests that pin prose (match=)": sum(
-            p.read_text().count("match=") for p in (root / "tests").rglob("*.py")
+        "lines of the median function": round(statistics.median(lengths)),
+        "lines of a function, 90th percentile": round(statistics.quantiles(lengths, n=10)[8]),
+        "lines of the longest function": "{} ({})".format(*longest_function),
+        "functions above 60 lines": sum(count > 60 for count in lengths),
+        "lines wider than 100 columns": sum(
+            len(line) > 100 for text in texts.values() for line in text.splitlines()
         ),
     }
 
 
-def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """All functions, methods and nested ones too."""
-    return (
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+def documentation(texts: dict[str, str], trees: dict[str, ast.Module]) -> dict[str, object]:
+    """How many public definitions have a docstring, and an example in it."""
+    docstrings = [
+        ast.get_docstring(definition) or ""
+        for tree in trees.values()
+        for definition in public_definitions(tree)
+    ]
+    return {
+        "public definitions": len(docstrings),
+        "of these with a docstring": sum(map(bool, docstrings)),
+        "of these with an example": sum(">>>" in text for text in docstrings),
+        "lines with a comment": sum(map(comments, texts.values())),
+    }
+
+
+def structure(trees: dict[str, ast.Module]) -> dict[str, object]:
+    """Circles of imports, and class names that mean two things."""
+    files = networkx.DiGraph()
+    for path, tree in trees.items():
+        files.add_edges_from((module_name(path), other) for other in imported(tree))
+    files = files.subgraph(map(module_name, trees))
+    rooms = networkx.DiGraph((room(one), room(other)) for one, other in files.edges)
+    rooms.remove_nodes_from(["lorakin"])
+    classes = Counter(
+        node.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
+    return {
+        "circles of imports between files": circles(files),
+        "circles of imports between rooms": circles(rooms),
+        "public class names that stand twice": sorted(
+            n for n, count in classes.items() if count > 1
+        ),
+    }
 
 
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """The lines of a function's body and head, without its docstring."""
-    first = function.body[0]
-    docstring = (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    )
-    assert function.end_lineno is not None and first.end_lineno is not None
-    return (
-        function.end_lineno
-        - function.lineno
-        + 1
-        - (first.end_lineno - first.lineno + 1 if docstring else 0)
-    )
+def functions_in(tree: ast.AST) -> Iterator[Function]:
+    """All functions, including methods and nested functions."""
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
 
 
-def public_definitions(tree: ast.Module) -> Iterator[Definition]:
-    """Classes and functions that others may use: at a module's top, and methods of public classes."""
+def length(function: Function) -> int:
+    """The lines of a function without its docstring and decorators."""
+    first, lines = function.body[0], function.end_lineno - function.lineno + 1
+    docstring = ast.get_docstring(function) is not None
+    return lines - (first.end_lineno - first.lineno + 1 if docstring else 0)
+
+
+def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
+    """Public classes and functions at the top of a module, and methods of public classes."""
     for node in tree.body:
-        if isinstance(node, Definition) and not node.name.startswith("_"):
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from (
-                    inner
-                    for inner in node.body
-                    if isinstance(inner, ast.FunctionDef) and inner.name[0] != "_"
-                )
+                yield from (f for f in node.body if isinstance(f, Function) and f.name[0] != "_")
 
 
-def comments(path: Path) -> int:
-    """How many lines hold nothing but a comment."""
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return sum(
-        token.type == tokenize.COMMENT and token.line.strip().startswith("#") for token in tokens
-    )
+def comments(text: str) -> int:
+    """How many lines have a comment for readers; `# noqa` and its like are for tools."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return sum(t.type == tokenize.COMMENT and not DIRECTIVE.match(t.string) for t in tokens)
 
 
-def tests(path: Path) -> int:
-    """How many test functions a file has."""
-    return sum(
-        function.name.startswith("test_") for function in functions_of(ast.parse(path.read_text()))
-    )
+def module_name(path: str) -> str:
+    """`report/page.py` → `lorakin.report.page`."""
+    return ".".join(("lorakin", *Path(path).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def imports(trees: dict[Path, ast.Module], source: Path) -> dict[str, set[str]]:
-    """Module → the modules of the package that it imports when it is imported itself."""
-    named = {dotted(path, source): tree for path, tree in trees.items()}
-    return {
-        name: {other for other in imported(tree) if other in named and other != name}
-        for name, tree in named.items()
-    }
-
-
-def dotted(path: Path, source: Path) -> str:
-    """The dotted name of a file of the package."""
-    parts = path.relative_to(source.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def room(module: str) -> str:
+    """`lorakin.report.page` → `lorakin.report`."""
+    return ".".join(module.split(".")[:2])
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Dotted names imported at the top of a file, aside from what only type checkers see."""
+    """Dotted names that a file imports when it is imported, not later inside a function."""
     for node in tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -147,32 +156,15 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The same between the packages and files right under lorakin."""
-    found: dict[str, set[str]] = {}
-    for name, others in graph.items():
-        room = found.setdefault(".".join(name.split(".")[:2]), set())
-        room |= {".".join(other.split(".")[:2]) for other in others}
-    return {room: others - {room, "lorakin"} for room, others in found.items() if room != "lorakin"}
+def circles(graph: networkx.DiGraph) -> int:
+    """How many groups of two or more modules import each other."""
+    return sum(len(group) > 1 for group in networkx.strongly_connected_components(graph))
 
 
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of nodes that reach each other (strongly connected, more than one)."""
-    reach: dict[str, set[str]] = {}
-    for start in graph:
-        seen: set[str] = set()
-        todo = list(graph[start])
-        while todo:
-            if (node := todo.pop()) not in seen:
-                seen.add(node)
-                todo += graph.get(node, ())
-        reach[start] = seen
-    groups = {
-        frozenset({n, *(m for m in reach[n] if n in reach.get(m, ()))})
-        for n in graph
-        if n in reach[n]
-    }
-    return [set(group) for group in groups]
+def test_minutes(log: str) -> dict[str, object]:
+    """What the last line of a pytest log says: how many tests passed, and in how many minutes."""
+    *_, (passed, seconds) = re.findall(r"(\d+) passed.* in ([\d.]+)s", log)
+    return {"tests that passed": int(passed), "minutes of tests": round(float(seconds) / 60, 1)}
 
 
 def main() -> None:
@@ -180,9 +172,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--log", type=Path, help="what pytest printed")
     chosen = parser.parse_args()
-    found = figures(chosen.root)
+    found = figures(chosen.root) | (test_minutes(chosen.log.read_text()) if chosen.log else {})
     if chosen.json:
         print(json.dumps(found, indent=1))
         return

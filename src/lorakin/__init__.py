@@ -15,7 +15,9 @@ from lorakin.errors import (
     TargetError,
     VerificationError,
 )
-from lorakin.family import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, LoRAPlus, VeRA
+from lorakin.family import register
+from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
+from lorakin.family.members import __all__ as _members
 from lorakin.inject.llama_fusions import fuse, unfuse
 from lorakin.inject.reference import reference
 from lorakin.inject.status import Status, status
@@ -23,17 +25,10 @@ from lorakin.inject.status import Status, status
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "DataError",
-    "DeltaLoRA",
     "DivergedError",
-    "DoRA",
-    "LoRA",
-    "LoRADrop",
-    "LoRAFA",
-    "LoRAPlus",
     "LorakinError",
     "LorakinWarning",
     "ModelError",
@@ -42,7 +37,6 @@ __all__ = [
     "StateError",
     "Status",
     "TargetError",
-    "VeRA",
     "VerificationError",
     "activate",
     "adapt",
@@ -56,6 +50,8 @@ __all__ = [
     "merge",
     "mixed_batch",
     "reference",
+    "register",
     "status",
     "unfuse",
 ]
+__all__ += _members

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError, StateError
-from lorakin.family import Member, Method, widened
+from lorakin.family import GRADIENTS, INPUTS, Member, Method, widened
+from lorakin.family.pair import is_imagined
 from lorakin.inject import placement
-from lorakin.inject.activation_norms import check_called, energies
+from lorakin.inject.activation_norms import energies
+from lorakin.inject.adapted import module_at
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.measuring import check_called, measure
 from lorakin.inject.mixed_batch import MixedBatch
 from lorakin.inject.placement import Graft
 from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
@@ -28,7 +31,7 @@ from lorakin.loop import float16_base
 from lorakin.loop.optimizer_hooks import trained_by
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
-from lorakin.storage.peft_format import Contents
+from lorakin.storage.document import Document
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adam,
@@ -171,24 +174,24 @@ class Adapter(Graft):
                 f"{path}: {other} is not the one that {directory.OWN} was written with, so what training remembered is lost. "
                 f"To restore what PEFT's files say alone, remove {directory.OWN}"
             )
-        contents = files.match(self.model)
-        if not self._is_as(contents.placement, training=files.own is not None):
+        document = files.match(self.model)
+        if not self._is_as(document.placement, training=files.own is not None):
             raise AdapterError(
-                f"{path}: it holds another adapter than {self!r}: {contents.placement.method}"
+                f"{path}: it holds another adapter than {self!r}: {document.placement.method}"
             )
         self.end()
         with torch.no_grad():
-            for at, tensors in contents.sites.items():
+            for at, tensors in document.slots.items():
                 self.branch(at).overwrite(tensors)
-            for at, state in contents.copies.items():
+            for at, state in document.copies.items():
                 self.copy_of(at).load_state_dict(state)
-            for at, rows in contents.rows.items():
+            for at, rows in document.rows.items():
                 self.rows_at(at).copy_(rows)
             for at, bias in self.biases().items():
-                bias.copy_(contents.biases[at])
-            self.take_buffers(contents.buffers)
-        if contents.state is not None:
-            self.restore_state(contents.state)
+                bias.copy_(document.biases[at])
+            self.take_buffers(document.buffers)
+        if document.state is not None:
+            self.restore_state(document.state)
 
     def _is_as(self, plan: placement.Placement, training: bool) -> bool:
         """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
@@ -229,6 +232,7 @@ def adapt(
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     probe: Sequence[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Adapter:
     """Put a fresh adapter into `model`, which stays itself: same class, same names, same output until it is trained.
 
@@ -254,7 +258,9 @@ def adapt(
             has its own of each, and the base's stay as they are.
         seed: draw the initial tensors from a generator of their own with this seed.
         dtype: another dtype for the adapter's tensors.
-        probe: batches for a member that looks at data before it chooses its modules (LoRA-drop); see `lorakin.importance`.
+        probe: batches for a member that looks at data before it starts: LoRA-drop (see
+            `lorakin.importance`), EVA, LoRA-GA.
+        loss: (model, batch) → loss, for a probe of models whose output has none.
 
     Raises:
         SettingError: members that do not combine, a rank above a weight's smaller side, a name that is taken.
@@ -273,13 +279,18 @@ def adapt(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    if probe is not None and method.setting("importance") is not None:
+    if probe is not None and method.measuring is None and method.probe is None:
+        given = method.setting("importance") is not None
         raise SettingError(
             f"{method.words} was given importance and a probe that would find it; give one of them"
+            if given
+            else f"{method.words} looks at no data before it starts; leave probe out"
         )
-    if probe is not None:
+    if probe is not None and method.probe is not None:
         method = method.with_importance(_importance(model, method, probe, targets, seed, places))
-    adapter = _fresh(model, name, placement.place(model, method, targets, **places), seed, dtype)
+    placed_on = placement.place(model, method, targets, **places)
+    placed_on, measured = _measured(model, placed_on, probe, loss)
+    adapter = _fresh(model, name, placed_on, seed, dtype, measured)
     if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
@@ -399,12 +410,40 @@ def _importance(
         pilot.remove()
 
 
+def _measured(
+    model: nn.Module,
+    placed_on: placement.Placement,
+    batches: Sequence[Any] | None,
+    loss: Loss | None,
+) -> tuple[placement.Placement, Mapping[str, Any]]:
+    """What the member that starts by data found, by path, and the placement that follows from it."""
+    method = placed_on.method
+    member = method.measuring
+    if member is None:
+        return placed_on, {}
+    targets = {path: placement.target_of(module_at(model, path)) for path in placed_on.methods}
+    if all(is_imagined(target.weight) for target in targets.values()):
+        return placed_on, {}
+    if batches is None:
+        raise SettingError(
+            f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it starts, and "
+            "there are none: call adapt(…, probe=batches)"
+        )
+    observer = member.observer(targets, placed_on.methods)
+    of = GRADIENTS if GRADIENTS in member.needs else INPUTS
+    paths, most = list(placed_on.methods), member.batches
+    measure(model, paths, observer, of, list(batches), loss, most)
+    found = observer.found()
+    return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
+
+
 def _fresh(
     model: nn.Module,
     name: str,
     plan: placement.Placement,
     seed: int | None,
     dtype: torch.dtype | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """A new adapter by this plan, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
@@ -412,8 +451,12 @@ def _fresh(
         base_rows(model, plan.tokens, dtype),
         placement.start_of(model, plan.biases, dtype),
     )
-    adapter.install(placement.fresh(model, plan, _generator(seed), dtype), rows=rows, biases=biases)
+    adapter.install(
+        placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
+    )
     adapter.freeze_base()
+    for path in plan.methods:
+        adapter.branch(path).remember_start()
     adapter.is_fresh = True
     return adapter
 
@@ -461,22 +504,22 @@ def load(
     return placed(model, name, directory.read(there).match(model, other_base), trainable)
 
 
-def placed(model: nn.Module, name: str, contents: Contents, trainable: bool = False) -> Adapter:
+def placed(model: nn.Module, name: str, document: Document, trainable: bool = False) -> Adapter:
     """Put into `model` what was read from an adapter's files, as the active adapter."""
-    adapter = Adapter(model, name, contents.placement)
+    adapter = Adapter(model, name, document.placement)
     if trainable:
         adapter.install(
-            contents.masters(),
-            contents.copies,
-            rows=widened(contents.rows),
-            biases=contents.bias_masters(),
+            document.masters(),
+            document.copies,
+            rows=widened(document.rows),
+            biases=document.bias_masters(),
         )
     else:
         adapter.install(
-            contents.sites, contents.copies, contents.buffers, contents.rows, contents.biases
+            document.slots, document.copies, document.buffers, document.rows, document.biases
         )
     if trainable:
-        adapter.take_buffers(contents.buffers)
+        adapter.take_buffers(document.buffers)
         adapter.freeze_base()
     else:
         for parameter in adapter.parameters():

@@ -24,8 +24,10 @@ from lorakin.inject.calibration_inputs import input_samples
 from lorakin.inject.layers import LinearLayer, TransposedLayer
 from lorakin.inject.placement import root_of
 from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
-from lorakin.storage import peft_format
+from lorakin.storage.document import Document
 from lorakin.storage.foreign import read_foreign
+from lorakin.storage.match import match
+from lorakin.storage.plain import of_pairs as document_of_pairs
 
 KERNEL = 8
 """Portable ranks are multiples of it, which suits the kernels that serve them."""
@@ -274,12 +276,16 @@ def of_pairs(
         buffers: name → a buffer of the base that training moved.
         biases: path → a bias in place of the base's.
     """
-    sites = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
-    config, tensors = peft_format.pairs_to_files(
-        model, sites, copies=copies, rows=rows, biases=biases
+    slots = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
+    document = document_of_pairs(
+        model, slots, copies=copies, rows=rows, biases=biases, buffers=buffers
     )
-    contents = peft_format.from_files(model, config, tensors, None, f"adapter {name!r}")
-    return placed(model, name, dataclasses.replace(contents, buffers=buffers or {}))
+    return _placed(model, name, document, f"adapter {name!r}")
+
+
+def _placed(model: nn.Module, name: str, document: Document, where: str) -> Adapter:
+    """Put a document made in memory into the model; its tensors are copied."""
+    return placed(model, name, match(document, model, where).copied())
 
 
 def convert(
@@ -312,12 +318,8 @@ def convert(
         plain = scale > 0  # PEFT has no other, so they go into B
         sites[at] = slots if plain else slots | {"B": scale * slots["B"]}
         alphas[at] = scale * rank if plain else float(rank)
-    files = peft_format.pairs_to_files(model, sites, alphas=alphas)
-    return Converted(
-        placed(model, name, peft_format.from_files(model, *files, None, str(path))),
-        found.format,
-        found.notes,
-    )
+    document = document_of_pairs(model, sites, alphas=alphas)
+    return Converted(_placed(model, name, document, str(path)), found.format, found.notes)
 
 
 class _Seen:

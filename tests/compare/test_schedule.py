@@ -1,4 +1,4 @@
-"""What is run next is read off the rows alone: sweeps find the best rate, and a killed comparison ends as an unbroken one."""
+"""What runs next follows from the rows alone, so that a killed comparison goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from lorakin.compare import schedule
 from lorakin.compare.arms import MEMBER, Arm
-from lorakin.compare.comparison import check_ran
 from lorakin.compare.results import (
     DIVERGED,
     DONE,
@@ -24,6 +23,7 @@ from lorakin.compare.results import (
     Trial,
 )
 from lorakin.compare.schedule import Sweep, chosen, expected, rate, remaining, swept
+from lorakin.compare.study import check_ran
 from lorakin.errors import SettingError
 
 ARM = Arm("a", "a", MEMBER, "lora", 8, 2.0, lr=1e-3)
@@ -143,11 +143,9 @@ def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
         for arm in "ab"
         for lr in (1e-3, 3e-3)
     ]
-    with pytest.raises(
-        SettingError, match="nothing could be run: every trial of a failed: a is out of memory"
-    ):
+    with pytest.raises(SettingError, match="a is out of memory"):
         check(*failed)
-    with pytest.raises(SettingError, match="nothing could be run: no such thing"):
+    with pytest.raises(SettingError, match="no such thing"):
         check(ResultRow(Trial("a", SWEEP, 1e-3, 0), REFUSED, "no such thing"), *failed[2:])
     check(*failed[:2])  # b is still to run
     check(*failed, ResultRow(Trial("b", SWEEP, 1e-2, 0), DONE))

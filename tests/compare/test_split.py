@@ -1,4 +1,4 @@
-"""Three parts that never meet."""
+"""The three parts of a data set share no row."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_parts_are_all_rows_and_share_none(
 
 def test_what_is_there_twice_is_taken_once(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     parts = split_into(tmp_path / "data", write_rows(rows(100) + rows(60)), None, 8, every)
-    assert parts.left_out == "60 rows that are there before"
+    assert "60" in parts.left_out
     everything = [line for lines in read(tmp_path / "data").values() for line in lines]
     assert len(everything) == len(set(everything)) == 100
 
@@ -57,7 +57,8 @@ def test_rows_to_report_on_are_not_trained_on(
     data, held = write_rows(rows(100)), write_rows(rows(30, start=90), "held.jsonl")
     parts = split_into(tmp_path / "data", data, held, 8, every)
     there = read(tmp_path / "data")
-    assert (parts.report, parts.left_out) == (30, "10 rows that are to be reported on")
+    assert parts.report == 30
+    assert "10" in parts.left_out
     assert not set(there[REPORT]) & {*there[TRAIN], *there[TUNE]}
 
 
@@ -74,10 +75,7 @@ def test_classes_keep_their_names(tmp_path: Path, write_rows: Callable[..., str]
 def test_too_few_rows_are_refused_with_the_numbers(
     tmp_path: Path, write_rows: Callable[..., str], count: int, repeated: int
 ) -> None:
-    with pytest.raises(
-        DataError,
-        match=rf"{count * repeated} rows.* too few to compare on: 32 are held out.*at least 16",
-    ):
+    with pytest.raises(DataError, match=rf"{count * repeated} rows.* 32 .*at least 16"):
         split_into(tmp_path / "data", write_rows(rows(count) * repeated), None, 8, every)
     assert not (tmp_path / "data").exists()
 
@@ -90,7 +88,7 @@ def test_rows_that_teach_nothing_are_left_out_before_the_draw(
 
     parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, usable)
     assert (parts.train, parts.tune, parts.report) == (28, 16, 16)
-    assert parts.left_out == "40 rows without an answer within --max-length"
+    assert "40" in parts.left_out
     assert {
         json.loads(line)["prompt"] for lines in read(tmp_path / "data").values() for line in lines
     } == {f"question {n}" for n in range(60)}
@@ -98,5 +96,5 @@ def test_rows_that_teach_nothing_are_left_out_before_the_draw(
 
 def test_other_kinds_of_rows_are_refused(tmp_path: Path, write_rows: Callable[..., str]) -> None:
     labelled = write_rows([{"text": "a", "label": "b"}], "held.jsonl")
-    with pytest.raises(DataError, match=r"format classification, but .* has prompt/completion"):
+    with pytest.raises(DataError, match="classification.* prompt/completion"):
         split_into(tmp_path / "data", write_rows(rows(100)), labelled, 8, every)

@@ -1,9 +1,10 @@
-"""Means, intervals, differences and words, against numbers worked out by hand."""
+"""Means, intervals, differences and the verdict, against numbers worked out by hand."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -101,31 +102,26 @@ def test_only_what_passes_holm_leads() -> None:
     )
     found = standings([PLAIN, arm("sure"), arm("lucky")], everything, "loss")
     assert [s.arm.name for s in leaders(found)] == ["sure"]
-    (first, *_) = verdict(found, "loss")
-    assert first.startswith(
-        "**Better than tuned lora by more than the noise: sure by 0.100 (95 % interval 0.098 to 0.102).**"
-    )
+    first = verdict(found, "loss")[0]
+    assert "sure by 0.100 (95 % interval 0.098 to 0.102)" in first
+    assert "lucky" not in first
 
 
 def test_a_verdict_of_noise_says_what_could_not_be_seen() -> None:
     everything = rows("lora", [2.0, 2.1, 2.2]) + rows("x", [2.1, 2.0, 2.15])
-    (first, *_) = verdict(standings([PLAIN, arm("x")], everything, "loss"), "loss")
-    assert (
-        "**No method beats tuned lora by more than the noise.** With 3 seeds, a difference below about 0.2"
-        in first
-    )
+    first = verdict(standings([PLAIN, arm("x")], everything, "loss"), "loss")[0]
+    assert first.startswith("**No method")
+    assert re.search("3 seeds.* 0.2", first)
 
 
 def test_one_seed_says_nothing_and_no_run_even_less() -> None:
     one = standings([PLAIN, arm("x")], rows("lora", [2.0]) + rows("x", [1.0]), "loss")
-    assert verdict(one, "loss")[0].startswith("**One seed tells no noise from difference**")
-    assert verdict(standings([PLAIN, arm("x")], [], "loss"), "loss")[0].startswith(
-        "**There is nothing to compare with yet**"
-    )
-    assert verdict(standings([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss"), "loss")[
-        0
-    ].startswith("**There is nothing beside")
+    none = standings([PLAIN, arm("x")], [], "loss")
+    plain_alone = standings([PLAIN, arm("x")], rows("lora", [2.0, 2.1]), "loss")
+    assert "One seed" in verdict(one, "loss")[0]
     assert len(verdict(one, "loss")) == 2  # and that one rate is no sweep
+    assert "nothing to compare" in verdict(none, "loss")[0]
+    assert "No other method" in verdict(plain_alone, "loss")[0]
 
 
 def test_what_is_thrifty_lean_or_behind_is_said() -> None:
@@ -136,23 +132,16 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
         [PLAIN, arm("thrifty"), arm("behind"), BARE], plain + thrifty + behind + [base(3.0)], "loss"
     )
     said = " ".join(verdict(found, "loss"))
-    assert (
-        "thrifty reaches 97 % of tuned lora's improvement over the base with 1.0 % of its trained numbers, and keeps 77 frozen"
-        in said
-    )
-    assert (
-        "thrifty trains in 0.80 of tuned lora's memory and keeps 97 % of its improvement." in said
-    )
-    assert "Behind it by more than the noise: behind (by 0.500)." in said
+    assert re.search("thrifty reaches 97 % .* 1.0 % of its trained numbers, .* 77 frozen", said)
+    assert re.search("thrifty reaches 97 % .* 0.80 of its memory", said)
+    assert "behind (by 0.500)" in said
 
 
 def test_where_there_is_nothing_to_learn_the_verdict_says_so_first() -> None:
     everything = rows("lora", [2.0, 2.1]) + rows("x", [2.0, 2.3]) + [base(2.06)]
     plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
     assert plain.share is other.share is None  # of nothing
-    assert verdict([plain, other, bare], "loss")[0].startswith(
-        "**Tuned lora is not better than the untrained base"
-    )
+    assert "untrained base" in verdict([plain, other, bare], "loss")[0]
 
 
 def test_a_control_is_held_against_what_it_explains() -> None:
@@ -161,10 +150,7 @@ def test_a_control_is_held_against_what_it_explains() -> None:
         rows("lora", [2.0, 2.1]) + rows("delta", [1.8, 1.93]) + rows("lora-alpha-x3", [1.81, 1.92])
     )
     said = " ".join(verdict(standings([PLAIN, arm("delta"), control], everything, "loss"), "loss"))
-    assert (
-        "By theory delta comes to lora-alpha-x3 under Adam: here they are the same within the noise"
-        in said
-    )
+    assert re.search("delta is lora-alpha-x3 .* the same .* by 0.000 ± 0.127", said)
 
 
 def test_limits_and_troubles_are_told() -> None:
@@ -180,9 +166,9 @@ def test_limits_and_troubles_are_told() -> None:
     arms = [PLAIN, arm("x"), arm("lost"), arm("no", refused="it cannot"), whole]
     said = " ".join(verdict(standings(arms, everything, "loss"), "loss"))
     assert "Full is ahead of tuned lora by 0.495 ± 0.064." in said
-    assert "**Left out**: no, because it cannot" in said
-    assert "**No run of lost ended well**: the loss became inf at step 1" in said
-    assert "kept in the results and counted against their learning rate: x (1), lost (1)." in said
+    assert re.search("Left out.*: no, .* it cannot", said)
+    assert re.search("lost .*: the loss became inf at step 1", said)
+    assert "x (1), lost (1)" in said
 
 
 def test_a_best_rate_at_the_edge_is_marked() -> None:
@@ -197,4 +183,4 @@ def test_a_best_rate_at_the_edge_is_marked() -> None:
     )
     plain, other = standings([PLAIN, arm("x")], everything, "loss")
     assert (plain.at_edge, other.at_edge) == (False, True)
-    assert "edge of the sweep for x:" in " ".join(verdict([plain, other], "loss"))
+    assert "edge of the sweep for x" in " ".join(verdict([plain, other], "loss"))

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakin as lk
 from family.problem import mask
-from lorakin.family import Shape
+from lorakin.family import Shape, Target
 from references import lora as reference
 
 
@@ -58,17 +58,23 @@ def test_defaults_and_scales() -> None:
         )
 
 
+def at(shape: Shape) -> Target:
+    return Target(shape, torch.empty(shape[:2], device="meta"))
+
+
 def test_the_start() -> None:
     generator = torch.Generator().manual_seed(0)
-    start = lk.LoRA(rank=64).start(Shape(8, 300), generator, torch.device("cpu"))
+    start = lk.LoRA(rank=64).start(at(Shape(8, 300)), generator, torch.device("cpu"))
     assert not start["B"].any()
     assert start["A"].abs().max() <= 300**-0.5
     assert start["A"].var().item() == pytest.approx(1 / 900, rel=0.05)
     gaussian = lk.LoRA(rank=64, init="gaussian").start(
-        Shape(8, 300), generator, torch.device("cpu")
+        at(Shape(8, 300)), generator, torch.device("cpu")
     )
     assert gaussian["A"].std().item() == pytest.approx(1 / 64, rel=0.05)
-    lookup = lk.LoRA(rank=64).start(Shape(300, 1000, lookup=True), generator, torch.device("cpu"))
+    lookup = lk.LoRA(rank=64).start(
+        at(Shape(300, 1000, lookup=True)), generator, torch.device("cpu")
+    )
     assert not lookup["A"].any()
     assert lookup["B"].std().item() == pytest.approx(1, rel=0.05)
 

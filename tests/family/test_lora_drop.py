@@ -292,7 +292,7 @@ def test_guards(ids: Tensor) -> None:
         match=r"chooses modules by a probe and has none: call adapt\(…, probe=batches\)",
     ):
         lk.adapt(tiny_llama(), lk.LoRADrop())
-    with pytest.raises(lk.SettingError, match="lora does not choose its modules by a probe"):
+    with pytest.raises(lk.SettingError, match="lora looks at no data"):
         lk.adapt(tiny_llama(), lk.LoRA(), probe=batches(ids))
     with pytest.raises(lk.SettingError, match="a probe needs batches, and there are none"):
         lk.adapt(tiny_llama(), lk.LoRADrop(), probe=[])

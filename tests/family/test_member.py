@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_gpt2, tiny_llama
-from lorakin.family import Pair, Parametrisation, Shape, member_named
+from lorakin.family import LowRank, Pair, Parametrisation, Shape, Slot, Slots, Target, member_named
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,17 @@ class Gained(Parametrisation):
     word: ClassVar[str] = "gained"
     paper: ClassVar[str] = "none, arXiv none"
     learning_rate: ClassVar[float] = 1e-3
-    frozen: ClassVar[frozenset[str]] = frozenset({"A"})
+    slots: ClassVar[Slots] = {
+        "A": Slot((2, "inputs"), trained=False),
+        "B": Slot(("outputs", 2), starts_at_zero=True),
+        "g": Slot(("outputs",)),
+    }
     dropout: float = 0.0
 
     def start(
-        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+        self, target: Target, generator: torch.Generator | None, device: torch.device
     ) -> dict[str, Tensor]:
+        shape = target.shape
         A = torch.randn(2, shape.inputs, generator=generator, device=device) * 0.1
         return {
             "A": A,
@@ -37,8 +42,11 @@ class Gained(Parametrisation):
             "g": torch.ones(shape.outputs, device=device),
         }
 
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        return Pair(tensors["B"], tensors["A"], tensors["g"])
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+        return LowRank(tensors["B"], tensors["A"])
+
+    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: object) -> Tensor:
+        return tensors["g"]
 
 
 def test_the_pair_is_the_common_form() -> None:

@@ -1,7 +1,9 @@
-"""A page in headless Chromium: what it drew, what went wrong, and what it asked the network for.
+"""A page in headless Chromium: what it drew, what went wrong, what it asked the network for.
 
-`from report.browser import Browser, browser` gives a test module the fixture `browser`; without one its tests are skipped.
-To look at a page: `python tests/report/browser.py page.html laptop.png:1280:light phone.png:390:dark`.
+`from report.browser import Browser, browser` gives a test module the fixture `browser`. Without
+Chromium its tests are skipped. To look at a page:
+
+    python tests/report/browser.py page.html laptop.png:1280:light phone.png:390:dark
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ class Browser:
     def open(
         self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False
     ) -> Browser:
-        """Open a page on a screen of so many CSS pixels, and wait until its charts are drawn."""
+        """Opens a page on a screen of so many CSS pixels and waits until its charts are drawn."""
         self.resize(width, height)
         self.dark(dark)
-        self.errors(), self.requests()  # those of the page before
+        self.errors(), self.requests()  # forget those of the page before
         self.driver.get("about:blank")
         self.driver.get(path.resolve().as_uri())
         return self.drawn()
@@ -60,7 +62,7 @@ class Browser:
         return self
 
     def dark(self, dark: bool, *, paper: bool = False) -> Browser:
-        """What the reader's system prefers; `paper` is as in print."""
+        """Sets the theme that the reader's system prefers; `paper` is for print."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         media = {"media": "print" if paper else "screen", "features": [feature]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
@@ -70,31 +72,32 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def drawn(self) -> Browser:
-        """Wait until every chart that is in sight has marks."""
-        undrawn = "return [...document.querySelectorAll('.plot')].some(p => p.clientWidth && !p.querySelector('svg path[d]'))"
+        """Waits until every chart that is in sight has marks."""
+        undrawn = """return [...document.querySelectorAll('.plot')]
+            .some(plot => plot.clientWidth && !plot.querySelector('svg path[d]'))"""
         self.wait(lambda: not self.run(undrawn))
         return self
 
     def wait(self, condition: Callable[[], Any]) -> None:
-        """Until it holds."""
+        """Waits until the condition holds."""
         WebDriverWait(self.driver, 20, 0.05).until(lambda _: condition())
 
     def unfolded(self) -> Browser:
-        """Open every part that is folded away."""
+        """Opens every part that is folded away."""
         self.run("document.querySelectorAll('details').forEach(d => d.open = true)")
         return self.drawn()
 
     def find(self, selector: str) -> WebElement:
-        """The one element that the selector means."""
+        """Returns the only element that the selector matches."""
         (found,) = self.driver.find_elements("css selector", selector)
         return found
 
     def errors(self) -> list[str]:
-        """What the page complained of since it was opened."""
+        """Returns the errors in the console since the page was opened."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """The addresses it asked for since it was opened, its own among them."""
+        """Returns the addresses that the page loaded, its own among them."""
         events = [
             json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
         ]
@@ -106,13 +109,13 @@ class Browser:
         return [url for url in urls if url != "about:blank"]
 
     def marks(self) -> list[int]:
-        """How many marks each chart has."""
+        """Returns how many marks each chart has."""
         count = """return [...document.querySelectorAll('.plot')].map(plot =>
             plot.querySelectorAll('.role-mark path[d], .role-mark text').length)"""
         return [int(number) for number in self.run(count)]
 
     def picture(self, path: Path) -> None:
-        """A picture of the whole page."""
+        """Saves a picture of the whole page."""
         taken = self.driver.execute_cdp_cmd(
             "Page.captureScreenshot", {"captureBeyondViewport": True}
         )
@@ -121,7 +124,7 @@ class Browser:
 
 @contextmanager
 def started() -> Iterator[Browser]:
-    """A browser, ended with the block."""
+    """Starts a browser and ends it with the block."""
     binary, driver = chromium()
     options = webdriver.ChromeOptions()
     options.binary_location = binary

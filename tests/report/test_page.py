@@ -1,4 +1,4 @@
-"""The page: what it says of the data given, nothing of which it runs, and what a reader with Chromium can do with it."""
+"""The page: what it shows, that it runs nothing it is given, and what a reader can do with it."""
 
 from __future__ import annotations
 
@@ -183,13 +183,13 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
         page.write(path, page.render(title, "", []))
     assert "<title>two</title>" in path.read_text()
     path.write_text("<!doctype html><p>mine")
-    with pytest.raises(OutputError, match="no page of lorakin's"):
+    with pytest.raises(OutputError, match="page.html"):
         page.write(path, page.render("three", "", []))
     assert path.read_text() == "<!doctype html><p>mine"
-    with pytest.raises(OutputError, match="directory"):
+    with pytest.raises(OutputError):
         page.write(tmp_path, page.render("three", "", []))
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="file"):
         page.write(tmp_path / "file" / "page.html", page.render("three", "", []))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "new", "page.html"]
 
@@ -235,7 +235,9 @@ def test_what_is_given_is_shown_and_never_run(browser: Browser, tmp_path: Path) 
 
 def test_the_policy_runs_no_other_script(browser: Browser, file: Path) -> None:
     browser.open(file).run(
-        "const s = document.createElement('script'); s.textContent = 'window.evil = 1'; document.body.append(s)"
+        """const script = document.createElement('script');
+        script.textContent = 'window.evil = 1';
+        document.body.append(script)"""
     )
     assert browser.run("return window.evil") is None
     assert any("Content Security Policy" in message for message in browser.errors())
@@ -273,10 +275,12 @@ def test_only_boxes_scroll_sideways(browser: Browser, file: Path, width: int) ->
     browser.open(file, width=width).unfolded()
     assert browser.run("return document.documentElement.scrollWidth") <= width
     assert browser.run(
-        "const box = document.querySelectorAll('.scroll')[1]; return box.scrollWidth > box.clientWidth"
+        """const box = document.querySelectorAll('.scroll')[1];
+        return box.scrollWidth > box.clientWidth"""
     )
     rooms = browser.run(
-        "return [...document.querySelectorAll('.plot')].map(p => [p.clientWidth, p.querySelector('svg').clientWidth])"
+        """return [...document.querySelectorAll('.plot')]
+        .map(plot => [plot.clientWidth, plot.querySelector('svg').clientWidth])"""
     )
     assert all(0.9 * room < drawn <= room for room, drawn in rooms)
 
@@ -291,7 +295,8 @@ def test_charts_follow_the_width(opened: Browser) -> None:
 def test_the_theme_follows_the_system_while_the_page_is_open(opened: Browser) -> None:
     look = """const fill = (selector) => getComputedStyle(document.querySelector(selector)).fill;
         return [getComputedStyle(document.body).backgroundColor, fill('.role-axis-label text'),
-                fill('.role-legend path[fill^=var]'), document.querySelector('#s3 .role-mark path[d]').getAttribute('fill')]"""
+                fill('.role-legend path[fill^=var]'),
+                document.querySelector('#s3 .role-mark path[d]').getAttribute('fill')]"""
     light = opened.unfolded().run(look)
     opened.dark(True)
     opened.wait(lambda: all(a != b for a, b in zip(light, opened.drawn().run(look), strict=True)))
@@ -317,7 +322,8 @@ def test_text_stands_out(browser: Browser, file: Path, dark: bool) -> None:
     browser.open(file, dark=dark)
     colours = browser.run(
         """const of = (selector, what) => getComputedStyle(document.querySelector(selector))[what];
-        return arguments[0].map(([text, paper]) => [text, of(text, 'color'), of(paper, 'backgroundColor')])""",
+        return arguments[0].map(
+            ([text, paper]) => [text, of(text, 'color'), of(paper, 'backgroundColor')])""",
         [
             (text, "body")
             for text in (

@@ -1,4 +1,4 @@
-"""Singular values, the ranks they suggest, and the patterns of those, against NumPy and PEFT's own rule."""
+"""Singular values, suggested ranks and their patterns, against NumPy and PEFT's own rule."""
 
 from __future__ import annotations
 

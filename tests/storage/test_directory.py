@@ -92,7 +92,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
     (tmp_path / "lorakin.json").unlink()
     assert lk.load(tiny_llama(), tmp_path).method.members == (lk.LoRA(rank=2),)
     (tmp_path / "lorakin.json").write_text('{"format": 99}')
-    with pytest.raises(lk.AdapterError, match="format 99, this version reads 1; update lorakin"):
+    with pytest.raises(lk.AdapterError, match="format 99"):
         lk.load(tiny_llama(), tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; this version reads LORA"),
-        ({"use_dora": True}, "says use_dora=True, but lorakin.json says that it is lora"),
+        ({"use_dora": True}, "use_dora=True"),
         ({"use_qalora": True}, "QALoRA"),
         ({"layer_replication": [[0, 1]]}, "layer replication"),
         ({"bias": "some"}, "bias='some'"),
@@ -108,7 +108,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
         ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
         ({"r": 0}, "rank must be a whole number"),
         ({"r": "three"}, "r is 'three', expected a whole number"),
-        ({"lora_alpha": None}, "settings that make no method of this version: alpha must be"),
+        ({"lora_alpha": None}, "alpha must be"),
         ({"target_modules": ["q_proj"]}, "tensors for .* which the config does not target"),
         ({"target_modules": ["q_proj", "lm_head"]}, "targets lm_head, but the file has no tensors"),
         ({"modules_to_save": ["lm_head"]}, "trained module lm_head lacks weight"),
@@ -143,7 +143,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
             lambda t: t.update({Q.format("A"): torch.ones(3, 31)}),
             r"shape \(3, 31\), expected \(3, 32\)",
         ),
-        (lambda t: t[Q.format("A")].fill_(torch.nan), "lora_A.weight holds NaN"),
+        (lambda t: t[Q.format("A")].fill_(torch.nan), "q_proj.A holds NaN"),
         (
             lambda t: t.update({Q.format("A"): torch.ones(3, 32, dtype=torch.int8)}),
             "is torch.int8, expected a floating type",
@@ -589,5 +589,5 @@ def test_complex_numbers_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(
         {key: tensor.to(torch.complex64) for key, tensor in tensors.items()}, file
     )
-    with pytest.raises(lk.AdapterError, match=r"is torch.complex64; expected float32"):
+    with pytest.raises(lk.AdapterError, match="complex64"):
         lk.load(tiny_llama(), tmp_path)

@@ -122,7 +122,7 @@ def test_an_adapter_is_read_whole_while_it_is_saved(saves: list[Path], tmp_path:
         for _ in range(reads):
             files = directory.read(tmp_path / "adapter")
             assert files.own is not None
-            words.add(",".join(word for word, _ in files.own.members))
+            words.add(",".join(entry.member for entry in files.own.members))
     assert words == {"lora", "dora", "vera,dora"}
     soak.record(
         "Readers beside writers",

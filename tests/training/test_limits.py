@@ -16,8 +16,8 @@ import transformers
 import lorakin as lk
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from lorakin.cli.app import run
-from lorakin.compare import comparison as comparing
 from lorakin.compare.comparison import Comparison
+from lorakin.compare.preparation import within_positions
 from lorakin.plan.advice import conditions_of
 from lorakin.training.evaluate import evaluate_rows
 from lorakin.training.generate import answer
@@ -180,14 +180,14 @@ def test_a_comparison_cuts_them_once(
     asked = Comparison(
         gpt2_dir, write_rows(LONG), str(tmp_path / "c"), methods=["lora"], recipe={"batch_size": 2}
     )
-    within = comparing._within(asked)
+    within = within_positions(asked)
     assert within.base_recipe.max_length == 64 and within.recipe == {
         "batch_size": 2,
         "max_length": 64,
     }
     with pytest.warns(lk.LorakinWarning, match="cut at 64 tokens instead of 70"):
-        comparing._within(dataclasses.replace(asked, recipe={"max_length": 70}))
-    assert comparing._within(within) is within
+        within_positions(dataclasses.replace(asked, recipe={"max_length": 70}))
+    assert within_positions(within) is within
 
 
 def test_a_rotary_model_reads_on_and_says_so(tokenizer: Any) -> None:

@@ -110,9 +110,12 @@ def command(
     Plain LoRA, the methods, and controls that tell what a difference comes from. Every trial is one row in results.jsonl;
     the same command goes on where a killed one was. The answer is report.html, which opens in any browser.
     """
-    from lorakin.compare import comparison as comparing
     from lorakin.compare import workers
+    from lorakin.compare.comparison import Comparison
+    from lorakin.compare.directory import REPORT, locked
+    from lorakin.compare.preparation import prepare
     from lorakin.compare.progress import Board
+    from lorakin.compare.study import check_ran
     from lorakin.family.words import methods_of
     from lorakin.report import comparison_page
     from lorakin.training.recipe import parse_columns, parse_settings
@@ -135,7 +138,7 @@ def command(
         "rank_above": rank_above,
     }
     console = console_for(as_json)
-    comparison = comparing.Comparison(
+    comparison = Comparison(
         model=model,
         data=data,
         out=out,
@@ -151,8 +154,8 @@ def command(
         recipe={name: value for name, value in shared.items() if value is not None},
     )
     places = workers.devices_of(devices)
-    with comparing.locked(comparison):
-        study = comparing.prepare(comparison, console)
+    with locked(comparison):
+        study = prepare(comparison, console)
         try:
             with Board(console, len(places)) as board:
                 workers.run(study, places, board)
@@ -162,10 +165,10 @@ def command(
                 if study.results.rows
                 else comparison_page.findings(study)
             )
-    comparing.check_ran(study)
+    check_ran(study)
     if as_json:
         print_json(findings.as_dict())
         return
     for sentence in findings.verdict:
         console.print(sentence.replace("**", ""))
-    console.print(f"the report: {study.out / comparing.REPORT}")
+    console.print(f"the report: {study.out / REPORT}")

@@ -128,7 +128,7 @@ def show(advice: Advice, console: Terminal) -> None:
 
 
 def _cells(plan: Plan, fits: bool | None) -> list[str]:
-    from lorakin.plan.advice import size
+    from lorakin.plan.memory import size
 
     return [
         plan.method + ("*" if plan.supposed else ""),

@@ -1,1 +1,1 @@
-"""Comparisons of methods on one model and data set."""
+"""Compares methods on one model and one data set."""

@@ -1,7 +1,8 @@
-"""The arms of a comparison: each method at one fair size, and the controls without which no difference means much."""
+"""The arms of a comparison: each method at a fair size, controls, and limits."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,22 +13,32 @@ from lorakin.family import FAMILY, Method, members, method_named
 from lorakin.family.words import fair_settings, given_to
 
 PLAIN = FAMILY[0].word
-"""The method that all others are measured against."""
+"""The method that all others are measured against: plain LoRA."""
 REFERENCE, MEMBER, CONTROL, LIMIT = "reference", "member", "control", "limit"
-"""Kinds of arms: plain LoRA; the other methods; what explains a difference; what no training and whole training reach."""
+"""Kinds of arms: plain LoRA; the other methods; arms that explain a difference; no training and
+full training."""
 BASE, FULL, HEAD = "base", "full", "head"
-"""The limits' names."""
+"""Names of the limits."""
 LARGEST_RANK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One thing that is compared, tuned like every other.
+    """One thing that is compared.
 
-    `name` is for files and `title` for people; `about` says why the arm is there. `words` is the method, as `dora,lora+`,
-    taken at `rank` and `scaling` (see `Member.fair`) unless `given` says otherwise; `recipe` has fields of the recipe other
-    than all arms' own. A control `explains` the arm of that name. The sweep begins at `lr`, which is
-    None where nothing trains. `refused` is why it cannot run, if so.
+    Attributes:
+        name: used in file names.
+        title: shown to people.
+        kind: `REFERENCE`, `MEMBER`, `CONTROL` or `LIMIT`.
+        words: the method, such as `dora,lora+`.
+        rank: the rank at which it is compared (see `Member.fair`).
+        scaling: alpha / rank, likewise.
+        given: settings of the method that replace those of the fair size.
+        recipe: fields of the recipe that differ from the other arms'.
+        about: why the arm takes part.
+        explains: for a control, the name of the arm that it explains.
+        lr: the method's usual learning rate, where its sweep begins; None if nothing trains.
+        refused: why the arm cannot run; empty if it can.
     """
 
     name: str
@@ -44,45 +55,53 @@ class Arm:
     refused: str = ""
 
     def settings(self, steps: int) -> dict[str, Any]:
-        """The method's settings in a run of so many steps."""
+        """Returns the method's settings for a run of `steps` steps.
+
+        >>> Arm("lora", "lora", REFERENCE, "lora", rank=8, scaling=2.0).settings(100)
+        {'rank': 8, 'alpha': 16.0}
+        """
         return fair_settings(self.words, self.rank, self.scaling, steps) | dict(self.given)
 
     def method(self, steps: int) -> Method:
-        """The method in a run of so many steps.
+        """Returns the method for a run of `steps` steps.
 
         Raises:
-            SettingError: settings that it does not have, or with which it cannot run.
+            SettingError: the method lacks a setting, or cannot run with these.
         """
         method = method_named(self.words, self.settings(steps))
         method.resolved(steps)
         return method
 
     def sized(self, parameters: Callable[[Method], int], most: int, steps: int) -> Arm:
-        """The same at the largest rank at which `parameters` counts at most `most`; refused if there is none."""
+        """Returns the arm at the largest rank that trains at most `most` numbers.
+
+        The arm is refused if even rank 1 trains more.
+
+        Args:
+            parameters: counts the numbers that a method trains.
+            most: the budget.
+            steps: of a run.
+        """
         one, two = (dataclasses.replace(self, rank=rank).settings(steps) for rank in (1, 2))
-        direct = one == two  # its fair size has no rank, so that it is given as a setting
+        # A method whose fair size ignores the rank gets it as a setting of its own.
+        by_setting = one == two
 
         def at(rank: int) -> Arm:
-            return dataclasses.replace(
-                self, **({"given": {**self.given, "rank": rank}} if direct else {"rank": rank})
-            )
+            if by_setting:
+                return dataclasses.replace(self, given={**self.given, "rank": rank})
+            return dataclasses.replace(self, rank=rank)
 
         def count(rank: int) -> float:
             try:
                 return parameters(at(rank).method(steps))
-            except SettingError:
-                return math.inf  # more ranks than a weight has
+            except SettingError:  # a rank above the smaller side of a weight
+                return math.inf
 
-        if count(1) > most:
-            reason = (
-                f"at rank 1 it trains {count(1):,} numbers, more than the {most:,} of the budget"
-            )
-            return dataclasses.replace(at(1), refused=reason)
-        low, high = 1, LARGEST_RANK + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if count(middle) <= most else (low, middle)
-        return at(low)
+        largest = bisect.bisect_right(range(1, LARGEST_RANK + 1), float(most), key=count)
+        if largest:
+            return at(largest)
+        refused = f"at rank 1 it trains {count(1):,} numbers, more than the {most:,} of the budget"
+        return dataclasses.replace(at(1), refused=refused)
 
 
 def arms_of(
@@ -92,31 +111,33 @@ def arms_of(
     given: Mapping[str, Any],
     dropout: float,
 ) -> list[Arm]:
-    """Plain LoRA, the methods, and the controls that they call for; those that cannot be run are refused with the reason.
+    """Returns plain LoRA, the methods, and the controls that they call for.
+
+    An arm that cannot run is in the list too; its `refused` says why.
+
+    >>> [arm.name for arm in arms_of(["lora+"], (8, 2.0), steps=100, given={}, dropout=0.0)]
+    ['lora', 'lora+', 'lora-alpha-x16']
 
     Args:
-        methods: the words of each.
-        size: rank and scale (see `Member.fair`).
+        methods: the words of each method.
+        size: rank and alpha / rank (see `Member.fair`).
         steps: of a run.
-        given: settings, for whichever methods have them.
-        dropout: likewise, for those that can have it.
+        given: settings; each goes to the methods that have it.
+        dropout: for the methods that can have dropout.
 
     Raises:
-        SettingError: a setting that none of the methods has.
+        SettingError: none of the methods has a setting of that name.
     """
     words = [PLAIN, *(word for word in methods if word != PLAIN)]
-    arms = [
-        _built(Arm(
-            name=word, title=word, kind=REFERENCE if word == PLAIN else MEMBER, words=word, rank=size[0], scaling=size[1],
-            given=own,
-        ), steps, dropout)
-        for word, own in given_to(words, given).items()
-    ]  # fmt: skip
+    arms = []
+    for word, own in given_to(words, given).items():
+        kind = REFERENCE if word == PLAIN else MEMBER
+        arms.append(_built(Arm(word, word, kind, word, *size, given=own), steps, dropout))
     return arms + list(_controls(arms, steps, dropout))
 
 
 def _built(arm: Arm, steps: int, dropout: float) -> Arm:
-    """The arm with its usual learning rate, with dropout if it can, or refused with the reason."""
+    """Adds the usual learning rate, and dropout if the method takes it; or says why not."""
 
     def tried(candidate: Arm) -> Arm:
         try:
@@ -124,51 +145,71 @@ def _built(arm: Arm, steps: int, dropout: float) -> Arm:
         except LorakinError as error:
             return dataclasses.replace(candidate, refused=str(error))
 
-    dropped = (
-        tried(dataclasses.replace(arm, given={**arm.given, "dropout": dropout}))
-        if dropout
-        else tried(arm)
-    )
-    if not dropout or not dropped.refused:
+    if not dropout:
+        return tried(arm)
+    dropped = tried(dataclasses.replace(arm, given={**arm.given, "dropout": dropout}))
+    if not dropped.refused:
         return dropped
     return tried(dataclasses.replace(arm, about=f"without dropout: {dropped.refused}"))
 
 
 def _controls(arms: Sequence[Arm], steps: int, dropout: float) -> Iterator[Arm]:
-    """What some arms are by theory, as arms of their own; and plain LoRA without dropout, if others have it."""
+    """Yields a control for each arm that theory calls LoRA with another alpha.
+
+    If the arms have dropout, plain LoRA without dropout is one more.
+    """
     made: dict[tuple[str, float], Arm] = {}
     for arm in arms:
-        if arm.refused:
+        found = None if arm.refused else _same_in_theory(arm, arms, steps)
+        if found is None or found in made:
             continue
+        words, factor = found
         method = arm.method(steps)
-        factor = math.prod(member.alpha_factor for member in method.members)
-        alpha, pair = method.setting("alpha"), method.parametrisation.word
-        rest = (
-            ",".join(member.word for member in method.members if member.alpha_factor == 1) or pair
+        control = Arm(
+            name=f"{words}-alpha-x{factor:g}",
+            title=f"{words}, alpha × {factor:g}",
+            kind=CONTROL,
+            words=words,
+            rank=arm.rank,
+            scaling=arm.scaling,
+            given={"alpha": method.setting("alpha") * factor},
+            explains=arm.name,
+            about=f"in theory the same as {arm.title} under Adam",
         )
-        if (
-            factor == 1
-            or alpha is None
-            or rest not in {member.word for member in members()} | {arm.words for arm in arms}
-        ):
-            continue
-        if (rest, alpha * factor) in made:
-            continue
-        scaled = dataclasses.replace(
-            arm, name=f"{rest}-alpha-x{factor:g}", title=f"{rest}, alpha × {factor:g}", kind=CONTROL, words=rest,
-            given={"alpha": alpha * factor}, explains=arm.name, about=f"what {arm.title} is under Adam, by theory",
-        )  # fmt: skip
-        made[rest, alpha * factor] = _built(scaled, steps, 0.0 if method.dropout == 0 else dropout)
+        made[found] = _built(control, steps, 0.0 if method.dropout == 0 else dropout)
     yield from made.values()
+
     if dropout:
         yield dataclasses.replace(
-            arms[0], name=f"{PLAIN}-no-dropout", title=f"{PLAIN}, no dropout", kind=CONTROL,
-            given={**arms[0].given, "dropout": 0.0}, about="what methods that take no dropout are to be compared with",
-        )  # fmt: skip
+            arms[0],
+            name=f"{PLAIN}-no-dropout",
+            title=f"{PLAIN}, no dropout",
+            kind=CONTROL,
+            given={**arms[0].given, "dropout": 0.0},
+            about="for comparison with the methods that take no dropout",
+        )
+
+
+def _same_in_theory(arm: Arm, arms: Sequence[Arm], steps: int) -> tuple[str, float] | None:
+    """Returns the method, and the factor of its alpha, that the arm equals under Adam in theory."""
+    method = arm.method(steps)
+    factor = math.prod(member.alpha_factor for member in method.members)
+    rest = [member.word for member in method.members if member.alpha_factor == 1]
+    words = ",".join(rest) or method.parametrisation.word
+    known = {member.word for member in members()} | {other.words for other in arms}
+    if factor == 1 or method.setting("alpha") is None or words not in known:
+        return None
+    return words, factor
 
 
 def limits_of(reference: Arm, adapted: Sequence[str], classifier: bool) -> list[Arm]:
-    """The untrained base; a classifier's new head alone; and the adapted layers, whose paths are `adapted`, trained whole."""
+    """Returns the untrained base, for a classifier its head alone, and full fine-tuning.
+
+    Args:
+        reference: plain LoRA.
+        adapted: paths of the adapted modules, which full fine-tuning trains.
+        classifier: whether the model has a new head.
+    """
     base = dataclasses.replace(reference, kind=LIMIT, given={}, about="")
     limits = [
         dataclasses.replace(
@@ -176,16 +217,23 @@ def limits_of(reference: Arm, adapted: Sequence[str], classifier: bool) -> list[
         )
     ]
     if classifier:
-        about = "the new head is trained, the model under it is not"
         limits.append(
             dataclasses.replace(
-                base, name=HEAD, title="head alone", recipe={"targets": ["none"]}, about=about
+                base,
+                name=HEAD,
+                title="head alone",
+                recipe={"targets": ["none"]},
+                about="only the new head is trained",
             )
         )
     assert reference.lr is not None
-    whole = dataclasses.replace(
-        base, name=FULL, title="full fine-tuning", lr=reference.lr / 10,
+    full = dataclasses.replace(
+        base,
+        name=FULL,
+        title="full fine-tuning",
+        lr=reference.lr / 10,
         recipe={"targets": ["none"], "modules_to_save": list(adapted), "dtype": "float32"},
-        about="every adapted layer is trained whole, in float32; norms, embeddings and a language model's head stay",
-    )  # fmt: skip
-    return [*limits, whole]
+        about="all adapted modules are trained whole in float32; norms, embeddings and a "
+        "language model's head are not",
+    )
+    return [*limits, full]

@@ -1,4 +1,4 @@
-"""What every arm of a comparison may spend: steps or minutes of training, and perhaps trained parameters."""
+"""The budget of a comparison: steps or minutes of each trial, and a limit of trained numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Optimizer steps, or minutes of training steps, of each trial; and the most numbers that an arm may train."""
+    """What each trial may use.
+
+    Attributes:
+        steps: optimizer steps of each trial; None if there are `minutes`.
+        minutes: minutes of optimizer steps of each trial; None if there are `steps`.
+        params: the most numbers that an arm may train; None for no limit.
+    """
 
     steps: int | None = None
     minutes: float | None = None
@@ -22,22 +28,27 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`steps=200`, `minutes=5`, `steps=200,params=500k`.
+        """Reads a budget from the command line.
+
+        >>> Budget.parse("steps=200,params=500k")
+        Budget(steps=200, minutes=None, params=500000)
 
         Raises:
-            SettingError: anything else, neither steps nor minutes, or both.
+            SettingError: the text has another form, or has both or neither of steps and minutes.
         """
         found: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = (piece.strip().lower() for piece in part.partition("="))
             require(
                 name in ("steps", "minutes", "params") and name not in found,
-                f"--budget takes steps=…, minutes=… and params=…, such as steps=200,params=500k, not {text!r}",
+                "--budget takes steps=…, minutes=… and params=…, such as steps=200,params=500k, "
+                f"not {text!r}",
             )
             found[name] = _number(value, text)
         require(
             ("steps" in found) != ("minutes" in found),
-            f"--budget needs steps=… or minutes=…, and not both, such as steps=200,params=500k; it is {text!r}",
+            "--budget needs either steps=… or minutes=…, such as steps=200,params=500k; "
+            f"it is {text!r}",
         )
         for name in ("steps", "params"):
             if name in found:
@@ -49,15 +60,19 @@ class Budget:
         return cls(**found)
 
     def steps_in(self, step_seconds: float) -> int:
-        """How many steps an arm gets whose step takes so long."""
-        return (
-            self.steps if self.steps is not None else int((self.minutes or 0) * 60 / step_seconds)
-        )
+        """Returns how many steps of `step_seconds` seconds fit into the budget."""
+        if self.steps is not None:
+            return self.steps
+        return int((self.minutes or 0) * 60 / step_seconds)
 
     def __str__(self) -> str:
-        parts = [f"{value:,} steps" if name == "steps" else f"{value:g} minutes" if name == "minutes" else
-                 f"at most {value:,} trained parameters"
-                 for name, value in dataclasses.asdict(self).items() if value is not None]  # fmt: skip
+        parts = []
+        if self.steps is not None:
+            parts.append(f"{self.steps:,} steps")
+        if self.minutes is not None:
+            parts.append(f"{self.minutes:g} minutes")
+        if self.params is not None:
+            parts.append(f"at most {self.params:,} trained parameters")
         return ", ".join(parts)
 
 

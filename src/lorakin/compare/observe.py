@@ -1,7 +1,8 @@
-"""What a run does to each weight: how far it moves in length and in direction, and where the ranks are.
+"""Measures what a run does to each weight: how far it moves, and where its ranks go.
 
-Magnitude and direction, as in "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, section 3.2: with w_j the row of
-a base weight W0 (outputs, inputs) that makes output j, and w'_j that of the trained weight,
+Change of magnitude ΔM and of direction ΔD, as in "DoRA: Weight-Decomposed Low-Rank Adaptation",
+arXiv 2402.09353, section 3.2. With w_j the row of a base weight W0 (outputs, inputs) that makes
+output j, and w'_j the same row after training:
 
     ΔM = mean_j |‖w'_j‖ − ‖w_j‖|          ΔD = mean_j (1 − cos(w'_j, w_j))
 """
@@ -17,15 +18,23 @@ import transformers
 from torch import Tensor
 
 from lorakin.adapter import Adapter
+from lorakin.family.slots import scale_of_ranks
 from lorakin.inject.layers import kind_of
 from lorakin.inject.placement import own_weight
 
 MOMENTS = 4
-"""How often a run is looked at, evenly, the last time at its end."""
+"""How often the weights of a run are measured, at equal distances; the last time at its end."""
 
 
 class Observer(transformers.TrainerCallback):
-    """A Trainer callback that times each step and looks at the weights now and then."""
+    """A Trainer callback that times each step and measures the weights a few times.
+
+    Attributes:
+        seconds: of each step, by the clock.
+        work: seconds of each step on the processor; on a GPU the same as `seconds`.
+        moves: (step, path → (ΔM, ΔD)) at each moment.
+        ranks: (step, path → rank) whenever a rank changed.
+    """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -38,23 +47,24 @@ class Observer(transformers.TrainerCallback):
         self.started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
             torch.cuda.synchronize()
         clock, processor = self.started
         self.seconds.append(time.perf_counter() - clock)
-        self.work.append(
-            self.seconds[-1] if torch.cuda.is_available() else time.process_time() - processor
-        )
+        self.work.append(self.seconds[-1] if on_gpu else time.process_time() - processor)
+
         now = ranks(self.adapter)
         if now and (not self.ranks or self.ranks[-1][1] != now):
             self.ranks.append((state.global_step, now))
+
         every = max(1, state.max_steps // MOMENTS)
         if state.global_step % every == 0 and state.max_steps - state.global_step >= every:
             self.moves.append((state.global_step, moved(self.adapter)))
 
     @property
     def step(self) -> dict[str, float]:
-        """The median step of the run, its optimizer's included; the first, which warms up, is left out."""
+        """Median seconds of a step, with the optimizer; without the first step, which warms up."""
         seconds, work = (
             statistics.median(times[1:] or times or [0.0]) for times in (self.seconds, self.work)
         )
@@ -63,14 +73,15 @@ class Observer(transformers.TrainerCallback):
 
 @torch.no_grad()
 def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
-    """The weight of the module at `path` before and after, (outputs, inputs), float32; None if it has no matrix."""
+    """Returns the weight of the module at `path` without and with the adapter.
+
+    Both are float32 (outputs, inputs). None: the module has no matrix.
+    """
     if path in adapter.placement.copies:
         twin = adapter.copy_of(path)
-        return (
-            None
-            if kind_of(twin) is None
-            else (adapter.base_weight(path).float(), own_weight(twin).float())
-        )
+        if kind_of(twin) is None:
+            return None
+        return adapter.base_weight(path).float(), own_weight(twin).float()
     before, pair = adapter.base_weight(path).float(), adapter.change_at(path)
     after = before + pair.up.float() @ pair.down.float()
     return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after
@@ -78,7 +89,7 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
-    """Path → (ΔM, ΔD) of each module that the adapter changes."""
+    """Returns path → (ΔM, ΔD) for each module that the adapter changes."""
     found = {}
     for path in (*adapter.placement.methods, *adapter.placement.copies):
         if (both := weights(adapter, path)) is not None:
@@ -91,7 +102,11 @@ def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
 
 @torch.no_grad()
 def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
-    """Path → norm of the change of its weight, Frobenius; its ratio to the weight's own; and the rank of the pair."""
+    """Returns path → `norm`, `relative` and `rank` of the change of each module's weight.
+
+    `norm` is ‖ΔW‖ (Frobenius), `relative` is ‖ΔW‖ / ‖W0‖. A module that is trained whole has no
+    `rank`.
+    """
     found = {}
     for path in (*adapter.placement.methods, *adapter.placement.copies):
         if (both := weights(adapter, path)) is not None:
@@ -103,14 +118,16 @@ def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
 
 
 def ranks(adapter: Adapter) -> dict[str, int]:
-    """Path → ranks that are not switched off, of a method that moves a budget of them; empty before it is trained."""
-    slot = adapter.placement.method.parametrisation.per_rank
-    if slot is None or not any(
-        "budget" in member.decides for member in adapter.placement.method.members
-    ):
+    """Returns path → ranks in use, for a method that re-allocates ranks.
+
+    Empty for other methods, and before the first step, when all ranks are still zero.
+    """
+    method = adapter.placement.method
+    slot = scale_of_ranks(method.parametrisation.slots)
+    if slot is None or not any("budget" in member.decides for member in method.members):
         return {}
-    there = {
+    used = {
         path: int(torch.count_nonzero(adapter.tensors_at(path)[slot]))
         for path in adapter.placement.methods
     }
-    return there if any(there.values()) else {}
+    return used if any(used.values()) else {}

@@ -1,4 +1,4 @@
-"""The trials of a comparison and what came of them: one JSON row each, in a file that only ever grows."""
+"""The results file of a comparison: one line of JSON for each trial that ended."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ DONE: Final = "done"
 DIVERGED: Final = "diverged"
 FAILED: Final = "failed"
 REFUSED: Final = "refused"
-"""How a trial ends: with figures; with a loss that is not finite; by an error or a kill; or it could not begin."""
+"""How a trial ends: with figures; with a loss that is not finite; with an error or a kill; or it
+could not begin."""
 TIMING: Final = "timing"
 SWEEP: Final = "sweep"
 SEED: Final = "seed"
 LIMIT: Final = "limit"
-"""What a trial is for: how long a step takes; which learning rate; another seed at that rate; a model as it is."""
+"""What a trial is for: it times a step; tries a learning rate; repeats the best rate with another
+seed; or evaluates the model without training."""
 NAME = re.compile(r"[a-zA-Z0-9][\w+-]*(-lr[0-9.e+-]+)?-seed[0-9]+(-timing)?", re.ASCII)
 MOST_BYTES = 1 << 30
-"""Of a results file."""
+"""A results file may have at most this size."""
 
 NORMS = {"norm", "relative"}
 Figure = Annotated[
@@ -44,19 +46,23 @@ Changes = Annotated[
 ]
 
 
-def _of_the_same(history: list[tuple[int, Mapping[str, Any]]]) -> bool:
+def _same_modules(history: list[tuple[int, Mapping[str, Any]]]) -> bool:
     return all(at.keys() == history[0][1].keys() for _, at in history)
 
 
 Ranks = Annotated[
     list[tuple[Count, dict[str, Count]]],
-    Check("ranks of the same modules at each step", _of_the_same),
+    Check("ranks of the same modules at each step", _same_modules),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run: an arm at a learning rate (None: nothing trains) with a seed."""
+    """One run: an arm at a learning rate with a seed. `lr` is None if nothing trains.
+
+    >>> Trial("dora,lora+", "sweep", lr=2e-4, seed=1).name
+    'dora+lora+-lr0.0002-seed1'
+    """
 
     arm: str
     stage: Literal["timing", "sweep", "seed", "limit"]
@@ -65,13 +71,14 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For its directory: one word, which leads nowhere else, whatever is in it.
+        """The name of the trial's directory: one word, so that it cannot lead elsewhere.
 
         Raises:
-            ValueError: an arm, rate or seed that no comparison has.
+            ValueError: no comparison has such an arm, rate or seed.
         """
         rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        name = f"{self.arm.replace(',', '+')}{rate}-seed{self.seed}{'-timing' if self.stage == TIMING else ''}"
+        timing = "-timing" if self.stage == TIMING else ""
+        name = f"{self.arm.replace(',', '+')}{rate}-seed{self.seed}{timing}"
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a trial")
         return name
@@ -79,13 +86,30 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class ResultRow:
-    """A trial and how it ended. Times are in seconds; `peak_bytes` is what training added to the process.
+    """A trial and how it ended.
 
-    Of a step, the median: `step_seconds` by the clock, `step_work` of the processor where trials share one, else the same.
-
-    `tune` and `report` are the evaluations on the two held-out parts. `layers` has path → {norm, relative, rank}, the norm of
-    the change of the module's weight, Frobenius, and its ratio to the weight's. `moves` are rows of step and path → (ΔM, ΔD),
-    `ranks` of step and path → rank, where ranks change.
+    Attributes:
+        trial: what was run.
+        status: `DONE`, `DIVERGED`, `FAILED` or `REFUSED`.
+        reason: why it did not end well.
+        steps: optimizer steps that were made.
+        tune: figures on the rows that learning rates are chosen by; `loss` at least.
+        report: figures on the rows to report on; `loss` and `count` at least.
+        trained: how many numbers were trained.
+        frozen: how many numbers the adapter holds that are not trained.
+        adapter_bytes: size of the adapter's files.
+        step_seconds: median seconds of a step by the clock.
+        step_work: median seconds of a step on the processor; on a GPU the same as by the clock.
+        seconds: of the whole trial.
+        peak_bytes: memory that training added to the process at its peak.
+        losses: the training loss of each step.
+        layers: path → `norm`, `relative`, `rank` (see `observe.layers`).
+        moves: (step, path → (ΔM, ΔD)) at a few steps (see `observe.moved`).
+        ranks: (step, path → rank) at the steps where ranks changed.
+        importance: path → share of the importance that a probe found.
+        own: paths of the modules that keep a pair of their own after the probe.
+        warnings: what lorakin warned of.
+        device: where it ran.
     """
 
     trial: Trial
@@ -113,12 +137,17 @@ class ResultRow:
     device: str = ""
 
     def as_json(self) -> str:
-        """One line."""
+        """Returns the row as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), allow_nan=True)
 
     @classmethod
     def from_json(cls, line: str) -> ResultRow:
-        """The row of such a line; raises ValueError or RecursionError if it is none."""
+        """Reads a row from a line of JSON.
+
+        Raises:
+            ValueError: the line is no JSON, or no row.
+            RecursionError: it is nested too deeply.
+        """
         row: ResultRow = fitted(cls, json.loads(line))
         if (row.trial.lr is None) != (row.trial.stage == LIMIT):
             raise Misfit(f"trial.lr is {row.trial.lr!r} in a trial of stage {row.trial.stage}")
@@ -126,13 +155,13 @@ class ResultRow:
 
 
 class Results:
-    """The rows in `path`, which `add` appends to. Only one process may have it open."""
+    """The rows of a results file. Only one process may have it open."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a last line that a kill cut off is cut away.
+        """Reads the file. Removes a last line that is incomplete because the process was killed.
 
         Raises:
-            DataError: no file, or a line that is no row.
+            DataError: `path` is not a file, or a line is no row.
         """
         self.path = path
         self.rows: list[ResultRow] = []
@@ -143,13 +172,13 @@ class Results:
                 self.rows.append(ResultRow.from_json(line))
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}, line {number} is no row of a comparison: {error}; remove that line"
+                    f"{path}, line {number} is no row of a comparison: {error}; delete that line"
                 ) from None
         if len(whole) < len(content):
             os.truncate(path, len(whole))
 
     def add(self, row: ResultRow) -> None:
-        """Append a row, and see to it that it is on the disk."""
+        """Appends a row and flushes it to disk."""
         with files.appending(self.path) as file:
             file.write(row.as_json().encode() + b"\n")
             file.flush()

@@ -1,8 +1,9 @@
-"""What a comparison has still to run, read off the rows that are there; so a killed one goes on where it was.
+"""Decides what a comparison runs next from the rows that it has.
 
-Each arm's learning rate is swept with the first seed over half decades around its usual one, upwards first, since a short run
-wants a larger rate; while the best lies at an edge the sweep goes one further. At the best rate by the loss on the tuning
-rows the other seeds follow.
+Each arm first sweeps its learning rate with the first seed: at its usual rate and at one and two
+half decades above it, because short runs need larger rates. While the best rate is at an edge of
+the sweep, the sweep continues there. The other seeds then run at the rate with the lowest loss on
+the tuning rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Iterable, Sequence
 
 from lorakin.compare.arms import Arm
 from lorakin.compare.results import (
-    DIVERGED,
     DONE,
     LIMIT,
     REFUSED,
@@ -25,26 +25,31 @@ from lorakin.compare.results import (
 )
 
 FIRST = (0, 1, 2)
-"""Half decades above the usual rate at which a sweep begins."""
+"""A sweep begins at these half decades above the usual rate."""
 MOST = 7
-"""Rates that a sweep may take."""
+"""A sweep tries at most so many rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """How learning rates are chosen: swept by half decades (`rates` is None), or among those given."""
+    """How learning rates are chosen: by half decades if `rates` is None, else among `rates`."""
 
     rates: tuple[float, ...] | None = None
 
     def first(self, arm: Arm) -> list[float]:
-        """Where an arm's sweep begins."""
+        """Returns the first rates of an arm's sweep."""
+        if self.rates is not None:
+            return list(self.rates)
         assert arm.lr is not None
-        return (
-            list(self.rates) if self.rates is not None else [rate(arm.lr, place) for place in FIRST]
-        )
+        return [rate(arm.lr, place) for place in FIRST]
 
     def next(self, arm: Arm, losses: dict[float, float]) -> float | None:
-        """One more rate, after those in `losses`; None when the best one is known."""
+        """Returns the next rate to try, or None when the best rate is known.
+
+        Args:
+            arm: the arm that is swept.
+            losses: rate → loss of the rates that were tried.
+        """
         if self.rates is not None or len(losses) >= MOST or arm.lr is None:
             return None
         known, best = sorted(losses), best_rate(losses)
@@ -55,18 +60,29 @@ class Sweep:
 
 
 def rate(lr: float, place: int) -> float:
-    """The learning rate so many half decades above `lr`, to two digits."""
+    """Returns the learning rate `place` half decades above `lr`, rounded to two digits.
+
+    >>> rate(2e-4, 1)
+    0.00063
+    """
     return float(f"{lr * 10 ** (place / 2):.2g}")
 
 
 def best_rate(losses: dict[float, float]) -> float | None:
-    """The rate with the lowest loss, if any is finite."""
+    """Returns the rate with the lowest loss; None if no loss is finite.
+
+    >>> best_rate({1e-4: 2.0, 1e-3: 1.5, 1e-2: float("inf")})
+    0.001
+    """
     best = min(losses, key=lambda lr: losses[lr], default=None)
     return best if best is not None and math.isfinite(losses[best]) else None
 
 
 def swept(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
-    """Learning rate → loss on the tuning rows, in the arm's sweep so far; infinite where the trial did not end well."""
+    """Returns rate → loss on the tuning rows of the arm's sweep so far.
+
+    The loss is infinite where a trial diverged or failed.
+    """
     return {
         row.trial.lr: row.tune["loss"]
         if row.status == DONE and row.tune and math.isfinite(row.tune["loss"])
@@ -77,7 +93,7 @@ def swept(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
 
 
 def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
-    """Why the arm does not run, if it does not."""
+    """Returns why the arm does not run; "" if it does."""
     said = (row.reason for row in rows if row.trial.arm == arm.name and row.status == REFUSED)
     return arm.refused or next(said, "")
 
@@ -85,7 +101,15 @@ def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
 def remaining(
     arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
 ) -> list[Trial]:
-    """The arm's trials that can be run now, given those that are done."""
+    """Returns the arm's trials that can run now.
+
+    Args:
+        arm: the arm.
+        rows: the results so far, of all arms.
+        seeds: the first is the sweep's.
+        sweep: how learning rates are chosen.
+        timed: whether a trial that times a step comes first.
+    """
     mine = [row for row in rows if row.trial.arm == arm.name]
     if refusal(arm, mine):
         return []
@@ -98,32 +122,30 @@ def remaining(
         return [Trial(arm.name, SWEEP, lr, seeds[0]) for lr in missing]
     if (further := sweep.next(arm, losses)) is not None:
         return [Trial(arm.name, SWEEP, further, seeds[0])]
-    best, there = best_rate(losses), {(row.trial.lr, row.trial.seed) for row in mine}
-    return (
-        []
-        if best is None
-        else [Trial(arm.name, SEED, best, s) for s in seeds if (best, s) not in there]
-    )
+    if (best := best_rate(losses)) is None:
+        return []
+    done = {(row.trial.lr, row.trial.seed) for row in mine}
+    return [Trial(arm.name, SEED, best, seed) for seed in seeds if (best, seed) not in done]
 
 
 def expected(
     arm: Arm, rows: Sequence[ResultRow], seeds: Sequence[int], sweep: Sweep, timed: bool
 ) -> int:
-    """About how many trials the arm has still to run."""
-    if refusal(arm, rows) or arm.lr is None:
-        return len(remaining(arm, rows, seeds, sweep, timed))
+    """Returns about how many trials the arm still has to run; the arguments are `remaining`'s."""
     now = remaining(arm, rows, seeds, sweep, timed)
-    if not now:
-        return 0
-    return (
-        len(now)
-        + (0 if now[0].stage == SEED else len(seeds) - 1)
-        + (len(sweep.first(arm)) if now[0].stage == TIMING else 0)
-    )
+    if not now or arm.lr is None:
+        return len(now)
+    later = 0 if now[0].stage == SEED else len(seeds) - 1
+    if now[0].stage == TIMING:
+        later += len(sweep.first(arm))
+    return len(now) + later
 
 
 def chosen(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """The arm's rows at its best learning rate, one a seed; of an arm that does not train, its only row."""
+    """Returns the arm's rows at its best learning rate, one for each seed.
+
+    For an arm that does not train, returns its only row.
+    """
     mine = [
         row
         for row in rows
@@ -135,16 +157,3 @@ def chosen(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
         for row in mine
         if row.trial.lr == best and (best is not None or row.trial.stage == LIMIT)
     ]
-
-
-__all__ = [
-    "DIVERGED",
-    "Sweep",
-    "best_rate",
-    "chosen",
-    "expected",
-    "rate",
-    "refusal",
-    "remaining",
-    "swept",
-]

@@ -1,11 +1,11 @@
-"""A data set in three parts that never meet: to train on, to choose learning rates by, and to report."""
+"""Splits a data set into three disjoint parts: for training, for tuning, and for the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ LEAST_HELD, MOST_TUNE, MOST_REPORT = 16, 128, 256
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How many rows each part has, what was left out, in words, and the classes of a classifier."""
+    """How a data set was split.
+
+    Attributes:
+        train, tune, report: rows of each part.
+        left_out: how many rows were left out and why, in words.
+        labels: the classes of a classifier.
+        format: the format of the rows.
+    """
 
     train: Count
     tune: Count
@@ -40,62 +47,86 @@ def split_into(
     columns: Mapping[str, str] | None = None,
     layout: str | None = None,
 ) -> Parts:
-    """Write the three parts of the data set `name` into `folder`; those that `eval_name` has are the ones to report on.
+    """Splits the data set `name` and writes the parts into `folder`.
 
-    A row that is there twice is taken once, so that no held-out row was trained on. The draw is the same every time.
+    A row that occurs twice is used once, so that no held-out row is trained on. The split is
+    random but the same every time.
 
     Args:
-        folder: where to; made if need be.
+        folder: where the parts are written; it is created if needed.
         name: a file or a hub data set.
-        eval_name: another, or None.
+        eval_name: a data set to report on; None holds out a part of `name`.
         batch: rows of an optimizer step.
-        usable: gives those rows that a model can learn from.
+        usable: returns the rows that a model can learn from.
         columns: see `read_rows`.
         layout: see `read_rows`.
 
     Raises:
-        DataError: data that cannot be read, or too little for parts of 16 rows and one batch. Nothing is written then.
+        DataError: the data cannot be read, or has too few rows. Nothing is written.
     """
     rows = read_rows(name, columns, layout)
-    given = read_rows(eval_name, columns, layout) if eval_name is not None else None
-    if given is not None and given.is_classification != rows.is_classification:
-        raise DataError(
-            f"{eval_name} has format {given.formats[0]}, but {name} has {rows.formats[0]}"
-        )
-    report = _distinct(usable(given)) if given is not None else []
-    if given is not None and len(report) < LEAST_HELD:
-        raise DataError(
-            f"{eval_name}: {len(report)} rows that can be used are too few to report on; at least {LEAST_HELD}"
-        )
+    report = []
+    if eval_name is not None:
+        report = _to_report(read_rows(eval_name, columns, layout), rows, eval_name, name, usable)
+
     kept, reported = usable(rows), {_key(row) for row in report}
     once = _distinct(kept)
     distinct = [row for row in once if _key(row) not in reported]
     counts = {
         "without an answer within --max-length": len(rows) - len(kept),
-        "that are there before": len(kept) - len(once),
+        "that occur twice": len(kept) - len(once),
         "that are to be reported on": len(once) - len(distinct),
     }
     left_out = ", ".join(f"{count:,} rows {why}" for why, count in counts.items() if count)
+
     random.Random(0).shuffle(distinct)
     tune = _share(len(distinct), 0.1, MOST_TUNE)
-    held = tune + (_share(len(distinct), 0.15, MOST_REPORT) if given is None else 0)
+    held = tune + (0 if report else _share(len(distinct), 0.15, MOST_REPORT))
     if len(distinct) < held + max(batch, LEAST_HELD):
         without = f" ({left_out})" if left_out else ""
+        or_eval = "" if eval_name else ", or rows to report on with --eval-data"
         raise DataError(
-            f"{name}: {len(rows)} rows{without} are too few to compare on: {held} are held out, to choose learning rates "
-            f"by and to report on, and at least {max(batch, LEAST_HELD)} must be left to train on; give more rows"
-            + ("" if eval_name else ", or the rows to report on with --eval-data")
+            f"{name}: {len(rows)} rows{without} are too few for a comparison: {held} are held "
+            f"out for tuning and for the report, and at least {max(batch, LEAST_HELD)} must "
+            f"remain for training; give more rows{or_eval}"
         )
+
     parts = {TUNE: distinct[:tune], REPORT: report or distinct[tune:held], TRAIN: distinct[held:]}
-    text = {
-        part: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
-        for part, chosen in parts.items()
-    }
-    atomic.write(folder, {part: content.encode() for part, content in text.items()})
+    atomic.write(folder, {part: _as_lines(chosen) for part, chosen in parts.items()})
     labels = rows.labels() if rows.is_classification else None
     return Parts(
-        len(parts[TRAIN]), len(parts[TUNE]), len(parts[REPORT]), left_out, labels, rows.formats[0]
+        train=len(parts[TRAIN]),
+        tune=len(parts[TUNE]),
+        report=len(parts[REPORT]),
+        left_out=left_out,
+        labels=labels,
+        format=rows.formats[0],
     )
+
+
+def _to_report(
+    given: DataRows,
+    rows: DataRows,
+    eval_name: str,
+    name: str,
+    usable: Callable[[DataRows], DataRows],
+) -> list[dict[str, Any]]:
+    """Returns the rows of --eval-data, if they are enough and of the same kind as the others."""
+    if given.is_classification != rows.is_classification:
+        raise DataError(
+            f"{eval_name} has format {given.formats[0]}, but {name} has {rows.formats[0]}"
+        )
+    report = _distinct(usable(given))
+    if len(report) < LEAST_HELD:
+        raise DataError(
+            f"{eval_name}: {len(report)} usable rows are too few to report on; give at least "
+            f"{LEAST_HELD}"
+        )
+    return report
+
+
+def _as_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _share(count: int, share: float, most: int) -> int:
@@ -103,7 +134,7 @@ def _share(count: int, share: float, most: int) -> int:
 
 
 def _distinct(rows: DataRows) -> list[dict[str, Any]]:
-    """The rows in their format's columns, classes by name, each once."""
+    """Returns each row once, in its format's columns, with classes by name."""
     found: dict[str, dict[str, Any]] = {}
     for record in rows.records:
         layout = record.source.format
@@ -117,12 +148,12 @@ def _distinct(rows: DataRows) -> list[dict[str, Any]]:
         try:
             found.setdefault(_key(plain), plain)
         except TypeError as error:
-            raise DataError(f"{record.where}: it holds what JSON cannot: {error}") from None
+            raise DataError(f"{record.where}: a value cannot be written as JSON: {error}") from None
     return list(found.values())
 
 
 def _plain(value: Any) -> Any:
-    """The value, its numbers as the file wrote them."""
+    """Returns the value with numbers as the file wrote them."""
     if isinstance(value, Number):
         return value.literal
     if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Where the arms of a comparison stand: means and intervals over seeds, and differences from plain LoRA, seed by seed.
+"""Computes where the arms of a comparison stand: means, intervals, differences from plain LoRA.
 
-Every figure is taken on the report rows, which no learning rate was chosen by. Intervals are Student's t over the seeds. A
-difference is taken between runs of the same seed, which saw the same rows in the same order; its p-value, of a paired t-test,
-is corrected over all methods by Holm's procedure, since of twenty comparisons of equals one is expected to pass at 5 %.
+All figures are taken on the report rows, which no learning rate was chosen by. Intervals are
+Student's t over the seeds. Two arms are compared seed by seed, because runs with the same seed saw
+the same rows in the same order. The p-value of that paired t-test is corrected by Holm's procedure
+for the number of methods: of twenty equal methods, one is expected to pass at 5 % by chance.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,44 +27,58 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and the half width of its 95 % interval, which is infinite of one value."""
+    """A mean over seeds with its 95 % interval and a test against zero.
+
+    Attributes:
+        mean: over the seeds.
+        half: half the width of the interval; infinite for one seed.
+        count: of seeds.
+        p: two-sided p-value of Student's t-test of the mean against 0; 1 for one seed.
+    """
 
     mean: float
     half: float
     count: int
+    p: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From the values, one a seed; there is at least one."""
-        count = len(values)
+        """Returns the estimate from the values, one for each seed; there is at least one.
+
+        >>> found = Estimate.of([1.0, 2.0, 3.0])
+        >>> f"{found.mean:.1f} ± {found.half:.3f}, p = {found.p:.3f}"
+        '2.0 ± 2.484, p = 0.074'
+        """
+        mean, count = statistics.fmean(values), len(values)
         if count < 2:
-            return cls(values[0], math.inf, count)
-        spread = statistics.stdev(values) / math.sqrt(count)
-        return cls(
-            statistics.fmean(values),
-            float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread,
-            count,
-        )
+            return cls(mean, math.inf, count, 1.0)
+        if len(set(values)) == 1:  # scipy's test divides by their spread
+            return cls(mean, 0.0, count, 0.0 if mean else 1.0)
+        with warnings.catch_warnings():  # of values that differ by a rounding error
+            warnings.simplefilter("ignore", RuntimeWarning)
+            test = stats.ttest_1samp(values, 0.0)
+        low, high = test.confidence_interval(CONFIDENCE)
+        return cls(mean, float(high - low) / 2, count, float(test.pvalue))
 
     @property
     def excludes_zero(self) -> bool:
         """Whether 0 lies outside the interval."""
         return abs(self.mean) > self.half
 
-    @property
-    def p(self) -> float:
-        """Of Student's t-test of the mean against 0, two-sided."""
-        if self.count < 2:
-            return 1.0
-        if self.half == 0:
-            return 0.0 if self.mean else 1.0
-        t = self.mean / self.half * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1))
-        return float(2 * stats.t.sf(abs(t), self.count - 1))
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Returns the estimate for `--json`."""
+        half = self.half if math.isfinite(self.half) else None
+        return {"mean": self.mean, "half_width": half, "seeds": self.count}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A ratio to plain LoRA: the median over the runs, and the lowest and highest of the arm over the reference's median."""
+    """A time or memory as a multiple of plain LoRA's.
+
+    Attributes:
+        median: of the arm's runs over the median of plain LoRA's.
+        low, high: the lowest and highest of the arm's runs over the same.
+    """
 
     median: float
     low: float
@@ -70,7 +86,11 @@ class Ratio:
 
     @classmethod
     def of(cls, mine: Sequence[float], reference: Sequence[float]) -> Ratio | None:
-        """None where either is not known."""
+        """Returns the ratio; None if one of the two has no positive value.
+
+        >>> Ratio.of([2.0, 4.0, 3.0], [1.0, 2.0, 30.0])
+        Ratio(median=1.5, low=1.0, high=2.0)
+        """
         known, other = [x for x in mine if x > 0], [x for x in reference if x > 0]
         if not known or not other:
             return None
@@ -80,12 +100,22 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """One arm.
+    """Where one arm stands.
 
-    `rows` are its runs at its best learning rate `lr`, `ended` those of all its trials that did not end well. `quality` is the
-    loss or the accuracy on the report rows; `ahead` how much better than plain LoRA it is, positive whichever way the measure
-    goes, and `p` its corrected p-value; `share` the part of plain LoRA's improvement over the base that it reaches, None if
-    that is not beyond the noise. `at_edge`: no rate on one side of the best was tried.
+    Attributes:
+        arm: the arm.
+        rows: its runs at its best learning rate.
+        ended: its trials that diverged or failed, at any rate.
+        refused: why it cannot run; empty if it can.
+        lr: its best learning rate.
+        at_edge: whether the best rate is the lowest or highest that was tried.
+        quality: loss or accuracy on the report rows.
+        ahead: how much better it is than plain LoRA; positive is better for loss and accuracy.
+        p: the corrected p-value of `ahead`.
+        share: the part of plain LoRA's improvement over the base that it reaches; None if that
+            improvement is within the noise.
+        time: of a step, as a multiple of plain LoRA's.
+        memory: that training added, as a multiple of plain LoRA's.
     """
 
     arm: Arm
@@ -108,16 +138,16 @@ class Standing:
 
     @property
     def trained(self) -> int | None:
-        """How many numbers it trains."""
+        """How many numbers the arm trains."""
         return self.done[0].trained if self.done else None
 
     @property
     def kind(self) -> str:
-        """Its arm's."""
+        """The arm's kind."""
         return self.arm.kind
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Returns the standing for `--json`."""
         return {
             "arm": self.arm.name,
             "title": self.arm.title,
@@ -126,8 +156,8 @@ class Standing:
             "refused": self.refused or None,
             "learning_rate": self.lr,
             "at_the_edge_of_the_sweep": self.at_edge,
-            "quality": _interval(self.quality),
-            "ahead_of_plain": _interval(self.ahead),
+            "quality": self.quality and self.quality.as_dict(),
+            "ahead_of_plain": self.ahead and self.ahead.as_dict(),
             "p": self.p if self.ahead is not None else None,
             "share_of_improvement": self.share,
             "trainable_parameters": self.trained,
@@ -142,84 +172,100 @@ class Standing:
 
 
 def standings(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> list[Standing]:
-    """Where every arm stands, in the arms' order.
+    """Returns where each arm stands, in the order of the arms.
 
     Args:
-        arms: plain LoRA is the first.
+        arms: the first is plain LoRA.
         rows: the results.
-        measure: "loss", of which less is better, or "accuracy".
+        measure: "loss" (less is better) or "accuracy" (more is better).
     """
     sign = sign_of(measure)
     reference = schedule.chosen(arms[0].name, rows)
     plain = _values(reference, measure)
     base = _mean(_values(schedule.chosen(arms_.BASE, rows), measure))
-    better = (
-        None
-        if base is None or not plain
-        else Estimate.of([sign * (value - base) for value in plain.values()])
-    )
-    gained = (
-        better.mean if better is not None and better.mean > 0 and better.excludes_zero else None
-    )
+    gained = None
+    if base is not None and plain:
+        improvement = Estimate.of([sign * (value - base) for value in plain.values()])
+        if improvement.mean > 0 and improvement.excludes_zero:
+            gained = improvement.mean
+
     found = []
     for arm in arms:
         mine = schedule.chosen(arm.name, rows)
-        values, losses = _values(mine, measure), schedule.swept(arm.name, rows)
-        best, known = schedule.best_rate(losses), sorted(losses)
-        mean = _mean(values)
-        found.append(Standing(
-            arm=arm,
-            rows=mine,
-            ended=[row for row in rows if row.trial.arm == arm.name and row.status in (DIVERGED, FAILED)],
-            refused=schedule.refusal(arm, rows),
-            lr=best,
-            at_edge=best is not None and best in (known[0], known[-1]),
-            quality=Estimate.of(list(values.values())) if values else None,
-            ahead=None if arm is arms[0] else apart(mine, reference, measure),
-            share=sign * (mean - base) / gained if gained and mean is not None and base is not None else None,
-            time=Ratio.of(_figures(mine, "step_work"), _figures(reference, "step_work")),
-            memory=Ratio.of(_figures(mine, "peak_bytes"), _figures(reference, "peak_bytes")),
-        ))  # fmt: skip
-    corrected = holm(
-        {s.arm.name: s.ahead.p for s in found if s.kind == arms_.MEMBER and s.ahead is not None}
+        standing = _standing(arm, mine, rows, measure)
+        if standing.quality is not None and gained is not None and base is not None:
+            share = sign * (standing.quality.mean - base) / gained
+            standing = dataclasses.replace(standing, share=share)
+        found.append(
+            dataclasses.replace(
+                standing,
+                ahead=None if arm is arms[0] else apart(mine, reference, measure),
+                time=Ratio.of(_figures(mine, "step_work"), _figures(reference, "step_work")),
+                memory=Ratio.of(_figures(mine, "peak_bytes"), _figures(reference, "peak_bytes")),
+            )
+        )
+    return _corrected(found)
+
+
+def _standing(arm: Arm, mine: list[ResultRow], rows: Sequence[ResultRow], measure: str) -> Standing:
+    """Returns what can be said of the arm alone."""
+    losses, values = schedule.swept(arm.name, rows), _values(mine, measure)
+    best, known = schedule.best_rate(losses), sorted(losses)
+    unfinished = (DIVERGED, FAILED)
+    return Standing(
+        arm=arm,
+        rows=mine,
+        ended=[r for r in rows if r.trial.arm == arm.name and r.status in unfinished],
+        refused=schedule.refusal(arm, rows),
+        lr=best,
+        at_edge=best is not None and best in (known[0], known[-1]),
+        quality=Estimate.of(list(values.values())) if values else None,
     )
-    return [
-        dataclasses.replace(s, p=corrected.get(s.arm.name, s.ahead.p if s.ahead else 1.0))
-        for s in found
-    ]
+
+
+def _corrected(found: Sequence[Standing]) -> list[Standing]:
+    """Sets the p-values; those of methods are corrected for their number."""
+    raw = {s.arm.name: s.ahead.p for s in found if s.ahead is not None}
+    members = {s.arm.name: raw[s.arm.name] for s in found if s.kind == arms_.MEMBER and s.ahead}
+    p = raw | holm(members)
+    return [dataclasses.replace(s, p=p.get(s.arm.name, 1.0)) for s in found]
 
 
 def sign_of(measure: str) -> float:
-    """What makes more of a measure better."""
+    """Returns 1 if more of the measure is better, −1 if less is."""
     return 1.0 if measure == "accuracy" else -1.0
 
 
 def apart(rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str) -> Estimate | None:
-    """How far runs are ahead of others, seed by seed, positive if they are better; None if no seed ended well in both."""
+    """Returns how much better `rows` are than `others`, paired by seed.
+
+    None: no seed has a finished run in both.
+    """
     mine, theirs = _values(rows, measure), _values(others, measure)
     both = sorted(mine.keys() & theirs.keys())
-    return (
-        Estimate.of([sign_of(measure) * (mine[seed] - theirs[seed]) for seed in both])
-        if both
-        else None
-    )
+    if not both:
+        return None
+    return Estimate.of([sign_of(measure) * (mine[seed] - theirs[seed]) for seed in both])
 
 
 def leaders(found: Sequence[Standing]) -> list[Standing]:
-    """The methods that are better than plain LoRA by more than the noise, the best first."""
+    """Returns the methods that beat plain LoRA by more than the noise, the best first."""
     ahead = [
-        s
+        (s.ahead.mean, s)
         for s in found
-        if s.kind == arms_.MEMBER
-        and s.ahead is not None
-        and s.ahead.mean > 0
-        and s.p < 1 - CONFIDENCE
+        if s.kind == arms_.MEMBER and s.ahead and s.ahead.mean > 0 and s.p < 1 - CONFIDENCE
     ]
-    return sorted(ahead, key=lambda s: -(s.ahead.mean if s.ahead else 0.0))
+    return [s for _, s in sorted(ahead, key=lambda pair: -pair[0])]
 
 
 def holm(values: dict[str, float]) -> dict[str, float]:
-    """p-values corrected for their number, by Holm's procedure (Scand. J. Statist. 6, 1979)."""
+    """Corrects p-values for their number by Holm's procedure (Scand. J. Statist. 6, 1979).
+
+    scipy has no such function.
+
+    >>> holm({"a": 0.01, "b": 0.04})
+    {'a': 0.02, 'b': 0.04}
+    """
     corrected, least = {}, 0.0
     for place, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         least = max(least, min(1.0, (len(values) - place) * p))
@@ -228,12 +274,12 @@ def holm(values: dict[str, float]) -> dict[str, float]:
 
 
 def measure_of(rows: Sequence[ResultRow]) -> str:
-    """What is compared: a classifier's accuracy, else the loss."""
+    """Returns what is compared: "accuracy" for classifiers, else "loss"."""
     return "accuracy" if any(row.report and "accuracy" in row.report for row in rows) else "loss"
 
 
 def _values(rows: Sequence[ResultRow], measure: str) -> dict[int, float]:
-    """Seed → the measure on the report rows, of runs that ended well."""
+    """Returns seed → measure on the report rows, for runs that ended well."""
     ended = {
         row.trial.seed: (row.report or {}).get(measure, math.nan)
         for row in rows
@@ -248,13 +294,3 @@ def _figures(rows: Sequence[ResultRow], name: str) -> list[float]:
 
 def _mean(values: dict[int, float]) -> float | None:
     return statistics.fmean(values.values()) if values else None
-
-
-def _interval(estimate: Estimate | None) -> dict[str, float | int | None] | None:
-    if estimate is None:
-        return None
-    return {
-        "mean": estimate.mean,
-        "half_width": estimate.half if math.isfinite(estimate.half) else None,
-        "seeds": estimate.count,
-    }

@@ -1,4 +1,4 @@
-"""One trial of a comparison, in a process of its own: a training run, and what is measured of it."""
+"""Runs one trial of a comparison in a process of its own, and measures it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,21 @@ from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
 
 TIMED_STEPS = 6
-"""Steps of a trial that only takes the time."""
+"""Steps of a trial that only times a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialJob:
-    """All that a trial's process is told."""
+    """What a trial's process needs to know.
+
+    Attributes:
+        trial: the arm, learning rate and seed.
+        recipe: the training run.
+        report_data: path of the rows to report on.
+        device: "cpu" or such as "cuda:0".
+        threads: of the CPU.
+        keep: whether the adapter stays on disk.
+    """
 
     trial: Trial
     recipe: Recipe
@@ -42,16 +51,16 @@ class TrialJob:
     device: str
     threads: int
     keep: bool
-    """Whether the adapter stays on the disk."""
 
 
 def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
-    """The body of the process: run the trial and send its row; all that is printed goes into a log beside its directory.
+    """The main function of a trial's process: runs the trial and sends its row.
 
-    It ends when the other end of `lifeline` does, so that a comparison that is killed leaves no trial running.
+    What the trial prints goes into a log beside its directory. The process exits when the other
+    end of `lifeline` closes, so that a comparison that is killed leaves no trial running.
     """
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the comparison's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison handles Ctrl-C
     _choose_device(job)
     log = Path(f"{job.recipe.out}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +80,9 @@ def _end_with(lifeline: Connection) -> None:
 
 
 def run(job: TrialJob) -> ResultRow:
-    """The trial's row, however it ends."""
+    """Runs the trial and returns its row, however it ends."""
     out, row = Path(job.recipe.out), ResultRow(job.trial, FAILED, device=job.device)
-    shutil.rmtree(out, ignore_errors=True)  # of a trial that was killed
+    shutil.rmtree(out, ignore_errors=True)  # what a killed trial left
     started = time.perf_counter()
     try:
         with warnings.catch_warnings(record=True) as heard:
@@ -89,10 +98,8 @@ def run(job: TrialJob) -> ResultRow:
         )
     except LorakinError as error:
         row = dataclasses.replace(row, status=REFUSED, reason=str(error))
-    except (
-        Exception
-    ) as error:  # whatever it is, the comparison goes on, and the log has the traceback
-        traceback.print_exc()
+    except Exception as error:  # the comparison continues whatever happens
+        traceback.print_exc()  # into the log
         row = dataclasses.replace(row, reason=f"{type(error).__name__}: {error}")
     finally:
         if not job.keep:
@@ -106,19 +113,26 @@ def run(job: TrialJob) -> ResultRow:
 
 
 def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
+    """Trains, and returns the row with its figures."""
     before = memory_bytes()
-    unknown = Evaluation(float("nan"), 0)  # what the base comes to is a trial of its own
+    unknown = Evaluation(float("nan"), 0)  # another trial evaluates the base
     ready = train.prepare(job.recipe, Terminal())
     observer = observe.Observer(ready.adapter)
     result = train.train(ready, before=unknown, callbacks=[observer])
+    # On a GPU the peak counts tensors alone; on a CPU, the whole process.
+    added = peak_memory_bytes() - (0 if torch.cuda.is_available() else before)
     row = dataclasses.replace(
-        row, status=DONE, steps=result.steps, **observer.step,  # type: ignore[arg-type]
-        peak_bytes=max(0, peak_memory_bytes() - (0 if torch.cuda.is_available() else before)),
-    )  # fmt: skip
+        row,
+        status=DONE,
+        steps=result.steps,
+        peak_bytes=max(0, added),
+        **observer.step,  # type: ignore[arg-type]
+    )
     if job.trial.stage == TIMING:
         return row
-    importance = importance_in(ready.out)
-    adapter = ready.adapter
+
+    importance, adapter = importance_in(ready.out), ready.adapter
+    paths = list(adapter.placement.methods)
     return dataclasses.replace(
         row,
         tune=result.after.as_dict(),
@@ -131,14 +145,12 @@ def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
         moves=_short([*observer.moves, (result.steps, observe.moved(adapter))]),
         ranks=observer.ranks,
         importance=_short(importance),
-        own=adapter.placement.method.own_pairs(list(adapter.placement.methods))
-        if importance
-        else [],
+        own=adapter.placement.method.own_pairs(paths) if importance else [],
     )
 
 
 def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
-    """The model as it is."""
+    """Evaluates the model without its adapter."""
     ready = train.prepare(job.recipe, Terminal())
     with ready.adapter.disabled():
         return dataclasses.replace(
@@ -147,7 +159,7 @@ def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
 
 
 def _report(job: TrialJob, ready: train.Run) -> Evaluation:
-    """The model as it is now, on the rows that nothing was chosen by."""
+    """Evaluates the model on the rows to report on."""
     rows = train.encoded(
         ready.recipe,
         read_rows(job.report_data, layout=ready.recipe.format),
@@ -158,13 +170,13 @@ def _report(job: TrialJob, ready: train.Run) -> Evaluation:
 
 
 def _losses(out: Path) -> list[float]:
-    """The training loss of each step."""
+    """Returns the training loss of each step."""
     rows = Metrics(out / train.METRICS, writes=False).rows()
     return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 
 def _short(value: Any) -> Any:
-    """The same with numbers of four digits, which is what pictures show."""
+    """Rounds numbers to four digits: charts show no more, and the file stays small."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -173,7 +185,7 @@ def _short(value: Any) -> Any:
 
 
 def _choose_device(job: TrialJob) -> None:
-    """Let torch see the job's device alone, before it looks."""
+    """Hides other devices from torch, before it looks for them."""
     kind, _, number = job.device.partition(":")
     os.environ["CUDA_VISIBLE_DEVICES"] = number or "0" if kind == "cuda" else ""
     torch.set_num_threads(job.threads)

@@ -1,213 +1,221 @@
-"""What a comparison says, in plain words: no more than its figures do."""
+"""Says in plain words what the figures of a comparison support, and no more."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
 from lorakin.compare.results import DIVERGED
 from lorakin.compare.standings import Estimate, Standing, apart, leaders
 
-ENOUGH, THRIFTY = 0.9, 0.5
-"""A thrifty method reaches so much of plain LoRA's improvement with at most so many of its numbers."""
+ENOUGH, THRIFTY, LEAN = 0.9, 0.5, 0.95
+"""Only methods that reach 90 % of plain LoRA's improvement are praised: as thrifty with at most half
+of its trained numbers, as lean if all their runs need less than 95 % of its memory."""
 
 
 def verdict(found: Sequence[Standing], measure: str) -> list[str]:
-    """Sentences, the most important first; **bold** marks what to read if nothing else is."""
+    """Returns sentences, the most important first; **bold** marks the parts to read first.
+
+    Args:
+        found: where the arms stand; the first is plain LoRA.
+        measure: "loss" or "accuracy".
+    """
     reference = found[0]
     if reference.quality is None:
         return [f"**There is nothing to compare with yet**: tuned {PLAIN} has no finished run."]
-    members = [s for s in found if s.kind == MEMBER and s.ahead is not None]
     if reference.quality.count < 2:
         return [
-            f"**One seed tells no noise from difference**, so nothing is said of which method is better than tuned {PLAIN}; "
-            "compare with --seeds 3 or more.",
+            "**One seed cannot tell a difference from noise**, so this does not say which method "
+            f"is better than tuned {PLAIN}; compare with --seeds 3 or more.",
             *_troubles(found),
         ]
-    said = [
+    members = [s for s in found if s.kind == MEMBER and s.ahead is not None]
+    return [
         *_headroom(found),
-        _leaders(members, reference, measure),
+        _leaders(members, reference.quality.count, measure),
         *_worse(members, measure),
         *_thrifty(members, reference),
         *_lean(members),
+        *_controls(found, measure),
+        *_limits(found, measure),
+        *_troubles(found),
     ]
-    said += [
-        sentence for s in found if s.kind == CONTROL for sentence in _control(s, found, measure)
-    ]
-    said += [
-        sentence for s in found if s.arm.name in (FULL, HEAD) for sentence in _limit(s, measure)
-    ]
-    return said + _troubles(found)
 
 
 def amount(value: float, measure: str) -> str:
-    """A value of the measure, or a difference of two, as people write it."""
+    """Writes a value of the measure, or a difference of two.
+
+    >>> amount(0.105, "accuracy"), amount(1.23456, "loss")
+    ('10.5 points', '1.235')
+    """
     return f"{100 * value:.1f} points" if measure == "accuracy" else f"{value:.3f}"
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share as people write it."""
+    """Writes a share as a percentage.
+
+    >>> percent(0.974)
+    '97 %'
+    """
     return f"{100 * share + 0.0:.{digits}f} %".replace("-0 %", "0 %")
 
 
 def interval(estimate: Estimate, measure: str) -> str:
-    """The interval in words."""
+    """Writes the ends of the 95 % interval."""
     low, high = estimate.mean - estimate.half, estimate.mean + estimate.half
     return f"95 % interval {amount(low, measure)} to {amount(high, measure)}"
 
 
 def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str:
-    """A value, or if `signed` a difference, and half of its interval where it has one."""
+    """Writes a value with half its interval, if it has one; `signed` is for differences.
+
+    >>> with_interval(Estimate(mean=-0.02, half=0.005, count=3, p=0.01), "loss", signed=True)
+    '−0.020 ± 0.005'
+    """
     sign = ("−" if estimate.mean < 0 else "+") if signed else ""
-    mean = (
-        f"{100 * estimate.mean:.1f} %"
-        if measure == "accuracy" and not signed
-        else amount(abs(estimate.mean), measure)
-    )
-    return f"{sign}{mean}" + (
-        f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
-    )
+    mean = amount(abs(estimate.mean), measure)
+    if measure == "accuracy" and not signed:
+        mean = f"{100 * estimate.mean:.1f} %"
+    half = f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
+    return f"{sign}{mean}{half}"
 
 
-def _leaders(members: Sequence[Standing], reference: Standing, measure: str) -> str:
-    seeds = reference.quality.count if reference.quality else 0
-    if not members:
-        return f"**There is nothing beside tuned {PLAIN}** that has finished, so there is nothing to compare it with."
-    best = leaders(members)
-    perhaps = [
-        s
-        for s in members
-        if s not in best and s.ahead and s.ahead.mean > 0 and s.ahead.excludes_zero
-    ]
-    if best:
-        leads = [(s.arm.title, s.ahead) for s in best if s.ahead]
-        names = "; ".join(
-            f"{title} by {amount(by.mean, measure)} ({interval(by, measure)})"
-            for title, by in leads
+def _headroom(found: Sequence[Standing]) -> Iterator[str]:
+    """Warns if plain LoRA learns nothing: then no method can be told from another."""
+    if found[0].share is None and any(s.arm.name == BASE and s.quality for s in found):
+        yield (
+            f"**Tuned {PLAIN} is not better than the untrained base by more than the noise**, so "
+            "this budget on this data cannot tell methods apart: train longer, or on more rows."
         )
-        lead = f"**Better than tuned {PLAIN} by more than the noise: {names}.**"
+
+
+def _leaders(members: Sequence[Standing], seeds: int, measure: str) -> str:
+    """Says which methods beat plain LoRA."""
+    if not members:
+        return (
+            f"**No other method has finished yet**, so there is nothing to compare tuned {PLAIN} "
+            "with."
+        )
+    best = leaders(members)
+    if best:
+        leads = "; ".join(
+            f"{s.arm.title} by {amount(s.ahead.mean, measure)} ({interval(s.ahead, measure)})"
+            for s in best
+            if s.ahead
+        )
+        lead = f"**Better than tuned {PLAIN} by more than the noise: {leads}.**"
     else:
         limit = statistics.median(s.ahead.half for s in members if s.ahead)
         lead = (
-            f"**No method beats tuned {PLAIN} by more than the noise.** With {seeds} seeds, a difference below about "
-            f"{amount(limit, measure)} would mostly not be seen."
+            f"**No method beats tuned {PLAIN} by more than the noise.** With {seeds} seeds, most "
+            f"differences below about {amount(limit, measure)} would not be seen."
         )
+    perhaps = [
+        f"{s.arm.title} ({amount(s.ahead.mean, measure)})"
+        for s in members
+        if s not in best and s.ahead and s.ahead.mean > 0 and s.ahead.excludes_zero
+    ]
     if perhaps:
-        names = ", ".join(
-            f"{s.arm.title} ({amount(s.ahead.mean, measure)})" for s in perhaps if s.ahead
-        )
         lead += (
-            f" Taken alone, the interval of {names} lies above zero; among {len(members)} comparisons that can be chance, and "
-            "more seeds would tell."
+            f" The interval of {', '.join(perhaps)} lies above zero, but among {len(members)} "
+            "comparisons that can be chance; more seeds would tell."
         )
     return lead
 
 
-def _headroom(found: Sequence[Standing]) -> list[str]:
-    if found[0].share is not None or not any(s.arm.name == BASE and s.quality for s in found):
-        return []
-    return [
-        f"**Tuned {PLAIN} is not better than the untrained base by more than the noise**, so this budget on this data cannot "
-        "tell methods apart: train longer, or on more rows."
-    ]
-
-
-def _worse(members: Sequence[Standing], measure: str) -> list[str]:
-    behind = [s for s in members if s.ahead and s.ahead.mean < 0 and s.ahead.excludes_zero]
-    if not behind:
-        return []
-    names = ", ".join(
-        f"{s.arm.title} (by {amount(-s.ahead.mean, measure)})" for s in behind if s.ahead
-    )
-    return [f"Behind it by more than the noise: {names}."]
-
-
-def _thrifty(members: Sequence[Standing], reference: Standing) -> list[str]:
-    plain = reference.trained
-    able = [s for s in members if plain and s.trained and s.share is not None and s.share >= ENOUGH]
-    least = min(able, key=lambda s: s.trained or 0, default=None)
-    if plain is None or least is None or least.trained is None or least.trained > THRIFTY * plain:
-        return []
-    frozen = (
-        f", and keeps {least.done[0].frozen:,} frozen ones beside them"
-        if least.done[0].frozen
-        else ""
-    )
-    return [
-        f"{least.arm.title} reaches {percent(least.share or 0)} of tuned {PLAIN}'s improvement over the base with "
-        f"{percent(least.trained / plain, 1)} of its trained numbers{frozen}."
-    ]
-
-
-def _lean(members: Sequence[Standing]) -> list[str]:
-    lean = [
-        s
+def _worse(members: Sequence[Standing], measure: str) -> Iterator[str]:
+    behind = [
+        f"{s.arm.title} (by {amount(-s.ahead.mean, measure)})"
         for s in members
-        if s.memory and s.memory.high < 0.95 and s.share is not None and s.share >= ENOUGH
+        if s.ahead and s.ahead.mean < 0 and s.ahead.excludes_zero
     ]
-    if not lean:
-        return []
-    least = min(lean, key=lambda s: s.memory.median if s.memory else 1.0)
-    assert least.memory
-    kept = f"keeps {percent(least.share or 0)} of its improvement"
-    return [
-        f"{least.arm.title} trains in {least.memory.median:.2f} of tuned {PLAIN}'s memory and {kept}."
-    ]
+    if behind:
+        yield f"Worse than tuned {PLAIN} by more than the noise: {', '.join(behind)}."
 
 
-def _control(control: Standing, found: Sequence[Standing], measure: str) -> list[str]:
-    """What an arm is by theory, beside what it was measured to be."""
-    twin = next((s for s in found if s.arm.name == control.arm.explains), None)
-    difference = None if twin is None else apart(twin.rows, control.rows, measure)
-    if twin is None or difference is None or difference.count < 2:
-        return []
-    same = (
-        "here they differ"
-        if difference.excludes_zero
-        else "here they are the same within the noise"
+def _thrifty(members: Sequence[Standing], reference: Standing) -> Iterator[str]:
+    """Names the method that does nearly as well with the fewest trained numbers."""
+    able = [(s.trained, s) for s in members if s.trained and (s.share or 0) >= ENOUGH]
+    trained, least = min(able, key=lambda pair: pair[0], default=(0, None))
+    if least is None or not reference.trained or trained > THRIFTY * reference.trained:
+        return
+    frozen = least.done[0].frozen
+    yield (
+        f"{least.arm.title} reaches {percent(least.share or 0)} of tuned {PLAIN}'s improvement "
+        f"over the base with {percent(trained / reference.trained, 1)} of its trained numbers"
+        + (f", and stores {frozen:,} frozen ones." if frozen else ".")
     )
-    return [
-        f"By theory {twin.arm.title} comes to {control.arm.title} under Adam: {same} ({_side(difference)} by "
-        f"{amount(abs(difference.mean), measure)} ± {amount(difference.half, measure)})."
-    ]
 
 
-def _limit(limit: Standing, measure: str) -> list[str]:
-    if limit.ahead is None or limit.ahead.count < 2:
-        return []
-    noise = "" if limit.ahead.excludes_zero else ", within the noise"
-    by = f"{amount(abs(limit.ahead.mean), measure)} ± {amount(limit.ahead.half, measure)}"
-    return [
-        f"{limit.arm.title.capitalize()} is {_side(limit.ahead)} of tuned {PLAIN} by {by}{noise}."
+def _lean(members: Sequence[Standing]) -> Iterator[str]:
+    """Names the method that does nearly as well with the least memory."""
+    able = [
+        (s.memory.median, s)
+        for s in members
+        if s.memory and s.memory.high < LEAN and (s.share or 0) >= ENOUGH
     ]
+    memory, least = min(able, key=lambda pair: pair[0], default=(0.0, None))
+    if least is not None:
+        yield (
+            f"{least.arm.title} reaches {percent(least.share or 0)} of tuned {PLAIN}'s improvement "
+            f"with {memory:.2f} of its memory."
+        )
+
+
+def _controls(found: Sequence[Standing], measure: str) -> Iterator[str]:
+    """Compares what is the same in theory with what was measured."""
+    for control in found:
+        twin = next((s for s in found if s.arm.name == control.arm.explains), None)
+        if control.kind != CONTROL or twin is None:
+            continue
+        difference = apart(twin.rows, control.rows, measure)
+        if difference is None or difference.count < 2:
+            continue
+        same = "they differ" if difference.excludes_zero else "they are the same within the noise"
+        yield (
+            f"In theory {twin.arm.title} is {control.arm.title} under Adam: here {same} "
+            f"({twin.arm.title} is {_side(difference)} by {_apart(difference, measure)})."
+        )
+
+
+def _limits(found: Sequence[Standing], measure: str) -> Iterator[str]:
+    for s in found:
+        if s.arm.name in (FULL, HEAD) and s.ahead and s.ahead.count >= 2:
+            noise = "" if s.ahead.excludes_zero else ", within the noise"
+            side = "ahead of" if s.ahead.mean > 0 else "behind"
+            by = f"{_apart(s.ahead, measure)}{noise}"
+            yield f"{s.arm.title.capitalize()} is {side} tuned {PLAIN} by {by}."
+
+
+def _apart(difference: Estimate, measure: str) -> str:
+    return f"{amount(abs(difference.mean), measure)} ± {amount(difference.half, measure)}"
 
 
 def _side(difference: Estimate) -> str:
-    return "ahead" if difference.mean > 0 else "short"
+    return "ahead" if difference.mean > 0 else "behind"
 
 
-def _troubles(found: Sequence[Standing]) -> list[str]:
-    said = []
+def _troubles(found: Sequence[Standing]) -> Iterator[str]:
+    """Names what was left out and what did not end well: nothing is dropped silently."""
     for s in found:
         if s.refused:
-            said.append(f"**Left out**: {s.arm.title}, because {s.refused}")
+            yield f"**Left out**: {s.arm.title}, because {s.refused}"
         elif s.ended and not s.done:
-            said.append(f"**No run of {s.arm.title} ended well**: {s.ended[0].reason}")
+            yield f"**No run of {s.arm.title} ended well**: {s.ended[0].reason}"
+
     diverged = {s.arm.title: sum(row.status == DIVERGED for row in s.ended) for s in found}
     if names := ", ".join(f"{title} ({count})" for title, count in diverged.items() if count):
-        said.append(
-            f"Trials that diverged, kept in the results and counted against their learning rate: {names}."
+        yield (
+            "Trials that diverged, which stay in the results and count against their learning "
+            f"rate: {names}."
         )
-    failed = {s.arm.title: [row for row in s.ended if row.status != DIVERGED] for s in found}
-    said += [
-        f"{len(rows)} trials of {title} failed: {rows[0].reason}"
-        for title, rows in failed.items()
-        if rows and found
-    ]
+    for s in found:
+        if failed := [row for row in s.ended if row.status != DIVERGED]:
+            yield f"{len(failed)} trials of {s.arm.title} failed: {failed[0].reason}"
     if edges := ", ".join(s.arm.title for s in found if s.at_edge):
-        said.append(
-            f"The best learning rate lies at the edge of the sweep for {edges}: it may not be the best there is."
+        yield (
+            f"The best learning rate is at the edge of the sweep for {edges}: a better one may lie "
+            "beyond it."
         )
-    return said

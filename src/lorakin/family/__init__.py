@@ -1,52 +1,40 @@
 """The members of the family, what a member is, and how members combine."""
 
-from lorakin.family.composition import AXES, Method, conflict
-from lorakin.family.member import (
-    AdaptedModule,
-    Member,
-    Modifier,
-    Parametrisation,
-    Role,
-    Rule,
-    Target,
-)
-from lorakin.family.members import (
-    FAMILY,
-    AdaLoRA,
-    DeltaLoRA,
-    DoRA,
-    LoRA,
-    LoRADrop,
-    LoRAFA,
-    LoRAPlus,
-    VeRA,
-)
-from lorakin.family.pair import Chain, Pair, Shape, Weight, all_finite, widened
+from lorakin.family.change import Chain, Change, LowRank
+from lorakin.family.composition import AXES
+from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Observer, Target
+from lorakin.family.member import Member, Modifier, Parametrisation
+from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
+from lorakin.family.members import FAMILY
+from lorakin.family.members import __all__ as _members
+from lorakin.family.method import Method, conflict
+from lorakin.family.pair import Pair, Shape, Weight, all_finite, widened
 from lorakin.family.registry import member_named, members, register
+from lorakin.family.rule import AdaptedModule, Rule
+from lorakin.family.slots import Slot, Slots
 from lorakin.family.words import method_named
 
 __all__ = [
     "AXES",
     "FAMILY",
-    "AdaLoRA",
+    "GRADIENTS",
+    "INPUTS",
+    "WEIGHT",
     "AdaptedModule",
     "Chain",
-    "DeltaLoRA",
-    "DoRA",
-    "LoRA",
-    "LoRADrop",
-    "LoRAFA",
-    "LoRAPlus",
+    "Change",
+    "LowRank",
     "Member",
     "Method",
     "Modifier",
+    "Observer",
     "Pair",
     "Parametrisation",
-    "Role",
     "Rule",
     "Shape",
+    "Slot",
+    "Slots",
     "Target",
-    "VeRA",
     "Weight",
     "all_finite",
     "conflict",
@@ -56,3 +44,4 @@ __all__ = [
     "register",
     "widened",
 ]
+__all__ += _members

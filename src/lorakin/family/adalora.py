@@ -35,11 +35,15 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.allocation import Allocation
+from lorakin.family.allocation import Allocation, RankSchedule
+from lorakin.family.change import LowRank
 from lorakin.family.lora import check_rank, orthonormal_rows
-from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Rule
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.measure import Target
+from lorakin.family.member import Modifier, Parametrisation
+from lorakin.family.pair import Shape, Tensors
+from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, number, require, whole_number
+from lorakin.family.slots import Slot, Slots, scale_of_ranks
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class Triplets(Parametrisation):
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     of_no_account: ClassVar[frozenset[str]] = frozenset({"kept"})
-    per_rank: ClassVar[str | None] = "E"
-    per_rank_sides: ClassVar[tuple[str, ...]] = ("P", "Q")
+    slots: ClassVar[Slots] = {
+        "P": Slot(("outputs", "rank"), peft="lora_B"),
+        "E": Slot(("rank", 1), starts_at_zero=True, peft="lora_E"),
+        "Q": Slot(("rank", "inputs"), drawn=True, peft="lora_A"),
+    }
 
     initial_rank: int = 12
     alpha: float = 32.0
@@ -75,18 +82,15 @@ class Triplets(Parametrisation):
         return self.alpha / (self.initial_rank + 1e-5)
 
     def check(self, shape: Shape, where: str) -> None:
-        require(
-            not shape.lookup,
-            f"adalora adapts layers that multiply by their weight; {where} is an embedding: exclude it",
-        )
         check_rank(self.rank, shape, where)
 
     def clamped(self, shape: Shape) -> Mapping[str, int]:
         return {"kept": min(shape[:2])} if self.rank > min(shape[:2]) else {}
 
     def start(
-        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+        self, target: Target, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
+        shape = target.shape
         P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
         E = torch.zeros(self.rank, 1, device=device, dtype=torch.float32)
@@ -96,20 +100,11 @@ class Triplets(Parametrisation):
             "Q": Q.normal_(0, 0.02, generator=generator),
         }
 
-    def roles(self, shape: Shape) -> dict[str, Role]:
-        return {"P": Role(), "E": Role(starts_at_zero=True), "Q": Role()}
-
-    def projection(self, shape: Shape) -> str:
-        return "Q"
-
-    def keep_projection(self, tensors: Tensors, shape: Shape) -> Tensors:
+    def keep_drawn(self, tensors: Tensors, shape: Shape) -> Tensors:
         return {**tensors, "Q": orthonormal_rows(tensors["Q"])}
 
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        return Pair(up=self.scaling * tensors["P"], down=tensors["E"] * tensors["Q"])
-
-    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
-        return Pair(up=tensors["P"], down=tensors["E"] * tensors["Q"]), self.scaling
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+        return LowRank(tensors["P"], tensors["E"] * tensors["Q"], self.scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +131,7 @@ class AdaLoRA(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"budget": "ranks are pruned while training"}
     in_probe: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, Any]] = {"target_rank": 2, "start": 1, "finish": 3}
     pair_settings: ClassVar[tuple[str, ...]] = (
         "initial_rank",
         "alpha",
@@ -180,7 +176,7 @@ class AdaLoRA(Modifier):
         return Triplets
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
-        if parametrisation.per_rank is None:
+        if scale_of_ranks(parametrisation.slots) is None:
             return f"{parametrisation.word} has no number for each rank to prune by; leave it out, adalora brings P·Λ·Q"
         return None
 
@@ -229,4 +225,16 @@ class AdaLoRA(Modifier):
         )
 
     def rule(self, places: Sequence[AdaptedModule]) -> Rule:
-        return Allocation(self, places)
+        assert self.total_steps is not None
+        start, finish = self.start or 0, self.finish or 0
+        schedule = RankSchedule(
+            target_rank=self.target_rank,
+            total_steps=self.total_steps,
+            start=start,
+            end=self.total_steps - finish,
+            interval=self.interval or 1,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            orthogonality=self.orthogonality,
+        )
+        return Allocation(schedule, places)

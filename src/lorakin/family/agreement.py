@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from lorakin.family.member import Modifier, Parametrisation
 
 if TYPE_CHECKING:
-    from lorakin.family.composition import Method
+    from lorakin.family.method import Method
 
-COMPUTING = ("gain", "amend_pair", "share")
+COMPUTING = ("gain", "amend_pair", "beside_pair", "share")
 """The hooks by which a modifier takes part in what is computed; the others act while training alone."""
 
 

@@ -6,15 +6,43 @@ The equations stand in `adalora.py`; this is their other half, what happens at e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.member import AdaptedModule, Rule
+from lorakin.family.rule import AdaptedModule, Rule
+from lorakin.family.slots import scale_of_ranks, sides_of_ranks
 
-if TYPE_CHECKING:
-    from lorakin.family.adalora import AdaLoRA
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """How many ranks there may be at each step, and how they are scored."""
+
+    target_rank: int
+    """The average rank of a matrix at the end."""
+    total_steps: int
+    """T, the optimizer steps of the run."""
+    start: int
+    """t_i, the steps before pruning begins."""
+    end: int
+    """T − t_f, the step after which the ranks are fixed."""
+    interval: int
+    """ΔT, the steps between two prunings."""
+    beta1: float
+    beta2: float
+    orthogonality: float
+    """γ, the weight of the regulariser."""
+
+    def budget(self, n: int, ranks: int, target: int) -> int:
+        """b(n): how many of so many ranks may keep their λ after step n, when `target` of them stay."""
+        if n <= self.start:
+            return ranks
+        if n >= self.end:
+            return target
+        left, all_of_it = (self.end - n) ** 3, (self.end - self.start) ** 3
+        return target + (ranks - target) * left // all_of_it  # exact in whole numbers
 
 
 class Matrix:
@@ -22,20 +50,23 @@ class Matrix:
 
     def __init__(self, place: AdaptedModule) -> None:
         self.place = place
-        pair = place.method.parametrisation
-        assert pair.per_rank is not None
-        self.scales = pair.per_rank
-        self.sides = pair.per_rank_sides
-        self.trained = tuple(slot for slot in (self.scales, *self.sides) if place.trains(slot))
+        slots = place.method.parametrisation.slots
+        scales = scale_of_ranks(slots)
+        assert scales is not None
+        self.scales = scales
+        self.sides = sides_of_ranks(slots)
+        """P and Q, and the axis along which each has its ranks."""
+        self.trained = tuple(slot for slot in (scales, *self.sides) if place.trains(slot))
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Λ and those of P and Q that train, by slot, unless all triplets are gone."""
         tensors = self.place.tensors()
         return {slot: tensors[slot] for slot in self.trained if tensors[slot].numel()}
 
-    def axes(self) -> list[tuple[str, int]]:
+    @property
+    def axes(self) -> dict[str, int]:
         """Where its triplets lie: each of its tensors, and along which axis."""
-        return [(self.scales, 0), *zip(self.sides, (1, 0), strict=False)]
+        return {self.scales: 0, **self.sides}
 
     @property
     def rank(self) -> int:
@@ -46,8 +77,8 @@ class Matrix:
 class Allocation(Rule):
     """Scores triplets before each step, keeps the best of them after it, and frees the others in the end."""
 
-    def __init__(self, member: AdaLoRA, places: Sequence[AdaptedModule]) -> None:
-        self.member = member
+    def __init__(self, schedule: RankSchedule, places: Sequence[AdaptedModule]) -> None:
+        self.schedule = schedule
         shared: dict[int, Matrix] = {}
         for place in places:
             matrix = Matrix(place)
@@ -57,31 +88,18 @@ class Allocation(Rule):
         self.uncertainty: dict[str, Tensor] = {}
         self.pattern: list[Tensor] | None = None
         self.all = sum(matrix.rank for matrix in self.matrices)
-        self.target = min(self.all, len(self.matrices) * member.target_rank)
+        self.target = min(self.all, len(self.matrices) * schedule.target_rank)
         self.freed = self.blind = False
 
     def budget(self, n: int) -> int:
         """b(n), the triplets that may keep their λ after step n."""
-        start, end = self.member.start or 0, self._end
-        if n <= start:
-            return self.all
-        if n >= end:
-            return self.target
-        return (
-            self.target + (self.all - self.target) * (end - n) ** 3 // (end - start) ** 3
-        )  # exact in whole numbers
-
-    @property
-    def _end(self) -> int:
-        """The step after which the pattern is fixed, T − t_f."""
-        assert self.member.total_steps is not None
-        return self.member.total_steps - (self.member.finish or 0)
+        return self.schedule.budget(n, self.all, self.target)
 
     @torch.no_grad()
     def before(self, n: int) -> None:
-        fixed = n > self._end and not self.freed
+        fixed = n > self.schedule.end and not self.freed
         self.regularise(self.pattern if fixed else None)
-        if n <= self._end:
+        if n <= self.schedule.end:
             self.observe()
 
     def regularise(self, pattern: list[Tensor] | None = None) -> None:
@@ -109,7 +127,7 @@ class Allocation(Rule):
         sizes = [
             size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)
         ]
-        torch._foreach_mul_(excess, 2 * self.member.orthogonality / len(sides))
+        torch._foreach_mul_(excess, 2 * self.schedule.orthogonality / len(sides))
         for parameter, side, gram, size in zip(with_grad, wide, excess, sizes, strict=True):
             factors = (
                 (side, gram.div_(size))
@@ -145,10 +163,10 @@ class Allocation(Rule):
         means, spreads = (
             [known[key] for key in seen] for known in (self.sensitivity, self.uncertainty)
         )
-        torch._foreach_lerp_(means, now, 1 - self.member.beta1)
+        torch._foreach_lerp_(means, now, 1 - self.schedule.beta1)
         torch._foreach_sub_(now, means)
         torch._foreach_abs_(now)
-        torch._foreach_lerp_(spreads, now, 1 - self.member.beta2)
+        torch._foreach_lerp_(spreads, now, 1 - self.schedule.beta2)
 
     def _scores(self, matrix: Matrix) -> Tensor:
         """S of every triplet of one matrix, (rank,)."""
@@ -159,25 +177,25 @@ class Allocation(Rule):
                 if slot == matrix.scales:
                     total = total + score.flatten().cpu()
                 else:
-                    total = total + score.mean(0 if slot == matrix.sides[0] else 1).cpu()
+                    total = total + score.mean(1 - matrix.sides[slot]).cpu()
         return total
 
     @torch.no_grad()
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        due = n == self._end or (n < self._end and n % (self.member.interval or 1) == 0)
-        if n > (self.member.start or 0) and due:
+        due = n == self.schedule.end or (n < self.schedule.end and n % self.schedule.interval == 0)
+        if n > self.schedule.start and due:
             scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
             self.blind = bool((scores == scores[0]).all())
             best = torch.sort(scores, descending=True, stable=True).indices[: self.budget(n)]
             kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
             self._switch_off(
                 list(torch.split(kept, [matrix.rank for matrix in self.matrices])),
-                for_good=n == self._end,
+                for_good=n == self.schedule.end,
             )
-        elif self.pattern is not None and not self.freed and n > self._end:
+        elif self.pattern is not None and not self.freed and n > self.schedule.end:
             self._switch_off(self.pattern, for_good=True)
         last = (
-            self.member.total_steps if several_processes() else self._end
+            self.schedule.total_steps if several_processes() else self.schedule.end
         )  # what averages gradients has sized its buffers
         if n == last:
             self._free(optimizer)
@@ -186,7 +204,7 @@ class Allocation(Rule):
         """Set the λ of pruned triplets to zero; for good also what stands on both their sides, as if they were freed."""
         for matrix, kept in zip(self.matrices, pattern, strict=True):
             tensors = matrix.place.tensors()
-            for slot, axis in matrix.axes() if for_good else [(matrix.scales, 0)]:
+            for slot, axis in (matrix.axes if for_good else {matrix.scales: 0}).items():
                 tensor = tensors[slot]
                 tensor.mul_(
                     kept.to(tensor).view(
@@ -201,7 +219,7 @@ class Allocation(Rule):
         self.freed = all(matrix.sides for matrix in self.matrices)
         for matrix, kept in zip(self.matrices, self.pattern, strict=True):
             tensors = matrix.place.tensors()
-            for slot, axis in matrix.axes() if matrix.sides else ():
+            for slot, axis in matrix.axes.items() if matrix.sides else ():
                 keep_only(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         self.sensitivity, self.uncertainty = {}, {}
 
@@ -219,7 +237,7 @@ class Allocation(Rule):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.all, self.freed = int(state["all"]), bool(state["freed"])
-        self.target = min(self.all, len(self.matrices) * self.member.target_rank)
+        self.target = min(self.all, len(self.matrices) * self.schedule.target_rank)
         devices = {m.place.path: m.place.tensors()[m.scales].device for m in self.matrices}
         for name in ("sensitivity", "uncertainty"):
             moved = {
@@ -234,17 +252,17 @@ class Allocation(Rule):
         )
 
     def gave_up(self, place: AdaptedModule) -> bool:
-        scales = place.tensors()[place.method.parametrisation.per_rank or ""]
+        scales = place.tensors()[Matrix(place).scales]
         patterns = zip(self.matrices, self.pattern or (), strict=False)
         return any(m.place.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns)
 
     def check(self, n: int) -> str | None:
         if self.all == self.target:
             return None
-        if n < self._end:
+        if n < self.schedule.end:
             return (
-                f"adalora has not come to its final ranks: this is step {n} of {self.member.total_steps}, they are fixed after "
-                f"step {self._end}; until then {self.all} ranks are kept for {self.target}"
+                f"adalora has not come to its final ranks: this is step {n} of {self.schedule.total_steps}, they are fixed after "
+                f"step {self.schedule.end}; until then {self.all} ranks are kept for {self.target}"
             )
         if self.blind:
             return "adalora's scores were all equal, so the ranks went by the modules' order alone: did gradients reach them?"

@@ -20,23 +20,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import (
-    FIXED,
-    AdaptedModule,
-    Modifier,
-    Parametrisation,
-    Role,
-    Rule,
-    Target,
-)
+from lorakin.family.measure import Target
+from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Pair, Shape, Tensors, widened
+from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import number, one_of, require, whole_number
+from lorakin.family.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from lorakin.family.method import Method
 
 ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
 
@@ -59,7 +57,12 @@ class DeltaLoRA(Modifier):
         "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
     )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
+    slots: ClassVar[Slots] = {
+        ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
+        ANCHOR_DOWN: Slot(("rank", "inputs"), trained=False),
+    }
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
+    small: ClassVar[Mapping[str, Any]] = {"start_step": 4}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = (
         "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
@@ -106,26 +109,29 @@ class DeltaLoRA(Modifier):
             f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs",
         )
 
-    def extend(
+    def started(
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
-        methods: Mapping,  # type: ignore[type-arg]
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         if self.start_step or self.update == "in_place":
             return tensors
-        return {path: there | self.empty_anchor(there) for path, there in tensors.items()}
+        return {
+            path: there | self._anchor_at_start(path, there, targets[path].shape, methods[path])
+            for path, there in tensors.items()
+        }
 
     @staticmethod
-    def empty_anchor(tensors: Tensors) -> Tensors:
-        """The anchor at K = 0, when the pair is zero: of rank 0."""
-        like = next(iter(tensors.values()))
-        return {ANCHOR_UP: like.new_zeros(0)}
-
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        return {**roles, ANCHOR_UP: FIXED, ANCHOR_DOWN: FIXED}
+    def _anchor_at_start(path: str, tensors: Tensors, shape: Shape, method: Method) -> Tensors:
+        """The anchor at K = 0: of rank 0 where the pair is zero then, else a copy of the pair."""
+        slots = method.slots_at(path, shape)
+        if any(slot.starts_at_zero for slot in slots.values()):
+            return {ANCHOR_UP: next(iter(tensors.values())).new_zeros(0)}
+        pair = method.parametrisation.change(widened(tensors), shape).pair(shape)
+        trains_down = any(s.trained and s.shape == ("rank", "inputs") for s in slots.values())
+        anchor = {ANCHOR_UP: pair.up.clone()}
+        return anchor | ({ANCHOR_DOWN: pair.down.clone()} if trains_down else {})
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         if ANCHOR_UP not in tensors:
@@ -254,7 +260,9 @@ def product_of(place: AdaptedModule) -> Tensor:
 
 def pair_of(place: AdaptedModule) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
-    return place.method.parametrisation.pair(widened(place.tensors()), place.shape)
+    return place.method.parametrisation.change(widened(place.tensors()), place.shape).pair(
+        place.shape
+    )
 
 
 def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:

@@ -26,8 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.member import AdaptedModule, Modifier, Parametrisation, Role, Target
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_sharded
+from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.member import Modifier
+from lorakin.family.pair import Pair, Tensors, Weight, is_sharded
+from lorakin.family.rule import AdaptedModule
+from lorakin.family.slots import Slot, Slots
 
 CANCELLED = 1e-3
 """Below this share of what is added up, n² has lost too many digits to be used (more in a narrow dtype)."""
@@ -44,28 +47,26 @@ class DoRA(Modifier):
     word: ClassVar[str] = "dora"
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
     decides: ClassVar[Mapping[str, str]] = {"gain": "a trained length for each output"}
+    slots: ClassVar[Slots] = {
+        "m": Slot(("outputs",), decays=False, of_pair=False, peft="lora_magnitude_vector")
+    }
+    needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = "Serves as PEFT's DoRA or merged; as a plain pair only approximately."
 
-    def extend(
+    def started(
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
-        extended = {}
+        begun = {}
         for path, there in tensors.items():
-            shape, weight = targets[path]
-            pair = methods[path].low_rank(
-                {slot: t.to(weight.device) for slot, t in there.items()}, shape
-            )
-            extended[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
-        return extended
-
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        return {**roles, "m": Role(decays=False, of_pair=False)}
+            shape, weight, _ = targets[path]
+            here = {slot: t.to(weight.device) for slot, t in there.items()}
+            pair = methods[path].low_rank(here, shape)
+            begun[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
+        return begun
 
     def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor:
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Parametrisation, Role
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.change import LowRank
+from lorakin.family.measure import Target
+from lorakin.family.member import Parametrisation
+from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import check_pair_settings, one_of, require, whole_number
+from lorakin.family.slots import Slot, Slots
 
 INITS = ("kaiming", "gaussian", "orthonormal")
 
@@ -45,6 +48,15 @@ class LoRA(Parametrisation):
     word: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is B·A"}
+    slots: ClassVar[Slots] = {
+        "A": Slot(("rank", "inputs"), drawn=True, peft="lora_A.weight"),
+        "B": Slot(("outputs", "rank"), starts_at_zero=True, peft="lora_B.weight"),
+    }
+    lookup_slots: ClassVar[Slots] = {
+        "A": Slot(("rank", "inputs"), starts_at_zero=True, peft="lora_embedding_A"),
+        "B": Slot(("outputs", "rank"), drawn=True, peft="lora_embedding_B"),
+    }
+    small: ClassVar[Mapping[str, Any]] = {"rank": 4}
     learning_rate: ClassVar[float] = 2e-4
     of_no_account: ClassVar[frozenset[str]] = frozenset({"init"})
 
@@ -71,8 +83,9 @@ class LoRA(Parametrisation):
         return {"rank": min(shape[:2])} if self.rank > min(shape[:2]) else {}
 
     def start(
-        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+        self, target: Target, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
+        shape = target.shape
         A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
         B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
         if shape.lookup:
@@ -86,17 +99,8 @@ class LoRA(Parametrisation):
             A.uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": B}
 
-    def roles(self, shape: Shape) -> dict[str, Role]:
-        return {"A": Role(starts_at_zero=shape.lookup), "B": Role(starts_at_zero=not shape.lookup)}
-
-    def projection(self, shape: Shape) -> str:
-        return "B" if shape.lookup else "A"
-
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        return Pair(up=self.scaling * tensors["B"], down=tensors["A"])
-
-    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
-        return Pair(up=tensors["B"], down=tensors["A"]), self.scaling
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+        return LowRank(up=tensors["B"], down=tensors["A"], scale=self.scaling)
 
 
 def check_rank(rank: int, shape: Shape, where: str) -> None:

@@ -19,12 +19,17 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.member import FIXED, Modifier, Parametrisation, Probe, Role, Target
+from lorakin.family.measure import Probe, Target
+from lorakin.family.member import Member, Modifier
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import is_finite_number, number, one_of, require, whole_number
+from lorakin.family.slots import Slots, frozen
+
+if TYPE_CHECKING:
+    from lorakin.family.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class LoRADrop(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"sharing": "modules that matter less share one pair"}
     in_probe: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, Any]] = {"keep": 3}
 
     threshold: float | None = None
     keep: int | None = None
@@ -85,6 +91,15 @@ class LoRADrop(Modifier):
             isinstance(self.normalised, bool),
             f"normalised must be True or False, not {self.normalised!r}",
         )
+
+    def vacuous(self, method: Method, slots: Slots) -> str | None:
+        own = [m.word for m in (method.parametrisation, *method.members) if _starts_by_module(m)]
+        if self.rest == "shared" and own:
+            return (
+                f"lora-drop and {own[0]} do not combine with rest='shared': {own[0]} starts each pair "
+                "from its own module, so modules cannot share one; give rest='frozen' or rest='none'"
+            )
+        return None
 
     def probe(self) -> Probe | None:
         return (
@@ -175,9 +190,8 @@ class LoRADrop(Modifier):
         for path, there in tensors.items():
             method, shape = methods[path], targets[path].shape
             if path not in kept:
-                of_pair = {
-                    slot for slot, role in method.roles(path, shape, there).items() if role.of_pair
-                }
+                slots = method.slots_at(path, shape)
+                of_pair = {name for name, slot in slots.items() if slot.of_pair}
                 kind = (path.rpartition(".")[2], shape, method.parametrisation)
                 there = there | {
                     slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair
@@ -185,11 +199,15 @@ class LoRADrop(Modifier):
             shared[path] = there
         return shared
 
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        frozen = self.rest == "frozen" and self.importance is not None and path not in self.chosen()
-        return dict.fromkeys(roles, FIXED) if frozen else roles
+    def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
+        apart = self.rest == "frozen" and self.importance is not None
+        return frozen(slots) if apart and path not in self.chosen() else slots
+
+
+def _starts_by_module(member: Member) -> bool:
+    """Whether a member makes a pair of what its module is or sees."""
+    of_pair = any(slot.of_pair for slot in member.slots.values()) or "start" in member.decides
+    return bool(member.needs) and of_pair
 
 
 def _is_share(value: object) -> bool:

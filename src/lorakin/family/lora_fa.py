@@ -22,17 +22,12 @@ import torch
 from torch import Tensor
 
 from lorakin.family.lora import INITS
-from lorakin.family.member import (
-    FIXED,
-    AdaptedModule,
-    Modifier,
-    Parametrisation,
-    Role,
-    Rule,
-    Target,
-)
+from lorakin.family.measure import Target
+from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape, Tensors
+from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import one_of, require
+from lorakin.family.slots import Slots, factors_of, frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,27 +69,25 @@ class LoRAFA(Modifier):
         return self.corrected
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
-        if parametrisation.projection is Parametrisation.projection:
+        if not any(slot.drawn for slot in parametrisation.slots.values()):
             return f"{parametrisation.word} has no random factor to keep as it was drawn"
-        if self.corrected and parametrisation.per_rank is not None:
+        if self.corrected and factors_of(parametrisation.slots) is None:
             return "its corrected gradient is defined for a plain product B·A; leave corrected=True out"
         return None
 
-    def extend(
+    def started(
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
         methods: Mapping,  # type: ignore[type-arg]
     ) -> dict[str, Tensors]:
         return {
-            path: methods[path].parametrisation.keep_projection(there, targets[path].shape)
+            path: methods[path].parametrisation.keep_drawn(there, targets[path].shape)
             for path, there in tensors.items()
         }
 
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        return {**roles, parametrisation.projection(shape): FIXED}
+    def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
+        return {**slots, **frozen({name: slot for name, slot in slots.items() if slot.drawn})}
 
     def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
         return Corrected(places) if self.corrected else None

@@ -17,15 +17,16 @@ Identity: under Adam a factor's scale is a learning rate in disguise. With B = Ï
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorakin.family.member import Modifier, Role
+from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape
 from lorakin.family.settings import number
+from lorakin.family.slots import Slots
 
 if TYPE_CHECKING:
-    from lorakin.family.composition import Method
+    from lorakin.family.method import Method
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LoRAPlus(Modifier):
     decides: ClassVar[Mapping[str, str]] = {
         "rates": "the factor that starts at zero learns faster than the other"
     }
+    small: ClassVar[Mapping[str, Any]] = {"ratio": 4.0}
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = (
         "Under Adam the same as alpha times ratio at one learning rate: compare it with that before you keep it."
@@ -68,18 +70,31 @@ class LoRAPlus(Modifier):
     def alpha_factor(self) -> float:
         return self.ratio
 
-    def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
-        if any(role.trained and not role.starts_at_zero for role in roles.values()):
+    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+        if not faster(parametrisation.slots):
+            return f"{parametrisation.word} trains no factor on the outputs' side that could learn faster"
+        return None
+
+    def vacuous(self, method: Method, slots: Slots) -> str | None:
+        fast = faster(slots)
+        if any(slot.trained and name not in fast for name, slot in slots.items()):
             return None
-        others = " and ".join(
-            member.word for member in method.members if "projection" in member.decides
-        )
+        others = " and ".join(m.word for m in method.members if "projection" in m.decides)
         return (
-            f"lora+ and {others} do not combine: nothing trains but the factor that starts at zero, so ratio would only "
-            "multiply the learning rate; raise that. With dora they do, since magnitudes keep the base rate"
+            f"lora+ and {others} do not combine: nothing trains but {' and '.join(fast)}, so ratio would "
+            "only multiply the learning rate; raise that. With dora they do, since magnitudes keep the "
+            "base rate"
         )
 
-    def rate(self, lr: float, role: Role, shape: Shape) -> float:
+    def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
         if shape.lookup and self.embedding_lr is not None:
-            return self.embedding_lr
-        return self.ratio * lr if role.starts_at_zero else lr
+            return {name: replace(slot, lr=self.embedding_lr) for name, slot in slots.items()}
+        fast = faster(slots)
+        return {n: replace(s, rate=self.ratio) if n in fast else s for n, s in slots.items()}
+
+
+def faster(slots: Slots) -> list[str]:
+    """The slots that learn faster: what starts at zero or, if nothing does, the outputs' factor."""
+    zero = [name for name, slot in slots.items() if slot.trained and slot.starts_at_zero]
+    outer = [n for n, s in slots.items() if s.trained and s.of_pair and "outputs" in s.shape]
+    return zero or outer

@@ -1,8 +1,9 @@
-"""What every member of the family is: one file that says what it decides about a weight's low-rank pair (`pair.py`).
+"""What every member of the family is: one file that declares the tensors it hangs on a weight and what they do.
 
-A *parametrisation* hangs tensors on a weight and makes the pair of them; a *modifier* changes how a pair is
-started, trained, shared, moved or scaled. What happens while training is a member's `Rule`, driven by the optimizer's
-steps. `composition.py` puts members together. CONTRIBUTING.md shows a member in ten lines.
+A *parametrisation* brings the slots of the low-rank pair and says how they make the change of the
+weight; a *modifier* changes how a pair is started, trained, shared, moved or scaled. What happens while
+training is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows a member in
+ten lines.
 """
 
 from __future__ import annotations
@@ -11,125 +12,21 @@ import dataclasses
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorakin.family.pair import Chain, Pair, Shape, Tensors, Weight
+from lorakin.errors import SettingError
+from lorakin.family.change import Change
+from lorakin.family.measure import Observer, Probe, Target
+from lorakin.family.pair import Pair, Shape, Tensors, Weight
+from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, whole_number
+from lorakin.family.slots import Slots
 
 if TYPE_CHECKING:
-    from lorakin.family.composition import Method
-
-
-class Role(NamedTuple):
-    """What a tensor is to an optimizer."""
-
-    trained: bool = True
-    starts_at_zero: bool = False
-    """It is the factor that makes the change zero at the start."""
-    decays: bool = True
-    """Weight decay may act on it."""
-    of_pair: bool = True
-    """It belongs to the pair, so that modules that share one share it too."""
-
-
-FIXED = Role(trained=False)
-
-
-class Target(NamedTuple):
-    """A weight that is about to be adapted: its shape, and its matrix (outputs, inputs), on the meta device if unknown."""
-
-    shape: Shape
-    weight: Tensor | Weight
-
-
-class Probe(NamedTuple):
-    """A short training run before the real one, after which a member chooses its modules by their importance."""
-
-    sample: float
-    """The share of the data to train on."""
-    epochs: int
-    """How often to see it."""
-    normalised: bool
-    """Whether importance is relative to the size of each module's own output."""
-
-
-class AdaptedModule(Protocol):
-    """An adapted module as a `Rule` sees it."""
-
-    @property
-    def path(self) -> str:
-        """Where the module is in the model."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of its weight."""
-
-    @property
-    def method(self) -> Method:
-        """The method, with this module's own rank and alpha."""
-
-    @property
-    def weight(self) -> Tensor | Weight:
-        """Its base weight as a matrix (outputs, inputs)."""
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Its tensors by slot."""
-
-    def trains(self, slot: str) -> bool:
-        """Whether the method trains this tensor."""
-
-    def put(self, slot: str, tensor: Tensor) -> None:
-        """Give it one more tensor, which does not train."""
-
-    def take(self, slot: str) -> Tensor:
-        """Take such a tensor away from it."""
-
-    def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
-
-    def restore_base(self) -> None:
-        """Put the base's own weight back, if it was moved."""
-
-
-class Rule:
-    """What a member does at the optimizer steps of one adapter, and what it remembers between them.
-
-    n counts real optimizer steps from 1: accumulated batches are one step, a skipped step is none.
-    """
-
-    turns: tuple[int, ...] = ()
-    """The steps after which it holds more tensors than before, so that memory is planned for what follows them."""
-
-    def before(self, n: int) -> None:
-        """Gradients are complete, unscaled, not yet used: read or change them."""
-
-    def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        """The step has been taken: change tensors."""
-
-    def end(self) -> None:
-        """The run is over, or goes on elsewhere: leave nothing outside the adapter's tensors."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs: numbers, texts, tensors, and dicts of them."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state()` gave; the adapter's tensors are restored already."""
-
-    def beside(self, path: str) -> Tensors:
-        """Tensors that the adapter's files must hold beside those of the module at `path`."""
-        return {}
-
-    def gave_up(self, place: AdaptedModule) -> bool:
-        """Whether the member itself has taken all ranks from this module, so that it is right if it changes nothing."""
-        return False
-
-    def check(self, n: int) -> str | None:
-        """What the member was to do and did not, after n steps; asked when the adapter is saved."""
-        return None
+    from lorakin.family.method import Method
 
 
 class Member(ABC):
@@ -139,12 +36,26 @@ class Member(ABC):
     """Its name on the command line, in recipes and in files."""
     paper: ClassVar[str]
     """Title and identifier of the paper."""
-    decides: ClassVar[Mapping[str, str]] = {"parametrisation": "tensors of its own"}
-    """Axis (see `composition.AXES`) → what it chooses there. Members that choose on the same axis do not combine."""
+    decides: ClassVar[Mapping[str, str]]
+    """Axis (see `composition.AXES`) → what it chooses there. Members that choose on one axis do not combine."""
+    slots: ClassVar[Slots] = {}
+    """The tensors that it hangs on each module."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it looks at before it starts, besides shapes: see `measure.py`."""
     remark: ClassVar[str] = ""
     """What a user should know before choosing it."""
+    small: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which tests try it on tiny models."""
     in_probe: ClassVar[bool] = True
     """Whether it takes part in a probe that precedes training."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "word" in vars(cls) and not getattr(cls, "decides", None):
+            raise SettingError(
+                f"{cls.__name__} does not say what it decides; give it decides = {{axis: what it "
+                "chooses there}, with an axis of lorakin.family.AXES or one of its own"
+            )
 
     @property
     def acts_at_steps(self) -> bool:
@@ -158,17 +69,30 @@ class Member(ABC):
 
     @property
     def alpha_factor(self) -> float:
-        """Under Adam it is its pair alone with alpha times this, to be compared with that; 1 if it is no such thing."""
+        """Under Adam it is its pair alone with alpha times this; 1 if it is no such thing."""
         return 1.0
 
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        """Its settings beside others of one rank and scale, in a run of so many steps; None for what it refuses from them."""
+        """Its settings in a comparison with others of one rank and scale, in a run of so many steps.
+
+        None stands for a setting of the others that it refuses.
+        """
         common = {"rank": rank, "alpha": scaling * rank}
         return {name: value for name, value in common.items() if name in cls.setting_names()}
 
+    def gain(
+        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+    ) -> Tensor | None:
+        """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
+        return None
+
     def resolved(self, method: Method, total_steps: int | None) -> Self:
-        """Itself, with settings left open decided for a run of so many steps; raises `SettingError` if it cannot be run."""
+        """Itself, with settings left open decided for a run of so many steps.
+
+        Raises:
+            SettingError: it cannot be run like that.
+        """
         return self
 
     def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
@@ -176,40 +100,41 @@ class Member(ABC):
         return None
 
     def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
-        """What it does while training the adapter on `places`, if anything. `resolved` was called before."""
+        """What it does while training the adapter on these modules, if anything; `resolved` was called before."""
         return None
 
 
 class Parametrisation(Member):
-    """A member that hangs tensors on a weight and makes the pair of them."""
+    """A member that brings the pair: its slots, how they start, and the change that they make."""
 
+    decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the pair has slots of its own"}
     learning_rate: ClassVar[float]
     """The learning rate that `lorakin train` takes when none is given."""
-    frozen: ClassVar[frozenset[str]] = frozenset()
-    """Names of tensors that are kept but never trained."""
+    lookup_slots: ClassVar[Slots | None] = None
+    """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
     """Settings that single modules may have their own of."""
     of_no_account: ClassVar[frozenset[str]] = frozenset()
     """Settings that say how the pair starts, or what was freed of it, and not what it is."""
-    per_rank: ClassVar[str | None] = None
-    """The tensor that scales each rank, by which a rank can be switched off; None if there is none."""
-    per_rank_sides: ClassVar[tuple[str, ...]] = ()
-    """The trained factors on both sides of `per_rank`: one with a column for each rank, one with a row."""
 
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
+    def slots_at(self, shape: Shape) -> Slots:
+        """Its slots on a weight of this shape."""
+        return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
+
     def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if these settings do not fit a weight of this shape; `where` is the module's path."""
+        """Raise `SettingError` if these settings do not fit a weight of this shape at the path `where`."""
 
     def clamped(self, shape: Shape) -> Mapping[str, int]:
-        """The setting that gives a module no more ranks than its weight of this shape has; {} if it has no more anyway."""
+        """The setting that gives a module no more ranks than its weight has; {} if it has no more anyway."""
         return {}
 
     def start(
-        self, shape: Shape, generator: torch.Generator | None, device: torch.device
+        self, target: Target, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        """The tensors of one module at initialisation, by slot; float32, drawn with `generator`."""
+        """The tensors of one module at the start, by slot; float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
@@ -220,34 +145,15 @@ class Parametrisation(Member):
         device: torch.device,
     ) -> dict[str, Tensors]:
         """The tensors of all modules, by path; `each` is this member with the settings of each module."""
-        return {
-            path: each[path].start(target.shape, generator, device)
-            for path, target in targets.items()
-        }
+        return {path: each[path].start(at, generator, device) for path, at in targets.items()}
 
-    def roles(self, shape: Shape) -> dict[str, Role]:
-        """What each tensor is to an optimizer; those not named are trained, or FIXED if they are in `frozen`."""
-        return {}
-
-    def projection(self, shape: Shape) -> str:
-        """The random factor that LoRA-FA keeps as it was drawn."""
-        raise NotImplementedError
-
-    def keep_projection(self, tensors: Tensors, shape: Shape) -> Tensors:
-        """`tensors` as they should start if the projection never trains."""
+    def keep_drawn(self, tensors: Tensors, shape: Shape) -> Tensors:
+        """The tensors as they should start if the slot that is `drawn` never trains."""
         return tensors
 
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        """The pair that these tensors stand for, differentiable in them."""
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> Change:
+        """The change of the weight that these tensors stand for, differentiable in them."""
         raise NotImplementedError
-
-    def factors(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Pair, float]:
-        """The same pair before its scale is in `up`, and the scale, so that kernels can take the tensors as they are."""
-        return self.pair(tensors, shape), 1.0
-
-    def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
-        """The same pair as frozen matrices between trained vectors, if it is that."""
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,12 +187,17 @@ class Modifier(Member):
         """Why it cannot work on such a pair, or None."""
         return None
 
-    def vacuous(self, method: Method, roles: Mapping[str, Role]) -> str | None:
-        """Why it would do nothing in this method, whose pair has tensors of these roles; or None."""
+    def vacuous(self, method: Method, slots: Slots) -> str | None:
+        """Why it would do nothing in this method, whose modules have these slots; or None."""
         return None
 
     def check_pair(self, parametrisation: Parametrisation) -> None:
         """Raise `SettingError` if it cannot work on a pair with these settings."""
+
+    def check(self, shape: Shape, where: str) -> None:
+        """Raise `SettingError` if it cannot work on a weight of this shape at the path `where`."""
+
+    # Before it starts: what it looks at, and what it chooses by that.
 
     def probe(self) -> Probe | None:
         """The probe that it still needs, if any."""
@@ -296,8 +207,23 @@ class Modifier(Member):
         """Itself, with what its probe found: path → share of the importance."""
         return self
 
+    @property
+    def batches(self) -> int | None:
+        """How many batches of data it looks at, at most; None for as many as there are."""
+        return None
+
+    def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Observer:
+        """What takes in the inputs or gradients of these modules, if it `needs` them."""
+        raise NotImplementedError
+
+    def settings_by(
+        self, found: Mapping[str, Any], methods: Mapping[str, Method]
+    ) -> dict[str, Mapping[str, Any] | None]:
+        """Path → settings of the pair there, by what its observer found; None leaves the module out."""
+        return {}
+
     def among(self, paths: Sequence[str]) -> Self:
-        """Itself, for an adapter whose targets are exactly these modules; raises `SettingError` if it cannot be."""
+        """Itself, for an adapter with exactly these targets; raises `SettingError` if it cannot be."""
         return self
 
     def own_pairs(self, paths: Sequence[str]) -> list[str]:
@@ -308,7 +234,9 @@ class Modifier(Member):
         """Which of the targeted modules get a pair at all."""
         return list(paths)
 
-    def extend(
+    # Its tensors.
+
+    def started(
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
@@ -326,22 +254,16 @@ class Modifier(Member):
         """All modules' tensors, with one object wherever modules share a tensor."""
         return tensors
 
-    def amend_roles(
-        self, roles: dict[str, Role], path: str, shape: Shape, parametrisation: Parametrisation
-    ) -> dict[str, Role]:
-        """The roles of a module's tensors, this member's own included."""
-        return roles
+    def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
+        """A module's slots, this member's own included."""
+        return {**slots, **self.slots}
+
+    # What it computes.
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         """What this member makes of the pair."""
         return pair
 
-    def gain(
-        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
-    ) -> Tensor | None:
-        """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
-        return None
-
-    def rate(self, lr: float, role: Role, shape: Shape) -> float:
-        """The learning rate of a tensor, given the base rate."""
-        return lr
+    def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
+        """The pair with a constant change beside it, such as what a start takes away again."""
+        return pair

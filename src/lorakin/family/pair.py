@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorakin.errors import StateError
 
@@ -69,27 +70,6 @@ class Pair(NamedTuple):
 
 LEAST = torch.finfo(torch.float32).eps
 """The smallest gain that `Pair.times` gives."""
-
-
-class Chain(NamedTuple):
-    """A pair of which only two vectors train, diag(outer)·up and diag(inner)·down, around frozen matrices.
-
-    `outer` (outputs,), `up` (≥ outputs, k), `inner` (k,), `down` (k, ≥ inputs): the leading part of the matrices counts.
-    """
-
-    outer: Tensor
-    up: Tensor
-    inner: Tensor
-    down: Tensor
-
-    def times(self, factor: float) -> Chain:
-        """The chain that changes a weight `factor` times as much."""
-        return self if factor == 1 else self._replace(outer=factor * self.outer)
-
-    def pair(self, shape: Shape) -> Pair:
-        """The same as a pair, differentiable in the vectors."""
-        up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
-        return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
 
 
 class Weight:
@@ -166,6 +146,12 @@ def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of all of it, also where DeepSpeed has cut it."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
+
+
+def is_imagined(weight: Tensor | Weight) -> bool:
+    """Whether it has a shape and no numbers: on the meta device, or one of torch's fake tensors."""
+    tensor = weight if isinstance(weight, Tensor) else getattr(weight, "_matrix", None)
+    return weight.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from lorakin.errors import SettingError
-from lorakin.family.member import Member
+from lorakin.family.member import Member, Parametrisation
 
 GROUP = "lorakin.members"
 """The group of the entry points that name members."""
@@ -75,3 +75,8 @@ def member_named(word: str) -> type[Member]:
     near = difflib.get_close_matches(word.lower(), words, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     raise SettingError(f"unknown method {word!r}{meant}; this version has: {', '.join(words)}")
+
+
+def default_pair() -> type[Parametrisation]:
+    """The pair that a method has if no member brings or needs another: the family's first."""
+    return next(member for member in _MEMBERS.values() if issubclass(member, Parametrisation))

@@ -21,9 +21,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lorakin.family.member import Parametrisation, Role, Target
-from lorakin.family.pair import Chain, Pair, Shape, Tensors
+from lorakin.family.change import Chain
+from lorakin.family.measure import Target
+from lorakin.family.member import Parametrisation
+from lorakin.family.pair import Shape, Tensors
 from lorakin.family.settings import number, require, whole_number
+from lorakin.family.slots import Slot, Slots
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,15 @@ class VeRA(Parametrisation):
     remark: ClassVar[str] = (
         "Few trained numbers; the frozen shared pair is stored once beside them, unless save_projection=false."
     )
-    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    slots: ClassVar[Slots] = {
+        "A": Slot(("rank", "inputs"), trained=False, shared=True, peft="base_model.vera_A"),
+        "B": Slot(("outputs", "rank"), trained=False, shared=True, peft="base_model.vera_B"),
+        "d": Slot(("rank",), decays=False, peft="vera_lambda_d"),
+        "b": Slot(("outputs",), starts_at_zero=True, decays=False, peft="vera_lambda_b"),
+    }
+    small: ClassVar[Mapping[str, Any]] = {"rank": 6}
     per_module: ClassVar[frozenset[str]] = frozenset()
     of_no_account: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
-    per_rank: ClassVar[str | None] = "d"
 
     rank: int = 256
     seed: int = 0
@@ -78,12 +86,6 @@ class VeRA(Parametrisation):
             "rank": None,
             "alpha": None,
         }  # its rank is a drawn pair's, which costs little, and it has no alpha
-
-    def check(self, shape: Shape, where: str) -> None:
-        require(
-            not shape.lookup,
-            f"vera adapts layers that multiply by their weight; {where} is an embedding: exclude it",
-        )
 
     def start_all(
         self,
@@ -122,11 +124,5 @@ class VeRA(Parametrisation):
         d = torch.full((self.rank,), self.d_init, device=device, dtype=torch.float32)
         return {"d": d, "b": torch.zeros(shape.outputs, device=device, dtype=torch.float32)}
 
-    def roles(self, shape: Shape) -> dict[str, Role]:
-        return {"b": Role(starts_at_zero=True, decays=False), "d": Role(decays=False)}
-
-    def chain(self, tensors: Mapping[str, Tensor]) -> Chain:
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> Chain:
         return Chain(outer=tensors["b"], up=tensors["B"], inner=tensors["d"], down=tensors["A"])
-
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        return self.chain(tensors).pair(shape)

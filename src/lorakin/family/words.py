@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakin.errors import SettingError
-from lorakin.family.composition import Method
 from lorakin.family.member import Parametrisation
+from lorakin.family.method import Method
 from lorakin.family.registry import member_named, members
 
 

@@ -1,82 +1,46 @@
-"""How much each module's pair changes the outputs, measured on data."""
+"""How much each module's pair changes the outputs, measured on data: what LoRA-drop goes by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lorakin.errors import SettingError
-from lorakin.inject import layers
-from lorakin.inject.adapted import module_at
 from lorakin.inject.branch import Branch
-from lorakin.inject.eval_mode import in_mode
-from lorakin.inject.layers import ConvolutionLayer, ExpertLayer
+from lorakin.inject.layers import ConvolutionLayer
+from lorakin.inject.measuring import Run, check_called, inputs_of
 from lorakin.inject.placement import Graft
 
 
-def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise `SettingError` if the outputs of one of these modules cannot be measured, since it is never called."""
-    if experts := [path for path in paths if layers.kind_of(module_at(model, path)) is ExpertLayer]:
-        raise SettingError(
-            f"the output of each module is to be measured, and {experts[0]}, one expert of a stack or another parameter, "
-            "is never called by itself; leave these out of the targets"
-        )
-
-
-@torch.no_grad()
 def energies(
-    graft: Graft,
-    batches: Sequence[Any],
-    normalised: bool = False,
-    call: Callable[[Any, Any], Any] | None = None,
+    graft: Graft, batches: Sequence[Any], normalised: bool = False, run: Run | None = None
 ) -> dict[str, float]:
-    """Path → its share of Σ ‖up(down x)‖² over all inputs x of `batches` that are not padding, in eval mode; sums to 1.
+    """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding; the shares sum to 1.
 
     Args:
         graft: the adapter, active. A gain counts for nothing.
-        batches: mappings that the model takes; a (batch, length) `attention_mask` says what is padding.
-        call: (model, batch) → anything, to run the model; by default on the batch as keywords.
+        batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
+        run: (model, batch) → anything, to run the model; by default on the batch's entries as arguments.
+
+    Raises:
+        SettingError: a module that is never called by itself.
     """
-    check_called(graft.model, graft.placement.methods)
-    model, sums, own = (
-        graft.model,
-        dict.fromkeys(graft.placement.methods, 0.0),
-        dict.fromkeys(graft.placement.methods, 0.0),
-    )
-    mask: Tensor | None = None
+    paths = list(graft.placement.methods)
+    check_called(graft.model, paths)
+    branches = {path: graft.branch(path) for path in paths}
+    sums, own = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
 
-    def watch(path: str, branch: Branch) -> Any:
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            pair = branch.method.low_rank(branch.wide(), branch.shape)
-            sums[path] += _energy(branch.low_rank_term(module, x, pair), mask, branch)
-            if normalised:
-                own[path] += _energy(
-                    branch.layer.product(module, x, module._parameters.get("weight")), mask, branch
-                )
+    def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+        branch = branches[path]
+        pair = branch.method.low_rank(branch.wide(), branch.shape)
+        sums[path] += _energy(branch.low_rank_term(module, x, pair), mask, branch)
+        if normalised:
+            weight: Any = module._parameters.get("weight")
+            own[path] += _energy(branch.layer.product(module, x, weight), mask, branch)
 
-        return before
-
-    modules = {path: model.get_submodule(path) for path in graft.placement.methods}
-    hooks = [
-        m.register_forward_pre_hook(watch(path, graft.branch(path)), with_kwargs=True)
-        for path, m in modules.items()
-    ]
-    try:
-        with in_mode(model, training=False):
-            for batch in batches:
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                if call is None:
-                    model(**batch)
-                else:
-                    call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs_of(graft.model, paths, batches, see, run)
     if normalised:
         sums = {path: value / own[path] if own[path] else 0.0 for path, value in sums.items()}
     total = sum(sums.values())
@@ -84,6 +48,7 @@ def energies(
 
 
 def _energy(output: Tensor, mask: Tensor | None, branch: Branch) -> float:
+    """The sum of all squares of an output, those at padding left out."""
     squares = output.double().square()
     if mask is not None and mask.dim() == 2 and branch.layer is not ConvolutionLayer:
         mask = mask.to(squares.device)

@@ -126,8 +126,8 @@ class Bias(nn.Module):
         """Returns the method's tensors here: none."""
         return {}
 
-    def roles(self) -> dict[str, Any]:
-        """Returns their roles: none."""
+    def slots(self) -> dict[str, Any]:
+        """Returns its slots: none."""
         return {}
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family import Method, Pair, Role, Shape, Weight, widened
+from lorakin.family import Method, Pair, Shape, Slot, Slots, Weight, widened
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layers import Layer, LinearLayer, kind_of
 from lorakin.kernels.adapted_linear import LinearChange, Ready, ScaledPair
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
-def trains(role: Role, tensor: Tensor) -> bool:
-    """Whether a tensor is trained: as its role says, unless it is empty, which some optimizers cannot bear."""
-    return role.trained and bool(tensor.numel())
+def trains(slot: Slot, tensor: Tensor) -> bool:
+    """Whether a tensor is trained: as its slot says, unless it is empty, which some optimizers cannot bear."""
+    return slot.trained and bool(tensor.numel())
 
 
 class Branch(nn.Module):
@@ -40,6 +40,7 @@ class Branch(nn.Module):
         self.shape = shape
         self.scale = 1.0
         self.siblings = path.rpartition(".")[0]
+        self._begun: dict[str, Tensor] = {}
         self._squares: tuple[Version, Tensor] | None = None
         self._ready: tuple[Version, Copied, Ready] | None = None
         for slot, parameter in parameters.items():
@@ -69,11 +70,28 @@ class Branch(nn.Module):
                 was_empty = not own[slot].numel()
                 own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
                 if was_empty or not tensor.numel():
-                    own[slot].requires_grad_(trains(self.roles()[slot], tensor))
+                    own[slot].requires_grad_(trains(self.slots()[slot], tensor))
 
-    def roles(self) -> dict[str, Role]:
-        """What each of them is to an optimizer."""
-        return self.method.roles(self.path, self.shape, self.tensors())
+    def remember_start(self) -> None:
+        """Keep a sample of what trains, so that it can be told later whether training reached it."""
+        slots, tensors = self.slots(), self.tensors()
+        trained = {slot: t for slot, t in tensors.items() if slots[slot].trained}
+        self._begun = {slot: _sampled(t) for slot, t in trained.items() if slots[slot].of_pair}
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether its pair is as it began: what starts at zero is zero, or nothing of it has moved."""
+        slots, tensors = self.slots(), self.tensors()
+        zero = [
+            t for slot, t in tensors.items() if slots[slot].trained and slots[slot].starts_at_zero
+        ]
+        if zero or not self._begun:
+            return bool(zero) and not any(bool(t.any()) for t in zero)
+        return all(torch.equal(_sampled(tensors[s]).to(t), t) for s, t in self._begun.items())
+
+    def slots(self) -> Slots:
+        """What the method declares of each of them."""
+        return self.method.slots_at(self.path, self.shape)
 
     def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The tensors in float32 or, where they are float64, in float64; on `device`.
@@ -104,7 +122,7 @@ class Branch(nn.Module):
             ready: the change is wanted without gradients, in the dtype of `weight`.
         """
         tensors = self.wide()
-        chain = self.method.chain(tensors)
+        chain = self.method.chain(tensors, self.shape)
         if chain is not None:
             return chain.times(self.scale)
         if any(tensor.device != weight.device for tensor in tensors.values()):
@@ -193,6 +211,11 @@ class Copy(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Some thousand of its numbers, at equal distances."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].clone()
 
 
 @contextlib.contextmanager

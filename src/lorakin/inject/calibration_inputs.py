@@ -1,4 +1,4 @@
-"""What the adapted modules see: a sample of their inputs on data."""
+"""A sample of what the adapted modules are given on data, for conversions that weigh their error by it."""
 
 from __future__ import annotations
 
@@ -6,58 +6,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakin.inject.eval_mode import in_mode
-from lorakin.inject.layers import LinearLayer, QuantisedLayer, TransposedLayer
+from lorakin.inject.measuring import LINEAR, inputs_of, unpadded
 from lorakin.inject.placement import Graft, activate, grafts
 
 
-@torch.no_grad()
 def input_samples(
     graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int = 1024
 ) -> dict[str, Tensor]:
-    """Path → (tokens, inputs), with this adapter active: at most `limit` inputs of each linear module, without padding.
+    """Path → at most `limit` inputs (tokens, inputs) of each linear module, with this adapter active.
 
-    Modules that read one tensor, such as q, k and v, hold one sample together. Embeddings and convolutions have none.
+    Padding is left out. Modules that are given one tensor, such as q, k and v, hold one sample together.
+    Embeddings and convolutions have none.
     """
-    model, share = graft.model, max(1, limit // max(1, len(batches)))
+    share = max(1, limit // max(1, len(batches)))
     seen: dict[str, list[Tensor]] = {}
-    taken: dict[int, tuple[Tensor, Tensor]] = {}
-    mask: Tensor | None = None
+    last: list[tuple[Tensor, Tensor]] = []
 
-    def watch(path: str) -> Any:
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if (
-                id(x) not in taken
-            ):  # the tensor is kept beside its sample, so that its id stays its own
-                taken[id(x)] = (x, _drawn(x, mask, share))
-            seen.setdefault(path, []).append(taken[id(x)][1])
+    def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+        if not last or last[0][0] is not x:
+            last[:] = [(x, _drawn(unpadded(x, mask), share))]
+        seen.setdefault(path, []).append(last[0][1])
 
-        return before
-
-    paths = [
-        path
-        for path in graft.placement.methods
-        if graft.branch(path).layer in (LinearLayer, QuantisedLayer, TransposedLayer)
-    ]
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
-        for path in paths
-    ]
-    active = [name for name, one in grafts(model).items() if one.is_active]
-    activate(model, graft.name)
+    paths = [path for path in graft.placement.methods if graft.branch(path).layer in LINEAR]
+    active = [name for name, one in grafts(graft.model).items() if one.is_active]
+    activate(graft.model, graft.name)
     try:
-        with in_mode(model, training=False):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                model(**batch)
-                taken.clear()
+        inputs_of(graft.model, paths, batches, see)
     finally:
-        activate(model, active)
-        for hook in hooks:
-            hook.remove()
+        activate(graft.model, active)
     joined: dict[tuple[int, ...], Tensor] = {}
     return {
         path: joined.setdefault(tuple(map(id, parts)), torch.cat(parts))
@@ -65,11 +43,8 @@ def input_samples(
     }
 
 
-def _drawn(x: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1])
-    if mask is not None and mask.dim() == 2 and mask.numel() == len(tokens):
-        tokens = tokens[mask.reshape(-1).bool().to(x.device)]
-    chosen = (
-        torch.linspace(0, len(tokens) - 1, min(count, len(tokens)), device=x.device).round().long()
-    )
+def _drawn(tokens: Tensor, count: int) -> Tensor:
+    """So many of the tokens, at equal distances."""
+    last, device = len(tokens) - 1, tokens.device
+    chosen = torch.linspace(0, last, min(count, len(tokens)), device=device).round().long()
     return tokens[chosen].float().cpu()

@@ -40,10 +40,10 @@ def requires_grad(graft: Graft) -> Whether:
             continue
         if (bias := attached.bias_of(graft.name)) is not None:
             flags.add(bias.requires_grad)
-        roles = child.roles()
+        slots = child.slots()
         for slot, tensor in child.tensors().items():
-            if trains(roles[slot], tensor) or tensor.requires_grad:
-                flags.add(tensor.requires_grad if trains(roles[slot], tensor) else "irregular")
+            if trains(slots[slot], tensor) or tensor.requires_grad:
+                flags.add(tensor.requires_grad if trains(slots[slot], tensor) else "irregular")
     return whether(flags) if flags else False
 
 
@@ -62,11 +62,11 @@ def trained_by_method(graft: Graft) -> int:
         if isinstance(child, Copy | TokenRowsBranch):
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
-            roles = child.roles()
+            slots = child.slots()
             own = attached.bias_of(graft.name)
             trained |= {} if own is None else {id(own): numbers(own)}
             trained |= {
-                id(t): numbers(t) for slot, t in child.tensors().items() if roles[slot].trained
+                id(t): numbers(t) for slot, t in child.tensors().items() if slots[slot].trained
             }
     return sum(trained.values())
 

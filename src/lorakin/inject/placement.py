@@ -209,6 +209,26 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
     )
 
 
+def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | None]) -> Placement:
+    """The placement with settings of their own for these modules, as if patterns said so; None leaves one out."""
+    given = {path: own for path, own in settings.items() if own is not None}
+    methods = {
+        path: method.at(**given[path]) if path in given else method
+        for path, method in placement.methods.items()
+        if settings.get(path, {}) is not None
+    }
+    patterns = {
+        name: {f"^{re.escape(path)}": own[name] for path, own in given.items() if name in own}
+        for name in ("rank", "alpha")
+    }
+    return dataclasses.replace(
+        placement,
+        methods=methods,
+        rank_pattern=patterns["rank"] | dict(placement.rank_pattern),
+        alpha_pattern=patterns["alpha"] | dict(placement.alpha_pattern),
+    )
+
+
 def placement_for(
     method: Method,
     paths: Sequence[str],
@@ -350,13 +370,13 @@ class Graft:
             kind = UngroupedLayer if path in self.placement.ungrouped else layers.kind_of(module)
             assert kind is not None
             shape, device = kind.shape(module), kind.device(module)
-            roles, parameters = method.roles(path, shape, tensors[path]), {}
+            slots, parameters = method.slots_at(path, shape), {}
             for slot, tensor in tensors[path].items():
                 if (id(tensor), device) not in made:
                     there = (
                         tensor.detach() if device.type == "meta" else tensor.detach().to(device)
                     )  # values are not given up
-                    made[id(tensor), device] = nn.Parameter(there, trains(roles[slot], tensor))
+                    made[id(tensor), device] = nn.Parameter(there, trains(slots[slot], tensor))
                 parameters[slot] = made[id(tensor), device]
             children[path] = Branch(path, method, kind, shape, parameters, own_biases.get(path))
         for path in self.placement.copies:
@@ -841,7 +861,7 @@ class PlacedModule:
 
     def trains(self, slot: str) -> bool:
         """Whether the method trains this tensor."""
-        return self.graft.branch(self.path).roles()[slot].trained
+        return self.graft.branch(self.path).slots()[slot].trained
 
     def put(self, slot: str, tensor: Tensor) -> None:
         """Give it one more tensor, which does not train."""
@@ -1100,9 +1120,16 @@ def fresh(
     placement: Placement,
     generator: torch.Generator | None,
     dtype: torch.dtype | None,
+    measured: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere."""
-    targets = {path: target_of(module_at(model, path)) for path in placement.methods}
+    """For `Graft.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere.
+
+    `measured` is what a member that starts by data found, by path.
+    """
+    targets = {
+        path: target_of(module_at(model, path))._replace(measured=(measured or {}).get(path))
+        for path in placement.methods
+    }
     meta = any(target.weight.device.type == "meta" for target in targets.values())
     device = torch.device("meta" if meta else "cpu")
     return placement.method.start(

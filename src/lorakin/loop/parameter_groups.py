@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
-from lorakin.family import Role
+from lorakin.family import Slot
+from lorakin.family.method import rate as rate_of
 from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import module_at
 
@@ -40,8 +41,8 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
         raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
     rates = _rates(graft, lr, exempt=bool(options.get("weight_decay", True)))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, rate, role in rates:
-        groups.setdefault((rate, role.decays), []).append(parameter)
+    for parameter, rate, slot in rates:
+        groups.setdefault((rate, slot.decays), []).append(parameter)
     if not any(parameter.requires_grad for parameter, _, _ in rates):
         raise SettingError(
             f"adapter {graft.name!r} has nothing to train; load it with trainable=True"
@@ -137,13 +138,13 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
         )
     for path in graft.placement.methods:
         branch = graft.branch(path)
-        for slot, role in branch.roles().items():
-            parameter = branch.tensors().get(slot)
-            if role.trained or parameter is None or not parameter.requires_grad:
+        for name, slot in branch.slots().items():
+            parameter = branch.tensors().get(name)
+            if slot.trained or parameter is None or not parameter.requires_grad:
                 continue
             if id(parameter) in groups:
                 raise StateError(
-                    f"the optimizer trains {path}.{slot}, which {method.words} keeps as it is: "
+                    f"the optimizer trains {path}.{name}, which {method.words} keeps as it is: "
                     "something set its requires_grad. Set it back, and build the optimizer from "
                     "adapter.parameter_groups(lr=…)"
                 )
@@ -157,8 +158,8 @@ def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> No
     words = graft.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
-        for p, _, role in _rates(graft, 1.0, exempt=False)
-        if id(p) in groups and not role.decays
+        for p, _, slot in _rates(graft, 1.0, exempt=False)
+        if id(p) in groups and not slot.decays
     }
     if any(decayed):
         warnings.warn(
@@ -246,8 +247,8 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
 
 
-def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Role]]:
-    """Returns every trainable tensor once, with its rate and role.
+def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Slot]]:
+    """Returns every trainable tensor once, with its rate and slot.
 
     Modules trained whole have the base rate. With `exempt`, those of their parameters that must not
     decay have a role that says so. Without weight decay that makes no difference, and a run that
@@ -256,23 +257,23 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
     A tensor whose ranks were all freed stays in its group, so that the optimizer of a resumed run
     has the same groups.
     """
-    found: dict[int, tuple[nn.Parameter, float, Role]] = {}
+    found: dict[int, tuple[nn.Parameter, float, Slot]] = {}
     for path in graft.placement.methods:
         branch = graft.branch(path)
-        roles = branch.roles()
+        slots = branch.slots()
         for slot, parameter in branch.tensors().items():
-            if parameter.requires_grad or (roles[slot].trained and not parameter.numel()):
-                rate = graft.placement.method.rate(lr, roles[slot], branch.shape)
-                found.setdefault(id(parameter), (parameter, rate, roles[slot]))
+            if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
+                rate = rate_of(lr, slots[slot])
+                found.setdefault(id(parameter), (parameter, rate, slots[slot]))
     for at in graft.placement.copies:
         for path, owner in graft.copy_of(at).named_modules(prefix=at):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
-                    found.setdefault(id(parameter), (parameter, lr, Role(decays=acts)))
+                    found.setdefault(id(parameter), (parameter, lr, Slot((), decays=acts)))
     for bias in graft.biases().values():
         if bias.requires_grad:
-            found.setdefault(id(bias), (bias, lr, Role(decays=False)))
+            found.setdefault(id(bias), (bias, lr, Slot((), decays=False)))
     for _, parameter in graft.trained():  # rows of tokens
-        found.setdefault(id(parameter), (parameter, lr, Role()))
+        found.setdefault(id(parameter), (parameter, lr, Slot(())))
     return list(found.values())

@@ -1,1 +1,1 @@
-"""What a training run will take, predicted before it starts."""
+"""Predicts what a training run will take, before anything is downloaded or trained."""

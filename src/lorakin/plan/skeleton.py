@@ -1,4 +1,4 @@
-"""A model without its weights: made from its config alone, for whatever only shapes decide."""
+"""Makes a model without weights from its config alone, for all that only shapes decide."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from lorakin.adapter import adapt
 from lorakin.family import Method
 from lorakin.inject import placement
-from lorakin.inject.activation_norms import check_called
 from lorakin.inject.adapted import module_at
+from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import ALL_LINEAR, Targets
 from lorakin.training import loading
 from lorakin.training.models import config_of
@@ -23,15 +23,17 @@ from lorakin.training.precision import DTYPES, resolve_dtype
 
 
 def skeleton(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Any:
-    """The model that `load_model(name, dtype, labels)` would load, on the meta device; nothing but its config is read.
+    """Returns the model of `load_model(name, dtype, labels)` on the meta device.
+
+    Only the config is read; of a hub id only config.json is fetched.
 
     Args:
-        name: a packaged model, a `.gguf` file, a local directory, or a hub id, of which config.json alone is fetched.
-        dtype: "float32", "bfloat16", "float16", "base", or "auto", as in `load_model`.
-        labels: the classes, in order: a classifier instead of a causal language model.
+        name: a packaged model, a `.gguf` file, a directory or a hub id.
+        dtype: "float32", "bfloat16", "float16", "base" or "auto", as for `load_model`.
+        labels: the classes of a classifier, in order; None for a causal language model.
 
     Raises:
-        ModelError: nothing of that name, or its config is of no such model.
+        ModelError: there is no such model, or its config belongs to another kind of model.
         SettingError: an unknown dtype.
     """
     config = config_of(name, labels)
@@ -40,28 +42,39 @@ def skeleton(name: str, dtype: str = "auto", labels: Sequence[str] | None = None
 
 
 def built(config: Any, dtype: torch.dtype | None = None, classifier: bool = False) -> Any:
-    """The model of a transformers config on the meta device, in `dtype` or else the config's own.
+    """Returns the model of a transformers config on the meta device.
+
+    >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
+    >>> built(config).lm_head.weight.device
+    device(type='meta')
+
+    Args:
+        config: a transformers config.
+        dtype: of the weights; None is the config's own.
+        classifier: a classifier instead of a causal language model.
 
     Raises:
-        ModelError: the config is of no causal language model, or of no classifier.
+        ModelError: the config belongs to no such model.
     """
     auto = (
         transformers.AutoModelForSequenceClassification
         if classifier
         else transformers.AutoModelForCausalLM
     )
-    what = f"{type(config).__name__} is the config of no {'classifier' if classifier else 'causal language model'}"
+    kind = "classifier" if classifier else "causal language model"
+    what = f"{type(config).__name__} is the config of no {kind}"
     with loading.readable(what), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # such as initialisers that find nothing to initialise
+        warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
         return loading.made(
             auto, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32
         )
 
 
 def give_tensors(model: nn.Module) -> None:
-    """Give a skeleton empty tensors on the CPU, with the same ties; under `FakeTensorMode` they take no memory."""
+    """Gives a skeleton empty tensors on the CPU, with the same ties.
+
+    Under `FakeTensorMode` they take no memory.
+    """
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -80,13 +93,21 @@ def give_tensors(model: nn.Module) -> None:
 def trainable_parameters(
     model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **where: Any
 ) -> int:
-    """How many numbers `method` would train in `model`, a skeleton or a real model, which is left as it was.
+    """Returns how many numbers `method` trains in `model`, which is left as it was.
 
-    `targets` and `where` are what `lorakin.adapt` takes. A method that chooses its modules by a probe is counted as
-    `supposed` says, from above.
+    >>> from lorakin.family import method_named
+    >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
+    >>> trainable_parameters(built(config), method_named("lora", {"rank": 1}), "c_attn")
+    16
+
+    Args:
+        model: a skeleton or a real model.
+        method: the method. If it chooses its modules by a probe, this counts the most that it can
+            train (see `supposed`).
+        targets, where: as for `lorakin.adapt`.
 
     Raises:
-        LorakinError: whatever `adapt` raises.
+        LorakinError: the method cannot run on this model.
     """
     adapter = adapt(
         model, supposed(model, method, targets, **where), targets, name="counted", **where
@@ -100,10 +121,10 @@ def trainable_parameters(
 def supposed(
     model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **where: Any
 ) -> Method:
-    """`method` with what its probe, if it needs one, would find in the worst case.
+    """Returns `method` with the worst result that its probe, if it has one, could have.
 
-    All modules are equally important, so that as many as ever are needed for a share of the whole, and the largest are
-    chosen first.
+    All modules are equally important, so that it takes the most modules to reach a share of the
+    importance, and the largest modules come first.
     """
     if method.probe is None:
         return method
@@ -118,11 +139,11 @@ def supposed(
 
 
 PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
-"""What `adapt` and `placement.placement` call by the same names."""
+"""Arguments with the same name in `adapt` and `placement.place`."""
 
 
 def _almost_equal(ranked: Sequence[str]) -> Mapping[str, float]:
-    """Shares that sum to 1, falling by a hair, so that an order is in them."""
+    """Returns shares that sum to 1 and fall by a hair, so that they have an order."""
     count = len(ranked)
     return {
         path: (1 + 1e-6 * ((count - 1) / 2 - place) / count) / count

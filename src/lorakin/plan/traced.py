@@ -1,8 +1,8 @@
-"""What running code would take, without running it: bytes alive at each moment, arithmetic, bytes moved.
+"""Counts what code takes without running it: bytes alive, arithmetic, and bytes moved.
 
-`Traced` watches every operation on tensors. Under `FakeTensorMode` those have shapes, dtypes and devices but no numbers, so
-that the real model, loss, backward and optimizer run, of any size, in little memory. Each storage counts once, from when it
-is made until nothing holds it.
+`Traced` watches every operation on tensors. Under `FakeTensorMode` tensors have shapes, dtypes and
+devices but no numbers, so the real model, loss, backward and optimizer run in little memory at any
+size. Each storage counts once, from when it is made until nothing holds it.
 """
 
 from __future__ import annotations
@@ -20,43 +20,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lorakin.plan.machine import Machine
+
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default
 PIECE = 32 << 20
-"""From this size on, glibc's malloc maps a block alone and gives it back whole."""
+"""glibc's malloc maps blocks of this size and more on their own, and returns them to the system."""
 EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-"""Operations that move no bytes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """How fast operations run: each takes its dispatch and the longer of its arithmetic and its traffic."""
-
-    flops: float
-    """Of large matrix products, per second."""
-    bandwidth: float
-    """Bytes read and written per second."""
-    dispatch: float
-    """Seconds."""
-
-    def seconds(self, flops: int, moved: int) -> float:
-        """Of one operation."""
-        return self.dispatch + max(flops / self.flops, moved / self.bandwidth)
+"""Operations that make a tensor without writing it."""
 
 
 class Peak(NamedTuple):
-    """A moment, in bytes."""
+    """The bytes that are alive at one moment.
+
+    Attributes:
+        total: all bytes.
+        kinds: bytes by what they are.
+        pieces: the bytes in storages smaller than `PIECE`.
+    """
 
     total: int
     kinds: dict[str, int]
-    """What is alive, by what it is."""
     pieces: int
-    """What of it lies in storages smaller than `PIECE`."""
 
 
 @dataclasses.dataclass
 class StoredBytes:
-    """A storage that is alive."""
+    """A storage that is alive: its size in bytes and what it is."""
 
     reference: weakref.ref[Any]
     size: int
@@ -64,31 +54,35 @@ class StoredBytes:
 
 
 class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what the operations inside its context take. Enter it inside of `FakeTensorMode`.
+    """Counts what the operations inside its context take. Enter it inside `FakeTensorMode`.
 
-    A number that the code asks for (`bool(tensor)`, `.item()`) is that of a healthy run: everything is finite, nothing of what
-    is looked for with `any` is there, all that `all` asks for is so, what is compared is equal, `nonzero` finds everything.
+    Some code asks for numbers, by `bool(tensor)` or `.item()`. It gets those of a healthy run:
+    everything is finite, `any` finds nothing, `all` holds, compared tensors are equal, and
+    `nonzero` finds everything.
+
+    Attributes:
+        machine: how fast operations run.
+        real: whether tensors have numbers, so that every question has a real answer.
+        alive: kind → bytes (see `phase`).
+        pieces: the bytes alive in storages smaller than `PIECE`.
+        peaks: phase → the moment when most bytes were alive.
+        seconds: phase → what its operations would take.
     """
 
     def __init__(self, machine: Machine, real: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.machine = machine
         self.real = real
-        """Whether tensors have numbers, so that all that is asked of them can be answered."""
         self.alive: collections.Counter[str] = collections.Counter()
-        """Bytes by what they are (see `phase`)."""
         self.pieces = 0
-        """Bytes of those storages alive that are smaller than `PIECE`."""
         self.peaks: dict[str, Peak] = {}
-        """Phase → its moment of most bytes."""
         self.seconds: collections.Counter[str] = collections.Counter()
-        """Phase → what its operations would take."""
         self._storages: dict[int, StoredBytes] = {}
         self._phase, self._kind, self._total = "", "temporary", 0
 
     @contextlib.contextmanager
     def phase(self, name: str, makes: str) -> Iterator[None]:
-        """Inside, peak and seconds are those of phase `name`, and storages that are made count as `makes`."""
+        """Counts peak and seconds for phase `name`, and new storages as kind `makes`."""
         before, self._phase, self._kind = (self._phase, self._kind), name, makes
         self._note()
         try:
@@ -97,18 +91,18 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._phase, self._kind = before
 
     def see(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors that were there before."""
+        """Counts tensors that were made before."""
         with self.phase(self._phase, makes=kind):
             for tensor in tensors:
                 self._see(tensor)
 
     def go_on_as(self, name: str) -> None:
-        """The rest of the present phase is another's."""
+        """Counts the rest of the present phase for another one."""
         self._phase = name
         self._note()
 
     def become(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """From now on these tensors' storages count as `kind`."""
+        """Counts these tensors' storages as `kind` from now on."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._storages:
@@ -118,7 +112,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 stored.kind = kind
 
     def all_become(self, kind: str, was: str) -> None:
-        """From now on whatever counts as `was` counts as `kind`."""
+        """Counts all storages of kind `was` as `kind` from now on."""
         for stored in self._storages.values():
             if stored.kind == was:
                 stored.kind = kind
@@ -138,7 +132,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return _healthy(args[0])
             if function in (aten.equal.default, aten.allclose.default):
                 return True
-            if function is aten.nonzero.default:  # how many there are is a number too: at most all
+            if function is aten.nonzero.default:  # how many it finds is a number too: at most all
                 everything = (args[0].numel(), args[0].ndim)
                 function, args, kwargs = (
                     aten.new_empty.default,
@@ -161,7 +155,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _see(self, tensor: Tensor) -> bool:
-        """Take note of the tensor's storage; returns whether it is new."""
+        """Counts the tensor's storage; returns whether it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -200,6 +194,7 @@ def _bytes(value: Any) -> int:
 
 
 def _healthy(tensor: Any) -> bool | int | float:
+    """Returns the number that a healthy run would have here."""
     constant = getattr(tensor, "constant", None)
     if constant is not None:
         return constant.item()  # type: ignore[no-any-return]
@@ -209,7 +204,7 @@ def _healthy(tensor: Any) -> bool | int | float:
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Multiplications and additions of a matrix product, a convolution or attention."""
+    """Returns the multiplications and additions of a product, a convolution or attention."""
     if packet in ATTENTION:
         skipped, products = ATTENTION[packet]
         query, key = args[skipped : skipped + 2]
@@ -223,4 +218,5 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: (0, 2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 5),
 }
-"""What torch's own table lacks: how many arguments precede the query, and how many products there are."""
+"""Operations that torch's table lacks: how many arguments come before the query, and how many
+matrix products it has."""

@@ -1,1 +1,1 @@
-"""Pages, charts and pictures, made of plain data."""
+"""Makes pages, charts and pictures from plain data."""

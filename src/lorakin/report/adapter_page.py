@@ -1,4 +1,4 @@
-"""The page about one adapter, from what its files say: facts, pictures by layer, and the ranks that would do."""
+"""The page about one adapter, made from its files alone: facts, pictures by layer, needed ranks."""
 
 from __future__ import annotations
 
@@ -6,50 +6,48 @@ import json
 import math
 from collections.abc import Mapping
 
-from lorakin.report import page, pictures, spectrum
+from lorakin.report import heatmaps, page, spectrum
 from lorakin.report.page import Block, Code, Column, Paragraph, Section, Table
 from lorakin.storage.summary import Summary, importance_in
 
 MAGNITUDES = (
-    "This is the product of each pair alone. The adapter also has magnitudes, one for each output; how much they change the "
-    "weights depends on the base model, which is not in the files."
+    "This is the product of each pair alone. The adapter also has magnitudes, one for each output. "
+    "How much they change the weights depends on the base model, which is not in the files."
 )
 TOO_WIDE = (
-    "Modules share a pair here, of which each uses as many columns as it has inputs. Only the base model tells how many; the "
-    "widest module's are taken, so the norms of narrower ones are too large."
+    "Modules share a pair here, and each uses as many of its columns as it has inputs. Only the "
+    "base model tells how many. This page takes the widest module's, so the norms of narrower "
+    "modules are too large."
 )
-NO_PAIR = "The shared pair is not in the file: it is drawn again with the base model at hand. Without it no change has a norm."
+NO_PAIR = (
+    "The shared pair is not in the file: it is drawn again when the adapter is loaded into its "
+    "base model. Without it no change has a norm."
+)
 UNTRAINED = "No module changes: the product of every pair is zero, as before training."
 GUESS = (
-    "It is a guess for another run: that this run's change needs few directions does not prove that training finds them as "
-    "well when it has no more than these."
+    "This is a guess for another run. This run's change needs few directions; that does not prove "
+    "that training finds them as well when it has no more than these."
 )
 
 
 def render(summary: Summary) -> str:
-    """The page.
+    """Returns the page as HTML.
 
     Raises:
-        AdapterError: its importance.json is none.
+        AdapterError: the adapter's importance.json is damaged.
     """
     found = importance_in(summary.path)
     sections = [Section("At a glance", [_facts(summary)]), Section("Change", _change(summary))]
     if found:
-        sections.append(
-            Section(
-                "Importance", [pictures.importance(found, summary.method.own_pairs(list(found)))]
-            )
-        )
+        own = summary.method.own_pairs(list(found))
+        sections.append(Section("Importance", [heatmaps.importance(found, own)]))
     if len(set(summary.ranks.values())) > 1:
-        sections.append(Section("Rank", [pictures.ranks(summary.ranks)]))
+        sections.append(Section("Rank", [heatmaps.ranks(summary.ranks)]))
     if any(summary.norms.values()):
         sections += _spectra(summary)
+    base = summary.base or "a base that is not recorded"
     title = f"Adapter {summary.path.resolve().name}"
-    return page.render(
-        title,
-        f"{summary.method.words} on {summary.base or 'a base that is not recorded'}",
-        sections,
-    )
+    return page.render(title, f"{summary.method.words} on {base}", sections)
 
 
 def _facts(summary: Summary) -> Table:
@@ -58,64 +56,77 @@ def _facts(summary: Summary) -> Table:
 
 
 def _change(summary: Summary) -> list[Block]:
+    """Returns how much each module changes, if the files tell."""
     if not summary.norms:
         return [Paragraph(NO_PAIR)]
     if not any(summary.norms.values()):
         return [Paragraph(UNTRAINED)]
     notes = [MAGNITUDES] * summary.gained + [TOO_WIDE] * _shared(summary)
-    return [
-        pictures.change_by_layer(
-            summary.norms_together, of="up·down" if summary.gained else "ΔW", note=" ".join(notes)
-        )
-    ]
+    change = "up·down" if summary.gained else "ΔW"
+    return [heatmaps.change_by_layer(summary.norms_together, of=change, note=" ".join(notes))]
 
 
 def _spectra(summary: Summary) -> list[Section]:
-    """What rank the change needs: as pictures, as lines to copy, and module by module."""
+    """Returns which ranks the change needs: as pictures, as lines to copy, and by module."""
     spectra = {path: spectrum.singular_values(pair) for path, pair in summary.pairs.items()}
     effective = {path: spectrum.effective_rank(values) for path, values in spectra.items()}
     suggested = spectrum.suggested_ranks(spectra)
-    found = spectrum.rank_pattern(suggested)
-    now, then = _numbers(summary, summary.ranks), _numbers(summary, suggested)
-    counted = f"Pairs of these ranks have {then:,} numbers, {then / now:.0%} of the {now:,} that pairs of the present ranks have."
-    if _shared(summary):
-        counted += f" The file has only {summary.parameters:,}, because modules share a pair."
+    pattern = spectrum.rank_pattern(suggested)
     reached = (
-        f"The smallest ranks that keep {spectrum.ENERGY:.0%} of ‖up·down‖² in every module, and so leave out at most "
-        f"{math.sqrt(1 - spectrum.ENERGY):.0%} of ‖up·down‖, rounded up to 1, 2, 3, 4, 6, 8, 12, 16 and so on."
+        f"The smallest ranks that keep {spectrum.ENERGY:.0%} of ‖up·down‖² in every module, and so "
+        f"leave out at most {math.sqrt(1 - spectrum.ENERGY):.0%} of ‖up·down‖, rounded up to 1, 2, "
+        "3, 4, 6, 8, 12, 16 and so on."
     )
     blocks: list[Block] = [
-        pictures.effective_ranks(effective),
-        pictures.ranks(suggested, title="Suggested rank by layer and module", note=reached),
-        Paragraph(counted, GUESS),
+        heatmaps.effective_ranks(effective),
+        heatmaps.ranks(suggested, title="Suggested rank by layer and module", note=reached),
+        Paragraph(_counted(summary, suggested), GUESS),
         Code(
-            "To copy; it is JSON, YAML and Python alike. Patterns mean what they mean in PEFT.",
-            _lines(summary, found),
+            "Lines to copy. They are valid JSON, YAML and Python, and the patterns mean the same "
+            "as in PEFT.",
+            _lines(summary, pattern),
         ),
     ]
-    if found.unchanged:
-        blocks.append(
-            Code("These modules do not change, and need no pair:", "\n".join(found.unchanged))
-        )
+    if pattern.unchanged:
+        unchanged = "\n".join(pattern.unchanged)
+        blocks.append(Code("These modules do not change and need no pair:", unchanged))
+    return [
+        Section("Rank that is needed", blocks),
+        Section("Every module", [_modules(summary, effective, suggested)], open=False),
+    ]
+
+
+def _counted(summary: Summary, suggested: Mapping[str, int]) -> str:
+    """Says how many numbers pairs of the suggested ranks have."""
+    now, then = _numbers(summary, summary.ranks), _numbers(summary, suggested)
+    said = (
+        f"Pairs of these ranks have {then:,} numbers, {then / now:.0%} of the {now:,} that pairs "
+        "of the present ranks have."
+    )
+    if _shared(summary):
+        said += f" The file has only {summary.parameters:,}, because modules share a pair."
+    return said
+
+
+def _modules(
+    summary: Summary, effective: Mapping[str, float], suggested: Mapping[str, int]
+) -> Table:
     columns = [
         Column("module", numeric=False),
         Column("‖up·down‖", "The Frobenius norm of the pair's product."),
-        Column("rank", "Of the pair as it is."),
+        Column("rank", "The pair's present rank."),
         Column("effective rank", "The exponential of the entropy of the singular values."),
-        Column("suggested", "The rank as suggested above."),
+        Column("suggested", "The rank suggested above."),
     ]
     rows: list[list[page.Value]] = [
         [path, summary.norms[path], summary.ranks[path], effective[path], suggested[path]]
-        for path in spectra
+        for path in effective
     ]
-    return [
-        Section("Rank that is needed", blocks),
-        Section("Every module", [Table("By module", columns, rows)], open=False),
-    ]
+    return Table("By module", columns, rows)
 
 
 def _lines(summary: Summary, found: spectrum.RankPattern) -> str:
-    """The ranks in PEFT's words, with alphas that keep the present scale alpha/rank where there is one."""
+    """Returns the ranks in PEFT's words, with alphas that keep the present alpha / rank."""
     said: dict[str, object] = {"r": found.rank, "rank_pattern": found.pattern}
     alpha, rank = summary.method.setting("alpha"), summary.method.setting("rank")
     if alpha and rank and not summary.method.setting("rslora"):
@@ -125,17 +136,17 @@ def _lines(summary: Summary, found: spectrum.RankPattern) -> str:
 
 
 def _whole(number: float) -> float:
-    """A whole number without its ".0", which some readers do not take."""
+    """Drops ".0" from a whole number: some readers do not accept it."""
     return int(number) if number == int(number) else number
 
 
 def _numbers(summary: Summary, ranks: Mapping[str, int]) -> int:
-    """How many numbers pairs of these ranks have."""
+    """Returns how many numbers pairs of these ranks have."""
     return sum(
         ranks[path] * (len(pair.up) + pair.down.shape[1]) for path, pair in summary.pairs.items()
     )
 
 
 def _shared(summary: Summary) -> bool:
-    """Whether the file holds less than the pairs, because modules share them."""
+    """Whether modules share pairs, so that the file holds fewer numbers than the pairs have."""
     return summary.parameters < _numbers(summary, summary.ranks)

@@ -227,7 +227,7 @@ class Merged(Mapping[str, Tensor]):
                 "weight of this model; an adapter is folded into the base before that is quantised"
             )
         matrix = kind.matrix(stored)
-        pair = method.pair(widened(self.contents.sites[path]), kind.shape(module), matrix)
+        pair = method.pair(widened(self.contents.slots[path]), kind.shape(module), matrix)
         return folded(stored, kind, module, [pair], path, dtype).contiguous()
 
 

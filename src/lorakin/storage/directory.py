@@ -1,13 +1,8 @@
-"""An adapter's directory: PEFT's two files, beside them lorakin's with what PEFT's cannot say, and a model card.
-
-`lorakin.json` names the members with their settings; `lorakin.safetensors` holds tensors that PEFT has no form for, and
-what training remembers between steps.
-"""
+"""An adapter's directory: PEFT's two files, beside them lorakin's own part, and a model card."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,34 +19,22 @@ from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import bias_of
 from lorakin.inject.placement import Graft
 from lorakin.inject.tokens import base_rows, ids_at
-from lorakin.storage import atomic, card, peft_format, texts
+from lorakin.storage import atomic, card, json_files, own_part, texts
+from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import difference, fingerprint
-from lorakin.storage.own_part import (
-    CHECKSUM,
-    CONFIG,
-    FORMAT,
-    OLD_TENSORS,
-    OWN,
-    OWN_TENSORS,
-    TENSORS,
-    Beside,
-    checksum,
-    disagreement,
-    meaning,
-    no_json,
-    packed,
-    parsed,
-    read_beside,
-    sha256,
-    tensors_in,
-    unsound,
-)
+from lorakin.storage.json_files import no_json, parsed
+from lorakin.storage.match import match
+from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS, Beside, Own
+from lorakin.storage.peft import shared_pair
+from lorakin.storage.peft.forms import PREFIX
+from lorakin.storage.peft.reading import document_of
+from lorakin.storage.peft.writing import written
 from lorakin.storage.pickles import tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What an adapter's directory holds, read but not yet matched with a model."""
+    """What an adapter's directory holds, before it is matched with a model."""
 
     path: Path
     config: Mapping[str, Any]
@@ -59,110 +42,111 @@ class Files:
     beside: Beside
 
     @property
-    def own(self) -> peft_format.Own | None:
-        """lorakin's own part, where there is one that belongs to PEFT's."""
+    def own(self) -> Own | None:
+        """lorakin's own part, where there is one that belongs to PEFT's files."""
         return self.beside.own
 
     @property
     def base(self) -> Mapping[str, Any] | None:
-        """The fingerprint of the base that it was made on, where one is remembered; see `fingerprint`."""
+        """The fingerprint of the base that the adapter was made on, if it remembers one."""
         return self.beside.base
 
-    def match(self, model: nn.Module, other_base: bool = False) -> peft_format.Contents:
-        """Match with `model`; see `peft_format.from_files`.
+    def match(self, model: nn.Module, other_base: bool = False) -> Document:
+        """The adapter's document, as it goes into `model`, which is left as it is.
 
         Raises:
-            AdapterError: also if the adapter remembers another base, unless `other_base`.
+            AdapterError: the files do not fit the model; or they remember another base than this
+                one, unless `other_base`.
         """
-        contents = peft_format.from_files(
-            model, self.config, self.tensors, self.own, str(self.path)
-        )
+        where = str(self.path)
+        found = document_of(self.config, self.tensors, self.own, model, where)
+        document = match(found, model, where)
         self.check()
-        remembered = None if other_base else self.base
-        here = fingerprint(model, ids_at(contents.placement.tokens)) if remembered else {}
-        if remembered and (apart := difference(remembered, here)):
+        if self.base and not other_base:
+            self._check_base(self.base, document, model)
+        return document
+
+    def _check_base(
+        self, remembered: Mapping[str, Any], document: Document, model: nn.Module
+    ) -> None:
+        here = fingerprint(model, ids_at(document.placement.tokens))
+        if apart := difference(remembered, here):
             random = (
                 "Rows that a resize added are random where the adapter does not train them. "
-                if contents.rows
+                if document.rows
                 else ""
             )
             raise AdapterError(
-                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, if this one is meant, "
-                "say so with other_base=True or --other-base"
+                f"{self.path}: it is for another base model: {apart}. {random}Load that base, or, "
+                "if this one is meant, say so with other_base=True or --other-base"
             )
-        for said in texts.differences(remembered or {}, here):
-            message = (
-                f"{self.path}: {said} than when the adapter was made, so it may answer otherwise"
+        for said in texts.differences(remembered, here):
+            warnings.warn(
+                f"{self.path}: {said} than when the adapter was made, so it may answer otherwise",
+                LorakinWarning,
+                stacklevel=5,
             )
-            warnings.warn(message, LorakinWarning, stacklevel=4)
-        return contents
 
     def check(self) -> None:
-        """Raise `AdapterError` if `lorakin.json` or PEFT's config beside it are not as written, once nothing more is wrong."""
+        """Raise `AdapterError` if `lorakin.json`, or the config beside it, is not as written.
+
+        Called last, so that a fault that says more is reported first.
+        """
         if not self.beside.is_sound:
-            raise unsound(self.path)
-        if self.beside.config is not None and (
-            error := disagreement(self.path, self.beside.config, self.config)
-        ):
+            raise own_part.unsound(self.path)
+        then = self.beside.config
+        if then is not None and (error := own_part.disagreement(self.path, then, self.config)):
             raise error
 
 
 def save(
     graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None
 ) -> Path:
-    """Write the adapter into the directory `path`, made if need be, all of its files or none.
+    """Write the adapter into the directory `path`, made if need be: all of its files or none.
 
-    Among them is a model card, README.md, unless a person's is there. `notes` and `home` are for it: see `card.content`.
+    Among them is a model card, README.md, unless a person's is there. `notes` and `home` are for
+    it: see `card.content`.
 
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
     graft.check_sizes()
-    form = peft_format.native_form(graft)
-    config, tensors = peft_format.to_files(graft, form)
-    files = {
-        TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        CONFIG: _json(config),
-    }
-    method = graft.placement.method
-    more: dict[str, Tensor] = {}
-    own: dict[str, Any] = {
-        "format": FORMAT,
-        "members": [{"member": m.word, "settings": dataclasses.asdict(m)} for m in method.members],  # type: ignore[call-overload]
-        "beside": {TENSORS: sha256(files[TENSORS])},
-        "config": meaning(config),
-    }
-    if form is None:
-        sites = {at: graft.tensors_at(at) for at in graft.placement.methods}
-        own["patterns"] = [dict(graft.placement.rank_pattern), dict(graft.placement.alpha_pattern)]
-        own["tensors"] = packed(sites, "tensors", more, {})
-    elif shared := peft_format.shared_tensors(graft, form):
-        own["projection"] = peft_format.projection_checksum(shared)
-    own["base"] = fingerprint(graft.model, ids_at(graft.placement.tokens), again=True)
-    if moved := graft.moved_buffers():
-        own["buffers"] = packed(moved, "buffers", more, {})
-    if graft.placement.copies:
-        own["whole"] = list(graft.placement.copies)
-    if graft.rules is not None:
-        own["state"] = packed(graft.state(), "state", more, {})
-    if more:
-        files[OWN_TENSORS] = safetensors.torch.save(more, metadata={"format": "pt"})
-        own["beside"][OWN_TENSORS] = sha256(files[OWN_TENSORS])
-    files[OWN] = _json(own | {CHECKSUM: checksum(own)})
-    text = card.content(graft, config, notes or {}, home, converted=form is None)
+    document = Document.of(graft)
+    peft = written(document, graft.model)
+    form = peft.form
+    shared = {} if form is None else shared_pair.shared_by_all(document, form)
+    said, tensors = own_part.written(
+        document,
+        peft.tensors,
+        PREFIX,
+        with_slots=form is None,
+        projection=shared_pair.checksum(shared) if shared else None,
+        base=fingerprint(graft.model, ids_at(graft.placement.tokens), again=True),
+    )
+    files = {TENSORS: _tensor_file(peft.tensors), CONFIG: json_files.written(peft.config)}
+    if tensors:
+        files[OWN_TENSORS] = _tensor_file(tensors)
+    files[OWN] = json_files.written(own_part.sealed(said, files, peft.config))
+    text = card.content(graft, peft.config, notes or {}, home, converted=form is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
-    atomic.write(
-        path, files, without=[] if more else [OWN_TENSORS]
-    )  # of an adapter that was there before
+    # Of an adapter that was there before, which may have had tensors of our own.
+    without = [] if tensors else [OWN_TENSORS]
+    atomic.write(path, files, without=without)
     return path
 
 
+def _tensor_file(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
+
+
 def read(path: Path) -> Files:
-    """Read an adapter's directory, ours or PEFT's: the files of one save, also while another is under way. Changes nothing.
+    """Read an adapter's directory, lorakin's or PEFT's; changes nothing.
+
+    The files are those of one save, also while another save is under way.
 
     Raises:
-        AdapterError: no directory, no config, no tensors, or files that cannot be parsed or are damaged.
+        AdapterError: no directory, no config, no tensors, or files that are damaged.
     """
     if not path.is_dir():
         raise AdapterError(f"there is no adapter directory {path}")
@@ -174,18 +158,14 @@ def read(path: Path) -> Files:
         raise AdapterError(f"{path} cannot be read ({error})") from None
     if CONFIG not in found:
         raise no_json(path / CONFIG)
-    return Files(
-        path,
-        parsed(path / CONFIG, found[CONFIG]),
-        _read_tensors(path, found),
-        read_beside(path, found),
-    )
+    config, tensors = parsed(path / CONFIG, found[CONFIG]), _read_tensors(path, found)
+    return Files(path, config, tensors, own_part.read_beside(path, found, tensors))
 
 
 def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
     try:
         if TENSORS in found:
-            return tensors_in(found[TENSORS])
+            return own_part.tensors_in(found[TENSORS])
         if OLD_TENSORS in found:
             return tensors_of(path / OLD_TENSORS, found[OLD_TENSORS])
         raise AdapterError(f"{path} has no {TENSORS}")
@@ -193,10 +173,6 @@ def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def check_trained(graft: Graft) -> None:
@@ -300,17 +276,14 @@ def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
 
 def _changes_nothing(graft: Graft, path: str) -> bool:
     site = graft.branch(path)
-    if not any(role.trained for role in site.roles().values()):
+    if not any(slot.trained for slot in site.slots().values()):
         return False  # meant to
     bias = graft.biases().get(path)
     if bias is not None and not _is_the_bases_bias(graft, path, bias):
         return False
-    pair = site.method.low_rank(site.wide(), site.shape)
-    return (
-        not pair.up.is_meta
-        and bool(pair.down.numel())
-        and not (bool(pair.up.any()) and bool(pair.down.any()))
-    )
+    there = site.tensors().values()
+    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
+    return has_numbers and site.is_at_start
 
 
 __all__ = [

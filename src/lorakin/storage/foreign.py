@@ -42,7 +42,7 @@ from lorakin.inject import layers
 from lorakin.inject.layers import EmbeddingLayer
 from lorakin.inject.targets import named_modules
 from lorakin.storage import files
-from lorakin.storage.own_part import read_json
+from lorakin.storage.json_files import read_json
 from lorakin.storage.pickles import tensors_of
 
 CONFIG = "adapter_config.json"

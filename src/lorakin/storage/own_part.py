@@ -1,12 +1,16 @@
-"""lorakin's own part of an adapter's directory, `lorakin.json` and `lorakin.safetensors`, as it is read beside PEFT's files."""
+"""lorakin's own part of an adapter's directory: `lorakin.json` and `lorakin.safetensors`.
+
+They hold what PEFT's files cannot say: the members with their settings, tensors that PEFT has no
+form for, what training remembers, and the base's fingerprint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,281 +18,298 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakin.errors import AdapterError, LorakinWarning
-from lorakin.family import all_finite
-from lorakin.storage import files, peft_format
-from lorakin.storage.fields import misfit
+from lorakin.errors import AdapterError, LorakinWarning, SettingError
+from lorakin.family import Member, all_finite, member_named, members
+from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import is_fingerprint
-from lorakin.storage.schema import Check, shown
+from lorakin.storage.json_files import parsed, sha256
+from lorakin.storage.references import PEFT_TENSORS, Packing, is_reference, unpacked
+from lorakin.storage.schema import Check, Misfit, fitted, shown
 
-CONFIG, TENSORS, OLD_TENSORS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", PEFT_TENSORS, "adapter_model.bin"
 OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
-FORMAT, CHECKSUM = 1, "sha256"
-KNOWN = {
-    "format", "members", "beside", "config", "patterns", "tensors", "projection", "base", "buffers", "whole", "state", CHECKSUM,
-}  # fmt: skip
-"""What `lorakin.json` may say; a file of a later version that says more has another format."""
+FORMAT, CHECKSUM = 2, "sha256"
+FORMATS = (1, FORMAT)
+"""1: every tensor of our own is in `lorakin.safetensors`. 2: one may be a range of PEFT's."""
 
 ASIDE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_version", "revision",
-    "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save",
+    "peft_version", "revision", "target_modules", "task_type",
 }  # fmt: skip
-"""What `adapter_config.json` may come to say otherwise: PEFT writes it anew with these in words of its own, and people edit
-them. Which modules there are, the tensors say."""
+"""Fields of `adapter_config.json` that may change without making another adapter of it.
 
-MOST_JSON = 1 << 26
-"""Bytes of one of the JSON files: of the largest mixtures some ten million."""
+PEFT writes the file anew with words of its own, and people edit it. Which modules are adapted, the
+tensors tell.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Member:
+class MemberEntry:
+    """One member in `lorakin.json`."""
+
     member: str
     settings: dict[str, Any]
+    package: str | None = None
+    """What to install for a member that is not lorakin's own."""
+
+    @classmethod
+    def of(cls, member: Member) -> MemberEntry:
+        """The entry of a member."""
+        settings: dict[str, Any] = dataclasses.asdict(member)  # type: ignore[call-overload]
+        return cls(member.word, settings, _package_of(type(member)))
+
+    def made(self) -> Member:
+        """The member with its settings; raises `SettingError` if this installation has none such."""
+        known = {member.word for member in members()}
+        if self.member not in known and self.package is not None:
+            raise SettingError(
+                f"{self.member!r} is a member of the package {self.package!r}, which is not "
+                f"installed here: pip install {self.package}"
+            )
+        return member_named(self.member)(**self.settings)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `lorakin.json`."""
+        package = {} if self.package is None else {"package": self.package}
+        return {"member": self.member, "settings": self.settings, **package}
+
+
+def _package_of(kind: type[Member]) -> str | None:
+    """The package to install for this member; None if it is lorakin's, or in no package."""
+    top = kind.__module__.partition(".")[0]
+    if top == __name__.partition(".")[0]:
+        return None
+    return next(iter(packages_distributions().get(top, ())), None)
 
 
 def _is_state(value: Mapping[str, Any]) -> bool:
     return type(value.get("steps")) is int and isinstance(value.get("rules"), list)
 
 
-_Named = Annotated[
-    dict[Literal["tensor"], str], Check("a tensor's name", lambda value: len(value) == 1)
-]
-KINDS: Mapping[str, Any] = {
-    "members": list[_Member],
-    "beside": dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str],
-    "patterns": tuple[dict[str, Any], dict[str, Any]],
-    "tensors": dict[str, dict[str, _Named]],
-    "state": Annotated[dict[str, Any], Check("steps, a number, and rules, a list", _is_state)],
-    "base": dict[str, Any],
-    "buffers": dict[str, _Named],
-    "whole": list[str],
-    "config": dict[str, Any],
-    "projection": str,
-    CHECKSUM: str,
-}
-"""Field of lorakin.json -> what it must hold if it is there."""
+Ref = Annotated[Any, Check("where a tensor is", is_reference)]
+State = Annotated[dict[str, Any], Check("steps, a number, and rules, a list", _is_state)]
+Fingerprint = Annotated[dict[str, Any], Check("a fingerprint of a base", is_fingerprint)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What `lorakin.json` may say."""
+
+    format: Literal[1, 2]
+    members: list[MemberEntry]
+    beside: dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str] | None = None
+    config: dict[str, Any] | None = None
+    patterns: tuple[dict[str, Any], dict[str, Any]] | None = None
+    tensors: dict[str, dict[str, Ref]] | None = None
+    projection: str | None = None
+    base: Fingerprint | None = None
+    buffers: dict[str, Ref] | None = None
+    whole: list[str] | None = None
+    state: State | None = None
+    sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """What lorakin's own part says of an adapter."""
+
+    members: Sequence[MemberEntry]
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None
+    """Path → slot → tensor, if PEFT's file holds them in another form."""
+    patterns: Sequence[Mapping[str, Any]] = ({}, {})
+    """The ranks and alphas of single modules, where there are `tensors`."""
+    state: Mapping[str, Any] | None = None
+    """What training remembers."""
+    projection: str | None = None
+    """Checksum of the pair that all modules share."""
+    base: Mapping[str, Any] | None = None
+    """The base's fingerprint."""
+    buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    whole: Collection[str] | None = None
+    """Paths of the modules that are trained whole, where PEFT's file holds more of them."""
 
 
 class Beside(NamedTuple):
-    """What stands beside PEFT's files.
+    """What stands beside PEFT's files."""
 
-    own: None where there is no such part, or where a file of PEFT's was written anew without it.
-    base: the fingerprint of the base that it was made on, where one is remembered; it counts in both cases.
-    rewritten: the file that was written anew.
-    is_sound: whether it is as it was written, as far as it says.
-    config: what `adapter_config.json` said then, but for what is `ASIDE`; None in earlier files.
-    """
-
-    own: peft_format.Own | None = None
+    own: Own | None = None
+    """lorakin's part; None if there is none, or if a file of PEFT's was written anew without it."""
     base: Mapping[str, Any] | None = None
+    """The fingerprint of the base, which counts in both cases."""
     rewritten: str | None = None
+    """The file that was written anew."""
     is_sound: bool = True
+    """Whether `lorakin.json` is as it was written, as far as it says."""
     config: Mapping[str, Any] | None = None
+    """What `adapter_config.json` said then; None in earlier files."""
 
 
-def read_beside(path: Path, found: Mapping[str, bytes]) -> Beside:
-    """lorakin's own part of the files `found` (name → content) in the directory `path`.
+def written(
+    document: Document,
+    peft: Mapping[str, Tensor],
+    prefix: str,
+    *,
+    with_slots: bool,
+    projection: str | None,
+    base: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `lorakin.json` says of a document, and the tensors of `lorakin.safetensors`.
+
+    Args:
+        document: the adapter.
+        peft: the tensors of PEFT's file, which are not written again.
+        prefix: what their keys begin with.
+        with_slots: PEFT's file holds the modules' tensors in another form.
+        projection: checksum of the pair that all modules share, if PEFT's file holds one.
+        base: the base's fingerprint.
+    """
+    packing, placement = Packing(peft, prefix), document.placement
+    said: dict[str, Any] = {
+        "format": FORMAT,
+        "members": [MemberEntry.of(member).as_json() for member in document.method.members],
+    }
+    if with_slots:
+        said["patterns"] = [dict(placement.rank_pattern), dict(placement.alpha_pattern)]
+        said["tensors"] = packing.packed(document.slots, "tensors")
+    elif projection is not None:
+        said["projection"] = projection
+    said["base"] = base
+    if document.buffers:
+        said["buffers"] = packing.packed(document.buffers, "buffers")
+    if document.copies:
+        said["whole"] = list(document.copies)
+    if document.state is not None:
+        said["state"] = packing.packed(document.state, "state")
+    return said, packing.tensors
+
+
+def sealed(
+    said: Mapping[str, Any], contents: Mapping[str, bytes], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `lorakin.json` says, with checksums of itself and of the files it belongs to.
+
+    Args:
+        said: see `written`.
+        contents: name → content of the files of tensors beside it.
+        config: what `adapter_config.json` says.
+    """
+    beside = {name: sha256(contents[name]) for name in (TENSORS, OWN_TENSORS) if name in contents}
+    own = {**said, "beside": beside, "config": meaning(config)}
+    return own | {CHECKSUM: checksum(own)}
+
+
+def read_beside(path: Path, found: Mapping[str, bytes], peft: Mapping[str, Tensor]) -> Beside:
+    """lorakin's own part of a directory's files.
+
+    Args:
+        path: the directory.
+        found: name → content of its files.
+        peft: the tensors in PEFT's file.
 
     Raises:
         AdapterError: it is damaged, or from a later version.
     """
     if OWN not in found:
         return Beside()
-    own = parsed(path / OWN, found[OWN])
-    if own.get("format") != FORMAT:
+    content = parsed(path / OWN, found[OWN])
+    if content.get("format") not in FORMATS or content.get("format") is True:
         raise AdapterError(
-            f"{path / OWN}: format {shown(own.get('format'))}, this version reads {FORMAT}; update lorakin"
+            f"{path / OWN}: format {shown(content.get('format'))}, this version reads up to "
+            f"{FORMAT}; update lorakin"
         )
-    if unknown := sorted(own.keys() - KNOWN):
-        raise AdapterError(
-            f"{path / OWN}: it says {unknown[0][:80]!r}, which no lorakin writes in format {FORMAT}; it is damaged"
-        )
-    if reason := misfit(own, KINDS):
-        raise AdapterError(f"{path / OWN}: {reason}")
-    beside, base = own.get("beside") or {}, own.get("base")
-    if base is not None and not is_fingerprint(base):
-        raise AdapterError(
-            f"{path / OWN}: what it says of the base is no fingerprint: {str(base)[:80]}"
-        )
+    try:
+        said: Said = fitted(Said, content)
+    except Misfit as misfit:
+        raise AdapterError(f"{path / OWN}: {misfit}; it is damaged") from None
     others = [
         name
-        for name, digest in beside.items()
+        for name, digest in (said.beside or {}).items()
         if name not in found or sha256(found[name]) != digest
     ]
     if others == [OWN_TENSORS] and OWN_TENSORS in found:  # which lorakin alone writes
         raise AdapterError(
-            f"{path}: {OWN_TENSORS} is damaged: it is not the one that was saved here. To have what PEFT's files say, and "
-            f"neither the method nor what training remembers, remove {OWN} and {OWN_TENSORS}"
+            f"{path}: {OWN_TENSORS} is damaged: it is not the one that was saved here. To have "
+            "what PEFT's files say, and neither the method nor what training remembers, remove "
+            f"{OWN} and {OWN_TENSORS}"
         )
-    is_sound = own.get(CHECKSUM, checksum(own)) == checksum(own)
+    is_sound = said.sha256 is None or said.sha256 == checksum(content)
     if not others:
-        return Beside(
-            _own_part(path, own, found.get(OWN_TENSORS)), base, None, is_sound, own.get("config")
-        )
+        own = _own(path, said, found.get(OWN_TENSORS), peft)
+        return Beside(own, said.base, None, is_sound, said.config)
     if not is_sound:
         raise unsound(path)
     warnings.warn(
-        f"{path}: {others[0]} is not the one that {OWN} was written with, so what {OWN} says is left aside, but for the base "
-        "that it names, and the adapter is what PEFT's files say",
+        f"{path}: {others[0]} is not the one that {OWN} was written with. So {OWN} is left aside, "
+        "but for the base that it names, and the adapter is what PEFT's files say",
         LorakinWarning,
         stacklevel=4,
     )
-    return Beside(None, base, others[0])
+    return Beside(None, said.base, others[0])
 
 
 def unsound(path: Path) -> AdapterError:
-    """What to say of a `lorakin.json` that is not as it was written."""
+    """The error for a `lorakin.json` that is not as it was written."""
     return AdapterError(
-        f"{path / OWN}: it is damaged, or was edited: its {CHECKSUM} is of something else. To have what PEFT's files say "
-        "alone, remove it"
+        f"{path / OWN}: it is damaged, or was edited: its {CHECKSUM} belongs to something else. To "
+        "have what PEFT's files say alone, remove it"
     )
 
 
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that nobody changes without making another adapter of it."""
+    """The fields of `adapter_config.json` that say which adapter it is."""
     return {key: value for key, value in config.items() if key not in ASIDE}
 
 
 def disagreement(
     path: Path, then: Mapping[str, Any], config: Mapping[str, Any]
 ) -> AdapterError | None:
-    """What to say if `config`, in `adapter_config.json`, is not what was saved in the directory `path`.
+    """The error for a `config`, in `adapter_config.json`, that is not what was saved in `path`.
 
-    Fields that PEFT adds when it writes the file anew do not count, nor one that is not set in either.
+    Fields that PEFT adds when it writes the file anew do not count, nor a field that is empty in
+    both.
     """
     for key, value in then.items():
         if (config.get(key) or None) != (value or None):
             now = shown(config.get(key)) if key in config else "missing"
             return AdapterError(
-                f"{path / CONFIG}: {key} is {now}, and {OWN} says that {shown(value)} was saved: one of the two is damaged, or "
-                f"was edited. Put {shown(value)} back; or, to have what {CONFIG} says, without the method, remove {OWN}"
+                f"{path / CONFIG}: {key} is {now}, and {OWN} says that {shown(value)} was saved: "
+                f"one of the two is damaged, or was edited. Put {shown(value)} back; or, to have "
+                f"what {CONFIG} says, without the method, remove {OWN}"
             )
     return None
 
 
-def _own_part(path: Path, own: Mapping[str, Any], content: bytes | None) -> peft_format.Own:
-    """What `lorakin.json` says, with the tensors in `content`, those of `lorakin.safetensors`."""
-    try:
-        more = tensors_in(content) if content is not None else {}
-        members = tuple((str(entry["member"]), dict(entry["settings"])) for entry in own["members"])
-        tensors = _unpacked(own["tensors"], more, path) if "tensors" in own else None
-        state = _unpacked(own["state"], more, path) if "state" in own else None
-        buffers = _unpacked(own.get("buffers", {}), more, path)
-        whole, patterns = own.get("whole"), own.get("patterns", [{}, {}])
-        if spoilt := [
-            key for key, t in more.items() if t.is_floating_point() and not all_finite(t)
-        ]:
-            raise AdapterError(f"{path}: tensor {spoilt[0]} of {OWN_TENSORS} holds NaN or infinity")
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    return peft_format.Own(
-        members, tensors, patterns, state, own.get("projection"), own.get("base"), buffers, whole
-    )
-
-
 def checksum(own: Mapping[str, Any]) -> str:
-    """SHA-256 of what `lorakin.json` says, but for this checksum, however it is laid out."""
-    return sha256(
-        json.dumps(
-            {key: value for key, value in own.items() if key != CHECKSUM}, sort_keys=True
-        ).encode()
-    )
-
-
-def packed(value: Any, key: str, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
-    """`value` as JSON, its tensors put into `tensors` and named in their stead; one object twice is written once."""
-    if isinstance(value, Tensor):
-        if id(value) not in seen:
-            seen[id(value)] = key
-            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": seen[id(value)]}
-    if isinstance(value, Mapping):
-        return {str(k): packed(v, f"{key}/{k}", tensors, seen) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [packed(v, f"{key}/{n}", tensors, seen) for n, v in enumerate(value)]
-    return value
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
-    """What `packed` was given."""
-    if isinstance(value, dict) and value.keys() == {"tensor"}:
-        if value["tensor"] not in tensors:
-            raise AdapterError(f"{path}: {OWN_TENSORS} lacks {value['tensor']}")
-        return tensors[value["tensor"]]
-    if isinstance(value, dict):
-        return {key: _unpacked(item, tensors, path) for key, item in value.items()}
-    return [_unpacked(item, tensors, path) for item in value] if isinstance(value, list) else value
+    """SHA-256 of what `lorakin.json` says, without this checksum, however it is laid out."""
+    rest = {key: value for key, value in own.items() if key != CHECKSUM}
+    return sha256(json.dumps(rest, sort_keys=True).encode())
 
 
 def tensors_in(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in the order of their names: `load` gives another one each time."""
+    """The tensors of a safetensors file, sorted by name, since `load` has a new order each time."""
     return dict(sorted(safetensors.torch.load(content).items()))
 
 
-def sha256(content: bytes) -> str:
-    """In hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-        AdapterError: no such file, no JSON, no object, or a key that stands twice.
-    """
+def _own(path: Path, said: Said, content: bytes | None, peft: Mapping[str, Tensor]) -> Own:
+    """What `lorakin.json` says, with its tensors; `content` is `lorakin.safetensors`."""
     try:
-        content = files.content(path, MOST_JSON)
-    except FileNotFoundError:
-        raise no_json(path) from None
-    except OSError as error:
-        raise (
-            error
-            if isinstance(error, AdapterError)
-            else AdapterError(f"{path} cannot be read as JSON ({error})")
-        ) from None
-    return parsed(path, content)
-
-
-def no_json(path: Path) -> AdapterError:
-    """What to say where the file `path` is not there."""
-    if named := sorted(inner.parent.name for inner in path.parent.glob(f"*/{path.name}")):
-        return AdapterError(
-            f"{path.parent} holds adapters in directories of their own ({', '.join(named)}); load one of them"
-        )
-    return AdapterError(f"{path.parent} has no {path.name}; is it an adapter's directory?")
-
-
-def parsed(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object in a file's `content`; raises `AdapterError` if it is none."""
-    if len(content) > MOST_JSON:
-        raise AdapterError(f"{path} is longer than {MOST_JSON:,} bytes, so it is none")
-    try:
-        said = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(said, dict):
-        raise AdapterError(f"{path} holds {type(said).__name__}, expected an object")
-    return said
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which no key stands twice: readers differ in which one they take."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands in it twice")
-    return content
+        more = tensors_in(content) if content is not None else {}
+        found = {
+            name: unpacked(getattr(said, name), more, peft)
+            for name in ("tensors", "state", "buffers")
+        }
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
+    for key, tensor in more.items():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise AdapterError(f"{path}: tensor {key} of {OWN_TENSORS} holds NaN or infinity")
+    return Own(
+        said.members,
+        found["tensors"],
+        said.patterns or ({}, {}),
+        found["state"],
+        said.projection,
+        said.base,
+        found["buffers"] or {},
+        said.whole,
+    )

@@ -77,6 +77,20 @@ def fitted(kind: Any, value: Any, at: str = "") -> Any:
     return value
 
 
+def misfit(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first of some fields; None if all fit.
+
+    `kinds`: field → the type that it must have if it is there and not null.
+    """
+    for field, kind in kinds.items():
+        if fields.get(field) is not None:
+            try:
+                fitted(kind, fields[field], field)
+            except Misfit as error:
+                return str(error)
+    return None
+
+
 def _is_plain(kind: Any, value: Any) -> bool:
     if kind is Any:
         return True

@@ -12,7 +12,11 @@ from typing import Annotated, Any, TypeVar
 from lorakin.errors import AdapterError
 from lorakin.family import Method, Pair
 from lorakin.inject.description import member_in_words, settings_of
-from lorakin.storage import directory, expert_stacks, own_part, peft_format, token_rows
+from lorakin.storage import directory
+from lorakin.storage.json_files import read_json
+from lorakin.storage.peft import token_rows
+from lorakin.storage.peft.alone import pairs_of
+from lorakin.storage.peft.forms import TARGET_PARAMETERS
 from lorakin.storage.schema import Check, Misfit, fitted
 
 IMPORTANCE = "importance.json"
@@ -123,7 +127,7 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    placement, pairs = peft_format.pairs_of(files.config, files.tensors, files.own, str(path))
+    placement, pairs = pairs_of(files.config, files.tensors, files.own, str(path))
     files.check()
     known = {
         where: getattr(method.parametrisation, "rank", 0)
@@ -140,8 +144,8 @@ def summarise(path: Path) -> Summary:
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
         pairs=pairs,
-        tokens=token_rows.counts(files.tensors, peft_format.PREFIX),
-        has_experts=bool(files.config.get(expert_stacks.FIELD)),
+        tokens=token_rows.counts(files.tensors),
+        has_experts=bool(files.config.get(TARGET_PARAMETERS)),
     )
 
 
@@ -155,7 +159,7 @@ def importance_in(folder: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:
-        return fitted(dict[str, Share], own_part.read_json(path))  # type: ignore[no-any-return]
+        return fitted(dict[str, Share], read_json(path))  # type: ignore[no-any-return]
     except (Misfit, AdapterError) as wrong:
         raise AdapterError(f"{path} cannot be read ({wrong}); remove it to probe again") from None
 

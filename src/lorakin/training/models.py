@@ -17,7 +17,7 @@ from lorakin.errors import AdapterError, LorakinWarning, ModelError, some
 from lorakin.inject.targets import head_of
 from lorakin.storage import directory, hub, paths, texts
 from lorakin.storage.fingerprint import LABELS
-from lorakin.storage.tasks import is_classifiers
+from lorakin.storage.peft.tasks import is_classifiers
 from lorakin.training import conversions, heads, loading, model_files
 from lorakin.training.encoding import remembered_template, use_remembered
 from lorakin.training.kinds import BaseKind, kind_for

@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from lorakin.adapter import Adapter, adapt, importance
 from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, OutputError
 from lorakin.family import Method
-from lorakin.inject.activation_norms import check_called
 from lorakin.inject.counts import parameter_counts
 from lorakin.inject.description import count, share
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.llama_fusions import fuse, unfuse
+from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import head_of
 from lorakin.inject.whole_modules import find_modules
 from lorakin.loop import float16_base

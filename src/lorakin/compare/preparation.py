@@ -1,0 +1,188 @@
+"""Makes a comparison ready to run: checks everything before a model is loaded, splits the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from lorakin.adapter import adapt
+from lorakin.compare import directory, schedule, split
+from lorakin.compare.arms import FULL, REFERENCE, Arm, arms_of, limits_of
+from lorakin.compare.comparison import Comparison
+from lorakin.compare.results import Results
+from lorakin.compare.study import Study
+from lorakin.errors import LorakinError, LorakinWarning, SettingError
+from lorakin.family import Method
+from lorakin.inject.layer_numbers import parse_layers
+from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
+from lorakin.storage import paths
+from lorakin.terminal import labelled
+from lorakin.training.encoding import use_template, with_answers
+from lorakin.training.limits import places_of, row_length
+from lorakin.training.models import config_of, load_tokenizer
+from lorakin.training.precision import resolve_dtype
+from lorakin.training.reading import DataRows
+from lorakin.training.train import check_meant
+
+ENDLESS = 10**6
+"""Steps of a run whose budget is in minutes, before anything is timed."""
+
+
+def prepare(comparison: Comparison, console: Console) -> Study:
+    """Checks all that can be checked before a model is loaded; makes or reads the directory.
+
+    Raises:
+        LorakinError: something is wrong, or plain LoRA cannot run.
+    """
+    out = paths.named(comparison.out, "--out")
+    resumed = directory.check_out(comparison, out)
+    asked, comparison = comparison, within_positions(comparison)
+    if resumed:
+        saved = directory.saved_in(out)
+        parts, dtype = saved.parts, str(saved.dtype)
+    else:
+        recipe = comparison.base_recipe
+        parts = split.split_into(
+            out / directory.DATA,
+            comparison.data,
+            comparison.eval_data,
+            recipe.batch_size * recipe.accumulate,
+            _usable(comparison),
+            recipe.columns,
+            recipe.format,
+        )
+        dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
+    arms = _arms(comparison, parts, dtype)
+    if not resumed:
+        directory.save(out, asked, parts, dtype)
+
+    study = Study(comparison, out, arms, parts, Results(out / directory.RESULTS), dtype)
+    _say(study, console)
+    return study
+
+
+def within_positions(comparison: Comparison) -> Comparison:
+    """Returns the comparison with max_length cut to the model's positions.
+
+    Warns once if the user asked for more; otherwise every trial would warn.
+    """
+    wanted = comparison.base_recipe.max_length
+    length = row_length(places_of(config_of(comparison.model)), wanted)
+    if length == wanted:
+        return comparison
+    if "max_length" in comparison.recipe:
+        warnings.warn(
+            f"rows are cut at {length} tokens instead of {wanted}: {comparison.model} has no "
+            "more positions",
+            LorakinWarning,
+            stacklevel=2,
+        )
+    return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
+
+
+def _say(study: Study, console: Console) -> None:
+    """Prints how the data was split and which arms are left out."""
+    parts = study.parts
+    left = f"; left out: {parts.left_out}" if parts.left_out else ""
+    held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"
+    console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held}"))
+    for arm in study.arms:
+        if reason := schedule.refusal(arm, study.results.rows):
+            console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))
+
+
+def _usable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
+    """Returns a function that keeps the rows that a model can learn from."""
+    recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
+
+    def usable(rows: DataRows) -> DataRows:
+        if rows.is_classification:
+            check_meant(recipe, rows)
+            return rows
+        use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+        return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on)
+
+    return usable
+
+
+def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
+    """Returns all arms at the size of the budget, with reasons for those that cannot run."""
+    steps, recipe = comparison.spent.steps or ENDLESS, comparison.base_recipe
+    model = skeleton(comparison.model, dtype, parts.labels)
+    where: dict[str, Any] = {
+        "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
+        "exclude": recipe.exclude,
+        "layers": parse_layers(recipe.layers) if recipe.layers else None,
+        "rank_above": recipe.rank_above,
+    }
+
+    arms, adapted = [], list[str]()
+    for arm in arms_of(
+        comparison.methods, comparison.size, steps, comparison.settings, comparison.dropout
+    ):
+        arm, paths = _tried(arm, model, where, comparison.spent.params, steps)
+        arms.append(arm)
+        adapted = adapted or paths
+    reference = arms[0]
+    if reference.refused:
+        raise SettingError(
+            f"{reference.title}, against which all others are measured, cannot run: "
+            f"{reference.refused}"
+        )
+    limits = limits_of(reference, adapted, parts.labels is not None)
+    return arms + [_that_fits(arm, model, adapted, comparison) for arm in limits]
+
+
+def _tried(
+    arm: Arm, model: Any, where: dict[str, Any], most: int | None, steps: int
+) -> tuple[Arm, list[str]]:
+    """Sizes an arm and tries it on the skeleton; returns it and the paths of its modules."""
+
+    def count(method: Method) -> int:
+        return trainable_parameters(model, method, **where)
+
+    try:
+        if most is not None and not arm.refused:
+            arm = arm.sized(count, most, steps)
+        if arm.refused:
+            return arm, []
+        adapter = adapt(model, supposed(model, arm.method(steps), **where), **where)
+        paths = list(adapter.placement.methods)
+        adapter.remove()
+    except LorakinError as error:
+        if arm.kind == REFERENCE:
+            raise
+        return dataclasses.replace(arm, refused=str(error)), []
+    return arm, paths
+
+
+def _that_fits(arm: Arm, model: Any, paths: Sequence[str], comparison: Comparison) -> Arm:
+    """Refuses full fine-tuning where it does not fit into memory or budget."""
+    if arm.name != FULL:
+        return arm
+    if comparison.spent.params is not None:
+        return dataclasses.replace(
+            arm,
+            refused=f"it trains more than the {comparison.spent.params:,} numbers of the budget",
+        )
+    # In float32: the model, and for each trained weight a copy, its gradient and Adam's moments.
+    trained = sum(model.get_submodule(path).weight.numel() for path in paths)
+    needed = 4 * (sum(p.numel() for p in model.parameters()) + 5 * trained)
+    available = (
+        torch.cuda.mem_get_info()[1]
+        if torch.cuda.is_available()
+        else psutil.virtual_memory().available
+    )
+    if needed <= 0.8 * available:
+        return arm
+    why = (
+        f"it does not fit: it needs about {needed / 2**30:.1f} GiB besides activations, and "
+        f"there are {available / 2**30:.1f} GiB"
+    )
+    return dataclasses.replace(arm, refused=why)

@@ -1,0 +1,108 @@
+"""LoRA-XS: a small square matrix is trained between the weight's own singular vectors.
+
+Paper:    "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
+Start:    W0 = U S Vᵀ,  B = U_r · S_r and A = V_rᵀ, both frozen;  R normal with deviation 1e-5
+Forward:  y = W0 x + s · B (R (A x̃)) + b              s = alpha / r
+Shapes:   B (out, r), R (r, r), A (r, in)
+Trains:   R alone, r² numbers for each module, whatever its size
+Backward: x need not be kept, since A never trains
+
+R is not zero, so that the model at the start is the base only to within 1e-5 of the principal part. The
+authors' code has S_r on the other side, B = U_r and A = S_r · V_rᵀ: the same changes can be reached, but
+R's gradient is scaled along its other axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakin.family.change import LowRank
+from lorakin.family.lora import check_rank
+from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.member import Parametrisation
+from lorakin.family.pair import Shape, Tensors, is_imagined
+from lorakin.family.pissa import leading_triplets
+from lorakin.family.settings import check_pair_settings, whole_number
+from lorakin.family.slots import Slot, Slots
+from lorakin.family.start import matrix_of
+
+DEVIATION = 1e-5
+
+
+@dataclass(frozen=True)
+class LoRAXS(Parametrisation):
+    """LoRA-XS.
+
+    Args:
+        rank: r, rows and columns of R; at least 1 and at most the smaller side of every weight it meets.
+        alpha: numerator of the scale, positive.
+        dropout: probability of zeroing an entry of the branch's input, in [0, 1).
+        iterations: power iterations of a randomised SVD; None takes the exact SVD.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    word: ClassVar[str] = "lora-xs"
+    paper: ClassVar[str] = (
+        "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604"
+    )
+    decides: ClassVar[Mapping[str, str]] = {
+        "parametrisation": "the change is B·R·A between the weight's singular vectors",
+        "projection": "A is frozen already",
+        "start": "A and B are the weight's principal singular vectors",
+    }
+    slots: ClassVar[Slots] = {
+        "A": Slot(("rank", "inputs"), trained=False),
+        "B": Slot(("outputs", "rank"), trained=False),
+        "R": Slot(("rank", "rank")),
+    }
+    needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
+    learning_rate: ClassVar[float] = 2e-3
+    of_no_account: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    small: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
+    in_probe: ClassVar[bool] = False
+    remark: ClassVar[str] = "Very few trained numbers; the frozen A and B are stored beside them."
+
+    rank: int = 64
+    alpha: float = 64.0
+    dropout: float = 0.0
+    iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        whole_number(self, "rank", at_least=1)
+        check_pair_settings(self)
+        whole_number(self, "iterations", at_least=0, optional=True)
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor in front of B·R·A."""
+        return self.alpha / self.rank
+
+    def check(self, shape: Shape, where: str) -> None:
+        check_rank(self.rank, shape, where)
+
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        return {"rank": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+
+    def start(
+        self, target: Target, generator: torch.Generator | None, device: torch.device
+    ) -> Tensors:
+        shape = target.shape
+        R = torch.empty(self.rank, self.rank, device=device, dtype=torch.float32)
+        R.normal_(0, DEVIATION, generator=generator)
+        if is_imagined(R) or is_imagined(target.weight):
+            A = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
+            B = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
+        else:
+            U, S, A = leading_triplets(matrix_of(target), self.rank, self.iterations)
+            A, B = A.to(device).contiguous(), (U * S).to(device)
+        return {"A": A, "B": B, "R": R}
+
+    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+        return LowRank(tensors["B"] @ tensors["R"], tensors["A"], self.scaling)

@@ -1,0 +1,305 @@
+"""A method: members that work together, and what they compute on each module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import SettingError
+from lorakin.family import agreement
+from lorakin.family.change import Chain, LowRank
+from lorakin.family.composition import composed, overrides
+from lorakin.family.measure import GRADIENTS, INPUTS, Probe, Target
+from lorakin.family.member import Member, Modifier, Parametrisation
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, cast_together
+from lorakin.family.registry import default_pair
+from lorakin.family.rule import AdaptedModule, Rule
+from lorakin.family.settings import require
+from lorakin.family.slots import Slot, Slots
+
+
+@dataclass(frozen=True)
+class Method:
+    """Members that work together: one parametrisation and what modifies it. Made by `Method.of`.
+
+    `members` are those the user named, in the order of their axes.
+    """
+
+    members: tuple[Member, ...]
+    parametrisation: Parametrisation
+
+    @classmethod
+    def of(cls, members: Member | Method | Iterable[Member]) -> Self:
+        """The method of one member or several; a pair that no member brings is plain LoRA's.
+
+        Raises:
+            SettingError: members that do not combine, or settings that contradict each other.
+        """
+        if isinstance(members, cls):
+            return members
+        method = cls(*composed(members))
+        slots = method.slots_at("", Shape(1, 1))
+        for modifier in method.modifiers:
+            modifier.check_pair(method.parametrisation)
+            if reason := modifier.vacuous(method, slots):
+                raise SettingError(reason)
+        return method
+
+    @cached_property
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """The members that are not the parametrisation."""
+        return tuple(member for member in self.members if isinstance(member, Modifier))
+
+    # What it is.
+
+    @property
+    def words(self) -> str:
+        """As on the command line: `dora,lora+`."""
+        return ",".join(member.word for member in self.members)
+
+    @property
+    def learning_rate(self) -> float:
+        """What to take when the user gives none."""
+        lr = self.parametrisation.learning_rate
+        for member in self.modifiers:
+            lr *= member.learning_rate_factor
+        return lr
+
+    @property
+    def dropout(self) -> float:
+        """Of the branch's input, in train mode."""
+        return self.parametrisation.dropout
+
+    def setting(self, name: str) -> Any:
+        """The setting `name` of the pair, or else of the first member that has one of that name; or None."""
+        owners = (m for m in (self.parametrisation, *self.members) if name in m.setting_names())
+        return next((getattr(m, name) for m in owners), None)
+
+    def at(self, **settings: Any) -> Method:
+        """The method of one module, with a rank or an alpha of its own."""
+        pair = self.parametrisation
+        if unknown := [name for name in settings if name not in pair.per_module]:
+            raise SettingError(
+                f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern "
+                "cannot apply"
+            )
+        return dataclasses.replace(self, parametrisation=dataclasses.replace(pair, **settings))  # type: ignore[type-var]
+
+    def resolved(self, total_steps: int | None) -> Method:
+        """With settings left open decided for a run of so many steps.
+
+        Raises:
+            SettingError: a member cannot be run like that.
+        """
+        members = tuple(member.resolved(self, total_steps) for member in self.members)
+        return dataclasses.replace(self, members=members)
+
+    def agrees_with(self, other: Method, training: bool = True) -> bool:
+        """Whether it is `other`, however that is spelt, but for settings that one of them leaves open."""
+        return agreement.are_one(self, other, training)
+
+    # What it looks at before it starts.
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe that a member still needs before the method can be put into a model."""
+        return next((probe for m in self.modifiers if (probe := m.probe()) is not None), None)
+
+    @cached_property
+    def measuring(self) -> Modifier | None:
+        """The member that starts by what is measured on data, if there is one."""
+        of_data = {INPUTS, GRADIENTS}
+        return next((member for member in self.modifiers if member.needs & of_data), None)
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What its members look at before they start, besides shapes."""
+        return self.parametrisation.needs.union(*(member.needs for member in self.members))
+
+    def with_importance(self, importance: Mapping[str, float]) -> Method:
+        """The method with what a probe found: path → share of the importance."""
+        known = (
+            m.with_importance(importance) if isinstance(m, Modifier) else m for m in self.members
+        )
+        return dataclasses.replace(self, members=tuple(known))
+
+    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+        """Those of `paths` whose pair is theirs alone."""
+        for member in self.modifiers:
+            paths = member.own_pairs(paths)
+        return list(paths)
+
+    def for_probe(self) -> Method:
+        """What a probe trains: the members that take part in one, on the pair or a plain one like it."""
+        pair = self.parametrisation
+        if not pair.in_probe:
+            same = {name: getattr(pair, name) for name in ("rank", "alpha", "dropout")}
+            pair = default_pair()(**same)
+        return Method.of([pair, *(member for member in self.modifiers if member.in_probe)])
+
+    def select(self, paths: Sequence[str]) -> tuple[Self, list[str]]:
+        """The method for an adapter with these targets, and which of them get a pair."""
+        known = tuple(m.among(paths) if isinstance(m, Modifier) else m for m in self.members)
+        method = dataclasses.replace(self, members=known)
+        for member in method.modifiers:
+            paths = member.select(paths)
+        return method, list(paths)
+
+    def check(self, shape: Shape, where: str) -> None:
+        """Raise `SettingError` if it does not fit a weight of this shape; `where` is the module's path."""
+        pair = self.parametrisation
+        require(
+            pair.lookup_slots is not None or not shape.lookup,
+            f"{pair.word} adapts layers that multiply by their weight; {where} is an embedding: exclude it",
+        )
+        pair.check(shape, where)
+        for member in self.modifiers:
+            member.check(shape, where)
+
+    # Its tensors.
+
+    def slots_at(self, path: str, shape: Shape) -> Slots:
+        """The slots of the module at `path`, those that come while training included."""
+        slots = self.parametrisation.slots_at(shape)
+        for member in self.modifiers:
+            slots = member.amend_slots(slots, path, shape)
+        return slots
+
+    def start(
+        self,
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
+        generator: torch.Generator | None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensors]:
+        """The tensors of all modules at the start, by path and slot; shared ones are the same object.
+
+        They are float32, float64 on a float64 base, unless `dtype` says otherwise. `methods` has
+        each module's own.
+        """
+        each = {path: method.parametrisation for path, method in methods.items()}
+        drawn = self.parametrisation.start_all(targets, each, generator, device)
+        wide = {p: torch.promote_types(targets[p].weight.dtype, torch.float32) for p in drawn}
+        drawn = cast_together(drawn, wide)
+        for member in self.modifiers:
+            drawn = member.started(drawn, targets, methods)
+        shared = self.share(drawn, targets, methods)
+        for path, there in shared.items():
+            _check_declared(methods[path], path, targets[path].shape, there)
+        return shared if dtype is None else cast_together(shared, dict.fromkeys(shared, dtype))
+
+    def share(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
+    ) -> dict[str, Tensors]:
+        """All modules' tensors, with one object wherever modules share a tensor."""
+        for member in self.modifiers:
+            tensors = member.share(tensors, targets, methods)
+        return tensors
+
+    # What it computes.
+
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
+        """The pair without a gain, differentiable in the tensors."""
+        pair = self.parametrisation.change(tensors, shape).pair(shape)
+        for member in self.modifiers:
+            pair = member.amend_pair(pair, tensors)
+        for member in self.modifiers:
+            pair = member.beside_pair(pair, tensors)
+        return pair
+
+    def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
+        """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
+
+        A `Weight` that is kept between forwards saves what does not change.
+        """
+        return self._gained(self.low_rank(tensors, shape), 1.0, tensors, weight)
+
+    def chain(self, tensors: Mapping[str, Tensor], shape: Shape) -> Chain | None:
+        """The change as frozen matrices between trained vectors, if it is that and nothing else."""
+        if self._is_amended or self.gains:
+            return None
+        change = self.parametrisation.change(tensors, shape)
+        return change if isinstance(change, Chain) else None
+
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight
+    ) -> tuple[Pair, float]:
+        """The pair and its gain over `weight` before the scale is in `up`, and the scale."""
+        change = self.parametrisation.change(tensors, shape)
+        if self._is_amended or not isinstance(change, LowRank):
+            return self.pair(tensors, shape, weight), 1.0
+        pair = Pair(change.up, change.down)
+        return self._gained(pair, change.scale, tensors, weight), change.scale
+
+    def _gained(
+        self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+    ) -> Pair:
+        """The pair with the gain of the member that sets one, if any does."""
+        if self._gaining is None:
+            return pair
+        whole = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
+        return pair._replace(gain=self._gaining.gain(whole, tensors, weight))
+
+    @cached_property
+    def _gaining(self) -> Member | None:
+        members = (self.parametrisation, *self.modifiers)
+        return next((member for member in members if overrides(member, "gain")), None)
+
+    @property
+    def gains(self) -> bool:
+        """Whether a member has a gain over the pair, for which the weight itself counts."""
+        return self._gaining is not None
+
+    @cached_property
+    def _is_amended(self) -> bool:
+        """Whether the change is more than what the parametrisation's own tensors say."""
+        hooks = ("amend_pair", "beside_pair")
+        return any(overrides(member, hook) for member in self.modifiers for hook in hooks)
+
+    # How it trains.
+
+    def unmoved(self, places: Sequence[AdaptedModule]) -> list[str]:
+        """What of the members training never reached."""
+        reasons = (member.unmoved(places) for member in self.members)
+        return [reason for reason in reasons if reason is not None]
+
+    def rules(self, places: Sequence[AdaptedModule]) -> list[Rule]:
+        """What happens at each optimizer step; call `resolved` first."""
+        return [rule for member in self.members if (rule := member.rule(places)) is not None]
+
+    def __str__(self) -> str:
+        return f"{self.words} on {self.parametrisation}"
+
+
+def rate(lr: float, slot: Slot) -> float:
+    """The learning rate of a slot's tensor, given the base rate."""
+    return slot.lr if slot.lr is not None else slot.rate * lr
+
+
+def conflict(one: type[Member], other: type[Member]) -> str | None:
+    """Why two members, with their default settings, do not combine; None if they do."""
+    try:
+        Method.of([one(), other()])
+    except SettingError as error:
+        return str(error)
+    return None
+
+
+def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
+    """See that a member starts the tensors that its slots declare, and no others."""
+    slots = method.slots_at(path, shape)
+    if strange := [name for name in tensors if name not in slots]:
+        raise SettingError(
+            f"{method.words} starts a tensor {strange[0]!r} that its slots do not declare; they are "
+            f"{', '.join(slots)}"
+        )

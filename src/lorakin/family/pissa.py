@@ -1,0 +1,80 @@
+"""PiSSA: the pair begins as the principal part of the weight, so that training moves what matters most.
+
+Paper:    "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+          arXiv 2404.02948, equations 2 to 5.
+Start:    W0 = U S Vᵀ,  B = U_r · √(S_r / s),  A = √(S_r / s) · V_rᵀ,  so that s·B·A = U_r S_r V_rᵀ
+Forward:  y = W0 x + s · (B A − B_0 A_0) x + b        the paper writes the residual W0 − s·B_0·A_0
+          into the base; here the base stays, and the frozen B_0, A_0 take the start away (`start.py`)
+Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
+SVD:      in float32 at least, exact; with `iterations` randomised, which is far faster for large weights
+          and starts a little beside the principal part (the anchor is what was started with, so that
+          nothing else changes)
+
+On a quantised base the paper quantises the residual, which makes another base. Here the quantised base
+is kept as it is given, and the start is that of its dequantised weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.settings import whole_number
+from lorakin.family.start import AnchoredStart, matrix_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSA(AnchoredStart):
+    """PiSSA.
+
+    Args:
+        iterations: power iterations of a randomised SVD, at least 0; None takes the exact SVD. The paper
+            finds 4 to be enough.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    word: ClassVar[str] = "pissa"
+    paper: ClassVar[str] = (
+        "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, "
+        "arXiv 2404.02948"
+    )
+    decides: ClassVar[Mapping[str, str]] = {"start": "the weight's principal singular triplets"}
+    needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
+    remark: ClassVar[str] = (
+        "A frozen copy of the start is kept beside the pair: files hold rank 2r."
+    )
+
+    iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number(self, "iterations", at_least=0, optional=True)
+
+    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        U, S, Vt = leading_triplets(matrix_of(target), rank, self.iterations)
+        root = (S / scale).sqrt()
+        return U * root, root.unsqueeze(1) * Vt
+
+
+def leading_triplets(
+    matrix: Tensor, rank: int, iterations: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular triplets of a matrix (m, n): U (m, rank), S (rank,), Vᵀ (rank, n).
+
+    With `iterations` they are approximate, from a draw that is always the same.
+    """
+    if iterations is None:
+        U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank], S[:rank], Vt[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = min(rank + 8, *matrix.shape)  # a few more than asked for make the last ones accurate
+        U, S, V = torch.svd_lowrank(matrix.cpu(), q=size, niter=iterations)
+    return U[:, :rank], S[:rank], V[:, :rank].T

@@ -1,0 +1,118 @@
+"""What the starts share: members that say where a pair begins, and leave its form as it is.
+
+A start that is not zero would change the model before it is trained. The papers take it out of the base
+weight; here the base stays as it is, and a frozen anchor beside the pair takes the start away again:
+
+    W = W0 + up·down − up_0·down_0 = W0 + (up − up_0)·down + up_0·(down − down_0)
+
+up_0·down_0 is what up·down is at the start. In the second form both terms are zero then, to the bit: so
+training begins exactly at the base, merging gives plain weights, and files hold a plain pair of rank 2r.
+If `down` never trains, one pair of rank r holds both: (up − up_0)·down.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakin.family.change import LowRank
+from lorakin.family.measure import Target
+from lorakin.family.member import Modifier, Parametrisation
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_imagined
+from lorakin.family.settings import require
+from lorakin.family.slots import Slot, Slots, factors_of
+
+if TYPE_CHECKING:
+    from lorakin.family.method import Method
+
+ANCHOR_UP, ANCHOR_DOWN = "up_0", "down_0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Modifier):
+    """A member that says where the pair of each module begins."""
+
+    in_probe: ClassVar[bool] = False
+
+    def check(self, shape: Shape, where: str) -> None:
+        require(
+            not shape.lookup,
+            f"{self.word} starts layers that multiply by their weight; {where} is an embedding: "
+            "exclude it",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchoredStart(Start):
+    """A start that is not zero, with its anchor. Subclasses say where A and B begin."""
+
+    slots: ClassVar[Slots] = {
+        ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
+        ANCHOR_DOWN: Slot(("rank", "inputs"), trained=False),
+    }
+
+    @abstractmethod
+    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Where B (outputs, rank) and A (rank, inputs) of one module begin; the pair is scale·B·A."""
+
+    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+        if factors_of(parametrisation.slots) is None:
+            return f"{self.word} starts a plain product B·A, which {parametrisation.word} is not"
+        return None
+
+    def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
+        begun = {name: replace(slot, starts_at_zero=False) for name, slot in slots.items()}
+        return {**begun, **self.slots}
+
+    def started(
+        self,
+        tensors: dict[str, Tensors],
+        targets: Mapping[str, Target],
+        methods: Mapping[str, Method],
+    ) -> dict[str, Tensors]:
+        return {
+            path: self._begun(path, there, targets[path], methods[path])
+            for path, there in tensors.items()
+        }
+
+    def _begun(self, path: str, tensors: Tensors, target: Target, method: Method) -> Tensors:
+        """One module's tensors, with the pair at its start and its anchor."""
+        pair, shape = method.parametrisation, target.shape
+        names, change = factors_of(pair.slots_at(shape)), pair.change(tensors, shape)
+        assert names is not None
+        assert isinstance(change, LowRank)
+
+        begun = dict(tensors)
+        if not is_imagined(change.up) and not is_imagined(target.weight):
+            factors = self.factors(target, len(change.down), change.scale)
+            for name, factor in zip(names, factors, strict=True):
+                begun[name] = factor.to(tensors[name]).contiguous()
+
+        up, down = pair.change(begun, shape).pair(shape)[:2]
+        anchor = {ANCHOR_UP: up.clone()}
+        trains_down = method.slots_at(path, shape)[names[1]].trained
+        return begun | anchor | ({ANCHOR_DOWN: down.clone()} if trains_down else {})
+
+    def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
+        up_0 = tensors[ANCHOR_UP]
+        if ANCHOR_DOWN not in tensors:  # down never trains, so that one pair holds both
+            return pair._replace(up=pair.up - up_0)
+
+        down_0 = tensors[ANCHOR_DOWN]
+        if pair.up.shape != up_0.shape:  # another member has made a longer pair of it
+            up, down = torch.cat([pair.up, -up_0], 1), torch.cat([pair.down, down_0], 0)
+        else:
+            up = torch.cat([pair.up - up_0, up_0], 1)
+            down = torch.cat([pair.down, pair.down - down_0], 0)
+        return pair._replace(up=up, down=down)
+
+
+def matrix_of(target: Target) -> Tensor:
+    """The base weight of a module (outputs, inputs), in float32 at least."""
+    matrix = target.weight.matrix if isinstance(target.weight, Weight) else target.weight
+    return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))

@@ -1,0 +1,222 @@
+"""Measuring modules on data: what they are given, and the gradients of the loss by their weights.
+
+One piece of code watches modules while batches run through the model, in eval mode and without changing
+anything. What is done with what they show is the caller's: a member's `Observer` (EVA, LoRA-GA), a sample
+of inputs (`calibration_inputs.py`), or the importance that LoRA-drop goes by (`activation_norms.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.errors import SettingError
+from lorakin.family import GRADIENTS, INPUTS, Observer
+from lorakin.inject.adapted import module_at
+from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.layers import (
+    ExpertLayer,
+    LinearLayer,
+    QuantisedLayer,
+    TransposedLayer,
+    kind_of,
+)
+
+Run = Callable[[Any, Any], Any]
+"""(model, batch) → what the model makes of it: a loss, where gradients are measured."""
+Input = Callable[[str, nn.Module, Tensor, Tensor | None], None]
+"""(path, module, input, attention mask or None): takes in one call of a module."""
+LINEAR = (LinearLayer, QuantisedLayer, TransposedLayer)
+
+
+def measure(
+    model: nn.Module,
+    paths: Sequence[str],
+    observer: Observer,
+    of: str,
+    batches: Sequence[Any],
+    run: Run | None = None,
+    most: int | None = None,
+) -> None:
+    """Show an observer the inputs or the gradients of linear modules on batches of data.
+
+    Batches for inputs are run again and again until the observer is settled, those for gradients once.
+
+    Args:
+        model: as it is, adapters in use included; nothing in it changes.
+        paths: of the modules.
+        observer: takes in what they show.
+        of: `INPUTS` or `GRADIENTS`.
+        batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
+        run: runs the model on a batch. By default the batch's entries are the model's arguments, and the
+            loss is the output's.
+        most: how many batches to run at most.
+
+    Raises:
+        SettingError: a module that cannot be measured, no batches, or no loss to take gradients of.
+    """
+    check_called(model, paths)
+    check_linear(model, paths)
+    if not batches:
+        raise SettingError("there are no batches to measure on; give at least one")
+    every: Iterable[Any] = batches if of == GRADIENTS else itertools.cycle(batches)
+    if of == INPUTS:
+        with watching(model, paths, _showing(observer)) as begin, torch.no_grad():
+            for batch in itertools.islice(every, most):
+                begin(batch)
+                _run(model, batch, run)
+                if observer.settled():
+                    return
+    else:
+        with gradients_to(model, paths, observer):
+            for batch in itertools.islice(every, most):
+                (_loss(model, batch) if run is None else run(model, batch)).backward()
+                if observer.settled():
+                    return
+
+
+def inputs_of(
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Iterable[Any],
+    see: Input,
+    run: Run | None = None,
+) -> None:
+    """Call `see` with every input of these modules while the batches run through the model once."""
+    with watching(model, paths, see) as begin, torch.no_grad():
+        for batch in batches:
+            begin(batch)
+            _run(model, batch, run)
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Callable[[Any], None]]:
+    """Inside, in eval mode, `see` is called with every input; call what this gives with each batch before."""
+    mask: Tensor | None = None
+
+    def begin(batch: Any) -> None:
+        nonlocal mask
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(path, module, _given(args, kwargs), mask)
+
+        return hook
+
+    modules = {path: model.get_submodule(path) for path in paths}
+    hooks = [m.register_forward_pre_hook(before(p), with_kwargs=True) for p, m in modules.items()]
+    try:
+        with in_mode(model, training=False):
+            yield begin
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def gradients_to(model: nn.Module, paths: Sequence[str], observer: Observer) -> Iterator[None]:
+    """Inside, in eval mode, a backward shows the observer the gradients by these modules' weights."""
+
+    def after(path: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+        ) -> None:
+            if not out.requires_grad:  # the base is frozen, and nothing before asked for a gradient
+                out.requires_grad_(True)
+            if observer.wants(path):
+                x = _given(args, kwargs)
+                out.register_hook(lambda grad: observer.see(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    modules = {path: model.get_submodule(path) for path in paths}
+    hooks = [m.register_forward_hook(after(p), with_kwargs=True) for p, m in modules.items()]
+    trained = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _ in trained:
+        parameter.grad = None
+    try:
+        with in_mode(model, training=False), torch.enable_grad():
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for parameter, grad in trained:
+            parameter.grad = grad
+
+
+def check_called(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `SettingError` if one of these modules is never called, so that nothing of it can be measured."""
+    if experts := [path for path in paths if kind_of(module_at(model, path)) is ExpertLayer]:
+        raise SettingError(
+            f"each module is to be measured, and {experts[0]}, one expert of a stack or another "
+            "parameter, is never called by itself; leave these out of the targets"
+        )
+
+
+def check_linear(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `SettingError` if one of these modules is no linear layer."""
+    if others := [path for path in paths if kind_of(module_at(model, path)) not in LINEAR]:
+        raise SettingError(
+            f"{others[0]} is no linear layer, and a start looks at the inputs and gradients of those "
+            "alone; leave it out of the targets"
+        )
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens (n, inputs) of an input (…, inputs) that a mask (batch, length) does not hide."""
+    tokens = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.dim() == 2 and mask.numel() == len(tokens):
+        tokens = tokens[mask.reshape(-1).bool().to(x.device)]
+    return tokens
+
+
+def _showing(observer: Observer) -> Input:
+    """Shows an observer each input without padding, as one object to modules called one after another."""
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+        if not observer.wants(path):
+            return
+        if not last or last[0][0] is not x:
+            last[:] = [(x, _wide(unpadded(x.detach(), mask)))]
+        observer.see(path, last[0][1])
+
+    return see
+
+
+def _run(model: nn.Module, batch: Any, run: Run | None) -> None:
+    if run is None:
+        model(**batch)
+    else:
+        run(model, batch)
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise SettingError(
+            "gradients are measured of the loss on batches, which must be mappings with labels, so that "
+            "the model's output has a loss; or give loss="
+        )
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def _by_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient by a weight (outputs, inputs), from that by the outputs and the inputs of one call."""
+    outer, inner = (_wide(t.detach().reshape(-1, t.shape[-1])) for t in (grad, x))
+    return outer.T @ inner
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,68 @@
+"""The conditions of a planned run: everything but its method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorakin.inject.targets import ALL_LINEAR, Targets, head_of
+from lorakin.plan.skeleton import built
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What `lorakin train` is told besides the method.
+
+    Attributes:
+        config: the model's transformers config.
+        dtype: of the base model.
+        device: "cpu" or "cuda". Both are rehearsed with the CPU's operations, which torch has
+            everywhere.
+        labels: classes of a classifier; None for a causal language model.
+        batch_size: rows at a time.
+        max_length: tokens of a row; all rows are planned as long as that.
+        accumulate: batches of an optimizer step.
+        padded: whether rows differ in length, so that attention gets a mask.
+        gradient_checkpointing, fuse, targets, exclude, layers, modules_to_save, rank_above: as for
+            `lorakin train`.
+        steps: optimizer steps of the run.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    device: str = "cpu"
+    labels: int | None = None
+    batch_size: int = 8
+    max_length: int = 1024
+    accumulate: int = 1
+    padded: bool = True
+    gradient_checkpointing: bool = False
+    fuse: bool = False
+    targets: Targets = ALL_LINEAR
+    exclude: Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    modules_to_save: Sequence[str] = ()
+    rank_above: str = "refuse"
+    steps: int = 1000
+
+    def model(self) -> Any:
+        """Returns the model on the meta device.
+
+        Raises:
+            ModelError: the config belongs to no such model.
+        """
+        return built(self.config, self.dtype, self.labels is not None)
+
+    def where(self, model: Any) -> dict[str, Any]:
+        """Returns the arguments of `lorakin.adapt` that choose modules; a new head trains whole."""
+        whole = self.modules_to_save or (head_of(model) if self.labels is not None else [])
+        return {
+            "targets": self.targets,
+            "exclude": self.exclude,
+            "layers": self.layers,
+            "modules_to_save": list(whole),
+            "rank_above": self.rank_above,
+        }

@@ -1,0 +1,124 @@
+"""The tables of a comparison's report: all arms, and what did not end well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorakin.compare.arms import CONTROL, LIMIT, MEMBER, PLAIN, REFERENCE
+from lorakin.compare.standings import Estimate, Ratio, Standing
+from lorakin.compare.verdict import percent, with_interval
+from lorakin.report.page import Cell, Column, Table, TableRow, Value
+
+
+def arms_table(found: Sequence[Standing], measure: str) -> Table:
+    """Returns the table of all arms, the best first.
+
+    Args:
+        found: where the arms stand.
+        measure: "loss" or "accuracy".
+    """
+    order = sorted(found, key=lambda s: _badness(s, measure))
+    methods = (s for s in order if s.kind in (REFERENCE, MEMBER) and s.quality is not None)
+    best = next(methods, None)
+    rows = [TableRow(_cells(s, measure), _mark(s, best)) for s in order]
+    note = (
+        "**best** is the best mean. It need not be better than the next by more than the noise: "
+        "see the verdict."
+    )
+    return Table("Every arm at its own best learning rate", _columns(measure), rows, note)
+
+
+def _columns(measure: str) -> list[Column]:
+    better = "more" if measure == "accuracy" else "less"
+    return [
+        Column(
+            "arm",
+            "A **control** shows where a difference comes from; a **limit**, what can be gained.",
+            numeric=False,
+        ),
+        Column(
+            measure,
+            "Mean and 95 % interval over the seeds, on the held-out rows to report on; "
+            f"{better} is better.",
+        ),
+        Column(
+            "ahead",
+            f"How much better than tuned {PLAIN}, seed by seed, with its 95 % interval.",
+        ),
+        Column("share", f"The part of {PLAIN}'s improvement over the base that the arm reaches."),
+        Column("best lr", "The learning rate with the lowest loss on the tuning rows."),
+        Column("trained", "How many numbers are trained."),
+        Column("frozen", "How many numbers the adapter stores but never trains."),
+        Column("MiB", "The size of the adapter's files."),
+        Column(
+            "time",
+            f"Of a training step, × {PLAIN}'s: median over the seeds (lowest–highest).",
+        ),
+        Column("memory", f"That training added to the process at its peak, × {PLAIN}'s, likewise."),
+    ]
+
+
+def _badness(s: Standing, measure: str) -> float:
+    """Sorts the best arm first, and arms without a figure last."""
+    if s.quality is None:
+        return math.inf
+    return -s.quality.mean if measure == "accuracy" else s.quality.mean
+
+
+def _mark(s: Standing, best: Standing | None) -> str:
+    """Returns the word beside the arm's name."""
+    if s.refused:
+        return "left out"
+    if not s.done:
+        return "failed" if s.ended else "not yet run"
+    if len(s.done) < len(s.rows):
+        return f"{len(s.done)} of {len(s.rows)} seeds"
+    if s is best:
+        return "best"
+    return s.kind if s.kind in (CONTROL, LIMIT) else ""
+
+
+def _cells(s: Standing, measure: str) -> list[Value]:
+    row = s.done[0] if s.done and s.lr is not None else None
+    return [
+        s.arm.title,
+        _estimate(s.quality, measure),
+        _estimate(s.ahead, measure, signed=True),
+        None if s.share is None else Cell(percent(s.share), s.share),
+        None if s.lr is None else Cell(f"{s.lr:g}{' (edge)' if s.at_edge else ''}", s.lr),
+        None if row is None else row.trained,
+        row.frozen if row and row.frozen else None,
+        None if row is None else Cell(f"{row.adapter_bytes / 2**20:.2f}", row.adapter_bytes),
+        _ratio(s.time),
+        _ratio(s.memory),
+    ]
+
+
+def _estimate(found: Estimate | None, measure: str, signed: bool = False) -> Value:
+    return None if found is None else Cell(with_interval(found, measure, signed), found.mean)
+
+
+def _ratio(ratio: Ratio | None) -> Value:
+    if ratio is None:
+        return None
+    return Cell(f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})", ratio.median)
+
+
+def troubles_table(found: Sequence[Standing]) -> Table | None:
+    """Returns the arms that were left out and the trials that did not end well; None if none."""
+    rows: list[list[Value]] = [
+        [s.arm.title, None, None, "left out", s.refused] for s in found if s.refused
+    ]
+    for s in found:
+        rows += [
+            [s.arm.title, row.trial.lr, row.trial.seed, row.status, row.reason] for row in s.ended
+        ]
+    columns = [
+        Column("arm", numeric=False),
+        Column("learning rate"),
+        Column("seed"),
+        Column("how it ended", numeric=False),
+        Column("why", numeric=False),
+    ]
+    return Table("Left out, diverged or failed", columns, rows) if rows else None

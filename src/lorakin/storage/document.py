@@ -1,0 +1,103 @@
+"""What an adapter on disk is, apart from how a format writes it and from the model it is put into.
+
+A codec makes a document of files, or files of a document: `peft` for PEFT's, `own_part` for
+lorakin's, `foreign` for other libraries'. `match` fits a document to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakin.family import Method
+from lorakin.inject.placement import Graft, Placement
+
+Slots = Mapping[str, Tensor]
+"""A module's tensors by slot, as its method names them: matrices and vectors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One adapter: its method, the modules that it changes, and all of its tensors.
+
+    A tensor that modules share is one object in all of them.
+    """
+
+    placement: Placement
+    """The method, with the settings of each module; what is trained whole; rows; biases."""
+    slots: Mapping[str, Slots] = dataclasses.field(default_factory=dict)
+    """Path → slot → tensor of the adapted modules."""
+    copies: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Path → state of the modules that are trained whole."""
+    rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Path → rows of tokens (k, dim), in the order of the placement's ids."""
+    biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Path → the bias in place of the base's."""
+    buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Name → a buffer of the base as training left it."""
+    state: Mapping[str, Any] | None = None
+    """What training remembers, for `restore_state`; None for a finished adapter of others."""
+    running: Method | None = None
+    """The method with the settings that a run decided; None if there was no run."""
+
+    @classmethod
+    def of(cls, adapter: Graft) -> Document:
+        """The document of an adapter in a model. The tensors are the adapter's own, not copies."""
+        placement = adapter.placement
+        return cls(
+            placement,
+            slots={path: adapter.tensors_at(path) for path in placement.methods},
+            copies={path: adapter.copy_of(path).state_dict() for path in placement.copies},
+            rows={path: adapter.rows_at(path).detach() for path in placement.tokens},
+            biases=adapter.biases(),
+            buffers=adapter.moved_buffers(),
+            state=None if adapter.rules is None else adapter.state(),
+            running=adapter.method,
+        )
+
+    @property
+    def method(self) -> Method:
+        """The method, without the settings of single modules."""
+        return self.placement.method
+
+    def copied(self) -> Document:
+        """The same with all tensors in memory of their own; biases that were one object still are."""
+        biases = {id(bias): _copied(bias) for bias in self.biases.values()}
+        return dataclasses.replace(
+            self,
+            slots={
+                path: {slot: _copied(tensor) for slot, tensor in own.items()}
+                for path, own in self.slots.items()
+            },
+            rows={path: _copied(rows) for path, rows in self.rows.items()},
+            biases={path: biases[id(bias)] for path, bias in self.biases.items()},
+        )
+
+    def masters(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the modules' tensors for training, in float32 at least.
+
+        Tensors that were one object still are.
+        """
+        own = _masters(tensor for slots in self.slots.values() for tensor in slots.values())
+        return {
+            path: {slot: own[id(tensor)] for slot, tensor in slots.items()}
+            for path, slots in self.slots.items()
+        }
+
+    def bias_masters(self) -> dict[str, Tensor]:
+        """The same of the biases."""
+        own = _masters(self.biases.values())
+        return {path: own[id(tensor)] for path, tensor in self.biases.items()}
+
+
+def _masters(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Copies in float32 at least, by the identity of the original."""
+    return {id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

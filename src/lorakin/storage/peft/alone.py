@@ -1,0 +1,109 @@
+"""What an adapter's files say without its base: the methods and pairs of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lorakin.errors import AdapterError, some
+from lorakin.family import Method, Pair, Shape
+from lorakin.inject.placement import Placement
+from lorakin.storage.document import Slots
+from lorakin.storage.match import check_numbers
+from lorakin.storage.own_part import Own
+from lorakin.storage.peft import grouped, token_rows
+from lorakin.storage.peft.reading import Read, apart, placement_of
+from lorakin.storage.peft.tensors import as_matrices
+
+
+def pairs_of(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
+) -> tuple[Placement, dict[str, Pair]]:
+    """The placement, and path → the pair there without its gain.
+
+    Only the base says how many inputs a module with VeRA has, so the widest module's are taken. If
+    a pair that all modules share is not in the file, there are no pairs.
+
+    Raises:
+        AdapterError: the files are damaged, incomplete, or beyond this version.
+    """
+    read = apart(config, tensors, own, None, where)
+    if read.own_slots is None:
+        _check(read)
+        form = read.form
+        shared = {
+            slot: read.tensors[key] for slot, key in form.shared.items() if key in read.tensors
+        }
+        needed = form.slots.keys() & form.pair_slots.keys()
+        slots: Mapping[str, Slots] = {
+            path: grouped.spread(as_matrices(own_slots)) | shared
+            for path, own_slots in read.slots.items()
+        }
+    else:
+        slots, needed = read.own_slots, set[str]()
+    placement = placement_of(read, slots, [])
+    for path, there in slots.items():
+        if missing := sorted(read.form.slots[slot] for slot in needed if slot not in there):
+            raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
+    shared_slots = read.form.shared.keys()
+    if shared_slots and not any(shared_slots <= there.keys() for there in slots.values()):
+        return placement, {}
+    return placement, {
+        path: _pair(placement.methods[path], there, f"{where}: {path}")
+        for path, there in slots.items()
+    }
+
+
+def _check(read: Read) -> None:
+    """See what can be seen without the base: sound numbers, at least one tensor, no stray ones."""
+    for key, tensor in read.tensors.items():
+        check_numbers(key, tensor, read.where)
+    if not read.tensors:
+        raise AdapterError(f"{read.where}: it holds no tensors, so it is no adapter")
+    for path, slots in read.slots.items():
+        for slot, tensor in slots.items():
+            if not tensor.is_floating_point():
+                raise AdapterError(
+                    f"{read.where}: {slot} of {path} is {tensor.dtype}; expected float32, float16 "
+                    "or bfloat16"
+                )
+    # Modules trained whole, biases and rows of tokens have tensors outside of all slots.
+    belongs = (".weight", ".bias", token_rows.DELTA)
+    whole = read.config.get("modules_to_save") or ()
+    stray = [
+        key
+        for key in read.rest
+        if not key.endswith(belongs) and not any(f".{name}." in f".{key}." for name in whole)
+    ]
+    if stray:
+        raise AdapterError(
+            f"{read.where}: tensors that belong to nothing: {some(stray)}; the file is damaged or "
+            "of another kind"
+        )
+
+
+def _pair(method: Method, slots: Slots, where: str) -> Pair:
+    """The pair of these tensors, whatever the module's shape is."""
+    shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in slots.items())
+    misfit = AdapterError(f"{where}: its tensors make no pair of {method.words}: {shapes}")
+    try:
+        shape = _shape(method, slots)
+        pair = method.low_rank({slot: t.float() for slot, t in slots.items()}, shape)
+    except (RuntimeError, IndexError, KeyError, TypeError):
+        raise misfit from None
+    if pair.up.dim() != 2 or pair.down.dim() != 2 or pair.up.shape[1] != pair.down.shape[0]:
+        raise misfit
+    return pair
+
+
+def _shape(method: Method, slots: Slots) -> Shape:
+    """A module's shape, as far as its tensors tell."""
+    sides: dict[str | int, int] = {}
+    # What all modules share is as large as the largest needs, so the others come after it.
+    declared = sorted(method.parametrisation.slots.items(), key=lambda item: not item[1].shared)
+    for name, slot in declared:
+        if name in slots:
+            sides |= zip(slot.shape, slots[name].shape, strict=False)
+    return Shape(sides["outputs"], sides["inputs"])

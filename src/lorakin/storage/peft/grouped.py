@@ -1,0 +1,188 @@
+"""PEFT's form for grouped convolutions, both ways.
+
+lorakin's pair is one over the weight (outputs, inputs/groups · kernel), the same `down` for all
+groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups:
+
+    lora_A.weight (groups·q, inputs, k…)    rows g·q … g·q + q − 1 are of group g
+    lora_B.weight (outputs, q, 1…)          output o is of group o // (outputs/groups)
+
+So PEFT computes a change of the weight only where the rows of a group read its own inputs alone.
+It trains them to read others too, which no grouped convolution does, and cannot merge that itself.
+Such an adapter is read as what it is, a pair over all inputs (`layers.UngroupedLayer`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakin.errors import AdapterError
+from lorakin.family.dora import row_norms
+from lorakin.inject.layers import is_grouped
+from lorakin.inject.placement import own_weight
+from lorakin.storage.peft.scales import scale_at
+
+
+class Grouped(NamedTuple):
+    """PEFT's tensors of one module as matrices: A (groups·q, inputs · kernel), B (outputs, q)."""
+
+    A: Tensor
+    B: Tensor
+
+
+def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
+    """The pair up (outputs, r), down (r, inputs/groups · kernel) in PEFT's form.
+
+    q is r, or the outputs of a group where those are fewer: no group's change has a higher rank.
+    """
+    groups, each = module.groups, up.shape[0] // module.groups
+    if each < up.shape[1]:
+        rows = (up @ down).view(groups, each, -1)
+        up = torch.eye(each, dtype=up.dtype, device=up.device).repeat(groups, 1)
+    else:
+        rows = down.expand(groups, *down.shape)
+    A = rows.new_zeros(groups, rows.shape[1], groups, rows.shape[2])
+    for group in range(groups):
+        A[group, :, group] = rows[group]
+    return Grouped(A.flatten(0, 1).flatten(1), up)
+
+
+def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
+    """A pair over all inputs in PEFT's form: q is r/groups where `up` is in groups itself, else r, and A is there for each."""
+    groups = module.groups
+    if len(down) % groups == 0:
+        blocks = up.view(groups, -1, groups, len(down) // groups)
+        B = torch.cat([blocks[group, :, group] for group in range(groups)])
+        if torch.equal(_spread(B, groups), up):
+            return Grouped(down, B)
+    return Grouped(down.repeat(groups, 1), up)
+
+
+def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
+    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel), as small as it can be without rounding.
+
+    None if what they add is no change of the weight.
+    """
+    groups, rank = module.groups, theirs.B.shape[1]
+    A = theirs.A.view(groups, rank, groups, -1)
+    own = torch.stack([A[group, :, group] for group in range(groups)])
+    if A.count_nonzero() > own.count_nonzero():
+        return None
+    if all(torch.equal(own[0], one) for one in own):
+        return theirs.B, own[0]
+    inputs = own.shape[2]
+    if inputs <= len(theirs.A):
+        whole = (theirs.B.view(groups, -1, rank) @ own).flatten(0, 1)
+        return whole, torch.eye(inputs, dtype=whole.dtype, device=whole.device)
+    return _spread(theirs.B, groups), own.flatten(0, 1)
+
+
+def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of PEFT's whose B is in groups, with a B of all ranks, (outputs, groups·q); others as they are."""
+    A, B = slots.get("A"), slots.get("B")
+    if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1]:
+        return dict(slots)
+    groups = len(A) // B.shape[1]
+    if groups < 2 or len(A) % B.shape[1] or len(B) % groups:
+        return dict(slots)
+    return {**slots, "B": _spread(B, groups)}
+
+
+def _spread(B: Tensor, groups: int) -> Tensor:
+    """B (outputs, q) of groups as (outputs, groups·q): each group's rows in columns of their own."""
+    spread: Tensor = torch.block_diag(*B.view(groups, -1, B.shape[1]))  # type: ignore[no-untyped-call]
+    return spread
+
+
+def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
+    """What PEFT takes for the norms of the changed weight's rows.
+
+    It multiplies B as if it had as many columns as A has rows, so they are norms of something else.
+    """
+    weight = own_weight(module).to(theirs.A)
+    changed = theirs.B.reshape(-1, len(theirs.A)) @ theirs.A
+    lengths: Tensor = torch.linalg.vector_norm(weight + scale * changed.view_as(weight), dim=1)
+    return lengths
+
+
+def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For PEFT the tensors of one module: `A`, `B` whose scale is 1, and perhaps `m`."""
+    over_all = slots["A"].shape[1] == own_weight(module).shape[1] * module.groups
+    theirs = (
+        _gathered(module, slots["B"], slots["A"])
+        if over_all
+        else as_peft(module, slots["B"], slots["A"])
+    )
+    there = {"A": theirs.A, "B": theirs.B}
+    if "m" in slots:
+        ours = row_norms(own_weight(module).to(slots["A"]), slots["B"], slots["A"])
+        gain = torch.where(ours > 0, slots["m"] / ours, 1.0)
+        there["m"] = gain * their_lengths(module, theirs, 1.0)
+    return there
+
+
+def read(
+    modules: Mapping[str, nn.Module],
+    sites: Mapping[str, dict[str, Tensor]],
+    config: Mapping[str, Any],
+    where: str,
+) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]], frozenset[str]]:
+    """The config and the tensors with PEFT's form taken for lorakin's, and where they are a pair over all inputs.
+
+    Raises:
+        AdapterError: shapes that do not fit, or a gain over what is no change of the layer's weight.
+    """
+    over_all = set[str]()
+    done, ranks, alphas = dict(sites), dict[str, int](), dict[str, float]()
+    for path, slots in sites.items():
+        module: Any = modules[path]
+        if not is_grouped(module) or not {"A", "B"} <= slots.keys():
+            continue
+        scale, theirs = (
+            scale_at(config, path),
+            Grouped(slots["A"].flatten(1), slots["B"].flatten(1)),
+        )
+        inputs = module.in_channels * math.prod(module.kernel_size)
+        wanted = (scale.rank, inputs), (module.out_channels, scale.rank // module.groups)
+        if scale.rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
+            have = f"A {tuple(slots['A'].shape)}, B {tuple(slots['B'].shape)}"
+            raise AdapterError(
+                f"{where}: {path} has {have}, which do not fit rank {scale.rank} on a convolution with groups={module.groups}"
+            )
+        wide = Grouped(
+            *(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs)
+        )
+        pair = as_pair(module, wide)
+        if pair is None:
+            if "m" in slots:
+                raise AdapterError(
+                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, reads "
+                    "inputs across groups, as PEFT trains it. That is no change of the layer's weight, "
+                    "of which DoRA's magnitudes could be; leave the layer out when training"
+                )
+            over_all.add(path)
+            pair = _spread(wide.B, module.groups), wide.A
+        kernel, out = tuple(module.kernel_size), dict(slots)
+        up, down = pair[0] * scale.value, pair[1]
+        if "m" in slots:
+            gain = slots["m"].flatten().to(wide.A) / their_lengths(module, wide, scale.value)
+            lengths = row_norms(own_weight(module).to(up), up, down)
+            out["m"] = (gain * lengths).view(slots["m"].shape)
+        out["A"] = down.view(len(down), -1, *kernel)
+        out["B"] = up.view(*up.shape, *(1 for _ in kernel))
+        done[path] = out
+        key, alpha = f"^{re.escape(path)}", len(down) ** (0.5 if scale.rslora else 1)
+        ranks[key], alphas[key] = len(down), alpha
+    changed = {
+        field: {
+            **values,
+            **{key: n for key, n in (config.get(field) or {}).items() if key not in values},
+        }
+        for field, values in (("rank_pattern", ranks), ("alpha_pattern", alphas))
+    }
+    return ({**config, **changed} if ranks else config), done, frozenset(over_all)

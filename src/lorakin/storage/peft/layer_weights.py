@@ -1,0 +1,84 @@
+"""PEFT's `target_parameters` where they name the weights of layers.
+
+Such a file adapts the layers, under the same keys. PEFT's pair is over the parameter as it is
+stored, so the pair of an embedding or a Conv1D is lorakin's, transposed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakin.errors import AdapterError
+from lorakin.inject import layers
+from lorakin.inject.experts import ExpertMatrix
+from lorakin.inject.layers import ConvolutionLayer, EmbeddingLayer, TransposedLayer
+from lorakin.inject.patterns import Values
+from lorakin.storage.peft.forms import LORA, NAMES, PREFIX, TARGET_PARAMETERS, names
+from lorakin.storage.peft.scales import PATTERNS
+
+
+def as_layers(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, where: str
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """The config and tensors with these layers among `target_modules`.
+
+    Raises:
+        AdapterError: a convolution's weight, which PEFT takes for a stack of matrices.
+    """
+    targets = config.get(TARGET_PARAMETERS)
+    if not targets:
+        return config, tensors
+    out, found, others = dict(tensors), list[str](), set[str]()
+    for path, module in model.named_modules():
+        hits = {t for name in module._parameters for t in targets if _names(t, path, name)}
+        kind = layers.kind_of(module)
+        is_layer = kind is not None and not isinstance(module, ExpertMatrix)
+        if kind is None or not is_layer or not any(_names(t, path, "weight") for t in hits):
+            others |= hits
+            continue
+        if kind is ConvolutionLayer:
+            raise AdapterError(
+                f"{where}: it adapts the weight of {path} as a stack of matrices, but that is a "
+                "convolution"
+            )
+        found.append(path)
+        A, B = (out.pop(f"{PREFIX}{path}.{NAMES[slot]}", None) for slot in ("A", "B"))
+        if A is None or B is None:
+            raise AdapterError(f"{where}: {path} lacks {NAMES['A']} or {NAMES['B']}")
+        pair = (B.T, A.T) if kind in (EmbeddingLayer, TransposedLayer) else (A, B)
+        for slot, tensor in zip(("A", "B"), pair, strict=True):
+            out[f"{PREFIX}{path}.{names(LORA, kind)[slot]}"] = tensor.contiguous()
+    if not found:
+        return config, tensors
+    modules = config.get("target_modules") or []
+    pattern = "|".join([f"(?:{modules})", *map(re.escape, found)])
+    modules = pattern if isinstance(modules, str) else [*modules, *found]
+    done = {t for t in targets if any(_names(t, path, "weight") for path in found)} - others
+    rest = [target for target in targets if target not in done]
+    changed = {"target_modules": modules, TARGET_PARAMETERS: rest}
+    return {**config, **_patterns(config, found), **changed}, out
+
+
+def _names(target: str, path: str, name: str) -> bool:
+    """Whether an entry of `target_parameters` means the parameter `name` of the module at `path`."""
+    return f".{path}.{name}".endswith(f".{target}")
+
+
+def _patterns(config: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """The config's patterns, which PEFT matched with the parameters' paths, for the layers'."""
+    patterns = {}
+    for field, default in PATTERNS:
+        known, usual = dict(config.get(field) or {}), config.get(default, 8)
+        values = Values(known)
+        said = {path: values.of(f"{path}.weight", usual) for path in paths}
+        own = {
+            f"^{re.escape(path)}": value
+            for path, value in said.items()
+            if values.of(path, usual) != value
+        }
+        patterns[field] = own | known
+    return patterns

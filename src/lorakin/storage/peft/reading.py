@@ -1,0 +1,230 @@
+"""A document of PEFT's two files, and of lorakin's own part where it is beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakin.errors import AdapterError, SettingError, TargetError, some
+from lorakin.family import Method, Target
+from lorakin.family.slots import scale_of_ranks, sides_of_ranks
+from lorakin.inject.placement import Placement, placement_for
+from lorakin.storage.document import Document, Slots
+from lorakin.storage.match import check_kinds, check_paths, fresh, modules_for, targets_of
+from lorakin.storage.own_part import Own
+from lorakin.storage.peft import (
+    attention,
+    biases,
+    grouped,
+    layer_weights,
+    shared_pair,
+    starts,
+    token_rows,
+    unstack_experts,
+    whole_modules,
+)
+from lorakin.storage.peft.agreement import check_agreement
+from lorakin.storage.peft.config import check_config, method_of
+from lorakin.storage.peft.forms import LORA, TARGET_PARAMETERS, TOKENS, Form
+from lorakin.storage.peft.renamed import todays
+from lorakin.storage.peft.targets import check_targets
+from lorakin.storage.peft.tensors import as_matrices, by_module, check_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A config and its tensors, with a pair of its own for each module that has one."""
+
+    form: Form
+    method: Method
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    slots: dict[str, dict[str, Tensor]]
+    """Path → slot → tensor, in the file's shapes."""
+    rest: dict[str, Tensor]
+    """Tensors in no slot, by key without prefix."""
+    own: Own | None
+    where: str
+
+    @property
+    def own_slots(self) -> Mapping[str, Slots] | None:
+        """The modules' tensors in lorakin's own part, where PEFT's file has them in another form."""
+        return None if self.own is None else self.own.tensors
+
+
+def document_of(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    own: Own | None,
+    model: nn.Module,
+    where: str,
+) -> Document:
+    """The document of an adapter's files, for `match` with `model`.
+
+    Args:
+        config: what `adapter_config.json` says.
+        tensors: the tensors by PEFT's key.
+        own: lorakin's own part, if there is one.
+        model: the base, which tells what names and shapes in the files mean.
+        where: the file, for messages.
+
+    Raises:
+        AdapterError: something is missing, left over or unsupported, or belongs to another base;
+            the files do not agree.
+    """
+    read = apart(config, tensors, own, model, where)
+    modules = modules_for(model, {*read.slots, *(read.own_slots or ())})
+    former: Mapping[str, list[str]] = {}
+    if read.own_slots is None:
+        now = todays(model, modules, read.config, read.slots, read.rest, where)
+        read = dataclasses.replace(read, config=now.config, slots=now.sites, rest=now.rest)
+        former = now.former
+    check_paths(model, modules, read.slots, where)
+    check_kinds(modules, read.slots, where)
+    read, over_all = _ungrouped(read, modules)
+
+    copies, own_biases, tokens = _others(read, model, modules)
+    if read.form is not TOKENS:
+        check_targets(modules, read.config, read.slots, copies, former, where)
+    slots = _slots(read, model, modules)
+    placement = dataclasses.replace(
+        placement_of(read, slots, list(copies)),
+        tokens=tokens.tokens,
+        ungrouped=over_all,
+        biases=tuple(own_biases),
+    )
+    targets = targets_of(modules, placement)
+    if read.own_slots is None:
+        expected = fresh(placement, targets)
+        for path, there in expected.items():
+            rank = getattr(placement.methods[path].parametrisation, "rank", "?")
+            check_shapes(read.form, path, modules[path], read.slots[path], there, rank, where)
+        slots = _with_shared_pair(read, slots, targets)
+    document = Document(placement, slots, copies, tokens.values, own_biases)
+    if read.own is not None:
+        document = dataclasses.replace(document, buffers=read.own.buffers, state=read.own.state)
+    if read.own_slots is not None:
+        check_agreement(document, modules, targets, read.config, read.slots, where)
+    return document
+
+
+def apart(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    own: Own | None,
+    model: nn.Module | None,
+    where: str,
+) -> Read:
+    """The files with a pair for each module that has one, also without a model."""
+    form = check_config(config, where)
+    tensors = starts.without_training(tensors)
+    known = None if own is None or own.tensors is None else own.tensors.keys()
+    if config.get(TARGET_PARAMETERS) and own is not None:
+        # PEFT has no dropout there, so lorakin's own part has the adapter's.
+        dropouts = [entry.settings.get("dropout") for entry in own.members]
+        config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
+    if model is not None:
+        config, tensors = layer_weights.as_layers(config, tensors, model, where)
+    ours = own is not None
+    config, tensors = attention.apart(config, tensors, known, where, ours=ours)
+    config, tensors = unstack_experts.unstacked(config, tensors, model, known, where, ours=ours)
+    slots, rest = by_module(form, tensors)
+    return Read(form, method_of(form, config, own, where), config, tensors, slots, rest, own, where)
+
+
+def _ungrouped(read: Read, modules: Mapping[str, nn.Module]) -> tuple[Read, frozenset[str]]:
+    """With lorakin's form for grouped convolutions, and the paths whose pair is over all inputs."""
+    if read.form is not LORA:
+        return read, frozenset()
+    config, slots, over_all = grouped.read(modules, read.slots, read.config, read.where)
+    return dataclasses.replace(read, config=config, slots=slots), over_all
+
+
+def _others(
+    read: Read, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], token_rows.Taken]:
+    """Modules that are trained whole, biases and rows of tokens.
+
+    Raises:
+        AdapterError: they do not fit the model, or there are other tensors.
+    """
+    rest = biases.without_doubles(read.config, read.rest)
+    copies, rest = whole_modules.split(modules, read.config, rest)
+    if read.own is not None and read.own.whole is not None:
+        copies = {path: state for path, state in copies.items() if path in read.own.whole}
+    own_biases, rest = biases.split(
+        model, modules, read.config, read.slots, copies, rest, read.where
+    )
+    rest = whole_modules.without_head_biases(modules, rest, read.where)
+    sizes = {} if read.own is None or read.own.base is None else read.own.base["weights"]
+    tokens = token_rows.taken(
+        model, modules, read.config, rest, read.slots, copies, sizes, read.where
+    )
+    if tokens.rest:
+        raise AdapterError(
+            f"{read.where}: tensors that belong to nothing: {some(tokens.rest)}; the file is "
+            "damaged or of another kind"
+        )
+    return copies, own_biases, tokens
+
+
+def _slots(
+    read: Read, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> dict[str, dict[str, Tensor]]:
+    """The slots of all modules in the model's order: lorakin's own, else those in PEFT's file."""
+    if read.own_slots is None:
+        return {path: as_matrices(read.slots[path]) for path in modules if path in read.slots}
+    check_paths(model, modules, read.own_slots, read.where)
+    if absent := sorted(set(read.slots) - set(read.own_slots)):
+        raise AdapterError(f"{read.where}: lorakin.json lacks the tensors of {some(absent)}")
+    return {path: dict(read.own_slots[path]) for path in modules if path in read.own_slots}
+
+
+def placement_of(read: Read, slots: Mapping[str, Slots], copies: list[str]) -> Placement:
+    """The placement, with the ranks and alphas that single modules have."""
+    config = read.config
+    if read.own is not None and read.own_slots is not None:
+        ranks, alphas = map(dict, read.own.patterns)
+    elif read.form.has_patterns:
+        ranks = dict(config.get("rank_pattern") or {})
+        alphas = dict(config.get("alpha_pattern") or {})
+    else:
+        ranks, alphas = {}, {}
+    try:
+        placement = placement_for(read.method, list(slots), copies, ranks, alphas)
+        return _with_ranks_kept(placement, read, slots)
+    except (SettingError, TargetError) as error:
+        raise AdapterError(f"{read.where}: {error}") from None
+
+
+def _with_ranks_kept(placement: Placement, read: Read, slots: Mapping[str, Slots]) -> Placement:
+    """The placement, in which modules that lost ranks in training have fewer."""
+    own = placement.method.parametrisation.slots
+    scale = scale_of_ranks(own)
+    if scale is None or not sides_of_ranks(own):
+        return placement
+    said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(scale)
+    methods = {}
+    for path, method in placement.methods.items():
+        kept, there = said.get(f"{path}.{name}"), slots[path].get(scale)
+        if isinstance(kept, list):
+            rank = sum(kept)
+        else:
+            rank = len(there) if there is not None and there.dim() else 0
+        initial: int = method.parametrisation.initial_rank  # type: ignore[attr-defined]
+        methods[path] = method if rank == initial else method.at(kept=rank)
+    return dataclasses.replace(placement, methods=methods)
+
+
+def _with_shared_pair(
+    read: Read, slots: Mapping[str, Slots], targets: Mapping[str, Target]
+) -> dict[str, dict[str, Tensor]]:
+    """The slots, with the pair that all modules share in each of them."""
+    remembered = None if read.own is None else read.own.projection
+    shared = shared_pair.read(
+        read.form, read.config, remembered, read.method, targets, read.tensors, read.where
+    )
+    return {path: {**own, **shared} for path, own in slots.items()}

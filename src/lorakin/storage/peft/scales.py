@@ -1,0 +1,67 @@
+"""The rank and alpha of single modules in a config: reading them, setting them, taking them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from lorakin.family import Method
+from lorakin.inject.patterns import resolve
+
+PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+"""Field with values of single modules → the field with everyone's."""
+
+
+class PairScale(NamedTuple):
+    """The rank and alpha of a pair, and how they make its scale."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+
+    @property
+    def value(self) -> float:
+        """The factor in front of B·A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def scale_of(method: Method) -> PairScale:
+    """The rank and alpha of a method; zeros where its pair has no such settings."""
+    pair = method.parametrisation
+    return PairScale(
+        getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False)
+    )
+
+
+def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
+    """The rank and alpha that a config gives the pair at `path`."""
+    rank = resolve(config.get("rank_pattern") or {}, path, config.get("r", 8))
+    alpha = resolve(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
+    return PairScale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))
+
+
+def set_scale(config: dict[str, Any], path: str, scale: PairScale) -> None:
+    """Change `config` so that it gives the module or stack at `path` this rank and alpha."""
+    for (field, usual), value in zip(PATTERNS, (scale.rank, scale.alpha), strict=True):
+        patterns = config.get(field, {})
+        if resolve(patterns, path, config[usual]) != value:
+            config[field] = {f"^{re.escape(path)}": whole(value)} | patterns
+
+
+def without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The config without its targets and patterns for these modules alone."""
+    single = {f"^{re.escape(path)}" for path in paths}
+    targets = [path for path in config["target_modules"] if path not in paths]
+    rest = {**config, "target_modules": targets}
+    for field, _ in PATTERNS:
+        patterns = rest.pop(field, {})
+        if left := {key: value for key, value in patterns.items() if key not in single}:
+            rest[field] = left
+    return rest
+
+
+def whole(value: Any) -> Any:
+    """A whole float as an int, since other readers insist on an int for alpha."""
+    is_whole = isinstance(value, float) and value.is_integer() and value != 0
+    return int(value) if is_whole else value

@@ -1,0 +1,133 @@
+"""The tensors of single modules in PEFT's files: their keys and shapes, both ways.
+
+A key is `base_model.model.` + the module's path + `.` + the tensor's name. lorakin's slots are
+matrices and vectors. In a file, a convolution's A keeps its kernel, its B is a convolution of
+kernel 1, and its magnitude lies along the channels:
+
+    slot    lorakin              file
+    A       (r, inputs·kernel)   (r, inputs, k…)
+    B       (outputs, r)         (outputs, r, 1…)
+    m       (outputs,)           (1, outputs, 1…)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lorakin.errors import AdapterError
+from lorakin.inject import layers
+from lorakin.inject.layers import ConvolutionLayer, Layer
+from lorakin.storage.document import Slots
+from lorakin.storage.peft.forms import PREFIX, Form, names
+
+
+def keyed(
+    form: Form, path: str, kind: type[Layer], slots: Slots, module: nn.Module
+) -> dict[str, Tensor]:
+    """The tensors of one module by key, in PEFT's shapes; those that all modules share are left out."""
+    named = names(form, kind)
+    return {
+        f"{PREFIX}{path}.{named[slot]}": in_file(tensor, slot, module)
+        for slot, tensor in slots.items()
+        if slot not in form.shared
+    }
+
+
+def in_file(tensor: Tensor, slot: str, module: nn.Module) -> Tensor:
+    """The tensor of a slot in the shape that PEFT gives it."""
+    kernel = kernel_of(module)
+    if not kernel:
+        return tensor
+    ones = (1,) * len(kernel)
+    if slot == "m":
+        return tensor.view(1, -1, *ones)
+    if slot == "A":
+        return tensor.view(len(tensor), -1, *kernel)
+    return tensor.view(*tensor.shape, *ones)
+
+
+def kernel_of(module: nn.Module) -> tuple[int, ...]:
+    """The kernel of a convolution; () for other layers."""
+    if layers.kind_of(module) is not ConvolutionLayer:
+        return ()
+    kernel = module.kernel_size
+    assert isinstance(kernel, tuple)
+    return kernel
+
+
+def as_matrices(slots: Slots) -> dict[str, Tensor]:
+    """The tensors of a module in a file in lorakin's shapes."""
+    return {
+        slot: t.reshape(-1) if slot == "m" else t.flatten(1) if t.dim() > 2 else t
+        for slot, t in slots.items()
+    }
+
+
+def by_module(
+    form: Form, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors by path and slot, and those that are in no slot, by key without the prefix."""
+    found: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    slot_of = {
+        f".{name}": slot
+        for table in (form.slots, form.lookup_slots)
+        for slot, name in table.items()
+    }
+    for key, tensor in tensors.items():
+        if key in form.shared.values():
+            continue
+        bare = key.removeprefix(PREFIX)
+        name = next((name for name in slot_of if bare.endswith(name)), None)
+        if name is None:
+            rest[bare] = tensor
+        else:
+            found.setdefault(bare.removesuffix(name), {})[slot_of[name]] = tensor
+    return found, rest
+
+
+def check_shapes(
+    form: Form,
+    path: str,
+    module: nn.Module,
+    slots: Slots,
+    fresh: Slots,
+    rank: int | str,
+    where: str,
+) -> None:
+    """See that a module of the model has PEFT's tensors in PEFT's shapes.
+
+    Args:
+        form: the form of the file.
+        path: the module's path.
+        module: the module.
+        slots: its tensors as they are in the file.
+        fresh: the tensors of a fresh adapter there, with the rank that the config says.
+        rank: that rank.
+        where: the file, for messages.
+
+    Raises:
+        AdapterError: a tensor is missing, is one too many, or has another shape or dtype.
+    """
+    kind = layers.kind_of(module)
+    assert kind is not None
+    named = names(form, kind)
+    wanted = {slot: t for slot, t in fresh.items() if slot in named}
+    if missing := [named[slot] for slot in wanted if slot not in slots]:
+        raise AdapterError(f"{where}: {path} lacks {', '.join(missing)}")
+    if extra := [slot for slot in slots if slot not in wanted]:
+        strange = ", ".join(named.get(slot, slot) for slot in extra)
+        raise AdapterError(f"{where}: {path} has {strange}, which its config does not announce")
+    for slot, tensor in wanted.items():
+        shape, have = tuple(in_file(tensor, slot, module).shape), tuple(slots[slot].shape)
+        if have != shape:
+            raise AdapterError(
+                f"{where}: {path}.{named[slot]} has shape {have}, expected {shape} for rank "
+                f"{rank} on this base; the config, the file and the base model do not fit together"
+            )
+        if not slots[slot].is_floating_point():
+            raise AdapterError(
+                f"{where}: {path}.{named[slot]} is {slots[slot].dtype}, expected a floating type"
+            )

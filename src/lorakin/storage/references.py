@@ -1,0 +1,254 @@
+"""Tensors in JSON: the numbers lie in a file of tensors, the JSON says where.
+
+    {"tensor": "tensors/model.layers.0.self_attn.q_proj/P"}         in lorakin.safetensors
+
+Numbers that PEFT's file has already are not written again. The JSON then names its tensor, as a
+matrix of its first dimension by all others, and of it a range of rows, or of columns with a step:
+
+    {"file": "adapter_model.safetensors", "tensor": "base_model.model.….lora_B.weight",
+     "columns": [8, 16, 1]}
+
+`shape` and `dtype` are there where they differ from those of that range.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from lorakin.storage.schema import Count, Misfit, fitted
+
+PEFT_TENSORS: Final = "adapter_model.safetensors"
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number → the integers that compare all of its bits."""
+MOST_TRIED = 256
+PARENTS = 3
+"""PEFT keeps the tensors of an expert or of an attention with a module further up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Where a tensor is."""
+
+    tensor: str
+    file: Literal["adapter_model.safetensors"] | None = None
+    rows: tuple[Count, Count] | None = None
+    columns: tuple[Count, Count, Count] | None = None
+    shape: list[Count] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, but for those that are not set."""
+        said = dataclasses.asdict(self)
+        return {key: value for key, value in said.items() if value is not None}
+
+    def of(self, there: Tensor) -> Tensor:
+        """The tensor, of which `there` holds the numbers, in memory of its own.
+
+        Raises:
+            ValueError: the range is not in it.
+        """
+        found = there
+        if self.rows is not None or self.columns is not None:
+            found = _matrix(there)
+        if self.rows is not None:
+            first, end = self.rows
+            if not first <= end <= len(found):
+                raise ValueError(f"{self.tensor} has {len(found)} rows, not {first} to {end}")
+            found = found[first:end]
+        if self.columns is not None:
+            first, end, step = self.columns
+            if not (first <= end <= found.shape[1] and step > 0):
+                raise ValueError(
+                    f"{self.tensor} has {found.shape[1]} columns, not {first} to {end}"
+                )
+            found = found[:, first:end:step]
+        if self.shape is not None:
+            try:
+                found = found.reshape(self.shape)
+            except RuntimeError:
+                raise ValueError(f"{self.tensor} does not have the shape {self.shape}") from None
+        dtype = there.dtype if self.dtype is None else DTYPES[self.dtype]
+        return found.to(dtype, copy=True).contiguous()
+
+
+class Packing:
+    """Puts tensors into a file, and references to them into JSON."""
+
+    def __init__(self, known: Mapping[str, Tensor], prefix: str) -> None:
+        """`known`: the tensors that PEFT's file has, by key. `prefix`: what its keys begin with."""
+        self.known = known
+        self.prefix = prefix
+        self.keys = sorted(known)
+        self.tensors: dict[str, Tensor] = {}
+        self._seen: dict[int, Reference] = {}
+
+    def packed(self, value: Any, key: str) -> Any:
+        """`value` as JSON, with references for its tensors. One object is written once.
+
+        `key` is where the value stands, such as "tensors"; it names what lies in it.
+        """
+        if isinstance(value, Tensor):
+            if id(value) not in self._seen:
+                self._seen[id(value)] = self._found(value, key) or self._stored(value, key)
+            return self._seen[id(value)].as_json()
+        if isinstance(value, Mapping):
+            return {str(k): self.packed(v, f"{key}/{k}") for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.packed(v, f"{key}/{n}") for n, v in enumerate(value)]
+        return value
+
+    def _stored(self, tensor: Tensor, key: str) -> Reference:
+        self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        return Reference(key)
+
+    def _found(self, tensor: Tensor, key: str) -> Reference | None:
+        """Where PEFT's file has these bits already, in a tensor of the same module."""
+        if not tensor.numel() or tensor.is_meta:
+            return None
+        tensor = tensor.detach().cpu()
+        for name in self._near(key):
+            if (found := _within(tensor, self.known[name], name)) is not None:
+                return found
+        return None
+
+    def _near(self, key: str) -> Iterator[str]:
+        """The keys of PEFT's tensors that may belong to the module that is named in `key`."""
+        tried: set[str] = set()
+        for part in key.split("/"):
+            path = part
+            for _ in range(PARENTS):
+                start = f"{self.prefix}{path}."
+                first = bisect.bisect_left(self.keys, start)
+                end = bisect.bisect_left(self.keys, start + chr(0x10FFFF))
+                yield from (name for name in self.keys[first:end] if name not in tried)
+                tried.update(self.keys[first:end])
+                path = path.rpartition(".")[0]
+                if not path:
+                    break
+
+
+def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) -> Any:
+    """What `Packing.packed` was given. References to the same numbers give one object.
+
+    Raises:
+        ValueError: a reference to what is not there.
+    """
+    made: dict[str, Tensor] = {}
+
+    def unpack(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpack(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if not is_reference(value):
+            return {key: unpack(item) for key, item in value.items()}
+        reference = fitted(Reference, value)
+        tensors = own if reference.file is None else peft
+        if reference.tensor not in tensors:
+            raise ValueError(f"there is no {reference.tensor}")
+        if reference.file is None:
+            return own[reference.tensor]
+        if repr(reference) not in made:
+            made[repr(reference)] = reference.of(peft[reference.tensor])
+        return made[repr(reference)]
+
+    return unpack(value)
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a JSON value stands for a tensor."""
+    if not isinstance(value, Mapping):
+        return False
+    try:
+        fitted(Reference, value)
+    except Misfit:
+        return False
+    return True
+
+
+def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
+    """Where `there`, of this name, has the bits of `tensor`."""
+    is_wider = there.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
+    is_wider = is_wider and there.element_size() > tensor.element_size() > 1
+    if tensor.dtype != there.dtype and not is_wider:
+        return None
+    wanted, known = _bits(_matrix(tensor.to(there.dtype))), _bits(_matrix(there))
+    place = _place(wanted, known)
+    if place is None and wanted.shape[1] == 1:
+        wanted = wanted.T  # a vector, which may lie along a row in the file
+        place = _place(wanted, known)
+    if place is None:
+        return None
+    rows, columns = place
+    is_whole = rows is None and columns is None
+    usual = there.shape if is_whole else wanted.shape
+    return Reference(
+        name,
+        PEFT_TENSORS,
+        rows,
+        columns,
+        None if tensor.shape == usual else list(tensor.shape),
+        None if tensor.dtype == there.dtype else _dtype_name(tensor.dtype),
+    )
+
+
+Place = tuple[tuple[int, int] | None, tuple[int, int, int] | None]
+
+
+def _place(wanted: Tensor, known: Tensor) -> Place | None:
+    """The range of rows, or of columns, in which `known` is `wanted`; None if there is none."""
+    (rows, columns), (all_rows, all_columns) = wanted.shape, known.shape
+    if wanted.shape == known.shape:
+        return (None, None) if torch.equal(wanted, known) else None
+    if columns == all_columns and rows < all_rows:
+        for first in _equal_rows(known[: all_rows - rows + 1], wanted[0]):
+            if torch.equal(known[first : first + rows], wanted):
+                return (first, first + rows), None
+    if rows == all_rows and columns < all_columns:
+        return _columns(wanted, known)
+    return None
+
+
+def _columns(wanted: Tensor, known: Tensor) -> Place | None:
+    across = known.T
+    firsts = _equal_rows(across, wanted[:, 0])
+    seconds = _equal_rows(across, wanted[:, 1]) if wanted.shape[1] > 1 else []
+    for first in firsts:
+        steps = [1] if wanted.shape[1] == 1 else [n - first for n in seconds if n > first]
+        for step in steps[:2]:
+            end = first + step * (wanted.shape[1] - 1) + 1
+            if end <= known.shape[1] and torch.equal(known[:, first:end:step], wanted):
+                return None, (first, end, step)
+    return None
+
+
+def _equal_rows(matrix: Tensor, row: Tensor) -> list[int]:
+    """The first rows of `matrix` that equal `row`; there may be thousands that are zero."""
+    start = (matrix[:, 0] == row[0]).nonzero()[:, 0]
+    equal = start[(matrix[start] == row).all(1)]
+    return equal[:MOST_TRIED].tolist()
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """The first dimension by all others."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+def _dtype_name(dtype: torch.dtype) -> Any:
+    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -1,0 +1,174 @@
+"""Rehearsals against the same steps on real tensors, sums by hand, and a process that trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import lorakin as lk
+from lorakin.errors import LorakinWarning
+from lorakin.family import FAMILY, method_named
+from lorakin.plan.conditions import Conditions
+from lorakin.plan.few_layers import rehearse
+from lorakin.plan.rehearsal import FORWARD, STEP, RehearsedRun, _rows, rehearse_whole
+from lorakin.plan.skeleton import supposed
+from lorakin.plan.traced import Traced
+from plan.small import MACHINE, conditions, small
+
+WORDS = [member.word for member in FAMILY]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_tensors_without_numbers_take_what_real_ones_take(word: str) -> None:
+    """The same step on real tensors takes the same: nothing goes another way without numbers."""
+    method, dtype = (
+        method_named(word, {}),
+        torch.bfloat16 if WORDS.index(word) % 2 else torch.float32,
+    )
+    where = conditions(dtype=dtype, steps=600)
+    planned = rehearse_whole(where, method, MACHINE)
+    model = transformers.LlamaForCausalLM(small()).to(dtype).train()
+    method = supposed(model, method)
+    adapter = lk.adapt(model, method, seed=0)
+    batch = {key: t for key, t in _rows(where).items() if key != "attention_mask"}
+    with Traced(MACHINE, real=True) as traced:
+        traced.see(model.parameters(), "weights")
+        traced.see(model.buffers(), "weights")
+        traced.see(adapter.parameters(), "adapter")
+        optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=600)
+        run = RehearsedRun(model, adapter, optimizer, batch, traced)
+        run.optimize(1)
+        run.step(2)
+        if word == "delta-lora":
+            run.optimize(500)
+            run.step(501)
+    for phase in (FORWARD, STEP):
+        assert planned.peaks[phase].total == pytest.approx(traced.peaks[phase].total, rel=2e-3), (
+            phase
+        )
+
+
+def test_a_longer_run_holds_the_anchors_too() -> None:
+    member = {"start_step": 5}
+    method = method_named("delta-lora", member)
+    later = rehearse_whole(conditions(steps=100), method, MACHINE)
+    assert (
+        later.adapter_bytes
+        == 2
+        * rehearse_whole(conditions(), method_named("lora", {"rank": 8}), MACHINE).adapter_bytes
+    )
+
+
+def test_options_save_what_they_say() -> None:
+    method = method_named("lora", {})
+    plain = rehearse_whole(conditions(4), method, MACHINE).peaks[FORWARD].kinds["activations"]
+    fused = (
+        rehearse_whole(conditions(4, fuse=True), method, MACHINE)
+        .peaks[FORWARD]
+        .kinds["activations"]
+    )
+    checked = (
+        rehearse_whole(conditions(4, gradient_checkpointing=True), method, MACHINE)
+        .peaks[FORWARD]
+        .kinds["activations"]
+    )
+    wide = (
+        rehearse_whole(conditions(4, batch_size=4), method, MACHINE)
+        .peaks[FORWARD]
+        .kinds["activations"]
+    )
+    assert fused < 0.8 * plain
+    assert checked < 0.8 * plain
+    assert wide == pytest.approx(2 * plain, rel=0.05)
+
+
+def test_accumulated_gradients_are_alive_in_the_next_forward() -> None:
+    one, several = (
+        rehearse_whole(conditions(accumulate=n), method_named("lora", {}), MACHINE) for n in (1, 4)
+    )
+    more = several.peaks[FORWARD].total - one.peaks[FORWARD].total
+    assert more == pytest.approx(4 * one.trainable_parameters, rel=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
+    """A process of its own trains a Llama of 45 million parameters."""
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "vocab_size": 32_000,
+    }
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True, dtype="float32")
+    where = Conditions(config, torch.float32, batch_size=4, max_length=128, padded=False)
+    found = rehearse(where, method_named("lora", {}), MACHINE).peaks[FORWARD]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOOP, json.dumps(sizes)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert found.total == pytest.approx(float(done.stdout), rel=0.1)
+
+
+LOOP = """
+import json, sys, torch, transformers, lorakin as lk
+from torch import nn
+from lorakin.training.batches import answer_loss
+import transformers.models.llama.modeling_llama
+def status(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+def step(rows, length, **sizes):
+    config = transformers.LlamaConfig(tie_word_embeddings=True, **sizes)
+    model = transformers.LlamaForCausalLM(config).train()
+    optimizer = lk.adapt(model, lk.LoRA()).optimizer(lr=1e-3)
+    ids = torch.ones(rows, length, dtype=torch.long)
+    for _ in range(2):
+        answer_loss(model(input_ids=ids, logits_to_keep=torch.arange(length - 1)), ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+sizes = json.loads(sys.argv[1])
+step(2, 8, **{**sizes, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100})
+before = status("VmRSS")
+step(4, 128, **sizes)
+print(status("VmHWM") - before)
+"""
+
+
+def test_nothing_here_warns_of_what_only_tensors_without_numbers_do(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    rehearse_whole(conditions(), method_named("vera", {}), MACHINE)
+    assert not [
+        w
+        for w in recwarn
+        if "FakeTensor" in str(w.message) or issubclass(w.category, LorakinWarning)
+    ]
+
+
+def test_the_model_that_is_planned_is_left_alone() -> None:
+    config = small()
+    rehearse(
+        Conditions(config, torch.bfloat16, batch_size=1, max_length=8),
+        method_named("lora", {}),
+        MACHINE,
+    )
+    assert config.to_dict() == small().to_dict()
+    assert torch.get_default_dtype() == torch.float32

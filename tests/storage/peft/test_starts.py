@@ -1,0 +1,119 @@
+"""Every start that PEFT knows: a file that is a plain pair on the plain base is read, any other is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import randomise, tiny_llama
+from lorakin.storage.peft import starts
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "in capitals": {"init_lora_weights": "GAUSSIAN"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva"},
+    "mica": {"init_lora_weights": "mica"},
+    "mica of an embedding": {"init_lora_weights": "mica", "target_modules": ["embed_tokens"]},
+    "random": {"init_lora_weights": False},
+    "none": {"init_lora_weights": None},
+    "velora": {"velora_config": ("VeloraConfig", {"num_groups": 2, "init_type": "random"})},
+    "monteclora": {"monteclora_config": ("MontecloraConfig", {})},
+    "corda not chosen": {"corda_config": ("CordaConfig", {})},
+    "lora-ga not chosen": {"lora_ga_config": ("LoraGAConfig", {})},
+    "loftq not chosen": {"loftq_config": {"loftq_bits": 4}},
+    "orthogonal with dora": {"init_lora_weights": "orthogonal", "use_dora": True},
+}
+CHANGED: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": ("KasaConfig", {})},
+}
+
+
+def trained(settings: dict[str, Any]) -> tuple[Any, bool]:
+    """PEFT's model with random pairs, and whether its start left the base weights alone."""
+    peft = pytest.importorskip("peft")
+    made = {
+        k: getattr(peft.tuners.lora.config, v[0])(**v[1]) if isinstance(v, tuple) else v
+        for k, v in settings.items()
+    }
+    model = tiny_llama()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **made})
+    ).eval()
+    own = {
+        k.removeprefix("base_model.model.").replace("base_layer.", ""): t
+        for k, t in theirs.state_dict().items()
+    }
+    same = all(torch.equal(tensor, own[key]) for key, tensor in before.items())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return theirs, same
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_start_that_leaves_the_base_alone(name: str, tmp_path: Path, ids: Tensor) -> None:
+    theirs, same = trained(PLAIN[name])
+    assert same
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_start_that_changes_the_base(name: str, tmp_path: Path) -> None:
+    theirs, same = trained(CHANGED[name])
+    assert not same
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        lk.AdapterError, match="KaSA" if name == "kasa" else "changes the base weight"
+    ):
+        lk.load(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ("pissa", "taken out of it.*path_initial_model"),
+        ("PiSSA_niter_16", "taken out of it"),
+        ("olora", "taken out of it"),
+        ("corda", "taken out of it"),
+        ("lora_ga", "taken out of it"),
+        ("loftq", "a quantised one that LoftQ made"),
+        ("of tomorrow", "does not know whether"),
+        (["pissa"], "expected true or false or text"),
+    ],
+)
+def test_the_reason(start: Any, reason: str, tmp_path: Path) -> None:
+    randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2), "q_proj")).save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(lk.AdapterError, match=reason):
+        lk.load(tiny_llama(), tmp_path)
+
+
+def test_tensors_of_training_go() -> None:
+    names = (
+        "a.lora_A.weight",
+        "a.lora_velora_embed",
+        "a.lora_monteclora_sampler.std_prior",
+        "a.lora_velora_embedding",
+    )
+    left = starts.without_training(dict.fromkeys(names, torch.ones(1)))
+    assert list(left) == ["a.lora_A.weight", "a.lora_velora_embedding"]

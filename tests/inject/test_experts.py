@@ -1,4 +1,6 @@
-"""Experts in parameters of three dimensions: what members do to them, against the base with changed weights."""
+"""Experts in parameters of three dimensions: what members do to them, against the base with changed
+weights.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def exact(kernel: str) -> tuple[torch.dtype, dict[str, float]]:
 
 
 def changed_by_hand(make: Callable[..., Any], adapter: lk.Adapter) -> Any:
-    """The base in float64 with the weights that the references give, each written into its place in the parameter."""
+    """The base in float64 with the weights that the references give, each written into its place in
+    the parameter.
+    """
     model = make("eager", torch.float64)
     for path, method in adapter.placement.methods.items():
         owner, name, number = path.rsplit(".", 2)

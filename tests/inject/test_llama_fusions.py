@@ -115,7 +115,7 @@ def test_norms_that_train_get_their_gradient(ids: Tensor) -> None:
 
 
 def test_what_backward_keeps_of_a_block() -> None:
-    """Of norm and gate nothing but their inputs, although seven adapted layers read what they give."""
+    """Norm and gate keep only their inputs, although seven adapted layers read their outputs."""
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=160,
@@ -185,7 +185,8 @@ def test_a_model_of_another_kind_is_refused_and_other_norms_stay(ids: Tensor) ->
     gpt2 = tiny_gpt2()
     assert lk.fuse(gpt2) == 1, "the head alone"
     config = transformers.GemmaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
         vocab_size=64,
     )  # fmt: skip
     gemma = transformers.GemmaForCausalLM(config).train()  # 1 + w, GELU
@@ -455,8 +456,10 @@ def test_transformers_trainer_and_its_loss(ids: Tensor, tmp_path: Any) -> None:
                 for row in ids.repeat(4, 1)
             ]
             args = transformers.TrainingArguments(
-                str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=accumulate, max_steps=3,
-                learning_rate=1e-2, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+                str(tmp_path), per_device_train_batch_size=2,
+                gradient_accumulation_steps=accumulate, max_steps=3,
+                learning_rate=1e-2, report_to="none", use_cpu=True, save_strategy="no",
+                disable_tqdm=True,
             )  # fmt: skip
             trainer = transformers.Trainer(model, args, train_dataset=rows)  # type: ignore[arg-type]
             trainer.train()

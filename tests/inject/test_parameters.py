@@ -1,4 +1,6 @@
-"""Parameters that no layer holds, and torch's attention: against the same weights formed by hand in float64."""
+"""Parameters that no layer holds, and torch's attention: against the same weights formed by hand in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 class Own(nn.Module):
-    """Parameters of one, two and three dimensions, used by products and otherwise; it counts its calls."""
+    """Parameters of one, two and three dimensions, used by products and otherwise; it counts its
+    calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +108,9 @@ def x() -> Tensor:
 
 
 def formed(base: nn.Module, adapter: lk.Adapter) -> dict[str, Tensor]:
-    """The parameters of `base` that the adapter changes, with its change in them, differentiable in its tensors."""
+    """The parameters of `base` that the adapter changes, with its change in them, differentiable in
+    its tensors.
+    """
     own = dict(base.named_parameters())
     changed: dict[str, Any] = {}
     for path in adapter.placement.methods:

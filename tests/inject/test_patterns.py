@@ -1,4 +1,6 @@
-"""Patterns over paths: what `re` says of them, in a time that grows with the path and the pattern alone."""
+"""Patterns over paths: what `re` says of them, in a time that grows with the path and the pattern
+alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,12 @@ from lorakin.inject.linear_regex import NoPatternError, PatternError
 from lorakin.inject.patterns import Paths, Values, matches, resolve
 
 ATOMS = [
-    "a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", r"\W", "a?", "b*", "a+", "(?:ab)", "(a|b)", "(?:a|)", "(?P<n>b)", "^", "$",
-    r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!b)", "(?:ab*)*", "a{2}", "b{1,3}", "(?:a|b){2,3}", "a*?", "(?i:A)",
-    "(?s:.)", r"\.", "1", r"\Z", r"\A", "(?:a*b?){0,2}", "[a-c1]", "(?!.*1)", "(?=.*[.])", "(?<=b.)", "(?:a??b)*?",
+    "a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", r"\W", "a?", "b*", "a+", "(?:ab)", "(a|b)",
+    "(?:a|)", "(?P<n>b)", "^", "$",
+    r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!b)", "(?:ab*)*", "a{2}", "b{1,3}",
+    "(?:a|b){2,3}", "a*?", "(?i:A)",
+    "(?s:.)", r"\.", "1", r"\Z", r"\A", "(?:a*b?){0,2}", "[a-c1]", "(?!.*1)", "(?=.*[.])",
+    "(?<=b.)", "(?:a??b)*?",
 ]  # fmt: skip
 PATHS = [
     f"model.layers.{layer}.{name}"
@@ -32,7 +37,8 @@ PATHS = [
     )
 ] + ["lm_head", "model.vision.blocks.1.attn.qkv", "model.embed_tokens"]
 REAL = [
-    r".*\.(q_proj|v_proj)", r"^(model)(?!.*(lm_head|output|emb|wte|shared)).*", "(.*)(q|k|v|o)_proj",
+    r".*\.(q_proj|v_proj)", r"^(model)(?!.*(lm_head|output|emb|wte|shared)).*",
+    "(.*)(q|k|v|o)_proj",
     r"model\.layers\.(?:0|12)\..*",
     r"(?:.*?(?:vision|image|language|text).*?(?:self_attn|attention|attn|mlp).*?(?:qkv|proj|linear).*?)|(?:\bmodel\.layers\.[\d]{1,}"
     r"\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|o_proj|gate_proj|down_proj)))",
@@ -89,8 +95,10 @@ def test_a_match_has_a_budget() -> None:
 def test_values_are_peft_s_rule() -> None:
     """`re.match(rf"(.*\\.)?({key})$", path)`, the first key that matches."""
     keys = [
-        "q_proj", "^model.layers.0.self_attn.q_proj", r"^model\.layers\.3\.mlp", r"layers\.12\.mlp\.gate_proj", "layers.0.mlp",
-        "mlp", ".*o_proj", "proj", r"[a-z]+_proj", "^lm", "(lm|x)_head", "", "^", r"blocks\.[0-9]\.attn\.qkv",
+        "q_proj", "^model.layers.0.self_attn.q_proj", r"^model\.layers\.3\.mlp",
+        r"layers\.12\.mlp\.gate_proj", "layers.0.mlp",
+        "mlp", ".*o_proj", "proj", r"[a-z]+_proj", "^lm", "(lm|x)_head", "", "^",
+        r"blocks\.[0-9]\.attn\.qkv",
         "q_proj|embed_tokens",
     ]  # fmt: skip
     chance = random.Random(2)

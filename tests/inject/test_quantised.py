@@ -1,4 +1,4 @@
-"""Quantised bases: every member trains on them as on the plain base that their numbers stand for."""
+"""Quantised bases: every member trains on them as on a plain base with the same numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 class OtherLinear(nn.Module):
-    """A quantised layer of a library that lorakin does not know: no `weight`, numbers in its own buffers."""
+    """A quantised layer of a library that lorakin does not know: no `weight`, numbers in its own
+    buffers.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -187,7 +189,9 @@ def test_rows_are_the_librarys_own_numbers(name: str, stored: str) -> None:
 
 
 def test_rows_that_share_a_scale() -> None:
-    """Rows of 48 numbers, scales for 64: a row's scales cannot be told from another's by counting rows."""
+    """Rows of 48 numbers, scales for 64: a row's scales cannot be told from another's by counting
+    rows.
+    """
     linear = bnb.nn.Linear4bit(48, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     linear.load_state_dict({"weight": torch.randn(32, 48)})
     linear.to("cpu")
@@ -203,7 +207,9 @@ def test_rows_that_share_a_scale() -> None:
 def test_a_base_that_was_used_for_inference_can_be_trained(
     nested: bool, stored: str, ids: Tensor
 ) -> None:
-    """On some CPUs bitsandbytes lays 4-bit weights out for a kernel without a backward, and never back."""
+    """On some CPUs bitsandbytes lays 4-bit weights out for a kernel without a backward, and never
+    back.
+    """
     model = load("nf4-nested" if nested else "nf4", stored)
     before = plain_twin(model)
     with torch.no_grad():
@@ -456,9 +462,11 @@ def test_an_adapter_knows_its_base_in_few_bits_too(
     name: str, there: str, stored: str, tmp_path: Path
 ) -> None:
     def base(kind: str, folder: str) -> Any:
-        return tiny_llama(**SIZES) if kind == "plain" and folder == stored else (
-            transformers.AutoModelForCausalLM.from_pretrained(folder) if kind == "plain" else load(kind, folder)
-        )  # fmt: skip
+        if kind != "plain":
+            return load(kind, folder)
+        if folder == stored:
+            return tiny_llama(**SIZES)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
     randomise(lk.adapt(base(name, stored), lk.LoRA(rank=2))).save(tmp_path / "a")
     lk.load(base(there, stored), tmp_path / "a")

@@ -81,7 +81,8 @@ def test_layers_and_exclusions() -> None:
     assert names(tiny_llama(), "q_proj", layer_indices=[1]) == {"model.layers.1.self_attn.q_proj"}
     assert names(tiny_llama(), "q_proj", layer_indices=[-2]) == {"model.layers.0.self_attn.q_proj"}
     assert leaves(names(tiny_llama(), "all-linear", exclude=["*.mlp.*"])) == ATTENTION
-    assert leaves(names(tiny_llama(), "all-linear", exclude="o_proj")) == (ATTENTION - {"o_proj"}) | {
+    assert leaves(names(tiny_llama(), "all-linear",
+    exclude="o_proj")) == (ATTENTION - {"o_proj"}) | {
         "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
     with pytest.raises(lk.TargetError, match="2"):

@@ -177,7 +177,8 @@ def test_a_change_in_the_middle_of_a_forward_is_refused_and_changes_nothing(
     inside.wait(20)
     adapter = lk.adapters(model)["a"]
     for change in (
-        lambda: lk.activate(model, "a"), adapter.merge, adapter.remove, lambda: adapter.disabled().__enter__(),
+        lambda: lk.activate(model, "a"), adapter.merge, adapter.remove,
+        lambda: adapter.disabled().__enter__(),
         lambda: lk.merge(model, "a"), lambda: lk.adapt(model, lk.LoRA(rank=1), name="c"),
         lambda: setattr(adapter, "scale", 0.5),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows of tokens that train beside an adapter: the forward and gradient of a table that holds them."""
+"""Rows of tokens that train beside an adapter: as a table that holds them would."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def tiny_gemma() -> Any:
     """A Gemma 3, whose embedding scales what it looks up, tied to the head."""
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, pad_token_id=0,
     )  # fmt: skip
     return transformers.Gemma3ForCausalLM(config).eval()

@@ -1,4 +1,6 @@
-"""Every real optimizer step reaches the members that act at steps, under any loop; a step that does nothing does not."""
+"""Every real optimizer step reaches the members that act at steps, under any loop; a step that does
+nothing does not.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_other_optimizers_do_not_count() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler(fused: bool) -> None:
-    """Steps that it skips do not count; scores see gradients without its scale, also where the optimizer unscales them."""
+    """Steps that it skips do not count; scores see gradients without its scale, also where the
+    optimizer unscales them.
+    """
     members = lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, orthogonality=0.0)
     sensitivities: list[dict[str, Tensor]] = []
     for scaled in (False, True):
@@ -94,7 +98,9 @@ def test_a_grad_scaler(fused: bool) -> None:
 
 
 def test_clipping_is_a_common_factor() -> None:
-    """A loop that clips has clipped before a member sees the gradients: the order of the scores stays."""
+    """A loop that clips has clipped before a member sees the gradients: the order of the scores
+    stays.
+    """
     kept = []
     for clip in (False, True):
         model, (x, target) = linear(torch.float64, 11, 9, 7), data()

@@ -175,7 +175,9 @@ def test_normalisations_whose_names_do_not_say_so() -> None:
 
 
 def test_without_decay_the_groups_are_those_of_before(recwarn: pytest.WarningsRecorder) -> None:
-    """So that a run begun without decay resumes; and no one's own optimizer is warned of a head's bias that decays."""
+    """So that a run begun without decay resumes; and no one's own optimizer is warned of a head's
+    bias that decays.
+    """
     adapter = lk.adapt(tiny_bert(), lk.LoRA(rank=2), modules_to_save=["classifier"])
     assert (
         len(adapter.optimizer(lr=1e-3).param_groups)

@@ -1,4 +1,6 @@
-"""Exports of every member: what is written is read back, is the model that was trained, and is refused if it is not."""
+"""Exports of every member: what is written is read back, is the model that was trained, and is
+refused if it is not.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +246,9 @@ def test_a_base_that_is_not_stored_under_its_own_names_is_loaded_whole(
 
 
 def test_peak_memory_is_about_one_tensor(tmp_path: Path) -> None:
-    """Eight shards of 8 MB; the merged model is 64 MB. Counted is the process's own memory, not the files mapped into it."""
+    """Eight shards of 8 MB; the merged model is 64 MB. Counted is the process's own memory, not the
+    files mapped into it.
+    """
     sizes = {
         "vocab_size": 256,
         "hidden_size": 512,
@@ -582,9 +586,9 @@ def test_an_end_from_outside_leaves_nothing(base_dir: str, tmp_path: Path) -> No
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
     code = (
         "import sys, time; from lorakin.serving.targets import MergedModel; "
-        "MergedModel.write = staticmethod(lambda job, folder: (print('writing', flush=True), time.sleep(60))); "
-        f"sys.argv = ['lorakin', 'merge', '-a', {adapter!r}, '-o', {str(tmp_path / 'out')!r}, '--no-verify']; "
-        "from lorakin.cli import main; main()"
+        "MergedModel.write = staticmethod(lambda job, folder: (print('writing', flush=True), "
+        f"time.sleep(60))); sys.argv = ['lorakin', 'merge', '-a', {adapter!r}, '-o', "
+        f"{str(tmp_path / 'out')!r}, '--no-verify']; from lorakin.cli import main; main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"

@@ -1,4 +1,6 @@
-"""Links in a base's directory and in the place of a result: content is copied where it is the model's, and nowhere else."""
+"""Links in a base's directory and in the place of a result: content is copied where it is the
+model's, and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ def test_the_weights_are_those_that_transformers_takes(base: Path, adapter: Path
 def test_a_file_of_weights_that_another_directory_holds(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    """Weights are read through links, which a user's own copies often are; nothing of the link is kept."""
+    """Weights are read through links, which a user's own copies often are; nothing of the link is
+    kept.
+    """
     shutil.move(base / "model.safetensors", tmp_path / "weights")
     (base / "model.safetensors").symlink_to(tmp_path / "weights")
     before = (tmp_path / "weights").read_bytes()

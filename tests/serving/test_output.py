@@ -1,4 +1,4 @@
-"""A result is there whole or not at all: killed at any moment, on a full disk, on a read-only one, beside others.
+"""A result is there whole or not at all: after a kill, on a full or read-only disk, beside others.
 
 `LORAKIN_KILLS=200` kills more often than usual.
 """
@@ -66,7 +66,9 @@ def start(what: Order) -> Any:
 
 
 def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
-    """What is there is the whole model or none, and the next export leaves nothing of those that were killed."""
+    """What is there is the whole model or none, and the next export leaves nothing of those that
+    were killed.
+    """
     chance, whole = random.Random(7), 0
     begun = time.monotonic()
     for to in TARGETS:
@@ -189,7 +191,9 @@ def test_nothing_of_a_users_own_is_taken_for_a_leftover(tmp_path: Path) -> None:
 def test_an_export_is_of_one_save(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter is saved anew once the export has begun: what is written, and compared with, is the one that was."""
+    """The adapter is saved anew once the export has begun: what is written, and compared with, is
+    the one that was.
+    """
     shutil.copytree(base / "adapter", tmp_path / "adapter")
     read, times = directory.read, [0]
 

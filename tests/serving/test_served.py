@@ -37,7 +37,9 @@ SAID = soak.count("LORAKIN_SAID", 5)
 def trained(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, list[list[int]], list[list[int]], list[torch.Tensor]]:
-    """An adapter that changes much, the prompts, what it says to them, and its log-probabilities in each place of that."""
+    """An adapter that changes much, the prompts, what it says to them, and its log-probabilities in
+    each place of that.
+    """
     loaded = load_model("smollm2", "float32")
     adapter = lk.adapt(loaded.model, lk.VeRA(rank=32), seed=1)
     generator = torch.Generator().manual_seed(2)

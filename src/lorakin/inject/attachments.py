@@ -164,9 +164,7 @@ def ours(model: nn.Module) -> tuple[str, ...]:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns the base's own parameters, each under all of its names: merging may separate tied
-    ones.
-    """
+    """Returns the base's parameters, each under all its names: merging may separate ties."""
     skip = ours(model)
     named = model.named_parameters(remove_duplicate=False)
     return [(name, parameter) for name, parameter in named if not name.startswith(skip)]

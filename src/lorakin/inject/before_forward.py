@@ -134,9 +134,7 @@ def _let_gradients_pass(module: Any) -> None:
 
 
 def _checkpointed(checkpoint: Callable[..., Any], part: Callable[..., Any], *args: Any) -> Any:
-    """Runs `checkpoint(part, *args)` with one more input that needs a gradient, if none of `args`
-    does.
-    """
+    """Runs `checkpoint(part, *args)` with an input that needs a gradient, if no arg does."""
     if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return checkpoint(part, *args)
     dummy = torch.zeros((), requires_grad=True)

@@ -82,8 +82,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def start_of(
     model: nn.Module, paths: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Returns an adapter's biases at the start by path: the base's, in `dtype`, or float32 at
-    least.
+    """Returns an adapter's biases at the start: the base's, in `dtype`, or float32 at least.
 
     Biases that are one parameter in the base are one tensor.
 
@@ -140,9 +139,7 @@ def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | S
 
 
 def tie_merged(model: nn.Module, graft: Graft) -> None:
-    """Lets merged modules go on sharing a bias that is one parameter in the adapter and in the
-    base.
-    """
+    """Lets merged modules share a bias that is one in the adapter and in the base."""
     first: dict[int, Any] = {}
     for path, own in graft.biases().items():
         module = model.get_submodule(path)

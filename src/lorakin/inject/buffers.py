@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
-    """Returns the base's buffers that its `state_dict` holds, by name, except those of quantised
-    layers.
+    """Returns the base's buffers that its `state_dict` holds, except quantised layers', by name.
 
     None stands for a buffer that a forward is still to make.
 
@@ -57,9 +56,7 @@ class Buffers:
         """Whose each one is that the model has now; None is the base."""
 
     def show(self, model: nn.Module, grafts: Mapping[str, Graft]) -> None:
-        """Puts the buffers of the adapters in use into the model, and the base's where none has
-        any.
-        """
+        """Puts the buffers of the adapters in use into the model; the base's where none has any."""
         using = [graft for graft in grafts.values() if graft.is_active and not graft.is_off]
         for name, owner in self.owners(model, using).items():
             if owner != self.shown[name]:

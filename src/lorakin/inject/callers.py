@@ -26,9 +26,7 @@ MACHINERY = (
 
 
 def is_in_forward(depth: int) -> bool:
-    """Returns whether the function `depth` calls above the caller reads a tensor to compute with
-    it.
-    """
+    """Returns whether the function `depth` calls above the caller computes with what it reads."""
     if torch.compiler.is_compiling():  # compiled code is a forward, and has no frames
         return True
     frame: FrameType | None = sys._getframe(depth + 1)

@@ -18,9 +18,7 @@ class Swapped(nn.Module):
 
     @staticmethod
     def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-        """Returns what to mix in after a module's own class, where `super()` in that class finds
-        it.
-        """
+        """Returns what to mix in after a module's own class, where its `super()` finds it."""
         return ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -188,7 +188,7 @@ def _repeat(least: int, most: int, once: Ends) -> Ends:
         for _ in range(least):
             before, places = places, once(at, places)
             at.step()
-            if places in (0, before):  # no more comes of further ones
+            if places in (0, before):  # further repeats find nothing new
                 break
         found = new = places
         for _ in range(most - least):
@@ -203,9 +203,7 @@ def _repeat(least: int, most: int, once: Ends) -> Ends:
 
 
 def _look(inner: Ends, width: int, behind: bool, wanted: bool) -> Ends:
-    """Looks ahead, or behind by a fixed width, and keeps the places where it finds what is
-    `wanted`.
-    """
+    """Looks ahead, or behind by a fixed width, and keeps the places where that is as `wanted`."""
     own = object()
 
     def ends(at: _Text, places: int) -> int:

@@ -27,8 +27,7 @@ from lorakin.kernels.rebuilding import Rebuilding
 
 
 class Norm(torch.autograd.Function):
-    """w · (x · scale) over the last dimension, computed in float32 and rounded before w, as Llama's
-    norm.
+    """w · (x · scale) over the last dimension, in float32 and rounded before w, as Llama's.
 
     `scale` is `scale_of(x)`; the gradient accounts for its dependence on x.
     """
@@ -125,9 +124,7 @@ LIGHT = (LightNorm, LightGate, LightHead)
 
 
 def _lightly(x: Any, other: Tensor) -> bool:
-    """Returns whether something is to be kept for a backward, of tensors that the functions here
-    know.
-    """
+    """Returns whether a backward needs something, of tensors that the functions here know."""
     if type(x) not in PLAIN or type(other) not in PLAIN or not torch.is_grad_enabled():
         return False
     return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and plainly()
@@ -145,7 +142,7 @@ def fuse(model: nn.Module) -> int:
     found: dict[nn.Module, type[nn.Module]] = {}
     for module in model.modules():
         if isinstance(module, LIGHT) or is_adapted(module):
-            continue  # of a module trained whole, the adapter's copy is met by itself
+            continue  # the adapter's copy of a module trained whole is a module of its own
         if mixin := next((mixin for mixin, fits in FITS.items() if fits(module)), None):
             found[module] = mixin
     head = getattr(model, "get_output_embeddings", lambda: None)()

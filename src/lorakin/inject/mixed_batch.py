@@ -33,9 +33,7 @@ FEW_TOKENS = 4
 
 
 class StackedPairs(NamedTuple):
-    """The pairs of one module in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n,
-    outputs).
-    """
+    """A module's pairs in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs)."""
 
     down: Tensor
     up: Tensor
@@ -120,9 +118,7 @@ class MixedBatch:
             one.rows = self.open[-1] if self.open else None
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Returns None: a copy of the model is in no context, and its copy of the hook does
-        nothing.
-        """
+        """Returns None: a copy of the model is in no context."""
 
     def _note_batch(
         self,
@@ -183,9 +179,7 @@ class MixedBatch:
         return self._each(attached, base, numbers, add)
 
     def with_rows(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
-        """Computes the output of a module in which adapters train rows from `base`, the base's
-        output.
-        """
+        """Computes the output of a module with trained rows from `base`, the base's output."""
         if x.shape[0] == 1 < len(self.wanted):
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
@@ -218,9 +212,7 @@ class MixedBatch:
         numbers: Tensor,
         call: Callable[[Any, Tensor], Tensor],
     ) -> Tensor:
-        """Runs `call(child, rows)` for each adapter on its rows, and puts the results into the
-        output.
-        """
+        """Puts `call(child, rows)` of each adapter, on its rows, into the output."""
         out = base
         for number, name in enumerate(self.names):
             if self._uses(attached, name) and len(rows := (numbers == number).nonzero()[:, 0]):
@@ -230,9 +222,7 @@ class MixedBatch:
     def _stack_of(
         self, module: Any, x: Tensor, branches: Sequence[Branch | None]
     ) -> StackedPairs | None:
-        """Returns the module's stack, kept while nothing in it trains; None where gradients are
-        needed.
-        """
+        """Returns the module's stack, kept while nothing trains; None if it needs gradients."""
         if id(module) in self.stacks:
             return self.stacks[id(module)]
         there = [branch for branch in branches if branch is not None]

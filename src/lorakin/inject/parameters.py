@@ -1,5 +1,4 @@
-"""Targets that name no layer: a parameter of a module, and torch's attention, which consists of
-such.
+"""Targets that name no layer: a parameter of a module, and torch's attention.
 
 A pattern means a parameter only where no module has that name, so that patterns for layers do not
 select one by accident. A layer's weight means the layer; other parameters of layers are refused.
@@ -58,8 +57,7 @@ def of_attention(path: str, module: nn.Module) -> list[str]:
 
 
 def meant(model: nn.Module, pattern: str, selected: Iterable[str]) -> list[str]:
-    """Returns what an adapter is on for parameters that a pattern selects: the layer, or the
-    parameter.
+    """Returns what an adapter of selected parameters is on: a layer, or the parameter.
 
     Raises:
         TargetError: one of them is neither a matrix nor a stack of matrices.

@@ -129,7 +129,7 @@ def ends_of(path: str) -> list[str]:
 
 
 def _reaches(key: str, path: str) -> bool:
-    check(key)  # by itself, so that it can be put between others
+    check(key)  # it must be a pattern by itself before it is put into another
     return matches(rf"(?:.*\.)?(?:{key})$", path)
 
 

@@ -1,5 +1,4 @@
-"""Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and others by
-transformers.
+"""Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and others.
 
 Their forward and backward stay the library's own. The few that need the weight's numbers (a norm, a
 merge, a picture) ask for them in blocks of rows, and nothing keeps them.
@@ -38,7 +37,7 @@ def is_quantised(module: nn.Module) -> bool:
     if isinstance(weight, UninitializedParameter):
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        holds_bits = tuple(whole_shape(weight)) != sides  # in the place of floating-point numbers
+        holds_bits = tuple(whole_shape(weight)) != sides  # in place of floating-point numbers
         return holds_bits or (type(weight) not in PLAIN and is_packed(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
@@ -64,7 +63,7 @@ def refusal(module: nn.Module) -> str | None:
         x = torch.ones(2, int(module.in_features), device=device_of(module), requires_grad=True)  # type: ignore[arg-type]
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(own_forward(module, x).sum(), x)
-    except Exception as error:  # whatever the library lacks here
+    except Exception as error:  # the library may lack anything here
         reason = str(error).strip().partition("\n")[0]
         return f"a {name}, a quantised layer that no gradient passes on this machine ({reason})"
     return None if torch.isfinite(grad).all() else f"a {name} whose gradient is not finite"
@@ -120,8 +119,7 @@ _PACKED: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDic
 
 
 def packed_weight(module: nn.Module) -> PackedWeight:
-    """Returns the module's weight, the same object for as long as the module's tensors do not
-    change.
+    """Returns the module's weight: the same object until the module's tensors change.
 
     So the squares of its rows are computed once.
     """
@@ -180,7 +178,7 @@ def _four_bits(weight: Any, state: Any) -> Rows:
 
     def rows(start: int, stop: int) -> Tensor:
         first, behind = start * inputs, stop * inputs
-        if inputs % size:  # a scale is for numbers of several rows
+        if inputs % size:  # a scale belongs to numbers of several rows
             whole: Tensor = library.dequantize_4bit(weight.data, state)
             return whole[start:stop]
         part = library.QuantState(
@@ -250,9 +248,7 @@ def take_flags(model: nn.Module) -> dict[str, bool]:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Returns the dtype in which a model with quantised layers computes: that of its other
-    parameters.
-    """
+    """Returns the dtype in which a model with quantised layers computes: its other parameters'."""
     dtypes = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
     wide = (dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
     return next(wide, torch.float32)
@@ -299,9 +295,7 @@ def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
-    """Returns the quantised layers whose tensors FSDP2 cannot cut: integers, or of a class of their
-    own.
-    """
+    """Returns the quantised layers that FSDP2 cannot cut: of integers, or of their own class."""
     found = []
     for module in filter(is_quantised, model.modules()):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -337,9 +331,7 @@ def give_back(modules: list[nn.Module]) -> None:
 
 
 def _lay_out(weight: Any, state: Any) -> None:
-    """Gives a 4-bit weight its usual layout back; its scales stay rounded to bfloat16, as they were
-    used.
-    """
+    """Gives a 4-bit weight its usual layout back; its scales stay rounded to bfloat16."""
     if getattr(state, "packing_format_for_cpu", False):
         scales = state.absmax.T.reshape(-1).float()  # the library would lose their order
         state.original_nested = False

@@ -90,16 +90,13 @@ def _others(turns: ThreadTurns) -> list[threading.Thread]:
 
 
 def spoil(model: nn.Module) -> None:
-    """Lets forwards of other threads that are under way end with an error; call it inside
-    `changing`.
-    """
+    """Makes forwards of other threads under way end with an error; call it in `changing`."""
     turns = _turns_of(model)
     turns.spoilt |= {thread.ident for thread in _others(turns) if thread.ident is not None}
 
 
 def alone(change: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that changes the adapters of its first argument: a model, or what has
-    one.
+    """Decorates a function that changes the adapters of its first argument.
 
     It runs inside `changing`.
     """

@@ -42,8 +42,7 @@ class Governor:
 
 @dataclasses.dataclass(frozen=True)
 class Parting:
-    """What follows if some parameters of a model are no longer tied; nothing, if no config ties
-    them.
+    """What follows if some parameters are no longer tied; nothing, if no config ties them.
 
     Attributes:
         parted: the parameters.
@@ -85,9 +84,7 @@ class Parting:
 
 
 class Ties:
-    """The parameters that were shared when the model was made, and what separating them has
-    changed.
-    """
+    """The parameters that were shared in the model, and what separating them has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.groups = groups(model)
@@ -124,9 +121,7 @@ class Ties:
         parting.announce(stacklevel=6)
 
     def _untie(self, model: nn.Module, configs: list[Any]) -> None:
-        """Lets these configs say that nothing is tied; the model gets copies, since the caller may
-        hold them.
-        """
+        """Lets these configs say that nothing is tied, as copies: the caller may hold them."""
         if configs and not self.has_own_configs:
             copies, self.has_own_configs = _own_configs(model), True
             configs = [copies.get(id(config), config) for config in configs]
@@ -136,9 +131,7 @@ class Ties:
 
 
 def groups(model: nn.Module) -> list[dict[str, Place]]:
-    """Returns the parameters that are one, as name → place, without second names of the same
-    module.
-    """
+    """Returns the parameters that are one: name → place, one name for each module."""
     found: dict[int, dict[str, Place]] = {}
     skip = ours(model)
     for path, module in model.named_modules():
@@ -157,9 +150,7 @@ def _at(place: Place) -> Any:
 
 
 def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
-    """Gives all but the first of those that are still one a copy; returns each with the one it was
-    tied to.
-    """
+    """Gives all but the first of those that are one a copy; returns each with its original."""
     keepers: dict[int, Place] = {}
     copies = []
     for place in group.values():
@@ -203,9 +194,7 @@ def _with_text(config: Any) -> tuple[Any, ...]:
 
 
 def _can_untie(model: nn.Module, governor: Governor) -> bool:
-    """Returns whether the config can say "untied": it reads that back, and no forward depends on
-    the flag.
-    """
+    """Returns whether the config can say "untied", and no forward depends on the flag."""
     config = copy.deepcopy(governor.configs[0])
     for one in _with_text(config):
         setattr(one, FLAG, False)
@@ -227,7 +216,7 @@ def _reads_flag(forward: Any) -> bool:
 def _own_configs(model: nn.Module) -> dict[int, Any]:
     """Gives the model copies of its parts' configs, which the caller may hold; id → copy."""
     copies: dict[int, Any] = {}
-    for module in model.modules():  # the whole's first, which holds those of parts
+    for module in model.modules():  # the whole model's first: it holds those of its parts
         if hasattr(config := vars(module).get("config"), "to_dict"):
             copy.deepcopy(config, copies)
     for module in model.modules():

@@ -230,9 +230,7 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
 def base_rows(
     model: nn.Module, tokens: Mapping[str, TokenRows], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Returns the base's rows by path, which a fresh adapter starts with: `dtype`, or float32 at
-    least.
-    """
+    """Returns the base's rows by path, in `dtype`, or float32 at least: a new adapter's start."""
     found = {}
     for path, rows in tokens.items():
         table = own_table(model.get_submodule(path))
@@ -292,9 +290,7 @@ def check_apart(tokens: Mapping[str, Mapping[str, TokenRows]]) -> None:
 def keep_ties(
     model: nn.Module, tokens: Mapping[str, TokenRows], merged: Mapping[str, Sequence[str]]
 ) -> None:
-    """Lets modules with one weight share the merged weight, if the same adapters are merged into
-    them.
-    """
+    """Lets modules with one weight share the merged weight, if the same adapters are merged."""
     for path, rows in tokens.items():
         leader: Any = model.get_submodule(path)
         for other in rows.tied:

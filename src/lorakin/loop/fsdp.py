@@ -1,5 +1,4 @@
-"""Adapters beside a base that is sharded over processes (FSDP2): every process holds the adapter
-whole.
+"""Adapters beside a base sharded over processes (FSDP2): each process holds them whole.
 
 Whoever shards the base must leave the adapter out (`ignored_params`). Its tensors are small, and
 members need whole ones: they compare ranks over the model, share pairs between layers, make anchors

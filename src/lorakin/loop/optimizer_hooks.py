@@ -59,9 +59,7 @@ WATCHERS.append(StepsWatcher())
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
-    """Returns the adapters that `optimizer` trains, and checks those it is seen with for the first
-    time.
-    """
+    """Returns the adapters that `optimizer` trains, and checks those it has not seen with it."""
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:

@@ -54,9 +54,7 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
 
 
 def regroup(graft: Graft, optimizer: torch.optim.Optimizer, lr: float, **options: Any) -> None:
-    """Moves the adapter's tensors from an optimizer's groups into those of its method, before any
-    step.
-    """
+    """Moves the adapter's tensors into groups of its method, before the optimizer steps."""
     ours = {id(p) for _, p in graft.trained()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ours]
@@ -152,9 +150,7 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> None:
-    """Warns of decay on tensors that must not decay, and of base weights that train beside the
-    adapter.
-    """
+    """Warns of decay on tensors that must not decay, and of base weights that train too."""
     words = graft.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
@@ -251,7 +247,7 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
     """Returns every trainable tensor once, with its rate and slot.
 
     Modules trained whole have the base rate. With `exempt`, those of their parameters that must not
-    decay have a role that says so. Without weight decay that makes no difference, and a run that
+    decay have a slot that says so. Without weight decay that makes no difference, and a run that
     was begun before there was one keeps its groups.
 
     A tensor whose ranks were all freed stays in its group, so that the optimizer of a resumed run

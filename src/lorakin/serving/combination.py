@@ -1,6 +1,4 @@
-"""Adapters on disk combined into one: their weighted sum, compared with the exact sum, or another
-rule.
-"""
+"""Adapters on disk combined into one: a weighted sum or another rule, compared with the exact."""
 
 from __future__ import annotations
 

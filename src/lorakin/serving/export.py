@@ -18,9 +18,7 @@ from lorakin.storage import directory, hub
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written, how near it is to what was trained, and how near its pairs are, by module
-    path.
-    """
+    """What was written, and how near it is to what was trained; `fits` are by module path."""
 
     order: Order
     size: int
@@ -60,8 +58,7 @@ def _described(fit: Fit) -> str:
 
 
 def export(order: Order) -> Exported:
-    """Writes what the order asks for into the new directory `order.out`, reads it back, and
-    compares.
+    """Writes what the order asks for into the new directory `order.out`, and compares it.
 
     Raises:
         SettingError: an unknown target, or settings that it does not have.

@@ -124,7 +124,7 @@ def _tensors(
     found = []
     for half, tensor in (("a", down.T if place.name == EMBEDDING else down), ("b", up)):
         try:
-            encoded(tensor, dtype, module)  # before anything is written
+            encoded(tensor, dtype, module)  # raises before anything is written
         except ModelError as error:
             raise AdapterError(str(error)) from None
         name, read = f"{place.name}.lora_{half}", partial(Tensor.contiguous, tensor)

@@ -1,5 +1,4 @@
-"""GGUF, llama.cpp's file format: architectures, tensors' names, the order of rows, and writing
-files.
+"""GGUF, llama.cpp's file format: architectures, names, the order of rows, writing files.
 
 llama.cpp's converter renames a transformers model's tensors. For some architectures it also
 reorders the rows of q_proj and k_proj: within each head transformers has all first halves of the
@@ -120,9 +119,7 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def gguf_name(config: Any, parameter: str) -> str | None:
-    """Returns llama.cpp's name of the tensor that transformers calls `parameter`; None if it has
-    none.
-    """
+    """Returns llama.cpp's name of the tensor that transformers calls `parameter`; None if none."""
     names = _names(architecture_of(config).arch, config.num_hidden_layers)
     name: str | None = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
     return name
@@ -134,8 +131,7 @@ def _names(arch: Any, layers: int) -> Any:
 
 
 def row_order(config: Any, parameter: str, rows: int) -> Tensor | None:
-    """Returns the rows in llama.cpp's order, (rows,) int64: for each the row that it is in
-    transformers.
+    """Returns for each row in llama.cpp's order the row in transformers': (rows,), int64.
 
     None where the order is the same.
     """
@@ -160,8 +156,7 @@ def check_dtype(dtype: str, allowed: Sequence[str]) -> None:
 
 
 def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
-    """Returns the tensor's numbers as the file holds them, rounded to the nearest, never to
-    infinity.
+    """Returns the numbers as the file holds them, rounded to the nearest, never to infinity.
 
     Raises:
         ModelError: NaN, infinity, or a number too large for `dtype`; the message names `source`.
@@ -187,8 +182,7 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
 
 
 def write_file(path: Path, writer: Any, tensors: Sequence[TensorType]) -> None:
-    """Writes metadata and tensors beside `path`, one at a time, and renames the file when it is
-    complete.
+    """Writes metadata and tensors beside `path`, and renames the file when it is complete.
 
     Args:
         path: the file.

@@ -52,8 +52,7 @@ def write_model(
     name: str | None = None,
     template: str | None = None,
 ) -> None:
-    """Writes a model with its tokenizer as one file; memory holds one tensor beside what `tensors`
-    holds.
+    """Writes a model with its tokenizer as one file, with one tensor in memory at a time.
 
     Args:
         path: the file; one that is there is replaced.
@@ -76,9 +75,8 @@ def write_model(
     check_dtype(dtype, tuple(TYPES))
     architecture = architecture_of(config)
     _check(config)
-    if (
-        window := getattr(config, "sliding_window", None)
-    ) and window < config.max_position_embeddings:
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
         warnings.warn(
             "llama.cpp has no sliding window for this architecture, so the file's context is cut "
             f"to that, {window} tokens",
@@ -161,7 +159,7 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Tens
         if key not in tensors:
             continue
         name = names[key]
-        assert name is not None  # of the architectures written whole every tensor has one
+        assert name is not None  # every tensor of an architecture written whole has one
         order = row_order(config, key, shape[0])
         kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
         stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))

@@ -256,8 +256,7 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
 def _scores(
     tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], where: str
 ) -> list[float]:
-    """Returns how early each token is merged: 0 for the first, −1 for the next; single letters come
-    last.
+    """Returns how early each token is merged: 0 for the first, −1 for the next, and so on.
 
     Raises:
         ModelError: a byte is missing, which llama.cpp needs for characters that are no tokens.

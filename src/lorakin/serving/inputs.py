@@ -73,9 +73,7 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
 
 
 def _ids(tokens: int, length: int, config: Any, generator: torch.Generator) -> Tensor:
-    """Returns random token ids; the last one ends the text, which classifiers with a decoder look
-    for.
-    """
+    """Returns random token ids; the last ends the text: classifiers with a decoder look for it."""
     ids = torch.randint(tokens, (1, length), generator=generator)
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < tokens:

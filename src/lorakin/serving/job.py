@@ -45,9 +45,7 @@ class Order:
 
 
 class ExportJob:
-    """An order under way: the base with its adapter, loaded when first asked for, and what is made
-    of them.
-    """
+    """An order under way: the base with its adapter, loaded when first asked for."""
 
     def __init__(self, order: Order, files: directory.Files, name: str) -> None:
         self.order = order
@@ -115,16 +113,12 @@ class ExportJob:
         return found.examples
 
     def texts(self) -> list[list[int]]:
-        """Returns the token ids to compare on: rows that no pair is fitted to; none without enough
-        data.
-        """
+        """Returns the token ids to compare on, from rows that no pair is fitted to."""
         return [row["input_ids"] for row in self.parts[1]]
 
     @cached_property
     def parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        """Rows to fit to, and about a quarter to compare on, as token ids and labels; none without
-        data.
-        """
+        """Rows to fit to, and about a quarter to compare on, as token ids and labels."""
         rows = self._rows()
         apart = min(READING, len(rows) // 4)
         return rows[: len(rows) - apart][:CALIBRATION], rows[len(rows) - apart :]

@@ -29,9 +29,7 @@ from lorakin.training.model_files import INDEX, SINGLE
 
 
 class NotStreamed(ModelError):
-    """The base is not stored under the model's own names in safetensors, so it must be loaded
-    whole.
-    """
+    """The base is not stored under the model's own names in safetensors: load it whole."""
 
 
 class Merged(Mapping[str, Tensor]):
@@ -60,7 +58,7 @@ class Merged(Mapping[str, Tensor]):
         self.remembered = None if other_base else files.base
         self.names, self.kinds, self.shards = _where(base, self.model)
         self.is_sharded = not (base / SINGLE).is_file()
-        beside(base)  # so that what cannot go along is said before anything is written
+        beside(base)  # raises before anything is written, if a file cannot go along
         tokens = self.contents.placement.tokens
         self.leaders = {
             f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)
@@ -116,13 +114,10 @@ class Merged(Mapping[str, Tensor]):
         return None
 
     def write(self, out: Path) -> None:
-        """Writes the model into the directory `out`: its shards, as the base's are, and its other
-        files.
-        """
+        """Writes the model into the directory `out`, with shards as the base has them."""
         copy_beside(self.base, out)
-        (out / "config.json").write_text(
-            json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8"
-        )
+        config = json.dumps(self._written_config(), indent=2) + "\n"
+        (out / "config.json").write_text(config, encoding="utf-8")
         total = 0
         for shard in sorted(set(self.shards.values())):
             names = [name for name, file in self.shards.items() if file == shard]
@@ -143,57 +138,55 @@ class Merged(Mapping[str, Tensor]):
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if "id2label" in self.config.to_diff_dict() and type(self.model).__name__.endswith(
-            "Classification"
-        ):
+        is_classifier = type(self.model).__name__.endswith("Classification")
+        if is_classifier and "id2label" in self.config.to_diff_dict():
             config |= {key: getattr(self.config, key) for key in ("id2label", "label2id")}
         return config
 
     def _add_what_is_new(self) -> None:
-        """Adds names that the base's files lack: heads trained whole, and tied partners of a
-        changed weight.
-        """
-        last = max(self.shards.values())
-        changed = {f"{path}.weight" for path in self.contents.placement.methods}
-        changed |= self.leaders.keys()
-        changed |= {
-            f"{path}.{key}" for path, state in self.contents.copies.items() for key in state
-        }
-        changed |= {f"{path}.{BIAS}" for path in self.contents.biases}
+        """Adds names that the base's files lack: those of new heads, and tied ones that part."""
+        contents, last = self.contents, max(self.shards.values())
+        changed = {f"{path}.weight" for path in contents.placement.methods} | self.leaders.keys()
+        changed |= {f"{path}.{key}" for path, state in contents.copies.items() for key in state}
+        changed |= {f"{path}.{BIAS}" for path in contents.biases}
+
         tied = groups(self.model)
-        parted = [
-            names for names in tied if changed & names.keys() and not self._is_one_table(names)
-        ]
-        self.parting = Parting.of(self.model, {name for names in parted for name in names})
-        for names in tied:
-            if self.parting.names & names.keys():
-                source = next((name for name in names if name in self.names), None)
-                for name in names if source is not None else ():
-                    self.names.setdefault(name, self.names[source])  # type: ignore[index]
-                    self.kinds.setdefault(name, self.kinds[source])  # type: ignore[index]
-                    self.shards.setdefault(name, last)
-        for config in self.parting.configs:
-            setattr(config, FLAG, False)
-        self.parting.announce(stacklevel=3)
+        self.parting = self._part(tied, changed, last)
         partners = {name for names in tied for name in names if self.shards.keys() & names.keys()}
-        if lacking := sorted(
-            dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners
-        ):
+        known = self.shards.keys() | changed | partners
+        if lacking := sorted(dict(self.model.named_parameters()).keys() - known):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
+
         for name in sorted(changed - self.shards.keys()):
             if name in self.leaders and name in partners:
                 continue
-            if (
-                name.removesuffix(".weight") in self.contents.placement.methods
-                or name in self.leaders
-            ):
+            if name.removesuffix(".weight") in contents.placement.methods or name in self.leaders:
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
 
+    def _part(self, tied: Sequence[Mapping[str, Any]], changed: set[str], last: str) -> Parting:
+        """Gives the parameters that merging unties names of their own, in the file `last`."""
+        parted = {
+            name
+            for names in tied
+            if changed & names.keys() and not self._is_one_table(names)
+            for name in names
+        }
+        parting = Parting.of(self.model, parted)
+        for names in tied:
+            source = next((name for name in names if name in self.names), None)
+            if source is not None and parting.names & names.keys():
+                for name in names:
+                    self.names.setdefault(name, self.names[source])
+                    self.kinds.setdefault(name, self.kinds[source])
+                    self.shards.setdefault(name, last)
+        for config in parting.configs:
+            setattr(config, FLAG, False)
+        parting.announce(stacklevel=4)
+        return parting
+
     def _is_one_table(self, names: Iterable[str]) -> bool:
-        """Returns whether the adapter changes rows of tokens in all these parameters alike: they
-        stay one.
-        """
+        """Returns whether the adapter trains the same rows in all these parameters: one table."""
         together = {self.leaders.get(name) for name in names}
         return len(together) == 1 and None not in together
 

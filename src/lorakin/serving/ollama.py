@@ -81,9 +81,7 @@ class Turns:
         )
 
     def render(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
-        """Returns what `go_template` gives for a conversation whose last question is to be
-        answered.
-        """
+        """Returns what `go_template` gives for a conversation that ends with a question."""
         text = ""
         for number, question in enumerate(questions):
             place = self.system if number == 0 else self.system_later
@@ -217,9 +215,7 @@ def _file(word: str, name: str, instead: str) -> list[str]:
 
 
 def _quoted(word: str, text: str) -> list[str]:
-    """Returns an instruction with a text that is taken as it is, in quotes; Ollama knows no escapes
-    there.
-    """
+    """Returns an instruction with a text in quotes, in which Ollama knows no escapes."""
     if '"' not in text and text.isprintable():
         return [f'{word}"{text}"']
     if '"' not in text and not any(ord(letter) < 32 and letter not in "\n\t" for letter in text):

@@ -28,8 +28,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_directory(out: str) -> Iterator[Path]:
-    """Makes a directory beside `out` that takes its place at the end, and leaves nothing after an
-    error.
+    """Makes a directory that takes the place of `out` at the end; after an error nothing is left.
 
     It removes what a killed process left of such directories beside `out`.
 
@@ -55,7 +54,7 @@ def new_directory(out: str) -> Iterator[Path]:
         lock = locks.hold(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
         partial = lock.path.with_suffix("")
         partial.mkdir(0o700)
-    except (OSError, ValueError) as error:  # the latter of a zero byte in a name
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
         if isinstance(error, OutputError):
             raise
         raise OutputError(
@@ -67,7 +66,7 @@ def new_directory(out: str) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+    except (OSError, SafetensorError) as error:  # how safetensors reports a full disk
         if isinstance(error, LorakinError) and not isinstance(error, OutputError):
             raise
         reason = getattr(error, "strerror", None) or str(error).replace(str(partial), out)

@@ -1,6 +1,4 @@
-"""Checks that what was written is the model that was trained: both read the same, and logits
-compare.
-"""
+"""Checks that what was written is the model that was trained, by the logits of both."""
 
 from __future__ import annotations
 
@@ -172,9 +170,8 @@ def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
     of = "the data" if chosen else "prompts"
     if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
         chosen = _own_texts(loaded)
-    if (
-        len({token for text in chosen for token in text}) < FEWEST
-    ):  # as of a tokenizer that transformers makes up
+    kinds = {token for text in chosen for token in text}
+    if len(kinds) < FEWEST:  # a tokenizer that transformers made up gives few
         chosen, of = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
     return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, of)
 
@@ -205,27 +202,21 @@ def compare(transcript: Transcript, model: Any) -> Agreement:
 
 def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
     """Returns KL(trained ‖ written), and whether the likeliest token is the same, by place."""
-    rows, others = (
-        trained.reshape(-1, trained.shape[-1]).double(),
-        written.reshape(-1, written.shape[-1]).double(),
-    )
+    rows = trained.reshape(-1, trained.shape[-1]).double()
+    others = written.reshape(-1, written.shape[-1]).double()
     said, heard = rows.log_softmax(-1), others.log_softmax(-1)
     return (said.exp() * (said - heard)).sum(-1), rows.argmax(-1) == others.argmax(-1)
 
 
 @torch.no_grad()
 def logits_of(model: Any, texts: Sequence[Sequence[int] | Mapping[str, Tensor]]) -> list[Tensor]:
-    """Returns the model's logits on each text, float32 on the CPU; its first output if it has no
-    logits.
-    """
+    """Returns the model's logits on each text, float32 on the CPU; else its first output."""
     with in_mode(model, training=False):
         return [_answer(model(**inputs_of(model, text))).float().cpu() for text in texts]
 
 
 def _answer(output: Any) -> Tensor:
-    """Returns the answer to a batch of one: the logits, a span's start and end, or else the first
-    tensor.
-    """
+    """Returns the answer to a batch of one: logits, a span's start and end, or the first tensor."""
     if (logits := getattr(output, "logits", None)) is not None:
         found: Tensor = logits[0]
         return found

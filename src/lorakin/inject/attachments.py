@@ -145,7 +145,14 @@ class Adapters(nn.Module):
 
 
 def attachments_of(module: nn.Module) -> Attachments:
-    """Returns what hangs on an adapted module."""
+    """Returns what hangs on an adapted module.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1), name="mine")
+    >>> attachments_of(model[0]).names()
+    ['mine']
+    """
     adapters: Any = module._modules[KEY]
     attached: Attachments = adapters._attachments
     return attached
@@ -158,7 +165,14 @@ def attachments_or_none(module: nn.Module) -> Attachments | None:
 
 
 def ours(model: nn.Module) -> tuple[str, ...]:
-    """Returns how the names of lorakin's tensors in `model` begin, for `str.startswith`."""
+    """Returns how the names of lorakin's tensors in `model` begin, for `str.startswith`.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1))
+    >>> ours(model)
+    ('0.lorakin.',)
+    """
     every = model.named_modules(remove_duplicate=False)
     return tuple(f"{path}." for path, module in every if isinstance(module, Adapters))
 
@@ -171,6 +185,13 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the `state_dict` of `module` without what adapters hang on it."""
+    """Returns the `state_dict` of `module` without what adapters hang on it.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1))
+    >>> list(base_state(model))
+    ['0.weight', '0.bias']
+    """
     skip = ours(module)
     return {key: t for key, t in module.state_dict().items() if not key.startswith(skip)}

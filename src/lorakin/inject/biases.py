@@ -41,6 +41,10 @@ def find_biases(
 
     Raises:
         SettingError: another word, or a model without such biases.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    >>> find_biases(model, "lora_only", ["0"], []), find_biases(model, "all", ["0"], [])
+    (('0',), ('0', '1'))
     """
     if which not in (NONE, ADAPTED, ALL):
         raise SettingError(f"bias must be one of {NONE}, {ADAPTED} and {ALL}, not {which!r}")

@@ -29,6 +29,9 @@ def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | No
     Args:
         model: the base, adapted or not.
         whole: paths of modules that an adapter trains whole; their copies have their own buffers.
+
+    >>> list(own_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
+    ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
     found: dict[str, Tensor | None] = {}
     skip = (*ours(model), *(f"{path}." for path in whole))

@@ -26,7 +26,11 @@ MACHINERY = (
 
 
 def is_in_forward(depth: int) -> bool:
-    """Returns whether the function `depth` calls above the caller computes with what it reads."""
+    """Returns whether the function `depth` calls above the caller computes with what it reads.
+
+    >>> is_in_forward(0)
+    False
+    """
     if torch.compiler.is_compiling():  # compiled code is a forward, and has no frames
         return True
     frame: FrameType | None = sys._getframe(depth + 1)

@@ -39,7 +39,15 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def unmix(module: nn.Module, *mixins: type[nn.Module]) -> None:
-    """Takes these mixins out of the module's class, whatever was mixed in after them."""
+    """Takes these mixins out of the module's class, whatever was mixed in after them.
+
+    >>> class Loud(Swapped): ...
+    >>> layer = nn.Linear(2, 2)
+    >>> swap_class(layer, combined(Loud, nn.Linear))
+    >>> unmix(layer, Loud)
+    >>> type(layer) is nn.Linear
+    True
+    """
 
     def without(cls: type[nn.Module]) -> type[nn.Module]:
         mixin, base = cls.__bases__[:2]
@@ -64,7 +72,12 @@ _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """Returns the one subclass of `mixin` and `base`."""
+    """Returns the one subclass of `mixin` and `base`.
+
+    >>> class Loud(Swapped): ...
+    >>> combined(Loud, nn.Linear).__name__, combined(Loud, nn.Linear) is combined(Loud, nn.Linear)
+    ('LoudLinear', True)
+    """
     if (mixin, base) not in _CLASSES:
         name = f"{mixin.__name__}{base.__name__}"
         beneath = mixin.beneath(base) if issubclass(mixin, Swapped) else ()

@@ -193,6 +193,10 @@ def side_by_side(factors: Sequence[tuple[Pair, float]]) -> Pair:
 
     Pairs of smaller rank are padded with zeros, all to a multiple of `ALIGNED`: `up` (n, outputs,
     r), `down` (n, r, inputs), `gain` (n, outputs) or None.
+
+    >>> pairs = [Pair(torch.ones(3, r), torch.ones(r, 2)) for r in (1, 2)]
+    >>> [tuple(t.shape) for t in side_by_side([(pair, 1.0) for pair in pairs])[:2]]
+    [(2, 3, 8), (2, 8, 2)]
     """
     ranks, scales = [pair.down.shape[0] for pair, _ in factors], {scale for _, scale in factors}
     most = max(ranks)

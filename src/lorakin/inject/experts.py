@@ -29,6 +29,11 @@ class ExpertMatrix(nn.Module):
 
     In a stack of three dimensions `weight` is a view of the parameter, and setting it writes there.
     Where the parameter is the matrix, `weight` is the parameter, and setting it replaces that.
+
+    >>> experts = nn.Module()
+    >>> experts.num_experts, experts.down = 4, nn.Parameter(torch.zeros(4, 2, 3))
+    >>> stack_names(experts), ExpertMatrix(experts, "down", 1).weight.shape
+    (['down'], torch.Size([2, 3]))
     """
 
     bias = None

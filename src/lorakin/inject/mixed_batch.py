@@ -45,6 +45,14 @@ class MixedBatch:
 
     See `lorakin.mixed_batch`. The contexts of one model share the list `open` of those entered and
     not yet left; the last one counts.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1), name="mine")
+    >>> with MixedBatch(model, ["mine", None]):
+    ...     out = model(torch.ones(2, 2))
+    >>> out.shape
+    torch.Size([2, 2])
     """
 
     def __init__(self, model: nn.Module, wanted: Iterable[str | None]) -> None:

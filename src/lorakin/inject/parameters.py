@@ -33,7 +33,12 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def names(module: nn.Module) -> list[str]:
-    """Returns the parameters of `module` that can be adapted by name."""
+    """Returns the parameters of `module` that can be adapted by name.
+
+    >>> attention = nn.MultiheadAttention(4, 2)
+    >>> names(attention), names(nn.Linear(2, 2))
+    (['in_proj_weight'], [])
+    """
     if layers.kind_of(module) is not None:
         return []
     held = module._parameters.items()
@@ -51,7 +56,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def of_attention(path: str, module: nn.Module) -> list[str]:
-    """Returns the paths that an attention's adapter is on: its in-projections and `out_proj`."""
+    """Returns the paths that an attention's adapter is on: its in-projections and `out_proj`.
+
+    >>> of_attention("attn", nn.MultiheadAttention(4, 2))
+    ['attn.in_proj_weight', 'attn.out_proj']
+    """
     held = [f"{path}.{name}" for name in IN_PROJECTIONS if module._parameters.get(name) is not None]
     return [*held, f"{path}.out_proj"]
 

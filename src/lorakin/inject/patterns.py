@@ -36,6 +36,8 @@ def check(pattern: str) -> None:
 
     Raises:
         PatternError: it is not.
+
+    >>> check("q_proj|v_proj")
     """
     _compiled(pattern)
 
@@ -96,12 +98,20 @@ class Values(Generic[N]):
 
 
 def resolve(pattern_values: Mapping[str, N], path: str, default: N | None) -> N | None:
-    """Returns the value for one path; see `Values`."""
+    """Returns the value for one path; see `Values`.
+
+    >>> resolve({"q_proj": 4}, "layers.0.q_proj", 8), resolve({"q_proj": 4}, "layers.0.v_proj", 8)
+    (4, 8)
+    """
     return Values(pattern_values).of(path, default)
 
 
 class Paths:
-    """Paths among which keys of `rank_pattern` or `alpha_pattern` select."""
+    """Paths among which keys of `rank_pattern` or `alpha_pattern` select.
+
+    >>> Paths(["layers.0.q_proj"]).any_by("q_proj"), Paths(["layers.0.q_proj"]).any_by("proj")
+    (True, False)
+    """
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = dict.fromkeys(paths)

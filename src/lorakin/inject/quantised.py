@@ -29,6 +29,9 @@ def is_quantised(module: nn.Module) -> bool:
     """Returns whether `module` is a linear layer that does not hold its weight as plain numbers.
 
     Plain numbers are floating point of two bytes or more.
+
+    >>> is_quantised(nn.Linear(2, 2))
+    False
     """
     sides = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not all(isinstance(side, int) for side in sides):

@@ -30,6 +30,10 @@ class TokenRowsBranch(nn.Module):
 
     `tokens` are their ids, ascending. `rows` (k, dim) is a parameter, which modules with one weight
     share. `ids` holds the same numbers as a buffer, so that they move to the device of the rows.
+
+    >>> rows = TokenRowsBranch("embed", [1], nn.Parameter(torch.ones(1, 2)))
+    >>> rows.into(torch.zeros(3, 2)).tolist()
+    [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     """
 
     ids: Tensor

@@ -84,7 +84,7 @@ def _matching_modules(pattern: str, modules: Mapping[str, nn.Module]) -> list[st
 def for_stacks(
     pattern_values: Mapping[str, N], stacks: Iterable[str], of_one: str = r"(?:\.\d+)?"
 ) -> dict[str, N]:
-    """Lets keys of `rank_pattern` or `alpha_pattern` that match a stack match its matrices too.
+    r"""Lets keys of `rank_pattern` or `alpha_pattern` that match a stack match its matrices too.
 
     Args:
         pattern_values: values by pattern.

@@ -66,6 +66,10 @@ def changing(model: nn.Module, refused: bool = True) -> Iterator[None]:
 
     Raises:
         StateError: another thread is in a forward, and that is `refused`.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with changing(model):
+    ...     pass  # other threads that want to change adapters wait
     """
     turns = _turns_of(model)
     with turns.lock:

@@ -131,7 +131,13 @@ class Ties:
 
 
 def groups(model: nn.Module) -> list[dict[str, Place]]:
-    """Returns the parameters that are one: name → place, one name for each module."""
+    """Returns the parameters that are one: name → place, one name for each module.
+
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
+    >>> model["head"].weight = model["embed"].weight
+    >>> [list(group) for group in groups(model)]
+    [['embed.weight', 'head.weight']]
+    """
     found: dict[int, dict[str, Place]] = {}
     skip = ours(model)
     for path, module in model.named_modules():

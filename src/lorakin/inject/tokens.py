@@ -53,6 +53,10 @@ def find_tokens(
     Raises:
         SettingError: something is no id of a row that the module has.
         TargetError: there is no such module, or no rows of it can be trained.
+
+    >>> model = nn.Sequential(nn.Embedding(8, 2))
+    >>> find_tokens(model, [5, 3])
+    {'0': TokenRows(ids=(3, 5), tied=())}
     """
     modules = named_modules(model)
     return tied_rows(model, _named(model, modules, wanted), copies)

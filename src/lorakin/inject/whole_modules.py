@@ -17,6 +17,9 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 
     Raises:
         TargetError: no module has that name, or one that has it cannot be trained whole.
+
+    >>> find_modules(nn.ModuleDict({"score": nn.Linear(2, 2), "act": nn.ReLU()}), ["score"])
+    ['score']
     """
     modules = {path: m for path, m in named_modules(model).items() if path}
     found: dict[str, None] = {}

@@ -61,7 +61,12 @@ class Ready(NamedTuple):
 
     @classmethod
     def of(cls, pair: Pair, scale: float, dtype: torch.dtype) -> Ready:
-        """Casts `pair` to `dtype`; `more` becomes gain − 1."""
+        """Casts `pair` to `dtype`; `more` becomes gain − 1.
+
+        >>> pair = Pair(torch.ones(2, 1), torch.ones(1, 2), gain=torch.ones(2))
+        >>> Ready.of(pair, 0.5, torch.bfloat16).more
+        tensor([0., 0.], dtype=torch.bfloat16)
+        """
         more = None if pair.gain is None else (pair.gain - 1).to(dtype)
         return cls(pair.up.to(dtype), pair.down.to(dtype), scale, more)
 
@@ -75,6 +80,9 @@ def applies(x: Any, weight: Any) -> bool:
 
     It needs plain tensors on one device, of one dtype unless autocast makes them so. Compilers,
     tracers, function transforms and forward-mode derivatives need plain operations instead.
+
+    >>> applies(torch.ones(1, 2), torch.eye(2)), applies(torch.ones(1, 2), torch.eye(2).double())
+    (True, False)
     """
     if type(x) not in PLAIN or type(weight) not in PLAIN or x.device != weight.device:
         return False

@@ -92,6 +92,13 @@ class Copied:
 
     Unlike `Version` it notices what is written through `.data`, as moving averages are. It works on
     CPUs alone: elsewhere a comparison would wait for the device.
+
+    >>> weight = torch.zeros(2)
+    >>> seen = Copied(weight)
+    >>> weight.data.add_(1)
+    tensor([1., 1.])
+    >>> seen.is_still(weight)
+    False
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -17,6 +17,10 @@ class Dropped(NamedTuple):
 
     The gaps between the dropped entries of a Bernoulli process are geometrically distributed. So
     p·n random numbers are drawn for n entries, not n.
+
+    >>> drop, x = Dropped(0.5, seed=1), torch.ones(8)
+    >>> torch.equal(drop.zeroed(x), drop.zeroed(x))
+    True
     """
 
     p: float

@@ -89,6 +89,10 @@ class Changed(UnformedWeight):
     """`weight` (…, rows, cols) with `changes`.
 
     With `by_columns` inputs are multiplied by the columns (rows are outputs), else by the rows.
+
+    >>> change = Change(torch.ones(2, 1), torch.ones(1, 2), gain=None, own=None)
+    >>> torch.ones(1, 2) @ Changed(torch.eye(2), (change,)).mT
+    tensor([[3., 3.]])
     """
 
     weight: Tensor
@@ -166,10 +170,10 @@ class Changed(UnformedWeight):
         return second.times(func, first) if name in PRODUCTS and "out" not in kwargs else None
 
 
-class Read(Changed):
+class ReadableWeight(Changed):
     """A changed weight that may also go where torch cannot look: into an autograd function.
 
-    Such a function hands back a gradient of the whole weight, which `ReadEdge` passes on to the
+    Such a function hands back a gradient of the whole weight, which `ReadableEdge` passes on to the
     adapters' tensors. The changes are made only when something computes with them, since most
     readers of a weight ask for its dtype.
     """
@@ -187,8 +191,8 @@ class Read(Changed):
         return self.make()
 
 
-class ReadEdge(torch.autograd.Function):
-    """Makes a `Read` the output of a function of the adapters' tensors, for autograd."""
+class ReadableEdge(torch.autograd.Function):
+    """Makes a `ReadableWeight` the output of a function of the adapters' tensors, for autograd."""
 
     @staticmethod
     def forward(
@@ -200,7 +204,7 @@ class ReadEdge(torch.autograd.Function):
     ) -> Tensor:
         ctx.make, ctx.by_columns = make, by_columns
         ctx.save_for_backward(weight, *tensors)
-        return Read.shaped_like(weight)
+        return ReadableWeight.shaped_like(weight)
 
     @staticmethod
     @backward_once
@@ -227,7 +231,7 @@ def read(
     """
     if torch.compiler.is_compiling():
         return formed(weight, make(), by_columns)
-    whole: Read = ReadEdge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
+    whole: ReadableWeight = ReadableEdge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
     whole.weight, whole.make, whole.made, whole.by_columns = weight, make, None, by_columns
     return whole
 

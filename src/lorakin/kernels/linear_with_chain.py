@@ -45,6 +45,11 @@ def linear_with_chain(
 
     Returns:
         (…, outputs), in the dtype of `weight`.
+
+    >>> chain = Chain(torch.ones(2), torch.eye(2), torch.ones(2), torch.eye(2))
+    >>> x = torch.ones(1, 2)
+    >>> linear_with_chain(x, x, torch.eye(2), None, chain, dropout=0.0, siblings="attention")
+    tensor([[2., 2.]])
     """
     outputs, inputs = weight.shape
     down, up = _frozen(chain.down), _frozen(chain.up)

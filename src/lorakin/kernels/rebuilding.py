@@ -12,6 +12,12 @@ class Rebuilding(NamedTuple):
     """How to compute a tensor again from others that autograd keeps anyway.
 
     `make(*parts)` gives the tensor. `version` is the tensor's when the recipe was written.
+
+    >>> import torch
+    >>> x = torch.ones(2)
+    >>> recipe = Rebuilding.of(Rebuilding.put(2 * x, lambda x: 2 * x, (x,)))
+    >>> recipe.make(*recipe.parts)
+    tensor([2., 2.])
     """
 
     make: Callable[..., Tensor]

@@ -35,6 +35,9 @@ def loss_scaler(model: nn.Module) -> torch.amp.GradScaler:
     Raises:
         SettingError: what trains is float16 itself, which loses small steps whatever the gradients
             are.
+
+    >>> loss_scaler(nn.Linear(2, 2)).is_enabled()
+    False
     """
     enabled = is_half(model)
     if enabled:

@@ -35,6 +35,12 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     Raises:
         SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr`
             is no rate.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, [lk.LoRA(rank=1), lk.LoRAPlus(ratio=16)])
+    >>> [group["lr"] for group in adapter.parameter_groups(lr=1.0)]
+    [1.0, 16.0]
     """
     is_number = isinstance(lr, float | int | torch.Tensor) and not isinstance(lr, bool)
     if not is_number or not 0 <= float(lr) < float("inf"):
@@ -215,7 +221,12 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
 
 
 def group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """Returns the group of each tensor that the optimizer holds, by the tensor's id."""
+    """Returns the group of each tensor that the optimizer holds, by the tensor's id.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> group_of(torch.optim.SGD([weight], lr=0.5))[id(weight)]["lr"]
+    0.5
+    """
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -238,6 +249,12 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
     It must not on biases and normalisations. transformers' Trainer knows other normalisations than
     torch's LayerNorm by their names only, and so decays some (`norm_f`).
+
+    >>> layer, norm = nn.Linear(2, 2), nn.LayerNorm(2)
+    >>> decays(layer, "fc.weight", layer.weight), decays(layer, "fc.bias", layer.bias)
+    (True, False)
+    >>> decays(norm, "norm.weight", norm.weight)
+    False
     """
     own_norm = "norm" in type(owner).__name__.lower() and len(whole_shape(parameter)) < 2
     return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)

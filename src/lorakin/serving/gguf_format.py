@@ -99,6 +99,9 @@ def architecture_of(config: Any) -> Architecture:
 
     Raises:
         ModelError: it is not known here.
+
+    >>> architecture_of(transformers.LlamaConfig()).permuted
+    True
     """
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
@@ -119,7 +122,11 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def gguf_name(config: Any, parameter: str) -> str | None:
-    """Returns llama.cpp's name of the tensor that transformers calls `parameter`; None if none."""
+    """Returns llama.cpp's name of the tensor that transformers calls `parameter`; None if none.
+
+    >>> gguf_name(transformers.LlamaConfig(), "model.layers.0.mlp.up_proj.weight")
+    'blk.0.ffn_up.weight'
+    """
     names = _names(architecture_of(config).arch, config.num_hidden_layers)
     name: str | None = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
     return name
@@ -160,6 +167,9 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
 
     Raises:
         ModelError: NaN, infinity, or a number too large for `dtype`; the message names `source`.
+
+    >>> encoded(torch.ones(2), "f16", "w")
+    array([1., 1.], dtype=float16)
     """
     tensor = tensor.detach().cpu().contiguous()
     if not all_finite(tensor):

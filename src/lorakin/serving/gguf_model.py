@@ -111,21 +111,37 @@ def _check(config: Any) -> None:
     rope = config.rope_parameters
     rotation = rope.get("rope_type", "default")
     yarn = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
-    problems = {
-        f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu": config.hidden_act
-        not in ("silu", "swish"),
-        f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}": rotation
-        not in _ROTATIONS,
-        "llama.cpp has Llama 3's rotation for Llama and Mistral only": rotation == "llama3"
-        and kind not in ("llama", "mistral"),
-        f"its yarn rotation sets {', '.join(yarn)}": rotation == "yarn" and bool(yarn),
-        "its yarn rotation is not truncated": rotation == "yarn" and not rope.get("truncate", True),
-        "it rotates a part of each head only": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "llama.cpp has no attention_bias for qwen3": kind == "qwen3" and config.attention_bias,
-        "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2": kind == "qwen2"
-        and _head_dim(config) * config.num_attention_heads != config.hidden_size,
-    }
-    for problem, is_there in problems.items():
+    is_yarn, silu = rotation == "yarn", ("silu", "swish")
+    width = _head_dim(config) * config.num_attention_heads
+    problems = (
+        (
+            config.hidden_act not in silu,
+            f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu",
+        ),
+        (
+            rotation not in _ROTATIONS,
+            f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}",
+        ),
+        (
+            rotation == "llama3" and kind not in ("llama", "mistral"),
+            "llama.cpp has Llama 3's rotation for Llama and Mistral only",
+        ),
+        (is_yarn and bool(yarn), f"its yarn rotation sets {', '.join(yarn)}"),
+        (is_yarn and not rope.get("truncate", True), "its yarn rotation is not truncated"),
+        (
+            rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "it rotates a part of each head only (partial_rotary_factor)",
+        ),
+        (
+            kind == "qwen3" and config.attention_bias,
+            "llama.cpp has no attention_bias for qwen3",
+        ),
+        (
+            kind == "qwen2" and width != config.hidden_size,
+            "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2",
+        ),
+    )
+    for is_there, problem in problems:
         if is_there:
             raise ModelError(f"this {kind} model cannot be written as GGUF: {problem}")
 
@@ -154,6 +170,7 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Tens
         raise ModelError(
             f"{missing[0]} is missing from the tensors of this {config.model_type} model"
         )
+
     stored = []
     for key, shape in expected.items():
         if key not in tensors:
@@ -165,12 +182,9 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Tens
         stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _rope_factors(config)
-        stored.insert(
-            0,
-            TensorType(
-                "rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"
-            ),
-        )
+        shape = tuple(factors.shape)
+        rope = TensorType("rope_freqs.weight", shape, "f32", lambda: factors, "rope_freqs")
+        stored.insert(0, rope)
     return stored
 
 

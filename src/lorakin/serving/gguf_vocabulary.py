@@ -156,7 +156,7 @@ def _tokens(tokenizer: Any, parts: Mapping[str, Any], size: int) -> tuple[list[s
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    """Returns the ids of special tokens by llama.cpp's word; it ends an answer at "eot" too."""
+    """Returns the ids of special tokens by llama.cpp's words; an answer ends at "eot" too."""
     known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     known["eot"] = next(iter(end_of_turn(tokenizer)), None)
     return {kind: number for kind, number in known.items() if number is not None}
@@ -190,12 +190,8 @@ def _steps(part: dict[str, Any] | None) -> Steps:
         return (("ByteLevel", part.get("use_regex", True)),)
     if kind == "Digits":
         return (("Digits", part["individual_digits"]),)
-    if (
-        kind == "Split"
-        and part["behavior"] == "Isolated"
-        and not part["invert"]
-        and "Regex" in part["pattern"]
-    ):
+    isolates = kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]
+    if isolates and "Regex" in part["pattern"]:
         return (("Split", part["pattern"]["Regex"]),)
     return ((kind, json.dumps(part, sort_keys=True, ensure_ascii=False)),)
 
@@ -234,20 +230,11 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
     normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    if (
-        cutter is None
-        and steps
-        and steps[-1] == replace
-        and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}])
-    ):
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    if cutter is None and steps in ([replace], [prepend, replace]):
         return len(steps) == 2
-    if (
-        not steps
-        and cutter
-        and cutter["type"] == "Metaspace"
-        and cutter["replacement"] == _SPACE
-        and not cutter["split"]
-    ):
+    is_metaspace = not steps and cutter and cutter["type"] == "Metaspace"
+    if is_metaspace and cutter["replacement"] == _SPACE and not cutter["split"]:
         return bool(cutter["prepend_scheme"] != "never")
     prepares = json.dumps([normalizer, cutter], ensure_ascii=False)
     raise ModelError(f"{where} prepares text as llama.cpp does not for SentencePiece: {prepares}")

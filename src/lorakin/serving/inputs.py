@@ -29,6 +29,12 @@ def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[st
     """Returns a batch of one on the model's device, from token ids or from inputs by name.
 
     A decoder behind an encoder reads the same ids, shifted by its start token.
+
+    >>> from torch import nn
+    >>> model = nn.Linear(2, 2)
+    >>> model.device, model.dtype = torch.device("cpu"), torch.float32
+    >>> inputs_of(model, [1, 2])
+    {'input_ids': tensor([[1, 2]])}
     """
     if isinstance(text, Mapping):
         inputs = dict(text)

@@ -48,6 +48,10 @@ class Turns:
             there.
         is_told: the template has a place for a system prompt; if not, it is put before the first
             question.
+
+    >>> turns = Turns("<user>", "<model>", "<user>", "<model>", ("<system>", "<user>"))
+    >>> turns.render("Be brief.", ["Hello", "Why?"], ["Hi"])
+    '<system>Be brief.<user>Hello<model>Hi<user>Why?<model>'
     """
 
     first: str

@@ -34,6 +34,13 @@ def new_directory(out: str) -> Iterator[Path]:
 
     Raises:
         OutputError: `out` is a file or not empty, or it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with new_directory(f"{folder}/out") as partial:
+    ...         write_report(partial, {"size": 1})
+    ...     [path.name for path in Path(folder).rglob("*")]
+    ['out', 'export.json']
     """
     target = paths.named(out, "--out", OutputError)
     try:

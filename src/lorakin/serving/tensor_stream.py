@@ -50,6 +50,14 @@ def write_shard(path: Path, kinds: Mapping[str, Kind], read: Callable[[str], Ten
 
     Raises:
         ModelError: a tensor is of another kind.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "model.safetensors"
+    ...     size = write_shard(path, {"w": (torch.float32, (2,))}, lambda name: torch.ones(2))
+    ...     size, load_file(path)["w"]
+    (8, tensor([1., 1.]))
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

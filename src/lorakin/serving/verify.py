@@ -137,6 +137,11 @@ def check_limit(max_kl: float | None) -> None:
 
     Raises:
         SettingError: it is no number of at least 0.
+
+    >>> check_limit(-1.0)
+    Traceback (most recent call last):
+    ...
+    lorakin.errors.SettingError: --max-kl must be a number of at least 0, not -1.0
     """
     if max_kl is not None and not 0 <= max_kl < float("inf"):
         raise SettingError(f"--max-kl must be a number of at least 0, not {max_kl!r}")

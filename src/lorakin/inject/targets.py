@@ -86,10 +86,7 @@ def for_stacks(
 ) -> dict[str, N]:
     r"""Lets keys of `rank_pattern` or `alpha_pattern` that match a stack match its matrices too.
 
-    Args:
-        pattern_values: values by pattern.
-        stacks: the paths of the stacks.
-        of_one: a regular expression for what may follow the path of a stack.
+    `of_one` is a regular expression for what may follow the path of a stack.
     """
     there = Paths(stacks)
 

@@ -429,11 +429,11 @@ def _measured(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it starts, and "
             "there are none: call adapt(…, probe=batches)"
         )
-    observer = member.observer(targets, placed_on.methods)
+    collector = member.collector(targets, placed_on.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
     paths, most = list(placed_on.methods), member.batches
-    measure(model, paths, observer, of, list(batches), loss, most)
-    found = observer.found()
+    measure(model, paths, collector, of, list(batches), loss, most)
+    found = collector.found()
     return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
 
 

@@ -313,7 +313,7 @@ def convert(
     found = read_foreign(Path(path), model, alpha=alpha)
     sites = {}
     alphas = {}
-    for at, slots in found.sites.items():
+    for at, slots in found.slots.items():
         scale, rank = found.scales[at], len(slots["A"])
         plain = scale > 0  # PEFT has no other, so they go into B
         sites[at] = slots if plain else slots | {"B": scale * slots["B"]}

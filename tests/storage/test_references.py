@@ -18,7 +18,7 @@ import lorakin as lk
 from conftest import MEMBERS, randomise, tiny_llama, tiny_mixtral
 from lorakin.family import conflict, member_named
 from lorakin.storage import directory
-from lorakin.storage.references import Packing, Reference, unpacked
+from lorakin.storage.references import Packing, TensorReference, unpacked
 from lorakin.storage.schema import Misfit
 
 OURS, THEIRS = "lorakin.safetensors", "adapter_model.safetensors"
@@ -225,7 +225,7 @@ def test_what_is_no_reference(change: dict[str, Any]) -> None:
     from lorakin.storage.schema import fitted
 
     with pytest.raises(Misfit):
-        fitted(Reference, {"tensor": KEY, **change})
+        fitted(TensorReference, {"tensor": KEY, **change})
 
 
 def test_files_of_format_1_are_read(tmp_path: Path, edit_own: Callable[..., None]) -> None:

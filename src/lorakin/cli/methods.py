@@ -11,20 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.family import FAMILY, Member, Method, Modifier, conflict
+from lorakin.family import Member, Method, Modifier, conflict, members
 
 EXAMPLES = examples("lorakin methods", "lorakin methods --json")
 
 
 def command(as_json: Json = False) -> None:
     """Show the family: each member, its settings, and which of them combine."""
+    family = members()
     if as_json:
         print_json(
-            {"members": [_described(member) for member in FAMILY], "refused": _refused(FAMILY)}
+            {"members": [_described(member) for member in family], "refused": _refused(family)}
         )
         return
     console = console_for(False)
-    for member in FAMILY:
+    for member in family:
         console.print(Text.assemble((member.word, "bold"), "  ", (member.paper, "dim")))
         for axis, choice in member.decides.items():
             console.print(f"    {axis}: {choice}")
@@ -35,15 +36,15 @@ def command(as_json: Json = False) -> None:
         console.print(f"    settings: {settings}; usual learning rate {rate:g}")
         if member.remark:
             console.print(f"    {member.remark}")
-    numbers = [str(number) for number in range(1, len(FAMILY) + 1)]
+    numbers = [str(number) for number in range(1, len(family) + 1)]
     table = Table(
         "", *numbers, box=SIMPLE, title="which combine: --method A,B", padding=(0, 1, 0, 0)
     )
     reasons: list[str] = []
-    for row in FAMILY:
+    for row in family:
         cells = []
-        for column in FAMILY:
-            reason = None if row is column else conflict(*sorted((row, column), key=FAMILY.index))
+        for column in family:
+            reason = None if row is column else conflict(*sorted((row, column), key=family.index))
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append(

@@ -2,7 +2,7 @@
 
 from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import AXES
-from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Observer, Target
+from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Collector, Target
 from lorakin.family.member import Member, Modifier, Parametrisation
 from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
 from lorakin.family.members import FAMILY
@@ -23,11 +23,11 @@ __all__ = [
     "AdaptedModule",
     "Chain",
     "Change",
+    "Collector",
     "LowRank",
     "Member",
     "Method",
     "Modifier",
-    "Observer",
     "Pair",
     "Parametrisation",
     "Rule",

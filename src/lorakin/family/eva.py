@@ -59,6 +59,7 @@ class EVA(Start):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "what the module's inputs vary along most"}
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+    peft_start: ClassVar[str] = "eva"
     remark: ClassVar[str] = "It looks at the inputs of some batches first."
 
     rho: float = 2.0
@@ -78,7 +79,7 @@ class EVA(Start):
 
     def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
         shares = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
-        moves = all("rank" in m.parametrisation.per_module for m in methods.values())
+        moves = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
         most = {
             path: min(round(rank * self.rho) if moves else rank, *targets[path].shape[:2])
             for path, rank in shares.items()

@@ -50,6 +50,7 @@ class LoRAGA(AnchoredStart):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the gradient's principal singular vectors"}
     needs: ClassVar[frozenset[str]] = frozenset({GRADIENTS})
+    peft_start: ClassVar[str] = "lora_ga"
     remark: ClassVar[str] = (
         "It looks at the gradients of a few batches first, for which each adapted weight's gradient is "
         "held in memory once. A frozen copy of the start is kept beside the pair: files hold rank 2r."

@@ -1,7 +1,7 @@
 """What a member may look at before it starts: the base weights, and what is measured on data.
 
 A member says in `needs` what it looks at. Inputs and gradients are measured by one piece of code for all
-members and modules (`inject/measuring.py`); the member gives an `Observer` that takes them in, and gets
+members and modules (`inject/measuring.py`); the member gives an `Collector` that takes them in, and gets
 what that has found for a module in the module's `Target`.
 """
 
@@ -26,7 +26,7 @@ class Target(NamedTuple):
     """A module that is about to be adapted.
 
     `weight` is its base weight as a matrix (outputs, inputs), on the meta device where it is not known.
-    `measured` is what the member's observer found there.
+    `measured` is what the member's collector found there.
     """
 
     shape: Shape
@@ -34,7 +34,7 @@ class Target(NamedTuple):
     measured: Any = None
 
 
-class Observer(Protocol):
+class Collector(Protocol):
     """Takes in what is measured, batch by batch."""
 
     def wants(self, path: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
-from lorakin.family.measure import Observer, Probe, Target
+from lorakin.family.measure import Collector, Probe, Target
 from lorakin.family.pair import Pair, Shape, Tensors, Weight
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, whole_number
@@ -120,6 +120,11 @@ class Parametrisation(Member):
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
+    @classmethod
+    def settings_of_modules(cls) -> frozenset[str]:
+        """Those settings that single modules may have their own of, and that it has."""
+        return cls.per_module & cls.setting_names()
+
     def slots_at(self, shape: Shape) -> Slots:
         """Its slots on a weight of this shape."""
         return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
@@ -167,6 +172,8 @@ class Modifier(Member):
     """Fields that are the pair's."""
     pair_defaults: ClassVar[Mapping[str, Any]] = {}
     """Its own defaults for the pair."""
+    peft_start: ClassVar[str] = ""
+    """PEFT's word for it in `init_lora_weights`, if it is a start that PEFT has."""
     learning_rate_factor: ClassVar[float] = 1.0
     """By how much the usual learning rate of the pair changes."""
 
@@ -212,14 +219,14 @@ class Modifier(Member):
         """How many batches of data it looks at, at most; None for as many as there are."""
         return None
 
-    def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Observer:
+    def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Collector:
         """What takes in the inputs or gradients of these modules, if it `needs` them."""
         raise NotImplementedError
 
     def settings_by(
         self, found: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
-        """Path → settings of the pair there, by what its observer found; None leaves the module out."""
+        """Path → settings of the pair there, by what its collector found; None leaves the module out."""
         return {}
 
     def among(self, paths: Sequence[str]) -> Self:

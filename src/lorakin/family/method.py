@@ -84,7 +84,7 @@ class Method:
     def at(self, **settings: Any) -> Method:
         """The method of one module, with a rank or an alpha of its own."""
         pair = self.parametrisation
-        if unknown := [name for name in settings if name not in pair.per_module]:
+        if unknown := [name for name in settings if name not in pair.settings_of_modules()]:
             raise SettingError(
                 f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern "
                 "cannot apply"

@@ -47,6 +47,7 @@ class PiSSA(AnchoredStart):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the weight's principal singular triplets"}
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
+    peft_start: ClassVar[str] = "pissa"
     remark: ClassVar[str] = (
         "A frozen copy of the start is kept beside the pair: files hold rank 2r."
     )

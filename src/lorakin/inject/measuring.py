@@ -1,7 +1,7 @@
 """Measuring modules on data: what they are given, and the gradients of the loss by their weights.
 
 One piece of code watches modules while batches run through the model, in eval mode and without changing
-anything. What is done with what they show is the caller's: a member's `Observer` (EVA, LoRA-GA), a sample
+anything. What is done with what they show is the caller's: a member's `Collector` (EVA, LoRA-GA), a sample
 of inputs (`calibration_inputs.py`), or the importance that LoRA-drop goes by (`activation_norms.py`).
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError
-from lorakin.family import GRADIENTS, INPUTS, Observer
+from lorakin.family import GRADIENTS, INPUTS, Collector
 from lorakin.inject.adapted import module_at
 from lorakin.inject.eval_mode import in_mode
 from lorakin.inject.layers import (
@@ -37,20 +37,20 @@ LINEAR = (LinearLayer, QuantisedLayer, TransposedLayer)
 def measure(
     model: nn.Module,
     paths: Sequence[str],
-    observer: Observer,
+    collector: Collector,
     of: str,
     batches: Sequence[Any],
     run: Run | None = None,
     most: int | None = None,
 ) -> None:
-    """Show an observer the inputs or the gradients of linear modules on batches of data.
+    """Show an collector the inputs or the gradients of linear modules on batches of data.
 
-    Batches for inputs are run again and again until the observer is settled, those for gradients once.
+    Batches for inputs are run again and again until the collector is settled, those for gradients once.
 
     Args:
         model: as it is, adapters in use included; nothing in it changes.
         paths: of the modules.
-        observer: takes in what they show.
+        collector: takes in what they show.
         of: `INPUTS` or `GRADIENTS`.
         batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
         run: runs the model on a batch. By default the batch's entries are the model's arguments, and the
@@ -66,17 +66,17 @@ def measure(
         raise SettingError("there are no batches to measure on; give at least one")
     every: Iterable[Any] = batches if of == GRADIENTS else itertools.cycle(batches)
     if of == INPUTS:
-        with watching(model, paths, _showing(observer)) as begin, torch.no_grad():
+        with watching(model, paths, _showing(collector)) as begin, torch.no_grad():
             for batch in itertools.islice(every, most):
                 begin(batch)
                 _run(model, batch, run)
-                if observer.settled():
+                if collector.settled():
                     return
     else:
-        with gradients_to(model, paths, observer):
+        with gradients_to(model, paths, collector):
             for batch in itertools.islice(every, most):
                 (_loss(model, batch) if run is None else run(model, batch)).backward()
-                if observer.settled():
+                if collector.settled():
                     return
 
 
@@ -120,8 +120,8 @@ def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Cal
 
 
 @contextlib.contextmanager
-def gradients_to(model: nn.Module, paths: Sequence[str], observer: Observer) -> Iterator[None]:
-    """Inside, in eval mode, a backward shows the observer the gradients by these modules' weights."""
+def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -> Iterator[None]:
+    """Inside, in eval mode, a backward shows the collector the gradients by these modules' weights."""
 
     def after(path: str) -> Any:
         def hook(
@@ -129,9 +129,9 @@ def gradients_to(model: nn.Module, paths: Sequence[str], observer: Observer) -> 
         ) -> None:
             if not out.requires_grad:  # the base is frozen, and nothing before asked for a gradient
                 out.requires_grad_(True)
-            if observer.wants(path):
+            if collector.wants(path):
                 x = _given(args, kwargs)
-                out.register_hook(lambda grad: observer.see(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
+                out.register_hook(lambda grad: collector.see(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -176,16 +176,16 @@ def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
     return tokens
 
 
-def _showing(observer: Observer) -> Input:
-    """Shows an observer each input without padding, as one object to modules called one after another."""
+def _showing(collector: Collector) -> Input:
+    """Shows an collector each input without padding, as one object to modules called one after another."""
     last: list[tuple[Tensor, Tensor]] = []
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
-        if not observer.wants(path):
+        if not collector.wants(path):
             return
         if not last or last[0][0] is not x:
             last[:] = [(x, _wide(unpadded(x.detach(), mask)))]
-        observer.see(path, last[0][1])
+        collector.see(path, last[0][1])
 
     return see
 

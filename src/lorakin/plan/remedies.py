@@ -112,7 +112,7 @@ def highest_rank(
 
     None: the method has no single rank, or a doubled rank costs more.
     """
-    if "rank" not in method.parametrisation.per_module:
+    if "rank" not in method.parametrisation.settings_of_modules():
         return None
     rank, best = method.setting("rank"), None
     while 2 * rank <= LARGEST_RANK:

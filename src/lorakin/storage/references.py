@@ -38,7 +38,7 @@ PARENTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class TensorReference:
     """Where a tensor is."""
 
     tensor: str
@@ -92,7 +92,7 @@ class Packing:
         self.prefix = prefix
         self.keys = sorted(known)
         self.tensors: dict[str, Tensor] = {}
-        self._seen: dict[int, Reference] = {}
+        self._seen: dict[int, TensorReference] = {}
 
     def packed(self, value: Any, key: str) -> Any:
         """`value` as JSON, with references for its tensors. One object is written once.
@@ -109,11 +109,11 @@ class Packing:
             return [self.packed(v, f"{key}/{n}") for n, v in enumerate(value)]
         return value
 
-    def _stored(self, tensor: Tensor, key: str) -> Reference:
+    def _stored(self, tensor: Tensor, key: str) -> TensorReference:
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        return Reference(key)
+        return TensorReference(key)
 
-    def _found(self, tensor: Tensor, key: str) -> Reference | None:
+    def _found(self, tensor: Tensor, key: str) -> TensorReference | None:
         """Where PEFT's file has these bits already, in a tensor of the same module."""
         if not tensor.numel() or tensor.is_meta:
             return None
@@ -154,7 +154,7 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
             return value
         if not is_reference(value):
             return {key: unpack(item) for key, item in value.items()}
-        reference = fitted(Reference, value)
+        reference = fitted(TensorReference, value)
         tensors = own if reference.file is None else peft
         if reference.tensor not in tensors:
             raise ValueError(f"there is no {reference.tensor}")
@@ -172,13 +172,13 @@ def is_reference(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     try:
-        fitted(Reference, value)
+        fitted(TensorReference, value)
     except Misfit:
         return False
     return True
 
 
-def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
+def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     """Where `there`, of this name, has the bits of `tensor`."""
     is_wider = there.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
     is_wider = is_wider and there.element_size() > tensor.element_size() > 1
@@ -194,7 +194,7 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> Reference | None:
     rows, columns = place
     is_whole = rows is None and columns is None
     usual = there.shape if is_whole else wanted.shape
-    return Reference(
+    return TensorReference(
         name,
         PEFT_TENSORS,
         rows,

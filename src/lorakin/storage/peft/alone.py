@@ -14,7 +14,7 @@ from lorakin.storage.document import Slots
 from lorakin.storage.match import check_numbers
 from lorakin.storage.own_part import Own
 from lorakin.storage.peft import grouped, token_rows
-from lorakin.storage.peft.reading import Read, apart, placement_of
+from lorakin.storage.peft.reading import ReadFiles, apart, placement_of
 from lorakin.storage.peft.tensors import as_matrices
 
 
@@ -56,7 +56,7 @@ def pairs_of(
     }
 
 
-def _check(read: Read) -> None:
+def _check(read: ReadFiles) -> None:
     """See what can be seen without the base: sound numbers, at least one tensor, no stray ones."""
     for key, tensor in read.tensors.items():
         check_numbers(key, tensor, read.where)

@@ -35,7 +35,7 @@ from lorakin.storage.peft.tensors import as_matrices, by_module, check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class ReadFiles:
     """A config and its tensors, with a pair of its own for each module that has one."""
 
     form: Form
@@ -117,7 +117,7 @@ def apart(
     own: Own | None,
     model: nn.Module | None,
     where: str,
-) -> Read:
+) -> ReadFiles:
     """The files with a pair for each module that has one, also without a model."""
     form = check_config(config, where)
     tensors = starts.without_training(tensors)
@@ -132,10 +132,14 @@ def apart(
     config, tensors = attention.apart(config, tensors, known, where, ours=ours)
     config, tensors = unstack_experts.unstacked(config, tensors, model, known, where, ours=ours)
     slots, rest = by_module(form, tensors)
-    return Read(form, method_of(form, config, own, where), config, tensors, slots, rest, own, where)
+    return ReadFiles(
+        form, method_of(form, config, own, where), config, tensors, slots, rest, own, where
+    )
 
 
-def _ungrouped(read: Read, modules: Mapping[str, nn.Module]) -> tuple[Read, frozenset[str]]:
+def _ungrouped(
+    read: ReadFiles, modules: Mapping[str, nn.Module]
+) -> tuple[ReadFiles, frozenset[str]]:
     """With lorakin's form for grouped convolutions, and the paths whose pair is over all inputs."""
     if read.form is not LORA:
         return read, frozenset()
@@ -144,7 +148,7 @@ def _ungrouped(read: Read, modules: Mapping[str, nn.Module]) -> tuple[Read, froz
 
 
 def _others(
-    read: Read, model: nn.Module, modules: Mapping[str, nn.Module]
+    read: ReadFiles, model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], token_rows.Taken]:
     """Modules that are trained whole, biases and rows of tokens.
 
@@ -172,7 +176,7 @@ def _others(
 
 
 def _slots(
-    read: Read, model: nn.Module, modules: Mapping[str, nn.Module]
+    read: ReadFiles, model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots of all modules in the model's order: lorakin's own, else those in PEFT's file."""
     if read.own_slots is None:
@@ -183,7 +187,7 @@ def _slots(
     return {path: dict(read.own_slots[path]) for path in modules if path in read.own_slots}
 
 
-def placement_of(read: Read, slots: Mapping[str, Slots], copies: list[str]) -> Placement:
+def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str]) -> Placement:
     """The placement, with the ranks and alphas that single modules have."""
     config = read.config
     if read.own is not None and read.own_slots is not None:
@@ -200,7 +204,9 @@ def placement_of(read: Read, slots: Mapping[str, Slots], copies: list[str]) -> P
         raise AdapterError(f"{read.where}: {error}") from None
 
 
-def _with_ranks_kept(placement: Placement, read: Read, slots: Mapping[str, Slots]) -> Placement:
+def _with_ranks_kept(
+    placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]
+) -> Placement:
     """The placement, in which modules that lost ranks in training have fewer."""
     own = placement.method.parametrisation.slots
     scale = scale_of_ranks(own)
@@ -220,7 +226,7 @@ def _with_ranks_kept(placement: Placement, read: Read, slots: Mapping[str, Slots
 
 
 def _with_shared_pair(
-    read: Read, slots: Mapping[str, Slots], targets: Mapping[str, Target]
+    read: ReadFiles, slots: Mapping[str, Slots], targets: Mapping[str, Target]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots, with the pair that all modules share in each of them."""
     remembered = None if read.own is None else read.own.projection

@@ -1,0 +1,156 @@
+"""A member from outside: CONTRIBUTING.md's example, registered by its decorator and by an entry point."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakin as lk
+from conftest import tiny_llama
+from lorakin.cli.app import run as cli
+from lorakin.family import member_named, registry
+
+EXAMPLE = re.search(
+    r"```python\n(.*?)```", (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(), re.DOTALL
+)[1]  # type: ignore[index]
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_MEMBERS", dict(registry._MEMBERS))
+    monkeypatch.setattr(registry, "_searched", [])
+
+
+@pytest.fixture
+def gained(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of CONTRIBUTING.md's example, which its decorator has registered."""
+    module: Any = types.ModuleType("elsewhere")
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    exec(EXAMPLE, vars(module))
+    return module.Gained
+
+
+@pytest.fixture
+def package(
+    tmp_path: Path, fresh_registry: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The same as an installed package, with an entry point and no import of it by anyone."""
+    site = tmp_path / "site"
+    info = site / "outside_member-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "outside_member.py").write_text(EXAMPLE.replace("@lk.register\n", ""))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-member\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("outside_member\n")
+    (info / "entry_points.txt").write_text("[lorakin.members]\ngained = outside_member:Gained\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    importlib.invalidate_caches()
+    yield site
+    sys.modules.pop("outside_member", None)
+
+
+def trained(members: Any, ids: Tensor) -> tuple[Any, lk.Adapter]:
+    model = tiny_llama()
+    adapter = lk.adapt(model, members, seed=0)
+    optimizer = adapter.optimizer(lr=1e-2)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapter
+
+
+def test_the_example_of_contributing(gained: Any, ids: Tensor, tmp_path: Path) -> None:
+    """It trains, combines, saves and loads, here and in PEFT, without a change to lorakin."""
+    model, adapter = trained([gained(), lk.LoRAPlus(ratio=8)], ids)
+    branch = next(adapter.branch(path) for path in adapter.placement.methods)
+    rates = {id(p): g["lr"] for g in adapter.parameter_groups(lr=1e-3) for p in g["params"]}
+    assert [rates[id(branch.get_parameter(slot))] for slot in "ABg"] == pytest.approx(
+        [1e-3, 8e-3, 1e-3]
+    )
+
+    adapter.save(tmp_path)
+    again = tiny_llama()
+    assert lk.load(again, tmp_path).method.words == "gained,lora+"
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_gain_is_refused(gained: Any) -> None:
+    with pytest.raises(lk.SettingError, match="gained and dora"):
+        lk.adapt(tiny_llama(), [gained(), lk.DoRA()])
+
+
+def test_its_word_is_its_own(gained: Any) -> None:
+    assert member_named("gained") is gained
+    other = type("Other", (gained,), {"word": "lora", "__module__": "elsewhere"})
+    with pytest.raises(lk.SettingError, match="'lora'"):
+        lk.register(other)
+    with pytest.raises(lk.SettingError, match="a class of a member"):
+        lk.register(gained())
+
+
+def test_a_member_says_what_it_decides() -> None:
+    with pytest.raises(lk.SettingError, match="Silent"):
+        type("Silent", (lk.DoRA.__mro__[1],), {"word": "silent"})
+
+
+def test_tensors_that_no_slot_declares_are_refused(gained: Any) -> None:
+    started = gained.start
+    gained.start = lambda *given: {**started(*given), "more": torch.zeros(1)}
+    with pytest.raises(lk.SettingError, match="'more'"):
+        lk.adapt(tiny_llama(), gained())
+
+
+def test_the_command_finds_a_package(
+    package: Path, model_dir: str, ids: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It shows, plans, trains, compares (in other processes) and inspects the member of a package."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": f"the cat sat on mat {n}"}) + "\n" for n in range(64))
+    )
+    common = ["--model", model_dir, "--data", str(data), "--batch-size", "4", "--dtype", "float32"]
+    out = str(tmp_path / "trained")
+
+    def run(*arguments: str) -> str:
+        assert cli(list(arguments)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert "gained" in run("methods")
+    plan = json.loads(run("plan", "--model", model_dir, "--method", "gained", "--json"))
+    assert plan["methods"][0]["trainable_parameters"] > 0
+    run("train", *common, "--method", "gained", "--steps", "2", "--out", out)
+    assert "gained" in run("inspect", out)
+    compared = tmp_path / "compared"
+    run(
+        "compare", *common, "--methods", "gained", "--budget", "steps=4", "--seeds", "2",
+        "--lr-sweep", "1e-2", "--out", str(compared),
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (compared / "results.jsonl").read_text().splitlines()]
+    assert any(row["trial"]["arm"] == "gained" and row["status"] == "done" for row in rows)
+
+
+def test_files_of_a_package_that_is_not_there_name_it(
+    package: Path, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = trained(member_named("gained")(), ids)
+    adapter.save(tmp_path / "adapter")
+    monkeypatch.setattr(
+        registry, "_MEMBERS", {k: v for k, v in registry._MEMBERS.items() if k != "gained"}
+    )
+    with pytest.raises(lk.AdapterError, match="outside-member"):
+        lk.load(tiny_llama(), tmp_path / "adapter")

@@ -60,7 +60,7 @@ bench: $(VENV)/.test
 soak: $(VENV)/.test
 	$(call locked,deepspeed) || echo "DeepSpeed could not be installed (it needs a C++ compiler): its part is skipped"
 	rm -rf soak && mkdir soak
-	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 LORAKIN_PROMPTS=20 LORAKIN_SAID=10 $(BIN)/python -m pytest \
+	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 $(BIN)/python -m pytest \
 		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
 		tests/training/test_processes.py tests/inject/test_quantised.py tests/loop/test_fsdp.py \
 		tests/storage/test_readers.py tests/serving/test_output.py tests/serving/test_served.py tests/inject/test_threads.py \

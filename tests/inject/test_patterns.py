@@ -48,7 +48,7 @@ REAL = [
 
 def test_it_is_what_re_says() -> None:
     chance, found = random.Random(1), [0, 0]
-    for _ in range(6000):
+    for _ in range(3000):
         pattern = "".join(chance.choice(ATOMS) for _ in range(chance.randint(1, 5)))
         pattern = f"({pattern})*" if chance.random() < 0.1 else pattern
         pattern = f"(?i){pattern}" if chance.random() < 0.1 else pattern
@@ -62,7 +62,7 @@ def test_it_is_what_re_says() -> None:
             continue
         assert matches(pattern, text) == wanted, (pattern, text)
         found[wanted] += 1
-    assert min(found) > 200
+    assert min(found) > 100
 
 
 @pytest.mark.parametrize("pattern", REAL, ids=lambda pattern: pattern[:20])

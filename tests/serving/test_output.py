@@ -12,6 +12,8 @@ import os
 import random
 import resource
 import shutil
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ KILLS = soak.count("LORAKIN_KILLS", 4)
 TARGETS = ("merged", "lora", "gguf", "gguf-merged")
 
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["lorakin.serving.export"])
+children.set_forkserver_preload(["lorakin.serving.export", "lorakin.cli.app"])
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,32 @@ def start(what: Order) -> Any:
     return child
 
 
+def interrupted(base: Path, out: Path, writes: Any) -> None:
+    """In a child: `lorakin merge`, which says that it writes and goes on for a minute."""
+    from lorakin.cli import main
+    from lorakin.serving.targets import MergedModel
+
+    def write(*_: Any) -> None:
+        writes.set()
+        time.sleep(60)
+
+    MergedModel.write = staticmethod(write)  # type: ignore[method-assign]
+    order = ["-a", str(base / "adapter"), "-m", str(base / "model"), "-o", str(out)]
+    sys.argv = ["lorakin", "merge", *order, "--no-verify"]
+    main()
+
+
+def test_an_end_from_outside_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    writes = children.Event()
+    child = children.Process(target=interrupted, args=(base, tmp_path / "out", writes))
+    child.start()
+    assert writes.wait(120)
+    child.terminate()
+    child.join(30)
+    assert child.exitcode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
 def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
     """What is there is the whole model or none, and the next export leaves nothing of those that
     were killed.
@@ -86,7 +114,7 @@ def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
             path.name.startswith(".lorakin-") or path == out for path in tmp_path.iterdir()
         ):
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 6 * usual))
+        time.sleep(chance.uniform(0, 4 * usual))
         child.kill()
         child.join()
         if out.exists():

@@ -1,6 +1,6 @@
 """SmolLM2 with an adapter in llama.cpp itself: the same tokens, and the same probabilities.
 
-`LORAKIN_PROMPTS=20 LORAKIN_SAID=10` asks more than usual.
+Tiny models show the same in test_gguf_model.py and test_gguf_adapter.py, in each run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ pytestmark = [
     pytest.mark.peer,
     pytest.mark.model,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.skipif(not soak.is_slow(), reason="a real model: `make soak`, `make interop`"),
 ]
 
 SUBJECTS = "rain,the sea,bread,a fox,music,the moon,tea,a train,winter,paper".split(",")
-EVERY = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [
+PROMPTS = [f"Write one sentence about {subject}." for subject in SUBJECTS] + [
     f"What is {subject}?" for subject in SUBJECTS
 ]
-PROMPTS = EVERY[:: len(EVERY) // soak.count("LORAKIN_PROMPTS", 4)]
-SAID = soak.count("LORAKIN_SAID", 5)
+SAID = 10
 
 
 @pytest.fixture(scope="module")

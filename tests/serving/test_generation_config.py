@@ -1,4 +1,6 @@
-"""Merged models stop where training ended an answer: generation_config.json, and the tokens that a GGUF file names."""
+"""Merged models stop where training ended an answer: generation_config.json, and the tokens that a
+GGUF file names.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def test_llama_cpp_ends_an_answer_at_each(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_template_of_the_training_goes_along(base: Path, tmp_path: Path) -> None:
-    """An adapter that was trained with another chat template than the base's ends its turns by that one."""
+    """An adapter that was trained with another chat template than the base's ends its turns by that
+    one.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
     other = CHATML.replace("<|over|>", "<|im_start|>")

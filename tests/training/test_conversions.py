@@ -22,7 +22,7 @@ import torch
 import lorakin as lk
 from lorakin.serving.gguf_model import write_model
 from lorakin.training import conversions, loading, models
-from serving.test_gguf_format import tiny
+from serving.gguf_models import tiny
 from serving.words import byte_tokenizer
 
 

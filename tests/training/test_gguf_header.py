@@ -17,10 +17,10 @@ import torch
 
 import lorakin as lk
 import soak
-from lorakin.serving.gguf_format import read_adapter, write_adapter
+from lorakin.serving.gguf_adapter import read_adapter, write_adapter
 from lorakin.serving.gguf_model import write_model
 from lorakin.training import conversions, gguf_header, models
-from serving.test_gguf_format import tiny
+from serving.gguf_models import tiny
 from serving.words import byte_tokenizer
 
 COUNT = soak.count("LORAKIN_FUZZ", 180)

@@ -19,7 +19,7 @@ from lorakin.compare.results import Results
 from lorakin.compare.study import Study
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
-from lorakin.inject.targets import parse_layers
+from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.storage import paths
 from lorakin.terminal import labelled

@@ -34,6 +34,10 @@ class Method:
     members: tuple[Member, ...]
     parametrisation: Parametrisation
 
+    def __post_init__(self) -> None:
+        # a forward asks these, and a compiler cannot enter the lock of Python 3.11's cached_property
+        _ = self._gaining, self._is_amended
+
     @classmethod
     def of(cls, members: Member | Method | Iterable[Member]) -> Self:
         """The method of one member or several; a pair that no member brings is plain LoRA's.

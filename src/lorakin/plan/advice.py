@@ -13,7 +13,8 @@ from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
 from lorakin.family.words import fair_settings, given_to, methods_of
-from lorakin.inject.targets import ALL_LINEAR, parse_layers
+from lorakin.inject.layer_numbers import parse_layers
+from lorakin.inject.targets import ALL_LINEAR
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
 from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, planned

@@ -224,7 +224,7 @@ class AdaLoRA(Modifier):
             self, total_steps=T, start=start, finish=finish, interval=interval
         )
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule:
         assert self.total_steps is not None
         start, finish = self.start or 0, self.finish or 0
         schedule = RankSchedule(
@@ -237,4 +237,4 @@ class AdaLoRA(Modifier):
             beta2=self.beta2,
             orthogonality=self.orthogonality,
         )
-        return Allocation(schedule, places)
+        return Allocation(schedule, modules)

@@ -48,19 +48,19 @@ class RankSchedule:
 class Matrix:
     """One P·Λ·Q of the budget, which several modules may share."""
 
-    def __init__(self, place: AdaptedModule) -> None:
-        self.place = place
-        slots = place.method.parametrisation.slots
+    def __init__(self, module: AdaptedModule) -> None:
+        self.module = module
+        slots = module.method.parametrisation.slots
         scales = scale_of_ranks(slots)
         assert scales is not None
         self.scales = scales
         self.sides = sides_of_ranks(slots)
         """P and Q, and the axis along which each has its ranks."""
-        self.trained = tuple(slot for slot in (scales, *self.sides) if place.trains(slot))
+        self.trained = tuple(slot for slot in (scales, *self.sides) if module.trains(slot))
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Λ and those of P and Q that train, by slot, unless all triplets are gone."""
-        tensors = self.place.tensors()
+        tensors = self.module.tensors()
         return {slot: tensors[slot] for slot in self.trained if tensors[slot].numel()}
 
     @property
@@ -71,18 +71,18 @@ class Matrix:
     @property
     def rank(self) -> int:
         """How many triplets it has now, pruned ones included until they are freed."""
-        return len(self.place.tensors()[self.scales])
+        return len(self.module.tensors()[self.scales])
 
 
 class Allocation(Rule):
     """Scores triplets before each step, keeps the best of them after it, and frees the others in the end."""
 
-    def __init__(self, schedule: RankSchedule, places: Sequence[AdaptedModule]) -> None:
+    def __init__(self, schedule: RankSchedule, modules: Sequence[AdaptedModule]) -> None:
         self.schedule = schedule
         shared: dict[int, Matrix] = {}
-        for place in places:
-            matrix = Matrix(place)
-            shared.setdefault(id(place.tensors()[matrix.scales]), matrix)
+        for module in modules:
+            matrix = Matrix(module)
+            shared.setdefault(id(module.tensors()[matrix.scales]), matrix)
         self.matrices = [matrix for matrix in shared.values() if matrix.scales in matrix.trained]
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class Allocation(Rule):
     def observe(self) -> None:
         """Ī and U take in |w · ∂w| of every tensor of the budget."""
         seen = {
-            f"{m.place.path}.{slot}": w
+            f"{m.module.path}.{slot}": w
             for m in self.matrices
             for slot, w in m.factors().items()
             if w.grad is not None
@@ -172,7 +172,7 @@ class Allocation(Rule):
         """S of every triplet of one matrix, (rank,)."""
         total = torch.zeros(matrix.rank)
         for slot in matrix.factors():
-            if (key := f"{matrix.place.path}.{slot}") in self.sensitivity:
+            if (key := f"{matrix.module.path}.{slot}") in self.sensitivity:
                 score = self.sensitivity[key] * self.uncertainty[key]
                 if slot == matrix.scales:
                     total = total + score.flatten().cpu()
@@ -203,7 +203,7 @@ class Allocation(Rule):
     def _switch_off(self, pattern: list[Tensor], for_good: bool) -> None:
         """Set the λ of pruned triplets to zero; for good also what stands on both their sides, as if they were freed."""
         for matrix, kept in zip(self.matrices, pattern, strict=True):
-            tensors = matrix.place.tensors()
+            tensors = matrix.module.tensors()
             for slot, axis in (matrix.axes if for_good else {matrix.scales: 0}).items():
                 tensor = tensors[slot]
                 tensor.mul_(
@@ -218,14 +218,14 @@ class Allocation(Rule):
         assert self.pattern is not None
         self.freed = all(matrix.sides for matrix in self.matrices)
         for matrix, kept in zip(self.matrices, self.pattern, strict=True):
-            tensors = matrix.place.tensors()
+            tensors = matrix.module.tensors()
             for slot, axis in matrix.axes.items() if matrix.sides else ():
                 keep_only(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         self.sensitivity, self.uncertainty = {}, {}
 
     def state(self) -> dict[str, Any]:
         pattern = {
-            m.place.path: kept for m, kept in zip(self.matrices, self.pattern or (), strict=False)
+            m.module.path: kept for m, kept in zip(self.matrices, self.pattern or (), strict=False)
         }
         counts = {"all": self.all, "freed": self.freed}
         return {
@@ -238,7 +238,7 @@ class Allocation(Rule):
     def restore(self, state: Mapping[str, Any]) -> None:
         self.all, self.freed = int(state["all"]), bool(state["freed"])
         self.target = min(self.all, len(self.matrices) * self.schedule.target_rank)
-        devices = {m.place.path: m.place.tensors()[m.scales].device for m in self.matrices}
+        devices = {m.module.path: m.module.tensors()[m.scales].device for m in self.matrices}
         for name in ("sensitivity", "uncertainty"):
             moved = {
                 key: t.to(devices[key.rpartition(".")[0]], copy=True)
@@ -246,15 +246,17 @@ class Allocation(Rule):
             }
             setattr(self, name, moved)
         self.pattern = (
-            [state["pattern"][m.place.path].bool() for m in self.matrices]
+            [state["pattern"][m.module.path].bool() for m in self.matrices]
             if state["pattern"]
             else None
         )
 
-    def gave_up(self, place: AdaptedModule) -> bool:
-        scales = place.tensors()[Matrix(place).scales]
+    def gave_up(self, module: AdaptedModule) -> bool:
+        scales = module.tensors()[Matrix(module).scales]
         patterns = zip(self.matrices, self.pattern or (), strict=False)
-        return any(m.place.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns)
+        return any(
+            m.module.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns
+        )
 
     def check(self, n: int) -> str | None:
         if self.all == self.target:

@@ -147,30 +147,32 @@ class DeltaLoRA(Modifier):
             down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
         )
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
-        return (Anchoring if self.update == "telescoped" else InPlace)(self, places)
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule:
+        return (Anchoring if self.update == "telescoped" else InPlace)(self, modules)
 
 
 class Anchoring(Rule):
     """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
-        self.member, self.places, self.turns = member, places, (member.start_step,)
+    def __init__(self, member: DeltaLoRA, modules: Sequence[AdaptedModule]) -> None:
+        self.member, self.modules, self.turns = member, modules, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         if n != self.member.start_step:
             return
         made: dict[tuple[int, ...], Tensors] = {}
-        for place in self.places:
-            if ANCHOR_UP not in place.tensors():
+        for module in self.modules:
+            if ANCHOR_UP not in module.tensors():
                 key = tuple(
-                    map(id, place.tensors().values())
+                    map(id, module.tensors().values())
                 )  # modules that share their pair share its anchor
-                for slot, tensor in made.setdefault(key, anchor_of(place)).items():
-                    place.put(slot, tensor)
+                for slot, tensor in made.setdefault(key, anchor_of(module)).items():
+                    module.put(slot, tensor)
 
     def check(self, n: int) -> str | None:
-        if n > self.member.start_step or any(ANCHOR_UP in place.tensors() for place in self.places):
+        if n > self.member.start_step or any(
+            ANCHOR_UP in module.tensors() for module in self.modules
+        ):
             return None
         return (
             f"delta-lora never began: training stopped after {n} optimizer steps, start_step is {self.member.start_step}; "
@@ -181,11 +183,11 @@ class Anchoring(Rule):
 class InPlace(Anchoring):
     """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it. It keeps the anchors itself."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
-        super().__init__(member, places)
+    def __init__(self, member: DeltaLoRA, modules: Sequence[AdaptedModule]) -> None:
+        super().__init__(member, modules)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
-        weights, exact = [place.weight for place in places], "update='telescoped' is exact"
+        weights, exact = [module.weight for module in modules], "update='telescoped' is exact"
         require(
             all(isinstance(w, Tensor) for w in weights),
             f"delta-lora in place cannot move quantised weights; {exact}",
@@ -198,19 +200,19 @@ class InPlace(Anchoring):
             self._begin()
 
     def _begin(self) -> None:
-        for place in self.places:
-            if place.path not in self.anchors:
-                self.anchors[place.path] = anchor_of(place, whole=True)
-                self.last[place.path] = product_of(place)
+        for module in self.modules:
+            if module.path not in self.anchors:
+                self.anchors[module.path] = anchor_of(module, whole=True)
+                self.last[module.path] = product_of(module)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        for place in self.places:
-            if place.path in self.anchors:
-                product = product_of(place)
-                place.move_base(
-                    self.member.lam * (product - self.last[place.path].to(product.device))
+        for module in self.modules:
+            if module.path in self.anchors:
+                product = product_of(module)
+                module.move_base(
+                    self.member.lam * (product - self.last[module.path].to(product.device))
                 )
-                self.last[place.path] = product
+                self.last[module.path] = product
         if n == self.member.start_step:
             self._begin()
 
@@ -219,19 +221,19 @@ class InPlace(Anchoring):
 
     def end(self) -> None:
         """Give the anchors to the modules and the base its own weight: the telescoped form of the same."""
-        for place in self.places:
-            for slot, tensor in self.anchors.pop(place.path, {}).items():
-                place.put(slot, tensor)
-            place.restore_base()
+        for module in self.modules:
+            for slot, tensor in self.anchors.pop(module.path, {}).items():
+                module.put(slot, tensor)
+            module.restore_base()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take anchors that are there off the modules, and move the base by what they say."""
-        for place in self.places:
-            if ANCHOR_UP in place.tensors():
-                anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
-                self.anchors[place.path] = anchor
-                self.last[place.path] = product = product_of(place)
-                place.move_base(
+        for module in self.modules:
+            if ANCHOR_UP in module.tensors():
+                anchor = {slot: module.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
+                self.anchors[module.path] = anchor
+                self.last[module.path] = product = product_of(module)
+                module.move_base(
                     self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN])
                 )
 
@@ -239,10 +241,10 @@ class InPlace(Anchoring):
         return None if self.anchors else super().check(n)
 
 
-def anchor_of(place: AdaptedModule, whole: bool = False) -> Tensors:
-    """A copy of the place's pair, without `down` where that never trains, unless `whole`."""
+def anchor_of(module: AdaptedModule, whole: bool = False) -> Tensors:
+    """A copy of the module's pair, without `down` where that never trains, unless `whole`."""
     with torch.enable_grad():
-        pair = pair_of(place)
+        pair = pair_of(module)
     anchor = {ANCHOR_UP: pair.up.detach().clone()}
     return (
         anchor | {ANCHOR_DOWN: pair.down.detach().clone()}
@@ -252,16 +254,16 @@ def anchor_of(place: AdaptedModule, whole: bool = False) -> Tensors:
 
 
 @torch.no_grad()
-def product_of(place: AdaptedModule) -> Tensor:
-    """P = up·down of the place (out, in), in the dtype of its pair."""
-    pair = pair_of(place)
+def product_of(module: AdaptedModule) -> Tensor:
+    """P = up·down of the module (out, in), in the dtype of its pair."""
+    pair = pair_of(module)
     return pair.up @ pair.down
 
 
-def pair_of(place: AdaptedModule) -> Pair:
+def pair_of(module: AdaptedModule) -> Pair:
     """The pair before the base's part is added, in float32 at least."""
-    return place.method.parametrisation.change(widened(place.tensors()), place.shape).pair(
-        place.shape
+    return module.method.parametrisation.change(widened(module.tensors()), module.shape).pair(
+        module.shape
     )
 
 

@@ -72,18 +72,18 @@ class DoRA(Modifier):
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
-        still = [place.path for place in places if _is_at_start(place)]
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
+        still = [module.path for module in modules if _is_at_start(module)]
         if not still:
             return None
         return (
-            f"the magnitudes of {len(still)} of {len(places)} modules ({still[0]}, …) are exactly the base's row norms: "
+            f"the magnitudes of {len(still)} of {len(modules)} modules ({still[0]}, …) are exactly the base's row norms: "
             "training never reached them"
         )
 
 
-def _is_at_start(place: AdaptedModule) -> bool:
-    m, weight = place.tensors()["m"], place.weight
+def _is_at_start(module: AdaptedModule) -> bool:
+    m, weight = module.tensors()["m"], module.weight
     if is_sharded(weight):  # this process knows some of its rows
         return False
     nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])

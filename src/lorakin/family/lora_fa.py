@@ -89,32 +89,32 @@ class LoRAFA(Modifier):
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
         return {**slots, **frozen({name: slot for name, slot in slots.items() if slot.drawn})}
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
-        return Corrected(places) if self.corrected else None
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
+        return Corrected(modules) if self.corrected else None
 
 
 class Corrected(Rule):
     """Before each step: ∂B ← s⁻² · ∂B · (A Aᵀ)⁻¹; for an embedding, whose B is the frozen factor, ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A."""
 
-    def __init__(self, places: Sequence[AdaptedModule]) -> None:
-        self.places = places
+    def __init__(self, modules: Sequence[AdaptedModule]) -> None:
+        self.modules = modules
         self.inverses: dict[str, Tensor] = {}
 
     def before(self, n: int) -> None:
         done: set[int] = set()
-        for place in self.places:
-            A, B = (place.tensors()[slot] for slot in ("A", "B"))
-            trained = A if place.shape.lookup else B
+        for module in self.modules:
+            A, B = (module.tensors()[slot] for slot in ("A", "B"))
+            trained = A if module.shape.lookup else B
             if trained.grad is None or id(trained) in done:  # a shared pair once
                 continue
             done.add(id(trained))
-            inverse = self.inverses.get(path := place.path)
+            inverse = self.inverses.get(path := module.path)
             if inverse is None or inverse.device != trained.device:
                 wide = torch.promote_types(A.dtype, torch.float32)
                 gram = (
-                    B.to(wide).T @ B.to(wide) if place.shape.lookup else A.to(wide) @ A.to(wide).T
+                    B.to(wide).T @ B.to(wide) if module.shape.lookup else A.to(wide) @ A.to(wide).T
                 )
-                scale: float = place.method.parametrisation.scaling  # type: ignore[attr-defined]
+                scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
                 inverse = self.inverses[path] = torch.linalg.inv(gram.detach()) / scale**2
             grad = trained.grad.to(inverse.dtype)
-            trained.grad.copy_(inverse @ grad if place.shape.lookup else grad @ inverse)
+            trained.grad.copy_(inverse @ grad if module.shape.lookup else grad @ inverse)

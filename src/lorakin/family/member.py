@@ -95,11 +95,11 @@ class Member(ABC):
         """
         return self
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
         """What of its own training never reached, asked when the adapter is saved."""
         return None
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
         """What it does while training the adapter on these modules, if anything; `resolved` was called before."""
         return None
 

@@ -268,14 +268,14 @@ class Method:
 
     # How it trains.
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> list[str]:
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> list[str]:
         """What of the members training never reached."""
-        reasons = (member.unmoved(places) for member in self.members)
+        reasons = (member.unmoved(modules) for member in self.members)
         return [reason for reason in reasons if reason is not None]
 
-    def rules(self, places: Sequence[AdaptedModule]) -> list[Rule]:
+    def rules(self, modules: Sequence[AdaptedModule]) -> list[Rule]:
         """What happens at each optimizer step; call `resolved` first."""
-        return [rule for member in self.members if (rule := member.rule(places)) is not None]
+        return [rule for member in self.members if (rule := member.rule(modules)) is not None]
 
     def __str__(self) -> str:
         return f"{self.words} on {self.parametrisation}"

@@ -46,7 +46,7 @@ class AdaptedModule(Protocol):
         """Take such a tensor away from it."""
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its module."""
 
     def restore_base(self) -> None:
         """Put the base's own weight back, if it was moved."""
@@ -81,7 +81,7 @@ class Rule:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
         return {}
 
-    def gave_up(self, place: AdaptedModule) -> bool:
+    def gave_up(self, module: AdaptedModule) -> bool:
         """Whether the member took all ranks from this module, so that it rightly changes nothing."""
         return False
 

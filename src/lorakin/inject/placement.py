@@ -696,7 +696,7 @@ class Graft:
         if self.rules is not None and not self._stepped and running == self.running:
             return
         self.end()
-        self.running, self.rules = running, running.rules(self.places())
+        self.running, self.rules = running, running.rules(self.adapted_modules())
         self.steps, self._stepped = 0, False
         self.rate_factors, self.warned_of_rates = {}, False
         for watcher in WATCHERS:
@@ -714,7 +714,7 @@ class Graft:
         """The method, with what its run has decided."""
         return self.running or self.placement.method
 
-    def places(self) -> list[PlacedModule]:
+    def adapted_modules(self) -> list[PlacedModule]:
         """The adapted modules, as members' rules see them."""
         return [PlacedModule(self, path) for path in self.placement.methods]
 

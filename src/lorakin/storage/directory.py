@@ -188,7 +188,7 @@ def check_trained(graft: Graft) -> None:
             "not what it says. Train with a torch optimizer that holds the adapter's tensors, such as adapter.optimizer(…)"
         )
     unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
-    for reason in (*unfinished, *graft.method.unmoved(graft.places())):
+    for reason in (*unfinished, *graft.method.unmoved(graft.adapted_modules())):
         warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
     if graft.scale != 1:
         warnings.warn(
@@ -243,7 +243,9 @@ def check_trained(graft: Graft) -> None:
             LorakinWarning,
             stacklevel=3,
         )
-    reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
+    reached = [
+        p for p in graft.adapted_modules() if not any(rule.gave_up(p) for rule in graft.rules or ())
+    ]
     still = [place.path for place in reached if _changes_nothing(graft, place.path)]
     if still:
         share = (

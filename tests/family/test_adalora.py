@@ -244,9 +244,9 @@ def test_ties_fall_to_the_first() -> None:
     """All scores equal: exactly b triplets remain, the first in the model's order."""
     rule = allocation([4] * 2, 10, 1, 4, 1, 2)
     for matrix in rule.matrices:
-        matrix.place.tensors()["E"].data.fill_(1)
+        matrix.module.tensors()["E"].data.fill_(1)
     rule.after(6, torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    assert [len(matrix.place.tensors()["E"]) for matrix in rule.matrices] == [4, 0], (
+    assert [len(matrix.module.tensors()["E"]) for matrix in rule.matrices] == [4, 0], (
         "rank 0 is legal"
     )
 
@@ -310,7 +310,7 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
     assert isinstance(rule, Allocation)
     fit(model, optimizer, x, target, 2)
     directory.save(adapter, tmp_path / "early")
-    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
+    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.module.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 10)
     directory.save(adapter, tmp_path / "late")
     assert not any(t.requires_grad or t.numel() for t in adapter.branch("1").tensors().values())

@@ -127,17 +127,17 @@ def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, 
 def test_what_the_portable_form_cannot_hold() -> None:
     model = tiny_bert()
     adapter = lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"])
-    with pytest.raises(lk.SettingError, match=r"trained whole \(classifier\); merge"):
+    with pytest.raises(lk.SettingError, match="classifier"):
         lk.as_lora(adapter, portable=True)
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRA(2), targets="embed_tokens")
-    with pytest.raises(lk.SettingError, match="embed_tokens is no linear layer"):
+    with pytest.raises(lk.SettingError, match="embed_tokens"):
         lk.as_lora(adapter, portable=True)
 
 
 def test_a_rank_beyond_what_vllm_serves() -> None:
     adapter = lk.adapt(tiny_llama(), lk.VeRA(rank=600), targets="q_proj")
-    with pytest.warns(lk.LorakinWarning, match="rank 600, and vLLM serves 512"):
+    with pytest.warns(lk.LorakinWarning, match="600.*512"):
         lk.as_lora(adapter, portable=True)
 
 
@@ -394,13 +394,13 @@ def test_combinations_that_are_refused() -> None:
     lk.adapt(model, lk.LoRA(4), name="b", rank_pattern={"v_proj": 2})
     before = set(lk.adapters(model))
     for settings, message in (
-        ({"how": "ties", "density": 0.5}, "makes one of full rank; name the rank, or the error"),
+        ({"how": "ties", "density": 0.5}, "how='ties'"),
         (
             {"on": "factors"},
-            r"of one rank, but in model.layers.0.self_attn.v_proj 'a' has rank 4, 'b' has rank 2",
+            r"v_proj.*'a' has rank 4, 'b' has rank 2",
         ),
-        ({"how": "dare"}, "did you mean 'dare_"),
-        ({"how": "ties", "rank": 4}, "give density"),
+        ({"how": "dare"}, "'dare'.*'dare_"),
+        ({"how": "ties", "rank": 4}, "density"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             lk.combine(model, {"a": 1, "b": 1}, **settings)  # type: ignore[arg-type]
@@ -416,7 +416,7 @@ def test_what_cannot_be_combined(ids: Tensor) -> None:
     plain = lk.adapt(model, lk.LoRA(2), name="plain")
     with pytest.raises(lk.SettingError, match=r"'gained' \(dora\).*as_lora"):
         lk.combine(model, {"plain": 1, "gained": 1})
-    with pytest.raises(lk.SettingError, match="no adapter 'other'"):
+    with pytest.raises(lk.SettingError, match="'other'"):
         lk.combine(model, {"other": 1})
     lk.activate(model, "plain")
     plain.merge()
@@ -444,13 +444,13 @@ def test_what_is_not_finite_is_not_converted(ids: Tensor) -> None:
     adapter = randomise(lk.adapt(model, lk.DoRA(rank=4)))
     with torch.no_grad():
         adapter.branch("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
-    with pytest.raises(lk.StateError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(lk.StateError, match=r"model\.layers\.1\.mlp\.up_proj"):
         lk.as_lora(adapter, rank=2)
 
 
 def test_a_rank_that_leaves_more_than_the_error_is_said() -> None:
     adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(8)), 0.3)
-    with pytest.warns(lk.LorakinWarning, match=r"relative error above 0\.1 in 14 of 14 modules"):
+    with pytest.warns(lk.LorakinWarning, match=r"0\.1 in 14 of 14 modules"):
         lk.as_lora(adapter, rank=1, error=0.1)
 
 
@@ -467,7 +467,7 @@ def test_sums_of_nothing(weights: Any) -> None:
 
 @pytest.mark.parametrize("batches", [{"input_ids": 1}, [torch.ones(1)]])
 def test_batches_that_are_none(batches: Any) -> None:
-    with pytest.raises(lk.SettingError, match="list of mappings"):
+    with pytest.raises(lk.SettingError, match="batches"):
         lk.as_lora(lk.adapt(tiny_llama(), lk.LoRA(2)), batches=batches)
 
 

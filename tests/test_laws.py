@@ -20,6 +20,7 @@ ROOMS = [
     "storage",
     "adapter",
     "conversion",
+    "combined",
     "terminal",
     "training",
     "plan",
@@ -75,6 +76,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "storage": {"torch", "safetensors"},
         "adapter": {"torch"},
         "conversion": {"torch"},
+        "combined": {"torch"},
     }
     if path == SOURCE / "__init__.py" or room(path) not in allowed:
         return

@@ -1,7 +1,8 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
 from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, merge, mixed_batch
-from lorakin.conversion import as_lora, combine, convert
+from lorakin.combined import combine
+from lorakin.conversion import as_lora, convert
 from lorakin.errors import (
     AdapterError,
     DataError,

@@ -182,7 +182,7 @@ def convert(
     found = read_foreign(Path(path), model, alpha=alpha)
 
     pairs, alphas = {}, {}
-    for at, slots in found.sites.items():
+    for at, slots in found.slots.items():
         scale, rank = found.scales[at], len(slots["A"])
         positive = scale > 0  # PEFT's alpha must be positive, so any other scale goes into B
         pairs[at] = slots if positive else slots | {"B": scale * slots["B"]}

@@ -104,7 +104,7 @@ def test_what_only_lorakin_knows_stands_beside(tmp_path: Path) -> None:
         ({"use_qalora": True}, "QALoRA"),
         ({"layer_replication": [[0, 1]]}, "layer replication"),
         ({"bias": "some"}, "bias='some'"),
-        ({"init_lora_weights": "pissa"}, "initialised with 'pissa', which changes the base weight"),
+        ({"init_lora_weights": "corda"}, "corda"),
         ({"r": 4}, r"shape \(3, 32\), expected \(4, 32\) for rank 4"),
         ({"r": 0}, "rank must be a whole number"),
         ({"r": "three"}, "r is 'three', expected a whole number"),

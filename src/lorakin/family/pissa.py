@@ -61,6 +61,7 @@ class PiSSA(AnchoredStart):
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the weight's principal singular triplets"}
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
+    peft_start: ClassVar[str] = "pissa"
     remark: ClassVar[str] = (
         "It keeps a frozen copy of the start beside the pair: files hold rank 2r."
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import LowRank
-from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.measure import Target
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_imagined
 from lorakin.family.settings import require
@@ -100,16 +100,6 @@ class AnchoredStart(Start):
         anchor = {ANCHOR_UP: up.clone()}
         trains_down = method.slots_at(path, shape)[names[1]].trained
         return begun | anchor | ({ANCHOR_DOWN: down.clone()} if trains_down else {})
-
-    def of_weight(self, tensors: Tensors, path: str, target: Target, method: Method) -> Tensors:
-        """The tensors with the anchor, which a file of PEFT's may lack.
-
-        PEFT makes the start anew from the weight.
-        """
-        if ANCHOR_UP in tensors or not self.needs <= {WEIGHT}:
-            return tensors
-        begun = self._begun(path, tensors, target, method)
-        return {**begun, **tensors}
 
     def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         up_0 = tensors[ANCHOR_UP]

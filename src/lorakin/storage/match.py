@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method, Target, all_finite
+from lorakin.family.measure import WEIGHT
+from lorakin.family.pair import is_imagined
 from lorakin.inject import layers
 from lorakin.inject.attachments import base_state
 from lorakin.inject.buffers import misfit_of_buffers
@@ -76,8 +78,11 @@ class Case:
     @cached_property
     def slots(self) -> dict[str, dict[str, Tensor]]:
         """The document's slots in the order of a fresh adapter, which its optimizer's state has."""
-        made = with_slots_of_the_weight(self.document, self.targets)
-        return {path: _in_order(own, self.fresh[path]) for path, own in made.items()}
+        made = slots_of_the_weight(self)
+        return {
+            path: _in_order({**own, **made.get(path, {})}, self.fresh[path])
+            for path, own in self.document.slots.items()
+        }
 
     @cached_property
     def shared(self) -> dict[str, dict[str, Tensor]]:
@@ -115,15 +120,33 @@ def fresh(placement: Placement, targets: Mapping[str, Target]) -> dict[str, dict
     return placement.method.start(bare, placement.methods, None, meta)
 
 
-def with_slots_of_the_weight(
-    document: Document, targets: Mapping[str, Target]
-) -> Mapping[str, Slots]:
-    """The document's slots, and those that a file need not hold since the base weight gives them.
+def slots_of_the_weight(case: Case) -> dict[str, Slots]:
+    """Path → slots that a file need not hold, since the member makes them of the base weight.
 
-    No member of this version has such slots. A start that leaves a part of the base weight in a
-    frozen anchor (PiSSA, OLoRA) makes it here.
+    Such a slot never trains: PiSSA's and OLoRA's anchors, for a pair that PEFT wrote.
+
+    Raises:
+        AdapterError: the base weight is not here.
     """
-    return document.slots
+    method = case.document.method
+    if WEIGHT not in method.needs:
+        return {}
+    made: dict[str, Slots] = {}
+    generator = torch.Generator()  # so that nobody else's draws change
+    for path, own in case.document.slots.items():
+        target, methods = case.targets[path], {path: case.placement.methods[path]}
+        declared = methods[path].slots_at(path, target.shape)
+        lacking = [n for n in case.fresh[path] if n not in own and not declared[n].trained]
+        if not lacking:
+            continue
+        if is_imagined(target.weight):
+            raise case.error(
+                f"{path} lacks {', '.join(lacking)}, which {method.words} makes of the base weight, "
+                "but that is not in memory; load the base with its weights"
+            )
+        start = method.start({path: target}, methods, generator, torch.device("cpu"))
+        made[path] = {name: start[path][name] for name in lacking}
+    return made
 
 
 def modules_are_there(case: Case) -> None:

@@ -60,11 +60,15 @@ class MemberEntry:
 
     def made(self) -> Member:
         """The member with its settings; raises `SettingError` if this installation has none such."""
-        known = {member.word for member in members()}
-        if self.member not in known and self.package is not None:
+        if self.member not in {member.word for member in members()}:
+            if self.package is not None:
+                raise SettingError(
+                    f"{self.member!r} is a member of the package {self.package!r}, which is not "
+                    f"installed here: pip install {self.package}"
+                )
             raise SettingError(
-                f"{self.member!r} is a member of the package {self.package!r}, which is not "
-                f"installed here: pip install {self.package}"
+                f"this version has no member {self.member!r}. If it is your own, import the module "
+                "that registers it (lorakin.register) before you load the adapter"
             )
         return member_named(self.member)(**self.settings)
 

@@ -85,6 +85,8 @@ def _check_supported(form: Form, config: Mapping[str, Any], where: str) -> None:
             )
     if form is LORA and (reason := starts.refusal(config)):
         raise AdapterError(f"{where}: it {reason}")
+    if said := starts.warning(config):
+        warnings.warn(f"{where}: {said}", LorakinWarning, stacklevel=2)
 
 
 def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str) -> Method:

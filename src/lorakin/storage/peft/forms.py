@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from lorakin.family import (
+    WEIGHT,
     AdaLoRA,
     DoRA,
     LoRA,
@@ -21,6 +22,7 @@ from lorakin.family import (
     Modifier,
     Parametrisation,
     VeRA,
+    members,
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.slots import Slot, Slots
@@ -185,6 +187,9 @@ FORM_OF = {form.pair.word: form for form in FORMS.values() if form.pair is not N
 """Word of a parametrisation → its form."""
 FLAGS = LORA.flags
 
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica", "lora_fa")
+"""Words of `init_lora_weights` whose file is a plain pair for the plain base."""
+
 SCHEDULE = ("total_steps", "start", "finish", "interval")
 """Settings that belong to one run, which is over when a file is read."""
 NO_SCHEDULE = {"total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
@@ -206,4 +211,18 @@ def plain_method(rank: int, alpha: float, dropout: float = 0.0, *, with_gain: bo
 
 def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
     """The members that a config of PEFT's stands for."""
-    return (form.member, *(kind for flag, kind in FLAGS.items() if config.get(flag)))
+    flags = [kind for flag, kind in form.flags.items() if config.get(flag)]
+    start = made_again().get(start_word(config)) if form is LORA else None
+    return (form.member, *flags, *([start] if start else []))
+
+
+def made_again() -> dict[str, type[Modifier]]:
+    """Words whose file is a pair for a base without its start, which the member makes of the weight again."""
+    starts = [m for m in members() if issubclass(m, Modifier) and m.peft_start]
+    return {start.peft_start: start for start in starts if start.needs == {WEIGHT}}
+
+
+def start_word(config: Mapping[str, Any]) -> str:
+    """The word of `init_lora_weights`, in small letters; "" where it is true, false or null."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) else ""

@@ -132,10 +132,14 @@ def apart(
     config, tensors = attention.apart(config, tensors, known, where, ours=ours)
     config, tensors = unstack_experts.unstacked(config, tensors, model, known, where, ours=ours)
     slots, rest = by_module(form, tensors)
-    return ReadFiles(form, method_of(form, config, own, where), config, tensors, slots, rest, own, where)
+    return ReadFiles(
+        form, method_of(form, config, own, where), config, tensors, slots, rest, own, where
+    )
 
 
-def _ungrouped(read: ReadFiles, modules: Mapping[str, nn.Module]) -> tuple[ReadFiles, frozenset[str]]:
+def _ungrouped(
+    read: ReadFiles, modules: Mapping[str, nn.Module]
+) -> tuple[ReadFiles, frozenset[str]]:
     """With lorakin's form for grouped convolutions, and the paths whose pair is over all inputs."""
     if read.form is not LORA:
         return read, frozenset()
@@ -200,7 +204,9 @@ def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str])
         raise AdapterError(f"{read.where}: {error}") from None
 
 
-def _with_ranks_kept(placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]) -> Placement:
+def _with_ranks_kept(
+    placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]
+) -> Placement:
     """The placement, in which modules that lost ranks in training have fewer."""
     own = placement.method.parametrisation.slots
     scale = scale_of_ranks(own)

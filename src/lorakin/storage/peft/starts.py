@@ -1,13 +1,18 @@
-"""What PEFT may begin training from, or do while it trains, and whether its files are a plain pair afterwards.
+"""What PEFT may start training from, or do while it trains, and what its files mean afterwards.
 
-| start (`init_lora_weights`) | the base weight | what is in the file |
+| start (`init_lora_weights`) | the base weight | the file holds |
 |---|---|---|
 | true, false, null, gaussian, orthogonal, eva, mica | as it was | the plain pair |
-| pissa, pissa_niter_N, olora, corda, lora_ga | less s·B₀·A₀ of the start | a pair for that base; PEFT makes it anew at load |
+| pissa, olora | less s·B₀·A₀, the start | a pair for that base; PEFT makes the start again at load |
+| pissa_niter_N | the same, of a random draw | the same, but PEFT draws another start at load |
+| corda | less s·B₀·A₀, made of data | a pair for that base; PEFT needs the data again |
+| lora_ga | the same | the same, but PEFT loads it as a plain pair on the plain base |
 | loftq | another, quantised one | a pair for that base |
 
-VeLoRA (how gradients are kept) and MonteCLoRA (noise on A) act while training alone; their own tensors say nothing of the
-finished adapter. A `…_config` whose start is not chosen is ignored, as in PEFT.
+PiSSA and OLoRA are read as the members of that name, which make B₀ and A₀ again of the base weight.
+
+VeLoRA (how gradients are kept) and MonteCLoRA (noise on A) act only while training; their own tensors
+say nothing of the finished adapter. A `…_config` whose start is not chosen is ignored, as in PEFT.
 """
 
 from __future__ import annotations
@@ -17,34 +22,58 @@ from typing import Any
 
 from torch import Tensor
 
-PLAIN = ("gaussian", "orthogonal", "eva", "mica", "lora_fa")
-TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga")
+from lorakin.storage.peft.forms import PLAIN_STARTS, made_again, start_word
+
+LOST = "lora_ga"
+"""The word whose file PEFT itself reads as a plain pair, although a start was taken out of the base."""
 CONFIGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
-"""What a start is made with."""
+"""Settings of a start."""
 TRAINING = {"velora_config": "lora_velora_embed", "monteclora_config": "lora_monteclora_sampler"}
-"""What acts while training alone → the name of its tensors in the file."""
+"""Field of what acts only while training → the name of its tensors in the file."""
+CONVERT = "convert it with PEFT (path_initial_model_for_weight_conversion) first"
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why the file is no plain pair on the plain base, to follow "it"; None if it is one."""
-    start = config.get("init_lora_weights", True)
-    name = start.lower() if isinstance(start, str) else start
-    if name is None or isinstance(name, bool) or name in PLAIN:
+    """Why the pair in the file cannot be understood, to follow "it"; None if it can."""
+    start, word = config.get("init_lora_weights", True), start_word(config)
+    if start is None or isinstance(start, bool) or word in (*PLAIN_STARTS, LOST, *made_again()):
         return None
-    if isinstance(name, str) and name.startswith(TAKEN_OUT):
+    if word.startswith("pissa_niter"):
         return (
-            f"was initialised with {start!r}, which changes the base weight: what the pair began with was taken out of it. "
-            "This version does not repeat that; convert it with PEFT (path_initial_model_for_weight_conversion) first"
+            f"was initialised with {start!r}: PEFT took a random start out of the base weight, and no "
+            f"file keeps it, so that PEFT itself loads another adapter. Where it was trained, {CONVERT}"
         )
-    if name == "loftq":
+    if word == "corda":
         return (
-            f"was initialised with {start!r}, which changes the base weight for a quantised one that LoftQ made; merge it with "
-            "PEFT on that base"
+            f"was initialised with {start!r}, which changes the base weight: a start made of data was "
+            f"taken out of it. This version does not repeat that; {CONVERT}"
         )
-    return f"was initialised with {start!r}, of which this version does not know whether it changes the base weight"
+    if word == "loftq":
+        return (
+            f"was initialised with {start!r}, which changes the base weight for a quantised one that "
+            "LoftQ made; merge it with PEFT on that base"
+        )
+    return (
+        f"was initialised with {start!r}, and this version does not know whether that changes the "
+        "base weight"
+    )
+
+
+def warning(config: Mapping[str, Any]) -> str | None:
+    """What is to be said of a file that is read as PEFT reads it, and is not what was trained."""
+    if start_word(config) != LOST:
+        return None
+    return (
+        f"it was initialised with {LOST!r}: training took a start out of the base weight, which the file "
+        "does not keep. It is read as PEFT reads it, as a plain pair on the plain base, which is not the "
+        f"model that was trained. For that, where it was trained, {CONVERT}"
+    )
 
 
 def without_training(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors but for those of what acts while training alone, also where a config was written anew without it."""
+    """The tensors without those of what acts only while training.
+
+    They may be there although the config no longer says so, if it was written anew.
+    """
     names = set(TRAINING.values())
     return {key: tensor for key, tensor in tensors.items() if names.isdisjoint(key.split("."))}

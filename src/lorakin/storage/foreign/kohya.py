@@ -1,0 +1,140 @@
+"""kohya's sd-scripts and LyCORIS: tensors by a model's prefix and a path with underscores for dots.
+
+    <prefix>_<path>.lora_down.weight (r, in, kernel…)    <prefix>_<path>.alpha ()
+    <prefix>_<path>.lora_up.weight (out, r, 1…)          <prefix>_<path>.dora_scale (out, 1…)
+
+If alpha is missing, or 0, it is r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import AdapterError, some
+from lorakin.inject import layers
+from lorakin.storage.foreign.source import Foreign, Source
+
+KEY = re.compile(
+    r"(?P<model>lora_(?:unet|te\d?|transformer|prior_unet)|lycoris)_(?P<path>[^.]+)\.(?P<rest>.+)"
+)
+ANOTHER_METHOD = {
+    "lora_mid": "a Tucker decomposition (LoCon with lora_mid)",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "diff": "a full difference of the weights",
+    "a1.": "GLoRA",
+    "on_input": "(IA)³",
+    "w_norm": "trained norms",
+}
+"""Beginning of a tensor's name → the method that has it."""
+
+
+def read(source: Source) -> Foreign:
+    """The adapter in a file of kohya's; of one for several models, the part that fits this one."""
+    by_model: dict[str, dict[str, Tensor]] = {}
+    rest = []
+    for key, tensor in source.tensors.items():
+        if part := KEY.fullmatch(key):
+            by_model.setdefault(part["model"], {})[key.removeprefix(f"{part['model']}_")] = tensor
+        else:
+            rest.append(key)
+    if rest:
+        raise source.error(
+            f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind"
+        )
+    paths = _flat_paths(source)
+    found: dict[str, Foreign] = {}
+    errors: dict[str, AdapterError] = {}
+    for model, tensors in by_model.items():
+        try:
+            found[model] = _part(dataclasses.replace(source, tensors=tensors), paths)
+        except AdapterError as error:
+            errors[model] = error
+    if len(found) > 1:
+        raise source.error(
+            f"its parts {' and '.join(found)} both fit this model; keep one of them in the file"
+        )
+    if not found:
+        known = {m: sum(k.partition(".")[0] in paths for k in own) for m, own in by_model.items()}
+        raise errors[max(errors, key=lambda model: known[model])]
+    ((_, fitting),) = found.items()
+    for other, reason in errors.items():
+        fitting.notes.append(
+            f"the {len(by_model[other])} tensors of {other} were left out, as another model's: "
+            f"{reason}"
+        )
+    return fitting
+
+
+def _flat_paths(source: Source) -> dict[str, list[str]]:
+    """Name with underscores for dots → the paths of the modules that it can mean."""
+    paths: dict[str, list[str]] = {}
+    # In transformers 5 a CLIPTextModel has no text_model any more; the files still do.
+    is_clip = "text_model" not in source.modules
+    for path, module in source.modules.items():
+        if layers.kind_of(module) is not None:
+            flat = path.replace(".", "_")
+            for name in (flat, f"text_model_{flat}") if is_clip else (flat,):
+                paths.setdefault(name, []).append(path)
+    return paths
+
+
+def _part(source: Source, paths: Mapping[str, list[str]]) -> Foreign:
+    """The part of a file that belongs to one model."""
+    for key in source.tensors:
+        name = key.partition(".")[2]
+        other = next(
+            (what for start, what in ANOTHER_METHOD.items() if name.startswith(start)), None
+        )
+        if other:
+            raise source.error(f"{key} belongs to {other}, which is no low-rank pair and not read")
+    found = Foreign("kohya/LyCORIS", {}, {}, [])
+    endings = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "m"}
+    for name, slots in source.split(endings).items():
+        path = _path(source, name, paths)
+        rank, alpha = len(slots["A"]), slots.pop("alpha", torch.zeros(()))
+        if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha):
+            raise source.error(f"{name}.alpha is {alpha.tolist()}, expected one number")
+        _check_shapes(source, name, path, slots)
+        flat = {slot: t.flatten() if slot == "m" else t.flatten(1) for slot, t in slots.items()}
+        found.slots[path] = source.checked(path, flat)
+        found.scales[path] = source.scale(path, rank, [float(alpha) / rank or 1.0])
+    return found
+
+
+def _path(source: Source, name: str, paths: Mapping[str, list[str]]) -> str:
+    """The path of the one module that a flat name means."""
+    kind = type(source.model).__name__
+    if name not in paths:
+        raise source.error(
+            f"it is for another base model: it adapts {name}, but this {kind} has no layer of that "
+            "name, with underscores for dots"
+        )
+    if len(paths[name]) > 1:
+        raise source.error(f"{name} can mean {' or '.join(paths[name])} in this {kind}")
+    (path,) = paths[name]
+    return path
+
+
+def _check_shapes(source: Source, name: str, path: str, slots: Mapping[str, Tensor]) -> None:
+    """See that the kernel is the module's, and that magnitudes lie along the outputs."""
+    module, shape = source.module(path)
+    if shape.lookup:
+        raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")
+    if "m" in slots and slots["m"].shape != (shape.outputs, *(1 for _ in slots["m"].shape[1:])):
+        raise source.error(
+            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs are "
+            f"another method's, expected one for each of the {shape.outputs} outputs"
+        )
+    kernel, own = slots["A"].shape[2:], tuple(getattr(module, "kernel_size", ()))
+    if kernel != own and not math.prod(kernel) == math.prod(own) == 1:
+        raise source.error(
+            f"{name}.lora_down.weight has a kernel of {tuple(kernel)}, but that of {path} is {own}"
+        )

@@ -268,7 +268,7 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     }.items():
         if paths:
             raise SettingError(
-                f"the portable form cannot hold {what} ({some(paths)}); merge the adapter instead"
+                f"the portable form cannot hold {what} ({some(paths)}); merge instead"
             )
 
     most = -(-max(1, *(pair.down.shape[0] for pair in pairs.values())) // KERNEL) * KERNEL

@@ -57,7 +57,7 @@ class Pair(NamedTuple):
         """The pair that changes a weight `factor` times as much: W0 + factor·(W − W0).
 
         With a gain g that is g' = 1 + factor·(g − 1) over W0 + (factor·g/g')·up·down. If g' is 0,
-        the smallest step of float32 takes its place, which leaves of a weight less than its rounding.
+        the smallest step of float32 takes its place, which leaves less of a weight than rounding.
 
         >>> pair = Pair(torch.ones(2, 1), torch.ones(1, 2), gain=torch.tensor([2.0, 4.0]))
         >>> pair.times(0.5).gain

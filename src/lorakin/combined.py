@@ -160,8 +160,8 @@ class _Mixture:
             changes = [change for _, change in there]
             each = [self.weights[adapter.name] for adapter, _ in there]
             if not self.rule.is_low_rank:
-                change = self.rule.of_pairs(changes, each, self.generator)
-                pairs[path], fits[path] = nearest_to(change, rank=rank, error=error)
+                matrix = self.rule.of_pairs(changes, each, self.generator)
+                pairs[path], fits[path] = nearest_to(matrix, rank=rank, error=error)
                 continue
             if self.rule.on == "change":
                 whole = _side_by_side(changes, each)

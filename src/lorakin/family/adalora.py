@@ -68,6 +68,7 @@ class Triplets(Parametrisation):
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     of_no_account: ClassVar[frozenset[str]] = frozenset({"kept"})
+    small: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
     slots: ClassVar[Slots] = {
         "P": Slot(("outputs", "rank"), peft="lora_B"),
         "E": Slot(("rank", 1), starts_at_zero=True, peft="lora_E"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
-from lorakin.family import agreement
+from lorakin.family.agreement import are_one
 from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
 from lorakin.family.measure import GRADIENTS, INPUTS, Probe, Target
@@ -107,7 +107,7 @@ class Method:
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
         """Whether it is the same method as `other`; settings that one leaves open agree."""
-        return agreement.are_one(self, other, training)
+        return are_one(self, other, training)
 
     # What it looks at before it starts.
 

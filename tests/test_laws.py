@@ -19,6 +19,7 @@ ROOMS = [
     "loop",
     "storage",
     "adapter",
+    "adapting",
     "conversion",
     "combined",
     "terminal",
@@ -75,6 +76,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "loop": {"torch"},
         "storage": {"torch", "safetensors"},
         "adapter": {"torch"},
+        "adapting": {"torch"},
         "conversion": {"torch"},
         "combined": {"torch"},
     }

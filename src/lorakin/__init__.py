@@ -1,6 +1,7 @@
 """lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
 
-from lorakin.adapter import Adapter, activate, adapt, adapters, importance, load, merge, mixed_batch
+from lorakin.adapter import Adapter, activate, adapters, load, merge, mixed_batch
+from lorakin.adapting import adapt, importance
 from lorakin.combined import combine
 from lorakin.conversion import as_lora, convert
 from lorakin.errors import (

@@ -17,7 +17,7 @@ from lorakin.family.low_rank import Fit, nearest, nearest_to
 from lorakin.family.settings import is_finite_number
 from lorakin.inject.attachments import base_state
 from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
-from lorakin.inject.placement import root_of
+from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
 
 Key = TypeVar("Key")
@@ -47,8 +47,8 @@ def combine(
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     >>> for name in "ab":
     ...     adapter = lk.adapt(model, lk.LoRA(rank=2), "0", name=name)
-    >>> lk.combine(model, {"a": 0.7, "b": 0.3}).adapter.branch("0").A.shape
-    torch.Size([4, 6])
+    >>> lk.combine(model, {"a": 0.7, "b": 0.3}).fits["0"].rank
+    4
     >>> ties = lk.combine(model, {"a": 1, "b": 1}, "ties", how="ties", density=0.2, rank=2)
 
     Args:
@@ -172,7 +172,7 @@ class _Mixture:
 
     def _of_factors(self, path: str, there: Sequence[Adapter], weights: Sequence[float]) -> Pair:
         """A and B of one module, each combined by itself."""
-        factors = [adapter.factors_at(path) for adapter in there]
+        factors = [adapter.tensors.factors_at(path) for adapter in there]
         ranks = [len(pair.down) for pair, _ in factors]
         if len(set(ranks)) > 1:
             said = ", ".join(
@@ -191,7 +191,7 @@ class _Mixture:
         there: dict[tuple[str, str], Owned] = {}
         for path in dict.fromkeys(p for adapter in self.known for p in adapter.placement.copies):
             owners = [adapter for adapter in self.known if path in adapter.placement.copies]
-            states = [adapter.copy_of(path).state_dict() for adapter in owners]
+            states = [adapter.tensors.copy_of(path).state_dict() for adapter in owners]
             for key, base in base_state(self.model.get_submodule(path)).items():
                 own = [(one, state[key]) for one, state in zip(owners, states, strict=True)]
                 there[path, key] = Owned(base, own)
@@ -212,7 +212,8 @@ class _Mixture:
         found = start_of(self.model, find_biases(self.model, which, branches, whole))
         there = {
             path: Owned(
-                found[path], [(a, a.biases()[path]) for a in self.known if path in a.biases()]
+                found[path],
+                [(a, a.tensors.biases()[path]) for a in self.known if path in a.tensors.biases()],
             )
             for path in found
             if path in paths
@@ -223,8 +224,8 @@ class _Mixture:
         """Name → each buffer that training moved, by the weighted sum."""
         there: dict[str, Owned] = {}
         for adapter in self.known:
-            for name, moved in adapter.moved_buffers().items():
-                owned = there.setdefault(name, Owned(adapter.base_buffer(name), []))
+            for name, moved in adapter.tensors.moved_buffers().items():
+                owned = there.setdefault(name, Owned(adapter.tensors.base_buffer(name), []))
                 owned.own.append((adapter, moved))
         return self._combined(there, Combination())
 
@@ -237,14 +238,14 @@ class _Mixture:
                 ids.setdefault(path, set()).update(tokens)
         every = {path: TokenRows(tuple(sorted(tokens))) for path, tokens in ids.items()}
 
-        there = {path: Owned(base, []) for path, base in base_rows(self.model, every).items()}
+        base = base_rows(self.model, every)
+        there = {path: Owned(rows, []) for path, rows in base.items()}
         for adapter, own in used:
             for path, tokens in own.items():
-                values = there[path].base.clone()  # type: ignore[union-attr]
-                values[[every[path].ids.index(token) for token in tokens]] = adapter.rows_at(
-                    path
-                ).to(values)
-                there[path].own.append((adapter, values))
+                at = [every[path].ids.index(token) for token in tokens]
+                rows = base[path].clone()
+                rows[at] = adapter.tensors.rows_at(path).to(rows)
+                there[path].own.append((adapter, rows))
         values = self._combined(there, Combination())
 
         found = tied_rows(
@@ -281,7 +282,7 @@ def _changes(adapter: Adapter) -> dict[str, Pair]:
         raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
     changes = {}
     for path in adapter.placement.methods:
-        change = changes[path] = adapter.change_at(path)
+        change = changes[path] = adapter.tensors.change_at(path)
         check_finite(change, adapter, path)
         if change.gain is not None:
             raise SettingError(

@@ -19,7 +19,7 @@ from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
 from lorakin.inject.calibration_inputs import input_samples
 from lorakin.inject.layers import LinearLayer, TransposedLayer
-from lorakin.inject.placement import root_of
+from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows
 from lorakin.storage.document import Document
 from lorakin.storage.foreign import read_foreign
@@ -97,7 +97,7 @@ def as_lora(
     inputs = _Inputs(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
     for path in adapter.placement.methods:
-        change = adapter.change_at(path)
+        change = adapter.tensors.change_at(path)
         if change.gain is not None and rank is None and error is None:
             raise SettingError(
                 f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base "
@@ -106,7 +106,7 @@ def as_lora(
                 "the model, which is exact"
             )
         check_finite(change, adapter, path)
-        weight = adapter.base_weight(path)
+        weight = adapter.tensors.base_weight(path)
         pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=inputs.root(path))
         fits[path] = inputs.judged(fit, change, pairs[path], weight, path)
     warn_if_missed(fits, error)
@@ -116,10 +116,10 @@ def as_lora(
         adapter.model,
         name,
         _portable(adapter, pairs) if portable else pairs,
-        {path: adapter.copy_of(path).state_dict() for path in adapter.placement.copies},
-        (tokens, {path: adapter.rows_at(path) for path in tokens}),
-        adapter.moved_buffers(),
-        adapter.biases(),
+        {path: adapter.tensors.copy_of(path).state_dict() for path in adapter.placement.copies},
+        (tokens, {path: adapter.tensors.rows_at(path) for path in tokens}),
+        adapter.tensors.moved_buffers(),
+        adapter.tensors.biases(),
     )
     return Plain(plain, fits)
 
@@ -259,7 +259,9 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         SettingError: the adapter has something that other programs do not read.
     """
     placement = adapter.placement
-    odd = [p for p in pairs if adapter.branch(p).layer not in (LinearLayer, TransposedLayer)]
+    odd = [
+        p for p in pairs if adapter.tensors.branch(p).layer not in (LinearLayer, TransposedLayer)
+    ]
     for what, paths in {
         "modules that are trained whole": placement.copies,
         "trained rows of tokens": placement.tokens,

@@ -32,8 +32,15 @@ def trained(kind: Any, path: Path) -> Path:
     """Its adapter after three steps, chosen by a probe if that is its way."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
-    member = kind(start_step=1) if kind is lk.DeltaLoRA else kind()
-    probe = [batch] if Method.of(member).probe is not None else None
+    tiny: dict[Any, dict[str, int]] = {
+        lk.DeltaLoRA: {"start_step": 1},
+        lk.LoRAXS: {"rank": 4},
+        lk.LoRAGA: {"rank": 4},
+    }
+    member = kind(**tiny.get(kind, {}))
+    method = Method.of(member)
+    looks = method.probe is not None or method.measuring is not None
+    probe = [batch] if looks else None
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):
@@ -108,7 +115,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         for path in adapter.placement.methods:
-            up = adapter.tensors_at(path)["B"]
+            up = adapter.tensors.at(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):
                 up[direction, direction] = 1.0
@@ -170,7 +177,10 @@ def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["inspect", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "18 modules: self_attn.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj" in shown
-    norms = [adapter.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm() for n in range(4)]
+    norms = [
+        adapter.tensors.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm()
+        for n in range(4)
+    ]
     assert f"{math.hypot(*norms):.3g}" in shown
 
 

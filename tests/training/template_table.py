@@ -1,4 +1,4 @@
-"""`make templates`: docs/templates.md, what is learned under every chat template that trl and transformers carry."""
+"""`make templates`: docs/evidence/templates.md, what is learned under every chat template that trl and transformers carry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakin.training.templates import Template
 from training.carried import byte_tokenizer, templates
 from training.test_templates import CONVERSATIONS, outcome
 
-PAGE = Path(__file__).parents[2] / "docs" / "templates.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "templates.md"
 CELLS = {
     ("verified", "verified"): "✔",
     ("refused", "verified"): "last",
@@ -22,7 +22,7 @@ CELLS = {
 HEAD = """# Chat templates: what is learned under each
 
 Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned, and verified
-([data.md](data.md) says what that is). last: verified with `--loss-on last`, refused without. –: refused, with the reason.
+([Your own data](../howto/data.md#what-is-learned) says what that is). last: verified with `--loss-on last`, refused without. –: refused, with the reason.
 Under the conversations stand the counts with `--loss-on answers` and with `--loss-on last`.
 
 """

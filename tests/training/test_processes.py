@@ -76,9 +76,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changes(folder: Path, base: str) -> dict[str, torch.Tensor]:
     """What the adapter changes, as whole matrices: how far two of them are apart says something, whatever they start from."""
     adapter = lk.load(load("experts" if base == "experts" else "plain", folder), folder)
-    weights = {path: adapter.base_weight(path).double() for path in adapter.placement.methods}
+    weights = {
+        path: adapter.tensors.base_weight(path).double() for path in adapter.placement.methods
+    }
     return {
-        path: adapter.change_at(path).applied_to(weight).detach() - weight
+        path: adapter.tensors.change_at(path).applied_to(weight).detach() - weight
         for path, weight in weights.items()
     }
 

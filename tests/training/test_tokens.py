@@ -100,7 +100,8 @@ def test_the_trainer_saves_and_resumes_them(ids: Tensor, tmp_path: Path) -> None
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     first, second = (
-        lk.adapters(run.model)["default"].rows_at("model.embed_tokens") for run in (whole, resumed)
+        lk.adapters(run.model)["default"].tensors.rows_at("model.embed_tokens")
+        for run in (whole, resumed)
     )
     assert torch.equal(first, second) and not torch.equal(
         first, tiny_llama().model.embed_tokens.weight[[5, 6]]
@@ -125,10 +126,8 @@ def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Pat
 
 
 def test_the_example_of_the_docs_runs(tokenizer: Any) -> None:
-    section = (
-        (Path(__file__).parents[2] / "docs" / "using.md").read_text().partition("## New tokens")[2]
-    )
-    example = section.partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "tokens.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {
         "lk": lk,
         "tokenizer": copy.deepcopy(tokenizer),

@@ -279,7 +279,10 @@ def test_divergence_at_the_first_step_keeps_nothing(
 def test_ranks_above_a_weights_side_are_clamped_if_asked(recipe: Recipe) -> None:
     recipe.rank, recipe.rank_above = 4096, "clamp"
     adapter = training.prepare(recipe, Console(quiet=True)).adapter
-    assert {adapter.branch(path).A.shape[0] for path in adapter.placement.methods} == {16, 32}
+    assert {adapter.tensors.branch(path).A.shape[0] for path in adapter.placement.methods} == {
+        16,
+        32,
+    }
     assert read_recipe(Path(recipe.out) / training.RECIPE, {"out": "other"}).rank_above == "clamp"
 
 

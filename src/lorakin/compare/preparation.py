@@ -11,7 +11,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from lorakin.adapter import adapt
+from lorakin.adapting import adapt
 from lorakin.compare import directory, schedule, split
 from lorakin.compare.arms import FULL, REFERENCE, Arm, arms_of, limits_of
 from lorakin.compare.comparison import Comparison

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -61,6 +62,7 @@ def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
     """
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison handles Ctrl-C
+    gc.freeze()  # collections need not look at what was imported before the fork
     _choose_device(job)
     log = Path(f"{job.recipe.out}.log")
     log.parent.mkdir(parents=True, exist_ok=True)

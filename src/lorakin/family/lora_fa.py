@@ -12,7 +12,7 @@ Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ
 Corrected: with `corrected`, g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ replaces ∂B. It minimises ‖s · g_B · A − ∂W‖
           (Frobenius), the distance to the gradient of full fine-tuning. (A Aᵀ)⁻¹ never changes, so
           it is computed once. The authors' optimizer always corrects; here you ask for it. Under
-          Adam the loss hardly changes, but B does: docs/members.md has figures.
+          Adam the loss hardly changes, but B does: docs/methods/lora-fa.md has figures.
 """
 
 from __future__ import annotations

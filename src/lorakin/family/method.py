@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -33,6 +33,22 @@ class Method:
 
     members: tuple[Member, ...]
     parametrisation: Parametrisation
+    modifiers: tuple[Modifier, ...] = field(init=False, repr=False, compare=False)
+    """The members that are not the parametrisation."""
+    _gaining: Member | None = field(init=False, repr=False, compare=False)
+    """The member that sets a gain."""
+    _is_amended: bool = field(init=False, repr=False, compare=False)
+    """Whether the change is more than the parametrisation's own tensors make."""
+
+    def __post_init__(self) -> None:
+        # Forwards need these. They are not cached properties, whose lock no compiler can trace.
+        modifiers = tuple(member for member in self.members if isinstance(member, Modifier))
+        gaining = [m for m in (self.parametrisation, *modifiers) if overrides(m, "gain")]
+        hooks = ("amend_pair", "beside_pair")
+        is_amended = any(overrides(member, hook) for member in modifiers for hook in hooks)
+        object.__setattr__(self, "modifiers", modifiers)
+        object.__setattr__(self, "_gaining", gaining[0] if gaining else None)
+        object.__setattr__(self, "_is_amended", is_amended)
 
     @classmethod
     def of(cls, members: Member | Method | Iterable[Member]) -> Self:
@@ -55,11 +71,6 @@ class Method:
             if reason := modifier.vacuous(method, slots):
                 raise SettingError(reason)
         return method
-
-    @cached_property
-    def modifiers(self) -> tuple[Modifier, ...]:
-        """The members that are not the parametrisation."""
-        return tuple(member for member in self.members if isinstance(member, Modifier))
 
     # What it is.
 
@@ -256,21 +267,10 @@ class Method:
         whole = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
         return pair._replace(gain=self._gaining.gain(whole, tensors, weight))
 
-    @cached_property
-    def _gaining(self) -> Member | None:
-        members = (self.parametrisation, *self.modifiers)
-        return next((member for member in members if overrides(member, "gain")), None)
-
     @property
     def gains(self) -> bool:
         """Whether a member sets a gain, which depends on the weight itself."""
         return self._gaining is not None
-
-    @cached_property
-    def _is_amended(self) -> bool:
-        """Whether the change is more than the parametrisation's own tensors make."""
-        hooks = ("amend_pair", "beside_pair")
-        return any(overrides(member, hook) for member in self.modifiers for hook in hooks)
 
     # How it trains.
 

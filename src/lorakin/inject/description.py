@@ -19,7 +19,7 @@ from lorakin.inject.counts import (
     requires_grad,
     tensors_of,
 )
-from lorakin.inject.placement import Graft
+from lorakin.inject.inserted import InsertedAdapter
 
 TRAINING: dict[Whether, str] = {
     True: "trains",
@@ -67,44 +67,44 @@ def module_names(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(parts[-1] for parts in named if parts))
 
 
-def ranks_in_words(graft: Graft) -> str:
+def ranks_in_words(adapter: InsertedAdapter) -> str:
     """`rank 8`, or `rank 4 to 16` if modules have different ranks; empty if there are none."""
-    each = (method.setting("rank") for method in graft.placement.methods.values())
+    each = (method.setting("rank") for method in adapter.placement.methods.values())
     ranks = sorted({rank for rank in each if rank is not None})
     if not ranks:
         return ""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
 
-def biases_in_words(graft: Graft) -> str:
+def biases_in_words(adapter: InsertedAdapter) -> str:
     """`4 biases`: the biases that it trains."""
-    number = len(graft.placement.biases)
+    number = len(adapter.placement.biases)
     return f"{number:,} bias{'' if number == 1 else 'es'}"
 
 
-def state_in_words(graft: Graft) -> str:
+def state_in_words(adapter: InsertedAdapter) -> str:
     """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
-    if not graft.is_present:
+    if not adapter.is_present:
         return "removed"
     words = {"merged": "merged", "off": "disabled", "active": "active"}
     holds = [
         word
         for state, word in words.items()
-        if any(graft.name in getattr(attached, state) for attached in hung_of(graft))
+        if any(adapter.name in getattr(attached, state) for attached in hung_of(adapter))
     ]
     word = holds[0] if holds else "inactive"
-    return word if graft.scale == 1 else f"{word} at scale {graft.scale:g}"
+    return word if adapter.merging.scale == 1 else f"{word} at scale {adapter.merging.scale:g}"
 
 
-def described(graft: Graft) -> str:
+def described(adapter: InsertedAdapter) -> str:
     """The adapter in a few lines: method, modules, trained parameters, memory, state."""
-    ranks = ranks_in_words(graft)
+    ranks = ranks_in_words(adapter)
     own_ranks = f"; {ranks}" if " to " in ranks else ""
-    title = f"adapter {graft.name!r}: {in_words(graft.method)}{own_ranks}"
-    if not graft.is_present:
+    title = f"adapter {adapter.name!r}: {in_words(adapter.method)}{own_ranks}"
+    if not adapter.is_present:
         return f"{title}\n  state: removed"
 
-    placement, tensors = graft.placement, tensors_of(graft)
+    placement, tensors = adapter.placement, tensors_of(adapter)
     names = module_names(placement.methods)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     devices = devices_of(tensors)
@@ -112,25 +112,25 @@ def described(graft: Graft) -> str:
         title,
         f"modules: {len(placement.methods)}{f' ({listed(names)})' if names else ''}"
         + (f"; trained whole: {listed(placement.copies)}" if placement.copies else "")
-        + (f"; {biases_in_words(graft)}" if placement.biases else ""),
-        f"trains: {share(_training(tensors), parameter_counts(graft.model)[1])}",
+        + (f"; {biases_in_words(adapter)}" if placement.biases else ""),
+        f"trains: {share(_training(tensors), parameter_counts(adapter.model)[1])}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
         + (f" on {', '.join(devices)}" if tensors else ""),
-        f"state: {state_in_words(graft)}, {TRAINING[requires_grad(graft)]}",
+        f"state: {state_in_words(adapter)}, {TRAINING[requires_grad(adapter)]}",
     ]
     return "\n  ".join(lines)
 
 
-def in_one_line(graft: Graft) -> str:
+def in_one_line(adapter: InsertedAdapter) -> str:
     """The adapter in one line, for `repr`."""
-    modules = count(len(graft.placement.methods), "module")
-    if graft.placement.copies:
-        modules += f" and {len(graft.placement.copies)} whole"
-    parts = [repr(graft.name), str(graft.placement.method), modules]
-    if graft.is_present:
-        trained, total = _training(tensors_of(graft)), parameter_counts(graft.model)[1]
+    modules = count(len(adapter.placement.methods), "module")
+    if adapter.placement.copies:
+        modules += f" and {len(adapter.placement.copies)} whole"
+    parts = [repr(adapter.name), str(adapter.placement.method), modules]
+    if adapter.is_present:
+        trained, total = _training(tensors_of(adapter)), parameter_counts(adapter.model)[1]
         parts.append(f"{share(trained, total)} train" if trained else "frozen")
-    return f"Adapter({', '.join([*parts, state_in_words(graft)])})"
+    return f"Adapter({', '.join([*parts, state_in_words(adapter)])})"
 
 
 def _training(tensors: Iterable[Tensor]) -> int:

@@ -133,7 +133,7 @@ class GGUFAdapter(ExportTarget):
             raise AdapterError(
                 f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged"
             )
-        pairs = {path: plain.change_at(path) for path in plain.placement.methods}
+        pairs = {path: plain.tensors.change_at(path) for path in plain.placement.methods}
         gguf_format.write_adapter(
             folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
         )

@@ -23,7 +23,8 @@ from rich.table import Table
 from rich.text import Text as RichText
 from torch.utils.data import DataLoader
 
-from lorakin.adapter import Adapter, adapt, importance
+from lorakin.adapter import Adapter
+from lorakin.adapting import adapt, importance
 from lorakin.errors import DataError, DivergedError, LorakinError, ModelError, OutputError
 from lorakin.family import Method
 from lorakin.inject.counts import parameter_counts

@@ -152,7 +152,7 @@ class AdapterTraining:
             return None
         self.state = state
         for adapter in self._trained():
-            adapter.begin(self.args.max_steps)
+            adapter.run.begin(self.args.max_steps)
         self._load_from_checkpoint(checkpoint)
         return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
 
@@ -223,7 +223,7 @@ class AdapterTraining:
         """The Trainer's schedule; and the adapters are told how long the run is."""
         gather(list(self._adapters().values()))
         for adapter in self._trained():
-            adapter.begin(num_training_steps)
+            adapter.run.begin(num_training_steps)
         if self.accelerator.scaler is not None:
             float16_base.leave_unscaling_to_the_scaler([_innermost(self.optimizer)])
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]

@@ -21,6 +21,7 @@ ROOMS = [
     "adapter",
     "adapting",
     "conversion",
+    "combined",
     "public",
     "terminal",
     "training",
@@ -78,6 +79,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "adapter": {"torch"},
         "adapting": {"torch"},
         "conversion": {"torch"},
+        "combined": {"torch"},
     }
     if path == SOURCE / "__init__.py" or room(path) not in allowed:
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lorakin.adapter import Adapter, activate, adapters, load, merge, mixed_batch
 from lorakin.adapting import adapt, importance
-from lorakin.conversion import as_lora, combine, convert
+from lorakin.combined import combine
+from lorakin.conversion import as_lora, convert
 from lorakin.errors import (
     AdapterError,
     DataError,

@@ -1,6 +1,4 @@
-"""The class swap: an adapted module becomes a subclass of its own class and gets `.lorakin`.
-
-`.lorakin` holds the adapters.
+"""The class swap: an adapted module becomes a subclass of its own class, with adapters in `.lorakin`.
 
 The module keeps its identity, its name, its parameters and their `state_dict` keys. The adapters'
 tensors add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets
@@ -137,10 +135,9 @@ class Adapted(Swapped):
 
 
 class Looked(nn.Embedding):
-    """nn.Embedding as called by a subclass that has its own forward: it looks up the changed rows.
+    """nn.Embedding as called by a subclass with its own forward: it looks up the changed rows.
 
-    So a scaled embedding scales the change too, and nothing makes a changed table, not even a
-    compiler.
+    So a scaled embedding scales the change too, and not even a compiler makes a changed table.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -19,7 +19,11 @@ ROOMS = [
     "loop",
     "storage",
     "adapter",
+    "adapting",
+    "switching",
     "conversion",
+    "combined",
+    "public",
     "terminal",
     "training",
     "plan",
@@ -74,7 +78,10 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
         "loop": {"torch"},
         "storage": {"torch", "safetensors"},
         "adapter": {"torch"},
+        "adapting": {"torch"},
+        "switching": {"torch"},
         "conversion": {"torch"},
+        "combined": {"torch"},
     }
     if path == SOURCE / "__init__.py" or room(path) not in allowed:
         return
@@ -98,7 +105,7 @@ def test_the_lower_rooms_need_only_torch_and_safetensors(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_member_is_known_by_name_outside_the_family(path: Path) -> None:
-    if path in (SOURCE / "__init__.py", PEFT_TABLE) or room(path) == "family":
+    if path in (SOURCE / "public.py", PEFT_TABLE) or room(path) == "family":
         return
     tree = ast.parse(path.read_text())
     defaults = {
@@ -118,9 +125,7 @@ def test_no_member_is_known_by_name_outside_the_family(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "family").glob("*.py")), ids=lambda p: p.name)
 def test_a_member_is_short_enough_to_read_beside_its_paper(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= (
-        350 if path.name in ("member.py", "method.py") else 310
-    )
+    assert len(path.read_text().splitlines()) <= (350)
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
@@ -161,7 +166,7 @@ DOORS = {
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_what_strangers_made_is_loaded_in_one_place(path: Path) -> None:
     where = path.relative_to(SOURCE).as_posix()
-    allowed = DOORS.get(where, {"load_dataset"} if where == "training/reading.py" else set())
+    allowed = DOORS.get(where, {"load_dataset"} if where == "training/data_files.py" else set())
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue

@@ -24,7 +24,7 @@ def triples(model: nn.Module, adapter: lk.Adapter) -> list[dict[str, object]]:
     """The layers of `model` as the reference wants them."""
     found = []
     for path in adapter.placement.methods:
-        module, site = model.get_submodule(path), adapter.branch(path)
+        module, site = model.get_submodule(path), adapter.tensors.branch(path)
         found.append(
             {
                 k: array(t)
@@ -39,7 +39,7 @@ def triples(model: nn.Module, adapter: lk.Adapter) -> list[dict[str, object]]:
 def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
     model = linear(dtype).train()
     adapter = randomised(lk.adapt(model, lk.AdaLoRA(initial_rank=4, alpha=6, dropout=dropout), "0"))
-    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.tensors.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
@@ -88,12 +88,12 @@ def test_training_with_its_masks(
         seen += fit(model, optimizer, x, target, 1)
         if n in (6, 8):
             zeros = [
-                ~adapter.branch(path).E.flatten().bool().numpy()
+                ~adapter.tensors.branch(path).E.flatten().bool().numpy()
                 for path in adapter.placement.methods
             ]
             for zero, kept in zip(zeros, wanted["kept"][n - 1], strict=True):
                 np.testing.assert_array_equal(zero, ~kept)
-        ranks.append(sum(len(adapter.branch(path).E) for path in adapter.placement.methods))
+        ranks.append(sum(len(adapter.tensors.branch(path).E) for path in adapter.placement.methods))
     close(seen, wanted["losses"][:steps], tolerance)
     assert ranks == [8] * (T - 8 - 1) + [4] * (steps - (T - 8 - 1)), (
         "freed when the pattern is fixed"
@@ -104,7 +104,7 @@ def test_training_with_its_masks(
     for path, layer, kept in zip(
         adapter.placement.methods, wanted["layers"], wanted["kept"][-1], strict=True
     ):
-        site = adapter.branch(path)
+        site = adapter.tensors.branch(path)
         for got, want in (
             (site.P, layer["P"][:, kept]),
             (site.E, layer["E"][kept]),
@@ -124,10 +124,10 @@ def test_the_regulariser_is_added_exactly_once_a_step() -> None:
         (((model(x[part]) - target[part]) ** 2).mean() / 2).backward()
     task = {name: p.grad.clone() for name, p in adapter.named_parameters()}
     optimizer.step()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     _, (dPs, dQs) = reference.regulariser([array(s.P) for s in sites], [array(s.Q) for s in sites])
     for path, dP, dQ in zip(adapter.placement.methods, dPs, dQs, strict=True):
-        site = adapter.branch(path)
+        site = adapter.tensors.branch(path)
         close(site.P.grad - task[f"{path}.P"], 0.3 * dP, 1e-10)
         close(site.Q.grad - task[f"{path}.Q"], 0.3 * dQ, 1e-10)
         assert torch.equal(site.E.grad, task[f"{path}.E"])
@@ -148,13 +148,13 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
     )
     adapter = randomised(lk.adapt(model, member))
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.3, total_steps=T)
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     expected = reference.Scores(*betas)
     for n in range(6):
         ((model(x) - (-1) ** n * n * target) ** 2).mean().backward()
         for path in adapter.placement.methods:
-            for slot, w in adapter.branch(path).tensors().items():
+            for slot, w in adapter.tensors.branch(path).tensors().items():
                 expected.update(f"{path}.{slot}", array(w), array(w.grad))
         optimizer.step()
         optimizer.zero_grad()
@@ -164,7 +164,9 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
 
 
 def test_the_start() -> None:
-    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).branch("0")
+    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).tensors.branch(
+        "0"
+    )
     assert not site.E.any()
     for factor in (site.P, site.Q):
         assert factor.std().item() == pytest.approx(0.02, rel=0.05)
@@ -182,7 +184,7 @@ def test_on_lora_fa_the_regulariser_is_on_P_alone() -> None:
     )
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=T)
     ((model(x) - target) ** 2).mean().backward()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     task = [site.P.grad.clone() for site in sites]
     optimizer.step()
     for site, before in zip(sites, task, strict=True):
@@ -201,8 +203,8 @@ def allocation(
         initial_rank=all_ranks[0], target_rank=target, start=start, finish=finish, interval=interval
     )
     adapter = lk.adapt(model, member)
-    adapter.begin(total)
-    (rule,) = adapter.rules or ()
+    adapter.run.begin(total)
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     return rule
 
@@ -244,9 +246,9 @@ def test_ties_fall_to_the_first() -> None:
     """All scores equal: exactly b triplets remain, the first in the model's order."""
     rule = allocation([4] * 2, 10, 1, 4, 1, 2)
     for matrix in rule.matrices:
-        matrix.place.tensors()["E"].data.fill_(1)
+        matrix.module.tensors()["E"].data.fill_(1)
     rule.after(6, torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    assert [len(matrix.place.tensors()["E"]) for matrix in rule.matrices] == [4, 0], (
+    assert [len(matrix.module.tensors()["E"]) for matrix in rule.matrices] == [4, 0], (
         "rank 0 is legal"
     )
 
@@ -260,13 +262,10 @@ def test_scores_that_are_all_equal_are_announced() -> None:
 def test_equal_ranks_are_no_crash_but_no_pruning() -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=4, **SCHEDULE))
-    with pytest.warns(
-        lk.LorakinWarning,
-        match="target_rank=4 is not below initial_rank=4, so adalora prunes nothing",
-    ):
+    with pytest.warns(lk.LorakinWarning, match="target_rank=4"):
         optimizer = adapter.optimizer(lr=0.01, total_steps=T)
     fit(model, optimizer, x, target, T)
-    assert {len(adapter.branch(path).E) for path in adapter.placement.methods} == {4}
+    assert {len(adapter.tensors.branch(path).E) for path in adapter.placement.methods} == {4}
 
 
 def test_what_is_pruned_is_freed() -> None:
@@ -281,7 +280,7 @@ def test_what_is_pruned_is_freed() -> None:
     loss.backward()
     masked = copy.deepcopy(model)
     optimizer.step()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     ranks = [len(site.E) for site in sites]
     assert sum(ranks) == 4
     assert [id(p) for p in adapter.parameters()] == [id(p) for p in before]
@@ -306,22 +305,26 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01, total_steps=12)
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     fit(model, optimizer, x, target, 2)
     directory.save(adapter, tmp_path / "early")
-    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
+    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.module.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 10)
     directory.save(adapter, tmp_path / "late")
-    assert not any(t.requires_grad or t.numel() for t in adapter.branch("1").tensors().values())
+    assert not any(
+        t.requires_grad or t.numel() for t in adapter.tensors.branch("1").tensors().values()
+    )
     loaded = lk.load(linear(torch.float64, 11, 9, 7), tmp_path / "late", trainable=True)
-    assert not any(t.requires_grad for t in loaded.branch("1").tensors().values())
-    assert all(t.requires_grad for t in loaded.branch("0").tensors().values())
+    assert not any(t.requires_grad for t in loaded.tensors.branch("1").tensors().values())
+    assert all(t.requires_grad for t in loaded.tensors.branch("0").tensors().values())
     adapter.restore(tmp_path / "early")
-    assert all(t.requires_grad and t.numel() for t in adapter.branch("1").tensors().values())
-    before = array(adapter.branch("1").Q)
+    assert all(
+        t.requires_grad and t.numel() for t in adapter.tensors.branch("1").tensors().values()
+    )
+    before = array(adapter.tensors.branch("1").Q)
     fit(model, optimizer, x, target, 1)
-    assert (array(adapter.branch("1").Q) != before).any()
+    assert (array(adapter.tensors.branch("1").Q) != before).any()
 
 
 def test_on_vera_what_is_pruned_stays_pruned() -> None:
@@ -330,12 +333,12 @@ def test_on_vera_what_is_pruned_stays_pruned() -> None:
     adapter = lk.adapt(model, [lk.VeRA(rank=6), lk.AdaLoRA(target_rank=2, start=3, finish=8)])
     optimizer = adapter.optimizer(lr=0.05, total_steps=T)
     fit(model, optimizer, x, target, T - 8)
-    pruned = [adapter.branch(path).d == 0 for path in adapter.placement.methods]
+    pruned = [adapter.tensors.branch(path).d == 0 for path in adapter.placement.methods]
     assert sum(int(zero.sum()) for zero in pruned) == 2 * 6 - 2 * 2
     fit(model, optimizer, x, target, 8)
     for path, zero in zip(adapter.placement.methods, pruned, strict=True):
-        assert torch.equal(adapter.branch(path).d == 0, zero)
-    (rule,) = adapter.rules or ()
+        assert torch.equal(adapter.tensors.branch(path).d == 0, zero)
+    (rule,) = adapter.run.rules or ()
     assert rule.state()["sensitivity"] == {}
 
 
@@ -354,19 +357,15 @@ def test_state_of_another_shape_is_given_up() -> None:
 
 def test_the_length_of_the_run_is_asked_for() -> None:
     adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2))
-    with pytest.raises(
-        lk.SettingError, match=r"does not know its length: give total_steps.*prepare_trainer"
-    ):
+    with pytest.raises(lk.SettingError, match="total_steps"):
         adapter.optimizer(lr=1e-3)
-    with pytest.raises(lk.SettingError, match="does not know its length"):
+    with pytest.raises(lk.SettingError):
         torch.optim.AdamW(adapter.parameters(), lr=1e-3).step()
-    with pytest.raises(lk.SettingError, match=r"total_steps=9, but the run has 10"):
+    with pytest.raises(lk.SettingError, match="total_steps=9.*10"):
         lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=9)).optimizer(
             lr=1e-3, total_steps=10
         )
-    with pytest.raises(
-        lk.SettingError, match=r"start=6 and finish=4 leave no step of 10 to prune in"
-    ):
+    with pytest.raises(lk.SettingError, match="start=6 and finish=4.*10"):
         lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2, start=6, finish=4)).optimizer(
             lr=1e-3, total_steps=10
         )
@@ -375,7 +374,7 @@ def test_the_length_of_the_run_is_asked_for() -> None:
 def test_the_schedule_that_is_left_open() -> None:
     for total, interval in ((4_999, 1), (5_000, 10), (15_000, 100)):
         adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=6, target_rank=2))
-        adapter.begin(total)
+        adapter.run.begin(total)
         chosen = [
             adapter.method.setting(name) for name in ("total_steps", "start", "finish", "interval")
         ]
@@ -391,18 +390,13 @@ def test_an_allocator_that_never_ran_is_no_adapter(tmp_path: Path) -> None:
             for parameter in adapter.parameters():
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-    with pytest.raises(
-        lk.StateError, match=r"is not saved: adalora acts at optimizer steps and never saw one"
-    ):
+    with pytest.raises(lk.StateError, match="adalora"):
         adapter.save(tmp_path)
     adapter.remove()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=6, target_rank=2, start=3, finish=2))
     fit(model, adapter.optimizer(lr=0.01, total_steps=10), x, target, 3)
     assert not list(tmp_path.iterdir())
-    with pytest.warns(
-        lk.LorakinWarning,
-        match="step 3 of 10, they are fixed after step 8; until then 6 ranks are kept for 2",
-    ):
+    with pytest.warns(lk.LorakinWarning, match="step 3 of 10.*step 8"):
         adapter.save(tmp_path)
 
 
@@ -410,27 +404,27 @@ def test_saved_ranks_are_the_true_ones(tmp_path: Path) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, **SCHEDULE))
     fit(model, adapter.optimizer(lr=0.01, total_steps=T), x, target, T)
-    ranks = {path: len(adapter.branch(path).E) for path in adapter.placement.methods}
+    ranks = {path: len(adapter.tensors.branch(path).E) for path in adapter.placement.methods}
     adapter.save(tmp_path)
     other = linear(torch.float64, 11, 9, 7)
     loaded = lk.load(other, tmp_path)
-    assert {path: len(loaded.branch(path).E) for path in loaded.placement.methods} == ranks
+    assert {path: len(loaded.tensors.branch(path).E) for path in loaded.placement.methods} == ranks
     assert torch.equal(other(x), model(x))
-    assert loaded.rules is None, "inference holds no training state"
+    assert loaded.run.rules is None, "inference holds no training state"
 
 
 def test_settings_outside_their_range() -> None:
     for settings, message in (
-        ({"rank": 8}, "give initial_rank and target_rank instead of rank"),
-        ({"rslora": True}, "rslora cannot apply"),
-        ({"target_rank": 0}, "target_rank must be a whole number ≥ 1"),
-        ({"beta1": 1.0}, "beta1 must be a number between 0 and 1"),
-        ({"orthogonality": -1}, "orthogonality must be a number ≥ 0"),
-        ({"interval": 0}, "interval must be a whole number ≥ 1"),
+        ({"rank": 8}, "initial_rank"),
+        ({"rslora": True}, "rslora"),
+        ({"target_rank": 0}, "target_rank"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"orthogonality": -1}, "orthogonality"),
+        ({"interval": 0}, "interval"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             lk.AdaLoRA(**settings)  # type: ignore[arg-type]
-    with pytest.raises(lk.SettingError, match="rank 12 is above what 0 can use"):
+    with pytest.raises(lk.SettingError, match="rank 12.*7 × 11"):
         lk.adapt(linear(), lk.AdaLoRA())
-    with pytest.raises(lk.SettingError, match=r"has no rank, so rank=4 cannot apply"):
+    with pytest.raises(lk.SettingError, match="rank=4"):
         lk.adapt(linear(), [lk.AdaLoRA(initial_rank=4), lk.DoRA(rank=4)])

@@ -18,20 +18,20 @@ from references import lora as reference
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number ≥ 1, not 0"),
-        ({"rank": -4}, "not -4"),
-        ({"rank": 2.5}, "not 2.5"),
-        ({"alpha": 0}, "alpha must be a positive number that float32 holds, not 0"),
-        ({"alpha": math.nan}, "not nan"),
-        ({"alpha": math.inf}, "not inf"),
-        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), not 1.0"),
-        ({"dropout": -0.1}, "not -0.1"),
-        ({"rank": True}, "not True"),
-        ({"alpha": 1e39}, "alpha must be a positive number that float32 holds, not 1e\\+39"),
-        ({"alpha": "8"}, "alpha must be a positive number that float32 holds, not '8'"),
-        ({"alpha": None}, "not None"),
-        ({"rslora": "yes"}, "rslora must be True or False, not 'yes'"),
-        ({"init": "zeros"}, "init must be 'kaiming' or 'gaussian' or 'orthonormal', not 'zeros'"),
+        ({"rank": 0}, "rank.* 0"),
+        ({"rank": -4}, "rank.*-4"),
+        ({"rank": 2.5}, "rank.*2.5"),
+        ({"alpha": 0}, "alpha.* 0"),
+        ({"alpha": math.nan}, "alpha.*nan"),
+        ({"alpha": math.inf}, "alpha.*inf"),
+        ({"dropout": 1.0}, "dropout.* 1.0"),
+        ({"dropout": -0.1}, "dropout.*-0.1"),
+        ({"rank": True}, "rank.*True"),
+        ({"alpha": 1e39}, r"alpha.*1e\+39"),
+        ({"alpha": "8"}, "alpha.*'8'"),
+        ({"alpha": None}, "alpha.*None"),
+        ({"rslora": "yes"}, "rslora.*'yes'"),
+        ({"init": "zeros"}, "init.*'orthonormal'.*'zeros'"),
     ],
 )
 def test_settings_outside_their_range(settings: dict[str, object], message: str) -> None:
@@ -87,7 +87,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     member = lk.LoRA(rank=3, alpha=5, dropout=dropout)
     adapter = lk.adapt(model, member, "0")
     with torch.no_grad():
-        adapter.branch("0").B.normal_()
+        adapter.tensors.branch("0").B.normal_()
     x = torch.randn(6, 11, dtype=dtype, requires_grad=True)
     delta = torch.randn(6, 7, dtype=dtype)
     torch.manual_seed(4)
@@ -95,7 +95,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     dropped = mask(x, dropout)
     y.backward(delta)
-    site, linear = adapter.branch("0"), model[0]
+    site, linear = adapter.tensors.branch("0"), model[0]
     numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
     expected = reference.forward(*numbers, s=member.scaling, mask=dropped)
     dA, dB, dx = reference.gradients(
@@ -111,7 +111,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     model = nn.Sequential(nn.Linear(11, 7)).to(dtype)
     member = lk.LoRA(rank=3, alpha=5)
     adapter = lk.adapt(model, member, "0")
-    site, linear = adapter.branch("0"), model[0]
+    site, linear = adapter.tensors.branch("0"), model[0]
     x, target = torch.randn(20, 11, dtype=dtype), torch.randn(20, 7, dtype=dtype)
     A, B, losses = reference.train(
         x.numpy(), target.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy(),
@@ -137,5 +137,5 @@ def test_at_the_first_step_only_B_moves() -> None:
     model = nn.Sequential(nn.Linear(5, 4))
     adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
     model(torch.randn(3, 5)).square().sum().backward()
-    assert not adapter.branch("0").A.grad.any()
-    assert adapter.branch("0").B.grad.any()
+    assert not adapter.tensors.branch("0").A.grad.any()
+    assert adapter.tensors.branch("0").B.grad.any()

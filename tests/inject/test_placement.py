@@ -212,14 +212,9 @@ def test_calls_that_the_state_forbids(ids: Tensor) -> None:
 def test_a_failed_adapt_leaves_the_model_as_it_was(ids: Tensor) -> None:
     model = tiny_llama()
     keys, flags = set(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(
-        lk.SettingError,
-        match=r"rank 33 is above what model.layers.0.self_attn.q_proj can use: .* 32 × 32",
-    ):
+    with pytest.raises(lk.SettingError, match="rank 33.*model.layers.0.self_attn.q_proj.*32 × 32"):
         lk.adapt(model, lk.LoRA(rank=33))
-    with pytest.raises(
-        lk.SettingError, match=r"up_proj can use: its weight is 48 × 32, so at most rank 32"
-    ):
+    with pytest.raises(lk.SettingError, match="up_proj.*48 × 32.*32"):
         lk.adapt(model, lk.LoRA(rank=40), "up_proj")
     with pytest.raises(lk.TargetError):
         lk.adapt(model, lk.LoRA(rank=2), "nothing_like_it")
@@ -237,8 +232,8 @@ def test_rank_and_alpha_of_their_own() -> None:
         alpha_pattern={"v_proj": 3},
     )
     members = adapter.placement.methods
-    assert adapter.branch("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
-    assert adapter.branch("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
+    assert adapter.tensors.branch("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
+    assert adapter.tensors.branch("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
     assert members["model.layers.0.self_attn.q_proj"].parametrisation.scaling == pytest.approx(
         8 / 6**0.5
     )
@@ -269,12 +264,12 @@ def test_modules_trained_whole(ids: Tensor) -> None:
         optimizer.zero_grad()
     trained = model(ids).logits
     assert torch.equal(model.classifier.weight, head), "the base's own head is untouched"
-    assert not torch.equal(adapter.copy_of("classifier").weight, head)
+    assert not torch.equal(adapter.tensors.copy_of("classifier").weight, head)
     with adapter.disabled():
         assert torch.equal(model(ids).logits, base)
     adapter.merge()
     torch.testing.assert_close(model(ids).logits, trained, rtol=1e-5, atol=1e-6)
-    assert torch.equal(model.classifier.weight, adapter.copy_of("classifier").weight)
+    assert torch.equal(model.classifier.weight, adapter.tensors.copy_of("classifier").weight)
     adapter.unmerge()
     assert torch.equal(model.classifier.weight, head)
     lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"], name="other")

@@ -13,19 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakin as lk
-from conftest import randomise, tiny_mixtral
+from conftest import randomise, small, tiny_mixtral
 
 FACTORS = [0.0, 0.5, 1.0, 1.7, -0.6]
 MEMBERS: dict[str, Any] = {
-    "lora": lk.LoRA(rank=3),
-    "rslora": lk.LoRA(rank=3, rslora=True),
-    "lora+": lk.LoRAPlus(rank=3),
-    "lora-fa": lk.LoRAFA(rank=3),
-    "vera": lk.VeRA(rank=3),
-    "dora": lk.DoRA(rank=3),
-    "dora on vera": [lk.DoRA(), lk.VeRA(rank=3)],
-    "adalora": lk.AdaLoRA(initial_rank=3, target_rank=2),
-    "delta-lora": lk.DeltaLoRA(rank=3, start_step=1),
+    "rslora": small("lora", rslora=True),
+    "adalora": small("adalora", initial_rank=4),
+    **{
+        word: small(word)
+        for word in ("lora", "lora+", "lora-fa", "vera", "dora", "dora,vera", "delta-lora")
+    },
 }
 
 
@@ -114,7 +111,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_member_in_every_kind_of_layer(member: str, place: str) -> None:
-    if {"vera", "adalora"} & set(member.split()) and PLACES[place][2] is TOKENS:
+    if {"vera", "adalora"} & set(member.split(",")) and PLACES[place][2] is TOKENS:
         pytest.skip("no embeddings")
     model, adapter, x = adapted(place, MEMBERS[member])
     base, whole = outputs(model, adapter, x)
@@ -295,9 +292,9 @@ def test_a_backward_behind_the_context_is_of_its_scale() -> None:
 
 def test_a_gain_that_it_takes_to_zero_stays_finite() -> None:
     model, adapter, x = adapted("linear", lk.DoRA(rank=2))
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     with torch.no_grad():
-        gain = adapter.pair_at("0").gain
+        gain = adapter.tensors.pair_at("0").gain
         site.m.mul_(2 / gain)  # now every gain is 2
     base, whole = outputs(model, adapter, x)
     adapter.scale = -1
@@ -330,7 +327,7 @@ def test_modules_trained_whole_count_fully() -> None:
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "0", modules_to_save=["1"]))
     x = torch.randn(3, 4)
     adapter.scale = 0
-    copy_ = adapter.copy_of("1")
+    copy_ = adapter.tensors.copy_of("1")
     close(model(x), copy_(nn.functional.linear(x, model[0].weight, model[0].bias)), 1e-6)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import randomise
+from conftest import randomise, small
 from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
@@ -23,12 +23,13 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:
 
 NAMES = ["one", "two", "three"]
 MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=2, alpha=3),
-    "rslora": lambda: lk.LoRA(rank=3, rslora=True),
-    "lora-fa": lambda: lk.LoRAFA(rank=2),
-    "vera": lambda: lk.VeRA(rank=4),
-    "dora": lambda: lk.DoRA(rank=2),
+    "lora": lambda: small("lora", rank=2, alpha=3),
+    "rslora": lambda: small("lora", rank=3, rslora=True),
+    "lora-fa": lambda: small("lora-fa", rank=2),
+    "vera": lambda: small("vera"),
+    "dora": lambda: small("dora", rank=2),
 }
+"""With ranks so small that the pair is applied group by group."""
 
 
 class Grouped(nn.Module):
@@ -58,7 +59,7 @@ def test_forward_and_gradients_are_those_of_the_changed_weights(member: str, x: 
     adapter = lk.adapt(model, MEMBERS[member](), NAMES)
     torch.testing.assert_close(model(x), base(x))
     randomise(adapter, 0.3)
-    pairs = {path: adapter.pair_at(path) for path in NAMES}
+    pairs = {path: adapter.tensors.pair_at(path) for path in NAMES}
     for path, pair in pairs.items():
         layer = base.get_submodule(path)
         weight = layer.weight.detach().flatten(1) + pair.up @ pair.down
@@ -95,7 +96,7 @@ def test_files(member: str, tmp_path: Path, x: Tensor) -> None:
     read.merge()
     torch.testing.assert_close(back(x), model(x), rtol=1e-5, atol=1e-5)
     assert summarise(tmp_path / "theirs").norms == pytest.approx(
-        {p: adapter.pair_at(p).norm() for p in NAMES}, rel=1e-4
+        {p: adapter.tensors.pair_at(p).norm() for p in NAMES}, rel=1e-4
     )
 
 

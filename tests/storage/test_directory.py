@@ -251,7 +251,7 @@ def test_an_adapter_that_learned_nothing_is_announced(tmp_path: Path) -> None:
         adapter.save(tmp_path / "a")
     randomise(adapter)
     with torch.no_grad():
-        adapter.branch("model.layers.1.mlp.up_proj").B.zero_()
+        adapter.tensors.branch("model.layers.1.mlp.up_proj").B.zero_()
     with pytest.warns(lk.LorakinWarning, match=r"1 of 14.*model\.layers\.1\.mlp\.up_proj"):
         adapter.save(tmp_path / "b")
 

@@ -18,7 +18,8 @@ import lorakin as lk
 from conftest import TEMPLATE, WORDS, randomise, tiny_llama
 from lorakin.errors import LorakinWarning
 from lorakin.storage import texts
-from lorakin.training.models import load_model, load_with_adapter
+from lorakin.training.models import load_model
+from lorakin.training.with_adapter import load_with_adapter
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
-"""The class swap: an adapted module becomes a subclass of its own class, with adapters attached on it as `.lorakin`.
+"""The class swap: an adapted module becomes a subclass of its own class and gets `.lorakin`.
 
-The module keeps its identity, its name, its parameters and their `state_dict` keys; the adapters' tensors add keys of
-the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets its class back.
+`.lorakin` holds the adapters.
+
+The module keeps its identity, its name, its parameters and their `state_dict` keys. The adapters'
+tensors add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets
+its class back.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
-from lorakin.inject import experts
+from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
     BIAS,
     KEY,
@@ -29,16 +32,24 @@ from lorakin.inject.biases import as_the_bases
 from lorakin.inject.branch import Branch, Copy, brought
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
-from lorakin.inject.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
+from lorakin.inject.layers import (
+    ExpertLayer,
+    LinearLayer,
+    QuantisedLayer,
+    has_own_forward,
+    kind_of,
+)
 from lorakin.inject.rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
+from lorakin.kernels import adapted_linear as kernel
 
 
 class Adapted(Swapped):
-    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
+    """Mixed in before the module's own class; adds the active adapters' changes to its output.
 
-    Who reads its weight in a forward, without calling the module, gets the changed weight. Who reads
-    its bias in a forward, the module's own too, gets that of the adapter in use, if it has one.
+    Code that reads the weight in a forward without calling the module gets the changed weight. Code
+    that reads the bias in a forward, the module's own included, gets the bias of the adapter in use
+    if that has one.
     """
 
     lorakin: Adapters
@@ -74,26 +85,41 @@ class Adapted(Swapped):
     def _changed(
         self, attached: Attachments, branches: list[Branch], x: Any, args: Any, kwargs: Any
     ) -> Any:
-        own_forward = super().forward
-        if (
-            len(branches) == 1
-            and attached.rows is None
-            and not attached.merged
-            and not torch.compiler.is_compiling()
-        ):
-            stock = getattr(own_forward, "__func__", None) is nn.Linear.forward
-            if stock and (whole := branches[0].fused(self, x)) is not None:
+        if len(branches) == 1 and not torch.compiler.is_compiling():
+            whole = self._in_one_pass(attached, branches[0], x)
+            if whole is not None:
                 return whole
-        base = out = (
-            own_forward(*args, **kwargs)
-            if attached.dense is None
-            else F.linear(x, attached.dense, self.bias)
-        )
+
+        if attached.dense is None:
+            base = out = super().forward(*args, **kwargs)
+        else:
+            base = out = F.linear(x, attached.dense, self.bias)
         if attached.rows is not None:
             return attached.rows.adapted(self, x, base)
         for branch in branches:
             out = out + branch(self, x, base)
         return out
+
+    def _in_one_pass(self, attached: Attachments, branch: Branch, x: Any) -> Tensor | None:
+        """The output of an nn.Linear with one adapter; None where the kernel does not apply.
+
+        Step 1 of the path that `kernels/adapted_linear.py` describes.
+        """
+        weight = self._parameters.get("weight")
+        if branch.layer is not LinearLayer or attached.rows is not None or attached.merged:
+            return None
+        own_forward = getattr(super().forward, "__func__", None)
+        if own_forward is not nn.Linear.forward or not kernel.applies(x, weight):
+            return None
+        assert weight is not None
+
+        dropout = branch.method.dropout if branch.training else 0.0
+        needs_backward = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        change = branch.change(weight, ready=not (dropout or needs_backward))
+        if dropout and isinstance(change, kernel.ScaledPair) and change.pair.gain is not None:
+            return None  # the gain acts on W0 x̃ too, which is another product with the weight
+        bias = self.bias if attached.biased else self._parameters.get(BIAS)
+        return kernel.adapted_linear(x, weight, bias, change, dropout, branch.siblings)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("weight", BIAS) or (attached := attachments_or_none(self)) is None:
@@ -111,9 +137,10 @@ class Adapted(Swapped):
 
 
 class Looked(nn.Embedding):
-    """nn.Embedding where a subclass with a forward of its own calls it: what is looked up is the changed rows.
+    """nn.Embedding as called by a subclass that has its own forward: it looks up the changed rows.
 
-    So a scaled embedding scales the change with them, and no changed table is made, also by a compiler.
+    So a scaled embedding scales the change too, and nothing makes a changed table, not even a
+    compiler.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -136,9 +163,10 @@ class Looked(nn.Embedding):
 
 
 class Replaced(Swapped):
-    """Mixed in before a module's own class when an adapter trains the whole module: its copy is used instead.
+    """Mixed in before the class of a module that an adapter trains whole: the copy is used instead.
 
-    Also by who reads its tensors and parts in a forward, or calls another of its methods.
+    That holds also for code in a forward that reads the module's tensors and parts, or calls
+    another of its methods.
     """
 
     lorakin: Adapters
@@ -166,7 +194,7 @@ class Replaced(Swapped):
 
 
 class ReplacedSequence(Replaced):
-    """`Replaced` for nn.Sequential, whose parts are its children: the adapters are not among them."""
+    """`Replaced` for nn.Sequential: its parts are its children, without the adapters."""
 
     def _parts(self) -> list[nn.Module]:
         here: nn.Module = _copy_in_use(self, 4) or self
@@ -184,7 +212,7 @@ class ReplacedSequence(Replaced):
 
 
 def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
-    """The copy that answers for `module` to the function `depth` calls above this, or None."""
+    """The copy that answers for `module` to the caller `depth` frames up, or None."""
     attached = attachments_or_none(module)
     if (
         attached is None
@@ -195,7 +223,8 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
         return None
     if attached.rows is not None:
         raise StateError(
-            f"a {type(module).__name__} that is trained whole is read without being called, so it cannot be in a mixed batch"
+            f"a {type(module).__name__} that is trained whole is read without being called, so it "
+            "cannot be in a mixed batch"
         )
     own: nn.Module = copies[0].module
     return own
@@ -206,11 +235,11 @@ Child = Branch | Copy | TokenRowsBranch | Bias
 
 
 def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
-    """What to say of a module that is no longer as large as its adapter."""
+    """The message for a module that no longer has the size it was adapted at."""
     return (
-        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at {' x '.join(map(str, before))}: "
-        "something, such as resize_token_embeddings, changed it since. Resize a model before it is adapted; "
-        "here, remove the adapter, resize, and adapt again"
+        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at "
+        f"{' x '.join(map(str, before))}: something, such as resize_token_embeddings, changed it "
+        "since. Resize a model before you adapt it: remove the adapter, resize, and adapt again"
     )
 
 
@@ -220,7 +249,11 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, also if it is one of a stack of experts, which torch does not know; raises as `get_submodule`."""
+    """The module at a path, also one of a stack of experts, which torch does not know.
+
+    Raises:
+        AttributeError: there is none, as from `get_submodule`.
+    """
     module, parts = model, path.split(".") if path else []
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
@@ -246,7 +279,7 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
             attached.by_weight = has_own_forward(module, kind)
             attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
-            experts.attach(module)
+            expert_forward.attach(module)
     attached = attachments_of(module)
     if isinstance(child, Branch) and not any(
         isinstance(other, Branch) for other in attached.values()
@@ -267,13 +300,13 @@ def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
 
 
 def conflict(module: nn.Module, name: str, child: Child) -> str | None:
-    """Why `child` cannot be attached on `module` as the adapter `name`, or None if it can."""
+    """Why `child` cannot hang on `module` as the adapter `name`; None if it can."""
     if is_adapted(module):
         attached = attachments_of(module)
         if not isinstance(module, _mixin(module, child)):
             return (
-                "it is in use by another adapter in another way: adapted, trained whole, or some of its rows "
-                "trained; remove that one first"
+                "another adapter uses it in another way (as adapted, as trained whole, or with "
+                "trained rows); remove that adapter first"
             )
         if name in attached:
             return (
@@ -281,23 +314,26 @@ def conflict(module: nn.Module, name: str, child: Child) -> str | None:
             )
     called = module.experts if isinstance(module, experts.ExpertMatrix) else module
     if "forward" in vars(called) and "_old_forward" not in vars(called):
-        return "its forward was replaced on the instance, so an adapter would never be called"
+        return "its forward was replaced on the instance, so it would never call an adapter"
     return None
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter `name` off `module`; the last one gives the module its class back."""
+    """Take the adapter `name` off `module`; after the last one the module gets its class back."""
     attached = attachments_of(module)
     del attached[name]
     if not len(attached):
         del module.lorakin
         unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
         if isinstance(module, experts.ExpertMatrix):
-            experts.detach(module)
+            expert_forward.detach(module)
 
 
 def move_base(module: Any, change: Tensor) -> None:
-    """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
+    """Add `change` (outputs, inputs) to a copy of the weight, in its own dtype.
+
+    The base's own parameter is set aside.
+    """
     kind = kind_of(module)
     assert kind is not None
     attached = attachments_of(module)
@@ -310,7 +346,7 @@ def move_base(module: Any, change: Tensor) -> None:
 
 
 def swap_moved(module: Any) -> None:
-    """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
+    """Exchange the moved weight with the base's own, and back with the next call."""
     unmoved = attachments_of(module).unmoved
     for key, tensor in unmoved.items():
         unmoved[key] = experts.set_aside(module, getattr(module, key))

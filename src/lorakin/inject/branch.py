@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from lorakin.family import Method, Pair, Shape, Slot, Slots, Weight, widened
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layers import Layer, LinearLayer, kind_of
-from lorakin.kernels import adapted_linear
-from lorakin.kernels.adapted_linear import Ready
+from lorakin.kernels.adapted_linear import LinearChange, Ready, ScaledPair
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
@@ -115,55 +114,45 @@ class Branch(nn.Module):
         """From now on the adapter changes the module `scale` times as much as its tensors say."""
         self.scale, self._ready = scale, None
 
-    def fused(self, module: Any, x: Any) -> Tensor | None:
-        """The output of the adapted module, the base's part included, where `kernels/adapted_linear.py` can compute it."""
-        weight, bias = module.weight, module.bias
-        if self.layer is not LinearLayer or not adapted_linear.applies(x, weight):
-            return None
-        dropout = self.method.dropout if self.training else 0.0
+    def change(self, weight: Tensor, ready: bool = False) -> LinearChange:
+        """What the adapter does to a linear layer of this weight (outputs, inputs).
+
+        Args:
+            weight: the base's.
+            ready: the change is wanted without gradients, in the dtype of `weight`.
+        """
         tensors = self.wide()
-        if (
-            chain := self.method.chain(tensors, self.shape)
-        ) is not None:  # whose frozen matrices are moved once
-            chain = chain.times(self.scale)
-            return adapted_linear.linear_with_chain(x, weight, bias, chain, dropout, self.siblings)
+        chain = self.method.chain(tensors, self.shape)
+        if chain is not None:
+            return chain.times(self.scale)
         if any(tensor.device != weight.device for tensor in tensors.values()):
             tensors = self.wide(weight.device)
-        if (
-            not dropout
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            return adapted_linear.linear_with_ready(
-                x, weight, bias, self._as_ready(tensors, weight)
-            )
+        if ready:
+            return self._as_ready(tensors, weight)
         self._ready = None
-        pair, scale = self.factors(tensors, weight)
-        if pair.gain is not None and dropout:  # which needs another product with the weight
-            return None
-        return adapted_linear.linear_with_pair(x, weight, bias, pair, scale, dropout)
+        return ScaledPair(*self.factors(tensors, weight))
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair and its scale, over a weight whose squares of rows are remembered while it is the same."""
-        return self.scaled_factors(self._factors(tensors, matrix))
+        """The pair over a weight `matrix`, and its scale, that of the adapter included.
+
+        ‖w_j‖² of the weight's rows are remembered for as long as the weight does not change.
+        """
+        weight = Weight(matrix.detach())
+        if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
+            return self.scaled_factors(self.method.factors(tensors, self.shape, weight))
+
+        is_known = self._squares is not None and self._squares[0].is_still(matrix)
+        if self._squares is not None and is_known:
+            weight.squares = self._squares[1]
+        factors = self.method.factors(tensors, self.shape, weight)
+        if not is_known and "squares" in vars(weight) and (seen := Version.of(matrix)):
+            self._squares = seen, weight.squares
+        return self.scaled_factors(factors)
 
     def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
         """A pair and its scale, with the adapter's."""
         pair, scale = factors
         return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
-
-    def _factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The same as the tensors say, whatever the adapter's scale."""
-        weight = Weight(matrix.detach())
-        if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
-            return self.method.factors(tensors, self.shape, weight)
-        if self._squares is not None and self._squares[0].is_still(matrix):
-            weight.squares = self._squares[1]
-            return self.method.factors(tensors, self.shape, weight)
-        factors = self.method.factors(tensors, self.shape, weight)
-        if "squares" in vars(weight) and (seen := Version.of(matrix)):
-            self._squares = seen, weight.squares
-        return factors
 
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
         """The pair as inference takes it.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lorakin.family.pair import whole_shape
 from lorakin.inject.attachments import Adapters, Attachments, attachments_or_none
 from lorakin.inject.branch import Copy, trains
-from lorakin.inject.placement import Graft, grafts
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.model_registry import adapters_in
 from lorakin.inject.quantised import is_quantised, shape_of
 from lorakin.inject.rows import TokenRowsBranch
 
@@ -19,26 +20,29 @@ Whether = bool | Literal["irregular"]
 """True for all, False for none, "irregular" for some."""
 
 
-def hung_of(graft: Graft) -> list[Attachments]:
-    """What hangs on each of its modules; none of a module that something else has replaced."""
-    return graft._attachments_if_there() if graft.is_present else []
+def hung_of(adapter: InsertedAdapter) -> list[Attachments]:
+    """What hangs on each of its modules; nothing for a module that has been replaced."""
+    return adapter.tensors.attachments() if adapter.is_present else []
 
 
-def tensors_of(graft: Graft) -> list[nn.Parameter]:
-    """Its tensors, once each; none once it is gone."""
-    each = (p for attached in hung_of(graft) for p in attached[graft.name].parameters())
+def tensors_of(adapter: InsertedAdapter) -> list[nn.Parameter]:
+    """Its tensors, once each; none once the adapter is removed."""
+    each = (p for attached in hung_of(adapter) for p in attached[adapter.name].parameters())
     return list({id(parameter): parameter for parameter in each}.values())
 
 
-def requires_grad(graft: Graft) -> Whether:
-    """Whether the tensors that its method trains require gradients; "irregular" also if another one does."""
+def requires_grad(adapter: InsertedAdapter) -> Whether:
+    """Whether the tensors that its method trains require gradients.
+
+    "irregular" if only some do, or if another tensor does.
+    """
     flags: set[Whether] = set()
-    for attached in hung_of(graft):
-        child = attached[graft.name]
+    for attached in hung_of(adapter):
+        child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             flags |= {p.requires_grad for p in child.parameters()}
             continue
-        if (bias := attached.bias_of(graft.name)) is not None:
+        if (bias := attached.bias_of(adapter.name)) is not None:
             flags.add(bias.requires_grad)
         slots = child.slots()
         for slot, tensor in child.tensors().items():
@@ -48,22 +52,23 @@ def requires_grad(graft: Graft) -> Whether:
 
 
 def whether(flags: Iterable[object]) -> Whether:
+    """True if all flags are, False if none is, else "irregular"."""
     found = set(flags)
     if found <= {True}:
         return True
     return False if found == {False} else "irregular"
 
 
-def trained_by_method(graft: Graft) -> int:
-    """How many numbers the adapter's method trains, whether or not they require gradients just now."""
+def trained_by_method(adapter: InsertedAdapter) -> int:
+    """How many numbers its method trains, whether or not they require gradients now."""
     trained: dict[int, int] = {}
-    for attached in hung_of(graft):
-        child = attached[graft.name]
+    for attached in hung_of(adapter):
+        child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
             slots = child.slots()
-            own = attached.bias_of(graft.name)
+            own = attached.bias_of(adapter.name)
             trained |= {} if own is None else {id(own): numbers(own)}
             trained |= {
                 id(t): numbers(t) for slot, t in child.tensors().items() if slots[slot].trained
@@ -74,7 +79,11 @@ def trained_by_method(graft: Graft) -> int:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers of the model and its adapters require gradients, and how many there are.
 
-    Shared tensors count once. A weight in few bits counts as its matrix, outputs x inputs, not as the bytes that hold it.
+    Shared tensors count once. A quantised weight counts as its matrix, outputs × inputs, not as the
+    bytes that hold it.
+
+    >>> parameter_counts(nn.Linear(3, 2))
+    (8, 8)
     """
     counted: dict[int, tuple[int, bool]] = {}
     modules = list(model.modules())
@@ -84,13 +93,13 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     for module in modules:
         if id(module) not in adapters:
             counted |= _own_counts(module)
-    for graft in grafts(model).values():
-        counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(graft)}
+    for adapter in adapters_in(model).values():
+        counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(adapter)}
     return sum(n for n, wanted in counted.values() if wanted), sum(n for n, _ in counted.values())
 
 
 def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
-    """The numbers of each tensor that the base's module holds itself, by identity, whatever adapters put in its place."""
+    """The numbers of each tensor that a module of the base holds itself, by identity."""
     attached = attachments_or_none(module) or Attachments()
     aside = {**attached.base, **attached.unmoved}
     own = {leaf: aside.get(leaf, p) for leaf, p in module._parameters.items() if p is not None}
@@ -98,28 +107,27 @@ def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
         return {id(p): (_weights_in(p), p.requires_grad) for p in own.values()}
     plain = {leaf: p for leaf, p in own.items() if leaf == "bias"}
     outputs, inputs = shape_of(module)[:2]
-    held = {
-        id(own.get("weight", module)): (outputs * inputs, False)
-    }  # scales and zero points are part of the weight
+    # Scales and zero points are part of the weight, so they are not counted.
+    held = {id(own.get("weight", module)): (outputs * inputs, False)}
     return held | {id(p): (numbers(p), p.requires_grad) for p in plain.values()}
 
 
 def _weights_in(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for, also if bitsandbytes packs several into a byte."""
+    """How many numbers a parameter stands for, also if bitsandbytes packs several in a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return numbers(parameter) if shape is None else torch.Size(shape).numel()
 
 
 def numbers(tensor: Tensor) -> int:
-    """How many numbers there are in all processes together."""
+    """How many numbers a tensor has, in all processes together."""
     return torch.Size(whole_shape(tensor)).numel()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The memory that they take in this process."""
+    """The memory of the tensors in this process, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def devices_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The devices that they are on, in order."""
+    """The devices of the tensors, in order."""
     return tuple(sorted({str(tensor.device) for tensor in tensors}))

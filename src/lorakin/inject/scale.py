@@ -2,8 +2,8 @@
 
     W = W0 + scale · (W_adapter − W0)
 
-Every path makes its output of the pair that a branch gives, so the branch scales its pair (`Pair.times`)
-and no path knows of the scale.
+Every path computes its output from the pair that a branch gives. So the branch scales its pair
+(`Pair.times`), and no path needs to know the scale.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from lorakin.inject.attachments import attachments_of
 from lorakin.inject.merge import set_merged
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 
-def rescaled(graft: Graft, scale: float) -> float:
-    """Scale the adapter on all of its modules, merged ones too; returns the scale as a float.
+def rescaled(adapter: InsertedAdapter, scale: float) -> float:
+    """Scale the adapter on all of its modules, merged ones too. Returns the scale as a float.
 
     Raises:
         SettingError: `scale` is no finite number.
-        StateError: the adapter has moved base weights in place, or a merged weight would not be finite.
-            Nothing is changed then.
+        StateError: the adapter has moved base weights in place, or a merged weight would not be
+            finite. Nothing is changed then.
     """
     if not is_finite_number(scale):
         raise SettingError(
             f"an adapter's scale must be a finite number, such as 0.5, not {scale!r}"
         )
-    if scale != 1 and graft.has_moved_base:
+    if scale != 1 and adapter.merging.has_moved_base:
         raise StateError(
-            f"adapter {graft.name!r} has moved the base weights in place, which a scale does not reach; save it and "
-            "load it (files hold the form that leaves the base alone), then set the scale"
+            f"adapter {adapter.name!r} has moved the base weights in place, which a scale does not "
+            "reach; save and load it (files hold the form that leaves the base alone), then set "
+            "the scale"
         )
-    before = graft.scale
+    before = adapter.merging.scale
     try:
-        _set(graft, float(scale))
+        _set(adapter, float(scale))
     except BaseException:
-        _set(graft, before)
+        _set(adapter, before)
         raise
     return float(scale)
 
 
-def _set(graft: Graft, scale: float) -> None:
-    """Scale every branch, and make the merged weights anew."""
-    for path in graft.placement.methods:
-        graft.branch(path).rescale(scale)
-    dtype = quantised.dtype_of(graft.model)
-    for path in graft.placement.methods:
-        module = module_at(graft.model, path)
-        if graft.name in (merged := attachments_of(module).merged):
+def _set(adapter: InsertedAdapter, scale: float) -> None:
+    """Scale every branch, and compute the merged weights anew."""
+    for path in adapter.placement.methods:
+        adapter.tensors.branch(path).rescale(scale)
+    dtype = quantised.dtype_of(adapter.model)
+    for path in adapter.placement.methods:
+        module = module_at(adapter.model, path)
+        if adapter.name in (merged := attachments_of(module).merged):
             set_merged(module, path, merged, dtype)

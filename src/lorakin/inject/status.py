@@ -19,10 +19,11 @@ from lorakin.inject.counts import (
     whether,
 )
 from lorakin.inject.description import TRAINING, count, share
-from lorakin.inject.placement import Graft, grafts, root_of
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.model_registry import adapters_in, root_of
 
 Names = tuple[str, ...] | Literal["irregular"]
-"""The adapters' names, or "irregular" if an adapter is in that state in some of its modules only."""
+"""The adapters' names, or "irregular" if one is in that state on some of its modules only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Status:
     trainable_parameters: int
     """The numbers that require gradients, in adapters and in the base."""
     total_parameters: int
-    """The numbers of the base and of all adapters; a weight in few bits counts as the matrix that it stands for."""
+    """The numbers of the base and of all adapters; a quantised weight counts as its matrix."""
 
     @property
     def enabled(self) -> Whether:
-        """Whether no adapter is disabled; False if all are."""
+        """True if no adapter is disabled, False if all are, else "irregular"."""
         return whether(name not in self.disabled for name in self.methods)
 
     def __str__(self) -> str:
@@ -62,9 +63,8 @@ class Status:
         if self.methods:
             lines[0] += f"; {count(self.modules, 'adapted module')}"
         for name, words in self.methods.items():
-            lines.append(
-                f"  {name}: {words}; {', '.join(self._states(name))}; {', '.join(self.devices[name]) or 'no tensors'}"
-            )
+            states, devices = ", ".join(self._states(name)), ", ".join(self.devices[name])
+            lines.append(f"  {name}: {words}; {states}; {devices or 'no tensors'}")
         for state, names in (("active", self.active), ("merged", self.merged)):
             if names == "irregular":
                 lines.append(f"  irregular: an adapter is {state} in some of its modules only")
@@ -78,42 +78,49 @@ class Status:
 
 
 def status(model: nn.Module) -> Status:
-    """The state of `model` and of the adapters in it: which are active, merged, disabled, training, where, and how large.
+    """The state of `model` and of the adapters in it.
 
-        print(lk.status(model))
+    It says which adapters are active, merged, disabled or training, where they are, and how large.
+    It works on a model without adapters too, and finds an adapted model inside a wrapper (DDP).
 
-    Works on a model without adapters too; of what wraps an adapted model (DDP, say) it is the state of that one.
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
+    >>> print(lk.status(model))
+    Sequential: 22 of 57 parameters (38.60%) train; 1 adapted module
+      default: lora; active, trains; cpu
 
     Raises:
-        SettingError: it is no model.
+        SettingError: `model` is no model.
         StateError: PEFT has put adapters of its own into it.
     """
     whole = root_of(model)
-    model = next((module for module in whole.modules() if grafts(module)), whole)
-    there = grafts(model)
+    model = next((module for module in whole.modules() if adapters_in(module)), whole)
+    there = adapters_in(model)
     trainable, total = parameter_counts(model)
     return Status(
         base_model=own_class(model).__name__,
-        methods={name: graft.method.words for name, graft in there.items()},
+        methods={name: adapter.method.words for name, adapter in there.items()},
         active=_in_state(there, "active"),
         merged=_in_state(there, "merged"),
         disabled=tuple(
             name
-            for name, graft in there.items()
-            if any(name in attached.off for attached in hung_of(graft))
+            for name, adapter in there.items()
+            if any(name in attached.off for attached in hung_of(adapter))
         ),
-        requires_grad={name: requires_grad(graft) for name, graft in there.items()},
-        devices={name: devices_of(tensors_of(graft)) for name, graft in there.items()},
-        modules=len({id(attached) for graft in there.values() for attached in hung_of(graft)}),
+        requires_grad={name: requires_grad(adapter) for name, adapter in there.items()},
+        devices={name: devices_of(tensors_of(adapter)) for name, adapter in there.items()},
+        modules=len({id(attached) for adapter in there.values() for attached in hung_of(adapter)}),
         trainable_parameters=trainable,
         total_parameters=total,
     )
 
 
-def _in_state(there: Mapping[str, Graft], state: str) -> Names:
+def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
+    """The adapters in a state; "irregular" if one is in it on some of its modules only."""
     names: dict[str, None] = {}
-    for name, graft in there.items():
-        found = [getattr(attached, state) for attached in hung_of(graft)]
+    for name, adapter in there.items():
+        found = [getattr(attached, state) for attached in hung_of(adapter)]
         if len({name in among for among in found}) > 1:
             return "irregular"
         names |= dict.fromkeys(other for among in found for other in among)

@@ -1,8 +1,9 @@
-"""Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces, one on each process.
+"""Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces.
 
-Its optimizer steps piece by piece over flat tensors that no member knows. So what members do at a step hangs on that
-optimizer's own step: before it every process puts the whole gradients together, lets the rules act on them and gives the
-pieces back; after it the same with the tensors themselves, where a rule has changed one.
+Its optimizer steps over flat tensors, a piece on each process, which no member knows. So members
+act around that optimizer's own step. Before it every process gathers the whole gradients, lets the
+rules act on them, and gives the pieces back; after it the same with the tensors that a rule has
+changed.
 """
 
 from __future__ import annotations
@@ -18,27 +19,35 @@ from lorakin.errors import StateError
 from lorakin.family import all_finite
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 
 Freed = list[tuple[nn.Parameter, Tensor]]
-"""Tensors that a rule has made smaller, and what they are then: ZeRO-3 goes on gathering all of them."""
+"""Tensors that a rule has made smaller, and what they are then; ZeRO-3 goes on gathering all of
+them.
+"""
 
 
-def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
-    """Let the adapters see the steps of `optimizer`, that of a DeepSpeed engine with ZeRO.
+def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], None]:
+    """Lets the adapters act at the steps of a DeepSpeed engine's optimizer with ZeRO.
 
-    Returns what is to be called when training is over, and leaves the adapters as their rules have made them.
+    Returns:
+        a function to call when training is over; it leaves the adapters as their rules made them.
 
     Raises:
-        SettingError: a member will make tensors while training, for which ZeRO-3 has no place.
+        SettingError: a member makes tensors while training, for which ZeRO-3 has no place.
         StateError: ZeRO-3 cut an adapter's tensors, which members need whole.
     """
-    for graft in grafts:
-        if cut := [name for name, p in graft.trained() if hasattr(p, "ds_id") and not p.ds_persist]:  # type: ignore[attr-defined]
-            largest = max(p.ds_numel for _, p in graft.trained())  # type: ignore[attr-defined]
+    for adapter in adapters:
+        if cut := [
+            name
+            for name, p in adapter.tensors.trained()
+            if hasattr(p, "ds_id") and not p.ds_persist  # type: ignore[attr-defined]
+        ]:
+            largest = max(p.ds_numel for _, p in adapter.tensors.trained())  # type: ignore[attr-defined]
             raise StateError(
-                f"adapter {graft.name!r} was sharded together with the base ({cut[0]}), but members need whole tensors: set "
+                f"adapter {adapter.name!r} was sharded together with the base ({cut[0]}), but "
+                "members need whole tensors: set "
                 f"zero_optimization.stage3_param_persistence_threshold to {largest} at least; "
                 "lorakin.training.prepare_trainer does it for transformers' Trainer"
             )
@@ -48,13 +57,13 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
     def followed(*args: Any, **kwargs: Any) -> Any:
         return _step(
             optimizer,
-            [graft for graft in grafts if graft.is_present],
+            [adapter for adapter in adapters if adapter.is_present],
             lambda: step(*args, **kwargs),
             freed,
         )
 
     def settle() -> None:
-        gather(grafts)
+        gather(adapters)
         for parameter, smaller in freed:
             parameter.data = smaller
 
@@ -63,9 +72,11 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], freed: Freed) -> Any:
-    acting = [graft for graft in grafts if graft.rules]
-    trained = list({id(p): p for graft in acting for _, p in graft.trained()}.values())
+def _step(
+    optimizer: Any, adapters: Sequence[InsertedAdapter], step: Callable[[], Any], freed: Freed
+) -> Any:
+    acting = [adapter for adapter in adapters if adapter.run.rules]
+    trained = list({id(p): p for adapter in acting for _, p in adapter.tensors.trained()}.values())
     clip, scale = optimizer.clip_grad, getattr(optimizer, "loss_scale", 1.0)
     gradients = [_whole_gradient(p) / scale for p in trained]
     if not all(map(all_finite, gradients)):  # then the step will be skipped
@@ -76,8 +87,8 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
     if trained and clip > 0:  # the task's gradient, before the rules add theirs
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.clip_grad = 0.0
-    for graft in grafts:
-        graft.before_step()
+    for adapter in adapters:
+        adapter.run.before_step()
     for parameter in trained:
         changed, parameter.grad = parameter.grad, None
         if changed is not None:
@@ -90,8 +101,8 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
         return done
     gather(acting)
     before = [parameter.clone() for parameter in trained]
-    for graft in grafts:
-        graft.after_step(optimizer.optimizer)
+    for adapter in adapters:
+        adapter.run.after_step(optimizer.optimizer)
     for parameter, old in zip(trained, before, strict=True):
         if parameter.shape != old.shape:
             freed.append((parameter, parameter.data))
@@ -101,9 +112,9 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
     return done
 
 
-def _adopt(optimizer: Any, grafts: Sequence[Graft]) -> None:
-    """Let ZeRO-3 take tensors that a rule has made for its own, and keep them whole as it does the adapters' others."""
-    every: list[Any] = [p for graft in grafts for _, p in graft.named_parameters()]
+def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
+    """Lets ZeRO-3 own tensors that a rule has made, and keep them whole like the others."""
+    every: list[Any] = [p for adapter in adapters for _, p in adapter.tensors.named_parameters()]
     made = [p for p in every if not hasattr(p, "ds_id")]
     if not made or len(made) == len(every):
         return
@@ -112,24 +123,28 @@ def _adopt(optimizer: Any, grafts: Sequence[Graft]) -> None:
         parameter.ds_persist = True
     optimizer.persistent_parameters.extend(made)
     made[0].all_gather(param_list=made)
-    order = (
-        optimizer.parameter_offload.get_param_coordinator()
-    )  # in which tensors are fetched, to be recorded anew
-    if not order.is_invalid_trace():
-        order._invalidate_trace()
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():  # it must record anew in which order to fetch tensors
+        coordinator._invalidate_trace()
 
 
-def gather(grafts: Sequence[Graft]) -> None:
-    """Where ZeRO-3 has cut adapters' tensors, put them together, as they are but for moments; for all processes together."""
+def gather(adapters: Sequence[InsertedAdapter]) -> None:
+    """Gathers the adapters' tensors where ZeRO-3 has cut them; all processes must call it together.
+
+    Between steps they are whole but for moments.
+    """
     cut: list[Any] = [
-        p for graft in grafts for _, p in graft.named_parameters() if hasattr(p, "ds_id")
+        p
+        for adapter in adapters
+        for _, p in adapter.tensors.named_parameters()
+        if hasattr(p, "ds_id")
     ]
     if apart := [p for p in cut if p.ds_status.name == "NOT_AVAILABLE"]:
         apart[0].all_gather(param_list=apart)
 
 
 def _whole_gradient(parameter: Any) -> Tensor:
-    """The mean over the processes, times the loss's scale."""
+    """Returns the mean over the processes, times the loss's scale."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_fp32_grad_for_param(parameter)  # type: ignore[no-any-return]
     return parameter.get_full_hp_grad()  # type: ignore[no-any-return]
@@ -144,7 +159,7 @@ def _put_gradient(parameter: Any, gradient: Tensor) -> None:
 
 
 def _put_master(parameter: Any) -> None:
-    """Let what the optimizer goes on from be what the parameter is."""
+    """Makes the optimizer go on from the parameter as it is now."""
     if hasattr(parameter, "ds_id"):
         piece = _piece(parameter.detach(), parameter.ds_tensor.numel())
         parameter._z3_optimizer.set_local_hp_param(piece.float(), parameter)
@@ -154,7 +169,10 @@ def _put_master(parameter: Any) -> None:
 
 
 def _piece(whole: Tensor, size: int) -> Tensor:
-    """This process's part of a tensor that is cut into parts of `size` numbers, the last filled up with zeros."""
+    """Returns this process's part of a tensor cut into parts of `size` numbers.
+
+    The last part is filled up with zeros.
+    """
     rank, flat = torch.distributed.get_rank(), whole.flatten()
     flat = nn.functional.pad(
         flat, (0, max(0, size * torch.distributed.get_world_size() - flat.numel()))

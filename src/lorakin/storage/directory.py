@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning
-from lorakin.inject.placement import Graft
+from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.tokens import ids_at
 from lorakin.storage import atomic, card, json_files, own_part, texts
 from lorakin.storage.document import Document
@@ -97,7 +97,10 @@ class Files:
 
 
 def save(
-    graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None
+    adapter: InsertedAdapter,
+    path: Path,
+    notes: Mapping[str, object] | None = None,
+    home: str | None = None,
 ) -> Path:
     """Write the adapter into the directory `path`, made if need be: all of its files or none.
 
@@ -107,9 +110,9 @@ def save(
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
-    graft.check_sizes()
-    document = Document.of(graft)
-    peft = written(document, graft.model)
+    adapter.tensors.check_sizes()
+    document = Document.of(adapter)
+    peft = written(document, adapter.model)
     form = peft.form
     shared = {} if form is None else shared_pair.shared_by_all(document, form)
     said, tensors = own_part.written(
@@ -118,13 +121,13 @@ def save(
         PREFIX,
         with_slots=form is None,
         projection=shared_pair.checksum(shared) if shared else None,
-        base=fingerprint(graft.model, ids_at(graft.placement.tokens), again=True),
+        base=fingerprint(adapter.model, ids_at(adapter.placement.tokens), again=True),
     )
     files = {TENSORS: _tensor_file(peft.tensors), CONFIG: json_files.written(peft.config)}
     if tensors:
         files[OWN_TENSORS] = _tensor_file(tensors)
     files[OWN] = json_files.written(own_part.sealed(said, files, peft.config))
-    text = card.content(graft, peft.config, notes or {}, home, converted=form is None)
+    text = card.content(adapter, peft.config, notes or {}, home, converted=form is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
     # Of an adapter that was there before, which may have had tensors of our own.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.inject.adapted import module_at
-from lorakin.inject.placement import own_parameters
+from lorakin.inject.model_registry import own_parameters
 from lorakin.inject.quantised import is_quantised, rows_of, shape_of
 from lorakin.storage import base_config, sums, texts
 

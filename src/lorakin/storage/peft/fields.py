@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from lorakin.family.settings import LARGEST
-from lorakin.inject.patterns import PatternError, check, check_all
+from lorakin.inject.linear_regex import PatternError
+from lorakin.inject.patterns import check, check_all
 from lorakin.storage.schema import Check, Count
 
 MOST = 1 << 16

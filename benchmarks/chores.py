@@ -1,4 +1,4 @@
-"""What surrounds the steps: the optimizer, putting adapters in, files, merging, AdaLoRA's allocator and regulariser."""
+"""Times what surrounds the steps: optimizer, adapting, files, merging, AdaLoRA's allocator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pairs = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
 def measure(
     shape: dict[str, int], layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """One row a chore: lorakin's time over PEFT's, by clock."""
+    """Returns a row for each chore: lorakin's time over PEFT's, by clock."""
     base = decoder(shape, dtype, device, layers)
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def _allocation(base: Decoder) -> Pairs:
                 )
         loss.backward()
 
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     return {
         "adalora: allocator": (
             lambda: (rule.observe(), rule.after(next(steps), optimizer)),

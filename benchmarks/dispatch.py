@@ -1,4 +1,4 @@
-"""What a call costs besides arithmetic: one token through one small adapted layer, over PEFT's."""
+"""Times a call without arithmetic: one token through one small adapted layer, over PEFT's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALLS = 200
 
 
 class One(nn.Module):
-    """A layer that every subject's targets name."""
+    """A model of one layer, which has a name that all subjects target."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,10 @@ class One(nn.Module):
 def measure(
     names: Sequence[str], dtype: torch.dtype, rounds: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """One row a member: a step with gradients, and a forward without in eval mode, of an adapter that does not train."""
+    """Returns a row for each member: lorakin's time over PEFT's.
+
+    `step` is forward and backward; `forward` has no gradients and runs in eval mode.
+    """
     base = One().to(device, dtype).requires_grad_(False)
     x, table = torch.randn(1, 64, device=device).to(dtype), []
     for name in (name for name in names if SUBJECTS[name].theirs is not None):

@@ -1,9 +1,10 @@
-"""The cost of adapters on experts: forward and backward of one layer's experts, over those of the frozen base alone.
+"""Measures adapters on experts: forward and backward of one layer's experts over the frozen base's.
 
     python -m benchmarks.experts [--rounds 7] [--device cuda] [--quick]
 
-LoRA, LoRA-FA and DoRA of lorakin and LoRA of PEFT (`target_parameters`), rank 16 on gate_up_proj and down_proj, in one process,
-interleaved; and the bytes that autograd keeps for the backward. Routing is random and the same for all.
+Compares LoRA, LoRA-FA and DoRA of lorakin with LoRA of PEFT (`target_parameters`), all of rank 16
+on gate_up_proj and down_proj, interleaved in one process. Also counts the bytes that autograd
+keeps for the backward. Routing is random and the same for all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MEMBERS: dict[str, Callable[[], Any]] = {
 
 
 class Shape(NamedTuple):
-    """A layer's experts, and how many of them each token goes to."""
+    """The experts of a layer, and how many of them each token goes to (`chosen`)."""
 
     experts: int
     hidden: int
@@ -48,7 +49,7 @@ QUICK = (Shape(4, 64, 32, 2, 16),)
 
 
 class Layer(nn.Module):
-    """Mixtral's experts behind a router that is fixed."""
+    """Mixtral's experts with a fixed routing."""
 
     def __init__(self, shape: Shape, kernel: str, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class Layer(nn.Module):
 
 
 def variants(base: Layer) -> dict[str, nn.Module]:
-    """The base as it is, and adapted by each."""
+    """Returns the base, and copies of it with each adapter."""
     found: dict[str, nn.Module] = {"base": base}
     for word, member in MEMBERS.items():
         found[word] = copy.deepcopy(base)
@@ -85,7 +86,7 @@ def variants(base: Layer) -> dict[str, nn.Module]:
 
 
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A call that goes forward and backward."""
+    """Returns a function that runs forward and backward."""
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -97,7 +98,7 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def measured(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int, device: str) -> list[str]:
-    """One cell for each variant but the base: time × (lowest–highest), bytes kept ×."""
+    """Returns a cell for each variant but the base: time and bytes kept, over the base's."""
     base = Layer(shape, kernel, dtype, device)
     models, x = variants(base), torch.randn(shape.tokens, shape.hidden, dtype=dtype, device=device)
     seconds = interleaved(
@@ -116,7 +117,7 @@ def measured(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int, device:
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measures and prints a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,7 +145,10 @@ def main() -> None:
                     2 if arguments.quick else arguments.rounds,
                     arguments.device,
                 )
-                words = f"{shape.experts} of {shape.hidden} × {shape.intermediate}, {shape.tokens} tokens to {shape.chosen}"
+                words = (
+                    f"{shape.experts} of {shape.hidden} × {shape.intermediate}, "
+                    f"{shape.tokens} tokens to {shape.chosen}"
+                )
                 table.add_row(words, kernel, str(dtype).removeprefix("torch."), *cells)
     Console(width=160).print(table)
 

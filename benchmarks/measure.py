@@ -1,4 +1,4 @@
-"""Clocks, bytes and ratios. A time is only ever compared with one taken next to it in the same process."""
+"""Clocks, bytes and ratios. Times are compared only if they were taken in turns in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Spread(NamedTuple):
-    """The median of some figures and how far they reach."""
+    """Median, lowest and highest of some figures."""
 
     median: float
     low: float
@@ -20,7 +20,11 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, figures: list[float]) -> Spread:
-        """Of figures in any order."""
+        """Returns the spread of figures in any order.
+
+        >>> print(Spread.of([1.2, 1.0, 1.5]))
+        1.20 (1.00–1.50)
+        """
         return cls(statistics.median(figures), min(figures), max(figures))
 
     def __str__(self) -> str:
@@ -30,9 +34,11 @@ class Spread(NamedTuple):
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every call in every round but a first one, by clock: `thread`, this thread's own, and `wall`.
+    """Runs all calls in turns; returns clock → call → seconds of each round.
 
-    The order is reversed every other round, so that what drifts meets all alike. On a GPU only `wall` means anything.
+    The clocks are `thread`, this thread's own, and `wall`; on a GPU only `wall` is meaningful. The
+    first round warms up and is left out. Every other round runs in reverse order, so that a drift
+    of the machine hits all calls alike.
     """
     seconds: dict[str, dict[str, list[float]]] = {
         clock: {name: [] for name in calls} for clock in ("thread", "wall")
@@ -55,14 +61,14 @@ def _finish(device: str) -> None:
 
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> Spread:
-    """One call's time over another's, round by round."""
+    """Returns the spread of one call's time over another's, taken round by round."""
     return Spread.of(
         [one / other for one, other in zip(seconds[over], seconds[under], strict=True)]
     )
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """The bytes that autograd keeps of a forward for the backward: each storage once, without parameters."""
+    """Returns the bytes that autograd keeps for the backward: storages, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -72,7 +78,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         alive.append(tensor)
-        return tensor.detach()  # an output itself would hold its own graph, for ever
+        return tensor.detach()  # an output itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()

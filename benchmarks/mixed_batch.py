@@ -1,4 +1,4 @@
-"""A batch of requests for several adapters: lorakin's mixed batch, PEFT's, and the base alone, in the forward."""
+"""Times the forward of a batch whose requests use different adapters: lorakin, PEFT, base alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(
     requests: int = 16,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """One row for each number of tokens a request: times over PEFT's and over the base's. SmolLM2's shape, rank 16."""
+    """Returns a row for each length of a request. SmolLM2's shape, rank 16."""
     base = _decoder(layers, dtype, device)
     names: list[str | None] = [f"a{row % adapters}" for row in range(requests)]
     ours, theirs = _ours(base, adapters), _theirs(base, adapters)

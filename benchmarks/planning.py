@@ -1,11 +1,12 @@
-"""What `lorakin plan` says beside what `lorakin train` takes: peaks of memory, measured, one child process a configuration.
+"""Compares the peaks that `lorakin plan` predicts with those of `lorakin train`.
 
-    python -m benchmarks.planning --out planning          all configurations, one after another: about ten minutes
+    python -m benchmarks.planning --out planning              everything: about ten minutes
     python -m benchmarks.planning --only 0,3 --out planning
-    python -m benchmarks.planning --predict --out planning    predict anew what was measured there before
+    python -m benchmarks.planning --predict --out planning    only predict again
 
-Measured is what a process adds, from when it has imported everything until the run is over: the highest resident memory
-(VmHWM) of the real command's `prepare` and `train`, less the resident memory before.
+Each configuration is measured in a process of its own. The measured peak is what the process adds
+to its imports: the highest resident memory (VmHWM) of the real command's `prepare` and `train`,
+less the resident memory before.
 """
 
 from __future__ import annotations
@@ -24,41 +25,69 @@ from typing import Any
 MIB = 2**20
 
 SIZES = {
-    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4},
-    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 6, "num_key_value_heads": 6},
-}  # fmt: skip
+    "wide": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+    "deep": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
+}
 """Llamas of random weights with SmolLM2's tokenizer."""
-CONFIGURATIONS: list[dict[str, Any]] = [
-    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256},
-    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 2, "max_length": 128},
-    {"model": "wide", "method": "lora", "dtype": "bfloat16", "batch_size": 2, "max_length": 512},
-    {"model": "deep", "method": "dora", "dtype": "float32", "batch_size": 4, "max_length": 128},
-    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256, "fuse": True},
-    {"model": "smollm2", "method": "lora", "dtype": "bfloat16", "batch_size": 4, "max_length": 256, "gradient_checkpointing": True},
-    {"model": "smollm2", "method": "dora", "dtype": "bfloat16", "batch_size": 2, "max_length": 256},
-    {"model": "smollm2", "method": "vera", "dtype": "float32", "batch_size": 2, "max_length": 256},
-    {"model": "smollm2", "method": "adalora", "dtype": "bfloat16", "batch_size": 4, "max_length": 128},
-    {"model": "smollm2", "method": "delta-lora", "dtype": "float32", "batch_size": 1, "max_length": 256, "settings": {"start_step": 1}},
-    {"model": "smollm2", "method": "lora-fa", "dtype": "bfloat16", "batch_size": 8, "max_length": 128},
-    {"model": "smollm2", "method": "lora-drop", "dtype": "float32", "batch_size": 2, "max_length": 128},
-    {"model": "smollm2", "method": "lora+", "dtype": "bfloat16", "batch_size": 1, "max_length": 64},
-    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 1, "max_length": 16, "rank": 192},
-    {"model": "smollm2", "method": "lora", "dtype": "float32", "batch_size": 4, "max_length": 128, "dropout": 0.1, "padded": True},
-    {"model": "minilm", "method": "lora", "dtype": "float32", "batch_size": 16, "max_length": 128},
-    {"model": "minilm", "method": "dora", "dtype": "float32", "batch_size": 8, "max_length": 256, "padded": True},
-    {"model": "wide", "method": "dora", "dtype": "float32", "batch_size": 2, "max_length": 256},
-    {"model": "wide", "method": "lora", "dtype": "float32", "batch_size": 4, "max_length": 256, "fuse": True},
-    {"model": "deep", "method": "vera", "dtype": "bfloat16", "batch_size": 2, "max_length": 512},
-    {"model": "deep", "method": "lora", "dtype": "bfloat16", "batch_size": 8, "max_length": 256, "gradient_checkpointing": True, "fuse": True},
-]  # fmt: skip
+
+
+def run(
+    model: str, method: str, dtype: str, batch_size: int, max_length: int, **more: Any
+) -> dict[str, Any]:
+    """Returns a configuration: fields of a recipe."""
+    return {
+        "model": model,
+        "method": method,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        **more,
+    }
+
+
+CONFIGURATIONS = [
+    run("smollm2", "lora", "bfloat16", 4, 256),
+    run("smollm2", "lora", "float32", 2, 128),
+    run("wide", "lora", "bfloat16", 2, 512),
+    run("deep", "dora", "float32", 4, 128),
+    run("smollm2", "lora", "bfloat16", 4, 256, fuse=True),
+    run("smollm2", "lora", "bfloat16", 4, 256, gradient_checkpointing=True),
+    run("smollm2", "dora", "bfloat16", 2, 256),
+    run("smollm2", "vera", "float32", 2, 256),
+    run("smollm2", "adalora", "bfloat16", 4, 128),
+    run("smollm2", "delta-lora", "float32", 1, 256, settings={"start_step": 1}),
+    run("smollm2", "lora-fa", "bfloat16", 8, 128),
+    run("smollm2", "lora-drop", "float32", 2, 128),
+    run("smollm2", "lora+", "bfloat16", 1, 64),
+    run("smollm2", "lora", "float32", 1, 16, rank=192),
+    run("smollm2", "lora", "float32", 4, 128, dropout=0.1, padded=True),
+    run("minilm", "lora", "float32", 16, 128),
+    run("minilm", "dora", "float32", 8, 256, padded=True),
+    run("wide", "dora", "float32", 2, 256),
+    run("wide", "lora", "float32", 4, 256, fuse=True),
+    run("deep", "vera", "bfloat16", 2, 512),
+    run("deep", "lora", "bfloat16", 8, 256, gradient_checkpointing=True, fuse=True),
+]
 
 
 def main() -> None:
-    """Measure and predict what was asked for; write `planning.json` and `planning.md`."""
+    """Measures and predicts; writes `planning.json` and `planning.md`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="numbers of configurations, by comma")
+    parser.add_argument("--only", help="numbers of configurations, with commas between")
     parser.add_argument("--out", type=Path, default=Path("planning"))
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -88,7 +117,7 @@ def main() -> None:
 
 
 def in_child(configuration: dict[str, Any]) -> dict[str, float]:
-    """What a process of its own measures."""
+    """Measures in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.planning", "--child", json.dumps(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -98,7 +127,7 @@ def in_child(configuration: dict[str, Any]) -> dict[str, float]:
 
 
 def measured(configuration: dict[str, Any]) -> dict[str, float]:
-    """MiB that the real run adds at its highest, and when it is loaded."""
+    """Returns the MiB that the real run adds after loading, and at its peak."""
     import torch
     from rich.console import Console
 
@@ -122,7 +151,7 @@ def measured(configuration: dict[str, Any]) -> dict[str, float]:
 
 
 def import_lazily() -> None:
-    """What transformers imports when it is first used."""
+    """Imports what libraries would import when they are first used."""
     for name in (
         "matplotlib.pyplot",
         "transformers.models.bert.modeling_bert",
@@ -132,13 +161,16 @@ def import_lazily() -> None:
 
 
 def placed(model: str, folder: Path) -> str:
-    """A model that `lorakin train` can load: one of `SIZES` is written first, by a process of its own."""
+    """Returns a model that `lorakin train` can load; another process writes those of `SIZES`."""
     if model not in SIZES:
         return model
     code = (
-        "import sys, json, torch, transformers; from lorakin.training.models import directory_of;"
-        "tokens = transformers.AutoTokenizer.from_pretrained(directory_of('smollm2')); tokens.save_pretrained(sys.argv[1]);"
-        "config = transformers.LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **json.loads(sys.argv[2]));"
+        "import sys, json, torch, transformers;"
+        "from lorakin.training.models import directory_of;"
+        "tokens = transformers.AutoTokenizer.from_pretrained(directory_of('smollm2'));"
+        "tokens.save_pretrained(sys.argv[1]);"
+        "sizes = {'vocab_size': len(tokens), 'tie_word_embeddings': True};"
+        "config = transformers.LlamaConfig(**sizes, **json.loads(sys.argv[2]));"
         "transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])"
     )
     subprocess.run(
@@ -150,7 +182,7 @@ def placed(model: str, folder: Path) -> str:
 
 
 def written(folder: Path, padded: bool, length: int, labelled: bool) -> Path:
-    """Rows longer than `length` tokens, which are cut there; if `padded`, every other one is a little shorter."""
+    """Writes rows that are cut at `length` tokens; if `padded`, every other one is shorter."""
     path = folder / "rows.jsonl"
     with path.open("w") as file:
         for number in range(160):
@@ -163,13 +195,13 @@ def written(folder: Path, padded: bool, length: int, labelled: bool) -> Path:
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the most."""
+    """Returns bytes of this process: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind + ":"))
 
 
 def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
-    """What `lorakin plan` says of it, in MiB, and the seconds that saying it took."""
+    """Returns what `lorakin plan` predicts in MiB, and how many seconds that takes."""
     import torch
     import transformers
 
@@ -203,11 +235,12 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The table of docs/planning.md."""
+    """Returns the table of docs/planning.md."""
     lines = [
         f"{platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}, one thread",
         "",
-        "| | model, method | dtype | rows × tokens | with | its peak is in | measured, MiB | predicted | error |",
+        "| | model, method | dtype | rows × tokens | with | its peak is in | measured, MiB "
+        "| predicted | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     shown = ("model", "method", "dtype", "batch_size", "max_length")
@@ -215,13 +248,16 @@ def markdown(rows: dict[str, Any]) -> str:
         c = row["configuration"]
         extra = ", ".join(_words(key, value) for key, value in c.items() if key not in shown)
         lines.append(
-            f"| {number} | {c['model']}, {c['method']} | {c['dtype']} | {c['batch_size']} × {c['max_length']} | {extra} "
-            f"| {row['phase']} | {row['peak']:,.0f} | {row['predicted']:,.0f} | {row['predicted'] / row['peak'] - 1:+.1%} |"
+            f"| {number} | {c['model']}, {c['method']} | {c['dtype']} "
+            f"| {c['batch_size']} × {c['max_length']} | {extra} | {row['phase']} "
+            f"| {row['peak']:,.0f} | {row['predicted']:,.0f} "
+            f"| {row['predicted'] / row['peak'] - 1:+.1%} |"
         )
     errors = [abs(row["predicted"] / row["peak"] - 1) for row in rows.values()]
     lines += [
         "",
-        f"{sum(error <= 0.1 for error in errors)} of {len(errors)} within 10 %; the largest error is {max(errors):.1%}.",
+        f"{sum(error <= 0.1 for error in errors)} of {len(errors)} within 10 %; "
+        f"the largest error is {max(errors):.1%}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes beyond the frozen base's, operation by operation: what explains a ratio."""
+"""Shows which operations make a step slower than the frozen base's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ STEPS = 4
 def measure(
     base: Decoder, names: Sequence[str], length: int = 256, rows: int = 4, most: int = 8
 ) -> list[dict[str, Any]]:
-    """For each member the operations that add most: their own milliseconds a step in the frozen base and with the adapter."""
+    """Returns, for each member, the operations that add most to a step.
+
+    Each row has the operation's own milliseconds, in the frozen base and with the adapter.
+    """
     inputs, table = batch(base, rows, length), []
     frozen = _times(step_of(base, inputs))
     for name in names:
@@ -36,14 +39,15 @@ def measure(
                 }
             )
             print(
-                f"{name}, {kind}: {table[-1]['frozen']:.1f} ms, with the adapter {table[-1]['lorakin']:.1f}",
+                f"{name}, {kind}: {table[-1]['frozen']:.1f} ms, "
+                f"with the adapter {table[-1]['lorakin']:.1f}",
                 flush=True,
             )
     return table
 
 
 def _times(step: Any) -> dict[str, float]:
-    """Milliseconds of a step by operation, and of all."""
+    """Returns the milliseconds of a step by operation, and of all operations."""
     step()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(STEPS):

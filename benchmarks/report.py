@@ -1,4 +1,4 @@
-"""The measured figures as Markdown, each beside the bar that it is to meet."""
+"""Writes the figures as Markdown, each beside the bar that it must meet."""
 
 from __future__ import annotations
 
@@ -7,23 +7,47 @@ from typing import Any
 
 BARS: dict[str, dict[str, tuple[float, float]]] = {
     "S float32": {
-        "lora": (1.08, 1.38), "lora, dropout 0.05": (1.12, 1.38), "lora+": (1.08, 1.38), "lora-fa": (1.07, 1.01),
-        "dora": (1.12, 1.6), "vera": (1.5, 1.14), "adalora": (1.13, 1.39), "delta-lora": (1.105, 1.38),
+        "lora": (1.08, 1.38),
+        "lora, dropout 0.05": (1.12, 1.38),
+        "lora+": (1.08, 1.38),
+        "lora-fa": (1.07, 1.01),
+        "dora": (1.12, 1.6),
+        "vera": (1.5, 1.14),
+        "adalora": (1.13, 1.39),
+        "delta-lora": (1.105, 1.38),
     },
     "S bfloat16": {
-        "lora": (1.10, 1.33), "lora, dropout 0.05": (1.15, 1.33), "lora+": (1.10, 1.33), "lora-fa": (1.08, 1.01),
-        "dora": (1.15, 1.55), "vera": (1.3, 1.12), "adalora": (1.14, 1.34), "delta-lora": (1.125, 1.33),
+        "lora": (1.1, 1.33),
+        "lora, dropout 0.05": (1.15, 1.33),
+        "lora+": (1.1, 1.33),
+        "lora-fa": (1.08, 1.01),
+        "dora": (1.15, 1.55),
+        "vera": (1.3, 1.12),
+        "adalora": (1.14, 1.34),
+        "delta-lora": (1.125, 1.33),
     },
     "W float32": {
-        "lora": (1.04, 1.38), "lora, dropout 0.05": (1.06, 1.38), "lora+": (1.04, 1.38), "lora-fa": (1.03, 1.01),
-        "dora": (1.08, 1.6), "vera": (1.23, 1.14), "adalora": (1.05, 1.39), "delta-lora": (1.065, 1.38),
+        "lora": (1.04, 1.38),
+        "lora, dropout 0.05": (1.06, 1.38),
+        "lora+": (1.04, 1.38),
+        "lora-fa": (1.03, 1.01),
+        "dora": (1.08, 1.6),
+        "vera": (1.23, 1.14),
+        "adalora": (1.05, 1.39),
+        "delta-lora": (1.065, 1.38),
     },
     "W bfloat16": {
-        "lora": (1.05, 1.33), "lora, dropout 0.05": (1.08, 1.33), "lora+": (1.05, 1.33), "lora-fa": (1.05, 1.01),
-        "dora": (1.09, 1.55), "vera": (1.2, 1.12), "adalora": (1.09, 1.34), "delta-lora": (1.075, 1.33),
+        "lora": (1.05, 1.33),
+        "lora, dropout 0.05": (1.08, 1.33),
+        "lora+": (1.05, 1.33),
+        "lora-fa": (1.05, 1.01),
+        "dora": (1.09, 1.55),
+        "vera": (1.2, 1.12),
+        "adalora": (1.09, 1.34),
+        "delta-lora": (1.075, 1.33),
     },
-}  # fmt: skip
-"""Time and saved bytes over the frozen base that each member is to stay within."""
+}
+"""Bars for each member: time and saved bytes over the frozen base's."""
 CHORES = {
     "optimizer": 0.25,
     "put": 0.3,
@@ -37,12 +61,13 @@ SERVING = {1: 0.35, 32: 0.7, 128: 0.8}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All parts that were measured."""
+    """Returns all parts that were measured."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     clock = "one thread's own time" if machine["clock"] == "thread" else "wall time"
     lines = [
-        f"{machine['device']}, threads: {machine['threads']}; {versions}. Times: {clock}, median (lowest–highest).",
+        f"{machine['device']}, threads: {machine['threads']}; {versions}. "
+        f"Times: {clock}, median (lowest–highest).",
         "",
     ]
     for kind, rows in results.get("steps", {}).items():
@@ -169,11 +194,16 @@ def _scaling(rows: Sequence[dict[str, Any]]) -> list[str]:
 
     cells = [
         [
-            row["axis"], str(row["value"]), _spread(row["lorakin"]), f"{row['arithmetic']:.2f}" if "arithmetic" in row else "",
-            _spread(row["PEFT"]), bytes_of(row, "lorakin"), bytes_of(row, "PEFT"),
+            row["axis"],
+            str(row["value"]),
+            _spread(row["lorakin"]),
+            f"{row['arithmetic']:.2f}" if "arithmetic" in row else "",
+            _spread(row["PEFT"]),
+            bytes_of(row, "lorakin"),
+            bytes_of(row, "PEFT"),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     head = [
         "axis",
         "value",

@@ -1,10 +1,11 @@
-"""How much of an adapter survives when the merged weight is rounded into few bits again.
+"""Measures how much of an adapter survives when the merged weight is rounded into few bits again.
 
     python -m benchmarks.requantise [--steps 30]
 
-SmolLM2 on functions and their docstrings, LoRA trained on the quantised base. For every adapted weight W, with V = W + ΔW and
-Q the quantisation: the share of ΔW that is left, ⟨Q(V) − Q(W), ΔW⟩ / ‖ΔW‖², and the error beside it, ‖Q(V) − V‖ / ‖ΔW‖. Then
-the held-out loss of the base, with the adapter, and of the model that was merged and rounded.
+LoRA is trained on quantised SmolLM2, on functions and their docstrings. With V = W + ΔW for each
+adapted weight W, and Q the quantisation, the table shows the share of ΔW that is left,
+⟨Q(V) − Q(W), ΔW⟩ / ‖ΔW‖², and the error, ‖Q(V) − V‖ / ‖ΔW‖. Then it shows the held-out loss of the
+base, of the base with the adapter, and of the model that was merged and rounded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lorakin.training.recipe import Recipe
 
 
 def four_bits(weight: Tensor) -> Tensor:
-    """Rounded to NF4 with nested scales."""
+    """Returns the weight rounded to NF4 with nested scales."""
     from bitsandbytes import functional
 
     bits, state = functional.quantize_4bit(
@@ -42,7 +43,7 @@ def four_bits(weight: Tensor) -> Tensor:
 
 
 def eight_bits(weight: Tensor) -> Tensor:
-    """Rounded to eight bits with a scale for each row."""
+    """Returns the weight rounded to eight bits with a scale for each row."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
@@ -51,7 +52,7 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"nf4": four_bits, "int8": ei
 
 
 def measured(word: str, steps: int, folder: Path) -> list[str]:
-    """One row of the table."""
+    """Returns one row of the table."""
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in docstring_rows(max_code=200)[:400]))
     recipe = Recipe(
@@ -70,7 +71,7 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
     left, error = [], []
     for path in run.adapter.placement.methods:
         module: Any = module_at(run.loaded.model, path)
-        weight, change = run.adapter.base_weight(path), run.adapter.change_at(path)
+        weight, change = run.adapter.tensors.base_weight(path), run.adapter.tensors.change_at(path)
         merged = change.applied_to(weight).detach()
         moved, rounded = merged - weight, ROUNDINGS[word](merged)
         size = float(moved.square().sum())

@@ -1,4 +1,4 @@
-"""How step time and memory grow with rank, width, sequence, depth and the number of adapters, PEFT's line beside ours."""
+"""Measures how time and memory grow with rank, width, length, depth and number of adapters."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ LABELS = {
 def measure(
     dtype: torch.dtype, rounds: int, device: str = "cpu", points: int | None = None
 ) -> list[dict[str, Any]]:
-    """One row for each point: time and saved bytes of a LoRA step over the frozen base's, and what the arithmetic says.
+    """Returns a row for each point: a LoRA step's time and saved bytes over the frozen base's.
 
-    `adapters` is the forward of a mixed batch instead, over the base's forward.
+    `arithmetic` is the ratio of multiplications. On the axis `adapters` the forward of a mixed
+    batch is measured instead, over the base's forward.
     """
     table = []
     for axis, values in AXES.items():
@@ -57,9 +58,11 @@ def measure(
 def _step(axis: str, value: int, dtype: torch.dtype, rounds: int, device: str) -> dict[str, Any]:
     width = value if axis == "width" else 512
     shape = {
-        "hidden_size": width, "intermediate_size": width * 8 // 3 // 64 * 64, "num_attention_heads": width // 64,
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3 // 64 * 64,
+        "num_attention_heads": width // 64,
         "num_key_value_heads": width // 64,
-    }  # fmt: skip
+    }
     rank, layers = (
         value if axis == name else usual for name, usual in (("rank", 16), ("depth", 1))
     )
@@ -93,7 +96,7 @@ def _adapters(count: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time above, saved bytes below, one column an axis."""
+    """Plots time above and saved bytes below, with a column for each axis."""
     figure, panels = plt.subplots(2, len(AXES), figsize=(3.2 * len(AXES), 5.6), sharey="row")
     for column, axis in enumerate(AXES):
         rows = [row for row in table if row["axis"] == axis]

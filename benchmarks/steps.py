@@ -1,4 +1,4 @@
-"""The cost of a training step without optimizer: forward and backward, over those of the frozen base alone."""
+"""Measures a training step without the optimizer: forward and backward over the frozen base's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor]
 
 
 def forward_of(model: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A call that gives the loss, with gradients wanted at the input, as inside a deeper model."""
+    """Returns a function that computes the loss. Its input wants gradients, as in a deep model."""
     x, weights = inputs
     return lambda: model(x.detach().requires_grad_(), weights)["loss"]
 
@@ -24,7 +24,7 @@ def forward_of(model: Any, inputs: Inputs) -> Callable[[], torch.Tensor]:
 def step_of(
     model: Any, inputs: Inputs, after: Callable[[], Any] | None = None
 ) -> Callable[[], None]:
-    """A call that goes forward and backward and then does what belongs to the step."""
+    """Returns a function that runs forward, backward, and then `after`."""
     forward = forward_of(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -41,12 +41,12 @@ def step_of(
 def compared(
     base: Decoder, subject: Subject
 ) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
-    """The models of one comparison by variant, and what some of them do after their backward."""
+    """Returns the models of one subject by variant, and what they do after their backward."""
     model, adapter = ours(base, subject)
     models, after = {"frozen": base, "lorakin": model}, {}
     if subject.acts:
         optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=10_000)
-        after["lorakin"] = lambda: (adapter.before_step(), adapter.after_step(optimizer))
+        after["lorakin"] = lambda: (adapter.run.before_step(), adapter.run.after_step(optimizer))
     if subject.theirs is not None:
         for name, narrow in (("PEFT", False), ("PEFT narrow", True)):
             models[name] = peer = theirs(base, subject, narrow)
@@ -67,7 +67,10 @@ def _allocating(peer: Any) -> Callable[[], Any]:
 def measure(
     base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4
 ) -> list[dict[str, Any]]:
-    """One row for each variant of each member: time over the frozen base, by clock, and bytes saved over it."""
+    """Returns a row for each variant of each member.
+
+    It has the time, by clock, and the bytes that autograd keeps, both over the frozen base's.
+    """
     inputs, table = batch(base, rows, length), []
     for name in names:
         models, after = compared(base, SUBJECTS[name])
@@ -91,7 +94,7 @@ def measure(
 def compiled(
     base: Decoder, names: Sequence[str], rounds: int, length: int = 256, rows: int = 4
 ) -> list[dict[str, Any]]:
-    """The same under torch.compile, over the frozen base without it: one row for each variant of each member."""
+    """Returns a row for each variant under torch.compile, over the frozen base without it."""
     inputs, table = batch(base, rows, length), []
     for name in names:
         models, _ = compared(base, SUBJECTS[name])
@@ -113,9 +116,9 @@ def compiled(
 def accuracy(
     base: Decoder, names: Sequence[str], length: int = 64, rows: int = 2
 ) -> list[dict[str, Any]]:
-    """How far the gradients of the trained tensors are from float64: ‖g − g64‖ / ‖g64‖ over all of them."""
+    """Returns ‖g − g64‖ / ‖g64‖ over all trained tensors, with g64 the gradient in float64."""
     inputs, table = batch(base, rows, length), []
-    for name in (name for name in names if "dropout" not in name):  # whose masks are drawn anew
+    for name in (name for name in names if "dropout" not in name):  # its masks differ
         models, _ = compared(base, SUBJECTS[name])
         for key in ("lorakin", "PEFT", "PEFT narrow"):
             if key not in models:

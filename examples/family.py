@@ -1,11 +1,13 @@
-"""All eight members on two real models, each through `lorakin train`, and what each costs.
+"""Trains all members on two real models with `lorakin train`, and shows what each costs.
 
     make family        (or: python examples/family.py [--quick] [--out family])
 
-SmolLM2-135M learns one-line docstrings, MiniLM with a new head the sentiment of movie reviews. Every member sees the same
-rows, seed, batches and steps, at its own usual learning rate times one factor for all, which short runs need. Nothing is
-tuned and there is one seed, so the table says that each member works and what it costs, not which is best.
-Time is the ratio to LoRA of one training step, all members interleaved in one process, median (lowest–highest).
+SmolLM2-135M learns one-line docstrings; MiniLM with a new head learns the sentiment of movie
+reviews. All members see the same rows, seed, batches and steps. Each has its usual learning rate
+times one factor for all, because short runs need larger rates. Nothing is tuned and there is one
+seed, so the table shows that each member works and what it costs, not which one is best.
+
+Time is a training step over LoRA's: median (lowest–highest), all members in turns in one process.
 """
 
 from __future__ import annotations
@@ -74,12 +76,12 @@ TASKS = (
 
 
 def settings_of(word: str, steps: int) -> dict[str, Any]:
-    """What a short run needs besides the defaults: Delta-LoRA begins after a quarter of it."""
+    """Returns the settings of a short run: Delta-LoRA begins after a quarter of it."""
     return {"start_step": steps // 4} if "start_step" in member_named(word).setting_names() else {}
 
 
 def write_data(task: Task, folder: Path) -> None:
-    """The task's rows, `train.jsonl` and `held_out.jsonl`."""
+    """Writes the task's rows into `train.jsonl` and `held_out.jsonl`."""
     rows: list[Any] = docstring_rows() if task.model == "smollm2" else snippets()
     for name, part in (
         ("held_out", rows[: task.held_out]),
@@ -91,7 +93,7 @@ def write_data(task: Task, folder: Path) -> None:
 
 
 def train(task: Task, word: str, folder: Path, steps: int) -> dict[str, Any]:
-    """Run `lorakin train --method word` in a process of its own, unless that was done before; its result."""
+    """Runs `lorakin train --method word` in a process, if not done before; returns its result."""
     known = folder / f"{word}.json"
     if known.is_file():
         return dict(json.loads(known.read_text()))
@@ -125,7 +127,10 @@ def train(task: Task, word: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one training step of each member, in turns, the order reversed every other round."""
+    """Returns word → seconds of one training step in each round.
+
+    The members run in turns, in reverse order every other round.
+    """
     console = Console(quiet=True)
     models: dict[str, tuple[Run, Any, torch.optim.Optimizer]] = {}
     for member in FAMILY:
@@ -137,9 +142,13 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
             )
         )
         recipe = Recipe(
-            model=task.model, data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
-            out=str(folder / "timed" / member.word), steps=100, **flags,  # type: ignore[arg-type]
-        )  # fmt: skip
+            model=task.model,
+            data=str(folder / "train.jsonl"),
+            eval_data=str(folder / "held_out.jsonl"),
+            out=str(folder / "timed" / member.word),
+            steps=100,
+            **flags,  # type: ignore[arg-type]
+        )
         run = prepare(recipe, console)
         whole = list(run.adapter.placement.copies)
         run.adapter.remove()
@@ -171,7 +180,7 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def frozen_shared(folder: Path) -> int:
-    """Numbers that the adapter keeps beside those of single layers and never trains."""
+    """Returns how many frozen numbers the adapter's modules share."""
     from safetensors import safe_open
 
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
@@ -182,12 +191,13 @@ def frozen_shared(folder: Path) -> int:
 def table(
     task: Task, results: list[dict[str, Any]], times: dict[str, list[float]], folder: Path
 ) -> str:
-    """The task's results as Markdown."""
+    """Returns the task's results as Markdown."""
     name = "held-out loss" if task.measure == "loss" else "held-out accuracy"
     lines = [
         f"### {task.title}, {results[0]['steps']} steps",
         "",
-        f"| member | learning rate | {name} before | after | trained | frozen shared | step time, × LoRA | adapter, MiB |",
+        f"| member | learning rate | {name} before | after | trained | frozen shared "
+        "| step time, × LoRA | adapter, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -203,31 +213,33 @@ def table(
         )
         trained, shared = f"{result['trainable_parameters']:,}", frozen_shared(folder / word)
         lines.append(
-            f"| `{word}` | {result['lr']:g} | {shown} | {trained} | {f'{shared:,}' if shared else '–'} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {result['adapter_bytes'] / 2**20:.2f} |"
+            f"| `{word}` | {result['lr']:g} | {shown} | {trained} "
+            f"| {f'{shared:,}' if shared else '–'} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) "
+            f"| {result['adapter_bytes'] / 2**20:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Train everything, time everything, write the tables."""
+    """Trains everything, times everything, and writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps on a few rows, to see that it runs"
+        "--quick", action="store_true", help="a few steps on a few rows: does it run?"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("family"),
-        help="where everything goes; what is there already is not trained again",
+        help="where everything goes; what is there is not trained again",
     )
     options = parser.parse_args()
     console = Console(soft_wrap=True)
     tables = [
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, lorakin {lk.__version__}\n"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, lorakin {lk.__version__}\n"
     ]
     for task in TASKS:
         if options.quick:

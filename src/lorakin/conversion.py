@@ -22,10 +22,10 @@ from lorakin.inject.attachments import base_state
 from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
 from lorakin.inject.calibration_inputs import input_samples
 from lorakin.inject.layers import LinearLayer, TransposedLayer
-from lorakin.inject.placement import root_of
+from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
 from lorakin.storage.document import Document
-from lorakin.storage.foreign import read_foreign
+from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match
 from lorakin.storage.plain import of_pairs as document_of_pairs
 
@@ -89,7 +89,7 @@ def as_lora(
     seen = _Seen(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
     for path in adapter.placement.methods:
-        change = adapter.change_at(path)
+        change = adapter.tensors.change_at(path)
         if change.gain is not None and rank is None and error is None:
             raise SettingError(
                 f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base weight by a gain ({path}, …), which "
@@ -97,19 +97,25 @@ def as_lora(
                 "or merge it into the model, which is exact"
             )
         _check_finite(change, adapter, path)
-        weight = adapter.base_weight(path)
+        weight = adapter.tensors.base_weight(path)
         pairs[path], fit = nearest(change, weight, rank=rank, error=error, root=seen.root(path))
         fits[path] = seen.judged(fit, change, pairs[path], weight, path)
     _warn_if_missed(fits, error)
-    copies = {path: adapter.copy_of(path).state_dict() for path in adapter.placement.copies}
+    copies = {path: adapter.tensors.copy_of(path).state_dict() for path in adapter.placement.copies}
     rows = (
         adapter.placement.tokens,
-        {path: adapter.rows_at(path) for path in adapter.placement.tokens},
+        {path: adapter.tensors.rows_at(path) for path in adapter.placement.tokens},
     )
     if portable:
         pairs = _portable(adapter, pairs)
     plain = of_pairs(
-        adapter.model, name, pairs, copies, rows, adapter.moved_buffers(), adapter.biases()
+        adapter.model,
+        name,
+        pairs,
+        copies,
+        rows,
+        adapter.tensors.moved_buffers(),
+        adapter.tensors.biases(),
     )
     return Plain(plain, fits)
 
@@ -164,7 +170,7 @@ def combine(
         if adapter.is_merged:
             raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
         for path in adapter.placement.methods:
-            change = adapter.change_at(path)
+            change = adapter.tensors.change_at(path)
             _check_finite(change, adapter, path)
             if change.gain is not None:
                 raise SettingError(
@@ -244,7 +250,7 @@ def _of_factors(
     generator: torch.Generator,
 ) -> Pair:
     """The pair of factors combined each by itself."""
-    factors = [adapter.factors_at(path) for adapter, _ in there]
+    factors = [adapter.tensors.factors_at(path) for adapter, _ in there]
     ranks = {
         adapter.name: len(pair.down) for (adapter, _), (pair, _) in zip(there, factors, strict=True)
     }
@@ -389,7 +395,9 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     if biases := adapter.placement.biases:
         raise SettingError(f"the portable form cannot hold biases ({some(biases)}); merge instead")
     strange = [
-        path for path in pairs if adapter.branch(path).layer not in (LinearLayer, TransposedLayer)
+        path
+        for path in pairs
+        if adapter.tensors.branch(path).layer not in (LinearLayer, TransposedLayer)
     ]
     if strange:
         raise SettingError(
@@ -409,8 +417,8 @@ def _summed_buffers(known: Sequence[Adapter], weights: Mapping[str, float]) -> d
     """Each buffer that training moved: the base's plus the weighted changes; a number of calls, the last adapter's."""
     found: dict[str, Tensor] = {}
     for adapter in known:
-        for name, moved in adapter.moved_buffers().items():
-            base = adapter.base_buffer(name)
+        for name, moved in adapter.tensors.moved_buffers().items():
+            base = adapter.tensors.base_buffer(name)
             if base is None or base.shape != moved.shape or not moved.is_floating_point():
                 found[name] = moved
             else:
@@ -442,7 +450,8 @@ def _combined_biases(
     for path in [path for path in found if path in paths]:
         there = [adapter for adapter in known if path in adapter.placement.biases]
         changes = [
-            (adapter.biases()[path].to(found[path]) - found[path]).unsqueeze(1) for adapter in there
+            (adapter.tensors.biases()[path].to(found[path]) - found[path]).unsqueeze(1)
+            for adapter in there
         ]
         each = [weights[adapter.name] for adapter in there]
         found[path] = found[path] + rule.of_matrices(changes, each, generator).view(-1)
@@ -461,7 +470,7 @@ def _combined_copies(
     for path in dict.fromkeys(path for adapter in known for path in adapter.placement.copies):
         there = [adapter for adapter in known if path in adapter.placement.copies]
         own = base_state(model.get_submodule(path))
-        found = [adapter.copy_of(path).state_dict() for adapter in there]
+        found = [adapter.tensors.copy_of(path).state_dict() for adapter in there]
         each = [weights[adapter.name] for adapter in there]
         states[path] = {key: found[-1][key] for key in own}
         for key, base in own.items():
@@ -495,7 +504,7 @@ def _combined_rows(
                 [every[path].ids.index(token) for token in tokens], device=base[path].device
             )
             values[path].index_add_(
-                0, at, weight * (adapter.rows_at(path).to(base[path]) - base[path])
+                0, at, weight * (adapter.tensors.rows_at(path).to(base[path]) - base[path])
             )
     named = {path: tokens.ids for path, tokens in every.items()}
     found = tied_rows(

@@ -1,4 +1,6 @@
-"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that says what it cannot know."""
+"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that
+says what it cannot know.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,15 @@ from report.browser import Browser, browser
 __all__ = ["browser"]
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "delta-lora": {"start_step": 1},
+    "lora-xs": {"rank": 4},
+    "eva": {"rank": 4},
+    "lora-ga": {"rank": 4},
+}
+"""Settings of members whose own do not suit a tiny model, or a run of three steps."""
+
+
 def saved(member: Any, path: Path, **options: Any) -> Path:
     return randomise(lk.adapt(tiny_llama(), member, **options)).save(path / "adapter")
 
@@ -32,8 +43,9 @@ def trained(kind: Any, path: Path) -> Path:
     """Its adapter after three steps, chosen by a probe if that is its way."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
-    member = kind(start_step=1) if kind is lk.DeltaLoRA else kind()
-    probe = [batch] if Method.of(member).probe is not None else None
+    member = kind(**SMALL.get(kind.word, {}))
+    method = Method.of(member)
+    probe = [batch] if method.probe is not None or method.measuring is not None else None
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):
@@ -108,7 +120,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         for path in adapter.placement.methods:
-            up = adapter.tensors_at(path)["B"]
+            up = adapter.tensors.at(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):
                 up[direction, direction] = 1.0
@@ -170,7 +182,10 @@ def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["inspect", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert "18 modules: self_attn.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj" in shown
-    norms = [adapter.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm() for n in range(4)]
+    norms = [
+        adapter.tensors.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm()
+        for n in range(4)
+    ]
     assert f"{math.hypot(*norms):.3g}" in shown
 
 
@@ -214,10 +229,15 @@ def _cast(dtype: torch.dtype) -> Any:
 
 
 BROKEN = {
-    "NaN": _set(float("nan")), "infinity": _set(float("inf")), "int8": _cast(torch.int8), "bool": _cast(torch.bool),
-    "float8": _cast(torch.float8_e4m3fn), "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
-    "lacks": lambda tensors, key: tensors.pop(key), "no tensors": lambda tensors, key: tensors.clear(),
-}  # fmt: skip
+    "NaN": _set(float("nan")),
+    "infinity": _set(float("inf")),
+    "int8": _cast(torch.int8),
+    "bool": _cast(torch.bool),
+    "float8": _cast(torch.float8_e4m3fn),
+    "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
+    "lacks": lambda tensors, key: tensors.pop(key),
+    "no tensors": lambda tensors, key: tensors.clear(),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)

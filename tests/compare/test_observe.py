@@ -44,7 +44,7 @@ def test_a_module_that_is_trained_whole_is_seen_too() -> None:
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRA(), "none", modules_to_save=[PATH])
     with torch.no_grad():
-        adapter.copy_of(PATH).weight.mul_(1.5)
+        adapter.tensors.copy_of(PATH).weight.mul_(1.5)
     before = model.get_submodule(PATH).weight
     assert observe.moved(adapter)[PATH] == pytest.approx(
         (0.5 * float(before.norm(dim=1).mean()), 0.0), abs=1e-5
@@ -66,7 +66,7 @@ def test_ranks_are_those_that_are_not_switched_off() -> None:
     adapter = lk.adapt(tiny_llama(), lk.AdaLoRA(initial_rank=6, target_rank=2))
     assert observe.ranks(adapter) == {}  # Λ starts at zero, which tells nothing yet
     with torch.no_grad():
-        adapter.branch(PATH).tensors()["E"][:4] = 1.0
+        adapter.tensors.branch(PATH).tensors()["E"][:4] = 1.0
     assert observe.ranks(adapter)[PATH] == 4
     assert (
         observe.ranks(lk.adapt(tiny_llama(), lk.VeRA(rank=8))) == {}

@@ -24,7 +24,7 @@ def triples(model: nn.Module, adapter: lk.Adapter) -> list[dict[str, object]]:
     """The layers of `model` as the reference wants them."""
     found = []
     for path in adapter.placement.methods:
-        module, site = model.get_submodule(path), adapter.branch(path)
+        module, site = model.get_submodule(path), adapter.tensors.branch(path)
         found.append(
             {
                 k: array(t)
@@ -39,7 +39,7 @@ def triples(model: nn.Module, adapter: lk.Adapter) -> list[dict[str, object]]:
 def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
     model = linear(dtype).train()
     adapter = randomised(lk.adapt(model, lk.AdaLoRA(initial_rank=4, alpha=6, dropout=dropout), "0"))
-    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.tensors.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
@@ -88,12 +88,12 @@ def test_training_with_its_masks(
         seen += fit(model, optimizer, x, target, 1)
         if n in (6, 8):
             zeros = [
-                ~adapter.branch(path).E.flatten().bool().numpy()
+                ~adapter.tensors.branch(path).E.flatten().bool().numpy()
                 for path in adapter.placement.methods
             ]
             for zero, kept in zip(zeros, wanted["kept"][n - 1], strict=True):
                 np.testing.assert_array_equal(zero, ~kept)
-        ranks.append(sum(len(adapter.branch(path).E) for path in adapter.placement.methods))
+        ranks.append(sum(len(adapter.tensors.branch(path).E) for path in adapter.placement.methods))
     close(seen, wanted["losses"][:steps], tolerance)
     assert ranks == [8] * (T - 8 - 1) + [4] * (steps - (T - 8 - 1)), (
         "freed when the pattern is fixed"
@@ -104,7 +104,7 @@ def test_training_with_its_masks(
     for path, layer, kept in zip(
         adapter.placement.methods, wanted["layers"], wanted["kept"][-1], strict=True
     ):
-        site = adapter.branch(path)
+        site = adapter.tensors.branch(path)
         for got, want in (
             (site.P, layer["P"][:, kept]),
             (site.E, layer["E"][kept]),
@@ -124,10 +124,10 @@ def test_the_regulariser_is_added_exactly_once_a_step() -> None:
         (((model(x[part]) - target[part]) ** 2).mean() / 2).backward()
     task = {name: p.grad.clone() for name, p in adapter.named_parameters()}
     optimizer.step()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     _, (dPs, dQs) = reference.regulariser([array(s.P) for s in sites], [array(s.Q) for s in sites])
     for path, dP, dQ in zip(adapter.placement.methods, dPs, dQs, strict=True):
-        site = adapter.branch(path)
+        site = adapter.tensors.branch(path)
         close(site.P.grad - task[f"{path}.P"], 0.3 * dP, 1e-10)
         close(site.Q.grad - task[f"{path}.Q"], 0.3 * dQ, 1e-10)
         assert torch.equal(site.E.grad, task[f"{path}.E"])
@@ -148,13 +148,13 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
     )
     adapter = randomised(lk.adapt(model, member))
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.3, total_steps=T)
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     expected = reference.Scores(*betas)
     for n in range(6):
         ((model(x) - (-1) ** n * n * target) ** 2).mean().backward()
         for path in adapter.placement.methods:
-            for slot, w in adapter.branch(path).tensors().items():
+            for slot, w in adapter.tensors.branch(path).tensors().items():
                 expected.update(f"{path}.{slot}", array(w), array(w.grad))
         optimizer.step()
         optimizer.zero_grad()
@@ -164,7 +164,9 @@ def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
 
 
 def test_the_start() -> None:
-    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).branch("0")
+    site = lk.adapt(linear(torch.float32, 200, 100), lk.AdaLoRA(initial_rank=50)).tensors.branch(
+        "0"
+    )
     assert not site.E.any()
     for factor in (site.P, site.Q):
         assert factor.std().item() == pytest.approx(0.02, rel=0.05)
@@ -182,7 +184,7 @@ def test_on_lora_fa_the_regulariser_is_on_P_alone() -> None:
     )
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0, total_steps=T)
     ((model(x) - target) ** 2).mean().backward()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     task = [site.P.grad.clone() for site in sites]
     optimizer.step()
     for site, before in zip(sites, task, strict=True):
@@ -201,8 +203,8 @@ def allocation(
         initial_rank=all_ranks[0], target_rank=target, start=start, finish=finish, interval=interval
     )
     adapter = lk.adapt(model, member)
-    adapter.begin(total)
-    (rule,) = adapter.rules or ()
+    adapter.run.begin(total)
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     return rule
 
@@ -266,7 +268,7 @@ def test_equal_ranks_are_no_crash_but_no_pruning() -> None:
     ):
         optimizer = adapter.optimizer(lr=0.01, total_steps=T)
     fit(model, optimizer, x, target, T)
-    assert {len(adapter.branch(path).E) for path in adapter.placement.methods} == {4}
+    assert {len(adapter.tensors.branch(path).E) for path in adapter.placement.methods} == {4}
 
 
 def test_what_is_pruned_is_freed() -> None:
@@ -281,7 +283,7 @@ def test_what_is_pruned_is_freed() -> None:
     loss.backward()
     masked = copy.deepcopy(model)
     optimizer.step()
-    sites = [adapter.branch(path) for path in adapter.placement.methods]
+    sites = [adapter.tensors.branch(path) for path in adapter.placement.methods]
     ranks = [len(site.E) for site in sites]
     assert sum(ranks) == 4
     assert [id(p) for p in adapter.parameters()] == [id(p) for p in before]
@@ -306,22 +308,26 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01, total_steps=12)
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     assert isinstance(rule, Allocation)
     fit(model, optimizer, x, target, 2)
     directory.save(adapter, tmp_path / "early")
     rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 10)
     directory.save(adapter, tmp_path / "late")
-    assert not any(t.requires_grad or t.numel() for t in adapter.branch("1").tensors().values())
+    assert not any(
+        t.requires_grad or t.numel() for t in adapter.tensors.branch("1").tensors().values()
+    )
     loaded = lk.load(linear(torch.float64, 11, 9, 7), tmp_path / "late", trainable=True)
-    assert not any(t.requires_grad for t in loaded.branch("1").tensors().values())
-    assert all(t.requires_grad for t in loaded.branch("0").tensors().values())
+    assert not any(t.requires_grad for t in loaded.tensors.branch("1").tensors().values())
+    assert all(t.requires_grad for t in loaded.tensors.branch("0").tensors().values())
     adapter.restore(tmp_path / "early")
-    assert all(t.requires_grad and t.numel() for t in adapter.branch("1").tensors().values())
-    before = array(adapter.branch("1").Q)
+    assert all(
+        t.requires_grad and t.numel() for t in adapter.tensors.branch("1").tensors().values()
+    )
+    before = array(adapter.tensors.branch("1").Q)
     fit(model, optimizer, x, target, 1)
-    assert (array(adapter.branch("1").Q) != before).any()
+    assert (array(adapter.tensors.branch("1").Q) != before).any()
 
 
 def test_on_vera_what_is_pruned_stays_pruned() -> None:
@@ -330,12 +336,12 @@ def test_on_vera_what_is_pruned_stays_pruned() -> None:
     adapter = lk.adapt(model, [lk.VeRA(rank=6), lk.AdaLoRA(target_rank=2, start=3, finish=8)])
     optimizer = adapter.optimizer(lr=0.05, total_steps=T)
     fit(model, optimizer, x, target, T - 8)
-    pruned = [adapter.branch(path).d == 0 for path in adapter.placement.methods]
+    pruned = [adapter.tensors.branch(path).d == 0 for path in adapter.placement.methods]
     assert sum(int(zero.sum()) for zero in pruned) == 2 * 6 - 2 * 2
     fit(model, optimizer, x, target, 8)
     for path, zero in zip(adapter.placement.methods, pruned, strict=True):
-        assert torch.equal(adapter.branch(path).d == 0, zero)
-    (rule,) = adapter.rules or ()
+        assert torch.equal(adapter.tensors.branch(path).d == 0, zero)
+    (rule,) = adapter.run.rules or ()
     assert rule.state()["sensitivity"] == {}
 
 
@@ -375,7 +381,7 @@ def test_the_length_of_the_run_is_asked_for() -> None:
 def test_the_schedule_that_is_left_open() -> None:
     for total, interval in ((4_999, 1), (5_000, 10), (15_000, 100)):
         adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=6, target_rank=2))
-        adapter.begin(total)
+        adapter.run.begin(total)
         chosen = [
             adapter.method.setting(name) for name in ("total_steps", "start", "finish", "interval")
         ]
@@ -410,13 +416,13 @@ def test_saved_ranks_are_the_true_ones(tmp_path: Path) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, **SCHEDULE))
     fit(model, adapter.optimizer(lr=0.01, total_steps=T), x, target, T)
-    ranks = {path: len(adapter.branch(path).E) for path in adapter.placement.methods}
+    ranks = {path: len(adapter.tensors.branch(path).E) for path in adapter.placement.methods}
     adapter.save(tmp_path)
     other = linear(torch.float64, 11, 9, 7)
     loaded = lk.load(other, tmp_path)
-    assert {path: len(loaded.branch(path).E) for path in loaded.placement.methods} == ranks
+    assert {path: len(loaded.tensors.branch(path).E) for path in loaded.placement.methods} == ranks
     assert torch.equal(other(x), model(x))
-    assert loaded.rules is None, "inference holds no training state"
+    assert loaded.run.rules is None, "inference holds no training state"
 
 
 def test_settings_outside_their_range() -> None:

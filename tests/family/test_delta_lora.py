@@ -29,7 +29,7 @@ def test_eighty_steps_of_training(
     adapter = lk.adapt(
         model, lk.DeltaLoRA(rank=3, alpha=6, lam=1.5, start_step=K, update=update), "0", seed=1
     )
-    site, W0 = adapter.branch("0"), array(model[0].weight)
+    site, W0 = adapter.tensors.branch("0"), array(model[0].weight)
     numbers = [array(t) for t in (x, target, model[0].weight, model[0].bias, site.A, site.B)]
     A, B, W, losses, _ = reference.train_literal(
         *numbers, s=2, lam=1.5, K=K, steps=80, lr=0.01, weight_decay=0.05
@@ -71,7 +71,7 @@ def test_forward_and_gradients(K: int) -> None:
     """The gradient is a plain pair's at the full effective weight, not 1 + λ times that."""
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, alpha=6, start_step=K), "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     start = array(site.A), array(site.B)
     fit(model, adapter.optimizer(lr=0.05), x, target, K)
     A_K, B_K = (array(site.A), array(site.B)) if K else start
@@ -97,12 +97,14 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
     loss = ((model(x) - target) ** 2).mean()
     loss.backward()
     optimizer.step()
-    pair = adapter.pair_at("0")
-    site = adapter.branch("0")
+    pair = adapter.tensors.pair_at("0")
+    site = adapter.tensors.branch("0")
     assert pair.down.shape[0] == 4
     torch.testing.assert_close(pair.up @ pair.down, 2 * site.B @ site.A, rtol=1e-12, atol=1e-14)
     fit(model, optimizer, x, target, 10)
-    singular = torch.linalg.svdvals((lambda pair: pair.up @ pair.down)(adapter.pair_at("0")))
+    singular = torch.linalg.svdvals(
+        (lambda pair: pair.up @ pair.down)(adapter.tensors.pair_at("0"))
+    )
     assert (singular > 1e-10).sum() == 4
 
 
@@ -145,9 +147,9 @@ def test_on_lora_fa_one_pair_of_rank_r_holds_both() -> None:
     adapter = lk.adapt(model, [lk.DeltaLoRA(rank=3, alpha=6, start_step=2), lk.LoRAFA()], "0")
     optimizer = adapter.optimizer(lr=0.05)
     fit(model, optimizer, x, target, 2)
-    B_K, site = array(adapter.branch("0").B), adapter.branch("0")
+    B_K, site = array(adapter.tensors.branch("0").B), adapter.tensors.branch("0")
     fit(model, optimizer, x, target, 3)
-    pair = adapter.pair_at("0")
+    pair = adapter.tensors.pair_at("0")
     assert pair.down.shape[0] == 3
     close(pair.up, 2 * (3 * array(site.B) - 2 * B_K), 1e-12)
 
@@ -169,7 +171,7 @@ def test_resuming_before_at_and_after_the_anchor(update: Any, stop: int, tmp_pat
     other, resumed, again = begin()
     resumed.restore(tmp_path)
     again.load_state_dict(kept)
-    assert resumed.steps == stop
+    assert resumed.run.steps == stop
     rest = fit(other, again, x, target, 6)
     if update == "telescoped" or stop == 3:
         assert rest == whole, "to the bit"
@@ -187,12 +189,12 @@ def test_going_back_and_forth_within_a_run(update: Any, tmp_path: Path) -> None:
     optimizer = adapter.optimizer(lr=0.05)
     outputs = {}
     for steps in (1, 4, 7):
-        fit(model, optimizer, x, target, steps - adapter.steps)
+        fit(model, optimizer, x, target, steps - adapter.run.steps)
         directory.save(adapter, tmp_path / str(steps))
         outputs[steps] = array(model(x))
     for steps in (4, 1, 7, 4):
         adapter.restore(tmp_path / str(steps))
-        assert adapter.steps == steps
+        assert adapter.run.steps == steps
         close(model(x), outputs[steps], 1e-12)
     optimizer = adapter.optimizer(lr=0.05)  # a second run goes on from what was learned
     adapter.restore(tmp_path / "7")
@@ -211,7 +213,7 @@ def test_what_is_saved_in_place_is_the_form_that_leaves_the_base_alone(tmp_path:
     loaded = lk.load(other, tmp_path)
     close(other(x), array(model(x)), 1e-12)
     assert (array(other[0].weight) == weight).all()
-    assert loaded.pair_at("0").down.shape[0] == 6
+    assert loaded.tensors.pair_at("0").down.shape[0] == 6
 
 
 @pytest.mark.parametrize("update", FORMS)

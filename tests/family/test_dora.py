@@ -22,7 +22,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     with torch.no_grad():
         model[0].weight[3] = 0  # a row of length zero
     adapter = randomised(lk.adapt(model, lk.DoRA(rank=3, alpha=5, dropout=dropout), "0"))
-    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.tensors.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     y = model(x)
     torch.manual_seed(4)
@@ -47,7 +47,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     """With a decay that must not reach m, and B at its own rate."""
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, [lk.DoRA(rank=3, alpha=6), lk.LoRAPlus(ratio=3)], "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     tensors = (x, target, model[0].weight, model[0].bias, site.A, site.B)
     A, B, m, losses = reference.train(
         *map(array, tensors), s=2, m=array(site.m), steps=25, lr=0.01, weight_decay=0.1, ratio=3
@@ -68,8 +68,8 @@ def test_the_start_is_the_base_to_the_bit(dtype: torch.dtype, dropout: float) ->
     before = model(x)
     adapter = lk.adapt(model, lk.DoRA(rank=8, dropout=dropout))
     assert torch.equal(model(x), before)
-    assert adapter.branch("0").m.dtype == torch.promote_types(dtype, torch.float32)
-    gain = adapter.pair_at("0").gain
+    assert adapter.tensors.branch("0").m.dtype == torch.promote_types(dtype, torch.float32)
+    gain = adapter.tensors.pair_at("0").gain
     assert gain is not None
     assert torch.equal(gain, torch.ones_like(gain)), "exactly 1"
 
@@ -79,11 +79,15 @@ def test_m_has_one_number_for_each_output() -> None:
     adapter = lk.adapt(model, lk.DoRA(rank=2))
     for path in adapter.placement.methods:
         module = model.get_submodule(path)
-        close(adapter.branch(path).m, np.linalg.norm(module.weight.detach().numpy(), axis=0), 1e-6)
+        close(
+            adapter.tensors.branch(path).m,
+            np.linalg.norm(module.weight.detach().numpy(), axis=0),
+            1e-6,
+        )
     net = ConvNet()
     adapter = lk.adapt(net, lk.DoRA(rank=2), targets=["two", "head"])
     close(
-        adapter.branch("two").m,
+        adapter.tensors.branch("two").m,
         np.linalg.norm(net.two.weight.detach().numpy().reshape(6, -1), axis=1),
         1e-6,
     )
@@ -184,7 +188,7 @@ def test_decay_on_the_magnitude_is_announced() -> None:
 def test_a_magnitude_that_never_trained_is_announced(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DoRA(rank=2))
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     fit(model, torch.optim.SGD([site.A, site.B], lr=0.1), x, target, 3)
     with pytest.warns(
         lk.LorakinWarning,

@@ -87,7 +87,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     member = lk.LoRA(rank=3, alpha=5, dropout=dropout)
     adapter = lk.adapt(model, member, "0")
     with torch.no_grad():
-        adapter.branch("0").B.normal_()
+        adapter.tensors.branch("0").B.normal_()
     x = torch.randn(6, 11, dtype=dtype, requires_grad=True)
     delta = torch.randn(6, 7, dtype=dtype)
     torch.manual_seed(4)
@@ -95,7 +95,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     torch.manual_seed(4)
     dropped = mask(x, dropout)
     y.backward(delta)
-    site, linear = adapter.branch("0"), model[0]
+    site, linear = adapter.tensors.branch("0"), model[0]
     numbers = [t.detach().numpy() for t in (x, linear.weight, linear.bias, site.A, site.B)]
     expected = reference.forward(*numbers, s=member.scaling, mask=dropped)
     dA, dB, dx = reference.gradients(
@@ -111,7 +111,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     model = nn.Sequential(nn.Linear(11, 7)).to(dtype)
     member = lk.LoRA(rank=3, alpha=5)
     adapter = lk.adapt(model, member, "0")
-    site, linear = adapter.branch("0"), model[0]
+    site, linear = adapter.tensors.branch("0"), model[0]
     x, target = torch.randn(20, 11, dtype=dtype), torch.randn(20, 7, dtype=dtype)
     A, B, losses = reference.train(
         x.numpy(), target.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy(),
@@ -137,5 +137,5 @@ def test_at_the_first_step_only_B_moves() -> None:
     model = nn.Sequential(nn.Linear(5, 4))
     adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
     model(torch.randn(3, 5)).square().sum().backward()
-    assert not adapter.branch("0").A.grad.any()
-    assert adapter.branch("0").B.grad.any()
+    assert not adapter.tensors.branch("0").A.grad.any()
+    assert adapter.tensors.branch("0").B.grad.any()

@@ -42,7 +42,7 @@ def test_the_importance_is_the_papers(ids: Tensor) -> None:
     model.eval()(ids, attention_mask=mask)
     expected = []
     for path, (x,) in seen.items():
-        site = adapter.branch(path)
+        site = adapter.tensors.branch(path)
         keep = mask.bool().numpy() if x.dim() == 3 else None
         expected.append(reference.energy(array(x), array(site.A), array(site.B), 2.5, keep))
     close(list(shares.values()), reference.importance(expected), 1e-9)
@@ -58,7 +58,7 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
         inputs = [x, model[0](x)]
         ratios = []
         for path, given in zip(adapter.placement.methods, inputs, strict=True):
-            pair = adapter.pair_at(path)
+            pair = adapter.tensors.pair_at(path)
             own = (given @ model.get_submodule(path).weight.T).square().sum()
             ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
 
@@ -146,7 +146,7 @@ def test_the_others_share_by_name_and_shape() -> None:
     adapter = lk.adapt(tiny_llama(), lk.LoRADrop(keep=2, importance=share, rank=2))
     found: dict[int, list[str]] = {}
     for path in paths:
-        found.setdefault(id(adapter.branch(path).B), []).append(path)
+        found.setdefault(id(adapter.tensors.branch(path).B), []).append(path)
     keys = [(path.rpartition(".")[2],) for path in paths]
     groups = reference.groups(keys, [paths.index(path) for path in kept])
     expected = sorted(
@@ -188,7 +188,7 @@ def test_training_a_shared_pair(dtype: torch.dtype, tolerance: float) -> None:
         alpha=6,
     )
     adapter = lk.adapt(holder, member)
-    one, two = (adapter.branch(path) for path in ("0.fc", "1.fc"))
+    one, two = (adapter.tensors.branch(path) for path in ("0.fc", "1.fc"))
     assert one.A is two.A
     layers = [{"W0": array(module.weight), "bias": array(module.bias)} for module in model]
     A, B, losses = reference.train_shared(
@@ -276,7 +276,7 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
     with pytest.warns(lk.LorakinWarning, match="left aside"):
         loaded = lk.load(tiny_llama(), tmp_path)
     assert loaded.method.words == "lora"
-    assert torch.equal(loaded.branch(path).B, adapter.branch(path).B + 1)
+    assert torch.equal(loaded.tensors.branch(path).B, adapter.tensors.branch(path).B + 1)
     own_part = json.loads((tmp_path / "lorakin.json").read_text())
     own_part["beside"] = {}
     (tmp_path / "lorakin.json").write_text(json.dumps(own_part))

@@ -27,7 +27,7 @@ from references import lora_fa as reference
 def test_gradients(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
     model = linear(dtype).train()
     adapter = randomised(lk.adapt(model, lk.LoRAFA(rank=3, alpha=5, dropout=dropout), "0"))
-    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.tensors.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     model(x).backward(delta)
     torch.manual_seed(4)
@@ -47,7 +47,7 @@ def test_twenty_five_steps_of_training(
 ) -> None:
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, lk.LoRAFA(rank=3, alpha=6, corrected=corrected), "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     A = array(site.A)
     B, losses = reference.train(
         *map(array, (x, target, model[0].weight, model[0].bias, site.A, site.B)),
@@ -72,7 +72,7 @@ def test_the_corrected_gradient_is_the_nearest_to_the_full_one() -> None:
     fit(model, optimizer, x, target, 0)
     ((model(x) - target) ** 2).mean().backward()
     optimizer.step()
-    site, full = adapter.branch("0"), model[0].weight.grad
+    site, full = adapter.tensors.branch("0"), model[0].weight.grad
     torch.testing.assert_close(
         (2 * site.B.grad @ site.A - full) @ site.A.T, torch.zeros(7, 3, dtype=torch.float64)
     )
@@ -84,7 +84,7 @@ def test_the_corrected_gradient_is_the_nearest_to_the_full_one() -> None:
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0)
     (table(torch.arange(9)) ** 3).sum().backward()
     optimizer.step()
-    site, full = adapter.branch("0"), table[0].weight.grad.T
+    site, full = adapter.tensors.branch("0"), table[0].weight.grad.T
     assert site.B.grad is None
     torch.testing.assert_close(
         site.B.T @ (2 * site.B @ site.A.grad - full), torch.zeros(2, 9, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_a_shared_pairs_gradient_is_corrected_once() -> None:
             [lk.LoRADrop(keep=1, importance=share), lk.LoRAFA(rank=3, alpha=6, corrected=True)],
         )
     )
-    one, two = (adapter.branch(path) for path in ("0.fc", "1.fc"))
+    one, two = (adapter.tensors.branch(path) for path in ("0.fc", "1.fc"))
     assert one.B is two.B
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.0)
     ((model[1]["fc"](model[0]["fc"](x)) - target) ** 2).mean().backward()
@@ -172,13 +172,13 @@ def test_an_embedding_trains_its_vocabulary_factor() -> None:
 
 def test_an_orthonormal_start() -> None:
     adapter = lk.adapt(linear(), lk.LoRAFA(rank=4, init="orthonormal"), "0")
-    A = adapter.branch("0").A.detach()
+    A = adapter.tensors.branch("0").A.detach()
     torch.testing.assert_close(A @ A.T, torch.eye(4, dtype=torch.float64) / 3, rtol=1e-6, atol=1e-6)
 
 
 def test_on_adalora_Q_is_frozen_and_orthonormal() -> None:
     adapter = lk.adapt(linear(), [lk.LoRAFA(), lk.AdaLoRA(initial_rank=4)], "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     assert [slot for slot, t in site.tensors().items() if not t.requires_grad] == ["Q"]
     torch.testing.assert_close(
         (site.Q @ site.Q.T).detach(), torch.eye(4, dtype=torch.float64), rtol=1e-6, atol=1e-6

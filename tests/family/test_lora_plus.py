@@ -17,7 +17,7 @@ from references import lora_plus as reference
 def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> None:
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=5, rank=3, alpha=6), "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     A, B, losses = reference.train(
         *map(array, (x, target, model[0].weight, model[0].bias, site.A, site.B)),
         s=2,
@@ -55,7 +55,7 @@ def test_under_adam_it_is_a_larger_scale(member: type) -> None:
     )
     if member is lk.VeRA:
         with torch.no_grad():
-            control.branch("0").B.mul_(ratio)
+            control.tensors.branch("0").B.mul_(ratio)
     losses = []
     for model, adapter in zip(models, (plus, control), strict=True):
         optimizer = adapter.optimizer(torch.optim.Adam, lr=2e-3, eps=1e-30, total_steps=20)
@@ -124,7 +124,7 @@ def test_pairs_on_embeddings_have_a_rate_of_their_own() -> None:
     rates = {
         id(p): group["lr"] for group in other.parameter_groups(lr=1e-3) for p in group["params"]
     }
-    assert rates[id(other.branch("model.embed_tokens").A)] == pytest.approx(1e-2), (
+    assert rates[id(other.tensors.branch("model.embed_tokens").A)] == pytest.approx(1e-2), (
         "an embedding's A starts at zero"
     )
     model(torch.arange(5).unsqueeze(0)).logits.sum().backward()
@@ -165,7 +165,7 @@ def test_two_optimizers_or_a_schedule_do_not_undo_it_silently() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
     for slot in ("A", "B"):
-        optimizer = torch.optim.AdamW([adapter.branch("0").tensors()[slot]], lr=1e-3)
+        optimizer = torch.optim.AdamW([adapter.tensors.branch("0").tensors()[slot]], lr=1e-3)
         with pytest.raises(lk.SettingError, match="one optimizer has to hold them all"):
             fit(model, optimizer, x, target, 1)
     optimizer = adapter.optimizer(lr=1e-3)

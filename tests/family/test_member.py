@@ -102,7 +102,7 @@ def test_the_gain_reaches_the_dropped_base_product_too() -> None:
     y = linear(x)
     torch.manual_seed(7)
     dropped = torch.nn.functional.dropout(x, 0.5)
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     W, b, (A, B, g) = linear[0].weight, linear[0].bias, (site.A, site.B, site.g)
     torch.testing.assert_close(
         y, x @ W.T + (g - 1) * (dropped @ W.T) + g * (dropped @ A.T @ B.T) + b
@@ -120,8 +120,8 @@ def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    site = next(adapter.branch(path) for path in adapter.placement.methods)
-    pair = adapter.pair_at(site.path)
+    site = next(adapter.tensors.branch(path) for path in adapter.placement.methods)
+    pair = adapter.tensors.pair_at(site.path)
     assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
     assert pair.up.shape[1] == 2
     peft = pytest.importorskip("peft")

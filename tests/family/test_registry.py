@@ -74,7 +74,7 @@ def trained(members: Any, ids: Tensor) -> tuple[Any, lk.Adapter]:
 def test_the_example_of_contributing(gained: Any, ids: Tensor, tmp_path: Path) -> None:
     """It trains, combines, saves and loads, here and in PEFT, without a change to lorakin."""
     model, adapter = trained([gained(), lk.LoRAPlus(ratio=8)], ids)
-    branch = next(adapter.branch(path) for path in adapter.placement.methods)
+    branch = next(adapter.tensors.branch(path) for path in adapter.placement.methods)
     rates = {id(p): g["lr"] for g in adapter.parameter_groups(lr=1e-3) for p in g["params"]}
     assert [rates[id(branch.get_parameter(slot))] for slot in "ABg"] == pytest.approx(
         [1e-3, 8e-3, 1e-3]

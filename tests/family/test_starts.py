@@ -29,7 +29,7 @@ def layer(seed: int = 0) -> nn.Sequential:
 
 def started(member: Any, model: nn.Module, **more: Any) -> dict[str, np.ndarray]:
     adapter = lk.adapt(model, member, targets="0", seed=0, **more)
-    return {slot: t.detach().numpy() for slot, t in adapter.branch("0").tensors().items()}
+    return {slot: t.detach().numpy() for slot, t in adapter.tensors.branch("0").tensors().items()}
 
 
 def squared(model: Any, batch: Any) -> Tensor:
@@ -93,7 +93,9 @@ def test_olora_begins_with_the_qr() -> None:
 def test_lora_xs_freezes_the_weights_singular_vectors() -> None:
     model = layer()
     adapter = lk.adapt(model, lk.LoRAXS(rank=4, alpha=6), targets="0", seed=0)
-    tensors = {slot: t.detach().numpy() for slot, t in adapter.branch("0").tensors().items()}
+    tensors = {
+        slot: t.detach().numpy() for slot, t in adapter.tensors.branch("0").tensors().items()
+    }
     A, B = lora_xs.frozen(model[0].weight.detach().numpy(), 4)
     close(tensors["B"] @ tensors["A"], B @ A)
     assert 0 < np.abs(tensors["R"]).max() < 1e-4
@@ -141,7 +143,7 @@ def test_eva_begins_with_what_inputs_vary_along_most() -> None:
     )  # fmt: skip
     wanted = eva.start(seen, {"0": 3, "2": 3}, rho=2.0, tau=0.9)
     for path, A in wanted.items():
-        branch = adapter.branch(path)
+        branch = adapter.tensors.branch(path)
         close(branch.A.detach().numpy(), A, 1e-7)
         assert not branch.B.any()
         assert branch.method.parametrisation.scaling == pytest.approx(2.0)
@@ -156,7 +158,7 @@ def test_eva_leaves_out_what_explains_nothing_and_moves_ranks_to_what_does() -> 
         model, lk.EVA(rank=2, alpha=4), targets=["0", "1"], probe=batches(), loss=output
     )
     assert list(adapter.placement.methods) == ["0"]
-    assert adapter.branch("0").A.shape == (4, 20)
+    assert adapter.tensors.branch("0").A.shape == (4, 20)
 
 
 @pytest.mark.parametrize("member", ANCHORED, ids=lambda m: m.word)
@@ -167,7 +169,10 @@ def test_an_anchored_start_is_the_base_and_trains_as_the_paper(member: Any) -> N
     given = {"probe": data, "loss": squared} if member.needs & {"gradients"} else {}
     adapter = lk.adapt(model, member, targets="0", seed=0, **given)
     assert torch.equal(model(x), before)
-    begun = {slot: t.detach().clone().numpy() for slot, t in adapter.branch("0").tensors().items()}
+    begun = {
+        slot: t.detach().clone().numpy()
+        for slot, t in adapter.tensors.branch("0").tensors().items()
+    }
     assert adapter.trainable_parameters == anchored.trained_parameters(*SHAPE, 4)
 
     optimizer, losses = adapter.optimizer(torch.optim.AdamW, lr=1e-2, fused=False), []
@@ -182,7 +187,7 @@ def test_an_anchored_start_is_the_base_and_trains_as_the_paper(member: Any) -> N
         x.numpy(), y.numpy(), W0, bias, begun["A"], begun["B"], 1.5, 20, 1e-2
     )
     close(losses, wanted)
-    pair = adapter.pair_at("0")
+    pair = adapter.tensors.pair_at("0")
     close(
         W0 + (pair.up @ pair.down).detach().numpy(),
         anchored.weight(W0, A, B, 1.5, begun["A"], begun["B"]),
@@ -204,7 +209,7 @@ def test_what_training_never_reached_is_said(member: Any, tmp_path: Path) -> Non
 
 def test_lora_plus_speeds_up_the_outputs_factor_where_nothing_starts_at_zero() -> None:
     adapter = lk.adapt(tiny_llama(), [lk.PiSSA(rank=2), lk.LoRAPlus(ratio=8)])
-    branch = next(adapter.branch(path) for path in adapter.placement.methods)
+    branch = next(adapter.tensors.branch(path) for path in adapter.placement.methods)
     rates = {id(p): g["lr"] for g in adapter.parameter_groups(lr=1e-3) for p in g["params"]}
     assert rates[id(branch.B)] == pytest.approx(8e-3)
     assert rates[id(branch.A)] == pytest.approx(1e-3)
@@ -260,6 +265,8 @@ def test_the_modules_that_see_one_input_share_what_is_found() -> None:
     )
     del model
     for path in padded.placement.methods:
-        torch.testing.assert_close(padded.branch(path).A, cut.branch(path).A, rtol=1e-6, atol=1e-8)
-    q, k = (padded.branch(f"model.layers.0.self_attn.{name}_proj").A for name in "qk")
+        torch.testing.assert_close(
+            padded.tensors.branch(path).A, cut.tensors.branch(path).A, rtol=1e-6, atol=1e-8
+        )
+    q, k = (padded.tensors.branch(f"model.layers.0.self_attn.{name}_proj").A for name in "qk")
     assert torch.equal(q, k)

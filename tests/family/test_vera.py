@@ -19,7 +19,7 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
     """On the narrow layer of two, which uses the leading columns and rows of the shared pair."""
     model = linear(dtype, 11, 7, 13).train()
     adapter = randomised(lk.adapt(model, lk.VeRA(rank=5, dropout=dropout)))
-    site, x, delta = adapter.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
+    site, x, delta = adapter.tensors.branch("0"), data(dtype)[0].requires_grad_(), data(dtype)[1]
     torch.manual_seed(4)
     y = model[0](x)
     torch.manual_seed(4)
@@ -43,7 +43,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     """With a decay that must reach neither vector."""
     model, (x, target) = linear(dtype), data(dtype)
     adapter = lk.adapt(model, lk.VeRA(rank=5), "0")
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     tensors = (x, target, model[0].weight, model[0].bias, site.A, site.B, site.d, site.b)
     d, b, losses = reference.train(*map(array, tensors), steps=25, lr=0.05)
     seen = fit(
@@ -57,7 +57,7 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
 
 def test_the_start() -> None:
     adapter = lk.adapt(linear(torch.float32, 40, 30, 50), lk.VeRA(rank=20, d_init=0.2))
-    one, two = adapter.branch("0"), adapter.branch("1")
+    one, two = adapter.tensors.branch("0"), adapter.tensors.branch("1")
     a, c = reference.uniform_bounds(40, 20)
     assert one.A is two.A, "one object, not a copy"
     assert one.B is two.B
@@ -81,10 +81,10 @@ def test_the_draw_is_pefts() -> None:
     B = torch.empty(7, 6).uniform_(
         -(3**0.5) * (2**0.5 / 6**0.5), 3**0.5 * (2**0.5 / 6**0.5), generator=generator
     )
-    site = lk.adapt(linear(torch.float32), lk.VeRA(rank=6, seed=7)).branch("0")
+    site = lk.adapt(linear(torch.float32), lk.VeRA(rank=6, seed=7)).tensors.branch("0")
     assert torch.equal(site.A, A)
     assert torch.equal(site.B, B)
-    low = lk.adapt(linear(torch.bfloat16), lk.VeRA(rank=6, seed=7)).branch("0")
+    low = lk.adapt(linear(torch.bfloat16), lk.VeRA(rank=6, seed=7)).tensors.branch("0")
     assert low.A.dtype == torch.float32
     assert torch.equal(low.A, A.bfloat16().float()), (
         "rounded through the base's dtype, as PEFT does"
@@ -101,11 +101,11 @@ def test_the_shared_pair_is_counted_and_kept_once() -> None:
         48 + 48
     )
     twin = lk.adapters(copy.deepcopy(model))["default"]
-    assert len({id(twin.branch(path).A) for path in twin.placement.methods}) == 1, (
+    assert len({id(twin.tensors.branch(path).A) for path in twin.placement.methods}) == 1, (
         "a copy of the model shares its own"
     )
     moved = lk.adapters(model.double())["default"]
-    assert len({id(moved.branch(path).A) for path in moved.placement.methods}) == 1
+    assert len({id(moved.tensors.branch(path).A) for path in moved.placement.methods}) == 1
 
 
 def test_the_projections_are_stored_or_drawn_again(tmp_path, ids) -> None:  # type: ignore[no-untyped-def]

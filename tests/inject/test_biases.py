@@ -28,12 +28,12 @@ def reference(make: Any, adapter: lk.Adapter) -> nn.Module:
     plain = make()
     with torch.no_grad():
         for path in adapter.placement.methods:
-            module, pair = plain.get_submodule(path), adapter.pair_at(path)
-            weight = adapter.base_weight(path)
+            module, pair = plain.get_submodule(path), adapter.tensors.pair_at(path)
+            weight = adapter.tensors.base_weight(path)
             change = pair.applied_to(weight) - weight
-            kind = adapter.branch(path).layer
+            kind = adapter.tensors.branch(path).layer
             module.weight += kind.layout(change, module)
-        for path, bias in adapter.biases().items():
+        for path, bias in adapter.tensors.biases().items():
             plain.get_submodule(path).bias.copy_(bias)
     return plain
 
@@ -79,7 +79,7 @@ def test_it_computes_with_its_own_and_leaves_the_bases(kind: str, bias: str, mem
         if "lorakin" not in path and m._parameters.get("bias") is not None
     }
     wanted = wanted & set(adapter.placement.methods) if bias == "lora_only" else wanted
-    assert set(adapter.biases()) == wanted
+    assert set(adapter.tensors.biases()) == wanted
     moved(adapter)
     close(out(model, x), out(reference(make, adapter), x))
     with adapter.disabled():
@@ -110,8 +110,8 @@ def test_gradients_are_those_of_the_plain_model(kind: str) -> None:
     plain = reference(make, adapter)
     out(model, x).square().sum().backward()
     out(plain, x).square().sum().backward()
-    assert len(adapter.biases()) > 2
-    for path, bias in adapter.biases().items():
+    assert len(adapter.tensors.biases()) > 2
+    for path, bias in adapter.tensors.biases().items():
         close(bias.grad, plain.get_submodule(path).bias.grad, 1e-8)
         assert bias_of(model.get_submodule(path)).grad is None
 
@@ -122,19 +122,21 @@ def test_training_moves_them_and_no_decay_acts_on_them(ids: Tensor) -> None:
     adapter = lk.adapt(model, lk.LoRAPlus(rank=2, ratio=4), "query", bias="all")
     groups = adapter.parameter_groups(0.1, weight_decay=0.5)
     held = {id(p): group for group in groups for p in group["params"]}
-    assert {held[id(bias)]["weight_decay"] for bias in adapter.biases().values()} == {0.0}
-    assert {held[id(bias)]["lr"] for bias in adapter.biases().values()} == {0.1}
+    assert {held[id(bias)]["weight_decay"] for bias in adapter.tensors.biases().values()} == {0.0}
+    assert {held[id(bias)]["lr"] for bias in adapter.tensors.biases().values()} == {0.1}
     numbers = sum(
         m.bias.numel() for m in tiny_bert().modules() if getattr(m, "bias", None) is not None
     )
     assert adapter.trainable_parameters == 2 * 2 * (32 + 32) + numbers
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.01)
-    starts = {path: bias.clone() for path, bias in adapter.biases().items()}
+    starts = {path: bias.clone() for path, bias in adapter.tensors.biases().items()}
     for _ in range(2):
         model(ids, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    still = [path for path, bias in adapter.biases().items() if torch.equal(bias, starts[path])]
+    still = [
+        path for path, bias in adapter.tensors.biases().items() if torch.equal(bias, starts[path])
+    ]
     assert still == [] or all(path.endswith("key") for path in still), (
         "softmax does not see the keys' biases"
     )
@@ -203,13 +205,13 @@ def test_saving_restoring_and_converting(bias: str, tmp_path: Path, ids: Tensor)
     assert torch.equal(out(base, ids), out(tiny_bert(), ids)), "save_pretrained writes the base's"
     trained = lk.load(base, tmp_path / "a", trainable=True)
     assert torch.equal(out(base, ids), y) and all(
-        p.requires_grad for p in trained.biases().values()
+        p.requires_grad for p in trained.tensors.biases().values()
     )
     moved(trained, 8)
-    held = trained.biases()
+    held = trained.tensors.biases()
     trained.restore(tmp_path / "a")
     assert torch.equal(out(base, ids), y) and all(
-        held[path] is p for path, p in trained.biases().items()
+        held[path] is p for path, p in trained.tensors.biases().items()
     )
     other = lk.adapt(tiny_bert(), lk.LoRA(rank=2), ["query", "dense"])
     with pytest.raises(lk.AdapterError):
@@ -234,16 +236,16 @@ def test_sums_of_adapters_have_the_sum_of_changes(ids: Tensor) -> None:
     a = moved(lk.adapt(model, lk.LoRA(rank=2), "query", name="a", bias="lora_only"))
     b = moved(lk.adapt(model, lk.LoRA(rank=2), "key", name="b", bias="all"), 4)
     c = lk.combine(model, {"a": 2.0, "b": -0.5}).adapter
-    for path, bias in c.biases().items():
-        wanted = starts[path] - 0.5 * (b.biases()[path] - starts[path])
-        if path in a.biases():
-            wanted = wanted + 2 * (a.biases()[path] - starts[path])
+    for path, bias in c.tensors.biases().items():
+        wanted = starts[path] - 0.5 * (b.tensors.biases()[path] - starts[path])
+        if path in a.tensors.biases():
+            wanted = wanted + 2 * (a.tensors.biases()[path] - starts[path])
         close(bias, wanted, 1e-6)
-    assert set(c.biases()) == set(starts)
+    assert set(c.tensors.biases()) == set(starts)
     lk.activate(model, "a")
     d = lk.adapt(model, lk.LoRA(rank=2), "key", name="d")
     e = lk.combine(model, {"a": 1.0, "d": 1.0}, "e").adapter
-    assert set(e.biases()) == {*a.placement.methods, *d.placement.methods}, (
+    assert set(e.tensors.biases()) == {*a.placement.methods, *d.placement.methods}, (
         "lora_only, the others are the base's"
     )
 
@@ -251,16 +253,16 @@ def test_sums_of_adapters_have_the_sum_of_changes(ids: Tensor) -> None:
 def test_the_base_in_a_narrow_dtype_keeps_masters_wide(ids: Tensor) -> None:
     model = tiny_bert().bfloat16()
     adapter = lk.adapt(model, lk.LoRA(rank=2), "query", bias="all")
-    assert {bias.dtype for bias in adapter.biases().values()} == {torch.float32}
+    assert {bias.dtype for bias in adapter.tensors.biases().values()} == {torch.float32}
     moved(adapter)
     y = out(model, ids)
     assert y.dtype == torch.bfloat16
     plain = reference(lambda: tiny_bert().bfloat16().float(), adapter)
     assert (y.float() - out(plain, ids)).abs().max() < 0.05
     y.float().sum().backward()
-    assert all(bias.grad.dtype == torch.float32 for bias in adapter.biases().values())
+    assert all(bias.grad.dtype == torch.float32 for bias in adapter.tensors.biases().values())
     narrow = lk.adapt(tiny_bert(), lk.LoRA(rank=2), "query", bias="all", dtype=torch.bfloat16)
-    assert {bias.dtype for bias in narrow.biases().values()} == {torch.bfloat16}
+    assert {bias.dtype for bias in narrow.tensors.biases().values()} == {torch.bfloat16}
 
 
 def test_what_shares_a_bias_in_the_base_shares_it_here(tmp_path: Path, ids: Tensor) -> None:
@@ -272,12 +274,12 @@ def test_what_shares_a_bias_in_the_base_shares_it_here(tmp_path: Path, ids: Tens
 
     model, x = make(), torch.randn(3, 4, dtype=torch.float64)
     adapter = moved(lk.adapt(model, lk.LoRA(rank=2), "0", bias="all"))
-    assert adapter.biases()["0"] is adapter.biases()["2"]
+    assert adapter.tensors.biases()["0"] is adapter.tensors.biases()["2"]
     close(model(x), reference(make, adapter)(x))
     adapter.save(tmp_path / "a")
     again = make()
     loaded = lk.load(again, tmp_path / "a", trainable=True)
-    assert loaded.biases()["0"] is loaded.biases()["2"]
+    assert loaded.tensors.biases()["0"] is loaded.tensors.biases()["2"]
     close(again(x), model(x), 1e-6)
 
 
@@ -350,9 +352,9 @@ def test_experts_and_their_router() -> None:
     base = model(ids).logits
     targets = ["router.weight", "gate_up_proj"]
     adapter = lk.adapt(model, lk.LoRA(rank=2), targets, bias="all")
-    assert "model.layers.0.mlp.router" in adapter.biases()
+    assert "model.layers.0.mlp.router" in adapter.tensors.biases()
     with torch.no_grad():
-        adapter.biases()["model.layers.0.mlp.router"][0] += 5
+        adapter.tensors.biases()["model.layers.0.mlp.router"][0] += 5
     y = model(ids).logits
     assert (y - base).abs().max() > 1e-3
     adapter.merge()
@@ -370,7 +372,7 @@ def test_modules_trained_whole_keep_theirs_to_themselves(tmp_path: Path, ids: Te
             model, lk.LoRA(rank=2), "query", modules_to_save=["classifier", "pooler"], bias="all"
         )
     )
-    assert not {"classifier", "bert.pooler.dense"} & set(adapter.biases())
+    assert not {"classifier", "bert.pooler.dense"} & set(adapter.tensors.biases())
     y = out(model, ids)
     adapter.save(tmp_path / "a")
     fresh = tiny_bert()
@@ -400,7 +402,7 @@ def test_a_scale_is_for_the_pairs_and_not_for_biases(ids: Tensor) -> None:
     adapter = moved(lk.adapt(model, lk.LoRA(rank=2), "query", bias="lora_only"))
     adapter.scale = 0
     plain = tiny_bert().double()
-    for path, bias in adapter.biases().items():
+    for path, bias in adapter.tensors.biases().items():
         plain.get_submodule(path).bias.data = bias.detach()
     close(out(model, ids), out(plain, ids))
 
@@ -429,7 +431,7 @@ def test_four_bits_leave_the_masters_wide() -> None:
     model = nn.Sequential(packed.to("cpu"))
     adapter = lk.adapt(model, lk.LoRA(rank=2), "0", bias="all")
     y = model(x).detach()
-    bias = adapter.biases()["0"]
+    bias = adapter.tensors.biases()["0"]
     with torch.no_grad():
         bias += 1
     changed = model(x)
@@ -452,7 +454,7 @@ def test_a_module_that_lost_its_ranks_keeps_its_bias(tmp_path: Path, ids: Tensor
             model, lk.AdaLoRA(initial_rank=2, target_rank=1), ["query", "key"], bias="lora_only"
         )
     )
-    freed = adapter.branch(next(iter(adapter.placement.methods)))
+    freed = adapter.tensors.branch(next(iter(adapter.placement.methods)))
     with torch.no_grad():
         freed.overwrite(
             {slot: t[:, :0] if slot == "P" else t[:0] for slot, t in freed.tensors().items()}
@@ -466,14 +468,14 @@ def test_a_module_that_lost_its_ranks_keeps_its_bias(tmp_path: Path, ids: Tensor
         fresh = tiny_bert()
         loaded = lk.load(fresh, tmp_path / name)
         close(out(fresh, ids), y, 1e-5)
-        assert set(loaded.biases()) == set(adapter.placement.methods)
+        assert set(loaded.tensors.biases()) == set(adapter.placement.methods)
 
 
 def test_biases_that_training_never_reached_are_said(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     adapter = lk.adapt(model, lk.LoRA(rank=2), "0", bias="all")
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.1)
-    for bias in adapter.biases().values():
+    for bias in adapter.tensors.biases().values():
         bias.register_hook(torch.zeros_like)
     for _ in range(2):
         model(torch.randn(3, 4)).square().sum().backward()

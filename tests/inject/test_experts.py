@@ -51,7 +51,7 @@ def changed_by_hand(make: Callable[..., Any], adapter: lk.Adapter) -> Any:
         matrix = place.T if getattr(model.get_submodule(owner), "is_transposed", False) else place
         own = {
             slot: tensor.detach().double().numpy()
-            for slot, tensor in adapter.branch(path).tensors().items()
+            for slot, tensor in adapter.tensors.branch(path).tensors().items()
         }
         scale = method.parametrisation.scaling
         if "m" in own:
@@ -103,7 +103,7 @@ def test_the_gradients_are_those_of_the_formed_weights(
     model = make(kernel, dtype)
     adapter = near(lk.adapt(model, MEMBERS[member](), targets=BOTH))
     model(ids, labels=ids).loss.backward()
-    ours = {name: p.grad.clone() for name, p in adapter.trained()}
+    ours = {name: p.grad.clone() for name, p in adapter.tensors.trained()}
     model.zero_grad()
     monkeypatch.setattr(
         factored_weight.Changed, "answer", lambda *_: None
@@ -111,7 +111,7 @@ def test_the_gradients_are_those_of_the_formed_weights(
     model(ids, labels=ids).loss.backward()
     assert ours.keys() == {name for name, p in adapter.named_parameters() if p.requires_grad}
     assert all(".B" in name or member != "lora-fa" for name in ours)
-    for name, p in adapter.trained():
+    for name, p in adapter.tensors.trained():
         torch.testing.assert_close(ours[name], p.grad, **tolerance)
 
 
@@ -190,7 +190,7 @@ def test_two_adapters_add_up_merged_or_not(kernel: str, ids: Tensor) -> None:
         whole = weights.get_parameter(f"{owner}.{name}").detach()
         base = whole[int(number)].clone()
         changes = [
-            a.pair_at(path).applied_to(base) - base
+            a.tensors.pair_at(path).applied_to(base) - base
             for a in (one, two)
             if path in a.placement.methods
         ]
@@ -303,7 +303,7 @@ def test_experts_whose_ranks_are_all_gone(kernel: str, ids: Tensor) -> None:
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2), ["q_proj", "down_proj.0"])
     for path in adapter.placement.methods:
         if "experts" in path:
-            site = adapter.branch(path)
+            site = adapter.tensors.branch(path)
             with torch.no_grad():
                 site.overwrite(
                     {"P": torch.zeros(32, 0), "E": torch.zeros(0, 1), "Q": torch.zeros(0, 48)}
@@ -316,11 +316,11 @@ def test_gradient_checkpointing(ids: Tensor) -> None:
     model = tiny_mixtral("grouped_mm").train()
     adapter = near(lk.adapt(model, lk.DoRA(rank=4), targets=BOTH))
     model(ids, labels=ids).loss.backward()
-    want = {name: p.grad.clone() for name, p in adapter.trained()}
+    want = {name: p.grad.clone() for name, p in adapter.tensors.trained()}
     model.zero_grad()
     model.gradient_checkpointing_enable()
     model(ids, labels=ids, use_cache=False).loss.backward()
-    assert all(torch.equal(want[name], p.grad) for name, p in adapter.trained())
+    assert all(torch.equal(want[name], p.grad) for name, p in adapter.tensors.trained())
 
 
 @torch.no_grad()  # transformers 5.17 cannot compile the backward of its own fallback in float32
@@ -495,7 +495,9 @@ def test_which_way_round_experts_are_held(ids: Tensor) -> None:
     adapter = lk.adapt(
         tiny_llama4(), lk.DoRA(rank=4), targets=["experts.gate_up_proj", "experts.down_proj"]
     )
-    sites = {path.split(".")[-2]: adapter.branch(path) for path in adapter.placement.methods}
+    sites = {
+        path.split(".")[-2]: adapter.tensors.branch(path) for path in adapter.placement.methods
+    }
     shapes = {
         name: {slot: tuple(t.shape) for slot, t in site.tensors().items()}
         for name, site in sites.items()

@@ -13,7 +13,7 @@ from references import lora as reference
 
 
 def arrays(adapter: lk.Adapter, path: str) -> tuple[np.ndarray, np.ndarray]:
-    site = adapter.branch(path)
+    site = adapter.tensors.branch(path)
     return site.A.detach().double().numpy(), site.B.detach().double().numpy()
 
 
@@ -109,8 +109,8 @@ def test_an_adapter_in_low_precision_is_scaled_in_float32() -> None:
             nn.Sequential(nn.Linear(8, 8)), lk.LoRA(rank=3, alpha=7), "0", dtype=torch.bfloat16
         )
     )
-    pair = adapter.pair_at("0")
-    assert torch.equal(pair.up, adapter.branch("0").B.float() * (7 / 3)), (
+    pair = adapter.tensors.pair_at("0")
+    assert torch.equal(pair.up, adapter.tensors.branch("0").B.float() * (7 / 3)), (
         "rounded to bfloat16 once, when it was stored"
     )
 

@@ -234,7 +234,7 @@ def test_a_norm_that_is_trained_whole_goes_on_training(ids: Tensor) -> None:
         if order == "adapt":
             lk.fuse(model)
         model(ids, labels=ids).loss.backward()
-        assert adapter.copy_of("model.norm").weight.grad.any(), order  # type: ignore[union-attr, operator]
+        assert adapter.tensors.copy_of("model.norm").weight.grad.any(), order  # type: ignore[union-attr, operator]
         adapter.remove()
         lk.unfuse(model)
         assert type(model.model.norm) is transformers.models.llama.modeling_llama.LlamaRMSNorm

@@ -41,7 +41,7 @@ def test_the_merged_weight_is_computed_wide_and_rounded_once(dtype: torch.dtype)
     model = nn.Sequential(nn.Linear(33, 17, dtype=dtype))
     W = model[0].weight.detach().clone()
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=3, alpha=6), "0"))
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     adapter.merge()
     exact = (W.double() + 2.0 * site.B.double() @ site.A.double()).detach()
     merged = model[0].weight.detach()
@@ -130,7 +130,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2)))
     last = list(adapter.placement.methods)[-1]
     with torch.no_grad():
-        adapter.branch(last).B[0, 0] = torch.inf
+        adapter.tensors.branch(last).B[0, 0] = torch.inf
     with pytest.raises(lk.StateError, match=f"NaN or infinity into {last}"):
         adapter.merge()
     assert not adapter.is_merged
@@ -139,8 +139,8 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(ids: Tensor) -> None:
     half = nn.Sequential(nn.Linear(4, 4, dtype=torch.float16))
     big = lk.adapt(half, lk.LoRA(rank=1), "0")
     with torch.no_grad():
-        big.branch("0").A.fill_(300)
-        big.branch("0").B.fill_(300)
+        big.tensors.branch("0").A.fill_(300)
+        big.tensors.branch("0").B.fill_(300)
     with pytest.raises(lk.StateError, match="NaN or infinity"):
         big.merge()
 
@@ -204,7 +204,7 @@ def test_whole_modules_bring_their_buffers(tmp_path) -> None:  # type: ignore[no
     torch.testing.assert_close(model(x), y)
     adapter.unmerge()
     assert all(torch.equal(model.state_dict()[key], t) for key, t in base.items())
-    adapter.copy_of("1").reset_running_stats()
+    adapter.tensors.copy_of("1").reset_running_stats()
     adapter.restore(tmp_path)
     assert torch.equal(model(x), y)
 
@@ -222,7 +222,7 @@ def test_whole_modules_that_cannot_merge() -> None:
         adapters[1].merge()
     adapters[0].unmerge()
     with torch.no_grad():
-        adapters[0].copy_of("classifier").weight[0, 0] = torch.nan
+        adapters[0].tensors.copy_of("classifier").weight[0, 0] = torch.nan
     with pytest.raises(lk.StateError, match="NaN or infinity into classifier"):
         adapters[0].merge()
 
@@ -313,7 +313,7 @@ def test_several_for_good_are_all_or_none() -> None:
     ):
         lk.merge(model, ["one", "two"])
     with torch.no_grad():
-        other.branch("2").B[0, 0] = torch.inf
+        other.tensors.branch("2").B[0, 0] = torch.inf
     with pytest.raises(lk.StateError, match="NaN or infinity into 2"):
         lk.merge(model, ["one", "other"])
     assert not one.is_merged

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
-from lorakin.inject.placement import hanging
+from lorakin.inject.model_registry import hanging
 
 MEMBERS: dict[str, Any] = {
     "one": lk.LoRA(4, 8),

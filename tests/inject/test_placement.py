@@ -237,8 +237,8 @@ def test_rank_and_alpha_of_their_own() -> None:
         alpha_pattern={"v_proj": 3},
     )
     members = adapter.placement.methods
-    assert adapter.branch("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
-    assert adapter.branch("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
+    assert adapter.tensors.branch("model.layers.0.self_attn.q_proj").A.shape == (6, 32)
+    assert adapter.tensors.branch("model.layers.1.self_attn.q_proj").A.shape == (5, 32)
     assert members["model.layers.0.self_attn.q_proj"].parametrisation.scaling == pytest.approx(
         8 / 6**0.5
     )
@@ -269,12 +269,12 @@ def test_modules_trained_whole(ids: Tensor) -> None:
         optimizer.zero_grad()
     trained = model(ids).logits
     assert torch.equal(model.classifier.weight, head), "the base's own head is untouched"
-    assert not torch.equal(adapter.copy_of("classifier").weight, head)
+    assert not torch.equal(adapter.tensors.copy_of("classifier").weight, head)
     with adapter.disabled():
         assert torch.equal(model(ids).logits, base)
     adapter.merge()
     torch.testing.assert_close(model(ids).logits, trained, rtol=1e-5, atol=1e-6)
-    assert torch.equal(model.classifier.weight, adapter.copy_of("classifier").weight)
+    assert torch.equal(model.classifier.weight, adapter.tensors.copy_of("classifier").weight)
     adapter.unmerge()
     assert torch.equal(model.classifier.weight, head)
     lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"], name="other")

@@ -116,9 +116,11 @@ def plain_twin(model: Any) -> Any:
 
 def change_of(adapter: lk.Adapter) -> Tensor:
     """What the adapter changes, all of it in one vector."""
-    weights = {path: adapter.base_weight(path).double() for path in adapter.placement.methods}
+    weights = {
+        path: adapter.tensors.base_weight(path).double() for path in adapter.placement.methods
+    }
     changed = [
-        (adapter.change_at(path).applied_to(weight) - weight).detach()
+        (adapter.tensors.change_at(path).applied_to(weight) - weight).detach()
         for path, weight in weights.items()
     ]
     return torch.cat([change.flatten() for change in changed])
@@ -273,7 +275,7 @@ def test_the_trainer_takes_it_and_the_flags_come_back(
     )
     rows = [{"input_ids": row, "labels": row} for row in ids]
     prepare_trainer(transformers.Trainer(model, args, train_dataset=rows)).train()
-    assert adapter.steps == 2
+    assert adapter.run.steps == 2
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     adapter.remove()
     assert {flag: getattr(model, flag, None) for flag in quantised.FLAGS} == said

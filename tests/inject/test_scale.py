@@ -295,9 +295,9 @@ def test_a_backward_behind_the_context_is_of_its_scale() -> None:
 
 def test_a_gain_that_it_takes_to_zero_stays_finite() -> None:
     model, adapter, x = adapted("linear", lk.DoRA(rank=2))
-    site = adapter.branch("0")
+    site = adapter.tensors.branch("0")
     with torch.no_grad():
-        gain = adapter.pair_at("0").gain
+        gain = adapter.tensors.pair_at("0").gain
         site.m.mul_(2 / gain)  # now every gain is 2
     base, whole = outputs(model, adapter, x)
     adapter.scale = -1
@@ -330,7 +330,7 @@ def test_modules_trained_whole_count_fully() -> None:
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "0", modules_to_save=["1"]))
     x = torch.randn(3, 4)
     adapter.scale = 0
-    copy_ = adapter.copy_of("1")
+    copy_ = adapter.tensors.copy_of("1")
     close(model(x), copy_(nn.functional.linear(x, model[0].weight, model[0].bias)), 1e-6)
 
 

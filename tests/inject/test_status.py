@@ -119,7 +119,9 @@ def test_what_a_member_freezes_by_design_is_regular(word: str) -> None:
     frozen = next(
         (
             p
-            for slot, p in adapter.branch(next(iter(adapter.placement.methods))).tensors().items()
+            for slot, p in adapter.tensors.branch(next(iter(adapter.placement.methods)))
+            .tensors()
+            .items()
             if p.numel()
         ),
         None,
@@ -191,7 +193,7 @@ def test_what_is_frozen_removed_or_on_another_device_is_said() -> None:
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
     assert "inactive, frozen" in str(adapter) and repr(adapter).endswith("frozen, inactive)")
-    adapter.branch("model.layers.0.self_attn.q_proj").to("meta")
+    adapter.tensors.branch("model.layers.0.self_attn.q_proj").to("meta")
     assert lk.status(model).devices == {"default": ("cpu", "meta")}
     adapter.remove()
     assert "removed" in str(adapter) and repr(adapter).endswith("removed)")

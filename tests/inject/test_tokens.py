@@ -63,7 +63,7 @@ def with_tables(make: Callable[[], Any], adapter: lk.Adapter) -> Any:
     for path, rows in adapter.placement.tokens.items():
         weight = model.get_submodule(path).weight
         with torch.no_grad():
-            weight[list(rows.ids)] = adapter.rows_at(path)
+            weight[list(rows.ids)] = adapter.tensors.rows_at(path)
     return model
 
 
@@ -100,7 +100,7 @@ def test_forward_and_gradient_are_those_of_the_whole_table(
     for path, rows in adapter.placement.tokens.items():
         whole = truth.get_submodule(path).weight.grad
         torch.testing.assert_close(
-            adapter.rows_at(path).grad, whole[list(rows.ids)], rtol=1e-9, atol=1e-12
+            adapter.tensors.rows_at(path).grad, whole[list(rows.ids)], rtol=1e-9, atol=1e-12
         )
 
 
@@ -108,7 +108,7 @@ def test_rows_of_tokens_that_a_batch_lacks_get_a_zero_gradient(ids: Tensor) -> N
     model = untied()
     adapter = lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=[1, 5])
     model(input_ids=ids, labels=ids).loss.backward()
-    grad = adapter.rows_at("model.embed_tokens").grad
+    grad = adapter.tensors.rows_at("model.embed_tokens").grad
     assert grad is not None and not grad[0].any() and grad[1].any()
 
 
@@ -155,7 +155,7 @@ def test_who_reads_the_weight_sees_the_rows(how: str, ids: Tensor) -> None:
         out.tanh().square().sum().backward()
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        adapter.rows_at("table").grad, truth.table.weight.grad[IDS], rtol=1e-10, atol=1e-12
+        adapter.tensors.rows_at("table").grad, truth.table.weight.grad[IDS], rtol=1e-10, atol=1e-12
     )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), want, rtol=0, atol=1e-12)
@@ -264,7 +264,7 @@ def test_a_weighted_sum_of_the_same_row() -> None:
             0.3,
             seed,
         )
-        rows[name] = adapter.rows_at("model.embed_tokens").detach()
+        rows[name] = adapter.tensors.rows_at("model.embed_tokens").detach()
     base = model.model.embed_tokens.weight.detach()
     made = lk.combine(model, {"a": 0.5, "b": -2.0}, "sum").adapter
     want = base[[5, 6, 7]] + torch.stack(
@@ -272,7 +272,7 @@ def test_a_weighted_sum_of_the_same_row() -> None:
     )
     want -= 2.0 * torch.stack([rows["b"][0] - base[5], 0 * base[6], rows["b"][1] - base[7]])
     assert made.placement.tokens == {"model.embed_tokens": TokenRows((5, 6, 7), ("lm_head",))}
-    torch.testing.assert_close(made.rows_at("model.embed_tokens"), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(made.tensors.rows_at("model.embed_tokens"), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -289,7 +289,7 @@ def test_every_member_trains_them_saves_them_and_loads_them(
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert (adapter.rows_at("model.embed_tokens") - start).norm(dim=1).min() > 1e-2
+    assert (adapter.tensors.rows_at("model.embed_tokens") - start).norm(dim=1).min() > 1e-2
     out = output(model, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error", lk.LorakinWarning)
@@ -301,9 +301,9 @@ def test_every_member_trains_them_saves_them_and_loads_them(
         again.placement.tokens == adapter.placement.tokens
         and again.trainable_parameters == adapter.trainable_parameters
     )
-    saved = adapter.rows_at("model.embed_tokens").detach().clone()
+    saved = adapter.tensors.rows_at("model.embed_tokens").detach().clone()
     randomise(adapter).restore(tmp_path / "a")
-    assert torch.equal(adapter.rows_at("model.embed_tokens"), saved)
+    assert torch.equal(adapter.tensors.rows_at("model.embed_tokens"), saved)
     with pytest.raises(lk.SettingError):
         lk.as_lora(adapter, "portable", rank=4, portable=True)
 
@@ -421,9 +421,11 @@ def test_a_quantised_head_is_refused_and_the_embedding_beside_it_not(ids: Tensor
         lk.adapt(model, lk.LoRA(rank=2), trainable_tokens=BOTH)
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), "none", trainable_tokens=IDS))
     got = model.model.embed_tokens(ids)
-    assert torch.equal(got[0, 1], adapter.rows_at("model.embed_tokens")[0].to(torch.bfloat16))
+    assert torch.equal(
+        got[0, 1], adapter.tensors.rows_at("model.embed_tokens")[0].to(torch.bfloat16)
+    )
     output(model, ids).float().sum().backward()
-    assert adapter.rows_at("model.embed_tokens").grad.any()
+    assert adapter.tensors.rows_at("model.embed_tokens").grad.any()
 
 
 @pytest.mark.parametrize("make", [tiny_llama, untied])

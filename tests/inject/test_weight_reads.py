@@ -134,7 +134,7 @@ def with_changed_weights(base: nn.Module, adapter: lk.Adapter) -> nn.Module:
     """A copy of `base` whose weights are diag(g)·(W0 + up·down), trained by nobody."""
     changed = copy.deepcopy(base)
     for path in adapter.placement.methods:
-        pair, module = adapter.pair_at(path), changed.get_submodule(path)
+        pair, module = adapter.tensors.pair_at(path), changed.get_submodule(path)
         transposed = isinstance(module, nn.Embedding)
         matrix = module.weight.detach().T if transposed else module.weight.detach().flatten(1)
         matrix = matrix + pair.up.detach() @ pair.down.detach()
@@ -164,16 +164,17 @@ def test_who_reads_a_weight_reads_the_changed_one(reader: str, method: str, trai
         assert grad is not None
         grad = grad.T if isinstance(base.get_submodule(path), nn.Embedding) else grad.flatten(1)
         tensors = {
-            slot: t.detach().requires_grad_() for slot, t in adapter.branch(path).tensors().items()
+            slot: t.detach().requires_grad_()
+            for slot, t in adapter.tensors.branch(path).tensors().items()
         }
-        pair = adapter.branch(path).method.pair(
-            tensors, adapter.branch(path).shape, adapter.base_weight(path)
+        pair = adapter.tensors.branch(path).method.pair(
+            tensors, adapter.tensors.branch(path).shape, adapter.tensors.base_weight(path)
         )
-        weight = adapter.base_weight(path)
+        weight = adapter.tensors.base_weight(path)
         whole = weight + pair.up @ pair.down
         whole = whole if pair.gain is None else pair.gain[:, None] * whole
         whole.backward(grad)
-        for slot, parameter in adapter.branch(path).tensors().items():
+        for slot, parameter in adapter.tensors.branch(path).tensors().items():
             if parameter.requires_grad:
                 torch.testing.assert_close(parameter.grad, tensors[slot].grad)
     adapter.merge()
@@ -202,7 +203,7 @@ def test_several_adapters_add_up_where_a_weight_is_read() -> None:
     one = randomise(lk.adapt(model, lk.LoRA(rank=2), ["head"], name="one"), 0.5)
     two = randomise(lk.adapt(model, lk.DoRA(rank=2), ["head"], name="two"), 0.5, seed=2)
     lk.activate(model, ["one", "two"])
-    changes = [a.pair_at("head").applied_to(own) - own for a in (one, two)]
+    changes = [a.tensors.pair_at("head").applied_to(own) - own for a in (one, two)]
     torch.testing.assert_close(model(x), x @ (own + sum(changes)).T)
     one.merge()
     torch.testing.assert_close(model(x), x @ (own + sum(changes)).T)
@@ -337,7 +338,7 @@ def test_modules_trained_whole_answer_for_their_attributes(whole: str, tmp_path:
     adapter = lk.adapt(model, lk.LoRA(rank=2), ["body"], modules_to_save=[whole])
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01)
     model(x).square().sum().backward()
-    assert any(p.grad is not None for p in adapter.copy_of(whole).parameters())
+    assert any(p.grad is not None for p in adapter.tensors.copy_of(whole).parameters())
     optimizer.step()
     want = model(x)
     assert not torch.allclose(want, base(x))

@@ -127,13 +127,13 @@ def test_in_a_narrow_dtype_it_is_as_close_to_float64_as_plain_operations(
     model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 48)).to(dtype)
     adapter = lk.adapt(model, METHODS[method], ["0", "1"], seed=0)
     norms = {
-        path: adapter.branch(path).tensors().get("m", torch.ones(0)).detach().clone()
+        path: adapter.tensors.branch(path).tensors().get("m", torch.ones(0)).detach().clone()
         for path in adapter.placement.methods
     }
     randomise(adapter, 0.05)
     for path, norm in norms.items():  # gains near 1, as training leaves them
         if len(norm):
-            adapter.branch(path).m.data = norm * (1 + 0.1 * torch.randn_like(norm))
+            adapter.tensors.branch(path).m.data = norm * (1 + 0.1 * torch.randn_like(norm))
     x = torch.randn(200, 96).to(dtype)
     exact = plain(copy.deepcopy(model).double(), x.double())
     errors = []
@@ -168,8 +168,8 @@ def test_a_gain_of_nothing_still_gets_its_gradient() -> None:
         model = net(dtype)
         adapter = adapted(model, lk.DoRA(rank=3))
         with torch.no_grad():
-            adapter.branch("0").m[2] = 0
-            adapter.branch("0").m[1] *= 1e-4
+            adapter.tensors.branch("0").m[2] = 0
+            adapter.tensors.branch("0").m[1] *= 1e-4
         x = torch.randn(7, 9, dtype=dtype)
         got = fused(model, x)
         assert got["0.lorakin.default.m"][2] != 0
@@ -436,7 +436,7 @@ def test_siblings_see_another_dtype_and_other_matrices() -> None:
     torch.testing.assert_close(block(x), torch.func.vmap(block)(x))
     held = block(x)
     with torch.no_grad():
-        adapter.branch("q").A.mul_(2)
+        adapter.tensors.branch("q").A.mul_(2)
     torch.testing.assert_close(block(x), torch.func.vmap(block)(x))
     assert held.requires_grad
 

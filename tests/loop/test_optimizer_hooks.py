@@ -31,7 +31,7 @@ def test_accumulated_batches_are_one_step() -> None:
             ((model(x[part]) - target[part]) ** 2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert adapter.steps == 3
+    assert adapter.run.steps == 3
 
 
 def test_an_optimizer_that_the_adapter_never_heard_of() -> None:
@@ -47,8 +47,8 @@ def test_an_optimizer_that_the_adapter_never_heard_of() -> None:
         target,
         3,
     )
-    assert adapter.steps == 3
-    assert "up_K" in adapter.branch("0").tensors()
+    assert adapter.run.steps == 3
+    assert "up_K" in adapter.tensors.branch("0").tensors()
 
 
 def test_other_optimizers_do_not_count() -> None:
@@ -56,12 +56,12 @@ def test_other_optimizers_do_not_count() -> None:
     adapter = delta(model)
     optimizer = adapter.optimizer(lr=0.01)
     fit(other, torch.optim.SGD(other.parameters(), lr=0.1), x, target, 4)
-    assert adapter.steps == 0
+    assert adapter.run.steps == 0
     fit(model, optimizer, x, target, 1)
-    assert adapter.steps == 1
+    assert adapter.run.steps == 1
     adapter.remove()
     optimizer.step()
-    assert adapter.steps == 1
+    assert adapter.run.steps == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -82,7 +82,7 @@ def test_a_grad_scaler(fused: bool) -> None:
             loss = ((model(x) - target) ** 2).mean()
             scaler.scale(loss).backward()
             if scaled and n == 1:  # an overflow, which the unscaled run does not see
-                adapter.branch("0").E.grad.fill_(float("inf"))
+                adapter.tensors.branch("0").E.grad.fill_(float("inf"))
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -90,8 +90,8 @@ def test_a_grad_scaler(fused: bool) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        assert adapter.steps == 4
-        (rule,) = adapter.rules or ()
+        assert adapter.run.steps == 4
+        (rule,) = adapter.run.rules or ()
         sensitivities.append(rule.state()["sensitivity"])
     for key, plain in sensitivities[0].items():
         torch.testing.assert_close(sensitivities[1][key], plain, rtol=1e-3, atol=1e-9)
@@ -115,9 +115,9 @@ def test_clipping_is_a_common_factor() -> None:
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1e-4)
         with torch.no_grad():
             for path in adapter.placement.methods:
-                adapter.branch(path).E.add_(1)
+                adapter.tensors.branch(path).E.add_(1)
         optimizer.step()
-        (rule,) = adapter.rules or ()
+        (rule,) = adapter.run.rules or ()
         kept.append(rule.state()["pattern"])
     assert all(torch.equal(kept[0][path], kept[1][path]) for path in kept[0])
 
@@ -126,7 +126,7 @@ def test_an_optimizer_that_holds_a_part_is_refused() -> None:
     model, (x, target) = linear(), data()
     adapter = delta(model)
     with pytest.raises(lk.SettingError, match="1 trainable"):
-        fit(model, torch.optim.SGD([adapter.branch("0").A], lr=0.1), x, target, 1)
+        fit(model, torch.optim.SGD([adapter.tensors.branch("0").A], lr=0.1), x, target, 1)
 
 
 def test_a_deep_copy_is_stepped_on_its_own() -> None:
@@ -136,9 +136,9 @@ def test_a_deep_copy_is_stepped_on_its_own() -> None:
     twin = copy.deepcopy(model)
     copied = lk.adapters(twin)["default"]
     fit(twin, torch.optim.AdamW(copied.parameters(), lr=0.01, weight_decay=0), x, target, 3)
-    assert (adapter.steps, copied.steps) == (1, 4)
-    assert "up_K" in copied.branch("0").tensors()
-    assert "up_K" not in adapter.branch("0").tensors()
+    assert (adapter.run.steps, copied.run.steps) == (1, 4)
+    assert "up_K" in copied.tensors.branch("0").tensors()
+    assert "up_K" not in adapter.tensors.branch("0").tensors()
 
 
 def test_a_model_that_is_gone_is_let_go() -> None:
@@ -150,7 +150,7 @@ def test_a_model_that_is_gone_is_let_go() -> None:
     del model, adapter, optimizer
     gc.collect()
     assert gone() is None
-    assert all(graft is not None for graft in optimizer_hooks._GRAFTS)
+    assert all(adapter is not None for adapter in optimizer_hooks._GRAFTS)
 
 
 def test_a_second_run_begins_anew() -> None:
@@ -163,9 +163,9 @@ def test_a_second_run_begins_anew() -> None:
         )
     assert pass_two.param_groups
     fit(model, adapter.optimizer(lr=0.01, total_steps=4), x, target, 4)
-    assert adapter.steps == 4
+    assert adapter.run.steps == 4
     assert adapter.method.setting("total_steps") == 4
-    assert len(adapter.branch("0").E) == 2
+    assert len(adapter.tensors.branch("0").E) == 2
 
 
 def test_accelerate(tmp_path: Any) -> None:
@@ -180,7 +180,7 @@ def test_accelerate(tmp_path: Any) -> None:
             accelerator.backward(((model(x) - target) ** 2).mean())
             optimizer.step()
             optimizer.zero_grad()
-    assert adapter.steps == 3
+    assert adapter.run.steps == 3
 
 
 def test_an_adapter_that_takes_no_part_takes_no_step() -> None:
@@ -191,10 +191,10 @@ def test_an_adapter_that_takes_no_part_takes_no_step() -> None:
     fit(model, optimizer, x, target, 2)
     lk.adapt(model, lk.LoRA(rank=2), name="other")
     fit(model, optimizer, x, target, 3)
-    assert adapter.steps == 2
+    assert adapter.run.steps == 2
     lk.activate(model, "default")
     fit(model, optimizer, x, target, 1)
-    assert adapter.steps == 3
+    assert adapter.run.steps == 3
 
 
 def test_what_the_method_keeps_frozen_is_not_trained() -> None:
@@ -230,15 +230,15 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
     with torch.no_grad():
-        adapter.branch("1").P.zero_()  # nothing there can matter
+        adapter.tensors.branch("1").P.zero_()  # nothing there can matter
     optimizer = adapter.optimizer(cls, lr=0.01, total_steps=12)
     for group in optimizer.param_groups:
         group["params"] = list(group["params"])
-    (rule,) = adapter.rules or ()
+    (rule,) = adapter.run.rules or ()
     fit(model, optimizer, x, target, 7)
     rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 5)
-    assert [len(adapter.branch(path).E) for path in adapter.placement.methods] == [2, 0]
+    assert [len(adapter.tensors.branch(path).E) for path in adapter.placement.methods] == [2, 0]
 
 
 @pytest.mark.parametrize("steps", [0, -1, "5", 2.5, True])
@@ -255,5 +255,5 @@ def test_a_broken_model_does_not_trouble_the_optimizers_of_others() -> None:
     optimizer = adapter.optimizer(lr=0.1)
     sound(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert adapter.steps == 1
-    assert kept.steps == 0
+    assert adapter.run.steps == 1
+    assert kept.run.steps == 0

@@ -25,7 +25,7 @@ def test_every_trainable_tensor_is_in_exactly_one_group() -> None:
     assert sum(p.numel() for p in held) == adapter.trainable_parameters
     assert {id(p) for p in held} == {id(p) for p in adapter.model.parameters() if p.requires_grad}
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0)]
-    assert [id(p) for p in groups[1]["params"]] == [id(adapter.copy_of("classifier").bias)]
+    assert [id(p) for p in groups[1]["params"]] == [id(adapter.tensors.copy_of("classifier").bias)]
 
 
 def test_the_default_decay_is_none_and_other_options_pass_through() -> None:
@@ -136,11 +136,11 @@ def test_a_bias_that_has_no_gradient_stays_and_a_weight_shrinks() -> None:
     for parameter in adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    norm = adapter.copy_of("bert.encoder.layer.0.output.LayerNorm")
-    head = adapter.copy_of("classifier")
+    norm = adapter.tensors.copy_of("bert.encoder.layer.0.output.LayerNorm")
+    head = adapter.tensors.copy_of("classifier")
     kept, shrunk = (
         (norm.weight, norm.bias, head.bias),
-        (head.weight, *adapter.branch(next(iter(adapter.placement.methods))).parameters()),
+        (head.weight, *adapter.tensors.branch(next(iter(adapter.placement.methods))).parameters()),
     )
     assert all((p == 1).all() for p in kept)
     assert all(torch.allclose(p, torch.tensor(0.9)) for p in shrunk)
@@ -191,5 +191,5 @@ def test_without_decay_the_groups_are_those_of_before(recwarn: pytest.WarningsRe
     for parameter in adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
     own.step()
-    assert adapter.steps == 1
+    assert adapter.run.steps == 1
     assert not [w for w in recwarn if issubclass(w.category, lk.LorakinWarning)]

@@ -137,7 +137,11 @@ def test_peft_loads_our_files(case: str, member: lk.Member, tmp_path: Path) -> N
         path: norm for path, norm in summarise(tmp_path).norms.items() if norm
     }  # without a model
     assert norms == pytest.approx(
-        {path: norm for path in read.placement.methods if (norm := read.pair_at(path).norm())},
+        {
+            path: norm
+            for path in read.placement.methods
+            if (norm := read.tensors.pair_at(path).norm())
+        },
         rel=1e-4,
     )
 
@@ -155,7 +159,7 @@ def test_pefts_attention(tmp_path: Path) -> None:
     with pytest.warns(lk.LorakinWarning, match=r"adapts attn.out_proj; PEFT .* twice"):
         adapter = lk.load(model, tmp_path)
     assert list(adapter.placement.methods) == ["attn.in_proj_weight.0", "attn.out_proj"]
-    pair = adapter.pair_at("attn.out_proj")
+    pair = adapter.tensors.pair_at("attn.out_proj")
     with torch.no_grad():
         model.attn.out_proj.weight += pair.up @ pair.down
     torch.testing.assert_close(output(model), output(theirs), rtol=1e-5, atol=1e-5)
@@ -182,7 +186,7 @@ def test_the_files_of_an_attention_are_pefts(ranks: dict[str, int], tmp_path: Pa
         ("attn.in_proj_weight.0", inner),
         ("attn.out_proj", inner.base_layer.out_proj),
     ):
-        pair = adapter.pair_at(path)
+        pair = adapter.tensors.pair_at(path)
         torch.testing.assert_close(layer.get_delta_weight("default"), pair.up @ pair.down)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["attn"]
 
@@ -193,6 +197,6 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
     adapter = lk.load(model := Net(), tmp_path, trainable=True)
     for one in (theirs, model):
         output(one).square().mean().backward()
-    wrapped, own = theirs.base_model.model.own, adapter.branch("own.wide.0").tensors()
+    wrapped, own = theirs.base_model.model.own, adapter.tensors.branch("own.wide.0").tensors()
     torch.testing.assert_close(own["A"].grad, wrapped.lora_A.default.weight.grad)
     torch.testing.assert_close(own["B"].grad, wrapped.lora_B.default.weight.grad)

@@ -352,7 +352,7 @@ def test_target_parameters_of_peft(settings: dict[str, Any], tmp_path: Path, ids
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert summarise(tmp_path).ranks == summarise(tmp_path / "x").ranks, "without a model"
     assert summarise(tmp_path).norms == pytest.approx(
-        {path: adapter.pair_at(path).norm() for path in adapter.placement.methods}
+        {path: adapter.tensors.pair_at(path).norm() for path in adapter.placement.methods}
     )
 
 
@@ -392,7 +392,9 @@ def test_pefts_experts_train_as_ours(tmp_path: Path, ids: Tensor) -> None:
             down = owner.get_submodule(f"{outer}A.default").weight.grad.view(4, 4, -1)
             up = owner.get_submodule(f"{outer}B.default").weight.grad
             for number in range(4):
-                own = adapter.branch(f"model.layers.{layer}.mlp.experts.{name}.{number}").tensors()
+                own = adapter.tensors.branch(
+                    f"model.layers.{layer}.mlp.experts.{name}.{number}"
+                ).tensors()
                 torch.testing.assert_close(own["A"].grad, down[number], rtol=1e-5, atol=1e-6)
                 torch.testing.assert_close(
                     own["B"].grad, up.view(len(up), 4, 4)[..., number], rtol=1e-5, atol=1e-6

@@ -71,7 +71,7 @@ def test_there_and_back(kind: str, bias: str, tmp_path: Path) -> None:
     torch.testing.assert_close(out(model, kind), wanted, rtol=1e-5, atol=1e-5)
     with adapter.disabled():
         assert torch.equal(out(model, kind), base)
-    assert len(adapter.biases()) >= 2
+    assert len(adapter.tensors.biases()) >= 2
     adapter.save(tmp_path / "ours")
     written = [
         json.loads((tmp_path / side / "adapter_config.json").read_text())["bias"]
@@ -173,6 +173,6 @@ def test_the_keys_of_wrapped_parameters_are_pefts(kind: str, bias: str, tmp_path
     peft.get_peft_model(make(), config).save_pretrained(tmp_path / "theirs")
     loaded = lk.load(make(), tmp_path / "theirs")
     adapter = randomise(lk.adapt(make(), lk.LoRA(rank=2), ours, bias=bias))
-    assert set(adapter.biases()) == set(loaded.biases())
+    assert set(adapter.tensors.biases()) == set(loaded.tensors.biases())
     adapter.save(tmp_path / "ours")
     assert keys(tmp_path / "ours") == keys(tmp_path / "theirs") != set()

@@ -66,7 +66,7 @@ def theirs_and_ours(case: str) -> tuple[Any, Any, lk.Adapter, dict[str, tuple[st
                 path = name.removeprefix("base_model.model.").removesuffix("." + ending)
                 where[name] = (path, slot)
                 parameter.data.copy_(
-                    adapter.branch(path).tensors()[slot].detach().view_as(parameter)
+                    adapter.tensors.branch(path).tensors()[slot].detach().view_as(parameter)
                 )
     assert len(where) == sum(p.requires_grad for p in adapter.parameters())
     return theirs.train(), model.train(), adapter, where
@@ -85,7 +85,7 @@ def test_forward_and_gradients(case: str, ids: Tensor) -> None:
     for name, parameter in theirs.named_parameters():
         if name in where:
             path, slot = where[name]
-            ours = adapter.branch(path).tensors()[slot].grad
+            ours = adapter.tensors.branch(path).tensors()[slot].grad
             torch.testing.assert_close(
                 ours.view_as(parameter), parameter.grad, rtol=1e-4, atol=1e-6
             )
@@ -140,7 +140,7 @@ def test_veras_projections_both_ways(
     theirs.eval().save_pretrained(tmp_path / "theirs")
     model = tiny_llama(dtype=dtype)
     adapter = lk.load(model, tmp_path / "theirs")
-    site = adapter.branch("model.layers.0.self_attn.q_proj")
+    site = adapter.tensors.branch("model.layers.0.self_attn.q_proj")
     assert torch.equal(site.A.detach(), theirs.base_model.vera_A["default"].float())
     assert torch.equal(site.B.detach(), theirs.base_model.vera_B["default"].float())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -195,7 +195,7 @@ def test_an_adalora_that_peft_pruned(ids: Tensor, tmp_path: Path) -> None:
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
-    ranks = [len(adapter.branch(path).E) for path in adapter.placement.methods]
+    ranks = [len(adapter.tensors.branch(path).E) for path in adapter.placement.methods]
     assert 0 < sum(ranks) <= 14 * 2 + 1
     adapter.save(tmp_path / "again")
     back = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "again").eval()
@@ -259,7 +259,7 @@ def test_lora_fa_updates(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, parameter in theirs.named_parameters():
             if ".lora_A." in name:
                 path = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
-                parameter.copy_(adapter.branch(path).A)
+                parameter.copy_(adapter.tensors.branch(path).A)
     theirs.double()
     optimizers = [
         create_lorafa_optimizer(theirs, r=4, lora_alpha=6, lr=1e-2, weight_decay=0.0),
@@ -278,7 +278,7 @@ def test_lora_fa_updates(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         if ".lora_B." in name:
             path = name.removeprefix("base_model.model.").removesuffix(".lora_B.default.weight")
             torch.testing.assert_close(
-                adapter.branch(path).B.detach(), parameter.detach(), rtol=1e-5, atol=1e-6
+                adapter.tensors.branch(path).B.detach(), parameter.detach(), rtol=1e-5, atol=1e-6
             )
             compared += 1
     assert compared == 14

@@ -136,7 +136,7 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     assert config["trainable_token_indices"] == [5, 6]
     key = "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
     assert [name for name in tensors if "lora_" not in name] == [key]
-    assert torch.equal(tensors[key], adapter.rows_at("transformer.wte"))
+    assert torch.equal(tensors[key], adapter.tensors.rows_at("transformer.wte"))
 
 
 def test_tied_by_hand_they_get_both(ids: Tensor, tmp_path: Path) -> None:
@@ -302,14 +302,14 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
     ("config", "rows", "message"),
     [
         ({"trainable_token_indices": [5]}, torch.zeros(2, 32), "shape"),
-        ({"trainable_token_indices": [5, "a"]}, torch.zeros(2, 32), "expected ids"),
-        ({"trainable_token_indices": [5, -1]}, torch.zeros(2, 32), "expected ids"),
+        ({"trainable_token_indices": [5, "a"]}, torch.zeros(2, 32), "token_indices"),
+        ({"trainable_token_indices": [5, -1]}, torch.zeros(2, 32), "token_indices"),
         (
             {"trainable_token_indices": [5, 99]},
             torch.zeros(2, 32),
             r"resize_token_embeddings\(100\)",
         ),
-        ({"trainable_token_indices": 5}, torch.zeros(2, 32), "expected ids"),
+        ({"trainable_token_indices": 5}, torch.zeros(2, 32), "token_indices"),
         ({"trainable_token_indices": None}, torch.zeros(2, 32), "does not name"),
         ({"trainable_token_indices": {"other": [5, 6]}}, torch.zeros(2, 32), "does not name"),
         ({}, torch.zeros(2, 31), "shape"),
@@ -337,6 +337,6 @@ def test_the_last_of_a_token_that_stands_twice_counts(ids: Tensor, tmp_path: Pat
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
     assert adapter.placement.tokens == {"model.embed_tokens": TokenRows((5, 6), ("lm_head",))}
-    assert torch.equal(adapter.rows_at("model.embed_tokens"), rows[[2, 1]])
+    assert torch.equal(adapter.tensors.rows_at("model.embed_tokens"), rows[[2, 1]])
     other = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=0, atol=1e-5)

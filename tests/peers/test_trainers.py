@@ -162,7 +162,7 @@ def test_a_prepared_trainer_needs_nothing_else(member: Any, tmp_path: Path) -> N
             if part == "again"
             else None
         )
-        assert adapter.steps == 6
+        assert adapter.run.steps == 6
         results.append(state(adapter))
         rates = {
             id(p): (group["initial_lr"], group["weight_decay"])
@@ -197,7 +197,7 @@ def test_a_plain_trainer_is_enough_where_nothing_need_be_told(tmp_path: Path) ->
         [lk.AdaLoRA(initial_rank=4, target_rank=2, total_steps=6, start=1, finish=2), lk.DoRA()],
     )
     trainer(tmp_path, model, gradient_accumulation_steps=2, max_grad_norm=0.1).train()
-    assert sum(len(adapter.branch(path).E) for path in adapter.placement.methods) == 14 * 2
+    assert sum(len(adapter.tensors.branch(path).E) for path in adapter.placement.methods) == 14 * 2
     adapter.save(tmp_path / "adapter")
 
 
@@ -260,7 +260,7 @@ def test_sft_trainer_with_members_that_act_at_steps(tmp_path: Path, tokenizer: A
             processing_class=tokenizer,
         )
     ).train()
-    assert sum(len(adapter.branch(path).E) for path in adapter.placement.methods) == 14 * 2
+    assert sum(len(adapter.tensors.branch(path).E) for path in adapter.placement.methods) == 14 * 2
     adapter.save(tmp_path / "adapter")
 
 
@@ -287,8 +287,8 @@ def test_a_head_whose_weight_the_trainer_reads_trains(
     ).train()
     if whole:
         assert not torch.equal(
-            adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"]
+            adapter.tensors.copy_of("lm_head").weight, model.lm_head._parameters["weight"]
         )
     else:
-        assert adapter.branch("lm_head").tensors()["B"].any()
+        assert adapter.tensors.branch("lm_head").tensors()["B"].any()
     adapter.save(tmp_path / "adapter")  # which would say what training never reached

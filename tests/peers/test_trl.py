@@ -53,7 +53,7 @@ def test_sft_with_packing(
     )
     assert all(len(row["input_ids"]) == 24 for row in list(trainer.train_dataset)[:-1]), "packed"
     prepare_trainer(trainer).train()
-    assert adapter.steps == 6
+    assert adapter.run.steps == 6
     again = lk.load(tiny_llama(), tmp_path / "checkpoint-6")
     assert again.method.words == adapter.method.words
 
@@ -116,7 +116,7 @@ def test_a_reference_is_the_base_whatever_becomes_of_the_adapters(ids: torch.Ten
     adapter.remove()
     other = lk.adapt(model, lk.LoRA(rank=2), name="other")
     with torch.no_grad():
-        other.branch("model.layers.0.mlp.up_proj").B.normal_()
+        other.tensors.branch("model.layers.0.mlp.up_proj").B.normal_()
     assert torch.equal(ours(ids).logits, base)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
@@ -132,7 +132,9 @@ def test_a_head_that_trl_reads_trains_whole(
         model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
     prepare_trainer(trainer).train()
-    assert not torch.equal(adapter.copy_of("lm_head").weight, model.lm_head._parameters["weight"])
+    assert not torch.equal(
+        adapter.tensors.copy_of("lm_head").weight, model.lm_head._parameters["weight"]
+    )
     adapter.save(tmp_path / "adapter")
 
 
@@ -157,7 +159,7 @@ def test_a_reward_model(tmp_path: Path, tokenizer: Any) -> None:
     )
     prepare_trainer(trainer).train()
     assert losses(trainer)[-1] < losses(trainer)[0]
-    assert not torch.equal(adapter.copy_of("score").weight, model.score.weight)
+    assert not torch.equal(adapter.tensors.copy_of("score").weight, model.score.weight)
     torch.manual_seed(1)
     other = transformers.LlamaForSequenceClassification(config)
     other.model.load_state_dict(
@@ -174,7 +176,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     sentences = pytest.importorskip("sentence_transformers")
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
-    from lorakin.training.models import packaged
+    from lorakin.training.model_sources import packaged
 
     def encoder() -> Any:
         return sentences.SentenceTransformer(str(packaged("minilm")), device="cpu")
@@ -195,7 +197,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     loss = MultipleNegativesRankingLoss(model)
     trainer = sentences.SentenceTransformerTrainer(model, args, train_dataset=rows, loss=loss)
     prepare_trainer(trainer).train()
-    assert adapter.steps == 6
+    assert adapter.run.steps == 6
     after = model.encode(texts, convert_to_tensor=True)
     assert (after - before).abs().max() > 1e-4
     other = encoder()

@@ -14,45 +14,38 @@ import transformers
 
 import lorakin as lk
 from lorakin.errors import LorakinWarning
-from lorakin.family import FAMILY, method_named
+from lorakin.family import FAMILY, Member, method_named
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.few_layers import rehearse
-from lorakin.plan.rehearsal import FORWARD, STEP, RehearsedRun, _rows, rehearse_whole
+from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, _loss, _rows, rehearse_whole
 from lorakin.plan.skeleton import supposed
 from lorakin.plan.traced import Traced
 from plan.small import MACHINE, conditions, small
 
-WORDS = [member.word for member in FAMILY]
 
-
-@pytest.mark.parametrize("word", WORDS)
-def test_tensors_without_numbers_take_what_real_ones_take(word: str) -> None:
-    """The same step on real tensors takes the same: nothing goes another way without numbers."""
-    method, dtype = (
-        method_named(word, {}),
-        torch.bfloat16 if WORDS.index(word) % 2 else torch.float32,
-    )
+@pytest.mark.parametrize("kind", FAMILY, ids=lambda kind: kind.word)
+def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) -> None:
+    """The same steps on real tensors take the same: nothing goes another way without numbers."""
+    method = method_named(kind.word, dict(kind.small))
+    dtype = (torch.float32, torch.bfloat16)[FAMILY.index(kind) % 2]
     where = conditions(dtype=dtype, steps=600)
     planned = rehearse_whole(where, method, MACHINE)
     model = transformers.LlamaForCausalLM(small()).to(dtype).train()
-    method = supposed(model, method)
-    adapter = lk.adapt(model, method, seed=0)
     batch = {key: t for key, t in _rows(where).items() if key != "attention_mask"}
+    known = supposed(model, method)
+    varied = {**batch, "input_ids": torch.randint(128, batch["input_ids"].shape)}
+    data = {} if known.measuring is None else {"probe": [varied], "loss": _loss}
     with Traced(MACHINE, real=True) as traced:
         traced.see(model.parameters(), "weights")
         traced.see(model.buffers(), "weights")
-        traced.see(adapter.parameters(), "adapter")
+        with traced.phase(SETUP, makes="adapter"):
+            adapter = lk.adapt(model, known, seed=0, **data)  # type: ignore[arg-type]
         optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=600)
-        run = RehearsedRun(model, adapter, optimizer, batch, traced)
-        run.optimize(1)
-        run.step(2)
-        if word == "delta-lora":
-            run.optimize(500)
-            run.step(501)
+        RehearsedRun(model, adapter, optimizer, batch, traced).steps()
+    close = 2e-3 if known.measuring is None else 1e-2  # a look at data may move ranks
     for phase in (FORWARD, STEP):
-        assert planned.peaks[phase].total == pytest.approx(traced.peaks[phase].total, rel=2e-3), (
-            phase
-        )
+        real = traced.peaks[phase].total
+        assert planned.peaks[phase].total == pytest.approx(real, rel=close), phase
 
 
 def test_a_longer_run_holds_the_anchors_too() -> None:

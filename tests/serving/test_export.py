@@ -57,7 +57,7 @@ def adapter_on(base: str, member: Any, out: Path, **more: Any) -> str:
         with torch.no_grad():
             for name, parameter in adapter.named_parameters():
                 if name.endswith(".m"):
-                    rows = adapter.base_weight(name.removesuffix(".m")).norm(dim=1)
+                    rows = adapter.tensors.base_weight(name.removesuffix(".m")).norm(dim=1)
                     parameter.copy_(rows * (1 + 0.1 * parameter))
     return str(directory.save(adapter, out))
 

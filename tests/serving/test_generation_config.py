@@ -20,7 +20,7 @@ from lorakin.serving.generation_config import FILE, say_where_answers_end
 from lorakin.serving.job import Order
 from lorakin.training.endings import end_of_turn
 from peers import llama_cpp
-from training.templates import TEMPLATES, tokenizer_of
+from training.carried import TEMPLATES, tokenizer_of
 
 CHATML = TEMPLATES["qwen2_5"].replace(
     "<|im_end|>", "<|over|>"
@@ -31,7 +31,7 @@ CHATML = TEMPLATES["qwen2_5"].replace(
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose template closes turns with <|over|>."""
     folder = tmp_path_factory.mktemp("base")
-    made = tokenizer_of(CHATML)
+    made = tokenizer_of(CHATML, "</s>", merges=True)
     model = tiny_llama(
         tied=False,
         vocab_size=len(made),

@@ -15,7 +15,8 @@ import lorakin as lk
 import soak
 from lorakin.cli.app import run
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 REASON = llama_cpp.available()

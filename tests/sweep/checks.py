@@ -200,7 +200,7 @@ def _train(model: nn.Module, adapter: lk.Adapter, given: dict[str, Any], found: 
         optimizer.step()
         optimizer.zero_grad()
     sites = adapter.placement.methods.keys() - set(found.unused)
-    names = [name for name, _ in adapter.trained() if name.rpartition(".")[0] in sites]
+    names = [name for name, _ in adapter.tensors.trained() if name.rpartition(".")[0] in sites]
     found.ungiven = [name for name in names if name not in given_one]
     found.unmoved = sorted({name.rpartition(".")[0] for name in names} - moved)
 

@@ -1,4 +1,4 @@
-"""Run the sweep and write docs/architectures.md: `python -m sweep.table`, with src and tests on the path.
+"""Run the sweep and write docs/evidence/architectures.md: `python -m sweep.table`, with src and tests on the path.
 
 With `--refused`, print instead what `REFUSED` in architectures.py would have to say. `--only NAME …` runs some.
 """
@@ -17,15 +17,14 @@ import transformers
 
 from sweep import architectures, checks
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "architectures.md"
 COMMAND = "make sweep"
 NO_FAILURE = "none"
 HEAD = """# Architectures
 
-A LoRA adapter of rank 2 on "all-linear" was put into {count} architectures of transformers {transformers},
-each a tiny random model with its own head, trained whole if it looks new. The adapter was trained for three steps with
-the model's own dropout and masking,
-merged, unmerged, saved, loaded into a fresh base and taken out again.
+A LoRA adapter of rank 2 on "all-linear" was put into {count} architectures of transformers {transformers}.
+Each is a tiny random model with its own head, which is trained whole if it looks new. The adapter was trained for three
+steps with the model's own dropout and masking, merged, unmerged, saved, loaded into a fresh base and taken out again.
 {counts}
 
 ```bash
@@ -33,8 +32,8 @@ merged, unmerged, saved, loaded into a fresh base and taken out again.
 ```
 
 torch {torch}, one core, {seconds:.0f} s. The distance is the largest between the merged and the unmerged output in
-float32, relative to the output's largest value. Unused are modules whose weight gets no gradient in the base either,
-where the whole base trains: the forward does not reach them with these inputs, or something behind them begins at zero.
+float32, relative to the output's largest value. A module is *unused* if its weight gets no gradient in the base either,
+when the whole base trains: the forward does not reach it with these inputs, or something behind it begins at zero.
 
 | architecture | class | modules adapted | refused | merged − unmerged | failures |
 |---|---|---|---|---|---|

@@ -78,11 +78,11 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
     Both are float32 (outputs, inputs). None: the module has no matrix.
     """
     if path in adapter.placement.copies:
-        twin = adapter.copy_of(path)
+        twin = adapter.tensors.copy_of(path)
         if kind_of(twin) is None:
             return None
-        return adapter.base_weight(path).float(), own_weight(twin).float()
-    before, pair = adapter.base_weight(path).float(), adapter.change_at(path)
+        return adapter.tensors.base_weight(path).float(), own_weight(twin).float()
+    before, pair = adapter.tensors.base_weight(path).float(), adapter.tensors.change_at(path)
     after = before + pair.up.float() @ pair.down.float()
     return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after
 
@@ -113,7 +113,7 @@ def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
             change, size = float((both[1] - both[0]).norm()), float(both[0].norm())
             found[path] = {"norm": change, "relative": change / size if size else 0.0}
             if path in adapter.placement.methods:
-                found[path]["rank"] = adapter.pair_at(path).down.shape[0]
+                found[path]["rank"] = adapter.tensors.pair_at(path).down.shape[0]
     return found
 
 
@@ -127,7 +127,7 @@ def ranks(adapter: Adapter) -> dict[str, int]:
     if slot is None or not any("budget" in member.decides for member in method.members):
         return {}
     used = {
-        path: int(torch.count_nonzero(adapter.tensors_at(path)[slot]))
+        path: int(torch.count_nonzero(adapter.tensors.at(path)[slot]))
         for path in adapter.placement.methods
     }
     return used if any(used.values()) else {}

@@ -41,7 +41,7 @@ class Sweep:
         if self.rates is not None:
             return list(self.rates)
         assert arm.lr is not None
-        return [rate(arm.lr, place) for place in FIRST]
+        return [rate(arm.lr, half_decades) for half_decades in FIRST]
 
     def next(self, arm: Arm, losses: dict[float, float]) -> float | None:
         """Returns the next rate to try, or None when the best rate is known.
@@ -52,20 +52,22 @@ class Sweep:
         """
         if self.rates is not None or len(losses) >= MOST or arm.lr is None:
             return None
-        known, best = sorted(losses), best_rate(losses)
-        places = {rate(arm.lr, place): place for place in range(-MOST, MOST + 3)}
-        if best is None or best == known[0]:
-            return rate(arm.lr, places[known[0]] - 1) if known[0] in places else None
-        return rate(arm.lr, places[known[-1]] + 1) if best == known[-1] and best in places else None
+        lowest, highest, best = min(losses), max(losses), best_rate(losses)
+        above = {rate(arm.lr, number): number for number in range(-MOST, MOST + 3)}
+        if best in (None, lowest):  # if all diverged, the rates were too large
+            return rate(arm.lr, above[lowest] - 1) if lowest in above else None
+        if best == highest and highest in above:
+            return rate(arm.lr, above[highest] + 1)
+        return None
 
 
-def rate(lr: float, place: int) -> float:
-    """Returns the learning rate `place` half decades above `lr`, rounded to two digits.
+def rate(lr: float, half_decades: int) -> float:
+    """Returns the learning rate so many half decades above `lr`, rounded to two digits.
 
     >>> rate(2e-4, 1)
     0.00063
     """
-    return float(f"{lr * 10 ** (place / 2):.2g}")
+    return float(f"{lr * 10 ** (half_decades / 2):.2g}")
 
 
 def best_rate(losses: dict[float, float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -24,9 +25,11 @@ from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
 from lorakin.training import train
 from lorakin.training.evaluate import Evaluation, evaluate
+from lorakin.training.prepare import encoded
 from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
+from lorakin.training.run_directory import METRICS
 
 TIMED_STEPS = 6
 """Steps of a trial that only times a step."""
@@ -61,6 +64,7 @@ def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
     """
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison handles Ctrl-C
+    gc.freeze()  # collections need not look at what was imported before the fork
     _choose_device(job)
     log = Path(f"{job.recipe.out}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
 
 def _report(job: TrialJob, ready: train.Run) -> Evaluation:
     """Evaluates the model on the rows to report on."""
-    rows = train.encoded(
+    rows = encoded(
         ready.recipe,
         read_rows(job.report_data, layout=ready.recipe.format),
         ready.loaded,
@@ -171,7 +175,7 @@ def _report(job: TrialJob, ready: train.Run) -> Evaluation:
 
 def _losses(out: Path) -> list[float]:
     """Returns the training loss of each step."""
-    rows = Metrics(out / train.METRICS, writes=False).rows()
+    rows = Metrics(out / METRICS, writes=False).rows()
     return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 

@@ -11,8 +11,8 @@ from lorakin.compare.results import DIVERGED
 from lorakin.compare.standings import Estimate, Standing, apart, leaders
 
 ENOUGH, THRIFTY, LEAN = 0.9, 0.5, 0.95
-"""Only methods that reach 90 % of plain LoRA's improvement are praised: as thrifty with at most half
-of its trained numbers, as lean if all their runs need less than 95 % of its memory."""
+"""A method that reaches 90 % of plain LoRA's improvement is named as thrifty if it trains at most
+half as many numbers, and as lean if all its runs need less than 95 % of the memory."""
 
 
 def verdict(found: Sequence[Standing], measure: str) -> list[str]:

@@ -57,6 +57,10 @@ def devices_of(text: str) -> list[str]:
     return found
 
 
+PRELOADED = [trial.__name__, "matplotlib.pyplot"]
+"""Imported once, and forked into every trial."""
+
+
 @dataclasses.dataclass
 class Running:
     """A trial that runs. Its process exits when `lifeline` closes, so also when this one ends."""
@@ -88,7 +92,7 @@ def run(study: Study, devices: Sequence[str], board: Board) -> None:
     """
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
-        context.set_forkserver_preload([trial.__name__])
+        context.set_forkserver_preload(PRELOADED)
     threads = max(1, torch.get_num_threads() // max(1, list(devices).count("cpu")))
     running: dict[int, Running] = {}
     try:

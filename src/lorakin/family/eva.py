@@ -77,7 +77,7 @@ class EVA(Start):
             return f"{parametrisation.word} has no factor of its own on the inputs' side to start"
         return None
 
-    def observer(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
+    def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
         shares = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
         moves = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
         most = {

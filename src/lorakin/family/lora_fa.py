@@ -9,7 +9,7 @@ Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ
           nothing that x is multiplied by trains: r numbers per token instead of `in`.
 Correction (`corrected`): g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ minimises ‖s · g_B · A − ∂W‖ (Frobenius), the distance to the
           gradient of full fine-tuning. (A Aᵀ)⁻¹ is constant, computed once. The authors' optimizer always does it, here it is
-          asked for. Under Adam the loss hardly changes, B does: docs/members.md has figures.
+          asked for. Under Adam the loss hardly changes, B does: docs/methods/lora-fa.md has figures.
 """
 
 from __future__ import annotations

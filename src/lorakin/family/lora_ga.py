@@ -70,7 +70,7 @@ class LoRAGA(AnchoredStart):
     def batches(self) -> int | None:
         return self.first_batches
 
-    def observer(
+    def collector(
         self, targets: Mapping[str, Target], methods: Mapping[str, Method]
     ) -> MeanGradients:
         for path, method in methods.items():

@@ -8,18 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.inject.branch import Branch
+from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.layers import ConvolutionLayer
 from lorakin.inject.measuring import Run, check_called, inputs_of
-from lorakin.inject.placement import Graft
 
 
 def energies(
-    graft: Graft, batches: Sequence[Any], normalised: bool = False, run: Run | None = None
+    adapter: InsertedAdapter,
+    batches: Sequence[Any],
+    normalised: bool = False,
+    run: Run | None = None,
 ) -> dict[str, float]:
     """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding; the shares sum to 1.
 
     Args:
-        graft: the adapter, active. A gain counts for nothing.
+        adapter: the adapter, active. A gain counts for nothing.
         batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
         run: (model, batch) → anything, to run the model; by default on the batch's entries as arguments.
@@ -27,9 +30,9 @@ def energies(
     Raises:
         SettingError: a module that is never called by itself.
     """
-    paths = list(graft.placement.methods)
-    check_called(graft.model, paths)
-    branches = {path: graft.branch(path) for path in paths}
+    paths = list(adapter.placement.methods)
+    check_called(adapter.model, paths)
+    branches = {path: adapter.tensors.branch(path) for path in paths}
     sums, own = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
@@ -40,7 +43,7 @@ def energies(
             weight: Any = module._parameters.get("weight")
             own[path] += _energy(branch.layer.product(module, x, weight), mask, branch)
 
-    inputs_of(graft.model, paths, batches, see, run)
+    inputs_of(adapter.model, paths, batches, see, run)
     if normalised:
         sums = {path: value / own[path] if own[path] else 0.0 for path, value in sums.items()}
     total = sum(sums.values())

@@ -19,7 +19,7 @@ from lorakin.errors import StateError
 from lorakin.inject import threads
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 FUNCTION = "_gradient_checkpointing_func"
 """The attribute where transformers keeps the function with which a module checkpoints its parts."""
@@ -28,8 +28,8 @@ FUNCTION = "_gradient_checkpointing_func"
 class BeforeForward:
     """The forward pre-hook of an adapted model."""
 
-    def __init__(self, model: nn.Module, grafts: dict[str, Graft]) -> None:
-        self.grafts = grafts
+    def __init__(self, model: nn.Module, adapters: dict[str, InsertedAdapter]) -> None:
+        self.adapters = adapters
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.held: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.handle = model.register_forward_pre_hook(self)
@@ -53,7 +53,9 @@ class BeforeForward:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return None
         trains = (
-            any(True for _ in graft.trained()) for graft in self.grafts.values() if graft.is_active
+            any(True for _ in adapter.tensors.trained())
+            for adapter in self.adapters.values()
+            if adapter.merging.is_active
         )
         if not any(trains):
             return None
@@ -89,8 +91,8 @@ class BeforeForward:
         for module in self.checkpointing:
             if module.gradient_checkpointing:
                 _let_gradients_pass(module)
-        for graft in self.grafts.values():
-            graft.before_backward()
+        for adapter in self.adapters.values():
+            adapter.run.before_backward()
 
 
 def _through(model: nn.Module, args: Any, out: Any) -> None:

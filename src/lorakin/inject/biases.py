@@ -22,8 +22,8 @@ from lorakin.inject.targets import named_modules
 from lorakin.kernels.autograd import PLAIN
 
 if TYPE_CHECKING:
+    from lorakin.inject.inserted import InsertedAdapter
     from lorakin.inject.merge import Placed
-    from lorakin.inject.placement import Graft
 
 NONE, ADAPTED, ALL = "none", "lora_only", "all"
 
@@ -142,9 +142,9 @@ def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | S
             owners[path] = name
 
 
-def tie_merged(model: nn.Module, graft: Graft) -> None:
+def tie_merged(model: nn.Module, adapter: InsertedAdapter) -> None:
     """Lets merged modules share a bias that is one in the adapter and in the base."""
     first: dict[int, Any] = {}
-    for path, own in graft.biases().items():
+    for path, own in adapter.tensors.biases().items():
         module = model.get_submodule(path)
         module._parameters[BIAS] = first.setdefault(id(own), module._parameters[BIAS])

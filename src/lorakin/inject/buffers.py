@@ -18,7 +18,7 @@ from lorakin.inject.attachments import ours
 from lorakin.inject.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 
 def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
@@ -58,44 +58,50 @@ class Buffers:
         self.shown: dict[str, str | None] = {}
         """Whose each one is that the model has now; None is the base."""
 
-    def show(self, model: nn.Module, grafts: Mapping[str, Graft]) -> None:
+    def show(self, model: nn.Module, adapters: Mapping[str, InsertedAdapter]) -> None:
         """Puts the buffers of the adapters in use into the model; the base's where none has any."""
-        using = [graft for graft in grafts.values() if graft.is_active and not graft.is_off]
+        using = [
+            adapter
+            for adapter in adapters.values()
+            if adapter.merging.is_active and not adapter.merging.is_off
+        ]
         for name, owner in self.owners(model, using).items():
             if owner != self.shown[name]:
-                self._set(model, name, owner, grafts)
+                self._set(model, name, owner, adapters)
 
-    def owners(self, model: nn.Module, using: Sequence[Graft]) -> dict[str, str | None]:
+    def owners(self, model: nn.Module, using: Sequence[InsertedAdapter]) -> dict[str, str | None]:
         """Returns whose each buffer is if these adapters are in use; None is the base.
 
         Raises:
             SettingError: two of them have moved the same buffer.
         """
-        found: dict[str, Graft | None] = dict.fromkeys(self.base)
-        for graft in using:
-            for name in graft.buffers:
+        found: dict[str, InsertedAdapter | None] = dict.fromkeys(self.base)
+        for adapter in using:
+            for name in adapter.buffers:
                 if (other := found[name]) is None or not self._moved(model, other, name):
-                    found[name] = graft
-                elif self._moved(model, graft, name):
+                    found[name] = adapter
+                elif self._moved(model, adapter, name):
                     raise SettingError(
-                        f"{other.name!r} and {graft.name!r} have both moved {name} in training; "
+                        f"{other.name!r} and {adapter.name!r} have both moved {name} in training; "
                         "activate one of them"
                     )
-        return {name: None if graft is None else graft.name for name, graft in found.items()}
+        return {name: None if adapter is None else adapter.name for name, adapter in found.items()}
 
-    def of(self, model: nn.Module, graft: Graft, name: str) -> Tensor | None:
+    def of(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> Tensor | None:
         """Returns the adapter's own buffer of this name."""
-        return _get(model, name) if self.shown[name] == graft.name else graft.buffers[name]
+        return _get(model, name) if self.shown[name] == adapter.name else adapter.buffers[name]
 
-    def put(self, model: nn.Module, graft: Graft, name: str, value: Tensor | None) -> None:
+    def put(
+        self, model: nn.Module, adapter: InsertedAdapter, name: str, value: Tensor | None
+    ) -> None:
         """Sets the adapter's own buffer of this name."""
-        own = self.of(model, graft, name)
+        own = self.of(model, adapter, name)
         if own is not None and value is not None and own.shape == value.shape:
             own.copy_(value)
-        elif self.shown[name] == graft.name:
+        elif self.shown[name] == adapter.name:
             _put(model, name, own_copy(value))
         else:
-            graft.buffers[name] = own_copy(value)
+            adapter.buffers[name] = own_copy(value)
 
     def all(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
         """Returns the base's own buffers that an adapter may move; see `own_buffers`."""
@@ -108,38 +114,44 @@ class Buffers:
         """Returns the base's own buffer of this name."""
         return _get(model, name) if self.shown[name] is None else self.base[name]
 
-    def moved(self, model: nn.Module, graft: Graft) -> dict[str, Tensor]:
+    def moved(self, model: nn.Module, adapter: InsertedAdapter) -> dict[str, Tensor]:
         """Returns those of the adapter's buffers that differ from the base's."""
-        moved = {n: self.of(model, graft, n) for n in graft.buffers if self._moved(model, graft, n)}
+        moved = {
+            n: self.of(model, adapter, n) for n in adapter.buffers if self._moved(model, adapter, n)
+        }
         return {name: buffer for name, buffer in moved.items() if buffer is not None}
 
-    def _moved(self, model: nn.Module, graft: Graft, name: str) -> bool:
-        own, base = self.of(model, graft, name), self.own(model, name)
+    def _moved(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> bool:
+        own, base = self.of(model, adapter, name), self.own(model, name)
         if own is None or base is None:
             return own is not base
         return not own.is_meta and not torch.equal(own, base.to(own))
 
-    def add(self, model: nn.Module, graft: Graft) -> None:
+    def add(self, model: nn.Module, adapter: InsertedAdapter) -> None:
         """Sets aside the base's buffers of which the adapter has its own."""
-        for name in graft.buffers:
+        for name in adapter.buffers:
             if name not in self.base:
                 self.base[name], self.shown[name] = _get(model, name), None
 
-    def give_up(self, model: nn.Module, graft: Graft) -> None:
+    def give_up(self, model: nn.Module, adapter: InsertedAdapter) -> None:
         """Makes the adapter's buffers the base's, as a permanent merge needs."""
-        for name in graft.buffers:
-            if self.shown[name] == graft.name:
+        for name in adapter.buffers:
+            if self.shown[name] == adapter.name:
                 self.base[name] = _get(model, name)
 
     def _set(
-        self, model: nn.Module, name: str, owner: str | None, grafts: Mapping[str, Graft]
+        self,
+        model: nn.Module,
+        name: str,
+        owner: str | None,
+        adapters: Mapping[str, InsertedAdapter],
     ) -> None:
         here, before = _get(model, name), self.shown[name]
         if before is None:
             self.base[name] = here
-        elif before in grafts:
-            grafts[before].buffers[name] = here
-        new = self.base[name] if owner is None else grafts[owner].buffers[name]
+        elif before in adapters:
+            adapters[before].buffers[name] = here
+        new = self.base[name] if owner is None else adapters[owner].buffers[name]
         if new is not None and here is not None:
             new = new.to(here.device, here.dtype if here.is_floating_point() else new.dtype)
         _put(model, name, new)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.inject.activation import activate
+from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.measuring import LINEAR, inputs_of, unpadded
-from lorakin.inject.placement import Graft, activate, grafts
+from lorakin.inject.model_registry import adapters_in
 
 
 def input_samples(
-    graft: Graft, batches: Sequence[Mapping[str, Any]], limit: int = 1024
+    adapter: InsertedAdapter, batches: Sequence[Mapping[str, Any]], limit: int = 1024
 ) -> dict[str, Tensor]:
     """Path → at most `limit` inputs (tokens, inputs) of each linear module, with this adapter active.
 
@@ -29,13 +31,15 @@ def input_samples(
             last[:] = [(x, _drawn(unpadded(x, mask), share))]
         seen.setdefault(path, []).append(last[0][1])
 
-    paths = [path for path in graft.placement.methods if graft.branch(path).layer in LINEAR]
-    active = [name for name, one in grafts(graft.model).items() if one.is_active]
-    activate(graft.model, graft.name)
+    paths = [
+        path for path in adapter.placement.methods if adapter.tensors.branch(path).layer in LINEAR
+    ]
+    active = [name for name, one in adapters_in(adapter.model).items() if one.merging.is_active]
+    activate(adapter.model, adapter.name)
     try:
-        inputs_of(graft.model, paths, batches, see)
+        inputs_of(adapter.model, paths, batches, see)
     finally:
-        activate(graft.model, active)
+        activate(adapter.model, active)
     joined: dict[tuple[int, ...], Tensor] = {}
     return {
         path: joined.setdefault(tuple(map(id, parts)), torch.cat(parts))

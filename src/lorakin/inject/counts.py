@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lorakin.family.pair import whole_shape
 from lorakin.inject.attachments import Adapters, Attachments, attachments_or_none
 from lorakin.inject.branch import Copy, trains
-from lorakin.inject.placement import Graft, grafts
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.model_registry import adapters_in
 from lorakin.inject.quantised import is_quantised, shape_of
 from lorakin.inject.rows import TokenRowsBranch
 
@@ -19,26 +20,26 @@ Whether = bool | Literal["irregular"]
 """True for all, False for none, "irregular" for some."""
 
 
-def hung_of(graft: Graft) -> list[Attachments]:
+def hung_of(adapter: InsertedAdapter) -> list[Attachments]:
     """What hangs on each of its modules; none of a module that something else has replaced."""
-    return graft._attachments_if_there() if graft.is_present else []
+    return adapter.tensors.attachments() if adapter.is_present else []
 
 
-def tensors_of(graft: Graft) -> list[nn.Parameter]:
+def tensors_of(adapter: InsertedAdapter) -> list[nn.Parameter]:
     """Its tensors, once each; none once it is gone."""
-    each = (p for attached in hung_of(graft) for p in attached[graft.name].parameters())
+    each = (p for attached in hung_of(adapter) for p in attached[adapter.name].parameters())
     return list({id(parameter): parameter for parameter in each}.values())
 
 
-def requires_grad(graft: Graft) -> Whether:
+def requires_grad(adapter: InsertedAdapter) -> Whether:
     """Whether the tensors that its method trains require gradients; "irregular" also if another one does."""
     flags: set[Whether] = set()
-    for attached in hung_of(graft):
-        child = attached[graft.name]
+    for attached in hung_of(adapter):
+        child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             flags |= {p.requires_grad for p in child.parameters()}
             continue
-        if (bias := attached.bias_of(graft.name)) is not None:
+        if (bias := attached.bias_of(adapter.name)) is not None:
             flags.add(bias.requires_grad)
         slots = child.slots()
         for slot, tensor in child.tensors().items():
@@ -54,16 +55,16 @@ def whether(flags: Iterable[object]) -> Whether:
     return False if found == {False} else "irregular"
 
 
-def trained_by_method(graft: Graft) -> int:
+def trained_by_method(adapter: InsertedAdapter) -> int:
     """How many numbers the adapter's method trains, whether or not they require gradients just now."""
     trained: dict[int, int] = {}
-    for attached in hung_of(graft):
-        child = attached[graft.name]
+    for attached in hung_of(adapter):
+        child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             trained |= {id(p): numbers(p) for p in child.parameters()}
         else:
             slots = child.slots()
-            own = attached.bias_of(graft.name)
+            own = attached.bias_of(adapter.name)
             trained |= {} if own is None else {id(own): numbers(own)}
             trained |= {
                 id(t): numbers(t) for slot, t in child.tensors().items() if slots[slot].trained
@@ -84,8 +85,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     for module in modules:
         if id(module) not in adapters:
             counted |= _own_counts(module)
-    for graft in grafts(model).values():
-        counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(graft)}
+    for adapter in adapters_in(model).values():
+        counted |= {id(p): (numbers(p), p.requires_grad) for p in tensors_of(adapter)}
     return sum(n for n, wanted in counted.values() if wanted), sum(n for n, _ in counted.values())
 
 

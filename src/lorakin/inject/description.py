@@ -17,7 +17,7 @@ from lorakin.inject.counts import (
     requires_grad,
     tensors_of,
 )
-from lorakin.inject.placement import Graft
+from lorakin.inject.inserted import InsertedAdapter
 
 TRAINING: dict[Whether, str] = {
     True: "trains",
@@ -55,12 +55,12 @@ def module_names(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(parts[-1] for parts in named if parts))
 
 
-def ranks_in_words(graft: Graft) -> str:
+def ranks_in_words(adapter: InsertedAdapter) -> str:
     """`rank 8`, or `rank 4 to 16` where modules have ranks of their own; empty where the method has none."""
     ranks = sorted(
         {
             rank
-            for method in graft.placement.methods.values()
+            for method in adapter.placement.methods.values()
             if (rank := method.setting("rank")) is not None
         }
     )
@@ -69,65 +69,69 @@ def ranks_in_words(graft: Graft) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
 
-def biases_in_words(graft: Graft) -> str:
+def biases_in_words(adapter: InsertedAdapter) -> str:
     """`4 biases`, those that it trains."""
-    number = len(graft.placement.biases)
+    number = len(adapter.placement.biases)
     return f"{number:,} bias{'' if number == 1 else 'es'}"
 
 
-def state_in_words(graft: Graft) -> str:
+def state_in_words(adapter: InsertedAdapter) -> str:
     """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
-    attached = hung_of(graft)
-    if not graft.is_present:
+    attached = hung_of(adapter)
+    if not adapter.is_present:
         return "removed"
     states = {"merged": "merged", "off": "disabled", "active": "active"}
     word = next(
         (
             word
             for state, word in states.items()
-            if any(graft.name in getattr(h, state) for h in attached)
+            if any(adapter.name in getattr(h, state) for h in attached)
         ),
         "inactive",
     )
-    return word if graft.scale == 1 else f"{word} at scale {graft.scale:g}"
+    return word if adapter.merging.scale == 1 else f"{word} at scale {adapter.merging.scale:g}"
 
 
-def described(graft: Graft) -> str:
+def described(adapter: InsertedAdapter) -> str:
     """The adapter in a few lines: method, modules, trained parameters, memory, state."""
-    tensors = tensors_of(graft)
+    tensors = tensors_of(adapter)
     trained, total = (
         sum(numbers(p) for p in tensors if p.requires_grad),
-        parameter_counts(graft.model)[1],
+        parameter_counts(adapter.model)[1],
     )
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-    places, own_ranks = module_names(graft.placement.methods), ranks_in_words(graft)
+    places, own_ranks = module_names(adapter.placement.methods), ranks_in_words(adapter)
     lines = [
-        f"adapter {graft.name!r}: {in_words(graft.method)}{f'; {own_ranks}' if ' to ' in own_ranks else ''}",
-        f"modules: {len(graft.placement.methods)}{f' ({listed(places)})' if places else ''}"
-        + (f"; trained whole: {listed(graft.placement.copies)}" if graft.placement.copies else "")
-        + (f"; {biases_in_words(graft)}" if graft.placement.biases else ""),
+        f"adapter {adapter.name!r}: {in_words(adapter.method)}{f'; {own_ranks}' if ' to ' in own_ranks else ''}",
+        f"modules: {len(adapter.placement.methods)}{f' ({listed(places)})' if places else ''}"
+        + (
+            f"; trained whole: {listed(adapter.placement.copies)}"
+            if adapter.placement.copies
+            else ""
+        )
+        + (f"; {biases_in_words(adapter)}" if adapter.placement.biases else ""),
         f"trains: {share(trained, total)}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
         + (f" on {', '.join(devices_of(tensors))}" if tensors else ""),
-        f"state: {state_in_words(graft)}, {TRAINING[requires_grad(graft)]}",
+        f"state: {state_in_words(adapter)}, {TRAINING[requires_grad(adapter)]}",
     ]
-    return "\n  ".join(lines if graft.is_present else [lines[0], "state: removed"])
+    return "\n  ".join(lines if adapter.is_present else [lines[0], "state: removed"])
 
 
-def in_one_line(graft: Graft) -> str:
+def in_one_line(adapter: InsertedAdapter) -> str:
     """The adapter in a line, for `repr`."""
-    tensors = tensors_of(graft)
+    tensors = tensors_of(adapter)
     trained, total = (
         sum(numbers(p) for p in tensors if p.requires_grad),
-        parameter_counts(graft.model)[1],
+        parameter_counts(adapter.model)[1],
     )
-    places = count(len(graft.placement.methods), "module")
-    if graft.placement.copies:
-        places += f" and {len(graft.placement.copies)} whole"
-    parts = [repr(graft.name), str(graft.placement.method), places]
-    if graft.is_present:
+    places = count(len(adapter.placement.methods), "module")
+    if adapter.placement.copies:
+        places += f" and {len(adapter.placement.copies)} whole"
+    parts = [repr(adapter.name), str(adapter.placement.method), places]
+    if adapter.is_present:
         parts.append(f"{share(trained, total)} train" if trained else "frozen")
-    return f"Adapter({', '.join([*parts, state_in_words(graft)])})"
+    return f"Adapter({', '.join([*parts, state_in_words(adapter)])})"
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
+from lorakin.inject.activation import check_switchable
 from lorakin.inject.attachments import Attachments, attachments_of
 from lorakin.inject.branch import Branch
 from lorakin.inject.layers import LinearLayer, QuantisedLayer, TransposedLayer
-from lorakin.inject.placement import check_switchable, hanging
+from lorakin.inject.model_registry import hanging
 from lorakin.inject.rows import put
 from lorakin.inject.threads import changing, chosen, chosen_before, spoil
 
@@ -77,7 +78,7 @@ class MixedBatch:
                 f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot "
                 "be in a mixed batch; run its rows by themselves"
             )
-        if of_experts := [name for name in names if known[name].experts()]:
+        if of_experts := [name for name in names if known[name].tensors.experts()]:
             raise SettingError(
                 f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows "
                 "share, so it cannot be in a mixed batch; run its rows by themselves"

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakin.errors import SettingError
 from lorakin.inject.class_swap import Swapped, combined
-from lorakin.inject.placement import grafts, root_of
+from lorakin.inject.model_registry import adapters_in, root_of
 
 
 class Reference(Swapped):
@@ -18,8 +18,8 @@ class Reference(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as off:
-            for graft in grafts(vars(self)["_adapted"]).values():
-                off.enter_context(graft.disabled())
+            for adapter in adapters_in(vars(self)["_adapted"]).values():
+                off.enter_context(adapter.merging.disabled())
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Reference:
@@ -41,7 +41,7 @@ def reference(model: nn.Module) -> nn.Module:
         SettingError: there are no adapters in it.
     """
     model = root_of(model)
-    if not grafts(model):
+    if not adapters_in(model):
         raise SettingError(
             "a reference is the model without its adapters, but it has none; call lorakin.adapt(model, …) first"
         )

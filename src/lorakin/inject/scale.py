@@ -18,10 +18,10 @@ from lorakin.inject.attachments import attachments_of
 from lorakin.inject.merge import set_merged
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 
-def rescaled(graft: Graft, scale: float) -> float:
+def rescaled(adapter: InsertedAdapter, scale: float) -> float:
     """Scale the adapter on all of its modules, merged ones too; returns the scale as a float.
 
     Raises:
@@ -33,26 +33,26 @@ def rescaled(graft: Graft, scale: float) -> float:
         raise SettingError(
             f"an adapter's scale must be a finite number, such as 0.5, not {scale!r}"
         )
-    if scale != 1 and graft.has_moved_base:
+    if scale != 1 and adapter.merging.has_moved_base:
         raise StateError(
-            f"adapter {graft.name!r} has moved the base weights in place, which a scale does not reach; save it and "
+            f"adapter {adapter.name!r} has moved the base weights in place, which a scale does not reach; save it and "
             "load it (files hold the form that leaves the base alone), then set the scale"
         )
-    before = graft.scale
+    before = adapter.merging.scale
     try:
-        _set(graft, float(scale))
+        _set(adapter, float(scale))
     except BaseException:
-        _set(graft, before)
+        _set(adapter, before)
         raise
     return float(scale)
 
 
-def _set(graft: Graft, scale: float) -> None:
+def _set(adapter: InsertedAdapter, scale: float) -> None:
     """Scale every branch, and make the merged weights anew."""
-    for path in graft.placement.methods:
-        graft.branch(path).rescale(scale)
-    dtype = quantised.dtype_of(graft.model)
-    for path in graft.placement.methods:
-        module = module_at(graft.model, path)
-        if graft.name in (merged := attachments_of(module).merged):
+    for path in adapter.placement.methods:
+        adapter.tensors.branch(path).rescale(scale)
+    dtype = quantised.dtype_of(adapter.model)
+    for path in adapter.placement.methods:
+        module = module_at(adapter.model, path)
+        if adapter.name in (merged := attachments_of(module).merged):
             set_merged(module, path, merged, dtype)

@@ -19,7 +19,8 @@ from lorakin.inject.counts import (
     whether,
 )
 from lorakin.inject.description import TRAINING, count, share
-from lorakin.inject.placement import Graft, grafts, root_of
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.model_registry import adapters_in, root_of
 
 Names = tuple[str, ...] | Literal["irregular"]
 """The adapters' names, or "irregular" if an adapter is in that state in some of its modules only."""
@@ -89,31 +90,31 @@ def status(model: nn.Module) -> Status:
         StateError: PEFT has put adapters of its own into it.
     """
     whole = root_of(model)
-    model = next((module for module in whole.modules() if grafts(module)), whole)
-    there = grafts(model)
+    model = next((module for module in whole.modules() if adapters_in(module)), whole)
+    there = adapters_in(model)
     trainable, total = parameter_counts(model)
     return Status(
         base_model=own_class(model).__name__,
-        methods={name: graft.method.words for name, graft in there.items()},
+        methods={name: adapter.method.words for name, adapter in there.items()},
         active=_in_state(there, "active"),
         merged=_in_state(there, "merged"),
         disabled=tuple(
             name
-            for name, graft in there.items()
-            if any(name in attached.off for attached in hung_of(graft))
+            for name, adapter in there.items()
+            if any(name in attached.off for attached in hung_of(adapter))
         ),
-        requires_grad={name: requires_grad(graft) for name, graft in there.items()},
-        devices={name: devices_of(tensors_of(graft)) for name, graft in there.items()},
-        modules=len({id(attached) for graft in there.values() for attached in hung_of(graft)}),
+        requires_grad={name: requires_grad(adapter) for name, adapter in there.items()},
+        devices={name: devices_of(tensors_of(adapter)) for name, adapter in there.items()},
+        modules=len({id(attached) for adapter in there.values() for attached in hung_of(adapter)}),
         trainable_parameters=trainable,
         total_parameters=total,
     )
 
 
-def _in_state(there: Mapping[str, Graft], state: str) -> Names:
+def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
     names: dict[str, None] = {}
-    for name, graft in there.items():
-        found = [getattr(attached, state) for attached in hung_of(graft)]
+    for name, adapter in there.items():
+        found = [getattr(attached, state) for attached in hung_of(adapter)]
         if len({name in among for among in found}) > 1:
             return "irregular"
         names |= dict.fromkeys(other for among in found for other in among)

@@ -19,7 +19,7 @@ from lorakin.errors import StateError
 from lorakin.family import all_finite
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 
 Freed = list[tuple[nn.Parameter, Tensor]]
@@ -28,7 +28,7 @@ them.
 """
 
 
-def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
+def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], None]:
     """Lets the adapters act at the steps of a DeepSpeed engine's optimizer with ZeRO.
 
     Returns:
@@ -38,11 +38,15 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
         SettingError: a member makes tensors while training, for which ZeRO-3 has no place.
         StateError: ZeRO-3 cut an adapter's tensors, which members need whole.
     """
-    for graft in grafts:
-        if cut := [name for name, p in graft.trained() if hasattr(p, "ds_id") and not p.ds_persist]:  # type: ignore[attr-defined]
-            largest = max(p.ds_numel for _, p in graft.trained())  # type: ignore[attr-defined]
+    for adapter in adapters:
+        if cut := [
+            name
+            for name, p in adapter.tensors.trained()
+            if hasattr(p, "ds_id") and not p.ds_persist  # type: ignore[attr-defined]
+        ]:
+            largest = max(p.ds_numel for _, p in adapter.tensors.trained())  # type: ignore[attr-defined]
             raise StateError(
-                f"adapter {graft.name!r} was sharded together with the base ({cut[0]}), but "
+                f"adapter {adapter.name!r} was sharded together with the base ({cut[0]}), but "
                 "members need whole tensors: set "
                 f"zero_optimization.stage3_param_persistence_threshold to {largest} at least; "
                 "lorakin.training.prepare_trainer does it for transformers' Trainer"
@@ -53,13 +57,13 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
     def followed(*args: Any, **kwargs: Any) -> Any:
         return _step(
             optimizer,
-            [graft for graft in grafts if graft.is_present],
+            [adapter for adapter in adapters if adapter.is_present],
             lambda: step(*args, **kwargs),
             freed,
         )
 
     def settle() -> None:
-        gather(grafts)
+        gather(adapters)
         for parameter, smaller in freed:
             parameter.data = smaller
 
@@ -68,9 +72,11 @@ def follow(optimizer: Any, grafts: Sequence[Graft]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], freed: Freed) -> Any:
-    acting = [graft for graft in grafts if graft.rules]
-    trained = list({id(p): p for graft in acting for _, p in graft.trained()}.values())
+def _step(
+    optimizer: Any, adapters: Sequence[InsertedAdapter], step: Callable[[], Any], freed: Freed
+) -> Any:
+    acting = [adapter for adapter in adapters if adapter.run.rules]
+    trained = list({id(p): p for adapter in acting for _, p in adapter.tensors.trained()}.values())
     clip, scale = optimizer.clip_grad, getattr(optimizer, "loss_scale", 1.0)
     gradients = [_whole_gradient(p) / scale for p in trained]
     if not all(map(all_finite, gradients)):  # then the step will be skipped
@@ -81,8 +87,8 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
     if trained and clip > 0:  # the task's gradient, before the rules add theirs
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.clip_grad = 0.0
-    for graft in grafts:
-        graft.before_step()
+    for adapter in adapters:
+        adapter.run.before_step()
     for parameter in trained:
         changed, parameter.grad = parameter.grad, None
         if changed is not None:
@@ -95,8 +101,8 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
         return done
     gather(acting)
     before = [parameter.clone() for parameter in trained]
-    for graft in grafts:
-        graft.after_step(optimizer.optimizer)
+    for adapter in adapters:
+        adapter.run.after_step(optimizer.optimizer)
     for parameter, old in zip(trained, before, strict=True):
         if parameter.shape != old.shape:
             freed.append((parameter, parameter.data))
@@ -106,9 +112,9 @@ def _step(optimizer: Any, grafts: Sequence[Graft], step: Callable[[], Any], free
     return done
 
 
-def _adopt(optimizer: Any, grafts: Sequence[Graft]) -> None:
+def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
     """Lets ZeRO-3 own tensors that a rule has made, and keep them whole like the others."""
-    every: list[Any] = [p for graft in grafts for _, p in graft.named_parameters()]
+    every: list[Any] = [p for adapter in adapters for _, p in adapter.tensors.named_parameters()]
     made = [p for p in every if not hasattr(p, "ds_id")]
     if not made or len(made) == len(every):
         return
@@ -122,13 +128,16 @@ def _adopt(optimizer: Any, grafts: Sequence[Graft]) -> None:
         coordinator._invalidate_trace()
 
 
-def gather(grafts: Sequence[Graft]) -> None:
+def gather(adapters: Sequence[InsertedAdapter]) -> None:
     """Gathers the adapters' tensors where ZeRO-3 has cut them; all processes must call it together.
 
     Between steps they are whole but for moments.
     """
     cut: list[Any] = [
-        p for graft in grafts for _, p in graft.named_parameters() if hasattr(p, "ds_id")
+        p
+        for adapter in adapters
+        for _, p in adapter.tensors.named_parameters()
+        if hasattr(p, "ds_id")
     ]
     if apart := [p for p in cut if p.ds_status.name == "NOT_AVAILABLE"]:
         apart[0].all_gather(param_list=apart)

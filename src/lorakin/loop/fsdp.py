@@ -18,7 +18,8 @@ from lorakin.errors import StateError
 from lorakin.family.allocation import several_processes
 from lorakin.family.pair import is_distributed
 from lorakin.inject.attachments import base_parameters
-from lorakin.inject.placement import WATCHERS, Graft, Watcher
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.run import WATCHERS, Watcher
 
 
 class Averaging:
@@ -28,9 +29,9 @@ class Averaging:
     the optimizer was made. If it is not, DDP averages, and this stops.
     """
 
-    def __init__(self, graft: Graft) -> None:
-        self.graft = weakref.ref(graft)
-        self.parameters = list({id(p): p for _, p in graft.trained()}.values())
+    def __init__(self, adapter: InsertedAdapter) -> None:
+        self.adapter = weakref.ref(adapter)
+        self.parameters = list({id(p): p for _, p in adapter.tensors.trained()}.values())
         self.is_due = False
         self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]  # type: ignore[no-untyped-call]
 
@@ -43,11 +44,11 @@ class Averaging:
     def average(self) -> None:
         """Replaces every gradient by its mean; with accumulation, means of means are the mean."""
         self.is_due = False
-        graft = self.graft()
-        if graft is None or not _base_is_sharded(graft.model):  # then DDP averages
+        adapter = self.adapter()
+        if adapter is None or not _base_is_sharded(adapter.model):  # then DDP averages
             self.stop()
             return
-        check_whole(graft)
+        check_whole(adapter)
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             # also tensors without a gradient here, so that processes agree on the sizes
             held = [p for p in self.parameters if p.dtype == dtype]
@@ -71,52 +72,56 @@ class Averaging:
         self.hooks = []
 
 
-_AVERAGING: weakref.WeakKeyDictionary[Graft, Averaging] = weakref.WeakKeyDictionary()
+_AVERAGING: weakref.WeakKeyDictionary[InsertedAdapter, Averaging] = weakref.WeakKeyDictionary()
 
 
 class ProcessesWatcher(Watcher):
     """Averages the gradients of each adapter that several processes train."""
 
-    def begins(self, graft: Graft) -> None:
+    def begins(self, adapter: InsertedAdapter) -> None:
         """Averages anew: the run may train other tensors than the one before."""
-        if graft in _AVERAGING:
-            _AVERAGING.pop(graft).stop()
+        if adapter in _AVERAGING:
+            _AVERAGING.pop(adapter).stop()
         if several_processes():
-            _AVERAGING[graft] = Averaging(graft)
+            _AVERAGING[adapter] = Averaging(adapter)
 
-    def before_backward(self, graft: Graft) -> None:
+    def before_backward(self, adapter: InsertedAdapter) -> None:
         """Prepares for gradients that come before any optimizer is known."""
-        if graft not in _AVERAGING and several_processes() and any(True for _ in graft.trained()):
-            _AVERAGING[graft] = Averaging(graft)
+        if (
+            adapter not in _AVERAGING
+            and several_processes()
+            and any(True for _ in adapter.tensors.trained())
+        ):
+            _AVERAGING[adapter] = Averaging(adapter)
 
-    def before_first_step(self, graft: Graft) -> None:
+    def before_first_step(self, adapter: InsertedAdapter) -> None:
         """Refuses an adapter that was itself sharded."""
-        if graft in _AVERAGING:
-            check_whole(graft)
+        if adapter in _AVERAGING:
+            check_whole(adapter)
 
 
 WATCHERS.append(ProcessesWatcher())
 
 
-def average_now(graft: Graft) -> None:
+def average_now(adapter: InsertedAdapter) -> None:
     """Averages the gradients that are there, if several processes train."""
-    if graft in _AVERAGING:
-        _AVERAGING[graft].average()
+    if adapter in _AVERAGING:
+        _AVERAGING[adapter].average()
 
 
-def check_whole(graft: Graft) -> None:
+def check_whole(adapter: InsertedAdapter) -> None:
     """Checks that the adapter itself was not sharded.
 
     Raises:
         StateError: it was.
     """
-    if any(is_distributed(parameter) for _, parameter in graft.trained()):
+    if any(is_distributed(parameter) for _, parameter in adapter.tensors.trained()):
         raise StateError(
-            f"adapter {graft.name!r} was sharded together with the base, but its method needs "
+            f"adapter {adapter.name!r} was sharded together with the base, but its method needs "
             "whole tensors: shard with fully_shard(…, ignored_params=set(adapter.parameters())); "
             "with Accelerate, set accelerator.state.fsdp_plugin.ignored_modules = "
-            "adapter.modules() before prepare(); lorakin.training.prepare_trainer does it for "
-            "transformers' Trainer"
+            "adapter.tensors.modules() before prepare(); lorakin.training.prepare_trainer does it "
+            "for transformers' Trainer"
         )
 
 

@@ -18,7 +18,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from lorakin.inject.placement import WATCHERS, Graft, Watcher
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.run import WATCHERS, Watcher
 from lorakin.kernels.autograd import STEPS
 from lorakin.loop import fsdp
 from lorakin.loop.parameter_groups import check_base_is_still, check_groups, check_rates, group_of
@@ -35,11 +36,11 @@ class SeenOptimizer:
     """
 
     state: tuple[int, int]
-    trained: list[weakref.ref[Graft]]
-    stepping: list[weakref.ref[Graft]] = dataclasses.field(default_factory=list)
+    trained: list[weakref.ref[InsertedAdapter]]
+    stepping: list[weakref.ref[InsertedAdapter]] = dataclasses.field(default_factory=list)
 
 
-_GRAFTS: weakref.WeakSet[Graft] = weakref.WeakSet()
+_GRAFTS: weakref.WeakSet[InsertedAdapter] = weakref.WeakSet()
 _SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, SeenOptimizer] = weakref.WeakKeyDictionary()
 _HOOKS: list[Any] = []
 
@@ -47,64 +48,70 @@ _HOOKS: list[Any] = []
 class StepsWatcher(Watcher):
     """Lets every adapter see the steps of the optimizers that hold its tensors."""
 
-    def made(self, graft: Graft) -> None:
+    def made(self, adapter: InsertedAdapter) -> None:
         """Hooks into torch's optimizers when the process makes its first adapter."""
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(_before))
             _HOOKS.append(register_optimizer_step_post_hook(_after))
-        _GRAFTS.add(graft)
+        _GRAFTS.add(adapter)
 
 
 WATCHERS.append(StepsWatcher())
 
 
-def trained_by(optimizer: torch.optim.Optimizer) -> list[Graft]:
+def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
     """Returns the adapters that `optimizer` trains, and checks those it has not seen with it."""
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
         held = group_of(optimizer)
-        intact = [graft for graft in _GRAFTS if graft.is_intact]  # others' models may be broken
-        found = [graft for graft in intact if any(id(p) in held for _, p in graft.trained())]
+        intact = [
+            adapter for adapter in _GRAFTS if adapter.is_intact
+        ]  # others' models may be broken
+        found = [
+            adapter
+            for adapter in intact
+            if any(id(p) in held for _, p in adapter.tensors.trained())
+        ]
         known = [] if seen is None else _alive(seen.trained)
-        for graft in intact:
-            if graft not in found:
-                check_base_is_still(graft, held)
-        for graft in found:
-            if graft not in known:
-                check_groups(graft, optimizer)
-                if graft.rules is None:
-                    graft.begin()
-                    fsdp.average_now(graft)  # its gradients came before
-        _SEEN[optimizer] = seen = SeenOptimizer(state, [weakref.ref(graft) for graft in found])
-    return [graft for graft in _alive(seen.trained) if graft.is_present]
+        for adapter in intact:
+            if adapter not in found:
+                check_base_is_still(adapter, held)
+        for adapter in found:
+            if adapter not in known:
+                check_groups(adapter, optimizer)
+                if adapter.run.rules is None:
+                    adapter.run.begin()
+                    fsdp.average_now(adapter)  # its gradients came before
+        _SEEN[optimizer] = seen = SeenOptimizer(state, [weakref.ref(adapter) for adapter in found])
+    return [adapter for adapter in _alive(seen.trained) if adapter.is_present]
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    grafts = trained_by(optimizer)
+    adapters = trained_by(optimizer)
     _SEEN[optimizer].stepping = []
-    if not grafts:
+    if not adapters:
         return
     stepping = []
     if not _skips(optimizer):
-        stepping = [g for g in grafts if any(p.grad is not None for _, p in g.trained())]
-    _SEEN[optimizer].stepping = [weakref.ref(graft) for graft in stepping]
-    if any(graft.rules for graft in stepping):
+        stepping = [g for g in adapters if any(p.grad is not None for _, p in g.tensors.trained())]
+    _SEEN[optimizer].stepping = [weakref.ref(adapter) for adapter in stepping]
+    if any(adapter.run.rules for adapter in stepping):
         _unscale(optimizer)
-    for graft in stepping:
-        check_rates(graft, optimizer)
-        graft.before_step()
+    for adapter in stepping:
+        check_rates(adapter, optimizer)
+        adapter.run.before_step()
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     STEPS.taken += 1
     seen = _SEEN.get(optimizer)
-    for graft in _alive(seen.stepping) if seen is not None else ():
-        graft.after_step(optimizer)
+    for adapter in _alive(seen.stepping) if seen is not None else ():
+        adapter.run.after_step(optimizer)
 
 
-def _alive(references: list[weakref.ref[Graft]]) -> list[Graft]:
-    return [graft for reference in references if (graft := reference()) is not None]
+def _alive(references: list[weakref.ref[InsertedAdapter]]) -> list[InsertedAdapter]:
+    return [adapter for reference in references if (adapter := reference()) is not None]
 
 
 def _unscale(optimizer: torch.optim.Optimizer) -> None:

@@ -16,17 +16,17 @@ from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import module_at
 
 if TYPE_CHECKING:
-    from lorakin.inject.placement import Graft
+    from lorakin.inject.inserted import InsertedAdapter
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 """torch's normalisations. Models' own have "norm" in the name of the class."""
 
 
-def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, Any]]:
+def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> list[dict[str, Any]]:
     """Returns the adapter's trainable tensors as optimizer groups, each tensor in exactly one.
 
     Args:
-        graft: the adapter.
+        adapter: the adapter.
         lr: the base learning rate; the method says how each tensor's rate relates to it.
         options: other options of the optimizer, for every group. `weight_decay` becomes 0 for
             tensors that must not decay: where the method says so, and in modules trained whole for
@@ -45,13 +45,13 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     is_number = isinstance(lr, float | int | torch.Tensor) and not isinstance(lr, bool)
     if not is_number or not 0 <= float(lr) < float("inf"):
         raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
-    rates = _rates(graft, lr, exempt=bool(options.get("weight_decay", True)))
+    rates = _rates(adapter, lr, exempt=bool(options.get("weight_decay", True)))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, slot in rates:
         groups.setdefault((rate, slot.decays), []).append(parameter)
     if not any(parameter.requires_grad for parameter, _, _ in rates):
         raise SettingError(
-            f"adapter {graft.name!r} has nothing to train; load it with trainable=True"
+            f"adapter {adapter.name!r} has nothing to train; load it with trainable=True"
         )
     return [
         {"params": parameters, "lr": rate, **options, **({} if decays else {"weight_decay": 0.0})}
@@ -59,61 +59,63 @@ def parameter_groups(graft: Graft, lr: float, **options: Any) -> list[dict[str, 
     ]
 
 
-def regroup(graft: Graft, optimizer: torch.optim.Optimizer, lr: float, **options: Any) -> None:
+def regroup(
+    adapter: InsertedAdapter, optimizer: torch.optim.Optimizer, lr: float, **options: Any
+) -> None:
     """Moves the adapter's tensors into groups of its method, before the optimizer steps."""
-    ours = {id(p) for _, p in graft.trained()}
+    ours = {id(p) for _, p in adapter.tensors.trained()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ours]
-    for group in parameter_groups(graft, lr, **options):
+    for group in parameter_groups(adapter, lr, **options):
         optimizer.add_param_group(group)
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def check_attached(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
+def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
     """Checks that `optimizer` holds every trainable tensor of the adapter.
 
     Raises:
         SettingError: it lacks one.
     """
     held = group_of(optimizer)
-    missing = [name for name, p in graft.trained() if id(p) not in held]
+    missing = [name for name, p in adapter.tensors.trained() if id(p) not in held]
     if missing:
         raise SettingError(
             f"the optimizer holds none of {len(missing)} trainable tensors of adapter "
-            f"{graft.name!r} ({missing[0]}, …); one optimizer has to hold them all: build it from "
-            "adapter.parameter_groups(lr=…)"
+            f"{adapter.name!r} ({missing[0]}, …); one optimizer has to hold them all: build it "
+            "from adapter.parameter_groups(lr=…)"
         )
 
 
-def check_base_is_still(graft: Graft, held: Container[int]) -> None:
+def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
     """Checks that an optimizer does not train the base under a frozen adapter.
 
     Args:
-        graft: the adapter.
+        adapter: the adapter.
         held: the ids of the optimizer's tensors.
 
     Raises:
         StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
     """
-    frozen = not (graft.is_fresh or any(True for _ in graft.trained()))
-    if not frozen or not graft.is_active or graft.is_off:
+    frozen = not (adapter.is_fresh or any(True for _ in adapter.tensors.trained()))
+    if not frozen or not adapter.merging.is_active or adapter.merging.is_off:
         return
     weights = (
-        (path, module_at(graft.model, path)._parameters.get("weight"))
-        for path in graft.placement.methods
+        (path, module_at(adapter.model, path)._parameters.get("weight"))
+        for path in adapter.placement.methods
     )
     for path, weight in weights:
         if weight is not None and weight.requires_grad and id(weight) in held:
             raise StateError(
-                f"the optimizer trains the base weight of {path}, but not adapter {graft.name!r}, "
-                "which was loaded frozen and changes that weight. To train the adapter, load it "
-                "with trainable=True, which freezes the base. To train the base, first make the "
-                "adapter a part of it with adapter.merge(permanent=True), or take it out with "
-                "adapter.remove()"
+                f"the optimizer trains the base weight of {path}, but not adapter "
+                f"{adapter.name!r}, which was loaded frozen and changes that weight. To train the "
+                "adapter, load it with trainable=True, which freezes the base. To train the base, "
+                "first make the adapter a part of it with adapter.merge(permanent=True), or take "
+                "it out with adapter.remove()"
             )
 
 
-def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
+def check_groups(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
     """Checks that the optimizer trains the adapter as its method says.
 
     Warns of decay on a tensor that must not decay, and of base weights that train beside the
@@ -125,11 +127,11 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
         StateError: it trains what the method keeps frozen, or finds one rate for tensors that must
             have several.
     """
-    method, groups = graft.placement.method, group_of(optimizer)
-    related = len(_factors(graft)) > 1
+    method, groups = adapter.placement.method, group_of(optimizer)
+    related = len(_factors(adapter)) > 1
     acting = any(member.acts_at_steps for member in method.members)
     if related or acting:
-        check_attached(graft, optimizer)
+        check_attached(adapter, optimizer)
     if acting and isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError(
             f"LBFGS evaluates the model several times within a step, which {method.words} cannot "
@@ -140,8 +142,8 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo "
             f"{method.words}; use another optimizer, or leave that member out"
         )
-    for path in graft.placement.methods:
-        branch = graft.branch(path)
+    for path in adapter.placement.methods:
+        branch = adapter.tensors.branch(path)
         for name, slot in branch.slots().items():
             parameter = branch.tensors().get(name)
             if slot.trained or parameter is None or not parameter.requires_grad:
@@ -152,37 +154,37 @@ def check_groups(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
                     "something set its requires_grad. Set it back, and build the optimizer from "
                     "adapter.parameter_groups(lr=…)"
                 )
-    _warn_of_side_effects(graft, groups)
+    _warn_of_side_effects(adapter, groups)
 
 
-def _warn_of_side_effects(graft: Graft, groups: dict[int, dict[str, Any]]) -> None:
+def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, Any]]) -> None:
     """Warns of decay on tensors that must not decay, and of base weights that train too."""
-    words = graft.placement.method.words
+    words = adapter.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
-        for p, _, slot in _rates(graft, 1.0, exempt=False)
+        for p, _, slot in _rates(adapter, 1.0, exempt=False)
         if id(p) in groups and not slot.decays
     }
     if any(decayed):
         warnings.warn(
-            f"the optimizer decays tensors of adapter {graft.name!r}, such as a magnitude, that "
+            f"the optimizer decays tensors of adapter {adapter.name!r}, such as a magnitude, that "
             f"{words} must not decay (weight_decay={max(decayed)}); build it from "
             "adapter.parameter_groups(lr=…, weight_decay=…)",
             LorakinWarning,
             stacklevel=2,
         )
-    base = [name for name, p in graft.base_parameters() if p.requires_grad and id(p) in groups]
+    base = [name for name, p in adapter.base_parameters() if p.requires_grad and id(p) in groups]
     if base:
         warnings.warn(
             f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), "
-            f"which adapter {graft.name!r} does not hold and its files will not either; name them "
-            "in modules_to_save, or build the optimizer from adapter.parameter_groups(lr=…)",
+            f"which adapter {adapter.name!r} does not hold and its files will not either; name "
+            "them in modules_to_save, or build the optimizer from adapter.parameter_groups(lr=…)",
             LorakinWarning,
             stacklevel=2,
         )
 
 
-def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
+def check_rates(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
     """Checks that the rates in use are related as the method says.
 
     At a later step than the first it only warns, once.
@@ -190,7 +192,7 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         StateError: they are not, at the first step.
     """
-    factors = graft.rate_factors = graft.rate_factors or _factors(graft)
+    factors = adapter.run.rate_factors = adapter.run.rate_factors or _factors(adapter)
     if len(factors) < 2:
         return
     groups = group_of(optimizer)
@@ -201,20 +203,20 @@ def check_rates(graft: Graft, optimizer: torch.optim.Optimizer) -> None:
     ]
     if all(abs(base - bases[0]) <= 1e-6 * abs(bases[0]) for base in bases):
         return
-    words = graft.placement.method.words
-    if not graft.steps:
+    words = adapter.placement.method.words
+    if not adapter.run.steps:
         raise StateError(
-            f"adapter {graft.name!r} is {words}, whose tensors learn at different rates, but the "
+            f"adapter {adapter.name!r} is {words}, whose tensors learn at different rates, but the "
             "optimizer does not have them: build it with adapter.optimizer(…) or from "
             "adapter.parameter_groups(lr=…), or let lorakin.training.prepare_trainer(trainer) do "
             "so. A schedule has to multiply all groups' rates alike, which OneCycleLR does not"
         )
-    if not graft.warned_of_rates:
-        graft.warned_of_rates = True
+    if not adapter.run.warned_of_rates:
+        adapter.run.warned_of_rates = True
         warnings.warn(
-            f"at step {graft.steps + 1} the learning rates of adapter {graft.name!r} are no longer "
-            f"related as {words} says; a schedule with a least or a greatest rate does that, as "
-            "does setting group['lr'] by hand",
+            f"at step {adapter.run.steps + 1} the learning rates of adapter {adapter.name!r} are "
+            f"no longer related as {words} says; a schedule with a least or a greatest rate does "
+            "that, as does setting group['lr'] by hand",
             LorakinWarning,
             stacklevel=2,
         )
@@ -230,14 +232,14 @@ def group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
-def _factors(graft: Graft) -> dict[float, int]:
+def _factors(adapter: InsertedAdapter) -> dict[float, int]:
     """Returns the factors of the base rate that tensors have, each with the id of one such tensor.
 
     Rates that do not depend on the base rate are left out.
     """
     factors: dict[float, int] = {}
     for (parameter, rate, _), (_, double, _) in zip(
-        _rates(graft, 1.0), _rates(graft, 2.0), strict=True
+        _rates(adapter, 1.0), _rates(adapter, 2.0), strict=True
     ):
         if double == 2 * rate:
             factors.setdefault(rate, id(parameter))
@@ -260,7 +262,9 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
 
 
-def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parameter, float, Slot]]:
+def _rates(
+    adapter: InsertedAdapter, lr: float, exempt: bool = True
+) -> list[tuple[nn.Parameter, float, Slot]]:
     """Returns every trainable tensor once, with its rate and slot.
 
     Modules trained whole have the base rate. With `exempt`, those of their parameters that must not
@@ -271,22 +275,22 @@ def _rates(graft: Graft, lr: float, exempt: bool = True) -> list[tuple[nn.Parame
     has the same groups.
     """
     found: dict[int, tuple[nn.Parameter, float, Slot]] = {}
-    for path in graft.placement.methods:
-        branch = graft.branch(path)
+    for path in adapter.placement.methods:
+        branch = adapter.tensors.branch(path)
         slots = branch.slots()
         for slot, parameter in branch.tensors().items():
             if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
                 rate = rate_of(lr, slots[slot])
                 found.setdefault(id(parameter), (parameter, rate, slots[slot]))
-    for at in graft.placement.copies:
-        for path, owner in graft.copy_of(at).named_modules(prefix=at):
+    for at in adapter.placement.copies:
+        for path, owner in adapter.tensors.copy_of(at).named_modules(prefix=at):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
                     found.setdefault(id(parameter), (parameter, lr, Slot((), decays=acts)))
-    for bias in graft.biases().values():
+    for bias in adapter.tensors.biases().values():
         if bias.requires_grad:
             found.setdefault(id(bias), (bias, lr, Slot((), decays=False)))
-    for _, parameter in graft.trained():  # rows of tokens
+    for _, parameter in adapter.tensors.trained():  # rows of tokens
         found.setdefault(id(parameter), (parameter, lr, Slot(())))
     return list(found.values())

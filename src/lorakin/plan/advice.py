@@ -23,7 +23,7 @@ from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, best_device, resolve_dtype
-from lorakin.training.recipe import parse_settings
+from lorakin.training.yaml_values import parse_settings
 
 USUAL_LENGTH = 1024
 """Tokens of a row, if the user gives no length and the model has so many positions."""

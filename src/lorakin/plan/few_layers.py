@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lorakin.adapter import adapt
+from lorakin.adapting import adapt
 from lorakin.errors import LorakinError
 from lorakin.family import Method
 from lorakin.plan.conditions import Conditions

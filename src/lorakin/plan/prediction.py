@@ -2,7 +2,7 @@
 
 The model is made from its config alone, without numbers, and the run is rehearsed on it. So bytes
 of tensors are counted, not estimated. What a process takes besides tensors is measured: `BESIDE`,
-`HOLES` and a machine's speed. docs/planning.md compares predictions with measured peaks.
+`HOLES` and a machine's speed. docs/howto/memory.md compares predictions with measured peaks.
 """
 
 from __future__ import annotations

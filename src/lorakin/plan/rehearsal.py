@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lorakin.adapter import Adapter, adapt
+from lorakin.adapter import Adapter
+from lorakin.adapting import adapt
 from lorakin.errors import LorakinError, ModelError
 from lorakin.family import Method
 from lorakin.inject.llama_fusions import fuse
@@ -27,7 +28,7 @@ from lorakin.plan.machine import Machine
 from lorakin.plan.skeleton import give_tensors, supposed
 from lorakin.plan.traced import Peak, Traced
 from lorakin.training.batches import AnswerCollator, answer_loss
-from lorakin.training.train import checkpointed
+from lorakin.training.run_trainer import checkpoint_activations
 
 SETUP, FORWARD, STEP, EVALUATION = (
     "setting up",
@@ -64,9 +65,6 @@ class Rehearsed:
 def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> Rehearsed:
     """Rehearses the steps at which most is alive.
 
-    These are steps that begin when the optimizer and the members already hold all that they ever
-    will: the second step, and the step after each that a member's rule acts at.
-
     Raises:
         ModelError: what the model does depends on numbers.
         LorakinError: the method cannot run on this model with these settings.
@@ -90,11 +88,7 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
 
         batch = _as_given(rows, conditions, model, fake)
         run = RehearsedRun(model, adapter, optimizer, batch, traced, conditions.accumulate > 1)
-        run.optimize(1)
-        seconds = run.step(2)
-        for turn in sorted({turn for rule in adapter.rules or () for turn in rule.turns if turn}):
-            run.optimize(turn)
-            seconds = run.step(turn + 1)
+        seconds = run.steps()
         run.evaluate()
 
         return Rehearsed(
@@ -150,7 +144,7 @@ class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @dataclasses.dataclass
 class RehearsedRun:
-    """Trains as transformers' Trainer and `lorakin.training.train.AdapterTrainer` do.
+    """Trains as transformers' Trainer and `lorakin.training.run_trainer.AdapterTrainer` do.
 
     Attributes:
         model, adapter, optimizer: of the run.
@@ -188,6 +182,19 @@ class RehearsedRun:
         """Returns the parameters that are trained."""
         return [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
 
+    def steps(self) -> float:
+        """Runs the steps at which most is alive, and returns the seconds of the last.
+
+        They begin when the optimizer and the members already hold all that they ever will: the
+        second step, and the step after each turn of a member's rule.
+        """
+        turns = {turn for rule in self.adapter.run.rules or () for turn in rule.turns if turn}
+        seconds = 0.0
+        for number in (1, *sorted(turns)):
+            self.optimize(number)
+            seconds = self.step(number + 1)
+        return seconds
+
     def step(self, number: int) -> float:
         """Runs step `number` and returns its seconds."""
         self.traced.seconds.clear()
@@ -206,7 +213,7 @@ class RehearsedRun:
     def optimize(self, number: int) -> None:
         """Runs the optimizer's part of step `number`; missing gradients are zero."""
         trained = self.trained()
-        self.adapter.steps = number - 1
+        self.adapter.run.steps = number - 1
         with self.traced.phase(STEP, makes="a good copy"):
             self.good = [parameter.detach().clone() for parameter in trained]
         self._begin_gradients(STEP)
@@ -242,7 +249,7 @@ def _get_ready(model: Any, conditions: Conditions, traced: Traced) -> None:
     if conditions.fuse:
         fuse(model)
     if conditions.gradient_checkpointing:
-        checkpointed(model)
+        checkpoint_activations(model)
 
 
 def _rows(conditions: Conditions) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorakin.adapter import adapt
+from lorakin.adapting import adapt
 from lorakin.family import Method
 from lorakin.inject import placement
 from lorakin.inject.adapted import module_at

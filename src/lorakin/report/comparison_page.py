@@ -210,8 +210,8 @@ def _method(study: Study, found: Findings) -> Paragraph:
         _budget(study, found),
         f"**Learning rate**: {_rates(study)}",
         f"**Size**: rank {asked.rank} and alpha {asked.alpha:g} for plain {PLAIN}. The other "
-        "methods have that rank and scale in their own terms: a budget of ranks ends at that rank, and a "
-        "pair that is drawn at random keeps a rank of its own.",
+        "methods have that rank and scale in their own terms: a budget of ranks ends at that rank, "
+        "and a pair that is drawn at random keeps a rank of its own.",
         "**Intervals** are Student's t over the seeds. They show how much a result depends on the "
         "random start and the order of the rows, but not how much it depends on which rows were "
         "held out. Differences are taken between runs of the same seed, which makes them narrower. "
@@ -243,6 +243,6 @@ def _rates(study: Study) -> str:
         return f"the best of {asked.sweep}, by the loss on the tuning rows with the first seed."
     return (
         "runs with the first seed at the method's usual rate and at one and two half decades above "
-        "it, continued while the best is at an edge. The other seeds run at the rate with the lowest "
-        "loss on the tuning rows."
+        "it, continued while the best is at an edge. The other seeds run at the rate with the "
+        "lowest loss on the tuning rows."
     )

@@ -96,14 +96,13 @@ def _scatter(points: Sequence[Point], line: Correlation, steps: Sequence[int]) -
     if all("depth" in row for row in rows):
         dots = dots.encode(color=colour("depth", "layer", "d"))
 
-    ends = [min(p.direction for p in points), max(p.direction for p in points)]
-    fitted = [
-        {"direction": end, "magnitude": line.intercept + line.slope * end}
-        for end in ends
-        if math.isfinite(line.r)
-    ]
-    drawn = alt.Chart(data(fitted)).mark_line(color="var(--series-2)", clip=True).encode(x=x, y=y)
-    chart: alt.TopLevelMixin = alt.layer(dots, drawn).properties(width="container", height=240)
+    layers = [dots]
+    if math.isfinite(line.r):
+        ends = (end(point.direction for point in points) for end in (min, max))
+        fit = [{"direction": x, "magnitude": line.intercept + line.slope * x} for x in ends]
+        drawn = alt.Chart(data(fit)).mark_line(color="var(--series-2)", clip=True)
+        layers.append(drawn.encode(x=x, y=y))
+    chart: alt.TopLevelMixin = alt.layer(*layers).properties(width="container", height=240)
     return chart
 
 

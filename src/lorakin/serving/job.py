@@ -14,11 +14,13 @@ from lorakin.conversion import as_lora
 from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
-from lorakin.training.encoding import encode, encode_labelled, use_template
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.limits import check_rows, places
-from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
+from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
+from lorakin.training.with_adapter import load_with_adapter, recipe_labels
 
 CALIBRATION, READING, BATCH, LENGTH = 64, 16, 8, 512
 """Rows of the data that a nearest pair is fitted to, and rows to compare on; rows of a batch;

@@ -20,20 +20,13 @@ from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.serving.other_files import copy_beside
-from lorakin.training.encoding import TEMPLATE, remembered_template
+from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
-from lorakin.training.models import (
-    PACKAGED,
-    Loaded,
-    config_of,
-    directory_of,
-    load_model,
-    load_tokenizer,
-    load_with_adapter,
-    packaged,
-)
+from lorakin.training.model_sources import PACKAGED, directory_of, packaged
+from lorakin.training.models import Loaded, config_of, load_model, load_tokenizer
 from lorakin.training.precision import DTYPES
+from lorakin.training.with_adapter import load_with_adapter
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -139,7 +132,7 @@ class GGUFAdapter(ExportTarget):
             raise AdapterError(
                 f"a GGUF adapter cannot hold biases ({some(biases)}); use --to gguf-merged"
             )
-        pairs = {path: plain.change_at(path) for path in plain.placement.methods}
+        pairs = {path: plain.tensors.change_at(path) for path in plain.placement.methods}
         gguf_adapter.write_adapter(
             folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
         )

@@ -51,7 +51,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-1, 1e-2),
     "q8_0": Tolerance(2e-1, 3e-2),
 }
-"""By the less precise of what is compared; docs/exporting.md has what was measured."""
+"""By the less precise of what is compared; docs/howto/serve.md has what was measured."""
 NEAREST = Tolerance(float("inf"), 1e-2)
 """For a nearest pair, which is exact in no precision: only the KL decides."""
 

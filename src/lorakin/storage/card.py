@@ -1,7 +1,8 @@
-"""The model card, README.md, that is written beside an adapter: what it is, how it came about, how it is loaded.
+"""Writes the model card, README.md, beside an adapter: what it is, how it was made, how to load it.
 
-Its last line has a checksum of the rest. A README.md without it, or with another one, is a person's and is left as it is.
-Names and texts that come from outside stand in code spans; the front matter takes only words of a fixed alphabet.
+The last line has a checksum of the rest. A README.md without it, or with another one, is a
+person's, and is left as it is. Names and texts from outside stand in code spans; the front matter
+takes only words of a fixed alphabet.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lorakin.inject.description import (
     ranks_in_words,
     share,
 )
-from lorakin.inject.placement import Graft
+from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.quantised import is_quantised
 from lorakin.inject.status import own_class
 from lorakin.storage import files
@@ -49,7 +50,7 @@ LONGEST = 300
 
 
 def content(
-    graft: Graft,
+    adapter: InsertedAdapter,
     config: Mapping[str, Any],
     notes: Mapping[str, object],
     home: str | None = None,
@@ -58,19 +59,19 @@ def content(
     """The card of an adapter; the same for the same adapter, base and versions.
 
     Args:
-        graft: the adapter.
+        adapter: the adapter.
         config: the `adapter_config.json` beside the card.
         notes: what else is known, such as data and figures: heading -> text.
         home: the hub id under which it will be found, if that is known.
         converted: whether PEFT's files hold it in another form than lorakin's.
     """
-    loading = _loading(graft, config, home, converted)
-    body = "\n".join([*_front(graft, config), "", *_facts(graft, notes), "", *loading, ""])
+    loading = _loading(adapter, config, home, converted)
+    body = "\n".join([*_front(adapter, config), "", *_facts(adapter, notes), "", *loading, ""])
     return f"{body}\n{_mark(body)}"
 
 
 def for_saving(path: Path, text: str) -> bytes | None:
-    """The card `text` as bytes for the file `path`; None if what is there already is not, or no longer, lorakin's own."""
+    """The card `text` as bytes for the file `path`; None if a person wrote the one there."""
     try:
         there = files.content(path, LONGEST_CARD).decode("utf-8")
     except FileNotFoundError:
@@ -81,20 +82,21 @@ def for_saving(path: Path, text: str) -> bytes | None:
 
 
 def is_own(text: str) -> bool:
-    """Whether a README.md is a card that lorakin wrote and nobody changed since; other ends of lines are no change."""
+    """Whether lorakin wrote a README.md and nobody changed it since, except for ends of lines."""
     body, _, last = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")
     return last + "\n" == _mark(body)
 
 
 def _mark(body: str) -> str:
     digest = hashlib.sha256(body.encode()).hexdigest()
-    return f"<!-- written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone -->\n"
+    said = f"written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone"
+    return f"<!-- {said} -->\n"
 
 
-def _front(graft: Graft, config: Mapping[str, Any]) -> list[str]:
-    """The YAML that the hub reads. `library_name: peft` is what its adapters' pages and widgets go by."""
-    base, task = base_id(graft), PIPELINES.get(str(config.get("task_type")))
-    tags = [*TAGS, *(member.word for member in graft.method.members)]
+def _front(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
+    """The YAML that the hub reads; its widgets for adapters go by `library_name: peft`."""
+    base, task = base_id(adapter), PIPELINES.get(str(config.get("task_type")))
+    tags = [*TAGS, *(member.word for member in adapter.method.members)]
     return [
         "---",
         *([f'base_model: "{base}"', "base_model_relation: adapter"] if base else []),
@@ -106,9 +108,12 @@ def _front(graft: Graft, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def base_id(graft: Graft) -> str | None:
+def base_id(adapter: InsertedAdapter) -> str | None:
     """The base's hub id, if it is one: a directory on this machine means nothing elsewhere."""
-    name, config = getattr(graft.model, "name_or_path", None), getattr(graft.model, "config", None)
+    name, config = (
+        getattr(adapter.model, "name_or_path", None),
+        getattr(adapter.model, "config", None),
+    )
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
     fetched = getattr(
@@ -117,29 +122,29 @@ def base_id(graft: Graft) -> str | None:
     return name if "/" in name or fetched else None
 
 
-def _facts(graft: Graft, notes: Mapping[str, object]) -> list[str]:
-    words, plan = graft.method.words, graft.placement
-    base, name = base_id(graft), getattr(graft.model, "name_or_path", None)
-    kind = own_class(graft.model)
+def _facts(adapter: InsertedAdapter, notes: Mapping[str, object]) -> list[str]:
+    words, plan = adapter.method.words, adapter.placement
+    base, name = base_id(adapter), getattr(adapter.model, "name_or_path", None)
+    kind = own_class(adapter.model)
     if base:
         said = f"[{_code(base)}](https://huggingface.co/{base})"
     else:
         said = _code(Path(name).name) if isinstance(name, str) and name else "not named"
-    quantised = sum(is_quantised(module) for module in graft.model.modules())
-    ranks = ranks_in_words(graft)
-    trained, total = trained_by_method(graft), parameter_counts(graft.model)[1]
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors_of(graft)})
+    quantised = sum(is_quantised(module) for module in adapter.model.modules())
+    ranks = ranks_in_words(adapter)
+    trained, total = trained_by_method(adapter), parameter_counts(adapter.model)[1]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors_of(adapter)})
     packed = f", {count(quantised, 'layer')} of it quantised" if quantised else ""
     return [
         f"# {'An' if words[:1] in 'aeiou' else 'A'} {words} adapter",
         "",
         f"- **Base model:** {said} ({_code(kind.__name__)}{packed})",
-        f"- **Method:** {_plain(in_words(graft.method))}"
+        f"- **Method:** {_plain(in_words(adapter.method))}"
         + (f", of {ranks}" if " to " in ranks else ""),
         f"- **Adapted:** {count(len(plan.methods), 'module')}" + _of(module_names(plan.methods)),
         *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
         *(
-            [f"- **Biases:** {biases_in_words(graft)} in place of the base's"]
+            [f"- **Biases:** {biases_in_words(adapter)} in place of the base's"]
             if plan.biases
             else []
         ),
@@ -175,10 +180,10 @@ def _is_transformers(kind: type) -> bool:
 
 
 def _loading(
-    graft: Graft, config: Mapping[str, Any], home: str | None, converted: bool
+    adapter: InsertedAdapter, config: Mapping[str, Any], home: str | None, converted: bool
 ) -> list[str]:
     here = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
-    base = _base_in_code(graft, config)
+    base = _base_in_code(adapter, config)
     return [
         "## Load it",
         "",
@@ -200,18 +205,18 @@ def _loading(
     ]
 
 
-def _base_in_code(graft: Graft, config: Mapping[str, Any]) -> list[str]:
+def _base_in_code(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
     """How the base is loaded, as lines of Python."""
-    kind = own_class(graft.model)
+    kind = own_class(adapter.model)
     if not _is_transformers(kind):
         return ["", "model = ...  # the base model, made as it was for training", ""]
-    labels = getattr(getattr(graft.model, "config", None), "num_labels", None)
+    labels = getattr(getattr(adapter.model, "config", None), "num_labels", None)
     more = (
         f", num_labels={labels:d}"
         if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and isinstance(labels, int)
         else ""
     )
-    source = base_id(graft) or "path/to/the/base/model"
+    source = base_id(adapter) or "path/to/the/base/model"
     return [
         f"from transformers import {kind.__name__}",
         "",
@@ -227,7 +232,10 @@ def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
         config["peft_type"],
     )
     if experts and dora:
-        return ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter that it takes:"
+        return (
+            ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter "
+            "that it takes:"
+        )
     said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
     said += ", and only lorakin trains on with this method" if converted else ""
     return (

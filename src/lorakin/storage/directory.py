@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, StateError, some
-from lorakin.family.pair import is_sharded
-from lorakin.inject.adapted import module_at
-from lorakin.inject.biases import bias_of
-from lorakin.inject.placement import Graft
-from lorakin.inject.tokens import base_rows, ids_at
+from lorakin.errors import AdapterError, LorakinWarning
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.tokens import ids_at
 from lorakin.storage import atomic, card, json_files, own_part, texts
 from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import difference, fingerprint
@@ -30,6 +26,7 @@ from lorakin.storage.peft.forms import PREFIX
 from lorakin.storage.peft.reading import document_of
 from lorakin.storage.peft.writing import written
 from lorakin.storage.pickles import tensors_of
+from lorakin.storage.trained import check_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +97,10 @@ class Files:
 
 
 def save(
-    graft: Graft, path: Path, notes: Mapping[str, object] | None = None, home: str | None = None
+    adapter: InsertedAdapter,
+    path: Path,
+    notes: Mapping[str, object] | None = None,
+    home: str | None = None,
 ) -> Path:
     """Write the adapter into the directory `path`, made if need be: all of its files or none.
 
@@ -110,9 +110,9 @@ def save(
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
     """
-    graft.check_sizes()
-    document = Document.of(graft)
-    peft = written(document, graft.model)
+    adapter.tensors.check_sizes()
+    document = Document.of(adapter)
+    peft = written(document, adapter.model)
     form = peft.form
     shared = {} if form is None else shared_pair.shared_by_all(document, form)
     said, tensors = own_part.written(
@@ -121,13 +121,13 @@ def save(
         PREFIX,
         with_slots=form is None,
         projection=shared_pair.checksum(shared) if shared else None,
-        base=fingerprint(graft.model, ids_at(graft.placement.tokens), again=True),
+        base=fingerprint(adapter.model, ids_at(adapter.placement.tokens), again=True),
     )
     files = {TENSORS: _tensor_file(peft.tensors), CONFIG: json_files.written(peft.config)}
     if tensors:
         files[OWN_TENSORS] = _tensor_file(tensors)
     files[OWN] = json_files.written(own_part.sealed(said, files, peft.config))
-    text = card.content(graft, peft.config, notes or {}, home, converted=form is None)
+    text = card.content(adapter, peft.config, notes or {}, home, converted=form is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
     # Of an adapter that was there before, which may have had tensors of our own.
@@ -173,117 +173,6 @@ def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
-
-
-def check_trained(graft: Graft) -> None:
-    """See that the adapter is what it says: refuse one whose member never did its work, say what training never reached.
-
-    Raises:
-        StateError: a member that acts at optimizer steps never saw one.
-    """
-    acting = [member.word for member in graft.method.members if member.acts_at_steps]
-    if acting and graft.is_fresh and not graft.steps:
-        raise StateError(
-            f"adapter {graft.name!r} is not saved: {', '.join(acting)} acts at optimizer steps and never saw one, so this is "
-            "not what it says. Train with a torch optimizer that holds the adapter's tensors, such as adapter.optimizer(…)"
-        )
-    unfinished = [reason for rule in graft.rules or () if (reason := rule.check(graft.steps))]
-    for reason in (*unfinished, *graft.method.unmoved(graft.places())):
-        warnings.warn(f"adapter {graft.name!r}: {reason}", LorakinWarning, stacklevel=3)
-    if graft.scale != 1:
-        warnings.warn(
-            f"files hold no scale: adapter {graft.name!r} is saved as it is at scale 1, and not at {graft.scale:g}; for files "
-            "of the scaled change, save what lorakin.as_lora makes of it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    if moved := sorted(graft.moved_buffers()):
-        warnings.warn(
-            f"training moved buffers of the base ({some(moved)}); they are saved beside adapter {graft.name!r}, in a file that "
-            "lorakin reads and PEFT does not. For PEFT, train what owns them whole, with modules_to_save",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    whole = [
-        path
-        for path in graft.placement.copies
-        if graft.is_fresh and graft.steps and _is_the_bases(graft, path)
-    ]
-    if whole:
-        warnings.warn(
-            f"adapter {graft.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    for path, rows in base_rows(
-        graft.model, graft.placement.tokens if graft.is_fresh and graft.steps else {}
-    ).items():
-        same = (graft.rows_at(path).to(rows) == rows).all(1).tolist()
-        if still := [
-            str(n)
-            for n, unmoved in zip(graft.placement.tokens[path].ids, same, strict=True)
-            if unmoved
-        ]:
-            warnings.warn(
-                f"adapter {graft.name!r} trains rows of {path} that are exactly the base's: training never met the tokens "
-                f"{some(still)}",
-                LorakinWarning,
-                stacklevel=3,
-            )
-    own = graft.biases()
-    if (
-        graft.is_fresh
-        and graft.steps
-        and own
-        and all(_is_the_bases_bias(graft, path, bias) for path, bias in own.items())
-    ):
-        warnings.warn(
-            f"adapter {graft.name!r} trains {some(f'the bias of {path}' for path in own)}, but each is exactly the base's: "
-            "training never reached them",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    reached = [p for p in graft.places() if not any(rule.gave_up(p) for rule in graft.rules or ())]
-    still = [place.path for place in reached if _changes_nothing(graft, place.path)]
-    if still:
-        share = (
-            "every module"
-            if len(still) == len(graft.placement.methods)
-            else f"{len(still)} of {len(graft.placement.methods)} modules"
-        )
-        warnings.warn(
-            f"adapter {graft.name!r} changes nothing in {share} ({still[0]}, …): the change is exactly zero there, so "
-            "training never reached it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-
-
-def _is_the_bases(graft: Graft, path: str) -> bool:
-    base = module_at(graft.model, path).state_dict()
-    return all(
-        torch.equal(tensor, base[key].to(tensor))
-        for key, tensor in graft.copy_of(path).state_dict().items()
-    )
-
-
-def _is_the_bases_bias(graft: Graft, path: str, bias: Tensor) -> bool:
-    base = bias_of(module_at(graft.model, path))
-    if base is None or base.is_meta or is_sharded(base):  # of one that is elsewhere nobody can tell
-        return False
-    return torch.equal(bias, base.to(bias))
-
-
-def _changes_nothing(graft: Graft, path: str) -> bool:
-    site = graft.branch(path)
-    if not any(slot.trained for slot in site.slots().values()):
-        return False  # meant to
-    bias = graft.biases().get(path)
-    if bias is not None and not _is_the_bases_bias(graft, path, bias):
-        return False
-    there = site.tensors().values()
-    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
-    return has_numbers and site.is_at_start
 
 
 __all__ = [

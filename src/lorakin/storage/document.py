@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lorakin.family import Method
-from lorakin.inject.placement import Graft, Placement
+from lorakin.inject.inserted import InsertedAdapter
+from lorakin.inject.placement import Placement
 
 Slots = Mapping[str, Tensor]
 """A module's tensors by slot, as its method names them: matrices and vectors."""
@@ -45,17 +46,17 @@ class Document:
     """The method with the settings that a run decided; None if there was no run."""
 
     @classmethod
-    def of(cls, adapter: Graft) -> Document:
+    def of(cls, adapter: InsertedAdapter) -> Document:
         """The document of an adapter in a model. The tensors are the adapter's own, not copies."""
         placement = adapter.placement
         return cls(
             placement,
-            slots={path: adapter.tensors_at(path) for path in placement.methods},
-            copies={path: adapter.copy_of(path).state_dict() for path in placement.copies},
-            rows={path: adapter.rows_at(path).detach() for path in placement.tokens},
-            biases=adapter.biases(),
-            buffers=adapter.moved_buffers(),
-            state=None if adapter.rules is None else adapter.state(),
+            slots={path: adapter.tensors.at(path) for path in placement.methods},
+            copies={path: adapter.tensors.copy_of(path).state_dict() for path in placement.copies},
+            rows={path: adapter.tensors.rows_at(path).detach() for path in placement.tokens},
+            biases=adapter.tensors.biases(),
+            buffers=adapter.tensors.moved_buffers(),
+            state=None if adapter.run.rules is None else adapter.run.state(),
             running=adapter.method,
         )
 
@@ -65,7 +66,7 @@ class Document:
         return self.placement.method
 
     def copied(self) -> Document:
-        """The same with all tensors in memory of their own; biases that were one object still are."""
+        """The same with tensors in memory of their own; biases that were one object still are."""
         biases = {id(bias): _copied(bias) for bias in self.biases.values()}
         return dataclasses.replace(
             self,

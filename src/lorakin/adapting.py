@@ -1,0 +1,284 @@
+"""Putting a fresh adapter into a model: `adapt`, and what a member looks at before it starts."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakin.adapter import Adapter
+from lorakin.errors import LorakinWarning, SettingError, StateError
+from lorakin.family import GRADIENTS, INPUTS, Member, Method
+from lorakin.family.pair import is_imagined
+from lorakin.inject import placement
+from lorakin.inject.activation_norms import energies
+from lorakin.inject.adapted import module_at
+from lorakin.inject.biases import start_of
+from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.measuring import check_called, measure
+from lorakin.inject.model_registry import adapters_in, root_of
+from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
+from lorakin.inject.tokens import Tokens, base_rows
+from lorakin.loop import float16_base
+
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+"""(model, batch) → loss."""
+
+
+def adapt(
+    model: nn.Module,
+    member: Member | Sequence[Member] | Method,
+    targets: Targets = ALL_LINEAR,
+    *,
+    name: str = "default",
+    exclude: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
+    trainable_tokens: Tokens | None = None,
+    bias: str = "none",
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    probe: Sequence[Any] | None = None,
+    loss: Loss | None = None,
+) -> Adapter:
+    """Put a fresh adapter into `model`, which stays itself: same class, same names, same output until it is trained.
+
+    The base is frozen; the new adapter is the active one (see `activate`). The adapter's tensors are float32 whatever
+    the base's dtype (float64 on a float64 base) and take part in the forward in the base's dtype.
+
+    Args:
+        model: any module with linear, Conv1D, embedding or convolution layers.
+        member: what to put in, such as `LoRA(rank=16, alpha=32)`, or members to combine: `[DoRA(rank=16), LoRAPlus()]`.
+        targets: "all-linear" (every linear layer but the head); a name, glob or regular expression, or a list of
+            them; or a function of (path, module). A name selects modules whose path ends in it.
+        name: the adapter's name.
+        exclude: patterns of modules to leave out.
+        layers: only modules inside these repeated layers, e.g. [0, 1, -1].
+        rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT; the first that
+            matches the end of a module's path wins.
+        modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
+        rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
+            their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
+        trainable_tokens: ids of tokens whose rows in the input embedding are trained, and in what is tied to it; or
+            module's name → ids, such as {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
+        bias: "lora_only" trains the biases of the adapted modules too, "all" those of the model. The adapter
+            has its own of each, and the base's stay as they are.
+        seed: draw the initial tensors from a generator of their own with this seed.
+        dtype: another dtype for the adapter's tensors.
+        probe: batches for a member that looks at data before it starts: LoRA-drop (see
+            `lorakin.importance`), EVA, LoRA-GA.
+        loss: (model, batch) → loss, for a probe of models whose output has none.
+
+    Raises:
+        SettingError: members that do not combine, a rank above a weight's smaller side, a name that is taken.
+        TargetError: a pattern that selects nothing, or something that cannot be adapted.
+        StateError: another adapter is merged at the moment.
+    """
+    model = root_of(model)
+    method = Method.of(member)
+    places: dict[str, Any] = {
+        "exclude": exclude,
+        "layer_indices": layers,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
+        "trainable_tokens": trainable_tokens,
+        "bias": bias,
+    }
+    if probe is not None and method.measuring is None and method.probe is None:
+        given = method.setting("importance") is not None
+        raise SettingError(
+            f"{method.words} was given importance and a probe that would find it; give one of them"
+            if given
+            else f"{method.words} looks at no data before it starts; leave probe out"
+        )
+    if probe is not None and method.probe is not None:
+        method = method.with_importance(_importance(model, method, probe, targets, seed, places))
+    placed_on = placement.place(model, method, targets, **places)
+    placed_on, measured = _measured(model, placed_on, probe, loss)
+    adapter = _fresh(model, name, placed_on, seed, dtype, measured)
+    if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
+        warnings.warn(
+            f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
+            f"train it, nor does its file hold it. Train it whole, with modules_to_save={heads!r}",
+            LorakinWarning,
+            stacklevel=2,
+        )
+    return adapter
+
+
+def importance(
+    model: nn.Module,
+    member: Member | Sequence[Member] | Method,
+    batches: Sequence[Any],
+    targets: Targets = ALL_LINEAR,
+    *,
+    lr: float | None = None,
+    loss: Loss | None = None,
+    seed: int | None = None,
+    exclude: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
+    rank_above: str = "refuse",
+    trainable_tokens: Tokens | None = None,
+    bias: str = "none",
+) -> dict[str, float]:
+    """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
+
+    A plain pair is trained on `batches` for the member's `probe_epochs`, measured in eval mode and taken out again; the model
+    is as it was before. For LoRA-drop: I_k = g_k / Σ g, g_k = Σ ‖s·B_k A_k x‖² over the tokens that are not padding.
+
+    Args:
+        model: see `adapt`.
+        member: such as `LoRADrop(threshold=0.9)`, alone or with others.
+        batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, trainable_tokens, bias: see `adapt`.
+        lr: learning rate of the probe.
+        loss: (model, batch) → loss, for models whose output has none.
+        seed: of the pair's initial tensors.
+
+    Returns:
+        Path → importance, in the model's order; for `LoRADrop(importance=…)`.
+
+    Raises:
+        SettingError: no member wants a probe; no batches.
+        StateError: the model has adapters.
+    """
+    places = {
+        "exclude": exclude,
+        "layer_indices": layers,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "modules_to_save": modules_to_save,
+        "rank_above": rank_above,
+        "trainable_tokens": trainable_tokens,
+        "bias": bias,
+    }
+    return _importance(root_of(model), Method.of(member), batches, targets, seed, places, lr, loss)
+
+
+def _importance(
+    model: nn.Module,
+    method: Method,
+    batches: Sequence[Any],
+    targets: Targets,
+    seed: int | None,
+    places: Mapping[str, Any],
+    lr: float | None = None,
+    loss: Loss | None = None,
+) -> dict[str, float]:
+    probe = method.probe
+    try:
+        batches = list(batches)
+    except TypeError:
+        raise SettingError(f"a probe needs a list of batches, not {batches!r}") from None
+    if probe is None:
+        raise SettingError(
+            f"{method.words} does not choose its modules by a probe, so there is nothing to probe for"
+        )
+    if not batches:
+        raise SettingError("a probe needs batches, and there are none")
+    if loss is None and not all(
+        isinstance(batch, Mapping) and "labels" in batch for batch in batches
+    ):
+        raise SettingError(
+            "a probe's batches must be mappings with labels, so that the model's output has a loss; or give loss="
+        )
+    if there := adapters_in(model):
+        raise StateError(
+            f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first"
+        )
+    pilot = _fresh(
+        model, "probe", placement.place(model, method.for_probe(), targets, **places), seed
+    )
+    try:
+        check_called(model, pilot.placement.methods)
+        optimizer: torch.optim.Optimizer = pilot.optimizer(
+            lr=pilot.placement.method.learning_rate if lr is None else lr
+        )
+        scaler = float16_base.loss_scaler(model)
+        float16_base.leave_unscaling_to_the_scaler([optimizer] if scaler.is_enabled() else [])
+        with in_mode(model, training=True):
+            for _ in range(probe.epochs):
+                for batch in batches:
+                    scaler.scale(
+                        model(**batch).loss if loss is None else loss(model, batch)
+                    ).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+        return energies(pilot, batches, probe.normalised, loss)
+    finally:
+        pilot.remove()
+
+
+def _measured(
+    model: nn.Module,
+    placed_on: placement.Placement,
+    batches: Sequence[Any] | None,
+    loss: Loss | None,
+) -> tuple[placement.Placement, Mapping[str, Any]]:
+    """What the member that starts by data found, by path, and the placement that follows from it."""
+    method = placed_on.method
+    member = method.measuring
+    if member is None:
+        return placed_on, {}
+    targets = {path: placement.target_of(module_at(model, path)) for path in placed_on.methods}
+    if all(is_imagined(target.weight) for target in targets.values()):
+        return placed_on, {}
+    if batches is None:
+        raise SettingError(
+            f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it starts, and "
+            "there are none: call adapt(…, probe=batches)"
+        )
+    collector = member.collector(targets, placed_on.methods)
+    of = GRADIENTS if GRADIENTS in member.needs else INPUTS
+    paths, most = list(placed_on.methods), member.batches
+    measure(model, paths, collector, of, list(batches), loss, most)
+    found = collector.found()
+    return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
+
+
+def _fresh(
+    model: nn.Module,
+    name: str,
+    plan: placement.Placement,
+    seed: int | None,
+    dtype: torch.dtype | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """A new adapter by this plan, in the model, whose base is frozen."""
+    adapter = Adapter(model, name, plan)
+    rows, biases = (
+        base_rows(model, plan.tokens, dtype),
+        start_of(model, plan.biases, dtype),
+    )
+    adapter.install(
+        placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
+    )
+    adapter.freeze_base()
+    for path in plan.methods:
+        adapter.tensors.branch(path).remember_start()
+    adapter.is_fresh = True
+    return adapter
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return None
+    try:
+        return torch.Generator().manual_seed(operator.index(seed))
+    except (TypeError, RuntimeError, OverflowError):
+        raise SettingError(
+            f"seed must be a whole number of at most 64 bits, not {seed!r}"
+        ) from None

@@ -1,0 +1,77 @@
+"""An adapted module as a member's rule sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lorakin.errors import StateError
+from lorakin.family import Method, Shape, Weight
+from lorakin.inject.adapted import module_at, move_base, swap_moved
+from lorakin.inject.attachments import attachments_of
+from lorakin.inject.placement import target_of
+
+if TYPE_CHECKING:
+    from lorakin.inject.inserted import InsertedAdapter
+
+
+class PlacedModule:
+    """A branch as a member's rule sees it. Looked up anew each time, since what shards a model exchanges its parameters."""
+
+    def __init__(self, adapter: InsertedAdapter, path: str) -> None:
+        self.adapter = adapter
+        self.path = path
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the module's weight."""
+        return self.adapter.tensors.branch(self.path).shape
+
+    @property
+    def method(self) -> Method:
+        """The method, with the module's own rank and alpha."""
+        return self.adapter.placement.methods[self.path]
+
+    @property
+    def weight(self) -> Tensor | Weight:
+        """Its weight as a matrix, the base's own even while adapters are merged."""
+        return target_of(module_at(self.adapter.model, self.path)).weight
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The module's tensors by slot."""
+        return self.adapter.tensors.branch(self.path).tensors()
+
+    def trains(self, slot: str) -> bool:
+        """Whether the method trains this tensor."""
+        return self.adapter.tensors.branch(self.path).slots()[slot].trained
+
+    def put(self, slot: str, tensor: Tensor) -> None:
+        """Give it one more tensor, which does not train."""
+        parameter = (
+            tensor
+            if isinstance(tensor, nn.Parameter)
+            else nn.Parameter(tensor, requires_grad=False)
+        )
+        self.adapter.tensors.branch(self.path).register_parameter(slot, parameter)
+
+    def take(self, slot: str) -> Tensor:
+        """Take such a tensor away from it."""
+        tensor = self.tensors()[slot].detach()
+        delattr(self.adapter.tensors.branch(self.path), slot)
+        return tensor
+
+    def move_base(self, change: Tensor) -> None:
+        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        if self.adapter.merging.scale != 1:
+            raise StateError(
+                f"adapter {self.adapter.name!r} moves the base weights in place, which its scale of {self.adapter.merging.scale:g} "
+                "does not reach; set it to 1 while training"
+            )
+        move_base(module_at(self.adapter.model, self.path), change)
+
+    def restore_base(self) -> None:
+        """Put the base's own weight back, if it was moved."""
+        module: Any = module_at(self.adapter.model, self.path)
+        swap_moved(module)
+        attachments_of(module).unmoved = {}

@@ -1,0 +1,157 @@
+"""A training run of an adapter: its steps, what members do at them, and who hears of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorakin.errors import LorakinWarning, SettingError, StateError, some
+from lorakin.family import Method, Rule
+from lorakin.inject.part import Part, attachments_at
+from lorakin.inject.placed_module import PlacedModule
+
+if TYPE_CHECKING:
+    from lorakin.inject.inserted import InsertedAdapter
+
+
+class Watcher:
+    """Hears what becomes of adapters, for rooms above this one. Subclass it and append an instance to `WATCHERS`."""
+
+    def made(self, adapter: InsertedAdapter) -> None:
+        """The adapter's object was made, also as a copy of another; nothing is in it yet."""
+
+    def begins(self, adapter: InsertedAdapter) -> None:
+        """A training run begins."""
+
+    def before_backward(self, adapter: InsertedAdapter) -> None:
+        """A forward has begun whose backward may train the adapter."""
+
+    def before_first_step(self, adapter: InsertedAdapter) -> None:
+        """An optimizer is about to take the run's first step."""
+
+
+WATCHERS: list[Watcher] = []
+"""Who hears of adapters; `lorakin/loop` adds itself when it is imported."""
+
+
+class Run(Part):
+    """What a training run of an adapter has come to: its steps, and what members do at each of them."""
+
+    def __init__(self, adapter: InsertedAdapter) -> None:
+        super().__init__(adapter)
+        self.running: Method | None = None
+        self.rules: list[Rule] | None = None
+        self.steps = 0
+        self._stepped = False
+        self.rate_factors: dict[float, int] = {}
+        self.warned_of_rates = False
+        self._state: Mapping[str, Any] | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method, with what its run has decided."""
+        return self.running or self.placement.method
+
+    def begin(self, total_steps: int | None = None) -> None:
+        """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
+
+        Raises:
+            SettingError: a member cannot be run like that.
+        """
+        if total_steps is not None and (
+            not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1
+        ):
+            raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
+        running = self.placement.method.resolved(total_steps)
+        if self.rules is not None and not self._stepped and running == self.running:
+            return
+        self.end()
+        self.running, self.rules = running, running.rules(self.adapted_modules())
+        self.steps, self._stepped = 0, False
+        self.rate_factors, self.warned_of_rates = {}, False
+        for watcher in WATCHERS:
+            watcher.begins(self.adapter)
+        if self._state is not None:
+            self.restore_state(self._state)
+
+    def end(self) -> None:
+        """Let the rules of the run leave nothing outside the adapter's tensors."""
+        for rule in self.rules or ():
+            rule.end()
+
+    def adapted_modules(self) -> list[PlacedModule]:
+        """The adapted modules, as members' rules see them."""
+        return [PlacedModule(self.adapter, path) for path in self.placement.methods]
+
+    def before_backward(self) -> None:
+        """A forward has begun whose backward may train the adapter."""
+        for watcher in WATCHERS:
+            watcher.before_backward(self.adapter)
+
+    def before_step(self) -> None:
+        """Gradients are complete and an optimizer is about to use them."""
+        if not self._stepped:
+            for watcher in WATCHERS:
+                watcher.before_first_step(self.adapter)
+            self._warn_of_unreached()
+        for rule in self.rules or ():
+            rule.before(self.steps + 1)
+
+    def _warn_of_unreached(self) -> None:
+        """Say which modules the first backward did not reach, before many steps are spent on them."""
+        reached: dict[str, bool] = {}
+        for path in self.adapter.tensors.paths():
+            child = attachments_at(self.model, path)[self.name]
+            trained = [p for p in child.parameters() if p.requires_grad]
+            if trained:
+                reached[path] = any(p.grad is not None for p in trained)
+        if missed := [path for path, got in reached.items() if not got]:
+            warnings.warn(
+                f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of {len(reached)} modules "
+                f"({some(missed)}): the forward of the model did not use them on these data. What it never uses does not "
+                "train; leave it out of the targets",
+                LorakinWarning,
+                stacklevel=2,
+            )
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has taken a step."""
+        self.steps, self._stepped, self._state = self.steps + 1, True, None
+        for rule in self.rules or ():
+            rule.after(self.steps, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """How far training has come, for `restore_state`: numbers, tensors and dicts of them."""
+        return {"steps": self.steps, "rules": [rule.state() for rule in self.rules or ()]}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, also after a `begin` that follows before the first step. The tensors are restored already."""
+        self._state = state
+        if self.rules is not None:
+            if len(self.rules) != len(state["rules"]):
+                raise StateError(
+                    f"the state to go on from is of another method than {self.placement.method.words}"
+                )
+            self.steps = state["steps"]
+            try:
+                for rule, saved in zip(self.rules, state["rules"], strict=True):
+                    rule.restore(saved)
+            except (
+                AttributeError,
+                IndexError,
+                KeyError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                raise StateError(
+                    f"what training would go on from is damaged ({error}); go back to an earlier checkpoint"
+                ) from None
+
+    def beside(self, path: str) -> dict[str, Tensor]:
+        """Tensors that the adapter's files must hold beside those of the module at `path`."""
+        return {name: t for rule in self.rules or () for name, t in rule.beside(path).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import transformers
 from torch import nn
 
 import lorakin as lk
+from lorakin.family import FAMILY, Method, member_named, method_named
 
 
 def pytest_collection_finish() -> None:
@@ -48,17 +50,23 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes:
     )
 
 
+def small(words: str, **settings: Any) -> Any:
+    """The members of `words`, such as `dora,vera`, with what they declare for tests, and `settings`."""
+    kinds = [member_named(word) for word in words.split(",")]
+    pair = type(Method.of([kind() for kind in kinds]).parametrisation)
+    declared = {name: value for kind in (pair, *kinds) for name, value in kind.small.items()}
+    members = method_named(words, declared | settings).members
+    return members[0] if len(members) == 1 else list(members)
+
+
+STARTS = [member.word for member in FAMILY if "start" in member.decides]
+"""Members that say where the pair begins; some need a probe, and none adapts embeddings."""
 MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=4),
-    "lora+": lambda: lk.LoRAPlus(rank=4, ratio=4),
-    "lora-fa": lambda: lk.LoRAFA(rank=4),
-    "vera": lambda: lk.VeRA(rank=8),
-    "dora": lambda: lk.DoRA(rank=4),
-    "adalora": lambda: lk.AdaLoRA(initial_rank=6, target_rank=3, start=1, finish=4, interval=1),
-    "lora-drop": lambda: lk.LoRADrop(rank=4, keep=4),
-    "delta-lora": lambda: lk.DeltaLoRA(rank=4, start_step=3),
+    member.word: functools.partial(small, member.word)
+    for member in FAMILY
+    if member.word not in STARTS
 }
-"""Every member at a size for tiny models, for runs of six steps or more; LoRA-drop wants a probe."""
+"""All other members, for runs of six steps or more; LoRA-drop wants a probe."""
 
 
 def tiny_gpt2() -> Any:

@@ -15,24 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
+from conftest import ConvNet, randomise, small, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from lorakin.family.low_rank import nearest
 from references import combining as reference
 
 MEMBERS: dict[str, Any] = {
-    "lora": lk.LoRA(4, 8, rslora=True),
-    "lora+": lk.LoRAPlus(rank=4),
-    "lora-fa": lk.LoRAFA(rank=4),
-    "vera": lk.VeRA(rank=8),
-    "adalora": lk.AdaLoRA(initial_rank=4, target_rank=2),
-    "lora-drop": lk.LoRADrop(keep=3, rank=4),
-    "delta-lora": lk.DeltaLoRA(rank=4, start_step=1),
-    "adalora,delta-lora": [lk.AdaLoRA(initial_rank=4, target_rank=2), lk.DeltaLoRA(start_step=1)],
-}
+    word: small(word) for word in ("lora+", "lora-fa", "vera", "adalora", "lora-drop", "delta-lora")
+} | {"lora": small("lora", rslora=True), "adalora,delta-lora": small("adalora,delta-lora")}
+"""Methods without a gain."""
 
 
 def trained(
-    model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 3, **more: Any
+    model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 6, **more: Any
 ) -> lk.Adapter:
     """A few large steps, so that what acts at steps has acted and the change is far from nothing."""
     batch = {"input_ids": ids, "labels": ids}
@@ -127,17 +121,17 @@ def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, 
 def test_what_the_portable_form_cannot_hold() -> None:
     model = tiny_bert()
     adapter = lk.adapt(model, lk.LoRA(2), targets="query", modules_to_save=["classifier"])
-    with pytest.raises(lk.SettingError, match=r"trained whole \(classifier\); merge"):
+    with pytest.raises(lk.SettingError, match="classifier"):
         lk.as_lora(adapter, portable=True)
     model = tiny_llama()
     adapter = lk.adapt(model, lk.LoRA(2), targets="embed_tokens")
-    with pytest.raises(lk.SettingError, match="embed_tokens is no linear layer"):
+    with pytest.raises(lk.SettingError, match="embed_tokens"):
         lk.as_lora(adapter, portable=True)
 
 
 def test_a_rank_beyond_what_vllm_serves() -> None:
     adapter = lk.adapt(tiny_llama(), lk.VeRA(rank=600), targets="q_proj")
-    with pytest.warns(lk.LorakinWarning, match="rank 600, and vLLM serves 512"):
+    with pytest.warns(lk.LorakinWarning, match="600.*512"):
         lk.as_lora(adapter, portable=True)
 
 
@@ -338,7 +332,7 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
         member = dataclasses.replace(member, importance=one.method.setting("importance"))
     two = trained(model, member, ids, "two", steps=5)
     combined, _ = lk.combine(model, {"one": 1, "two": 1}, how="ties", density=0.3, rank=40)
-    path = next(iter(one.placement.methods))
+    path = next(iter(combined.placement.methods))
     pair = combined.tensors.change_at(path)
     want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
     np.testing.assert_allclose(
@@ -408,13 +402,13 @@ def test_combinations_that_are_refused() -> None:
     lk.adapt(model, lk.LoRA(4), name="b", rank_pattern={"v_proj": 2})
     before = set(lk.adapters(model))
     for settings, message in (
-        ({"how": "ties", "density": 0.5}, "makes one of full rank; name the rank, or the error"),
+        ({"how": "ties", "density": 0.5}, "how='ties'"),
         (
             {"on": "factors"},
-            r"of one rank, but in model.layers.0.self_attn.v_proj 'a' has rank 4, 'b' has rank 2",
+            r"v_proj.*'a' has rank 4, 'b' has rank 2",
         ),
-        ({"how": "dare"}, "did you mean 'dare_"),
-        ({"how": "ties", "rank": 4}, "give density"),
+        ({"how": "dare"}, "'dare'.*'dare_"),
+        ({"how": "ties", "rank": 4}, "density"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             lk.combine(model, {"a": 1, "b": 1}, **settings)  # type: ignore[arg-type]
@@ -430,7 +424,7 @@ def test_what_cannot_be_combined(ids: Tensor) -> None:
     plain = lk.adapt(model, lk.LoRA(2), name="plain")
     with pytest.raises(lk.SettingError, match=r"'gained' \(dora\).*as_lora"):
         lk.combine(model, {"plain": 1, "gained": 1})
-    with pytest.raises(lk.SettingError, match="no adapter 'other'"):
+    with pytest.raises(lk.SettingError, match="'other'"):
         lk.combine(model, {"other": 1})
     lk.activate(model, "plain")
     plain.merge()
@@ -458,13 +452,13 @@ def test_what_is_not_finite_is_not_converted(ids: Tensor) -> None:
     adapter = randomise(lk.adapt(model, lk.DoRA(rank=4)))
     with torch.no_grad():
         adapter.tensors.branch("model.layers.1.mlp.up_proj").A[0, 0] = torch.nan
-    with pytest.raises(lk.StateError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(lk.StateError, match=r"model\.layers\.1\.mlp\.up_proj"):
         lk.as_lora(adapter, rank=2)
 
 
 def test_a_rank_that_leaves_more_than_the_error_is_said() -> None:
     adapter = randomise(lk.adapt(tiny_llama(), lk.LoRA(8)), 0.3)
-    with pytest.warns(lk.LorakinWarning, match=r"relative error above 0\.1 in 14 of 14 modules"):
+    with pytest.warns(lk.LorakinWarning, match=r"0\.1 in 14 of 14 modules"):
         lk.as_lora(adapter, rank=1, error=0.1)
 
 
@@ -481,7 +475,7 @@ def test_sums_of_nothing(weights: Any) -> None:
 
 @pytest.mark.parametrize("batches", [{"input_ids": 1}, [torch.ones(1)]])
 def test_batches_that_are_none(batches: Any) -> None:
-    with pytest.raises(lk.SettingError, match="list of mappings"):
+    with pytest.raises(lk.SettingError, match="batches"):
         lk.as_lora(lk.adapt(tiny_llama(), lk.LoRA(2)), batches=batches)
 
 

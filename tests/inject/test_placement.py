@@ -212,14 +212,9 @@ def test_calls_that_the_state_forbids(ids: Tensor) -> None:
 def test_a_failed_adapt_leaves_the_model_as_it_was(ids: Tensor) -> None:
     model = tiny_llama()
     keys, flags = set(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(
-        lk.SettingError,
-        match=r"rank 33 is above what model.layers.0.self_attn.q_proj can use: .* 32 × 32",
-    ):
+    with pytest.raises(lk.SettingError, match="rank 33.*model.layers.0.self_attn.q_proj.*32 × 32"):
         lk.adapt(model, lk.LoRA(rank=33))
-    with pytest.raises(
-        lk.SettingError, match=r"up_proj can use: its weight is 48 × 32, so at most rank 32"
-    ):
+    with pytest.raises(lk.SettingError, match="up_proj.*48 × 32.*32"):
         lk.adapt(model, lk.LoRA(rank=40), "up_proj")
     with pytest.raises(lk.TargetError):
         lk.adapt(model, lk.LoRA(rank=2), "nothing_like_it")

@@ -17,7 +17,7 @@ from lorakin.training.recipe import Recipe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rank_above"),
-    pytest.mark.filterwarnings("ignore:.*adalora has not come to its final ranks"),
+    pytest.mark.filterwarnings("ignore:.*adalora has not reached"),
 ]
 
 MEMBERS: dict[str, Any] = {

@@ -13,19 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakin as lk
-from conftest import randomise, tiny_mixtral
+from conftest import randomise, small, tiny_mixtral
 
 FACTORS = [0.0, 0.5, 1.0, 1.7, -0.6]
 MEMBERS: dict[str, Any] = {
-    "lora": lk.LoRA(rank=3),
-    "rslora": lk.LoRA(rank=3, rslora=True),
-    "lora+": lk.LoRAPlus(rank=3),
-    "lora-fa": lk.LoRAFA(rank=3),
-    "vera": lk.VeRA(rank=3),
-    "dora": lk.DoRA(rank=3),
-    "dora on vera": [lk.DoRA(), lk.VeRA(rank=3)],
-    "adalora": lk.AdaLoRA(initial_rank=3, target_rank=2),
-    "delta-lora": lk.DeltaLoRA(rank=3, start_step=1),
+    "rslora": small("lora", rslora=True),
+    "adalora": small("adalora", initial_rank=4),
+    **{
+        word: small(word)
+        for word in ("lora", "lora+", "lora-fa", "vera", "dora", "dora,vera", "delta-lora")
+    },
 }
 
 
@@ -114,7 +111,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_member_in_every_kind_of_layer(member: str, place: str) -> None:
-    if {"vera", "adalora"} & set(member.split()) and PLACES[place][2] is TOKENS:
+    if {"vera", "adalora"} & set(member.split(",")) and PLACES[place][2] is TOKENS:
         pytest.skip("no embeddings")
     model, adapter, x = adapted(place, MEMBERS[member])
     base, whole = outputs(model, adapter, x)

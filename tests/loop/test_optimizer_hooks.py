@@ -236,7 +236,7 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
         group["params"] = list(group["params"])
     (rule,) = adapter.run.rules or ()
     fit(model, optimizer, x, target, 7)
-    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.place.path == "0"))  # type: ignore[method-assign]
+    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.module.path == "0"))  # type: ignore[method-assign]
     fit(model, optimizer, x, target, 5)
     assert [len(adapter.tensors.branch(path).E) for path in adapter.placement.methods] == [2, 0]
 

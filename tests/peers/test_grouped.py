@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakin as lk
-from conftest import randomise
+from conftest import randomise, small
 from lorakin.storage.summary import summarise
 
 peft = pytest.importorskip("peft")
@@ -23,12 +23,13 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:
 
 NAMES = ["one", "two", "three"]
 MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=2, alpha=3),
-    "rslora": lambda: lk.LoRA(rank=3, rslora=True),
-    "lora-fa": lambda: lk.LoRAFA(rank=2),
-    "vera": lambda: lk.VeRA(rank=4),
-    "dora": lambda: lk.DoRA(rank=2),
+    "lora": lambda: small("lora", rank=2, alpha=3),
+    "rslora": lambda: small("lora", rank=3, rslora=True),
+    "lora-fa": lambda: small("lora-fa", rank=2),
+    "vera": lambda: small("vera"),
+    "dora": lambda: small("dora", rank=2),
 }
+"""With ranks so small that the pair is applied group by group."""
 
 
 class Grouped(nn.Module):

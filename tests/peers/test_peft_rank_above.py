@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:peft"),
     pytest.mark.filterwarnings("ignore:rank_above"),
-    pytest.mark.filterwarnings("ignore:.*adalora has not come"),
+    pytest.mark.filterwarnings("ignore:.*adalora has not reached"),
 ]
 
 

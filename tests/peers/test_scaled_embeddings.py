@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import lorakin as lk
-from conftest import randomise
+from conftest import randomise, small
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -44,8 +45,7 @@ def bart() -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {"gemma": gemma, "bart": bart}
 MEMBERS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lk.LoRA(rank=2, alpha=3),
-    "dora": lambda: lk.DoRA(rank=2, alpha=3),
+    word: functools.partial(small, word, rank=2, alpha=3) for word in ("lora", "dora")
 }
 
 

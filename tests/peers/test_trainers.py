@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import lorakin as lk
-from conftest import randomise, tiny_llama
+from conftest import randomise, small, tiny_llama
 from lorakin.training import prepare_trainer
 
 ROWS = [
@@ -143,9 +143,9 @@ def test_a_plain_trainers_checkpoint_resumes_loudly(tmp_path: Path) -> None:
 
 
 MEMBERS: list[Any] = [
-    lk.LoRAPlus(ratio=4, rank=2),
-    lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2),
-    [lk.DoRA(rank=2), lk.DeltaLoRA(start_step=2)],
+    small("lora+", rank=2),
+    small("adalora", initial_rank=4, finish=2),
+    small("dora,delta-lora", rank=2, start_step=2),
 ]
 
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import lorakin as lk
-from conftest import randomise, tiny_gpt2, tiny_llama
+from conftest import randomise, small, tiny_gpt2, tiny_llama
 from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
@@ -29,11 +29,7 @@ from lorakin.training.models import load_model
 from serving.words import byte_tokenizer
 
 MEMBERS: dict[str, Any] = {
-    "lora": lk.LoRA(4, 8),
-    "vera": lk.VeRA(rank=8),
-    "adalora": lk.AdaLoRA(initial_rank=4, target_rank=2),
-    "dora": lk.DoRA(rank=4),
-    "dora,vera": [lk.DoRA(), lk.VeRA(rank=8)],
+    word: small(word) for word in ("lora", "vera", "adalora", "dora", "dora,vera")
 }
 TARGETS = ("lora", "merged", "gguf", "gguf-merged")
 

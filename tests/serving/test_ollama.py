@@ -1,6 +1,4 @@
-"""Modelfiles: a conversation as Ollama writes it is the tokenizer's own; and nothing in one comes
-from a name or a token.
-"""
+"""Modelfiles: a conversation as Ollama writes it is the tokenizer's own; and nothing in one comes from a name or a token."""
 
 from __future__ import annotations
 
@@ -23,34 +21,30 @@ from serving.words import byte_tokenizer
 from training.carried import TEMPLATES, tokenizer_of
 
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 "
-    "% 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == "
-    "'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + "
-    "eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = "
-    "messages[0]['content'] %}{% else %}{% set rest = messages %}{% set system = false %}{% endif "
-    "%}{% for message in rest %}{% if loop.index0 == 0 and system %}{% set content = '<<SYS>>\n' + "
-    "system + '\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = "
-    "message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-    "content | trim + ' [/INST]' }}{% else %}{{ ' ' + content | trim + ' ' + eos_token }}{% endif "
-    "%}{% endfor %}"
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for message in rest %}"
+    "{% if loop.index0 == 0 and system %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}{% else %}{{ ' ' + content | trim + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 CHATML_WITH_DEFAULT = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% "
-    "endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ZEPHYR = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
-    "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif "
-    "%}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 OTHERS = {
-    "mistral_7b": MISTRAL, "llama2": LLAMA2, "chatml_default": CHATML_WITH_DEFAULT,
-    "zephyr": ZEPHYR,
+    "mistral_7b": MISTRAL, "llama2": LLAMA2, "chatml_default": CHATML_WITH_DEFAULT, "zephyr": ZEPHYR,
     "ours": TEMPLATE,
 }  # fmt: skip
 NO_SYSTEM = {"mistral_7b", "gemma", "gemma_training"}
@@ -158,8 +152,7 @@ def test_a_date_is_said() -> None:
     [
         "{{ messages | length }}",
         "{{ raise_exception('no') }}",
-        # numbered: no text of turns alone
-        "{% for m in messages %}{{ loop.index }}: {{ m['content'] }}\n{% endfor %}",
+        "{% for m in messages %}{{ loop.index }}: {{ m['content'] }}\n{% endfor %}",  # numbered: no text of turns alone
         "{% for m in messages %}<{{ m['content'] | length }}>{{ m['content'] }}{% endfor %}",
         "{% for m in messages %}<{{ m['content'] | upper }}>{% endfor %}",
     ],
@@ -167,7 +160,7 @@ def test_a_date_is_said() -> None:
 def test_where_no_template_is_known_it_is_said(template: str) -> None:
     made = tokenizer_of(template, "</s>", merges=True)
     assert turns_of(made) is None
-    with pytest.warns(lk.LorakinWarning, match="TEMPLATE"):
+    with pytest.warns(lk.LorakinWarning, match="will not answer as it was trained"):
         text = modelfile("x", None, made)
     assert (
         dict(parse(text))["TEMPLATE"] == "{{ .Prompt }}"
@@ -178,34 +171,27 @@ def test_where_no_template_is_known_it_is_said(template: str) -> None:
 def test_a_model_without_a_template_has_prompts_as_they_are() -> None:
     text = modelfile("./base.gguf", "./adapter.gguf", tokenizer_of(None, "</s>", merges=True))
     assert parse(text) == [
-        ("FROM", "./base.gguf"), ("ADAPTER", "./adapter.gguf"), ("TEMPLATE", "{{ .Prompt }}"),
-        ("PARAMETER stop", "</s>")
+        ("FROM", "./base.gguf"), ("ADAPTER", "./adapter.gguf"), ("TEMPLATE", "{{ .Prompt }}"), ("PARAMETER stop", "</s>")
     ]  # fmt: skip
     assert "WARNING" not in text
 
 
 HOSTILE = [
-    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-",
-    "\nFROM /etc/shadow\n",
-    "\\", '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow",
-    "{{/*", "'''", "💥{{",
+    'x"""\nADAPTER /etc/passwd\nTEMPLATE """', '"""', '"', "{{ .System }}", "}}", "{", "{{", "{{-", "\nFROM /etc/shadow\n",
+    "\\", '\\"""', "#", "\r\nSYSTEM evil\r\n", '{{ "', "`", "\x1b[2J", "\u2028FROM /etc/shadow", "{{/*", "'''", "💥{{",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("evil", HOSTILE)
 @pytest.mark.parametrize("where", ["<{}user>", "{}", "a{}b"])
 def test_a_templates_own_text_is_no_instruction(evil: str, where: str) -> None:
-    """Text around turns, default system prompts and openings that would end the template, or begin
-    another instruction.
-    """
+    """Text around turns, default system prompts and openings that would end the template, or begin another instruction."""
     literal = repr(where.format(evil))
     made = tokenizer_of(None, "</s>", merges=True)
     made.chat_template = (
-        f"{{% if messages[0]['role'] != 'system' %}}{{{{ {literal} }}}}{{% endif %}}"
-        "{% for m in messages %}"
-        f"{{{{ {literal} + m['role'] + {literal} + m['content'] + {literal} }}}}"
-        "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {literal} }}}}{{% endif %}}"
+        f"{{% if messages[0]['role'] != 'system' %}}{{{{ {literal} }}}}{{% endif %}}{{% for m in messages %}}{{{{ {literal} + "
+        f"m['role'] + {literal} + m['content'] + {literal} }}}}{{% endfor %}}{{% if add_generation_prompt %}}"
+        f"{{{{ {literal} }}}}{{% endif %}}"
     )
     text = modelfile("./model.gguf", None, made)
     found = parse(text)
@@ -241,9 +227,7 @@ def test_a_files_name_is_no_instruction(evil: str) -> None:
 
 
 def table() -> list[str]:
-    """Rows for docs/howto/serve.md: families of templates, how many are written, what ends an
-    answer, the system prompt.
-    """
+    """Rows for docs/howto/serve.md: families of templates, how many are written, what ends an answer, the system prompt."""
     families: dict[str, list[str]] = {}
     for name in TEMPLATES:
         plain = name.removesuffix("_training").replace("transformers_", "transformers: ")
@@ -259,8 +243,7 @@ def table() -> list[str]:
         system = "with the last question" if any(t and t.system_later for t in turns) else system
         shown_ends = ", ".join(f"`{end}`" for end in ends).replace("|", "\\|")
         rows.append(
-            f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | "
-            f"{system} |"
+            f"| {family} | {sum(t is not None for t in turns)} of {len(names)} | {shown_ends} | {system} |"
         )
     return rows
 

@@ -245,7 +245,7 @@ def test_settings_on_the_command_line(
             "start_step=2",
             "begins after start_step=2 optimizer steps, but the run has 2",
         ),
-        ("lora+,lora-fa", "ratio=2", "nothing trains but"),
+        ("lora+,lora-fa", "ratio=2", "lora+ and lora-fa"),
     ):
         where = tmp_path / "never"
         assert command([*base, "--method", words, "--set", setting, "--out", str(where)]) == 2

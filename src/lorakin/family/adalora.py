@@ -1,26 +1,35 @@
-"""AdaLoRA: the change as P·Λ·Q, all three learned; a global budget of ranks goes where it helps.
+"""AdaLoRA: write the change as P·Λ·Q and train all three; a budget moves ranks where they help.
 
-Paper:    "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
-Forward:  y = W0 x + b + s · P (Λ (Q x̃))           s = alpha / (r0 + 1e-5), r0 the initial rank, also after pruning
-Shapes:   P (out, r0), Λ kept as E (r0, 1), Q (r0, in). No SVD is taken; an entry of Λ may be negative.
-Trains:   P, E, Q, r0 · (in + out + 1) numbers, fewer once ranks are freed
+Paper:    "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+          arXiv 2303.10512.
+Forward:  y = W0 x + b + s · P (Λ (Q x̃))
+          s = alpha / (r0 + 1e-5); r0 stays the initial rank, also after pruning
+Shapes:   P (out, r0), Λ kept as E (r0, 1), Q (r0, in); no SVD, entries of Λ may be negative
+Trains:   P, E, Q: r0 · (in + out + 1) numbers, fewer once ranks are freed
 Start:    P, Q normal with deviation 0.02, E = 0
+Loss:     plus γ·R, R the mean of ‖PᵀP − I‖ and ‖QQᵀ − I‖ over all P and Q
 
-Before each step, with gradients of the loss and of γ·R, R the mean of ‖PᵀP − I‖ and ‖QQᵀ − I‖ over all P and Q:
+Before each step, from the gradients of that loss:
 
     I = |w · ∂w|      Ī ← β1·Ī + (1−β1)·I      U ← β2·U + (1−β2)·|I − Ī|      s(w) = Ī·U
-    S_j = s(λ_j) + mean s(P_·j) + mean s(Q_j·)                                for triplet j of each matrix
+    S_j = s(λ_j) + mean s(P_·j) + mean s(Q_j·)             for triplet j of each matrix
 
-After step n the b(n) triplets with the largest S keep their λ, all others get λ = 0:
+After step n the b(n) triplets with the largest S keep their λ; all others get λ = 0:
 
-    n ≤ t_i              everything               (t_i `start`, t_f `finish`, T `total_steps`, b0 → b_T the budgets)
-    t_i < n < T − t_f    b = ⌊b_T + (b0 − b_T) · (1 − (n − t_i)/(T − t_i − t_f))³⌋, every `interval` steps
-    n = T − t_f          b_T, for good: triplets without λ are freed, with their gradients and optimizer state
+    n ≤ t_i              everything
+    t_i < n < T − t_f    b = ⌊b_T + (b0 − b_T) · (1 − (n − t_i)/(T − t_i − t_f))³⌋,
+                         every `interval` steps
+    n = T − t_f          b_T, for good: triplets without λ are freed, with their gradients and
+                         optimizer state
 
-n counts finished optimizer steps from 1. The authors' loop hands the schedule the steps finished before, so that there b(n − 1)
-follows step n; it goes on scoring until n = T − t_f as here, then masks by the last scores after every step and frees nothing.
-The numerator is n − t_i as in the authors' code; the paper's equation 12 also subtracts t_f, which exceeds b0 at first.
-R is in the mean of unsquared norms, as in the authors' code. On VeRA, d is pruned in Λ's place, by its own score.
+with t_i `start`, t_f `finish`, T `total_steps`, and b0 → b_T the budgets. n counts finished
+optimizer steps from 1. The steps themselves are in `allocation.py`.
+
+Differences from the authors' code: its loop passes the number of steps finished before, so b(n − 1)
+follows step n; it scores until n = T − t_f as here, but then masks by the last scores after every
+step and frees nothing. As in that code, and unlike the paper's equation 12, the numerator n − t_i
+does not subtract t_f as well (with it, b exceeds b0 at first), and R uses unsquared norms.
+On VeRA, d is pruned instead of Λ, by its own score.
 """
 
 from __future__ import annotations
@@ -48,7 +57,10 @@ from lorakin.family.slots import Slot, Slots, scale_of_ranks
 
 @dataclass(frozen=True)
 class Triplets(Parametrisation):
-    """P·Λ·Q, the pair that AdaLoRA brings: `initial_rank` triplets at first, `kept` of them once the others are freed."""
+    """P·Λ·Q, the pair that AdaLoRA brings.
+
+    It has `initial_rank` triplets at first and `kept` of them once the others are freed.
+    """
 
     word: ClassVar[str] = "adalora's P·Λ·Q"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is P·Λ·Q"}
@@ -56,6 +68,7 @@ class Triplets(Parametrisation):
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
     of_no_account: ClassVar[frozenset[str]] = frozenset({"kept"})
+    small: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
     slots: ClassVar[Slots] = {
         "P": Slot(("outputs", "rank"), peft="lora_B"),
         "E": Slot(("rank", 1), starts_at_zero=True, peft="lora_E"),
@@ -73,7 +86,7 @@ class Triplets(Parametrisation):
 
     @property
     def rank(self) -> int:
-        """How many triplets there are."""
+        """The number of triplets."""
         return self.initial_rank if self.kept is None else self.kept
 
     @property
@@ -109,20 +122,36 @@ class Triplets(Parametrisation):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Modifier):
-    """AdaLoRA.
+    """AdaLoRA: ranks are pruned while training.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> method = lk.AdaLoRA(initial_rank=3, target_rank=2, start=1, finish=2)
+    >>> adapter = lk.adapt(model, method, "0")
+    >>> optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=6)
+    >>> for _ in range(6):
+    ...     model(torch.ones(4, 6)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> model[0].lorakin.default.P.shape
+    torch.Size([5, 2])
 
     Args:
-        initial_rank: r0 of every module, 12 unless another member brings the pair.
+        initial_rank: r0 of every module; 12, unless another member brings the pair.
         target_rank: the average rank at the end.
-        total_steps: T, the optimizer steps of the run; a trainer knows it, otherwise `adapter.optimizer(…, total_steps=T)`.
-        start: t_i, the steps before pruning begins; 0.12·T. The paper gives steps for each task, on GLUE 9 to 17 % of T.
-        finish: t_f, the steps after the ranks are fixed; 0.45·T. On GLUE the paper has 37 to 58 % of T.
-        interval: ΔT, the steps between two prunings; 1, 10 or 100 for T below 5,000, below 15,000 or more.
+        total_steps: T, the run's optimizer steps. A trainer knows it; otherwise pass it to
+            `adapter.optimizer(…, total_steps=T)`.
+        start: t_i, the steps before pruning begins; 0.12·T by default. The paper sets it for each
+            task, on GLUE to 9 to 17 % of T.
+        finish: t_f, the steps after the ranks are fixed; 0.45·T by default. On GLUE the paper takes
+            37 to 58 % of T.
+        interval: ΔT, the steps between two prunings. The default depends on T: 1 below 5,000, 10
+            below 15,000, then 100.
         beta1, beta2: smoothing of the sensitivity and of its uncertainty.
         orthogonality: γ, the weight of R.
 
     Raises:
-        SettingError: a value outside its range, a schedule that does not fit the run.
+        SettingError: a value is outside its range, or the schedule does not fit the run.
     """
 
     word: ClassVar[str] = "adalora"
@@ -154,11 +183,9 @@ class AdaLoRA(Modifier):
         super().__post_init__()
         require(
             self.rank is None,
-            "adalora has no one rank: give initial_rank and target_rank instead of rank",
+            "adalora has no single rank: give initial_rank and target_rank instead of rank",
         )
-        require(
-            not self.rslora, "adalora's scale belongs to its initial rank, so rslora cannot apply"
-        )
+        require(not self.rslora, "adalora scales by its initial rank, so rslora cannot apply")
         whole_number(self, "target_rank", at_least=1)
         for name, least in (
             ("initial_rank", 1),
@@ -177,7 +204,10 @@ class AdaLoRA(Modifier):
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if scale_of_ranks(parametrisation.slots) is None:
-            return f"{parametrisation.word} has no number for each rank to prune by; leave it out, adalora brings P·Λ·Q"
+            return (
+                f"{parametrisation.word} has no number for each rank to prune by; leave it out, "
+                "adalora brings P·Λ·Q"
+            )
         return None
 
     @property
@@ -198,33 +228,40 @@ class AdaLoRA(Modifier):
         T = total_steps or self.total_steps
         require(
             self.total_steps in (None, T),
-            f"adalora has total_steps={self.total_steps}, but the run has {T}; leave it out, or make them the same",
+            f"adalora has total_steps={self.total_steps}, but the run has {T} steps; leave "
+            "total_steps out, or make them equal",
         )
         require(
             T is not None,
-            "adalora plans over the whole run and does not know its length: give total_steps, in AdaLoRA(total_steps=…) or "
-            "adapter.optimizer(…, total_steps=…), or let lorakin.training.prepare_trainer(trainer) tell it",
+            "adalora plans over the whole run and does not know its length: give total_steps, in "
+            "AdaLoRA(total_steps=…) or adapter.optimizer(…, total_steps=…), or call "
+            "lorakin.training.prepare_trainer(trainer)",
         )
         assert T is not None
+
         start = round(0.12 * T) if self.start is None else self.start
         finish = round(0.45 * T) if self.finish is None else self.finish
         require(
             start + finish < T,
-            f"adalora's start={start} and finish={finish} leave no step of {T} to prune in; their sum must be below it",
+            f"adalora has start={start} and finish={finish}, which leaves no step of {T} to prune "
+            f"in; their sum must be below {T}",
         )
+
         initial = method.parametrisation.rank
         if self.target_rank >= initial:
             warnings.warn(
-                f"target_rank={self.target_rank} is not below initial_rank={initial}, so adalora prunes nothing",
+                f"target_rank={self.target_rank} is not below initial_rank={initial}, so adalora "
+                "prunes nothing",
                 LorakinWarning,
                 stacklevel=2,
             )
+
         interval = self.interval or (1 if T < 5_000 else 10 if T < 15_000 else 100)
         return dataclasses.replace(
             self, total_steps=T, start=start, finish=finish, interval=interval
         )
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule:
         assert self.total_steps is not None
         start, finish = self.start or 0, self.finish or 0
         schedule = RankSchedule(
@@ -237,4 +274,4 @@ class AdaLoRA(Modifier):
             beta2=self.beta2,
             orthogonality=self.orthogonality,
         )
-        return Allocation(schedule, places)
+        return Allocation(schedule, modules)

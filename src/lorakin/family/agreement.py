@@ -1,4 +1,8 @@
-"""Whether two methods are one: what they compute and how they train, not how they are spelt."""
+"""Whether two methods are the same in what they compute and how they train, however spelt.
+
+`lk.LoRAPlus(rank=8)` and `[lk.LoRA(rank=8), lk.LoRAPlus()]` are one method. An adapter's file says
+one spelling and a user another; resuming and loading ask here whether they mean the same.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ if TYPE_CHECKING:
     from lorakin.family.method import Method
 
 COMPUTING = ("gain", "amend_pair", "beside_pair", "share")
-"""The hooks by which a modifier takes part in what is computed; the others act while training alone."""
+"""The hooks by which a modifier takes part in what is computed; all others act in training only."""
 
 
 def are_one(one: Method, other: Method, training: bool = True) -> bool:
-    """Whether the methods are the same, but for settings that one of them leaves open and for how their pairs start.
+    """Whether two methods are the same.
 
-    Without `training` it is enough that they compute the same from the same tensors.
+    Settings that one of them leaves open and settings that only say how a pair starts are not
+    compared. With `training=False` the methods need only compute the same from the same tensors.
     """
     if type(one.parametrisation) is not type(other.parametrisation):
         return False
@@ -33,12 +38,13 @@ def are_one(one: Method, other: Method, training: bool = True) -> bool:
 
 
 def _computes(member: Modifier) -> bool:
+    """Whether a modifier takes part in what is computed."""
     return any(getattr(type(member), hook) is not getattr(Modifier, hook) for hook in COMPUTING)
 
 
 def _same(
     one: Parametrisation | Modifier, other: Parametrisation | Modifier, aside: Set[str]
 ) -> bool:
-    """Whether all settings but those `aside` are equal, where neither is open."""
+    """Whether all settings are equal, except those in `aside` and those that one leaves open."""
     values = ((getattr(one, name), getattr(other, name)) for name in one.setting_names() - aside)
     return all(mine is None or its is None or mine == its for mine, its in values)

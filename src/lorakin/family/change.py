@@ -1,12 +1,12 @@
-"""The forms that a member's change of a weight can have, as its tensors say it: what kernels compute with.
+"""The forms that a member's change of a weight can take: what kernels compute with.
 
 | form | change | members |
 |---|---|---|
 | `LowRank` | scale · up · down | all but VeRA |
 | `Chain` | diag(outer) · up · diag(inner) · down, up and down frozen | VeRA |
 
-Each is a `Pair` too, with the scale in `up`. A gain comes on top (`Member.gain`), and constant changes
-beside it (`Modifier.beside_pair`).
+Every form can also be written as a `Pair`, with the scale in `up`. A gain comes on top
+(`Member.gain`), and constant changes beside it (`Modifier.beside_pair`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from lorakin.family.pair import Pair, Shape
 
 
 class LowRank(NamedTuple):
-    """scale · up · down, with `up` (outputs, k) and `down` (k, inputs) as the optimizer trains them.
+    """scale · up · down, with `up` (outputs, k) and `down` (k, inputs) as the optimizer trains.
 
-    The scale stays outside, so that kernels multiply by the tensors as they are.
+    The scale stays outside, so that kernels multiply by the tensors themselves.
+
+    >>> import torch
+    >>> change = LowRank(torch.ones(3, 1), torch.ones(1, 2), scale=2.0)
+    >>> change.pair(Shape(outputs=3, inputs=2)).up.flatten().tolist()
+    [2.0, 2.0, 2.0]
     """
 
     up: Tensor
@@ -29,14 +34,15 @@ class LowRank(NamedTuple):
     scale: float = 1.0
 
     def pair(self, shape: Shape) -> Pair:
-        """The same as a pair, differentiable in the tensors."""
+        """The same change as a pair, differentiable in the tensors."""
         return Pair(up=self.scale * self.up if self.scale != 1 else self.up, down=self.down)
 
 
 class Chain(NamedTuple):
-    """A pair of which only two vectors train, diag(outer)·up and diag(inner)·down, around frozen matrices.
+    """Two trained vectors around frozen matrices: diag(outer)·up·diag(inner)·down.
 
-    `outer` (outputs,), `up` (≥ outputs, k), `inner` (k,), `down` (k, ≥ inputs): the leading part of the matrices counts.
+    `outer` (outputs,), `up` (≥ outputs, k), `inner` (k,), `down` (k, ≥ inputs). If a matrix is
+    larger than the weight, its leading part is used.
     """
 
     outer: Tensor
@@ -49,7 +55,7 @@ class Chain(NamedTuple):
         return self if factor == 1 else self._replace(outer=factor * self.outer)
 
     def pair(self, shape: Shape) -> Pair:
-        """The same as a pair, differentiable in the vectors."""
+        """The same change as a pair, differentiable in the vectors."""
         up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
         return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
 

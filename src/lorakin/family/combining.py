@@ -1,18 +1,20 @@
-"""Several changes of one weight as one: their weighted sum, perhaps with entries dropped and signs elected before.
+"""Several changes of one weight become one: a weighted sum, perhaps after dropping entries.
 
 Papers:   "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708;
-          "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch" (DARE),
-          arXiv 2311.03099. The words are PEFT's.
-Of changes D_k (outputs, inputs) with weights w_k, each entry by itself:
+          "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+          Lunch" (DARE), arXiv 2311.03099. The words are PEFT's.
+
+For changes D_k (outputs, inputs) with weights w_k, entry by entry:
 
     sum               Σ w_k · D_k
-    magnitude_prune   Σ w_k · T_k                  T_k: D_k with its `density` · numel largest entries, 0 elsewhere
-    dare_linear       Σ w_k · R_k                  R_k: each entry of D_k / density with probability `density`, else 0
-    ties              Σ w_k · T_k / count          over the k whose entry of T_k has the elected sign, `count` of them
-    dare_ties         the same of R_k
+    magnitude_prune   Σ w_k · T_k            T_k: the `density` · numel largest of D_k, else 0
+    dare_linear       Σ w_k · R_k            R_k: D_k / density with probability `density`, else 0
+    ties              Σ w_k · T_k / count    over the `count` k whose T_k has the elected sign
+    dare_ties         the same with R_k
 
-The elected sign is that of Σ T_k (`total`) or of Σ sign T_k (`frequency`), + where that is 0; the weights take no part in it.
-All but the sum are of full rank, whatever the ranks of the changes; `low_rank.nearest_to` is what makes a pair of them.
+The elected sign is that of Σ T_k (`total`) or of Σ sign T_k (`frequency`), + where that is 0;
+weights take no part in the election. All but the sum have full rank, whatever the changes' ranks;
+`low_rank.nearest_to` makes a pair of them.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ from lorakin.family.pair import BLOCK, Pair
 from lorakin.family.settings import number, one_of, require, whole_number
 
 Rows = Callable[[slice], Tensor]
-"""A matrix of which only some rows are formed at a time."""
+"""A matrix that is formed some rows at a time."""
 
 
 class Kind(NamedTuple):
-    """What is done to each change before they are added, and whether they vote on the sign."""
+    """Which entries of each change are dropped before the sum, and whether signs are elected."""
 
     drops: str = ""
-    """Which entries: `small` ones, or by `chance`; none if empty."""
+    """Which entries: the `small` ones, or by `chance`; none if empty."""
     elects: bool = False
 
 
@@ -52,22 +54,29 @@ SPACES = ("change", "factors")
 PEFTS = {"cat": 'how="sum"', "linear": 'how="sum", on="factors"', "svd": 'how="sum", rank=…'} | {
     f"{how}_svd": f'how="{how}", rank=…' for how in KINDS if how != "sum"
 }
-"""What PEFT's other words for a combination are here."""
+"""PEFT's other words for combinations, and what to write here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """How changes become one.
+    """How several changes become one.
+
+    >>> import torch
+    >>> one, two = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 3.0]])
+    >>> ties = Combination(how="ties", density=1.0)
+    >>> ties.of_matrices([one, two], [1, 1], ties.generator())
+    tensor([[1.5000, 3.0000]])
 
     Args:
-        how: see above.
-        on: `change`, the product of each pair; or `factors`, A and B each by itself, as PEFT's words without `_svd`.
-        density: the share of entries that is kept, in (0, 1]; needed by all but the sum.
-        elect: how signs are elected, `total` (the default) or `frequency`.
-        seed: of what DARE draws, on the CPU; 0 by default.
+        how: `sum`, `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`, see above.
+        on: `change`, the product of each pair; or `factors`, A and B separately, as PEFT's words
+            without `_svd` do.
+        density: the share of entries to keep, in (0, 1]; needed by all but the sum.
+        elect: how signs are elected, by `total` (the default) or `frequency`.
+        seed: of the entries that DARE draws, on the CPU; 0 by default.
 
     Raises:
-        SettingError: an unknown word, a value outside its range, or a setting that `how` does not use.
+        SettingError: an unknown word, a value outside its range, or a setting that `how` ignores.
     """
 
     how: str = "sum"
@@ -95,24 +104,30 @@ class Combination:
         for name, used in uses.items():
             require(
                 used or getattr(self, name) is None,
-                f"how={self.how!r} uses no {name}; leave {name} out",
+                f"how={self.how!r} does not use {name}; leave it out",
             )
-        needed = f"how={self.how!r} keeps a share of each change's entries: give density, such as density=0.5"
-        require(not kind.drops or self.density is not None, needed)
+        require(
+            not kind.drops or self.density is not None,
+            f"how={self.how!r} keeps a share of each change's entries: give density, such as "
+            "density=0.5",
+        )
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether a pair holds the result exactly, its rank the sum of the ranks or, of factors, the rank of each."""
+        """Whether a pair holds the result exactly.
+
+        Its rank is the sum of the ranks or, with `on="factors"`, the rank of each.
+        """
         return self.how == "sum" or self.on == "factors"
 
     def generator(self) -> torch.Generator:
-        """What DARE draws from, for all matrices in turn."""
+        """The generator from which DARE draws for all matrices in turn."""
         return torch.Generator().manual_seed(self.seed or 0)
 
     def of_pairs(
         self, pairs: Sequence[Pair], weights: Sequence[float], generator: torch.Generator
     ) -> Tensor:
-        """The combined change (outputs, inputs) of pairs without gains, which may be of different ranks."""
+        """The combined change (outputs, inputs) of pairs without gains, of any ranks."""
         shape = len(pairs[0].up), pairs[0].down.shape[1]
         return self.of_rows(
             [_product(pair) for pair in pairs], weights, shape, pairs[0].up, generator
@@ -125,11 +140,13 @@ class Combination:
         weights: Sequence[float],
         generator: torch.Generator,
     ) -> Pair:
-        """A and B combined each by itself: half of weight · scale goes into each, as its root, and its sign into A.
+        """A and B combined separately.
+
+        Each factor takes the root of |weight · scale|; A takes its sign.
 
         Args:
             pairs: the factors before their scale, all of one rank.
-            scales: by pair.
+            scales: one per pair.
         """
         roots = [abs(weight * scale) ** 0.5 for weight, scale in zip(weights, scales, strict=True)]
         signed = [
@@ -142,7 +159,7 @@ class Combination:
     def of_matrices(
         self, matrices: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
     ) -> Tensor:
-        """The same of matrices of one shape."""
+        """The combination of matrices of one shape."""
         one = matrices[0]
         return self.of_rows(
             [matrix.__getitem__ for matrix in matrices],
@@ -160,17 +177,18 @@ class Combination:
         like: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The same, rows by rows: beside the result, whole are a mask of each part and, at first, one part at a time."""
+        """The combination of matrices that are formed some rows at a time.
+
+        Only the result, one mask per matrix and, while masks are made, one matrix are whole.
+        """
         if 0 in shape:
             return like.new_zeros(shape)
         kind, step = KINDS[self.how], max(1, BLOCK // shape[1])
         spans = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
         density = 1.0 if self.density is None else self.density
-        masks = (
-            [self._mask(part, spans, shape, like, generator) for part in parts]
-            if density < 1
-            else []
-        )
+        masks: list[Tensor] = []
+        if density < 1:
+            masks = [self._mask(part, spans, shape, like, generator) for part in parts]
         factors = torch.tensor(list(weights), device=like.device, dtype=like.dtype).view(-1, 1, 1)
         out = []
         for span in spans:
@@ -182,6 +200,7 @@ class Combination:
             if not kind.elects:
                 out.append((factors * stack).sum(0))
                 continue
+
             votes = (stack.sign() if self.elect == "frequency" else stack).sum(0)
             agree = stack.sign() == torch.where(votes >= 0, 1, -1)
             out.append((factors * stack * agree).sum(0) / agree.sum(0).clamp(min=1))
@@ -195,7 +214,10 @@ class Combination:
         like: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Which entries of a part are kept, (outputs, inputs). Entries as large as the smallest that is kept are kept too."""
+        """Which entries of a matrix are kept, (outputs, inputs), as booleans.
+
+        Entries that equal the smallest one kept are kept too.
+        """
         assert self.density is not None
         if KINDS[self.how].drops == "chance":
             drawn = [
@@ -213,10 +235,12 @@ class Combination:
 
 
 def _product(pair: Pair) -> Rows:
+    """The rows of a pair's up·down."""
     return lambda span: pair.up[span] @ pair.down
 
 
 def _unknown(how: object) -> str:
+    """The message for an unknown `how`."""
     if isinstance(how, str) and how in PEFTS:
         return f"how={how!r} is PEFT's word; here it is {PEFTS[how]}"
     near = difflib.get_close_matches(str(how).lower(), KINDS, n=1)

@@ -1,8 +1,8 @@
 """Which members combine, and on which pair.
 
 Every member declares the axes on which it decides something. Members that decide on different axes
-combine; two that decide on one axis do not, and the refusal quotes both declarations. So legality is
-data, and this file names no member: a pair that no member brings is the first of the registry's.
+combine. Two that decide on one axis do not, and the error quotes both declarations. So legality is
+data, and this file names no member: if no member brings a pair, the registry's first is used.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ AXES = {
     "base": "whether the base weight moves",
     "gain": "whether each output has a trained length",
 }
-"""What members decide, in the order in which they act. A member may decide on an axis of its own."""
+"""What members decide, in the order in which they act. A member may have an axis of its own."""
 
 
 def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
     """The members of a method in the order in which they act, and its pair.
 
     Raises:
-        SettingError: something that is no member, members that do not combine, or settings that
-            contradict each other.
+        SettingError: something is no member, members do not combine, or their settings contradict
+            each other.
     """
     members = ordered(_listed(given))
     for n, one in enumerate(members):
@@ -55,6 +55,7 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
 
 
 def _listed(given: Any) -> list[Member]:
+    """The members as a list; `SettingError` if there are none or one is no member."""
     several = isinstance(given, Iterable) and not isinstance(given, str | type)
     members: list[Any] = list(given) if several else [given]
     for one in members:
@@ -67,7 +68,7 @@ def _listed(given: Any) -> list[Member]:
 
 
 def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
-    """Members in the order of their axes; those on an axis of their own come last."""
+    """The members in the order of their axes; those on an axis of their own come last."""
     axes = list(AXES)
     places = {axis: n for n, axis in enumerate(axes)}
     return tuple(
@@ -76,7 +77,7 @@ def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
 
 
 def clash(one: Member, other: Member) -> str | None:
-    """Why two members do not combine, as far as their declarations say; None if they do."""
+    """Why the declarations of two members do not combine; None if they do."""
     if one.word == other.word:
         return f"{one.word} is given twice; give it once, with all its settings"
     for axis in (axis for axis in one.decides if axis in other.decides):
@@ -88,7 +89,7 @@ def clash(one: Member, other: Member) -> str | None:
 
 
 def overrides(member: Member, hook: str) -> bool:
-    """Whether a member has a method of its own of this name, not the one that does nothing."""
+    """Whether a member defines this hook itself, instead of the base's that does nothing."""
     base = Modifier if isinstance(member, Modifier) else Member
     return getattr(type(member), hook) is not getattr(base, hook)
 
@@ -100,7 +101,7 @@ def needed_pair(modifiers: Sequence[Modifier]) -> type[Parametrisation]:
 
 
 def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
-    """What the modifiers say about the pair that they share."""
+    """The pair's settings that the modifiers give; they share one pair, so they must agree."""
     said: dict[str, tuple[Any, str]] = {}
     for member in modifiers:
         for name in member.pair_settings:
@@ -119,7 +120,7 @@ def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
 def _pair(
     named: Parametrisation | None, kind: type[Parametrisation], modifiers: Sequence[Modifier]
 ) -> Parametrisation:
-    """The parametrisation that is named, or one of this kind with what the modifiers say about it."""
+    """The named parametrisation, or a new one of this `kind` with the modifiers' settings."""
     settings = _pair_settings(modifiers)
     known = kind.setting_names()
     if unknown := [name for name in settings if name not in known and settings[name]]:

@@ -1,18 +1,25 @@
 """Delta-LoRA: after K steps the base weight moves too, with every step of the low-rank product.
 
-Paper:    "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv 2309.02411.
-Rule:     for every optimizer step n > K        W_n = W_{n−1} + λ · (P_n − P_{n−1}),      P_n = s · B_n A_n
-Forward:  y = W_n x + P_n x + b, the branch without dropout
-Gradient: W_n is a constant: A and B get the gradient of a plain pair, at the full effective weight.
-Trains:   what the pair trains
-Exactly:  the differences telescope, W_n = W0 + λ (P_n − P_K), so nothing need be written into the base:
+Paper:    "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices",
+          arXiv 2309.02411.
+Forward:  y = W_n x + P_n x + b, where the branch has no dropout and for every optimizer step n > K
 
-              y = W0 x + (1 + λ) · P_n x − λ · P_K x + b               up = [up_n, up_K],  down = [(1+λ) down_n ; −λ down_K]
+              W_n = W_{n−1} + λ · (P_n − P_{n−1}),      P_n = s · B_n A_n
 
-          The anchor P_K is a copy of the pair after K steps. The total change has rank 2r, r if K = 0 (then P_K = 0).
-          `update="telescoped"` is this. `update="in_place"` moves a copy of the base weight, and is saved as this.
-Anchor:   the pair after exactly K finished steps. The algorithm as others transcribe it counts t from 0 and moves W where
-          t > K, so that its anchor is the pair after K + 1 steps.
+Shapes:   the pair's; the anchor P_K is a second pair of the same shapes
+Trains:   what the pair trains. W_n is a constant for the gradient: A and B get the gradient of a
+          plain pair at the full effective weight.
+Start:    the pair's; with K = 0 the anchor is the pair at the start
+Exactly:  the differences telescope, W_n = W0 + λ (P_n − P_K), so nothing need be written into the
+          base:
+
+              y = W0 x + (1 + λ) · P_n x − λ · P_K x + b
+              up = [up_n, up_K],  down = [(1+λ) down_n ; −λ down_K]
+
+          The change has rank 2r, or r if P_K = 0. `update="telescoped"` computes this.
+          `update="in_place"` moves a copy of the base weight, and is saved in this form.
+Anchor:   the pair after exactly K finished steps. The algorithm as others transcribe it counts t
+          from 0 and moves W where t > K, so its anchor is the pair after K + 1 steps.
 """
 
 from __future__ import annotations
@@ -25,10 +32,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lorakin.errors import LorakinWarning
+from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family.measure import Target
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors, widened
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, widened
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import number, one_of, require, whole_number
 from lorakin.family.slots import Slot, Slots
@@ -41,20 +48,29 @@ ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaLoRA(Modifier):
-    """Delta-LoRA.
+    """Delta-LoRA: the base weight moves with the product.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.DeltaLoRA(rank=2, start_step=100), "0")
+    >>> adapter.placement.method.words
+    'delta-lora'
 
     Args:
         lam: λ, how far the base moves with the product.
-        start_step: K, the optimizer steps before it begins to; see the anchor above.
-        update: `telescoped`, exact and without touching the base, or `in_place`, as the paper writes it.
+        start_step: K, the optimizer steps before the base begins to move.
+        update: `telescoped`, exact and without touching the base, or `in_place`, as the paper
+            writes it.
 
     Raises:
-        SettingError: a value outside its range; dropout, which the base's part of the forward cannot follow.
+        SettingError: a value is outside its range, or dropout is set, which the base's part of the
+            forward cannot follow.
     """
 
     word: ClassVar[str] = "delta-lora"
     paper: ClassVar[str] = (
-        "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, arXiv 2309.02411"
+        "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, "
+        "arXiv 2309.02411"
     )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
     slots: ClassVar[Slots] = {
@@ -65,7 +81,8 @@ class DeltaLoRA(Modifier):
     small: ClassVar[Mapping[str, Any]] = {"start_step": 4}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = (
-        "With start_step=0, under Adam, the same as alpha times (1 + lam): compare it with that."
+        "With start_step=0, under Adam, it equals LoRA with alpha times (1 + lam): compare it with "
+        "that."
     )
 
     lam: float = 2.0
@@ -94,8 +111,8 @@ class DeltaLoRA(Modifier):
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         require(
             total_steps is None or total_steps > self.start_step,
-            f"delta-lora begins after start_step={self.start_step} optimizer steps, but the run has {total_steps}, so it would "
-            "never begin; lower start_step or train longer",
+            f"delta-lora begins after start_step={self.start_step} optimizer steps, but the run "
+            f"has only {total_steps}; lower start_step or train longer",
         )
         return self
 
@@ -106,7 +123,8 @@ class DeltaLoRA(Modifier):
     def _refuse_dropout(dropout: float | None) -> None:
         require(
             not dropout,
-            f"delta-lora takes no dropout, but it is {dropout}: the base moves, and cannot drop inputs",
+            f"delta-lora takes no dropout, but dropout={dropout}: part of the change is in the "
+            "base weight, which cannot drop inputs; set dropout=0",
         )
 
     def started(
@@ -124,7 +142,7 @@ class DeltaLoRA(Modifier):
 
     @staticmethod
     def _anchor_at_start(path: str, tensors: Tensors, shape: Shape, method: Method) -> Tensors:
-        """The anchor at K = 0: of rank 0 where the pair is zero then, else a copy of the pair."""
+        """The anchor at K = 0: empty if the pair starts at zero, else the pair's copy."""
         slots = method.slots_at(path, shape)
         if any(slot.starts_at_zero for slot in slots.values()):
             return {ANCHOR_UP: next(iter(tensors.values())).new_zeros(0)}
@@ -136,81 +154,80 @@ class DeltaLoRA(Modifier):
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         if ANCHOR_UP not in tensors:
             return pair
+
+        # The values are (1+λ)·P_n; the gradient is that of P_n, since W_n is a constant.
         up, down, grown = pair.up, pair.down, 1 + self.lam
         slowed = Pair(_gradient_over(up, grown), _gradient_over(down, grown))
         if not tensors[ANCHOR_UP].numel():
             return pair._replace(up=slowed.up, down=grown * slowed.down)
-        if ANCHOR_DOWN not in tensors:  # down never trains, so that one pair holds both
+        if ANCHOR_DOWN not in tensors:  # down never trains, so one pair holds both terms
             return pair._replace(up=grown * slowed.up - self.lam * tensors[ANCHOR_UP])
         return pair._replace(
             up=torch.cat([slowed.up, tensors[ANCHOR_UP]], 1),
             down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
         )
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule:
-        return (Anchoring if self.update == "telescoped" else InPlace)(self, places)
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule:
+        return (Anchoring if self.update == "telescoped" else InPlace)(self, modules)
 
 
 class Anchoring(Rule):
-    """After step K: the pair as it is then becomes the anchor of every module. One that is there already stays."""
+    """After step K, makes the pair the anchor of every module that has no anchor yet."""
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
-        self.member, self.places, self.turns = member, places, (member.start_step,)
+    def __init__(self, member: DeltaLoRA, modules: Sequence[AdaptedModule]) -> None:
+        self.member, self.modules, self.turns = member, modules, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         if n != self.member.start_step:
             return
-        made: dict[tuple[int, ...], Tensors] = {}
-        for place in self.places:
-            if ANCHOR_UP not in place.tensors():
-                key = tuple(
-                    map(id, place.tensors().values())
-                )  # modules that share their pair share its anchor
-                for slot, tensor in made.setdefault(key, anchor_of(place)).items():
-                    place.put(slot, tensor)
+        anchors: dict[tuple[int, ...], Tensors] = {}
+        for module in self.modules:
+            if ANCHOR_UP in module.tensors():
+                continue
+            # Modules that share their pair share its anchor.
+            pair = tuple(map(id, module.tensors().values()))
+            for slot, tensor in anchors.setdefault(pair, anchor_of(module)).items():
+                module.put(slot, tensor)
 
     def check(self, n: int) -> str | None:
-        if n > self.member.start_step or any(ANCHOR_UP in place.tensors() for place in self.places):
+        began = any(ANCHOR_UP in module.tensors() for module in self.modules)
+        if n > self.member.start_step or began:
             return None
         return (
-            f"delta-lora never began: training stopped after {n} optimizer steps, start_step is {self.member.start_step}; "
-            "what is saved is a plain pair"
+            f"delta-lora never began: training stopped after {n} optimizer steps, but "
+            f"start_step={self.member.start_step}; the saved adapter is a plain pair"
         )
 
 
 class InPlace(Anchoring):
-    """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it. It keeps the anchors itself."""
+    """After every step n > K: W += λ · (P_n − P_{n−1}), as the paper writes it.
 
-    def __init__(self, member: DeltaLoRA, places: Sequence[AdaptedModule]) -> None:
-        super().__init__(member, places)
+    It holds the anchors itself, so that the modules' pairs stay plain while it trains.
+    """
+
+    def __init__(self, member: DeltaLoRA, modules: Sequence[AdaptedModule]) -> None:
+        super().__init__(member, modules)
         self.anchors: dict[str, Tensors] = {}
         self.last: dict[str, Tensor] = {}
-        weights, exact = [place.weight for place in places], "update='telescoped' is exact"
-        require(
-            all(isinstance(w, Tensor) for w in weights),
-            f"delta-lora in place cannot move quantised weights; {exact}",
-        )
-        self.restore({})  # of an earlier run
-        if narrow := [weight.dtype for weight in weights if weight.dtype.itemsize < 4]:
-            lost = f"delta-lora in place moves weights in {narrow[0]}, which rounds most of each small step away; {exact}"
-            warnings.warn(lost, LorakinWarning, stacklevel=2)
+        """P_{n−1} by path."""
+        _check_movable([module.weight for module in modules])
+        self.restore({})  # an earlier run may have left anchors on the modules
         if not member.start_step:
             self._begin()
 
     def _begin(self) -> None:
-        for place in self.places:
-            if place.path not in self.anchors:
-                self.anchors[place.path] = anchor_of(place, whole=True)
-                self.last[place.path] = product_of(place)
+        for module in self.modules:
+            if module.path not in self.anchors:
+                self.anchors[module.path] = anchor_of(module, whole=True)
+                self.last[module.path] = product_of(module)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        for place in self.places:
-            if place.path in self.anchors:
-                product = product_of(place)
-                place.move_base(
-                    self.member.lam * (product - self.last[place.path].to(product.device))
-                )
-                self.last[place.path] = product
+        for module in self.modules:
+            if module.path in self.anchors:
+                product = product_of(module)
+                moved = product - self.last[module.path].to(product.device)
+                module.move_base(self.member.lam * moved)
+                self.last[module.path] = product
         if n == self.member.start_step:
             self._begin()
 
@@ -218,54 +235,65 @@ class InPlace(Anchoring):
         return self.anchors.get(path, {})
 
     def end(self) -> None:
-        """Give the anchors to the modules and the base its own weight: the telescoped form of the same."""
-        for place in self.places:
-            for slot, tensor in self.anchors.pop(place.path, {}).items():
-                place.put(slot, tensor)
-            place.restore_base()
+        """Return to the telescoped form: anchors on the modules, and the base's own weight."""
+        for module in self.modules:
+            for slot, tensor in self.anchors.pop(module.path, {}).items():
+                module.put(slot, tensor)
+            module.restore_base()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take anchors that are there off the modules, and move the base by what they say."""
-        for place in self.places:
-            if ANCHOR_UP in place.tensors():
-                anchor = {slot: place.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
-                self.anchors[place.path] = anchor
-                self.last[place.path] = product = product_of(place)
-                place.move_base(
-                    self.member.lam * (product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN])
-                )
+        """Take the anchors off the modules, and move the base as they say."""
+        for module in self.modules:
+            if ANCHOR_UP in module.tensors():
+                anchor = {slot: module.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
+                product = product_of(module)
+                moved = product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]
+                module.move_base(self.member.lam * moved)
+                self.anchors[module.path], self.last[module.path] = anchor, product
 
     def check(self, n: int) -> str | None:
         return None if self.anchors else super().check(n)
 
 
-def anchor_of(place: AdaptedModule, whole: bool = False) -> Tensors:
-    """A copy of the place's pair, without `down` where that never trains, unless `whole`."""
-    with torch.enable_grad():
-        pair = pair_of(place)
+def _check_movable(weights: Sequence[Tensor | Weight]) -> None:
+    """Refuse weights that cannot be moved in place, and warn of those that lose small steps."""
+    exact = "update='telescoped' is exact"
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise SettingError(f"delta-lora in place cannot move quantised weights; {exact}")
+    if narrow := [weight.dtype for weight in weights if weight.dtype.itemsize < 4]:
+        warnings.warn(
+            f"delta-lora in place moves weights in {narrow[0]}, which rounds away most of each "
+            f"small step; {exact}",
+            LorakinWarning,
+            stacklevel=3,
+        )
+
+
+def anchor_of(module: AdaptedModule, whole: bool = False) -> Tensors:
+    """A copy of the module's pair; without `down` if that never trains, unless `whole`."""
+    with torch.enable_grad():  # so that `down` says whether it trains
+        pair = pair_of(module)
     anchor = {ANCHOR_UP: pair.up.detach().clone()}
-    return (
-        anchor | {ANCHOR_DOWN: pair.down.detach().clone()}
-        if whole or pair.down.requires_grad
-        else anchor
-    )
+    if whole or pair.down.requires_grad:
+        anchor[ANCHOR_DOWN] = pair.down.detach().clone()
+    return anchor
 
 
 @torch.no_grad()
-def product_of(place: AdaptedModule) -> Tensor:
-    """P = up·down of the place (out, in), in the dtype of its pair."""
-    pair = pair_of(place)
+def product_of(module: AdaptedModule) -> Tensor:
+    """P = up·down of the module, (out, in), in the dtype of its pair."""
+    pair = pair_of(module)
     return pair.up @ pair.down
 
 
-def pair_of(place: AdaptedModule) -> Pair:
-    """The pair before the base's part is added, in float32 at least."""
-    return place.method.parametrisation.change(widened(place.tensors()), place.shape).pair(
-        place.shape
-    )
+def pair_of(module: AdaptedModule) -> Pair:
+    """The module's pair before the base's part is added, in float32 at least."""
+    change = module.method.parametrisation.change(widened(module.tensors()), module.shape)
+    return change.pair(module.shape)
 
 
 def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:
-    """The same values to the bit, their gradient divided."""
+    """The same values to the bit, with the gradient divided by `divisor`."""
     constant = tensor.detach()
     return constant + (tensor - constant) / divisor

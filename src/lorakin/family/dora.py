@@ -1,16 +1,19 @@
-"""DoRA: split the weight into a length for each output and a direction; the pair moves the direction, m the lengths.
+"""DoRA: split the weight into lengths and directions; m trains lengths, the pair directions.
 
-Paper:    "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; the constant norm, section 4.3.
+Paper:    "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; section 4.3
+          makes the norm a constant.
 Forward:  V = W0 + up·down,  n_j = ‖V_j‖ (row j),  g = m / n
 
-              y = W0 x + (g − 1) ⊙ (W0 x̃) + g ⊙ up(down x̃) + b          without dropout: g ⊙ (V x) + b
+              y = W0 x + (g − 1) ⊙ (W0 x̃) + g ⊙ up(down x̃) + b       without dropout: g ⊙ (V x) + b
 
-          Dropout drops the inputs of both terms that the adapter adds, the gain's over W0 and the pair's.
-Shapes:   m, n, g (out): one number for each *output*, as the authors' code does
+          Dropout acts on both terms that the adapter adds, the gain's over W0 and the pair's.
+Shapes:   m, n, g (out): one number per *output*, as in the authors' code
 Trains:   what the pair trains, and m: `out` more numbers, which never decay
-Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with G = ∂W
-Start:    m = n by the same function, so g is exactly 1. A row of length zero keeps gain 1; nothing is divided by it.
-Norm:     float32 at least, in blocks of rows and without forming V where that is accurate:
+Start:    m = n, computed by the same function, so g is exactly 1. A row of length zero has gain 1
+          for good; nothing is divided by it.
+Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with
+          G = ∂W
+Norm:     in float32 at least, in blocks of rows, without forming V where that is accurate:
 
               n_j² = ‖w_j‖² + 2 · up_j · (down w_jᵀ) + up_j (down downᵀ) up_jᵀ
 
@@ -33,15 +36,22 @@ from lorakin.family.rule import AdaptedModule
 from lorakin.family.slots import Slot, Slots
 
 CANCELLED = 1e-3
-"""Below this share of what is added up, n² has lost too many digits to be used (more in a narrow dtype)."""
+"""If n² is below this share of its terms, too many digits cancelled; narrow dtypes allow less."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Modifier):
-    """DoRA. Its settings are the pair's.
+    """DoRA: a trained length per output over any pair. Its settings are the pair's.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.DoRA(rank=2), "0")
+    >>> magnitude = model[0].lorakin.default.m
+    >>> torch.equal(magnitude, model[0].weight.norm(dim=1))
+    True
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "dora"
@@ -72,18 +82,19 @@ class DoRA(Modifier):
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
-        still = [place.path for place in places if _is_at_start(place)]
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
+        still = [module.path for module in modules if _is_at_start(module)]
         if not still:
             return None
         return (
-            f"the magnitudes of {len(still)} of {len(places)} modules ({still[0]}, …) are exactly the base's row norms: "
-            "training never reached them"
+            f"the magnitudes of {len(still)} of {len(modules)} modules ({still[0]}, …) still equal "
+            "the base's row norms exactly: training never reached them"
         )
 
 
-def _is_at_start(place: AdaptedModule) -> bool:
-    m, weight = place.tensors()["m"], place.weight
+def _is_at_start(module: AdaptedModule) -> bool:
+    """Whether the magnitudes still equal the base's row norms."""
+    m, weight = module.tensors()["m"], module.weight
     if is_sharded(weight):  # this process knows some of its rows
         return False
     nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
@@ -92,10 +103,16 @@ def _is_at_start(place: AdaptedModule) -> bool:
 
 @torch.no_grad()
 def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
-    """‖w_j + up_j·down‖ of every row j, (out,), a constant, in the dtype of the pair but float32 at least.
+    """‖w_j + up_j·down‖ of every row j, (out,), as a constant.
 
-    `weight` (out, in), `up` (out, k), `down` (k, in), in any floating dtypes. Of a `Weight`, which training keeps, ‖w_j‖² is
-    known, and `down` is rounded to the weight's dtype before they meet, as it is in the forward.
+    Args:
+        weight: (out, in), any floating dtype. A `Weight`, which training keeps, remembers ‖w_j‖²
+            and rounds `down` to the weight's dtype before multiplying, as the forward does.
+        up: (out, k).
+        down: (k, in).
+
+    Returns:
+        The norms, in the widest dtype of weight and pair, at least float32.
     """
     kept = Weight(weight) if isinstance(weight, Tensor) else weight
     wide = torch.promote_types(torch.promote_types(up.dtype, kept.dtype), torch.float32)
@@ -103,11 +120,11 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
         return torch.empty(kept.shape[0], dtype=wide, device=kept.device)
     up, down = up.to(wide), down.to(wide)
     with torch.autocast(kept.device.type, enabled=False):
-        if (
-            torch.compiler.is_compiling()
-        ):  # there the sum is fused into the norm; a choice by values would break the graph
+        # A compiler fuses the sum into the norm; a choice by values would break its graph.
+        if torch.compiler.is_compiling():
             formed: Tensor = torch.linalg.vector_norm(kept.matrix + up @ down, dim=1)
             return formed
+
         own = kept.squares
         if isinstance(weight, Tensor):
             met = torch.cat([rows.to(wide) @ down.T for rows in kept.blocks()])
@@ -115,10 +132,10 @@ def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
             met = kept.product(down)
         square = own + (torch.addmm(met.to(wide), up, down @ down.T, beta=2) * up).sum(1)
         norms = square.clamp(min=0).sqrt()
+
+        # The formula is inaccurate for a row that changes by about its own length.
         lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
-        if (
-            cancelled := square < 2 * lost * own
-        ).any():  # a row is cancelled by a change of its own length
+        if (cancelled := square < 2 * lost * own).any():
             norms[cancelled] = torch.linalg.vector_norm(
                 kept.rows(cancelled).to(wide) + up[cancelled] @ down, dim=1
             )

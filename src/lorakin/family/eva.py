@@ -1,16 +1,22 @@
-"""EVA: A begins as what a module's inputs vary along most, and ranks go where they explain most.
+"""EVA: A begins where a module's inputs vary most, and ranks go where they explain most.
 
 Paper:    "Parameter Efficient Fine-tuning via Explained Variance Adaptation", arXiv 2410.07170,
           algorithm 1; the details are those of the authors' code.
-Start:    A = V_{1..r} (r, in), the leading right singular vectors of the module's centred inputs;  B = 0
-Forward:  as the pair it is used on; the model at the start is the base
-SVD:      incremental over batches X (tokens, in), k = round(ρ·r) components σ, V with the mean μ of the M
-          tokens before: the SVD of [diag(σ)·V ; X − mean(X) ; √(M·n/(M + n))·(μ − mean(X))]. A row of V
-          stands still when cos(v_before, v) ≥ τ. Batches are run again and again until all that count do.
-Ranks:    ξ_j = σ_j² / T, T the sum of all squares, is the share that component j explains. The Σ r ranks
-          of the adapter go to the largest ξ of all modules, at most k to each and perhaps none; alpha
-          follows, so that alpha/r stays what it was.
+Forward:  the pair's
+Shapes:   the pair's, at the new ranks
 Trains:   what the pair trains, at the new ranks
+Start:    A = V_{1..r} (r, in), the leading right singular vectors of the module's centred inputs;
+          B = 0, so the model begins as the base
+SVD:      incremental over batches X (tokens, in), with k = round(ρ·r) components σ, V and the mean
+          μ of the M tokens before: the SVD of
+
+              [diag(σ)·V ; X − mean(X) ; √(M·n/(M + n))·(μ − mean(X))]
+
+          A row of V stands still when cos(v_before, v) ≥ τ. Batches are repeated until all rows
+          that count stand still.
+Ranks:    ξ_j = σ_j² / T is the share that component j explains, T the sum of all squares. The Σ r
+          ranks of the adapter go to the largest ξ of all modules, at most k to each and perhaps
+          none. alpha follows, so that alpha/r stays what it was.
 """
 
 from __future__ import annotations
@@ -35,22 +41,26 @@ if TYPE_CHECKING:
     from lorakin.family.method import Method
 
 EXACT = 512
-"""Rows or columns up to which an SVD is exact; above, it is randomised."""
+"""The SVD is exact up to so many rows or columns; above, it is randomised."""
 MOST_BATCHES = 1000
-"""Batches after which it gives up waiting for directions that do not come to rest."""
+"""After so many batches it takes the directions as they are, even if they still move."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EVA(Start):
-    """EVA.
+    """EVA: starts A where the inputs vary most, and moves ranks between modules.
+
+    >>> import torch, lorakin as lk
+    >>> lk.EVA(rank=8, rho=1).needs  # rho=1 leaves every module its rank
+    frozenset({'inputs'})
 
     Args:
-        rho: ρ, how many times its rank a module may get, at least 1; 1 leaves all ranks as they are.
-        tau: τ, how alike a direction must be to the one of the batch before to stand still, in [0, 1].
+        rho: ρ, a module gets at most rho times its rank; at least 1, which keeps all ranks.
+        tau: τ, how similar a direction must be in two batches to stand still, in [0, 1].
         whiten: divide each direction by √σ.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "eva"
@@ -60,7 +70,7 @@ class EVA(Start):
     decides: ClassVar[Mapping[str, str]] = {"start": "what the module's inputs vary along most"}
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
     peft_start: ClassVar[str] = "eva"
-    remark: ClassVar[str] = "It looks at the inputs of some batches first."
+    remark: ClassVar[str] = "It measures the inputs of some batches first."
 
     rho: float = 2.0
     tau: float = 0.99
@@ -74,7 +84,7 @@ class EVA(Start):
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if inner_factor(parametrisation.slots) is None:
-            return f"{parametrisation.word} has no factor of its own on the inputs' side to start"
+            return f"{parametrisation.word} has no factor of its own on the inputs' side"
         return None
 
     def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
@@ -115,13 +125,13 @@ class EVA(Start):
 
 
 def inner_factor(slots: Slots) -> str | None:
-    """The slot of the pair that meets the inputs, and that the member may start: A, or AdaLoRA's Q."""
+    """The trained slot that multiplies the inputs: A, or AdaLoRA's Q; None if it is shared."""
     inner = (n for n, s in slots.items() if s.shape == ("rank", "inputs") and not s.shared)
     return next((name for name in inner if slots[name].trained), None)
 
 
 class Found(NamedTuple):
-    """What was found for one module: its rank, σ (rank,) and V (rank, inputs)."""
+    """What one module gets: its rank, σ (rank,) and V (rank, inputs)."""
 
     rank: int
     sigma: Tensor
@@ -129,7 +139,7 @@ class Found(NamedTuple):
 
 
 class IncrementalSVD:
-    """The leading k right singular vectors of the centred rows seen so far, in float64."""
+    """The leading k right singular vectors of the centred rows so far, in float64."""
 
     def __init__(self, components: int) -> None:
         self.k = components
@@ -139,17 +149,16 @@ class IncrementalSVD:
         self.waiting = torch.zeros(0, 0, dtype=torch.float64)
 
     def update(self, rows: Tensor, tau: float) -> None:
-        """Take in rows (n, inputs); they wait until they are as many as the components."""
-        rows = (
-            torch.cat([self.waiting.to(rows.device), rows.double()])
-            if len(self.waiting)
-            else rows.double()
-        )
+        """Take in rows (n, inputs); they wait until there are at least k of them."""
+        rows = rows.double()
+        if len(self.waiting):
+            rows = torch.cat([self.waiting.to(rows.device), rows])
         n = len(rows)
         if n < self.k:
             self.waiting = rows
             return
         self.waiting = rows[:0]
+
         mean, before = rows.mean(0), self.V
         centred = rows - mean
         self.total += float(centred.square().sum())
@@ -163,7 +172,7 @@ class IncrementalSVD:
         self.seen, self.mean, self.sigma, self.V = self.seen + n, mean, sigma, V
         if len(before):
             alike = torch.nn.functional.cosine_similarity(before, V, dim=1) >= tau
-            nothing = sigma <= 1e-6 * sigma[0]  # along these the inputs do not vary at all
+            nothing = sigma <= 1e-6 * sigma[0]  # the inputs do not vary in these directions
             self.still = (alike | nothing).cpu()
 
     def at(self, rank: int) -> Found:
@@ -191,22 +200,22 @@ def leading_rows(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Directions:
-    """What the modules' inputs vary along, and the ranks that follow.
+    """Where the modules' inputs vary most, and the ranks that follow.
 
-    Modules that are given one tensor, such as q, k and v, share one SVD.
+    Modules that get the same tensor, such as q, k and v, share one SVD.
     """
 
     def __init__(self, shares: Mapping[str, int], most: Mapping[str, int], tau: float) -> None:
         self.shares, self.most, self.tau = shares, most, tau
         self.svds: dict[str, IncrementalSVD] = {}
         self.owners: dict[str, str] = {}
-        """Path → the module that its SVD was made for."""
+        """Path → the module whose SVD serves it."""
         self.ranks = dict(most)
         self.batches = 0
         self.last: tuple[Tensor, str] | None = None
 
     def wants(self, path: str) -> bool:
-        """Until the directions that the ranks need stand still."""
+        """Whether a direction that the ranks need still moves."""
         owner = self.owners.get(path)
         if owner is None:
             return True
@@ -214,7 +223,7 @@ class Directions:
         return not bool(self.svds[owner].still[:needed].all())
 
     def see(self, path: str, seen: Tensor) -> None:
-        """Take in the inputs of one call; in the first batch it shows who is given the same."""
+        """Take in the inputs of one call; the first batch shows which modules share an input."""
         if path not in self.owners:
             self.owners[path] = self._owner(path, seen)
             self.last = seen, self.owners[path]
@@ -222,28 +231,29 @@ class Directions:
             self.svds.setdefault(path, IncrementalSVD(self.most[path])).update(seen, self.tau)
 
     def _owner(self, path: str, seen: Tensor) -> str:
+        """The module whose SVD serves this one: the last one, if it saw the same tensor."""
         shares = self.last is not None and self.last[0] is seen
         if shares and self.last is not None and self.most[self.last[1]] == self.most[path]:
             return self.last[1]
         return path
 
     def settled(self) -> bool:
-        """Give the ranks out anew, and say whether all directions that they need stand still."""
+        """Share the ranks out anew; returns whether all directions they need stand still."""
         self.batches, self.last = self.batches + 1, None
         if all(svd.seen for svd in self.svds.values()):
             self.ranks = self._given_out()
         moving = [path for path in self.owners if self.wants(path)]
         if moving and self.batches == MOST_BATCHES:
             warnings.warn(
-                f"eva: after {MOST_BATCHES} batches the directions of {some(moving)} still move; what "
-                "they are now is used. Give larger batches, or a smaller tau",
+                f"eva: after {MOST_BATCHES} batches the directions of {some(moving)} still move; "
+                "eva takes them as they are. Give larger batches, or a smaller tau",
                 LorakinWarning,
                 stacklevel=2,
             )
         return not moving or self.batches >= MOST_BATCHES
 
     def _given_out(self) -> dict[str, int]:
-        """The Σ r ranks, to the largest ξ of all modules."""
+        """The Σ r ranks, given to the largest ξ of all modules."""
         paths = [path for path in self.owners if path in self.shares]
         ratios = [self.svds[self.owners[path]].ratios[: self.most[path]] for path in paths]
         sizes = [len(each) for each in ratios]

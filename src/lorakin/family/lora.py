@@ -1,14 +1,18 @@
-"""LoRA: freeze the weight, learn its change as a product of two thin matrices beside it.
+"""LoRA: freeze the weight and learn its change as a product of two thin matrices.
 
-Paper:    "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3; the scale of
-          `rslora` from "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
-Forward:  y = W0 x + b + s · B (A x̃)             x̃ = dropout(x) in train mode, x otherwise
-Shapes:   W0 (out, in), A (r, in), B (out, r), s = alpha / r, or alpha / √r with `rslora`
+Paper:    "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3.
+Forward:  y = W0 x + b + s · B (A x̃)             x̃ = dropout(x) in train mode, else x
+Shapes:   W0 (out, in), A (r, in), B (out, r); s = alpha / r, or alpha / √r with `rslora`
 Trains:   A and B, r · (in + out) numbers
-Start:    B = 0, so training starts at the base model. A is uniform on ±1/√in, variance 1/(3·in), as public code
-          draws it (`kaiming`); or normal with deviation 1/r (`gaussian`; the paper says only "Gaussian"); or has
-          orthogonal rows of length 1/√3 (`orthonormal`), the mean length of the first.
+Start:    B = 0, so the model begins as the base. `init` says how A is drawn:
+
+              kaiming       uniform on ±1/√in, variance 1/(3·in), as public code draws it
+              gaussian      normal with deviation 1/r (the paper says only "Gaussian")
+              orthonormal   orthogonal rows of length 1/√3, the mean length of a kaiming row
+
           An embedding swaps the roles: its vocabulary factor A is zero, B is standard normal.
+Scale:    `rslora` is from "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+          arXiv 2312.03732.
 """
 
 from __future__ import annotations
@@ -34,15 +38,21 @@ INITS = ("kaiming", "gaussian", "orthonormal")
 class LoRA(Parametrisation):
     """Plain LoRA.
 
+    >>> import lorakin as lk
+    >>> lk.LoRA(rank=8, alpha=16).scaling
+    2.0
+    >>> lk.LoRA(rank=16, alpha=32, rslora=True).scaling
+    8.0
+
     Args:
-        rank: columns of B, at least 1 and at most the smaller side of every weight it meets.
+        rank: r, the columns of B; at least 1, at most the smaller side of every weight it adapts.
         alpha: numerator of the scale, positive.
         dropout: probability of zeroing an entry of the branch's input, in [0, 1).
         rslora: scale by alpha/√rank instead of alpha/rank.
-        init: how A is drawn, `kaiming`, `gaussian` or `orthonormal`.
+        init: how A is drawn: `kaiming`, `gaussian` or `orthonormal`.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora"
@@ -104,16 +114,17 @@ class LoRA(Parametrisation):
 
 
 def check_rank(rank: int, shape: Shape, where: str) -> None:
-    """Raise `SettingError` if the rank is above the smaller side of the weight at the path `where`."""
+    """Raise `SettingError` if the rank exceeds the smaller side of the weight at `where`."""
     limit = min(shape.outputs, shape.inputs)
     require(
         rank <= limit,
-        f"rank {rank} is above what {where} can use: its weight is {shape.outputs} × {shape.inputs}, so at "
-        f"most rank {limit}. Lower the rank, give this module its own with rank_pattern, leave it out with exclude, or let all "
-        "such modules have the rank of their smaller side: rank_above='clamp' (--rank-above clamp)",
+        f"rank {rank} is too high for {where}: its weight is {shape.outputs} × {shape.inputs}, so "
+        f"the rank can be at most {limit}. Lower the rank, give this module its own with "
+        "rank_pattern, leave it out with exclude, or give all such modules the largest rank they "
+        "can have with rank_above='clamp' (--rank-above clamp)",
     )
 
 
 def orthonormal_rows(wide: Tensor) -> Tensor:
-    """The rows of a matrix (r, in), r ≤ in, made orthonormal; without values on the meta device."""
+    """Orthonormal rows that span those of a matrix (r, in), r ≤ in; empty on the meta device."""
     return wide if wide.is_meta else torch.linalg.qr(wide.T)[0].T.contiguous()

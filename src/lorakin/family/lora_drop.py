@@ -1,15 +1,20 @@
-"""LoRA-drop: a short probe shows which modules' pairs change the output most; they keep a pair of their own.
+"""LoRA-drop: a short probe shows which modules matter most; only they keep a pair of their own.
 
-Paper:    "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation", arXiv 2402.07721.
-Stage 1:  train a plain pair on a small sample; then in eval mode, for each adapted module k, over all unmasked tokens x,
+Paper:    "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation",
+          arXiv 2402.07721.
+Forward:  the pair's
+Shapes:   the pair's; with `rest="shared"` one pair serves all other modules of one kind
+Trains:   r · (in + out) numbers for each chosen module and each shared pair
+Start:    the pair's, anew after the probe
+Probe:    train a plain pair on a small sample. Then, in eval mode, for each adapted module k, over
+          all unmasked tokens x:
 
               g_k = Σ_x ‖s · B_k A_k x‖²,      I_k = g_k / Σ_j g_j           (`importance`)
 
-Choose:   by descending I, ties in the model's order, the shortest prefix that sums to `threshold`; or the first `keep`.
-Stage 2:  everything starts anew. The chosen modules have a pair of their own; the others share one pair for each kind
-          (same name, same shape), `rest="shared"`, trained, its gradient the sum over its modules; or have one that
-          never trains, which stays zero, `rest="frozen"`; or have none, `rest="none"`.
-Trains:   r · (in + out) for each chosen module and each shared pair
+Choose:   by descending I, the shortest prefix whose shares sum to `threshold`, or the first `keep`.
+          Ties keep the model's order.
+Rest:     `shared`: one trained pair for each kind (same name, same shape), its gradient the sum
+          over its modules; `frozen`: a pair that never trains and stays zero; `none`: no pair
 """
 
 from __future__ import annotations
@@ -34,20 +39,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRADrop(Modifier):
-    """LoRA-drop.
+    """LoRA-drop: modules that matter less share one pair.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(3)))
+    >>> found = {"0": 0.7, "1": 0.2, "2": 0.1}
+    >>> method = lk.LoRADrop(rank=2, keep=1, rest="none", importance=found)
+    >>> list(lk.adapt(model, method, list(found)).placement.methods)
+    ['0']
 
     Args:
-        threshold: the share of all importance that the chosen modules have together, in (0, 1]; 0.9 unless `keep` is given.
+        threshold: the share of all importance that the chosen modules reach together, in (0, 1];
+            0.9 unless `keep` is given.
         keep: how many modules to choose instead.
         rest: what the other modules get: `shared`, `frozen` or `none`.
-        sample: the share of the data that the probe is trained on.
+        sample: the share of the data that the probe trains on.
         probe_epochs: how often the probe sees it.
-        normalised: divide g_k by Σ ‖W0 x‖² first, where modules are of different kinds.
-        importance: path → I, numbers ≥ 0 for all adapted modules; made shares of their sum. Found by a probe (`lorakin
-            train`, or `adapt(…, probe=batches)`) if not given.
+        normalised: divide g_k by Σ ‖W0 x‖² first; for modules of different kinds.
+        importance: path → I, a number ≥ 0 for every adapted module; scaled to sum to 1. If it is
+            not given, a probe finds it (`lorakin train`, or `adapt(…, probe=batches)`).
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora-drop"
@@ -77,15 +90,10 @@ class LoRADrop(Modifier):
         number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
         whole_number(self, "probe_epochs", at_least=1)
         given = self.importance
-        right = given is None or (
-            isinstance(given, Mapping)
-            and all(isinstance(path, str) for path in given)
-            and all(map(_is_share, given.values()))
-            and any(given.values())
-        )
         require(
-            right,
-            f"importance must map modules' paths to finite numbers ≥ 0, not all of them 0, not {str(given)[:80]}",
+            given is None or _is_importance(given),
+            "importance must map modules' paths to finite numbers ≥ 0, at least one above 0, not "
+            f"{str(given)[:80]}",
         )
         require(
             isinstance(self.normalised, bool),
@@ -96,8 +104,9 @@ class LoRADrop(Modifier):
         own = [m.word for m in (method.parametrisation, *method.members) if _starts_by_module(m)]
         if self.rest == "shared" and own:
             return (
-                f"lora-drop and {own[0]} do not combine with rest='shared': {own[0]} starts each pair "
-                "from its own module, so modules cannot share one; give rest='frozen' or rest='none'"
+                f"lora-drop with rest='shared' and {own[0]} do not combine: {own[0]} starts each "
+                "pair from its own module, so modules cannot share one; give rest='frozen' or "
+                "rest='none'"
             )
         return None
 
@@ -112,24 +121,26 @@ class LoRADrop(Modifier):
         return dataclasses.replace(self, importance=dict(importance))
 
     def among(self, paths: Sequence[str]) -> Self:
-        """With the importance of these modules alone, the others' left out, as shares that sum to 1."""
+        """Itself with the importance of these modules alone, as shares that sum to 1."""
         if self.importance is None:
             return self
         if unknown := [path for path in paths if path not in self.importance]:
             require(
                 False,
-                f"lora-drop's importance says nothing about {unknown[0]}; probe the same targets that are adapted",
+                f"lora-drop's importance has no entry for {unknown[0]}; probe the targets that you "
+                "adapt",
             )
         own = {path: self.importance[path] for path in paths}
         total = math.fsum(own.values())
         require(
             total > 0,
-            f"lora-drop's importance is 0 for all {len(paths)} modules that are adapted, so none can be chosen",
+            f"lora-drop's importance is 0 for all {len(paths)} adapted modules, so it cannot "
+            "choose",
         )
         if others := list(self.importance.keys() - set(paths)):
             warnings.warn(
-                f"lora-drop: importance also names {len(others)} modules that are not among the targets ({min(others)}, …); "
-                f"they are left out, and the shares are of the {len(paths)} modules that are",
+                f"lora-drop: importance also names {len(others)} modules that are not targets "
+                f"({min(others)}, …); it ignores them and takes shares of the {len(paths)} targets",
                 LorakinWarning,
                 stacklevel=2,
             )
@@ -139,7 +150,7 @@ class LoRADrop(Modifier):
         )
 
     def chosen(self) -> list[str]:
-        """The paths that keep a pair of their own, the most important first."""
+        """The paths that keep a pair of their own, most important first."""
         assert self.importance is not None
         ranked = sorted(self.importance, key=lambda path: -self.importance[path])  # type: ignore[index]
         if self.keep is not None:
@@ -158,21 +169,23 @@ class LoRADrop(Modifier):
     def select(self, paths: Sequence[str]) -> list[str]:
         require(
             self.importance is not None,
-            "lora-drop chooses modules by a probe and has none: call adapt(…, probe=batches), or lk.importance for "
-            "LoRADrop(importance=…)",
+            "lora-drop needs a probe to choose modules: call adapt(…, probe=batches), or give "
+            "LoRADrop(importance=…) what lk.importance returns",
         )
         assert self.importance is not None
         values = [self.importance[path] for path in paths]
         if len(values) > 1 and max(values) - min(values) <= 1e-9 * max(values):
             warnings.warn(
-                "lora-drop: all modules are equally important, so the choice is by their order alone; was the probe trained?",
+                "lora-drop: all modules are equally important, so their order alone decides; was "
+                "the probe trained?",
                 LorakinWarning,
                 stacklevel=2,
             )
         kept = set(self.chosen())
         if all(path in kept for path in paths):
             warnings.warn(
-                f"lora-drop chose all {len(paths)} modules, so nothing is shared; lower threshold or keep",
+                f"lora-drop chose all {len(paths)} modules, so none share a pair; lower threshold "
+                "or keep",
                 LorakinWarning,
                 stacklevel=2,
             )
@@ -205,10 +218,16 @@ class LoRADrop(Modifier):
 
 
 def _starts_by_module(member: Member) -> bool:
-    """Whether a member makes a pair of what its module is or sees."""
+    """Whether a member starts a pair from its module's weight or data."""
     of_pair = any(slot.of_pair for slot in member.slots.values()) or "start" in member.decides
     return bool(member.needs) and of_pair
 
 
-def _is_share(value: object) -> bool:
-    return is_finite_number(value) and value >= 0
+def _is_importance(given: object) -> bool:
+    """Whether it maps paths to finite numbers ≥ 0, at least one of them above 0."""
+    return (
+        isinstance(given, Mapping)
+        and all(isinstance(path, str) for path in given)
+        and all(is_finite_number(share) and share >= 0 for share in given.values())
+        and any(given.values())
+    )

@@ -1,15 +1,18 @@
-"""LoRA-FA: the random factor A stays as it was drawn, only B trains.
+"""LoRA-FA: the random factor A stays as it was drawn, and only B trains.
 
-Paper:    "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", arXiv 2308.03303; the
-          corrected gradient is from its later version.
-Forward:  as the pair it is used on
-Trains:   B alone, r · out numbers; in an embedding's pair the vocabulary factor alone. On AdaLoRA's P·Λ·Q the factor
-          Q is frozen, orthonormal from the start.
-Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ B) A). Autograd keeps z, never x or x̃, since
-          nothing that x is multiplied by trains: r numbers per token instead of `in`.
-Correction (`corrected`): g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ minimises ‖s · g_B · A − ∂W‖ (Frobenius), the distance to the
-          gradient of full fine-tuning. (A Aᵀ)⁻¹ is constant, computed once. The authors' optimizer always does it, here it is
-          asked for. Under Adam the loss hardly changes, B does: docs/methods/lora-fa.md has figures.
+Paper:    "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+          arXiv 2308.03303; the corrected gradient is from its later version.
+Forward:  the pair's
+Shapes:   the pair's
+Trains:   B, r · out numbers; in an embedding's pair the vocabulary factor. AdaLoRA's P·Λ·Q trains
+          P and Λ.
+Start:    the pair's, except that AdaLoRA's Q starts orthonormal
+Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ B) A). Nothing that multiplies x
+          trains, so autograd keeps z and neither x nor x̃: r numbers per token instead of `in`.
+Corrected: with `corrected`, g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ replaces ∂B. It minimises ‖s · g_B · A − ∂W‖
+          (Frobenius), the distance to the gradient of full fine-tuning. (A Aᵀ)⁻¹ never changes, so
+          it is computed once. The authors' optimizer always corrects; here you ask for it. Under
+          Adam the loss hardly changes, but B does: docs/methods/lora-fa.md has figures.
 """
 
 from __future__ import annotations
@@ -32,20 +35,27 @@ from lorakin.family.slots import Slots, factors_of, frozen
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA(Modifier):
-    """LoRA-FA.
+    """LoRA-FA: A stays as it was drawn.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.LoRAFA(rank=2), "0")
+    >>> {name: p.requires_grad for name, p in model[0].lorakin.named_parameters()}
+    {'default.A': False, 'default.B': True}
 
     Args:
-        corrected: give B the gradient that brings the change closest to the full gradient, as the authors' optimizer always
-            does. Plain B·A only.
-        init: how A is drawn, see `LoRA`; with `orthonormal` the correction is one number.
+        corrected: replace B's gradient by the one whose change of the weight is closest to the full
+            gradient, as the authors' optimizer always does. Needs a plain product B·A.
+        init: how A is drawn, see `LoRA`. With `orthonormal` the correction is one number.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora-fa"
     paper: ClassVar[str] = (
-        "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, arXiv 2308.03303"
+        "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, "
+        "arXiv 2308.03303"
     )
     decides: ClassVar[Mapping[str, str]] = {
         "projection": "the random factor A stays as it was drawn"
@@ -70,9 +80,9 @@ class LoRAFA(Modifier):
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if not any(slot.drawn for slot in parametrisation.slots.values()):
-            return f"{parametrisation.word} has no random factor to keep as it was drawn"
+            return f"{parametrisation.word} has no random factor that could stay as it was drawn"
         if self.corrected and factors_of(parametrisation.slots) is None:
-            return "its corrected gradient is defined for a plain product B·A; leave corrected=True out"
+            return "the corrected gradient needs a plain product B·A; leave corrected=True out"
         return None
 
     def started(
@@ -89,32 +99,36 @@ class LoRAFA(Modifier):
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
         return {**slots, **frozen({name: slot for name, slot in slots.items() if slot.drawn})}
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
-        return Corrected(places) if self.corrected else None
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
+        return Corrected(modules) if self.corrected else None
 
 
 class Corrected(Rule):
-    """Before each step: ∂B ← s⁻² · ∂B · (A Aᵀ)⁻¹; for an embedding, whose B is the frozen factor, ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A."""
+    """Corrects the trained factor's gradient before each step.
 
-    def __init__(self, places: Sequence[AdaptedModule]) -> None:
-        self.places = places
+    ∂B ← s⁻² · ∂B · (A Aᵀ)⁻¹. In an embedding's pair B is the frozen factor, and
+    ∂A ← s⁻² · (Bᵀ B)⁻¹ · ∂A.
+    """
+
+    def __init__(self, modules: Sequence[AdaptedModule]) -> None:
+        self.modules = modules
         self.inverses: dict[str, Tensor] = {}
 
     def before(self, n: int) -> None:
         done: set[int] = set()
-        for place in self.places:
-            A, B = (place.tensors()[slot] for slot in ("A", "B"))
-            trained = A if place.shape.lookup else B
+        for module in self.modules:
+            A, B = (module.tensors()[slot] for slot in ("A", "B"))
+            trained = A if module.shape.lookup else B
             if trained.grad is None or id(trained) in done:  # a shared pair once
                 continue
             done.add(id(trained))
-            inverse = self.inverses.get(path := place.path)
+            inverse = self.inverses.get(path := module.path)
             if inverse is None or inverse.device != trained.device:
                 wide = torch.promote_types(A.dtype, torch.float32)
                 gram = (
-                    B.to(wide).T @ B.to(wide) if place.shape.lookup else A.to(wide) @ A.to(wide).T
+                    B.to(wide).T @ B.to(wide) if module.shape.lookup else A.to(wide) @ A.to(wide).T
                 )
-                scale: float = place.method.parametrisation.scaling  # type: ignore[attr-defined]
+                scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
                 inverse = self.inverses[path] = torch.linalg.inv(gram.detach()) / scale**2
             grad = trained.grad.to(inverse.dtype)
-            trained.grad.copy_(inverse @ grad if place.shape.lookup else grad @ inverse)
+            trained.grad.copy_(inverse @ grad if module.shape.lookup else grad @ inverse)

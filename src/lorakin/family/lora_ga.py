@@ -1,17 +1,20 @@
-"""LoRA-GA: the pair begins so that its first step goes where full fine-tuning's would.
+"""LoRA-GA: the pair begins so that its first step follows full fine-tuning's.
 
 Paper:    "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000, algorithm 1.
-Start:    G, the mean gradient of the loss by W0 over the first batches, = U S Vᵀ
-
-              A = c · V_{1..r}ᵀ,  B = c · U_{r+1..2r},  c = out^¼ / √γ        the paper's stable scale
-
-          so that ∂B holds the gradient's first r triplets at the first step, and ∂A the next r
-Forward:  y = W0 x + s · (B A − B_0 A_0) x + b        the paper writes W0 − s·B_0·A_0 into the base; here
-          the base stays, and the frozen B_0, A_0 take the start away (`start.py`)
+Forward:  y = W0 x + s · (B A − B_0 A_0) x + b
+          The paper writes W0 − s·B_0·A_0 into the base. Here the base stays, and the frozen anchor
+          B_0, A_0 takes the start away (`start.py`).
+Shapes:   the pair's; the anchor has the same
 Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
+Start:    the mean gradient of the loss by W0 over the first batches is G = U S Vᵀ;
 
-G is measured in eval mode. It needs 2r ≤ min(out, in). PEFT multiplies B by the gradient's singular
-values and does not scale A, so that its start depends on the size of the loss; this is the authors' form.
+              A = c · V_{1..r}ᵀ,  B = c · U_{r+1..2r},  c = out^¼ / √γ     the paper's stable scale
+
+          At the first step ∂B then holds the first r triplets of G, and ∂A the next r.
+Measured: G in eval mode; 2r ≤ min(out, in)
+
+This is the authors' form. PEFT multiplies B by the gradient's singular values and does not scale A,
+so its start depends on the size of the loss.
 """
 
 from __future__ import annotations
@@ -33,15 +36,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAGA(AnchoredStart):
-    """LoRA-GA.
+    """LoRA-GA: starts the pair at the gradient's singular vectors.
+
+    >>> import torch, lorakin as lk
+    >>> lk.LoRAGA(rank=8, first_batches=4).needs
+    frozenset({'gradients'})
 
     Args:
-        gamma: γ, positive; the larger, the smaller the start.
-        first_batches: how many batches the gradient is the mean of, at most.
+        gamma: γ, positive; a larger one makes a smaller start.
+        first_batches: how many batches to average the gradient over, at most.
         iterations: power iterations of a randomised SVD of the gradient; None takes the exact SVD.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora-ga"
@@ -52,8 +59,8 @@ class LoRAGA(AnchoredStart):
     needs: ClassVar[frozenset[str]] = frozenset({GRADIENTS})
     peft_start: ClassVar[str] = "lora_ga"
     remark: ClassVar[str] = (
-        "It looks at the gradients of a few batches first, for which each adapted weight's gradient is "
-        "held in memory once. A frozen copy of the start is kept beside the pair: files hold rank 2r."
+        "It measures the gradients of a few batches first and holds each adapted weight's gradient "
+        "in memory once. It keeps a frozen copy of the start beside the pair: files hold rank 2r."
     )
 
     gamma: float = 16.0
@@ -77,8 +84,8 @@ class LoRAGA(AnchoredStart):
             shape, rank = targets[path].shape, method.setting("rank")
             require(
                 2 * rank <= min(shape[:2]),
-                f"lora-ga needs twice its rank of a weight's smaller side; {path} is {shape.outputs} × "
-                f"{shape.inputs}, so at most rank {min(shape[:2]) // 2}, not {rank}",
+                f"lora-ga needs a rank of at most half the weight's smaller side; {path} is "
+                f"{shape.outputs} × {shape.inputs}, so at most {min(shape[:2]) // 2}, not {rank}",
             )
         return MeanGradients()
 
@@ -90,7 +97,7 @@ class LoRAGA(AnchoredStart):
 
 
 class MeanGradients:
-    """The mean over batches of each weight's gradient, (outputs, inputs) in float32 at least, on the CPU."""
+    """The mean over batches of each weight's gradient, (outputs, inputs), on the CPU."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}

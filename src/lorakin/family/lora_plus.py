@@ -1,17 +1,20 @@
-"""LoRA+: LoRA's forward; the factor that starts at zero learns `ratio` times faster than the other.
+"""LoRA+: the factor that starts at zero learns `ratio` times faster than the other.
 
 Paper:    "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
-Forward:  as the pair it is used on
+Forward:  the pair's
+Shapes:   the pair's
 Trains:   what the pair trains, at these rates (η the base rate, ρ the ratio):
 
-              the factor that starts at zero (B; VeRA's b; AdaLoRA's Λ)      ρη
+              the factor that starts at zero (B; VeRA's b; AdaLoRA's Λ)       ρη
               the other factor (A; VeRA's d; AdaLoRA's P and Q)               η
               DoRA's magnitude, heads and everything else                     η
               both factors of an embedding's pair                             `embedding_lr`
 
-Identity: under Adam a factor's scale is a learning rate in disguise. With B = ρB̃ the change s·BA is (ρs)·B̃A and
-          ∂B̃ = ρ·∂B; Adam divides by the gradient's own size, so a step η on B̃ is a step ρη on B. Hence LoRA+ with
-          (alpha, η, ρ) is LoRA with (ρ·alpha, η), exactly when ε = 0, nothing decays and nothing is clipped.
+Start:    the pair's
+Identity: under Adam, a factor's scale is a learning rate in disguise. With B = ρB̃ the change
+          s·BA is (ρs)·B̃A, and ∂B̃ = ρ·∂B. Adam divides by the gradient's own size, so a step η
+          on B̃ is a step ρη on B. Hence LoRA+ with (alpha, η, ρ) is LoRA with (ρ·alpha, η). This is
+          exact when ε = 0, nothing decays and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -31,14 +34,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRAPlus(Modifier):
-    """LoRA+.
+    """LoRA+: the outer factor learns faster.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.LoRAPlus(rank=2, ratio=16), "0")
+    >>> optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-4)
+    >>> sorted(group["lr"] for group in optimizer.param_groups)
+    [0.0001, 0.0016]
 
     Args:
-        ratio: how many times faster the zero-initialised factor learns, at least 1. The authors' scripts use 10 to 80.
-        embedding_lr: the rate of pairs on embeddings, the authors' default; None treats them as all others.
+        ratio: how many times faster the zero-initialised factor learns, at least 1. The authors'
+            scripts use 10 to 80.
+        embedding_lr: the learning rate of pairs on embeddings; the default is the authors'. None
+            trains them like all other pairs.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora+"
@@ -49,7 +61,8 @@ class LoRAPlus(Modifier):
     small: ClassVar[Mapping[str, Any]] = {"ratio": 4.0}
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = (
-        "Under Adam the same as alpha times ratio at one learning rate: compare it with that before you keep it."
+        "Under Adam it equals LoRA with alpha times ratio at one learning rate: compare it with "
+        "that before you keep it."
     )
 
     ratio: float = field(default=16.0, kw_only=False)
@@ -72,7 +85,10 @@ class LoRAPlus(Modifier):
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if not faster(parametrisation.slots):
-            return f"{parametrisation.word} trains no factor on the outputs' side that could learn faster"
+            return (
+                f"{parametrisation.word} trains no factor on the outputs' side that could learn "
+                "faster"
+            )
         return None
 
     def vacuous(self, method: Method, slots: Slots) -> str | None:
@@ -81,9 +97,9 @@ class LoRAPlus(Modifier):
             return None
         others = " and ".join(m.word for m in method.members if "projection" in m.decides)
         return (
-            f"lora+ and {others} do not combine: nothing trains but {' and '.join(fast)}, so ratio would "
-            "only multiply the learning rate; raise that. With dora they do, since magnitudes keep the "
-            "base rate"
+            f"lora+ and {others} do not combine: only {' and '.join(fast)} would train, so ratio "
+            "would only multiply the learning rate. Raise the learning rate instead, or add dora, "
+            "whose magnitudes keep the base rate"
         )
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
@@ -94,7 +110,7 @@ class LoRAPlus(Modifier):
 
 
 def faster(slots: Slots) -> list[str]:
-    """The slots that learn faster: what starts at zero or, if nothing does, the outputs' factor."""
+    """Names of the slots that learn faster: those that start at zero, else the outputs' factor."""
     zero = [name for name, slot in slots.items() if slot.trained and slot.starts_at_zero]
     outer = [n for n, s in slots.items() if s.trained and s.of_pair and "outputs" in s.shape]
     return zero or outer

@@ -1,15 +1,16 @@
-"""LoRA-XS: a small square matrix is trained between the weight's own singular vectors.
+"""LoRA-XS: train one small square matrix between the weight's own singular vectors.
 
-Paper:    "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
-Start:    W0 = U S Vᵀ,  B = U_r · S_r and A = V_rᵀ, both frozen;  R normal with deviation 1e-5
+Paper:    "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
+          arXiv 2405.17604.
 Forward:  y = W0 x + s · B (R (A x̃)) + b              s = alpha / r
 Shapes:   B (out, r), R (r, r), A (r, in)
-Trains:   R alone, r² numbers for each module, whatever its size
-Backward: x need not be kept, since A never trains
+Trains:   R alone, r² numbers per module, whatever its size
+Start:    W0 = U S Vᵀ,  B = U_r · S_r and A = V_rᵀ, both frozen;  R normal with deviation 1e-5
+Backward: A never trains, so autograd need not keep x
 
-R is not zero, so that the model at the start is the base only to within 1e-5 of the principal part. The
-authors' code has S_r on the other side, B = U_r and A = S_r · V_rᵀ: the same changes can be reached, but
-R's gradient is scaled along its other axis.
+R is not zero, so at the start the model equals the base only to within 1e-5 of the principal part.
+The authors' code puts S_r on the other side, B = U_r and A = S_r · V_rᵀ. Both forms reach the same
+changes, but R's gradient is scaled along the other axis.
 """
 
 from __future__ import annotations
@@ -36,16 +37,22 @@ DEVIATION = 1e-5
 
 @dataclass(frozen=True)
 class LoRAXS(Parametrisation):
-    """LoRA-XS.
+    """LoRA-XS: trains r² numbers per module.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.LoRAXS(rank=3, alpha=3), "0")
+    >>> sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    9
 
     Args:
-        rank: r, rows and columns of R; at least 1 and at most the smaller side of every weight it meets.
+        rank: r, rows and columns of R; at least 1, at most every adapted weight's smaller side.
         alpha: numerator of the scale, positive.
         dropout: probability of zeroing an entry of the branch's input, in [0, 1).
         iterations: power iterations of a randomised SVD; None takes the exact SVD.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "lora-xs"
@@ -67,7 +74,7 @@ class LoRAXS(Parametrisation):
     of_no_account: ClassVar[frozenset[str]] = frozenset({"iterations"})
     small: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
     in_probe: ClassVar[bool] = False
-    remark: ClassVar[str] = "Very few trained numbers; the frozen A and B are stored beside them."
+    remark: ClassVar[str] = "It trains very few numbers; files also hold the frozen A and B."
 
     rank: int = 64
     alpha: float = 64.0

@@ -1,9 +1,11 @@
-"""Pairs of a smaller rank: the nearest one to a change, by the rank or the error that is asked for.
+"""The nearest pair of a smaller rank, for a given rank or a given error.
 
-The change of a weight is ΔW = up·down or, with a gain g, diag(g)·(W0 + up·down) − W0, which has as many ranks as g has entries
-other than 1. Its nearest pair of rank k (Eckart–Young, in the Frobenius norm) is U_k·(U_kᵀ·ΔW), U_k the first k left singular
-vectors of ΔW. Weighted by what the module really sees, C = E[x·xᵀ] = root·rootᵀ, the nearest pair by E‖ΔW x − up·down x‖² is
-the same with the left singular vectors of ΔW·root.
+A change ΔW is up·down or, with a gain g, diag(g)·(W0 + up·down) − W0, which has as many ranks as g
+has entries other than 1. Its nearest pair of rank k (Eckart–Young, in the Frobenius norm) is
+U_k·(U_kᵀ·ΔW), with U_k the first k left singular vectors of ΔW.
+
+Weighted by what the module sees, C = E[x·xᵀ] = root·rootᵀ, the pair nearest in E‖ΔW x − up·down x‖²
+is the same, with the left singular vectors of ΔW·root.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from lorakin.family.pair import Pair
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How near a pair of small rank comes to a change. Errors are relative: 0 is exact, 1 is no change at all."""
+    """How near a pair comes to a change. Errors are relative: 0 is exact, 1 is no change at all."""
 
     rank: int
     error: float
     """‖ΔW − up·down‖ / ‖ΔW‖, Frobenius."""
     output_error: float | None = None
-    """The same of the module's outputs, over the inputs that `root` stands for."""
+    """The same for the module's outputs, over the inputs that `root` stands for."""
     gain: float | None = None
     """The largest |g − 1|, for a change with a gain."""
     asked: float = 0.0
-    """The error that a limit on the error is about: of the outputs over C if there is a root, else of the weights."""
+    """The error that a limit applies to: of the outputs if there is a root, else of the weights."""
 
 
 def nearest(
@@ -40,38 +42,43 @@ def nearest(
     error: float | None = None,
     root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
-    """The nearest pair without a gain, of at most `rank`, or of the smallest rank whose relative error is at most `error`.
+    """The nearest pair without a gain, and how near it is.
 
-    A pair that needs no change comes back as it is.
+    It has at most `rank` ranks, or as few as keep the relative error at or below `error`. A pair
+    that needs no change comes back as it is.
+
+    >>> pair = Pair(torch.eye(3), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    >>> near, fit = nearest(pair, torch.zeros(3, 3), rank=2)
+    >>> near.up.shape, round(fit.error, 3)  # 1 / √(9 + 4 + 1)
+    (torch.Size([3, 2]), 0.267)
 
     Args:
         pair: the change.
-        weight: W0 (outputs, inputs), which a gain scales too; not used without one.
+        weight: W0 (outputs, inputs), which a gain scales too; unused without a gain.
         rank: at least 1.
-        error: in the outputs if there is a `root`, else in the weights.
+        error: of the outputs if there is a `root`, else of the weights.
         root: (inputs, inputs), with C = root·rootᵀ.
 
     Raises:
-        SettingError: a gain, and neither rank nor error.
+        SettingError: the change has a gain, and neither rank nor error is given.
     """
     if pair.gain is None and error is None and (rank is None or pair.down.shape[0] <= rank):
         return pair, Fit(pair.down.shape[0], 0.0, None if root is None else 0.0)
     if rank is None and error is None:
         raise SettingError(
-            "a change with a gain is no low-rank pair; name the rank, or the error, of its nearest one"
+            "a change with a gain is no low-rank pair; give the rank or error of the nearest one"
         )
     left, core = _factored(pair, weight)
     near, fit = _nearest(left, core, rank=rank, error=error, root=root)
-    fit = dataclasses.replace(
-        fit, gain=None if pair.gain is None else float((pair.gain - 1).abs().max())
-    )
+    if pair.gain is not None:
+        fit = dataclasses.replace(fit, gain=float((pair.gain - 1).abs().max()))
     return Pair(near.up.to(pair.up.dtype), near.down.to(pair.down.dtype)), fit
 
 
 def nearest_to(
     change: Tensor, *, rank: int | None = None, error: float | None = None
 ) -> tuple[Pair, Fit]:
-    """The same of a change that is no pair: a matrix (outputs, inputs), of any rank, in whose dtype the pair is."""
+    """The nearest pair to a change that is a matrix (outputs, inputs), in that matrix's dtype."""
     near, fit = _nearest(None, change.double(), rank=rank, error=error)
     return Pair(near.up.to(change.dtype), near.down.to(change.dtype)), fit
 
@@ -84,17 +91,18 @@ def _nearest(
     error: float | None,
     root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
-    """Of an orthonormal left factor (None: the identity) times a core, both float64."""
+    """The nearest pair to left·core, both float64; `left` is orthonormal (None: identity)."""
     seen = core if root is None else core @ root.double()
     vectors, values = _left_singular(seen)
     kept = min(len(values) if rank is None else rank, _true_rank(values))
     if error is not None:
         kept = min(kept, _enough(values, error))
+
+    # Both factors get the same size, which suits narrow dtypes.
     vectors, values = vectors[:, :kept], values[:kept].sqrt()
     down = vectors.T @ core
-    near = Pair(
-        _times(left, vectors * values), down / values.unsqueeze(1)
-    )  # both sides of one size, for narrow dtypes
+    near = Pair(_times(left, vectors * values), down / values.unsqueeze(1))
+
     rest = core - vectors @ down
     of_weights = _ratio(rest, core)
     of_outputs = None if root is None else _ratio(seen - vectors @ (vectors.T @ seen), seen)
@@ -108,16 +116,17 @@ def _nearest(
 
 
 def padded(pair: Pair, rank: int) -> Pair:
-    """The same change as a pair of a larger rank, with zeros."""
+    """The same change as a pair of a larger rank, filled up with zeros."""
     more = rank - pair.down.shape[0]
     zeros = torch.nn.functional.pad
     return Pair(zeros(pair.up, (0, more)), zeros(pair.down, (0, 0, 0, more)), pair.gain)
 
 
 def root_of_samples(x: Tensor, ridge: float = 1e-2) -> Tensor:
-    """The (inputs, inputs) root of E[x·xᵀ] over samples (tokens, inputs), in float64.
+    """The root (inputs, inputs) of E[x·xᵀ] over samples (tokens, inputs), in float64.
 
-    `ridge` times the mean of its diagonal is added, so that directions which few samples show are not given up entirely.
+    `ridge` times the mean of the diagonal is added to it, so that directions which few samples
+    show are not given up entirely.
     """
     wide = x.double()
     moment = wide.T @ wide / max(1, len(wide))
@@ -129,7 +138,7 @@ def root_of_samples(x: Tensor, ridge: float = 1e-2) -> Tensor:
 
 
 def _factored(pair: Pair, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The change as an orthonormal left factor (None: the identity) times a core, in float64."""
+    """The change as an orthonormal left factor (None: the identity) and a core, in float64."""
     up, down = pair.up.double(), pair.down.double()
     if pair.gain is None:
         left, triangle = torch.linalg.qr(up)
@@ -139,32 +148,37 @@ def _factored(pair: Pair, weight: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _times(left: Tensor | None, matrix: Tensor) -> Tensor:
+    """left·matrix; None stands for the identity."""
     return matrix if left is None else left @ matrix
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (outputs, k) and singular values (k,), largest first, from the Gram matrix of the smaller side."""
+    """Left singular vectors (outputs, k) and singular values (k,), largest first.
+
+    They come from the Gram matrix of the smaller side.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
     values, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
-    if tall:  # U = M·V / σ; QR instead of the division, since small σ are not exact
+    if tall:  # U = M·V / σ; by QR instead of division, since small σ are inexact
         vectors, triangle = torch.linalg.qr(matrix @ vectors)
         vectors = vectors * triangle.diagonal().sign()
     return vectors, values
 
 
 def _true_rank(values: Tensor) -> int:
-    """How many singular values are more than rounding: of float64, squared and back."""
+    """How many singular values exceed what squaring them in float64 rounds off."""
     return int((values > 1e-7 * values.max()).sum()) if len(values) else 0
 
 
 def _enough(values: Tensor, error: float) -> int:
-    """The smallest count of leading values that leaves at most this relative error."""
+    """The smallest number of leading values that leaves at most this relative error."""
     squares = values.square()
     left = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     return int((left.clamp(min=0) > error**2 * squares.sum()).sum())
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
+    """‖part‖ / ‖whole‖, 0 if both are 0."""
     size = float(whole.norm())
     return float(part.norm()) / size if size else 0.0

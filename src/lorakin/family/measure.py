@@ -1,8 +1,8 @@
-"""What a member may look at before it starts: the base weights, and what is measured on data.
+"""What a member may look at before it starts: base weights, and what is measured on data.
 
-A member says in `needs` what it looks at. Inputs and gradients are measured by one piece of code for all
-members and modules (`inject/measuring.py`); the member gives an `Collector` that takes them in, and gets
-what that has found for a module in the module's `Target`.
+A member declares it in `needs`. One piece of code measures inputs and gradients for all members and
+modules (`inject/measuring.py`). It feeds the member's `Collector`, and what that found for a module
+comes back in the module's `Target`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakin.family.pair import Shape, Weight
 WEIGHT = "weight"
 """The member looks at the base weights of its modules."""
 INPUTS = "inputs"
-"""It looks at what its modules are given on batches of data, in eval mode."""
+"""It looks at its modules' inputs on batches of data, in eval mode."""
 GRADIENTS = "gradients"
 """It looks at the gradients of the loss by its modules' weights, in eval mode."""
 
@@ -25,8 +25,8 @@ GRADIENTS = "gradients"
 class Target(NamedTuple):
     """A module that is about to be adapted.
 
-    `weight` is its base weight as a matrix (outputs, inputs), on the meta device where it is not known.
-    `measured` is what the member's collector found there.
+    `weight` is its base weight as a matrix (outputs, inputs), on the meta device if it is unknown.
+    `measured` is what the member's collector found for it.
     """
 
     shape: Shape
@@ -35,31 +35,31 @@ class Target(NamedTuple):
 
 
 class Collector(Protocol):
-    """Takes in what is measured, batch by batch."""
+    """Takes in measurements, batch by batch."""
 
     def wants(self, path: str) -> bool:
-        """Whether it still takes in what the module at `path` shows."""
+        """Whether it still needs what the module at `path` shows."""
 
     def see(self, path: str, seen: Tensor) -> None:
         """Take in one call of a module, in float32 at least.
 
-        `seen` holds its inputs (tokens, inputs) without padding, or a gradient (outputs, inputs).
-        Modules that are given one tensor show one object.
+        `seen` holds the inputs (tokens, inputs) without padding, or a gradient (outputs, inputs).
+        Modules that get the same tensor show the same object.
         """
 
     def settled(self) -> bool:
-        """Say after each batch whether it has seen enough."""
+        """Called after each batch: whether it has seen enough."""
 
     def found(self) -> Mapping[str, Any]:
         """Path → what it found there, for `Target.measured`."""
 
 
 class Probe(NamedTuple):
-    """A short training run before the real one; a member then chooses its modules by importance."""
+    """A short training run before the real one, which shows how important each module is."""
 
     sample: float
     """The share of the data to train on."""
     epochs: int
     """How often to see it."""
     normalised: bool
-    """Whether importance is relative to the size of each module's own output."""
+    """Whether a module's importance is relative to the size of its own output."""

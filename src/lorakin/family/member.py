@@ -1,9 +1,9 @@
-"""What every member of the family is: one file that declares the tensors it hangs on a weight and what they do.
+"""What every member of the family is: one class that declares its tensors and what they do.
 
-A *parametrisation* brings the slots of the low-rank pair and says how they make the change of the
-weight; a *modifier* changes how a pair is started, trained, shared, moved or scaled. What happens while
-training is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows a member in
-ten lines.
+A *parametrisation* brings the slots of the low-rank pair and says how they change the weight. A
+*modifier* changes how a pair starts, trains, is shared, moves or scales. What happens at optimizer
+steps is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows a member
+in ten lines.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class Member(ABC):
-    """One method of the family. Subclasses are frozen dataclasses whose fields are the settings."""
+    """One method of the family. Subclasses are frozen dataclasses; the fields are the settings."""
 
     word: ClassVar[str]
     """Its name on the command line, in recipes and in files."""
     paper: ClassVar[str]
     """Title and identifier of the paper."""
     decides: ClassVar[Mapping[str, str]]
-    """Axis (see `composition.AXES`) → what it chooses there. Members that choose on one axis do not combine."""
+    """Axis (see `composition.AXES`) → what it decides there. Two members on one axis clash."""
     slots: ClassVar[Slots] = {}
     """The tensors that it hangs on each module."""
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -45,7 +45,7 @@ class Member(ABC):
     remark: ClassVar[str] = ""
     """What a user should know before choosing it."""
     small: ClassVar[Mapping[str, Any]] = {}
-    """Settings with which tests try it on tiny models."""
+    """Settings for tests on tiny models, in runs of six steps or more."""
     in_probe: ClassVar[bool] = True
     """Whether it takes part in a probe that precedes training."""
 
@@ -54,12 +54,12 @@ class Member(ABC):
         if "word" in vars(cls) and not getattr(cls, "decides", None):
             raise SettingError(
                 f"{cls.__name__} does not say what it decides; give it decides = {{axis: what it "
-                "chooses there}, with an axis of lorakin.family.AXES or one of its own"
+                "decides there}, with an axis of lorakin.family.AXES or one of its own"
             )
 
     @property
     def acts_at_steps(self) -> bool:
-        """Whether without its `rule` it would be another method."""
+        """Whether it would be another method without its `rule`."""
         return False
 
     @classmethod
@@ -69,14 +69,14 @@ class Member(ABC):
 
     @property
     def alpha_factor(self) -> float:
-        """Under Adam it is its pair alone with alpha times this; 1 if it is no such thing."""
+        """If under Adam it equals its pair with a larger alpha, by what factor; else 1."""
         return 1.0
 
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        """Its settings in a comparison with others of one rank and scale, in a run of so many steps.
+        """Its settings in a comparison with others of one rank and scale, for a run of `steps`.
 
-        None stands for a setting of the others that it refuses.
+        None marks a setting of the others that it does not take.
         """
         common = {"rank": rank, "alpha": scaling * rank}
         return {name: value for name, value in common.items() if name in cls.setting_names()}
@@ -84,28 +84,28 @@ class Member(ABC):
     def gain(
         self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
     ) -> Tensor | None:
-        """The gain (outputs,) over the weight (outputs, inputs) and the pair, if this member has one."""
+        """The gain (outputs,) over the weight (outputs, inputs) and pair, if it has one."""
         return None
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
-        """Itself, with settings left open decided for a run of so many steps.
+        """Itself, with open settings decided for a run of so many steps.
 
         Raises:
-            SettingError: it cannot be run like that.
+            SettingError: it does not fit such a run.
         """
         return self
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> str | None:
-        """What of its own training never reached, asked when the adapter is saved."""
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
+        """Which of its tensors training never reached; asked when the adapter is saved."""
         return None
 
-    def rule(self, places: Sequence[AdaptedModule]) -> Rule | None:
-        """What it does while training the adapter on these modules, if anything; `resolved` was called before."""
+    def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
+        """What it does at optimizer steps, if anything; `resolved` has been called before."""
         return None
 
 
 class Parametrisation(Member):
-    """A member that brings the pair: its slots, how they start, and the change that they make."""
+    """A member that brings the pair: its slots, their start, and the change they make."""
 
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the pair has slots of its own"}
     learning_rate: ClassVar[float]
@@ -113,16 +113,16 @@ class Parametrisation(Member):
     lookup_slots: ClassVar[Slots | None] = None
     """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
-    """Settings that single modules may have their own of."""
+    """Settings that a single module may have its own of."""
     of_no_account: ClassVar[frozenset[str]] = frozenset()
-    """Settings that say how the pair starts, or what was freed of it, and not what it is."""
+    """Settings that say how the pair starts or what was freed, not what it computes."""
 
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
     @classmethod
     def settings_of_modules(cls) -> frozenset[str]:
-        """Those settings that single modules may have their own of, and that it has."""
+        """Those of its settings that a single module may have its own of."""
         return cls.per_module & cls.setting_names()
 
     def slots_at(self, shape: Shape) -> Slots:
@@ -130,16 +130,16 @@ class Parametrisation(Member):
         return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
 
     def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if these settings do not fit a weight of this shape at the path `where`."""
+        """Raise `SettingError` if the settings do not fit a weight of this shape at `where`."""
 
     def clamped(self, shape: Shape) -> Mapping[str, int]:
-        """The setting that gives a module no more ranks than its weight has; {} if it has no more anyway."""
+        """The setting that gives a module the largest rank it can have; {} if its rank fits."""
         return {}
 
     def start(
         self, target: Target, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        """The tensors of one module at the start, by slot; float32, drawn with `generator`."""
+        """One module's tensors at the start, by slot: float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
@@ -149,23 +149,26 @@ class Parametrisation(Member):
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
-        """The tensors of all modules, by path; `each` is this member with the settings of each module."""
+        """All modules' tensors at the start, by path.
+
+        `each` is this member with the settings of each module.
+        """
         return {path: each[path].start(at, generator, device) for path, at in targets.items()}
 
     def keep_drawn(self, tensors: Tensors, shape: Shape) -> Tensors:
-        """The tensors as they should start if the slot that is `drawn` never trains."""
+        """The tensors as they should start if the `drawn` slot never trains."""
         return tensors
 
     def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> Change:
-        """The change of the weight that these tensors stand for, differentiable in them."""
+        """The change of the weight that these tensors make, differentiable in them."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modifier(Member):
-    """A member that needs another's pair: plain LoRA's, unless the method names a parametrisation.
+    """A member that works on another's pair: plain LoRA's, unless a parametrisation is named.
 
-    `rank`, `alpha`, `dropout` and `rslora` are that pair's; None leaves them to it.
+    `rank`, `alpha`, `dropout` and `rslora` are settings of that pair; None leaves them to it.
     """
 
     pair_settings: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout", "rslora")
@@ -175,7 +178,7 @@ class Modifier(Member):
     peft_start: ClassVar[str] = ""
     """PEFT's word for it in `init_lora_weights`, if it is a start that PEFT has."""
     learning_rate_factor: ClassVar[float] = 1.0
-    """By how much the usual learning rate of the pair changes."""
+    """The factor on the pair's usual learning rate."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -187,22 +190,22 @@ class Modifier(Member):
         check_pair_settings(self, optional=True)
 
     def default_pair(self) -> type[Parametrisation] | None:
-        """The parametrisation that it needs if none is named; None leaves it to others, and at last to LoRA."""
+        """The parametrisation that it needs if none is named; None if any will do."""
         return None
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
-        """Why it cannot work on such a pair, or None."""
+        """Why it cannot work on such a pair; None if it can."""
         return None
 
     def vacuous(self, method: Method, slots: Slots) -> str | None:
-        """Why it would do nothing in this method, whose modules have these slots; or None."""
+        """Why it would have no effect on modules with these slots; None if it has one."""
         return None
 
     def check_pair(self, parametrisation: Parametrisation) -> None:
         """Raise `SettingError` if it cannot work on a pair with these settings."""
 
     def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if it cannot work on a weight of this shape at the path `where`."""
+        """Raise `SettingError` if it cannot work on a weight of this shape at `where`."""
 
     # Before it starts: what it looks at, and what it chooses by that.
 
@@ -211,26 +214,30 @@ class Modifier(Member):
         return None
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
-        """Itself, with what its probe found: path → share of the importance."""
+        """Itself with what its probe found: path → share of the importance."""
         return self
 
     @property
     def batches(self) -> int | None:
-        """How many batches of data it looks at, at most; None for as many as there are."""
+        """How many batches it looks at, at most; None for as many as there are."""
         return None
 
     def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Collector:
-        """What takes in the inputs or gradients of these modules, if it `needs` them."""
+        """What takes in these modules' inputs or gradients, if it `needs` them."""
         raise NotImplementedError
 
     def settings_by(
         self, found: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
-        """Path → settings of the pair there, by what its collector found; None leaves the module out."""
+        """Path → the pair's settings there, from what was found; None leaves a module out."""
         return {}
 
     def among(self, paths: Sequence[str]) -> Self:
-        """Itself, for an adapter with exactly these targets; raises `SettingError` if it cannot be."""
+        """Itself, for an adapter with exactly these targets.
+
+        Raises:
+            SettingError: it does not fit them.
+        """
         return self
 
     def own_pairs(self, paths: Sequence[str]) -> list[str]:
@@ -249,7 +256,7 @@ class Modifier(Member):
         targets: Mapping[str, Target],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors at the start, with this member's among them or in place of others."""
+        """All modules' tensors at the start, with what this member adds or replaces."""
         return tensors
 
     def share(
@@ -258,7 +265,7 @@ class Modifier(Member):
         targets: Mapping[str, Target],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors, with one object wherever modules share a tensor."""
+        """All modules' tensors; modules that share a tensor hold the same object."""
         return tensors
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
@@ -268,9 +275,9 @@ class Modifier(Member):
     # What it computes.
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
-        """What this member makes of the pair."""
+        """The pair as this member changes it."""
         return pair
 
     def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
-        """The pair with a constant change beside it, such as what a start takes away again."""
+        """The pair with a constant change beside it, such as a start's anchor."""
         return pair

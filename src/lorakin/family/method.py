@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
-from lorakin.family import agreement
+from lorakin.family.agreement import are_one
 from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
 from lorakin.family.measure import GRADIENTS, INPUTS, Probe, Target
@@ -26,24 +26,41 @@ from lorakin.family.slots import Slot, Slots
 
 @dataclass(frozen=True)
 class Method:
-    """Members that work together: one parametrisation and what modifies it. Made by `Method.of`.
+    """One parametrisation and what modifies it. Made by `Method.of`.
 
-    `members` are those the user named, in the order of their axes.
+    `members` are those that the user named, in the order of their axes.
     """
 
     members: tuple[Member, ...]
     parametrisation: Parametrisation
+    modifiers: tuple[Modifier, ...] = field(init=False, repr=False, compare=False)
+    """The members that are not the parametrisation."""
+    _gaining: Member | None = field(init=False, repr=False, compare=False)
+    """The member that sets a gain."""
+    _is_amended: bool = field(init=False, repr=False, compare=False)
+    """Whether the change is more than the parametrisation's own tensors make."""
 
     def __post_init__(self) -> None:
-        # a forward asks these, and a compiler cannot enter the lock of Python 3.11's cached_property
-        _ = self._gaining, self._is_amended
+        # Forwards need these. They are not cached properties, whose lock no compiler can trace.
+        modifiers = tuple(member for member in self.members if isinstance(member, Modifier))
+        gaining = [m for m in (self.parametrisation, *modifiers) if overrides(m, "gain")]
+        hooks = ("amend_pair", "beside_pair")
+        is_amended = any(overrides(member, hook) for member in modifiers for hook in hooks)
+        object.__setattr__(self, "modifiers", modifiers)
+        object.__setattr__(self, "_gaining", gaining[0] if gaining else None)
+        object.__setattr__(self, "_is_amended", is_amended)
 
     @classmethod
     def of(cls, members: Member | Method | Iterable[Member]) -> Self:
-        """The method of one member or several; a pair that no member brings is plain LoRA's.
+        """The method of one member or several; if no member brings a pair, it is plain LoRA's.
+
+        >>> from lorakin import DoRA, LoRAPlus
+        >>> method = Method.of([LoRAPlus(ratio=4), DoRA(rank=8)])
+        >>> method.words, method.parametrisation.rank
+        ('lora+,dora', 8)
 
         Raises:
-            SettingError: members that do not combine, or settings that contradict each other.
+            SettingError: members do not combine, or their settings contradict each other.
         """
         if isinstance(members, cls):
             return members
@@ -55,21 +72,16 @@ class Method:
                 raise SettingError(reason)
         return method
 
-    @cached_property
-    def modifiers(self) -> tuple[Modifier, ...]:
-        """The members that are not the parametrisation."""
-        return tuple(member for member in self.members if isinstance(member, Modifier))
-
     # What it is.
 
     @property
     def words(self) -> str:
-        """As on the command line: `dora,lora+`."""
+        """Its members as on the command line: `dora,lora+`."""
         return ",".join(member.word for member in self.members)
 
     @property
     def learning_rate(self) -> float:
-        """What to take when the user gives none."""
+        """The learning rate to use when the user gives none."""
         lr = self.parametrisation.learning_rate
         for member in self.modifiers:
             lr *= member.learning_rate_factor
@@ -77,42 +89,42 @@ class Method:
 
     @property
     def dropout(self) -> float:
-        """Of the branch's input, in train mode."""
+        """Dropout of the branch's input, in train mode."""
         return self.parametrisation.dropout
 
     def setting(self, name: str) -> Any:
-        """The setting `name` of the pair, or else of the first member that has one of that name; or None."""
+        """The setting `name` of the pair, else of the first member that has it, else None."""
         owners = (m for m in (self.parametrisation, *self.members) if name in m.setting_names())
         return next((getattr(m, name) for m in owners), None)
 
     def at(self, **settings: Any) -> Method:
-        """The method of one module, with a rank or an alpha of its own."""
+        """The method of one module, with its own rank or alpha."""
         pair = self.parametrisation
         if unknown := [name for name in settings if name not in pair.settings_of_modules()]:
             raise SettingError(
-                f"{self.words} takes no {unknown[0]} for single modules, so {unknown[0]}_pattern "
+                f"{self.words} has no {unknown[0]} of single modules, so {unknown[0]}_pattern "
                 "cannot apply"
             )
         return dataclasses.replace(self, parametrisation=dataclasses.replace(pair, **settings))  # type: ignore[type-var]
 
     def resolved(self, total_steps: int | None) -> Method:
-        """With settings left open decided for a run of so many steps.
+        """The method with open settings decided for a run of so many steps.
 
         Raises:
-            SettingError: a member cannot be run like that.
+            SettingError: a member does not fit such a run.
         """
         members = tuple(member.resolved(self, total_steps) for member in self.members)
         return dataclasses.replace(self, members=members)
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
-        """Whether it is `other`, however that is spelt, but for settings that one of them leaves open."""
-        return agreement.are_one(self, other, training)
+        """Whether it is the same method as `other`; settings that one leaves open agree."""
+        return are_one(self, other, training)
 
     # What it looks at before it starts.
 
     @property
     def probe(self) -> Probe | None:
-        """The probe that a member still needs before the method can be put into a model."""
+        """The probe that a member needs before the method can be put into a model."""
         return next((probe for m in self.modifiers if (probe := m.probe()) is not None), None)
 
     @cached_property
@@ -134,13 +146,13 @@ class Method:
         return dataclasses.replace(self, members=tuple(known))
 
     def own_pairs(self, paths: Sequence[str]) -> list[str]:
-        """Those of `paths` whose pair is theirs alone."""
+        """Those of `paths` that have a pair of their own."""
         for member in self.modifiers:
             paths = member.own_pairs(paths)
         return list(paths)
 
     def for_probe(self) -> Method:
-        """What a probe trains: the members that take part in one, on the pair or a plain one like it."""
+        """What a probe trains: the members that take part in one, on the pair or plain LoRA."""
         pair = self.parametrisation
         if not pair.in_probe:
             same = {name: getattr(pair, name) for name in ("rank", "alpha", "dropout")}
@@ -156,11 +168,12 @@ class Method:
         return method, list(paths)
 
     def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if it does not fit a weight of this shape; `where` is the module's path."""
+        """Raise `SettingError` if it does not fit a weight of this shape; `where` is the path."""
         pair = self.parametrisation
         require(
             pair.lookup_slots is not None or not shape.lookup,
-            f"{pair.word} adapts layers that multiply by their weight; {where} is an embedding: exclude it",
+            f"{pair.word} works on layers that multiply by their weight, but {where} is an "
+            "embedding; exclude it",
         )
         pair.check(shape, where)
         for member in self.modifiers:
@@ -169,7 +182,7 @@ class Method:
     # Its tensors.
 
     def slots_at(self, path: str, shape: Shape) -> Slots:
-        """The slots of the module at `path`, those that come while training included."""
+        """The slots of the module at `path`, including those that come while training."""
         slots = self.parametrisation.slots_at(shape)
         for member in self.modifiers:
             slots = member.amend_slots(slots, path, shape)
@@ -183,10 +196,10 @@ class Method:
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Tensors]:
-        """The tensors of all modules at the start, by path and slot; shared ones are the same object.
+        """All modules' tensors at the start, by path and slot; shared ones are the same object.
 
-        They are float32, float64 on a float64 base, unless `dtype` says otherwise. `methods` has
-        each module's own.
+        They are float32, float64 on a float64 base, or `dtype` if that is given. `methods` holds
+        each module's own method.
         """
         each = {path: method.parametrisation for path, method in methods.items()}
         drawn = self.parametrisation.start_all(targets, each, generator, device)
@@ -205,7 +218,7 @@ class Method:
         targets: Mapping[str, Target],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors, with one object wherever modules share a tensor."""
+        """All modules' tensors; modules that share a tensor hold the same object."""
         for member in self.modifiers:
             tensors = member.share(tensors, targets, methods)
         return tensors
@@ -224,12 +237,12 @@ class Method:
     def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
         """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
 
-        A `Weight` that is kept between forwards saves what does not change.
+        Pass a `Weight` that is kept between forwards, and what does not change is computed once.
         """
         return self._gained(self.low_rank(tensors, shape), 1.0, tensors, weight)
 
     def chain(self, tensors: Mapping[str, Tensor], shape: Shape) -> Chain | None:
-        """The change as frozen matrices between trained vectors, if it is that and nothing else."""
+        """The change as a `Chain`, if it is one and nothing else."""
         if self._is_amended or self.gains:
             return None
         change = self.parametrisation.change(tensors, shape)
@@ -238,7 +251,7 @@ class Method:
     def factors(
         self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight
     ) -> tuple[Pair, float]:
-        """The pair and its gain over `weight` before the scale is in `up`, and the scale."""
+        """The pair and gain over `weight` with the scale outside `up`, and that scale."""
         change = self.parametrisation.change(tensors, shape)
         if self._is_amended or not isinstance(change, LowRank):
             return self.pair(tensors, shape, weight), 1.0
@@ -248,38 +261,27 @@ class Method:
     def _gained(
         self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | Weight
     ) -> Pair:
-        """The pair with the gain of the member that sets one, if any does."""
+        """The pair, with the gain of the member that sets one."""
         if self._gaining is None:
             return pair
         whole = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
         return pair._replace(gain=self._gaining.gain(whole, tensors, weight))
 
-    @cached_property
-    def _gaining(self) -> Member | None:
-        members = (self.parametrisation, *self.modifiers)
-        return next((member for member in members if overrides(member, "gain")), None)
-
     @property
     def gains(self) -> bool:
-        """Whether a member has a gain over the pair, for which the weight itself counts."""
+        """Whether a member sets a gain, which depends on the weight itself."""
         return self._gaining is not None
-
-    @cached_property
-    def _is_amended(self) -> bool:
-        """Whether the change is more than what the parametrisation's own tensors say."""
-        hooks = ("amend_pair", "beside_pair")
-        return any(overrides(member, hook) for member in self.modifiers for hook in hooks)
 
     # How it trains.
 
-    def unmoved(self, places: Sequence[AdaptedModule]) -> list[str]:
-        """What of the members training never reached."""
-        reasons = (member.unmoved(places) for member in self.members)
+    def unmoved(self, modules: Sequence[AdaptedModule]) -> list[str]:
+        """Which of the members' tensors training never reached, in words."""
+        reasons = (member.unmoved(modules) for member in self.members)
         return [reason for reason in reasons if reason is not None]
 
-    def rules(self, places: Sequence[AdaptedModule]) -> list[Rule]:
+    def rules(self, modules: Sequence[AdaptedModule]) -> list[Rule]:
         """What happens at each optimizer step; call `resolved` first."""
-        return [rule for member in self.members if (rule := member.rule(places)) is not None]
+        return [rule for member in self.members if (rule := member.rule(modules)) is not None]
 
     def __str__(self) -> str:
         return f"{self.words} on {self.parametrisation}"
@@ -300,10 +302,10 @@ def conflict(one: type[Member], other: type[Member]) -> str | None:
 
 
 def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
-    """See that a member starts the tensors that its slots declare, and no others."""
+    """Raise `SettingError` if a member starts a tensor that its slots do not declare."""
     slots = method.slots_at(path, shape)
     if strange := [name for name in tensors if name not in slots]:
         raise SettingError(
-            f"{method.words} starts a tensor {strange[0]!r} that its slots do not declare; they are "
-            f"{', '.join(slots)}"
+            f"{method.words} starts a tensor {strange[0]!r}, but its slots are {', '.join(slots)}; "
+            "declare it there"
         )

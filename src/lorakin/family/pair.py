@@ -1,8 +1,8 @@
-"""The common form of every change: a low-rank pair beside a weight, perhaps a gain over both.
+"""The common form of every change: a low-rank pair beside a weight, perhaps with a gain over both.
 
-    W  =  diag(gain) · (W0 + up · down)          up: (out, k)   down: (k, in)   gain: (out,) or absent
+    W  =  diag(gain) · (W0 + up · down)       up: (out, k)   down: (k, in)   gain: (out,) or absent
 
-Merging, files, counts, norms and pictures are written once, against `Pair`.
+Merging, files, counts, norms and pictures are written once, for `Pair`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Tensors = dict[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """The matrix that a module's weight is, whatever the module's own layout.
+    """The shape of a weight as a matrix, outputs × inputs, whatever the module's own layout.
 
-    `outputs` × `inputs`; a convolution's `inputs` are its input channels times its kernel. A `lookup` (an embedding)
-    picks columns of the matrix instead of multiplying by it: its `inputs` are the vocabulary.
+    A convolution's `inputs` are its input channels times its kernel. A `lookup` (an embedding)
+    picks columns instead of multiplying; its `inputs` are the vocabulary.
     """
 
     outputs: int
@@ -36,7 +36,12 @@ class Shape(NamedTuple):
 class Pair(NamedTuple):
     """The change of one weight: `up` (outputs, k), `down` (k, inputs), `gain` (outputs,) or None.
 
-    Scales such as alpha/rank live inside `up`.
+    Scales such as alpha/rank are part of `up`.
+
+    >>> pair = Pair(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> pair.applied_to(torch.eye(2))
+    tensor([[2., 0.],
+            [2., 1.]])
     """
 
     up: Tensor
@@ -44,15 +49,19 @@ class Pair(NamedTuple):
     gain: Tensor | None = None
 
     def applied_to(self, weight: Tensor) -> Tensor:
-        """The changed weight diag(gain)·(W0 + up·down), (outputs, inputs), in the dtype of `weight`."""
+        """diag(gain)·(W0 + up·down), (outputs, inputs), in the dtype of `weight`."""
         changed = torch.addmm(weight, self.up.to(weight.dtype), self.down.to(weight.dtype))
         return changed if self.gain is None else self.gain.to(weight.dtype).unsqueeze(1) * changed
 
     def times(self, factor: float) -> Pair:
         """The pair that changes a weight `factor` times as much: W0 + factor·(W − W0).
 
-        With a gain g that is g' = 1 + factor·(g − 1) over W0 + (factor·g/g')·up·down. A g' of 0 is
-        taken as the smallest step of float32, which is what a float32 weight would be left with.
+        With a gain g that is g' = 1 + factor·(g − 1) over W0 + (factor·g/g')·up·down. If g' is 0,
+        the smallest step of float32 takes its place, which leaves less of a weight than rounding.
+
+        >>> pair = Pair(torch.ones(2, 1), torch.ones(1, 2), gain=torch.tensor([2.0, 4.0]))
+        >>> pair.times(0.5).gain
+        tensor([1.5000, 2.5000])
         """
         if factor == 1:
             return self
@@ -63,7 +72,7 @@ class Pair(NamedTuple):
         return Pair((factor * self.gain / gain).unsqueeze(1) * self.up, self.down, gain)
 
     def norm(self) -> float:
-        """The Frobenius norm of up·down, without forming it."""
+        """The Frobenius norm of up·down, without forming the product."""
         up, down = self.up.double(), self.down.double()
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
@@ -73,9 +82,10 @@ LEAST = torch.finfo(torch.float32).eps
 
 
 class Weight:
-    """A frozen weight as a matrix (outputs, inputs), with what training asks of it at each forward.
+    """A frozen weight as a matrix (outputs, inputs), with what training asks of it in each forward.
 
-    `inject/quantised.py` has one that holds no numbers, so what needs few of them should ask for few.
+    A quantised weight has no matrix at hand (`inject/quantised.py`), so ask for as few of its
+    numbers as will do.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -84,12 +94,12 @@ class Weight:
 
     @property
     def matrix(self) -> Tensor:
-        """All of it."""
+        """The whole matrix."""
         return self._matrix
 
     @cached_property
     def squares(self) -> Tensor:
-        """‖w_j‖² of every row j, (outputs,), float32 at least; computed once, in blocks of rows."""
+        """‖w_j‖² of every row j, (outputs,), in float32 at least; computed once."""
         wide = torch.promote_types(self.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(rows.to(wide), dim=1) for rows in self.blocks()]
         return torch.cat(norms).square()
@@ -99,7 +109,7 @@ class Weight:
         return blocks(self.matrix)
 
     def product(self, down: Tensor) -> Tensor:
-        """W0·downᵀ (outputs, k) of `down` (k, inputs), in the dtype in which the forward multiplies."""
+        """W0·downᵀ (outputs, k), in the dtype in which the forward multiplies."""
         return self.matrix @ down.to(self.dtype).T
 
     def rows(self, which: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ class Weight:
 
 
 BLOCK = 1 << 20
-"""Numbers of a weight that are looked at at a time."""
+"""How many numbers of a weight are processed at a time."""
 
 
 def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +127,7 @@ def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 class ShardedWeight(Weight):
-    """A weight of whose numbers this process holds a part, or none."""
+    """A weight of which this process holds only a part, or nothing."""
 
     def __init__(self, shape: torch.Size, like: Tensor) -> None:
         self.shape, self.dtype, self.device = shape, like.dtype, like.device
@@ -125,8 +135,9 @@ class ShardedWeight(Weight):
     @property
     def matrix(self) -> Tensor:
         raise StateError(
-            "the base is sharded over processes, so the numbers of a weight that the adapter's files need are not here; let "
-            "one process load the last checkpoint and save it"
+            "the base is sharded over several processes, so this one lacks numbers of a weight "
+            "that the adapter's files need; load the last checkpoint in a single process and save "
+            "it there"
         )
 
 
@@ -136,33 +147,36 @@ def is_distributed(tensor: object) -> bool:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether this process holds a part of the tensor only: one of torch's DTensors, or cut by DeepSpeed."""
+    """Whether this process holds only part of it: a DTensor, or a tensor that DeepSpeed cut."""
     if hasattr(tensor, "ds_id") and isinstance(tensor, Tensor):
         return tensor.ds_status.name != "AVAILABLE"  # type: ignore[attr-defined, no-any-return]
     return isinstance(tensor, ShardedWeight) or is_distributed(tensor)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of all of it, also where DeepSpeed has cut it."""
+    """The shape of the whole tensor, also if DeepSpeed has cut it."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
 
 def is_imagined(weight: Tensor | Weight) -> bool:
-    """Whether it has a shape and no numbers: on the meta device, or one of torch's fake tensors."""
+    """Whether it has a shape but no numbers: on the meta device, or a fake tensor of torch's."""
     tensor = weight if isinstance(weight, Tensor) else getattr(weight, "_matrix", None)
     return weight.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, from its extremes: far quicker than by each number."""
+    """Whether a tensor holds neither NaN nor infinity.
+
+    Only its extremes are tested, which is much faster than testing every number.
+    """
     return not tensor.numel() or all(
         bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)
     )
 
 
 def widened(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors in float32, those in float64 as they are: what pairs are computed in."""
+    """The tensors in float32, those in float64 as they are: pairs are computed in these."""
     wide = (torch.float32, torch.float64)
     return {
         slot: t if t.dtype in wide else t.to(torch.promote_types(t.dtype, wide[0]))
@@ -173,7 +187,7 @@ def widened(tensors: Mapping[str, Tensor]) -> Tensors:
 def cast_together(
     tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensors]:
-    """The tensors of all modules, by path, in these dtypes; those that were one object still are."""
+    """All modules' tensors in these dtypes; those that were one object still are."""
     cast: dict[tuple[int, torch.dtype], Tensor] = {}
     return {
         path: {

@@ -1,17 +1,19 @@
-"""PiSSA: the pair begins as the principal part of the weight, so that training moves what matters most.
+"""PiSSA: the pair begins as the weight's principal part, so that training moves what matters most.
 
-Paper:    "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
-          arXiv 2404.02948, equations 2 to 5.
-Start:    W0 = U S Vᵀ,  B = U_r · √(S_r / s),  A = √(S_r / s) · V_rᵀ,  so that s·B·A = U_r S_r V_rᵀ
-Forward:  y = W0 x + s · (B A − B_0 A_0) x + b        the paper writes the residual W0 − s·B_0·A_0
-          into the base; here the base stays, and the frozen B_0, A_0 take the start away (`start.py`)
+Paper:    "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
+          Models", arXiv 2404.02948, equations 2 to 5.
+Forward:  y = W0 x + s · (B A − B_0 A_0) x + b
+          The paper writes the residual W0 − s·B_0·A_0 into the base. Here the base stays, and the
+          frozen anchor B_0, A_0 takes the start away (`start.py`).
+Shapes:   the pair's; the anchor has the same
 Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
-SVD:      in float32 at least, exact; with `iterations` randomised, which is far faster for large weights
-          and starts a little beside the principal part (the anchor is what was started with, so that
-          nothing else changes)
+Start:    W0 = U S Vᵀ,  B = U_r · √(S_r / s),  A = √(S_r / s) · V_rᵀ,  so s·B·A = U_r S_r V_rᵀ
+SVD:      exact, in float32 at least. With `iterations` it is randomised: far faster for large
+          weights, and the start is only near the principal part. The anchor is whatever the pair
+          started with, so nothing else changes.
 
-On a quantised base the paper quantises the residual, which makes another base. Here the quantised base
-is kept as it is given, and the start is that of its dequantised weight.
+On a quantised base the paper quantises the residual, which makes another base. Here the quantised
+base stays as it is, and the pair starts from its dequantised weight.
 """
 
 from __future__ import annotations
@@ -30,26 +32,38 @@ from lorakin.family.start import AnchoredStart, matrix_of
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSA(AnchoredStart):
-    """PiSSA.
+    """PiSSA: starts the pair at the principal singular triplets of the weight.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> W, x = model[0].weight.detach().clone(), torch.ones(1, 6)
+    >>> before = model(x)
+    >>> adapter = lk.adapt(model, lk.PiSSA(rank=2, alpha=2), "0")
+    >>> torch.equal(model(x), before)  # training begins exactly at the base
+    True
+    >>> pair = model[0].lorakin.default
+    >>> U, S, Vt = torch.linalg.svd(W)
+    >>> torch.allclose(pair.B @ pair.A, U[:, :2] * S[:2] @ Vt[:2], atol=1e-5)
+    True
 
     Args:
-        iterations: power iterations of a randomised SVD, at least 0; None takes the exact SVD. The paper
-            finds 4 to be enough.
+        iterations: power iterations of a randomised SVD, at least 0; None takes the exact SVD. The
+            paper finds 4 to be enough.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "pissa"
     paper: ClassVar[str] = (
-        "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, "
-        "arXiv 2404.02948"
+        "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language "
+        "Models, arXiv 2404.02948"
     )
     decides: ClassVar[Mapping[str, str]] = {"start": "the weight's principal singular triplets"}
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
     peft_start: ClassVar[str] = "pissa"
     remark: ClassVar[str] = (
-        "A frozen copy of the start is kept beside the pair: files hold rank 2r."
+        "It keeps a frozen copy of the start beside the pair: files hold rank 2r."
     )
 
     iterations: int | None = None
@@ -69,13 +83,13 @@ def leading_triplets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular triplets of a matrix (m, n): U (m, rank), S (rank,), Vᵀ (rank, n).
 
-    With `iterations` they are approximate, from a draw that is always the same.
+    With `iterations` they are approximate, from random numbers that are always the same.
     """
     if iterations is None:
         U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank], S[:rank], Vt[:rank]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        size = min(rank + 8, *matrix.shape)  # a few more than asked for make the last ones accurate
+        size = min(rank + 8, *matrix.shape)  # a few extra make the last triplets accurate
         U, S, V = torch.svd_lowrank(matrix.cpu(), q=size, niter=iterations)
     return U[:, :rank], S[:rank], V[:, :rank].T

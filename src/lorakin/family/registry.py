@@ -30,17 +30,21 @@ _searched: list[bool] = []
 
 
 def register(member: M) -> M:
-    """Add a member to the family, under its `word`; returns it, so that this is a decorator.
+    """Add a class to the family under its `word`. Returns the class, so use it as a decorator.
+
+    >>> import lorakin as lk
+    >>> lk.register(lk.LoRA) is lk.LoRA  # a second time changes nothing
+    True
 
     Raises:
-        SettingError: it is no member, or its word is another member's.
+        SettingError: it is no member, or its word belongs to another member.
     """
     if not (
         isinstance(member, type)
         and issubclass(member, Member)
         and isinstance(getattr(member, "word", None), str)
     ):
-        raise SettingError(f"expected a class of a member, with a word, not {member!r}")
+        raise SettingError(f"expected a class of Member that has a word, not {member!r}")
     known = _MEMBERS.setdefault(member.word, member)
     if known is not member and (known.__module__, known.__qualname__) != (
         member.__module__,
@@ -48,9 +52,9 @@ def register(member: M) -> M:
     ):
         where = f"{known.__module__}.{known.__qualname__}"
         raise SettingError(
-            f"{member.word!r} is the word of {where} already; give {member.__qualname__} another one"
+            f"{where} already has the word {member.word!r}; give {member.__qualname__} another"
         )
-    _MEMBERS[member.word] = member  # a notebook's cell that runs again defines its class anew
+    _MEMBERS[member.word] = member  # a notebook cell that runs again defines its class anew
     return member
 
 
@@ -66,6 +70,9 @@ def members() -> tuple[type[Member], ...]:
 def member_named(word: str) -> type[Member]:
     """The member whose command-line word is `word`.
 
+    >>> member_named("dora").__name__
+    'DoRA'
+
     Raises:
         SettingError: there is none; the message lists those there are.
     """
@@ -78,5 +85,5 @@ def member_named(word: str) -> type[Member]:
 
 
 def default_pair() -> type[Parametrisation]:
-    """The pair that a method has if no member brings or needs another: the family's first."""
+    """The pair of a method whose members bring and need none: the family's first."""
     return next(member for member in _MEMBERS.values() if issubclass(member, Parametrisation))

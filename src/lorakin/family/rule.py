@@ -19,11 +19,11 @@ class AdaptedModule(Protocol):
 
     @property
     def path(self) -> str:
-        """Where the module is in the model."""
+        """The module's path in the model."""
 
     @property
     def shape(self) -> Shape:
-        """The shape of its weight."""
+        """The shape of its weight as a matrix."""
 
     @property
     def method(self) -> Method:
@@ -37,16 +37,16 @@ class AdaptedModule(Protocol):
         """Its tensors by slot."""
 
     def trains(self, slot: str) -> bool:
-        """Whether the method trains this tensor."""
+        """Whether the method trains the tensor of this slot."""
 
     def put(self, slot: str, tensor: Tensor) -> None:
-        """Give it one more tensor, which does not train."""
+        """Add a tensor to the module, which does not train."""
 
     def take(self, slot: str) -> Tensor:
-        """Take such a tensor away from it."""
+        """Remove such a tensor from the module, and return it."""
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
+        """Add `change` (outputs, inputs) to a copy of the base weight, and use the copy."""
 
     def restore_base(self) -> None:
         """Put the base's own weight back, if it was moved."""
@@ -59,32 +59,32 @@ class Rule:
     """
 
     turns: tuple[int, ...] = ()
-    """The steps after which the adapter holds more tensors; memory is planned for what follows."""
+    """The steps after which the adapter holds more tensors, which memory must be planned for."""
 
     def before(self, n: int) -> None:
-        """Gradients are complete, unscaled and not yet used: read them or change them."""
+        """Read or change the gradients, which are complete, unscaled and not yet used."""
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        """The step has been taken: change tensors."""
+        """Change tensors, now that the step has been taken."""
 
     def end(self) -> None:
-        """The run is over, or goes on elsewhere: leave nothing outside the adapter's tensors."""
+        """The run ends or continues elsewhere: leave nothing outside the adapter's tensors."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: numbers, texts, tensors, and dicts of them."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state()` gave; the adapter's tensors are restored already."""
+        """Take what `state()` returned; the adapter's tensors are restored already."""
 
     def beside(self, path: str) -> Tensors:
-        """Tensors that the adapter's files must hold beside those of the module at `path`."""
+        """More tensors that the adapter's files must hold for the module at `path`."""
         return {}
 
-    def gave_up(self, place: AdaptedModule) -> bool:
-        """Whether the member took all ranks from this module, so that it rightly changes nothing."""
+    def gave_up(self, module: AdaptedModule) -> bool:
+        """Whether the member took all ranks from this module, which then rightly is unchanged."""
         return False
 
     def check(self, n: int) -> str | None:
-        """What the member was to do and did not do in n steps; asked when the adapter is saved."""
+        """What the member has not done by step n although it should have; asked at saving."""
         return None

@@ -1,4 +1,4 @@
-"""How members check their settings: fields of frozen dataclasses, made plain or refused."""
+"""How members check their settings: dataclass fields become plain values, or are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeGuard
 from lorakin.errors import SettingError
 
 LARGEST = 3.4e38
-"""As large as a number of a float32 can be: what adapters are computed in."""
+"""The largest number of float32, in which adapters are computed."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,12 +20,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is an int or a float, no bool, NaN or infinity."""
+    """Whether `value` is an int or float, but no bool, NaN or infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:
-    """Make the field `name` of a frozen dataclass a plain int (or None, if `optional`), or raise `SettingError`."""
+    """Make the field `name` a plain int, or None if it is `optional`.
+
+    Raises:
+        SettingError: it is no whole number ≥ `at_least`.
+    """
     value = getattr(settings, name)
     if optional and value is None:
         return
@@ -47,7 +51,11 @@ def number(
     expected: str,
     optional: bool = False,
 ) -> None:
-    """Make the field `name` of a frozen dataclass a plain float that `fits` (or None), or raise `SettingError`."""
+    """Make the field `name` a plain float that `fits`, or None if it is `optional`.
+
+    Raises:
+        SettingError: it does not fit; the message says what was `expected`.
+    """
     value = getattr(settings, name)
     if optional and value is None:
         return
@@ -60,7 +68,7 @@ def number(
 
 
 def check_pair_settings(settings: object, optional: bool = False) -> None:
-    """Make `alpha`, `dropout` and `rslora` (if there) plain and within their ranges, or raise `SettingError`."""
+    """Check `alpha`, `dropout` and, if there, `rslora`; raises `SettingError`."""
     number(
         settings,
         "alpha",

@@ -1,13 +1,13 @@
-"""Slots: the tensors that a member hangs on each module, declared as data.
+"""Slots: the tensors that a member puts on each module, declared as data.
 
     slots = {
         "A": Slot(("rank", "inputs")),
         "B": Slot(("outputs", "rank"), starts_at_zero=True),
     }
 
-Everything else that must know a member's tensors reads it from here: which of them train and decay,
-which one LoRA+ speeds up, which ranks can be freed, how many numbers there are, and how PEFT's files
-name them.
+Whatever else needs to know a member's tensors follows from its slots: which train and decay, which
+LoRA+ speeds up, which ranks can be freed, how many numbers there are, and their names in PEFT's
+files.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class Slot:
     trained: bool = True
     """Whether an optimizer trains it."""
     starts_at_zero: bool = False
-    """Whether it is what makes the change zero at the start."""
+    """Whether it starts at zero, which makes the change zero."""
     decays: bool = True
     """Whether weight decay may act on it."""
     shared: bool = False
-    """Whether all modules use one tensor, which is as large as the largest of them needs."""
+    """Whether all modules use one tensor, as large as the largest module needs."""
     of_pair: bool = True
-    """Whether modules that share a pair share it too."""
+    """Whether it belongs to the pair, so modules that share a pair share it too."""
     drawn: bool = False
-    """Whether it is the random factor that LoRA-FA keeps as it was drawn."""
+    """Whether it is the random factor, which LoRA-FA does not train."""
     peft: str = ""
-    """Its name in PEFT's files: behind the module's path or, if shared, the whole key."""
+    """Its name in PEFT's files: what follows the module's path or, if shared, the whole key."""
     rate: float = 1.0
-    """How many times faster than the rest of the adapter it learns."""
+    """The factor on the adapter's learning rate."""
     lr: float | None = None
-    """A learning rate of its own, whatever the rest has."""
+    """Its own learning rate, in place of the adapter's."""
 
     def sizes(self, rank: int, shape: Shape) -> tuple[int, ...]:
         """Its shape on a weight of this shape, at this rank.
@@ -56,7 +56,7 @@ class Slot:
 
     @property
     def rank_axis(self) -> int | None:
-        """The one dimension along which it has an entry for each rank; None if there is no such one."""
+        """The dimension that has an entry for each rank; None if there is not exactly one."""
         axes = [axis for axis, size in enumerate(self.shape) if size == "rank"]
         return axes[0] if len(axes) == 1 else None
 
@@ -76,14 +76,14 @@ def frozen(slots: Slots) -> dict[str, Slot]:
 
 
 def scale_of_ranks(slots: Slots) -> str | None:
-    """The trained slot by which a single rank can be switched off: E of P·E·Q, VeRA's d."""
+    """The trained slot that can switch off a single rank: E of P·E·Q, VeRA's d."""
     return next((n for n, slot in slots.items() if slot.is_scale_of_ranks and slot.trained), None)
 
 
 def sides_of_ranks(slots: Slots) -> dict[str, int]:
-    """The slots beside that scale, and the axis along which each has its ranks.
+    """The slots beside that scale, and the axis along which each holds its ranks.
 
-    Empty if ranks cannot be freed: where modules share a tensor, the others still need them.
+    Empty if ranks cannot be freed: if modules share a tensor, the others still need its ranks.
     """
     of_ranks = {n: s for n, s in slots.items() if s.of_pair and not s.is_scale_of_ranks}
     sides = {name: slot.rank_axis for name, slot in of_ranks.items() if slot.rank_axis is not None}
@@ -91,7 +91,7 @@ def sides_of_ranks(slots: Slots) -> dict[str, int]:
 
 
 def factors_of(slots: Slots) -> tuple[str, str] | None:
-    """The slots of a plain product up·down, (up, down); None if the change is made of anything else."""
+    """The slots (up, down) of a plain product up·down; None if the change is anything else."""
     shapes = {slot.shape: name for name, slot in slots.items() if not slot.shared}
     up, down = shapes.get(("outputs", "rank")), shapes.get(("rank", "inputs"))
     return None if up is None or down is None or len(slots) != 2 else (up, down)

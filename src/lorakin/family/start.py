@@ -1,13 +1,13 @@
 """What the starts share: members that say where a pair begins, and leave its form as it is.
 
-A start that is not zero would change the model before it is trained. The papers take it out of the base
-weight; here the base stays as it is, and a frozen anchor beside the pair takes the start away again:
+A start that is not zero would change the model before training. The papers subtract it from the
+base weight. Here the base stays as it is, and a frozen anchor beside the pair takes the start away:
 
     W = W0 + up·down − up_0·down_0 = W0 + (up − up_0)·down + up_0·(down − down_0)
 
-up_0·down_0 is what up·down is at the start. In the second form both terms are zero then, to the bit: so
-training begins exactly at the base, merging gives plain weights, and files hold a plain pair of rank 2r.
-If `down` never trains, one pair of rank r holds both: (up − up_0)·down.
+The anchor up_0, down_0 is the pair at the start. In the second form both terms are zero then, to
+the bit. So training begins exactly at the base, merging gives plain weights, and files hold a plain
+pair of rank 2r. If `down` never trains, one pair of rank r holds both terms: (up − up_0)·down.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ ANCHOR_UP, ANCHOR_DOWN = "up_0", "down_0"
 
 @dataclass(frozen=True, kw_only=True)
 class Start(Modifier):
-    """A member that says where the pair of each module begins."""
+    """A member that says where each module's pair begins."""
 
     in_probe: ClassVar[bool] = False
 
     def check(self, shape: Shape, where: str) -> None:
         require(
             not shape.lookup,
-            f"{self.word} starts layers that multiply by their weight; {where} is an embedding: "
-            "exclude it",
+            f"{self.word} works on layers that multiply by their weight, but {where} is an "
+            "embedding; exclude it",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchoredStart(Start):
-    """A start that is not zero, with its anchor. Subclasses say where A and B begin."""
+    """A start that is not zero, and its anchor. Subclasses say where A and B begin."""
 
     slots: ClassVar[Slots] = {
         ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
@@ -58,11 +58,14 @@ class AnchoredStart(Start):
 
     @abstractmethod
     def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        """Where B (outputs, rank) and A (rank, inputs) of one module begin; the pair is scale·B·A."""
+        """Where B (outputs, rank) and A (rank, inputs) of one module begin.
+
+        The pair's change is scale·B·A.
+        """
 
     def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
         if factors_of(parametrisation.slots) is None:
-            return f"{self.word} starts a plain product B·A, which {parametrisation.word} is not"
+            return f"{self.word} needs a plain product B·A, which {parametrisation.word} is not"
         return None
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
@@ -81,7 +84,7 @@ class AnchoredStart(Start):
         }
 
     def _begun(self, path: str, tensors: Tensors, target: Target, method: Method) -> Tensors:
-        """One module's tensors, with the pair at its start and its anchor."""
+        """One module's tensors: the pair at its start, and its anchor."""
         pair, shape = method.parametrisation, target.shape
         names, change = factors_of(pair.slots_at(shape)), pair.change(tensors, shape)
         assert names is not None
@@ -100,11 +103,11 @@ class AnchoredStart(Start):
 
     def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         up_0 = tensors[ANCHOR_UP]
-        if ANCHOR_DOWN not in tensors:  # down never trains, so that one pair holds both
+        if ANCHOR_DOWN not in tensors:  # down never trains, so one pair holds both terms
             return pair._replace(up=pair.up - up_0)
 
         down_0 = tensors[ANCHOR_DOWN]
-        if pair.up.shape != up_0.shape:  # another member has made a longer pair of it
+        if pair.up.shape != up_0.shape:  # another member has made the pair longer
             up, down = torch.cat([pair.up, -up_0], 1), torch.cat([pair.down, down_0], 0)
         else:
             up = torch.cat([pair.up - up_0, up_0], 1)
@@ -113,6 +116,6 @@ class AnchoredStart(Start):
 
 
 def matrix_of(target: Target) -> Tensor:
-    """The base weight of a module (outputs, inputs), in float32 at least."""
+    """The base weight of a module, (outputs, inputs), in float32 at least."""
     matrix = target.weight.matrix if isinstance(target.weight, Weight) else target.weight
     return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))

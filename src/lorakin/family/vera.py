@@ -1,14 +1,16 @@
-"""VeRA: one frozen random pair for the whole model; each layer trains two vectors that scale it.
+"""VeRA: all layers share one frozen random pair, and each layer trains two vectors that scale it.
 
 Paper:    "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, equation 2.
-Forward:  y = W0 x + b0 + b ⊙ (B (d ⊙ (A x̃)))        no alpha, no alpha/r; b0 is the layer's bias
-Shapes:   A (r, largest in) and B (largest out, r) over all targets, shared; a layer uses A[:, :in] and B[:out].
-          d (r), b (out) per layer.
-Trains:   b and d, r + out numbers per layer; the shared pair has r · (largest in + largest out) numbers, never trained.
-Start:    A, B uniform with bounds √(6/largest in), √(6/r); d = 0.1, b = 0.
-Draw:     one CPU generator of `seed`, A first and then B, row by row, rounded through the base's dtype: PEFT's order, so
-          its seed-only files are read to the bit. A new widest layer changes all of B and most of A, so files keep
-          the matrices, or with `save_projection=False` the widths and a checksum.
+Forward:  y = W0 x + b0 + b ⊙ (B (d ⊙ (A x̃)))        b0 is the layer's bias; no alpha, no alpha/r
+Shapes:   A (r, largest in) and B (largest out, r) over all targets, shared; a layer uses A[:, :in]
+          and B[:out]. Each layer has its own d (r) and b (out).
+Trains:   b and d, r + out numbers per layer. The shared pair, r · (largest in + largest out)
+          numbers, never trains.
+Start:    A, B uniform with bounds √(6/largest in) and √(6/r); d = 0.1, b = 0
+Draw:     one CPU generator with `seed` draws A, then B, row by row, and both are rounded to the
+          base's dtype. This is PEFT's order, so its files that hold only the seed are read to the
+          bit. A new widest layer changes all of B and most of A, so files keep both matrices, or
+          with `save_projection=False` their widths and a checksum.
 """
 
 from __future__ import annotations
@@ -31,17 +33,23 @@ from lorakin.family.slots import Slot, Slots
 
 @dataclass(frozen=True)
 class VeRA(Parametrisation):
-    """VeRA.
+    """VeRA: two trained vectors per layer around one random pair.
+
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 6))
+    >>> adapter = lk.adapt(model, lk.VeRA(rank=2), ["0", "1"])
+    >>> sum(p.numel() for p in adapter.parameters() if p.requires_grad)  # (2 + 5) + (2 + 6)
+    15
 
     Args:
         rank: rows of A, at least 1.
-        seed: of the shared pair.
-        d_init: where d starts, not 0.
+        seed: draws the shared pair.
+        d_init: the start of d, not 0.
         dropout: probability of zeroing an entry of the branch's input, in [0, 1).
-        save_projection: whether files hold the shared pair or only what draws it again.
+        save_projection: whether files hold the shared pair, or only what draws it again.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     word: ClassVar[str] = "vera"
@@ -52,7 +60,8 @@ class VeRA(Parametrisation):
     }
     learning_rate: ClassVar[float] = 2e-3
     remark: ClassVar[str] = (
-        "Few trained numbers; the frozen shared pair is stored once beside them, unless save_projection=false."
+        "It trains few numbers. Files also hold the frozen shared pair once, unless "
+        "save_projection=false."
     )
     slots: ClassVar[Slots] = {
         "A": Slot(("rank", "inputs"), trained=False, shared=True, peft="base_model.vera_A"),
@@ -82,10 +91,8 @@ class VeRA(Parametrisation):
 
     @classmethod
     def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        return {
-            "rank": None,
-            "alpha": None,
-        }  # its rank is a drawn pair's, which costs little, and it has no alpha
+        # Its ranks cost little, so it keeps its own rank; and it has no alpha.
+        return {"rank": None, "alpha": None}
 
     def start_all(
         self,
@@ -120,7 +127,7 @@ class VeRA(Parametrisation):
         return tuple(matrix.to(base).to(torch.float32) for matrix in (A, B))  # type: ignore[return-value]
 
     def vectors(self, shape: Shape, device: torch.device) -> Tensors:
-        """b and d of one layer at the start."""
+        """b (outputs,) and d (rank,) of one layer at the start."""
         d = torch.full((self.rank,), self.d_init, device=device, dtype=torch.float32)
         return {"d": d, "b": torch.zeros(shape.outputs, device=device, dtype=torch.float32)}
 

@@ -13,14 +13,19 @@ from lorakin.family.registry import member_named, members
 
 
 def method_named(words: str, settings: Mapping[str, Any]) -> Method:
-    """The method of the members in `words`, such as `dora,lora+`, with `settings` for whichever of them has one so named.
+    """The method of the members in `words`; each setting goes to the members that have it.
+
+    >>> method_named("dora,lora+", {"rank": 4, "ratio": 8}).words
+    'lora+,dora'
 
     Raises:
-        SettingError: an unknown member or setting, a value outside its range, or members that do not combine.
+        SettingError: an unknown member or setting, a value outside its range, or members that do
+            not combine.
     """
     if not all(word.strip() for word in words.split(",")):
         raise SettingError(
-            f"method {words!r} has a comma without a member beside it; expected words such as dora,lora+"
+            f"method {words!r} has a comma with no member beside it; expected words such as "
+            "dora,lora+"
         )
     kinds = [member_named(word.strip()) for word in words.split(",")]
     fields = {kind: kind.setting_names() for kind in members()}
@@ -33,32 +38,33 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
                 f"method {words!r} has no setting {name!r}; it has: {known}{elsewhere}"
             )
     pair = next((kind for kind in kinds if issubclass(kind, Parametrisation)), None)
-    taken = (
-        fields[pair] if pair is not None else frozenset[str]()
-    )  # settings of the pair go to the member that brings it, alone
-    given = [
-        {
-            k: v
-            for k, v in settings.items()
-            if k in fields[kind] and (kind is pair or k not in taken)
-        }
-        for kind in kinds
-    ]
-    return Method.of([kind(**own) for kind, own in zip(kinds, given, strict=True)])
+    # The pair's settings go only to the member that brings it.
+    taken = fields[pair] if pair is not None else frozenset[str]()
+    given = [fields[kind] if kind is pair else fields[kind] - taken for kind in kinds]
+    return Method.of(
+        [
+            kind(**{name: value for name, value in settings.items() if name in own})
+            for kind, own in zip(kinds, given, strict=True)
+        ]
+    )
 
 
 def methods_of(words: str) -> list[str]:
-    """`all`, or methods separated by spaces or semicolons, each a member or several joined by commas, as `dora,lora+`.
+    """The methods in `words`: `all`, or words like `dora,lora+` separated by spaces or semicolons.
+
+    >>> methods_of("lora; dora,lora+")
+    ['lora', 'dora,lora+']
 
     Raises:
-        SettingError: no method, an unknown member, or a method that is given twice.
+        SettingError: no method, an unknown member, or a method given twice.
     """
     if words.strip() == "all":
         return [member.word for member in members()]
     found = [word.strip(",") for word in re.split(r"[;\s]+", words) if word.strip(",")]
     if not found:
         raise SettingError(
-            f"--methods {words!r} names none; expected all, or such as 'dora vera dora,adalora'"
+            f"--methods {words!r} names no method; expected all, or such as "
+            "'dora vera dora,adalora'"
         )
     if twice := [word for n, word in enumerate(found) if word in found[:n]]:
         raise SettingError(f"--methods names {twice[0]} twice")
@@ -72,7 +78,7 @@ def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict
     """Method → those of the settings `given` that one of its members has.
 
     Raises:
-        SettingError: a setting that none of the methods has.
+        SettingError: a setting that no method has.
     """
     names = {
         word: frozenset().union(*(member_named(m.strip()).setting_names() for m in word.split(",")))
@@ -80,7 +86,7 @@ def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict
     }
     for name in given:
         if not any(name in known for known in names.values()):
-            method_named(methods[-1], {name: given[name]})  # which says that it has no such setting
+            method_named(methods[-1], {name: given[name]})  # raises: no such setting
     return {
         word: {name: value for name, value in given.items() if name in known}
         for word, known in names.items()
@@ -88,12 +94,15 @@ def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict
 
 
 def fair_settings(words: str, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-    """A method's settings beside others of one rank and scale, in a run of so many steps; see `Member.fair`."""
+    """A method's settings in a comparison with others of one rank and scale; see `Member.fair`.
+
+    >>> fair_settings("lora", rank=4, scaling=2.0, steps=100)
+    {'rank': 4, 'alpha': 8.0}
+    """
     fair = [member_named(word.strip()).fair(rank, scaling, steps) for word in words.split(",")]
     lacking = {name for settings in fair for name, value in settings.items() if value is None}
-    fair.sort(
-        key=lambda settings: None in settings.values()
-    )  # who has settings of its own instead is asked last
+    # Later ones win, so a member that has settings of its own instead comes last.
+    fair.sort(key=lambda settings: None in settings.values())
     return {
         name: value for settings in fair for name, value in settings.items() if name not in lacking
     }

@@ -1,7 +1,8 @@
-"""The class swap: an adapted module becomes a subclass of its own class, with adapters attached on it as `.lorakin`.
+"""The class swap: an adapted module becomes a subclass of its own class, with adapters in `.lorakin`.
 
-The module keeps its identity, its name, its parameters and their `state_dict` keys; the adapters' tensors add keys of
-the form `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets its class back.
+The module keeps its identity, its name, its parameters and their `state_dict` keys. The adapters'
+tensors add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, the module gets
+its class back.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from lorakin.kernels import adapted_linear as kernel
 
 
 class Adapted(Swapped):
-    """Mixed in before the module's own class by `hang`; adds what the active adapters say to its output.
+    """Mixed in before the module's own class; adds the active adapters' changes to its output.
 
-    Who reads its weight in a forward, without calling the module, gets the changed weight. Who reads
-    its bias in a forward, the module's own too, gets that of the adapter in use, if it has one.
+    Code that reads the weight in a forward without calling the module gets the changed weight. Code
+    that reads the bias in a forward, the module's own included, gets the bias of the adapter in use
+    if that has one.
     """
 
     lorakin: Adapters
@@ -133,9 +135,9 @@ class Adapted(Swapped):
 
 
 class Looked(nn.Embedding):
-    """nn.Embedding where a subclass with a forward of its own calls it: what is looked up is the changed rows.
+    """nn.Embedding as called by a subclass with its own forward: it looks up the changed rows.
 
-    So a scaled embedding scales the change with them, and no changed table is made, also by a compiler.
+    So a scaled embedding scales the change too, and not even a compiler makes a changed table.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -158,9 +160,10 @@ class Looked(nn.Embedding):
 
 
 class Replaced(Swapped):
-    """Mixed in before a module's own class when an adapter trains the whole module: its copy is used instead.
+    """Mixed in before the class of a module that an adapter trains whole: the copy is used instead.
 
-    Also by who reads its tensors and parts in a forward, or calls another of its methods.
+    That holds also for code in a forward that reads the module's tensors and parts, or calls
+    another of its methods.
     """
 
     lorakin: Adapters
@@ -188,7 +191,7 @@ class Replaced(Swapped):
 
 
 class ReplacedSequence(Replaced):
-    """`Replaced` for nn.Sequential, whose parts are its children: the adapters are not among them."""
+    """`Replaced` for nn.Sequential: its parts are its children, without the adapters."""
 
     def _parts(self) -> list[nn.Module]:
         here: nn.Module = _copy_in_use(self, 4) or self
@@ -206,7 +209,7 @@ class ReplacedSequence(Replaced):
 
 
 def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
-    """The copy that answers for `module` to the function `depth` calls above this, or None."""
+    """The copy that answers for `module` to the caller `depth` frames up, or None."""
     attached = attachments_or_none(module)
     if (
         attached is None
@@ -217,7 +220,8 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
         return None
     if attached.rows is not None:
         raise StateError(
-            f"a {type(module).__name__} that is trained whole is read without being called, so it cannot be in a mixed batch"
+            f"a {type(module).__name__} that is trained whole is read without being called, so it "
+            "cannot be in a mixed batch"
         )
     own: nn.Module = copies[0].module
     return own
@@ -228,11 +232,11 @@ Child = Branch | Copy | TokenRowsBranch | Bias
 
 
 def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
-    """What to say of a module that is no longer as large as its adapter."""
+    """The message for a module that no longer has the size it was adapted at."""
     return (
-        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at {' x '.join(map(str, before))}: "
-        "something, such as resize_token_embeddings, changed it since. Resize a model before it is adapted; "
-        "here, remove the adapter, resize, and adapt again"
+        f"{path} is now {' x '.join(map(str, now))}, but it was adapted at "
+        f"{' x '.join(map(str, before))}: something, such as resize_token_embeddings, changed it "
+        "since. Resize a model before you adapt it: remove the adapter, resize, and adapt again"
     )
 
 
@@ -242,7 +246,11 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, also if it is one of a stack of experts, which torch does not know; raises as `get_submodule`."""
+    """The module at a path, also one of a stack of experts, which torch does not know.
+
+    Raises:
+        AttributeError: there is none, as from `get_submodule`.
+    """
     module, parts = model, path.split(".") if path else []
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
@@ -289,13 +297,13 @@ def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
 
 
 def conflict(module: nn.Module, name: str, child: Child) -> str | None:
-    """Why `child` cannot be attached on `module` as the adapter `name`, or None if it can."""
+    """Why `child` cannot hang on `module` as the adapter `name`; None if it can."""
     if is_adapted(module):
         attached = attachments_of(module)
         if not isinstance(module, _mixin(module, child)):
             return (
-                "it is in use by another adapter in another way: adapted, trained whole, or some of its rows "
-                "trained; remove that one first"
+                "another adapter uses it in another way (as adapted, as trained whole, or with "
+                "trained rows); remove that adapter first"
             )
         if name in attached:
             return (
@@ -303,12 +311,12 @@ def conflict(module: nn.Module, name: str, child: Child) -> str | None:
             )
     called = module.experts if isinstance(module, experts.ExpertMatrix) else module
     if "forward" in vars(called) and "_old_forward" not in vars(called):
-        return "its forward was replaced on the instance, so an adapter would never be called"
+        return "its forward was replaced on the instance, so it would never call an adapter"
     return None
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter `name` off `module`; the last one gives the module its class back."""
+    """Take the adapter `name` off `module`; after the last one the module gets its class back."""
     attached = attachments_of(module)
     del attached[name]
     if not len(attached):
@@ -319,7 +327,10 @@ def detach(module: nn.Module, name: str) -> None:
 
 
 def move_base(module: Any, change: Tensor) -> None:
-    """Add `change` (outputs, inputs) to the weight in its own dtype: to a copy, the base's own parameter is set aside."""
+    """Add `change` (outputs, inputs) to a copy of the weight, in its own dtype.
+
+    The base's own parameter is set aside.
+    """
     kind = kind_of(module)
     assert kind is not None
     attached = attachments_of(module)
@@ -332,7 +343,7 @@ def move_base(module: Any, change: Tensor) -> None:
 
 
 def swap_moved(module: Any) -> None:
-    """Exchange the weight that was moved with the base's own, and back with the next call. Nothing if none was moved."""
+    """Exchange the moved weight with the base's own, and back with the next call."""
     unmoved = attachments_of(module).unmoved
     for key, tensor in unmoved.items():
         unmoved[key] = experts.set_aside(module, getattr(module, key))

@@ -21,18 +21,21 @@ Whether = bool | Literal["irregular"]
 
 
 def hung_of(adapter: InsertedAdapter) -> list[Attachments]:
-    """What hangs on each of its modules; none of a module that something else has replaced."""
+    """What hangs on each of its modules; nothing for a module that has been replaced."""
     return adapter.tensors.attachments() if adapter.is_present else []
 
 
 def tensors_of(adapter: InsertedAdapter) -> list[nn.Parameter]:
-    """Its tensors, once each; none once it is gone."""
+    """Its tensors, once each; none once the adapter is removed."""
     each = (p for attached in hung_of(adapter) for p in attached[adapter.name].parameters())
     return list({id(parameter): parameter for parameter in each}.values())
 
 
 def requires_grad(adapter: InsertedAdapter) -> Whether:
-    """Whether the tensors that its method trains require gradients; "irregular" also if another one does."""
+    """Whether the tensors that its method trains require gradients.
+
+    "irregular" if only some do, or if another tensor does.
+    """
     flags: set[Whether] = set()
     for attached in hung_of(adapter):
         child = attached[adapter.name]
@@ -49,6 +52,7 @@ def requires_grad(adapter: InsertedAdapter) -> Whether:
 
 
 def whether(flags: Iterable[object]) -> Whether:
+    """True if all flags are, False if none is, else "irregular"."""
     found = set(flags)
     if found <= {True}:
         return True
@@ -56,7 +60,7 @@ def whether(flags: Iterable[object]) -> Whether:
 
 
 def trained_by_method(adapter: InsertedAdapter) -> int:
-    """How many numbers the adapter's method trains, whether or not they require gradients just now."""
+    """How many numbers its method trains, whether or not they require gradients now."""
     trained: dict[int, int] = {}
     for attached in hung_of(adapter):
         child = attached[adapter.name]
@@ -75,7 +79,11 @@ def trained_by_method(adapter: InsertedAdapter) -> int:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers of the model and its adapters require gradients, and how many there are.
 
-    Shared tensors count once. A weight in few bits counts as its matrix, outputs x inputs, not as the bytes that hold it.
+    Shared tensors count once. A quantised weight counts as its matrix, outputs × inputs, not as the
+    bytes that hold it.
+
+    >>> parameter_counts(nn.Linear(3, 2))
+    (8, 8)
     """
     counted: dict[int, tuple[int, bool]] = {}
     modules = list(model.modules())
@@ -91,7 +99,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
-    """The numbers of each tensor that the base's module holds itself, by identity, whatever adapters put in its place."""
+    """The numbers of each tensor that a module of the base holds itself, by identity."""
     attached = attachments_or_none(module) or Attachments()
     aside = {**attached.base, **attached.unmoved}
     own = {leaf: aside.get(leaf, p) for leaf, p in module._parameters.items() if p is not None}
@@ -99,28 +107,27 @@ def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
         return {id(p): (_weights_in(p), p.requires_grad) for p in own.values()}
     plain = {leaf: p for leaf, p in own.items() if leaf == "bias"}
     outputs, inputs = shape_of(module)[:2]
-    held = {
-        id(own.get("weight", module)): (outputs * inputs, False)
-    }  # scales and zero points are part of the weight
+    # Scales and zero points are part of the weight, so they are not counted.
+    held = {id(own.get("weight", module)): (outputs * inputs, False)}
     return held | {id(p): (numbers(p), p.requires_grad) for p in plain.values()}
 
 
 def _weights_in(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for, also if bitsandbytes packs several into a byte."""
+    """How many numbers a parameter stands for, also if bitsandbytes packs several in a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return numbers(parameter) if shape is None else torch.Size(shape).numel()
 
 
 def numbers(tensor: Tensor) -> int:
-    """How many numbers there are in all processes together."""
+    """How many numbers a tensor has, in all processes together."""
     return torch.Size(whole_shape(tensor)).numel()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The memory that they take in this process."""
+    """The memory of the tensors in this process, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def devices_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The devices that they are on, in order."""
+    """The devices of the tensors, in order."""
     return tuple(sorted({str(tensor.device) for tensor in tensors}))

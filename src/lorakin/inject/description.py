@@ -1,10 +1,12 @@
-"""An adapter, its method and its sizes in words: for `print`, for the command line, and for a model card."""
+"""An adapter, its method and its sizes in words: for `print`, the command line, and model cards."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from lorakin.family import Member, Method
 from lorakin.inject.counts import (
@@ -27,7 +29,12 @@ TRAINING: dict[Whether, str] = {
 
 
 def in_words(method: Method) -> str:
-    """A method with its settings, such as `dora on lora (rank 16, alpha 32, dropout 0, rslora False)`."""
+    """A method with its settings.
+
+    >>> from lorakin import DoRA
+    >>> in_words(Method.of(DoRA(rank=8)))
+    'dora on lora (rank 8, alpha 32, dropout 0, rslora False, init kaiming)'
+    """
     pair = method.parametrisation
     if pair in method.members:
         return ", ".join(map(member_in_words, method.members))
@@ -36,12 +43,13 @@ def in_words(method: Method) -> str:
 
 
 def member_in_words(member: Member, without: Collection[str] = ()) -> str:
-    """A member with those of its settings that are set, but for some that are said elsewhere."""
+    """A member with the settings that have a value, except those in `without`."""
     settings = {name: value for name, value in settings_of(member).items() if name not in without}
     said = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Mapping)}
     if not said:
         return member.word
-    return f"{member.word} ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in said.items())})"
+    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items())
+    return f"{member.word} ({', '.join(words)})"
 
 
 def settings_of(member: Member) -> dict[str, Any]:
@@ -50,107 +58,119 @@ def settings_of(member: Member) -> dict[str, Any]:
 
 
 def module_names(paths: Iterable[str]) -> list[str]:
-    """The last words of paths, once each, in order; of a stack's matrices the stack's."""
+    """The last words of paths, once each, in order.
+
+    >>> module_names(["layers.0.q_proj", "layers.1.q_proj", "mlp.experts.3"])
+    ['q_proj', 'experts']
+    """
     named = ([part for part in path.split(".") if not part.isdigit()] for path in paths)
     return list(dict.fromkeys(parts[-1] for parts in named if parts))
 
 
 def ranks_in_words(adapter: InsertedAdapter) -> str:
-    """`rank 8`, or `rank 4 to 16` where modules have ranks of their own; empty where the method has none."""
-    ranks = sorted(
-        {
-            rank
-            for method in adapter.placement.methods.values()
-            if (rank := method.setting("rank")) is not None
-        }
-    )
+    """`rank 8`, or `rank 4 to 16` if modules have different ranks; empty if there are none."""
+    each = (method.setting("rank") for method in adapter.placement.methods.values())
+    ranks = sorted({rank for rank in each if rank is not None})
     if not ranks:
         return ""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
 
 def biases_in_words(adapter: InsertedAdapter) -> str:
-    """`4 biases`, those that it trains."""
+    """`4 biases`: the biases that it trains."""
     number = len(adapter.placement.biases)
     return f"{number:,} bias{'' if number == 1 else 'es'}"
 
 
 def state_in_words(adapter: InsertedAdapter) -> str:
     """`active`, `inactive`, `merged`, `disabled` or `removed`, and its scale if that is not 1."""
-    attached = hung_of(adapter)
     if not adapter.is_present:
         return "removed"
-    states = {"merged": "merged", "off": "disabled", "active": "active"}
-    word = next(
-        (
-            word
-            for state, word in states.items()
-            if any(adapter.name in getattr(h, state) for h in attached)
-        ),
-        "inactive",
-    )
+    words = {"merged": "merged", "off": "disabled", "active": "active"}
+    holds = [
+        word
+        for state, word in words.items()
+        if any(adapter.name in getattr(attached, state) for attached in hung_of(adapter))
+    ]
+    word = holds[0] if holds else "inactive"
     return word if adapter.merging.scale == 1 else f"{word} at scale {adapter.merging.scale:g}"
 
 
 def described(adapter: InsertedAdapter) -> str:
     """The adapter in a few lines: method, modules, trained parameters, memory, state."""
-    tensors = tensors_of(adapter)
-    trained, total = (
-        sum(numbers(p) for p in tensors if p.requires_grad),
-        parameter_counts(adapter.model)[1],
-    )
+    ranks = ranks_in_words(adapter)
+    own_ranks = f"; {ranks}" if " to " in ranks else ""
+    title = f"adapter {adapter.name!r}: {in_words(adapter.method)}{own_ranks}"
+    if not adapter.is_present:
+        return f"{title}\n  state: removed"
+
+    placement, tensors = adapter.placement, tensors_of(adapter)
+    names = module_names(placement.methods)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-    places, own_ranks = module_names(adapter.placement.methods), ranks_in_words(adapter)
+    devices = devices_of(tensors)
     lines = [
-        f"adapter {adapter.name!r}: {in_words(adapter.method)}{f'; {own_ranks}' if ' to ' in own_ranks else ''}",
-        f"modules: {len(adapter.placement.methods)}{f' ({listed(places)})' if places else ''}"
-        + (
-            f"; trained whole: {listed(adapter.placement.copies)}"
-            if adapter.placement.copies
-            else ""
-        )
-        + (f"; {biases_in_words(adapter)}" if adapter.placement.biases else ""),
-        f"trains: {share(trained, total)}",
+        title,
+        f"modules: {len(placement.methods)}{f' ({listed(names)})' if names else ''}"
+        + (f"; trained whole: {listed(placement.copies)}" if placement.copies else "")
+        + (f"; {biases_in_words(adapter)}" if placement.biases else ""),
+        f"trains: {share(_training(tensors), parameter_counts(adapter.model)[1])}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
-        + (f" on {', '.join(devices_of(tensors))}" if tensors else ""),
+        + (f" on {', '.join(devices)}" if tensors else ""),
         f"state: {state_in_words(adapter)}, {TRAINING[requires_grad(adapter)]}",
     ]
-    return "\n  ".join(lines if adapter.is_present else [lines[0], "state: removed"])
+    return "\n  ".join(lines)
 
 
 def in_one_line(adapter: InsertedAdapter) -> str:
-    """The adapter in a line, for `repr`."""
-    tensors = tensors_of(adapter)
-    trained, total = (
-        sum(numbers(p) for p in tensors if p.requires_grad),
-        parameter_counts(adapter.model)[1],
-    )
-    places = count(len(adapter.placement.methods), "module")
+    """The adapter in one line, for `repr`."""
+    modules = count(len(adapter.placement.methods), "module")
     if adapter.placement.copies:
-        places += f" and {len(adapter.placement.copies)} whole"
-    parts = [repr(adapter.name), str(adapter.placement.method), places]
+        modules += f" and {len(adapter.placement.copies)} whole"
+    parts = [repr(adapter.name), str(adapter.placement.method), modules]
     if adapter.is_present:
+        trained, total = _training(tensors_of(adapter)), parameter_counts(adapter.model)[1]
         parts.append(f"{share(trained, total)} train" if trained else "frozen")
     return f"Adapter({', '.join([*parts, state_in_words(adapter)])})"
 
 
+def _training(tensors: Iterable[Tensor]) -> int:
+    """How many numbers of these tensors require gradients."""
+    return sum(numbers(tensor) for tensor in tensors if tensor.requires_grad)
+
+
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names, and how many more there are than are named."""
+    """Up to `most` names, and how many more there are.
+
+    >>> listed("abc", most=2)
+    'a, b and 1 more'
+    """
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def share(part: int, whole: int) -> str:
-    """`1,792 of 30,000 parameters (5.97%)`."""
+    """A part of the parameters in words.
+
+    >>> share(1792, 30000)
+    '1,792 of 30,000 parameters (5.97%)'
+    """
     return f"{part:,} of {whole:,} parameters" + (f" ({part / whole:.2%})" if whole else "")
 
 
 def size_in_words(size: int) -> str:
-    """Bytes, and as KiB or MiB."""
+    """A number of bytes, also as KiB or MiB.
+
+    >>> size_in_words(1536)
+    '1,536 bytes (1.5 KiB)'
+    """
     unit, name = (2**20, "MiB") if size >= 2**20 else (2**10, "KiB")
     return f"{size:,} bytes ({size / unit:,.1f} {name})"
 
 
 def count(number: int, what: str) -> str:
-    """`1 module`, `2 modules`."""
+    """A number of things.
+
+    >>> count(1, "module"), count(2, "module")
+    ('1 module', '2 modules')
+    """
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,12 +1,11 @@
 """The kinds of module that can be adapted, each seen as one matrix (outputs × inputs).
 
-A kind says how its module's weight is laid out and how the module applies a low-rank pair to its input.
-Everything else in lorakin works on the matrix and never asks which kind it is.
+A kind says how its module lays out the weight and how it applies a low-rank pair to its input. All
+other code works on the matrix and never asks which kind it is.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, ClassVar
 
@@ -18,78 +17,29 @@ from torch.nn.parameter import UninitializedParameter
 from lorakin.family import Pair, Shape, Weight
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
-from lorakin.inject.attachments import attachments_or_none
+from lorakin.inject.convolutions import ConvolutionLayer, UngroupedLayer
 from lorakin.inject.experts import ExpertMatrix
+from lorakin.inject.layer import Layer
 
-
-class Layer:
-    """How one kind of module holds and applies its weight. Methods are static: a kind has no state."""
-
-    modules: ClassVar[tuple[type[nn.Module], ...]]
-
-    @staticmethod
-    def shape(module: Any) -> Shape:
-        """The module's weight as a matrix."""
-        raise NotImplementedError
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """`weight`, in the module's layout, as (outputs, inputs)."""
-        raise NotImplementedError
-
-    @staticmethod
-    def layout(matrix: Tensor, module: Any) -> Tensor:
-        """The inverse of `matrix`: (outputs, inputs) in the layout of the module's weight."""
-        raise NotImplementedError
-
-    @classmethod
-    def weight(cls, module: Any) -> Tensor | Weight:
-        """The module's weight as a matrix, the base's own even while adapters are merged."""
-        held = vars(module)["_parameters"].get("weight")
-        if held is not None and hasattr(held, "ds_id") and is_sharded(held):
-            return ShardedWeight(
-                cls.matrix(torch.empty(whole_shape(held), device="meta")).shape, held
-            )
-        attached = attachments_or_none(module)
-        own = module.weight if attached is None else attached.base.get("weight", module.weight)
-        return cls.matrix(own.detach())
-
-    @staticmethod
-    def dtype(module: Any, x: Tensor) -> torch.dtype:
-        """In which the module multiplies, and so does an adapter on it."""
-        dtype: torch.dtype = module.weight.dtype
-        return dtype
-
-    @staticmethod
-    def device(module: Any) -> torch.device:
-        """Where the module's weight is."""
-        device: torch.device = module.weight.device
-        return device
-
-    @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        """up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
-        raise NotImplementedError
-
-    @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """W0·x without the bias, for a weight in the module's layout."""
-        raise NotImplementedError
-
-    @staticmethod
-    def per_output(vector: Tensor, module: Any) -> Tensor:
-        """`vector` (outputs,), shaped to multiply the module's output."""
-        return vector
-
-    @staticmethod
-    def drop(x: Tensor, p: float, training: bool) -> Tensor:
-        """Dropout of the branch's input."""
-        return F.dropout(x, p, training) if p > 0 and training else x
-
-    @staticmethod
-    def refusal(module: Any) -> str | None:
-        """Why this module cannot be adapted although it is of this kind, or None."""
-        return None
+__all__ = [
+    "KINDS",
+    "ConvolutionLayer",
+    "EmbeddingLayer",
+    "ExpertLayer",
+    "Layer",
+    "LinearLayer",
+    "QuantisedLayer",
+    "TransposedLayer",
+    "UngroupedLayer",
+    "has_own_forward",
+    "is_container",
+    "is_gate",
+    "is_grouped",
+    "is_linear",
+    "is_transposed",
+    "kind_of",
+    "refusal",
+]
 
 
 class LinearLayer(Layer):
@@ -159,22 +109,23 @@ class ExpertLayer(LinearLayer):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor | Weight:
-        return (
-            ShardedWeight(module.shape, module.parameter)
-            if is_sharded(module.parameter)
-            else super().weight(module)
-        )
+        if is_sharded(module.parameter):
+            return ShardedWeight(module.shape, module.parameter)
+        return super().weight(module)
 
     @staticmethod
     def refusal(module: Any) -> str | None:
         weight = module.weight
         if weight.is_floating_point() and weight.element_size() > 1:
             return None
-        return f"one of the experts of a {type(module.experts).__name__}, which are quantised ({weight.dtype})"
+        return (
+            f"one of the experts of a {type(module.experts).__name__}, which are quantised "
+            f"({weight.dtype})"
+        )
 
 
 class TransposedLayer(Layer):
-    """transformers' Conv1D, the linear layer of GPT-2: the weight is the matrix transposed, (in, out)."""
+    """transformers' Conv1D, GPT-2's linear layer: the weight is transposed, (in, out)."""
 
     modules = ()
 
@@ -201,9 +152,9 @@ class TransposedLayer(Layer):
 
 
 class EmbeddingLayer(Layer):
-    """nn.Embedding: the weight is the matrix transposed, (vocabulary, dim), and the input picks its columns.
+    """nn.Embedding: the weight is the transposed matrix (vocabulary, dim), and inputs pick columns.
 
-    The branch's input is an index, so dropout has nothing to act on.
+    An input is an index, so dropout has nothing to act on.
     """
 
     modules = (nn.Embedding,)
@@ -241,80 +192,6 @@ class EmbeddingLayer(Layer):
         return None
 
 
-class ConvolutionLayer(Layer):
-    """nn.Conv1d, Conv2d and Conv3d: A is a convolution of the same kernel to r channels, B one of kernel 1.
-
-    In a grouped one every group has the same A, on its own inputs, and its own rows of B, so that the
-    weight (outputs, inputs/groups · kernel) is a matrix like any other.
-    """
-
-    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    @staticmethod
-    def shape(module: Any) -> Shape:
-        return Shape(
-            module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
-        )
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    @staticmethod
-    def layout(matrix: Tensor, module: Any) -> Tensor:
-        return matrix.view(-1, module.in_channels // module.groups, *module.kernel_size)
-
-    @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        if module.groups > 1 and module.out_channels <= module.groups * pair.up.shape[1]:
-            return ConvolutionLayer.product(
-                module, x, ConvolutionLayer.layout(pair.up @ pair.down, module)
-            )  # the smaller
-        down, groups = ConvolutionLayer.layout(pair.down, module), module.groups
-        hidden = module._conv_forward(
-            x, down if groups == 1 else down.repeat(groups, *(1 for _ in down.shape[1:])), None
-        )
-        channel = hidden.ndim - 1 - len(module.kernel_size)
-        if groups == 1:
-            return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
-        out = F.conv1d(hidden.flatten(channel + 1), pair.up.unsqueeze(-1), groups=groups)
-        return out.reshape(*out.shape[:-1], *hidden.shape[channel + 1 :])
-
-    @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = module._conv_forward(x, weight, None)
-        return out
-
-    @staticmethod
-    def per_output(vector: Tensor, module: Any) -> Tensor:
-        return vector.view(-1, *(1 for _ in module.kernel_size))
-
-
-class UngroupedLayer(ConvolutionLayer):
-    """A grouped convolution to whose output a convolution of all its inputs is added, as PEFT trains it.
-
-    That is no change of its weight: it cannot be merged, nor seen by who reads the weight.
-    """
-
-    @staticmethod
-    def shape(module: Any) -> Shape:
-        return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
-
-    @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
-        padding = module.padding
-        if module.padding_mode != "zeros":
-            x, padding = (
-                F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode),
-                0,
-            )
-        down = pair.down.view(len(pair.down), -1, *module.kernel_size)
-        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        hidden = convolve(x, down, None, module.stride, padding, module.dilation)
-        channel = hidden.ndim - 1 - len(module.kernel_size)
-        return F.linear(hidden.movedim(channel, -1), pair.up).movedim(-1, channel)
-
-
 KINDS: tuple[type[Layer], ...] = (
     LinearLayer,
     EmbeddingLayer,
@@ -325,7 +202,11 @@ KINDS: tuple[type[Layer], ...] = (
 
 
 def kind_of(module: nn.Module) -> type[Layer] | None:
-    """The kind of layer that `module` is, or None if it is of no kind that can be adapted."""
+    """The kind of layer that `module` is; None if it cannot be adapted.
+
+    >>> kind_of(nn.Linear(3, 2)).__name__, kind_of(nn.ReLU())
+    ('LinearLayer', None)
+    """
     if quantised.is_quantised(module):
         return QuantisedLayer
     for kind in KINDS:
@@ -335,7 +216,10 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D. Only looks if transformers is loaded: this room does not import it."""
+    """Whether `module` is transformers' Conv1D.
+
+    It looks only if transformers is loaded, since this room does not import it.
+    """
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
 
@@ -346,32 +230,43 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_gate(module: nn.Module) -> bool:
-    """Whether a linear layer has one output, as the gate of a shared expert, or one input: a pair has nothing to factor."""
+    """Whether a linear layer has one output, such as the gate of a shared expert, or one input.
+
+    A pair has nothing to factor there.
+    """
     kind = kind_of(module)
     return kind is not None and 1 in kind.shape(module)[:2]
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why `module` cannot be adapted, or None if it can."""
+    """Why `module` cannot be adapted; None if it can.
+
+    >>> refusal(nn.ReLU())
+    'a ReLU, which is no linear, embedding or convolution layer'
+    """
     kind = kind_of(module)
+    name = f"a {type(module).__name__}"
     if kind is None:
-        return f"a {type(module).__name__}, which is no linear, embedding or convolution layer"
+        return f"{name}, which is no linear, embedding or convolution layer"
     if kind in (QuantisedLayer, ExpertLayer):
         return kind.refusal(module)
+
     weight = vars(module)["_parameters"].get("weight")
     if weight is None:
-        return f"a {type(module).__name__} whose weight is computed (parametrized or normalised), not a parameter of its own"
+        return f"{name} whose weight is computed (parametrized or normalised), not a parameter"
     if isinstance(weight, UninitializedParameter):
-        return f"a {type(module).__name__} that gets its shape in the first forward; run one before adapting"
+        return f"{name} that gets its shape in the first forward; run one before adapting"
     if (
         not isinstance(weight, Tensor)
         or not weight.is_floating_point()
         or weight.element_size() < 2
     ):
         dtype = getattr(weight, "dtype", type(weight).__name__)
-        return f"a {type(module).__name__} whose weight is quantised ({dtype}), and no linear layer"
+        return f"{name} whose weight is quantised ({dtype}), and no linear layer"
     if weight.is_meta and "_hf_hook" in vars(module):
-        return "offloaded by Accelerate: its weight comes and goes, and an adapter would not come with it"
+        return (
+            "offloaded by Accelerate: its weight comes and goes, and an adapter would stay behind"
+        )
     return kind.refusal(module)
 
 
@@ -388,7 +283,7 @@ def is_container(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module, kind: type[Layer]) -> bool:
     """Whether the module's class does more than its kind says, as a scaled embedding does.
 
-    An adapter changes such a module's weight as the forward reads it, and not its output.
+    An adapter then changes the weight that the forward reads, instead of adding to the output.
     """
     if kind in (QuantisedLayer, ExpertLayer) or is_transposed(module):
         return False

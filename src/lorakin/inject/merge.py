@@ -1,9 +1,10 @@
-"""Folding adapters into the weights of one module and taking them out again, bit for bit.
+"""Folding adapters into the weights of one module, and taking them out again to the bit.
 
-The base's own parameters are set aside, not overwritten, and come back as the same objects. That costs one more copy
-of each adapted weight while merged, and it leaves a tied partner of the weight as it was. Experts in one parameter are
-written over, and what was there is kept aside. A quantised weight stays where it is and is not used while merged: rounding
-the merged weight into so few bits again would lose most of what was learned.
+The base's own parameters are set aside, not overwritten, and come back as the same objects. This
+costs one more copy of each adapted weight while merged, and a tied partner of the weight stays as
+it was. Experts held in one parameter are overwritten, and a copy of what was there is kept. A
+quantised weight stays where it is and is unused while merged: rounding the merged weight back to
+so few bits would lose most of what was learned.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lorakin.inject.tokens import fold
 
 
 class Placed(Protocol):
-    """Which modules an adapter adapts, each with its method, and which it trains whole, or the biases of."""
+    """What an adapter adapts: modules with their methods, modules trained whole, and biases."""
 
     @property
     def methods(self) -> Mapping[str, Method]: ...
@@ -40,7 +41,7 @@ class Placed(Protocol):
 
 
 def check_together(plans: Mapping[str, Placed]) -> None:
-    """Whether the adapters of these plans, by name, can be merged at the same time.
+    """See that the adapters of these plans, by name, can be merged at the same time.
 
     Raises:
         StateError: one trains a module whole in which another changes something.
@@ -50,28 +51,26 @@ def check_together(plans: Mapping[str, Placed]) -> None:
             for other, there in plans.items():
                 if other != name and whole in there.copies:
                     raise StateError(
-                        f"two adapters that train {whole} whole cannot both be merged; unmerge the "
-                        f"other first ({name!r} and {other!r})"
+                        f"{name!r} and {other!r} both train {whole} whole, so they cannot both be "
+                        "merged; unmerge one first"
                     )
-                inside = [
-                    p
-                    for p in (*there.methods, *there.copies, *there.biases)
-                    if p.startswith(f"{whole}.")
-                ]
+                touched = (*there.methods, *there.copies, *there.biases)
+                inside = [path for path in touched if path.startswith(f"{whole}.")]
                 if other != name and inside:
                     raise StateError(
-                        f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains whole; they cannot both be merged"
+                        f"{other!r} adapts {inside[0]}, inside {whole}, which {name!r} trains "
+                        "whole; they cannot both be merged"
                     )
 
 
 def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) -> None:
-    """Whether the adapters `staying` are the same functions once `chosen` are merged for good.
+    """See that the adapters `staying` compute the same once `chosen` are merged for good.
 
-    A change that adds to the weight does so over any weight. A gain is over the weight that there
-    is: over another one it is another function, whether the adapter is in use now or later.
+    A change that adds to the weight does so over any weight. A gain multiplies the weight that is
+    there: over another weight it is another function, whether the adapter is in use now or later.
 
     Raises:
-        StateError: one of those that stay has a gain over a weight that would change.
+        StateError: an adapter that stays has a gain over a weight that would change.
     """
     changed = {path: name for name, placement in chosen.items() for path in placement.methods}
     whole = {path: name for name, placement in chosen.items() for path in placement.copies}
@@ -82,15 +81,16 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
             )
             if by is not None:
                 raise StateError(
-                    f"adapter {other!r} ({placement.methods[path].words}) has a gain over the weight of "
-                    f"{path}, which merging {by!r} for good would change, and with it what {other!r} "
-                    f"does. Merge both at once with lorakin.merge(model, {[*chosen, other]}), or "
-                    f"remove {other!r} first. Not for good, {by!r} can be merged beside it"
+                    f"adapter {other!r} ({placement.methods[path].words}) has a gain over the "
+                    f"weight of {path}; merging {by!r} for good would change that weight, and with "
+                    f"it what {other!r} does. Merge both at once with lorakin.merge(model, "
+                    f"{[*chosen, other]}), or remove {other!r} first, or merge {by!r} without "
+                    "permanent=True"
                 )
 
 
 def move_adapters(old: nn.Module, new: nn.Module) -> None:
-    """Hang the adapters of a quantised module on the plain one that takes its place."""
+    """Move the adapters of a quantised module to the plain one that takes its place."""
     attached = attachments_of(old)
     kind = layers.kind_of(new)
     assert kind is not None
@@ -106,25 +106,29 @@ def move_adapters(old: nn.Module, new: nn.Module) -> None:
 def set_merged(
     module: nn.Module, path: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Make the module's parameters those of the base with the adapters `names` folded in; () restores the base's own.
+    """Give the module the base's parameters with the adapters `names` folded in; () undoes it.
 
-    The weight is computed from W0 in float32 (float64 for a float64 base) and rounded once, so that merging several
-    adapters one by one gives the bits of merging them at once. That of a quantised module becomes a plain one in `dtype`.
+    The weight is computed from W0 in float32 (float64 for a float64 base) and rounded once. So
+    merging adapters one by one gives the same bits as merging them at once. A quantised module's
+    merged weight is a plain one in `dtype`.
 
     Raises:
-        StateError: a merged weight would not be finite; the module is left as it was.
+        StateError: a merged weight would not be finite; the module stays as it was.
     """
     attached = attachments_of(module)
-    names = tuple(
-        name for name in attached.names() if name in names
-    )  # in one order, whatever order they were merged in
-    if layers.kind_of(module) is QuantisedLayer and any(
+    # In one order, whatever order they were merged in.
+    names = tuple(name for name in attached.names() if name in names)
+    is_quantised = layers.kind_of(module) is QuantisedLayer and any(
         isinstance(child, Branch) for child in attached.values()
-    ):
+    )
+
+    base: dict[str, Tensor] = {}
+    if is_quantised:
         bias = _own_bias(attached, names, path)
         branches = [attached[name] for name in names if isinstance(attached[name], Branch)]
         dense = _dense(module, path, branches, dtype) if branches else None
-        base = (attached.base or _base_bias(module)) if names else {}
+        if names:
+            base = attached.base or _base_bias(module)
         replacement = _with_bias(base, bias, path) if names else attached.base
         attached.dense = dense
     elif names:
@@ -136,7 +140,8 @@ def set_merged(
             if attached.biased:
                 replacement = replacement | _with_bias(base, bias, path)
     else:
-        replacement, base = attached.base, {}
+        replacement = attached.base
+
     attached.base = base
     for key, tensor in replacement.items():
         owner, _, leaf = key.rpartition(".")
@@ -146,6 +151,7 @@ def set_merged(
 
 @torch.no_grad()
 def _dense(module: nn.Module, path: str, branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
+    """The weight of a quantised module with these branches folded in, as a plain one."""
     matrix = QuantisedLayer.weight(module).matrix
     return folded(
         matrix, QuantisedLayer, module, [branch.pair(matrix) for branch in branches], path, dtype
@@ -153,31 +159,32 @@ def _dense(module: nn.Module, path: str, branches: Sequence[Branch], dtype: torc
 
 
 def _own_bias(attached: Attachments, names: Sequence[str], path: str) -> Tensor | None:
-    """The bias of that of these adapters which has one of its own here; None if none has."""
+    """The bias of the one adapter among `names` that has its own here; None if none has."""
     own = {name: bias for name in names if (bias := attached.bias_of(name)) is not None}
     if len(own) > 1:
         one, other, *_ = own
         raise StateError(
-            f"{one!r} and {other!r} both train the bias of {path}; unmerge one before merging the other"
+            f"{one!r} and {other!r} both train the bias of {path}; unmerge one before you merge "
+            "the other"
         )
     return next(iter(own.values()), None)
 
 
 def _base_bias(module: nn.Module) -> dict[str, Tensor]:
-    """The base's bias, if an adapter here has one of its own."""
+    """The base's bias, if an adapter here has its own."""
     bias = module._parameters.get(BIAS)
     return {BIAS: bias} if attachments_of(module).biased and bias is not None else {}
 
 
 @torch.no_grad()
 def _with_bias(base: dict[str, Tensor], bias: Tensor | None, path: str) -> dict[str, Tensor]:
-    """The bias of `base`, if it has one there, or in its place this one."""
+    """The bias to set, if the base has one: `bias`, or else the base's own."""
     own = {BIAS: base[BIAS]} if BIAS in base else {}
     return own if bias is None else {BIAS: _like(base[BIAS], bias, path)}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors that merging replaces: weight and bias, or all that a module trained whole saves."""
+    """The base's tensors that merging replaces: weight and bias, or a whole module's state."""
     attached = attachments_of(module)
     bias = _base_bias(module)
     if any(isinstance(child, Branch | TokenRowsBranch) for child in attached.values()):
@@ -196,6 +203,7 @@ def _folded(
     path: str,
     adapters: list[Branch | Copy | TokenRowsBranch],
 ) -> dict[str, Tensor]:
+    """What takes the place of the base's tensors while these adapters are merged."""
     branches = [adapter for adapter in adapters if isinstance(adapter, Branch)]
     if rows := [adapter for adapter in adapters if isinstance(adapter, TokenRowsBranch)]:
         table = base["weight"]
@@ -205,16 +213,17 @@ def _folded(
         return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
     if any(branch.layer is UngroupedLayer for branch in branches):
         raise StateError(
-            f"{path} is a convolution in groups, and an adapter on it, which PEFT trained, reads the inputs of all groups: "
-            "that is no change of its weight, so it cannot be merged"
+            f"{path} is a convolution in groups, and its adapter, which PEFT trained, reads "
+            "the inputs of all groups: that is no change of the weight, so it cannot be merged"
         )
     weight, layer = base["weight"], branches[0].layer
     matrix = layer.matrix(weight.detach())
     for branch in branches:
         if branch.shape[:2] != matrix.shape:
             raise StateError(
-                f"{path} is now {' × '.join(map(str, matrix.shape))}, but its adapter was made for {branch.shape.outputs} × "
-                f"{branch.shape.inputs}: something, such as resize_token_embeddings, changed it; do that before adapting"
+                f"{path} is now {' × '.join(map(str, matrix.shape))}, but its adapter was made for "
+                f"{branch.shape.outputs} × {branch.shape.inputs}: something, such as "
+                "resize_token_embeddings, changed it; do that before adapting"
             )
     return {
         "weight": folded(weight, layer, module, [branch.pair(matrix) for branch in branches], path)
@@ -229,14 +238,14 @@ def folded(
     path: str,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`weight` with the pairs folded in, computed in float32 (float64 for a float64 weight) and rounded once.
+    """`weight` with the pairs folded in, computed in float32 or float64 and rounded once.
 
     Args:
-        weight: as the module holds it.
+        weight: in the module's layout.
         layer: the module's kind.
         module: gives the layout; its own weight is not read.
         pairs: over `weight` as a matrix; several add up.
-        path: for the error.
+        path: for the error message.
         dtype: of the result, by default the weight's.
 
     Raises:
@@ -254,10 +263,11 @@ def folded(
 def _copied(
     base: dict[str, Tensor], path: str, adapters: list[Branch | Copy | TokenRowsBranch]
 ) -> dict[str, Tensor]:
+    """The tensors of the copy that an adapter trained in place of the module."""
     copies = [adapter for adapter in adapters if isinstance(adapter, Copy)]
     if len(copies) > 1:
         raise StateError(
-            f"two adapters that train {path} whole cannot both be merged; unmerge the other first"
+            f"two adapters train {path} whole, so they cannot both be merged; unmerge one first"
         )
     trained = copies[0].module.state_dict(keep_vars=True)
     made: dict[tuple[int, int], Tensor] = {}  # what is tied inside the module stays tied
@@ -268,10 +278,14 @@ def _copied(
 
 
 def _like(old: Tensor, values: Tensor, path: str) -> Tensor:
-    """`values` with the dtype and memory layout of `old`, as a parameter if that is one; refused if not finite."""
+    """`values` with the dtype, memory layout and class (tensor or parameter) of `old`.
+
+    Raises:
+        StateError: they would not be finite.
+    """
     new = torch.empty_like(old).copy_(values)
     if new.is_floating_point() and not all_finite(new):
         raise StateError(
-            f"merging would write NaN or infinity into {path}; the weights are left as they were"
+            f"merging would write NaN or infinity into {path}; the weights stay as they were"
         )
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

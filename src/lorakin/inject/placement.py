@@ -21,7 +21,13 @@ from lorakin.inject.biases import NONE as NO_BIASES
 from lorakin.inject.biases import find_biases
 from lorakin.inject.layers import ExpertLayer
 from lorakin.inject.patterns import Values
-from lorakin.inject.targets import ALL_LINEAR, Targets, check_patterns, for_stacks, select
+from lorakin.inject.targets import (
+    ALL_LINEAR,
+    Targets,
+    check_patterns,
+    for_stacks,
+    select,
+)
 from lorakin.inject.tokens import TokenRows, Tokens, check_free, find_tokens, places_of
 from lorakin.inject.whole_modules import find_modules
 

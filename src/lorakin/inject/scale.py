@@ -2,8 +2,8 @@
 
     W = W0 + scale · (W_adapter − W0)
 
-Every path makes its output of the pair that a branch gives, so the branch scales its pair (`Pair.times`)
-and no path knows of the scale.
+Every path computes its output from the pair that a branch gives. So the branch scales its pair
+(`Pair.times`), and no path needs to know the scale.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def rescaled(adapter: InsertedAdapter, scale: float) -> float:
-    """Scale the adapter on all of its modules, merged ones too; returns the scale as a float.
+    """Scale the adapter on all of its modules, merged ones too. Returns the scale as a float.
 
     Raises:
         SettingError: `scale` is no finite number.
-        StateError: the adapter has moved base weights in place, or a merged weight would not be finite.
-            Nothing is changed then.
+        StateError: the adapter has moved base weights in place, or a merged weight would not be
+            finite. Nothing is changed then.
     """
     if not is_finite_number(scale):
         raise SettingError(
@@ -35,8 +35,9 @@ def rescaled(adapter: InsertedAdapter, scale: float) -> float:
         )
     if scale != 1 and adapter.merging.has_moved_base:
         raise StateError(
-            f"adapter {adapter.name!r} has moved the base weights in place, which a scale does not reach; save it and "
-            "load it (files hold the form that leaves the base alone), then set the scale"
+            f"adapter {adapter.name!r} has moved the base weights in place, which a scale does not "
+            "reach; save and load it (files hold the form that leaves the base alone), then set "
+            "the scale"
         )
     before = adapter.merging.scale
     try:
@@ -48,7 +49,7 @@ def rescaled(adapter: InsertedAdapter, scale: float) -> float:
 
 
 def _set(adapter: InsertedAdapter, scale: float) -> None:
-    """Scale every branch, and make the merged weights anew."""
+    """Scale every branch, and compute the merged weights anew."""
     for path in adapter.placement.methods:
         adapter.tensors.branch(path).rescale(scale)
     dtype = quantised.dtype_of(adapter.model)

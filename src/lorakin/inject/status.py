@@ -23,7 +23,7 @@ from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.model_registry import adapters_in, root_of
 
 Names = tuple[str, ...] | Literal["irregular"]
-"""The adapters' names, or "irregular" if an adapter is in that state in some of its modules only."""
+"""The adapters' names, or "irregular" if one is in that state on some of its modules only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Status:
     trainable_parameters: int
     """The numbers that require gradients, in adapters and in the base."""
     total_parameters: int
-    """The numbers of the base and of all adapters; a weight in few bits counts as the matrix that it stands for."""
+    """The numbers of the base and of all adapters; a quantised weight counts as its matrix."""
 
     @property
     def enabled(self) -> Whether:
-        """Whether no adapter is disabled; False if all are."""
+        """True if no adapter is disabled, False if all are, else "irregular"."""
         return whether(name not in self.disabled for name in self.methods)
 
     def __str__(self) -> str:
@@ -63,9 +63,8 @@ class Status:
         if self.methods:
             lines[0] += f"; {count(self.modules, 'adapted module')}"
         for name, words in self.methods.items():
-            lines.append(
-                f"  {name}: {words}; {', '.join(self._states(name))}; {', '.join(self.devices[name]) or 'no tensors'}"
-            )
+            states, devices = ", ".join(self._states(name)), ", ".join(self.devices[name])
+            lines.append(f"  {name}: {words}; {states}; {devices or 'no tensors'}")
         for state, names in (("active", self.active), ("merged", self.merged)):
             if names == "irregular":
                 lines.append(f"  irregular: an adapter is {state} in some of its modules only")
@@ -79,14 +78,20 @@ class Status:
 
 
 def status(model: nn.Module) -> Status:
-    """The state of `model` and of the adapters in it: which are active, merged, disabled, training, where, and how large.
+    """The state of `model` and of the adapters in it.
 
-        print(lk.status(model))
+    It says which adapters are active, merged, disabled or training, where they are, and how large.
+    It works on a model without adapters too, and finds an adapted model inside a wrapper (DDP).
 
-    Works on a model without adapters too; of what wraps an adapted model (DDP, say) it is the state of that one.
+    >>> import torch, lorakin as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=2), "0")
+    >>> print(lk.status(model))
+    Sequential: 22 of 57 parameters (38.60%) train; 1 adapted module
+      default: lora; active, trains; cpu
 
     Raises:
-        SettingError: it is no model.
+        SettingError: `model` is no model.
         StateError: PEFT has put adapters of its own into it.
     """
     whole = root_of(model)
@@ -112,6 +117,7 @@ def status(model: nn.Module) -> Status:
 
 
 def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
+    """The adapters in a state; "irregular" if one is in it on some of its modules only."""
     names: dict[str, None] = {}
     for name, adapter in there.items():
         found = [getattr(attached, state) for attached in hung_of(adapter)]

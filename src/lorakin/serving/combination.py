@@ -8,7 +8,7 @@ from typing import Any
 
 import lorakin
 from lorakin.adapter import load
-from lorakin.conversion import checked_combination, combine
+from lorakin.combined import checked_combination, combine
 from lorakin.family.low_rank import Fit
 from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.verify import check_limit, compare, record, tolerance_for

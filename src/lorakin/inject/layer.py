@@ -1,0 +1,83 @@
+"""What a kind of layer is: a module whose weight can be seen as one matrix (outputs × inputs)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakin.family import Pair, Shape, Weight
+from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
+from lorakin.inject.attachments import attachments_or_none
+
+
+class Layer:
+    """How one kind of module holds and applies its weight. A kind has no state of its own."""
+
+    modules: ClassVar[tuple[type[nn.Module], ...]]
+    """The classes that are of this kind."""
+
+    @staticmethod
+    def shape(module: Any) -> Shape:
+        """The shape of the module's weight as a matrix."""
+        raise NotImplementedError
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """A weight in the module's layout, as a matrix (outputs, inputs)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def layout(matrix: Tensor, module: Any) -> Tensor:
+        """The inverse of `matrix`: (outputs, inputs) in the layout of the module's weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor | Weight:
+        """The module's weight as a matrix: the base's own, even while adapters are merged."""
+        held = vars(module)["_parameters"].get("weight")
+        if held is not None and hasattr(held, "ds_id") and is_sharded(held):
+            whole = torch.empty(whole_shape(held), device="meta")
+            return ShardedWeight(cls.matrix(whole).shape, held)
+        attached = attachments_or_none(module)
+        own = module.weight if attached is None else attached.base.get("weight", module.weight)
+        return cls.matrix(own.detach())
+
+    @staticmethod
+    def dtype(module: Any, x: Tensor) -> torch.dtype:
+        """The dtype in which the module multiplies; an adapter on it does the same."""
+        dtype: torch.dtype = module.weight.dtype
+        return dtype
+
+    @staticmethod
+    def device(module: Any) -> torch.device:
+        """The device of the module's weight."""
+        device: torch.device = module.weight.device
+        return device
+
+    @staticmethod
+    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+        """up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
+        raise NotImplementedError
+
+    @staticmethod
+    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """W0·x without the bias, for a weight in the module's layout."""
+        raise NotImplementedError
+
+    @staticmethod
+    def per_output(vector: Tensor, module: Any) -> Tensor:
+        """`vector` (outputs,), shaped to multiply the module's output."""
+        return vector
+
+    @staticmethod
+    def drop(x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout of the branch's input."""
+        return F.dropout(x, p, training) if p > 0 and training else x
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        """Why this module cannot be adapted although it is of this kind; None if it can."""
+        return None

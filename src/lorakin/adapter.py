@@ -13,15 +13,12 @@ import torch
 from torch import nn
 
 from lorakin.errors import AdapterError, StateError
-from lorakin.family import widened
 from lorakin.inject import placement
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.model_registry import root_of
 from lorakin.loop.optimizer_hooks import trained_by
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
-from lorakin.storage.document import Document
 
 FUSED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adam,
@@ -33,11 +30,18 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - the conventional l
 
 
 class Adapter(InsertedAdapter):
-    """One named adapter in a model; made by `adapt` and `load`, found again by `adapters`.
+    """One named adapter in one model. `adapt` and `load` make it; `adapters` finds it again.
 
-    It is made of a few things with one job each: `placement`, which modules it adapts and with what
-    settings; `tensors`, what it has placed there; `merging`, how it takes part in the model; `run`, what
-    its training has come to.
+    It has four parts, each with one job: `placement` says which modules it adapts and with what
+    settings, `tensors` holds what it has placed there, `merging` says how it takes part in the
+    model, and `run` how far its training has come.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(6, 4))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=2), targets="0")
+    >>> adapter.trainable_parameters
+    20
+    >>> adapter.remove()
     """
 
     # What it has placed in the model.
@@ -51,9 +55,9 @@ class Adapter(InsertedAdapter):
         return self.tensors.named_parameters()
 
     def modules(self) -> list[nn.Module]:
-        """What holds its tensors in each place of the model.
+        """The modules that hold its tensors, one for each place in the model.
 
-        For whatever shards or moves a model and should leave them out, such as FSDP.
+        Pass them to whatever shards or moves the model and should leave them out, such as FSDP.
         """
         return self.tensors.modules()
 
@@ -70,15 +74,15 @@ class Adapter(InsertedAdapter):
         return self.merging.is_merged
 
     def merge(self, *, permanent: bool = False) -> None:
-        """Fold the adapter into the weights; the forward then costs what the base's does.
+        """Fold the adapter into the weights. The forward then costs what the base's does.
 
-        Merging twice is merging once. The base's parameters are kept aside for `unmerge`: one more copy
-        of each adapted weight, until then. With `permanent` they are given up and the adapter leaves the
-        model, which is a plain model again.
+        Merging twice is merging once. `unmerge` needs the base's parameters, so they are kept: one
+        more copy of each adapted weight. With `permanent` they are not kept, and the adapter leaves
+        the model, which is a plain model again.
 
         Raises:
-            StateError: a merged weight would not be finite (nothing is merged then), the adapter is
-                disabled, or another adapter would then be another function.
+            StateError: a merged weight would not be finite (then nothing is merged), the adapter is
+                disabled, or another adapter would compute something else afterwards.
         """
         self.merging.merge(permanent=permanent)
 
@@ -87,19 +91,27 @@ class Adapter(InsertedAdapter):
         self.merging.unmerge()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """`with adapter.disabled(): …` leaves the adapter out of the forward, also while merged. Nests."""
+        """Leave the adapter out inside a `with` block, also while it is merged. Blocks nest.
+
+        >>> import lorakin as lk
+        >>> model = nn.Sequential(nn.Linear(6, 4))
+        >>> adapter = lk.adapt(model, lk.LoRA(rank=2), targets="0")
+        >>> with adapter.disabled():
+        ...     of_base = model(torch.ones(1, 6))
+        """
         return self.merging.disabled()
 
     @property
     def scale(self) -> float:
-        """How many times its change the adapter makes: 1 at first, 0 is none; any number.
+        """The factor on the adapter's change: 1 at first, 0 for no change; any finite number.
 
-        W = W0 + scale · (the adapter's weight − W0), in every adapted module, also where a gain is part
-        of the change; for inference, training and merging. Modules trained whole are used as they are.
-        It is of this model in memory: files do not hold it. Setting it on a merged adapter merges anew.
+        W = W0 + scale · (the adapter's weight − W0), in every adapted module, a gain included. It
+        acts in inference, training and merging, but not on modules that are trained whole. It
+        belongs
+        to this model in memory: files do not hold it. Setting it on a merged adapter merges again.
 
-        Raises, when it is set:
-            SettingError: no finite number.
+        Raises:
+            SettingError: the new value is no finite number.
             StateError: inside `mixed_batch`, or the adapter has moved the base weights in place.
         """
         return self.merging.scale
@@ -109,20 +121,25 @@ class Adapter(InsertedAdapter):
         self.merging.scale = scale
 
     def scaled(self, scale: float) -> contextlib.AbstractContextManager[None]:
-        """`with adapter.scaled(0.5): …` sets the scale, and what it was before behind it."""
+        """Use another scale inside a `with` block: `with adapter.scaled(0.5): …`. See `scale`."""
         return self.merging.scaled(scale)
 
     # How it trains.
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers it trains, fully trained modules included."""
+        """How many numbers it trains, those of modules trained whole included."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Groups for any torch optimizer; `options` (such as weight_decay) go into each of them.
+        """Parameter groups for any torch optimizer, with the learning rates that the method needs.
 
-        Decay spares what the method says, and the biases and normalisations of modules trained whole.
+        Weight decay does not act on the tensors that the method exempts (magnitudes, VeRA's
+        vectors), nor on biases and normalisations of modules trained whole.
+
+        Args:
+            lr: the learning rate that the method's rates are multiples of.
+            options: for every group, such as `weight_decay=0.01`.
         """
         return parameter_groups(self, lr, **options)
 
@@ -134,12 +151,26 @@ class Adapter(InsertedAdapter):
         total_steps: int | None = None,
         **options: Any,
     ) -> O:
-        """An optimizer of class `cls` over the adapter's groups, attached.
+        """Make an optimizer of class `cls` over `parameter_groups`, and attach it.
 
-        Decay defaults to 0 here, not to the class's default: B starts at zero and decay pulls it back there. Given one, it
-        acts as `parameter_groups` says.
-        torch's Adam, AdamW and SGD take their fused kernel where nothing else is asked for.
-        `total_steps`, the optimizer steps of the run, is needed only for members that plan over it, such as AdaLoRA.
+        torch's Adam, AdamW and SGD use their fused kernel unless you choose another.
+
+        >>> import lorakin as lk
+        >>> model = nn.Sequential(nn.Linear(6, 4))
+        >>> optimizer = lk.adapt(model, lk.LoRA(rank=2), targets="0").optimizer(lr=2e-4)
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["weight_decay"]
+        ('AdamW', 0.0)
+
+        Args:
+            cls: any torch optimizer class.
+            lr: see `parameter_groups`.
+            total_steps: the optimizer steps of the run, for members that plan over it, such as
+                AdaLoRA.
+            options: for `cls`. `weight_decay` is 0 unless you give it, whatever the class's
+                default: B starts at zero, and decay pulls it back there.
+
+        Raises:
+            SettingError: a member cannot be run like that.
         """
         if "weight_decay" in inspect.signature(cls).parameters:
             options.setdefault("weight_decay", 0.0)
@@ -150,13 +181,14 @@ class Adapter(InsertedAdapter):
         return self.attach(cls(self.parameter_groups(lr, **decay), **options), total_steps)
 
     def attach(self, optimizer: O, total_steps: int | None = None) -> O:
-        """Begin a run with `optimizer`, once it is clear that it trains the whole adapter as the method says; returns it.
+        """Start a training run with an optimizer of your own, and return the optimizer.
 
-        What a member does at each step hangs on the optimizer's steps by itself; nothing need be called while training.
+        You need to call nothing while training: members hook into the optimizer's steps.
 
         Raises:
-            SettingError: it holds not all of the adapter's trainable tensors, or a member cannot be run like that.
-            StateError: it lacks learning rates that the method relates to each other.
+            SettingError: it does not hold all of the adapter's trainable tensors, or a member
+                cannot be run like that.
+            StateError: its learning rates are not related to each other as the method needs.
         """
         check_attached(self, optimizer)
         self.run.begin(total_steps)
@@ -167,15 +199,18 @@ class Adapter(InsertedAdapter):
     def save(
         self, path: str | os.PathLike[str], *, notes: Mapping[str, object] | None = None
     ) -> Path:
-        """Write the adapter to the directory `path` in PEFT's layout, whole or not at all.
+        """Write the adapter into the directory `path` in PEFT's layout: all of its files or none.
 
-        A model card, README.md, is among the files, unless one that a person wrote is there. `notes` are more lines of it:
-        `{"Data": "rows.jsonl", "Held-out loss": "2.31 before, 1.87 after"}`.
-        Warns if the adapter, or part of it, changes nothing: training never reached it.
+        It writes a model card, README.md, too, unless there is one that a person wrote. It warns if
+        the adapter, or a part of it, changes nothing because training never reached it.
+
+        Args:
+            path: made if it is not there; an adapter in it is replaced.
+            notes: more lines of the card, such as `{"Held-out loss": "2.31 before, 1.87 after"}`.
 
         Raises:
             StateError: a member did not do what it is for, such as an allocator that never ran.
-            OutputError: it cannot be written there; an adapter that was there is intact.
+            OutputError: the files cannot be written; an adapter that was there is intact.
         """
         directory.check_trained(self)
         return directory.save(self, Path(path), notes)
@@ -190,18 +225,18 @@ class Adapter(InsertedAdapter):
         revision: str | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> Any:
-        """Save the adapter, with its card, into the hub's repository `repo_id`, which is made if it is not there.
+        """Save the adapter with its card into a repository of the Hugging Face hub.
 
         Args:
-            repo_id: `org/name`, or `name` for your own.
-            private: of a repository that is made now; None is the hub's own default.
+            repo_id: `org/name`, or `name` for your own; the repository is made if it is not there.
+            private: for a repository that is made now; None takes the hub's default.
             token: instead of the one that `hf auth login` keeps.
             commit_message: of the commit.
             revision: the branch, made if need be.
             notes: see `save`.
 
         Returns:
-            huggingface_hub's CommitInfo: text, the commit's address.
+            huggingface_hub's CommitInfo: a text, the commit's address.
 
         Raises:
             StateError: see `save`.
@@ -220,13 +255,15 @@ class Adapter(InsertedAdapter):
         )
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Overwrite the adapter's tensors with those saved in `path`, in place, so that optimizers keep holding them.
+        """Overwrite the adapter's tensors in place with those saved in `path`.
 
-        Files of PEFT's do not say how the adapter was trained: it is enough that it computes what this one does, so that a
-        plain pair goes into LoRA+, and what this one's members do while training stays.
+        Optimizers keep holding the tensors, so this resumes a run. A file of PEFT's does not say
+        how its adapter was trained. It only has to compute what this adapter computes: so a plain
+        pair goes into LoRA+, and what this adapter's members do while training stays.
 
         Raises:
-            AdapterError: the directory holds another adapter than this one. Nothing is overwritten then.
+            AdapterError: the directory holds another adapter. Then nothing is overwritten.
+            StateError: this adapter is merged.
         """
         if self.merging.is_merged:
             raise StateError(
@@ -235,8 +272,10 @@ class Adapter(InsertedAdapter):
         files = directory.read(Path(path))
         if (other := files.beside.rewritten) is not None:
             raise AdapterError(
-                f"{path}: {other} is not the one that {directory.OWN} was written with, so what training remembered is lost. "
-                f"To restore what PEFT's files say alone, remove {directory.OWN}"
+                f"{path}: {other} is not the one that {directory.OWN} was written with, so "
+                f"training "
+                "cannot go on from it. To restore what PEFT's files say, without what training "
+                f"remembers, remove {directory.OWN}"
             )
         document = files.match(self.model)
         if not self._is_as(document.placement, training=files.own is not None):
@@ -257,9 +296,12 @@ class Adapter(InsertedAdapter):
         if document.state is not None:
             self.run.restore_state(document.state)
 
-    def _is_as(self, plan: placement.Placement, training: bool) -> bool:
-        """Whether `plan` is this adapter's, but for what a member decides when a run begins and for ranks freed since."""
-        mine, its = self.placement, plan
+    def _is_as(self, its: placement.Placement, training: bool) -> bool:
+        """Whether a placement is this adapter's.
+
+        What members decide when a run begins, and ranks freed since, make no difference.
+        """
+        mine = self.placement
         if (list(mine.methods), mine.copies, mine.tokens) != (
             list(its.methods),
             its.copies,
@@ -277,58 +319,3 @@ class Adapter(InsertedAdapter):
 
     def __str__(self) -> str:
         return described(self)
-
-
-def load(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    name: str = "default",
-    trainable: bool = False,
-    other_base: bool = False,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    subfolder: str | None = None,
-) -> Adapter:
-    """Put a saved adapter, lorakin's or PEFT's, into `model`, and make it the active one.
-
-    Args:
-        model: the base model that the adapter was trained on.
-        path: the adapter's directory, or, if there is none of that name, a hub id, `org/name`.
-        name: the name it gets here; files carry none.
-        trainable: go on training it, which freezes the base; otherwise no `requires_grad` changes.
-        other_base: also if the adapter remembers a base with other weights than these.
-        revision: the hub's branch, tag or commit.
-        token: for the hub, instead of the one that `hf auth login` keeps.
-        subfolder: where the adapter lies in the directory or the hub's repository.
-
-    Raises:
-        AdapterError: missing, unknown or misshapen tensors, unsupported settings, another base, or nothing that the hub
-            gives. The model is then as it was before.
-    """
-    model = root_of(model)
-    there = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
-    return placed(model, name, directory.read(there).match(model, other_base), trainable)
-
-
-def placed(model: nn.Module, name: str, document: Document, trainable: bool = False) -> Adapter:
-    """Put into `model` what was read from an adapter's files, as the active adapter."""
-    adapter = Adapter(model, name, document.placement)
-    if trainable:
-        adapter.install(
-            document.masters(),
-            document.copies,
-            rows=widened(document.rows),
-            biases=document.bias_masters(),
-        )
-    else:
-        adapter.install(
-            document.slots, document.copies, document.buffers, document.rows, document.biases
-        )
-    if trainable:
-        adapter.tensors.take_buffers(document.buffers)
-        adapter.freeze_base()
-    else:
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
-    return adapter

@@ -48,37 +48,50 @@ def adapt(
     probe: Sequence[Any] | None = None,
     loss: Loss | None = None,
 ) -> Adapter:
-    """Put a fresh adapter into `model`, which stays itself: same class, same names, same output until it is trained.
+    """Put a fresh adapter into `model`, which stays itself: same class, same names, same output.
 
-    The base is frozen; the new adapter is the active one (see `activate`). The adapter's tensors are float32 whatever
-    the base's dtype (float64 on a float64 base) and take part in the forward in the base's dtype.
+    The base is frozen, and the new adapter is the active one (see `activate`). Its tensors are
+    float32 whatever the base's dtype is (float64 on a float64 base); the forward uses them in the
+    base's dtype.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+    >>> adapter = lk.adapt(model, [lk.DoRA(rank=2), lk.LoRAPlus(ratio=8)], targets=["0", "1"])
+    >>> adapter.method.words
+    'lora+,dora'
 
     Args:
         model: any module with linear, Conv1D, embedding or convolution layers.
-        member: what to put in, such as `LoRA(rank=16, alpha=32)`, or members to combine: `[DoRA(rank=16), LoRAPlus()]`.
-        targets: "all-linear" (every linear layer but the head); a name, glob or regular expression, or a list of
-            them; or a function of (path, module). A name selects modules whose path ends in it.
+        member: such as `LoRA(rank=16, alpha=32)`, or several to combine:
+            `[DoRA(rank=16), LoRAPlus()]`.
+        targets: "all-linear" (every linear layer except the head); a name, glob or regular
+            expression, or a list of them; or a function of (path, module). A name selects the
+            modules whose path ends in it.
         name: the adapter's name.
         exclude: patterns of modules to leave out.
-        layers: only modules inside these repeated layers, e.g. [0, 1, -1].
-        rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT; the first that
-            matches the end of a module's path wins.
-        modules_to_save: names of modules to train whole, such as a new head; the adapter trains a copy.
-        rank_above: what becomes of a rank above a weight's smaller side: `refuse`, or `clamp`: such modules have that side as
-            their rank, with the same alpha, as if `rank_pattern` said so; a warning names them.
-        trainable_tokens: ids of tokens whose rows in the input embedding are trained, and in what is tied to it; or
-            module's name → ids, such as {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
-        bias: "lora_only" trains the biases of the adapted modules too, "all" those of the model. The adapter
-            has its own of each, and the base's stay as they are.
-        seed: draw the initial tensors from a generator of their own with this seed.
+        layers: only modules inside these repeated layers, such as [0, 1, -1].
+        rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT;
+            the first that matches the end of a module's path wins.
+        modules_to_save: names of modules to train whole, such as a new head. The adapter trains a
+            copy.
+        rank_above: what to do with a rank above a weight's smaller side: `refuse` it, or `clamp`
+            it to that side with the same alpha, as `rank_pattern` would. A warning names the
+            modules.
+        trainable_tokens: ids of tokens whose rows in the input embedding, and in what is tied to
+            it, are trained; or module's name → ids, such as
+            {"embed_tokens": ids, "lm_head": ids} for a head that is not tied.
+        bias: "lora_only" also trains the biases of the adapted modules, "all" those of the model.
+            The adapter has its own copies; the base's stay as they are.
+        seed: draw the initial tensors from a generator with this seed.
         dtype: another dtype for the adapter's tensors.
         probe: batches for a member that looks at data before it starts: LoRA-drop (see
             `lorakin.importance`), EVA, LoRA-GA.
         loss: (model, batch) → loss, for a probe of models whose output has none.
 
     Raises:
-        SettingError: members that do not combine, a rank above a weight's smaller side, a name that is taken.
-        TargetError: a pattern that selects nothing, or something that cannot be adapted.
+        SettingError: members do not combine, a rank is above a weight's smaller side, a name is
+            taken, or a member needs a probe and has none.
+        TargetError: a pattern selects nothing, or something that cannot be adapted.
         StateError: another adapter is merged at the moment.
     """
     model = root_of(model)
@@ -101,14 +114,17 @@ def adapt(
             else f"{method.words} looks at no data before it starts; leave probe out"
         )
     if probe is not None and method.probe is not None:
-        method = method.with_importance(_importance(model, method, probe, targets, seed, places))
+        method = method.with_importance(
+            _importance(model, method, probe, targets, seed, places, loss=loss)
+        )
     placed_on = placement.place(model, method, targets, **places)
     placed_on, measured = _measured(model, placed_on, probe, loss)
     adapter = _fresh(model, name, placed_on, seed, dtype, measured)
     if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
         warnings.warn(
-            f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks new. An adapter does not "
-            f"train it, nor does its file hold it. Train it whole, with modules_to_save={heads!r}",
+            f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks "
+            "new. An adapter does not train it, nor does its file hold it. Train it whole, with "
+            f"modules_to_save={heads!r}",
             LorakinWarning,
             stacklevel=2,
         )
@@ -133,25 +149,27 @@ def importance(
     trainable_tokens: Tokens | None = None,
     bias: str = "none",
 ) -> dict[str, float]:
-    """What a member that chooses its modules by a probe goes by: each module's share of the change of the outputs.
+    """Measure how much of the outputs' change comes from each module, for `LoRADrop(importance=…)`.
 
-    A plain pair is trained on `batches` for the member's `probe_epochs`, measured in eval mode and taken out again; the model
-    is as it was before. For LoRA-drop: I_k = g_k / Σ g, g_k = Σ ‖s·B_k A_k x‖² over the tokens that are not padding.
+    A plain pair is trained on `batches` for the member's `probe_epochs`, measured in eval mode and
+    taken out again; the model is as it was before. LoRA-drop (arXiv 2402.07721) has
+    I_k = g_k / Σ g with g_k = Σ ‖s·B_k A_k x‖² over the tokens x that are not padding.
 
     Args:
         model: see `adapt`.
         member: such as `LoRADrop(threshold=0.9)`, alone or with others.
         batches: what the model takes: mappings with `labels`, so that its output has a `loss`.
-        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above, trainable_tokens, bias: see `adapt`.
-        lr: learning rate of the probe.
+        targets, exclude, layers, rank_pattern, alpha_pattern, modules_to_save, rank_above,
+            trainable_tokens, bias: see `adapt`.
+        lr: the learning rate of the probe.
         loss: (model, batch) → loss, for models whose output has none.
         seed: of the pair's initial tensors.
 
     Returns:
-        Path → importance, in the model's order; for `LoRADrop(importance=…)`.
+        Path → importance, in the model's order; they sum to 1.
 
     Raises:
-        SettingError: no member wants a probe; no batches.
+        SettingError: no member wants a probe, or there are no batches.
         StateError: the model has adapters.
     """
     places = {
@@ -184,7 +202,7 @@ def _importance(
         raise SettingError(f"a probe needs a list of batches, not {batches!r}") from None
     if probe is None:
         raise SettingError(
-            f"{method.words} does not choose its modules by a probe, so there is nothing to probe for"
+            f"{method.words} does not choose its modules by a probe, so there is nothing to measure"
         )
     if not batches:
         raise SettingError("a probe needs batches, and there are none")
@@ -192,11 +210,13 @@ def _importance(
         isinstance(batch, Mapping) and "labels" in batch for batch in batches
     ):
         raise SettingError(
-            "a probe's batches must be mappings with labels, so that the model's output has a loss; or give loss="
+            "a probe's batches must be mappings with labels, so that the model's output has a "
+            "loss; or give loss="
         )
     if there := adapters_in(model):
         raise StateError(
-            f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; remove that first"
+            f"the probe needs the model to itself, but adapter {next(iter(there))!r} is in it; "
+            "remove that first"
         )
     pilot = _fresh(
         model, "probe", placement.place(model, method.for_probe(), targets, **places), seed
@@ -228,7 +248,7 @@ def _measured(
     batches: Sequence[Any] | None,
     loss: Loss | None,
 ) -> tuple[placement.Placement, Mapping[str, Any]]:
-    """What the member that starts by data found, by path, and the placement that follows from it."""
+    """What the member that starts by data found, and the placement that follows from it."""
     method = placed_on.method
     member = method.measuring
     if member is None:
@@ -238,8 +258,9 @@ def _measured(
         return placed_on, {}
     if batches is None:
         raise SettingError(
-            f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it starts, and "
-            "there are none: call adapt(…, probe=batches)"
+            f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
+            f"starts, "
+            "and there are none: call adapt(…, probe=batches)"
         )
     collector = member.collector(targets, placed_on.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
@@ -257,7 +278,7 @@ def _fresh(
     dtype: torch.dtype | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """A new adapter by this plan, in the model, whose base is frozen."""
+    """A new adapter with this placement, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
     rows, biases = (
         base_rows(model, plan.tokens, dtype),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakin.adapter import Adapter, placed
+from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Pair, all_finite
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
@@ -21,6 +21,7 @@ from lorakin.inject.calibration_inputs import input_samples
 from lorakin.inject.layers import LinearLayer, TransposedLayer
 from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows
+from lorakin.saved import placed
 from lorakin.storage.document import Document
 from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match

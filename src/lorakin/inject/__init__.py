@@ -1,1 +1,1 @@
-"""Putting adapters into a model: which modules, how they are changed there, and taking them out again."""
+"""Putting adapters into a model, changing its modules there, and taking adapters out again."""

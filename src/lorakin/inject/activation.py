@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @alone
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Use exactly these adapters in the forward, adding up their changes; `[]` leaves the base alone.
+    """Use exactly these adapters in the forward. Several add up; `[]` leaves the base alone.
 
-    Changes no `requires_grad`.
+    No `requires_grad` changes.
 
     Raises:
-        SettingError: an unknown name, or two adapters that both train the same module whole, its bias, or the same row.
+        SettingError: an unknown name, or two adapters that both train the same module whole, its
+            bias, or the same row.
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -54,7 +55,8 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             )
             if whole:
                 raise SettingError(
-                    f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains whole; activate one"
+                    f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains "
+                    f"whole; activate one"
                 )
     check_biases_apart(placements([known[name] for name in names]), SettingError)
     registry_of(model).buffers.owners(model, [known[name] for name in names])
@@ -67,12 +69,13 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, InsertedAdapter]:
-    """The adapters in `model`, once it is clear that those of these names can be used instead of the active ones."""
+    """The adapters in `model`, if those of these names can be used instead of the active ones."""
     known = registry_of(model).adapters
     for name in names:
         if name not in known:
             raise SettingError(
-                f"no adapter {name!r} in the model; there are: {', '.join(map(repr, known)) or NONE_HERE}"
+                f"no adapter {name!r} in the model; there are: "
+                f"{', '.join(map(repr, known)) or NONE_HERE}"
             )
     if merged := [name for name, adapter in known.items() if adapter.merging.is_merged]:
         raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")

@@ -19,13 +19,16 @@ def energies(
     normalised: bool = False,
     run: Run | None = None,
 ) -> dict[str, float]:
-    """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding; the shares sum to 1.
+    """Path → its share of Σ ‖up(down x)‖² over all inputs x that are not padding.
+
+    The shares sum to 1.
 
     Args:
-        adapter: the adapter, active. A gain counts for nothing.
-        batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
+        adapter: active. A gain counts for nothing.
+        batches: mappings that the model takes; an `attention_mask` (batch, length) marks padding.
         normalised: divide each module's sum by its Σ ‖W0 x‖² first.
-        run: (model, batch) → anything, to run the model; by default on the batch's entries as arguments.
+        run: (model, batch) → anything, to run the model; by default on the batch's entries as
+            arguments.
 
     Raises:
         SettingError: a module that is never called by itself.

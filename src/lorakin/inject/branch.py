@@ -17,7 +17,7 @@ from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
 def trains(slot: Slot, tensor: Tensor) -> bool:
-    """Whether a tensor is trained: as its slot says, unless it is empty, which some optimizers cannot bear."""
+    """Whether a tensor trains: as its slot says, but never if it is empty."""
     return slot.trained and bool(tensor.numel())
 
 
@@ -53,7 +53,7 @@ class Branch(nn.Module):
         return {slot: p for slot, p in self._parameters.items() if slot != BIAS and p is not None}
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take other values, in place, so that optimizers keep holding the parameters; also of another rank."""
+        """Take other values in place, also of another rank; optimizers keep the parameters."""
         own = self.tensors()
         for slot in own.keys() - tensors.keys():
             delattr(self, slot)
@@ -73,14 +73,14 @@ class Branch(nn.Module):
                     own[slot].requires_grad_(trains(self.slots()[slot], tensor))
 
     def remember_start(self) -> None:
-        """Keep a sample of what trains, so that it can be told later whether training reached it."""
+        """Keep a sample of what trains, to tell later whether training reached it."""
         slots, tensors = self.slots(), self.tensors()
         trained = {slot: t for slot, t in tensors.items() if slots[slot].trained}
         self._begun = {slot: _sampled(t) for slot, t in trained.items() if slots[slot].of_pair}
 
     @property
     def is_at_start(self) -> bool:
-        """Whether its pair is as it began: what starts at zero is zero, or nothing of it has moved."""
+        """Whether its pair is as it began: zero where it starts at zero, else as sampled then."""
         slots, tensors = self.slots(), self.tensors()
         zero = [
             t for slot, t in tensors.items() if slots[slot].trained and slots[slot].starts_at_zero
@@ -157,8 +157,8 @@ class Branch(nn.Module):
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
         """The pair as inference takes it.
 
-        A gain costs a product with the base weight, so that of an adapter that does not train is kept
-        for as long as nothing changes.
+        A gain costs a product with the base weight, so that of an adapter that does not train is
+        kept for as long as nothing changes.
         """
         own = self.tensors().values()
         if (
@@ -177,7 +177,7 @@ class Branch(nn.Module):
         return {**self.__dict__, "_squares": None, "_ready": None}
 
     def kind_now(self, module: Any) -> type[Layer]:
-        """The kind of the module as it is now: what was plain may have been quantised since it was adapted."""
+        """The kind of the module now: a plain one may have been quantised after it was adapted."""
         changed = self.layer is LinearLayer and type(module._parameters.get("weight")) not in PLAIN
         return (kind_of(module) or self.layer) if changed else self.layer
 
@@ -187,7 +187,10 @@ class Branch(nn.Module):
         return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
-        """What the adapter adds to the module's output `out`: (g−1)⊙(W0 x̃) + g⊙up(down x̃), in the base's dtype."""
+        """What the adapter adds to the module's output `out`, in the base's dtype.
+
+        (g−1)⊙(W0 x̃) + g⊙up(down x̃)
+        """
         attached, layer = attachments_of(module), self.kind_now(module)
         dropped = layer.drop(x, self.method.dropout, self.training)
         pair = self.pair(layer.weight(module))

@@ -1,4 +1,4 @@
-"""A sample of what the adapted modules are given on data, for conversions that weigh their error by it."""
+"""Samples of what adapted modules are given on data, by which conversions weigh their error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorakin.inject.model_registry import adapters_in
 def input_samples(
     adapter: InsertedAdapter, batches: Sequence[Mapping[str, Any]], limit: int = 1024
 ) -> dict[str, Tensor]:
-    """Path → at most `limit` inputs (tokens, inputs) of each linear module, with this adapter active.
+    """Path → at most `limit` inputs (tokens, inputs) of each linear module.
 
-    Padding is left out. Modules that are given one tensor, such as q, k and v, hold one sample together.
-    Embeddings and convolutions have none.
+    This adapter is active meanwhile. Padding is left out. Modules that are given one tensor, such
+    as q, k and v, hold one sample together. Embeddings and convolutions have none.
     """
     share = max(1, limit // max(1, len(batches)))
     seen: dict[str, list[Tensor]] = {}

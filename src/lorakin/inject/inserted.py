@@ -37,7 +37,7 @@ from lorakin.inject.tokens import base_rows, rows_for
 
 
 class InsertedAdapter:
-    """One named adapter in one model, made of its parts; `lorakin.Adapter` adds files and optimizers."""
+    """An adapter in a model, made of its parts. `lorakin.Adapter` adds files and optimizers."""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         adapter = super().__new__(cls)
@@ -72,9 +72,10 @@ class InsertedAdapter:
         """Hang the adapter's tensors on the planned modules and make this adapter the active one.
 
         Args:
-            tensors: the tensors of each module, by path and slot. One object in several places becomes one parameter, on
-                each device.
-            copies: the state of the modules trained whole, by path; without it they start as the base's.
+            tensors: the tensors of each module, by path and slot. One object in several places
+                becomes one parameter, on each device.
+            copies: the state of the modules trained whole, by path; without it they start as the
+                base's.
             buffers: what its own buffers hold, by name; without it they start as the base's.
             rows: the rows of tokens, by path; without it they start as the base's.
             biases: its own biases, by the module's path; without it they start as the base's.
@@ -83,7 +84,8 @@ class InsertedAdapter:
 
         Raises:
             SettingError: an unusable name, or one already taken.
-            StateError: adapters are merged, or a module is in use in a way that does not go together.
+            StateError: adapters are merged, or a module is in use in a way that does not go
+                together.
         """
         registry = self._free_registry()
         modules = {path: module_at(self.model, path) for path in self.tensors.paths()}
@@ -143,9 +145,10 @@ class InsertedAdapter:
 
     @alone
     def remove(self) -> None:
-        """Take the adapter out. The last one to go restores classes, `requires_grad` flags and saving as they were.
+        """Take the adapter out.
 
-        Merged weights are restored first.
+        Merged weights are restored first. The last adapter to go restores the modules' classes,
+        `requires_grad` flags and `save_pretrained` as they were.
         """
         self.require_present()
         check_unmixed(self.model, "removed")
@@ -198,11 +201,13 @@ class InsertedAdapter:
             )
         if hasattr(Attachments().adapters, self.name):
             raise SettingError(
-                f"an adapter cannot be called {self.name!r}: torch's modules have an attribute of that name"
+                f"an adapter cannot be called {self.name!r}: torch's modules have an attribute "
+                f"of that name"
             )
         if self.name in registry.adapters:
             raise SettingError(
-                f"the model already has an adapter {self.name!r}; remove it first, or choose another name"
+                f"the model already has an adapter {self.name!r}; remove it first, or choose "
+                f"another name"
             )
         if merged := [
             name for name, adapter in registry.adapters.items() if adapter.merging.is_merged
@@ -218,7 +223,7 @@ class InsertedAdapter:
 
 
 Made = dict[tuple[int, torch.device], nn.Parameter]
-"""Parameters by the tensor that they were made of and their device, so that what is shared stays shared."""
+"""Tensor (by identity) and device → the parameter made of it, so that shared ones stay shared."""
 
 
 def _parameter(slot: Slot, tensor: Tensor, device: torch.device, made: Made) -> nn.Parameter:

@@ -1,8 +1,9 @@
 """Measuring modules on data: what they are given, and the gradients of the loss by their weights.
 
-One piece of code watches modules while batches run through the model, in eval mode and without changing
-anything. What is done with what they show is the caller's: a member's `Collector` (EVA, LoRA-GA), a sample
-of inputs (`calibration_inputs.py`), or the importance that LoRA-drop goes by (`activation_norms.py`).
+One piece of code watches modules while batches run through the model, in eval mode and without
+changing anything. What is done with what they show is the caller's: a member's `Collector` (EVA,
+LoRA-GA), a sample of inputs (`calibration_inputs.py`), or the importance that LoRA-drop goes by
+(`activation_norms.py`).
 """
 
 from __future__ import annotations
@@ -45,16 +46,18 @@ def measure(
 ) -> None:
     """Show an collector the inputs or the gradients of linear modules on batches of data.
 
-    Batches for inputs are run again and again until the collector is settled, those for gradients once.
+    Batches for inputs are run again and again until the collector is settled, those for gradients
+    once.
 
     Args:
         model: as it is, adapters in use included; nothing in it changes.
         paths: of the modules.
         collector: takes in what they show.
         of: `INPUTS` or `GRADIENTS`.
-        batches: mappings that the model takes; an `attention_mask` (batch, length) says what is padding.
-        run: runs the model on a batch. By default the batch's entries are the model's arguments, and the
-            loss is the output's.
+        batches: mappings that the model takes; an `attention_mask` (batch, length) says what is
+            padding.
+        run: runs the model on a batch. By default the batch's entries are the model's arguments,
+            and the loss is the output's.
         most: how many batches to run at most.
 
     Raises:
@@ -96,7 +99,10 @@ def inputs_of(
 
 @contextlib.contextmanager
 def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Callable[[Any], None]]:
-    """Inside, in eval mode, `see` is called with every input; call what this gives with each batch before."""
+    """Call `see` with every input of these modules inside, in eval mode.
+
+    Call the function that this gives with each batch before the model runs on it.
+    """
     mask: Tensor | None = None
 
     def begin(batch: Any) -> None:
@@ -121,7 +127,7 @@ def watching(model: nn.Module, paths: Sequence[str], see: Input) -> Iterator[Cal
 
 @contextlib.contextmanager
 def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -> Iterator[None]:
-    """Inside, in eval mode, a backward shows the collector the gradients by these modules' weights."""
+    """Inside, in eval mode, a backward shows the collector the gradients by the weights."""
 
     def after(path: str) -> Any:
         def hook(
@@ -151,7 +157,7 @@ def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise `SettingError` if one of these modules is never called, so that nothing of it can be measured."""
+    """Raise `SettingError` if one of these modules is never called by itself."""
     if experts := [path for path in paths if kind_of(module_at(model, path)) is ExpertLayer]:
         raise SettingError(
             f"each module is to be measured, and {experts[0]}, one expert of a stack or another "
@@ -163,7 +169,8 @@ def check_linear(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise `SettingError` if one of these modules is no linear layer."""
     if others := [path for path in paths if kind_of(module_at(model, path)) not in LINEAR]:
         raise SettingError(
-            f"{others[0]} is no linear layer, and a start looks at the inputs and gradients of those "
+            f"{others[0]} is no linear layer, and a start looks at the inputs and gradients of "
+            f"those "
             "alone; leave it out of the targets"
         )
 
@@ -177,7 +184,7 @@ def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _showing(collector: Collector) -> Input:
-    """Shows an collector each input without padding, as one object to modules called one after another."""
+    """Shows a collector each input without padding, one object to modules called in a row."""
     last: list[tuple[Tensor, Tensor]] = []
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
@@ -200,7 +207,8 @@ def _run(model: nn.Module, batch: Any, run: Run | None) -> None:
 def _loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise SettingError(
-            "gradients are measured of the loss on batches, which must be mappings with labels, so that "
+            "gradients are measured of the loss on batches, which must be mappings with labels, "
+            "so that "
             "the model's output has a loss; or give loss="
         )
     loss: Tensor = model(**batch).loss
@@ -213,7 +221,7 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _by_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient by a weight (outputs, inputs), from that by the outputs and the inputs of one call."""
+    """The gradient by a weight (outputs, inputs): that by a call's outputs, times its inputs."""
     outer, inner = (_wide(t.detach().reshape(-1, t.shape[-1])) for t in (grad, x))
     return outer.T @ inner
 

@@ -1,4 +1,4 @@
-"""How adapters take part in their model: switched off, scaled, merged into the weights and taken out again."""
+"""How adapters take part in their model: switched off, scaled, merged and unmerged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Merging(Part):
-    """How an adapter takes part in its model: in use or off, how strongly, beside the weights or folded into them."""
+    """How an adapter takes part: in use or off, how strongly, beside the weights or merged."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:
         super().__init__(adapter)
@@ -60,9 +60,11 @@ class Merging(Part):
     def scale(self) -> float:
         """How many times its change the adapter makes: 1 at first, 0 is none; any number.
 
-        W = W0 + scale · (the adapter's weight − W0), in every adapted module, also where a gain is part
-        of the change; for inference, training and merging. Modules trained whole are used as they are.
-        It is of this model in memory: files do not hold it. Setting it on a merged adapter merges anew.
+        W = W0 + scale · (the adapter's weight − W0), in every adapted module, also where a gain is
+        part of the change; for inference, training and merging. Modules trained whole are used as
+        they are.
+        It is of this model in memory: files do not hold it. Setting it on a merged adapter merges
+            anew.
 
         Raises, when it is set:
             SettingError: no finite number.
@@ -95,7 +97,7 @@ class Merging(Part):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Leave this adapter out of the forward inside the context, also while merged. Nests; trains nothing new."""
+        """Leave the adapter out inside a `with` block, also while it is merged. Blocks nest."""
         self._turn_off()
         try:
             yield
@@ -128,14 +130,15 @@ class Merging(Part):
                     self.merge()
 
     def merge(self, *, permanent: bool = False) -> None:
-        """Fold the adapter into the weights; the forward then costs what the base's does. Merging twice is merging once.
+        """Fold the adapter into the weights; the forward then costs what the base's does.
 
-        The base's parameters are kept aside for `unmerge`: one more copy of each adapted weight, until then.
-        With `permanent` they are given up and the adapter leaves the model, which is a plain model again; see `merge`.
+        Merging twice is merging once. The base's parameters are kept aside for `unmerge`: one more
+        copy of each adapted weight, until then. With `permanent` they are given up and the adapter
+        leaves the model, which is a plain model again; see `merge`.
 
         Raises:
-            StateError: a merged weight would not be finite (nothing is merged then), the adapter is disabled, or another
-                adapter would then be another function; see `inject/merge.py`.
+            StateError: a merged weight would not be finite (then nothing is merged), the adapter is
+                disabled, or another adapter would compute something else; see `inject/merge.py`.
         """
         with changing(self.model):
             self.adapter.require_present()
@@ -179,14 +182,16 @@ class Merging(Part):
 
 
 def merge(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Fold these adapters into the weights for good, all at once; they leave the model. `[]` does nothing.
+    """Fold these adapters into the weights for good, all at once; they leave the model.
 
-    What the model computes with them in use does not change. Others may stay if their changes add to any weights.
+    What the model computes with them in use does not change. `[]` does nothing. Other adapters may
+    stay if their changes add to any weights.
 
     Raises:
         SettingError: an unknown name.
-        StateError: a merged weight would not be finite, an adapter is disabled, another one is merged, or one that stays
-            has a gain over a weight that would change. Nothing is merged then.
+        StateError: a merged weight would not be finite, an adapter is disabled, another one is
+            merged, or one that stays has a gain over a weight that would change. Then nothing is
+            merged.
     """
     with changing(model):
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -200,7 +205,8 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
             merged := [name for name, adapter in others.items() if adapter.merging.is_merged]
         ):
             raise StateError(
-                f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} for good"
+                f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} "
+                f"for good"
             )
         check_for_good(placements(chosen), placements(others.values()))
         if dense := _fold(model, chosen):
@@ -222,7 +228,7 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def _fold(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[str, Tensor]:
-    """Merge these adapters, all or none; returns by path the weights that stand beside quantised ones."""
+    """Merge these adapters, all or none. Returns weights that stand beside quantised ones."""
     check_unmixed(model, "merged")
     if disabled := [adapter.name for adapter in chosen if adapter.merging.is_off]:
         raise StateError(
@@ -272,7 +278,7 @@ def _fold(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[str, Tens
 
 
 def _keep_tables(model: nn.Module) -> None:
-    """Let tied tables whose rows adapters train stay one, where the same adapters are merged into them."""
+    """Keep tied tables one, if the same adapters with trained rows are merged into them."""
     for adapter in registry_of(model).adapters.values():
         paths = places_of(adapter.placement.tokens)
         keep_ties(
@@ -284,7 +290,7 @@ def _keep_tables(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _ties_kept(model: nn.Module) -> Iterator[None]:
-    """Change merged weights inside the context; what was tied is tied again before, and parted again after it."""
+    """Change merged weights inside. Ties are restored before, and parted after if need be."""
     ties = registry_of(model).ties
     if ties is None:
         yield
@@ -315,7 +321,8 @@ def check_unmixed(model: nn.Module, what: str) -> None:
 def check_unmoved(known: Mapping[str, InsertedAdapter], purpose: str) -> None:
     if moved := [name for name, adapter in known.items() if adapter.merging.has_moved_base]:
         raise StateError(
-            f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used beside it; save and load it "
+            f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used "
+            f"beside it; save and load it "
             f"(files hold the form that leaves the base alone), or remove it before {purpose}"
         )
 
@@ -328,8 +335,10 @@ def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int, permanent: bool
         else ", which save_pretrained does not write before they are merged for good"
     )
     warnings.warn(
-        f"the base is quantised: merged, its {len(dense)} adapted layers are {next(iter(dense.values())).dtype} and take "
-        f"{size / 2**20:,.1f} MiB{beside}. To keep what was learned in a full-precision model, merge into the base that was "
+        f"the base is quantised: merged, its {len(dense)} adapted layers are "
+        f"{next(iter(dense.values())).dtype} and take "
+        f"{size / 2**20:,.1f} MiB{beside}. To keep what was learned in a full-precision model, "
+        f"merge into the base that was "
         "quantised, with lorakin merge --model",
         LorakinWarning,
         stacklevel=stacklevel + 1,

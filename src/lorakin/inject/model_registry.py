@@ -57,7 +57,10 @@ def registry_of(model: nn.Module) -> Registry:
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own parameters by name, whatever adapters do with them; without modules that an adapter trains whole."""
+    """The base's own parameters by name, whatever adapters do with them.
+
+    Those of modules that an adapter trains whole are left out.
+    """
     whole = tuple(
         f"{path}."
         for adapter in registry_of(model).adapters.values()
@@ -104,14 +107,16 @@ def root_of(model: nn.Module) -> nn.Module:
         taken := [path for path, m in inner.named_modules() if isinstance(m, peft.BaseTunerLayer)]
     ):
         raise StateError(
-            f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first (model.unload(), or "
-            "model.merge_and_unload() to keep them), or save them with PEFT and load the files with lorakin.load"
+            f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first "
+            f"(model.unload(), or "
+            "model.merge_and_unload() to keep them), or save them with PEFT and load the files "
+            "with lorakin.load"
         )
     return inner
 
 
 def mark_base(model: nn.Module, registry: Registry) -> None:
-    """Keep `save_pretrained` writing the base alone, and a load that would leave the adapters untouched audible.
+    """Let `save_pretrained` write the base alone, and a load that skips the adapters warn.
 
     With no adapter left, undo that and give the base its `requires_grad` flags back.
     """
@@ -146,7 +151,7 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
 
 
 def hold(model: nn.Module, registry: Registry) -> None:
-    """Let the model see before each forward that the adapted modules are those that are there now."""
+    """Let the model check before each forward that its adapted modules are still there."""
     if registry.before_forward is not None:
         paths = [p for adapter in registry.adapters.values() for p in adapter.tensors.paths()]
         called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
@@ -158,8 +163,10 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
     missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
     if missing:
         warnings.warn(
-            f"the state dict just loaded has no tensors for {len(missing)} entries of this model's adapters "
-            f"({missing[0]}, …), which keep their present values. A checkpoint of transformers' Trainer holds the base "
+            f"the state dict just loaded has no tensors for {len(missing)} entries of this "
+            f"model's adapters "
+            f"({missing[0]}, …), which keep their present values. A checkpoint of transformers' "
+            f"Trainer holds the base "
             "alone unless the trainer went through lorakin.training.prepare_trainer(trainer); "
             "load adapters with lorakin.load",
             LorakinWarning,

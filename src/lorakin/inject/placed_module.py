@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class PlacedModule:
-    """A branch as a member's rule sees it. Looked up anew each time, since what shards a model exchanges its parameters."""
+    """An adapted module as a member's rule sees it.
+
+    It looks its tensors up each time, since whatever shards a model exchanges its parameters.
+    """
 
     def __init__(self, adapter: InsertedAdapter, path: str) -> None:
         self.adapter = adapter
@@ -65,7 +68,8 @@ class PlacedModule:
         """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
         if self.adapter.merging.scale != 1:
             raise StateError(
-                f"adapter {self.adapter.name!r} moves the base weights in place, which its scale of {self.adapter.merging.scale:g} "
+                f"adapter {self.adapter.name!r} moves the base weights in place, which its scale "
+                f"of {self.adapter.merging.scale:g} "
                 "does not reach; set it to 1 while training"
             )
         move_base(module_at(self.adapter.model, self.path), change)

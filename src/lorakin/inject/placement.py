@@ -1,4 +1,4 @@
-"""Where an adapter goes: which modules it adapts and with what settings, decided before the model is touched."""
+"""Where an adapter goes: its modules and their settings, decided before the model is touched."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from lorakin.inject.whole_modules import find_modules
 class Placement:
     """What an adapter will be, decided and checked before the model is touched.
 
-    `methods` holds the method of each adapted module, with its own rank and alpha where a pattern gives it some;
-    `copies` the paths of the modules trained whole, `tokens` the rows that are trained of a module, `biases`
-    the paths of the modules whose bias is trained.
+    `methods` has the method of each adapted module, with its own rank and alpha where a pattern
+    gives it some; `copies` the paths of modules trained whole; `tokens` the rows of a module that
+    are trained; `biases` the paths of modules whose bias is trained.
     """
 
     method: Method
@@ -70,7 +70,7 @@ def place(
     trainable_tokens: Tokens | None = None,
     bias: str = NO_BIASES,
 ) -> Placement:
-    """Choose the modules and check every setting against them. See `lorakin.adapt` for the arguments and errors."""
+    """Choose the modules and check every setting against them; see `lorakin.adapt`."""
     if rank_above not in RANK_ABOVE:
         raise SettingError(
             f"rank_above must be {' or '.join(map(repr, RANK_ABOVE))}, not {rank_above!r}"
@@ -80,7 +80,8 @@ def place(
         alpha_pattern = {key: float(alpha) for key, alpha in dict(alpha_pattern or {}).items()}
     except (TypeError, ValueError):
         raise SettingError(
-            f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and {alpha_pattern!r}"
+            f"rank_pattern and alpha_pattern map patterns to numbers, not {rank_pattern!r} and "
+            f"{alpha_pattern!r}"
         ) from None
     copies = tuple(
         find_modules(
@@ -111,13 +112,14 @@ def place(
     biases = find_biases(model, bias, chosen.methods, copies)
     if both := sorted(set(biases) & set(places_of(rows))):
         raise SettingError(
-            f"{both[0]} cannot have rows of tokens and a bias of its own in one adapter; leave one of them out"
+            f"{both[0]} cannot have rows of tokens and a bias of its own in one adapter; leave "
+            f"one of them out"
         )
     return dataclasses.replace(chosen, biases=biases)
 
 
 def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]) -> Placement:
-    """The placement in which no module has more ranks than its weight: as if `rank_pattern` gave those others of their own.
+    """The placement in which no module has more ranks than its weight, as patterns would say it.
 
     A stack of experts whose matrices are all clamped has one pattern, as its files have.
     """
@@ -133,7 +135,8 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
         ", …" if len(ranks) > 5 else ""
     )
     warnings.warn(
-        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the rank of their weight's smaller side ({said})",
+        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the rank of "
+        f"their weight's smaller side ({said})",
         LorakinWarning,
         stacklevel=4,
     )
@@ -159,7 +162,10 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
 
 
 def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | None]) -> Placement:
-    """The placement with settings of their own for these modules, as if patterns said so; None leaves one out."""
+    """The placement with other settings for these modules, as patterns would say it.
+
+    None in place of settings leaves a module out.
+    """
     given = {path: own for path, own in settings.items() if own is not None}
     methods = {
         path: method.at(**given[path]) if path in given else method
@@ -196,14 +202,17 @@ def placement_for(
 
 
 def target_of(module: nn.Module) -> Target:
-    """The module's shape and its weight as a matrix, the base's own even while adapters are merged."""
+    """The module's shape and its base weight as a matrix, also while adapters are merged."""
     kind = layers.kind_of(module)
     assert kind is not None
     return Target(kind.shape(module), kind.weight(module))
 
 
 def own_weight(module: nn.Module) -> Tensor:
-    """The module's weight as a matrix, the base's own even while adapters are merged or have moved it."""
+    """The module's base weight as a matrix (outputs, inputs).
+
+    It is the base's own also while adapters are merged or have moved it.
+    """
     kind = layers.kind_of(module)
     assert kind is not None
     aside = attachments_of(module).unmoved.get("weight") if is_adapted(module) else None
@@ -218,9 +227,10 @@ def fresh(
     dtype: torch.dtype | None,
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """For `InsertedAdapter.install`: the method's initial tensors, drawn on the CPU so that a seed means the same everywhere.
+    """The method's initial tensors, for `InsertedAdapter.install`.
 
-    `measured` is what a member that starts by data found, by path.
+    They are drawn on the CPU, so that a seed means the same everywhere. `measured` is what a member
+    that starts by data found, by path.
     """
     targets = {
         path: target_of(module_at(model, path))._replace(measured=(measured or {}).get(path))

@@ -1,4 +1,4 @@
-"""The base model beside the adapted one, in the same memory: for what compares the two, such as DPO."""
+"""The base model beside the adapted one, in the same memory, such as DPO compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakin.inject.model_registry import adapters_in, root_of
 
 
 class Reference(Swapped):
-    """Mixed in before the class of a model's shallow copy: whatever it is called for, the adapters are off meanwhile."""
+    """Mixed in before the class of a model's shallow copy: its forwards run without adapters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as off:
@@ -27,15 +27,16 @@ class Reference(Swapped):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Reference:
-        """Nothing: its parameters are the adapted model's. Called, it is under the adapters' rules; use `torch.no_grad()`."""
+        """Nothing: the reference has the adapted model's parameters. Use `torch.no_grad()`."""
         return self
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """The model as it is without its adapters, for as long as they are in it: another object, with the same parameters.
+    """The model without its adapters, as another object with the same parameters.
 
-    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. It is the base when it is called and in
-    `generate`; its parts, as `reference.model`, are the adapted model's, and so is its mode.
+    Give it as `ref_model` to TRL's DPOTrainer, which would load the base a second time. It is the
+    base when it is called and in `generate`; its parts, as `reference.model`, are the adapted
+    model's, and so is its mode.
 
     Raises:
         SettingError: there are no adapters in it.
@@ -43,7 +44,8 @@ def reference(model: nn.Module) -> nn.Module:
     model = root_of(model)
     if not adapters_in(model):
         raise SettingError(
-            "a reference is the model without its adapters, but it has none; call lorakin.adapt(model, …) first"
+            "a reference is the model without its adapters, but it has none; call "
+            "lorakin.adapt(model, …) first"
         )
     view = copy.copy(model)
     vars(view)["_adapted"] = model  # not as a part of it

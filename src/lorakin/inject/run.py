@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Hears what becomes of adapters, for rooms above this one. Subclass it and append an instance to `WATCHERS`."""
+    """Hears of adapters, for rooms above this one: append an instance to `WATCHERS`."""
 
     def made(self, adapter: InsertedAdapter) -> None:
         """The adapter's object was made, also as a copy of another; nothing is in it yet."""
@@ -39,7 +39,7 @@ WATCHERS: list[Watcher] = []
 
 
 class AdapterRun(Part):
-    """What a training run of an adapter has come to: its steps, and what members do at each of them."""
+    """What a training run has come to: its steps, and what members do at each of them."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:
         super().__init__(adapter)
@@ -57,7 +57,9 @@ class AdapterRun(Part):
         return self.running or self.placement.method
 
     def begin(self, total_steps: int | None = None) -> None:
-        """Get ready for a run of `total_steps` optimizer steps (None: not known), from step 1 or where restored state is.
+        """Get ready for a run of `total_steps` optimizer steps (None if that is not known).
+
+        It starts at step 1, or where restored state is.
 
         Raises:
             SettingError: a member cannot be run like that.
@@ -102,7 +104,7 @@ class AdapterRun(Part):
             rule.before(self.steps + 1)
 
     def _warn_of_unreached(self) -> None:
-        """Say which modules the first backward did not reach, before many steps are spent on them."""
+        """Name the modules that the first backward did not reach."""
         reached: dict[str, bool] = {}
         for path in self.adapter.tensors.paths():
             child = attachments_at(self.model, path)[self.name]
@@ -111,8 +113,10 @@ class AdapterRun(Part):
                 reached[path] = any(p.grad is not None for p in trained)
         if missed := [path for path, got in reached.items() if not got]:
             warnings.warn(
-                f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of {len(reached)} modules "
-                f"({some(missed)}): the forward of the model did not use them on these data. What it never uses does not "
+                f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of "
+                f"{len(reached)} modules "
+                f"({some(missed)}): the forward of the model did not use them on these data. "
+                f"What it never uses does not "
                 "train; leave it out of the targets",
                 LorakinWarning,
                 stacklevel=2,
@@ -129,12 +133,16 @@ class AdapterRun(Part):
         return {"steps": self.steps, "rules": [rule.state() for rule in self.rules or ()]}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, also after a `begin` that follows before the first step. The tensors are restored already."""
+        """Go on from `state`, also after a `begin` that follows before the first step.
+
+        The tensors are restored already.
+        """
         self._state = state
         if self.rules is not None:
             if len(self.rules) != len(state["rules"]):
                 raise StateError(
-                    f"the state to go on from is of another method than {self.placement.method.words}"
+                    f"the state to go on from is of another method than "
+                    f"{self.placement.method.words}"
                 )
             self.steps = state["steps"]
             try:
@@ -149,7 +157,8 @@ class AdapterRun(Part):
                 ValueError,
             ) as error:
                 raise StateError(
-                    f"what training would go on from is damaged ({error}); go back to an earlier checkpoint"
+                    f"what training would go on from is damaged ({error}); go back to an earlier "
+                    f"checkpoint"
                 ) from None
 
     def beside(self, path: str) -> dict[str, Tensor]:

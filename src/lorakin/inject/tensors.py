@@ -1,4 +1,4 @@
-"""What an adapter has placed in its model: its tensors, on which modules, and what they make of the weights."""
+"""What an adapter has placed in its model: its tensors, and what they make of the weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class AdapterTensors(Part):
         )
 
     def modules(self) -> list[nn.Module]:
-        """What holds its tensors in each place of the model: for what shards or moves a model and should leave them out."""
+        """The modules that hold its tensors, one for each place in the model.
+
+        For whatever shards or moves a model and should leave them out.
+        """
         return [attachments_at(self.model, path)[self.name] for path in self.paths()]
 
     def branch(self, path: str) -> Branch:
@@ -51,7 +54,7 @@ class AdapterTensors(Part):
         return branch
 
     def pair_at(self, path: str) -> Pair:
-        """The pair of the module at `path`, with its gain over the base weight; in float32 at least."""
+        """The pair of the module at `path` with its gain over the base weight, float32 at least."""
         return self.branch(path).pair(target_of(module_at(self.model, path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
@@ -59,7 +62,7 @@ class AdapterTensors(Part):
         return own_weight(module_at(self.model, path))
 
     def change_at(self, path: str) -> Pair:
-        """The whole change of the module at `path` over that weight, scaled as it is now; in float32 at least."""
+        """The whole change of the module at `path`, scaled as it is now; float32 at least."""
         branch = self.branch(path)
         pair = branch.method.pair(widened(self.at(path)), branch.shape, self.base_weight(path))
         return pair.times(branch.scale)
@@ -71,7 +74,7 @@ class AdapterTensors(Part):
         return branch.scaled_factors(branch.method.factors(tensors, branch.shape, weight))
 
     def experts(self) -> list[str]:
-        """Paths of the adapted modules that are matrices of a stack of experts, which are never called themselves."""
+        """Paths of adapted modules that are matrices of a stack of experts, and never called."""
         return [path for path in self.placement.methods if self.branch(path).layer is ExpertLayer]
 
     def copy_of(self, path: str) -> nn.Module:

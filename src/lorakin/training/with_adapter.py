@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorakin.adapter import placed
 from lorakin.errors import AdapterError, LorakinWarning, some
+from lorakin.saved import placed
 from lorakin.storage import directory, hub, texts
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.peft.tasks import is_classifiers

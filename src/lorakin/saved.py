@@ -1,0 +1,69 @@
+"""Adapters from files into a model."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from lorakin.adapter import Adapter
+from lorakin.family import widened
+from lorakin.inject.model_registry import root_of
+from lorakin.storage import directory, hub
+from lorakin.storage.document import Document
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    other_base: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """Put a saved adapter, lorakin's or PEFT's, into `model`, and make it the active one.
+
+    Args:
+        model: the base model that the adapter was trained on.
+        path: the adapter's directory, or, if there is none of that name, a hub id, `org/name`.
+        name: the adapter's name in this model; files hold none.
+        trainable: go on training it, which freezes the base. Otherwise no `requires_grad` changes.
+        other_base: load it also if it was saved on a base with other weights.
+        revision: the hub's branch, tag or commit.
+        token: for the hub, instead of the one that `hf auth login` keeps.
+        subfolder: where the adapter lies in the directory or the hub's repository.
+
+    Raises:
+        AdapterError: tensors are missing, unknown or have other shapes; settings are not
+            supported; the base is another one; or the hub has no such adapter. The model is then
+            as it was before.
+    """
+    model = root_of(model)
+    there = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
+    return placed(model, name, directory.read(there).match(model, other_base), trainable)
+
+
+def placed(model: nn.Module, name: str, document: Document, trainable: bool = False) -> Adapter:
+    """Put an adapter that was read from files into `model`, as the active one."""
+    adapter = Adapter(model, name, document.placement)
+    if trainable:
+        adapter.install(
+            document.masters(),
+            document.copies,
+            rows=widened(document.rows),
+            biases=document.bias_masters(),
+        )
+    else:
+        adapter.install(
+            document.slots, document.copies, document.buffers, document.rows, document.biases
+        )
+    if trainable:
+        adapter.tensors.take_buffers(document.buffers)
+        adapter.freeze_base()
+    else:
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+    return adapter

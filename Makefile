@@ -68,8 +68,8 @@ soak: $(VENV)/.test
 	HF_HUB_OFFLINE=1 LORAKIN_SOAK=$(CURDIR)/soak LORAKIN_KILLS=200 LORAKIN_FUZZ=10000 LORAKIN_READS=50000 $(BIN)/python -m pytest \
 		tests/storage/test_fuzz.py tests/training/test_fuzz.py tests/training/test_gguf_header.py tests/training/test_model_files.py tests/training/test_kills.py tests/training/test_members.py \
 		tests/training/test_processes.py tests/inject/test_quantised.py tests/loop/test_fsdp.py \
-		tests/storage/test_readers.py tests/serving/test_output.py tests/inject/test_threads.py \
-		tests/cli/test_fuzz.py tests/compare/test_fuzz.py tests/training/test_progress.py
+		tests/storage/test_readers.py tests/serving/test_output.py tests/serving/test_served.py tests/inject/test_threads.py \
+		tests/cli/test_fuzz.py tests/compare/test_fuzz.py tests/training/test_progress.py tests/training/test_schedules.py
 	$(BIN)/python tests/soak.py soak
 
 $(VENV)/bin/python:

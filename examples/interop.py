@@ -41,7 +41,8 @@ from lorakin.serving.job import Order
 from lorakin.serving.verify import Transcript, compare, logits_of
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.models import directory_of, load_model, packaged
+from lorakin.training.model_sources import directory_of, packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 MODEL, TASK = "smollm2", TASKS[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,13 @@ from torch import nn
 
 import lorakin as lk
 from lorakin.family import FAMILY, Method, member_named, method_named
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of the garbage collector's sight: a Trainer collects each time."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it one two three".split()
 TEMPLATE = (

@@ -1,4 +1,6 @@
-"""The main job, shortened: real weights, real data, from the command to an adapter that PEFT loads."""
+"""The main job, shortened: real weights, real data, from the command to an adapter that PEFT
+loads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import transformers
 import lorakin as lk
 from lorakin.cli.app import run
 from lorakin.training.docstrings import docstring_rows
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 
 pytestmark = pytest.mark.model
 

@@ -1,4 +1,6 @@
-"""Text from outside on a terminal: shown, never obeyed; commands to copy mean for the shell what they say."""
+"""Text from outside on a terminal: shown, never obeyed; commands to copy mean for the shell what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from rich.text import Text
 import lorakin
 from lorakin.terminal import Terminal, command, labelled, quoted, visible
 
-HOSTILE = "[/x] [bold]b[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202egpj \ud800 \r\b \u2028 :smile: [link=file:///]l[/link] \x7f"
+HOSTILE = (
+    "[/x] [bold]b[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202egpj \ud800 \r\b \u2028 "
+    ":smile: [link=file:///]l[/link] \x7f"
+)
 
 
 def is_safe(text: str) -> bool:

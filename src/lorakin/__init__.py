@@ -1,59 +1,29 @@
-"""lorakin: the LoRA family of fine-tuning methods, on your model, in place."""
+"""lorakin: the LoRA family of fine-tuning methods, on your model, in place.
 
-from lorakin.adapter import Adapter, activate, adapters, load, merge, mixed_batch
-from lorakin.adapting import adapt, importance
-from lorakin.combined import combine
-from lorakin.conversion import as_lora, convert
-from lorakin.errors import (
-    AdapterError,
-    DataError,
-    DivergedError,
-    LorakinError,
-    LorakinWarning,
-    ModelError,
-    OutputError,
-    SettingError,
-    StateError,
-    TargetError,
-    VerificationError,
-)
-from lorakin.family import register
-from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
-from lorakin.family.members import __all__ as _members
-from lorakin.inject.llama_fusions import fuse, unfuse
-from lorakin.inject.reference import reference
-from lorakin.inject.status import Status, status
+The names of `lorakin.public` are loaded on first use (PEP 562), so that `lorakin --help` does not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakin.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Adapter",
-    "AdapterError",
-    "DataError",
-    "DivergedError",
-    "LorakinError",
-    "LorakinWarning",
-    "ModelError",
-    "OutputError",
-    "SettingError",
-    "StateError",
-    "Status",
-    "TargetError",
-    "VerificationError",
-    "activate",
-    "adapt",
-    "adapters",
-    "as_lora",
-    "combine",
-    "convert",
-    "fuse",
-    "importance",
-    "load",
-    "merge",
-    "mixed_batch",
-    "reference",
-    "register",
-    "status",
-    "unfuse",
-]
-__all__ += _members
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("lorakin.public")
+    try:
+        return vars(public)[name] if name in (*public.__all__, "__all__") else globals()[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("lorakin.public").__all__})

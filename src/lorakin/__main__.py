@@ -1,4 +1,4 @@
-"""`python -m lorakin`, and `accelerate launch -m lorakin` or `torchrun -m lorakin` for several processes."""
+"""`python -m lorakin`; `accelerate launch -m lorakin` and `torchrun -m lorakin`."""
 
 from lorakin.cli import main
 

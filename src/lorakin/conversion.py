@@ -22,7 +22,7 @@ from lorakin.inject.layers import LinearLayer, TransposedLayer
 from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows
 from lorakin.storage.document import Document
-from lorakin.storage.foreign import read_foreign
+from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match
 from lorakin.storage.plain import of_pairs as document_of_pairs
 

@@ -1,8 +1,8 @@
-"""What is shown on a terminal: text from outside is shown as it is written, and never obeyed.
+"""Text on a terminal: what comes from outside is shown as it is written, and never obeyed.
 
-A label, a prompt, a tensor's key or a path may hold ANSI escapes, control characters, marks that turn the direction of
-writing, or rich's own markup. On a `Terminal` no string is markup, and every character that a terminal would obey stands
-there as its escape. What lorakin styles itself is `rich.text.Text`.
+A label, a prompt, a tensor's key or a path may hold ANSI escapes, control characters, marks that
+turn the direction of writing, or rich's own markup. On a `Terminal` no string is markup, and every
+character that a terminal would obey stands as its escape. lorakin's own styles are rich's `Text`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ JOINERS = "\u200c\u200d"
 
 
 def visible(text: str) -> str:
-    """`text` in which every character that a terminal obeys, but for ends of lines and tabs, stands as its escape.
+    r"""Returns a text whose control characters stand as their escapes; ends of lines and tabs stay.
 
-    These are controls (C0, C1), formatting characters such as those that turn the direction, separators of lines, and
-    halves of surrogate pairs, which cannot be written at all.
+    >>> visible("red \x1b[31m")
+    'red \\x1b[31m'
+
+    Those are controls (C0, C1), formatting characters such as those that turn the direction of
+    writing, separators of lines, and halves of surrogate pairs, which cannot be written at all.
     """
     return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
 
@@ -41,13 +44,19 @@ def _visible(letter: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """A message that repeats what a file held, and is too long to be read, with its middle left out."""
+    """Returns a message with its middle left out, if it is too long to be read."""
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def quoted(text: object) -> str:
-    """One word of a command for the shell, whatever it holds. A character that a terminal obeys is written `$'\\x1b'`."""
+    r"""Returns one word of a command for the shell, whatever it holds.
+
+    >>> quoted("my file.txt")
+    "'my file.txt'"
+
+    A character that a terminal would obey is written as `$'\\x1b'`.
+    """
     word = str(text)
     if visible(word) == word and "\n" not in word and "\t" not in word:
         return shlex.quote(word)
@@ -56,7 +65,11 @@ def quoted(text: object) -> str:
 
 
 def command(*words: object) -> str:
-    """A command to copy, its words quoted for the shell."""
+    """Returns a command to copy, its words quoted for the shell.
+
+    >>> command("lorakin", "train", "--out", "my run")
+    "lorakin train --out 'my run'"
+    """
     return " ".join(map(quoted, words))
 
 
@@ -78,7 +91,7 @@ class Terminal(Console):
         highlight: bool | None = None,
         highlighter: Any = None,
     ) -> Text:
-        """As rich does it; the text is made visible before rich counts its columns."""
+        """Renders as rich does; the text is made visible before rich counts columns."""
         more: dict[str, Any] = {
             "style": style,
             "justify": justify,
@@ -92,11 +105,11 @@ class Terminal(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """As rich does it; whatever the renderable is made of, only rich's own control codes are left."""
+        """Renders as rich does; of control codes, only rich's own are left."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def labelled(label: str, text: object, style: str = "bold") -> Text:
-    """A styled label and plain text after it, on any console."""
+    """Returns a styled label and plain text after it, for any console."""
     return Text.assemble((label, style), visible(str(text)))

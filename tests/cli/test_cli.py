@@ -19,7 +19,7 @@ import transformers
 import lorakin as lk
 from conftest import interruptible
 from lorakin.cli.app import run
-from lorakin.cli.options import parts
+from lorakin.cli.recipe_options import parts
 
 COMMANDS = ["train", "generate", "evaluate", "merge", "inspect", "demo"]
 
@@ -384,12 +384,13 @@ def test_inspecting_what_is_incomplete(trained: Path, capsys: pytest.CaptureFixt
     assert "lacks lora_B.weight" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_errors_are_one_line_and_exit_codes_mean_something(tmp_path: Path, data: str) -> None:
-    result = script("train", "--model", "/nowhere", "--data", data, "--out", str(tmp_path / "x"))
-    assert result.returncode == 2
-    assert result.stderr.strip() == (
-        "error: there is no model '/nowhere': expected smollm2, minilm, a .gguf file, a model's directory, or a hub id"
-    )
+def test_errors_are_one_line_and_exit_codes_mean_something(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train", "--model", "/nowhere", "--data", data, "--out", str(tmp_path / "x")]
+    assert run(asked) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "/nowhere" in said and "\n" not in said
     assert run(["inspect", str(tmp_path / "none")]) == 2
     assert run(["train"]) == 2
     assert run(["train", "--rank", "many"]) == 2
@@ -469,8 +470,12 @@ def test_the_core_alone_says_what_is_missing(tmp_path: Path) -> None:
     result = script("train", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
     assert "pip install 'lorakin[train]'" in result.stderr
-    core = "import sys; import lorakin as lk, torch; lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1)); "
-    core += "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}))"
+    core = (
+        "import sys, torch, lorakin as lk\n"
+        "lk.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), lk.LoRA(rank=1))\n"
+        "more = {'transformers', 'datasets', 'accelerate', 'typer', 'rich'}\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & more))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", core], capture_output=True, text=True, timeout=60
     )

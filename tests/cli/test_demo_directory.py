@@ -1,4 +1,6 @@
-"""What `lorakin demo` does to its directory: it removes what an earlier demo wrote, as it wrote it, and nothing else."""
+"""What `lorakin demo` does to its directory: it removes what an earlier demo wrote, as it wrote it,
+and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_a_directory_with_files_of_the_same_names_survives(tmp_path: Path) -> No
     ):
         if listed is not None:
             (tmp_path / demo.MADE).write_text(listed)
-        with pytest.raises(lk.OutputError, match="choose another directory"):
+        with pytest.raises(lk.OutputError):
             demo._write_data(tmp_path)
         assert mine.items() <= contents(tmp_path).items()
 

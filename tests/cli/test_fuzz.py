@@ -1,4 +1,6 @@
-"""Every file that a command reads, damaged in many ways: one sentence and exit code 2, or a result; no traceback, no hang."""
+"""Every file that a command reads, damaged in many ways: one sentence and exit code 2, or a result;
+no traceback, no hang.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,76 @@ from lorakin.cli.app import run
 
 COUNT = soak.count("LORAKIN_FUZZ", 400) // 2
 JUNK: list[Any] = [
-    None, True, False, -1, 0, 1, 3.5, 10**9, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "\x00", "²", "none",
-    "x" * 5000, "[/x]\x1b[31m", "../../../etc/passwd", "(", "(.*)*!", "all", [], [None], [[[]]], ["q_proj"] * 3, [-1], [True],
-    [10**30], {}, {"": {}}, {"q_proj": [True, False]}, {"(": 1}, {"q_proj": -1}, {"q_proj": 10**30}, {"x": {"x": {"x": 1}}},
-    {"tensor": "x"}, {"tensor": []},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3.5,
+    10**9,
+    2**31,
+    2**63,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "\x00",
+    "²",
+    "none",
+    "x" * 5000,
+    "[/x]\x1b[31m",
+    "../../../etc/passwd",
+    "(",
+    "(.*)*!",
+    "all",
+    [],
+    [None],
+    [[[]]],
+    ["q_proj"] * 3,
+    [-1],
+    [True],
+    [10**30],
+    {},
+    {"": {}},
+    {"q_proj": [True, False]},
+    {"(": 1},
+    {"q_proj": -1},
+    {"q_proj": 10**30},
+    {"x": {"x": {"x": 1}}},
+    {"tensor": "x"},
+    {"tensor": []},
+]
 TEXTS = [
-    b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}", b"{}{}", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe\x00", b"PK\x03\x04",
-    b"\x1f\x8b\x08\x00" + b"x" * 50, b"\x00" * 100, b'{"a": 1, "a": 2}', b"9" * 10_000, b'{"x": ' + b"9" * 10_000 + b"}",
-    b"\xef\xbb\xbf{}", b"{'a': 1}", b"NaN",
-]  # fmt: skip
+    b"",
+    b"null",
+    b"[]",
+    b"1",
+    b'"x"',
+    b"{",
+    b"{}",
+    b"{}{}",
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"\xff\xfe\x00",
+    b"PK\x03\x04",
+    b"\x1f\x8b\x08\x00" + b"x" * 50,
+    b"\x00" * 100,
+    b'{"a": 1, "a": 2}',
+    b"9" * 10_000,
+    b'{"x": ' + b"9" * 10_000 + b"}",
+    b"\xef\xbb\xbf{}",
+    b"{'a': 1}",
+    b"NaN",
+]
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with all that its files can hold: state, patterns, tensors of our own, an importance."""
+    """An adapter with all that its files can hold: state, patterns, tensors of our own, an
+    importance.
+    """
     model, ids = tiny_llama(tied=False), torch.arange(3, 12).view(1, -1)
     targets = ["q_proj", "down_proj"]
     method = [lk.DoRA(), lk.AdaLoRA(initial_rank=3, target_rank=2)]
@@ -62,7 +119,9 @@ def patience() -> Iterator[Callable[[], Any]]:
 
 
 def tried(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> int:
-    """The exit code of a command, which must be 0, or 2 with one short sentence that names a file of the folder."""
+    """The exit code of a command, which must be 0, or 2 with one short sentence that names a file
+    of the folder.
+    """
     code = run(arguments)
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,6 @@
-"""Labels, columns, rows, names and paths that strangers chose, through real commands: shown, never obeyed."""
+"""Labels, columns, rows, names and paths that strangers chose, through real commands: shown, never
+obeyed.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +39,17 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def training_of(model: str, data: list[str], folder: Path) -> list[str]:
+    short = ["--steps=1", "--dtype=float32", "--save-every=0"]
+    return ["train", "-m", model, *data, "-o", str(folder / "out"), *short]
+
+
 def test_labels_and_paths(
     bert_dir: str, write_rows: Callable[..., str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"{WORDS[n % 9]} sat", "label": ("good", ESCAPES)[n % 2]} for n in range(40)]
-    data, out = ["-d", write_rows(rows)], ["-o", str(folder / "out")]
-    shown = said(
-        ["train", "-m", bert_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"],
-        0,
-        capsys,
-    )
+    data = ["-d", write_rows(rows)]
+    shown = said(training_of(bert_dir, data, folder), 0, capsys)
     assert shown.count(r"x]\x1b[2J") >= 3, "in the classes and the paths"
     shown = said(["inspect", str(folder / "out")], 0, capsys)
     assert "[bold]" in shown
@@ -61,12 +64,7 @@ def test_rows_and_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [{"prompt": f"the {ESCAPES} cat {n}", "completion": ESCAPES + " sat"} for n in range(40)]
-    data, out = ["-d", write_rows(rows)], ["-o", str(folder / "out")]
-    said(
-        ["train", "-m", model_dir, *data, *out, "--steps=1", "--dtype=float32", "--save-every=0"],
-        0,
-        capsys,
-    )
+    said(training_of(model_dir, ["-d", write_rows(rows)], folder), 0, capsys)
     monkeypatch.setattr(
         transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: f"so {ESCAPES} "
     )

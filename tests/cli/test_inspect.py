@@ -1,4 +1,6 @@
-"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that says what it cannot know."""
+"""`lorakin inspect --html`: a page for every member, from lorakin's files and from PEFT's, that
+says what it cannot know.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,15 @@ from report.browser import Browser, browser
 __all__ = ["browser"]
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "delta-lora": {"start_step": 1},
+    "lora-xs": {"rank": 4},
+    "eva": {"rank": 4},
+    "lora-ga": {"rank": 4},
+}
+"""Settings of members whose own do not suit a tiny model, or a run of three steps."""
+
+
 def saved(member: Any, path: Path, **options: Any) -> Path:
     return randomise(lk.adapt(tiny_llama(), member, **options)).save(path / "adapter")
 
@@ -32,15 +43,9 @@ def trained(kind: Any, path: Path) -> Path:
     """Its adapter after three steps, chosen by a probe if that is its way."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
-    tiny: dict[Any, dict[str, int]] = {
-        lk.DeltaLoRA: {"start_step": 1},
-        lk.LoRAXS: {"rank": 4},
-        lk.LoRAGA: {"rank": 4},
-    }
-    member = kind(**tiny.get(kind, {}))
+    member = kind(**SMALL.get(kind.word, {}))
     method = Method.of(member)
-    looks = method.probe is not None or method.measuring is not None
-    probe = [batch] if looks else None
+    probe = [batch] if method.probe is not None or method.measuring is not None else None
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):
@@ -224,10 +229,15 @@ def _cast(dtype: torch.dtype) -> Any:
 
 
 BROKEN = {
-    "NaN": _set(float("nan")), "infinity": _set(float("inf")), "int8": _cast(torch.int8), "bool": _cast(torch.bool),
-    "float8": _cast(torch.float8_e4m3fn), "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
-    "lacks": lambda tensors, key: tensors.pop(key), "no tensors": lambda tensors, key: tensors.clear(),
-}  # fmt: skip
+    "NaN": _set(float("nan")),
+    "infinity": _set(float("inf")),
+    "int8": _cast(torch.int8),
+    "bool": _cast(torch.bool),
+    "float8": _cast(torch.float8_e4m3fn),
+    "belong to nothing": lambda tensors, key: tensors.update(stray=torch.ones(2)),
+    "lacks": lambda tensors, key: tensors.pop(key),
+    "no tensors": lambda tensors, key: tensors.clear(),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -1,4 +1,6 @@
-"""Buffers that a forward in train mode moves belong to the adapter: saved, restored, and the base's kept."""
+"""Buffers that a forward in train mode moves belong to the adapter: saved, restored, and the base's
+kept.
+"""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def test_reentrant_checkpointing_passes_gradients(kind: str, ids: Tensor) -> Non
     torch.manual_seed(0)
     if kind == "vit":
         config = transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8,
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            image_size=16, patch_size=8,
             hidden_dropout_prob=0.0,
         )  # fmt: skip
         model, batch = (
@@ -92,8 +93,10 @@ def test_reentrant_checkpointing_passes_gradients(kind: str, ids: Tensor) -> Non
         batch["labels"] = torch.tensor([0, 1])
     elif kind == "whisper":
         whisper = transformers.WhisperConfig(
-            vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=20, max_target_positions=20,
+            vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+            max_source_positions=20, max_target_positions=20,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
         )  # fmt: skip
         model = transformers.WhisperForConditionalGeneration(whisper)
@@ -204,7 +207,7 @@ def test_modules_that_the_first_step_does_not_reach_are_said(ids: Tensor) -> Non
     adapter = lk.adapt(model, lk.LoRA(rank=2), ["used", "not"])
     optimizer = adapter.optimizer(lr=1e-2)
     model["used"](torch.ones(1, 4)).sum().backward()
-    with pytest.warns(lk.LorakinWarning, match="1 of 2 modules"):
+    with pytest.warns(lk.LorakinWarning, match="1 of 2"):
         optimizer.step()
 
 

@@ -16,8 +16,10 @@ import lorakin as lk
 from conftest import randomise, tiny_gpt2, tiny_llama
 
 PAIRS = {
-    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32, "vocab_size": 40, "pad_token_id": 1,
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32, "vocab_size": 40,
+    "pad_token_id": 1,
     "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
 T5 = {
@@ -30,7 +32,8 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 BERT = {
-    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16,
     "max_position_embeddings": 32,
 }  # fmt: skip
 NESTED = {**BERT, "num_key_value_heads": 1, "head_dim": 8}
@@ -90,7 +93,9 @@ MAKERS: dict[str, tuple[Any, str, list[str]]] = {
     "llama": (tiny_llama, "q_proj", ["model.embed_tokens", "lm_head"]),
     "gemma3": (gemma3, "o_proj", ["lm_head"]),
 }
-"""How each is made, a layer that is tied to nothing, and modules that are tied; a module of several layers is trained whole."""
+"""How each is made, a layer that is tied to nothing, and modules that are tied; a module of several
+layers is trained whole.
+"""
 
 CASES = [
     (name, path, whole)
@@ -210,7 +215,9 @@ def test_names_of_one_module_are_no_tie() -> None:
 
 
 def test_two_adapters_of_one_tie() -> None:
-    """The second is merged into a weight that the first merge has parted, and both find their ties again."""
+    """The second is merged into a weight that the first merge has parted, and both find their ties
+    again.
+    """
     model = made("bart")
     groups = tied(model)
     one = randomise(lk.adapt(model, lk.LoRA(rank=2), "shared", name="one"), scale=0.3)

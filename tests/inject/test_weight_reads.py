@@ -67,7 +67,7 @@ class Times(torch.autograd.Function):
 
 
 class IntoAFunction(nn.Module):
-    """A head whose weight goes into an autograd function, as fused losses and Mamba's kernels do."""
+    """A head whose weight goes into an autograd function, as in fused losses and Mamba's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,8 +233,10 @@ def test_a_mixed_batch_refuses_what_it_cannot_split() -> None:
 
 
 WAVLM = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": [16, 16],
-    "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+    "conv_dim": [16, 16],
+    "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
     "mask_time_prob": 0.0,
 }  # fmt: skip
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
@@ -243,13 +245,15 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
         {"input_values": torch.linspace(-1, 1, 400).view(2, 200)},
     ),
     "mamba": (
-        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64,
+        hidden_size=32, num_hidden_layers=1)),
         {"input_ids": torch.arange(5, 13).view(2, 4)},
     ),
     "deberta": (
         lambda: transformers.DebertaV2Model(
             transformers.DebertaV2Config(
-                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                intermediate_size=48,
                 relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=8,
             )
         ),
@@ -284,7 +288,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
 
 
 class Tagger(nn.Module):
-    """Reads its labels' weight, calls a method of its projector, and parts of its head one by one."""
+    """Reads its labels' weight, calls a method of its projector, and its head's parts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The fused linear layer against plain operations, which function transforms are given, and against float64."""
+"""The fused linear layer against plain operations, which function transforms are given, and against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def fused(model: nn.Module, x: Tensor) -> Gradients:
     """What backward gives for everything that trains, and for x."""
     x = x.detach().requires_grad_()
     out = model(x)
-    out.float().square().sum().backward() if out.dtype != torch.float64 else out.square().sum().backward()
+    wide = out if out.dtype == torch.float64 else out.float()
+    wide.square().sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
@@ -201,7 +204,9 @@ def test_autocast(method: str) -> None:
 
 
 def test_what_backward_keeps() -> None:
-    """Inputs once, r numbers a token beside them; no input if nothing needs it, no mask, and VeRA's product once for all."""
+    """Inputs once, r numbers a token beside them; no input if nothing needs it, no mask, and VeRA's
+    product once for all.
+    """
     rows, width, numbers = 400, 64, 4
     for member, most in (
         (lk.LoRA(rank=4), width + 3 * 4),
@@ -352,7 +357,9 @@ def test_generation_and_training_agree() -> None:
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_inference_between_steps_never_uses_an_older_adapter(method: str, cls: Any) -> None:
-    """torch's fused optimizers change tensors without autograd's counting it, and so do writes through .data."""
+    """torch's fused optimizers change tensors without autograd's counting it, and so do writes
+    through .data.
+    """
     model = net(torch.bfloat16)
     adapter = adapted(model, METHODS[method])
     optimizer = adapter.optimizer(cls, lr=1e-3)
@@ -451,15 +458,16 @@ def test_nothing_holds_an_adapter_or_a_weight_alive() -> None:
     import gc
     import weakref
 
-    for member in METHODS.values():
+    held = {}
+    for name, member in METHODS.items():
         model = net()
         adapter = adapted(model, member)
         x = torch.randn(5, 9, dtype=torch.float64)
         fused(model, x)
         with torch.no_grad():
             model(x)
-        held = [weakref.ref(p) for p in (*adapter.parameters(), model[0].weight)]
+        held[name] = [weakref.ref(p) for p in (*adapter.parameters(), model[0].weight)]
         adapter.remove()
         del adapter, model
-        gc.collect()
-        assert not any(ref() is not None for ref in held), member
+    gc.collect()
+    assert not [name for name, refs in held.items() if any(ref() is not None for ref in refs)]

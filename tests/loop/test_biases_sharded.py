@@ -49,6 +49,6 @@ def test_the_base_alone_is_sharded(process: None, tmp_path: Path, ids: Tensor) -
         torch.testing.assert_close(models[1](ids).logits, tiny_bert()(ids).logits)
     late = tiny_bert()
     fully_shard(late, mesh=mesh)
-    with pytest.raises(lk.StateError, match="sharded already"):
+    with pytest.raises(lk.StateError):
         lk.adapt(late, lk.LoRA(rank=2), "query", bias="all")
     assert not lk.adapters(late)

@@ -1,4 +1,6 @@
-"""Every real optimizer step reaches the members that act at steps, under any loop; a step that does nothing does not."""
+"""Every real optimizer step reaches the members that act at steps, under any loop; a step that does
+nothing does not.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_other_optimizers_do_not_count() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler(fused: bool) -> None:
-    """Steps that it skips do not count; scores see gradients without its scale, also where the optimizer unscales them."""
+    """Steps that it skips do not count; scores see gradients without its scale, also where the
+    optimizer unscales them.
+    """
     members = lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2, orthogonality=0.0)
     sensitivities: list[dict[str, Tensor]] = []
     for scaled in (False, True):
@@ -94,7 +98,9 @@ def test_a_grad_scaler(fused: bool) -> None:
 
 
 def test_clipping_is_a_common_factor() -> None:
-    """A loop that clips has clipped before a member sees the gradients: the order of the scores stays."""
+    """A loop that clips has clipped before a member sees the gradients: the order of the scores
+    stays.
+    """
     kept = []
     for clip in (False, True):
         model, (x, target) = linear(torch.float64, 11, 9, 7), data()
@@ -119,9 +125,7 @@ def test_clipping_is_a_common_factor() -> None:
 def test_an_optimizer_that_holds_a_part_is_refused() -> None:
     model, (x, target) = linear(), data()
     adapter = delta(model)
-    with pytest.raises(
-        lk.SettingError, match=r"holds none of 1 trainable tensors .*parameter_groups"
-    ):
+    with pytest.raises(lk.SettingError, match="1 trainable"):
         fit(model, torch.optim.SGD([adapter.tensors.branch("0").A], lr=0.1), x, target, 1)
 
 
@@ -153,7 +157,7 @@ def test_a_second_run_begins_anew() -> None:
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, start=1, finish=2))
     fit(model, adapter.optimizer(lr=0.01, total_steps=6), x, target, 6)
-    with pytest.warns(lk.LorakinWarning, match="prunes nothing"):
+    with pytest.warns(lk.LorakinWarning):
         pass_two = lk.adapt(linear(), lk.AdaLoRA(initial_rank=2, target_rank=2)).optimizer(
             lr=0.01, total_steps=4
         )
@@ -198,9 +202,7 @@ def test_what_the_method_keeps_frozen_is_not_trained() -> None:
     adapter = lk.adapt(model, lk.LoRAFA(rank=2))
     for parameter in adapter.parameters():
         parameter.requires_grad_(True)
-    with pytest.raises(
-        lk.StateError, match=r"the optimizer trains 0.A, which lora-fa keeps as it is"
-    ):
+    with pytest.raises(lk.StateError, match=r"0\.A.*lora-fa"):
         fit(model, torch.optim.SGD(adapter.parameters(), lr=0.1), x, target, 1)
 
 
@@ -208,9 +210,7 @@ def test_a_base_that_trains_beside_the_adapter_is_announced() -> None:
     model, (x, target) = linear(), data()
     lk.adapt(model, lk.LoRA(rank=2))
     model.requires_grad_(True)
-    with pytest.warns(
-        lk.LorakinWarning, match=r"also trains 2 tensors of the base model \(0.weight, …\)"
-    ):
+    with pytest.warns(lk.LorakinWarning, match=r"0\.weight"):
         fit(model, torch.optim.SGD(model.parameters(), lr=0.1), x, target, 1)
 
 
@@ -218,7 +218,7 @@ def test_an_optimizer_that_cannot_be_followed_is_refused() -> None:
     adapter = lk.adapt(linear(), lk.AdaLoRA(initial_rank=4, target_rank=2))
     with pytest.raises(
         lk.SettingError,
-        match="LBFGS evaluates the model several times within a step, which adalora cannot",
+        match="LBFGS.*adalora",
     ):
         adapter.attach(torch.optim.LBFGS(adapter.parameters()), total_steps=10)
 
@@ -243,7 +243,7 @@ def test_a_module_without_ranks_troubles_no_optimizer(cls: Any) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, "5", 2.5, True])
 def test_what_is_no_number_of_steps(steps: Any) -> None:
-    with pytest.raises(lk.SettingError, match="total_steps must be a whole number"):
+    with pytest.raises(lk.SettingError, match="total_steps"):
         lk.adapt(linear(), lk.LoRA(rank=2)).optimizer(lr=0.1, total_steps=steps)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 REASON = llama_cpp.available()

@@ -302,14 +302,14 @@ def edited(folder: Path, config: dict[str, Any] | None = None, **tensors: Any) -
     ("config", "rows", "message"),
     [
         ({"trainable_token_indices": [5]}, torch.zeros(2, 32), "shape"),
-        ({"trainable_token_indices": [5, "a"]}, torch.zeros(2, 32), "expected ids"),
-        ({"trainable_token_indices": [5, -1]}, torch.zeros(2, 32), "expected ids"),
+        ({"trainable_token_indices": [5, "a"]}, torch.zeros(2, 32), "token_indices"),
+        ({"trainable_token_indices": [5, -1]}, torch.zeros(2, 32), "token_indices"),
         (
             {"trainable_token_indices": [5, 99]},
             torch.zeros(2, 32),
             r"resize_token_embeddings\(100\)",
         ),
-        ({"trainable_token_indices": 5}, torch.zeros(2, 32), "expected ids"),
+        ({"trainable_token_indices": 5}, torch.zeros(2, 32), "token_indices"),
         ({"trainable_token_indices": None}, torch.zeros(2, 32), "does not name"),
         ({"trainable_token_indices": {"other": [5, 6]}}, torch.zeros(2, 32), "does not name"),
         ({}, torch.zeros(2, 31), "shape"),

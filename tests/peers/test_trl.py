@@ -176,7 +176,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     sentences = pytest.importorskip("sentence_transformers")
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
-    from lorakin.training.models import packaged
+    from lorakin.training.model_sources import packaged
 
     def encoder() -> Any:
         return sentences.SentenceTransformer(str(packaged("minilm")), device="cpu")

@@ -1,4 +1,6 @@
-"""Ollama's reading of a Modelfile, written from its documentation: instructions, quotes, and Go templates over messages."""
+"""Ollama's reading of a Modelfile, written from its documentation: instructions, quotes, and Go
+templates over messages.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ WORDS = ("FROM", "ADAPTER", "TEMPLATE", "SYSTEM", "PARAMETER", "LICENSE", "MESSA
 
 
 def parse(text: str) -> list[tuple[str, str]]:
-    """Instructions and their values, in order. A value ends with its line, unless it began with quotes that are still open."""
+    """Instructions and their values, in order. A value ends with its line, unless it began with
+    quotes that are still open.
+    """
     found, lines = [], iter(text.split("\n"))
     for line in lines:
         if not line.strip() or line.lstrip().startswith("#"):
@@ -39,7 +43,9 @@ def _unquoted(value: str) -> str | None:
 
 
 def shown(template: str, messages: Sequence[dict[str, str]]) -> str:
-    """What Ollama makes of a conversation with a template that ranges over messages; system messages stand in `.System` too."""
+    """What Ollama makes of a conversation with a template that ranges over messages; system
+    messages stand in `.System` too.
+    """
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     data = {
         "System": system,
@@ -54,7 +60,9 @@ TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\(|\)|:=|=|,|\$?[\w.]+|\$')
 
 
 class GoTemplate:
-    """As much of Go's text/template as chat templates use: if, else if, range, variables, and a few functions."""
+    """As much of Go's text/template as chat templates use: if, else if, range, variables, and a few
+    functions.
+    """
 
     def __init__(self, text: str) -> None:
         self.parts = list(self._lexed(text))

@@ -1,4 +1,6 @@
-"""Merged models stop where training ended an answer: generation_config.json, and the tokens that a GGUF file names."""
+"""Merged models stop where training ended an answer: generation_config.json, and the tokens that a
+GGUF file names.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from lorakin.serving.generation_config import FILE, say_where_answers_end
 from lorakin.serving.job import Order
 from lorakin.training.endings import end_of_turn
 from peers import llama_cpp
-from training.templates import TEMPLATES, tokenizer_of
+from training.carried import TEMPLATES, tokenizer_of
 
 CHATML = TEMPLATES["qwen2_5"].replace(
     "<|im_end|>", "<|over|>"
@@ -29,7 +31,7 @@ CHATML = TEMPLATES["qwen2_5"].replace(
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose template closes turns with <|over|>."""
     folder = tmp_path_factory.mktemp("base")
-    made = tokenizer_of(CHATML)
+    made = tokenizer_of(CHATML, "</s>", merges=True)
     model = tiny_llama(
         tied=False,
         vocab_size=len(made),
@@ -155,7 +157,9 @@ def test_llama_cpp_ends_an_answer_at_each(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_template_of_the_training_goes_along(base: Path, tmp_path: Path) -> None:
-    """An adapter that was trained with another chat template than the base's ends its turns by that one."""
+    """An adapter that was trained with another chat template than the base's ends its turns by that
+    one.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
     other = CHATML.replace("<|over|>", "<|im_start|>")

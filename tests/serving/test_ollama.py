@@ -18,7 +18,7 @@ from lorakin.serving.ollama import modelfile, turns_of
 from lorakin.training.endings import end_of_turn
 from serving.modelfiles import parse, shown
 from serving.words import byte_tokenizer
-from training.templates import TEMPLATES, tokenizer_of
+from training.carried import TEMPLATES, tokenizer_of
 
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -76,7 +76,7 @@ def own(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize("name", [*TEMPLATES, *OTHERS])
 @pytest.mark.parametrize("system", [None, "Answer in French: {{ no }}."])
 def test_ollama_writes_what_the_chat_template_writes(name: str, system: str | None) -> None:
-    made = tokenizer_of({**TEMPLATES, **OTHERS}[name])
+    made = tokenizer_of({**TEMPLATES, **OTHERS}[name], "</s>", merges=True)
     text = modelfile("./model.gguf", None, made)
     (template,) = [value for word, value in parse(text) if word == "TEMPLATE"]
     assert "SYSTEM" not in dict(parse(text)), "a default system prompt is the template's own matter"
@@ -95,7 +95,7 @@ def test_ollama_writes_what_the_chat_template_writes(name: str, system: str | No
 
 
 def test_a_conversation_that_ends_with_an_answer_goes_on_with_it() -> None:
-    made = tokenizer_of(TEMPLATES["qwen2_5"])
+    made = tokenizer_of(TEMPLATES["qwen2_5"], "</s>", merges=True)
     (template,) = [value for word, value in parse(modelfile("x", None, made)) if word == "TEMPLATE"]
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
     assert shown(template, messages) == own(made, messages[:1]) + "Hel"
@@ -113,7 +113,9 @@ def test_the_end_of_a_turn_stops_the_answer() -> None:
     ):
         stops = [
             value
-            for word, value in parse(modelfile("x", None, tokenizer_of(TEMPLATES[name])))
+            for word, value in parse(
+                modelfile("x", None, tokenizer_of(TEMPLATES[name], "</s>", merges=True))
+            )
             if word == "PARAMETER stop"
         ]
         assert stops == ["</s>", stop], name
@@ -137,8 +139,12 @@ def test_a_bos_that_the_reader_adds_itself_is_not_written_twice() -> None:
 
 
 def test_a_date_is_said() -> None:
-    assert "prints the date" in modelfile("x", None, tokenizer_of(TEMPLATES["llama3_2"]))
-    assert "prints the date" not in modelfile("x", None, tokenizer_of(TEMPLATES["llama3_1"]))
+    assert "prints the date" in modelfile(
+        "x", None, tokenizer_of(TEMPLATES["llama3_2"], "</s>", merges=True)
+    )
+    assert "prints the date" not in modelfile(
+        "x", None, tokenizer_of(TEMPLATES["llama3_1"], "</s>", merges=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_a_date_is_said() -> None:
     ],
 )
 def test_where_no_template_is_known_it_is_said(template: str) -> None:
-    made = tokenizer_of(template)
+    made = tokenizer_of(template, "</s>", merges=True)
     assert turns_of(made) is None
     with pytest.warns(lk.LorakinWarning, match="will not answer as it was trained"):
         text = modelfile("x", None, made)
@@ -163,7 +169,7 @@ def test_where_no_template_is_known_it_is_said(template: str) -> None:
 
 
 def test_a_model_without_a_template_has_prompts_as_they_are() -> None:
-    text = modelfile("./base.gguf", "./adapter.gguf", tokenizer_of(None))
+    text = modelfile("./base.gguf", "./adapter.gguf", tokenizer_of(None, "</s>", merges=True))
     assert parse(text) == [
         ("FROM", "./base.gguf"), ("ADAPTER", "./adapter.gguf"), ("TEMPLATE", "{{ .Prompt }}"), ("PARAMETER stop", "</s>")
     ]  # fmt: skip
@@ -181,7 +187,7 @@ HOSTILE = [
 def test_a_templates_own_text_is_no_instruction(evil: str, where: str) -> None:
     """Text around turns, default system prompts and openings that would end the template, or begin another instruction."""
     literal = repr(where.format(evil))
-    made = tokenizer_of(None)
+    made = tokenizer_of(None, "</s>", merges=True)
     made.chat_template = (
         f"{{% if messages[0]['role'] != 'system' %}}{{{{ {literal} }}}}{{% endif %}}{{% for m in messages %}}{{{{ {literal} + "
         f"m['role'] + {literal} + m['content'] + {literal} }}}}{{% endfor %}}{{% if add_generation_prompt %}}"
@@ -197,7 +203,7 @@ def test_a_templates_own_text_is_no_instruction(evil: str, where: str) -> None:
 
 @pytest.mark.parametrize("evil", HOSTILE)
 def test_a_stop_is_no_instruction(evil: str) -> None:
-    made = tokenizer_of(None, eos=f"<end{evil}>")
+    made = tokenizer_of(None, eos=f"<end{evil}>", merges=True)
     found = parse(modelfile("./model.gguf", None, made))
     assert [word for word, _ in found] in (
         ["FROM", "TEMPLATE", "PARAMETER stop"],
@@ -209,10 +215,12 @@ def test_a_stop_is_no_instruction(evil: str) -> None:
 @pytest.mark.parametrize("evil", HOSTILE)
 def test_a_files_name_is_no_instruction(evil: str) -> None:
     for name in (f"/models/{evil}.gguf", f"{evil}.gguf", f"/models/x.gguf{evil}"):
-        found = parse(modelfile(name, "./adapter.gguf", tokenizer_of(None)))
+        found = parse(modelfile(name, "./adapter.gguf", tokenizer_of(None, "</s>", merges=True)))
         assert [word for word, _ in found] == ["FROM", "ADAPTER", "TEMPLATE", "PARAMETER stop"]
         assert found[0][1] in (name, "./base.gguf")
-    assert parse(modelfile("/my models/a b.gguf", None, tokenizer_of(None)))[0] == (
+    assert parse(modelfile("/my models/a b.gguf", None, tokenizer_of(None, "</s>", merges=True)))[
+        0
+    ] == (
         "FROM",
         "/my models/a b.gguf",
     )
@@ -227,7 +235,7 @@ def table() -> list[str]:
         families.setdefault(family, []).append(name)
     rows = []
     for family, names in families.items():
-        made = [tokenizer_of(TEMPLATES[name]) for name in names]
+        made = [tokenizer_of(TEMPLATES[name], "</s>", merges=True) for name in names]
         turns = [turns_of(one) for one in made]
         ends = dict.fromkeys(one.convert_ids_to_tokens(end_of_turn(one))[0] for one in made)
         joined = any(t and not t.is_told for t in turns)

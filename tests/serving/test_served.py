@@ -1,4 +1,7 @@
-"""SmolLM2 with an adapter in llama.cpp itself: the same tokens on 20 prompts, and the same probabilities."""
+"""SmolLM2 with an adapter in llama.cpp itself: the same tokens, and the same probabilities.
+
+Tiny models show the same in test_gguf_model.py and test_gguf_adapter.py, in each run.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import pytest
 import torch
 
 import lorakin as lk
+import soak
 from lorakin.cli.app import run
 from lorakin.training.encoding import prompt_ids
-from lorakin.training.models import load_model, packaged
+from lorakin.training.model_sources import packaged
+from lorakin.training.models import load_model
 from peers import llama_cpp
 
 REASON = llama_cpp.available()
@@ -19,6 +24,7 @@ pytestmark = [
     pytest.mark.peer,
     pytest.mark.model,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.skipif(not soak.is_slow(), reason="a real model: `make soak`, `make interop`"),
 ]
 
 SUBJECTS = "rain,the sea,bread,a fox,music,the moon,tea,a train,winter,paper".split(",")
@@ -32,7 +38,9 @@ SAID = 10
 def trained(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, list[list[int]], list[list[int]], list[torch.Tensor]]:
-    """An adapter that changes much, the prompts, what it says to them, and its log-probabilities in each place of that."""
+    """An adapter that changes much, the prompts, what it says to them, and its log-probabilities in
+    each place of that.
+    """
     loaded = load_model("smollm2", "float32")
     adapter = lk.adapt(loaded.model, lk.VeRA(rank=32), seed=1)
     generator = torch.Generator().manual_seed(2)

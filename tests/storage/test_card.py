@@ -1,4 +1,7 @@
-"""The model card beside an adapter: what it says, that nothing breaks it, and that a person's is left alone."""
+"""The model card beside an adapter.
+
+What it says, that nothing breaks it, and that a person's is left alone.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from conftest import MEMBERS, randomise, tiny_bert, tiny_llama, tiny_mixtral
 from lorakin.storage import card, directory
 
 NASTY = (
-    "a\n---\nbase_model: evil\n```python\nrm\n```\n# no | `x` ``y`` <!-- --> <b> [l](u) \"q\" 'q' \ud800 \u2028 \x07 "
-    + "z" * 999
+    "a\n---\nbase_model: evil\n```python\nrm\n```\n# no | `x` ``y`` <!-- --> <b> [l](u) "
+    "\"q\" 'q' \ud800 \u2028 \x07 " + "z" * 999
 )
 
 

@@ -65,7 +65,10 @@ HALF = (torch.bfloat16, torch.float16)
 def test_copies_in_half_precision_are_the_same_base(
     trained_in: torch.dtype, ways: tuple[torch.dtype, ...], tmp_path: Path
 ) -> None:
-    """Rounded once or twice on the way, and widened again: what is in a file need not be what it is run in."""
+    """Rounded once or twice on the way, and widened again.
+
+    What is in a file need not be what it is run in.
+    """
     saved = randomise(lk.adapt(tiny_llama(dtype=trained_in), lk.LoRA(2))).save(tmp_path / "adapter")
     model = tiny_llama(dtype=trained_in)
     for dtype in ways:
@@ -75,8 +78,12 @@ def test_copies_in_half_precision_are_the_same_base(
 
 
 CHANGES: dict[str, Any] = {
-    "rms_norm_eps": 0.5, "rope_theta": 50.0, "hidden_act": "relu", "num_attention_heads": 8, "head_dim": 4,
-}  # fmt: skip
+    "rms_norm_eps": 0.5,
+    "rope_theta": 50.0,
+    "hidden_act": "relu",
+    "num_attention_heads": 8,
+    "head_dim": 4,
+}
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -100,9 +107,14 @@ def test_another_config_of_the_same_weights_is_another_base(saved: Path, key: st
 def test_what_a_config_says_besides_does_not_count(saved: Path) -> None:
     model = tiny_llama()
     for key, value in {
-        "use_cache": False, "attention_dropout": 0.3, "eos_token_id": 7, "initializer_range": 1.0, "my_note": "x",
-        "rms_norm_eps": float(torch.tensor(model.config.rms_norm_eps)), "transformers_version": "4.0",
-    }.items():  # fmt: skip
+        "use_cache": False,
+        "attention_dropout": 0.3,
+        "eos_token_id": 7,
+        "initializer_range": 1.0,
+        "my_note": "x",
+        "rms_norm_eps": float(torch.tensor(model.config.rms_norm_eps)),
+        "transformers_version": "4.0",
+    }.items():
         setattr(model.config, key, value)
     lk.load(model, saved)
     own = json.loads((saved / "lorakin.json").read_text())
@@ -122,7 +134,7 @@ def test_a_light_change_of_a_float32_base_is_seen(saved: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(1.001)
-    with pytest.raises(lk.AdapterError, match=r"k_proj here is another: 0\.10%"):
+    with pytest.raises(lk.AdapterError, match=r"k_proj.*0\.10%"):
         lk.load(model, saved)
 
 
@@ -130,9 +142,7 @@ def test_one_changed_layer_is_seen(saved: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 1.1
-    with pytest.raises(
-        lk.AdapterError, match=r"layers\.1\.mlp\.down_proj here is another: 10\.00%"
-    ):
+    with pytest.raises(lk.AdapterError, match=r"layers\.1\.mlp\.down_proj.*10\.00%"):
         lk.load(model, saved)
 
 
@@ -203,7 +213,7 @@ def test_other_shapes_and_other_architectures(tmp_path: Path) -> None:
         )
     )
     mistral.load_state_dict(tiny_llama().state_dict())
-    with pytest.raises(lk.AdapterError, match="a 'llama' model, and this is a 'mistral' model"):
+    with pytest.raises(lk.AdapterError, match="llama.*mistral"):
         lk.load(mistral, saved)
 
 

@@ -1,7 +1,7 @@
-"""Damaged and hostile adapter directories: a clear error and an untouched model, or a whole adapter; never anything between.
+"""Damaged and hostile adapter directories: an error and an untouched model, or a whole adapter.
 
-A fixed number of mutations of real directories, drawn from one seed. `LORAKIN_FUZZ=10000 pytest tests/storage/test_fuzz.py`
-tries more.
+A fixed number of mutations of real directories, drawn from one seed.
+`LORAKIN_FUZZ=10000 pytest tests/storage/test_fuzz.py` tries more.
 """
 
 from __future__ import annotations
@@ -52,9 +52,30 @@ MEMBERS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 JUNK: list[Any] = [
-    None, True, -1, 0, 1e308, 10**30, "", "(", "(.*", "../../../etc/passwd", "\x00", [], [None], ["x", 3], {}, {"a": "b"},
-    {"(": 1}, float("nan"), "LORA", "all-linear", ["q_proj", "q_proj"], [[[]]], "💥" * 50,
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    10**30,
+    "",
+    "(",
+    "(.*",
+    "../../../etc/passwd",
+    "\x00",
+    [],
+    [None],
+    ["x", 3],
+    {},
+    {"a": "b"},
+    {"(": 1},
+    float("nan"),
+    "LORA",
+    "all-linear",
+    ["q_proj", "q_proj"],
+    [[[]]],
+    "💥" * 50,
+]
 
 
 def base_for(word: str) -> Any:
@@ -82,7 +103,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Mutations:
-    """Each changes a directory in one way; those in `MUST_FAIL` leave nothing that could be loaded whole."""
+    """Each changes a directory in one way.
+
+    Those in `MUST_FAIL` leave nothing that could be loaded whole.
+    """
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
         self.folder = folder
@@ -217,9 +241,18 @@ class Mutations:
 
 
 MUST_FAIL = (
-    "header_length", "truncate", "grow", "duplicate_json_key", "drop_tensor", "extra_tensor", "rename_tensor", "reshape_tensor",
-    "integer_tensor", "not_finite", "pickle_instead",
-)  # fmt: skip
+    "header_length",
+    "truncate",
+    "grow",
+    "duplicate_json_key",
+    "drop_tensor",
+    "extra_tensor",
+    "rename_tensor",
+    "reshape_tensor",
+    "integer_tensor",
+    "not_finite",
+    "pickle_instead",
+)
 MUTATIONS = [
     name
     for name in vars(Mutations)
@@ -267,7 +300,7 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
         except lk.LorakinError:
             refused[kind] += 1
         else:
-            # `beside` binds lorakin's own tensors to PEFT's: where those were changed, PEFT's files count, and they say it all
+            # `beside` binds our tensors to PEFT's: if those were changed, PEFT's files count
             assert kind not in MUST_FAIL, f"{kind} of {word} (number {number}) was loaded"
             with torch.no_grad():
                 largest = max(float(p.abs().max()) for p in adapter.parameters() if p.numel())
@@ -291,9 +324,13 @@ def test_mutations(sources: dict[str, Path], tmp_path: Path) -> None:
     assert all(count == refused[kind] for kind, count in tried.items() if kind in MUST_FAIL)
     assert all(count >= COUNT // len(MUTATIONS) for count in tried.values())
     soak.record(
-        "Hostile files", files="adapter directories", tried=COUNT, refused=sum(refused.values()),
-        usable=COUNT - sum(refused.values()), code_run=0,
-    )  # fmt: skip
+        "Hostile files",
+        files="adapter directories",
+        tried=COUNT,
+        refused=sum(refused.values()),
+        usable=COUNT - sum(refused.values()),
+        code_run=0,
+    )
 
 
 def test_the_directories_load_as_they_are(sources: dict[str, Path]) -> None:
@@ -320,9 +357,19 @@ def test_a_named_adapter_of_peft_is_pointed_to(sources: dict[str, Path], tmp_pat
 
 
 ENDLESS = [
-    "(([a-z._0-9]*)*)*!", "(a|a)*b", "(?:.|..)*!", "(.?){50}.{50}!", "(?:(?:(?:.{1,9}){1,9}){1,9}){1,9}!", ".*" * 12 + "!",
-    "(?:.*a){40}!", "(?=(.+)+!).*", "(?!(.|.)*!)(?:.*)*!", "(.*)*(.*)*(.*)*!", "(.?){1000000000}!", "(?:.{1000}){1000}!",
-]  # fmt: skip
+    "(([a-z._0-9]*)*)*!",
+    "(a|a)*b",
+    "(?:.|..)*!",
+    "(.?){50}.{50}!",
+    "(?:(?:(?:.{1,9}){1,9}){1,9}){1,9}!",
+    ".*" * 12 + "!",
+    "(?:.*a){40}!",
+    "(?=(.+)+!).*",
+    "(?!(.|.)*!)(?:.*)*!",
+    "(.*)*(.*)*(.*)*!",
+    "(.?){1000000000}!",
+    "(?:.{1000}){1000}!",
+]
 REFUSED = [
     "(.*)\\1",
     "(a)?(?(1)b|c)",

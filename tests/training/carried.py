@@ -1,4 +1,6 @@
-"""Chat templates that installed packages carry, and a tokenizer for each: bytes, and the template's special tokens."""
+"""Chat templates that installed packages carry, and a tokenizer for each: bytes, and the template's
+special tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,36 @@ from typing import Any
 import tokenizers
 import transformers
 
+from serving.words import byte_tokenizer
+
 SPECIAL = re.compile(
     r"<\|?[a-z_]+\|>|<\|[a-z_]+\|?>|<\|\"\|>|<\|[^|<>\n]+\|>|<｜[^｜]+｜>|</?s>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>"
     r"|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance|start_of_image)>|<SPECIAL_\d+>"
 )
 ENDS = (
-    "<|im_end|>", "<|eot_id|>", "</s>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<end_of_utterance>",
-    "<eos>", "<|eot|>",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|eot_id|>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<|eot|>",
+)
 MISTRAL = (
-    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set loop_messages = messages[1:] %}"
+    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set "
+    "loop_messages = messages[1:] %}"
     "{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}"
     "{%- for message in loop_messages %}{%- if message.role == 'user' %}"
-    "{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + message.content + '[/INST]' }}"
+    "{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + message.content "
+    "+ '[/INST]' }}"
     "{%- else %}{{- '[INST] ' + message.content + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + message.content|trim + eos_token }}{%- endif %}{%- endfor %}"
 )
-"""As Mistral's third version writes turns: the system's words stand in the last turn of the user alone."""
+"""As Mistral's third version writes turns: the system's words stand in the last turn of the user
+alone.
+"""
 
 
 @cache
@@ -56,25 +71,44 @@ def templates() -> dict[str, str]:
     return found
 
 
-def byte_tokenizer(template: str | None, eos: str | None = None) -> Any:
-    """A tokenizer of single bytes that knows the special tokens in the template."""
-    special = sorted(set(SPECIAL.findall(template or "")))
+def _short(place: str) -> str:
+    path = Path(place.partition(":")[0])
+    return f"transformers_{path.parent.name}" if place.startswith("transformers/") else path.stem
+
+
+TEMPLATES = {_short(place): text for place, text in templates().items()}
+"""The same by short names."""
+
+
+def tokenizer_of(template: str | None, eos: str | None = None, merges: bool = False) -> Any:
+    """A byte-level tokenizer with a template and its special tokens, and an end of text.
+
+    Without merges each byte is a token, so that it cuts every text at every place.
+    """
+    special = set(SPECIAL.findall(template or ""))
+    usual = "</s>" if "[INST]" in special else "<|endoftext|>"
+    eos = eos or next((end for end in ENDS if end in special), usual)
+    begins = ("<s>", "<|begin_of_text|>", "<bos>")
+    bos = next((begin for begin in begins if begin in special), "<s>")
+    raw = tokenizers.Tokenizer.from_str(_bytes(merges))
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": "<pad>"}
+    others = sorted(special - set(named.values()))
+    made.add_special_tokens({**named, "additional_special_tokens": others})
+    made.chat_template = template
+    return made
+
+
+@cache
+def _bytes(merges: bool) -> str:
+    if merges:
+        return str(byte_tokenizer().backend_tokenizer.to_str())
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[])
-    )
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
-    eos = eos or next(
-        (end for end in ENDS if end in special), "</s>" if "[INST]" in special else "<|endoftext|>"
-    )
-    bos = next(
-        (begin for begin in ("<s>", "<|begin_of_text|>", "<bos>") if begin in special), "<s>"
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=template,
-        additional_special_tokens=[token for token in special if token not in (eos, bos)],
-    )  # fmt: skip
+    return str(raw.to_str())
 
 
 def spaced_tokenizer() -> Any:

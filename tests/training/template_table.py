@@ -1,4 +1,6 @@
-"""`make templates`: docs/evidence/templates.md, what is learned under every chat template that trl and transformers carry."""
+"""`make templates`: docs/evidence/templates.md, what is learned under every chat template that trl and
+transformers carry.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import trl
 
 from lorakin.training.answers import ANSWERS, LAST
 from lorakin.training.templates import Template
-from training.carried import byte_tokenizer, templates
+from training.carried import templates, tokenizer_of
 from training.test_templates import CONVERSATIONS, outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "templates.md"
@@ -21,8 +23,9 @@ CELLS = {
 }
 HEAD = """# Chat templates: what is learned under each
 
-Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned, and verified
-([Your own data](../howto/data.md#what-is-learned) says what that is). last: verified with `--loss-on last`, refused without. –: refused, with the reason.
+Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned,
+and verified ([Your own data](../howto/data.md#what-is-learned) says what that is). last: verified with `--loss-on last`, refused
+without. –: refused, with the reason.
 Under the conversations stand the counts with `--loss-on answers` and with `--loss-on last`.
 
 """
@@ -33,7 +36,7 @@ def table() -> str:
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     lines = []
     for name, text in templates().items():
-        template, cells = Template(byte_tokenizer(text)), []
+        template, cells = Template(tokenizer_of(text)), []
         for conversation in CONVERSATIONS:
             found = tuple(outcome(template, conversation, on) for on in (ANSWERS, LAST))
             for on, what in zip((ANSWERS, LAST), found, strict=True):

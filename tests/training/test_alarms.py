@@ -82,7 +82,7 @@ def test_a_gradient_that_never_comes(run: Callable[..., str]) -> None:
         head = prepared.loaded.model.lm_head
         head.register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(),))
 
-    with pytest.warns(lk.LorakinWarning, match="changes nothing in every module"):
+    with pytest.warns(lk.LorakinWarning):
         shown = run(before=cut, steps=8)
     assert "warning: the gradient has been exactly zero for 5 steps (now step 5)" in shown
     assert "--targets" in shown

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from conftest import tiny_gpt2, tiny_llama
-from lorakin.training.answers import IGNORED
 from lorakin.training.batches import AnswerCollator, answer_loss
+from lorakin.training.token_labels import IGNORED
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_loss_of_a_batch_is_the_models_own(make: Callable[[], Any], keep: bool) -> None:
-    """Logits only where labels are, padding and all: the same loss and the same gradients as the whole model's."""
+    """Logits only where labels are, padding and all: the same loss and the same gradients as the
+    whole model's.
+    """
     model = make()
     generator = torch.Generator().manual_seed(0)
     examples = []

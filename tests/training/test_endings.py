@@ -1,4 +1,6 @@
-"""Where answers end: with every chat template that trl and transformers carry, and in what transformers really generates."""
+"""Where answers end: with every chat template that trl and transformers carry, and in what
+transformers really generates.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,30 @@ from conftest import tiny_llama
 from lorakin.training.endings import end_of_turn, end_of_turn_text, stops
 from lorakin.training.generate import answer
 from lorakin.training.models import Loaded
-from training.templates import TEMPLATES, tokenizer_of
+from training.carried import TEMPLATES, tokenizer_of
 
 ENDS = {
-    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>", "gemma4": "<turn|>", "diffusion_gemma": "<turn|>",
-    "gemma": "<end_of_turn>", "glm4moe": "<|user|>", "gptoss": "<|return|>", "idefics3": "<end_of_utterance>",
-    "smolvlm": "<end_of_utterance>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>", "llava_next": "</s>",
-    "muse_glimmer": "<|eot|>", "nemotron": "<|im_end|>", "phi3": "<|end|>", "qwen": "<|im_end|>",
-    "mistral": "</s>", "transformers_llama4": "<|eot|>", "transformers_qwen2_audio": "<|im_end|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "gemma4": "<turn|>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|return|>",
+    "idefics3": "<end_of_utterance>",
+    "smolvlm": "<end_of_utterance>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llava_next": "</s>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
+    "qwen": "<|im_end|>",
+    "mistral": "</s>",
+    "transformers_llama4": "<|eot|>",
+    "transformers_qwen2_audio": "<|im_end|>",
     "transformers_smolvlm": "<end_of_utterance>",
-}  # fmt: skip
+}
 """What the templates of each family close an assistant's turn with, by the start of their names."""
 
 
@@ -49,7 +65,7 @@ def rigged(tokenizer: Any, token: int) -> Any:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_ends_with_its_turn(name: str) -> None:
-    made = tokenizer_of(TEMPLATES[name])
+    made = tokenizer_of(TEMPLATES[name], "</s>", merges=True)
     want = next(
         end for family, end in sorted(ENDS.items(), reverse=True) if name.startswith(family)
     )
@@ -59,7 +75,7 @@ def test_an_answer_ends_with_its_turn(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama3_1", "gemma3", "qwen3", "phi3", "glm4moe", "cohere2"])
 def test_generate_stops_there(name: str) -> None:
-    made = tokenizer_of(TEMPLATES[name])
+    made = tokenizer_of(TEMPLATES[name], "</s>", merges=True)
     (end,) = end_of_turn(made)
     loaded = Loaded(rigged(made, end), made, "rigged", "float32")
     out: list[int] = []
@@ -80,7 +96,7 @@ def test_generate_stops_there(name: str) -> None:
 
 
 def test_generate_stops_at_the_end_of_text_too() -> None:
-    made = tokenizer_of(TEMPLATES["qwen3"])
+    made = tokenizer_of(TEMPLATES["qwen3"], "</s>", merges=True)
     loaded = Loaded(rigged(made, made.eos_token_id), made, "rigged", "float32")
     loaded.model.generation_config.eos_token_id = None  # as a base may have it
     assert answer(loaded, "Hi", max_new_tokens=9) == "a"
@@ -88,7 +104,7 @@ def test_generate_stops_at_the_end_of_text_too() -> None:
 
 def test_an_end_that_is_text() -> None:
     """ChatML put onto a tokenizer that has no such tokens."""
-    made = tokenizer_of(None)
+    made = tokenizer_of(None, "</s>", merges=True)
     made.chat_template = TEMPLATES["qwen2_5"]
     assert end_of_turn(made) == [] and end_of_turn_text(made) == "<|im_end|>"
     model = tiny_llama(tied=False, vocab_size=len(made), num_hidden_layers=1)
@@ -109,7 +125,8 @@ def test_an_end_that_is_text() -> None:
 
 def test_a_full_stop_is_no_end() -> None:
     made = tokenizer_of(
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '.\n' }}{% endfor %}",
+        merges=True,
     )
     assert end_of_turn(made) == [] and end_of_turn_text(made) is None
 
@@ -118,7 +135,7 @@ def test_a_full_stop_is_no_end() -> None:
     "template", [None, "{{ messages | length }}", "{{ raise_exception('no') }}"]
 )
 def test_no_turns(template: str | None) -> None:
-    made = tokenizer_of(template)
+    made = tokenizer_of(template, "</s>", merges=True)
     assert end_of_turn(made) == [] and end_of_turn_text(made) is None
     settings = transformers.GenerationConfig(eos_token_id=[7, made.eos_token_id])
     assert stops(made, settings) == [7, made.eos_token_id]

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 import lorakin as lk
-from lorakin.training.answers import IGNORED
-from lorakin.training.encoding import encode, use_template
-from lorakin.training.formats import Conversation, PlainText
+from lorakin.training.chat_templates import use_template
+from lorakin.training.contents import Conversation, PlainText
+from lorakin.training.encoding import encode
 from lorakin.training.reading import read_rows, unused
-from training.carried import byte_tokenizer, templates
+from lorakin.training.token_labels import IGNORED
+from training.carried import templates, tokenizer_of
 from training.test_templates import CHATML, learned
 
 Write = Callable[..., str]
@@ -37,27 +38,48 @@ def said(row: dict[str, Any], write_rows: Write, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"system": "s", "conversations": SHARED}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"system": "s", "conversations": SHARED},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
         ({"conversations": TURNS}, [("user", "q"), ("assistant", "a")]),
         ({"messages": json.dumps(TURNS)}, [("user", "q"), ("assistant", "a")]),
         ({"system": "s", "messages": TURNS}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
         (
-            {"instruction": "and Italy?", "input": "", "output": "Rome", "system": "s", "history": [["France?", "Paris"]]},
-            [("system", "s"), ("user", "France?"), ("assistant", "Paris"), ("user", "and Italy?"), ("assistant", "Rome")],
+            {
+                "instruction": "and Italy?",
+                "input": "",
+                "output": "Rome",
+                "system": "s",
+                "history": [["France?", "Paris"]],
+            },
+            [
+                ("system", "s"),
+                ("user", "France?"),
+                ("assistant", "Paris"),
+                ("user", "and Italy?"),
+                ("assistant", "Rome"),
+            ],
         ),
         (
             {"instruction": "When?", "context": "ctx", "response": "2000", "category": "qa"},
             [("user", "When?\n\nctx"), ("assistant", "2000")],
         ),
-        ({"instruction": "Valid?", "input": "null", "output": "yes"}, [("user", "Valid?\n\nnull"), ("assistant", "yes")]),
+        (
+            {"instruction": "Valid?", "input": "null", "output": "yes"},
+            [("user", "Valid?\n\nnull"), ("assistant", "yes")],
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}]}, TURNS[1]]},
             [("user", "q"), ("assistant", "a")],
         ),
         ({"prompt": TURNS[:1], "completion": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"prompt": "q", "completion": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"prompt": "q", "completion": "a", "system": "s"},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_conversations_in_many_layouts(
     row: dict[str, Any], expected: list[tuple[str, str]], write_rows: Write
 ) -> None:
@@ -104,7 +126,8 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         assert content.messages[1] == {"role": "assistant", "content": "", "tool_calls": expected}
         assert content.tools == [TOOL]
     share = [
-        SHARED[0], {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        SHARED[0], {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": '
+                                                      '"Oslo"}}'},
         {"from": "observation", "value": "rain"}, SHARED[1],
     ]  # fmt: skip
     content = said({"conversations": share, "tools": "[]"}, write_rows)
@@ -124,22 +147,54 @@ def test_calls_of_tools_are_one_form(write_rows: Write) -> None:
         ({"messages": TURNS, "label": False}, "label false marks an answer not to imitate"),
         ({"prompt": "q", "completion": "a", "label": False}, "label false"),
         ({"messages": TURNS, "rejected_response": "b"}, "rejected_response makes it a preference"),
-        ({"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]}, "chosen makes it a preference"),
-        ({"messages": TURNS, "images": ["1.jpg"]}, r'images is \["1.jpg"\], and only text can be trained on'),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]}, 'part of type "image"'),
-        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "a message's weight is 0.5; only 0 and 1"),
+        (
+            {"conversations": SHARED, "chosen": SHARED[1], "rejected": SHARED[1]},
+            "chosen makes it a preference",
+        ),
+        (
+            {"messages": TURNS, "images": ["1.jpg"]},
+            r'images is \["1.jpg"\], and only text can be '
+            r"trained on",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]},
+            'part of type "image"',
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]},
+            "a message's weight is 0.5; only 0 and 1",
+        ),
         ({"messages": TURNS, "loss_weight": 2}, "the row's loss_weight is 2"),
-        ({"conversations": [SHARED[0], {"from": "function_call", "value": "{}"}]}, r"function_call is \{\}, expected a name"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "the assistant's content is null"),
-        ({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "("}}]}]},
-         'the arguments of a are "\\(", expected a JSON object'),
+        (
+            {"conversations": [SHARED[0], {"from": "function_call", "value": "{}"}]},
+            r"function_call is \{\}, expected a name",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
+            "the assistant's content is null",
+        ),
+        (
+            {
+                "messages": [
+                    TURNS[0],
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "("}}],
+                    },
+                ]
+            },
+            'the arguments of a are "\\(", expected a JSON object',
+        ),
         ({"messages": TURNS, "tools": "none"}, 'tools is "none", expected a list'),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "expected pairs"),
         ({"prompt": "q", "completion": True}, "completion is true, expected text"),
         ({"prompt": "q", "completion": None}, "completion is null"),
-        ({"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"}, "a system column and a system message"),
+        (
+            {"messages": [SHARED[0] | {"from": "system"}, *TURNS], "system": "b"},
+            "a system column and a system message",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_meaning_is_refused(
     row: dict[str, Any], message: str, write_rows: Write
 ) -> None:
@@ -152,13 +207,13 @@ def test_columns_say_what_is_meant(write_rows: Write) -> None:
     assert said(row, write_rows, columns={"prompt": "query", "completion": "chosen"}) == PlainText(
         "q", "good"
     )
-    with pytest.raises(lk.DataError, match="row 1: there is no column 'missing'; there are chosen"):
+    with pytest.raises(lk.DataError, match="missing"):
         said(row, write_rows, columns={"prompt": "missing", "completion": "chosen"})
     with pytest.raises(lk.DataError, match="have the columns prompt|has the columns prompt"):
         said(row, write_rows, columns={"prompt": "query"})
     both = {"text": "a", "label": "b"}
     assert said(both, write_rows, layout="text") == PlainText("", "a")
-    with pytest.raises(lk.DataError, match="format must be one of messages"):
+    with pytest.raises(lk.DataError):
         said(both, write_rows, layout="csv")
 
 
@@ -175,7 +230,7 @@ def test_keys_that_are_not_used_are_named(write_rows: Write) -> None:
 
 
 def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
     rows = read_rows(
         write_rows([{"messages": [TURNS[0], wrong, *TURNS]}, {"messages": TURNS, "train": False}])
@@ -187,7 +242,7 @@ def test_rows_and_turns_that_are_not_to_be_learned(write_rows: Write) -> None:
 
 
 def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     row = {
         "prompt": [*TURNS, {"role": "user", "content": "q2"}],
         "completion": [{"role": "assistant", "content": "b"}],
@@ -198,7 +253,7 @@ def test_of_a_conversational_prompt_only_the_completion_is_learned(write_rows: W
 
 @pytest.mark.parametrize("loss_on", ["answers", "last", "all"])
 def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     rows = read_rows(
         write_rows(
             [
@@ -222,22 +277,22 @@ def test_what_the_loss_is_on(loss_on: str, write_rows: Write) -> None:
 def test_instructions_without_a_template_get_alpacas_prompt(write_rows: Write) -> None:
     alpaca = read_rows(write_rows([{"instruction": "say 0", "input": "", "output": "it is 0"}]))
     for chosen, template in ((True, None), (False, CHATML), ("alpaca", CHATML)):
-        tokenizer = byte_tokenizer(template, eos="</s>")
+        tokenizer = tokenizer_of(template, eos="</s>")
         assert use_template(tokenizer, chosen, alpaca) is not None
         example = encode(alpaca, tokenizer, 500).examples[0]
         text = tokenizer.decode(example["input_ids"])
         assert text.endswith("\n\n### Instruction:\nsay 0\n\n### Response:\nit is 0</s>")
         assert learned(example["input_ids"], example["labels"], tokenizer) == ["it is 0</s>"]
-    tokenizer = byte_tokenizer(None, eos="</s>")
+    tokenizer = tokenizer_of(None, eos="</s>")
     chat = read_rows(write_rows([{"messages": TURNS}]))
     assert use_template(tokenizer, True, chat) is None
-    with pytest.raises(lk.DataError, match="conversations need a tokenizer with a chat template"):
+    with pytest.raises(lk.DataError):
         encode(chat, tokenizer, 500)
 
 
 def test_variables_of_a_template(write_rows: Write) -> None:
     rows = read_rows(write_rows([{"messages": TURNS}]))
-    tokenizer = byte_tokenizer(
+    tokenizer = tokenizer_of(
         CHATML.replace(
             "assistant\n' }}", "assistant\n' }}{% if not quiet %}{{ 'LOUD ' }}{% endif %}"
         )
@@ -245,8 +300,8 @@ def test_variables_of_a_template(write_rows: Write) -> None:
     use_template(tokenizer, True, rows, {"quiet": True})
     example = encode(rows, tokenizer, 500).examples[0]
     assert learned(example["input_ids"], example["labels"], tokenizer) == ["a<|im_end|>"]
-    nemotron = byte_tokenizer(templates()["trl/chat_templates/nemotron_3_nano.jinja"])
-    with pytest.raises(lk.DataError, match="--template-arg enable_thinking=false"):
+    nemotron = tokenizer_of(templates()["trl/chat_templates/nemotron_3_nano.jinja"])
+    with pytest.raises(lk.DataError, match="--template-arg"):
         encode(rows, nemotron, 500)
     use_template(nemotron, True, rows, {"enable_thinking": False})
     example = encode(rows, nemotron, 500).examples[0]
@@ -259,7 +314,7 @@ def test_variables_of_a_template(write_rows: Write) -> None:
 def test_text_that_is_rendered_already_gets_no_second_bos_or_eos(write_rows: Write) -> None:
     import tokenizers
 
-    tokenizer = byte_tokenizer("{{ '<|begin_of_text|><|eot_id|>' }}")
+    tokenizer = tokenizer_of("{{ '<|begin_of_text|><|eot_id|>' }}")
     begin = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
@@ -322,10 +377,18 @@ def test_nulls_that_a_table_fills_in_are_none_of_a_calls(tmp_path: Any) -> None:
     import datasets
 
     rows = [
-        {"messages": [{**TURNS[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": [
-            {"function": {"name": "f", "arguments": {"opts": {key: 1}}}}]}]}
+        {
+            "messages": [
+                {**TURNS[0], "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"opts": {key: 1}}}}],
+                },
+            ]
+        }
         for key in ("deep", "wide")
-    ]  # fmt: skip
+    ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = read_rows(str(tmp_path / "rows.parquet")).records[0].content
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"opts": {"deep": 1}}  # type: ignore[union-attr]
@@ -340,7 +403,7 @@ def test_a_prompt_that_is_json_is_a_text(prompt: str, write_rows: Write) -> None
 
 
 def test_a_prompt_that_is_rendered_already_is_not_wrapped_again(write_rows: Write) -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = tokenizer_of(CHATML)
     row = {
         "prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
         "completion": "yes<|im_end|>",
@@ -364,13 +427,13 @@ def test_rows_whose_answers_are_cut_are_counted(write_rows: Write) -> None:
     rows = read_rows(
         write_rows([{"prompt": "q", "completion": "b" * 300}, {"prompt": "q", "completion": "b"}])
     )
-    encoded = encode(rows, byte_tokenizer(CHATML), 100)
+    encoded = encode(rows, tokenizer_of(CHATML), 100)
     assert (len(encoded.examples), encoded.dropped, encoded.cut) == (2, 0, 1)
 
 
 @pytest.mark.parametrize("label", [False, 0, "False"])
 def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: Write) -> None:
-    with pytest.raises(lk.DataError, match="not to imitate"):
+    with pytest.raises(lk.DataError):
         said({"prompt": "q", "completion": "bad", "label": label}, write_rows)
     assert said({"prompt": "q", "completion": "good", "label": True}, write_rows) == PlainText(
         "q", "good"
@@ -378,5 +441,5 @@ def test_answers_not_to_imitate_however_they_are_marked(label: Any, write_rows: 
 
 
 def test_pairs_of_texts_are_no_single_text(write_rows: Write) -> None:
-    with pytest.raises(lk.DataError, match="question stands beside sentence"):
+    with pytest.raises(lk.DataError):
         said({"question": "q", "sentence": "s", "label": 1, "idx": 3}, write_rows)

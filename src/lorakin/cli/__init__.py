@@ -8,7 +8,10 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and end the process: 0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same, 130 interrupted."""
+    """Runs the command line and ends the process with an exit code.
+
+    0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same model, 130 interrupted.
+    """
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # an end that cleans up
@@ -16,8 +19,11 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
     try:
         from lorakin.cli.app import run
-    except ImportError as error:
+
+        code = run(sys.argv[1:])
+    except ImportError as error:  # commands import what they need when they run
         sys.exit(
-            f"lorakin's command needs more than its core ({error}); install it with: pip install 'lorakin[train]'"
+            f"lorakin's command needs more than its core ({error}); install it with: pip install "
+            "'lorakin[train]'"
         )
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(code)

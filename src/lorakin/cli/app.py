@@ -1,4 +1,4 @@
-"""The commands together, and what the process ends with."""
+"""All commands together, and the code with which the process ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,17 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
-"""Libraries that warn of every cast of every layer, or of what they cannot load when they are merely imported."""
+"""Libraries that warn of every cast of every layer, or of what they cannot load on import."""
+
+
+def flowing(text: str | None) -> str:
+    """Returns a docstring with each paragraph on one line, for the terminal to break.
+
+    >>> flowing("One line.\\n\\n    A paragraph\\n    of two lines.")
+    'One line.\\n\\nA paragraph of two lines.'
+    """
+    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
 
 app = typer.Typer(
     help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
@@ -57,7 +67,8 @@ for module in (
     methods,
     demo,
 ):
-    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, help=flowing(module.command.__doc__), epilog=module.EXAMPLES)(module.command)
 
 
 def _is_serious(record: logging.LogRecord) -> bool:
@@ -65,7 +76,7 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit code."""
+    """Runs one command; returns the exit code."""
     errors = Terminal(
         stderr=True, quiet=os.environ.get("RANK", "0") != "0"
     )  # one of several processes talks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,68 +24,47 @@ EXAMPLES = examples(
 )
 
 
+HOW_HELP = (
+    "sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank."
+)
+ON_HELP = "change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …"
+DENSITY_HELP = "The share of each change's entries that is kept, in (0, 1]."
+RANK_HELP = "The nearest combination of that rank; without it the sum is exact, and ranks add up."
+ERROR_HELP = "The smallest ranks whose relative error is at most this."
+ELECT_HELP = "How TIES elects a sign: total or frequency. \\[default: total]"
+SEED_HELP = "Draws what DARE keeps. \\[default: 0]"
+PARTS_HELP = "DIRECTORY=WEIGHT, or DIRECTORY for weight 1."
+
+
 def command(
-    parts: Annotated[
-        list[str], typer.Argument(help="DIRECTORY=WEIGHT, or DIRECTORY for weight 1.")
-    ],
+    parts: Annotated[list[str], typer.Argument(help=PARTS_HELP)],
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the sum.")],
-    how: Annotated[
-        str,
-        typer.Option(
-            help="sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank."
-        ),
-    ] = "sum",
-    on: Annotated[
-        str,
-        typer.Option(
-            help="change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …"
-        ),
-    ] = "change",
-    density: Annotated[
-        float | None,
-        typer.Option(help="The share of each change's entries that is kept, in (0, 1]."),
-    ] = None,
-    elect: Annotated[
-        str | None,
-        typer.Option(help="How TIES elects a sign: total or frequency. [default: total]"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what DARE draws. [default: 0]")] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="The nearest combination of that rank; without it the sum is exact, and ranks add up."
-        ),
-    ] = None,
-    error: Annotated[
-        float | None, typer.Option(help="The smallest ranks whose relative error is at most this.")
-    ] = None,
+    how: Annotated[str, typer.Option(help=HOW_HELP)] = "sum",
+    on: Annotated[str, typer.Option(help=ON_HELP)] = "change",
+    density: Annotated[float | None, typer.Option(help=DENSITY_HELP)] = None,
+    elect: Annotated[str | None, typer.Option(help=ELECT_HELP)] = None,
+    seed: Annotated[int | None, typer.Option(help=SEED_HELP)] = None,
+    rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
+    error: Annotated[float | None, typer.Option(help=ERROR_HELP)] = None,
     verify: NoVerify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several: their changes' weighted sum, or what TIES, DARE or pruning make of them."""
+    """Make one adapter of several.
+
+    It is the weighted sum of their changes, or what TIES, DARE or pruning make of them.
+    """
     from lorakin.serving.combination import combine_directories
 
     weights: dict[str, float] = {}
     for directory, weight in map(_weight, parts):
         weights[directory] = weights.get(directory, 0.0) + weight
-    settings: dict[str, Any] = {
-        "how": how,
-        "on": on,
-        "density": density,
-        "elect": elect,
-        "seed": seed,
-    }
-    settings |= {
-        "rank": rank,
-        "error": error,
-        "max_kl": max_kl,
-        "verify": verify,
-        "other_base": other_base,
-    }
-    report = combine_directories(weights, model, out, **settings)
+    report = combine_directories(
+        weights, model, out, how=how, on=on, density=density, elect=elect, seed=seed, rank=rank,
+        error=error, max_kl=max_kl, verify=verify, other_base=other_base,
+    )  # fmt: skip
     if as_json:
         print_json(report)
         return

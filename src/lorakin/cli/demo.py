@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples("lorakin demo", "lorakin demo --steps 100 --out longer")
 TRAIN, HELD_OUT, PROMPT, ADAPTER = "train.jsonl", "held_out.jsonl", "prompt.txt", "adapter"
 MADE = ".lorakin-demo.json"
-"""What a demo wrote into its directory: the path of each file in it -> the SHA-256 of its content."""
+"""Lists what a demo wrote: the path of each file in its directory → the SHA-256 of its content."""
 SHOWN, HELD_OUT_ROWS, ANSWER_TOKENS = 3, 96, 40
 
 Rows = list[dict[str, str]]
@@ -39,7 +39,10 @@ def command(
     ] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
 ) -> None:
-    """Fine-tune SmolLM2-135M to write one-line docstrings, on Python's own standard library: some minutes on two cores."""
+    """Fine-tune SmolLM2-135M to write one-line docstrings, in some minutes on two cores.
+
+    The data are functions of Python's own standard library.
+    """
     from lorakin.storage import paths
     from lorakin.training import train as training
     from lorakin.training.recipe import Recipe
@@ -72,10 +75,11 @@ def command(
 
 
 def _write_data(out: Path) -> Rows:
-    """Put the training and held-out rows into `out`, a new directory or one that a demo made; returns the held-out rows.
+    """Writes the training and held-out rows into `out`; returns the held-out rows.
 
     Raises:
-        OutputError: the directory is not empty and no demo made it, or files lie in it that a demo would overwrite.
+        OutputError: the directory is not empty and no demo made it, or a demo would overwrite
+            files.
     """
     from lorakin.errors import OutputError
     from lorakin.training.docstrings import INSTRUCTION, docstring_rows
@@ -102,7 +106,7 @@ def _write_data(out: Path) -> Rows:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier demo wrote into `out`, by its list: files that are still as it wrote them, and no other."""
+    """Removes what an earlier demo wrote into `out`: files that are still as it wrote them."""
     from lorakin.errors import OutputError
 
     try:
@@ -123,7 +127,8 @@ def _clear(out: Path) -> None:
     ]
     if changed:
         raise OutputError(
-            f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose another directory"
+            f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose "
+            "another directory"
         )
     for path in reversed(there):
         path.rmdir() if _is_folder(path) else path.unlink()
@@ -131,7 +136,7 @@ def _clear(out: Path) -> None:
 
 
 def _entries(out: Path) -> list[Path]:
-    """What lies in `out` where a demo writes, a folder before what is in it; links are not followed."""
+    """Returns what lies in `out` where a demo writes, a folder before what is in it."""
     ours = [out / name for name in (TRAIN, HELD_OUT, PROMPT, ADAPTER)]
     inside = sorted((out / ADAPTER).rglob("*")) if _is_folder(out / ADAPTER) else []
     return [path for path in (*ours, *inside) if path.exists() or path.is_symlink()]
@@ -151,7 +156,7 @@ def _name(out: Path, path: Path) -> str:
 
 @contextlib.contextmanager
 def _noted(out: Path) -> Iterator[None]:
-    """Whatever comes of what is done inside, the files that lie in `out` then are noted as a demo's."""
+    """Notes the files in `out` as a demo's, whatever happens inside."""
     try:
         yield
     finally:
@@ -182,37 +187,41 @@ def _show_answers(console: Terminal, rows: Rows, before: list[str], after: list[
 
 
 def _show_result(console: Terminal, out: Path, result: Result) -> None:
-    from lorakin.training import train as training
+    from lorakin.training.evaluate import described
     from lorakin.training.progress import peak_memory_bytes
+    from lorakin.training.run_directory import METRICS, PICTURE, RECIPE
 
     adapter = result.out
     lines = {
-        "held out before": training.described(result.before),
-        "held out after": training.described(result.after),
-        "perplexity": f"{(result.after.perplexity or 0) / (result.before.perplexity or 1):.2f} of the base's",
-        "trained": f"{result.trainable_parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
+        "held out before": described(result.before),
+        "held out after": described(result.after),
+        "perplexity": f"{(result.after.perplexity or 0) / (result.before.perplexity or 1):.2f} of "
+        "the base's",
+        "trained": f"{result.trainable_parameters:,} parameters in {result.steps} steps, "
+        f"{result.seconds:.0f} s",
         "peak memory": f"{peak_memory_bytes() / 2**30:.1f} GiB",
         "adapter": f"{adapter} ({result.adapter_bytes / 2**20:.1f} MiB, PEFT's format)",
-        "loss curve": str(adapter / training.PICTURE),
-        "metrics": str(adapter / training.METRICS),
-        "recipe": str(adapter / training.RECIPE),
+        "loss curve": str(adapter / PICTURE),
+        "metrics": str(adapter / METRICS),
+        "recipe": str(adapter / RECIPE),
     }
     console.rule("result")
     for label, value in lines.items():
         console.print(labelled(f"{label:<16} ", value))
     console.print(Text("\nnext", "bold"))
     for line in (
-        f"{words('generate', '--model', 'smollm2', '--adapter', adapter, '--prompt', '-')} < {quoted(out / PROMPT)}",
+        f"{words('generate', '--model', 'smollm2', '--adapter', adapter, '--prompt', '-')} < "
+        f"{quoted(out / PROMPT)}",
         words("evaluate", "--model", "smollm2", "--adapter", adapter, "--data", out / HELD_OUT),
         words("inspect", adapter),
         words("merge", "--model", "smollm2", "--adapter", adapter, "--out", out / "merged"),
-        words("train", adapter / training.RECIPE, "--steps", 200, "--out", out / "longer"),
+        words("train", adapter / RECIPE, "--steps", 200, "--out", out / "longer"),
     ):
         console.print(f"  {quoted(_as_typed_here())} {line}")
 
 
 def _as_typed_here() -> str:
-    """The command as a user in this directory would type it: `.venv/bin/lorakin` where make put it."""
+    """Returns the command as a user types it here: `.venv/bin/lorakin` if make put it there."""
     path = Path(sys.argv[0]).absolute()
     if path.name != "lorakin" or shutil.which("lorakin") == str(path):
         return "lorakin"

@@ -26,48 +26,34 @@ EXAMPLES = examples(
 )
 
 
+ADAPTER_HELP = "An adapter's directory, lorakin's or PEFT's, or a hub id."
+TO_HELP = "lora, merged, gguf or gguf-merged: adapters and whole models."
+RANK_HELP = "The largest rank of a module; DoRA needs this or --error."
+ERROR_HELP = "The smallest rank whose relative error is at most this, in each module."
+DATA_HELP = "Rows like those of training: the outputs on them count, and they are read."
+PORTABLE_HELP = "One rank and scale 1, which vLLM needs."
+DTYPE_HELP = "Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
+
+
 def command(
-    adapter: Annotated[
-        str, typer.Argument(help="An adapter's directory, lorakin's or PEFT's, or a hub id.")
-    ],
-    to: Annotated[
-        str,
-        typer.Option("--to", help="lora, merged, gguf or gguf-merged: adapters and whole models."),
-    ],
+    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP)],
+    to: Annotated[str, typer.Option("--to", help=TO_HELP)],
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory.")],
     model: MaybeModel = None,
-    rank: Annotated[
-        int | None, typer.Option(help="The largest rank of a module; DoRA needs this or --error.")
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option(
-            help="The smallest rank whose relative error is at most this, in each module."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            "-d",
-            help="Rows like those of training: the outputs on them count, and they are read.",
-        ),
-    ] = None,
-    portable: Annotated[
-        bool, typer.Option("--portable", help="One rank and scale 1, which vLLM needs.")
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
-        ),
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
+    error: Annotated[float | None, typer.Option(help=ERROR_HELP)] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help=DATA_HELP)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help=PORTABLE_HELP)] = False,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     verify: NoVerify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make of an adapter what others serve: plain LoRA, a merged model, or either as GGUF; compared with the trained model."""
+    """Write an adapter as other programs serve it, and compare that with the trained model.
+
+    Plain LoRA, a merged model, or either as GGUF.
+    """
     from lorakin.errors import ModelError, VerificationError
     from lorakin.serving.export import export
     from lorakin.serving.job import Order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,10 @@ from lorakin.cli.options import (
     Model,
     NoTemplate,
     OtherBase,
-    Quantize,
     examples,
     print_json,
 )
+from lorakin.cli.recipe_options import recipe_options
 
 EXAMPLES = examples(
     'lorakin generate --model smollm2 --adapter adapter --prompt "Write a haiku about rain."',
@@ -27,7 +27,7 @@ EXAMPLES = examples(
 
 
 def _text(prompt: str) -> str:
-    """The prompt that is meant.
+    """Returns the prompt, from stdin if it is "-".
 
     Raises:
         DataError: it is no UTF-8.
@@ -47,6 +47,7 @@ def _text(prompt: str) -> str:
     return prompt
 
 
+@recipe_options("quantize")
 def command(
     model: Model,
     prompt: Annotated[
@@ -60,16 +61,17 @@ def command(
     no_chat_template: NoTemplate = False,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
-    quantize: Quantize = None,
+    *,
     other_base: OtherBase = False,
     as_json: Json = False,
+    **flags: Any,
 ) -> None:
     """Answer a prompt with a model and an adapter, word by word as the answer comes."""
     from lorakin.training.generate import answer
-    from lorakin.training.models import load_with_adapter
+    from lorakin.training.with_adapter import load_with_adapter
 
     text = _text(prompt)
-    loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, quantize=quantize)
+    loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, **flags)
     said = answer(
         loaded,
         text,

@@ -30,12 +30,15 @@ def command(
         Path | None,
         typer.Option(
             "--html",
-            help="Write a page with pictures by layer, and the ranks that would do, into this file.",
+            help="Write a page with pictures by layer, and the ranks that would do, here.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter is: member, rank, targets, sizes, base, and how much it changes each layer."""
+    """Show what an adapter is, and how much it changes each layer.
+
+    Member, rank, targets, sizes and base.
+    """
     from lorakin.storage.hub import adapter_directory
     from lorakin.storage.summary import by_layer, summarise
 
@@ -53,7 +56,8 @@ def command(
         console.print(labelled(f"{name:<11} ", value))
     if not summary.norms:
         console.print(
-            "no norms: the shared pair is not in the file but drawn again with the base model at hand"
+            "no norms: the shared pair is not in the file but drawn again with the base model at "
+            "hand"
         )
         return
     title = (

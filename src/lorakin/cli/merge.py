@@ -19,7 +19,8 @@ def command(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the merged weights: base (as the base model's are stored), float32, bfloat16, float16."
+            help="Of the merged weights: base (as the base model's are stored), float32, "
+            "bfloat16, float16."
         ),
     ] = "base",
     verify: NoVerify = True,
@@ -27,7 +28,10 @@ def command(
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into its base model and save a plain transformers model; the same as `lorakin export --to merged`."""
+    """Fold an adapter into its base model and save a plain transformers model.
+
+    The same as `lorakin export --to merged`.
+    """
     export.command(
         adapter,
         "merged",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.family import Member, Method, Modifier, conflict, members
+
+if TYPE_CHECKING:
+    from lorakin.family import Member
 
 EXAMPLES = examples("lorakin methods", "lorakin methods --json")
 
 
 def command(as_json: Json = False) -> None:
     """Show the family: each member, its settings, and which of them combine."""
+    from lorakin.family import Method, conflict, members
+
     family = members()
     if as_json:
         print_json(
@@ -60,6 +64,8 @@ def command(as_json: Json = False) -> None:
 
 
 def _described(member: type[Member]) -> dict[str, Any]:
+    from lorakin.family import Method, Modifier
+
     defaults = Method.of(member())
     foreign = (
         Modifier.setting_names() - defaults.parametrisation.setting_names()
@@ -76,6 +82,8 @@ def _described(member: type[Member]) -> dict[str, Any]:
 
 
 def _refused(family: Sequence[type[Member]]) -> list[dict[str, str]]:
+    from lorakin.family import conflict
+
     pairs = [(one, other) for n, one in enumerate(family) for other in family[n + 1 :]]
     found = [(one, other, conflict(one, other)) for one, other in pairs]
     return [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from lorakin.cli.options import Json, Model, console_for, examples, parts, print_json
+from lorakin.cli.options import Json, Model, console_for, examples, print_json
+from lorakin.cli.recipe_options import defaults, recipe_options
 from lorakin.terminal import Terminal, labelled
 
 if TYPE_CHECKING:
@@ -17,99 +18,62 @@ if TYPE_CHECKING:
 
 EXAMPLES = examples(
     "lorakin plan --model smollm2",
-    "lorakin plan --model org/model --method 'lora dora dora,lora+' --rank 32 --batch-size 4 --memory 24GB",
+    "lorakin plan --model org/model --method 'lora dora dora,lora+' --rank 32 --batch-size 4 "
+    "--memory 24GB",
     "lorakin plan --model org/model --device cuda --dtype bfloat16 --fuse --json",
 )
 
 
+METHOD_HELP = "all, or methods with spaces between: 'dora vera dora,lora+'. \\[default: all]"
+RANK_HELP = "Of plain LoRA, the others at a fair size beside it. \\[default: each method's own]"
+SET_HELP = "Any other setting, for the methods that have it, as dropout=0.1."
+LENGTH_HELP = (
+    "Tokens per row; all rows are planned as long as that. "
+    "\\[default: 1024, or what the model can take]"
+)
+DEVICE_HELP = "cpu or cuda. \\[default: what lorakin train would take]"
+OF_A_RECIPE = (
+    "targets", "exclude", "layers", "modules_to_save", "rank_above", "batch_size", "accumulate",
+    "gradient_checkpointing", "fuse", "dtype", "quantize",
+)  # fmt: skip
+
+
+@recipe_options(*OF_A_RECIPE)
 def command(
     model: Model,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="all, or methods with spaces between: 'dora vera dora,lora+'. [default: all]"
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Of plain LoRA, the others at a fair size beside it. [default: each method's own]"
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Any other setting, for the methods that have it, as dropout=0.1."
-        ),
-    ] = None,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="As for lorakin train. [default: all-linear]")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Modules to leave out.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Only in these layers, such as 0-3,8,-1.")
-    ] = None,
-    modules_to_save: Annotated[
-        list[str] | None, typer.Option(help="Modules to train whole.")
-    ] = None,
-    rank_above: Annotated[
-        str, typer.Option(help="As for lorakin train: refuse or clamp.")
-    ] = "refuse",
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
+    rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     labels: Annotated[
         int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per row; all rows are planned as long as that. [default: 1024, or what the model can take]"
-        ),
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(help=LENGTH_HELP)] = None,
     steps: Annotated[
         int, typer.Option(help="Optimizer steps, for members that plan over the run.")
     ] = 1000,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    fuse: Annotated[
-        bool,
-        typer.Option("--fuse", help="Norms, activations, loss in less memory (Llama-like models)."),
-    ] = False,
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, bfloat16, float16, base, or auto, as lorakin train takes it."),
-    ] = "auto",
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="nf4, int8, torchao-int8: the base's linear layers in few bits, by arithmetic alone."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. [default: what lorakin train would take]")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What there is, as 24GB. [default: what is free here]")
+        str | None, typer.Option(help="What there is, as 24GB. \\[default: what is free here]")
     ] = None,
+    *,
     as_json: Json = False,
+    **flags: Any,
 ) -> None:
-    """Say what training would take, before anything is downloaded or trained: of a hub id only the config is fetched.
+    """Say what training would take, before anything is downloaded or trained.
 
-    Trainable parameters, adapter, optimizer, activations, peak memory and time of a step for each method, whether it fits, and
-    what would make it fit.
+    For each method: trainable parameters, adapter, optimizer, activations, peak memory and time of
+    a step, whether it fits, and what would make it fit. Of a hub id only the config is fetched.
     """
     from lorakin.plan.advice import advise
 
-    asked = {name: value for name, value in locals().items() if name not in ("as_json", "advise")}
-    console = console_for(as_json)
-    for name in ("targets", "exclude", "modules_to_save"):
-        asked[name] = parts(asked[name])
-    advice = advise(**asked)
+    advice = advise(
+        model, method, rank, settings, labels=labels, max_length=max_length, steps=steps,
+        device=device, memory=memory, **(defaults(*OF_A_RECIPE) | flags),
+    )  # fmt: skip
     if as_json:
         print_json(advice.as_dict())
         return
-    show(advice, console)
+    show(advice, console_for(as_json))
 
 
 def show(advice: Advice, console: Terminal) -> None:

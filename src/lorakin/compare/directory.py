@@ -22,7 +22,7 @@ from lorakin.compare.split import Parts
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import atomic, locks, paths
 from lorakin.storage.schema import Misfit, fitted, shown
-from lorakin.training.recipe import read_yaml
+from lorakin.training.yaml_values import read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
 TRIALS, DATA = "trials", "data"

@@ -19,16 +19,17 @@ from lorakin.compare.results import Results
 from lorakin.compare.study import Study
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
-from lorakin.inject.targets import parse_layers
+from lorakin.inject.layer_numbers import parse_layers
 from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
 from lorakin.storage import paths
 from lorakin.terminal import labelled
-from lorakin.training.encoding import use_template, with_answers
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import with_answers
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of, load_tokenizer
 from lorakin.training.precision import resolve_dtype
+from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
-from lorakin.training.train import check_meant
 
 ENDLESS = 10**6
 """Steps of a run whose budget is in minutes, before anything is timed."""

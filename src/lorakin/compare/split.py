@@ -12,7 +12,7 @@ from typing import Any
 from lorakin.errors import DataError
 from lorakin.storage import atomic
 from lorakin.storage.schema import Count
-from lorakin.training.formats import Number
+from lorakin.training.contents import Number
 from lorakin.training.reading import DataRows, read_rows
 
 TRAIN, TUNE, REPORT = "train.jsonl", "tune.jsonl", "report.jsonl"

@@ -25,9 +25,11 @@ from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
 from lorakin.training import train
 from lorakin.training.evaluate import Evaluation, evaluate
+from lorakin.training.prepare import encoded
 from lorakin.training.progress import Metrics, memory_bytes, peak_memory_bytes
 from lorakin.training.reading import read_rows
 from lorakin.training.recipe import Recipe
+from lorakin.training.run_directory import METRICS
 
 TIMED_STEPS = 6
 """Steps of a trial that only times a step."""
@@ -162,7 +164,7 @@ def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
 
 def _report(job: TrialJob, ready: train.Run) -> Evaluation:
     """Evaluates the model on the rows to report on."""
-    rows = train.encoded(
+    rows = encoded(
         ready.recipe,
         read_rows(job.report_data, layout=ready.recipe.format),
         ready.loaded,
@@ -173,7 +175,7 @@ def _report(job: TrialJob, ready: train.Run) -> Evaluation:
 
 def _losses(out: Path) -> list[float]:
     """Returns the training loss of each step."""
-    rows = Metrics(out / train.METRICS, writes=False).rows()
+    rows = Metrics(out / METRICS, writes=False).rows()
     return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 

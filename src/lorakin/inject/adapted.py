@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family.pair import whole_shape
-from lorakin.inject import experts
+from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
     BIAS,
     KEY,
@@ -32,9 +32,16 @@ from lorakin.inject.biases import as_the_bases
 from lorakin.inject.branch import Branch, Copy, brought
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
-from lorakin.inject.layers import ExpertLayer, QuantisedLayer, has_own_forward, kind_of
+from lorakin.inject.layers import (
+    ExpertLayer,
+    LinearLayer,
+    QuantisedLayer,
+    has_own_forward,
+    kind_of,
+)
 from lorakin.inject.rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
+from lorakin.kernels import adapted_linear as kernel
 
 
 class Adapted(Swapped):
@@ -78,26 +85,41 @@ class Adapted(Swapped):
     def _changed(
         self, attached: Attachments, branches: list[Branch], x: Any, args: Any, kwargs: Any
     ) -> Any:
-        own_forward = super().forward
-        if (
-            len(branches) == 1
-            and attached.rows is None
-            and not attached.merged
-            and not torch.compiler.is_compiling()
-        ):
-            stock = getattr(own_forward, "__func__", None) is nn.Linear.forward
-            if stock and (whole := branches[0].fused(self, x)) is not None:
+        if len(branches) == 1 and not torch.compiler.is_compiling():
+            whole = self._in_one_pass(attached, branches[0], x)
+            if whole is not None:
                 return whole
-        base = out = (
-            own_forward(*args, **kwargs)
-            if attached.dense is None
-            else F.linear(x, attached.dense, self.bias)
-        )
+
+        if attached.dense is None:
+            base = out = super().forward(*args, **kwargs)
+        else:
+            base = out = F.linear(x, attached.dense, self.bias)
         if attached.rows is not None:
             return attached.rows.adapted(self, x, base)
         for branch in branches:
             out = out + branch(self, x, base)
         return out
+
+    def _in_one_pass(self, attached: Attachments, branch: Branch, x: Any) -> Tensor | None:
+        """The output of an nn.Linear with one adapter; None where the kernel does not apply.
+
+        Step 1 of the path that `kernels/adapted_linear.py` describes.
+        """
+        weight = self._parameters.get("weight")
+        if branch.layer is not LinearLayer or attached.rows is not None or attached.merged:
+            return None
+        own_forward = getattr(super().forward, "__func__", None)
+        if own_forward is not nn.Linear.forward or not kernel.applies(x, weight):
+            return None
+        assert weight is not None
+
+        dropout = branch.method.dropout if branch.training else 0.0
+        needs_backward = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        change = branch.change(weight, ready=not (dropout or needs_backward))
+        if dropout and isinstance(change, kernel.ScaledPair) and change.pair.gain is not None:
+            return None  # the gain acts on W0 x̃ too, which is another product with the weight
+        bias = self.bias if attached.biased else self._parameters.get(BIAS)
+        return kernel.adapted_linear(x, weight, bias, change, dropout, branch.siblings)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("weight", BIAS) or (attached := attachments_or_none(self)) is None:
@@ -257,7 +279,7 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
             attached.by_weight = has_own_forward(module, kind)
             attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
-            experts.attach(module)
+            expert_forward.attach(module)
     attached = attachments_of(module)
     if isinstance(child, Branch) and not any(
         isinstance(other, Branch) for other in attached.values()
@@ -304,7 +326,7 @@ def detach(module: nn.Module, name: str) -> None:
         del module.lorakin
         unmix(module, Adapted, Replaced, ReplacedSequence, WithRows)
         if isinstance(module, experts.ExpertMatrix):
-            experts.detach(module)
+            expert_forward.detach(module)
 
 
 def move_base(module: Any, change: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""What an adapted model does before each forward of its own: four things that are not known before.
+"""What an adapted model does before each forward.
 
-Whether another thread has chosen other adapters; whether the adapted modules are still there;
-whether several processes train the model, which shows at the first training forward; and how it
-checkpoints activations, as a Trainer decides when training begins.
+It checks that no other thread has chosen other adapters and that the adapted modules are still in
+their places. Before a training forward it lets gradients pass checkpointed parts, and adapters get
+ready for several processes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 FUNCTION = "_gradient_checkpointing_func"
-"""Where transformers keeps the function with which a module checkpoints its parts."""
+"""The attribute where transformers keeps the function with which a module checkpoints its parts."""
 
 
 class BeforeForward:
-    """The forward pre-hook of an adapted model's root."""
+    """The forward pre-hook of an adapted model."""
 
     def __init__(self, model: nn.Module, adapters: dict[str, InsertedAdapter]) -> None:
         self.adapters = adapters
@@ -37,41 +37,41 @@ class BeforeForward:
         self.first: Any = model.register_forward_hook(self.after_first, with_kwargs=True)
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Takes the hooks off the model."""
         self.handle.remove()
         self.end.remove()
         if self.first is not None:
             self.first.remove()
 
     def after_first(self, model: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        """See that a gradient can come back from the first training forward.
+        """Makes sure that a gradient can come back from the first training forward.
 
-        A function of autograd's that runs layers itself, as the reversible layers of Reformer, asks
-        for one only if its input needs one. Behind a frozen embedding none does. Then the embedding's
+        An autograd function that runs layers itself, as Reformer's reversible layers, needs a
+        gradient only if its input does. Behind a frozen embedding it does not. Then the embedding's
         output is made to need one, and the forward is run again.
         """
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return None
-        if not any(
-            adapter.merging.is_active and any(True for _ in adapter.tensors.trained())
+        trains = (
+            any(True for _ in adapter.tensors.trained())
             for adapter in self.adapters.values()
-        ):
+            if adapter.merging.is_active
+        )
+        if not any(trains):
             return None
         self.first.remove()
         self.first = None
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-        embedding = getattr(model, "get_input_embeddings", lambda: None)
-        if (
-            not tensors
-            or any(t.requires_grad for t in tensors)
-            or (words := _or_none(embedding)) is None
-        ):
+        if not tensors or any(tensor.requires_grad for tensor in tensors):
+            return None
+        words = _or_none(getattr(model, "get_input_embeddings", lambda: None))
+        if words is None:
             return None
         words.register_forward_hook(_needs_gradient)
         return model.forward(*args, **kwargs)
 
     def hold(self, model: nn.Module, paths: Iterable[str]) -> None:
-        """See before each forward that the modules at these paths are those that are there now."""
+        """Remembers the modules at these paths, to check before each forward that they stay."""
         places = (path.rpartition(".")[::2] for path in dict.fromkeys(paths) if path)
         parents = (
             (model.get_submodule(owner), leaf, f"{owner}.{leaf}".lstrip("."))
@@ -96,13 +96,13 @@ class BeforeForward:
 
 
 def _through(model: nn.Module, args: Any, out: Any) -> None:
-    """Forward hook, also of a forward that failed."""
+    """Ends the forward for `threads`; a hook that also runs after a forward that failed."""
     if not torch.compiler.is_compiling():
         threads.leave(model)
 
 
 def _or_none(embedding: Callable[[], Any]) -> Any:
-    """The input embedding of a model; None if its class says that it has none."""
+    """Returns the model's input embedding; None if its class says that it has none."""
     try:
         return embedding()
     except NotImplementedError:
@@ -110,24 +110,25 @@ def _or_none(embedding: Callable[[], Any]) -> Any:
 
 
 def _needs_gradient(module: nn.Module, args: Any, out: Any) -> None:
-    """Forward hook: the output needs a gradient while somebody trains."""
+    """Makes the output need a gradient while somebody trains; a forward hook."""
     if torch.is_grad_enabled() and isinstance(out, Tensor) and not out.requires_grad:
         out.requires_grad_(True)
 
 
 def exchanged(path: str) -> str:
-    """What to say of a path where another module stands than the one that was adapted."""
+    """Returns the message for a path where another module stands than the one that was adapted."""
     return (
-        f"{path} is no longer the module that was adapted: something, such as resize_token_embeddings, put another "
-        "in its place. Do that before adapting; here, remove the adapter, and adapt again"
+        f"{path} is no longer the module that was adapted: something, such as "
+        "resize_token_embeddings, put another in its place. Do that before you adapt the model; "
+        "here, remove the adapter and adapt again"
     )
 
 
 def _let_gradients_pass(module: Any) -> None:
-    """Let a module that checkpoints in the re-entrant way give gradients also without any in its inputs.
+    """Lets a module that uses re-entrant checkpoints give gradients although its inputs need none.
 
-    torch's re-entrant checkpoint only looks at a part whose inputs need gradients. Behind a frozen
-    embedding none does, however much is trained in the part.
+    torch's re-entrant checkpoint skips a part none of whose inputs needs a gradient. Behind a
+    frozen embedding none does, whatever trains in the part.
     """
     checkpoint: Callable[..., Any] | None = getattr(module, FUNCTION, None)
     if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
@@ -135,7 +136,7 @@ def _let_gradients_pass(module: Any) -> None:
 
 
 def _checkpointed(checkpoint: Callable[..., Any], part: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint(part, *args)`, with one more input that needs a gradient if none of `args` does."""
+    """Runs `checkpoint(part, *args)` with an input that needs a gradient, if no arg does."""
     if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return checkpoint(part, *args)
     dummy = torch.zeros((), requires_grad=True)

@@ -1,8 +1,8 @@
 """Biases that an adapter trains: those of the modules it adapts, or all of the model's.
 
-An adapter has its own of each, which starts as the base's and hangs beside the adapter's other
-tensors. The base's stays where it is, so what saves, moves or counts the base sees that; what computes
-(a forward, the module's own or another's) sees the adapter's while the adapter is in use.
+An adapter has its own of each, which starts as the base's and hangs beside its other tensors. The
+base's stays where it is, so whatever saves, moves or counts the base sees that. A forward sees the
+adapter's while the adapter is in use.
 """
 
 from __future__ import annotations
@@ -31,13 +31,20 @@ NONE, ADAPTED, ALL = "none", "lora_only", "all"
 def find_biases(
     model: nn.Module, which: str, branches: Iterable[str], whole: Sequence[str]
 ) -> tuple[str, ...]:
-    """Paths of the modules whose bias an adapter trains that adapts `branches` and trains `whole` whole.
+    """Returns the paths of the modules whose bias an adapter trains.
 
     Args:
-        which: "none"; "lora_only", those of `branches`, and of what owns a parameter there; "all", those of the model.
+        model: the base.
+        which: "none"; "lora_only", the biases of the adapted modules; or "all", those of the model.
+        branches: the paths that the adapter is on.
+        whole: the paths of modules that it trains whole.
 
     Raises:
         SettingError: another word, or a model without such biases.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    >>> find_biases(model, "lora_only", ["0"], []), find_biases(model, "all", ["0"], [])
+    (('0',), ('0', '1'))
     """
     if which not in (NONE, ADAPTED, ALL):
         raise SettingError(f"bias must be one of {NONE}, {ADAPTED} and {ALL}, not {which!r}")
@@ -56,7 +63,7 @@ def find_biases(
 
 
 def adapted_modules(model: nn.Module, branches: Iterable[str]) -> set[str]:
-    """The paths of the modules at `branches`; of a parameter's matrix, that of the module which owns it."""
+    """Returns the paths of the modules at `branches`; for a parameter, that of its owner."""
     found = set()
     for path in branches:
         try:
@@ -68,7 +75,7 @@ def adapted_modules(model: nn.Module, branches: Iterable[str]) -> set[str]:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The base's own bias of a module, whatever adapters do; None if it has none that can be trained."""
+    """Returns the base's own bias of a module, whatever adapters do; None if there is none."""
     attached = attachments_or_none(module)
     own: Tensor | None = module._parameters.get(BIAS)
     if attached is not None and own is not None:
@@ -79,9 +86,9 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def start_of(
     model: nn.Module, paths: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """An adapter's own biases at the start, by path: the base's, in float32 at least, or in `dtype`.
+    """Returns an adapter's biases at the start: the base's, in `dtype`, or float32 at least.
 
-    Those that are one parameter in the base are one object.
+    Biases that are one parameter in the base are one tensor.
 
     Raises:
         StateError: the base is sharded already.
@@ -93,8 +100,8 @@ def start_of(
         assert own is not None
         if is_sharded(own):
             raise StateError(
-                f"the bias of {path} is sharded already, so an adapter cannot start from it; adapt the model before "
-                "it is sharded, or leave bias out"
+                f"the bias of {path} is sharded already, so an adapter cannot start from it; adapt "
+                "the model before it is sharded, or leave bias out"
             )
         if id(own) not in made:
             made[id(own)] = own.detach().to(
@@ -105,7 +112,7 @@ def start_of(
 
 
 def as_the_bases(child: Any, module: Any) -> Tensor:
-    """The bias of an adapter's `child` as `module` takes it: where its own bias is, and in that dtype."""
+    """Returns the bias of an adapter's `child` with the device and dtype of the module's own."""
     bias: Tensor = child._parameters[BIAS]
     own, weight = module._parameters[BIAS], module._parameters.get("weight")
     if own.is_meta:
@@ -119,19 +126,24 @@ def as_the_bases(child: Any, module: Any) -> Tensor:
 
 
 def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | StateError]) -> None:
-    """Raise `error` if two of the adapters of these plans, by name, have a bias of their own in one module."""
+    """Checks that no two of these adapters, given by name, have a bias of their own in one module.
+
+    Raises:
+        error: two do.
+    """
     owners: dict[str, str] = {}
     for name, placement in plans.items():
         for path in placement.biases:
             if path in owners:
                 raise error(
-                    f"{owners[path]!r} and {name!r} both train the bias of {path}; use one of them at a time"
+                    f"{owners[path]!r} and {name!r} both train the bias of {path}; use one of them "
+                    "at a time"
                 )
             owners[path] = name
 
 
 def tie_merged(model: nn.Module, adapter: InsertedAdapter) -> None:
-    """Let merged modules whose bias is one parameter, in the adapter as in the base, go on sharing it."""
+    """Lets merged modules share a bias that is one in the adapter and in the base."""
     first: dict[int, Any] = {}
     for path, own in adapter.tensors.biases().items():
         module = model.get_submodule(path)

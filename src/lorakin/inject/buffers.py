@@ -1,8 +1,8 @@
-"""Buffers that a forward in train mode moves: BatchNorm's statistics, moving averages.
+"""Buffers that a training forward changes, such as BatchNorm's statistics.
 
-They are part of what training changes, and no parameter. So an adapter has its own of them while it
-is in use, as it has its own copy of a module that it trains whole. The base's are set aside and
-come back whenever the adapter is off. Files hold those that moved.
+They are part of what training changes, but no parameters. So an adapter has its own of them while
+it is in use, as it has its own copy of a module that it trains whole. The base's are set aside, and
+come back whenever the adapter is off. Files hold the buffers that moved.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 
 def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
-    """The base's buffers that are part of its state, by name, those of quantised layers left out.
+    """Returns the base's buffers that its `state_dict` holds, except quantised layers', by name.
 
-    What no `state_dict` holds (positions, masks) is made again and is nobody's. None stands for one
-    that a forward is still to make. `whole` are paths of modules that an adapter trains whole, whose
-    copies have buffers of their own.
+    None stands for a buffer that a forward is still to make.
+
+    Args:
+        model: the base, adapted or not.
+        whole: paths of modules that an adapter trains whole; their copies have their own buffers.
+
+    >>> list(own_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
+    ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
     found: dict[str, Tensor | None] = {}
     skip = (*ours(model), *(f"{path}." for path in whole))
@@ -41,7 +46,7 @@ def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | No
 
 
 def own_copy(buffer: Tensor | None) -> Tensor | None:
-    """The buffer in memory of its own."""
+    """Returns the buffer in memory of its own."""
     return None if buffer is None else buffer.detach().clone()
 
 
@@ -54,7 +59,7 @@ class Buffers:
         """Whose each one is that the model has now; None is the base."""
 
     def show(self, model: nn.Module, adapters: Mapping[str, InsertedAdapter]) -> None:
-        """Put the buffers of the adapters in use into the model, and the base's where none has any."""
+        """Puts the buffers of the adapters in use into the model; the base's where none has any."""
         using = [
             adapter
             for adapter in adapters.values()
@@ -65,7 +70,7 @@ class Buffers:
                 self._set(model, name, owner, adapters)
 
     def owners(self, model: nn.Module, using: Sequence[InsertedAdapter]) -> dict[str, str | None]:
-        """Whose each buffer is if these adapters are in use; None is the base.
+        """Returns whose each buffer is if these adapters are in use; None is the base.
 
         Raises:
             SettingError: two of them have moved the same buffer.
@@ -77,18 +82,19 @@ class Buffers:
                     found[name] = adapter
                 elif self._moved(model, adapter, name):
                     raise SettingError(
-                        f"{other.name!r} and {adapter.name!r} have both moved {name} in training; activate one of them"
+                        f"{other.name!r} and {adapter.name!r} have both moved {name} in training; "
+                        "activate one of them"
                     )
         return {name: None if adapter is None else adapter.name for name, adapter in found.items()}
 
     def of(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> Tensor | None:
-        """The adapter's own buffer of this name."""
+        """Returns the adapter's own buffer of this name."""
         return _get(model, name) if self.shown[name] == adapter.name else adapter.buffers[name]
 
     def put(
         self, model: nn.Module, adapter: InsertedAdapter, name: str, value: Tensor | None
     ) -> None:
-        """Let the adapter's own buffer of this name hold `value`."""
+        """Sets the adapter's own buffer of this name."""
         own = self.of(model, adapter, name)
         if own is not None and value is not None and own.shape == value.shape:
             own.copy_(value)
@@ -98,18 +104,18 @@ class Buffers:
             adapter.buffers[name] = own_copy(value)
 
     def all(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
-        """The base's own, of those that an adapter may move; see `own_buffers`."""
+        """Returns the base's own buffers that an adapter may move; see `own_buffers`."""
         here = own_buffers(model, whole)
         return {
             name: self.own(model, name) if name in self.shown else b for name, b in here.items()
         }
 
     def own(self, model: nn.Module, name: str) -> Tensor | None:
-        """The base's own."""
+        """Returns the base's own buffer of this name."""
         return _get(model, name) if self.shown[name] is None else self.base[name]
 
     def moved(self, model: nn.Module, adapter: InsertedAdapter) -> dict[str, Tensor]:
-        """Those of the adapter's that are no longer the base's."""
+        """Returns those of the adapter's buffers that differ from the base's."""
         moved = {
             n: self.of(model, adapter, n) for n in adapter.buffers if self._moved(model, adapter, n)
         }
@@ -122,13 +128,13 @@ class Buffers:
         return not own.is_meta and not torch.equal(own, base.to(own))
 
     def add(self, model: nn.Module, adapter: InsertedAdapter) -> None:
-        """Set the base's aside that the adapter has its own of."""
+        """Sets aside the base's buffers of which the adapter has its own."""
         for name in adapter.buffers:
             if name not in self.base:
                 self.base[name], self.shown[name] = _get(model, name), None
 
     def give_up(self, model: nn.Module, adapter: InsertedAdapter) -> None:
-        """The adapter's buffers become the base's, as a merge for good wants it."""
+        """Makes the adapter's buffers the base's, as a permanent merge needs."""
         for name in adapter.buffers:
             if self.shown[name] == adapter.name:
                 self.base[name] = _get(model, name)
@@ -163,7 +169,7 @@ def _put(model: nn.Module, name: str, buffer: Tensor | None) -> None:
 
 
 def misfit_of_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
-    """Why buffers from a file are not this model's, or None if they are."""
+    """Returns why buffers from a file are not this model's; None if they are."""
     here = own_buffers(model, ()) if saved else {}
     if unknown := sorted(saved.keys() - here.keys()):
         return f"it holds the buffers {some(unknown)}, which this model does not have"

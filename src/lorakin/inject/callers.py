@@ -1,6 +1,6 @@
-"""Who reads a tensor of a module: a forward, or what looks after parameters.
+"""Who reads a tensor of a module: a forward that computes with it, or what looks after parameters.
 
-The difference is where the reader stands: in the forward of some module, or outside of all of them.
+The call stack tells: a forward runs inside some module's call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 _CALL = nn.Module._call_impl.__code__
 COMPUTING = ("torch.utils.checkpoint", "torch.autograd.function")
-"""Where a part of a forward is run again in the backward, with no module's call around it."""
+"""Modules that run part of a forward again in the backward, with no module's call around it."""
 MACHINERY = (
     "accelerate",
     "deepspeed",
@@ -26,8 +26,12 @@ MACHINERY = (
 
 
 def is_in_forward(depth: int) -> bool:
-    """Whether a tensor is read to compute with, by the function `depth` calls above the caller."""
-    if torch.compiler.is_compiling():  # what is compiled is a forward, and has no frames to look at
+    """Returns whether the function `depth` calls above the caller computes with what it reads.
+
+    >>> is_in_forward(0)
+    False
+    """
+    if torch.compiler.is_compiling():  # compiled code is a forward, and has no frames
         return True
     frame: FrameType | None = sys._getframe(depth + 1)
     assert frame is not None

@@ -1,10 +1,11 @@
-"""Norms, gated activations and the loss of Llama-like models in less memory, the adapters aside. Opt in with `lorakin.fuse`.
+"""Norms, gated activations and the loss of Llama-like models, in less memory. See `lorakin.fuse`.
 
-A norm keeps its input and one number a token, a gated activation its two inputs; what they give is made again for those
-layers that need it in backward (`Recipe`). The head's logits are not made at all where nothing but a cross-entropy asks for
-them (`Deferred`). Values are those of the modules they replace, to the bit where those are transformers' own.
+A norm keeps its input and one number per token, a gated activation its two inputs. Layers that need
+their outputs in the backward compute them again (kernels/rebuilding.py). The head's logits are not
+computed where only a cross-entropy asks for them (kernels/lazy_logits.py). Values are those of the
+replaced modules, to the bit where these are transformers' own.
 
-As everywhere in this room the module changes its class and keeps its name, parameters and state dict.
+As with adapters, the module's class changes; its name, parameters and state dict stay.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined
 from lorakin.inject.eval_mode import in_mode
-from lorakin.kernels.adapted_linear import Rebuilding
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
-from lorakin.kernels.lazy_logits import Deferred
+from lorakin.kernels.lazy_logits import LazyLogits
+from lorakin.kernels.rebuilding import Rebuilding
 
 
 class Norm(torch.autograd.Function):
-    """w · (x · scale) over the last dimension, in float32 and rounded to the dtype of x before w, as Llama's.
+    """w · (x · scale) over the last dimension, in float32 and rounded before w, as Llama's.
 
-    `scale` is `scale_of(x)`; the gradient knows that it depends on x.
+    `scale` is `scale_of(x)`; the gradient accounts for its dependence on x.
     """
 
     @staticmethod
@@ -40,34 +41,30 @@ class Norm(torch.autograd.Function):
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
-        direction = x.float() * scale  # not x · scale: mixed dtypes go a slow way
-        for_weight = (
-            (grad * direction.to(x.dtype)).flatten(0, -2).sum(0)
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        wide = (grad * weight).float()
-        along = (wide * direction).mean(-1, keepdim=True)
-        for_x = (
-            wide.sub_(direction.mul_(along)).mul_(scale).to(x.dtype)
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        direction = x.float() * scale  # not x · scale: mixed dtypes are slow
+        for_weight = for_x = None
+        if needs_weight:
+            for_weight = (grad * direction.to(x.dtype)).flatten(0, -2).sum(0)
+        if needs_x:
+            wide = (grad * weight).float()
+            along = (wide * direction).mean(-1, keepdim=True)
+            for_x = wide.sub_(direction.mul_(along)).mul_(scale).to(x.dtype)
         return for_x, for_weight, None
 
 
 def scale_of(x: Tensor, epsilon: Any) -> Tensor:
-    """1 / √(mean x² + ε) over the last dimension (…, 1), float32."""
+    """Computes 1 / √(mean x² + ε) over the last dimension: (…, 1), float32."""
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
 
 
 def normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    """What `Norm` gives, from the scale of each token."""
+    """Computes the output of `Norm` from the scale of each token."""
     return weight * (x.float() * scale).to(x.dtype)
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate) · up, of which both inputs are kept and nothing else."""
+    """silu(gate) · up; keeps both inputs and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ class Gate(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """What `Gate` gives."""
+    """Computes the output of `Gate`."""
     return F.silu(gate).mul_(up)
 
 
@@ -111,43 +108,41 @@ class LightGate(Swapped):
 
 
 class LightHead(Swapped):
-    """Mixed in before the class of a head: in train mode its logits are made when something asks for them."""
+    """Mixed in before the class of a head: in train mode it returns `LazyLogits`."""
 
     def forward(self, x: Tensor) -> Tensor:
         head: Any = self
-        deferrable = (
-            self.training
-            and head.bias is None
-            and not head.weight.requires_grad
-            and _lightly(x, head.weight)
-        )
-        if not deferrable or torch.is_autocast_enabled(x.device.type):
+        is_frozen = head.bias is None and not head.weight.requires_grad
+        if not (self.training and is_frozen and _lightly(x, head.weight)):
             return super().forward(x)  # type: ignore[no-any-return]
-        return Deferred.of(x, head.weight)
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return LazyLogits.of(x, head.weight)
 
 
 LIGHT = (LightNorm, LightGate, LightHead)
 
 
 def _lightly(x: Any, other: Tensor) -> bool:
-    """Whether something is to be kept for a backward, of tensors that the functions here know."""
+    """Returns whether a backward needs something, of tensors that the functions here know."""
     if type(x) not in PLAIN or type(other) not in PLAIN or not torch.is_grad_enabled():
         return False
     return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and plainly()
 
 
 def fuse(model: nn.Module) -> int:
-    """Make the norms, gated activations and head of `model` light; returns how many modules that were.
+    """Replaces the norms, gated activations and head of `model` by versions that keep less memory.
+
+    Returns:
+        how many modules were replaced.
 
     Raises:
-        SettingError: none of them is of a kind that this knows.
+        SettingError: the model has none of the kinds that this knows.
     """
     found: dict[nn.Module, type[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, LIGHT) or is_adapted(
-            module
-        ):  # of one trained whole, the adapter's copy is a module too
-            continue
+        if isinstance(module, LIGHT) or is_adapted(module):
+            continue  # the adapter's copy of a module trained whole is a module of its own
         if mixin := next((mixin for mixin, fits in FITS.items() if fits(module)), None):
             found[module] = mixin
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -155,7 +150,8 @@ def fuse(model: nn.Module) -> int:
         found[head] = LightHead
     if not found and not any(isinstance(module, LIGHT) for module in model.modules()):
         raise SettingError(
-            f"fuse found nothing in a {type(model).__name__} that it knows: Llama's RMSNorm and gated SiLU, and a linear head"
+            f"fuse found nothing in a {type(model).__name__} that it can replace; it knows Llama's "
+            "RMSNorm and gated SiLU, and a linear head"
         )
     for module, mixin in found.items():
         module.__class__ = combined(mixin, type(module))
@@ -163,10 +159,10 @@ def fuse(model: nn.Module) -> int:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give the modules that `fuse` changed their own classes back.
+    """Gives the modules that `fuse` changed their own classes back.
 
     Raises:
-        StateError: one of them was adapted, or is trained whole by an adapter, since.
+        StateError: an adapter was put on one of them since.
     """
     light: dict[str, nn.Module] = {
         path: module for path, module in model.named_modules() if isinstance(module, LIGHT)
@@ -178,27 +174,27 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _can_be_probed(module: Any) -> bool:
-    """Whether the module's weight is there, a plain tensor with values."""
+    """Returns whether the module's weight is here, as a plain tensor with numbers."""
     weight = vars(module)["_parameters"].get("weight")
     return type(weight) in PLAIN and not weight.is_meta and "_hf_hook" not in vars(module)
 
 
 @torch.no_grad()
 def _is_norm(module: Any) -> bool:
+    """Returns whether the module is named as Llama's norm and computes the same."""
     named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     if not named or not _can_be_probed(module):
         return False
     weight = module.weight
-    probe = (
-        torch.linspace(-3, 2, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
-    )
-    return torch.equal(
-        module(probe), normed(probe, scale_of(probe, module.variance_epsilon), weight)
-    )
+    probe = torch.linspace(-3, 2, 2 * len(weight), device=weight.device)
+    probe = probe.view(2, -1).to(weight.dtype)
+    expected = normed(probe, scale_of(probe, module.variance_epsilon), weight)
+    return torch.equal(module(probe), expected)
 
 
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
+    """Returns whether the module is named as Llama's MLP and computes the same."""
     children = dict(module.named_children())
     named = {"gate_proj", "up_proj", "down_proj"} <= children.keys()
     silu = type(children.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
@@ -208,9 +204,8 @@ def _is_gated(module: Any) -> bool:
         return False
     weight = module.gate_proj.weight
     probe = torch.linspace(-1, 1, module.gate_proj.in_features, device=weight.device)
-    probe = torch.stack([probe, 1000 * probe.flip(0)]).to(
-        weight.dtype
-    )  # the second meets limits, if there are any
+    # the second row is large enough to meet a limit on the activation, if there is one
+    probe = torch.stack([probe, 1000 * probe.flip(0)]).to(weight.dtype)
     with in_mode(module, training=False):
         expected = module.down_proj(module.act_fn(module.gate_proj(probe)) * module.up_proj(probe))
         return torch.allclose(module(probe), expected, rtol=0, atol=0, equal_nan=True)

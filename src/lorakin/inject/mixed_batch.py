@@ -1,9 +1,10 @@
 """One batch, several adapters: each row uses its own, or none.
 
-For inference all adapters of a linear module are stacked: down (n, r, inputs), up (n, outputs, r), padded to the largest rank.
-A row then picks its pair out of the stack. With few tokens a row (decoding) that is one product with all pairs side by side,
-masked to the row's own; with many it is a batched product. Everything else (other layers, training, modules trained whole) goes
-adapter by adapter over its rows, in the ordinary way.
+For inference all adapters of a linear module are stacked, padded to the largest rank: down (n, r,
+inputs), up (n, outputs, r). A row picks its pair out of the stack. With few tokens per row, as in
+decoding, one product with all pairs side by side is masked to the row's own pair; with many it is a
+batched product. Everything else (other layers, training, modules trained whole) runs adapter by
+adapter, each on its rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
+from lorakin.family import Pair
 from lorakin.family.low_rank import padded
 from lorakin.inject.activation import check_switchable
 from lorakin.inject.attachments import Attachments, attachments_of
@@ -28,11 +30,11 @@ from lorakin.inject.rows import put
 from lorakin.inject.threads import changing, chosen, chosen_before, spoil
 
 FEW_TOKENS = 4
-"""Up to so many tokens a row masking costs less than picking."""
+"""Up to this many tokens per row, masking costs less than picking."""
 
 
 class StackedPairs(NamedTuple):
-    """The pairs of one module, in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs) or None."""
+    """A module's pairs in its dtype: down (n, r, inputs), up (n, r, outputs), gain (n, outputs)."""
 
     down: Tensor
     up: Tensor
@@ -40,9 +42,18 @@ class StackedPairs(NamedTuple):
 
 
 class MixedBatch:
-    """Which adapter each row of a batch uses, as a context: inside, row n of every batch uses `wanted[n]` alone.
+    """A context in which row n of every batch uses the adapter `wanted[n]` alone.
 
-    See `lorakin.mixed_batch`. The contexts of one model share `open`, those entered and not yet left, the last of which counts.
+    See `lorakin.mixed_batch`. The contexts of one model share the list `open` of those entered and
+    not yet left; the last one counts.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, lk.LoRA(rank=1), name="mine")
+    >>> with MixedBatch(model, ["mine", None]):
+    ...     out = model(torch.ones(2, 2))
+    >>> out.shape
+    torch.Size([2, 2])
     """
 
     def __init__(self, model: nn.Module, wanted: Iterable[str | None]) -> None:
@@ -64,13 +75,13 @@ class MixedBatch:
         known = check_switchable(self.model, names)
         if biased := [name for name in names if known[name].placement.biases]:
             raise SettingError(
-                f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot be in a mixed batch; run its "
-                "rows by themselves"
+                f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot "
+                "be in a mixed batch; run its rows by themselves"
             )
         if of_experts := [name for name in names if known[name].tensors.experts()]:
             raise SettingError(
-                f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows share, so it cannot be in a "
-                "mixed batch; run its rows by themselves"
+                f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows "
+                "share, so it cannot be in a mixed batch; run its rows by themselves"
             )
 
     def __enter__(self) -> None:
@@ -81,14 +92,14 @@ class MixedBatch:
     def _enter(self) -> None:
         self._check()
         self.attached = hanging(self.model)
-        others: list[MixedBatch] = next(
-            (one.rows.open for one in self.attached if one.rows is not None), []
-        )
+        entered = (one.rows.open for one in self.attached if one.rows is not None)
+        others: list[MixedBatch] = next(entered, [])
         if self in others:
             raise StateError("this mixed batch is entered already; make another with mixed_batch")
         if any(other.thread != threading.get_ident() for other in others):
             raise StateError(
-                "another thread has a mixed batch on this model; one model serves one thread at a time"
+                "another thread has a mixed batch on this model; one model serves one thread at a "
+                "time"
             )
         self.thread = threading.get_ident()
         self.open = others
@@ -111,12 +122,12 @@ class MixedBatch:
             chosen_before(self.model, self.before)
 
     def _let_count(self) -> None:
-        """The last one entered counts, whatever order they are left in."""
+        """Lets the last one entered count, whatever order they are left in."""
         for one in self.attached:
             one.rows = self.open[-1] if self.open else None
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of the model is in no context; the hook, a function, goes along and does nothing there."""
+        """Returns None: a copy of the model is in no context."""
 
     def _note_batch(
         self,
@@ -124,18 +135,13 @@ class MixedBatch:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Forward pre-hook of the model: learn the batch's size and length.
+        """Learns the batch's size and length; a forward pre-hook of the model.
 
-        Where another thread's forward begins while this one is taken off, torch may give no `kwargs`.
+        If another thread's forward begins while this hook is taken off, torch may give no `kwargs`.
         """
-        tensors = [
-            kwargs[key]
-            for key in ("input_ids", "inputs_embeds")
-            if isinstance(kwargs.get(key), Tensor)
-        ]
-        first = next(
-            iter(tensors or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]), None
-        )
+        by_name = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        given = (*by_name, *args, *kwargs.values())
+        first = next((value for value in given if isinstance(value, Tensor)), None)
         if first is None or module is not self.model or self.open[-1:] != [self]:
             return
         rows = first.shape[0]
@@ -146,11 +152,15 @@ class MixedBatch:
         self.sizes = {len(self.wanted), rows, rows * first.shape[1] if first.dim() > 1 else rows}
 
     def _numbers_for(self, rows: int, device: torch.device, module: nn.Module) -> Tensor:
-        """(rows,): the number of each row's adapter. A row of the batch may be several here: beams, or its tokens."""
+        """Returns (rows,): the number of each row's adapter.
+
+        A row of the batch may be several rows here: beams, or its tokens.
+        """
         if rows not in self.sizes:
             raise StateError(
-                f"a {type(module).__name__} was called with {rows} rows, which are not those of the batch, so it is not known "
-                "which adapter each uses; such a module cannot be in a mixed batch"
+                f"a {type(module).__name__} was called with {rows} rows, which are not those of "
+                "the batch, so it is not known which adapter each uses; such a module cannot be "
+                "in a mixed batch"
             )
         if (rows, device) not in self.spread:
             self.spread[rows, device] = self.numbers.to(device).repeat_interleave(
@@ -159,7 +169,7 @@ class MixedBatch:
         return self.spread[rows, device]
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
-        """The output of an adapted module, of which `base` is the base's."""
+        """Computes the output of an adapted module from `base`, the base's output."""
         attached = attachments_of(module)
         branches = [attached[name] if self._uses(attached, name) else None for name in self.names]
         if not any(branches):
@@ -168,34 +178,32 @@ class MixedBatch:
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
         stack = None if attached.off or module.training else self._stack_of(module, x, branches)
-        if (
-            stack is None or not stack.down.dtype == x.dtype == base.dtype
-        ):  # under autocast they differ
-            return self._each(
-                attached,
-                base,
-                numbers,
-                lambda branch, rows: base[rows] + branch(module, x[rows], base[rows]),
-            )
-        return self._stacked(stack, module, x, base, numbers)
+        if stack is not None and stack.down.dtype == x.dtype == base.dtype:  # not under autocast
+            return self._stacked(stack, module, x, base, numbers)
+
+        def add(branch: Branch, rows: Tensor) -> Tensor:
+            own: Tensor = base[rows] + branch(module, x[rows], base[rows])
+            return own
+
+        return self._each(attached, base, numbers, add)
 
     def with_rows(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
-        """The output of a module of which adapters train rows, of which `base` is the base's."""
+        """Computes the output of a module with trained rows from `base`, the base's output."""
         if x.shape[0] == 1 < len(self.wanted):
             x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
         numbers = self._numbers_for(x.shape[0], x.device, module)
-        return self._each(
-            attachments_of(module),
-            base,
-            numbers,
-            lambda own, rows: put(module, [own], x[rows], base[rows]),
-        )
+
+        def put_rows(own: Any, rows: Tensor) -> Tensor:
+            return put(module, [own], x[rows], base[rows])
+
+        return self._each(attachments_of(module), base, numbers, put_rows)
 
     def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
-        """The output of a module that adapters train whole, of which `base` is the base's."""
+        """Computes the output of a module that adapters train whole from `base`, the base's."""
         if not isinstance(base, Tensor):
             raise StateError(
-                f"a {type(module).__name__} that is trained whole gives no single tensor, so not in a mixed batch"
+                f"a {type(module).__name__} that is trained whole returns no single tensor, so it "
+                "cannot be in a mixed batch"
             )
         numbers = self._numbers_for(x.shape[0], x.device, module)
         return self._each(
@@ -213,6 +221,7 @@ class MixedBatch:
         numbers: Tensor,
         call: Callable[[Any, Tensor], Tensor],
     ) -> Tensor:
+        """Puts `call(child, rows)` of each adapter, on its rows, into the output."""
         out = base
         for number, name in enumerate(self.names):
             if self._uses(attached, name) and len(rows := (numbers == number).nonzero()[:, 0]):
@@ -222,16 +231,13 @@ class MixedBatch:
     def _stack_of(
         self, module: Any, x: Tensor, branches: Sequence[Branch | None]
     ) -> StackedPairs | None:
-        """The module's stack: kept while nothing in it trains, anew where something does, None where that needs gradients."""
+        """Returns the module's stack, kept while nothing trains; None if it needs gradients."""
         if id(module) in self.stacks:
             return self.stacks[id(module)]
         there = [branch for branch in branches if branch is not None]
-        trains = any(
-            parameter.requires_grad for branch in there for parameter in branch.parameters()
-        )
-        if there[0].layer not in (LinearLayer, QuantisedLayer, TransposedLayer) or (
-            trains and torch.is_grad_enabled()
-        ):
+        trains = any(p.requires_grad for branch in there for p in branch.parameters())
+        is_linear = there[0].layer in (LinearLayer, QuantisedLayer, TransposedLayer)
+        if not is_linear or (trains and torch.is_grad_enabled()):
             return None
         stack = _stack(module, branches, there[0].layer.dtype(module, x))
         if not trains:
@@ -241,21 +247,19 @@ class MixedBatch:
     def _stacked(
         self, stack: StackedPairs, module: Any, x: Tensor, base: Tensor, numbers: Tensor
     ) -> Tensor:
-        """W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b, with the pair and gain of each row."""
+        """Computes W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b with the pair and gain of each row."""
         count, rank, inputs = stack.down.shape
         tokens = x.reshape(len(x), -1, inputs)
         into = base if stack.gain is None else torch.zeros_like(base)
         if tokens.shape[1] <= FEW_TOKENS:
-            hidden = F.linear(tokens, stack.down.view(-1, inputs)) * self._mask(
-                numbers, x.dtype, rank
-            )
+            hidden = F.linear(tokens, stack.down.view(-1, inputs))
+            hidden = hidden * self._mask(numbers, x.dtype, rank)
             flat = into.reshape(-1, into.shape[-1])
             change = flat.addmm_(hidden.view(-1, count * rank), stack.up.view(count * rank, -1))
         else:
             hidden = torch.bmm(tokens, stack.down.index_select(0, numbers).transpose(1, 2))
-            change = into.reshape(len(x), -1, into.shape[-1]).baddbmm_(
-                hidden, stack.up.index_select(0, numbers)
-            )
+            up = stack.up.index_select(0, numbers)
+            change = into.reshape(len(x), -1, into.shape[-1]).baddbmm_(hidden, up)
         change = change.view(base.shape)
         if stack.gain is None:
             return change
@@ -265,7 +269,7 @@ class MixedBatch:
         return base + (gain * change + (gain - 1) * product).to(base.dtype)
 
     def _mask(self, numbers: Tensor, dtype: torch.dtype, rank: int) -> Tensor:
-        """(rows, 1, n·r): 1 where a hidden number is of the row's own adapter."""
+        """Returns (rows, 1, n·r): 1 where a hidden number belongs to the row's own adapter."""
         key = len(numbers), numbers.device, dtype, rank
         if key not in self.masks:
             own = F.one_hot(numbers, len(self.names)).to(dtype)
@@ -275,27 +279,19 @@ class MixedBatch:
 
 @torch.no_grad()
 def _stack(module: Any, branches: Sequence[Branch | None], dtype: torch.dtype) -> StackedPairs:
+    """Stacks the pairs of a module's adapters; zeros for one that is not here."""
     there = [branch for branch in branches if branch is not None]
     pairs = {id(branch): branch.pair(branch.layer.weight(module)) for branch in there}
     rank = max(pair.down.shape[0] for pair in pairs.values())
     one = next(iter(pairs.values()))
-    nothing = one._replace(
-        up=one.up.new_zeros(one.up.shape[0], rank), down=one.down.new_zeros(rank, one.down.shape[1])
-    )
-    chosen = [
-        nothing._replace(gain=None) if branch is None else padded(pairs[id(branch)], rank)
-        for branch in branches
-    ]
+    outputs, inputs = one.up.shape[0], one.down.shape[1]
+    nothing = Pair(one.up.new_zeros(outputs, rank), one.down.new_zeros(rank, inputs))
+    chosen = [nothing if branch is None else padded(pairs[id(branch)], rank) for branch in branches]
+
     gain = None
     if any(pair.gain is not None for pair in chosen):
-        gain = torch.stack(
-            [
-                one.up.new_ones(one.up.shape[0]) if pair.gain is None else pair.gain
-                for pair in chosen
-            ]
-        )
-    down, up = (
-        torch.stack([pair.down for pair in chosen]),
-        torch.stack([pair.up.T for pair in chosen]),
-    )
+        ones = one.up.new_ones(outputs)
+        gain = torch.stack([ones if pair.gain is None else pair.gain for pair in chosen])
+    down = torch.stack([pair.down for pair in chosen])
+    up = torch.stack([pair.up.T for pair in chosen])
     return StackedPairs(down.to(dtype), up.to(dtype), gain)

@@ -25,11 +25,11 @@ from lorakin.inject.targets import (
     ALL_LINEAR,
     Targets,
     check_patterns,
-    find_modules,
     for_stacks,
     select,
 )
 from lorakin.inject.tokens import TokenRows, Tokens, check_free, find_tokens, places_of
+from lorakin.inject.whole_modules import find_modules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and whatever else transformers puts in their place.
+"""Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and others.
 
-Their forward and backward stay the library's own. The numbers of the weight are asked for in blocks of rows, by the few that
-need them (a norm, a merge, a picture), and are not kept.
+Their forward and backward stay the library's own. The few that need the weight's numbers (a norm, a
+merge, a picture) ask for them in blocks of rows, and nothing keeps them.
 """
 
 from __future__ import annotations
@@ -22,41 +22,43 @@ from lorakin.inject.attachments import base_parameters
 from lorakin.kernels.autograd import PLAIN
 
 Rows = Callable[[int, int], Tensor]
-"""(first, behind the last) → those rows of the weight, (rows, inputs), in a floating dtype."""
+"""A function (first, past the last) → those rows of the weight, (rows, inputs), floating point."""
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether `module` multiplies by a matrix that it does not hold as plain numbers of two bytes or more."""
-    if not all(
-        isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features")
-    ):
+    """Returns whether `module` is a linear layer that does not hold its weight as plain numbers.
+
+    Plain numbers are floating point of two bytes or more.
+
+    >>> is_quantised(nn.Linear(2, 2))
+    False
+    """
+    sides = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if not all(isinstance(side, int) for side in sides):
         return False
     weight = module._parameters.get("weight")
     if isinstance(weight, UninitializedParameter):
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        packed = [*whole_shape(weight)] != [
-            module.out_features,
-            module.in_features,
-        ]  # bits kept in a float's place
-        return packed or (type(weight) not in PLAIN and is_packed(weight))
+        holds_bits = tuple(whole_shape(weight)) != sides  # in place of floating-point numbers
+        return holds_bits or (type(weight) not in PLAIN and is_packed(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
 
 
 def own_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """What the library's own class makes of `x`, without adapters and hooks."""
-    owner = next(
-        c
-        for c in type(module).__mro__
-        if "forward" in vars(c) and not c.__module__.startswith("lorakin.")
-    )
+    """Computes what the library's own class makes of `x`, without adapters and hooks."""
+    classes = (c for c in type(module).__mro__ if not c.__module__.startswith("lorakin."))
+    owner = next(c for c in classes if "forward" in vars(c))
     out: Tensor = vars(owner)["forward"](module, x)
     return out
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a quantised module cannot be adapted, or None: its forward must run here and be differentiable."""
+    """Returns why a quantised module cannot be adapted; None if it can.
+
+    Its forward must run on this machine and be differentiable.
+    """
     name = type(module).__name__
     if device_of(module).type == "meta" or rows_of(module) is not None:
         return None
@@ -64,16 +66,14 @@ def refusal(module: nn.Module) -> str | None:
         x = torch.ones(2, int(module.in_features), device=device_of(module), requires_grad=True)  # type: ignore[arg-type]
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(own_forward(module, x).sum(), x)
-    except Exception as error:  # whatever the library lacks here
+    except Exception as error:  # the library may lack anything here
         reason = str(error).strip().partition("\n")[0]
-        return (
-            f"a {name}, a quantised layer that cannot be trained through on this machine ({reason})"
-        )
+        return f"a {name}, a quantised layer that no gradient passes on this machine ({reason})"
     return None if torch.isfinite(grad).all() else f"a {name} whose gradient is not finite"
 
 
 class PackedWeight(Weight):
-    """The weight of a quantised module as a matrix (outputs, inputs) whose numbers are made anew each time."""
+    """The weight of a quantised module as a matrix (outputs, inputs), dequantised each time."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
@@ -91,11 +91,11 @@ class PackedWeight(Weight):
 
     @property
     def matrix(self) -> Tensor:
-        """All of it at once, float32."""
+        """The whole matrix, float32."""
         return torch.cat(list(self.blocks()))
 
     def blocks(self) -> Iterator[Tensor]:
-        """Its rows in order, `BLOCK` numbers at a time, float32."""
+        """Yields its rows in order, `BLOCK` numbers at a time, float32."""
         return self._blocks(rows_of(self.module) or _by_backward(self.module))
 
     def _blocks(self, read: Rows) -> Iterator[Tensor]:
@@ -107,15 +107,14 @@ class PackedWeight(Weight):
         )
 
     def product(self, down: Tensor) -> Tensor:
-        """W0·downᵀ, (outputs, k), float32."""
-        if (
-            read := rows_of(self.module)
-        ) is None:  # then its rows are dear, and its forward is this product
+        """Computes W0·downᵀ, (outputs, k), float32."""
+        read = rows_of(self.module)
+        if read is None:  # rows are expensive then, and the module's forward is this product
             return product(self.module, down).T.to(torch.float32)
         return torch.cat([rows @ down.to(rows.dtype).T for rows in self._blocks(read)])
 
     def rows(self, which: Tensor) -> Tensor:
-        """Those rows, by a mask."""
+        """Returns the rows that a mask (outputs,) selects."""
         return self.matrix[which]
 
 
@@ -123,7 +122,10 @@ _PACKED: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDic
 
 
 def packed_weight(module: nn.Module) -> PackedWeight:
-    """The module's weight, one and the same for as long as the module's tensors are, so that its squares are taken once."""
+    """Returns the module's weight: the same object until the module's tensors change.
+
+    So the squares of its rows are computed once.
+    """
     known = _PACKED.get(module)
     if known is None or known.state != _state(module):
         known = _PACKED[module] = PackedWeight(module)
@@ -131,24 +133,26 @@ def packed_weight(module: nn.Module) -> PackedWeight:
 
 
 def shape_of(module: Any) -> Shape:
-    """The module's weight as a matrix."""
+    """Returns the shape of the module's weight as a matrix."""
     return Shape(module.out_features, module.in_features)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the module's tensors are."""
+    """Returns where the module's tensors are."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return next((tensor.device for tensor in own), torch.device("cpu"))
 
 
 def rows_of(module: nn.Module) -> Rows | None:
-    """How to read rows of the module's weight from what it holds, or None if only its own forward and backward know."""
+    """Returns how to read rows of the weight from what the module holds.
+
+    None if only the module's own forward and backward know how.
+    """
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return None
-    if (
-        state := getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-    ) is not None:
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is not None:
         return _four_bits(weight, state)
     if hasattr(weight, "SCB"):
         holder: Any = module
@@ -160,12 +164,15 @@ def rows_of(module: nn.Module) -> Rows | None:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a tensor's class says how to undo its quantisation, as torchao's do."""
+    """Returns whether a tensor's class can undo its quantisation, as torchao's can."""
     return type(weight).dequantize is not Tensor.dequantize
 
 
 def _four_bits(weight: Any, state: Any) -> Rows:
-    """Rows of bitsandbytes' 4-bit weights: two numbers a byte, row after row, a scale for each `blocksize` numbers."""
+    """Returns how to read rows of bitsandbytes' 4-bit weights.
+
+    These hold two numbers in a byte, row after row, and a scale for every `blocksize` numbers.
+    """
     _lay_out(weight, state)
     library = sys.modules["bitsandbytes"].functional
     inputs, size, scales = state.shape[1], state.blocksize, state.absmax
@@ -174,7 +181,7 @@ def _four_bits(weight: Any, state: Any) -> Rows:
 
     def rows(start: int, stop: int) -> Tensor:
         first, behind = start * inputs, stop * inputs
-        if inputs % size:  # a scale is for numbers of several rows
+        if inputs % size:  # a scale belongs to numbers of several rows
             whole: Tensor = library.dequantize_4bit(weight.data, state)
             return whole[start:stop]
         part = library.QuantState(
@@ -193,7 +200,10 @@ def _four_bits(weight: Any, state: Any) -> Rows:
 
 
 def _by_backward(module: nn.Module) -> Rows:
-    """Rows of any weight that gradients flow through: row j is what the backward makes of the j-th unit vector."""
+    """Returns how to read rows of any weight that gradients flow through.
+
+    Row j is the gradient of the input for the j-th unit vector as the output's gradient.
+    """
 
     def rows(start: int, stop: int) -> Tensor:
         outputs, inputs = shape_of(module)[:2]
@@ -210,40 +220,51 @@ def _by_backward(module: nn.Module) -> Rows:
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
-    """W0·x without the bias, by the library's own forward."""
+    """Computes W0·x without the bias, by the library's own forward."""
     out, bias = own_forward(module, x), getattr(module, "bias", None)
     return out if bias is None else out - bias
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """What tells whether the module's tensors are still the same."""
+    """Returns what changes when the module's tensors do."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return tuple((id(tensor), tensor._version) for tensor in own)
 
 
 FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
-"""By which transformers' Trainer refuses a model without PEFT's adapters, and TRL casts all that trains to bfloat16."""
+"""What transformers and TRL ask whether a model is quantised.
+
+transformers' Trainer refuses such a model unless PEFT adapted it, and TRL casts all that trains to
+bfloat16.
+"""
 
 
 def take_flags(model: nn.Module) -> dict[str, bool]:
-    """Tell trainers, for as long as adapters are in it, that the model is no merely quantised one; what it said before."""
+    """Clears the flags that call the model quantised, while adapters are in it.
+
+    Returns:
+        the flags that were set; `vars(model).update(...)` with them restores them.
+    """
     flags = {flag: True for flag in FLAGS if getattr(model, flag, False)}
     vars(model).update(dict.fromkeys(flags, False))
     return flags
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """In which a model computes whose linear layers are quantised: that of its other parameters."""
-    floats = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
-    return next(
-        (dtype for dtype in floats if dtype.is_floating_point and dtype.itemsize > 1), torch.float32
-    )
+    """Returns the dtype in which a model with quantised layers computes: its other parameters'."""
+    dtypes = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
+    wide = (dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
+    return next(wide, torch.float32)
 
 
 def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put plain linear layers with these weights, by path, in the place of quantised ones.
+    """Puts plain linear layers in the place of quantised ones.
 
-    A model without quantised layers is no longer called quantised.
+    Without any quantised layer left, the model is no longer called quantised.
+
+    Args:
+        model: the model to change.
+        weights: the new weight (outputs, inputs) of each layer, by path.
     """
     for path, weight in weights.items():
         owner, _, leaf = path.rpartition(".")
@@ -252,29 +273,22 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
         setattr(model.get_submodule(owner), leaf, new.train(old.training))
     quantizer = getattr(model, "hf_quantizer", None)
-    if (
-        weights
-        and quantizer is not None
-        and not any(is_quantised(module) for module in model.modules())
-    ):
+    if not weights or quantizer is None:
+        return
+    if not any(is_quantised(module) for module in model.modules()):
         quantizer.remove_quantization_config(model)
         vars(model).update({flag: False for flag in FLAGS if hasattr(model, flag)})
-    if weights and quantizer is not None:
-        _leave_plain(model, quantizer, list(weights))
+    _leave_plain(model, quantizer, list(weights))
 
 
 def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
-    """Let the model's config say which modules are plain now, else what is saved cannot be loaded.
+    """Lets the model's config say which modules are plain now; else what is saved cannot be loaded.
 
-    The config may be the caller's, who makes other models by it: the model gets a copy.
+    The caller may hold the same config and make other models by it, so the model gets a copy.
     """
     config = copy.deepcopy(quantizer.quantization_config)
-    said = [
-        name
-        for name in ("llm_int8_skip_modules", "modules_to_not_convert")
-        if hasattr(config, name)
-    ]
-    for name in said:
+    lists = ("llm_int8_skip_modules", "modules_to_not_convert")  # of bitsandbytes, of torchao
+    for name in (name for name in lists if hasattr(config, name)):
         skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *paths]
         setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *skipped])))
     quantizer.quantization_config = config
@@ -284,7 +298,7 @@ def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
-    """The quantised layers whose tensors FSDP2 cannot cut: of integers, or of a class of their own."""
+    """Returns the quantised layers that FSDP2 cannot cut: of integers, or of their own class."""
     found = []
     for module in filter(is_quantised, model.modules()):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -294,14 +308,17 @@ def not_to_shard(model: nn.Module) -> list[nn.Module]:
 
 
 def keep_trainable(model: nn.Module) -> list[nn.Module]:
-    """Let a quantised model be trained, and by DDP; returns the modules that `give_back` should have again.
+    """Lets a quantised model be trained, also by DDP.
 
-    On some CPUs bitsandbytes lays 4-bit weights that are used for inference out for a kernel without a backward: after an
-    evaluation no gradient would pass. And DDP would send every process the tensors of classes that cannot be sent.
+    On some CPUs bitsandbytes lays a 4-bit weight out for a kernel without a backward once it is
+    used for inference: after an evaluation no gradient would pass. And DDP would send every process
+    tensors of classes that cannot be sent.
+
+    Returns:
+        the modules to hand to `give_back` when training ends.
     """
-    changed = [
-        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
-    ]
+    flag = "support_avx512bf16_for_cpu"
+    changed = [module for module in model.modules() if getattr(module, flag, False)]
     for module in changed:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
@@ -311,18 +328,16 @@ def keep_trainable(model: nn.Module) -> list[nn.Module]:
 
 
 def give_back(modules: list[nn.Module]) -> None:
-    """Allow them what `keep_trainable` forbade."""
+    """Allows modules the inference kernel again that `keep_trainable` took from them."""
     for module in modules:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
 def _lay_out(weight: Any, state: Any) -> None:
-    """Give a 4-bit weight its usual layout back; its scales stay rounded to bfloat16, as they were used."""
+    """Gives a 4-bit weight its usual layout back; its scales stay rounded to bfloat16."""
     if getattr(state, "packing_format_for_cpu", False):
-        scales, state.original_nested = (
-            state.absmax.T.reshape(-1).float(),
-            False,
-        )  # of which the library loses the order
+        scales = state.absmax.T.reshape(-1).float()  # the library would lose their order
+        state.original_nested = False
         undo = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
         weight.data, weight.quant_state = undo(weight.data, state)
         weight.quant_state.absmax = scales

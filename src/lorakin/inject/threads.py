@@ -1,8 +1,9 @@
 """One thread at a time changes a model's adapters, and none while another computes with them.
 
-Which adapters are in use is the model's, not a thread's. So a thread that has chosen some does not compute with others that
-another thread chose since: that is refused, as is a change in the middle of another thread's forward. What a context puts
-back at its end is never refused: the forward that was under way is, at its own end. Under `torch.compile` none of it is seen.
+Which adapters are in use belongs to the model, not to a thread. Two things are refused: a change in
+the middle of another thread's forward, and a forward of a thread whose choice of adapters another
+thread has replaced. The end of a context, which restores what was in use before, is never refused;
+instead the other thread's forward fails at its own end. `torch.compile` sees none of this.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from lorakin.errors import StateError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ADVICE = "One model serves one thread at a time: hold a lock around activate and what is computed with it"
+ADVICE = "One model serves one thread at a time: hold a lock around activate and what you compute"
 
 
 class ThreadTurns:
-    """Of one model: the lock of those who change it, the threads in its forward, and who chose adapters last.
+    """The state of one model: who changes it, who is in its forward, and who chose adapters last.
 
-    A change may be made of others; `depth` counts those that are under way. `spoilt` are those of the threads inside under
-    whose forward adapters changed. Each choice has a number; `choices` counts them, and `latest` is in force.
+    Attributes:
+        lock: held by the thread that changes adapters.
+        depth: how many changes are under way in that thread; a change may consist of others.
+        inside: the threads in a forward, by id.
+        spoilt: ids of those under whose forward adapters changed.
+        choices, latest: how many choices were made, and the number of the one in force.
+        chooser: the thread that made it.
     """
 
     def __init__(self) -> None:
@@ -45,24 +51,33 @@ _mine = threading.local()
 
 
 def _turns_of(model: nn.Module) -> ThreadTurns:
-    """Kept beside the model, which can then be copied and pickled."""
+    """Returns the state of `model`, kept beside it, so that the model can be copied and pickled."""
     with _making:
         return _turns.setdefault(model, ThreadTurns())
 
 
 @contextlib.contextmanager
 def changing(model: nn.Module, refused: bool = True) -> Iterator[None]:
-    """Change the model's adapters inside the context, when other threads are through with changes of theirs.
+    """Holds the model's lock inside the context, to change its adapters.
+
+    Args:
+        model: the model to change.
+        refused: whether a forward of another thread is an error.
 
     Raises:
-        StateError: another thread is in the middle of a forward; unless that is not `refused`.
+        StateError: another thread is in a forward, and that is `refused`.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with changing(model):
+    ...     pass  # other threads that want to change adapters wait
     """
     turns = _turns_of(model)
     with turns.lock:
         others = _others(turns)
         if others and refused and not turns.depth:
             raise StateError(
-                f"thread {others[0].name!r} is in a forward of this model, so its adapters cannot change. {ADVICE}"
+                f"thread {others[0].name!r} is in a forward of this model, so its adapters cannot "
+                f"change. {ADVICE}"
             )
         turns.depth += 1
         try:
@@ -79,13 +94,16 @@ def _others(turns: ThreadTurns) -> list[threading.Thread]:
 
 
 def spoil(model: nn.Module) -> None:
-    """Let forwards of other threads that are under way end with an error; inside `changing`, where that is not refused."""
+    """Makes forwards of other threads under way end with an error; call it in `changing`."""
     turns = _turns_of(model)
     turns.spoilt |= {thread.ident for thread in _others(turns) if thread.ident is not None}
 
 
 def alone(change: Callable[P, T]) -> Callable[P, T]:
-    """A function that changes the adapters of its first argument, a model, or what has one, by itself: see `changing`."""
+    """Decorates a function that changes the adapters of its first argument.
+
+    It runs inside `changing`.
+    """
 
     @functools.wraps(change)
     def changed(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -97,7 +115,7 @@ def alone(change: Callable[P, T]) -> Callable[P, T]:
 
 
 class Choice(NamedTuple):
-    """Before a thread chose: the latest choice, who made it, and the thread's own."""
+    """What was in force before a choice: the latest one, who made it, and this thread's own."""
 
     latest: int
     chooser: threading.Thread | None
@@ -105,7 +123,11 @@ class Choice(NamedTuple):
 
 
 def chosen(model: nn.Module) -> Choice:
-    """Note that this thread has chosen the adapters in use; inside `changing`. Returns what `chosen_before` takes."""
+    """Records that this thread chose the adapters in use; call it inside `changing`.
+
+    Returns:
+        what `chosen_before` takes to undo that.
+    """
     turns = _turns_of(model)
     if not hasattr(_mine, "choices"):
         _mine.choices = weakref.WeakKeyDictionary()
@@ -117,7 +139,7 @@ def chosen(model: nn.Module) -> Choice:
 
 
 def chosen_before(model: nn.Module, before: Choice) -> None:
-    """Note that this thread's last choice is taken back, so that the one `before` it is in force again; inside `changing`."""
+    """Takes this thread's last choice back: `before` is in force again. Call it in `changing`."""
     turns, mine = _turns_of(model), getattr(_mine, "choices", {})
     if mine.get(model) == turns.latest:
         turns.latest, turns.chooser = before.latest, before.chooser
@@ -128,10 +150,11 @@ def chosen_before(model: nn.Module, before: Choice) -> None:
 
 
 def enter(model: nn.Module) -> None:
-    """A forward of the model begins.
+    """Records that a forward of the model begins.
 
     Raises:
-        StateError: this thread chose the adapters to use, and another, which is still there, has chosen others since.
+        StateError: this thread chose the adapters to use, and another living one chose others
+            since.
     """
     turns = _turns_of(model)
     with turns.lock:
@@ -146,10 +169,10 @@ def enter(model: nn.Module) -> None:
 
 
 def leave(model: nn.Module) -> None:
-    """It has ended.
+    """Records that a forward of the model has ended.
 
     Raises:
-        StateError: another thread changed adapters meanwhile, so its output is a mixture.
+        StateError: another thread changed adapters meanwhile, so the output is a mixture.
     """
     turns, me = _turns_of(model), threading.get_ident()
     with turns.lock:
@@ -158,5 +181,6 @@ def leave(model: nn.Module) -> None:
         turns.spoilt.discard(me)
     if is_spoilt:
         raise StateError(
-            f"another thread left disabled(), scaled() or mixed_batch in the middle of this forward. {ADVICE}"
+            "another thread left disabled(), scaled() or mixed_batch in the middle of this "
+            f"forward. {ADVICE}"
         )

@@ -1,11 +1,13 @@
-"""Parameters that several modules share, such as embedding and head, while merging parts them.
+"""Parameters that several modules share, such as embedding and head, when merging separates them.
 
-A merged module has a weight of its own; what shared the base's keeps that. transformers writes what
-is one tensor once. When it loads, it ties what `_tied_weights_keys` names and the files lack. So, for
-as long as a tie is parted, each of its modules has a tensor of its own, which is written, and the
-config says that nothing is tied, if a config can say that. What else that config ties (the bias of
-a masked head) is then written too. Some cannot say it: the class ties always (T5), or a forward
-reads the flag (UMT5). transformers 5 then loads apart what the files hold with different values.
+A merged module has a weight of its own; what shared the base's keeps that. transformers writes a
+shared tensor once, and when it loads it ties what `_tied_weights_keys` names and the files lack.
+So, as long as a tie is parted, each of its modules has a tensor of its own, which is written, and
+the config says that nothing is tied.
+
+That has two complications. Whatever else that config ties (the bias of a masked head) must be
+written too. And some configs cannot say it: the class ties always (T5), or a forward reads the flag
+(UMT5). transformers 5 then loads tensors apart that have different values in the files.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from lorakin.inject.attachments import ours
 
 FLAG = "tie_word_embeddings"
 Place = tuple[nn.Module, str]
-"""A module and the name of a parameter of its own."""
+"""A module, and the name of one of its own parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Governor:
-    """A part of a transformers model whose config ties parameters: its own and its text model's, and the ties' names."""
+    """A part of a transformers model whose config ties parameters.
+
+    `configs` are its own and its text model's; `names` are the tied parameters.
+    """
 
     configs: tuple[Any, ...]
     names: frozenset[str]
@@ -37,10 +42,13 @@ class Governor:
 
 @dataclasses.dataclass(frozen=True)
 class Parting:
-    """What follows if these parameters of a model are no longer tied.
+    """What follows if some parameters are no longer tied; nothing, if no config ties them.
 
-    `names` need tensors of their own in a file, `configs` are to say that nothing is tied, and the
-    configs of `silent` cannot say it. Without a config that ties something, nothing follows.
+    Attributes:
+        parted: the parameters.
+        names: those that need tensors of their own in a file.
+        configs: the configs that must say that nothing is tied.
+        silent: the parts whose configs cannot say it.
     """
 
     parted: frozenset[str]
@@ -50,7 +58,10 @@ class Parting:
 
     @classmethod
     def of(cls, model: nn.Module, parted: Iterable[str]) -> Parting:
-        """Of a model that is still tied, or was when it was made; `parted` are all names of each tie."""
+        """Returns what follows in a model that is still tied, or was when it was made.
+
+        `parted` are all names of each tie.
+        """
         parted = frozenset(parted)
         concerned = [governor for governor in _governors(model) if governor.names & parted]
         heard = [governor for governor in concerned if _can_untie(model, governor)]
@@ -59,21 +70,21 @@ class Parting:
         return cls(parted, names, configs, [g for g in concerned if g not in heard])
 
     def announce(self, stacklevel: int) -> None:
-        """Warn of what a config cannot say."""
+        """Warns of what a config cannot say."""
         for governor in self.silent:
             warnings.warn(
-                f"{', '.join(sorted(governor.names & self.parted))} were one weight, and merging an "
-                f"adapter of one of them has parted them, which a {type(governor.configs[0]).__name__} "
-                "cannot say. Each of them is written, and transformers 5 loads them so; tie_weights() "
-                "and resize_token_embeddings() would make them one again, and so may programs that go "
-                "by the config",
+                f"{', '.join(sorted(governor.names & self.parted))} were one weight, and merging "
+                "an adapter of one of them has parted them, which a "
+                f"{type(governor.configs[0]).__name__} cannot say. Each of them is written, and "
+                "transformers 5 loads them so; but tie_weights() and resize_token_embeddings() "
+                "would make them one again, as may programs that go by the config",
                 LorakinWarning,
                 stacklevel=stacklevel + 1,
             )
 
 
 class Ties:
-    """The groups of places that are one parameter in `model`, as it was made, and what parting them has changed."""
+    """The parameters that were shared in the model, and what separating them has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.groups = groups(model)
@@ -82,7 +93,7 @@ class Ties:
         self.has_own_configs = False
 
     def rejoin(self) -> None:
-        """Undo `part`, before other adapters are merged or taken out."""
+        """Undoes `part`, before other adapters are merged or taken out."""
         for (module, leaf), (keeper, kept) in self.copies:
             setattr(module, leaf, getattr(keeper, kept))
         for config in self.untied:
@@ -90,16 +101,19 @@ class Ties:
         self.copies, self.untied = [], []
 
     def part(self, model: nn.Module) -> None:
-        """Give each module of a tie that merging has parted a tensor of its own, and let the config say so.
+        """Gives each module of a separated tie a tensor of its own, and lets the config say so.
 
         Warns where the config cannot say so.
         """
-        parted = [
-            group for group in self.groups if len({id(_at(place)) for place in group.values()}) > 1
-        ]
+        parted = {
+            name
+            for group in self.groups
+            if len({id(_at(place)) for place in group.values()}) > 1
+            for name in group
+        }
         if not parted:
             return
-        parting = Parting.of(model, {name for group in parted for name in group})
+        parting = Parting.of(model, parted)
         self._untie(model, parting.configs)
         for group in self.groups:
             if group.keys() & parting.names:
@@ -107,7 +121,7 @@ class Ties:
         parting.announce(stacklevel=6)
 
     def _untie(self, model: nn.Module, configs: list[Any]) -> None:
-        """Let these configs say that nothing is tied; not the caller's own objects, but copies."""
+        """Lets these configs say that nothing is tied, as copies: the caller may hold them."""
         if configs and not self.has_own_configs:
             copies, self.has_own_configs = _own_configs(model), True
             configs = [copies.get(id(config), config) for config in configs]
@@ -117,7 +131,13 @@ class Ties:
 
 
 def groups(model: nn.Module) -> list[dict[str, Place]]:
-    """Name → place of the parameters that are one, without second names of the same module."""
+    """Returns the parameters that are one: name → place, one name for each module.
+
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
+    >>> model["head"].weight = model["embed"].weight
+    >>> [list(group) for group in groups(model)]
+    [['embed.weight', 'head.weight']]
+    """
     found: dict[int, dict[str, Place]] = {}
     skip = ours(model)
     for path, module in model.named_modules():
@@ -125,10 +145,8 @@ def groups(model: nn.Module) -> list[dict[str, Place]]:
             continue
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), {})[f"{path}.{leaf}" if path else leaf] = (
-                    module,
-                    leaf,
-                )
+                name = f"{path}.{leaf}" if path else leaf
+                found.setdefault(id(parameter), {})[name] = (module, leaf)
     return [group for group in found.values() if len(group) > 1]
 
 
@@ -138,7 +156,7 @@ def _at(place: Place) -> Any:
 
 
 def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
-    """Give all but the first of those that are still one a copy; returns each with the one that it was tied to."""
+    """Gives all but the first of those that are one a copy; returns each with its original."""
     keepers: dict[int, Place] = {}
     copies = []
     for place in group.values():
@@ -151,7 +169,7 @@ def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
 
 
 def _governors(model: nn.Module) -> list[Governor]:
-    """The configs in the model that tie something, each with what all the parts tie that go by it."""
+    """Returns the configs in the model that tie something, each with all that it ties."""
     names: dict[int, set[str]] = {}
     configs: dict[int, Any] = {}
     claimed: set[str] = set()
@@ -169,20 +187,20 @@ def _governors(model: nn.Module) -> list[Governor]:
 
 
 def _named(path: str, name: str, known: dict[str, str]) -> str:
-    """The name in the whole model of a parameter `name` of its part at `path`, by its module's first path."""
+    """Returns the name in the whole model of a parameter of its part at `path`."""
     owner, _, leaf = (f"{path}.{name}" if path else name).rpartition(".")
     owner = known.get(owner, owner)
     return f"{owner}.{leaf}" if owner else leaf
 
 
 def _with_text(config: Any) -> tuple[Any, ...]:
-    """A config, and that of its text model if it is another."""
+    """Returns a config, and that of its text model if it is another."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (config,) if text is config else (config, text)
 
 
 def _can_untie(model: nn.Module, governor: Governor) -> bool:
-    """Whether a config that says untied is read so, and no forward computes something else by it."""
+    """Returns whether the config can say "untied", and no forward depends on the flag."""
     config = copy.deepcopy(governor.configs[0])
     for one in _with_text(config):
         setattr(one, FLAG, False)
@@ -190,7 +208,7 @@ def _can_untie(model: nn.Module, governor: Governor) -> bool:
     try:
         if type(config).from_dict(copy.deepcopy(said)).to_dict() != said:
             return False
-    except Exception:  # a config of a stranger's that its own dictionary does not make again
+    except Exception:  # a stranger's config, which its own dictionary may not make again
         return False
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     return not any(_reads_flag(vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind))
@@ -202,9 +220,9 @@ def _reads_flag(forward: Any) -> bool:
 
 
 def _own_configs(model: nn.Module) -> dict[int, Any]:
-    """Give the model copies of all its parts' configs, which the caller may hold too; id → copy."""
+    """Gives the model copies of its parts' configs, which the caller may hold; id → copy."""
     copies: dict[int, Any] = {}
-    for module in model.modules():  # the whole's first, which holds those of parts
+    for module in model.modules():  # the whole model's first: it holds those of its parts
         if hasattr(config := vars(module).get("config"), "to_dict"):
             copy.deepcopy(config, copies)
     for module in model.modules():
@@ -212,6 +230,3 @@ def _own_configs(model: nn.Module) -> dict[int, Any]:
             if hasattr(value, "to_dict") and id(value) in copies:
                 setattr(module, key, copies[id(value)])
     return copies
-
-
-__all__ = ["FLAG", "Parting", "Ties", "groups"]

@@ -1,4 +1,4 @@
-"""Which rows of which tables an adapter trains: the ids that a user names, checked against the model."""
+"""Which rows of which tables an adapter trains: token ids of the user, checked on the model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from lorakin.inject.rows import TokenRowsBranch
 from lorakin.inject.targets import named_modules
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
-RESIZE = "a new token needs its row first: tokenizer.add_tokens([…]) and then model.resize_token_embeddings(len(tokenizer))"
+RESIZE = (
+    "a new token needs its row first: tokenizer.add_tokens([…]), and then "
+    "model.resize_token_embeddings(len(tokenizer))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
     """The ids of the rows that are trained in one module, ascending.
 
-    `tied` are the paths of modules that hold the same weight and so see the same rows.
+    `tied` are the paths of modules that hold the same weight, and so see the same rows.
     """
 
     ids: tuple[int, ...]
@@ -36,19 +39,24 @@ class TokenRows:
 def find_tokens(
     model: nn.Module, wanted: Tokens | None, copies: Iterable[str] = ()
 ) -> dict[str, TokenRows]:
-    """Module's path → the rows to train in it, each weight once.
+    """Returns the rows to train by the path of the module, each weight once.
 
     The rows of an embedding count in every module that holds the same weight, such as a tied head,
-    unless that is given other rows of its own or is trained whole. This is PEFT's rule.
+    unless that module is given other rows or is trained whole. This is PEFT's rule.
 
     Args:
         model: the base.
-        wanted: ids for the input embedding, or module's name (a path or its last parts) → ids.
-        copies: paths of the modules that are trained whole, in which no rows can be trained.
+        wanted: ids for the input embedding, or ids by the name of a module: its path, or last
+            parts.
+        copies: paths of modules that are trained whole; no rows can be trained in them.
 
     Raises:
-        SettingError: what is no id of a row that the module has.
-        TargetError: no such module, or one of which no rows can be trained.
+        SettingError: something is no id of a row that the module has.
+        TargetError: there is no such module, or no rows of it can be trained.
+
+    >>> model = nn.Sequential(nn.Embedding(8, 2))
+    >>> find_tokens(model, [5, 3])
+    {'0': TokenRows(ids=(3, 5), tied=())}
     """
     modules = named_modules(model)
     return tied_rows(model, _named(model, modules, wanted), copies)
@@ -60,7 +68,10 @@ def tied_rows(
     copies: Iterable[str] = (),
     joins: Callable[[str, str], bool] = lambda one, other: True,
 ) -> dict[str, TokenRows]:
-    """The same for path → ids. `joins`: whether a module with the weight of one of these paths sees its rows."""
+    """Returns the same as `find_tokens`, from ids by path.
+
+    `joins(path, other)` says whether a module with the weight of `path` sees its rows.
+    """
     modules, copies = named_modules(model), tuple(copies)
     found: dict[str, TokenRows] = {}
     partners: set[str] = set()
@@ -68,17 +79,18 @@ def tied_rows(
         _check(path, modules[path], ids)
         if whole := [copy for copy in copies if _is_in(path, copy)]:
             raise TargetError(
-                f"rows of {path} are to be trained, but {whole[0]} is changed otherwise too, by modules_to_save say; "
-                "leave out one"
+                f"rows of {path} are to be trained, but {whole[0]} is changed otherwise too, for "
+                "example by modules_to_save; leave out one"
             )
         if path in partners:
             continue
-        free = [
+        tied = [
             other
             for other in _partners(modules, path)
             if not any(_is_in(other, copy) for copy in copies)
+            and named.get(other, ids) == ids
+            and joins(path, other)
         ]
-        tied = [other for other in free if named.get(other, ids) == ids and joins(path, other)]
         partners |= set(tied)
         found[path] = TokenRows(ids, tuple(tied))
     return found
@@ -89,21 +101,27 @@ def _is_in(path: str, whole: str) -> bool:
 
 
 def check_free(tokens: Mapping[str, TokenRows], branches: Iterable[str]) -> None:
-    """Raise `TargetError` if a module with trained rows is among `branches`, which get a pair."""
+    """Checks that no module with trained rows is among `branches`, which get a pair.
+
+    Raises:
+        TargetError: one is.
+    """
     if both := sorted(set(branches) & set(places_of(tokens))):
         raise TargetError(
-            f"{both[0]} cannot have both: an adapter's pair, and rows of tokens that are trained. Leave it "
-            "out of the targets, or out of trainable_tokens (a head tied to the embedding has its rows)"
+            f"{both[0]} cannot have both: an adapter's pair, and rows of tokens that are trained. "
+            "Leave it out of the targets, or out of trainable_tokens (a head tied to the embedding "
+            "has its rows)"
         )
 
 
 def _named(
     model: nn.Module, modules: Mapping[str, nn.Module], wanted: Tokens | None
 ) -> dict[str, tuple[int, ...]]:
-    """Path → ids."""
+    """Returns what the user wants as ids by path."""
     if isinstance(wanted, str):
         raise SettingError(
-            f"trainable_tokens holds ids of tokens, not {wanted!r}; tokenizer.convert_tokens_to_ids([…]) gives them"
+            f"trainable_tokens holds ids of tokens, not {wanted!r}; "
+            "tokenizer.convert_tokens_to_ids([…]) gives them"
         )
     if not isinstance(wanted, Mapping):
         try:
@@ -121,7 +139,8 @@ def _named(
         if not paths:
             tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
             raise TargetError(
-                f"trainable_tokens: {name!r} matches no module; embeddings there are: {some(tables) or 'none'}"
+                f"trainable_tokens: {name!r} matches no module; embeddings there are: "
+                f"{some(tables) or 'none'}"
             )
         for path in paths:
             found[path] = _as_ids(tokens, name)
@@ -136,8 +155,8 @@ def _as_ids(tokens: Any, name: str) -> tuple[int, ...]:
             raise TypeError
     except TypeError:
         raise SettingError(
-            f"trainable_tokens: expected the ids of some tokens for {name}, whole numbers, not {str(tokens)[:80]}; "
-            "tokenizer.convert_tokens_to_ids([…]) gives them"
+            f"trainable_tokens: expected the ids of some tokens for {name}, whole numbers, not "
+            f"{str(tokens)[:80]}; tokenizer.convert_tokens_to_ids([…]) gives them"
         ) from None
     return tuple(sorted(set(ids)))
 
@@ -147,40 +166,52 @@ def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
         table = getattr(model, "get_input_embeddings", lambda: None)()
     except (NotImplementedError, AttributeError):
         table = None
-    path = next(
-        (path for path, module in modules.items() if table is not None and module is table), None
-    )
-    if path is not None:
-        return path
+    for path, module in modules.items():
+        if table is not None and module is table:
+            return path
     tables = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
     if len(tables) != 1:
         raise TargetError(
-            f"{type(model).__name__} does not say which is its input embedding; name it: trainable_tokens={{'name': ids}}. "
-            f"Embeddings there are: {some(tables) or 'none'}"
+            f"{type(model).__name__} does not say which is its input embedding; name it: "
+            f"trainable_tokens={{'name': ids}}. Embeddings there are: {some(tables) or 'none'}"
         )
     return tables[0]
 
 
 def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
-    kind = layers.kind_of(module)
-    reason = layers.refusal(module)
-    if reason is None and kind not in (EmbeddingLayer, LinearLayer):
-        reason = f"a {type(module).__name__}; rows can be trained of embeddings and linear heads that are not quantised"
-        if kind is QuantisedLayer:
-            reason = "quantised; leave it out of that (bitsandbytes: llm_int8_skip_modules; torchao: modules_to_not_convert)"
-    if reason is None and hasattr(module.weight, "ds_id"):
-        reason = "cut by DeepSpeed's ZeRO-3, so its rows cannot be read; load the model first, without it"
-    if reason is not None:
+    """Checks that rows of the module can be trained, and that it has these.
+
+    Raises:
+        TargetError: they cannot.
+        SettingError: it has no such row.
+    """
+    if reason := layers.refusal(module) or _without_rows(module):
         raise TargetError(f"no rows of {path} can be trained: it is {reason}")
     count = whole_shape(module.weight)[0]
     if strange := [token for token in ids if not 0 <= token < count]:
         raise SettingError(
-            f"trainable_tokens: there is no token {strange[0]} in {path}, which has {count} rows; {RESIZE}"
+            f"trainable_tokens: there is no token {strange[0]} in {path}, which has {count} rows; "
+            f"{RESIZE}"
         )
 
 
+def _without_rows(module: Any) -> str | None:
+    """Returns why no rows of a layer can be trained; None if they can."""
+    kind = layers.kind_of(module)
+    if kind is QuantisedLayer:
+        return (
+            "quantised; leave it out of that (bitsandbytes: llm_int8_skip_modules; torchao: "
+            "modules_to_not_convert)"
+        )
+    if kind not in (EmbeddingLayer, LinearLayer):
+        return f"a {type(module).__name__}; only embeddings and linear heads have rows to train"
+    if hasattr(module.weight, "ds_id"):
+        return "cut by DeepSpeed's ZeRO-3, so its rows cannot be read; load the model first"
+    return None
+
+
 def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """The other modules that hold the weight of an embedding."""
+    """Returns the other modules that hold the weight of an embedding."""
     weight = modules[path]._parameters["weight"]
     if not isinstance(modules[path], nn.Embedding):
         return []
@@ -189,13 +220,11 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
         held = [leaf for leaf, parameter in module._parameters.items() if parameter is weight]
         if other == path or not held:
             continue
-        if (
-            held != ["weight"]
-            or layers.kind_of(module) not in (EmbeddingLayer, LinearLayer)
-            or layers.refusal(module)
-        ):
+        is_table = layers.kind_of(module) in (EmbeddingLayer, LinearLayer)
+        if held != ["weight"] or not is_table or layers.refusal(module):
             raise TargetError(
-                f"{path} shares its weight with {other}, a {type(module).__name__}, in which rows cannot be trained"
+                f"{path} shares its weight with {other}, a {type(module).__name__}, in which rows "
+                "cannot be trained"
             )
         found.append(other)
     return found
@@ -205,7 +234,7 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
 def base_rows(
     model: nn.Module, tokens: Mapping[str, TokenRows], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Path → the base's own rows, float32 at least: what a fresh adapter starts with."""
+    """Returns the base's rows by path, in `dtype`, or float32 at least: a new adapter's start."""
     found = {}
     for path, rows in tokens.items():
         table = own_table(model.get_submodule(path))
@@ -215,7 +244,7 @@ def base_rows(
 
 
 def own_table(module: Any) -> Tensor:
-    """The base's own weight, whole, whatever adapters do with it."""
+    """Returns the base's own weight, whole, whatever adapters do with it."""
     aside = (attachments_or_none(module) or Attachments()).base.get("weight")
     weight: Any = module._parameters["weight"] if aside is None else aside
     whole: Tensor = weight.full_tensor() if is_distributed(weight) else weight
@@ -225,7 +254,7 @@ def own_table(module: Any) -> Tensor:
 def rows_for(
     modules: Mapping[str, nn.Module], tokens: Mapping[str, TokenRows], values: Mapping[str, Tensor]
 ) -> dict[str, TokenRowsBranch]:
-    """What to hang on each module. Modules with one weight share one parameter."""
+    """Returns what to hang on each module; modules with one weight share one parameter."""
     found = {}
     for path, rows in tokens.items():
         device = modules[path]._parameters["weight"].device  # type: ignore[union-attr]
@@ -236,17 +265,17 @@ def rows_for(
 
 
 def places_of(tokens: Mapping[str, TokenRows]) -> tuple[str, ...]:
-    """Paths of all the modules that see trained rows."""
+    """Returns the paths of all modules that see trained rows."""
     return tuple(place for path, rows in tokens.items() for place in (path, *rows.tied))
 
 
 def ids_at(tokens: Mapping[str, TokenRows]) -> dict[str, tuple[int, ...]]:
-    """Path → ids, of all these modules."""
+    """Returns the ids at each of these paths."""
     return {place: rows.ids for path, rows in tokens.items() for place in (path, *rows.tied)}
 
 
 def check_apart(tokens: Mapping[str, Mapping[str, TokenRows]]) -> None:
-    """See that no two of these adapters, by name, train the same row.
+    """Checks that no two of these adapters, given by name, train the same row.
 
     Raises:
         SettingError: two do.
@@ -257,14 +286,15 @@ def check_apart(tokens: Mapping[str, Mapping[str, TokenRows]]) -> None:
             for token in ids:
                 if (other := owner.setdefault((path, token), name)) != name:
                     raise SettingError(
-                        f"{other!r} and {name!r} both train token {token} of {path}; activate one of them"
+                        f"{other!r} and {name!r} both train token {token} of {path}; activate one "
+                        "of them"
                     )
 
 
 def keep_ties(
     model: nn.Module, tokens: Mapping[str, TokenRows], merged: Mapping[str, Sequence[str]]
 ) -> None:
-    """Let modules with one weight have one merged weight, where the same adapters are merged into them."""
+    """Lets modules with one weight share the merged weight, if the same adapters are merged."""
     for path, rows in tokens.items():
         leader: Any = model.get_submodule(path)
         for other in rows.tied:
@@ -274,7 +304,7 @@ def keep_ties(
 
 
 def fold(weight: Tensor, adapters: Sequence[TokenRowsBranch]) -> Tensor:
-    """`weight` (vocabulary, dim) with the rows of several adapters.
+    """Returns `weight` (vocabulary, dim) with the rows of several adapters.
 
     Raises:
         StateError: two of them train the same row.
@@ -283,7 +313,8 @@ def fold(weight: Tensor, adapters: Sequence[TokenRowsBranch]) -> Tensor:
     for rows in adapters:
         if twice := seen & set(rows.tokens):
             raise StateError(
-                f"two adapters that both train token {min(twice)} of {rows.path} cannot both be merged; unmerge the other first"
+                f"two adapters that both train token {min(twice)} of {rows.path} cannot both be "
+                "merged; unmerge the other first"
             )
         seen |= set(rows.tokens)
         weight = rows.into(weight)

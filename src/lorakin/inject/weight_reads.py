@@ -1,7 +1,7 @@
-"""Who reads a tensor of a module without calling the module.
+"""A module's weight for those who read it without calling the module.
 
-`nn.MultiheadAttention` and others multiply by a layer's weight themselves. What they must see is the
-changed weight; what saves, moves or ties a model must see the base's own: see `readers.py`.
+`nn.MultiheadAttention` and others multiply by a layer's weight themselves, so they must see the
+changed weight. What saves, moves or ties a model must see the base's own: see `callers.py`.
 """
 
 from __future__ import annotations
@@ -27,40 +27,37 @@ from lorakin.kernels.factored_weight import Change, read
 
 
 def changed_weight(module: Any, attached: Attachments) -> Tensor:
-    """The module's weight with what its adapters in use make of it, differentiable in their tensors."""
+    """Returns the module's weight with its adapters' changes, differentiable in their tensors."""
     weight: Tensor = module._parameters["weight"]
     branches: list[Any] = attached.in_use()
     kind = kind_of(module)
-    if kind is QuantisedLayer:  # bits, of which who reads them asks no more than device and dtype
+    if kind is QuantisedLayer:  # bits: whoever reads them wants the device or the dtype
         return weight
     by_columns = kind is LinearLayer
-    if (
-        attached.rows is not None
-    ):  # who asks for no more than the dtype, as Gemma's embedding does, may have that
+    if attached.rows is not None:  # code that wants only the dtype may have it, as Gemma's does
         return read(weight, lambda: _unsplit(branches[0].path), by_columns, ())
     for branch in branches:
         if branch.layer is UngroupedLayer:
             raise StateError(
-                f"{branch.path} is read without being called, and its adapter is no change of its weight"
+                f"{branch.path} is read without being called, and its adapter is no change of its "
+                "weight"
             )
         if branch.training and branch.method.dropout and not branch.shape.lookup:
             warnings.warn(
-                f"the dropout of the adapter does not act in {branch.path}: the model reads its weight "
-                "without calling it, and dropout is for the inputs of a call",
+                f"the dropout of the adapter does not act in {branch.path}: the model reads its "
+                "weight without calling it, and dropout is for the inputs of a call",
                 LorakinWarning,
                 stacklevel=3,
             )
     if kind is ConvolutionLayer:
         return _formed(module, attached, branches)
+
     there = [p for branch in branches for p in branch.parameters(recurse=False)]
-    scaled = [
-        (branch, branch.scale) for branch in branches
-    ]  # as now, also for a backward that comes later
+    scales = [branch.scale for branch in branches]  # as they are now: the backward comes later
 
     def changes() -> tuple[Change, ...]:
-        return tuple(
-            _as_change(module, attached, branch, scale, by_columns) for branch, scale in scaled
-        )
+        pairs = zip(branches, scales, strict=True)
+        return tuple(_as_change(module, attached, *pair, by_columns) for pair in pairs)
 
     return read(weight, changes, by_columns, there)
 
@@ -72,7 +69,7 @@ def _unsplit(path: str) -> tuple[Change, ...]:
 def _as_change(
     module: Any, attached: Attachments, branch: Any, scale: float, by_columns: bool
 ) -> Change:
-    """What one adapter does to the weight, in the weight's layout and dtype."""
+    """Returns what one adapter does to the weight, in the weight's layout and dtype."""
     with outside(attached), torch.autocast(module._parameters["weight"].device.type, enabled=False):
         pair = branch.pair(branch.layer.weight(module), scale)
     dtype = module._parameters["weight"].dtype
@@ -83,7 +80,7 @@ def _as_change(
 
 
 def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
-    """The changed weight of a convolution, which is no matrix."""
+    """Computes the changed weight of a convolution, which is no matrix."""
     weight: Tensor = module._parameters["weight"]
     total = weight
     with outside(attached), torch.autocast(weight.device.type, enabled=False):
@@ -98,7 +95,7 @@ def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
 
 @contextlib.contextmanager
 def outside(attached: Attachments) -> Iterator[None]:
-    """Inside, the module's tensors are the base's own also for who reads them in a forward."""
+    """Inside the context the module's tensors are the base's, also when a forward reads them."""
     attached.inside += 1
     try:
         yield

@@ -1,4 +1,4 @@
-"""What all autograd functions here share: when they apply, how their backwards run, and how they see that a tensor changed."""
+"""What the autograd functions share: when they apply, how backward runs, what is remembered."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-PLAIN = (
-    Tensor,
-    nn.Parameter,
-    FakeTensor,
-)  # the last, without numbers, go wherever plain tensors go
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+"""The types that the functions know. A FakeTensor has no numbers but passes like a plain tensor."""
 
 
 def plainly() -> bool:
-    """Whether calls are run as they come: not compiled, traced or transformed."""
+    """Returns whether torch runs calls as they come: it does not compile, trace or transform them.
+
+    >>> plainly()
+    True
+    """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a backward that is not differentiated itself and keeps to the dtypes of its forward, also under autocast."""
+    """Decorates a backward that cannot be differentiated again.
+
+    It runs with autocast off, so that it keeps to the dtypes of its forward.
+    """
 
     @functools.wraps(function)
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -41,7 +45,7 @@ def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Steps:
-    """How many steps optimizers have taken in this process since there are adapters."""
+    """Counts the steps that optimizers have taken in this process since it has adapters."""
 
     taken = 0
 
@@ -50,10 +54,17 @@ STEPS = Steps()
 
 
 class Version:
-    """Tensors as they were, to tell whether they still are that: their storages (not kept alive), places there, and changes.
+    """Remembers what tensors were, to tell whether they still are that.
 
-    Autograd counts changes, but not those of torch's fused optimizers, so any optimizer's step in the process is one too. Nor
-    does it count what is written through `.data`: an adapter's tensors should not be remembered by this alone (see `Copied`).
+    It compares storages (without keeping them alive), addresses, dtypes, shapes, and autograd's
+    version counters. torch's fused optimizers do not count as changes there, so any optimizer step
+    in the process counts as one. Writing through `.data` is not noticed: use `Copied` for an
+    adapter's tensors.
+
+    >>> weight = torch.zeros(2)
+    >>> seen = Version(weight)
+    >>> seen.is_still(weight), seen.is_still(weight.add_(1))
+    (True, False)
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -66,21 +77,28 @@ class Version:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Version | None:
-        """The tensors as they are; None if one cannot tell when they change."""
+        """Returns the version of `tensors`; None if one was made in inference mode: it has none."""
         return None if any(tensor.is_inference() for tensor in tensors) else cls(*tensors)
 
     def is_still(self, *tensors: Tensor) -> bool:
-        """Whether `tensors` are what was seen."""
+        """Returns whether `tensors` are what they were."""
         if any(tensor.is_inference() for tensor in tensors) or self.form != self._form(tensors):
             return False
         return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
 
 
 class Copied:
-    """The numbers of a few small tensors, to tell whether they still are those.
+    """Remembers the numbers of a few small tensors, to tell whether they still hold those.
 
-    Unlike `Seen` it notices what is written through `.data`, as moving averages do. On CPUs alone:
-    elsewhere to compare is to wait for the device.
+    Unlike `Version` it notices what is written through `.data`, as moving averages are. It works on
+    CPUs alone: elsewhere a comparison would wait for the device.
+
+    >>> weight = torch.zeros(2)
+    >>> seen = Copied(weight)
+    >>> weight.data.add_(1)
+    tensor([1., 1.])
+    >>> seen.is_still(weight)
+    False
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -88,9 +106,9 @@ class Copied:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Copied | None:
-        """The tensors as they are; None where they cannot be compared."""
+        """Returns copies of `tensors`; None if one is not on the CPU."""
         return cls(*tensors) if all(tensor.device.type == "cpu" for tensor in tensors) else None
 
     def is_still(self, *tensors: Tensor) -> bool:
-        """Whether `tensors` hold the same numbers."""
+        """Returns whether `tensors` hold the same numbers."""
         return len(tensors) == len(self.copies) and all(map(torch.equal, self.copies, tensors))

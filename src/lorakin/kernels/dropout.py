@@ -1,4 +1,4 @@
-"""Dropout whose mask is never kept."""
+"""Dropout that keeps a seed instead of a mask."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from lorakin.kernels.autograd import backward_once
 
 
 class Dropped(NamedTuple):
-    """Dropout whose mask is never kept: its seed draws the same positions again.
+    """One draw of dropout: its seed gives the same dropped positions again in the backward.
 
-    The gaps between the dropped entries of a Bernoulli process are geometric, so that p·n numbers are drawn, not n.
+    The gaps between the dropped entries of a Bernoulli process are geometrically distributed. So
+    p·n random numbers are drawn for n entries, not n.
+
+    >>> drop, x = Dropped(0.5, seed=1), torch.ones(8)
+    >>> torch.equal(drop.zeroed(x), drop.zeroed(x))
+    True
     """
 
     p: float
@@ -23,38 +28,43 @@ class Dropped(NamedTuple):
 
     @classmethod
     def drawn(cls, p: float) -> Dropped:
-        """With a seed from torch's default generator."""
+        """Returns a draw with probability `p`, its seed from torch's default generator."""
         return cls(p, int(torch.randint(1 << 62, ())))
 
     @property
     def scale(self) -> float:
-        """What the entries that are left are to be multiplied by."""
+        """What the entries that are left are to be multiplied by: 1 / (1 − p)."""
         return 1 / (1 - self.p)
 
     def positions(self, count: int, device: torch.device) -> Tensor:
-        """Which of `count` entries are dropped, ascending; what lies past the end is `count` itself."""
+        """Returns which of `count` entries are dropped, ascending, int64.
+
+        The draws run past the end, and each position there is given as `count`.
+        """
         generator = torch.Generator(device).manual_seed(self.seed)
-        draws = int(
-            count * self.p + 8 * math.sqrt(count * self.p) + 16
-        )  # 8 deviations: the process passes the end
+        mean = count * self.p
+        draws = int(mean + 8 * math.sqrt(mean) + 16)  # 8 deviations: enough to pass the end
         uniform = torch.rand(draws, generator=generator, device=device)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-self.p)).to(torch.int64)
         return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=count)
 
     def zeroed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """A copy of `x` with zeros in the places that are dropped; nothing is scaled."""
-        whole = x.new_empty(x.numel() + 1)  # the last takes the positions past the end
+        """Returns a copy of `x` with zeros at the dropped positions; nothing is scaled."""
+        if positions is None:
+            positions = self.positions(x.numel(), x.device)
+        whole = x.new_empty(x.numel() + 1)  # the last entry takes the positions past the end
         kept: Tensor = whole[:-1].view(x.shape).copy_(x)
-        whole.index_fill_(
-            0, self.positions(x.numel(), x.device) if positions is None else positions, 0
-        )
+        whole.index_fill_(0, positions, 0)
         return kept
 
     @staticmethod
     def product_beside(
         delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, positions: Tensor
     ) -> Tensor:
-        """delta·weight + scale · back·down, the second part not where the input was dropped."""
+        """Computes the gradient of x: delta·weight, plus scale · back·down where x was not dropped.
+
+        Shapes: delta (rows, outputs), weight (outputs, inputs), back (rows, k), down (k, inputs).
+        """
         whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
         product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), weight.shape[1]))
         alone = whole[positions]
@@ -64,7 +74,7 @@ class Dropped(NamedTuple):
 
 
 class DroppedProduct(torch.autograd.Function):
-    """down x̃ for x (…, in) and a frozen down (k, in), of which nothing but `down` is kept."""
+    """down x̃ for x (…, inputs) and a frozen down (k, inputs); keeps nothing but `down`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, drop: Dropped) -> Tensor:

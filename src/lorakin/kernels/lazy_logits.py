@@ -1,9 +1,10 @@
-"""Logits that are not made until something other than a cross-entropy asks for them.
+"""Logits that are not computed unless something other than a cross-entropy asks for them.
 
-The logits of a batch are its largest tensor: tokens × vocabulary, several times over in float32. A loss needs of them one
-number a token, and their gradient goes no further than the hidden states. So the head gives a `Deferred`: a tensor with the
-shape of the logits, without storage. Views along the tokens stay deferred; `cross_entropy` runs over it a block of tokens at
-a time and computes the gradient of the hidden states in the same pass; anything else makes the logits, as ever.
+The logits of a batch, tokens × vocabulary, are its largest tensor, several times over in float32. A
+loss needs one number of each token, and the gradient goes no further than the hidden states. So the
+head returns `LazyLogits`: a tensor with the shape of the logits but no storage. Views along the
+tokens stay lazy. `cross_entropy` computes logits block by block, and the gradient of the hidden
+states in the same pass. Anything else computes the logits.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from torch import Tensor
 from lorakin.kernels.autograd import backward_once
 
 BLOCK = 1 << 22
-"""Logits that are made at a time, of `ROWS` tokens at least."""
+"""How many logits are computed at a time, of at least `ROWS` tokens."""
 ROWS = 32
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Σ −log softmax(W h)_target over the tokens that are not ignored, for h (tokens, in) and a frozen W (vocabulary, in).
+    """Σ −log softmax(W h)_target over the tokens whose target is not `ignored`.
 
-    Logits are in the dtype of h, softmax in float32. Kept for backward is the gradient of h.
+    h is (tokens, inputs) and W (vocabulary, inputs), which is frozen. Logits have the dtype of h,
+    the softmax is in float32. Only the gradient of h is kept for the backward.
     """
 
     @staticmethod
@@ -35,6 +37,7 @@ class CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         rows, left_out = max(ROWS, BLOCK // len(weight)), (target == ignored).unsqueeze(1)
+
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.T).to(wide)
@@ -43,13 +46,11 @@ class CrossEntropy(torch.autograd.Function):
             shares = logits.sub_(top).exp_()
             whole = shares.sum(-1, keepdim=True)
             total += (top + whole.log() - said).masked_fill_(left_out[part], 0).sum()
-            if gradient is not None:
+            if gradient is not None:  # softmax − one-hot, times W
                 shares.div_(whole).scatter_add_(1, wanted, torch.full_like(whole, -1))
-                torch.mm(
-                    shares.masked_fill_(left_out[part], 0).to(weight.dtype),
-                    weight,
-                    out=gradient[part],
-                )
+                shares.masked_fill_(left_out[part], 0)
+                torch.mm(shares.to(weight.dtype), weight, out=gradient[part])
+
         ctx.save_for_backward(gradient)
         return total
 
@@ -61,13 +62,13 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class Head(torch.autograd.Function):
-    """The logits as autograd sees them: whoever hands back a gradient of theirs reaches h."""
+    """Makes `LazyLogits` the output of a function of h, for autograd."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         shape = (*hidden.shape[:-1], len(weight))
-        return Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=hidden.device)
+        return Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
 
     @staticmethod
     @backward_once
@@ -76,22 +77,32 @@ class Head(torch.autograd.Function):
         return grad.to(weight.dtype) @ weight, None, None
 
 
-class Deferred(Tensor):
-    """The logits W·h (…, vocabulary) of hidden states h (…, in), not yet made."""
+class LazyLogits(Tensor):
+    """The logits W·h (…, vocabulary) of hidden states h (…, inputs), not yet computed.
+
+    >>> logits = LazyLogits.of(torch.ones(2, 3), torch.ones(5, 3))
+    >>> logits.shape, logits.logits is None
+    (torch.Size([2, 5]), True)
+    >>> logits.sum()
+    tensor(30.)
+    """
 
     hidden: Tensor
     weight: Tensor
     logits: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Deferred:
-        """Those of `hidden` and a head's weight (vocabulary, in), later to be cast to `dtype`."""
-        logits: Deferred = Head.apply(hidden, weight, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
+    def of(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> LazyLogits:
+        """Returns the logits of `hidden` with a head's weight (vocabulary, inputs).
+
+        They are computed in the dtype of `hidden`, and then cast to `dtype`.
+        """
+        logits: LazyLogits = Head.apply(hidden, weight, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
         logits.hidden, logits.weight, logits.logits = hidden, weight, None
         return logits
 
     def made(self) -> Tensor:
-        """The logits, from now on these."""
+        """Computes the logits, once."""
         if self.logits is None:
             self.logits = F.linear(self.hidden, self.weight).to(self.dtype)
         return self.logits
@@ -105,22 +116,17 @@ class Deferred(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs, first = kwargs or {}, args[0] if args else None
-        attribute = (
-            getattr(getattr(function, "__self__", None), "__name__", None)
-            if function.__name__ == "__get__"
-            else None
-        )
-        if function in READS or attribute in ATTRIBUTES:
+        if function in READS or _attribute(function) in ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        if function in KEPT and isinstance(first, Deferred) and first.logits is None:
-            kept = KEPT[function](*args, **kwargs)
-            if kept is not None:
-                return kept
+        if function in STAY_LAZY and isinstance(first, LazyLogits) and first.logits is None:
+            lazy = STAY_LAZY[function](*args, **kwargs)
+            if lazy is not None:
+                return lazy
         result = function(*_made(args), **_made(kwargs))
-        return (
-            first if isinstance(first, Deferred) and result is first.logits else result
-        )  # it was written into
+        if isinstance(first, LazyLogits) and result is first.logits:  # something wrote into them
+            return first
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -133,11 +139,19 @@ class Deferred(Tensor):
         return function(*_made(args), **_made(kwargs or {}))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Deferred(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _attribute(function: Any) -> str | None:
+    """Returns the name of the attribute that `function` reads, if that is what it does."""
+    if function.__name__ != "__get__":
+        return None
+    return getattr(getattr(function, "__self__", None), "__name__", None)
 
 
 def _made(value: Any) -> Any:
-    if isinstance(value, Deferred):
+    """Returns arguments with every `LazyLogits` in them computed."""
+    if isinstance(value, LazyLogits):
         return value.made()
     if isinstance(value, dict):
         return {key: _made(inner) for key, inner in value.items()}
@@ -146,46 +160,40 @@ def _made(value: Any) -> Any:
     return value
 
 
-def _cast(logits: Deferred, dtype: Any = None, *others: Any, **more: Any) -> Deferred | None:
+def _cast(logits: LazyLogits, dtype: Any = None, *others: Any, **more: Any) -> LazyLogits | None:
     simple = isinstance(dtype, torch.dtype) and dtype.is_floating_point and not others and not more
-    return Deferred.of(logits.hidden, logits.weight, dtype) if simple else None
+    return LazyLogits.of(logits.hidden, logits.weight, dtype) if simple else None
 
 
-def _wide(logits: Deferred) -> Deferred:
-    return Deferred.of(logits.hidden, logits.weight, torch.float32)
+def _wide(logits: LazyLogits) -> LazyLogits:
+    return LazyLogits.of(logits.hidden, logits.weight, torch.float32)
 
 
-def _same(logits: Deferred) -> Deferred:
+def _same(logits: LazyLogits) -> LazyLogits:
     return logits
 
 
-def _viewed(logits: Deferred, *shape: Any) -> Deferred | None:
-    sizes = list(
-        shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
-    )
-    if (
-        not sizes
-        or sizes[-1] not in (-1, logits.shape[-1])
-        or not all(isinstance(size, int) for size in sizes)
-    ):
+def _viewed(logits: LazyLogits, *shape: Any) -> LazyLogits | None:
+    is_one = len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size)
+    sizes = list(shape[0] if is_one else shape)
+    if not sizes or not all(isinstance(size, int) for size in sizes):
         return None
-    if sizes[-1] == -1 and logits.hidden.numel() // logits.hidden.shape[-1] != math.prod(
-        sizes[:-1]
-    ):
+    tokens, inputs = logits.hidden.shape[:-1].numel(), logits.hidden.shape[-1]
+    keeps_vocabulary = sizes[-1] == logits.shape[-1]
+    keeps_vocabulary |= sizes[-1] == -1 and math.prod(sizes[:-1]) == tokens
+    if not keeps_vocabulary:
         return None
-    return Deferred.of(
-        logits.hidden.reshape(*sizes[:-1], logits.hidden.shape[-1]), logits.weight, logits.dtype
-    )
+    return LazyLogits.of(logits.hidden.reshape(*sizes[:-1], inputs), logits.weight, logits.dtype)
 
 
-def _flattened(logits: Deferred, start: int = 0, end: int = -1) -> Deferred | None:
+def _flattened(logits: LazyLogits, start: int = 0, end: int = -1) -> LazyLogits | None:
     last = logits.dim() - 1
     if end % logits.dim() == last:
         return None
-    return Deferred.of(logits.hidden.flatten(start, end), logits.weight, logits.dtype)
+    return LazyLogits.of(logits.hidden.flatten(start, end), logits.weight, logits.dtype)
 
 
-def _sliced(logits: Deferred, index: Any) -> Deferred | None:
+def _sliced(logits: LazyLogits, index: Any) -> LazyLogits | None:
     indices = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(part, slice) or part is Ellipsis for part in indices):
         return None
@@ -195,36 +203,36 @@ def _sliced(logits: Deferred, index: Any) -> Deferred | None:
         indices = indices[:at] + (whole,) * (logits.dim() - len(indices) + 1) + indices[at + 1 :]
     if len(indices) == logits.dim() and indices[-1] != whole:
         return None
-    return Deferred.of(logits.hidden[indices], logits.weight, logits.dtype)
+    return LazyLogits.of(logits.hidden[indices], logits.weight, logits.dtype)
 
 
 def _cross_entropy(
-    logits: Any, target: Tensor, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-    reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor | None:  # fmt: skip
-    usual = weight is None and size_average is None and reduce is None and not label_smoothing
-    if (
-        not usual
-        or reduction not in ("mean", "sum")
-        or logits.dim() != 2
-        or target.dim() != 1
-        or target.is_floating_point()
-    ):
+    logits: Any,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    if any(option is not None for option in (weight, size_average, reduce)) or label_smoothing:
         return None
-    if logits.dtype != torch.promote_types(
-        logits.hidden.dtype, torch.float32
-    ):  # a softmax in a narrow dtype was asked for
+    if reduction not in ("mean", "sum") or logits.dim() != 2:
         return None
-    if target.dtype != torch.int64 or len(target) != len(logits.hidden):
-        return None  # torch has its own word on these
+    if logits.dtype != torch.promote_types(logits.hidden.dtype, torch.float32):
+        return None  # the caller wants a softmax in a narrow dtype
+    if target.dim() != 1 or target.dtype != torch.int64 or len(target) != len(logits.hidden):
+        return None  # probabilities as targets, or what torch has an error for
     wrong = ((target < 0) | (target >= len(logits.weight))) & (target != ignore_index)
     if target.device.type == "cpu" and bool(wrong.any()):
         return None
+
     total: Tensor = CrossEntropy.apply(logits.hidden, logits.weight, target, ignore_index)  # type: ignore[no-untyped-call]
     return total / (target != ignore_index).sum() if reduction == "mean" else total
 
 
-KEPT: dict[Any, Callable[..., Any]] = {
+STAY_LAZY: dict[Any, Callable[..., Any]] = {
     Tensor.float: _wide,
     Tensor.to: _cast,
     Tensor.contiguous: _same,
@@ -234,7 +242,7 @@ KEPT: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _sliced,
     F.cross_entropy: _cross_entropy,
 }
-"""What stays deferred, by function; each gives None for what it cannot keep."""
+"""What to run instead of a function of torch; each returns None for what needs the logits."""
 READS = {
     Tensor.size,
     Tensor.dim,
@@ -243,7 +251,9 @@ READS = {
     Tensor.element_size,
     Tensor.__len__,
 }
-ATTRIBUTES = {
-    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "requires_grad", "grad_fn",
-}  # fmt: skip
-"""What needs no values, methods and attributes."""
+"""Methods that need no numbers."""
+ATTRIBUTES = frozenset(
+    "shape ndim dtype device layout is_cuda is_sparse is_quantized is_meta requires_grad "
+    "grad_fn".split()
+)
+"""Attributes that need no numbers."""

@@ -1,1 +1,1 @@
-"""What hangs on a training loop's optimizer: parameter groups, step hooks, FSDP2 and DeepSpeed ZeRO."""
+"""What follows a loop's optimizer: parameter groups, step hooks, FSDP2 and DeepSpeed ZeRO."""

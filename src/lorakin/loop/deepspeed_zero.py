@@ -1,8 +1,9 @@
-"""Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces, one on each process.
+"""Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces.
 
-Its optimizer steps piece by piece over flat tensors that no member knows. So what members do at a step hangs on that
-optimizer's own step: before it every process puts the whole gradients together, lets the rules act on them and gives the
-pieces back; after it the same with the tensors themselves, where a rule has changed one.
+Its optimizer steps over flat tensors, a piece on each process, which no member knows. So members
+act around that optimizer's own step. Before it every process gathers the whole gradients, lets the
+rules act on them, and gives the pieces back; after it the same with the tensors that a rule has
+changed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
 
 
 Freed = list[tuple[nn.Parameter, Tensor]]
-"""Tensors that a rule has made smaller, and what they are then: ZeRO-3 goes on gathering all of them."""
+"""Tensors that a rule has made smaller, and what they are then; ZeRO-3 goes on gathering all of
+them.
+"""
 
 
 def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], None]:
-    """Let the adapters see the steps of `optimizer`, that of a DeepSpeed engine with ZeRO.
+    """Lets the adapters act at the steps of a DeepSpeed engine's optimizer with ZeRO.
 
-    Returns what is to be called when training is over, and leaves the adapters as their rules have made them.
+    Returns:
+        a function to call when training is over; it leaves the adapters as their rules made them.
 
     Raises:
-        SettingError: a member will make tensors while training, for which ZeRO-3 has no place.
+        SettingError: a member makes tensors while training, for which ZeRO-3 has no place.
         StateError: ZeRO-3 cut an adapter's tensors, which members need whole.
     """
     for adapter in adapters:
@@ -42,7 +46,8 @@ def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], 
         ]:
             largest = max(p.ds_numel for _, p in adapter.tensors.trained())  # type: ignore[attr-defined]
             raise StateError(
-                f"adapter {adapter.name!r} was sharded together with the base ({cut[0]}), but members need whole tensors: set "
+                f"adapter {adapter.name!r} was sharded together with the base ({cut[0]}), but "
+                "members need whole tensors: set "
                 f"zero_optimization.stage3_param_persistence_threshold to {largest} at least; "
                 "lorakin.training.prepare_trainer does it for transformers' Trainer"
             )
@@ -108,7 +113,7 @@ def _step(
 
 
 def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
-    """Let ZeRO-3 take tensors that a rule has made for its own, and keep them whole as it does the adapters' others."""
+    """Lets ZeRO-3 own tensors that a rule has made, and keep them whole like the others."""
     every: list[Any] = [p for adapter in adapters for _, p in adapter.tensors.named_parameters()]
     made = [p for p in every if not hasattr(p, "ds_id")]
     if not made or len(made) == len(every):
@@ -118,15 +123,16 @@ def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
         parameter.ds_persist = True
     optimizer.persistent_parameters.extend(made)
     made[0].all_gather(param_list=made)
-    order = (
-        optimizer.parameter_offload.get_param_coordinator()
-    )  # in which tensors are fetched, to be recorded anew
-    if not order.is_invalid_trace():
-        order._invalidate_trace()
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():  # it must record anew in which order to fetch tensors
+        coordinator._invalidate_trace()
 
 
 def gather(adapters: Sequence[InsertedAdapter]) -> None:
-    """Where ZeRO-3 has cut adapters' tensors, put them together, as they are but for moments; for all processes together."""
+    """Gathers the adapters' tensors where ZeRO-3 has cut them; all processes must call it together.
+
+    Between steps they are whole but for moments.
+    """
     cut: list[Any] = [
         p
         for adapter in adapters
@@ -138,7 +144,7 @@ def gather(adapters: Sequence[InsertedAdapter]) -> None:
 
 
 def _whole_gradient(parameter: Any) -> Tensor:
-    """The mean over the processes, times the loss's scale."""
+    """Returns the mean over the processes, times the loss's scale."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_fp32_grad_for_param(parameter)  # type: ignore[no-any-return]
     return parameter.get_full_hp_grad()  # type: ignore[no-any-return]
@@ -153,7 +159,7 @@ def _put_gradient(parameter: Any, gradient: Tensor) -> None:
 
 
 def _put_master(parameter: Any) -> None:
-    """Let what the optimizer goes on from be what the parameter is."""
+    """Makes the optimizer go on from the parameter as it is now."""
     if hasattr(parameter, "ds_id"):
         piece = _piece(parameter.detach(), parameter.ds_tensor.numel())
         parameter._z3_optimizer.set_local_hp_param(piece.float(), parameter)
@@ -163,7 +169,10 @@ def _put_master(parameter: Any) -> None:
 
 
 def _piece(whole: Tensor, size: int) -> Tensor:
-    """This process's part of a tensor that is cut into parts of `size` numbers, the last filled up with zeros."""
+    """Returns this process's part of a tensor cut into parts of `size` numbers.
+
+    The last part is filled up with zeros.
+    """
     rank, flat = torch.distributed.get_rank(), whole.flatten()
     flat = nn.functional.pad(
         flat, (0, max(0, size * torch.distributed.get_world_size() - flat.numel()))

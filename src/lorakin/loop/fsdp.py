@@ -1,8 +1,9 @@
-"""Adapters beside a base that is sharded over processes (FSDP2): every process holds the adapter whole.
+"""Adapters beside a base sharded over processes (FSDP2): each process holds them whole.
 
-What shards the base has to leave the adapter out (`ignored_params`). Its tensors are small, and members look at whole ones:
-ranks are compared over the model, pairs are shared between layers, anchors come in the middle of a run. So nothing else
-averages their gradients over the processes; here it is done once at the end of each backward, before anything uses them.
+Whoever shards the base must leave the adapter out (`ignored_params`). Its tensors are small, and
+members need whole ones: they compare ranks over the model, share pairs between layers, make anchors
+in the middle of a run. So nothing else averages their gradients over the processes. It is done
+here, once at the end of each backward, before anything uses them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from lorakin.inject.run import WATCHERS, Watcher
 
 
 class Averaging:
-    """Averages the gradients of an adapter over all processes at the end of each backward, if the base turns out to be sharded.
+    """Averages an adapter's gradients over all processes at the end of each backward.
 
-    That is known when the first gradients are there, since what shards a model often does so after the optimizer was made.
+    Whether the base is sharded shows when the first gradients are there: it is often sharded after
+    the optimizer was made. If it is not, DDP averages, and this stops.
     """
 
     def __init__(self, adapter: InsertedAdapter) -> None:
@@ -40,7 +42,7 @@ class Averaging:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace every gradient by its mean. Where it was accumulated, means of means are the mean."""
+        """Replaces every gradient by its mean; with accumulation, means of means are the mean."""
         self.is_due = False
         adapter = self.adapter()
         if adapter is None or not _base_is_sharded(adapter.model):  # then DDP averages
@@ -48,9 +50,8 @@ class Averaging:
             return
         check_whole(adapter)
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
-            held = [
-                p for p in self.parameters if p.dtype == dtype
-            ]  # all of them, so that processes agree on the sizes
+            # also tensors without a gradient here, so that processes agree on the sizes
+            held = [p for p in self.parameters if p.dtype == dtype]
             grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held]
             there = torch.tensor(
                 [float(p.grad is not None) for p in held], dtype=dtype, device=held[0].device
@@ -65,7 +66,7 @@ class Averaging:
                     parameter.grad = mean.view_as(parameter).clone()
 
     def stop(self) -> None:
-        """Average no more."""
+        """Stops averaging."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
@@ -78,14 +79,14 @@ class ProcessesWatcher(Watcher):
     """Averages the gradients of each adapter that several processes train."""
 
     def begins(self, adapter: InsertedAdapter) -> None:
-        """Average anew: the run may train other tensors than the one before."""
+        """Averages anew: the run may train other tensors than the one before."""
         if adapter in _AVERAGING:
             _AVERAGING.pop(adapter).stop()
         if several_processes():
             _AVERAGING[adapter] = Averaging(adapter)
 
     def before_backward(self, adapter: InsertedAdapter) -> None:
-        """Be ready for gradients that come before any optimizer is known."""
+        """Prepares for gradients that come before any optimizer is known."""
         if (
             adapter not in _AVERAGING
             and several_processes()
@@ -94,7 +95,7 @@ class ProcessesWatcher(Watcher):
             _AVERAGING[adapter] = Averaging(adapter)
 
     def before_first_step(self, adapter: InsertedAdapter) -> None:
-        """Refuse an adapter that was itself sharded."""
+        """Refuses an adapter that was itself sharded."""
         if adapter in _AVERAGING:
             check_whole(adapter)
 
@@ -103,19 +104,24 @@ WATCHERS.append(ProcessesWatcher())
 
 
 def average_now(adapter: InsertedAdapter) -> None:
-    """Average the gradients that are there, if several processes train."""
+    """Averages the gradients that are there, if several processes train."""
     if adapter in _AVERAGING:
         _AVERAGING[adapter].average()
 
 
 def check_whole(adapter: InsertedAdapter) -> None:
-    """Raise `StateError` if the adapter itself was sharded."""
+    """Checks that the adapter itself was not sharded.
+
+    Raises:
+        StateError: it was.
+    """
     if any(is_distributed(parameter) for _, parameter in adapter.tensors.trained()):
         raise StateError(
-            f"adapter {adapter.name!r} was sharded together with the base, but its method needs whole tensors: shard with "
-            "fully_shard(…, ignored_params=set(adapter.parameters())); with Accelerate, set "
-            "accelerator.state.fsdp_plugin.ignored_modules = adapter.tensors.modules() before prepare(); "
-            "lorakin.training.prepare_trainer does it for transformers' Trainer"
+            f"adapter {adapter.name!r} was sharded together with the base, but its method needs "
+            "whole tensors: shard with fully_shard(…, ignored_params=set(adapter.parameters())); "
+            "with Accelerate, set accelerator.state.fsdp_plugin.ignored_modules = "
+            "adapter.tensors.modules() before prepare(); lorakin.training.prepare_trainer does it for "
+            "transformers' Trainer"
         )
 
 

@@ -1,8 +1,9 @@
-"""Every optimizer step in the process, seen by the adapters whose tensors it trains.
+"""Hooks on every optimizer step in the process, for the adapters whose tensors it trains.
 
-torch calls its global step hooks once for each real step of any optimizer: under any training loop, Trainer, Accelerate,
-gradient accumulation and loss scaling. So a member that has something to do at each step is never forgotten, and a method
-that an optimizer would silently change (one rate for all, decay on a magnitude) is noticed when it steps.
+torch calls its global step hooks once for each real step of any optimizer: in any training loop, in
+Trainer and Accelerate, with gradient accumulation and loss scaling. So a member that acts at each
+step is never forgotten. And an optimizer that would silently change a method (one rate for all,
+decay on a magnitude) is noticed when it steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from lorakin.loop.parameter_groups import check_base_is_still, check_groups, che
 
 @dataclasses.dataclass
 class SeenOptimizer:
-    """What is known of one optimizer: the adapters that it trains, and those of them that the step under way is a step of."""
+    """What is known of one optimizer.
+
+    Attributes:
+        state: changes when the optimizer's tensors or the process's adapters change in number.
+        trained: the adapters that it trains.
+        stepping: those of them that the step under way is a step of.
+    """
 
     state: tuple[int, int]
     trained: list[weakref.ref[InsertedAdapter]]
@@ -42,14 +49,10 @@ class StepsWatcher(Watcher):
     """Lets every adapter see the steps of the optimizers that hold its tensors."""
 
     def made(self, adapter: InsertedAdapter) -> None:
-        """Hook into torch's optimizers with the first adapter of the process."""
+        """Hooks into torch's optimizers when the process makes its first adapter."""
         if not _HOOKS:
-            _HOOKS.extend(
-                [
-                    register_optimizer_step_pre_hook(_before),
-                    register_optimizer_step_post_hook(_after),
-                ]
-            )
+            _HOOKS.append(register_optimizer_step_pre_hook(_before))
+            _HOOKS.append(register_optimizer_step_post_hook(_after))
         _GRAFTS.add(adapter)
 
 
@@ -57,14 +60,14 @@ WATCHERS.append(StepsWatcher())
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
-    """The adapters that `optimizer` trains. Each is checked when it is seen with this optimizer for the first time."""
+    """Returns the adapters that `optimizer` trains, and checks those it has not seen with it."""
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
         held = group_of(optimizer)
         intact = [
             adapter for adapter in _GRAFTS if adapter.is_intact
-        ]  # a model that is broken is no other's affair
+        ]  # others' models may be broken
         found = [
             adapter
             for adapter in intact
@@ -79,7 +82,7 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
                 check_groups(adapter, optimizer)
                 if adapter.run.rules is None:
                     adapter.run.begin()
-                    fsdp.average_now(adapter)  # whose gradients came before
+                    fsdp.average_now(adapter)  # its gradients came before
         _SEEN[optimizer] = seen = SeenOptimizer(state, [weakref.ref(adapter) for adapter in found])
     return [adapter for adapter in _alive(seen.trained) if adapter.is_present]
 
@@ -89,11 +92,9 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     _SEEN[optimizer].stepping = []
     if not adapters:
         return
-    stepping = (
-        []
-        if _skips(optimizer)
-        else [g for g in adapters if any(p.grad is not None for _, p in g.tensors.trained())]
-    )
+    stepping = []
+    if not _skips(optimizer):
+        stepping = [g for g in adapters if any(p.grad is not None for _, p in g.tensors.trained())]
     _SEEN[optimizer].stepping = [weakref.ref(adapter) for adapter in stepping]
     if any(adapter.run.rules for adapter in stepping):
         _unscale(optimizer)
@@ -114,7 +115,7 @@ def _alive(references: list[weakref.ref[InsertedAdapter]]) -> list[InsertedAdapt
 
 
 def _unscale(optimizer: torch.optim.Optimizer) -> None:
-    """A GradScaler leaves the gradients of a fused optimizer scaled and tells it the scale; divide by it now."""
+    """Divides a fused optimizer's gradients by the scale that a GradScaler has left in them."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         for group in optimizer.param_groups:
@@ -125,6 +126,6 @@ def _unscale(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step will do nothing, because the GradScaler found gradients that are not finite."""
+    """Returns whether the step will do nothing: the GradScaler found infinite gradients."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)

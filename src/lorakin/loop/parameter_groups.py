@@ -1,4 +1,4 @@
-"""What an adapter tells an optimizer: its parameter groups, by role; and what it will not let one do to it."""
+"""The parameter groups that an adapter gives an optimizer, and checks of what that does."""
 
 from __future__ import annotations
 
@@ -19,38 +19,37 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-"""torch's normalisations. Models have others of their own, which say so in the name of their class."""
+"""torch's normalisations. Models' own have "norm" in the name of the class."""
 
 
 def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> list[dict[str, Any]]:
-    """The adapter's trainable tensors as optimizer groups, each tensor in exactly one.
+    """Returns the adapter's trainable tensors as optimizer groups, each tensor in exactly one.
 
     Args:
         adapter: the adapter.
-        lr: the base learning rate, to which the method relates that of each tensor.
-        options: other options of the optimizer, put into every group. `weight_decay` is 0 where the method says that none
-            may act and, in modules trained whole, on biases and the weights of normalisations.
+        lr: the base learning rate; the method says how each tensor's rate relates to it.
+        options: other options of the optimizer, for every group. `weight_decay` becomes 0 for
+            tensors that must not decay: where the method says so, and in modules trained whole for
+            biases and the weights of normalisations.
 
     Raises:
-        SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr` is no rate.
+        SettingError: the adapter has nothing to train (it was loaded with trainable=False), or `lr`
+            is no rate.
+
+    >>> import lorakin as lk
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> adapter = lk.adapt(model, [lk.LoRA(rank=1), lk.LoRAPlus(ratio=16)])
+    >>> [group["lr"] for group in adapter.parameter_groups(lr=1.0)]
+    [1.0, 16.0]
     """
-    if (
-        not isinstance(lr, float | int | torch.Tensor)
-        or isinstance(lr, bool)
-        or not 0 <= float(lr) < float("inf")
-    ):
+    is_number = isinstance(lr, float | int | torch.Tensor) and not isinstance(lr, bool)
+    if not is_number or not 0 <= float(lr) < float("inf"):
         raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
-    rates = (
-        _rates(adapter, lr)
-        if options.get("weight_decay", True)
-        else _rates(adapter, lr, exempt=False)
-    )
+    rates = _rates(adapter, lr, exempt=bool(options.get("weight_decay", True)))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, slot in rates:
         groups.setdefault((rate, slot.decays), []).append(parameter)
-    if not any(
-        parameter.requires_grad for parameters in groups.values() for parameter in parameters
-    ):
+    if not any(parameter.requires_grad for parameter, _, _ in rates):
         raise SettingError(
             f"adapter {adapter.name!r} has nothing to train; load it with trainable=True"
         )
@@ -63,7 +62,7 @@ def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> lis
 def regroup(
     adapter: InsertedAdapter, optimizer: torch.optim.Optimizer, lr: float, **options: Any
 ) -> None:
-    """Move the adapter's tensors out of the groups of an optimizer that has not stepped yet into those of its method."""
+    """Moves the adapter's tensors into groups of its method, before the optimizer steps."""
     ours = {id(p) for _, p in adapter.tensors.trained()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ours]
@@ -73,18 +72,27 @@ def regroup(
 
 
 def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `SettingError` unless `optimizer` holds every trainable tensor of the adapter."""
+    """Checks that `optimizer` holds every trainable tensor of the adapter.
+
+    Raises:
+        SettingError: it lacks one.
+    """
     held = group_of(optimizer)
     missing = [name for name, p in adapter.tensors.trained() if id(p) not in held]
     if missing:
         raise SettingError(
-            f"the optimizer holds none of {len(missing)} trainable tensors of adapter {adapter.name!r} "
-            f"({missing[0]}, …); one optimizer has to hold them all: build it from adapter.parameter_groups(lr=…)"
+            f"the optimizer holds none of {len(missing)} trainable tensors of adapter "
+            f"{adapter.name!r} ({missing[0]}, …); one optimizer has to hold them all: build it from "
+            "adapter.parameter_groups(lr=…)"
         )
 
 
 def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
-    """See that an optimizer, which holds the tensors of these ids, does not train the base under a frozen adapter.
+    """Checks that an optimizer does not train the base under a frozen adapter.
+
+    Args:
+        adapter: the adapter.
+        held: the ids of the optimizer's tensors.
 
     Raises:
         StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
@@ -99,21 +107,25 @@ def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
     for path, weight in weights:
         if weight is not None and weight.requires_grad and id(weight) in held:
             raise StateError(
-                f"the optimizer trains the base weight of {path}, but not adapter {adapter.name!r}, which was "
-                "loaded frozen and changes that weight. To train the adapter, load it with trainable=True, which "
-                "freezes the base. To train the base, first make the adapter a part of it with "
-                "adapter.merge(permanent=True), or take it out with adapter.remove()"
+                f"the optimizer trains the base weight of {path}, but not adapter {adapter.name!r}, "
+                "which was loaded frozen and changes that weight. To train the adapter, load it "
+                "with trainable=True, which freezes the base. To train the base, first make the "
+                "adapter a part of it with adapter.merge(permanent=True), or take it out with "
+                "adapter.remove()"
             )
 
 
 def check_groups(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
-    """See that the optimizer leaves the method what it is.
+    """Checks that the optimizer trains the adapter as its method says.
+
+    Warns of decay on a tensor that must not decay, and of base weights that train beside the
+    adapter.
 
     Raises:
-        SettingError: it holds a part of an adapter that needs the whole in one, or it evaluates the model within its step.
-        StateError: it trains what the method keeps frozen, or finds one rate for tensors that are to have several.
-
-    Warns of decay on a tensor that must not decay, and of base weights that train beside the adapter.
+        SettingError: it holds only a part of an adapter that needs one optimizer for all, or it
+            evaluates the model within its step.
+        StateError: it trains what the method keeps frozen, or finds one rate for tensors that must
+            have several.
     """
     method, groups = adapter.placement.method, group_of(optimizer)
     related = len(_factors(adapter)) > 1
@@ -122,32 +134,31 @@ def check_groups(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> 
         check_attached(adapter, optimizer)
     if acting and isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError(
-            f"LBFGS evaluates the model several times within a step, which {method.words} cannot follow; use another"
+            f"LBFGS evaluates the model several times within a step, which {method.words} cannot "
+            "follow; use another"
         )
     if related and "d0" in optimizer.defaults:  # Prodigy and D-Adaptation
         raise StateError(
-            f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo {method.words}; use another "
-            "optimizer, or leave that member out"
+            f"{type(optimizer).__name__} finds one learning rate for all groups, which would undo "
+            f"{method.words}; use another optimizer, or leave that member out"
         )
     for path in adapter.placement.methods:
         branch = adapter.tensors.branch(path)
         for name, slot in branch.slots().items():
             parameter = branch.tensors().get(name)
-            if (
-                parameter is not None
-                and parameter.requires_grad
-                and not slot.trained
-                and id(parameter) in groups
-            ):
+            if slot.trained or parameter is None or not parameter.requires_grad:
+                continue
+            if id(parameter) in groups:
                 raise StateError(
-                    f"the optimizer trains {path}.{name}, which {method.words} keeps as it is: something set its "
-                    "requires_grad. Set it back, and build the optimizer from adapter.parameter_groups(lr=…)"
+                    f"the optimizer trains {path}.{name}, which {method.words} keeps as it is: "
+                    "something set its requires_grad. Set it back, and build the optimizer from "
+                    "adapter.parameter_groups(lr=…)"
                 )
     _warn_of_side_effects(adapter, groups)
 
 
 def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, Any]]) -> None:
-    """Warn of decay on tensors that must not decay, and of base weights that train beside the adapter."""
+    """Warns of decay on tensors that must not decay, and of base weights that train too."""
     words = adapter.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
@@ -156,27 +167,30 @@ def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, 
     }
     if any(decayed):
         warnings.warn(
-            f"the optimizer decays tensors of adapter {adapter.name!r}, such as a magnitude, that {words} must not decay "
-            f"(weight_decay={max(decayed)}); build it from adapter.parameter_groups(lr=…, weight_decay=…)",
+            f"the optimizer decays tensors of adapter {adapter.name!r}, such as a magnitude, that "
+            f"{words} must not decay (weight_decay={max(decayed)}); build it from "
+            "adapter.parameter_groups(lr=…, weight_decay=…)",
             LorakinWarning,
             stacklevel=2,
         )
     base = [name for name, p in adapter.base_parameters() if p.requires_grad and id(p) in groups]
     if base:
         warnings.warn(
-            f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), which adapter {adapter.name!r} "
-            "does not hold and its files will not either; name them in modules_to_save, or build the optimizer from "
-            "adapter.parameter_groups(lr=…)",
+            f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), "
+            f"which adapter {adapter.name!r} does not hold and its files will not either; name them "
+            "in modules_to_save, or build the optimizer from adapter.parameter_groups(lr=…)",
             LorakinWarning,
             stacklevel=2,
         )
 
 
 def check_rates(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> None:
-    """See that the rates in use are related as the method says: an error at the first step, later, once, a warning.
+    """Checks that the rates in use are related as the method says.
+
+    At a later step than the first it only warns, once.
 
     Raises:
-        StateError: they are not.
+        StateError: they are not, at the first step.
     """
     factors = adapter.run.rate_factors = adapter.run.rate_factors or _factors(adapter)
     if len(factors) < 2:
@@ -192,28 +206,37 @@ def check_rates(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> N
     words = adapter.placement.method.words
     if not adapter.run.steps:
         raise StateError(
-            f"adapter {adapter.name!r} is {words}, whose tensors learn at different rates, but the optimizer does not "
-            "have them: build it with adapter.optimizer(…) or from adapter.parameter_groups(lr=…), or let "
-            "lorakin.training.prepare_trainer(trainer) do so. A schedule has to multiply all groups' rates alike, "
-            "which OneCycleLR does not"
+            f"adapter {adapter.name!r} is {words}, whose tensors learn at different rates, but the "
+            "optimizer does not have them: build it with adapter.optimizer(…) or from "
+            "adapter.parameter_groups(lr=…), or let lorakin.training.prepare_trainer(trainer) do "
+            "so. A schedule has to multiply all groups' rates alike, which OneCycleLR does not"
         )
     if not adapter.run.warned_of_rates:
         adapter.run.warned_of_rates = True
         warnings.warn(
-            f"at step {adapter.run.steps + 1} the learning rates of adapter {adapter.name!r} are no longer related as {words} says; a "
-            "schedule with a least or a greatest rate does that, as does setting group['lr'] by hand",
+            f"at step {adapter.run.steps + 1} the learning rates of adapter {adapter.name!r} are no longer "
+            f"related as {words} says; a schedule with a least or a greatest rate does that, as "
+            "does setting group['lr'] by hand",
             LorakinWarning,
             stacklevel=2,
         )
 
 
 def group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The group of each tensor that the optimizer holds, by the tensor's id."""
+    """Returns the group of each tensor that the optimizer holds, by the tensor's id.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> group_of(torch.optim.SGD([weight], lr=0.5))[id(weight)]["lr"]
+    0.5
+    """
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
 def _factors(adapter: InsertedAdapter) -> dict[float, int]:
-    """How many times the base rate the tensors have, each with (the id of) one tensor that has it; absolute rates left out."""
+    """Returns the factors of the base rate that tensors have, each with the id of one such tensor.
+
+    Rates that do not depend on the base rate are left out.
+    """
     factors: dict[float, int] = {}
     for (parameter, rate, _), (_, double, _) in zip(
         _rates(adapter, 1.0), _rates(adapter, 2.0), strict=True
@@ -224,9 +247,16 @@ def _factors(adapter: InsertedAdapter) -> dict[float, int]:
 
 
 def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is to act on a parameter of `owner` with this full name: no bias, and not of a normalisation.
+    """Returns whether weight decay may act on a parameter of `owner` with this full name.
 
-    transformers' Trainer goes by names alone where a normalisation is not torch's LayerNorm, and so decays some (`norm_f`).
+    It must not on biases and normalisations. transformers' Trainer knows other normalisations than
+    torch's LayerNorm by their names only, and so decays some (`norm_f`).
+
+    >>> layer, norm = nn.Linear(2, 2), nn.LayerNorm(2)
+    >>> decays(layer, "fc.weight", layer.weight), decays(layer, "fc.bias", layer.bias)
+    (True, False)
+    >>> decays(norm, "norm.weight", norm.weight)
+    False
     """
     own_norm = "norm" in type(owner).__name__.lower() and len(whole_shape(parameter)) < 2
     return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
@@ -235,12 +265,14 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 def _rates(
     adapter: InsertedAdapter, lr: float, exempt: bool = True
 ) -> list[tuple[nn.Parameter, float, Slot]]:
-    """Every trainable tensor once, with its rate and role. Modules trained whole have the base rate.
+    """Returns every trainable tensor once, with its rate and slot.
 
-    With `exempt`, those of their parameters that `decays` exempts have a role that does not decay. Without decay there is no
-    difference, and a run begun before there was one keeps its groups.
+    Modules trained whole have the base rate. With `exempt`, those of their parameters that must not
+    decay have a slot that says so. Without weight decay that makes no difference, and a run that
+    was begun before there was one keeps its groups.
 
-    One whose ranks were all freed stays in its group, so that the optimizer of a resumed run has the groups of the first.
+    A tensor whose ranks were all freed stays in its group, so that the optimizer of a resumed run
+    has the same groups.
     """
     found: dict[int, tuple[nn.Parameter, float, Slot]] = {}
     for path in adapter.placement.methods:

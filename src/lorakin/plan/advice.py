@@ -13,7 +13,8 @@ from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method, method_named
 from lorakin.family.settings import require
 from lorakin.family.words import fair_settings, given_to, methods_of
-from lorakin.inject.targets import ALL_LINEAR, parse_layers
+from lorakin.inject.layer_numbers import parse_layers
+from lorakin.inject.targets import ALL_LINEAR
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
 from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, planned
@@ -22,7 +23,7 @@ from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_
 from lorakin.training.limits import places_of, row_length
 from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, best_device, resolve_dtype
-from lorakin.training.recipe import parse_settings
+from lorakin.training.yaml_values import parse_settings
 
 USUAL_LENGTH = 1024
 """Tokens of a row, if the user gives no length and the model has so many positions."""

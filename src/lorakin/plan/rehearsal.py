@@ -28,7 +28,7 @@ from lorakin.plan.machine import Machine
 from lorakin.plan.skeleton import give_tensors, supposed
 from lorakin.plan.traced import Peak, Traced
 from lorakin.training.batches import AnswerCollator, answer_loss
-from lorakin.training.train import checkpointed
+from lorakin.training.run_trainer import checkpoint_activations
 
 SETUP, FORWARD, STEP, EVALUATION = (
     "setting up",
@@ -144,7 +144,7 @@ class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @dataclasses.dataclass
 class RehearsedRun:
-    """Trains as transformers' Trainer and `lorakin.training.train.AdapterTrainer` do.
+    """Trains as transformers' Trainer and `lorakin.training.run_trainer.AdapterTrainer` do.
 
     Attributes:
         model, adapter, optimizer: of the run.
@@ -249,7 +249,7 @@ def _get_ready(model: Any, conditions: Conditions, traced: Traced) -> None:
     if conditions.fuse:
         fuse(model)
     if conditions.gradient_checkpointing:
-        checkpointed(model)
+        checkpoint_activations(model)
 
 
 def _rows(conditions: Conditions) -> dict[str, Tensor]:

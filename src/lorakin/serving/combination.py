@@ -1,4 +1,4 @@
-"""Adapters on disk as one: their weighted sum, compared with the exact sum, or what else combines them."""
+"""Adapters on disk combined into one: a weighted sum or another rule, compared with the exact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import lorakin
 from lorakin.adapter import load
 from lorakin.combined import checked_combination, combine
+from lorakin.family.low_rank import Fit
 from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.verify import check_limit, compare, record, tolerance_for
 from lorakin.training.models import load_model
@@ -26,18 +27,27 @@ def combine_directories(
     other_base: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Write the adapters in the directories `parts` (directory → weight), combined, into the new directory `out`.
+    """Writes the combination of adapters into the new directory `out`.
 
     Args:
+        parts: directory of an adapter → its weight.
+        model: the base model.
+        out: the new directory.
+        rank, error: limits of a low-rank sum; see `lorakin.combine`.
+        max_kl: the largest tolerated mean KL in nats, instead of the default tolerance.
+        verify: whether to compare what was written.
+        other_base: whether the adapters may have been trained on another base.
         settings: `how`, `on`, `density`, `elect` and `seed` of `lorakin.combine`.
 
     Returns:
-        The report: ranks, errors, and how far the model with what was written is from the model with the exact combination. One
-        of full rank is never put into the model: there the model with its nearest pair stands in its place, and the errors say
-        how far that is from it.
+        the report: ranks, errors, and how far the model with what was written is from the exact
+        combination. A combination of full rank is never put into the model: there it is compared
+            with
+        its nearest pair, and the errors say how far that is from it.
 
     Raises:
-        LorakinError: an adapter cannot be loaded or added, or a sum of limited rank is not near enough. `out` is as it was.
+        LorakinError: an adapter cannot be loaded or added, or a sum of limited rank is not near
+            enough. `out` is as it was.
     """
     check_limit(max_kl)
     rule = checked_combination(rank=rank, error=error, **settings)
@@ -47,39 +57,38 @@ def combine_directories(
         for number, (directory, weight) in enumerate(parts.items()):
             load(loaded.model, directory, name=f"part{number}", other_base=other_base)
             weights[f"part{number}"] = weight
+
         limits: dict[str, Any] = {"rank": rank, "error": error}
-        summed = combine(
-            loaded.model, weights, "exact", **settings, **({} if rule.is_low_rank else limits)
-        )
+        here = {} if rule.is_low_rank else limits
+        summed = combine(loaded.model, weights, "exact", **settings, **here)
         transcript = record(loaded) if verify else None
         if rule.is_low_rank and (rank is not None or error is not None):
             summed = combine(loaded.model, weights, **settings, **limits)
         summed.adapter.save(partial)
-        report: dict[str, Any] = {
-            "lorakin": lorakin.__version__,
-            "parts": dict(parts),
-            "how": {
-                name: value for name, value in dataclasses.asdict(rule).items() if value is not None
-            },
-            "ranks": sorted({fit.rank for fit in summed.fits.values()}),
-            "largest_relative_error": max((fit.error for fit in summed.fits.values()), default=0.0),
-            "verified": None,
-        }
+        report = _report(parts, rule, summed.fits)
         if transcript is not None:
             written = load(loaded.model, partial, name="written", other_base=other_base)
             agreement = compare(transcript, loaded.model)
             is_nearest = rule.is_low_rank and report["largest_relative_error"] > 0
-            agreement.check(
-                tolerance_for((loaded.dtype,), is_nearest, max_kl),
-                "the combination that was written",
-            )
+            tolerance = tolerance_for((loaded.dtype,), is_nearest, max_kl)
+            agreement.check(tolerance, "the combination that was written")
             report["verified"] = agreement.as_dict()
             report["agreement"] = str(agreement)
-            report["compared_with"] = (
-                "the exact combination"
-                if rule.is_low_rank
-                else "its nearest pair, before it was written"
-            )
+            whole, nearest = "the exact combination", "its nearest pair, before it was written"
+            report["compared_with"] = whole if rule.is_low_rank else nearest
             written.remove()
         write_report(partial, report)
     return report
+
+
+def _report(parts: Mapping[str, float], rule: Any, fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """Returns what is known of the combination before it is compared."""
+    how = {name: value for name, value in dataclasses.asdict(rule).items() if value is not None}
+    return {
+        "lorakin": lorakin.__version__,
+        "parts": dict(parts),
+        "how": how,
+        "ranks": sorted({fit.rank for fit in fits.values()}),
+        "largest_relative_error": max((fit.error for fit in fits.values()), default=0.0),
+        "verified": None,
+    }

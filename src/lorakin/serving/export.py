@@ -1,4 +1,4 @@
-"""An adapter as something that is served: plain LoRA, a merged model, or either as GGUF; written, read back, compared, kept."""
+"""Exports an adapter: it is written for another program, read back, compared, and then kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorakin.storage import directory, hub
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written, how near it is, and by module path how near its pairs are (plain LoRA)."""
+    """What was written, and how near it is to what was trained; `fits` are by module path."""
 
     order: Order
     size: int
@@ -26,7 +26,7 @@ class Exported:
     fits: Mapping[str, Fit]
 
     def lines(self) -> list[str]:
-        """What a user wants to know."""
+        """Returns what a user wants to know, in lines."""
         lines = [f"{self.order.to} in {self.order.out} ({self.size / 2**20:,.1f} MiB)"]
         if any(fit.error for fit in self.fits.values()):
             worst = sorted(self.fits.items(), key=lambda item: -item[1].error)[:3]
@@ -34,15 +34,11 @@ class Exported:
             lines += [f"  {path}: {_described(fit)}" for path, fit in worst]
             ranks = [fit.rank for fit in self.fits.values()]
             lines.append(f"ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all")
-        lines.append(
-            "not compared"
-            if self.agreement is None
-            else f"compared with the trained model: {self.agreement}"
-        )
-        return lines
+        with_trained = f"compared with the trained model: {self.agreement}"
+        return [*lines, "not compared" if self.agreement is None else with_trained]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report."""
+        """Returns the report."""
         return {
             "lorakin": lorakin.__version__,
             "order": dataclasses.asdict(self.order),
@@ -62,11 +58,12 @@ def _described(fit: Fit) -> str:
 
 
 def export(order: Order) -> Exported:
-    """Write what the order asks for into the new directory `order.out`, read it back, and compare.
+    """Writes what the order asks for into the new directory `order.out`, and compares it.
 
     Raises:
         SettingError: an unknown target, or settings that it does not have.
-        AdapterError, ModelError, DataError: something cannot be loaded, or cannot be held by the target.
+        AdapterError, ModelError, DataError: something cannot be loaded, or the target cannot hold
+            it.
         VerificationError: what was written is not the model that was trained. Nothing is kept then.
         OutputError: `order.out` is not empty or cannot be written.
     """
@@ -85,18 +82,12 @@ def export(order: Order) -> Exported:
         if transcript is not None:
             written = target.read(job, partial)
             agreement = compare(transcript, written)
-            precisions = (
-                transcript.dtype,
-                str(written.dtype).removeprefix("torch."),
-                order.dtype or target.dtypes[0],
-            )
+            read_as = str(written.dtype).removeprefix("torch.")
+            precisions = (transcript.dtype, read_as, order.dtype or target.dtypes[0])
             is_nearest = any(fit.error > 0 for fit in job.fits.values())
+            tolerance = tolerance_for(precisions, is_nearest, order.max_kl)
             report = Exported(order, 0, agreement, job.fits).as_dict()
-            agreement.check(
-                tolerance_for(precisions, is_nearest, order.max_kl),
-                f"what was written ({order.to})",
-                report,
-            )
+            agreement.check(tolerance, f"what was written ({order.to})", report)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         exported = Exported(order, size, agreement, job.fits)
         write_report(partial, exported.as_dict())
@@ -104,7 +95,7 @@ def export(order: Order) -> Exported:
 
 
 def _target(order: Order) -> type[ExportTarget]:
-    """The target, once every setting is one that it has."""
+    """Returns the target, after checking that it has every setting."""
     if order.to not in TARGETS:
         raise SettingError(f"--to {order.to} is unknown; there are: {', '.join(TARGETS)}")
     target = TARGETS[order.to]
@@ -113,9 +104,8 @@ def _target(order: Order) -> type[ExportTarget]:
             f"--to {order.to} writes {', '.join(target.dtypes)}, not --dtype {order.dtype}"
         )
     given = {"--rank": order.rank, "--error": order.error, "--portable": order.portable or None}
-    if not target.is_pairs and (
-        wrong := [name for name, value in given.items() if value is not None]
-    ):
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong and not target.is_pairs:
         raise SettingError(
             f"--to {order.to} changes the weights themselves, so it has no {wrong[0]}"
         )

@@ -1,4 +1,4 @@
-"""Where a merged model's answers end, in its generation_config.json."""
+"""Where a merged model's answers end: its generation_config.json."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ FILE = "generation_config.json"
 
 
 def say_where_answers_end(folder: Path) -> None:
-    """Let the model in `folder` end an answer at the end of a turn too, which training taught it.
+    """Lets the model in `folder` end an answer at the end of a turn too, which training taught it.
 
-    generation_config.json then names all ids that end one: those that it named, the tokenizer's end of text, and what closes
-    an assistant's turn in its chat template. The rest of the file stays; it is made if the base had none. A model that does
-    not generate, or has no tokenizer, is left as it is.
+    generation_config.json then names all ids that end an answer: those that it named, the
+    tokenizer's end of text, and what closes an assistant's turn in its chat template. The rest of
+    the file stays; it is made if the base had none. A model that does not generate, or has no
+    tokenizer, is left as it is.
 
     Raises:
-        ModelError: the base's generation_config.json is none.
+        ModelError: the base's generation_config.json cannot be read.
     """
     config = config_of(str(folder))
     cls = own_class(config)
@@ -43,7 +44,7 @@ def say_where_answers_end(folder: Path) -> None:
 
 
 def _settings(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
-    """The generation config, and what its file holds or would hold."""
+    """Returns the generation config, and what its file holds or would hold."""
     path = folder / FILE
     if not path.is_file():
         made = transformers.GenerationConfig.from_model_config(config)

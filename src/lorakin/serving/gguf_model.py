@@ -52,32 +52,34 @@ def write_model(
     name: str | None = None,
     template: str | None = None,
 ) -> None:
-    """Write a model with its tokenizer as one file. One tensor at a time is in memory beside what `tensors` holds.
+    """Writes a model with its tokenizer as one file, with one tensor in memory at a time.
 
     Args:
         path: the file; one that is there is replaced.
         config: the model's transformers config.
         tokenizer_dir: a directory with its tokenizer, as `save_pretrained` writes it.
-        tensors: the weights under transformers' names, a `state_dict()` or a mapping that loads each when asked. A tied head
-            may be left out.
-        dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows that q8_0 does not divide become f16.
+        tensors: the weights under transformers' names: a `state_dict()`, or a mapping that loads
+            each when asked. A tied head may be left out.
+        dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows whose length q8_0 does
+            not divide become f16.
         name: what the file calls the model.
         template: another chat template than the tokenizer's own.
 
     Raises:
-        ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors that are missing, that
-            the model does not have, or of another shape; NaN, infinity, or numbers too large for `dtype`.
+        ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors
+            that are missing, unknown, or of another shape; NaN, infinity, or a number too large for
+            `dtype`.
         OutputError: the file cannot be written.
-        SettingError: an unknown dtype.
+        SettingError: the dtype is unknown.
     """
     check_dtype(dtype, tuple(TYPES))
     architecture = architecture_of(config)
     _check(config)
-    if (
-        window := getattr(config, "sliding_window", None)
-    ) and window < config.max_position_embeddings:
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
         warnings.warn(
-            f"llama.cpp has no sliding window for this architecture, so the file's context is cut to that, {window} tokens",
+            "llama.cpp has no sliding window for this architecture, so the file's context is cut "
+            f"to that, {window} tokens",
             LorakinWarning,
             stacklevel=2,
         )
@@ -94,31 +96,52 @@ def write_model(
 
 
 def _check(config: Any) -> None:
-    """Raises ModelError for what llama.cpp would compute otherwise than transformers, or not load."""
+    """Checks that llama.cpp loads the model, and computes what transformers does.
+
+    Raises:
+        ModelError: it does not.
+    """
     kind = config.model_type
     if not ARCHITECTURES[kind].whole:
         whole = ", ".join(other for other, one in ARCHITECTURES.items() if one.whole)
         raise ModelError(
-            f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: {whole}. {ELSEWHERE}"
+            f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: "
+            f"{whole}. {ELSEWHERE}"
         )
     rope = config.rope_parameters
     rotation = rope.get("rope_type", "default")
     yarn = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
-    problems = {
-        f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu": config.hidden_act
-        not in ("silu", "swish"),
-        f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}": rotation
-        not in _ROTATIONS,
-        "llama.cpp has Llama 3's rotation for Llama and Mistral only": rotation == "llama3"
-        and kind not in ("llama", "mistral"),
-        f"its yarn rotation sets {', '.join(yarn)}": rotation == "yarn" and bool(yarn),
-        "its yarn rotation is not truncated": rotation == "yarn" and not rope.get("truncate", True),
-        "it rotates a part of each head only": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "llama.cpp has no attention_bias for qwen3": kind == "qwen3" and config.attention_bias,
-        "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2": kind == "qwen2"
-        and _head_dim(config) * config.num_attention_heads != config.hidden_size,
-    }
-    for problem, is_there in problems.items():
+    is_yarn, silu = rotation == "yarn", ("silu", "swish")
+    width = _head_dim(config) * config.num_attention_heads
+    problems = (
+        (
+            config.hidden_act not in silu,
+            f"hidden_act is {config.hidden_act!r}, llama.cpp's is silu",
+        ),
+        (
+            rotation not in _ROTATIONS,
+            f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}",
+        ),
+        (
+            rotation == "llama3" and kind not in ("llama", "mistral"),
+            "llama.cpp has Llama 3's rotation for Llama and Mistral only",
+        ),
+        (is_yarn and bool(yarn), f"its yarn rotation sets {', '.join(yarn)}"),
+        (is_yarn and not rope.get("truncate", True), "its yarn rotation is not truncated"),
+        (
+            rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "it rotates a part of each head only (partial_rotary_factor)",
+        ),
+        (
+            kind == "qwen3" and config.attention_bias,
+            "llama.cpp has no attention_bias for qwen3",
+        ),
+        (
+            kind == "qwen2" and width != config.hidden_size,
+            "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2",
+        ),
+    )
+    for is_there, problem in problems:
         if is_there:
             raise ModelError(f"this {kind} model cannot be written as GGUF: {problem}")
 
@@ -130,12 +153,13 @@ def _head_dim(config: Any) -> int:
 
 
 def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[TensorType]:
-    """The file's tensors, after all were found to be the model's: none missing, none left over."""
+    """Returns the file's tensors, after checking that none is missing and none left over."""
     expected = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
     names = {key: gguf_name(config, key) for key in expected}
     if left := [key for key in tensors if key not in expected]:
         raise ModelError(
-            f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters before"
+            f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters "
+            "before"
         )
     optional = {key for key in names if config.tie_word_embeddings and names[key] == HEAD}
     for key in optional & set(tensors):
@@ -146,30 +170,28 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Tens
         raise ModelError(
             f"{missing[0]} is missing from the tensors of this {config.model_type} model"
         )
+
     stored = []
     for key, shape in expected.items():
         if key not in tensors:
             continue
         name = names[key]
-        assert name is not None  # of the architectures written whole every tensor has one
+        assert name is not None  # every tensor of an architecture written whole has one
         order = row_order(config, key, shape[0])
         kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
         stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _rope_factors(config)
-        stored.insert(
-            0,
-            TensorType(
-                "rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "rope_freqs"
-            ),
-        )
+        shape = tuple(factors.shape)
+        rope = TensorType("rope_freqs.weight", shape, "f32", lambda: factors, "rope_freqs")
+        stored.insert(0, rope)
     return stored
 
 
 def _reader(
     tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], order: Tensor | None
 ) -> Callable[[], Tensor]:
-    """What loads one tensor in llama.cpp's order of rows, and refuses it if it has another shape than the model's."""
+    """Returns a function that loads a tensor in llama.cpp's order of rows and checks its shape."""
 
     def read() -> Tensor:
         tensor = tensors[key]
@@ -183,7 +205,10 @@ def _reader(
 
 
 def _rope_factors(config: Any) -> Tensor:
-    """By what llama.cpp divides each rotation's frequency, (head_dim / 2,) float32, for Llama 3's long contexts."""
+    """Returns what llama.cpp divides each rotation's frequency by, for Llama 3's long contexts.
+
+    (head_dim / 2,) float32.
+    """
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = _head_dim(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (
@@ -194,10 +219,10 @@ def _rope_factors(config: Any) -> Tensor:
 
 
 def _add_hyperparameters(writer: Any, config: Any) -> None:
-    """Shapes, norms and rotation under llama.cpp's keys.
+    """Adds shapes, norms and rotation under llama.cpp's keys.
 
-    The context is no longer than the sliding window, if there is one: llama.cpp has no window for these architectures, and
-    up to that length there is no difference.
+    The context is no longer than the sliding window, if there is one: llama.cpp has no window for
+    these architectures, and up to that length there is no difference.
     """
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     writer.add_block_count(config.num_hidden_layers)
@@ -227,11 +252,11 @@ def _add_hyperparameters(writer: Any, config: Any) -> None:
 
 
 def read_model(path: Path, source: Path) -> nn.Module:
-    """The model in a file that `write_model` wrote, in float32, as transformers runs it: to see that it is what was meant.
+    """Reads a model that `write_model` wrote, in float32, to check that it is what was meant.
 
     Args:
         path: the file.
-        source: the directory of the model that it was made of, for its config.
+        source: the directory of the model that it was made from, for its config.
 
     Raises:
         ModelError: the file lacks a tensor of the model, or has another.

@@ -1,15 +1,19 @@
-"""A transformers tokenizer as llama.cpp knows it.
+"""A transformers tokenizer in llama.cpp's form.
 
-Two kinds have a form there. Byte-level BPE, GPT-2's, with one of several ways of cutting text into words first, which
-llama.cpp knows by name; SentencePiece's BPE, Llama 2's, which merges in the order of scores instead of a list of merges.
-Everything is read from the tokenizer as transformers runs it, so that a file says what the model was trained with.
+Two kinds have a form there. One is byte-level BPE, GPT-2's, with one of several ways of cutting
+text into words first, which llama.cpp knows by name. The other is SentencePiece's BPE, Llama 2's,
+which merges in the order of scores instead of by a list of merges. Everything is read from the
+tokenizer as transformers runs it, so a file says what the model was trained with.
+
+The gguf library's own readers give other token types and scores; see docs/dependencies.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ _TEKKEN = (
 )
 _BYTES, _WORDS = ("ByteLevel", False), ("ByteLevel", True)
 _SPACE = "▁"
+_BYTE = re.compile("<0x.{2}>", re.DOTALL)
 
 Steps = tuple[tuple[Any, ...], ...]
 KNOWN: dict[tuple[Steps, bool], str] = {
@@ -38,12 +43,17 @@ KNOWN: dict[tuple[Steps, bool], str] = {
     ((("Split", _LETTERS + r"\p{N}{1,3}" + _REST), _BYTES), False): "smaug-bpe",
     ((("Split", _TEKKEN), _BYTES), True): "tekken",
 }
-"""llama.cpp's `tokenizer.ggml.pre` by the steps that cut the text, and whether words in the vocabulary are taken unmerged."""
+"""llama.cpp's `tokenizer.ggml.pre`, by the steps that cut the text and by whether a word that is in
+the vocabulary is taken unmerged.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer. `merges` belong to byte-level BPE ("gpt2"), `scores` to SentencePiece ("llama")."""
+    """What a GGUF file says of a tokenizer.
+
+    `merges` belong to byte-level BPE ("gpt2"), `scores` to SentencePiece ("llama").
+    """
 
     model: str
     pre: str
@@ -58,7 +68,7 @@ class Vocabulary:
     template: Any
 
     def add_to(self, writer: Any) -> None:
-        """Put it into the GGUFWriter's metadata."""
+        """Puts it into the GGUFWriter's metadata."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -77,15 +87,16 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: Path, size: int, template: str | None = None) -> Vocabulary:
-    """The tokenizer saved in `directory`, for a model with `size` rows in its embedding.
+    """Reads the tokenizer saved in `directory`, for a model with `size` rows in its embedding.
 
     Args:
         directory: where the tokenizer is.
-        size: rows of the embedding.
+        size: rows of the embedding; ids without a token become unused ones.
         template: another chat template than the tokenizer's own.
 
     Raises:
-        ModelError: no tokenizer there, one with more tokens than `size`, or one that llama.cpp has no form for.
+        ModelError: there is no tokenizer, it has more tokens than `size`, or llama.cpp has no form
+            for it.
     """
     with loading.readable(f"{directory} has no tokenizer that can be loaded"):
         tokenizer = loading.tokenizer(directory, local_files_only=True)
@@ -95,61 +106,64 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in unlike):
         raise ModelError(
-            f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE only"
+            f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE "
+            "only"
         )
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) >= size:
+    if max(tokenizer.get_vocab().values()) >= size:
         raise ModelError(
-            f"{where} has the token {max(ids.values())}, the model's embedding only {size} rows"
+            f"{where} has the token {max(tokenizer.get_vocab().values())}, the model's embedding "
+            f"only {size} rows"
         )
-    added = {token["id"]: token for token in parts["added_tokens"]}
+
     pieces = bool(model.get("byte_fallback"))
-    tokens, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
-    for token, number in ids.items():
-        tokens[number], types[number] = token, gguf.TokenType.NORMAL
-        if number in added:
-            types[number] = (
-                gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
-            )
-            tokens[number] = token if added[number]["special"] else token.replace(_SPACE, " ")
-        if pieces and token == model.get("unk_token"):
-            types[number] = gguf.TokenType.UNKNOWN
-        elif (
-            pieces
-            and number not in added
-            and len(token) == 6
-            and token.startswith("<0x")
-            and token.endswith(">")
-        ):
-            types[number] = gguf.TokenType.BYTE
-    before, after = _around(tokenizer, where)
+    tokens, types = _tokens(tokenizer, parts, size)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    known["eot"] = next(
-        iter(end_of_turn(tokenizer)), None
-    )  # where llama.cpp ends an answer, beside eos
+    before, after = _around(tokenizer, where)
     written = tokenizer.chat_template
+    if isinstance(written, dict):
+        written = [{"name": name, "template": text} for name, text in written.items()]
     return Vocabulary(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre(parts, where),
         tokens=tokens,
         types=types,
-        merges=[]
-        if pieces
-        else [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges],
+        merges=[] if pieces else [" ".join(part.replace(" ", "Ġ") for part in p) for p in merges],
         scores=_scores(tokens, types, merges, where) if pieces else [],
-        special={kind: number for kind, number in known.items() if number is not None},
+        special=_special(tokenizer),
         add_bos=before,
         add_eos=after,
         space_prefix=pieces and _space_prefix(parts, where),
-        template=[{"name": n, "template": t} for n, t in written.items()]
-        if isinstance(written, dict)
-        else written,
+        template=written,
     )
 
 
+def _tokens(tokenizer: Any, parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Returns the `size` tokens in the order of their ids, and llama.cpp's type of each."""
+    model, added = parts["model"], {token["id"]: token for token in parts["added_tokens"]}
+    pieces = bool(model.get("byte_fallback"))
+    tokens, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
+    for token, number in tokenizer.get_vocab().items():
+        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+        if number in added and added[number]["special"]:
+            types[number] = gguf.TokenType.CONTROL
+        elif number in added:
+            tokens[number], types[number] = token.replace(_SPACE, " "), gguf.TokenType.USER_DEFINED
+        if pieces and token == model.get("unk_token"):
+            types[number] = gguf.TokenType.UNKNOWN
+        elif pieces and number not in added and _BYTE.fullmatch(token):
+            types[number] = gguf.TokenType.BYTE
+    return tokens, types
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    """Returns the ids of special tokens by llama.cpp's words; an answer ends at "eot" too."""
+    known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    known["eot"] = next(iter(end_of_turn(tokenizer)), None)
+    return {kind: number for kind, number in known.items() if number is not None}
+
+
 def _around(tokenizer: Any, where: str) -> tuple[bool, bool]:
-    """Whether the tokenizer puts BOS before and EOS after a text.
+    """Returns whether the tokenizer puts BOS before a text, and EOS after it.
 
     Raises:
         ModelError: it puts anything else there.
@@ -160,12 +174,13 @@ def _around(tokenizer: Any, where: str) -> tuple[bool, bool]:
             if full == before + plain + after:
                 return bool(before), bool(after)
     raise ModelError(
-        f"{where} turns 'a' into {full}, which is not {plain} with BOS before or EOS after it, as llama.cpp can"
+        f"{where} turns 'a' into {full}, which is not {plain} with BOS before or EOS after it, as "
+        "llama.cpp can"
     )
 
 
 def _steps(part: dict[str, Any] | None) -> Steps:
-    """A pre_tokenizer of tokenizer.json in a form to compare: what changes the cut, in order."""
+    """Returns a pre_tokenizer of tokenizer.json in a form to compare: its steps, in order."""
     if part is None:
         return ()
     kind = part["type"]
@@ -175,35 +190,39 @@ def _steps(part: dict[str, Any] | None) -> Steps:
         return (("ByteLevel", part.get("use_regex", True)),)
     if kind == "Digits":
         return (("Digits", part["individual_digits"]),)
-    if (
-        kind == "Split"
-        and part["behavior"] == "Isolated"
-        and not part["invert"]
-        and "Regex" in part["pattern"]
-    ):
+    isolates = kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]
+    if isolates and "Regex" in part["pattern"]:
         return (("Split", part["pattern"]["Regex"]),)
     return ((kind, json.dumps(part, sort_keys=True, ensure_ascii=False)),)
 
 
 def _pre(parts: dict[str, Any], where: str) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text into words. It does not normalise; NFC is let pass."""
+    """Returns llama.cpp's name for how a byte-level tokenizer cuts text into words.
+
+    llama.cpp does not normalise text for it; NFC is let pass.
+
+    Raises:
+        ModelError: it normalises text otherwise, or cuts it in a way that has no name there.
+    """
     normalizer = parts["normalizer"]
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise ModelError(
-            f"{where} normalises text by {normalizer['type']}, which llama.cpp does not for byte-level BPE"
+            f"{where} normalises text by {normalizer['type']}, which llama.cpp does not for "
+            "byte-level BPE"
         )
     steps, unmerged = _steps(parts["pre_tokenizer"]), bool(parts["model"].get("ignore_merges"))
     if (steps, unmerged) not in KNOWN:
         raise ModelError(
-            f"{where} cuts text in a way that is not known here under a name of llama.cpp's (ignore_merges: {unmerged}): "
-            f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. Known are: {', '.join(KNOWN.values())}. Use "
-            "llama.cpp's convert_hf_to_gguf.py"
+            f"{where} cuts text in a way that is not known here under a name of llama.cpp's "
+            f"(ignore_merges: {unmerged}): "
+            f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. Known are: "
+            f"{', '.join(KNOWN.values())}. Use llama.cpp's convert_hf_to_gguf.py"
         )
     return KNOWN[steps, unmerged]
 
 
 def _space_prefix(parts: dict[str, Any], where: str) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before the text.
+    """Returns whether a SentencePiece tokenizer puts a space before the text.
 
     Raises:
         ModelError: it prepares text in another way than by writing spaces as ▁.
@@ -211,20 +230,11 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
     normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    if (
-        cutter is None
-        and steps
-        and steps[-1] == replace
-        and steps[:-1] in ([], [{"type": "Prepend", "prepend": _SPACE}])
-    ):
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    if cutter is None and steps in ([replace], [prepend, replace]):
         return len(steps) == 2
-    if (
-        not steps
-        and cutter
-        and cutter["type"] == "Metaspace"
-        and cutter["replacement"] == _SPACE
-        and not cutter["split"]
-    ):
+    is_metaspace = not steps and cutter and cutter["type"] == "Metaspace"
+    if is_metaspace and cutter["replacement"] == _SPACE and not cutter["split"]:
         return bool(cutter["prepend_scheme"] != "never")
     prepares = json.dumps([normalizer, cutter], ensure_ascii=False)
     raise ModelError(f"{where} prepares text as llama.cpp does not for SentencePiece: {prepares}")
@@ -233,7 +243,7 @@ def _space_prefix(parts: dict[str, Any], where: str) -> bool:
 def _scores(
     tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], where: str
 ) -> list[float]:
-    """For each token how early it is merged: 0 for the first, −1 for the next, and single characters last.
+    """Returns how early each token is merged: 0 for the first, −1 for the next, and so on.
 
     Raises:
         ModelError: a byte is missing, which llama.cpp needs for characters that are no tokens.

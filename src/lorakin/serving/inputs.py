@@ -1,4 +1,4 @@
-"""What a model of any kind can be asked to read, so that two of them can be compared."""
+"""Inputs for a model of any kind, so that two models can be compared."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from lorakin.errors import ModelError
 from lorakin.training.limits import places
 
 COUNT, LENGTH = 4, 24
-"""Random inputs, and the tokens of each."""
+"""How many random inputs there are, and how many tokens each has."""
 
 
 def reads_text(model: Any) -> bool:
-    """Whether what the model reads is token ids."""
+    """Returns whether the model reads token ids."""
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 
 
 def is_pair(model: Any) -> bool:
-    """Whether it is an encoder with a decoder behind it."""
+    """Returns whether the model is an encoder with a decoder behind it."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of one on the model's device, from token ids or from what the model takes by name.
+    """Returns a batch of one on the model's device, from token ids or from inputs by name.
 
     A decoder behind an encoder reads the same ids, shifted by its start token.
+
+    >>> from torch import nn
+    >>> model = nn.Linear(2, 2)
+    >>> model.device, model.dtype = torch.device("cpu"), torch.float32
+    >>> inputs_of(model, [1, 2])
+    {'input_ids': tensor([[1, 2]])}
     """
     if isinstance(text, Mapping):
         inputs = dict(text)
@@ -44,7 +50,7 @@ def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[st
 
 
 def random_inputs(model: Any) -> list[dict[str, Tensor]]:
-    """Inputs of a batch of one, always the same ones.
+    """Returns inputs for batches of one, always the same ones.
 
     Raises:
         ModelError: it is not known how to make them for such a model.
@@ -73,7 +79,7 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
 
 
 def _ids(tokens: int, length: int, config: Any, generator: torch.Generator) -> Tensor:
-    """Random token ids; the last one ends the text, which classifiers with a decoder look for."""
+    """Returns random token ids; the last ends the text: classifiers with a decoder look for it."""
     ids = torch.randint(tokens, (1, length), generator=generator)
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < tokens:
@@ -83,7 +89,7 @@ def _ids(tokens: int, length: int, config: Any, generator: torch.Generator) -> T
 
 
 def _shape(name: str, config: Any) -> tuple[int, ...] | None:
-    """The shape of one image, of a clip of sound, or of its spectrum; None if it is something else."""
+    """Returns the shape of an image, of a clip of sound or its spectrum; None for anything else."""
     seen = getattr(config, "vision_config", config)
     size = getattr(seen, "image_size", None)
     if name == "pixel_values" and size is not None:

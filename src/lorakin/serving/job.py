@@ -14,19 +14,23 @@ from lorakin.conversion import as_lora
 from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
-from lorakin.training.encoding import encode, encode_labelled, use_template
+from lorakin.training.chat_templates import use_template
+from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.limits import check_rows, places
-from lorakin.training.models import Loaded, config_of, load_with_adapter, recipe_labels
+from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
+from lorakin.training.with_adapter import load_with_adapter, recipe_labels
 
 CALIBRATION, READING, BATCH, LENGTH = 64, 16, 8, 512
-"""Rows of the data that a nearest pair is fitted to, and that are read to compare; rows of a batch; tokens of a row."""
+"""Rows of the data that a nearest pair is fitted to, and rows to compare on; rows of a batch;
+tokens of a row.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What is wanted, as `lorakin export --help` has it; `None` is the target's default."""
+    """What is wanted, as `lorakin export --help` describes it; None is the target's default."""
 
     adapter: str
     to: str
@@ -43,7 +47,7 @@ class Order:
 
 
 class ExportJob:
-    """An order under way: the base with its adapter, loaded when first asked for, and what is made of them."""
+    """An order under way: the base with its adapter, loaded when first asked for."""
 
     def __init__(self, order: Order, files: directory.Files, name: str) -> None:
         self.order = order
@@ -53,7 +57,7 @@ class ExportJob:
         self._loaded: Loaded | None = None
 
     def base(self) -> Loaded:
-        """The base with its adapter, in the dtype that the base is stored in."""
+        """Returns the base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
             self._loaded = load_with_adapter(
                 self.name, self.files, "base", other_base=self.order.other_base, any_head=True
@@ -61,21 +65,21 @@ class ExportJob:
         return self._loaded
 
     def bare(self) -> Loaded:
-        """The base without adapters."""
+        """Returns the base without adapters."""
         for adapter in adapters(self.base().model).values():
             adapter.remove()
         return self.base()
 
     def forget(self) -> None:
-        """Free the model's memory; it is loaded again when asked for."""
+        """Frees the model's memory; it is loaded again when asked for."""
         self._loaded = None
 
     def kind(self) -> BaseKind:
-        """What the base is loaded as."""
+        """Returns what the base is loaded as."""
         return kind_for(self.files, config_of(self.name), recipe_labels(self.files))
 
     def plain(self) -> Adapter:
-        """The adapter as plain LoRA, beside itself in the model."""
+        """Returns the adapter as plain LoRA, beside the original in the model."""
         loaded, order = self.base(), self.order
         fitted = [row["input_ids"] for row in self.parts[0]]
         pad = transformers.DataCollatorWithPadding(loaded.tokenizer)
@@ -111,12 +115,12 @@ class ExportJob:
         return found.examples
 
     def texts(self) -> list[list[int]]:
-        """The token ids to compare on: rows that no pair is fitted to; none if there are too few, or no data."""
+        """Returns the token ids to compare on, from rows that no pair is fitted to."""
         return [row["input_ids"] for row in self.parts[1]]
 
     @cached_property
     def parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        """Rows of the data to fit to, and a quarter or so to compare on, as token ids and labels; none without data."""
+        """Rows to fit to, and about a quarter to compare on, as token ids and labels."""
         rows = self._rows()
         apart = min(READING, len(rows) // 4)
         return rows[: len(rows) - apart][:CALIBRATION], rows[len(rows) - apart :]

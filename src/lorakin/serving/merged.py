@@ -1,11 +1,8 @@
-"""A base model with an adapter folded in, tensor by tensor, straight from the files: neither model is ever whole in memory."""
+"""A base model with an adapter folded in, tensor by tensor from files: never whole in memory."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,8 @@ from lorakin.inject.attachments import BIAS
 from lorakin.inject.merge import folded
 from lorakin.inject.ties import FLAG, Parting, groups
 from lorakin.inject.tokens import ids_at
+from lorakin.serving.other_files import beside, copy_beside
+from lorakin.serving.tensor_stream import BY_NAME, Kind, write_shard
 from lorakin.storage import sums
 from lorakin.storage.directory import Files
 from lorakin.storage.fingerprint import difference, sample
@@ -28,36 +27,15 @@ from lorakin.training import loading, model_files
 from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.model_files import INDEX, SINGLE
 
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".index.json",
-)
-"""Files of a model's directory that hold weights; all others go along unchanged."""
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-"""safetensors' words for dtypes."""
-Kind = tuple[torch.dtype, tuple[int, ...]]
-"""Dtype and shape of a stored tensor."""
-
 
 class NotStreamed(ModelError):
-    """The base is stored in another way than under the model's own names in safetensors, so it must be loaded whole."""
+    """The base is not stored under the model's own names in safetensors: load it whole."""
 
 
 class Merged(Mapping[str, Tensor]):
-    """Name → tensor of the merged model, as transformers names and stores it; each is read and folded when it is asked for.
+    """Name → tensor of the merged model, as transformers names and stores it.
+
+    Each tensor is read and folded when it is asked for.
 
     Raises:
         NotStreamed: the base is not stored under the model's own names in safetensors.
@@ -80,7 +58,7 @@ class Merged(Mapping[str, Tensor]):
         self.remembered = None if other_base else files.base
         self.names, self.kinds, self.shards = _where(base, self.model)
         self.is_sharded = not (base / SINGLE).is_file()
-        beside(base)  # so that what cannot go along is said before anything is written
+        beside(base)  # raises before anything is written, if a file cannot go along
         tokens = self.contents.placement.tokens
         self.leaders = {
             f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)
@@ -111,14 +89,20 @@ class Merged(Mapping[str, Tensor]):
         return stored.to(dtype).contiguous()
 
     def kind(self, name: str) -> Kind:
-        """Dtype and shape of a tensor, without reading it. What the base does not have is of its first tensor's dtype."""
+        """Returns the dtype and shape of a tensor without reading it.
+
+        A tensor that the base lacks has the dtype of the base's first tensor.
+        """
         copied = self._copied(name)
         dtype, shape = self.kinds[name if name in self.kinds else next(iter(self.kinds))]
         dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
         return dtype, shape if copied is None else tuple(copied.shape)
 
     def _copied(self, name: str) -> Tensor | None:
-        """What the adapter has in the base's place: of a module trained whole, a bias, a buffer that training moved."""
+        """Returns what the adapter has in place of the base's tensor; None if it has nothing.
+
+        That is a tensor of a module trained whole, a bias, or a buffer that training moved.
+        """
         if name in self.contents.buffers:
             return self.contents.buffers[name]
         path, _, leaf = name.rpartition(".")
@@ -130,16 +114,15 @@ class Merged(Mapping[str, Tensor]):
         return None
 
     def write(self, out: Path) -> None:
-        """Write the model into the directory `out`, shard by shard as the base is, with the base's other files beside it."""
+        """Writes the model into the directory `out`, with shards as the base has them."""
         copy_beside(self.base, out)
-        (out / "config.json").write_text(
-            json.dumps(self._written_config(), indent=2) + "\n", encoding="utf-8"
-        )
+        config = json.dumps(self._written_config(), indent=2) + "\n"
+        (out / "config.json").write_text(config, encoding="utf-8")
         total = 0
         for shard in sorted(set(self.shards.values())):
-            total += self._write_shard(
-                out / shard, [name for name, file in self.shards.items() if file == shard]
-            )
+            names = [name for name, file in self.shards.items() if file == shard]
+            kinds = {name: self.kind(name) for name in names}
+            total += write_shard(out / shard, kinds, self.__getitem__)
         if self.is_sharded:
             index = {
                 "metadata": {"total_size": total},
@@ -147,91 +130,63 @@ class Merged(Mapping[str, Tensor]):
             }
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_shard(self, path: Path, names: Sequence[str]) -> int:
-        """Write a safetensors file one tensor at a time, which its library cannot; returns the bytes of the tensors.
-
-        The format: the header's length (8 bytes, little-endian), the header as JSON, then the tensors without gaps.
-        """
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            dtype, shape = self.kind(name)
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPES[dtype],
-                "shape": list(shape),
-                "data_offsets": [start, end],
-            }
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        with open(path, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in names:
-                tensor = self[name]
-                if (tensor.dtype, tuple(tensor.shape)) != self.kind(name):
-                    raise ModelError(
-                        f"{name} is stored with shape {tuple(tensor.shape)}, expected {self.kind(name)[1]}"
-                    )
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        return end
-
     def _written_config(self) -> dict[str, Any]:
-        """The base's config.json, with what the merged model is beyond it."""
+        """Returns the base's config.json, with what is different in the merged model."""
         config: dict[str, Any] = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
         config["architectures"] = [type(self.model).__name__]
         _say_untied(config, self.config, self.parting.configs)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if "id2label" in self.config.to_diff_dict() and type(self.model).__name__.endswith(
-            "Classification"
-        ):
+        is_classifier = type(self.model).__name__.endswith("Classification")
+        if is_classifier and "id2label" in self.config.to_diff_dict():
             config |= {key: getattr(self.config, key) for key in ("id2label", "label2id")}
         return config
 
     def _add_what_is_new(self) -> None:
-        """Names that the base's files lack: heads trained whole, and tied partners of a weight that changes."""
-        last = max(self.shards.values())
-        changed = {f"{path}.weight" for path in self.contents.placement.methods}
-        changed |= self.leaders.keys()
-        changed |= {
-            f"{path}.{key}" for path, state in self.contents.copies.items() for key in state
-        }
-        changed |= {f"{path}.{BIAS}" for path in self.contents.biases}
+        """Adds names that the base's files lack: those of new heads, and tied ones that part."""
+        contents, last = self.contents, max(self.shards.values())
+        changed = {f"{path}.weight" for path in contents.placement.methods} | self.leaders.keys()
+        changed |= {f"{path}.{key}" for path, state in contents.copies.items() for key in state}
+        changed |= {f"{path}.{BIAS}" for path in contents.biases}
+
         tied = groups(self.model)
-        parted = [
-            names for names in tied if changed & names.keys() and not self._is_one_table(names)
-        ]
-        self.parting = Parting.of(self.model, {name for names in parted for name in names})
-        for names in tied:
-            if self.parting.names & names.keys():
-                source = next((name for name in names if name in self.names), None)
-                for name in names if source is not None else ():
-                    self.names.setdefault(name, self.names[source])  # type: ignore[index]
-                    self.kinds.setdefault(name, self.kinds[source])  # type: ignore[index]
-                    self.shards.setdefault(name, last)
-        for config in self.parting.configs:
-            setattr(config, FLAG, False)
-        self.parting.announce(stacklevel=3)
+        self.parting = self._part(tied, changed, last)
         partners = {name for names in tied for name in names if self.shards.keys() & names.keys()}
-        if lacking := sorted(
-            dict(self.model.named_parameters()).keys() - self.shards.keys() - changed - partners
-        ):
+        known = self.shards.keys() | changed | partners
+        if lacking := sorted(dict(self.model.named_parameters()).keys() - known):
             raise NotStreamed(f"{self.base} does not store {lacking[0]} under the model's own name")
+
         for name in sorted(changed - self.shards.keys()):
             if name in self.leaders and name in partners:
                 continue
-            if (
-                name.removesuffix(".weight") in self.contents.placement.methods
-                or name in self.leaders
-            ):
+            if name.removesuffix(".weight") in contents.placement.methods or name in self.leaders:
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.shards[name] = last
 
+    def _part(self, tied: Sequence[Mapping[str, Any]], changed: set[str], last: str) -> Parting:
+        """Gives the parameters that merging unties names of their own, in the file `last`."""
+        parted = {
+            name
+            for names in tied
+            if changed & names.keys() and not self._is_one_table(names)
+            for name in names
+        }
+        parting = Parting.of(self.model, parted)
+        for names in tied:
+            source = next((name for name in names if name in self.names), None)
+            if source is not None and parting.names & names.keys():
+                for name in names:
+                    self.names.setdefault(name, self.names[source])
+                    self.kinds.setdefault(name, self.kinds[source])
+                    self.shards.setdefault(name, last)
+        for config in parting.configs:
+            setattr(config, FLAG, False)
+        parting.announce(stacklevel=4)
+        return parting
+
     def _is_one_table(self, names: Iterable[str]) -> bool:
-        """Whether the adapter changes rows of tokens in all of these parameters alike, so that they stay one."""
+        """Returns whether the adapter trains the same rows in all these parameters: one table."""
         together = {self.leaders.get(name) for name in names}
         return len(together) == 1 and None not in together
 
@@ -246,7 +201,8 @@ class Merged(Mapping[str, Tensor]):
         }
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(
-                f"{self.path}: it is for another base model: {apart}. If this one is meant, say --other-base"
+                f"{self.path}: it is for another base model: {apart}. If this one is meant, say "
+                "--other-base"
             )
         return tensor
 
@@ -260,8 +216,8 @@ class Merged(Mapping[str, Tensor]):
             or stored.element_size() < 2
         ):
             raise ModelError(
-                f"{path} is stored as {stored.dtype}, {tuple(stored.shape)}, which is no plain weight of this model; an "
-                "adapter is folded into the base before that is quantised"
+                f"{path} is stored as {stored.dtype}, {tuple(stored.shape)}, which is no plain "
+                "weight of this model; an adapter is folded into the base before that is quantised"
             )
         matrix = kind.matrix(stored)
         pair = method.pair(widened(self.contents.slots[path]), kind.shape(module), matrix)
@@ -269,55 +225,12 @@ class Merged(Mapping[str, Tensor]):
 
 
 def _say_untied(said: dict[str, Any], config: Any, untied: Sequence[Any]) -> None:
-    """Write into a config's dictionary which of it and its parts say that nothing is tied."""
+    """Writes into a config's dictionary which of it and its parts say that nothing is tied."""
     if any(config is one for one in untied):
         said[FLAG] = False
     for key, part in vars(config).items():
         if isinstance(said.get(key), dict) and hasattr(part, "to_dict"):
             _say_untied(said[key], part, untied)
-
-
-def copy_beside(base: Path, out: Path) -> None:
-    """Let what a model's directory holds beside weights go along, where it is not there already."""
-    for file, inside in beside(base):
-        if not (out / inside).exists():
-            (out / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / inside)
-
-
-def beside(base: Path) -> list[tuple[Path, Path]]:
-    """The files in a model's directory that go along with a merged model, and their places in it.
-
-    Links are followed inside the directory, and from a snapshot of the hub's cache into its blobs,
-    where all of its files are. An adapter's config stays behind: transformers would apply that
-    adapter, once more, to whatever it lies beside.
-
-    Raises:
-        ModelError: a link that leads elsewhere, whose content is none of the model's.
-    """
-    home = base.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    found = []
-    for file in sorted(base.rglob("*")):
-        inside = file.relative_to(base)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if (
-            hidden
-            or not file.is_file()
-            or file.name.endswith(WEIGHTS)
-            or file.name == model_files.ADAPTER
-        ):
-            continue
-        place = file.resolve()
-        if not any(place.is_relative_to(one) for one in homes):
-            raise ModelError(
-                f"{file} is a link to {place}, outside of the model's directory, so it is not copied into the result; put the "
-                "file itself there, or remove the link"
-            )
-        found.append((file, inside))
-    return found
 
 
 def _config(base: Path) -> Any:
@@ -329,10 +242,13 @@ def _config(base: Path) -> Any:
 def _where(
     base: Path, model: nn.Module
 ) -> tuple[dict[str, tuple[str, str]], dict[str, Kind], dict[str, str]]:
-    """The model's name of each stored tensor → its file and its name there; → its kind; → the file it is to be written to."""
-    files = [
-        file.name for file in model_files.weight_files(base)[0] if file.suffix == ".safetensors"
-    ]
+    """Returns where the base's tensors are, by the model's names.
+
+    Returns:
+        name → (file, name in the file); name → dtype and shape; name → the file to write it to.
+    """
+    stored_in = model_files.weight_files(base)[0]
+    files = [file.name for file in stored_in if file.suffix == ".safetensors"]
     if not files:
         raise NotStreamed(f"{base} holds no {SINGLE} or {INDEX}")
     own, prefix = model.state_dict().keys(), f"{getattr(model, 'base_model_prefix', '')}."
@@ -341,19 +257,20 @@ def _where(
     for file in files:
         with _opened(base / file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
-                known = (
-                    name for name in (key, prefix + key, key.removeprefix(prefix)) if name in own
-                )
-                name, stored = next(known, key), shard.get_slice(key)
-                names[name], kinds[name] = (
-                    (file, key),
-                    (BY_NAME[stored.get_dtype()], tuple(stored.get_shape())),
-                )
+                known = (key, prefix + key, key.removeprefix(prefix))
+                name = next((name for name in known if name in own), key)
+                stored = shard.get_slice(key)
+                names[name] = file, key
+                kinds[name] = BY_NAME[stored.get_dtype()], tuple(stored.get_shape())
     return names, kinds, {name: file for name, (file, _) in names.items()}
 
 
 def _opened(path: Path) -> Any:
-    """The safetensors file, or an error that says whose fault it is that it cannot be read."""
+    """Opens a safetensors file of the base.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -1,9 +1,10 @@
-"""A Modelfile for Ollama: where the files are, how a conversation is written, and where an answer ends.
+"""A Modelfile for Ollama: where the files are, how a conversation is written, where an answer ends.
 
-The template is found by rendering the tokenizer's own chat template with marks in the place of what is said. What stands
-between two marks must depend on nothing but who speaks, whether it is the first or the last question, and whether there is a
-system prompt. That is written in Go's template language and compared with the tokenizer's own rendering of other
-conversations; where the two differ, no template is written, and that is said.
+The template is found by rendering the tokenizer's own chat template with marks in place of what is
+said. What stands between two marks may depend only on who speaks, on whether it is the first or the
+last question, and on whether there is a system prompt. That is written in Go's template language,
+and compared with the tokenizer's rendering of other conversations. If the two differ, no template
+is written, with a warning.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ ASSISTANT = ("ANSWERMARK", "REPLYMARK")
 TRIED = ("Be brief: 1, 2.", ("What is 2+2?", "In words?\n\nPlease.", "Why?"), ("4", "Four."))
 """What a template that was found is tried with: a system prompt, questions, answers."""
 NO_TEMPLATE = (
-    "its chat template is not one that can be written for Ollama here, so the Modelfile hands on prompts as they are, without "
-    "turns: the model will not answer as it was trained. Put the right TEMPLATE into the Modelfile"
+    "its chat template is not one that can be written for Ollama here, so the Modelfile hands on "
+    "prompts as they are, without turns: the model will not answer as it was trained. Put the "
+    "right TEMPLATE into the Modelfile"
 )
 
 Place = tuple[str, str]
@@ -38,11 +40,18 @@ class Turns:
 
     Attributes:
         first: before the first question, without a system prompt.
-        answer, later: before an answer, and before a later question.
+        answer: before an answer.
+        later: before a later question.
         opening: after the last question: what opens the answer that is to come.
         system: around a system prompt, in the first question's place.
-        system_later: the same before a later question that is the last: in some templates the system prompt stands there.
-        is_told: whether the template itself has a place for a system prompt; if not, it is put before the first question.
+        system_later: the same before a later question that is the last: some templates put it
+            there.
+        is_told: the template has a place for a system prompt; if not, it is put before the first
+            question.
+
+    >>> turns = Turns("<user>", "<model>", "<user>", "<model>", ("<system>", "<user>"))
+    >>> turns.render("Be brief.", ["Hello", "Why?"], ["Hi"])
+    '<system>Be brief.<user>Hello<model>Hi<user>Why?<model>'
     """
 
     first: str
@@ -54,7 +63,10 @@ class Turns:
     is_told: bool = True
 
     def go_template(self) -> str:
-        """In Go's template language, over Ollama's `.Messages` and `.System`, which is all system messages together."""
+        """Returns it in Go's template language, over Ollama's `.Messages` and `.System`.
+
+        `.System` holds all system messages together.
+        """
         if self.system_later is None:
             first = _choice("$.System", self.system, self.first)
             later = _literal(self.later)
@@ -62,7 +74,8 @@ class Turns:
             first = _choice("and $.System $last", self.system, self.first)
             later = _choice("and $.System $last", self.system_later, self.later)
         return (
-            "{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+            "{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice "
+            "$.Messages $i)) 1 }}"
             '{{ if eq .Role "user" }}'
             f"{{{{ if $first }}}}{first}{{{{ else }}}}{later}{{{{ end }}}}{{{{ $first = false }}}}"
             f"{{{{ .Content }}}}{{{{ if $last }}}}{_literal(self.opening)}{{{{ end }}}}"
@@ -72,7 +85,7 @@ class Turns:
         )
 
     def render(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
-        """What `go_template` gives for a conversation whose last question is to be answered."""
+        """Returns what `go_template` gives for a conversation that ends with a question."""
         text = ""
         for number, question in enumerate(questions):
             place = self.system if number == 0 else self.system_later
@@ -88,7 +101,10 @@ class Turns:
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """How the tokenizer's chat template writes conversations; None if it has none, or one that cannot be written so."""
+    """Returns how the tokenizer's chat template writes conversations.
+
+    None if it has none, or one that cannot be written so.
+    """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
     plain = _pieces(_rendered(tokenizer, None, USER, ASSISTANT), _order(USER, ASSISTANT))
@@ -108,7 +124,10 @@ def turns_of(tokenizer: Any) -> Turns | None:
 
 
 def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
-    """The same with the place that the template has for a system prompt; None if it has none, or refuses one."""
+    """Returns the same with the template's place for a system prompt.
+
+    None if it has none, or refuses a system prompt.
+    """
     alone = _pieces(_rendered(tokenizer, SYSTEM, USER[:1], ()), [SYSTEM, USER[0]])
     if alone is None:
         return None
@@ -127,7 +146,7 @@ def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
 
 
 def _without_bos(found: Turns, tokenizer: Any) -> Turns:
-    """Without the BOS token at the beginning, if the tokenizer adds one: then llama.cpp does, too."""
+    """Removes the BOS token at the beginning if the tokenizer adds one: llama.cpp will add it."""
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
         return found
@@ -137,10 +156,10 @@ def _without_bos(found: Turns, tokenizer: Any) -> Turns:
 
 
 def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
-    """The Modelfile's text, for the model and perhaps the adapter in these files beside it.
+    """Returns the text of a Modelfile for a model, and perhaps an adapter, in files beside it.
 
-    Nothing that the names or the tokenizer hold can become an instruction of its own. A template that cannot be written is
-    warned of.
+    Nothing in the names or the tokenizer can become an instruction of its own. A template that
+    cannot be written is warned of.
     """
     lines = [
         *_file("FROM", source, "./base.gguf"),
@@ -150,17 +169,20 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
     if turns is not None:
         if not turns.is_told:
             lines.append(
-                "# the model's chat template takes no system prompt: one is put before the first question"
+                "# the model's chat template takes no system prompt: one is put before the first "
+                "question"
             )
         if Template(tokenizer).prints_the_day:
             lines.append(
-                "# the model's chat template prints the date: here it is the day on which this file was written"
+                "# the model's chat template prints the date: here it is the day on which this "
+                "file was written"
             )
         lines.append(f'TEMPLATE """{turns.go_template()}"""')
     elif getattr(tokenizer, "chat_template", None):
         warnings.warn(f"{source}: {NO_TEMPLATE}", LorakinWarning, stacklevel=2)
         lines += [
-            "# WARNING: no TEMPLATE is known for this model's chat template. Write the right one here: this one",
+            "# WARNING: no TEMPLATE is known for this model's chat template. Write the right one "
+            "here: this one",
             "# has no turns",
         ]
         lines.append('TEMPLATE """{{ .Prompt }}"""')
@@ -175,7 +197,7 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
 
 
 def _stops(tokenizer: Any) -> list[str]:
-    """The texts that end an answer."""
+    """Returns the texts that end an answer."""
     ends = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
     return [
         str(stop)
@@ -185,7 +207,7 @@ def _stops(tokenizer: Any) -> list[str]:
 
 
 def _file(word: str, name: str, instead: str) -> list[str]:
-    """An instruction that names a file; a name that could not stand there is replaced."""
+    """Returns an instruction that names a file; a name that could not stand there is replaced."""
     if name.isprintable() and '"' not in name and name == name.strip():
         return [
             f'{word} "{name}"' if any(letter.isspace() for letter in name) else f"{word} {name}"
@@ -197,7 +219,7 @@ def _file(word: str, name: str, instead: str) -> list[str]:
 
 
 def _quoted(word: str, text: str) -> list[str]:
-    """An instruction with a text that is taken as it is, in quotes; Ollama knows no escapes in it."""
+    """Returns an instruction with a text in quotes, in which Ollama knows no escapes."""
     if '"' not in text and text.isprintable():
         return [f'{word}"{text}"']
     if '"' not in text and not any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
@@ -213,14 +235,17 @@ def _choice(condition: str, place: Place, otherwise: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text in a Go template in a Modelfile: as it is, or as a Go string where it could be read as something else."""
+    """Returns a text for a Go template in a Modelfile.
+
+    Where it could be read as something else, it becomes a Go string.
+    """
     odd = "{{" in text or "}}" in text or text.endswith("{") or '"' in text
     odd = odd or any(ord(letter) < 32 and letter not in "\n\t" for letter in text)
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if odd else text
 
 
 def _order(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """The conversation's parts as they follow each other."""
+    """Returns the conversation's parts as they follow each other."""
     said = []
     for number, question in enumerate(questions):
         said += [question, *answers[number : number + 1]]
@@ -228,7 +253,10 @@ def _order(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
 
 
 def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
-    """What stands before, between and behind the marks; None unless each stands there once, in this order."""
+    """Returns what stands before, between and behind the marks.
+
+    None unless each mark stands there once, in this order.
+    """
     if any(text.count(mark) != 1 for mark in marks) or (SYSTEM in text and SYSTEM not in marks):
         return None
     pieces = []
@@ -243,7 +271,10 @@ def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
 def _rendered(
     tokenizer: Any, system: str | None, questions: Sequence[str], answers: Sequence[str]
 ) -> str:
-    """The template's text for a conversation whose last question is to be answered; nothing if it refuses it."""
+    """Returns the template's text for a conversation whose last question is to be answered.
+
+    "" if the template refuses it.
+    """
     messages = [{"role": "system", "content": system}] if system else []
     for number, text in enumerate(_order(questions, answers)):
         messages.append({"role": "assistant" if number % 2 else "user", "content": text})

@@ -18,22 +18,29 @@ from lorakin.storage import locks, paths
 
 REPORT = "export.json"
 PARTIAL = re.compile(r"\.lorakin-[0-9a-f]{12}\.lock", re.ASCII)
-"""The lock beside a result that is being written, in a directory of the same name without the ending."""
+"""The lock of a result being written; the result's directory is named so without the ending."""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Put what is known of a result beside it."""
+    """Puts what is known of a result beside it."""
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_directory(out: str) -> Iterator[Path]:
-    """A directory beside `out` that takes its place at the end, and leaves nothing if there is an error.
+    """Makes a directory that takes the place of `out` at the end; after an error nothing is left.
 
-    What a killed process left of such directories beside `out` is removed.
+    It removes what a killed process left of such directories beside `out`.
 
     Raises:
         OutputError: `out` is a file or not empty, or it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with new_directory(f"{folder}/out") as partial:
+    ...         write_report(partial, {"size": 1})
+    ...     [path.name for path in Path(folder).rglob("*")]
+    ['out', 'export.json']
     """
     target = paths.named(out, "--out", OutputError)
     try:
@@ -41,7 +48,8 @@ def new_directory(out: str) -> Iterator[Path]:
             raise OutputError("--out is empty; give a new directory")
         if target.is_symlink():
             raise OutputError(
-                f"--out {out} is a link to {target.resolve()}, which is not written through; name a new directory"
+                f"--out {out} is a link to {target.resolve()}, which is not written through; name "
+                "a new directory"
             )
         target = target.resolve()
         if target.exists() and not target.is_dir():
@@ -53,7 +61,7 @@ def new_directory(out: str) -> Iterator[Path]:
         lock = locks.hold(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
         partial = lock.path.with_suffix("")
         partial.mkdir(0o700)
-    except (OSError, ValueError) as error:  # the latter of a zero byte in a name
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
         if isinstance(error, OutputError):
             raise
         raise OutputError(
@@ -65,7 +73,7 @@ def new_directory(out: str) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+    except (OSError, SafetensorError) as error:  # how safetensors reports a full disk
         if isinstance(error, LorakinError) and not isinstance(error, OutputError):
             raise
         reason = getattr(error, "strerror", None) or str(error).replace(str(partial), out)
@@ -76,7 +84,7 @@ def new_directory(out: str) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the results in `folder` that nobody is writing any more."""
+    """Removes the results in `folder` that nobody is writing any more."""
     for path in [path for path in folder.iterdir() if PARTIAL.fullmatch(path.name)]:
         with contextlib.suppress(OSError, locks.LockTaken):
             lock = locks.hold(path)

@@ -1,4 +1,4 @@
-"""What an adapter can be exported to: how each target is written, and how it is read back to be compared."""
+"""What an adapter can be exported to: how each target is written, and read back to be compared."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.inject.description import in_words
-from lorakin.serving import gguf_format, gguf_model, ollama
+from lorakin.serving import gguf_adapter, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob
-from lorakin.serving.merged import Merged, NotStreamed, copy_beside
-from lorakin.training.encoding import TEMPLATE, remembered_template
+from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.serving.other_files import copy_beside
+from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
-from lorakin.training.models import (
-    PACKAGED,
-    Loaded,
-    config_of,
-    directory_of,
-    load_model,
-    load_tokenizer,
-    load_with_adapter,
-    packaged,
-)
+from lorakin.training.model_sources import PACKAGED, directory_of, packaged
+from lorakin.training.models import Loaded, config_of, load_model, load_tokenizer
 from lorakin.training.precision import DTYPES
+from lorakin.training.with_adapter import load_with_adapter
 
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
 class ExportTarget:
-    """One kind of result. `dtypes` are those it is written in, the first unless another is asked for."""
+    """One kind of result.
+
+    `dtypes` are those it is written in, the first by default. `is_pairs`: it holds low-rank pairs
+    beside the base, so ranks matter.
+    """
 
     word: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
@@ -48,17 +46,17 @@ class ExportTarget:
 
     @staticmethod
     def write(job: ExportJob, folder: Path) -> None:
-        """Write it into the empty directory `folder`."""
+        """Writes it into the empty directory `folder`."""
         raise NotImplementedError
 
     @staticmethod
     def read(job: ExportJob, folder: Path) -> Any:
-        """The model that `folder` holds, ready to answer."""
+        """Returns the model that `folder` holds, ready to answer."""
         raise NotImplementedError
 
 
 class PlainLoRA(ExportTarget):
-    """An adapter's directory that every reader of LoRA knows."""
+    """An adapter's directory that every program which reads LoRA knows."""
 
     word: ClassVar[str] = "lora"
     dtypes = ("float32", "float16", "bfloat16")
@@ -83,7 +81,7 @@ class PlainLoRA(ExportTarget):
 
 
 class MergedModel(ExportTarget):
-    """A plain transformers directory that needs lorakin no more."""
+    """A transformers directory that no longer needs lorakin."""
 
     word = "merged"
     dtypes = ("base", "float32", "float16", "bfloat16")
@@ -106,9 +104,8 @@ class MergedModel(ExportTarget):
     @staticmethod
     def read(job: ExportJob, folder: Path) -> Any:
         config = config_of(str(folder))
-        return load_model(
-            str(folder), "base", cls=own_class(config) or transformers.AutoModelForCausalLM
-        ).model
+        cls = own_class(config) or transformers.AutoModelForCausalLM
+        return load_model(str(folder), "base", cls=cls).model
 
 
 class GGUFAdapter(ExportTarget):
@@ -123,18 +120,20 @@ class GGUFAdapter(ExportTarget):
         loaded, plain = job.base(), job.plain()
         if whole := plain.placement.copies:
             raise AdapterError(
-                f"no GGUF adapter holds what is trained whole ({', '.join(whole)}); use --to gguf-merged"
+                f"a GGUF adapter cannot hold modules trained whole ({', '.join(whole)}); use --to "
+                "gguf-merged"
             )
         if tokens := list(plain.placement.tokens):
             raise AdapterError(
-                f"no GGUF adapter holds trained rows of tokens ({', '.join(tokens)}); use --to gguf-merged"
+                f"a GGUF adapter cannot hold trained rows of tokens ({', '.join(tokens)}); use "
+                "--to gguf-merged"
             )
         if biases := plain.placement.biases:
             raise AdapterError(
-                f"no GGUF adapter holds biases ({some(biases)}); use --to gguf-merged"
+                f"a GGUF adapter cannot hold biases ({some(biases)}); use --to gguf-merged"
             )
         pairs = {path: plain.tensors.change_at(path) for path in plain.placement.methods}
-        gguf_format.write_adapter(
+        gguf_adapter.write_adapter(
             folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_word(job, "float32")
         )
         base = packaged(job.name) if job.name in PACKAGED else Path(job.name).resolve()
@@ -145,7 +144,7 @@ class GGUFAdapter(ExportTarget):
     @staticmethod
     def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
-        of_pairs(model, "written", gguf_format.read_adapter(folder / GGUF_ADAPTER, model.config))
+        of_pairs(model, "written", gguf_adapter.read_adapter(folder / GGUF_ADAPTER, model.config))
         return model
 
 
@@ -189,7 +188,7 @@ TARGETS: dict[str, type[ExportTarget]] = {
 
 
 def _carry_template(job: ExportJob, folder: Path) -> None:
-    """Put the chat template that the adapter was trained with beside what was written, where it is not the base's own."""
+    """Writes the chat template that the adapter was trained with, if it is not the base's own."""
     if (template := remembered_template(job.files.path)) is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
@@ -199,7 +198,7 @@ def _merged(job: ExportJob, dtype: torch.dtype | None) -> Merged:
 
 
 def _folded(job: ExportJob, dtype: str) -> Loaded:
-    """The whole model in memory, with the adapter folded in."""
+    """Returns the whole model in memory, with the adapter folded in."""
     loaded = load_with_adapter(
         job.name, job.files, dtype, other_base=job.order.other_base, any_head=True
     )
@@ -213,10 +212,15 @@ def _gguf_word(job: ExportJob, default: str) -> str:
 
 
 def _narrow(adapter: Adapter, dtype: torch.dtype) -> None:
-    """Give all tensors one dtype; refused if a number becomes infinite."""
+    """Casts all tensors to `dtype`.
+
+    Raises:
+        OutputError: a number becomes infinite.
+    """
     for name, parameter in adapter.named_parameters():
         parameter.data = parameter.data.to(dtype)
         if not all_finite(parameter):
             raise OutputError(
-                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose another --dtype"
+                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}; choose "
+                "another --dtype"
             )

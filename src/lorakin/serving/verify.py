@@ -1,4 +1,4 @@
-"""Proof that what was written is the model that was trained: both read the same prompts, and their logits are compared."""
+"""Checks that what was written is the model that was trained, by the logits of both."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ PROMPTS = (
 )
 CONTINUATION = 16
 LONGEST, FEWEST = 256, 10
-"""Tokens of a text; kinds of tokens in all prompts, without which nothing was read."""
+"""Tokens of a text; and how many different tokens all prompts must have, or nothing was read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What the target's precision may change: the largest logit difference as a share of the largest logit, and the mean KL."""
+    """How much the target's precision may change.
+
+    `logit` is the largest difference of logits as a share of the largest logit, `divergence` the
+    mean KL in nats.
+    """
 
     logit: float
     divergence: float
@@ -49,14 +53,18 @@ TOLERANCES = {
 }
 """By the less precise of what is compared; docs/howto/serve.md has what was measured."""
 NEAREST = Tolerance(float("inf"), 1e-2)
-"""Of a nearest pair, which is not exact in any precision: so far KL alone decides."""
+"""For a nearest pair, which is exact in no precision: only the KL decides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """What the trained model said to each input: its logits at each place, (places, vocabulary) or (classes,).
+    """What the trained model says to each input: its logits at each place.
 
-    `texts` are the inputs: token ids, or all that the model takes by name, a batch of one. `of` says in words what they are.
+    Attributes:
+        texts: the inputs: token ids, or all that the model takes by name, each a batch of one.
+        logits: (places, vocabulary) or (classes,), for each input.
+        dtype: the precision of the model.
+        of: what the inputs are, in words.
     """
 
     texts: Sequence[list[int] | Mapping[str, Tensor]]
@@ -69,8 +77,8 @@ class Transcript:
 class Agreement:
     """How far two models' logits are apart, over `places` places of the same texts.
 
-    `divergence` is the mean of KL(trained ‖ written) in nats, `tokens` the share of places where both find the same token (or
-    class) the most likely.
+    `divergence` is the mean of KL(trained ‖ written) in nats, `tokens` the share of places where
+    both find the same token (or class) the most likely.
     """
 
     largest: float
@@ -82,7 +90,7 @@ class Agreement:
     of: str = "prompts"
 
     def as_dict(self) -> dict[str, float | int | str]:
-        """For the report."""
+        """Returns it for the report."""
         return {
             "max_logit_difference": self.largest,
             "mean_logit_difference": self.mean,
@@ -96,7 +104,11 @@ class Agreement:
     def check(
         self, tolerance: Tolerance, what: str, report: Mapping[str, Any] | None = None
     ) -> None:
-        """Raises VerificationError, with the `report`, if the two are further apart than `tolerance`."""
+        """Checks that the two are no further apart than `tolerance`.
+
+        Raises:
+            VerificationError: they are; it carries the `report`.
+        """
         share = self.largest / max(self.largest_logit, 1e-30)
         if share <= tolerance.logit and self.divergence <= tolerance.divergence:
             return
@@ -106,27 +118,43 @@ class Agreement:
             else ""
         )
         raise VerificationError(
-            f"{what} is not the model that was trained: {self}. Tolerated is a KL of {tolerance.divergence:g}{of_logits}. "
-            "Nothing was kept; --max-kl allows more, --no-verify leaves this check out",
+            f"{what} is not the model that was trained: {self}. Tolerated is a KL of "
+            f"{tolerance.divergence:g}{of_logits}. Nothing was kept; --max-kl allows more, "
+            "--no-verify leaves this check out",
             report or self.as_dict(),
         )
 
     def __str__(self) -> str:
         return (
-            f"logits differ by at most {self.largest:.3g} (mean {self.mean:.2g}, largest logit {self.largest_logit:.3g}), "
-            f"KL {self.divergence:.2g}, same token in {self.tokens:.2%} of {self.places} places"
-            + ("" if self.of == "prompts" else f", of {self.of}")
+            f"logits differ by at most {self.largest:.3g} (mean {self.mean:.2g}, largest logit "
+            f"{self.largest_logit:.3g}), KL {self.divergence:.2g}, same token in {self.tokens:.2%} "
+            f"of {self.places} places" + ("" if self.of == "prompts" else f", of {self.of}")
         )
 
 
 def check_limit(max_kl: float | None) -> None:
-    """Raises SettingError if a limit on the KL is none."""
+    """Checks a limit on the KL.
+
+    Raises:
+        SettingError: it is no number of at least 0.
+
+    >>> check_limit(-1.0)
+    Traceback (most recent call last):
+    ...
+    lorakin.errors.SettingError: --max-kl must be a number of at least 0, not -1.0
+    """
     if max_kl is not None and not 0 <= max_kl < float("inf"):
         raise SettingError(f"--max-kl must be a number of at least 0, not {max_kl!r}")
 
 
 def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | None) -> Tolerance:
-    """What is tolerated between models of these precisions, or where pairs are only near; `max_kl` overrules both."""
+    """Returns what is tolerated between models of these precisions, or where pairs are only near.
+
+    `max_kl` overrules both.
+
+    >>> tolerance_for(["float32", "float16"], is_nearest=False, max_kl=None)
+    Tolerance(logit=0.02, divergence=0.0003)
+    """
     if max_kl is not None:
         return Tolerance(float("inf"), max_kl)
     if is_nearest:
@@ -136,7 +164,9 @@ def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | N
 
 
 def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
-    """Let the model read `texts` (token ids), or `PROMPTS` and what it says to them; what reads no text, random inputs.
+    """Lets the model read `texts` (token ids), or `PROMPTS` and what it says to them.
+
+    A model that reads no text gets random inputs.
 
     Raises:
         ModelError: it is not known how to make inputs for it.
@@ -145,15 +175,14 @@ def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
     of = "the data" if chosen else "prompts"
     if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
         chosen = _own_texts(loaded)
-    if (
-        len({token for text in chosen for token in text}) < FEWEST
-    ):  # as of a tokenizer that transformers makes up
+    kinds = {token for text in chosen for token in text}
+    if len(kinds) < FEWEST:  # a tokenizer that transformers made up gives few
         chosen, of = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
     return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, of)
 
 
 def compare(transcript: Transcript, model: Any) -> Agreement:
-    """How far `model` is from the one that the transcript is of."""
+    """Returns how far `model` is from the one that the transcript is of."""
     sums = torch.zeros(3, dtype=torch.float64)
     largest = top = 0.0
     count = numbers = 0
@@ -177,24 +206,22 @@ def compare(transcript: Transcript, model: Any) -> Agreement:
 
 
 def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(trained ‖ written) and whether the most likely token is the same, at each place."""
-    rows, others = (
-        trained.reshape(-1, trained.shape[-1]).double(),
-        written.reshape(-1, written.shape[-1]).double(),
-    )
+    """Returns KL(trained ‖ written), and whether the likeliest token is the same, by place."""
+    rows = trained.reshape(-1, trained.shape[-1]).double()
+    others = written.reshape(-1, written.shape[-1]).double()
     said, heard = rows.log_softmax(-1), others.log_softmax(-1)
     return (said.exp() * (said - heard)).sum(-1), rows.argmax(-1) == others.argmax(-1)
 
 
 @torch.no_grad()
 def logits_of(model: Any, texts: Sequence[Sequence[int] | Mapping[str, Tensor]]) -> list[Tensor]:
-    """The model's logits on each text, in float32 on the CPU; of what has none, its first output."""
+    """Returns the model's logits on each text, float32 on the CPU; else its first output."""
     with in_mode(model, training=False):
         return [_answer(model(**inputs_of(model, text))).float().cpu() for text in texts]
 
 
 def _answer(output: Any) -> Tensor:
-    """Of a batch of one: the logits, a span's start and end together, or else the first tensor there is."""
+    """Returns the answer to a batch of one: logits, a span's start and end, or the first tensor."""
     if (logits := getattr(output, "logits", None)) is not None:
         found: Tensor = logits[0]
         return found

@@ -1,8 +1,9 @@
-"""Several files of one directory, replaced all or none, also when the process is killed in between.
+"""Replaces several files of one directory, all or none, even if the process is killed in between.
 
-All are written under other names. Then a record of what is to be renamed to what is put in place; from that moment the new
-files count. Who writes there next, one at a time, finishes the renaming if it was cut off. Who reads changes nothing: it looks
-through the record, and takes all files of one save or of the other.
+All files are written under temporary names. Then a record of the renamings is put in place, and
+from that moment the new files count. Writers take turns; the next one finishes renamings that were
+cut off. A reader changes nothing: it looks through the record, and gets all files of one save or of
+the other.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ RECORD, LOCK = ".lorakin-save.json", ".lorakin-lock"
 PATIENCE = 600.0
 """Seconds that a save waits for another process's into the same directory."""
 TRIES = 60
-"""How often a reader begins anew because files changed under it; it waits in between, two seconds in all."""
+"""How often a reader starts again because files changed under it; it waits two seconds in all."""
 READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 T = TypeVar("T")
 
 
 def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -> None:
-    """Put `files` (name → content) into the directory `path`, made if need be, and take those of `without` out, all or none.
+    """Write files into a directory and remove others from it, all or none.
+
+    Args:
+        path: the directory, made if need be.
+        files: name → content of the files to write.
+        without: names of the files to remove.
 
     Raises:
-        OutputError: nothing was changed in `path`, whose files are as they were; or all new files are there, and count.
+        OutputError: it cannot be done. Either nothing changed in `path`, or all new files count.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,7 @@ def _write(path: Path, files: Mapping[str, bytes], without: Iterable[str]) -> No
 
 
 def finish(path: Path) -> None:
-    """Finish the renaming that a killed process left behind in the directory `path`, if there is any; the lock is held.
+    """Finish the renamings that a killed process left in the directory `path`; the lock is held.
 
     Raises:
         AdapterError: its record names files that no save would.
@@ -99,14 +105,19 @@ def finish(path: Path) -> None:
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Name → content of those of the files `names` that are in the directory `path`, as they were together at one moment.
+    """Read the files `names` of the directory `path`, as they were together at one moment.
 
-    Nothing is changed there. While they are held open their places are looked at again: files that are all still in place
-    were in place together. A save puts new files in place and never writes into one, so what is open is read in peace. Other
-    programs do write into files; whether one did meanwhile shows as far as the file's time and size do.
+    Changes nothing. The files are opened first, then their names are looked up again: if all still
+    stand for the open files, these were in place together. A save renames new files into place and
+    never writes into one, so open files do not change. Other programs do write into files; their
+    times and sizes show it.
+
+    Returns:
+        Name → content of the files that are there.
 
     Raises:
-        AdapterError: the record of a cut-off save is none; a name is no plain file; something writes there all the time.
+        AdapterError: the record of a save is damaged; a name is no plain file; something writes
+            there all the time.
         OSError: a file cannot be read.
     """
     names = list(names)
@@ -125,7 +136,7 @@ def read(path: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[str, T]:
-    """What `look` makes of each file that is there: of the one that the record of a save would put in its place, if any."""
+    """`look` of each file that is there, or of what an unfinished save puts in its place."""
     record, found = _recorded(path), dict[str, T]()
     for name in names:
         source = record.get(name, name)
@@ -147,12 +158,12 @@ def _open(place: Path) -> BinaryIO:
 
 
 def _mark(there: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from another in its place, and, as far as a clock can, from itself once it was written to."""
+    """Tells a file from another in its place, and from itself once something wrote into it."""
     return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
 
 
 def _recorded(path: Path) -> dict[str, str | None]:
-    """Name → the temporary file that a save was about to put in its place, or None if it was about to take it away."""
+    """Name → the temporary file that an unfinished save puts there; None if it removes it."""
     record = path / RECORD
     try:
         with _open(record) as file:

@@ -18,11 +18,13 @@ from lorakin.storage.schema import shown
 
 FIELD = "config"
 ASIDE = re.compile(
-    r"_.*|.*name_or_path|architectures|auto_map|.*version|.*dtype|.*_implementation|model_type|tokenizer_class"
-    r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|.*token_ids?|.*token_index"
-    r"|use_cache|quantization_config|return_dict.*|use_return_dict|output_.*|torchscript|gradient_checkpointing"
-    r"|.*dropout.*|.*drop|.*_loss.*|init_.*|initializer.*|.*_init(_.*)?|chunk_size_feed_forward|pretraining_tp"
-    r"|vocab_size|tie_word_embeddings|max_position_embeddings|n_positions|max_window_layers|is_encoder_decoder"
+    r"_.*|.*name_or_path|architectures|auto_map|.*version|.*dtype|.*_implementation|model_type"
+    r"|tokenizer_class|id2label|label2id|num_labels|problem_type|finetuning_task"
+    r"|task_specific_params|.*token_ids?|.*token_index|use_cache|quantization_config"
+    r"|return_dict.*|use_return_dict|output_.*|torchscript|gradient_checkpointing"
+    r"|.*dropout.*|.*drop|.*_loss.*|init_.*|initializer.*|.*_init(_.*)?|chunk_size_feed_forward"
+    r"|pretraining_tp|vocab_size|tie_word_embeddings|max_position_embeddings|n_positions"
+    r"|max_window_layers|is_encoder_decoder"
 )
 """Keys that say nothing of what the weights compute, in a config and in its parts."""
 CLOSE = 1e-6
@@ -31,13 +33,13 @@ Scalar = bool | int | float | str | None
 
 
 def known(model: nn.Module) -> dict[str, Any]:
-    """The part of a fingerprint that says it, by key; nothing for a model without a config of transformers."""
+    """Its part of a fingerprint, by key; {} for a model without a config of transformers."""
     as_dict = getattr(getattr(model, "config", None), "to_dict", None)
     return {FIELD: dict(_values(as_dict()))} if callable(as_dict) else {}
 
 
 def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first key that both have with other values, in words: other versions of transformers have others."""
+    """The first key with different values in both, in words; versions differ in their keys."""
     then, now = remembered.get(FIELD, {}), here.get(FIELD, {})
     for key, value in then.items():
         if key in now and not _is_same(value, now[key]):
@@ -46,7 +48,7 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
 
 
 def is_known(base: Mapping[str, Any]) -> bool:
-    """Whether what a fingerprint, from a file, says of the config has the form that `known` gives."""
+    """Whether a fingerprint from a file says of the config what `known` could have said."""
     said = base.get(FIELD, {})
     return isinstance(said, dict) and all(_is_value(value) for value in said.values())
 

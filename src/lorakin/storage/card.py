@@ -1,7 +1,8 @@
-"""The model card, README.md, that is written beside an adapter: what it is, how it came about, how it is loaded.
+"""Writes the model card, README.md, beside an adapter: what it is, how it was made, how to load it.
 
-Its last line has a checksum of the rest. A README.md without it, or with another one, is a person's and is left as it is.
-Names and texts that come from outside stand in code spans; the front matter takes only words of a fixed alphabet.
+The last line has a checksum of the rest. A README.md without it, or with another one, is a
+person's, and is left as it is. Names and texts from outside stand in code spans; the front matter
+takes only words of a fixed alphabet.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def content(
 
 
 def for_saving(path: Path, text: str) -> bytes | None:
-    """The card `text` as bytes for the file `path`; None if what is there already is not, or no longer, lorakin's own."""
+    """The card `text` as bytes for the file `path`; None if a person wrote the one there."""
     try:
         there = files.content(path, LONGEST_CARD).decode("utf-8")
     except FileNotFoundError:
@@ -81,18 +82,19 @@ def for_saving(path: Path, text: str) -> bytes | None:
 
 
 def is_own(text: str) -> bool:
-    """Whether a README.md is a card that lorakin wrote and nobody changed since; other ends of lines are no change."""
+    """Whether lorakin wrote a README.md and nobody changed it since, except for ends of lines."""
     body, _, last = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")
     return last + "\n" == _mark(body)
 
 
 def _mark(body: str) -> str:
     digest = hashlib.sha256(body.encode()).hexdigest()
-    return f"<!-- written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone -->\n"
+    said = f"written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone"
+    return f"<!-- {said} -->\n"
 
 
 def _front(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
-    """The YAML that the hub reads. `library_name: peft` is what its adapters' pages and widgets go by."""
+    """The YAML that the hub reads; its widgets for adapters go by `library_name: peft`."""
     base, task = base_id(adapter), PIPELINES.get(str(config.get("task_type")))
     tags = [*TAGS, *(member.word for member in adapter.method.members)]
     return [
@@ -230,7 +232,10 @@ def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
         config["peft_type"],
     )
     if experts and dora:
-        return ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter that it takes:"
+        return (
+            ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter "
+            "that it takes:"
+        )
     said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
     said += ", and only lorakin trains on with this method" if converted else ""
     return (

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lorakin.errors import AdapterError, LorakinWarning, StateError, some
-from lorakin.family.pair import is_sharded
-from lorakin.inject.adapted import module_at
-from lorakin.inject.biases import bias_of
+from lorakin.errors import AdapterError, LorakinWarning
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.tokens import base_rows, ids_at
+from lorakin.inject.tokens import ids_at
 from lorakin.storage import atomic, card, json_files, own_part, texts
 from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import difference, fingerprint
@@ -30,6 +26,7 @@ from lorakin.storage.peft.forms import PREFIX
 from lorakin.storage.peft.reading import document_of
 from lorakin.storage.peft.writing import written
 from lorakin.storage.pickles import tensors_of
+from lorakin.storage.trained import check_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,123 +173,6 @@ def _read_tensors(path: Path, found: Mapping[str, bytes]) -> dict[str, Tensor]:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path}: its tensors cannot be read ({error})") from None
-
-
-def check_trained(adapter: InsertedAdapter) -> None:
-    """See that the adapter is what it says: refuse one whose member never did its work, say what training never reached.
-
-    Raises:
-        StateError: a member that acts at optimizer steps never saw one.
-    """
-    acting = [member.word for member in adapter.method.members if member.acts_at_steps]
-    if acting and adapter.is_fresh and not adapter.run.steps:
-        raise StateError(
-            f"adapter {adapter.name!r} is not saved: {', '.join(acting)} acts at optimizer steps and never saw one, so this is "
-            "not what it says. Train with a torch optimizer that holds the adapter's tensors, such as adapter.optimizer(…)"
-        )
-    unfinished = [
-        reason for rule in adapter.run.rules or () if (reason := rule.check(adapter.run.steps))
-    ]
-    for reason in (*unfinished, *adapter.method.unmoved(adapter.run.adapted_modules())):
-        warnings.warn(f"adapter {adapter.name!r}: {reason}", LorakinWarning, stacklevel=3)
-    if adapter.merging.scale != 1:
-        warnings.warn(
-            f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not at {adapter.merging.scale:g}; for files "
-            "of the scaled change, save what lorakin.as_lora makes of it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    if moved := sorted(adapter.tensors.moved_buffers()):
-        warnings.warn(
-            f"training moved buffers of the base ({some(moved)}); they are saved beside adapter {adapter.name!r}, in a file that "
-            "lorakin reads and PEFT does not. For PEFT, train what owns them whole, with modules_to_save",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    whole = [
-        path
-        for path in adapter.placement.copies
-        if adapter.is_fresh and adapter.run.steps and _is_the_bases(adapter, path)
-    ]
-    if whole:
-        warnings.warn(
-            f"adapter {adapter.name!r} trains {', '.join(whole)} whole, but it is exactly the base's: training never reached it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    for path, rows in base_rows(
-        adapter.model, adapter.placement.tokens if adapter.is_fresh and adapter.run.steps else {}
-    ).items():
-        same = (adapter.tensors.rows_at(path).to(rows) == rows).all(1).tolist()
-        if still := [
-            str(n)
-            for n, unmoved in zip(adapter.placement.tokens[path].ids, same, strict=True)
-            if unmoved
-        ]:
-            warnings.warn(
-                f"adapter {adapter.name!r} trains rows of {path} that are exactly the base's: training never met the tokens "
-                f"{some(still)}",
-                LorakinWarning,
-                stacklevel=3,
-            )
-    own = adapter.tensors.biases()
-    if (
-        adapter.is_fresh
-        and adapter.run.steps
-        and own
-        and all(_is_the_bases_bias(adapter, path, bias) for path, bias in own.items())
-    ):
-        warnings.warn(
-            f"adapter {adapter.name!r} trains {some(f'the bias of {path}' for path in own)}, but each is exactly the base's: "
-            "training never reached them",
-            LorakinWarning,
-            stacklevel=3,
-        )
-    reached = [
-        p
-        for p in adapter.run.adapted_modules()
-        if not any(rule.gave_up(p) for rule in adapter.run.rules or ())
-    ]
-    still = [place.path for place in reached if _changes_nothing(adapter, place.path)]
-    if still:
-        share = (
-            "every module"
-            if len(still) == len(adapter.placement.methods)
-            else f"{len(still)} of {len(adapter.placement.methods)} modules"
-        )
-        warnings.warn(
-            f"adapter {adapter.name!r} changes nothing in {share} ({still[0]}, …): the change is exactly zero there, so "
-            "training never reached it",
-            LorakinWarning,
-            stacklevel=3,
-        )
-
-
-def _is_the_bases(adapter: InsertedAdapter, path: str) -> bool:
-    base = module_at(adapter.model, path).state_dict()
-    return all(
-        torch.equal(tensor, base[key].to(tensor))
-        for key, tensor in adapter.tensors.copy_of(path).state_dict().items()
-    )
-
-
-def _is_the_bases_bias(adapter: InsertedAdapter, path: str, bias: Tensor) -> bool:
-    base = bias_of(module_at(adapter.model, path))
-    if base is None or base.is_meta or is_sharded(base):  # of one that is elsewhere nobody can tell
-        return False
-    return torch.equal(bias, base.to(bias))
-
-
-def _changes_nothing(adapter: InsertedAdapter, path: str) -> bool:
-    site = adapter.tensors.branch(path)
-    if not any(slot.trained for slot in site.slots().values()):
-        return False  # meant to
-    bias = adapter.tensors.biases().get(path)
-    if bias is not None and not _is_the_bases_bias(adapter, path, bias):
-        return False
-    there = site.tensors().values()
-    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
-    return has_numbers and site.is_at_start
 
 
 __all__ = [

@@ -66,7 +66,7 @@ class Document:
         return self.placement.method
 
     def copied(self) -> Document:
-        """The same with all tensors in memory of their own; biases that were one object still are."""
+        """The same with tensors in memory of their own; biases that were one object still are."""
         biases = {id(bias): _copied(bias) for bias in self.biases.values()}
         return dataclasses.replace(
             self,

@@ -1,4 +1,4 @@
-"""Files that strangers made are opened only if they are files, and read only if they are as long as such a file may be."""
+"""Opens files that strangers made: only plain files, and only up to the length they may have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def regular(path: Path, error: type[LorakinError] = AdapterError) -> Path:
-    """`path`, unless what lies there is no file: reading a pipe or a device may never end.
+    """`path`, if it is a plain file: reading a pipe or a device may never end.
 
     Raises:
         LorakinError: `error`, for what is neither a file nor a link to one.
@@ -32,7 +32,7 @@ def regular(path: Path, error: type[LorakinError] = AdapterError) -> Path:
 
 
 def content(path: Path, most: int, error: type[LorakinError] = AdapterError) -> bytes:
-    """The bytes of a file that may have `most` of them.
+    """The bytes of a file that may have at most `most` of them.
 
     Raises:
         LorakinError: `error`, for no file, or one that is longer.

@@ -1,14 +1,17 @@
 """What an adapter remembers of its base, so that it is not put on another one unnoticed.
 
-Every number of it counts: see `sums`, a checksum and a few sums of each base parameter. So does its config, as far as it
-changes what these compute: see `base_config`. Beside them, as in earlier versions:
+`sums` has a checksum and a few sums of every base parameter; `base_config` what of the config
+changes what the parameters compute. Beside them stands, as in earlier versions, a sample of every
+parameter that is not trained whole: four numbers, evenly spread, the shape, and the narrowest dtype
+that holds those numbers. It is not a hash alone, since a base in bfloat16 has other bits than in
+float32 and is the same base.
 
-Of every base parameter that is not trained whole (of one of which rows are trained, of the rows before the last of them that
-are not: new ones are filled at random each time): four numbers, evenly spread, the shape, and the narrowest dtype that holds
-those numbers, whatever the tensor's is. Not a hash alone, since a base in bfloat16 has other bits than in float32 and is the
-same base: where numbers have been rounded, rounding is allowed for, perhaps twice; else only the last digits written. Of a
-quantised layer they are the numbers that its bits stand for, which are far from those that were rounded into them: all such
-layers are compared together, and only another model shows.
+- If numbers were rounded, the comparison allows for rounding, perhaps twice; otherwise only for the
+  last digit written.
+- If rows of a parameter are trained, the sample takes the others before the last of them: a resize
+  fills new rows at random.
+- The sample of a quantised layer has the numbers that its bits stand for, which are far from those
+  that were quantised. All such layers are compared together, so that only another model shows.
 """
 
 from __future__ import annotations
@@ -30,18 +33,21 @@ LABELS = "labels"
 SCALAR = "scalar"
 """In the place of a shape."""
 ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
-"""Relative: one step of bfloat16 and more; more than is lost in writing. Absolute: less than a float16 can hold."""
+"""Relative: over one step of bfloat16; what writing loses. Absolute: less than float16 holds."""
 FEW_BITS = 0.5
-"""Relative: how far rounding to four bits moves the numbers of all layers together, and more; another model's are 1.4 away."""
+"""Relative: rounding to four bits moves all layers together less; another model is 1.4 away."""
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fingerprint(
     model: nn.Module, trained: Mapping[str, Sequence[int]] | None = None, again: bool = False
 ) -> dict[str, Any]:
-    """For `lorakin.json`: the base's class, model type and name, and a sample of each of its parameters.
+    """The fingerprint of the base, for `lorakin.json`.
 
-    `trained`: module's path → ids of the rows of its weight that the adapter trains; `again`: see `sums.of_all`.
+    Args:
+        model: the base.
+        trained: module's path → ids of the rows of its weight that the adapter trains.
+        again: see `sums.of_all`.
     """
     own = {f"{path}.weight": ids for path, ids in (trained or {}).items()}
 
@@ -65,7 +71,7 @@ def fingerprint(
 
 
 def _labels(model: nn.Module) -> dict[str, Any]:
-    """The classes of a classifier in their order, which its head is trained for and the base does not know."""
+    """The classes of a classifier in their order, for which its head is trained."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not type(model).__name__.endswith("ForSequenceClassification") or not isinstance(
         names, dict
@@ -137,7 +143,7 @@ def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
 
 
 def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """How the base `here` differs from the one remembered, or None if it is the same, as far as one sees."""
+    """How the base `here` differs from the one remembered; None if no difference shows."""
     made = f"it was made on {described(remembered)}"
     if texts.is_other_vocabulary(remembered, here):
         return f"{made}, with a tokenizer in which other words have the same numbers"
@@ -153,8 +159,12 @@ def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
             continue
         if (shapes := (then.split()[1], now.split()[1]))[0] != shapes[1]:
             (rows, *width), (_, *other) = (shape.split("x") for shape in shapes)
-            resized = f"; if its vocabulary was resized, do so here first: model.resize_token_embeddings({rows})"
-            return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}{resized if width == other and width else ''}"
+            resized = (
+                "; if its vocabulary was resized, do so here first: "
+                f"model.resize_token_embeddings({rows})"
+            )
+            advice = resized if width == other and width else ""
+            return f"{made}, where {name} is {shapes[0]}; here it is {shapes[1]}{advice}"
         if PACKED in (then.split()[0], now.split()[0]):
             packed.append((then, now))
         elif (

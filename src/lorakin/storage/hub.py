@@ -1,7 +1,7 @@
-"""Adapters on the Hugging Face hub: finding the directory that a name stands for, and uploading one.
+"""Adapters on the Hugging Face hub: fetches the one that a name stands for, and uploads one.
 
-huggingface_hub is imported here alone, and only when something is to be fetched or uploaded: it comes with transformers, but
-the library itself does without. Nothing here is called for a directory that exists.
+huggingface_hub is imported only here, and only to fetch or upload: it comes with transformers, but
+lorakin itself does without. A directory that exists needs nothing of this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorakin.storage.card import CARD, is_own
 from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
 
 FILES = (CONFIG, TENSORS, OWN, OWN_TENSORS, "recipe.yaml", "chat_template.jinja", CARD)
-"""What is fetched of a repository, as far as it is there; `adapter_model.bin` only if there are no other tensors."""
+"""What is fetched, if it is there; `adapter_model.bin` only if there are no other tensors."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`, or give token="
 Token = str | bool | None
@@ -35,17 +35,18 @@ def adapter_directory(
     token: Token = None,
     subfolder: str | None = None,
 ) -> Path:
-    """The directory of the adapter `name`: one on this machine, or else one that is fetched from the hub into its cache.
+    """The directory of an adapter: one on this machine, or one fetched into the hub's cache.
 
     Args:
-        name: a directory; or text of the form `org/name` that is none, which is a hub id.
+        name: a directory; or, if there is none of that name, a hub id `org/name`.
         revision: a branch, tag or commit of the hub's repository.
         token: for the hub, instead of the one that `hf auth login` keeps.
         subfolder: where the adapter lies in the directory or repository.
 
     Raises:
-        SettingError: a subfolder that leads out of the directory.
-        AdapterError: the hub has no such adapter, does not give it, or cannot be reached and the cache lacks it.
+        SettingError: the subfolder leads out of the directory.
+        AdapterError: the hub has no such adapter or does not give it; it cannot be reached and the
+            cache lacks the adapter.
     """
     inside = _inside(subfolder)
     expanded = paths.named(name, "adapter", AdapterError)
@@ -53,7 +54,8 @@ def adapter_directory(
     if path.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         if revision is not None:
             _warn(
-                f"revision={revision!r} is not used: {name} is a path on this machine, and only the hub has revisions"
+                f"revision={revision!r} is not used: {name} is a path on this machine, and only "
+                "the hub has revisions"
             )
         return path / inside
     return _fetched(name, revision, token, inside)
@@ -63,7 +65,8 @@ def _inside(subfolder: str | None) -> str:
     parts = PurePosixPath(subfolder or "")
     if parts.is_absolute() or ".." in parts.parts or "\\" in (subfolder or ""):
         raise SettingError(
-            f"subfolder must be a path inside the adapter's directory or repository, not {subfolder!r}"
+            "subfolder must be a path inside the adapter's directory or repository, not "
+            f"{subfolder!r}"
         )
     return "" if str(parts) == "." else str(parts)
 
@@ -90,9 +93,8 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
         folder = fetch(*FILES)
         if (folder / CONFIG).is_file() and not (folder / TENSORS).is_file():
             folder = fetch(*FILES, OLD_TENSORS)
-    except (
-        Exception
-    ) as error:  # the hub's client has many errors, all of which mean that there is nothing to load
+    # The hub's client has many errors; all of them mean that there is nothing to load.
+    except Exception as error:
         raise AdapterError(f"{what}: {_reason(library, error, name, revision)}") from error
     if not (folder / CONFIG).is_file() or not (
         (folder / TENSORS).is_file() or (folder / OLD_TENSORS).is_file()
@@ -102,8 +104,9 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
         )
     if not (folder / OWN).is_file() and not _is_listed(library, name, revision):
         _warn(
-            f"{name} is taken from the cache, where another program put PEFT's files; whether the hub has {OWN} too cannot be "
-            "known now, so the adapter is what PEFT's files say. Load it once with the hub in reach"
+            f"{name} is taken from the cache, where another program put PEFT's files. Whether the "
+            f"hub has {OWN} too cannot be known now, so the adapter is what PEFT's files say. Load "
+            "it once with the hub in reach"
         )
     return folder
 
@@ -114,7 +117,10 @@ def _without_adapter(
     """Why a repository has no adapter where it was looked for, and where it has some."""
     lacks = CONFIG if not (folder / CONFIG).is_file() else TENSORS
     if not _is_listed(library, name, revision):
-        return f"it cannot be asked now, and its cache holds a part without {lacks}; load it once with the hub in reach"
+        return (
+            f"it cannot be asked now, and its cache holds a part without {lacks}; load it once "
+            "with the hub in reach"
+        )
     try:
         files = library.HfApi(token=token).list_repo_files(name, revision=revision)
     except Exception:  # it is an error already; without the list it says less
@@ -153,9 +159,9 @@ def upload(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Put what `save` writes into a directory into the hub's repository `name`, which is made if need be.
+    """Upload what `save` writes into the hub's repository `name`, made if need be.
 
-    The adapter's files replace those of an adapter that was there. A README.md that a person wrote there stays.
+    The files replace those of an adapter that was there. A README.md that a person wrote stays.
 
     Returns:
         The hub client's CommitInfo, text that is the commit's address.
@@ -212,24 +218,33 @@ def _reason(library: Any, error: BaseException, name: str, revision: str | None)
     )
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.GatedRepoError):
-        return f"{name} is gated; ask for access on its page ({library.constants.ENDPOINT}/{name}), then {LOG_IN}"
+        page = f"{library.constants.ENDPOINT}/{name}"
+        return f"{name} is gated; ask for access on its page ({page}), then {LOG_IN}"
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"its repository has no revision {revision!r}; name a branch, a tag or a commit"
     if isinstance(cause, errors.LocalTokenNotFoundError) or "Invalid user token" in str(cause):
         return f"the hub wants a token that is valid; {LOG_IN}"
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return f"there is no repository {name}, or it is private and the token may not see it; check the id, or {LOG_IN}"
+        return (
+            f"there is no repository {name}, or it is private and the token may not see it; check "
+            f"the id, or {LOG_IN}"
+        )
     if status in (401, 403):
         return f"the hub refuses ({status}): the token is missing or has no such rights; {LOG_IN}"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and the cache does not hold it whole; unset that, or give a directory"
+        return (
+            "HF_HUB_OFFLINE is set, and the cache does not hold it whole; unset that, or give a "
+            "directory"
+        )
     if status is not None:
         said = getattr(cause, "server_message", None) or _first_line(cause)
-        return f"the hub answered {status} ({_first_line(said)}){'; try again later' if status >= 500 else ''}"
+        later = "; try again later" if status >= 500 else ""
+        return f"the hub answered {status} ({_first_line(said)}){later}"
     if isinstance(
         cause, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     ) or _is_of_the_network(cause):
-        return f"the hub cannot be reached ({_first_line(cause)}); check the network, or give a directory"
+        said = _first_line(cause)
+        return f"the hub cannot be reached ({said}); check the network, or give a directory"
     return f"{_first_line(cause)} ({type(cause).__name__})"
 
 

@@ -1,7 +1,7 @@
-"""Locks between processes: a file that one of them holds at a time, and that is free again when it ends, however it does.
+"""Locks between processes: one process holds a file at a time, and ends its hold when it ends.
 
-The lock is the system's (`flock`), not the file's existence, so a process that is killed leaves none behind. A lock that is
-given back takes its file along.
+The lock is the system's (`flock`), not the file's existence, so that a killed process leaves none.
+Giving a lock back removes its file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OFTEN = 0.01
 
 
 class LockTaken(Exception):
-    """Another process, or another part of this one, has the lock; the text says which: `process 7 on machine`."""
+    """Somebody else has the lock; the text says who: `process 7 on machine`."""
 
 
 class Lock:
@@ -86,7 +86,7 @@ if hasattr(
 
 
 def hold(path: Path, wait: float = 0.0) -> Lock:
-    """Take the lock that the file `path` stands for, which is made if need be; try for `wait` seconds.
+    """Take the lock of the file `path`, made if need be; try for `wait` seconds.
 
     Where the file system has no locks that is a warning, and nothing is locked.
 
@@ -144,8 +144,8 @@ def _is_there(path: Path, fd: int) -> bool:
 
 def _warn(path: Path, error: OSError) -> None:
     warnings.warn(
-        f"the file system of {path.parent} has no locks ({error.strerror}), so nothing keeps two processes from writing there "
-        "at once; see to it that only one does",
+        f"the file system of {path.parent} has no locks ({error.strerror}), so nothing keeps two "
+        "processes from writing there at once; see to it that only one does",
         LorakinWarning,
         stacklevel=4,
     )

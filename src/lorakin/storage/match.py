@@ -141,8 +141,8 @@ def slots_of_the_weight(case: Case) -> dict[str, Slots]:
             continue
         if is_imagined(target.weight):
             raise case.error(
-                f"{path} lacks {', '.join(lacking)}, which {method.words} makes of the base weight, "
-                "but that is not in memory; load the base with its weights"
+                f"{path} lacks {', '.join(lacking)}, which {method.words} makes of the base "
+                "weight, but that is not in memory; load the base with its weights"
             )
         start = method.start({path: target}, methods, generator, torch.device("cpu"))
         made[path] = {name: start[path][name] for name in lacking}

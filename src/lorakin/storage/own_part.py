@@ -23,7 +23,7 @@ from lorakin.family import Member, all_finite, member_named, members
 from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import is_fingerprint
 from lorakin.storage.json_files import parsed, sha256
-from lorakin.storage.references import PEFT_TENSORS, Packing, is_reference, unpacked
+from lorakin.storage.references import PEFT_TENSORS, Packing, TensorReference, unpacked
 from lorakin.storage.schema import Check, Misfit, fitted, shown
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", PEFT_TENSORS, "adapter_model.bin"
@@ -59,7 +59,7 @@ class MemberEntry:
         return cls(member.word, settings, _package_of(type(member)))
 
     def made(self) -> Member:
-        """The member with its settings; raises `SettingError` if this installation has none such."""
+        """The member with its settings; raises `SettingError` if it is not installed here."""
         if self.member not in {member.word for member in members()}:
             if self.package is not None:
                 raise SettingError(
@@ -90,7 +90,6 @@ def _is_state(value: Mapping[str, Any]) -> bool:
     return type(value.get("steps")) is int and isinstance(value.get("rules"), list)
 
 
-Ref = Annotated[Any, Check("where a tensor is", is_reference)]
 State = Annotated[dict[str, Any], Check("steps, a number, and rules, a list", _is_state)]
 Fingerprint = Annotated[dict[str, Any], Check("a fingerprint of a base", is_fingerprint)]
 
@@ -104,10 +103,10 @@ class Said:
     beside: dict[Literal["adapter_model.safetensors", "lorakin.safetensors"], str] | None = None
     config: dict[str, Any] | None = None
     patterns: tuple[dict[str, Any], dict[str, Any]] | None = None
-    tensors: dict[str, dict[str, Ref]] | None = None
+    tensors: dict[str, dict[str, TensorReference]] | None = None
     projection: str | None = None
     base: Fingerprint | None = None
-    buffers: dict[str, Ref] | None = None
+    buffers: dict[str, TensorReference] | None = None
     whole: list[str] | None = None
     state: State | None = None
     sha256: str | None = None

@@ -1,4 +1,4 @@
-"""A name that a user gives, as a path: whether there can be such a file at all, before anything asks for it."""
+"""Turns a name that a user gives into a path, if there can be a file of that name at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095
 def named(
     name: str | os.PathLike[str], what: str, error: type[LorakinError] = SettingError
 ) -> Path:
-    """The path that `name` is, its `~` expanded. `what` says in a message what it is the name of: "--out".
+    """The path `name`, with its `~` expanded.
+
+    Args:
+        name: what the user gave.
+        what: the option or setting that it was given for, for messages, such as "--out".
+        error: the class of the error.
 
     Raises:
-        LorakinError: of the class `error`: no file system has such a name. Asking for it would raise OSError or ValueError.
+        LorakinError: no file system has such a name; asking for it would raise OSError or
+            ValueError.
     """
     text = os.fspath(name)
     try:

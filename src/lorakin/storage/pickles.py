@@ -1,7 +1,7 @@
-"""Tensors from what `torch.save` wrote: read with `weights_only=True`, and only if the file holds what they claim.
+"""Reads tensors that `torch.save` wrote, if the file holds what they claim.
 
-A pickle can name a tensor of 10¹² numbers that are all one, a hundred thousand that are one memory, or be packed so that a few
-bytes unfold into gigabytes. None of that is what an adapter's file has.
+A pickle can name a tensor of 10¹² numbers that are all one number, or a hundred thousand tensors
+that are one memory, or unpack a few bytes into gigabytes. No adapter's file has such tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def tensors_of(file: Path, content: bytes | None = None) -> dict[str, Tensor]:
     """Name -> dense tensor, on the CPU. `content` is the file's, where it has been read.
 
     Raises:
-        AdapterError: no file of tensors by name, or one that is damaged or claims more than it holds. Nothing in it was run.
+        AdapterError: the file has no tensors by name, is damaged, or claims more than it holds.
+            Nothing in it was run.
     """
     try:
         content = files.regular(file).read_bytes() if content is None else content
@@ -78,7 +79,7 @@ def _check_packing(file: Path, content: bytes) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor of numbers: not sparse, quantised, nested or of another library's class."""
+    """Whether it is a dense tensor of numbers, of torch's own class."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return plain and not tensor.is_quantized and not tensor.is_nested
 
@@ -86,10 +87,12 @@ def is_plain(tensor: Tensor) -> bool:
 def _check(key: str, tensor: Tensor, file: Path) -> None:
     if not is_plain(tensor) or tensor.device.type != "cpu":
         raise AdapterError(
-            f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, {tensor.device.type})"
+            f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, "
+            f"{tensor.device.type})"
         )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)
         raise AdapterError(
-            f"{file}: tensor {shown(key)} claims shape {shape}, for which there are too few numbers in the file"
+            f"{file}: tensor {shown(key)} claims shape {shape}, for which there are too few "
+            "numbers in the file"
         )

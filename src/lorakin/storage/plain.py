@@ -1,4 +1,4 @@
-"""Any adapter as plain LoRA, B·A with the scale in B, and with DoRA's magnitudes where it has a gain."""
+"""Any adapter as plain LoRA: B·A with the scale in B, and magnitudes if it has a gain."""
 
 from __future__ import annotations
 

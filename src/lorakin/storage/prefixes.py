@@ -1,4 +1,4 @@
-"""Files of the same model in another wrapping, such as without its head: their paths begin otherwise."""
+"""Files of the same model in another class, such as without its head: paths begin otherwise."""
 
 from __future__ import annotations
 
@@ -21,25 +21,31 @@ class Prefix(NamedTuple):
         """What to do about it."""
         if not self.there:
             inner = self.here.removesuffix(".")
-            return f"It was made on the part of it that is {inner!r}: load it into that, model.get_submodule({inner!r})"
+            return (
+                f"It was made on the part of it that is {inner!r}: load it into that, "
+                f"model.get_submodule({inner!r})"
+            )
         if not self.here:
             outer = self.there.removesuffix(".")
-            return f"It was made on a model that holds this one as {outer!r}, such as one with a head: load it into that"
+            return (
+                f"It was made on a model that holds this one as {outer!r}, such as one with a "
+                "head: load it into that"
+            )
         return "Load it into a model of the class that it was made on"
 
 
 def other_prefix(
-    sites: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
+    slots: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]
 ) -> Prefix | None:
-    """The one change of the beginning by which every path of the file names a module of this size; None if there is none."""
-    first = next(iter(sites), "")
+    """The beginnings that turn every path of the file into that of a fitting module, or None."""
+    first = next(iter(slots), "")
     parts = first.split(".")
     for n in range(len(parts) - 1):  # at least two names stay, so that a mere "dense" says nothing
         there, rest = "".join(f"{part}." for part in parts[:n]), ".".join(parts[n:])
         for path in modules:
             if path == rest or path.endswith(f".{rest}"):
                 prefix = Prefix(there, path.removesuffix(rest))
-                if all(_fits(prefix, path, slots, modules) for path, slots in sites.items()):
+                if all(_fits(prefix, path, own, modules) for path, own in slots.items()):
                     return prefix
     return None
 

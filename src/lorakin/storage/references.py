@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from lorakin.storage.schema import Count, Misfit, fitted
+from lorakin.storage.schema import Count, fitted
 
 PEFT_TENSORS: Final = "adapter_model.safetensors"
 DTYPES = {
@@ -50,8 +50,7 @@ class TensorReference:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, but for those that are not set."""
-        said = dataclasses.asdict(self)
-        return {key: value for key, value in said.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
     def of(self, there: Tensor) -> Tensor:
         """The tensor, of which `there` holds the numbers, in memory of its own.
@@ -83,8 +82,19 @@ class TensorReference:
         return found.to(dtype, copy=True).contiguous()
 
 
+FIELDS = {field.name for field in dataclasses.fields(TensorReference)}
+
+
 class Packing:
-    """Puts tensors into a file, and references to them into JSON."""
+    """Puts tensors into a file, and references to them into JSON.
+
+    >>> there = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
+    >>> packing = Packing(there, "base_model.model.")
+    >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "d": torch.tensor([9.0])}}
+    >>> said = packing.packed(own, "tensors")["mlp.up"]
+    >>> said["B"]["columns"], said["d"]
+    ((1, 3, 1), {'tensor': 'tensors/mlp.up/d'})
+    """
 
     def __init__(self, known: Mapping[str, Tensor], prefix: str) -> None:
         """`known`: the tensors that PEFT's file has, by key. `prefix`: what its keys begin with."""
@@ -123,20 +133,20 @@ class Packing:
                 return found
         return None
 
-    def _near(self, key: str) -> Iterator[str]:
-        """The keys of PEFT's tensors that may belong to the module that is named in `key`."""
-        tried: set[str] = set()
+    def _near(self, key: str) -> list[str]:
+        """The keys of PEFT's tensors that belong to the module that is named in `key`."""
         for part in key.split("/"):
             path = part
             for _ in range(PARENTS):
                 start = f"{self.prefix}{path}."
                 first = bisect.bisect_left(self.keys, start)
                 end = bisect.bisect_left(self.keys, start + chr(0x10FFFF))
-                yield from (name for name in self.keys[first:end] if name not in tried)
-                tried.update(self.keys[first:end])
                 path = path.rpartition(".")[0]
-                if not path:
+                if first < end or not path:
                     break
+            if first < end:
+                return self.keys[first:end]
+        return []
 
 
 def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) -> Any:
@@ -150,32 +160,26 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
     def unpack(value: Any) -> Any:
         if isinstance(value, list):
             return [unpack(item) for item in value]
+        if isinstance(value, TensorReference):
+            return tensor_at(value)
         if not isinstance(value, dict):
             return value
-        if not is_reference(value):
-            return {key: unpack(item) for key, item in value.items()}
-        reference = fitted(TensorReference, value)
+        if "tensor" in value and value.keys() <= FIELDS:
+            return tensor_at(fitted(TensorReference, value))
+        return {key: unpack(item) for key, item in value.items()}
+
+    def tensor_at(reference: TensorReference) -> Tensor:
         tensors = own if reference.file is None else peft
         if reference.tensor not in tensors:
             raise ValueError(f"there is no {reference.tensor}")
         if reference.file is None:
             return own[reference.tensor]
-        if repr(reference) not in made:
-            made[repr(reference)] = reference.of(peft[reference.tensor])
-        return made[repr(reference)]
+        key = repr(reference)
+        if key not in made:
+            made[key] = reference.of(peft[reference.tensor])
+        return made[key]
 
     return unpack(value)
-
-
-def is_reference(value: Any) -> bool:
-    """Whether a JSON value stands for a tensor."""
-    if not isinstance(value, Mapping):
-        return False
-    try:
-        fitted(TensorReference, value)
-    except Misfit:
-        return False
-    return True
 
 
 def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
@@ -184,7 +188,11 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     is_wider = is_wider and there.element_size() > tensor.element_size() > 1
     if tensor.dtype != there.dtype and not is_wider:
         return None
-    wanted, known = _bits(_matrix(tensor.to(there.dtype))), _bits(_matrix(there))
+    wanted, known = _matrix(tensor), _matrix(there)
+    sides = set(wanted.shape) & {1, *known.shape}
+    if not sides or wanted.numel() > known.numel():
+        return None
+    wanted, known = _bits(wanted.to(there.dtype)), _bits(known)
     place = _place(wanted, known)
     if place is None and wanted.shape[1] == 1:
         wanted = wanted.T  # a vector, which may lie along a row in the file

@@ -1,11 +1,11 @@
-"""What a file from outside must hold, said once as types: whatever does not fit is named with its place in the file.
+"""Checks what a file from outside holds against types, and says where it does not fit.
 
     fitted(dict[str, Finite], content)           # numbers by name
-    fitted(Row, content)                         # a dataclass: its fields, no others, those without a default all there
+    fitted(Row, content)     # a dataclass: these fields, no others, all that have no default
 
-Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and `Annotated[kind, Check(…)]`.
-A bool is no number, an int is a float, and numbers are below 2**63. (The core needs nothing but torch and safetensors, so this
-is no library's.)
+Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and
+`Annotated[kind, Check(…)]`. A bool is no number, an int is a float, and numbers are below 2**63.
+(The core needs nothing but torch and safetensors, so this is no library's.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST = 80
 
 
 class Misfit(ValueError):
-    """A value that does not fit; the message says where it stands, what it is and what was expected."""
+    """A value that does not fit; the message says where it is, what it is and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,16 @@ Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < v
 
 
 def fitted(kind: Any, value: Any, at: str = "") -> Any:
-    """`value` as the type `kind`: the same, but dataclasses made of dicts and tuples of lists. `at` is where it stands.
+    """`value` as the type `kind`, with dataclasses made of dicts, and tuples of lists.
+
+    >>> fitted(tuple[int, float], [1, 2.5])
+    (1, 2.5)
+    >>> fitted(list[int], [1, "two"], "ids")
+    Traceback (most recent call last):
+        ...
+    lorakin.storage.schema.Misfit: ids[1] is 'two', expected a whole number
+
+    `at` is the value's place in the file, for messages.
 
     Raises:
         Misfit: it is of another type somewhere inside.
@@ -118,29 +127,35 @@ def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
 
 
 def _record(kind: Any, value: Any, at: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    fields, needed = _fields(kind)
     _is(isinstance(value, Mapping), value, kind, at)
     if strange := [key for key in value if key not in fields]:
         raise Misfit(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
+    if lacking := [name for name in needed if name not in value]:
+        raise Misfit(f"{_in(at, lacking[0])} is missing")
+    return kind(**{key: fitted(fields[key], item, _in(at, key)) for key, item in value.items()})
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """The types of a dataclass's fields by name, and the names of those without a default."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     missing = dataclasses.MISSING
     needed = [
         name
         for name, field in fields.items()
         if field.default is missing and field.default_factory is missing
     ]
-    if lacking := [name for name in needed if name not in value]:
-        raise Misfit(f"{_in(at, lacking[0])} is missing")
-    hints = _hints(kind)
-    return kind(**{key: fitted(hints[key], item, _in(at, key)) for key, item in value.items()})
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    return {name: hints[name] for name in fields}, needed
 
 
 def in_words(kind: Any) -> str:
-    """What a value must be, for a message."""
+    """What a value must be, for a message.
+
+    >>> in_words(list[str] | None)
+    'a list of text or null'
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return next(
@@ -168,7 +183,7 @@ def in_words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value's repr, without making the whole of a long one where that can be helped."""
+    """The beginning of a value's repr, for a message."""
     if isinstance(value, str | bytes):
         value = value[: LONGEST + 1]
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """An adapter at a glance. `norms` holds ‖up·down‖ (Frobenius, without a gain) by module path, `pairs` up and down."""
+    """An adapter at a glance; `norms` has the Frobenius norm of up·down by module's path."""
 
     path: Path
     method: Method
@@ -81,7 +81,8 @@ class Summary:
                 else {"pair": member_in_words(self.method.parametrisation)}
             ),
             "base": self.base or "not recorded",
-            "targets": f"{len(self.ranks)} modules{': ' * bool(names)}{', '.join(names[:10])}{' …' if len(names) > 10 else ''}",
+            "targets": f"{len(self.ranks)} modules{': ' * bool(names)}{', '.join(names[:10])}"
+            + (" …" if len(names) > 10 else ""),
             **(
                 {"rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"}
                 if ranks
@@ -150,10 +151,10 @@ def summarise(path: Path) -> Summary:
 
 
 def importance_in(folder: Path) -> dict[str, float]:
-    """Path -> share of the importance, as a probe wrote it into an adapter's directory; nothing where there is no such file.
+    """Path → share of the importance that a probe wrote into an adapter's directory; {} without it.
 
     Raises:
-        AdapterError: what lies there is none.
+        AdapterError: the file holds something else.
     """
     path = folder / IMPORTANCE
     if not path.exists():
@@ -179,6 +180,10 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def place_of(path: str) -> tuple[str, str]:
-    """A module's layer and its name inside the layer."""
+    """A module's layer and its name inside the layer.
+
+    >>> place_of("model.layers.3.self_attn.q_proj")
+    ('3', 'self_attn.q_proj')
+    """
     match = re.search(r"(?:^|\.)([0-9]{1,9})\.(.+)$", path)
     return (match[1], match[2]) if match else ("–", path)

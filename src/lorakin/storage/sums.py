@@ -1,4 +1,4 @@
-"""All numbers of a tensor in a line of text: a checksum, and sums that rounding hardly moves and another tensor does.
+"""A tensor in a line of text: a checksum, and sums that rounding hardly moves.
 
     float32 9f2c41aa 12.03 -0.1182 …        held dtype, CRC-32, norm, then r_kᵀ W c_k for k = 1 … 8
 
@@ -12,8 +12,8 @@ sums are compared: rounding to a dtype with the unit roundoff u moves each numbe
 itself (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 2.1), so ‖D‖ ≤ u‖W‖.
 
 A bfloat16 that was run in float16 has lost the last bits of its smallest numbers, and is held in
-bfloat16 still. So of a half precision there is a second CRC, behind the first, over the numbers that
-float16 holds in full: of numbers with 8 bits those from 2⁻¹⁷ on. That one must agree.
+bfloat16 still. So of a half precision there is a second CRC, behind the first, over the numbers
+that float16 holds in full: of numbers with 8 bits those from 2⁻¹⁷ on. That one must agree.
 
 One pass over the weights: a second for SmolLM2's 135 million numbers in float32 on one core.
 """
@@ -36,10 +36,13 @@ COUNT, CHUNK = 8, 2**22
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 NUMBERS = (*PRECISIONS, torch.float64)
 ROUNDINGS, TAIL = 2**-8 + 2**-10, 2.5
-"""Relative: one rounding to bfloat16, and to float16 on the way or on the other side. How far the estimate may lie above what
-it estimates: eight normal sums do so once in 10⁷, and numbers round to less than half of the bound on average."""
+"""Relative: one rounding to bfloat16, and one to float16 on the way or on the other side.
+
+The estimate may be so many times too large: eight normal sums are once in 10⁷, and numbers round to
+less than half of the bound on average.
+"""
 HALF, WHOLE = (torch.bfloat16, torch.float16), 2.0**-16
-"""Dtypes with a second checksum; and the least number that counts in it: what rounds to 2⁻¹⁷ lies below."""
+"""Dtypes with a second checksum, and the least number that counts in it: 2⁻¹⁷ lies below."""
 TINY = 1e-7
 """Absolute, for each number: less than a float16 can hold."""
 
@@ -76,7 +79,7 @@ _before: Any = WeakTensorKeyDictionary()
 
 
 def of(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
-    """A tensor's line; None if it has no plain numbers: sharded, without values, quantised, empty, NaN or infinity."""
+    """A tensor's line; None if it is sharded, quantised, empty, without values or not finite."""
     weight = weight.detach()
     plain = type(weight) is Tensor and not weight.is_meta and weight.dtype in NUMBERS
     if trained and plain:
@@ -120,7 +123,7 @@ def _holds(dtype: torch.dtype, part: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _signs(what: str, length: int) -> Tensor:
-    """Signs of a length, (length, COUNT) float64, from a hash: the same in every version of every library."""
+    """Signs (length, COUNT), float64, from a hash: the same in every version of every library."""
     drawn = hashlib.shake_128(f"{what} {length}".encode()).digest(length)
     bits = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(-1, 1) >> torch.arange(
         COUNT, dtype=torch.uint8
@@ -129,7 +132,9 @@ def _signs(what: str, length: int) -> Tensor:
 
 
 def apart(then: str | None, now: str | None) -> float:
-    """How far two tensors are apart by their lines, relative to the first; 0 within what rounding explains.
+    """How far two tensors are apart by their lines, relative to the first.
+
+    0 if rounding explains it.
 
     It is 0 also where one has no line: what earlier versions wrote has none.
     """

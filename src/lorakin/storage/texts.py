@@ -17,8 +17,11 @@ from typing import Any
 from torch import nn
 
 TOKENIZER, WORDS, CUTS, TEMPLATE, ALL = "tokenizer", "words", "cuts", "template", "all"
-PROBE = "The quick brown fox (no. 1,234) doesn't jump\n\tover 'naïve' café — 北京 ☃; x_y = f(a[0]) ** 2  # end"
-"""Text that tokenizers cut in as many ways as there are of cutting."""
+PROBE = (
+    "The quick brown fox (no. 1,234) doesn't jump\n\tover 'naïve' café — 北京 ☃; "
+    "x_y = f(a[0]) ** 2  # end"
+)
+"""Text that different tokenizers cut differently."""
 PREFIXES = [2**power for power in range(4, 24)]
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -34,12 +37,12 @@ def remember(model: nn.Module, tokenizer: Any) -> None:
 
 
 def known(model: nn.Module) -> dict[str, Any]:
-    """What is known of a model's tokenizer, as a part of its fingerprint; nothing if none was loaded with it."""
+    """The tokenizer's part of a fingerprint; {} if none was loaded with the model."""
     return {TOKENIZER: said} if (said := _known.get(model)) is not None else {}
 
 
 def is_other_vocabulary(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether, in the tokenizers of two fingerprints, the same number stands for another word, as far as both have words."""
+    """Whether a number stands for different words in the tokenizers of two fingerprints."""
     then, now = (base.get(TOKENIZER, {}).get(WORDS, {}) for base in (remembered, here))
     return any(
         digest != now[count] for count, digest in then.items() if count in now and count != ALL
@@ -60,7 +63,7 @@ def differences(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> list[
 
 
 def are_texts(base: Mapping[str, Any]) -> bool:
-    """Whether what a fingerprint, from a file, says of the tokenizer has the form that `remember` gives."""
+    """Whether a fingerprint from a file says of the tokenizer what `remember` could have said."""
     said = base.get(TOKENIZER)
     if said is None:
         return True

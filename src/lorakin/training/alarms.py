@@ -1,4 +1,4 @@
-"""What a user should hear while a run is still going: in plain words, once each, with what to try."""
+"""Warnings while a run is still going: in plain words, once each, with what to try."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from lorakin.terminal import labelled
 from lorakin.training.batches import Row
 
 USUAL = 20
-"""Steps by which the usual size of a gradient is known."""
+"""Steps after which the usual norm of a gradient is known."""
 EXPLODING = 10
-"""So many times the usual, a gradient is one of a run that is about to fall apart."""
+"""A gradient so many times larger than usual is the first sign of a diverging run."""
 UNTOUCHED = 5
-"""Steps without any gradient after which none will come."""
+"""After so many steps without any gradient, none will come."""
 LEAST = 20
-"""Steps of a run before its middle tells anything."""
+"""Steps of the shortest run whose middle says something about its loss."""
 
 
 def warn(console: Console, text: str) -> None:
-    """Tell the user, as all of lorakin's warnings are told."""
+    """Tells the user, in the form of all of lorakin's warnings."""
     console.print(labelled("warning: ", text, "bold yellow"), soft_wrap=True)
 
 
 class Alarms(transformers.TrainerCallback):
-    """A Trainer callback that warns of gradients that explode or never come, and of a loss that does not fall."""
+    """A Trainer callback that warns, once each, of what is likely to go wrong.
+
+    Gradients that explode, gradients that never come, and a loss that does not fall.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -38,6 +41,7 @@ class Alarms(transformers.TrainerCallback):
         self.said: set[str] = set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at the loss and at the norm of the gradient of each step."""
         if not logs or "loss" not in logs:
             return
         self.losses.append(float(logs["loss"]))
@@ -53,13 +57,15 @@ class Alarms(transformers.TrainerCallback):
         if norm > EXPLODING * usual > 0:
             self._say(
                 "explodes",
-                f"at step {step} the gradient's norm is {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}; if "
+                f"at step {step} the gradient's norm is {norm:.3g}, {norm / usual:.0f} times the "
+                f"usual {usual:.3g}; if "
                 "the loss rises from here, try a lower --lr, or a longer --warmup",
             )
         if norm == 0 and not any(self.norms[-UNTOUCHED + 1 :]) and len(self.norms) >= UNTOUCHED - 1:
             self._say(
                 "nothing",
-                f"the gradient has been exactly zero for {UNTOUCHED} steps (now step {step}): no training reaches the adapter. "
+                f"the gradient has been exactly zero for {UNTOUCHED} steps (now step {step}): no "
+                "training reaches the adapter. "
                 "Are its --targets used by the model, and do the rows have answers?",
             )
 
@@ -70,9 +76,12 @@ class Alarms(transformers.TrainerCallback):
         if statistics.mean(last) > statistics.mean(first) - noise:
             self._say(
                 "flat",
-                f"after {step} steps the training loss has not fallen: {statistics.mean(first):.3f} over the first {part} "
-                f"steps, {statistics.mean(last):.3f} over the last. Try a higher --lr if the loss is flat, a lower one if it "
-                "rises, and look at the example above: is the green part what the model should learn?",
+                f"after {step} steps the training loss has not fallen: "
+                f"{statistics.mean(first):.3f} over the first {part} "
+                f"steps, {statistics.mean(last):.3f} over the last. Try a higher --lr if the loss "
+                "is flat, a lower one if it "
+                "rises, and look at the example above: is the green part what the model should "
+                "learn?",
             )
 
     def _say(self, what: str, text: str) -> None:
@@ -82,7 +91,12 @@ class Alarms(transformers.TrainerCallback):
 
 
 def repeated(train: Iterable[Row], held_out: Sequence[Row]) -> int:
-    """How many of the held-out examples are also trained on, token by token."""
+    """Returns how many of the held-out examples are also trained on, token by token.
+
+    >>> row = {"input_ids": [1, 2], "labels": [1, 2]}
+    >>> repeated([row], [row, {"input_ids": [3], "labels": [3]}])
+    1
+    """
     seen = {_key(example) for example in train}
     return sum(_key(example) in seen for example in held_out)
 

@@ -1,4 +1,4 @@
-"""Batches of encoded rows, and the loss that is taken on them."""
+"""Batches of tokenised rows, and the loss that is taken on them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakin.training.answers import IGNORED
+from lorakin.training.token_labels import IGNORED
 
 Row = Mapping[str, Any]
-"""An encoded row: `input_ids`, and `labels`, which of a classifier are one number."""
+"""A tokenised row: `input_ids` and `labels`; a classifier's `labels` are one number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerCollator:
-    """Batches of unequal examples, padded on the right, whose logits are asked for only where a label is.
+    """Makes batches of rows of unequal length, padded on the right.
 
-    With `logits_to_keep` a batch holds the positions that predict a labelled token in some row, and labels of shape
-    (rows, 1 + positions): a column of -100, then the label of each position. A causal model's loss shifts labels by
-    one, so whoever counts labels skips that first column; `answer_loss` does too. Without it, labels are shaped like
-    the ids.
+    With `logits_to_keep`, a batch also holds the positions that predict a labelled token in some
+    row, and its labels have the shape (rows, 1 + positions): a column of -100, then the label of
+    each position. A causal model's loss shifts labels by one, so whoever counts labels skips the
+    first column; `answer_loss` does too. Without it, labels have the shape of the ids.
+
+    Attributes:
+        pad: the id that fills short rows.
+        logits_to_keep: whether the model's forward takes `logits_to_keep`.
     """
 
     pad: int
@@ -53,7 +57,12 @@ class AnswerCollator:
 
 
 def digest(*parts: Sequence[Row]) -> int:
-    """A number of 48 bits that other rows, or the same in another order, do not have."""
+    """Returns a number of 48 bits that tells these rows, in this order, from any others.
+
+    >>> row = {"input_ids": [1, 2], "labels": [-100, 2]}
+    >>> digest([row], []) == digest([row], [row])
+    False
+    """
     found = hashlib.sha256()
     for part in parts:
         for row in part:
@@ -66,7 +75,13 @@ def digest(*parts: Sequence[Row]) -> int:
 
 
 def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """About `share` of the examples, at least one of each class where they have classes, in random order."""
+    """Returns a random sample of rows, in random order.
+
+    Args:
+        examples: the rows; those of a classifier have one number as their label.
+        share: the share that is drawn, of each class; at least one row each.
+        seed: draws them.
+    """
     classes: dict[int | None, list[Row]] = {}
     for example in examples:
         classes.setdefault(
@@ -85,7 +100,13 @@ def stratified_sample(examples: Sequence[Row], share: float, seed: int) -> list[
 def answer_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Cross-entropy per labelled token, in float32: of a batch of `AnswerCollator`, over `num_items_in_batch` if given."""
+    """Returns the cross-entropy per labelled token, in float32.
+
+    Args:
+        outputs: a model's, with logits of shape (rows, positions, vocabulary).
+        labels: of a batch of `AnswerCollator`.
+        num_items_in_batch: by how many the sum is divided; by default the labelled tokens.
+    """
     following = labels[:, 1:].to(outputs.logits.device)
     logits = outputs.logits[:, : following.shape[1]].float()
     total = torch.nn.functional.cross_entropy(

@@ -1,4 +1,4 @@
-"""Running what a stranger wrote, such as a chat template, within a bound of time and memory."""
+"""Running code from outside, such as a chat template, within a bound of time and memory."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ PAGES = "/proc/self/statm"
 
 
 class Unbounded(ModelError):
-    """A stranger's code that does not end, or fills the memory."""
+    """Code from outside that does not end, or fills the memory."""
 
 
 class _Late(BaseException):
-    """Raised in the thread that took too long; no `except Exception` of a stranger's code catches it."""
+    """Raised in the thread that took too long.
+
+    It is no Exception, so that no `except Exception` of that code catches it.
+    """
 
 
 @contextlib.contextmanager
 def bounded(what: str, seconds: float = SECONDS, more_bytes: int = BYTES) -> Iterator[None]:
-    """Ends what runs inside if it takes longer than `seconds`, or, on Linux, `more_bytes` of memory more than now.
+    """Ends what runs inside if it takes too long, or, on Linux, too much memory.
 
-    Time is seen between Python's instructions; a single one that allocates too much is refused its memory.
+    Time is seen between Python's instructions. A single instruction that allocates too much is
+    refused its memory.
 
     Args:
         what: what runs, for the message.
-        seconds: the bound of time.
-        more_bytes: the bound of memory.
+        seconds: the longest that it may take.
+        more_bytes: how much more memory than now it may take.
 
     Raises:
         Unbounded: it took too much of either.
@@ -55,7 +59,7 @@ def bounded(what: str, seconds: float = SECONDS, more_bytes: int = BYTES) -> Ite
 
 
 class _Watch:
-    """One thread for all that is bounded: starting one each time would take longer than most templates do."""
+    """One thread that watches all that is bounded: one for each would cost more than they do."""
 
     LOOKS, IDLE = 0.05, 100
     """Seconds between looks, and looks without anything to see after which the thread ends."""
@@ -94,7 +98,7 @@ class _Watch:
 
 
 def _raise_in(thread: int, what: type[BaseException] | None) -> None:
-    """Let the thread raise this before its next instruction; None takes back what it has not raised yet."""
+    """Raises this in a thread before its next instruction; None takes back what is pending."""
     raised = ctypes.py_object(what) if what is not None else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
@@ -104,7 +108,7 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def _less_memory(more_bytes: int) -> Iterator[None]:
-    """No more address space than there is now, and `more_bytes`."""
+    """Limits the address space to what it is now and `more_bytes`."""
     if resource is None or (used := _address_space()) is None:
         yield
         return
@@ -121,7 +125,7 @@ def _less_memory(more_bytes: int) -> Iterator[None]:
 
 
 def _address_space() -> int | None:
-    """Bytes of this process's address space; None where the system does not say."""
+    """Returns the bytes of this process's address space; None if the system does not say."""
     try:
         with open(PAGES, encoding="ascii") as file:
             return int(file.read().split()[0]) * resource.getpagesize()

@@ -1,9 +1,9 @@
 """GGUF files as transformers' directories, dequantised to float32 once and kept in a cache.
 
-An entry of the cache is named by every byte of the file that it was made of: reading that file
-once more takes an eighth of the time that loading the result takes. It has a record of its own
-files, so that one that is damaged is made anew. One process converts at a time, under a lock that
-ends with it; what is half made is under another name, and whoever has the lock removes it.
+An entry of the cache is named after every byte of its file: to read that file once more takes an
+eighth of the time that loading the result takes. The entry records its own files, so a damaged one
+is made anew. One process converts at a time, under a lock that ends with it. What is half made has
+another name, and whoever has the lock removes it.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ MADE = ("rope_freqs", "rope_factors")
 """Tensors that a config says as well, as numbers of its rotation."""
 RECORD, LOCK, HALF = "conversion.json", ".lock", ".converting-"
 BESIDE = "lorakin-"
-"""How a directory begins that stands in for a cache that cannot be written; the process's number follows."""
+"""Begins the name of a directory beside an unwritable cache; the process's number follows."""
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: `LORAKIN_CACHE`, or `lorakin` in the user's cache directory."""
+    """Returns where converted models are kept: `LORAKIN_CACHE`, or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakin"
     return Path(os.environ.get("LORAKIN_CACHE") or default)
 
 
 def converted(path: Path) -> Path:
-    """The model in the GGUF file `path` as a directory that transformers loads, from the cache if it is there.
+    """Returns the model in a GGUF file as a directory that transformers loads.
 
-    Where the cache cannot be written, it is made in a temporary directory, which ends with the process.
+    It comes from the cache if it is there. If the cache cannot be written, it is made in a
+    temporary directory, which is removed when the process ends.
 
     Raises:
-        ModelError: the file holds no model that can be read, or there is no room for it anywhere.
+        ModelError: the file holds no model that can be read, or there is no room for it.
     """
     gguf_header.check_model(path)
     digest = _digest(path.resolve(), _stamp(path))
@@ -77,7 +78,7 @@ def converted(path: Path) -> Path:
 
 
 def config(path: Path, **options: Any) -> Any:
-    """The config of the model in a GGUF file, without converting it.
+    """Returns the config of the model in a GGUF file, without converting it.
 
     Raises:
         ModelError: the file holds no model that can be read.
@@ -106,16 +107,20 @@ def is_whole(entry: Path) -> bool:
 
 
 def _is_as_written(file: Path, size: int, changed: int, digest: str) -> bool:
-    """Whether a file has this content. It is read only if it was touched since: the system says when, and no one else may."""
+    """Whether a file has this content.
+
+    It is read only if it was touched since: the system tells when, and nobody else can set that.
+    """
     stat = file.lstat()
     return stat.st_size == size and (stat.st_ctime_ns == changed or _sha256(file) == digest)
 
 
 def _put(entry: Path, make: Callable[[], tuple[Any, Any]]) -> None:
-    """Make an entry, in the place of one that is damaged; called under the lock.
+    """Makes an entry, in the place of a damaged one; called under the lock.
 
     Raises:
-        OSError: it cannot be written. ModelError: it cannot be made.
+        OSError: it cannot be written.
+        ModelError: it cannot be made.
     """
     for half in entry.parent.glob(
         f"{HALF}*"
@@ -160,11 +165,14 @@ def _beside(entry: Path, digest: str, make: Callable[[], tuple[Any, Any]], error
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
         raise ModelError(
-            f"the converted model can be written neither into {entry.parent} ({reason}) nor into {tempfile.gettempdir()} "
-            f"({another.strerror or another}); make room, or set LORAKIN_CACHE to a directory that has some"
+            f"the converted model can be written neither into {entry.parent} ({reason}) nor into "
+            f"{tempfile.gettempdir()} "
+            f"({another.strerror or another}); make room, or set LORAKIN_CACHE to a directory "
+            "that has some"
         ) from error
     warnings.warn(
-        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made anew each time; set LORAKIN_CACHE "
+        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made anew "
+        "each time; set LORAKIN_CACHE "
         "to a directory that can be written",
         LorakinWarning,
         stacklevel=4,
@@ -174,7 +182,7 @@ def _beside(entry: Path, digest: str, make: Callable[[], tuple[Any, Any]], error
 
 
 def _remove_abandoned() -> None:
-    """Remove what processes that were killed left in the temporary directory."""
+    """Removes what processes that were killed left in the temporary directory."""
     for place in Path(tempfile.gettempdir()).glob(f"{BESIDE}[0-9]*-*"):
         owner = place.name.removeprefix(BESIDE).partition("-")[0]
         with contextlib.suppress(OSError, ValueError):
@@ -211,7 +219,9 @@ def _alone(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """A directory that holds the file alone: what lies beside it, a config or code, is none of its business."""
+    """A directory that holds the file alone: what lies beside it, a config or code, is none of its
+    business.
+    """
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
@@ -227,7 +237,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head
     with loading.readable(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
-        with loading.bounded(50 * len(header.tensors) + 2000, numbers, str(path)):
+        with loading.limited_size(50 * len(header.tensors) + 2000, numbers, str(path)):
             model, found = loading.model(
                 transformers.AutoModelForCausalLM,
                 folder,
@@ -238,7 +248,8 @@ def _read(path: Path) -> tuple[Any, Any]:
             )
         if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
             raise ModelError(
-                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language model"
+                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language "
+                "model"
             )
         _say_what_is_left(path, header, model)
         tokenizer = loading.tokenizer(folder, gguf_file=path.name)
@@ -248,12 +259,15 @@ def _read(path: Path) -> tuple[Any, Any]:
 
 
 def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> None:
-    """Warn of numbers in the file that the model does not use: its loader passes over what it does not know."""
+    """Warn of numbers in the file that the model does not use: its loader passes over what it does
+    not know.
+    """
     held = sum(header.count(name) for name in header.tensors if not name.startswith(MADE))
     used = sum(parameter.numel() for parameter in model.parameters())
     if held > used:
         warnings.warn(
-            f"{path} holds {held - used:,} numbers more than the {type(model).__name__} that is made of it, so some of its "
+            f"{path} holds {held - used:,} numbers more than the {type(model).__name__} that is "
+            "made of it, so some of its "
             "tensors are left out: it may be of another kind than transformers knows",
             LorakinWarning,
             stacklevel=5,

@@ -1,4 +1,4 @@
-"""Function → one-line docstring, from Python's own standard library: the demo's data, there wherever Python is."""
+"""The demo's data: functions of Python's standard library and their one-line docstrings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ LEFT_OUT = {
 
 
 def docstring_rows(max_code: int = 400, seed: int = 0) -> list[dict[str, str]]:
-    """Rows of prompt (the instruction and a function without its docstring) and completion (the docstring's summary).
+    """Returns rows of a prompt (a function without its docstring) and a completion (its summary).
 
-    Kept are functions of at most `max_code` characters with a one-sentence summary of 12 to 160 characters, each once,
-    in an order drawn with `seed`.
+    Kept are functions with a one-sentence summary of 12 to 160 characters, each once.
+
+    Args:
+        max_code: characters of the longest function.
+        seed: draws the order.
     """
     rows: dict[str, dict[str, str]] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):

@@ -1,35 +1,31 @@
-"""Rows as token ids and labels: what a model reads, and what it is to learn of it."""
+"""Rows as token ids and labels: what a model reads, and what it learns of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from lorakin.errors import DataError
-from lorakin.storage import paths
-from lorakin.training.answers import ALL, ANSWERS, IGNORED, LOSS_ON, Answers, continued
+from lorakin.training.answers import ALL, ANSWERS, LOSS_ON, Answers
+from lorakin.training.contents import Content, Conversation, Labelled, PlainText
 from lorakin.training.endings import stops
-from lorakin.training.formats import Content, Conversation, Labelled, PlainText
 from lorakin.training.reading import DataRows, Record, shown
-from lorakin.training.templates import ALPACA, Template
-
-TEMPLATES = {"alpaca": ALPACA}
-"""Chat templates that `--chat-template` knows by name."""
-TEMPLATE = "chat_template.jinja"
-"""Beside an adapter: the chat template that it was trained with, where it is not the base's own."""
-LONGEST_TEMPLATE = 1 << 20
+from lorakin.training.templates import Template
+from lorakin.training.token_labels import IGNORED, continued
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of each row that has something to learn from, and where it stands.
+    """Tokenised rows that have something to learn.
 
-    `dropped` counts the others, `cut` those whose last answer does not end within the length.
+    Attributes:
+        examples: `input_ids` and `labels` of each row; a classifier's label is one number.
+        dropped: how many rows have nothing to learn.
+        cut: how many rows have a last answer that does not end within the length.
+        where: each example's place in the data, for messages.
     """
 
     examples: list[dict[str, Any]]
@@ -38,116 +34,11 @@ class Encoded:
     where: list[str] = dataclasses.field(default_factory=list)
 
 
-def use_template(
-    tokenizer: Any,
-    chosen: bool | str,
-    rows: DataRows | None = None,
-    arguments: Mapping[str, Any] | None = None,
-) -> str | None:
-    """Give the tokenizer the chat template that rows are to be written with.
-
-    Args:
-        tokenizer: of transformers; its `chat_template` is set.
-        chosen: True for its own, False for none, or the name of one that lorakin knows, or of a file that holds one.
-        rows: the rows; instructions get Alpaca's prompt where there is no template.
-        arguments: variables of the template, such as enable_thinking: false.
-
-    Returns:
-        the template where it is another than the tokenizer's own.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    own = tokenizer.chat_template
-    if isinstance(chosen, str):
-        tokenizer.chat_template = template_named(chosen)
-    elif not chosen:
-        tokenizer.chat_template = None
-    spoken = (
-        [r.content for r in rows.records if isinstance(r.content, Conversation)]
-        if rows is not None
-        else []
-    )
-    if not tokenizer.chat_template and spoken and all(content.is_instruction for content in spoken):
-        tokenizer.chat_template = ALPACA
-    if tokenizer.chat_template == ALPACA and tokenizer("")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]:
-        tokenizer.chat_template = "{{- bos_token }}\n" + ALPACA
-    if arguments:
-        if not tokenizer.chat_template:
-            raise DataError(f"--template-arg {next(iter(arguments))}: there is no chat template")
-        sets = "".join(
-            f"{{%- set {name} = {_literal(name, value)} -%}}\n" for name, value in arguments.items()
-        )
-        tokenizer.chat_template = sets + tokenizer.get_chat_template(None, None)
-    return (
-        tokenizer.chat_template
-        if tokenizer.chat_template and tokenizer.chat_template != own
-        else None
-    )
-
-
-def remembered_template(folder: Path) -> str | None:
-    """The chat template that the adapter in `folder` was trained with; None where it is the base's own.
-
-    Raises:
-        DataError: the file that holds it cannot be read.
-    """
-    return _template_file(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else None
-
-
-def use_remembered(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer the chat template that the adapter in `folder` was trained with, where it is another."""
-    if tokenizer is not None and (template := remembered_template(folder)) is not None:
-        tokenizer.chat_template = template
-
-
-def _literal(name: str, value: Any) -> str:
-    """A value as Jinja writes it."""
-    if not name.isidentifier() or not isinstance(value, str | int | float | bool | None):
-        raise DataError(
-            f"--template-arg {name}={value!r}: expected a name, and true, false, a number or a text"
-        )
-    return json.dumps(value)
-
-
-def template_named(name: str) -> str:
-    """The chat template of that name, or in the file of that name.
-
-    Raises:
-        DataError: there is no such file, or it cannot be read.
-    """
-    return (
-        TEMPLATES[name]
-        if name in TEMPLATES
-        else _template_file(paths.named(name, "--chat-template", DataError))
-    )
-
-
-def _template_file(path: Path) -> str:
-    if not path.is_file():
-        known = ", ".join(TEMPLATES)
-        raise DataError(
-            f"--chat-template {path}: there is no such file; expected {known}, or a file that holds a template"
-        )
-    try:
-        with path.open("rb") as file:
-            content = file.read(LONGEST_TEMPLATE + 1)
-        if len(content) > LONGEST_TEMPLATE:
-            raise DataError(
-                f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none"
-            )
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {path} cannot be read: {error}") from None
-
-
 class Encoder:
     """Makes token ids and labels of what rows say.
 
     Args:
-        tokenizer: of transformers; its chat template is used where it has one.
+        tokenizer: a transformers tokenizer; its chat template is used if it has one.
         loss_on: "answers", "last" or "all"; see `Answers.encode`.
         day: the day that a template prints; by default today.
 
@@ -167,21 +58,17 @@ class Encoder:
 
     @cached_property
     def ends(self) -> set[int]:
-        """The ids at which an answer ends; a prompt alone has no need of them."""
-        return set(stops(self.tokenizer))
+        """The ids at which an answer ends."""
+        return set(stops(self.tokenizer, chat_template=self.template or False))
 
     def encode(self, content: Content) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one conversation or text.
+        """Returns the token ids and labels of one conversation or text.
 
         Raises:
-            DataError: a conversation without a chat template, or one that cannot be verified.
+            DataError: a conversation without a chat template, one that cannot be verified, or a
+                text with a class.
         """
-        if (
-            isinstance(content, PlainText)
-            and content.prompt
-            and self.template is not None
-            and not self._is_rendered(content.prompt)
-        ):
+        if isinstance(content, PlainText) and self._takes_template(content.prompt):
             turns = [
                 {"role": "user", "content": content.prompt},
                 {"role": "assistant", "content": content.answer},
@@ -193,45 +80,45 @@ class Encoder:
             raise DataError("it has a label, which a language model does not learn")
         if self.answers is None:
             raise DataError(
-                "conversations need a tokenizer with a chat template; use an instruct model, or give a template with "
-                "--chat-template FILE"
+                "conversations need a tokenizer with a chat template; use an instruct model, or "
+                "give a template with --chat-template FILE"
             )
         return self.answers.encode(content, self.loss_on)
 
-    def _is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt is what the chat template writes, up to its opening of an answer."""
-        opening = self.template.opening.strip() if self.template is not None else ""
-        return bool(opening) and prompt.rstrip().endswith(opening)
+    def _takes_template(self, prompt: str) -> bool:
+        """Whether a prompt goes into the template; one that the template wrote does not."""
+        if self.template is None or not prompt:
+            return False
+        opening = self.template.opening.strip()
+        return not (opening and prompt.rstrip().endswith(opening))
 
     def prompt(self, prompt: str) -> list[int]:
-        """The tokens that stand before the answer to a prompt."""
+        """Returns the tokens that stand before the answer to a prompt."""
         if self.template is not None:
             return self.template.prompt([{"role": "user", "content": prompt}])
-        return self._opened(prompt)
+        return self.opened(prompt)
 
-    def _opened(self, text: str) -> list[int]:
-        """A text's tokens as a model begins with them: with a BOS token if the tokenizer puts one, but not twice."""
+    def opened(self, text: str) -> list[int]:
+        """Returns a text's tokens as a model begins: with one BOS token, if the tokenizer adds
+        it.
+        """
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        if (
-            ids
-            and ids[-1] == eos
-            and (ids[-2:-1] == [eos] or not text.endswith(str(self.tokenizer.eos_token)))
-        ):
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        ends_itself = text.endswith(str(self.tokenizer.eos_token))
+        if ids and ids[-1] == eos and (ids[-2:-1] == [eos] or not ends_itself):
             ids = ids[:-1]
-        return ids[1:] if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id] else ids
+        return ids[1:] if ids[:1] == ids[1:2] == [bos] else ids
 
     def _text(self, content: PlainText) -> tuple[list[int], list[int]]:
-        ids = self._opened(content.prompt)
+        ids = self.opened(content.prompt)
         if not content.answer:
             return ids, [IGNORED] * len(ids)
         if content.prompt:
             answer = continued(self.tokenizer, content.prompt, content.answer)
         else:
-            ids, answer = [], self._opened(content.answer)
-        closed = content.answer.rstrip().endswith(
-            tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
-        )
+            ids, answer = [], self.opened(content.answer)
+        ends = tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
+        closed = content.answer.rstrip().endswith(ends)
         if self.tokenizer.eos_token_id is not None and not closed:
             answer = [*answer, self.tokenizer.eos_token_id]
         labels = ids + answer if self.loss_on == ALL else [IGNORED] * len(ids) + answer
@@ -245,39 +132,37 @@ def encode(
     loss_on: str = ANSWERS,
     day: datetime.date | None = None,
 ) -> Encoded:
-    """Tokenise rows for a causal language model; labels are -100 where no loss is taken.
+    """Tokenises rows for a causal language model; labels are -100 where no loss is taken.
 
-    Conversations, and prompts too, go through the tokenizer's chat template if it has one. The loss is on the
-    assistant's turns, each with the token that ends it; see `Answers.encode`.
+    Conversations and prompts go through the tokenizer's chat template, if it has one. The loss is
+    on the assistant's turns, each with the token that ends it; see `Answers.encode`.
+
+    Args:
+        rows: the rows.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens at which rows are cut.
+        loss_on: "answers", "last" or "all".
+        day: the day that a template prints; by default today.
 
     Raises:
-        DataError: conversations without a chat template, one that cannot be verified, or no row with anything to
-            learn from.
+        DataError: a conversation without a chat template, one that cannot be verified, or no row
+            with anything to learn.
     """
     encoded, cut = [], 0
     for whole in _encode_rows(rows, tokenizer, loss_on, day):
         example = {key: part[:max_length] for key, part in whole.items()}
         encoded.append(example)
-        cut += _has_answer(example) and any(
-            label != IGNORED for label in whole["labels"][max_length:]
-        )
-    kept = [
-        (record.where, example)
-        for record, example in zip(rows.records, encoded, strict=True)
-        if _has_answer(example)
-    ]
+        cut += _has_answer(example) and _learns(whole["labels"][max_length:])
+    pairs = zip(rows.records, encoded, strict=True)
+    kept = [(record.where, example) for record, example in pairs if _has_answer(example)]
     if not kept:
         raise DataError(
-            f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer within "
-            f"--max-length {max_length} tokens; raise it, if the model has positions for more, or check that the "
-            "answers are not empty"
+            f"{rows.name}: all labels are masked: none of the {len(rows)} rows has an answer "
+            f"within --max-length {max_length} tokens; raise it, if the model has positions for "
+            "more, or check that the answers are not empty"
         )
-    return Encoded(
-        [example for _, example in kept],
-        len(encoded) - len(kept),
-        cut,
-        [where for where, _ in kept],
-    )
+    where, examples = [where for where, _ in kept], [example for _, example in kept]
+    return Encoded(examples, len(encoded) - len(kept), cut, where)
 
 
 def with_answers(
@@ -287,18 +172,13 @@ def with_answers(
     loss_on: str = ANSWERS,
     day: datetime.date | None = None,
 ) -> DataRows:
-    """The rows that `encode` keeps, those that have something to learn from within `max_length` tokens.
+    """Returns the rows that `encode` keeps: those with something to learn within the length.
 
     Raises:
-        DataError: as `encode`, but for no rows.
+        DataError: as `encode`, except that no row need be left.
     """
-    kept = [
-        record
-        for record, example in zip(
-            rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True
-        )
-        if any(label != IGNORED for label in example["labels"][1:max_length])
-    ]
+    pairs = zip(rows.records, _encode_rows(rows, tokenizer, loss_on, day), strict=True)
+    kept = [record for record, example in pairs if _learns(example["labels"][1:max_length])]
     return dataclasses.replace(rows, records=kept)
 
 
@@ -315,19 +195,28 @@ def _encode_rows(
 
 
 def _of_row(record: Record, error: Exception) -> DataError:
-    return DataError(
-        f"{record.where}: {error} (format {record.source.format.name}). The row: {shown(record.values)}"
-    )
+    layout = record.source.format.name
+    return DataError(f"{record.where}: {error} (format {layout}). The row: {shown(record.values)}")
 
 
 def _has_answer(example: dict[str, Any]) -> bool:
-    return any(label != IGNORED for label in example["labels"][1:])
+    return _learns(example["labels"][1:])  # nothing predicts the first token
+
+
+def _learns(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels)
 
 
 def encode_labelled(
     rows: DataRows, tokenizer: Any, max_length: int, labels: Sequence[str]
 ) -> Encoded:
-    """Tokenise rows for a classifier whose classes are `labels`.
+    """Tokenises rows for a classifier.
+
+    Args:
+        rows: the rows.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens at which rows are cut.
+        labels: the classes, in order.
 
     Raises:
         DataError: a row without a text and a class, or with a class that is not among `labels`.
@@ -345,6 +234,6 @@ def encode_labelled(
 
 
 def prompt_ids(prompt: str, tokenizer: Any, chat_template: bool = True) -> list[int]:
-    """The tokens that training would put before the answer to `prompt`."""
+    """Returns the tokens that training puts before the answer to `prompt`."""
     encoder = Encoder(tokenizer)
-    return encoder.prompt(prompt) if chat_template else encoder._opened(prompt)
+    return encoder.prompt(prompt) if chat_template else encoder.opened(prompt)

@@ -1,99 +1,110 @@
-"""Where an answer ends: the end of text, and what closes an assistant's turn in the tokenizer's chat template.
+"""Where an answer ends: at the end of text, and at what closes an assistant's turn.
 
-A model that was trained on turns says the end of a turn, not the end of text: `<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`.
-Whatever generates must stop at both.
+A model that was trained on turns ends a turn, not the text: `<|im_end|>`, `<|eot_id|>`,
+`<end_of_turn>`. Whatever generates must stop at both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from typing import Any
 
-from lorakin.errors import DataError
-from lorakin.training.templates import Template
+from lorakin.training.templates import AGAIN, REPLIED, Template
 
-ANSWER, NEXT = "ANSWERMARK", "NEXTMARK"
-"""In the place of an answer and of the question after it: words that no template has."""
 SHORTEST = 4
-"""Letters of a text that ends a turn: a full stop ends sentences, too."""
+"""Letters of the shortest text that ends a turn: a full stop ends sentences, too."""
 
 
-def stops(tokenizer: Any, settings: Any = None, chat_template: bool = True) -> list[int]:
-    """The ids at which an answer ends: those of a generation config, the end of text, the end of a turn.
+def stops(tokenizer: Any, settings: Any = None, chat_template: bool | Template = True) -> list[int]:
+    """Returns the ids at which an answer ends.
+
+    They are those of a generation config, the end of text, and the end of a turn.
 
     Args:
-        tokenizer: of the model; None if it has none.
+        tokenizer: the model's; None if it has none.
         settings: the model's GenerationConfig, if it has one.
-        chat_template: whether prompts are put into the chat template, so that answers are turns.
+        chat_template: whether prompts are put into the chat template, so that answers are turns;
+            or that template.
     """
     said = getattr(settings, "eos_token_id", None)
     ids = list(said) if isinstance(said, list | tuple) else [said]
     if tokenizer is not None:
         ids.append(tokenizer.eos_token_id)
-        ids += end_of_turn(tokenizer) if chat_template else []
+        if chat_template:
+            ids += end_of_turn(chat_template if isinstance(chat_template, Template) else tokenizer)
     return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 
 
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """The id of the token that closes an assistant's turn in the chat template; none if there is no such token.
+def end_of_turn(of: Any) -> list[int]:
+    """Returns the id of the token that closes an assistant's turn; none if no token does.
 
-    A conversation is rendered that ends with the answer, and one that goes on. The special tokens that follow the answer in
-    both close it, and the last of them is its end (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). If the two have none in common,
-    it is the first after a last answer (GPT-OSS's `<|return|>`), and if nothing follows that, the first before the next
-    turn (GLM's `<|user|>`).
+    The special tokens that follow the answer both at the end of a conversation and within one close
+    it, and the last of them is its end (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). If the two have
+    none in common, it is the first after a last answer (GPT-OSS's `<|return|>`). If nothing follows
+    that, it is the first before the next turn (GLM's `<|user|>`).
+
+    Args:
+        of: a tokenizer, or its `Template`.
     """
-    last, going_on = (_leading_tokens(text, tokenizer) for text in closings(tokenizer))
-    common = [
-        a
-        for a, _ in itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False)
-        )
-    ]
-    return common[-1:] or last[:1] or going_on[:1]
+    if (template := _template(of)) is None:
+        return []
+    last, inner = (_leading_tokens(text, template.tokenizer) for text in closings(template))
+    common = [a for a, b in itertools.takewhile(_same, zip(last, inner, strict=False))]
+    return common[-1:] or last[:1] or inner[:1]
 
 
-def end_of_turn_text(tokenizer: Any) -> str | None:
-    """What closes a turn where that is no token of its own, but text: a template of other tokens than the tokenizer has."""
-    last, going_on = closings(tokenizer)
-    if not last.strip() or end_of_turn(tokenizer):
+def end_of_turn_text(of: Any) -> str | None:
+    """Returns the text that closes a turn, where no token does; None otherwise.
+
+    That is so with a template that was made for other tokens than the tokenizer has.
+
+    Args:
+        of: a tokenizer, or its `Template`.
+    """
+    if (template := _template(of)) is None:
         return None
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, going_on, strict=False))
+    last, inner = closings(template)
+    if not last.strip() or end_of_turn(template):
+        return None
+    pairs = itertools.takewhile(_same, zip(last, inner, strict=False))
     text = "".join(letter for letter, _ in pairs).strip()
     return text if len(text) >= SHORTEST else None
 
 
-def closings(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template writes after an answer that is the last turn, and after one that is not; perhaps nothing.
+def closings(template: Template) -> tuple[str, str]:
+    """Returns what the template writes after an answer that is the last turn, and after another.
 
     Raises:
-        Unbounded: it does not end, or fills the memory.
+        Unbounded: the template does not end, or fills the memory.
     """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    answered, again = template.probe(2), template.probe(3)
+    if answered is None:
         return "", ""
-    template = Template(tokenizer)
-    asked = [{"role": "user", "content": "QUESTIONMARK"}, {"role": "assistant", "content": ANSWER}]
-    last = going_on = ""
-    with contextlib.suppress(DataError):  # it takes no such conversation
-        last = template.text(asked).rpartition(ANSWER)[2]
-        going_on = template.text([*asked, {"role": "user", "content": NEXT}]).rpartition(ANSWER)[2]
-    return last, going_on.partition(NEXT)[0] if NEXT in going_on else ""
+    inner = (again or "").rpartition(REPLIED)[2]
+    return answered.rpartition(REPLIED)[2], inner.partition(AGAIN)[0] if AGAIN in inner else ""
+
+
+def _template(of: Any) -> Template | None:
+    if isinstance(of, Template):
+        return of
+    return Template(of) if getattr(of, "chat_template", None) else None
+
+
+def _same(pair: tuple[Any, Any]) -> bool:
+    return bool(pair[0] == pair[1])
 
 
 def _leading_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The special tokens that a text begins with, blanks between them left out."""
+    """Returns the special tokens that a text begins with; blanks between them do not count."""
     known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     if tokenizer.eos_token_id is not None:
         known.setdefault(str(tokenizer.eos_token), tokenizer.eos_token_id)
     found = []
     while text := text.lstrip():
-        name = max(
-            (token for token in known if token.strip() and text.startswith(token)),
-            key=len,
-            default=None,
-        )
-        if name is None:
+        here = [token for token in known if token.strip() and text.startswith(token)]
+        if not here:
             break
+        name = max(here, key=len)
         found.append(known[name])
         text = text[len(name) :]
     return found

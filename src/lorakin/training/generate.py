@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import transformers
 
 from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import visible
-from lorakin.training.encoding import prompt_ids
+from lorakin.training.encoding import Encoder
 from lorakin.training.endings import end_of_turn_text, stops
 from lorakin.training.limits import check_prompt, places
 from lorakin.training.models import Loaded
 from lorakin.training.plainly import OnlyNumbers, by_own_settings
 
 COOLEST, HOTTEST = 1e-4, 1e4
-"""Temperatures beyond which logits that are divided by them are infinite in float16, or all the same."""
+"""Beyond these temperatures, logits divided by them are infinite in float16, or all the same."""
 
 
 @torch.no_grad()
@@ -30,60 +31,90 @@ def answer(
     seed: int = 0,
     stream: bool = False,
 ) -> str:
-    """What the model says to `prompt`: the likeliest token each time, or sampled at a `temperature` above 0.
+    """Returns the model's answer to a prompt.
 
-    It ends at the end of text or, with `chat_template`, of the assistant's turn. With `stream` the answer is also printed on
-    stdout while it comes.
+    It ends at the end of text or, with `chat_template`, of the assistant's turn.
+
+    Args:
+        loaded: the model and its tokenizer.
+        prompt: the user's words.
+        max_new_tokens: tokens of the longest answer.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
+        chat_template: whether the prompt goes into the tokenizer's chat template, if it has one.
+        seed: draws the samples.
+        stream: whether the answer is also printed on stdout while it comes.
 
     Raises:
-        ModelError: the model cannot generate, computes NaN, or has no positions left after the prompt.
+        ModelError: the model cannot generate, computes NaN, or has no positions left.
         SettingError: a temperature outside of `COOLEST` to `HOTTEST`.
-        DataError: a token that its embedding has no row for.
+        DataError: a token that the embedding has no row for.
     """
+    _check(loaded, temperature)
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
-    if temperature != 0 and not COOLEST <= temperature <= HOTTEST:
-        raise SettingError(
-            f"temperature must be 0, or from {COOLEST:g} to {HOTTEST:g}, not {temperature!r}"
-        )
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise ModelError(
-            f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and cannot generate"
-        )
-    asked = prompt_ids(prompt, tokenizer, chat_template)
-    check_prompt(asked, loaded)
-    if (there := places(model)) is not None and len(asked) >= there:
-        raise ModelError(
-            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, the answer's included"
-        )
+    encoder = Encoder(tokenizer)
+    asked = encoder.prompt(prompt) if chat_template else encoder.opened(prompt)
+    longest = min(max_new_tokens, _places_left(loaded, asked))
+
+    template = encoder.template if chat_template else None
+    text = end_of_turn_text(template)
+    settings: dict[str, Any] = {
+        "eos_token_id": stops(tokenizer, model.generation_config, template or False) or None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": temperature > 0,
+    }
+    if temperature > 0:
+        settings["temperature"] = temperature
+    streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     ids = torch.tensor([asked], device=model.device)
-    text = end_of_turn_text(tokenizer) if chat_template else None
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
     torch.manual_seed(seed)
-    ends = stops(tokenizer, model.generation_config, chat_template) or None
-    with by_own_settings(model, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling):
+    with by_own_settings(model, **settings):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens
-            if there is None
-            else min(max_new_tokens, there - len(asked)),
+            max_new_tokens=longest,
             stop_strings=text,
             tokenizer=tokenizer,
             logits_processor=transformers.LogitsProcessorList([OnlyNumbers(loaded.name)]),
-            streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            if stream
-            else None,
+            streamer=streamer,
         )
     said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return said.strip() if text is None else said.strip().removesuffix(text).strip()
 
 
+def _check(loaded: Loaded, temperature: float) -> None:
+    if temperature != 0 and not COOLEST <= temperature <= HOTTEST:
+        raise SettingError(
+            f"temperature must be 0, or from {COOLEST:g} to {HOTTEST:g}, not {temperature!r}"
+        )
+    model = loaded.model
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ModelError(
+            f"{loaded.name} with this adapter is a {type(model).__name__}, which classifies and "
+            "cannot generate"
+        )
+
+
+def _places_left(loaded: Loaded, asked: list[int]) -> int:
+    """Returns how many positions the model has after a prompt's tokens.
+
+    Raises:
+        ModelError: none.
+        DataError: a token that the embedding has no row for.
+    """
+    check_prompt(asked, loaded)
+    there = places(loaded.model)
+    if there is not None and len(asked) >= there:
+        raise ModelError(
+            f"the prompt has {len(asked)} tokens, and {loaded.name} has positions for {there}, "
+            "the answer's included"
+        )
+    return sys.maxsize if there is None else there - len(asked)
+
+
 class _Streamer(transformers.TextStreamer):
-    """Prints an answer while it comes: visible on a terminal, the model's own characters into a file or pipe."""
+    """Prints an answer as it comes: visible on a terminal, raw into a file or pipe."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is ready."""
+        """Prints what is ready."""
         end = "\n" if stream_end else ""
         print(visible(text) if sys.stdout.isatty() else text, flush=True, end=end)

@@ -1,7 +1,7 @@
-"""A GGUF file's header, walked with bounds before any library reads the file.
+"""A GGUF file's header, read with bounds before any library reads the file.
 
-Every count, length and offset in it is a stranger's. Nothing is taken into memory on its word: a
-count is compared with what the rest of the file can hold, and a tensor with the file's end.
+Every count, length and offset in it comes from outside. None is trusted: a count is compared with
+what the rest of the file can hold, and a tensor's place with the file's end.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -24,25 +24,31 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 DEFAULT_ALIGNMENT, MOST_DIMENSIONS, LONGEST_NAME = 32, 4, 65_535
 _TYPE = gguf.GGUFValueType
 SCALARS: dict[int, str] = {
-    _TYPE.UINT8: "<B", _TYPE.INT8: "<b", _TYPE.UINT16: "<H", _TYPE.INT16: "<h", _TYPE.UINT32: "<I", _TYPE.INT32: "<i",
-    _TYPE.FLOAT32: "<f", _TYPE.BOOL: "<?", _TYPE.UINT64: "<Q", _TYPE.INT64: "<q", _TYPE.FLOAT64: "<d",
+    _TYPE.UINT8: "<B", _TYPE.INT8: "<b", _TYPE.UINT16: "<H", _TYPE.INT16: "<h",
+    _TYPE.UINT32: "<I", _TYPE.INT32: "<i", _TYPE.UINT64: "<Q", _TYPE.INT64: "<q",
+    _TYPE.FLOAT32: "<f", _TYPE.FLOAT64: "<d", _TYPE.BOOL: "<?",
 }  # fmt: skip
 """A value's type → its layout for `struct`."""
 SIZES = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
 """A tensor's type → its numbers in a block, and bytes of one."""
 LEAST_KEY, LEAST_TENSOR = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
-"""Bytes of the shortest entry for a key, and for a tensor: so many of them fit into a file."""
+"""Bytes of the shortest entries, of a key and of a tensor: they tell how many fit into a file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a header says. Of an array `values` has the type and count, of anything else the value."""
+    """What a header says.
+
+    Attributes:
+        values: each key's value; for an array its type and count.
+        tensors: each tensor's shape, innermost dimension first.
+    """
 
     values: Mapping[str, Any]
     tensors: Mapping[str, tuple[int, ...]]
 
     def count(self, name: str) -> int:
-        """How many numbers a tensor has."""
+        """Returns how many numbers a tensor has."""
         return math.prod(self.tensors[name])
 
 
@@ -55,9 +61,11 @@ class Array:
 
 
 def read_header(path: Path, kind: str = "file") -> Header:
-    """The header of the file `path`, in which every tensor lies inside the file and apart from the others.
+    """Returns the header of a file, in which tensors lie inside the file and apart from each other.
 
-    `kind` is what an error calls it: a GGUF "file" or "model".
+    Args:
+        path: the file.
+        kind: what an error calls it: a GGUF "file" or "model".
 
     Raises:
         ModelError: no regular file, no GGUF, or a header that is damaged or lies.
@@ -77,10 +85,11 @@ def read_header(path: Path, kind: str = "file") -> Header:
 
 
 def check_model(path: Path) -> Header:
-    """The header of a file that holds a model.
+    """Returns the header of a file that holds a model.
 
     Raises:
-        ModelError: as `read_header`; or it holds an adapter, a part of a model, or fewer layers than it says.
+        ModelError: as `read_header`; or it holds an adapter, a part of a model, or fewer layers
+            than it says.
     """
     header = read_header(path, "model")
     values, names = header.values, header.tensors
@@ -100,7 +109,8 @@ def check_model(path: Path) -> Header:
     layers = values.get(f"{arch}.block_count")
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= len(names):
         raise wrong(
-            f"{arch}.block_count is {layers!r}, expected a number of layers that its {len(names)} tensors can make"
+            f"{arch}.block_count is {layers!r}, expected a number of layers that its {len(names)} "
+            "tensors can make"
         )
     numbers = (name.split(".")[1] for name in names if name.startswith("blk."))
     beyond = [number for number in numbers if not number.isdecimal() or int(number) >= layers]
@@ -111,7 +121,7 @@ def check_model(path: Path) -> Header:
 
 
 class _Walk:
-    """A header read from its start to its end. `at` is where the next value begins."""
+    """Reads a header from its start to its end. `at` is where the next value begins."""
 
     def __init__(self, path: Path, content: mmap.mmap, kind: str) -> None:
         self.path = path
@@ -125,13 +135,15 @@ class _Walk:
             raise self.wrong("it does not begin with GGUF")
         if (version := self.number("<I")) not in VERSIONS:
             raise self.wrong(
-                f"its version is {version}, known are {', '.join(map(str, VERSIONS))}, little-endian"
+                f"its version is {version}, known are {', '.join(map(str, VERSIONS))}, "
+                "little-endian"
             )
         tensors, keys = self.number("<Q"), self.number("<Q")
         room = self.size - self.at
         if keys * LEAST_KEY + tensors * LEAST_TENSOR > room:
             raise self.wrong(
-                f"it says that it has {keys:,} keys and {tensors:,} tensors, and it has only {room:,} bytes"
+                f"it says that it has {keys:,} keys and {tensors:,} tensors, and it has only "
+                f"{room:,} bytes"
             )
         values: dict[str, Any] = {}
         for _ in range(keys):
@@ -154,7 +166,7 @@ class _Walk:
         return Header(values, shapes)
 
     def tensor(self, name: str, alignment: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """A tensor's shape, innermost dimension first, and where it begins and ends behind the header."""
+        """Reads a tensor's shape, innermost dimension first, and its span behind the header."""
         if not 1 <= (dimensions := self.number("<I")) <= MOST_DIMENSIONS:
             raise self.wrong(
                 f"the tensor {name!r} has {dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}"
@@ -170,7 +182,8 @@ class _Walk:
             )
         if start % alignment:
             raise self.wrong(
-                f"the tensor {name!r} begins at {start}, which the alignment {alignment} does not divide"
+                f"the tensor {name!r} begins at {start}, which the alignment {alignment} does not "
+                "divide"
             )
         return shape, (start, start + math.prod(shape) // block * width)
 

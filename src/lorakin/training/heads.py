@@ -1,4 +1,4 @@
-"""What a base's files say against the model that is made of them: its head's classes, and weights that it does not use."""
+"""What a base's files say against the model: other classes, other shapes, unused weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ BUFFERS = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|(attn|attention)\.bias|num_batches_tracked"
     r"|relative_position_index|embed_positions\.weights?|version)$"
 )
-"""What earlier versions of transformers wrote and models make for themselves now."""
+"""Buffers that earlier versions of transformers stored and that models compute now."""
 NAMELESS = re.compile(r"LABEL_\d+")
+NEW = "so the head is new and must be trained"
 
 
 def check_unused(
@@ -28,18 +29,20 @@ def check_unused(
     stored: Sequence[str],
     quantised: bool = False,
 ) -> None:
-    """Refuse weights in the base's files that belong inside the model and that it does not use; say what lies beside it.
+    """Refuses weights in the base's files that belong inside the model and that it does not use.
 
-    A weight is inside if the model has the module that it is of, or, in the model's base, the list
-    that its layer is missing from: then the model computes something else than what was stored. A
-    weight that the model has no place for at all, such as a head, is usual where it is loaded as
-    another class than the stored one, and is said where it is the same. Files that are stored
-    quantised hold remains that their formats differ in (GPTQ's zero biases): of these all is said.
+    A weight is inside if the model has the module that holds it or, in the model's base, the list
+    of layers that its layer is missing from: then the model computes something else than what was
+    stored. A weight for which the model has no place at all, such as a head, is usual if the model
+    is loaded as another class; if it is the same class, a warning names it. Files that are stored
+    quantised hold remains of their formats (GPTQ's zero biases): a warning names those, too.
 
     Args:
-        unused: the keys of such weights.
+        name: what the user called the model.
+        model: the model.
+        unused: the keys of the weights.
         stored: the classes that the base's config names.
-        quantised: whether its files are.
+        quantised: whether its files are stored quantised.
 
     Raises:
         ModelError: weights inside the model are not used.
@@ -53,20 +56,23 @@ def check_unused(
     inside = [key for key in left if _nearest(model, key) in homes - {base, model}]
     if inside and not quantised:
         raise ModelError(
-            f"model {name!r} holds {some(inside)}, which a {type(model).__name__} of its config does not use, so it would not "
-            "be the model that was stored. An adapter or a quantisation that was saved with it, or fewer layers in its "
+            f"model {name!r} holds {some(inside)}, which a {type(model).__name__} of its config "
+            "does not use, so it would not "
+            "be the model that was stored. An adapter or a quantisation that was saved with it, "
+            "or fewer layers in its "
             "config? Save the model without them"
         )
     if left and (inside or type(model).__name__ in stored):
         warnings.warn(
-            f"model {name!r} holds weights that a {type(model).__name__} does not use, and they are left out: {some(left)}",
+            f"model {name!r} holds weights that a {type(model).__name__} does not use, and they "
+            f"are left out: {some(left)}",
             LorakinWarning,
             stacklevel=4,
         )
 
 
 def _nearest(model: nn.Module, key: str) -> nn.Module:
-    """The module of the model that holds the place of `key`, as far down as there are modules of its path."""
+    """Returns the module that would hold `key`: as far down its path as there are modules."""
     module = model
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if key.partition(".")[0] not in dict(model.named_children()) and hasattr(model, prefix[:-1]):
@@ -82,7 +88,13 @@ def _nearest(model: nn.Module, key: str) -> nn.Module:
 def check_shapes(
     name: str, model: nn.Module, mismatched: Iterable[Sequence[Any]], heads: Sequence[str]
 ) -> list[str]:
-    """The parameters that are stored in another shape, all of them in `heads`.
+    """Returns the parameters that are stored in another shape, which must all be in `heads`.
+
+    Args:
+        name: what the user called the model.
+        model: the model.
+        mismatched: for each such parameter its key, the stored and the expected shape.
+        heads: the paths of modules that may be new.
 
     Raises:
         ModelError: one is elsewhere, where no number of classes explains it.
@@ -91,7 +103,8 @@ def check_shapes(
     for key, held, expected in sorted(mismatched, key=str):
         if not any(key.startswith(f"{head}.") for head in heads):
             raise ModelError(
-                f"model {name!r} stores {key} as {tuple(held)}, and its config makes a {type(model).__name__} in which "
+                f"model {name!r} stores {key} as {tuple(held)}, and its config makes a "
+                f"{type(model).__name__} in which "
                 f"it is {tuple(expected)}; are both of one model?"
             )
         keys.append(key)
@@ -99,7 +112,7 @@ def check_shapes(
 
 
 def named_classes(config: Any) -> list[str] | None:
-    """The classes of a model that is stored as a classifier, in order; None of any other."""
+    """Returns the classes of a model stored as a classifier, in order; None for others."""
     if not any(
         str(kind).endswith("ForSequenceClassification")
         for kind in getattr(config, "architectures", None) or ()
@@ -111,11 +124,15 @@ def named_classes(config: Any) -> list[str] | None:
 def fit(
     model: nn.Module, stored: Sequence[str] | None, wanted: Sequence[str], mismatched: Sequence[str]
 ) -> str | None:
-    """Let a stored classifier's head be one for the classes `wanted`: kept, with its rows in their order, or new.
+    """Makes the head of a stored classifier fit the wanted classes.
+
+    It is kept, its rows are put in another order, or it is drawn anew.
 
     Args:
+        model: the classifier.
         stored: the classes that the base's files name, or None if they are no classifier's.
-        mismatched: parameters of the head that are new already, since they were stored in another shape.
+        wanted: the classes of the data.
+        mismatched: parameters of the head that are new already, for their stored shape differs.
 
     Returns:
         What was done, for the user; None if the head is as it was stored.
@@ -124,18 +141,21 @@ def fit(
         return None
     held, here = f"{len(stored)} classes ({some(stored)})", f"{len(wanted)} ({some(wanted)})"
     if mismatched:
-        return f"the base's head is for {held}, the data has {here}, so the head is new and must be trained"
+        return f"the base's head is for {held}, the data has {here}, {NEW}"
     if list(stored) == list(wanted) or all(NAMELESS.fullmatch(name) for name in stored):
         return None
     if set(stored) == set(wanted) and len(set(wanted)) == len(wanted):
         _reorder(model, torch.tensor([list(stored).index(name) for name in wanted]))
-        return f"the base's head has its classes in another order ({some(stored)}); it is put into the data's ({some(wanted)})"
+        return (
+            f"the base's head has its classes in another order ({some(stored)}); "
+            f"it is put into the data's ({some(wanted)})"
+        )
     _renew(model)
-    return f"the base's head is for other classes ({some(stored)}), the data has {here}, so the head is new and must be trained"
+    return f"the base's head is for other classes ({some(stored)}), the data has {here}, {NEW}"
 
 
 def _reorder(model: Any, order: torch.Tensor) -> None:
-    """Put the rows of the head's layer that gives the classes into this order."""
+    """Puts the rows of the head's last layer into this order."""
     layers = [model.get_submodule(path) for path in head_of(model)]
     last = next(
         layer for layer in reversed(layers) if getattr(layer, "out_features", None) == len(order)
@@ -146,7 +166,7 @@ def _reorder(model: Any, order: torch.Tensor) -> None:
 
 
 def _renew(model: Any) -> None:
-    """Draw the head anew, as transformers does of one that is missing."""
+    """Draws the head anew, as transformers does if it is missing."""
     for path in head_of(model):
         module = model.get_submodule(path)
         for inner in module.modules():

@@ -1,4 +1,4 @@
-"""Which class of transformers an adapter's base is loaded as, and with how many classes."""
+"""The class of transformers as which an adapter's base is loaded, and its classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TASKS = {
 }
 """PEFT's words for tasks → what transformers loads for them."""
 PREFIX = "base_model.model."
-"""Of the names in an adapter's file."""
+"""How the names in an adapter's file begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BaseKind:
     labels: Sequence[str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What the model's config says of its classes."""
+        """Returns what the model's config says of its classes."""
         if self.labels is None:
             return {}
         named = dict(enumerate(self.labels))
@@ -48,7 +48,7 @@ class BaseKind:
         }
 
     def skeleton(self, config: Any) -> Any:
-        """A model of this kind on the meta device; its config is a copy of `config`, with the classes.
+        """Returns a model of this kind on the meta device, with a copy of `config`.
 
         Raises:
             ModelError: the config is of no such model.
@@ -66,7 +66,7 @@ class BaseKind:
 
 
 def _forget_values(model: nn.Module) -> None:
-    """Put on the meta device what a model makes elsewhere all the same: its numbers are nobody's."""
+    """Moves to the meta device the parameters that a model makes elsewhere all the same."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -76,11 +76,19 @@ def _forget_values(model: nn.Module) -> None:
 
 
 def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> BaseKind:
-    """What the base of the adapter in `files` is: a model with this config, and perhaps these classes.
+    """Returns what the base of an adapter is.
 
-    That is the class that the adapter was made on, as its files remember it; else the one for its
+    That is the class on which the adapter was made, as its files remember it; else the one for its
     task; else the one that the base's config names; else a causal language model. If the adapter
-    holds a head with another number of classes than the base's, there are so many.
+    holds a head with another number of classes than the base's, there are as many classes.
+
+    Args:
+        files: the adapter's.
+        config: the base's.
+        labels: the classes, if they are known.
+
+    Raises:
+        AdapterError: the adapter's head fits no number of classes.
     """
     words = [_remembered(files), *_mapped(files)]
     task = TASKS.get(str(files.config.get("task_type")))
@@ -94,13 +102,13 @@ def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> 
 
 
 def own_class(config: Any) -> Any:
-    """The class that a config says its model is of; None if it says none that transformers has."""
+    """Returns the class that a config names; None if transformers has no such class."""
     words = getattr(config, "architectures", None) or ()
     return next((found for word in words if (found := class_named(word, config)) is not None), None)
 
 
 def class_named(word: Any, config: Any) -> Any:
-    """transformers' class of this name if it takes such a config, else None."""
+    """Returns transformers' class of this name if it takes such a config, else None."""
     cls = getattr(transformers, word, None) if isinstance(word, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return None
@@ -114,13 +122,13 @@ def _remembered(files: Files) -> Any:
 
 
 def _mapped(files: Files) -> list[Any]:
-    """The class in the `auto_mapping` that PEFT writes where it knows no task."""
+    """Returns the class in the `auto_mapping` that PEFT writes if it knows no task."""
     said = files.config.get("auto_mapping")
     return [said.get("base_model_class")] if isinstance(said, dict) else []
 
 
 def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
-    """As many classes as the adapter's own head has, if the config would give that another number."""
+    """Returns as many classes as the adapter's head has, if the config gives another number."""
     if not files.config.get("modules_to_save"):
         return None
     expected = {
@@ -132,7 +140,8 @@ def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
             continue
         if shape[1:] != tensor.shape[1:] or shape[0] != getattr(config, "num_labels", None):
             raise AdapterError(
-                f"{files.path}: {key.removeprefix(PREFIX)} is {tuple(tensor.shape)}, which no number of "
+                f"{files.path}: {key.removeprefix(PREFIX)} is {tuple(tensor.shape)}, which no "
+                "number of "
                 f"classes makes of this base's {tuple(shape)}"
             )
         return [str(number) for number in range(tensor.shape[0])]

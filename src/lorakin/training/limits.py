@@ -1,4 +1,4 @@
-"""What a model can read: how many tokens it has places for, and for which token ids its embedding has rows."""
+"""What a model can read: how many tokens in a row, and which token ids."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lorakin.errors import DataError, LorakinWarning, ModelError
 from lorakin.training.kinds import BaseKind
 
 TABLE = re.compile(r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions")
-"""Names that modules and tensors with a vector for each position have."""
+"""Names of modules and tensors that hold a vector for each position."""
 ELSEWHERE = re.compile(r"(^|[._])(vision|visual|image|audio|speech|rel|relative|box|patch)")
-"""In the path of one that counts something else than the tokens of a text."""
+"""In the path of one whose positions are not those of a text's tokens."""
 
 
 def places(model: nn.Module) -> int | None:
-    """How many tokens a row may have: as many as the model's table of positions; None if it has no such table.
+    """Returns how many tokens a row may have: the rows of the model's table of positions.
 
-    Learned and absolute positions have one (BERT, GPT-2, OPT, GPT-J); rotary and relative ones need none. Some tables begin
-    late: OPT's at row 2, RoBERTa's after the row of the padding token. Only names and shapes are looked at, so a model on
-    the meta device will do.
+    None if it has no such table. Learned and absolute positions have one (BERT, GPT-2, OPT, GPT-J);
+    rotary and relative ones do not. Some tables begin late: OPT's at row 2, RoBERTa's after the row
+    of the padding token. Only names and shapes are read, so the model may be on the meta device.
     """
     counts: list[int] = []
     config: Any = getattr(model, "config", None)
@@ -45,7 +45,7 @@ def places(model: nn.Module) -> int | None:
 
 
 def places_of(config: Any) -> int | None:
-    """`places` of the model with this config of transformers, whatever its head; None if there is no such model."""
+    """Returns `places` of the model with this config, whatever its head; None if there is none."""
     try:
         return places(BaseKind(transformers.AutoModel).skeleton(config))
     except ModelError:
@@ -53,20 +53,31 @@ def places_of(config: Any) -> int | None:
 
 
 def row_length(there: int | None, wanted: int) -> int:
-    """What to cut rows at: `wanted` tokens, or `there` if the model has no more places.
+    """Returns at how many tokens rows are cut: `wanted`, or `there` if the model has fewer places.
 
-    More is not refused: `wanted` is mostly the default or a recipe's for another model, and there is only one that works.
+    More is not refused: `wanted` is often a default, or another model's, and only one value works.
+
+    >>> row_length(512, 1024)
+    512
     """
     return wanted if there is None else min(wanted, there)
 
 
 def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[str, Any]]) -> None:
-    """Warn that rows were cut at `length` tokens, all that the model has places for, if there are such among the examples."""
+    """Warns if rows were cut because the model has no more positions.
+
+    Args:
+        length: tokens at which rows were cut.
+        wanted: tokens that the user asked for.
+        name: the model.
+        examples: the rows, in one or several parts.
+    """
     if length < wanted and any(
         len(example["input_ids"]) >= length for rows in examples for example in rows
     ):
         warnings.warn(
-            f"rows are cut at {length} tokens instead of {wanted} (--max-length): {name} has no more positions",
+            f"rows are cut at {length} tokens instead of {wanted} (--max-length): {name} has no "
+            "more positions",
             LorakinWarning,
             stacklevel=2,
         )
@@ -75,16 +86,16 @@ def warn_cut(length: int, wanted: int, name: str, *examples: Iterable[Mapping[st
 def check_rows(
     examples: Sequence[Mapping[str, Any]], loaded: Any, where: Sequence[str], source: str
 ) -> None:
-    """See that the model can read rows of token ids; warn if they are longer than it was trained on.
+    """Checks that the model can read rows; warns if they are longer than those it was trained on.
 
     Args:
         examples: with `input_ids`.
         loaded: the model and its tokenizer (`models.Loaded`).
-        where: for each example the row that it was made of, for messages.
+        where: each example's row in the data, for messages.
         source: what the rows are called.
 
     Raises:
-        DataError: an id that the embedding has no row for.
+        DataError: an id for which the embedding has no row.
     """
     rows = _embedding_rows(loaded.model)
     for example, row in zip(examples, where, strict=True):
@@ -94,7 +105,8 @@ def check_rows(
     longest = max((len(example["input_ids"]) for example in examples), default=0)
     if isinstance(made_for, int) and longest > made_for and places(loaded.model) is None:
         warnings.warn(
-            f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for {made_for}: it can read on, but "
+            f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for "
+            f"{made_for}: it can read on, but "
             "was not trained to; --max-length cuts rows",
             LorakinWarning,
             stacklevel=2,
@@ -102,7 +114,7 @@ def check_rows(
 
 
 def check_prompt(ids: Iterable[int], loaded: Any) -> None:
-    """See that the embedding has a row for each token of a prompt.
+    """Checks that the embedding has a row for each token of a prompt.
 
     Raises:
         DataError: it has not.
@@ -113,15 +125,19 @@ def check_prompt(ids: Iterable[int], loaded: Any) -> None:
 def _refuse(over: int, rows: int, loaded: Any, where: str) -> None:
     text = loaded.tokenizer.convert_ids_to_tokens(over)
     raise DataError(
-        f"{where}: the token {text!r} has the id {over}, but the embedding of {loaded.name} has {rows} rows, 0 to {rows - 1}; "
-        f"its tokenizer knows {len(loaded.tokenizer)} tokens. Give it rows with model.resize_token_embeddings("
-        f"{len(loaded.tokenizer)}), save model and tokenizer to a directory, and take that as --model, with "
-        f"--trainable-tokens '{text}' so that the new row learns; or take the tokenizer that the model was made with"
+        f"{where}: the token {text!r} has the id {over}, but the embedding of {loaded.name} has "
+        f"{rows} rows, 0 to {rows - 1}; "
+        f"its tokenizer knows {len(loaded.tokenizer)} tokens. Give it rows with "
+        "model.resize_token_embeddings("
+        f"{len(loaded.tokenizer)}), save model and tokenizer to a directory, and take that as "
+        "--model, with "
+        f"--trainable-tokens '{text}' so that the new row learns; or take the tokenizer that the "
+        "model was made with"
     )
 
 
 def _embedding_rows(model: Any) -> int | None:
-    """How many tokens the input embedding has rows for; None if it is not to be found."""
+    """Returns how many rows the input embedding has; None if it cannot be found."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -135,7 +151,7 @@ def _is_table(path: str) -> bool:
 
 
 def _first(table: Any) -> int:
-    """The row of the first position."""
+    """Returns the row of the first position."""
     if (padding := getattr(table, "padding_idx", None)) is not None:
         return int(padding) + 1
     return int(getattr(table, "offset", 0))

@@ -1,8 +1,8 @@
-"""The one door to transformers' loaders: what is read of a model comes through here, and no code beside it ever runs.
+"""The one door to transformers' loaders: no code beside a model ever runs.
 
 A test finds every other call of such a loader. There is no option to trust a model's own code: it
-is trusted nowhere, so that a person who reads this file has read all of it. An adapter that lies
-beside a model is not applied here either; `models.load_model` says that it is there.
+is trusted nowhere, so a person who reads this file has read all of it. An adapter that lies beside
+a model is not applied here; `models.load_model` says that it is there.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_ADAPTER: dict[str, Any] = {"adapter_kwargs": {"subfolder": ".lorakin-applies-no-adapter"}}
 """transformers looks for an adapter there instead of beside the model."""
 TENSORS, NUMBERS = 60_000, 10**14
-"""Parameters of a model, and numbers in them, of which only a config is known: more than any has."""
+"""The most parameters, and numbers in them, of a model of which only a config is known."""
 
 
 def config(source: str | Path, **options: Any) -> Any:
-    """The config of a model in a directory, in a `.gguf` file (`gguf_file`), or on the hub."""
+    """Returns the config of a model in a directory, a `.gguf` file (`gguf_file`), or on the hub."""
     return transformers.AutoConfig.from_pretrained(str(source), **{**options, **NO_CODE})
 
 
 def raw_config(source: str | Path) -> dict[str, Any]:
-    """A config as its file has it, before anything is made of it."""
+    """Returns a config as its file has it."""
     said: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(str(source))[0]
     return said
 
 
 def model(auto: Any, source: str | Path, **options: Any) -> Any:
-    """A model with its weights, of the class or Auto class `auto`."""
+    """Returns a model with its weights, of the class or Auto class `auto`."""
     found = auto.from_pretrained(str(source), **{**options, **NO_CODE, **NO_ADAPTER})
     _answer_by_name(found[0] if isinstance(found, tuple) else found)
     return found
 
 
 def made(auto: Any, config: Any, **options: Any) -> Any:
-    """A model of a config alone, which has no weights of its own.
+    """Returns a model from a config alone, without stored weights.
 
     Raises:
         ModelError: the config asks for more parameters than any model has.
     """
     is_auto = not (isinstance(auto, type) and issubclass(auto, nn.Module))
-    with bounded(TENSORS, NUMBERS, "its config"):
+    with limited_size(TENSORS, NUMBERS, "its config"):
         found = (
             auto.from_config(config, **{**options, **NO_CODE})
             if is_auto
@@ -65,23 +65,23 @@ def made(auto: Any, config: Any, **options: Any) -> Any:
 
 
 def _answer_by_name(model: Any) -> None:
-    """Let a model answer with outputs by name, as everything here reads them, also one whose config asks for a tuple."""
+    """Lets a model answer with named outputs, also if its config asks for a tuple."""
     model.config.return_dict = True
 
 
 def tokenizer(source: str | Path, **options: Any) -> Any:
-    """The tokenizer of a model."""
+    """Returns the tokenizer of a model."""
     return transformers.AutoTokenizer.from_pretrained(str(source), **{**options, **NO_CODE})
 
 
 def snapshot(name: str) -> Path:
-    """The files of a hub id on this machine, without other frameworks' weights."""
+    """Fetches a hub id's files, without other frameworks' weights; returns their directory."""
     ignored = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
     return Path(huggingface_hub.snapshot_download(name, ignore_patterns=ignored))
 
 
 def holds(name: str, file: str) -> bool:
-    """Whether a hub id has this file, as far as can be known now; it is fetched if it does."""
+    """Whether a hub id has this file, as far as can be known now; the file is fetched."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     return (
         cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
@@ -91,10 +91,13 @@ def holds(name: str, file: str) -> bool:
 
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Turns whatever libraries say of a stranger's file into one sentence that begins with `what`.
+    """Turns whatever a library raises about a file from outside into one sentence.
 
-    Their errors for a file that is damaged or lies are of every class, so none is left out. The
-    files' own tests come before, so that what a user is likely to meet is said better than here.
+    A damaged file makes libraries raise errors of every class, so all are caught. Our own checks
+    run before, and describe the likely faults better.
+
+    Args:
+        what: how the sentence begins.
 
     Raises:
         ModelError: instead of what was raised inside.
@@ -109,13 +112,18 @@ def readable(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
-    """Ends the making of a model that has more than its source can hold, while it takes no memory.
+def limited_size(tensors: int, numbers: int, source: str) -> Iterator[None]:
+    """Stops the making of a model that is larger than its source can hold, before it takes memory.
 
-    transformers makes a model on the meta device first, and each module says what it is given.
+    transformers makes a model on the meta device first, and each module registers what it is given.
+
+    Args:
+        tensors: the most parameters and buffers.
+        numbers: the most numbers in them.
+        source: where the model comes from, for the message.
 
     Raises:
-        ModelError: more parameters and buffers than `tensors`, or more numbers in them than `numbers`.
+        ModelError: it has more.
     """
     seen: set[tuple[int, str]] = set()
     total, thread = 0, threading.get_ident()
@@ -133,7 +141,8 @@ def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
                 else f"{total:,} numbers or more"
             )
             raise ModelError(
-                f"the config asks for a model of {asked}, which {source} cannot hold: one of its counts is wrong"
+                f"the config asks for a model of {asked}, which {source} cannot hold: one of its "
+                "counts is wrong"
             )
 
     with (
@@ -145,7 +154,7 @@ def bounded(tensors: int, numbers: int, source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars and its note that a new head is new."""
+    """Turns off transformers' progress bars and its note that a new head is new."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""What a model's directory must be before any library reads it: no file in it is taken on its word.
+"""What a model's directory must be before any library reads it: no file in it is trusted.
 
 transformers makes the model that config.json describes, and then looks for its weights. So the
-counts in the config are compared with the weights first, while nothing has been taken into memory.
+counts in the config are compared with the weights first, before anything takes memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIGS = ("config.json", "generation_config.json")
 PARSED = (
-    CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json",
 )  # fmt: skip
-"""Files that loaders take for JSON objects."""
+"""Files that loaders read as JSON objects."""
 LARGEST_JSON = 2**26
 COUNTED = re.compile(r"layer|depth|block|stage|label|expert", re.IGNORECASE)
 MOST = 100_000
-"""Keys of a config that say how many things Python makes, in lists and modules; and more than any of them is."""
+"""Keys of a config that count things which Python makes; and more than any model has."""
 COPIES, MOST_COPIES = re.compile(r"num_beam|return_sequences"), 1000
-"""Keys that say how often generation runs a text side by side; and more than anyone does."""
+"""Keys that say how many texts generation runs side by side; and more than anyone does."""
 KERNELS = (
     "attn_implementation",
     "_attn_implementation",
@@ -44,7 +45,7 @@ KERNELS = (
     "_experts_implementation",
 )
 SPREAD, SLACK = 16, 10**8
-"""Numbers that a byte of weights may stand for (8 of one bit, and a tied partner); numbers that may be new, such as a head."""
+"""Most numbers for a byte of weights (8 of a bit each, and as many tied), and in a new head."""
 BITSANDBYTES, PACKED = "bitsandbytes", re.compile(r"\.(quant_state\.|SCB$|absmax$)")
 """A quant_method, and what stands beside each weight that it has packed."""
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -52,27 +53,28 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """The weights in a directory: how many tensors, and bytes in all."""
+    """How large the weights in a directory are: tensors, and bytes in all."""
 
     tensors: int
     bytes: int
 
     @property
     def most_tensors(self) -> int:
-        """As many as a model of it can have: ties, heads and experts apart have names of their own."""
+        """As many tensors as a model of it can have: ties, heads and experts count apart."""
         return 4 * self.tensors + 2000
 
     @property
     def most_numbers(self) -> int:
-        """As many as a model of it can have, see `SPREAD`."""
+        """As many numbers as a model of it can have; see `SPREAD`."""
         return SPREAD * self.bytes + SLACK
 
 
 def check_config(folder: Path) -> dict[str, Any]:
-    """The config of a model's directory, without counts that no model has, and without code that it would fetch.
+    """Returns the config of a model's directory, once its JSON files were checked.
 
     Raises:
-        ModelError: a file that is none, or that is damaged or lies.
+        ModelError: no model's directory; a file that is damaged; a count that no model has; code
+            that would be fetched.
     """
     for entry in sorted(folder.iterdir()):
         if entry.exists() and not entry.is_file() and not entry.is_dir():
@@ -89,7 +91,13 @@ def check_config(folder: Path) -> dict[str, Any]:
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config's counts beyond `MOST`, an implementation that is fetched from the hub, and what names no classes.
+    """Checks a config's values before a model is made of it.
+
+    Refused are counts beyond `MOST`, implementations from the hub, and classes without names.
+
+    Args:
+        config: the config.
+        where: its place, for messages.
 
     Raises:
         ModelError: such a value.
@@ -102,13 +110,15 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(f"{where}: {key} is {float(value):g}, more than any model has")
         if key in KERNELS and isinstance(value, str) and "/" in value:
             raise ModelError(
-                f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key out"
+                f"{where}: {key} is {value!r}, code from the hub, which is not run; leave the key "
+                "out"
             )
     ends = config.get("eos_token_id")
     named = ends if isinstance(ends, list) else [ends] if ends is not None else []
     if not all(type(one) is int and -1 <= one < 2**31 for one in named):
         raise ModelError(
-            f"{where}: eos_token_id is {str(ends)[:80]!r}, expected a token's number, or a list of them"
+            f"{where}: eos_token_id is {str(ends)[:80]!r}, expected a token's number, or a list "
+            "of them"
         )
     classes, labels = config.get("architectures"), config.get("id2label")
     if not (
@@ -126,15 +136,17 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
 
 
 def check(folder: Path) -> StoredTensor:
-    """See that a model's directory can be loaded, as far as its files alone say.
+    """Checks a model's directory, as far as its files alone tell, and returns its size.
 
     Raises:
-        ModelError: as `check_config`; or weights that are missing, damaged, outside of the directory, or no tensors.
+        ModelError: as `check_config`; or weights that are missing, damaged, outside of the
+            directory, or no tensors.
     """
     packing = check_config(folder).get("quantization_config")
     if strange := [entry.name for entry in folder.iterdir() if DISTRIBUTED.fullmatch(entry.name)]:
         raise ModelError(
-            f"{folder} holds a part of a distributed checkpoint ({strange[0]}); save the model whole"
+            f"{folder} holds a part of a distributed checkpoint ({strange[0]}); save the model "
+            "whole"
         )
     files, index = weight_files(folder)
     if not files:
@@ -147,7 +159,8 @@ def check(folder: Path) -> StoredTensor:
             at[key] = file.name
     if lacking := [key for key, file in index.items() if at.get(key) != file]:
         raise ModelError(
-            f"{folder}: its index says that {lacking[0]} is in {index[lacking[0]]}, which does not hold it"
+            f"{folder}: its index says that {lacking[0]} is in {index[lacking[0]]}, which does "
+            "not hold it"
         )
     if (
         isinstance(packing, dict)
@@ -155,17 +168,18 @@ def check(folder: Path) -> StoredTensor:
         and not any(map(PACKED.search, at))
     ):
         raise ModelError(
-            f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, which are plain; leave it out, "
+            f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, "
+            "which are plain; leave it out, "
             "and say --quantize to have them in few bits"
         )
     return StoredTensor(len(at), sum(file.stat().st_size for file in files))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files that hold a model's weights, the same ones that transformers takes, and what their index says.
+    """Returns the files with a model's weights, those that transformers takes, and their index.
 
     Raises:
-        ModelError: an index that is damaged, or names files that are missing or outside of the directory.
+        ModelError: an index that is damaged, or names files that are missing or outside.
     """
     for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
         if (folder / single).is_file():
@@ -192,13 +206,14 @@ def _sharded(index: Path, suffix: str) -> tuple[list[Path], Mapping[str, str]]:
         raise ModelError(f"{index} names {other[0]!r}, expected files that end in {suffix}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise ModelError(
-            f"{index} names files that are not there: {some(missing)}; fetch or copy the whole model"
+            f"{index} names files that are not there: {some(missing)}; fetch or copy the whole "
+            "model"
         )
     return [index.parent / name for name in names], said
 
 
 def tensors_in(file: Path) -> Iterable[str]:
-    """The names of the tensors in a file of weights.
+    """Returns the names of the tensors in a file of weights.
 
     Raises:
         ModelError: it is damaged, or holds something else.
@@ -213,13 +228,14 @@ def tensors_in(file: Path) -> Iterable[str]:
 
 
 def _pickled(file: Path) -> Iterable[str]:
-    """The names in a `.bin`, read without its numbers: its pickle may hold tensors and nothing that runs."""
+    """Returns the names in a `.bin`, read without its numbers; nothing in it is run."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ModelError(
-                        f"{file} is compressed, which no file of weights is; it may unfold without end"
+                        f"{file} is compressed, which no file of weights is; it may unfold "
+                        "without end"
                     )
         content = torch.load(file, map_location="meta", weights_only=True)
     except ModelError:
@@ -230,7 +246,8 @@ def _pickled(file: Path) -> Iterable[str]:
         ) from None
     except Exception as error:  # torch's reader has every kind for a damaged file
         raise ModelError(
-            f"{file} cannot be read as weights ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+            f"{file} cannot be read as weights "
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
         ) from None
     if not isinstance(content, dict) or not all(
         isinstance(t, Tensor) and isinstance(key, str) for key, t in content.items()
@@ -240,7 +257,8 @@ def _pickled(file: Path) -> Iterable[str]:
         )
     if strange := [key for key, t in content.items() if not is_plain(t)]:
         raise ModelError(
-            f"{file}: tensor {shown(strange[0])} is no plain dense tensor ({content[strange[0]].layout})"
+            f"{file}: tensor {shown(strange[0])} is no plain dense tensor "
+            f"({content[strange[0]].layout})"
         )
     storages = {
         storage._cdata: storage.nbytes()
@@ -255,7 +273,7 @@ def _pickled(file: Path) -> Iterable[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, with its class where that line alone says nothing."""
+    """Returns an error's first line, with its class if the line alone says nothing."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     if line and not isinstance(
@@ -266,7 +284,11 @@ def first_line(error: BaseException) -> str:
 
 
 def read_object(path: Path, unique: bool = False) -> dict[str, Any]:
-    """A file's JSON object, in which with `unique` no key stands twice.
+    """Returns a file's JSON object.
+
+    Args:
+        path: the file.
+        unique: whether a key that stands twice is refused.
 
     Raises:
         ModelError: it is too large, no JSON, or no object.
@@ -294,7 +316,7 @@ def read_object(path: Path, unique: bool = False) -> dict[str, Any]:
 
 
 def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value in a config with the key that it stands under, also in lists and in parts of the config."""
+    """Yields every value in a config with its key, also in lists and in parts of the config."""
     waiting: list[tuple[str, Any]] = list(content.items())
     while waiting:
         key, value = waiting.pop()

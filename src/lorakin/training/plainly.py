@@ -1,7 +1,7 @@
-"""Generating by settings of our own: of what lies in a model's generation_config.json only the ids that end an answer count.
+"""Generating by our own settings: of a model's generation_config.json only the stop ids count.
 
-The rest chooses another way of decoding, or other outputs, for those who know the model: beams, penalties, biases. Which of
-it transformers takes differs by its version, and what it does not take ends in its midst.
+The rest of that file is for people who know the model: beams, penalties, biases, other outputs.
+Which of it transformers takes differs by version, and what it does not take fails midway.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakin.errors import ModelError
 
 @contextlib.contextmanager
 def by_own_settings(model: Any, **settings: Any) -> Iterator[None]:
-    """`model.generate` takes these settings alone: it would add to those that it is given what the model's own say."""
+    """Lets `model.generate` use these settings alone, without the model's own."""
     before = model.generation_config
     model.generation_config = transformers.GenerationConfig(**settings)
     try:
@@ -29,25 +29,26 @@ def by_own_settings(model: Any, **settings: Any) -> Iterator[None]:
 
 
 class OnlyNumbers(transformers.LogitsProcessor):
-    """Ends an answer at logits that are NaN or infinite, of which an argmax makes a token all the same.
+    """Stops generation at logits that are NaN or infinite: an argmax would still pick a token.
 
     Raises:
-        ModelError: in the midst of `generate`.
+        ModelError: within `generate`.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are, (batch, vocabulary); -inf is what a filter writes."""
+        """Returns the scores, (batch, vocabulary), as they are; filters write -inf."""
         if bool((scores.isnan() | scores.isposinf()).any()) or bool(torch.isneginf(scores).all()):
             raise not_numbers(self.name)
         return scores
 
 
 def not_numbers(name: str) -> ModelError:
-    """What to say of a model that computes no numbers."""
+    """Returns the error for a model that computes no numbers."""
     return ModelError(
-        f"what {name} computes is NaN or infinite, so it says nothing: its weights, or the adapter's, are too large or "
+        f"what {name} computes is NaN or infinite, so it says nothing: its weights, or the "
+        "adapter's, are too large or "
         "damaged. Try --dtype float32, or other files"
     )

@@ -1,4 +1,4 @@
-"""In how many bits, and where, a model is kept: its dtype, its quantisation, its device."""
+"""How a model is kept: its dtype, its quantisation, its device."""
 
 from __future__ import annotations
 
@@ -17,35 +17,43 @@ from lorakin.training import processes
 
 QUANTISATIONS: dict[str, tuple[str, Callable[[torch.dtype, list[str] | None], Any]]] = {
     "nf4": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip,
     )),
     "int8": ("bitsandbytes", lambda dtype, skip: transformers.BitsAndBytesConfig(
         load_in_8bit=True, llm_int8_skip_modules=skip
     )),
     "torchao-int8": ("torchao", lambda dtype, skip: transformers.TorchAoConfig(
-        importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(), modules_to_not_convert=skip
+        importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(),
+        modules_to_not_convert=skip,
     )),
 }  # fmt: skip
-"""What `quantize` may be → the package that it needs, and transformers' config of it: for a dtype to compute in, with modules
-that stay as they are (None: the head)."""
+"""What `quantize` may be → the package that it needs, and what makes transformers' config.
+
+That takes the dtype to compute in, and the modules that stay as they are (None: the head).
+"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quantisation(word: str) -> Callable[[torch.dtype, list[str] | None], Any]:
-    """What makes transformers' config for a word of `QUANTISATIONS`."""
+    """Returns what makes transformers' config for a word of `QUANTISATIONS`.
+
+    Raises:
+        SettingError: an unknown word, or its package is missing.
+    """
     if word not in QUANTISATIONS:
         raise SettingError(f"quantize must be one of {', '.join(QUANTISATIONS)}, not {word!r}")
     package, config = QUANTISATIONS[word]
     if importlib.util.find_spec(package) is None:
         raise SettingError(
-            f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install {package}"
+            f"quantize={word} needs {package}: pip install 'lorakin[quantised]', or pip install "
+            f"{package}"
         )
     return config
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one, this process's own if there are several processes; else the CPU."""
+    """Returns a GPU, this process's own if there are several processes; else the CPU."""
     if processes.count() > 1:
         return torch.device(processes.joined().device)
     accelerator = torch.accelerator.current_accelerator()
@@ -57,7 +65,10 @@ def best_device() -> torch.device:
 
 
 def resolve_dtype(dtype: str, classification: bool = False) -> str:
-    """`dtype`, with "auto" decided: float32 for a classifier, whose new head learns in the model's dtype; else the fastest.
+    """Returns the dtype that a user asked for, with "auto" decided.
+
+    "auto" is float32 for a classifier, whose new head learns in the model's dtype; for others it is
+    the fastest.
 
     Raises:
         SettingError: an unknown dtype.
@@ -70,7 +81,10 @@ def resolve_dtype(dtype: str, classification: bool = False) -> str:
 
 
 def fastest_dtype() -> str:
-    """bfloat16 where this machine multiplies matrices faster in it, else float32: measured on a CPU, about 50 ms."""
+    """Returns "bfloat16" if this machine multiplies matrices faster in it, else "float32".
+
+    On a CPU it is measured, in about 50 ms.
+    """
     if best_device().type != "cpu":
         return (
             "bfloat16"

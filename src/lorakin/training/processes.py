@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun or `accelerate launch` started them; usually this one alone."""
+"""The processes that train one model together, started by torchrun or accelerate; usually one."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many there are, as their launcher says."""
+    """Returns how many processes train, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def joined() -> Any:
-    """Accelerate's state of this process; the first call makes the processes find each other."""
+    """Returns Accelerate's state of this process; the first call lets the processes connect."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this process writes files and talks to the user."""
     return count() == 1 or bool(joined().is_main_process)
 
 
 def wait() -> None:
-    """Go on when all are here."""
+    """Waits until all processes are here."""
     if count() > 1:
         joined().wait_for_everyone()
 
 
 def agreed(value: T) -> T:
-    """What the first process has for `value`, in all of them."""
+    """Returns the first process's value, in all of them."""
     if count() == 1:
         return value
     joined()
@@ -56,10 +56,10 @@ def everywhere(holds: bool) -> bool:
 
 
 def by_first(act: Callable[[], T]) -> T:
-    """What `act` gives in the first process, in all of them.
+    """Returns what `act` returns in the first process, in all of them.
 
     Raises:
-        LorakinError: that of the first process, in all of them.
+        LorakinError: what the first process raised, in all of them.
     """
     if count() == 1:
         return act()
@@ -74,3 +74,10 @@ def by_first(act: Callable[[], T]) -> T:
     if wrong is not None:
         raise wrong
     return value
+
+
+def first_writes(write: Callable[[], object]) -> None:
+    """Lets the first process write; the others wait until it has."""
+    if is_first():
+        write()
+    wait()

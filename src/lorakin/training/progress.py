@@ -1,4 +1,4 @@
-"""What a user sees of a run while it lasts: a live bar on a terminal, lines elsewhere; and `metrics.jsonl`."""
+"""What a user sees of a run while it lasts: a bar or lines, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from lorakin.storage import atomic, files
 from lorakin.storage.schema import Check, Count, Misfit, fitted
 
 MOST_BYTES = 1 << 28
-"""Of a file of metrics: a million steps take some hundred million."""
+"""The longest file that is read; a million steps take some hundred million bytes."""
 KINDS: dict[str, Any] = {
     "step": Count,
     "rows": str | int,
     "eval_count": Annotated[float, Check("a count", lambda count: 0 <= count < 1e15)],
 }
-"""What is no plain number in a row."""
+"""Names in a row whose values are no plain numbers."""
 
 
 def memory_bytes() -> int:
-    """What the process holds now: on a GPU the allocated memory, else resident memory."""
+    """Returns what the process holds now: allocated memory on a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """The most that the process has held so far, in the same sense."""
+    """Returns the most that the process has held so far, in the same sense."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -52,12 +52,15 @@ def peak_memory_bytes() -> int:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object per line, appended as the run goes on."""
+    """`metrics.jsonl`: one JSON object a line, appended as the run goes on."""
 
     def __init__(self, path: Path, from_step: int = 0, writes: bool = True) -> None:
-        """Open `path`; rows of steps after `from_step`, left by an interrupted run, are dropped.
+        """Opens the file; rows after `from_step`, left by an interrupted run, are dropped.
 
-        Of several processes one `writes`.
+        Args:
+            path: the file.
+            from_step: the step from which the run goes on.
+            writes: whether this process writes; of several, one does.
         """
         self.path, self.writes = path, writes
         if not writes:
@@ -68,17 +71,17 @@ class Metrics:
         )
 
     def add(self, step: int, **values: float) -> None:
-        """Append a row."""
+        """Appends a row."""
         if not self.writes:
             return
         with files.appending(self.path) as file:
             file.write((json.dumps({"step": step, **values}) + "\n").encode())
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far; a last line that was cut off by a kill is left out.
+        """Returns all rows so far, without a last line that a kill cut off.
 
         Raises:
-            DataError: what lies there is no file of metrics.
+            DataError: the file holds something else.
         """
         if not self.path.exists():
             return []
@@ -107,7 +110,7 @@ class Metrics:
         return row
 
     def plot(self, path: Path) -> None:
-        """Draw the loss over the steps, and the held-out loss where it was taken."""
+        """Draws the loss over the steps, and the held-out loss where it was taken."""
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
@@ -144,7 +147,15 @@ class Metrics:
 
 
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential running mean, unbiased at its start."""
+    """Returns an exponential running mean that is unbiased at its start.
+
+    >>> running_mean([1.0, 1.0, 1.0])
+    [1.0, 1.0, 1.0]
+
+    Args:
+        values: the values.
+        keep: the weight of what came before, in [0, 1).
+    """
     mean, weight, out = 0.0, 0.0, []
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
@@ -153,7 +164,7 @@ def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
 
 
 class Watch(transformers.TrainerCallback):
-    """A Trainer callback that shows step, loss, learning rate, tokens per second, time left and memory."""
+    """A Trainer callback that shows step, loss, rate, tokens per second, time left and memory."""
 
     def __init__(self, console: Console, metrics: Metrics) -> None:
         self.console = console
@@ -190,7 +201,10 @@ class Watch(transformers.TrainerCallback):
         self.metrics.add(
             state.global_step, **values, tokens_per_second=round(speed, 1), memory_bytes=memory
         )
-        figures = f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {speed:,.0f} tok/s  {memory / 2**30:.1f} GiB"
+        figures = (
+            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
+            f"{speed:,.0f} tok/s  {memory / 2**30:.1f} GiB"
+        )
         self.progress.update(self.task, completed=state.global_step, figures=figures)
         now = time.perf_counter()
         if not self.console.is_terminal and (

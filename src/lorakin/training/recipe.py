@@ -1,290 +1,259 @@
-"""A recipe: everything that decides a training run, as one YAML file that runs it again."""
+"""The recipe: every setting of a training run, with its type, its default and its help text.
+
+The fields of `Recipe` are the keys of a recipe's YAML file (`recipe_file.py`) and the options of
+`lorakin train` (`cli/recipe_options.py`). What a field may be is said once, as its type.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import math
 import types
 import typing
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lorakin.errors import SettingError
-from lorakin.family import Method, method_named
-from lorakin.family.settings import one_of, require
-from lorakin.inject.biases import ADAPTED, ALL, NONE
-from lorakin.inject.placement import RANK_ABOVE
-from lorakin.storage import atomic, files
-from lorakin.training import schedules
-from lorakin.training.answers import ANSWERS, LOSS_ON
+from lorakin.storage.schema import Check, Count, Misfit, Positive, fitted
 from lorakin.training.formats import NAMES
 
-BIASES = (NONE, ADAPTED, ALL)
+if TYPE_CHECKING:
+    from lorakin.family import Method
+
+MODEL_HELP = "A hub id, a model's directory, a .gguf file, or the packaged smollm2 or minilm."
+DATA_HELP = (
+    "A .jsonl, .json, .csv, .tsv, .txt or .parquet file, perhaps .gz; "
+    "or a hub data set, as org/set:split."
+)
+EARLIER_WORDS = ("answer",)
+"""What recipes of lorakin 0.1 say as `loss_on` for "answers"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """How the command line offers a field of `Recipe`.
+
+    Attributes:
+        help: what the field means.
+        names: the option's names, where they are not just `--` and the field's name.
+        default: the default in words, where the field's own value does not say it.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    default: str | None = None
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+AtLeastOne = Annotated[int, Check("a whole number ≥ 1", lambda value: value >= 1)]
+Epochs = Annotated[float, Check("a number above 0, below 1e9", lambda value: 0 < value < 1e9)]
+NotNegative = Annotated[float, Check("a number ≥ 0", lambda value: value >= 0)]
+Warmup = Annotated[float, Check("a share of the steps in [0, 1)", lambda value: 0 <= value < 1)]
+Holdout = Annotated[float, Check("a share between 0 and 1", lambda value: 0 < value < 1)]
+Seed = Annotated[int, Check("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)]
+Day = Annotated[str, Check("a day such as 2026-11-30", _is_day)]
+Layout = Annotated[str, Check(f"one of {', '.join(NAMES)}", NAMES.__contains__)]
+Sources = Annotated[list[str], Check("at least one file or hub data set", bool)]
 
 
 @dataclasses.dataclass
 class Recipe:
-    """The settings of one run of `lorakin train`; the fields are the command's options.
+    """The settings of one run of `lorakin train`.
 
-    `method` names a member of the family, or several, as `dora,lora+`. `rank`, `alpha`, `dropout` and `lr` left at None take
-    the method's own defaults; `settings` holds whatever else its members have, such as `ratio: 8`.
+        >>> recipe = Recipe(model="smollm2", data="rows.jsonl", out="adapter", rank=8, lr="2e-4")
+        >>> recipe.lr, recipe.data
+        (0.0002, ['rows.jsonl'])
+        >>> recipe.build().learning_rate
+        0.0002
+
+    `method` names a member of the family, or several: `dora,lora+`. Where `rank`, `alpha`,
+    `dropout` or `lr` is None, the method's own default counts. `settings` holds the members' other
+    settings, such as `ratio: 8`.
+
+    Raises:
+        SettingError: a value of the wrong type or outside its range; two fields that contradict
+            each other; a schedule that cannot be built.
     """
 
-    model: str
-    data: list[str]
-    out: str
-    method: str = "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    rslora: bool | None = None
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    targets: list[str] = dataclasses.field(default_factory=lambda: ["all-linear"])
-    exclude: list[str] = dataclasses.field(default_factory=list)
-    layers: str | None = None
-    modules_to_save: list[str] = dataclasses.field(default_factory=list)
-    rank_above: str = "refuse"
-    trainable_tokens: list[str] = dataclasses.field(default_factory=list)
-    bias: str = "none"
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    format: str | None = None
-    eval_data: str | None = None
-    holdout: float = 0.1
-    lr: float | None = None
-    schedule: str = "cosine"
-    schedule_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    max_length: int = 1024
-    loss_on: str = ANSWERS
-    chat_template: bool | str = True
-    template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    date: str | None = None
-    gradient_checkpointing: bool = False
-    fuse: bool = False
-    dtype: str = "auto"
-    quantize: str | None = None
-    save_every: int | None = None
-    seed: int = 0
+    model: Annotated[str, Option(MODEL_HELP, ("--model", "-m"))]
+    data: Annotated[Sources, Option(f"{DATA_HELP} May be given several times.", ("--data", "-d"))]
+    out: Annotated[str, Option("A new directory for the adapter.", ("--out", "-o"))]
+    method: Annotated[
+        str, Option("A member of the family, or several: dora,lora+. See lorakin methods.")
+    ] = "lora"
+    rank: Annotated[
+        int | None, Option("Rank of the pairs.", default="the method's own, 16 for lora")
+    ] = None
+    alpha: Annotated[
+        float | None, Option("Scale is alpha/rank.", default="the method's own, 32 for lora")
+    ] = None
+    dropout: Annotated[float | None, Option("Dropout of the adapter's input.", default="0")] = None
+    rslora: Annotated[bool | None, Option("Scale by alpha/√rank.", default="no")] = None
+    settings: Annotated[
+        dict[str, Any],
+        Option(
+            "Any other setting of the method, as ratio=8; lorakin methods lists them.", ("--set",)
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    targets: Annotated[
+        list[str], Option("Names, globs, regular expressions; none: the head alone.")
+    ] = dataclasses.field(default_factory=lambda: ["all-linear"])
+    exclude: Annotated[list[str], Option("Modules to leave out.")] = dataclasses.field(
+        default_factory=list
+    )
+    layers: Annotated[str | None, Option("Only in these layers, such as 0-3,8,-1.")] = None
+    modules_to_save: Annotated[list[str], Option("Modules to train whole.")] = dataclasses.field(
+        default_factory=list
+    )
+    rank_above: Annotated[
+        Literal["refuse", "clamp"],
+        Option(
+            "A rank above a weight's smaller side: refuse, or clamp it to that for such modules."
+        ),
+    ] = "refuse"
+    trainable_tokens: Annotated[
+        list[str],
+        Option("Tokens, or their ids, whose rows in the embedding and the head are trained."),
+    ] = dataclasses.field(default_factory=list)
+    bias: Annotated[
+        Literal["none", "lora_only", "all"],
+        Option("Biases to train: none, lora_only (of the adapted modules) or all."),
+    ] = "none"
+    columns: Annotated[
+        dict[str, str],
+        Option("Which columns are meant: prompt=question,completion=reply. Others are left aside."),
+    ] = dataclasses.field(default_factory=dict)
+    format: Annotated[
+        Layout | None, Option(f"What rows are: {', '.join(NAMES)}.", default="detected")
+    ] = None
+    eval_data: Annotated[str | None, Option("Held-out rows.", default="split off the data")] = None
+    holdout: Annotated[Holdout, Option("Share to hold out, at most 256 rows.")] = 0.1
+    lr: Annotated[
+        Positive | None,
+        Option(
+            "Learning rate.", ("--lr", "--learning-rate"), default="the method's own, 2e-4 for lora"
+        ),
+    ] = None
+    schedule: Annotated[str, Option("Of the learning rate: cosine, linear, constant …")] = "cosine"
+    schedule_args: Annotated[
+        dict[str, Any],
+        Option("What a schedule needs or can have, as min_lr=1e-5.", ("--schedule-arg",)),
+    ] = dataclasses.field(default_factory=dict)
+    warmup: Annotated[Warmup, Option("Share of the steps.")] = 0.05
+    weight_decay: Annotated[NotNegative, Option("Of AdamW.")] = 0.0
+    max_grad_norm: Annotated[NotNegative, Option("Clips gradients to this norm; 0: not.")] = 1.0
+    steps: Annotated[AtLeastOne | None, Option("Optimizer steps.", default="one epoch")] = None
+    epochs: Annotated[Epochs | None, Option("Passes over the data.")] = None
+    batch_size: Annotated[AtLeastOne, Option("Rows at a time.")] = 8
+    accumulate: Annotated[AtLeastOne, Option("Batches per optimizer step.")] = 1
+    max_length: Annotated[AtLeastOne, Option("Tokens per row; longer rows are cut.")] = 1024
+    loss_on: Annotated[
+        Literal["last", "answers", "all"],
+        Option("answers: all turns of the assistant; last: the last one; all: every token."),
+    ] = "answers"
+    chat_template: Annotated[
+        bool | str,
+        Option("A file with another chat template than the model's, or alpaca."),
+    ] = True
+    template_args: Annotated[
+        dict[str, Any],
+        Option("A variable of the chat template: enable_thinking=false.", ("--template-arg",)),
+    ] = dataclasses.field(default_factory=dict)
+    date: Day | None = None
+    gradient_checkpointing: Annotated[bool, Option("Less memory, more time.")] = False
+    fuse: Annotated[
+        bool, Option("Norms, activations, loss in less memory (Llama-like models).")
+    ] = False
+    dtype: Annotated[str, Option("float32, bfloat16, float16, auto.")] = "auto"
+    quantize: Annotated[
+        str | None,
+        Option("Keep the base's linear layers in few bits: nf4, int8, torchao-int8.", default="no"),
+    ] = None
+    save_every: Annotated[
+        Count | None,
+        Option("Steps between checkpoints, 0: none.", default="a fifth of the run"),
+    ] = None
+    seed: Annotated[Seed, Option("Draws the start, the rows' order and the held-out rows.")] = 0
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            setattr(
-                self, field.name, _coerced(field.name, getattr(self, field.name), hints[field.name])
-            )
-        require(self.steps is None or self.epochs is None, "give steps or epochs, not both")
-        require(
-            self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}"
-        )
-        require(
-            self.epochs is None or 0 < self.epochs < 1e9,
-            f"epochs must be positive, not {self.epochs}",
-        )
-        for name in ("batch_size", "accumulate", "max_length"):
-            require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}"
-            )
-        require(
-            self.weight_decay >= 0, f"weight_decay must not be negative, not {self.weight_decay}"
-        )
-        require(
-            self.max_grad_norm >= 0, f"max_grad_norm must not be negative, not {self.max_grad_norm}"
-        )
-        require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
-        require(0 < self.holdout < 1, f"holdout must lie between 0 and 1, not {self.holdout}")
-        require(
-            0 <= self.warmup < 1,
-            f"warmup must be a share of the steps in [0, 1), not {self.warmup}",
-        )
-        one_of(self, "rank_above", RANK_ABOVE)
-        self.loss_on = (
-            ANSWERS if self.loss_on == "answer" else self.loss_on
-        )  # its name in recipes of lorakin 0.1
-        one_of(self, "loss_on", LOSS_ON)
-        require(bool(self.data), "data is missing; give a file or a hub data set")
-        require(
-            self.format in (None, *NAMES),
-            f"format must be one of {', '.join(NAMES)}, not {self.format!r}",
-        )
-        require(_is_date(self.date), f"date must be a day such as 2026-11-30, not {self.date!r}")
-        require(self.bias in BIASES, f"bias must be {', '.join(BIASES)}, not {self.bias!r}")
-        require(
-            self.lr is None or 0 < self.lr < float("inf"), f"lr must be positive, not {self.lr}"
-        )
-        require(
-            self.save_every is None or self.save_every >= 0,
-            f"save_every must not be negative, not {self.save_every}",
-        )
+        if self.loss_on in EARLIER_WORDS:
+            self.loss_on = "answers"
+        for name, kind in kinds().items():
+            value = _as_kind(kind, getattr(self, name))
+            try:
+                setattr(self, name, fitted(kind, value, name))
+            except Misfit as misfit:
+                raise SettingError(str(misfit)) from None
+        if self.steps is not None and self.epochs is not None:
+            raise SettingError("give steps or epochs, not both")
+
+        from lorakin.training import schedules  # which imports transformers
+
         schedules.check(self.schedule, self.schedule_args, self.lr or 1.0, self.steps, self.warmup)
 
     def build(self) -> Method:
-        """The method with the recipe's settings, and its members' own defaults for the others.
+        """Returns the method with the recipe's settings; the others are the members' defaults.
 
         Raises:
-            SettingError: an unknown member, a setting that none has, a value outside its range, members that do not combine.
+            SettingError: an unknown member, a setting that none of them has, a value outside its
+                range, or members that do not combine.
         """
-        given = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "rslora")}
-        given = {name: value for name, value in given.items() if value is not None}
-        for name in self.settings:
-            require(
-                name not in given,
-                f"{name} is given twice, as a setting of its own and under settings",
+        from lorakin.family import method_named  # which imports torch
+
+        own = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "rslora")}
+        given = {name: value for name, value in own.items() if value is not None}
+        if twice := given.keys() & self.settings.keys():
+            raise SettingError(
+                f"{min(twice)} is given twice, as a setting of its own and under settings"
             )
         return method_named(self.method, given | self.settings)
 
-    def save(self, path: Path) -> None:
-        """Write it as YAML, whole or not at all, without the settings that are None.
 
-        Raises:
-            OutputError: it cannot be written there.
-        """
-        settings = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if value not in (None, [], {})
-        }
-        header = f"# Run it again: lorakin train {path.name} --out ANOTHER_DIRECTORY\n"
-        text = header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        atomic.write(path.parent, {path.name: text.encode()})
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """Returns the type of each field of `Recipe`, by name, with its checks and its `Option`."""
+    return typing.get_type_hints(Recipe, include_extras=True)
 
 
-FIELDS = {field.name for field in dataclasses.fields(Recipe)}
+def option_of(name: str) -> Option | None:
+    """Returns the `Option` of a field, or None if the command line does not offer it.
 
-
-def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe in the YAML file `path`, if any, with `flags` (those that are not None) over it.
-
-    Raises:
-        SettingError: no such file, not YAML, an unknown setting, a wrong type, or model, data or out missing.
+    >>> option_of("warmup").help
+    'Share of the steps.'
     """
-    settings = settings_in(path) if path is not None else {}
-    given = {
-        key: value for key, value in flags.items() if value is not None and value not in ([], {})
-    }
-    if "steps" in given:
-        settings.pop("epochs", None)
-    if "epochs" in given:
-        settings.pop("steps", None)
-    inner = settings.pop("settings", None) or {}
-    require(isinstance(inner, dict), f"settings must be lines such as 'ratio: 8', not {inner!r}")
-    if given.get("method") not in (None, settings.get("method")):
-        inner = {}  # they are another method's
-    if given.get("schedule") not in (None, settings.get("schedule")):
-        settings.pop("schedule_args", None)
-    settings |= given | {"settings": inner | given.get("settings", {})}
-    for name in ("model", "data", "out"):
-        require(name in settings, f"--{name} is missing; give it as a flag or in the recipe")
-    return Recipe(**settings)
+    extras: Sequence[Any] = getattr(kinds()[name], "__metadata__", ())
+    return next((extra for extra in extras if isinstance(extra, Option)), None)
 
 
-def settings_in(path: Path) -> dict[str, Any]:
-    """The settings that the recipe in the YAML file `path` gives, by name.
+def plain(kind: Any) -> Any:
+    """Returns a type without its checks and without None.
 
-    Raises:
-        SettingError: no such file, not YAML, or an unknown setting.
+    >>> plain(Positive | None)
+    <class 'float'>
     """
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise SettingError(
-            f"the recipe {path} holds no settings; expected lines such as 'model: smollm2'"
-        )
-    settings = {str(key): value for key, value in content.items()}
-    if unknown := sorted(set(settings) - FIELDS):
-        raise SettingError(
-            f"the recipe {path} has unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(FIELDS))}"
-        )
-    return settings
+    if typing.get_origin(kind) is Annotated:
+        return plain(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        options = [one for one in typing.get_args(kind) if one is not type(None)]
+        return plain(options[0]) if len(options) == 1 else kind
+    return kind
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML's plain values. No aliases: a few lines of them stand for more values than any memory holds."""
+def as_number(value: Any) -> Any:
+    """Returns a text that is a number as that number: YAML reads 2e-4 as text.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", None)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]} stands in it twice", None
-            )
-        return super().construct_mapping(node, deep)
-
-
-MOST_BYTES = 1 << 20
-"""Of a recipe: one that is longer is something else."""
-
-
-def read_yaml(path: Path, what: str = "the recipe") -> Any:
-    """What the YAML file `path` holds: numbers, texts, lists and mappings, nothing that is run.
-
-    Raises:
-        SettingError: it cannot be read, is too long, or is not YAML.
+    >>> as_number("2e-4"), as_number("None"), as_number("cosine")
+    (0.0002, None, 'cosine')
     """
-    try:
-        content = files.content(path, MOST_BYTES, SettingError)
-        return yaml.load(content.decode("utf-8"), _Plain)
-    except SettingError as error:
-        raise SettingError(f"{what}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{what} {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        raise SettingError(f"{what} {path} is not YAML: {error}") from None
-
-
-def parse_columns(texts: Sequence[str]) -> dict[str, str]:
-    """`prompt=question,completion=answer` → {"prompt": "question", "completion": "answer"}.
-
-    Raises:
-        SettingError: a part without `=`, or a column that stands in it twice.
-    """
-    columns: dict[str, str] = {}
-    for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
-        target, equals, source = (piece.strip() for piece in part.partition("="))
-        require(
-            bool(equals and target and source),
-            f"--columns takes FORMATS=YOURS, such as prompt=question, not {part!r}",
-        )
-        require(target not in columns, f"--columns gives {target} twice")
-        columns[target] = source
-    return columns
-
-
-def parse_settings(texts: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """`ratio=8` → {"ratio": 8}; values as YAML reads them. `option` is where they were given.
-
-    Raises:
-        SettingError: a text without `=`, or with a value that is not YAML.
-    """
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        require(name.strip() not in settings, f"{option} gives {name.strip()} twice")
-        require(
-            bool(equals and name.strip()),
-            f"{option} takes NAME=VALUE, such as ratio=8, not {text!r}",
-        )
-        try:
-            settings[name.strip()] = _plain(yaml.load(value, _Plain))
-        except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
-            raise SettingError(f"{option} {text!r}: {value!r} is no value") from None
-    return settings
-
-
-def _plain(value: Any) -> Any:
-    """2e-4, which YAML reads as text, as the number that it is."""
     if value == "None":
         return None
     if isinstance(value, str):
@@ -295,48 +264,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_date(text: str | None) -> bool:
-    try:
-        return text is None or bool(datetime.date.fromisoformat(text))
-    except ValueError:
-        return False
-
-
-def _coerced(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type: YAML reads 2e-4 as text, and a lone target need not be a list."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+def _as_kind(kind: Any, value: Any) -> Any:
+    """Returns `value` as a field's type, where YAML or a user may write it as another one."""
+    kind = plain(kind)
+    origin = typing.get_origin(kind)
+    if value is None:
         return None
-    kind = next(option for option in options if option is not type(None))
-    if bool in options and str in options and isinstance(value, str):
-        return value
-    if typing.get_origin(kind) is dict:
-        require(isinstance(value, dict), f"{name} must be lines such as 'ratio: 8', not {value!r}")
+    if origin is list:  # one name need not be a list, and a token's id is a name too
+        items = value if isinstance(value, list | tuple) else [value]
+        return [str(item) if isinstance(item, int) else item for item in items]
+    if origin is dict and isinstance(value, dict):
         as_text = typing.get_args(kind)[1] is str
-        return {str(key): str(item) if as_text else _plain(item) for key, item in value.items()}
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        require(
-            all(isinstance(item, str | int | bool) for item in items),
-            f"{name} must be a list of names, not {value!r}",
-        )
-        return [str(item) for item in items]
-    try:
-        if kind is bool:
-            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-            return value
-        if kind is int:
-            require(
-                not isinstance(value, bool) and float(value) == int(float(value)),
-                f"{name} must be whole, not {value!r}",
-            )
-            return int(float(value))
-        if kind is float:
-            require(not isinstance(value, bool), f"{name} must be a number, not {value!r}")
-            return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, SettingError):
-            raise
-        raise SettingError(f"{name} must be a number, not {value!r}") from None
-    require(isinstance(value, str | int | float), f"{name} must be text, not {value!r}")
-    return str(value)
+        return {str(key): str(item) if as_text else as_number(item) for key, item in value.items()}
+    if kind is str and isinstance(value, int | float):
+        return str(value)
+    if kind in (int, float) and isinstance(value, str):
+        value = as_number(value)
+    if kind is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    return value

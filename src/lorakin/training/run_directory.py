@@ -1,4 +1,4 @@
-"""The directory of a run, `--out`: one run at a time works in it, and goes on from what is there."""
+"""The directory of a run, `--out`: one run at a time works in it and resumes from it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import Any
 
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import locks, paths
-from lorakin.training import checkpoints, processes
-from lorakin.training.recipe import Recipe, read_recipe, settings_in
+from lorakin.training import checkpoint_manifest, checkpoints, processes
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import read_recipe, said, settings_in
 
 RECIPE, CHECKPOINTS, LOCK = "recipe.yaml", "checkpoints", ".lock"
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
 
 
 class Held:
-    """A run's directory, which no other run works in until it is given back, or this process has ended.
+    """The hold on a run's directory: until it is released, no other run works there.
 
-    `checkpoint` is what the run goes on from. Of several processes the first one holds the lock, for all.
+    Of several processes the first one holds the lock, for all.
+
+    Attributes:
+        checkpoint: the checkpoint that the run resumes from.
+        lock: the lock, if this process has it.
+        made: directories that were made for the run.
     """
 
     def __init__(self) -> None:
@@ -28,7 +35,7 @@ class Held:
         self.made: list[Path] = []
 
     def release(self) -> None:
-        """Give it back; directories that were made for it go, if nothing was put into them."""
+        """Releases the directory; removes directories that were made for it and are empty."""
         if self.lock is not None:
             self.lock.release()
         for folder in self.made:
@@ -38,11 +45,16 @@ class Held:
 
 
 def enter(recipe: Recipe, out: Path, resume: bool) -> Held:
-    """Hold the directory `out` for a run by this recipe, once it may be used.
+    """Holds a directory for a run, once it may be used.
+
+    Args:
+        recipe: the run's.
+        out: the directory.
+        resume: whether the run goes on from what is there.
 
     Raises:
-        OutputError: it holds something else, another run is at work there, or it cannot be written.
-        SettingError: the run that is to go on is by another recipe, or another number of processes.
+        OutputError: it holds something else, another run works there, or it cannot be written.
+        SettingError: the run to resume has another recipe, or another number of processes.
         AdapterError: its last checkpoint is damaged.
     """
     held = Held()
@@ -69,7 +81,8 @@ def _check_place(out: Path) -> None:
             out.lstat()
         if out.is_symlink():
             raise OutputError(
-                f"--out {out} is a link to {os.readlink(out)}, which is not written through; name a new directory"
+                f"--out {out} is a link to {os.readlink(out)}, which is not written through; name "
+                "a new directory"
             )
         if out.exists() and not out.is_dir():
             raise OutputError(f"--out {out} is a file, expected a directory")
@@ -87,7 +100,7 @@ def _check_place(out: Path) -> None:
 
 
 def _check_contents(out: Path, resume: bool) -> None:
-    """See that the directory is empty, or, if a run is to go on, a run's, whose checkpoints lie in it."""
+    """Checks that the directory is empty or, for a run that resumes, a run's."""
     if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
         return
     if not resume:
@@ -98,7 +111,8 @@ def _check_contents(out: Path, resume: bool) -> None:
         raise OutputError(f"--resume: {out} has no {RECIPE}, so no run to go on with")
     if link := next(checkpoints.links(out / CHECKPOINTS), None):
         raise OutputError(
-            f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; remove it"
+            f"--resume: {link} is a link to {os.readlink(link)}, which is not written through; "
+            "remove it"
         )
 
 
@@ -109,38 +123,44 @@ def _lock(held: Held, out: Path) -> None:
         held.lock = locks.hold(out / LOCK)
     except locks.LockTaken as error:
         raise OutputError(
-            f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose another directory"
+            f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose "
+            "another directory"
         ) from None
     except OSError as error:
         raise OutputError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
 def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
-    """What the run is to go on from, if anything, once it is clear that it is whole and of this run."""
+    """Returns the checkpoint to resume from, if any, once it is known to be whole and ours."""
     folder = checkpoints.last_checkpoint(out / CHECKPOINTS)
     checkpoints.check_place(out / CHECKPOINTS, checkpoints.step_of(folder))
     if folder is None:
         return None
-    manifest = checkpoints.opened(folder)
-    manifest.check_run({checkpoints.RECIPE: described(recipe)})
+    manifest = checkpoint_manifest.opened(folder)
+    manifest.check_run({checkpoint_manifest.RECIPE: described(recipe)})
     if manifest.processes != processes.count():
         raise SettingError(
-            f"--resume: {out} was trained by {manifest.processes} processes, and there are {processes.count()} now, which "
+            f"--resume: {out} was trained by {manifest.processes} processes, and there are "
+            f"{processes.count()} now, which "
             f"would see other rows; start {manifest.processes}, or start anew in another --out"
         )
     return folder
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """The settings that a run is known by: where it lies does not matter."""
+    """Returns the settings that identify a run: all but where it lies."""
     return {name: value for name, value in dataclasses.asdict(recipe).items() if name != "out"}
 
 
 def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe to resume with: the one in the output directory, which neither flags nor the recipe in `path` contradict.
+    """Returns the recipe of the run to resume, which neither flags nor `path` contradict.
+
+    Args:
+        path: a recipe that the user gave, or None.
+        flags: what the user gave on the command line; the run's directory is its `out`.
 
     Raises:
-        SettingError: there is none, or a flag or a line of the recipe says something else than it.
+        SettingError: there is no such run, or a flag or a line of the recipe says something else.
     """
     given = settings_in(path) if path is not None else {}
     out = str(flags.get("out") or given.get("out") or "")
@@ -151,16 +171,15 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         )
     if not out or not saved.is_file():
         return read_recipe(path, flags)
-    given |= {
-        name: value for name, value in flags.items() if value is not None and value not in ([], {})
-    } | {"out": out}
+    given |= said(flags) | {"out": out}
     recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
-        if getattr(wanted, name) not in checkpoints.OPEN and getattr(wanted, name) != getattr(
-            recipe, name
-        ):
+        if getattr(wanted, name) not in checkpoint_manifest.OPEN and getattr(
+            wanted, name
+        ) != getattr(recipe, name):
             raise SettingError(
-                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not {getattr(wanted, name)!r}; "
+                f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not "
+                f"{getattr(wanted, name)!r}; "
                 "to change it, start anew in another --out"
             )
     return recipe

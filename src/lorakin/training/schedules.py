@@ -1,4 +1,4 @@
-"""The learning rate's schedules: transformers', checked by building each before anything is loaded."""
+"""The learning rate's schedules: transformers', each checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from lorakin.family.settings import require
 
 NAMES = tuple(kind.value for kind in transformers.SchedulerType)
 GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "verbose")
-"""What the run itself tells a schedule."""
+"""Arguments that the run itself gives a schedule."""
 WATCHERS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the held-out loss instead of the step."""
 ENOUGH, LOOKS = 1_000_000, 1000
-"""Steps of a run whose length is not known yet; places along it that are looked at."""
+"""Steps of a run whose length is not known yet; and at how many of them its rates are checked."""
 
 
 def check(
     name: str, arguments: Mapping[str, Any], lr: float, steps: int | None, warmup: float
 ) -> None:
-    """Build the schedule over an optimizer of one number and look along it, so that what is wrong is said before a run.
+    """Builds a schedule and looks along it, so that what is wrong is said before a run.
 
     Args:
         name: one of `NAMES`.
         arguments: the schedule's own, such as `min_lr`.
         lr: the highest learning rate.
-        steps: of the run; None if nobody knows yet, then as if there were enough.
-        warmup: the share of them that warms up.
+        steps: of the run; None if it is not known yet.
+        warmup: the share of the steps that warms up.
 
     Raises:
-        SettingError: no such schedule; an argument that it has not, lacks, or cannot have; rates that are none, or above `lr`.
+        SettingError: no such schedule; an argument that it does not take, lacks or cannot use;
+            rates that are no numbers, all 0, or above `lr`.
     """
     require(name in NAMES, f"schedule must be one of {', '.join(NAMES)}, not {name!r}")
     takes = taken(name)
@@ -67,7 +68,12 @@ def check(
 
 
 def check_evaluations(name: str, arguments: Mapping[str, Any], evaluations: int) -> None:
-    """See that a run evaluates often enough for a schedule that follows the held-out loss.
+    """Checks that a run evaluates often enough for a schedule that follows the held-out loss.
+
+    Args:
+        name: the schedule's.
+        arguments: the schedule's own, such as `patience`.
+        evaluations: how often the run evaluates.
 
     Raises:
         SettingError: the rate could never change.
@@ -78,13 +84,19 @@ def check_evaluations(name: str, arguments: Mapping[str, Any], evaluations: int)
     needed = int(arguments.get("patience", default)) + 2  # the first sets the mark
     require(
         evaluations >= needed,
-        f"schedule {name} changes the rate after {needed} evaluations on the held-out rows at the earliest, and this run has "
-        f"{evaluations}, one with each checkpoint: give --schedule-arg patience=… or a smaller --save-every",
+        f"schedule {name} changes the rate after {needed} evaluations on the held-out rows at the "
+        "earliest, and this run has "
+        f"{evaluations}, one with each checkpoint: give --schedule-arg patience=… or a smaller "
+        "--save-every",
     )
 
 
 def taken(name: str) -> tuple[str, ...]:
-    """The arguments of a schedule that a user can give."""
+    """Returns the arguments of a schedule that a user can give.
+
+    >>> "min_lr" in taken("cosine_with_min_lr")
+    True
+    """
     found = inspect.signature(_function(name)).parameters.values()
     return tuple(
         one.name for one in found if one.name not in GIVEN and one.kind is not one.VAR_KEYWORD
@@ -92,7 +104,7 @@ def taken(name: str) -> tuple[str, ...]:
 
 
 def _function(name: str) -> Any:
-    """What makes the schedule; of one that only passes its arguments on, the class that it makes."""
+    """Returns the function or class that makes the schedule."""
     if name == "reduce_lr_on_plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau
     if name == "greedy":
@@ -103,7 +115,7 @@ def _function(name: str) -> Any:
 def _rates(
     name: str, arguments: Mapping[str, Any], lr: float, steps: int, warmup: int
 ) -> Sequence[float]:
-    """Learning rates along the run: at the first and the last step, and at many between."""
+    """Returns learning rates along the run: at its first and last step, and at many between."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     made: Any = transformers.get_scheduler(
         name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(arguments)

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations as text, the prompts that generation sends, and how turns end."""
+"""A tokenizer's chat template: conversations as text, generation's prompts, how turns end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from typing import Any
 from lorakin.errors import DataError, ModelError
 from lorakin.training.bounded import Unbounded, bounded
 
-ALPACA = """{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '\\n\\n### Response:\\n' + message.content + eos_token }}
-    {%- else %}
-        {{- '\\n\\n### ' + ('System' if message.role == 'system' else 'Instruction') + ':\\n' + message.content }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '\\n\\n### Response:\\n' }}
-{%- endif %}"""
-"""For instructions and a model that has no template of its own: the prompt of Stanford's Alpaca."""
+ALPACA = (
+    "{{- 'Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.' }}\n"
+    "{%- for message in messages %}\n"
+    "    {%- if message.role == 'assistant' %}\n"
+    "        {{- '\\n\\n### Response:\\n' + message.content + eos_token }}\n"
+    "    {%- else %}\n"
+    "        {{- '\\n\\n### ' + ('System' if message.role == 'system' else 'Instruction') + "
+    "':\\n' + message.content }}\n"
+    "    {%- endif %}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '\\n\\n### Response:\\n' }}\n"
+    "{%- endif %}"
+)
+"""The prompt of Stanford's Alpaca, for instructions and a model without a template of its own."""
 
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<form>(?:(?!\1).)*)\1\s*\)""")
 CONTROL = re.compile(r"<\|\S+\|>")
@@ -41,12 +45,12 @@ ASKED, REPLIED, AGAIN, THOUGHT = (
 
 @dataclasses.dataclass(frozen=True)
 class Endings:
-    """What a template writes after an answer, up to and with the token that ends the turn.
+    """What a template writes after an answer, up to the token that ends the turn and with it.
 
     Attributes:
         last: after the last answer of a conversation.
         inner: after one that others follow.
-        before: what it writes between the opening of an answer and its first character, often nothing.
+        before: between the opening of an answer and its first character, often nothing.
     """
 
     last: str
@@ -54,7 +58,11 @@ class Endings:
     before: str
 
     def tokens(self, split: re.Pattern[str]) -> list[str]:
-        """The tokens that end a turn, that of the last answer first; `split` matches special tokens."""
+        """Returns the tokens that end a turn, first the one after a last answer.
+
+        Args:
+            split: matches special tokens.
+        """
         found = [split.findall(ending) for ending in (self.last, self.inner)]
         return list(dict.fromkeys(tokens[-1] for tokens in found if tokens))
 
@@ -70,11 +78,17 @@ class Template:
     def __init__(self, tokenizer: Any, day: datetime.date | None = None) -> None:
         self.tokenizer = tokenizer
         self.day = day or datetime.date.today()
+        self._probes: dict[int, str | None] = {}
 
     def text(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, answer_next: bool = False
     ) -> str:
-        """The conversation as the template writes it, perhaps with the opening of an answer after it.
+        """Returns a conversation as the template writes it.
+
+        Args:
+            messages: each with a role and content.
+            tools: JSON schemas of functions that may be called.
+            answer_next: whether the opening of an answer follows.
 
         Raises:
             DataError: the template does not take such a conversation.
@@ -112,7 +126,7 @@ class Template:
             ) from error
 
     def source(self, tools: Any = None) -> str:
-        """The template, the day written out where it asks for it.
+        """Returns the template, with the day written out where it asks for it.
 
         Raises:
             ModelError: it is no text.
@@ -162,90 +176,103 @@ class Template:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether it reads content as a list of parts alone, as templates of models that see pictures do."""
-        self.__dict__["takes_parts"] = False
+        """Whether it reads content only as a list of parts, as templates for pictures do."""
+        self.__dict__["takes_parts"] = False  # for `text`, which asks
         with contextlib.suppress(DataError):
-            if ASKED in self.text([{"role": "user", "content": ASKED}]):
+            if ASKED in self.text(_exchange(1)):
                 return False
         self.__dict__["takes_parts"] = True
         with contextlib.suppress(DataError):
-            return ASKED in self.text([{"role": "user", "content": ASKED}])
+            return ASKED in self.text(_exchange(1))
         return False
 
     @cached_property
     def reads_thoughts(self) -> bool:
-        """Whether it writes a message's `reasoning_content`, so that <think>…</think> in the content is better there."""
-        thought = {"role": "assistant", "content": REPLIED, "reasoning_content": THOUGHT}
+        """Whether it writes a message's `reasoning_content`.
+
+        Then <think>…</think> is better there than in the content.
+        """
+        asked, replied = _exchange(2)
         with contextlib.suppress(DataError):
-            return THOUGHT in self.text([{"role": "user", "content": ASKED}, thought])
+            return THOUGHT in self.text([asked, {**replied, "reasoning_content": THOUGHT}])
         return False
+
+    def probe(self, turns: int) -> str | None:
+        """Returns how it writes the first turns of a short exchange, rendered once.
+
+        With one turn, the opening of the answer follows. None if it does not take the exchange.
+
+        Args:
+            turns: 1, the question; 2, the answer too; 3, a second question too.
+        """
+        if turns not in self._probes:
+            text = None
+            with contextlib.suppress(DataError):
+                text = self.text(_exchange(turns), answer_next=turns == 1)
+            self._probes[turns] = text
+        return self._probes[turns]
 
     @cached_property
     def opening(self) -> str:
-        """What it writes between a question and its answer; nothing if it takes no plain question."""
-        with contextlib.suppress(DataError):
-            return self.text([{"role": "user", "content": ASKED}], answer_next=True).partition(
-                ASKED
-            )[2]
-        return ""
+        """What it writes between a question and its answer; nothing if it takes no question."""
+        return (self.probe(1) or "").partition(ASKED)[2]
 
     @cached_property
     def endings(self) -> Endings:
-        """What it writes after an answer, found by rendering a probe."""
+        """What it writes after an answer."""
         return endings_of(self)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The tokens that generation sends for an answer to these messages."""
+        """Returns the tokens that generation sends for an answer to these messages."""
         return self.ids(self.text(messages, tools, answer_next=True))
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text that the template wrote, so that no BOS token is added."""
+        """Returns the tokens of a text that the template wrote; no BOS token is added."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
 
 def endings_of(template: Template) -> Endings:
-    """What the template writes after answers; see `Endings`.
+    """Returns what the template writes after answers.
 
-    A probe of a question and an answer shows what follows the last one, a second question what follows an inner one:
-    first what is the same in both, then the opening of a question, as it stands before the first one too.
+    A short exchange shows what follows a last answer, and one with a second question what follows
+    an inner one: first what both have in common, then the opening of a question, which stands
+    before the first question too.
     """
     split, eos = template.specials, template.tokenizer.eos_token or ""
-    asked, replied, again = (
-        {"role": role, "content": content}
-        for role, content in (("user", ASKED), ("assistant", REPLIED), ("user", AGAIN))
-    )
-    try:
-        opening = template.text([asked], answer_next=True)
-        short = template.text([asked, replied])
-    except DataError:  # it takes no plain exchange
+    opening, answered = template.probe(1), template.probe(2)
+    if opening is None or answered is None:
         return Endings(eos, eos, "")
-    between = ""
-    with contextlib.suppress(DataError):  # some take one exchange only
-        between = template.text([asked, replied, again]).partition(REPLIED)[2].partition(AGAIN)[0]
-    before = short[len(opening) :].partition(REPLIED)[0] if short.startswith(opening) else ""
-    last, inner = _pieces(split, short.partition(REPLIED)[2]), _pieces(split, between)
+    between = (template.probe(3) or "").partition(REPLIED)[2].partition(AGAIN)[0]
+    before = ""
+    if answered.startswith(opening):
+        before = answered[len(opening) :].partition(REPLIED)[0]
+    last, inner = _pieces(split, answered.partition(REPLIED)[2]), _pieces(split, between)
     question = _pieces(split, opening.partition(ASKED)[0])
     same = _to_special(split, last[: _shared(last, inner)])
     if same:
         return Endings(same, same, before)
     closing = _to_special(split, inner[: len(inner) - _shared(inner[::-1], question[::-1])])
-    closing = closing or "".join(
-        inner[: 1 + next((n for n, piece in enumerate(inner) if split.fullmatch(piece)), -1)]
-    )
+    if not closing:
+        first = next((n for n, piece in enumerate(inner) if split.fullmatch(piece)), -1)
+        closing = "".join(inner[: first + 1])
     return Endings(_to_special(split, last) or closing or eos, closing or eos, before)
 
 
+def _exchange(turns: int) -> list[dict[str, str]]:
+    """Returns the first turns of a question, an answer and a second question."""
+    texts = (("user", ASKED), ("assistant", REPLIED), ("user", AGAIN))
+    return [{"role": role, "content": content} for role, content in texts[:turns]]
+
+
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many pieces two lists begin with alike."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    """Returns how many pieces two lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _to_special(split: re.Pattern[str], pieces: Sequence[str]) -> str:
-    """The pieces up to the last special token among them; nothing if there is none."""
+    """Returns the pieces up to the last special token; nothing if there is none."""
     last = max((n for n, piece in enumerate(pieces) if split.fullmatch(piece)), default=-1)
     return "".join(pieces[: last + 1])
 
@@ -255,21 +282,19 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in message.get("tool_calls", ())
-    ]
+    """Returns a message whose calls have their arguments as JSON text."""
+
+    def packed(call: Mapping[str, Any]) -> dict[str, Any]:
+        inner = call["function"]
+        text = json.dumps(inner["arguments"], ensure_ascii=False)
+        return {**call, "function": {**inner, "arguments": text}}
+
+    calls = [packed(call) for call in message.get("tool_calls", ())]
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _pieces(split: re.Pattern[str], text: str) -> list[str]:
-    """The special tokens of a text, and what stands between them."""
+    """Returns the special tokens of a text, and what stands between them."""
     found, at = [], 0
     for token in split.finditer(text):
         found += [text[at : token.start()], token.group()]

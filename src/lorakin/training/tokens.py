@@ -1,4 +1,4 @@
-"""Which rows `lorakin train --trainable-tokens` trains: tokens as ids or as text."""
+"""The rows of embedding and head that are trained for some tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorakin.errors import SettingError
 def rows_of(
     words: Sequence[str], tokenizer: Any, model: nn.Module
 ) -> list[int] | Mapping[str, list[int]]:
-    """For `lorakin.adapt`: these tokens' rows, in the input embedding and in a head that is not tied to it.
+    """Returns these tokens' rows for `lorakin.adapt`, in the embedding and in a head of its own.
 
-    A new token is to be read and to be written, so both count.
+    A new token is to be read and to be written, so both count if they are not tied.
 
     Args:
         words: ids, such as "100", or tokens as the tokenizer has them, such as "<|im_start|>".
@@ -42,7 +42,9 @@ def _id_of(word: str, tokenizer: Any) -> int:
         found == tokenizer.unk_token_id and word != tokenizer.unk_token
     ):
         raise SettingError(
-            f"trainable_tokens: the model's tokenizer has no token {word!r}; add it with tokenizer.add_tokens([{word!r}]) and "
-            "model.resize_token_embeddings(len(tokenizer)), save both to a directory, and train that model"
+            f"trainable_tokens: the model's tokenizer has no token {word!r}; add it with "
+            f"tokenizer.add_tokens([{word!r}]) and "
+            "model.resize_token_embeddings(len(tokenizer)), save both to a directory, and train "
+            "that model"
         )
     return found

@@ -1,4 +1,4 @@
-"""transformers' Trainer, and TRL's, made to train adapters: their learning rates, their run's length, their checkpoints."""
+"""transformers' Trainer, and TRL's, made to train adapters: rates, run length, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakin.loop import float16_base
 from lorakin.loop.deepspeed_zero import follow, gather
 from lorakin.loop.parameter_groups import regroup
 from lorakin.storage import directory
-from lorakin.training import checkpoints, processes
+from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.checkpoints import STATE, last_checkpoint
 
 DEFAULT = "default"
@@ -27,7 +27,7 @@ PERSISTENT = "stage3_param_persistence_threshold"
 
 
 class Following(transformers.TrainerCallback):
-    """Once DeepSpeed has made its optimizer of the Trainer's, lets the adapters see the steps of that."""
+    """Lets the adapters see the steps of DeepSpeed's optimizer, once it is made."""
 
     def __init__(self, trained: list[Adapter]) -> None:
         self.trained = trained
@@ -42,10 +42,11 @@ class Following(transformers.TrainerCallback):
 
 
 class AdapterTraining:
-    """Mixed in before a Trainer class: optimizes, saves and loads adapters where the Trainer would the model.
+    """Mixed in before a Trainer class: optimizes, saves and loads adapters instead of the model.
 
-    The adapter "default" lies in the checkpoint itself, any other in a directory of its name, as PEFT lays them out.
-    `provenance` is what the run says of itself, for its checkpoints' manifests; see `checkpoints`.
+    The adapter "default" lies in the checkpoint itself, any other in a directory of its name, as
+    PEFT does it. `provenance` is what the run says of itself, for its checkpoints' manifests; see
+    `checkpoint_manifest.Manifest.check_run`.
     """
 
     provenance: Mapping[str, Any] = {}
@@ -62,11 +63,15 @@ class AdapterTraining:
     _get_output_dir: Any
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training. Of several processes every one keeps the adapters whole, and what cannot be cut or sent.
+        """Trains as the Trainer does, and resumes from a checkpoint that is whole and of this run.
+
+        With several processes, each keeps the adapters whole: FSDP does not cut them.
 
         Raises:
-            AdapterError: the checkpoint to go on from is damaged; see `checkpoints.opened`.
-            OutputError: checkpoints would be written through a link, or into what is none; see `checkpoints.check_place`.
+            AdapterError: the checkpoint is damaged; see `checkpoint_manifest.opened`.
+            OutputError: checkpoints would be written through a link, or into what is none; see
+                `checkpoints.check_place`.
+            SettingError: FSDP 1, or a checkpoint of another run.
         """
         sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
         if sharding is not None and sharding.fsdp_version != 2:
@@ -87,7 +92,7 @@ class AdapterTraining:
         return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _scale_losses(self) -> None:
-        """On a float16 base, let Accelerate scale losses as it does for `fp16=True`; with that it does already."""
+        """Lets Accelerate scale losses on a float16 base, as it does for `fp16=True`."""
         if self.accelerator.scaler is not None:
             float16_base.check_trained(self.model)
             return
@@ -99,7 +104,7 @@ class AdapterTraining:
             )
 
     def _sound(self, resume_from_checkpoint: Any) -> str | None:
-        """The checkpoint to go on from, once it is clear that it is whole and of this run."""
+        """Returns the checkpoint to resume from, once known to be whole and of this run."""
         if not resume_from_checkpoint:
             return None
         folder = resume_from_checkpoint
@@ -108,14 +113,16 @@ class AdapterTraining:
             and (folder := last_checkpoint(Path(self.args.output_dir))) is None
         ):
             raise SettingError(
-                f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that is whole"
+                f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that "
+                "is whole"
             )
-        manifest = checkpoints.opened(Path(folder))
+        manifest = checkpoint_manifest.opened(Path(folder))
         manifest.check_run(self.provenance)
         manifest.check_versions()
         if manifest.processes != self.args.world_size:
             warnings.warn(
-                f"{folder} was saved by {manifest.processes} processes, and there are {self.args.world_size} now: what is "
+                f"{folder} was saved by {manifest.processes} processes, and there are "
+                f"{self.args.world_size} now: what is "
                 "drawn at random from here on is other than it would have been",
                 LorakinWarning,
                 stacklevel=4,
@@ -123,7 +130,7 @@ class AdapterTraining:
         return str(folder)
 
     def _keep_whole(self, checkpoint: str | None) -> None:
-        """Let ZeRO-3 cut no tensor that is as small as the adapters', and the adapters see the steps of ZeRO's optimizer."""
+        """Keeps ZeRO-3 from cutting the adapters' tensors, and lets them see its steps."""
         if (
             checkpoint is not None
         ):  # DeepSpeed's files hold tensors, the adapters' what the rules remember
@@ -142,7 +149,10 @@ class AdapterTraining:
         self.add_callback(Following(self._trained()))
 
     def _over(self, checkpoint: str | None) -> Any:
-        """The end of a run that goes on from its last checkpoint, from which the Trainer would take one step more."""
+        """Returns the end of a run that resumes from its last step, or None.
+
+        The Trainer would take one step more.
+        """
         if checkpoint is None or self.args.max_steps <= 0:
             return None
         if not (said := Path(checkpoint) / STATE).is_file():
@@ -157,7 +167,7 @@ class AdapterTraining:
         return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with a manifest that says which parts belong together; older ones are deleted by their steps."""
+        """Saves as the Trainer does, with a manifest; deletes older ones by their steps."""
         run = Path(self._get_output_dir(trial=trial))
         folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         if self.args.should_save:
@@ -177,13 +187,15 @@ class AdapterTraining:
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _seal(self, folder: Path) -> None:
-        """Write a checkpoint's manifest, once every process has written its parts."""
+        """Writes a checkpoint's manifest, once every process has written its parts."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder, self.state.global_step, self.args.world_size, self.provenance)
+            checkpoint_manifest.seal(
+                folder, self.state.global_step, self.args.world_size, self.provenance
+            )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """The adapters, by the process that saves."""
+        """Saves the adapters, in the process that saves."""
         gather(list(self._adapters().values()))
         with self._without("is_fsdp_enabled", "is_deepspeed_enabled"):
             super().save_model(*args, **kwargs)  # type: ignore[misc]
@@ -202,7 +214,10 @@ class AdapterTraining:
 
     @contextlib.contextmanager
     def _without(self, *flags: str) -> Iterator[None]:
-        """While files are written and read that hold nothing of the base: as if what these flags say did not cut it."""
+        """Sets these flags to False for a while.
+
+        For files that hold nothing of the base, so that neither FSDP nor DeepSpeed has cut them.
+        """
         set_to = {flag: getattr(self, flag) for flag in flags}
         vars(self).update(dict.fromkeys(flags, False))
         try:
@@ -211,7 +226,10 @@ class AdapterTraining:
             vars(self).update(set_to)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, with the groups of the adapters' methods; one that the user gave is left as it is."""
+        """Makes the Trainer's optimizer, with the groups of the adapters' methods.
+
+        An optimizer that the user gave is left as it is.
+        """
         if self.optimizer is not None:
             return self.optimizer
         made: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
@@ -220,7 +238,7 @@ class AdapterTraining:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's schedule; and the adapters are told how long the run is."""
+        """Makes the Trainer's schedule, and tells the adapters how long the run is."""
         gather(list(self._adapters().values()))
         for adapter in self._trained():
             adapter.run.begin(num_training_steps)
@@ -257,10 +275,14 @@ class AdapterTraining:
 
 
 def prepare_trainer(trainer: Any) -> Any:
-    """Make `trainer` (any subclass of transformers' Trainer, TRL's included) train adapters as their methods say; returns it.
+    """Makes a Trainer train adapters as their methods say, and returns it.
 
-    Its optimizer gets their learning rates and decays, members that plan over the run are told its length, and checkpoints
-    hold the adapters with what training remembers, instead of the base model.
+    Its optimizer gets the methods' learning rates and decays. Members that plan over the run are
+    told its length. Checkpoints hold the adapters, and what training remembers, instead of the
+    base.
+
+    Args:
+        trainer: of transformers' Trainer or any subclass, such as TRL's; its model has adapters.
 
     Raises:
         SettingError: it is no trainer.
@@ -281,7 +303,7 @@ def prepare_trainer(trainer: Any) -> Any:
 
 
 def _innermost(optimizer: Any) -> Any:
-    """torch's optimizer in Accelerate's."""
+    """Returns torch's optimizer within Accelerate's."""
     while isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -1,4 +1,7 @@
-"""Which side of an experts' parameter is its inputs: PEFT changed it twice. Checked with PEFT 0.18.0 to 0.21.2 themselves."""
+"""Which side of an experts' parameter is its inputs.
+
+PEFT changed it twice. Checked with PEFT 0.18.0 to 0.21.2 themselves.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,25 @@ def square() -> Any:
     """A Mixtral whose down_proj is square."""
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=EXPERTS, num_experts_per_tok=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
     return transformers.MixtralForCausalLM(config).eval()
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "mixtral": tiny_mixtral, "square": square, "gpt-oss": tiny_gpt_oss, "llama4": tiny_llama4,
-}  # fmt: skip
+    "mixtral": tiny_mixtral,
+    "square": square,
+    "gpt-oss": tiny_gpt_oss,
+    "llama4": tiny_llama4,
+}
 
 
 def takes_last(version: str, says: bool) -> bool:
@@ -52,7 +65,10 @@ def takes_last(version: str, says: bool) -> bool:
 
 
 def write(path: Path, owner: str, parameter: Tensor, last: bool, version: str | None) -> Tensor:
-    """A file of PEFT's for down_proj alone; returns the change of the parameter, by PEFT's two formulas."""
+    """A file of PEFT's for down_proj alone.
+
+    Returns the change of the parameter, by PEFT's two formulas.
+    """
     generator = torch.Generator().manual_seed(3)
     a, b = parameter.shape[1:]
     inputs, outputs = (b, a) if last else (a, b)
@@ -64,9 +80,12 @@ def write(path: Path, owner: str, parameter: Tensor, last: bool, version: str | 
         {f"{key}A.weight": A, f"{key}B.weight": B}, path / "adapter_model.safetensors"
     )
     config = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [],
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [],
         "target_parameters": [f"{owner}.down_proj"],
-    }  # fmt: skip
+    }
     (path / "adapter_config.json").write_text(
         json.dumps(config | ({"peft_version": version} if version else {}))
     )
@@ -107,7 +126,10 @@ def test_what_nothing_tells_is_asked_for(version: str | None, tmp_path: Path) ->
 
 
 def test_another_parameter_of_the_file_tells(tmp_path: Path, ids: Tensor) -> None:
-    """gate_up_proj is never square; what it says holds for down_proj too, even against the version."""
+    """gate_up_proj is never square.
+
+    What it says holds for down_proj too, even against the version.
+    """
     model = square()
     randomise(
         lk.adapt(model, lk.LoRA(rank=2, alpha=6), targets=["gate_up_proj", "down_proj"])

@@ -1,4 +1,7 @@
-"""Adapters made under transformers 4, whose modules have other names today: the change of the base's weights is the truth."""
+"""Adapters made under transformers 4, whose modules have other names today.
+
+The change of the base's weights is the truth.
+"""
 
 from __future__ import annotations
 
@@ -126,10 +129,11 @@ QWEN = experts(
     }
     | {"model.layers.0.mlp.shared_expert.down_proj": "model.layers.0.mlp.shared_expert.down_proj"}
 )
+Q = "layers.0.self_attn.q_proj"
 LLAVA = plain(
     {
-        "language_model.model.layers.0.self_attn.q_proj": "model.language_model.layers.0.self_attn.q_proj",
-        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj": "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        f"language_model.model.{Q}": f"model.language_model.{Q}",
+        f"vision_tower.vision_model.encoder.{Q}": f"model.vision_tower.encoder.{Q}",
     }
 )
 VIT = plain(
@@ -149,32 +153,71 @@ QWEN_VL = plain(
 TOKENS, SIGHT = {"input_ids": IDS}, {"pixel_values": PIXELS}
 FOUR = ["w1", "w2", "w3", "q_proj"]
 PATTERNS = {"rank_pattern": {"w1": 3, r".*\.experts\.2\.w2": 5}, "alpha_pattern": {"w3": 7}}
-# the last says whether PEFT 0.21.2 reads it right: it drops shared experts, Qwen2-VL's and ViT's names, and scales of patterns
+# The last says whether PEFT 0.21.2 reads it right: it drops shared experts, Qwen2-VL's and ViT's
+# names, and scales of patterns.
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
     "mixtral": (tiny_mixtral, MIXTRAL | ATTENTION, {"target_modules": FOUR}, TOKENS, True),
-    "mixtral, router": (tiny_mixtral, MIXTRAL | ROUTERS, {"target_modules": ["w1", "w2", "w3", "gate"]}, TOKENS, True),
-    "mixtral, expression": (
-        tiny_mixtral, MIXTRAL, {"target_modules": r"model\.layers\.\d\.block_sparse_moe\.experts\.\d\.w[123]"}, TOKENS, False,
+    "mixtral, router": (
+        tiny_mixtral,
+        MIXTRAL | ROUTERS,
+        {"target_modules": ["w1", "w2", "w3", "gate"]},
+        TOKENS,
+        True,
     ),
-    "mixtral, rslora": (tiny_mixtral, MIXTRAL, {"target_modules": FOUR[:3], "use_rslora": True}, TOKENS, False),
-    "mixtral, patterns": (tiny_mixtral, MIXTRAL, {"target_modules": FOUR[:3], **PATTERNS}, TOKENS, False),
+    "mixtral, expression": (
+        tiny_mixtral,
+        MIXTRAL,
+        {"target_modules": r"model\.layers\.\d\.block_sparse_moe\.experts\.\d\.w[123]"},
+        TOKENS,
+        False,
+    ),
+    "mixtral, rslora": (
+        tiny_mixtral,
+        MIXTRAL,
+        {"target_modules": FOUR[:3], "use_rslora": True},
+        TOKENS,
+        False,
+    ),
+    "mixtral, patterns": (
+        tiny_mixtral,
+        MIXTRAL,
+        {"target_modules": FOUR[:3], **PATTERNS},
+        TOKENS,
+        False,
+    ),
     "mixtral, patterns, rslora": (
-        tiny_mixtral, MIXTRAL, {"target_modules": FOUR[:3], **PATTERNS, "use_rslora": True}, TOKENS, False,
+        tiny_mixtral,
+        MIXTRAL,
+        {"target_modules": FOUR[:3], **PATTERNS, "use_rslora": True},
+        TOKENS,
+        False,
     ),
     "mixtral, one half": (
-        tiny_mixtral, {p: at for p, at in MIXTRAL.items() if p.endswith("w3")}, {"target_modules": ["w3"]}, TOKENS, False,
+        tiny_mixtral,
+        {p: at for p, at in MIXTRAL.items() if p.endswith("w3")},
+        {"target_modules": ["w3"]},
+        TOKENS,
+        False,
     ),
     "mixtral, one layer": (
         tiny_mixtral,
         {p: at for p, at in MIXTRAL.items() if "layers.1" in p},
-        {"target_modules": FOUR[:3], "layers_to_transform": [1], "layers_pattern": "layers"}, TOKENS, False,
+        {"target_modules": FOUR[:3], "layers_to_transform": [1], "layers_pattern": "layers"},
+        TOKENS,
+        False,
     ),
-    "qwen2-moe": (qwen_moe, QWEN, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}, TOKENS, False),
+    "qwen2-moe": (
+        qwen_moe,
+        QWEN,
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        TOKENS,
+        False,
+    ),
     "llava": (llava, LLAVA, {"target_modules": ["q_proj"]}, TOKENS, True),
     "llava, paths": (llava, LLAVA, {"target_modules": list(LLAVA)}, TOKENS, False),
     "qwen2-vl": (qwen_vl, QWEN_VL, {"target_modules": ["q_proj", "attn.proj"]}, TOKENS, False),
     "vit": (vit, VIT, {"target_modules": ["query", "dense"]}, SIGHT, False),
-}  # fmt: skip
+}
 
 
 def value(patterns: Mapping[str, int], path: str, usual: int) -> int:
@@ -281,7 +324,10 @@ def deepseek() -> Any:
 def test_as_transformers_loads_the_changed_checkpoint(
     make: Callable[[], Any], batch: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Every weight with another name in a checkpoint gets a pair; transformers loads the one where they are merged."""
+    """Every weight with another name in a checkpoint gets a pair.
+
+    Transformers loads the one where they are merged.
+    """
     model = make()
     model.save_pretrained(tmp_path / "base")
     weights = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")

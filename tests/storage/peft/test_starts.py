@@ -1,4 +1,7 @@
-"""Every start that PEFT knows: a file that is a plain pair on the plain base is read, any other is refused with the reason."""
+"""Every start that PEFT knows.
+
+A file that is a plain pair on the plain base is read, any other is refused with the reason.
+"""
 
 from __future__ import annotations
 
@@ -124,15 +127,20 @@ def test_a_start_that_the_member_makes_again(name: str, tmp_path: Path, ids: Ten
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lora_ga_is_read_as_peft_reads_it(tmp_path: Path, ids: Tensor) -> None:
-    """PEFT keeps no trace of what it took out of the base: both load a plain pair, and ours says so."""
+    """PEFT keeps no trace of what it took out of the base.
+
+    Both load a plain pair, and ours says so.
+    """
     peft = pytest.importorskip("peft")
     from peft.tuners.lora.loraga import preprocess_loraga
 
     model = tiny_llama()
     config = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="lora_ga",
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights="lora_ga",
         lora_ga_config=peft.tuners.lora.config.LoraGAConfig(),
-    )  # fmt: skip
+    )
     preprocess_loraga(model, config, lambda: model(ids, labels=ids).loss.backward())
     theirs = peft.get_peft_model(model, config)
     theirs.save_pretrained(tmp_path)

@@ -1,4 +1,7 @@
-"""Which modules a config of PEFT's means, and the base's own weights in its files: PEFT itself is the truth."""
+"""Which modules a config of PEFT's means, and the base's own weights in its files.
+
+PEFT itself is the truth.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +138,7 @@ def test_the_last_number_was_the_layers_in_older_files(tmp_path: Path) -> None:
         "layers_pattern": None,
     }  # and no reading takes just those two
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(lk.AdapterError, match="targets proj, but the file has no tensors"):
+    with pytest.raises(lk.AdapterError, match="proj"):
         lk.load(Towers(), tmp_path)
 
 
@@ -152,7 +155,7 @@ def test_a_head_with_a_bias(targets: Any, tmp_path: Path, ids: Tensor) -> None:
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     other = tiny_phi()
     nn.init.zeros_(other.lm_head.bias)
-    with pytest.raises(lk.AdapterError, match="lm_head had another bias there"):
+    with pytest.raises(lk.AdapterError, match="lm_head"):
         lk.load(other, tmp_path)
 
 
@@ -192,9 +195,7 @@ def test_a_resized_vocabulary(
     lk.load(model, tmp_path)
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     small = make()
-    with pytest.raises(
-        lk.AdapterError, match=r"Resize this one to 70 first: model.resize_token_embeddings\(70\)"
-    ):
+    with pytest.raises(lk.AdapterError, match=r"resize_token_embeddings\(70\)"):
         lk.load(small, tmp_path)
     assert not lk.adapters(small)
 

@@ -1,4 +1,7 @@
-"""PEFT's task_type in our files: PEFT loads them and calls the model with our logits, whatever was trained whole."""
+"""PEFT's task_type in our files.
+
+PEFT loads them and calls the model with our logits, whatever was trained whole.
+"""
 
 from __future__ import annotations
 
@@ -113,20 +116,78 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], list[str], dict[str, Any], 
     "whisper": (whisper, ["q_proj"], [], HEARD, None),
     "no head": (lambda: bert(T.BertModel), ["query"], [], TYPED, None),
     "masked": (lambda: bert(T.BertForMaskedLM), ["query"], [], TYPED, None),
-    "classifier": (lambda: bert(T.BertForSequenceClassification), ["query"], ["classifier"], TYPED, "SEQ_CLS"),
-    "classifier and norms": (
-        lambda: bert(T.BertForSequenceClassification), ["query"], ["classifier", "LayerNorm"], TYPED, "SEQ_CLS",
+    "classifier": (
+        lambda: bert(T.BertForSequenceClassification),
+        ["query"],
+        ["classifier"],
+        TYPED,
+        "SEQ_CLS",
     ),
-    "classifier without its head": (lambda: bert(T.BertForSequenceClassification), ["query"], ["LayerNorm"], TYPED, None),
-    "classifier and its pooler": (lambda: bert(T.BertForSequenceClassification), ["query"], ["pooler"], TYPED, None),
-    "head adapted": (lambda: bert(T.BertForSequenceClassification), ["query", "classifier"], [], TYPED, None),
-    "both parts of the head": (distilbert, ["q_lin"], ["classifier", "pre_classifier"], IDS_ONLY, "SEQ_CLS"),
-    "tokens": (lambda: bert(T.BertForTokenClassification), ["query"], ["classifier"], TYPED, "TOKEN_CLS"),
-    "tokens without the head": (lambda: bert(T.BertForTokenClassification), ["query"], ["LayerNorm"], TYPED, None),
+    "classifier and norms": (
+        lambda: bert(T.BertForSequenceClassification),
+        ["query"],
+        ["classifier", "LayerNorm"],
+        TYPED,
+        "SEQ_CLS",
+    ),
+    "classifier without its head": (
+        lambda: bert(T.BertForSequenceClassification),
+        ["query"],
+        ["LayerNorm"],
+        TYPED,
+        None,
+    ),
+    "classifier and its pooler": (
+        lambda: bert(T.BertForSequenceClassification),
+        ["query"],
+        ["pooler"],
+        TYPED,
+        None,
+    ),
+    "head adapted": (
+        lambda: bert(T.BertForSequenceClassification),
+        ["query", "classifier"],
+        [],
+        TYPED,
+        None,
+    ),
+    "both parts of the head": (
+        distilbert,
+        ["q_lin"],
+        ["classifier", "pre_classifier"],
+        IDS_ONLY,
+        "SEQ_CLS",
+    ),
+    "tokens": (
+        lambda: bert(T.BertForTokenClassification),
+        ["query"],
+        ["classifier"],
+        TYPED,
+        "TOKEN_CLS",
+    ),
+    "tokens without the head": (
+        lambda: bert(T.BertForTokenClassification),
+        ["query"],
+        ["LayerNorm"],
+        TYPED,
+        None,
+    ),
     "answers": (lambda: bert(T.BertForQuestionAnswering), ["query"], ["qa_outputs"], TYPED, None),
-    "answers without the head": (lambda: bert(T.BertForQuestionAnswering), ["query"], ["LayerNorm"], TYPED, None),
-    "sound": (speaker, ["q_proj"], ["classifier"], {"input_values": torch.linspace(-1, 1, 400)[None]}, None),
-}  # fmt: skip
+    "answers without the head": (
+        lambda: bert(T.BertForQuestionAnswering),
+        ["query"],
+        ["LayerNorm"],
+        TYPED,
+        None,
+    ),
+    "sound": (
+        speaker,
+        ["q_proj"],
+        ["classifier"],
+        {"input_values": torch.linspace(-1, 1, 400)[None]},
+        None,
+    ),
+}
 
 
 def first(output: Any) -> torch.Tensor:

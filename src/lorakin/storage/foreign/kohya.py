@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakin.errors import AdapterError, some
 from lorakin.inject import layers
-from lorakin.storage.foreign.source import Foreign, Source
+from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = re.compile(
     r"(?P<model>lora_(?:unet|te\d?|transformer|prior_unet)|lycoris)_(?P<path>[^.]+)\.(?P<rest>.+)"
@@ -36,7 +36,7 @@ ANOTHER_METHOD = {
 """Beginning of a tensor's name → the method that has it."""
 
 
-def read(source: Source) -> Foreign:
+def read(source: ForeignFile) -> Foreign:
     """The adapter in a file of kohya's; of one for several models, the part that fits this one."""
     by_model: dict[str, dict[str, Tensor]] = {}
     rest = []
@@ -73,7 +73,7 @@ def read(source: Source) -> Foreign:
     return fitting
 
 
-def _flat_paths(source: Source) -> dict[str, list[str]]:
+def _flat_paths(source: ForeignFile) -> dict[str, list[str]]:
     """Name with underscores for dots → the paths of the modules that it can mean."""
     paths: dict[str, list[str]] = {}
     # In transformers 5 a CLIPTextModel has no text_model any more; the files still do.
@@ -86,7 +86,7 @@ def _flat_paths(source: Source) -> dict[str, list[str]]:
     return paths
 
 
-def _part(source: Source, paths: Mapping[str, list[str]]) -> Foreign:
+def _part(source: ForeignFile, paths: Mapping[str, list[str]]) -> Foreign:
     """The part of a file that belongs to one model."""
     for key in source.tensors:
         name = key.partition(".")[2]
@@ -109,7 +109,7 @@ def _part(source: Source, paths: Mapping[str, list[str]]) -> Foreign:
     return found
 
 
-def _path(source: Source, name: str, paths: Mapping[str, list[str]]) -> str:
+def _path(source: ForeignFile, name: str, paths: Mapping[str, list[str]]) -> str:
     """The path of the one module that a flat name means."""
     kind = type(source.model).__name__
     if name not in paths:
@@ -123,15 +123,15 @@ def _path(source: Source, name: str, paths: Mapping[str, list[str]]) -> str:
     return path
 
 
-def _check_shapes(source: Source, name: str, path: str, slots: Mapping[str, Tensor]) -> None:
+def _check_shapes(source: ForeignFile, name: str, path: str, slots: Mapping[str, Tensor]) -> None:
     """See that the kernel is the module's, and that magnitudes lie along the outputs."""
     module, shape = source.module(path)
     if shape.lookup:
         raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")
     if "m" in slots and slots["m"].shape != (shape.outputs, *(1 for _ in slots["m"].shape[1:])):
         raise source.error(
-            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs are "
-            f"another method's, expected one for each of the {shape.outputs} outputs"
+            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs "
+            f"are another method's, expected one for each of the {shape.outputs} outputs"
         )
     kernel, own = slots["A"].shape[2:], tuple(getattr(module, "kernel_size", ()))
     if kernel != own and not math.prod(kernel) == math.prod(own) == 1:

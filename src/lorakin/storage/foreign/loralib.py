@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lorakin.errors import some
 from lorakin.family import Shape
-from lorakin.storage.foreign.source import Foreign, Source
+from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = r".*\.lora_[AB]"
 
 
-def read(source: Source) -> Foreign:
+def read(source: ForeignFile) -> Foreign:
     """The adapter in a file of loralib's."""
     if biases := [key for key in source.tensors if key.rpartition(".")[2] == "bias"]:
         raise source.error(
@@ -41,7 +41,7 @@ def read(source: Source) -> Foreign:
 
 
 def _pair(
-    source: Source,
+    source: ForeignFile,
     path: str,
     module: nn.Module,
     shape: Shape,
@@ -80,9 +80,9 @@ def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
 def _square_kernel(module: nn.Module, A: Tensor, B: Tensor) -> int | None:
     """k if A (r·k, in·k) and B (out·k, r·k) are loralib's for this convolution of kernel k × k > 1.
 
-    B·A is (out·k, in·k) and is read as (out, in, k, k). lorakin's matrix is (out, in·k·k): its row o
-    is the rows o·k … o·k + k − 1 one after the other. So B has those rows side by side, and A is
-    there k times down a diagonal.
+    B·A is (out·k, in·k) and is read as (out, in, k, k). lorakin's matrix is (out, in·k·k): its row
+    o is the rows o·k … o·k + k − 1 one after the other. So B has those rows side by side, and A
+    stands k times down a diagonal.
     """
     if not isinstance(module, nn.Conv2d):
         return None

@@ -14,12 +14,12 @@ from typing import Any
 from lorakin.family import members
 from lorakin.inject import layers
 from lorakin.inject.layers import EmbeddingLayer
-from lorakin.storage.foreign.source import Foreign, Source
+from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = r".*\.(lora_[ab]|m)"
 
 
-def read(source: Source) -> Foreign:
+def read(source: ForeignFile) -> Foreign:
     """The adapter in a file of mlx-lm's."""
     settings: Mapping[str, Any] = {}
     if "lora_parameters" in source.config:
@@ -40,8 +40,8 @@ def read(source: Source) -> Foreign:
         is_embedding = layers.kind_of(module) is EmbeddingLayer
         if is_embedding and "m" in slots:
             raise source.error(
-                f"{path} is an embedding with a magnitude for each word, not for each output, which "
-                "is another method"
+                f"{path} is an embedding with a magnitude for each word, not for each output, "
+                "which is another method"
             )
         rank = slots["A"].shape[1]
         turned = {**slots, "A": slots["A"].T, "B": slots["B"].T}
@@ -54,7 +54,7 @@ def read(source: Source) -> Foreign:
     return found
 
 
-def _scales(source: Source, settings: Mapping[str, Any], rank: int) -> set[float]:
+def _scales(source: ForeignFile, settings: Mapping[str, Any], rank: int) -> set[float]:
     """What the config can mean: no scale, one, or two from when alpha was written and ignored."""
     if "scale" not in settings:
         return set()

@@ -15,7 +15,7 @@ from lorakin.errors import AdapterError, SettingError, some
 from lorakin.inject.targets import named_modules
 from lorakin.storage import files
 from lorakin.storage.foreign import kohya, loralib, mlx, torchtune
-from lorakin.storage.foreign.source import CONFIG, Foreign, Source
+from lorakin.storage.foreign.foreign_file import CONFIG, Foreign, ForeignFile
 from lorakin.storage.json_files import read_json
 from lorakin.storage.pickles import tensors_of
 
@@ -26,7 +26,7 @@ USUAL_NAMES = (
     "adapter_model.bin",
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-FORMATS: tuple[tuple[str, Callable[[Source], Foreign]], ...] = (
+FORMATS: tuple[tuple[str, Callable[[ForeignFile], Foreign]], ...] = (
     (torchtune.KEY, torchtune.read),
     (mlx.KEY, mlx.read),
     (loralib.KEY, loralib.read),
@@ -55,11 +55,11 @@ def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) ->
         raise SettingError(f"alpha must be a positive number, not {alpha!r}")
     file = _file_at(path)
     config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).exists() else {}
-    source = Source(str(file), _tensors(file), config, model, named_modules(model), alpha)
+    source = ForeignFile(str(file), _tensors(file), config, model, named_modules(model), alpha)
     return _reader(source)(source)
 
 
-def _reader(source: Source) -> Callable[[Source], Foreign]:
+def _reader(source: ForeignFile) -> Callable[[ForeignFile], Foreign]:
     """The reader for the format of the file's keys."""
     keys = list(source.tensors)
     if any(key.startswith("base_model.model.") for key in keys):

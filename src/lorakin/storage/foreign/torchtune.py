@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakin.storage.foreign.source import Foreign, Source
+from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = r".*\.(lora_[ab]\.weight|magnitude)"
 NAMES = {
@@ -35,13 +35,14 @@ ALTERNATES = {
 """model_type → whether the halves of a head alternate in torchtune's queries and keys."""
 
 
-def read(source: Source) -> Foreign:
+def read(source: ForeignFile) -> Foreign:
     """The adapter in a file of torchtune's."""
     config: Any = getattr(source.model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in ALTERNATES:
         raise source.error(
-            f"torchtune's file for a model of type {model_type!r}; known are {', '.join(ALTERNATES)}"
+            f"torchtune's file for a model of type {model_type!r}; known are "
+            f"{', '.join(ALTERNATES)}"
         )
     found = Foreign("torchtune", {}, {}, [])
     names = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}

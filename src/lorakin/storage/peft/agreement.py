@@ -57,9 +57,9 @@ def check_agreement(
         is_plain = is_plain and own["B"].flatten(1).shape[1] == rank
         if not is_plain or not _are_same(pair, own, modules[path]):
             raise AdapterError(
-                f"{where}: for {path} adapter_config.json and adapter_model.safetensors say another "
-                "change than lorakin.json; one of them was edited. Without lorakin.json the adapter "
-                "is what PEFT's files say"
+                f"{where}: for {path} adapter_config.json and adapter_model.safetensors say "
+                "another change than lorakin.json; one of them was edited. Without lorakin.json "
+                "the adapter is what PEFT's files say"
             )
 
 

@@ -84,7 +84,7 @@ def joined(
 
 
 def _nothing(like: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """A pair that changes nothing of `weight`, with the rank of `like`, and a magnitude if it has one."""
+    """A pair that changes nothing of `weight`, with the slots and the rank of `like`."""
     rank, m = len(like["A"]), like.get("m")
     A, B = like["A"].new_zeros(rank, weight.shape[1]), like["A"].new_zeros(len(weight), rank)
     return {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": row_norms(weight, B, A).to(m)}

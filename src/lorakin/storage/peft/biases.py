@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.inject.biases import ADAPTED, ALL, NONE, adapted_modules, bias_of
+from lorakin.inject.biases import ALL, NONE, adapted_modules, bias_of
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.storage.peft.forms import FORMS, PREFIX, Form
 
-ONLY = "_only"
 NAMES = {
     name for form in FORMS.values() for name in (*form.slots.values(), *form.lookup_slots.values())
 }
@@ -50,15 +49,6 @@ def keyed(biases: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Ten
         place = inner if inner in wraps else path
         written[f"{PREFIX}{place}.{'base_layer.' * wraps.get(place, 0)}bias"] = bias
     return written
-
-
-def check(config: Mapping[str, Any], where: str) -> None:
-    """Raise `AdapterError` if the config's `bias` is no word of PEFT's."""
-    which = config.get("bias") or NONE
-    if which not in (NONE, ALL) and not (isinstance(which, str) and which.endswith(ONLY)):
-        raise AdapterError(
-            f"{where}: its config says bias={which!r}; expected none, all or {ADAPTED}"
-        )
 
 
 def without_doubles(config: Mapping[str, Any], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +127,7 @@ def _tied(
     whole: tuple[str, ...],
     where: str,
 ) -> dict[str, Tensor]:
-    """The biases of all modules that have one in the file, or share a parameter with one that has."""
+    """Path → bias, also of modules that share a parameter with one that has a bias in the file."""
     biases: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     for path, module in modules.items():

@@ -1,4 +1,4 @@
-"""`adapter_config.json` as it is read: what this version knows of it, and the method that it names."""
+"""Reads `adapter_config.json`: checks its fields, and makes the method that it names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lorakin.errors import AdapterError, LorakinWarning, SettingError
 from lorakin.family import Member, Method, Modifier, Parametrisation
 from lorakin.storage.own_part import Own
-from lorakin.storage.peft import biases, starts, token_rows
+from lorakin.storage.peft import starts, token_rows
 from lorakin.storage.peft.fields import KINDS
 from lorakin.storage.peft.forms import FLAGS, FORMS, LORA, SCHEDULE, TOKENS, Form, members_of
 from lorakin.storage.schema import misfit
@@ -76,7 +76,6 @@ def _check_supported(form: Form, config: Mapping[str, Any], where: str) -> None:
                 f"{where}: it uses {what} ({field}={config[field]!r}), which this version does not "
                 "implement"
             )
-    biases.check(config, where)
     for flag, member in FLAGS.items():
         if config.get(flag) and form is not LORA:
             raise AdapterError(

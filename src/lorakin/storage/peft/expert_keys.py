@@ -1,4 +1,4 @@
-"""The tensors of expert stacks in PEFT's files: their keys, and the tensors of one module taken out.
+"""The keys of expert stacks in PEFT's files, and the tensors of one module.
 
 PEFT wraps a module once for each of its parameters that it adapts. Every wrapper adds one
 `base_layer.` to the keys of what lies inside it.
@@ -20,6 +20,9 @@ NESTED = "base_layer."
 
 def wrapped(key: str, depths: Mapping[str, int]) -> str:
     """The key in PEFT's model of a tensor that may lie inside one of these owners.
+
+    >>> wrapped("base_model.model.mlp.experts.router.bias", {"mlp.experts": 2})
+    'base_model.model.mlp.experts.base_layer.base_layer.router.bias'
 
     `depths`: path of a module that owns stacks → how many of them are adapted.
     """

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from lorakin.family.settings import LARGEST
-from lorakin.inject.patterns import PatternError, check, check_all
+from lorakin.inject.linear_regex import PatternError
+from lorakin.inject.patterns import check, check_all
 from lorakin.storage.schema import Check, Count
 
 MOST = 1 << 16
-"""Names, keys, layers and ids of one field: as many as the largest mixtures have modules."""
+"""Names, keys and layers of one field: as many as the largest mixtures have modules."""
+MOST_IDS = 1 << 22
+"""Ids of tokens of one field: more than any vocabulary has."""
 
 
 def _is_pattern(value: str) -> bool:
@@ -29,6 +32,10 @@ def _are_patterns(value: Mapping[str, Any]) -> bool:
     return len(value) <= MOST
 
 
+def _is_bias_word(value: str) -> bool:
+    return value in ("none", "all") or value.endswith("_only")
+
+
 def _is_short(value: str) -> bool:
     return len(value) <= 100
 
@@ -44,6 +51,10 @@ Patterns = Check(
 )
 Single = Annotated[float, Check("a number that float32 holds", lambda value: abs(value) <= LARGEST)]
 Rank = Annotated[int, Check("a rank below 2**31", lambda value: 0 <= value < 2**31)]
+
+Ids = Annotated[
+    list[Count], Check(f"at most {MOST_IDS:,} ids of tokens", lambda value: len(value) <= MOST_IDS)
+]
 
 KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("r", "init_r", "target_r"), Rank),
@@ -66,7 +77,7 @@ KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), Pattern | Names),
     **dict.fromkeys(("modules_to_save", "target_parameters"), Names),
     **dict.fromkeys(
-        ("task_type", "peft_type", "peft_version", "bias"),
+        ("task_type", "peft_type", "peft_version"),
         Annotated[str, Check("a word", _is_short)],
     ),
     **dict.fromkeys(("base_model_name_or_path", "revision"), str),
@@ -77,5 +88,8 @@ KINDS: Mapping[str, Any] = {
     "alpha_pattern": Annotated[dict[str, Single], Patterns],
     "init_lora_weights": bool | str,
     "auto_mapping": dict[str, Any],
+    "bias": Annotated[str, Check("none, all or lora_only", _is_bias_word)],
+    "token_indices": Ids,
+    "trainable_token_indices": Ids | Annotated[dict[Name, Ids], Some],
 }
 """Field -> what it must hold if it is there and not null, which is PEFT's own "not set"."""

@@ -199,7 +199,11 @@ NAMES = LORA.slots
 
 
 def names(form: Form, layer: type[Layer]) -> Mapping[str, str]:
-    """Slot → name of the tensor, for a layer of this kind."""
+    """Slot → name of the tensor, for a layer of this kind.
+
+    >>> names(LORA, EmbeddingLayer)["A"]
+    'lora_embedding_A'
+    """
     return form.lookup_slots if layer is EmbeddingLayer else form.slots
 
 
@@ -217,7 +221,7 @@ def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
 
 
 def made_again() -> dict[str, type[Modifier]]:
-    """Words whose file is a pair for a base without its start, which the member makes of the weight again."""
+    """Word of `init_lora_weights` → the member that makes its start of the base weight again."""
     starts = [m for m in members() if issubclass(m, Modifier) and m.peft_start]
     return {start.peft_start: start for start in starts if start.needs == {WEIGHT}}
 

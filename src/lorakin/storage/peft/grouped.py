@@ -1,6 +1,6 @@
 """PEFT's form for grouped convolutions, both ways.
 
-lorakin's pair is one over the weight (outputs, inputs/groups · kernel), the same `down` for all
+lorakin's pair is over the weight (outputs, inputs/groups · kernel), the same `down` for all
 groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups:
 
     lora_A.weight (groups·q, inputs, k…)    rows g·q … g·q + q − 1 are of group g
@@ -25,7 +25,7 @@ from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
 from lorakin.inject.layers import is_grouped
 from lorakin.inject.placement import own_weight
-from lorakin.storage.peft.scales import scale_at
+from lorakin.storage.peft.scales import PATTERNS, scale_at
 
 
 class Grouped(NamedTuple):
@@ -53,7 +53,10 @@ def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
 
 
 def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
-    """A pair over all inputs in PEFT's form: q is r/groups where `up` is in groups itself, else r, and A is there for each."""
+    """A pair over all inputs in PEFT's form.
+
+    q is r/groups if `up` is in groups itself. Otherwise it is r, and A stands there for each group.
+    """
     groups = module.groups
     if len(down) % groups == 0:
         blocks = up.view(groups, -1, groups, len(down) // groups)
@@ -64,9 +67,9 @@ def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
 
 
 def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
-    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel), as small as it can be without rounding.
+    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel).
 
-    None if what they add is no change of the weight.
+    r is as small as it can be without rounding. None if what they add is no change of the weight.
     """
     groups, rank = module.groups, theirs.B.shape[1]
     A = theirs.A.view(groups, rank, groups, -1)
@@ -83,7 +86,7 @@ def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
 
 
 def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices of PEFT's whose B is in groups, with a B of all ranks, (outputs, groups·q); others as they are."""
+    """The slots with a B of all ranks, (outputs, groups·q), where PEFT's B is in groups."""
     A, B = slots.get("A"), slots.get("B")
     if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1]:
         return dict(slots)
@@ -94,9 +97,9 @@ def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spread(B: Tensor, groups: int) -> Tensor:
-    """B (outputs, q) of groups as (outputs, groups·q): each group's rows in columns of their own."""
-    spread: Tensor = torch.block_diag(*B.view(groups, -1, B.shape[1]))  # type: ignore[no-untyped-call]
-    return spread
+    """B (outputs, q) in groups as (outputs, groups·q), with columns of its own for each group."""
+    blocks = B.view(groups, -1, B.shape[1])
+    return torch.block_diag(*blocks)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
@@ -128,61 +131,74 @@ def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read(
     modules: Mapping[str, nn.Module],
-    sites: Mapping[str, dict[str, Tensor]],
+    slots: Mapping[str, dict[str, Tensor]],
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]], frozenset[str]]:
-    """The config and the tensors with PEFT's form taken for lorakin's, and where they are a pair over all inputs.
+    """The config and the slots with lorakin's pairs for PEFT's, and the paths over all inputs.
 
     Raises:
-        AdapterError: shapes that do not fit, or a gain over what is no change of the layer's weight.
+        AdapterError: shapes do not fit; there is a magnitude over what is no change of the weight.
     """
     over_all = set[str]()
-    done, ranks, alphas = dict(sites), dict[str, int](), dict[str, float]()
-    for path, slots in sites.items():
+    done, ranks, alphas = dict(slots), dict[str, Any](), dict[str, Any]()
+    for path, own in slots.items():
         module: Any = modules[path]
-        if not is_grouped(module) or not {"A", "B"} <= slots.keys():
+        if not is_grouped(module) or not {"A", "B"} <= own.keys():
             continue
-        scale, theirs = (
-            scale_at(config, path),
-            Grouped(slots["A"].flatten(1), slots["B"].flatten(1)),
-        )
-        inputs = module.in_channels * math.prod(module.kernel_size)
-        wanted = (scale.rank, inputs), (module.out_channels, scale.rank // module.groups)
-        if scale.rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
-            have = f"A {tuple(slots['A'].shape)}, B {tuple(slots['B'].shape)}"
-            raise AdapterError(
-                f"{where}: {path} has {have}, which do not fit rank {scale.rank} on a convolution with groups={module.groups}"
-            )
-        wide = Grouped(
-            *(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs)
-        )
-        pair = as_pair(module, wide)
+        scale = scale_at(config, path)
+        theirs = _checked(module, own, scale.rank, f"{where}: {path}")
+        pair = as_pair(module, theirs)
         if pair is None:
-            if "m" in slots:
+            if "m" in own:
                 raise AdapterError(
-                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, reads "
-                    "inputs across groups, as PEFT trains it. That is no change of the layer's weight, "
-                    "of which DoRA's magnitudes could be; leave the layer out when training"
+                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, "
+                    "reads inputs across groups, as PEFT trains it. DoRA's magnitudes need a "
+                    "change of the layer's weight, which that is not; leave the layer out when "
+                    "training"
                 )
             over_all.add(path)
-            pair = _spread(wide.B, module.groups), wide.A
-        kernel, out = tuple(module.kernel_size), dict(slots)
-        up, down = pair[0] * scale.value, pair[1]
-        if "m" in slots:
-            gain = slots["m"].flatten().to(wide.A) / their_lengths(module, wide, scale.value)
-            lengths = row_norms(own_weight(module).to(up), up, down)
-            out["m"] = (gain * lengths).view(slots["m"].shape)
-        out["A"] = down.view(len(down), -1, *kernel)
-        out["B"] = up.view(*up.shape, *(1 for _ in kernel))
-        done[path] = out
-        key, alpha = f"^{re.escape(path)}", len(down) ** (0.5 if scale.rslora else 1)
-        ranks[key], alphas[key] = len(down), alpha
-    changed = {
-        field: {
-            **values,
-            **{key: n for key, n in (config.get(field) or {}).items() if key not in values},
-        }
-        for field, values in (("rank_pattern", ranks), ("alpha_pattern", alphas))
-    }
-    return ({**config, **changed} if ranks else config), done, frozenset(over_all)
+            pair = _spread(theirs.B, module.groups), theirs.A
+        done[path] = _ours(module, own, theirs, scale.value, pair)
+        key, rank = f"^{re.escape(path)}", len(pair[1])
+        ranks[key], alphas[key] = rank, rank ** (0.5 if scale.rslora else 1)
+    if not ranks:
+        return config, done, frozenset()
+    changed = {}
+    for (field, _), values in zip(PATTERNS, (ranks, alphas), strict=True):
+        said = (config.get(field) or {}).items()
+        changed[field] = values | {key: value for key, value in said if key not in values}
+    return {**config, **changed}, done, frozenset(over_all)
+
+
+def _checked(module: Any, slots: Mapping[str, Tensor], rank: int, what: str) -> Grouped:
+    """PEFT's tensors of one module, in float32 at least, if their shapes fit."""
+    theirs = Grouped(slots["A"].flatten(1), slots["B"].flatten(1))
+    inputs = module.in_channels * math.prod(module.kernel_size)
+    wanted = (rank, inputs), (module.out_channels, rank // module.groups)
+    if rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
+        have = f"A {tuple(slots['A'].shape)}, B {tuple(slots['B'].shape)}"
+        raise AdapterError(
+            f"{what} has {have}, which do not fit rank {rank} on a convolution with "
+            f"groups={module.groups}"
+        )
+    return Grouped(*(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs))
+
+
+def _ours(
+    module: Any,
+    slots: Mapping[str, Tensor],
+    theirs: Grouped,
+    scale: float,
+    pair: tuple[Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """The slots with this pair, whose scale becomes 1, in the shapes of a file."""
+    out = dict(slots)
+    up, down = pair[0] * scale, pair[1]
+    if "m" in slots:
+        gain = slots["m"].flatten().to(theirs.A) / their_lengths(module, theirs, scale)
+        lengths = row_norms(own_weight(module).to(up), up, down)
+        out["m"] = (gain * lengths).view(slots["m"].shape)
+    out["A"] = down.view(len(down), -1, *module.kernel_size)
+    out["B"] = up.view(*up.shape, *(1 for _ in module.kernel_size))
+    return out

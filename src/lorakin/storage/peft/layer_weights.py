@@ -64,7 +64,7 @@ def as_layers(
 
 
 def _names(target: str, path: str, name: str) -> bool:
-    """Whether an entry of `target_parameters` means the parameter `name` of the module at `path`."""
+    """Whether an entry of `target_parameters` means the parameter `name` of a module."""
     return f".{path}.{name}".endswith(f".{target}")
 
 

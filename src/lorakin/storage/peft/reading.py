@@ -51,7 +51,7 @@ class ReadFiles:
 
     @property
     def own_slots(self) -> Mapping[str, Slots] | None:
-        """The modules' tensors in lorakin's own part, where PEFT's file has them in another form."""
+        """The modules' tensors in lorakin's part, where PEFT's file has them in another form."""
         return None if self.own is None else self.own.tensors
 
 
@@ -80,7 +80,7 @@ def document_of(
     former: Mapping[str, list[str]] = {}
     if read.own_slots is None:
         now = todays(model, modules, read.config, read.slots, read.rest, where)
-        read = dataclasses.replace(read, config=now.config, slots=now.sites, rest=now.rest)
+        read = dataclasses.replace(read, config=now.config, slots=now.slots, rest=now.rest)
         former = now.former
     check_paths(model, modules, read.slots, where)
     check_kinds(modules, read.slots, where)

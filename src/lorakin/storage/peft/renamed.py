@@ -1,14 +1,15 @@
-"""Adapters made under another transformers: modules that have another name today, or are a part of another weight.
+"""Adapters made under another transformers, in which modules had other names or weights.
 
-transformers knows how the weights of its older checkpoints became those of today's models, for loading them. What it does
-with a module's weight is done here with the module's pair:
+To load older checkpoints, transformers knows how their weights became those of today's models. What
+it does with a module's weight is done here with the module's pair:
 
     renamed                              the pair moves
-    several put one below another        their pairs in blocks: A = [A₁; A₂; …], B = diag(B₁, B₂, …), ranks added up
-    one cut into several                 A goes to each, with its own rows of B
+    several put one below another        blocks: A = [A₁; A₂; …], B = diag(B₁, B₂, …), ranks added
+    up one cut into several                 A goes to each, with its own rows of B
     one for each expert, put in a stack  the pair of that expert
 
-Blocks keep each pair's own scale: where they differ, B's are multiplied by what is missing. A magnitude goes with B's rows.
+Blocks keep each pair's own scale: where scales differ, B is multiplied by what is missing. A
+magnitude goes with B's rows.
 Only modules that the model does not have are looked up, and transformers is not imported for it.
 """
 
@@ -33,7 +34,7 @@ Slots = Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class RenamedPlace:
-    """Where a module of the file is today: the whole of `path`, or part `number` of `parts` below one another."""
+    """Where a module of the file is today: all of `path`, or part `number` of the `parts` there."""
 
     path: str
     number: int = 0
@@ -44,10 +45,10 @@ class RenamedPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Todays:
-    """An adapter's files in the model's own names. `former`: path → the file's paths for what is there."""
+    """An adapter's files in the model's names. `former`: path → the paths in the file."""
 
     config: Mapping[str, Any]
-    sites: dict[str, dict[str, Tensor]]
+    slots: dict[str, dict[str, Tensor]]
     rest: dict[str, Tensor]
     former: dict[str, list[str]]
 
@@ -56,35 +57,37 @@ def todays(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
-    sites: dict[str, dict[str, Tensor]],
+    slots: dict[str, dict[str, Tensor]],
     rest: dict[str, Tensor],
     where: str,
 ) -> Todays:
-    """The file's modules, and tensors of none, under the names that they have in `model`. What has none stays as it is.
+    """The file's modules and other tensors under the names that they have in `model`.
+
+    What has no other name there stays as it is.
 
     Raises:
         AdapterError: parts of one weight that do not fit together.
     """
-    unknown = [path for path in sites if not _can_adapt(modules, path)]
+    unknown = [path for path in slots if not _can_adapt(modules, path)]
     lost = [
         key for key in rest if key.rpartition(".")[0].removesuffix(".base_layer") not in modules
     ]
     names = _Names.of(model) if unknown or lost else None
     if names is None:
-        return Todays(config, sites, rest, {})
+        return Todays(config, slots, rest, {})
     parts: dict[str, list[tuple[RenamedPlace, str]]] = {}
     for old in unknown:
         for place in names.places(old, modules):
             parts.setdefault(place.path, []).append((place, old))
     moved = {old for there in parts.values() for _, old in there}
-    done = {path: slots for path, slots in sites.items() if path not in moved}
+    done = {path: own for path, own in slots.items() if path not in moved}
     if clash := [path for path in parts if path in done]:
         raise AdapterError(
             f"{where}: it adapts {clash[0]} twice, as that and as {parts[clash[0]][0][1]}"
         )
     scales: dict[str, PairScale] = {}
     for path, there in parts.items():
-        done[path], scales[path] = _joined(modules[path], path, there, sites, config, where)
+        done[path], scales[path] = _joined(modules[path], path, there, slots, config, where)
     whole = config.get("modules_to_save")
     if whole and lost:
         config = {**config, "modules_to_save": [*whole, *(names.whole(name) for name in whole)]}
@@ -109,7 +112,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Names | None:
-        """Those for the model's class; None if it is none of transformers' or it has no conversions."""
+        """Those for the model's class; None if it is not transformers', or has no conversions."""
         if "transformers" not in sys.modules or not hasattr(
             getattr(model, "config", None), "model_type"
         ):
@@ -171,7 +174,7 @@ class _Names:
 
 
 def _only_puts_together(operations: Iterable[Any]) -> bool:
-    """Whether these put weights (outputs, inputs) below one another, into stacks, and turn them round, but do nothing else."""
+    """Whether these only stack weights (outputs, inputs), join their outputs or transpose them."""
     axes = ["outputs", "inputs"]
     for operation in operations:
         kind = type(operation).__name__
@@ -189,26 +192,26 @@ def _joined(
     module: nn.Module,
     path: str,
     there: list[tuple[RenamedPlace, str]],
-    sites: Mapping[str, Slots],
+    slots: Mapping[str, Slots],
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[dict[str, Tensor], PairScale]:
-    """The slots of today's module, and their scale, from those of the file's modules that are in it."""
+    """The slots and the scale of today's module, of the file's modules that became part of it."""
     there = sorted(there, key=lambda one: one[0].number)
     place = there[0][0]
     scales = [scale_at(config, name) for _, name in there]
-    slots = [dict(sites[name]) for _, name in there]
+    each = [dict(slots[name]) for _, name in there]
     if place.cut is not None:
         rows, pieces = place.cut
         return {
-            slot: t if slot == "A" else t.chunk(pieces)[rows] for slot, t in slots[0].items()
+            slot: t if slot == "A" else t.chunk(pieces)[rows] for slot, t in each[0].items()
         }, scales[0]
     if place.parts == 1:
-        return slots[0], scales[0]
+        return each[0], scales[0]
     kind = layers.kind_of(module)
     assert kind is not None
     outputs, inputs = kind.shape(module)[:2]
-    for (_, name), of_one, scale in zip(there, slots, scales, strict=True):
+    for (_, name), of_one, scale in zip(there, each, scales, strict=True):
         pair = {"A", "B"} <= of_one.keys() <= {"A", "B", "m"} and of_one["A"].dim() == of_one[
             "B"
         ].dim() == 2
@@ -219,47 +222,48 @@ def _joined(
         ):
             shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in of_one.items())
             raise AdapterError(
-                f"{where}: {name} has {shapes}; expected a pair of rank {scale.rank} to put into {path}"
+                f"{where}: {name} has {shapes}; expected a pair of rank {scale.rank} to put into "
+                f"{path}"
             )
     starts = _starts(
         [one.number for one, _ in there],
-        [len(of_one["B"]) for of_one in slots],
+        [len(of_one["B"]) for of_one in each],
         place.parts,
         outputs,
     )
-    magnitudes = [of_one["m"] for of_one in slots if "m" in of_one]
+    magnitudes = [of_one["m"] for of_one in each if "m" in of_one]
     if starts is None or len(magnitudes) not in (0, place.parts):
         raise AdapterError(
-            f"{where}: {', '.join(name for _, name in there)} are {place.parts} parts of {path} ({outputs} rows) in this "
-            "model, and what the file has of them does not fill it"
+            f"{where}: {', '.join(name for _, name in there)} are {place.parts} parts of {path} "
+            f"({outputs} rows) in this model, and what the file has of them does not fill it"
         )
     total = PairScale(sum(scale.rank for scale in scales), 1.0, scales[0].rslora)
     total = total._replace(alpha=scales[0].value / total.value)
-    up = slots[0]["B"].new_zeros(outputs, total.rank)
+    up = each[0]["B"].new_zeros(outputs, total.rank)
     column = 0
-    for start, of_one, scale in zip(starts, slots, scales, strict=True):
+    for start, of_one, scale in zip(starts, each, scales, strict=True):
         B, factor = of_one["B"], 1.0 if scale == scales[0] else scale.value / scales[0].value
         up[start : start + len(B), column : column + B.shape[1]] = B if factor == 1 else factor * B
         column += B.shape[1]
-    joined = {"A": torch.cat([of_one["A"] for of_one in slots]), "B": up}
+    joined = {"A": torch.cat([of_one["A"] for of_one in each]), "B": up}
     return (joined | {"m": torch.cat(magnitudes)} if magnitudes else joined), total
 
 
 def _starts(numbers: list[int], rows: list[int], parts: int, outputs: int) -> list[int] | None:
-    """The first row of each part that there is; None if they do not fill the weight, or the size of one is not known."""
+    """The first row of each part in the file; None if a size is unknown or they do not fit."""
     if len(numbers) == parts:
         return [sum(rows[:n]) for n in range(parts)] if sum(rows) == outputs else None
     return [number * rows[0] for number in numbers] if set(rows) == {outputs / parts} else None
 
 
 def _with_scales(
-    config: Mapping[str, Any], scales: Mapping[str, PairScale], sites: Iterable[str]
+    config: Mapping[str, Any], scales: Mapping[str, PairScale], paths: Iterable[str]
 ) -> Mapping[str, Any]:
     """The config that says these ranks and alphas, in as few patterns as can be."""
     ends: dict[str, set[PairScale]] = {}
     for path, scale in scales.items():
         ends.setdefault(_end(path), set()).add(scale)
-    mixed = {_end(path) for path in sites if path not in scales} | {
+    mixed = {_end(path) for path in paths if path not in scales} | {
         end for end, those in ends.items() if len(those) > 1
     }
     for field, of in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):

@@ -35,7 +35,12 @@ def scale_of(method: Method) -> PairScale:
 
 
 def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
-    """The rank and alpha that a config gives the pair at `path`."""
+    """The rank and alpha that a config gives the pair at `path`.
+
+    >>> config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}}
+    >>> scale_at(config, "layers.0.q_proj").value, scale_at(config, "layers.0.v_proj").value
+    (4.0, 2.0)
+    """
     rank = resolve(config.get("rank_pattern") or {}, path, config.get("r", 8))
     alpha = resolve(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
     return PairScale(int(rank or 0), float(alpha or 0), bool(config.get("use_rslora")))

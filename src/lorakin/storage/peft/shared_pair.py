@@ -76,7 +76,8 @@ def read(
             )
     elif is_saved:
         raise AdapterError(
-            f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it holds"
+            f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it "
+            "holds"
         )
     if is_saved:
         return found

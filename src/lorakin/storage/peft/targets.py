@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts for a config: its rules, and the check that a file has tensors for just those."""
+"""Which modules PEFT adapts for a config, and the check that a file has tensors for just those."""
 
 from __future__ import annotations
 
@@ -22,54 +22,63 @@ FIRST, LAST = 1, -1
 def check_targets(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
-    sites: Collection[str],
+    slots: Collection[str],
     copies: Iterable[str],
     former: Mapping[str, list[str]],
     where: str,
 ) -> None:
     """See that every module that the config targets has its tensors, and the other way round.
 
-    `former`: path → its names in the file, which the config targets, where it has others there. In such a file the config may
-    mean fewer modules than it names in this model, so what is missing is said and left alone; of experts all must be there.
+    Args:
+        modules: the model's modules by path.
+        config: PEFT's config.
+        slots: paths of the modules with tensors.
+        copies: paths of the modules that are trained whole.
+        former: path → its names in the file, which the config targets, where they are others. Such
+            a config may mean fewer modules than it names in this model, so that missing ones are a
+            warning; but all experts of a stack must be there.
+        where: the file, for messages.
+
+    Raises:
+        AdapterError: the two differ.
     """
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
-    experts = {
-        path for path, module in modules.items() if layers.kind_of(module) is ExpertLayer
-    }  # not targeted as modules
-    whole = list(copies)
+    experts = {path for path, m in modules.items() if layers.kind_of(m) is ExpertLayer}
+    # Experts are not targeted as modules.
+    there = set(slots) - (experts - former.keys())
+    whole = tuple(f"{path}." for path in copies)
     targetable = [
         path
         for path, module in modules.items()
-        if path not in experts and layers.kind_of(module)
-        if not any(path == copy or path.startswith(copy + ".") for copy in whole)
+        if path not in experts | former.keys()
+        and layers.kind_of(module)
+        and not f"{path}.".startswith(whole)
     ]
-    known = modules.keys() - experts
-    wanted: set[str] | None = None
-    lacking: list[str] | None = None
-    for meant in _readings(targets, config, known):
-        paths = {path for path in targetable if path not in former and meant.takes(path)}
+    meanings = []
+    for meant in _readings(targets, config, modules.keys() - experts):
+        paths = {path for path in targetable if meant.takes(path)}
         paths |= {path for path, names in former.items() if all(map(meant.takes, names))}
         absent = _absent_experts(modules, former, meant)
-        if paths == set(sites) - (experts - former.keys()) and not absent:
+        if paths == there and not absent:
             return
-        wanted = paths if wanted is None else wanted
-        lacking = absent if lacking is None else lacking
-    assert wanted is not None
-    missing = lacking or sorted(wanted - set(sites))
+        meanings.append((paths, absent))
+    wanted, lacking = meanings[0]
+    missing = lacking or sorted(wanted - set(slots))
     if lacking or (missing and not former):
         raise AdapterError(
             f"{where}: the config targets {some(missing)}, but the file has no tensors for it"
         )
     if missing:
         warnings.warn(
-            f"{where}: the file is of another transformers, which named modules otherwise; its config targets {some(missing)} "
-            "by today's names, which have no tensors in it and stay as they are",
+            f"{where}: it was made under another transformers, which named modules otherwise. By "
+            f"today's names its config targets {some(missing)} too; these have no tensors in it "
+            "and stay as they are",
             LorakinWarning,
             stacklevel=2,
         )
-    if extra := sorted(set(sites) - wanted - (experts - former.keys())):
+    if extra := sorted(there - wanted):
         raise AdapterError(
             f"{where}: the file has tensors for {some(extra)}, which the config does not target"
         )
@@ -78,7 +87,7 @@ def check_targets(
 def _absent_experts(
     modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading
 ) -> list[str]:
-    """Names of experts that the config targets as it does others of their stack, and that the file lacks."""
+    """Names of experts that the config targets, and others of whose stack the file has."""
     there, wanted, seen = (
         {name for names in former.values() for name in names},
         set[str](),
@@ -103,8 +112,8 @@ def _absent_experts(
 class Reading:
     """One way to understand a config's targets.
 
-    A string is a regular expression for the whole path; a list holds paths and ends of paths. Layers narrow what is found by
-    the end of its path, not what is named whole.
+    A string is a regular expression for the whole path; a list holds paths and ends of paths.
+    Layers narrow what is found by the end of its path, not what is named whole.
     """
 
     def __init__(
@@ -114,7 +123,7 @@ class Reading:
         known: Collection[str],
         which: int,
     ) -> None:
-        """`known`: an entry that is one of these paths means that one alone. `which`: `FIRST` or `LAST`."""
+        """An entry among the paths `known` means that path alone. `which`: `FIRST` or `LAST`."""
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
         self.known = known
@@ -150,7 +159,8 @@ def _readings(
 ) -> Iterator[Reading]:
     """The ways in which a config may be meant, the likeliest first.
 
-    In our files an entry that is a module's whole path means that module; to PEFT it is also the end of others' paths.
+    In lorakin's files an entry that is a module's whole path means that module alone. To PEFT it is
+    the end of other modules' paths too.
     """
     yield Reading(targets, config, known, FIRST)
     if not isinstance(targets, str):

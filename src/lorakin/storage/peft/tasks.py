@@ -1,8 +1,8 @@
-"""PEFT's `task_type`: the class that wraps the model there, which must be able to hold the file and to call the model.
+"""PEFT's `task_type` chooses the class that wraps the model; the class must suit file and model.
 
-PEFT wraps a classifier's head by itself, by the ends of modules' names, and dies on a file without that head. Each of its
-classes hands the model arguments of its own choice. Where either does not suit, the task stays open (null), and the plain
-`PeftModel` passes on what it is given.
+PEFT wraps a classifier's head by itself, by the ends of modules' names, and fails on a file without
+that head. Each of its classes hands the model arguments of its own choice. If one of the two does
+not suit, `task_type` stays null, and the plain `PeftModel` passes on what it is given.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ HEADS = {
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score"), ("labels",)),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",), ("start_positions", "end_positions")),
 }
-"""End of a class's name in transformers → the task, the ends of the names of the modules that PEFT trains whole for it, and
-what its class hands the model."""
+"""End of a class's name in transformers → the task, the ends of the names of the modules that PEFT
+trains whole for it, and what its class hands the model."""
 PASSED = ("input_ids", "attention_mask", "inputs_embeds")
 FLAGS = ("output_attentions", "output_hidden_states", "return_dict")
-"""What PEFT's classes hand every model, beside what their task needs. Flags may be taken among `**kwargs`."""
+"""What PEFT's classes hand every model, which may take the flags among `**kwargs`."""
 DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 KEPT_BACK = {"QUESTION_ANS": {"token_type_ids", "position_ids"}}
-"""What PEFT's class for a task takes and does not hand on, so that a model that takes it would compute something else."""
+"""What PEFT's class for a task takes and does not hand on; a model that needs it is not suited."""
 
 
 def task_of(model: nn.Module, whole: Collection[str]) -> str | None:
-    """PEFT's word for the model's task, or None. `whole` are the paths of the modules that the file holds whole."""
+    """PEFT's word for the model's task, or None. `whole`: paths of modules trained whole."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     can_generate = getattr(model, "can_generate", None)
@@ -54,7 +54,11 @@ def task_of(model: nn.Module, whole: Collection[str]) -> str | None:
 
 
 def is_classifiers(config: Mapping[str, Any], base_class: str | None) -> bool:
-    """Whether an adapter's files hold a classifier's head, by PEFT's word or the base's class and what was trained whole."""
+    """Whether an adapter's files hold a classifier's head, by the config and the base's class.
+
+    >>> is_classifiers({"modules_to_save": ["score"]}, "LlamaForSequenceClassification")
+    True
+    """
     ending = "ForSequenceClassification"
     task, heads, _ = HEADS[ending]
     if config.get("task_type") == task:
@@ -75,7 +79,7 @@ def _holds_heads(model: nn.Module, heads: tuple[str, ...], whole: Collection[str
 
 
 def _takes(model: nn.Module, more: Iterable[str], kept_back: Iterable[str] = ()) -> bool:
-    """Whether the model's forward can be handed these arguments, and has none of those that PEFT would keep back."""
+    """Whether the model's forward takes these arguments, and none of those that PEFT keeps back."""
     parameters = inspect.signature(model.forward).parameters
     anything = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()

@@ -26,7 +26,7 @@ from lorakin.storage.peft.forms import PREFIX, Form, names
 def keyed(
     form: Form, path: str, kind: type[Layer], slots: Slots, module: nn.Module
 ) -> dict[str, Tensor]:
-    """The tensors of one module by key, in PEFT's shapes; those that all modules share are left out."""
+    """The tensors of one module by key, in PEFT's shapes, without those that all modules share."""
     named = names(form, kind)
     return {
         f"{PREFIX}{path}.{named[slot]}": in_file(tensor, slot, module)

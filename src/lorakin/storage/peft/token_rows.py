@@ -1,4 +1,4 @@
-"""Rows of tokens in PEFT's files, and the tables that PEFT adds to them where a vocabulary was resized.
+"""Rows of tokens in PEFT's files, and the tables that PEFT adds if a vocabulary was resized.
 
 PEFT calls them `trainable_token_indices`. Its `trainable_tokens_delta` (k, dim) holds the rows
 themselves, not differences, in the order of the config's ids.
@@ -75,7 +75,7 @@ def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
 
 
 def says_all_of_ties(config: Mapping[str, Any]) -> bool:
-    """Whether `ensure_weight_tying` asks for no more than that tied tables share their rows, as they do."""
+    """Whether `ensure_weight_tying` asks only that tied tables share their rows, as they do."""
     return bool(_field(config)) and not config.get("modules_to_save")
 
 
@@ -101,22 +101,22 @@ def taken(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    sites: Collection[str],
+    slots: Collection[str],
     copies: Collection[str],
     vocabulary: Mapping[str, str],
     where: str,
 ) -> Taken:
     """Match rows of tokens, and tables of the base that PEFT has added, with `model`.
 
-    PEFT adds its base's embedding and head when the vocabulary was resized. The rows there that this
-    base does not have become the adapter's: a resize fills new rows at random.
+    PEFT adds its base's embedding and head when the vocabulary was resized. The rows there that
+    this base does not have become the adapter's: a resize fills new rows at random.
 
     Args:
         model: the base.
         modules: its modules by path.
         config: PEFT's.
         tensors: by key without PEFT's prefix.
-        sites: paths of modules that have pairs, which can have no rows, and
+        slots: paths of modules that have pairs, which can have no rows, and
         copies: of those that are trained whole.
         vocabulary: parameter's name → its sample in the base's fingerprint, where one is known.
         where: for errors.
@@ -135,7 +135,7 @@ def taken(
         values[path] = dict(zip(own, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
-        if new and (path in sites or path in copies):
+        if new and (path in slots or path in copies):
             raise _another(path, table, modules[path], where)
         values.setdefault(path, {}).update(new)
     try:
@@ -148,7 +148,7 @@ def taken(
                 _same(values[one], values[other]) if other in named else _peft_ties(model, one)
             ),
         )
-        check_free(tokens, sites)
+        check_free(tokens, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
     return Taken(
@@ -195,22 +195,17 @@ def _ids(
     field = _field(config)
     if unknown := sorted(set(rows) - set(modules)):
         raise AdapterError(
-            f"{where}: it is for another base model: it trains rows of {some(unknown)}, which this model does not have"
+            f"{where}: it is for another base model: it trains rows of {some(unknown)}, which this "
+            "model does not have"
         )
     named = field if isinstance(field, Mapping) else {"": field} if field else {}
-    for tokens in named.values():
-        if not isinstance(tokens, list) or not all(type(n) is int and n >= 0 for n in tokens):
-            raise AdapterError(
-                f"{where}: {FIELD} is {str(field)[:80]!r}, expected ids of tokens, or modules' names with ids"
-            )
     found: dict[str, list[int]] = {}
     for path in rows:  # PEFT takes every module whose path ends in the name
         fitting = [name for name in named if path.endswith(name)]
         if fitting:
             found[path] = list(named[max(fitting, key=len)])
-    for path in (
-        rows.keys() - found.keys()
-    ):  # a head tied to one of them, of which the config does not speak
+    # A head that is tied to one of them may have rows without being named.
+    for path in rows.keys() - found.keys():
         weight = modules[path]._parameters.get("weight")
         leader = next(
             (one for one in found if modules[one]._parameters.get("weight") is weight), None
@@ -226,7 +221,8 @@ def _ids(
             for path in ended
         ):
             raise AdapterError(
-                f"{where}: {FIELD} names tokens{f' of {name}' * bool(name)}, but the file has no rows of them"
+                f"{where}: {FIELD} names tokens{f' of {name}' * bool(name)}, but the file has no "
+                "rows of them"
             )
     return found
 
@@ -251,8 +247,8 @@ def _check_rows(
         )
     if rows.shape != (len(ids), weight.shape[1]):
         raise AdapterError(
-            f"{where}: {path} has trained rows of shape {tuple(rows.shape)}, expected {(len(ids), weight.shape[1])}: "
-            f"one of width {weight.shape[1]} for each of its tokens"
+            f"{where}: {path} has trained rows of shape {tuple(rows.shape)}, expected "
+            f"{(len(ids), weight.shape[1])}: one of width {weight.shape[1]} for each of its tokens"
         )
     if not rows.is_floating_point() or rows.element_size() < 2 or not all_finite(rows):
         raise AdapterError(
@@ -261,16 +257,17 @@ def _check_rows(
     if max(ids, default=0) >= len(weight):
         size = max(size, max(ids) + 1)
         raise AdapterError(
-            f"{where}: it trains token {max(ids)} of {path}, which has {len(weight)} rows here: its base was resized "
-            f"before training. Resize this one first: model.resize_token_embeddings({size}); what that puts into the "
-            "trained rows does not matter"
+            f"{where}: it trains token {max(ids)} of {path}, which has {len(weight)} rows here: "
+            "its base was resized before training. Resize this one first: "
+            f"model.resize_token_embeddings({size}); what that puts into the trained rows does not "
+            "matter"
         )
 
 
 def _new_rows(
     path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str
 ) -> dict[int, Tensor]:
-    """The rows of a table in the file that this base has otherwise, but for those trained anyway."""
+    """The rows of a table that differ from this base's, without those that are trained anyway."""
     here = own_table(module)
     if table.shape != here.shape:
         raise _another(path, table, module, where)
@@ -287,13 +284,15 @@ def _another(path: str, table: Tensor, module: nn.Module, where: str) -> Adapter
     here: Any = module._parameters["weight"]
     resized = table.dim() == 2 and table.shape[1:] == here.shape[1:] and len(table) != len(here)
     advice = (
-        f"if its vocabulary was resized, resize this one first: model.resize_token_embeddings({len(table)})"
+        "if its vocabulary was resized, resize this one first: "
+        f"model.resize_token_embeddings({len(table)})"
         if resized
         else "load that weight first"
     )
     return AdapterError(
-        f"{where}: it is for another base model: {path} had another weight there, {tuple(table.shape)}, perhaps because its "
-        f"vocabulary was resized or trained; this model's is {tuple(here.shape)}; {advice}"
+        f"{where}: it is for another base model: {path} had another weight there, "
+        f"{tuple(table.shape)}, perhaps because its vocabulary was resized or trained; this "
+        f"model's is {tuple(here.shape)}; {advice}"
     )
 
 

@@ -196,7 +196,8 @@ def _apart(
     if not fits or (m is not None and m.shape != (there, len(B))):
         shapes = ", ".join(f"{NAMES[slot]} {tuple(t.shape)}" for slot, t in slots.items())
         raise AdapterError(
-            f"{where}: {shapes} are no pairs of rank {rank} for {experts or 'any number of'} experts"
+            f"{where}: {shapes} are no pairs of rank {rank} for {experts or 'any number of'} "
+            "experts"
         )
     downs, ups = A.view(there, rank, -1), B.view(len(B), rank, there)
     for number in range(there):

@@ -34,7 +34,7 @@ class Foreign:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ForeignFile:
     """A file of another library, and the model that it is for."""
 
     where: str

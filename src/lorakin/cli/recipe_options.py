@@ -1,0 +1,160 @@
+"""Options of the command line that are made from the fields of `Recipe`.
+
+A command asks for the fields that it takes, and gets what the user gave as `**flags`:
+
+    @recipe_options("columns", "quantize")
+    def command(model: Model, *, as_json: Json = False, **flags: Any) -> None: ...
+
+Each option has the name, the type, the help and the default that `Recipe` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from lorakin.errors import SettingError
+from lorakin.training.recipe import Option, Recipe, kinds, option_of, plain
+
+TEMPLATE = "chat_template"
+ALL = tuple(name for name in kinds() if option_of(name) is not None)
+"""The fields of `Recipe` that the command line offers."""
+
+
+def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a decorator that gives a command an option for each of these fields of `Recipe`.
+
+    The options stand after the command's positional parameters and before its keyword-only ones.
+    The command gets, as keywords, the fields that the user gave, in the form that `Recipe` takes.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        made = [parameter for name in names for parameter in _parameters(name)]
+
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            raw = {parameter.name: given.pop(parameter.name) for parameter in made}
+            command(**given, **_fields(names, raw))
+
+        parameters = [
+            *(one for one in own if one.kind is one.POSITIONAL_OR_KEYWORD),
+            *made,
+            *(one for one in own if one.kind is one.KEYWORD_ONLY),
+        ]
+        keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
+        wrapped.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {one.name: one.annotation for one in keywords}
+        return wrapped
+
+    return decorate
+
+
+def defaults(*names: str) -> dict[str, Any]:
+    """Returns what `Recipe` says of these fields where the user says nothing.
+
+    >>> defaults("batch_size", "targets")
+    {'batch_size': 8, 'targets': ['all-linear']}
+    """
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    made = {name: fields[name].default_factory for name in names}
+    return {
+        name: fields[name].default if make is dataclasses.MISSING else make()
+        for name, make in made.items()
+    }
+
+
+def parts(texts: Sequence[str]) -> list[str]:
+    """Returns the names in texts with commas; a regular expression with braces stays whole.
+
+    >>> parts(["q_proj,v_proj", "layers.[0-9]{1,2}"])
+    ['q_proj', 'v_proj', 'layers.[0-9]{1,2}']
+    """
+    split = ([text] if "{" in text else text.split(",") for text in texts)
+    return [part.strip() for several in split for part in several if part.strip()]
+
+
+READERS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "data": list,
+    "method": ",".join,
+    "targets": parts,
+    "exclude": parts,
+    "modules_to_save": parts,
+    "trainable_tokens": parts,
+}
+"""Fields whose options may be given several times → what makes one value of the texts."""
+
+
+def _parameters(name: str) -> Iterator[inspect.Parameter]:
+    option = option_of(name)
+    assert option is not None, name
+    kind: Any = plain(kinds()[name])
+    flag = "--" + name.replace("_", "-")
+    flags = list(option.names or [flag])
+    if name == TEMPLATE:
+        kind = str
+        yield _parameter(
+            "no_chat_template",
+            bool,
+            typer.Option("--no-chat-template", help="Write prompts without a chat template."),
+            False,
+        )
+    elif name in READERS or typing.get_origin(kind) is dict:
+        kind = list[str]
+    elif kind is bool:
+        flags = [f"{flag}/--no-{flag[2:]}"]
+    elif typing.get_origin(kind) is typing.Literal:
+        kind = str  # `Recipe` refuses other words
+    declared = typer.Option(*flags, help=_help(name, option), show_default=False)
+    yield _parameter(name, kind | None, declared, None)
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _help(name: str, option: Option) -> str:
+    value = None if name in (TEMPLATE, "model", "data", "out") else defaults(name)[name]
+    said = option.default
+    if said is None and value not in (None, [], {}):
+        said = {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None
+        said = said or (",".join(value) if isinstance(value, list) else f"{value}")
+        said = said.removesuffix(".0")
+    return f"{option.help} \\[default: {said}]".strip() if said else option.help
+
+
+def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the user gave, as `Recipe` takes them.
+
+    Raises:
+        SettingError: a text that is no NAME=VALUE, or a chat template that is given and refused.
+    """
+    from lorakin.training.yaml_values import parse_columns, parse_settings
+
+    found: dict[str, Any] = {}
+    for name in names:
+        value, option = raw[name], option_of(name)
+        if name == TEMPLATE and raw["no_chat_template"]:
+            if value is not None:
+                raise SettingError(
+                    "--chat-template and --no-chat-template contradict each other; give one"
+                )
+            value = False
+        elif not value and isinstance(value, list | None):
+            continue
+        elif name in READERS:
+            value = READERS[name](value)
+        elif name == "columns":
+            value = parse_columns(value)
+        elif isinstance(value, list):
+            value = parse_settings(value, option.names[0] if option and option.names else "")
+        found[name] = value
+    return found

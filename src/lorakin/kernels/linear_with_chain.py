@@ -1,0 +1,211 @@
+"""A linear layer beside frozen matrices of which only two vectors train, as in VeRA.
+
+    y = W0 x + outer ⊙ up(inner ⊙ u) + b        u = down x̃
+
+`up` and `down` never train and are the same for many modules. So they are cast once, and modules
+that are called with the same x, such as q_proj, k_proj and v_proj, compute u once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lorakin.family import Chain
+from lorakin.kernels.autograd import Version, backward_once
+from lorakin.kernels.base_linear import base_linear
+from lorakin.kernels.dropout import Dropped, DroppedProduct
+
+
+def linear_with_chain(
+    given: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chain: Chain,
+    dropout: float,
+    siblings: str,
+) -> Tensor:
+    """Computes W0 x + outer ⊙ up(inner ⊙ (down x̃)) + b.
+
+    Args:
+        given: the module's input before autocast; modules share u if they were given the same one.
+        x: (…, inputs), `given` in the dtype of `weight`.
+        weight: (outputs, inputs).
+        bias: (outputs,) or None.
+        chain: its matrices may have more rows and columns than are needed here.
+        dropout: the probability of zeroing an entry of x; with dropout nothing is shared.
+        siblings: a name for the modules that may share u.
+
+    Returns:
+        (…, outputs), in the dtype of `weight`.
+
+    >>> chain = Chain(torch.ones(2), torch.eye(2), torch.ones(2), torch.eye(2))
+    >>> x = torch.ones(1, 2)
+    >>> linear_with_chain(x, x, torch.eye(2), None, chain, dropout=0.0, siblings="attention")
+    tensor([[2., 2.]])
+    """
+    outputs, inputs = weight.shape
+    down, up = _frozen(chain.down), _frozen(chain.up)
+    narrow = down.narrowed(weight)[:, :inputs]
+    inner, outer = chain.inner.to(weight.device), chain.outer.to(weight.device)
+
+    if dropout:
+        u = DroppedProduct.apply(x, narrow, Dropped.drawn(dropout))  # type: ignore[no-untyped-call]
+    else:
+        u = down.product(given, siblings, lambda: Product.apply(x, narrow))  # type: ignore[no-untyped-call]
+
+    # for many tokens one product with the changed weight takes fewer operations than two beside it
+    tokens = x.numel() // inputs
+    merged = not dropout and 2 * inputs * outputs < tokens * (2 * outputs + inputs)
+    up_here = up.narrowed(weight)[:outputs]
+    return LinearWithChain.apply(x, u, weight, bias, outer, up_here, inner, narrow, merged)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Frozen:
+    """Caches what follows from a matrix that never trains.
+
+    `narrow` holds it in the base's dtype, by device. `products` holds the latest product for each
+    group of siblings, without keeping it alive.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = weakref.ref(matrix)
+        self.narrow: dict[torch.device, Tensor] = {}
+        self.seen: Version | None = None
+        self.products: dict[str, tuple[Any, ...]] = {}
+
+    def narrowed(self, like: Tensor) -> Tensor:
+        """Returns the matrix in the dtype and on the device of `like`.
+
+        Without gradients it is cast each time, since somebody may write through `.data`.
+        """
+        matrix = self.matrix()
+        assert matrix is not None
+        if not torch.is_grad_enabled():
+            return matrix.detach().to(like.device, like.dtype)
+        if self.seen is None or not self.seen.is_still(matrix):
+            self.narrow, self.seen = {}, Version.of(matrix)
+        kept = self.narrow.get(like.device)
+        if kept is not None and kept.dtype == like.dtype:
+            return kept
+
+        self.products.clear()
+        narrow = matrix.detach().to(like.device, like.dtype)
+        if self.seen is not None:
+            self.narrow[like.device] = narrow
+        return narrow
+
+    def product(self, x: Tensor, siblings: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns `compute()`, or its last result if a sibling was called with the same x.
+
+        The last result counts for as long as an autograd graph holds it.
+        """
+        if not (torch.is_grad_enabled() and x.requires_grad) or not self.narrow:
+            return compute()
+        if (latest := self.products.get(siblings)) is not None:
+            of, version, result = latest
+            if of() is x and version.is_still(x) and isinstance(kept := result(), Tensor):
+                return kept
+        product = compute()
+        self.products[siblings] = weakref.ref(x), Version(x), weakref.ref(product)
+        return product
+
+
+_FROZEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _frozen(matrix: Tensor) -> Frozen:
+    if matrix not in _FROZEN:
+        _FROZEN[matrix] = Frozen(matrix)
+    known: Frozen = _FROZEN[matrix]
+    return known
+
+
+class Product(torch.autograd.Function):
+    """down x for x (…, inputs) and a frozen down (k, inputs).
+
+    Several modules share the result, so it keeps nothing that a first backward would free and a
+    second would miss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor) -> Tensor:
+        ctx.down = down
+        return F.linear(x, down)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.down, None
+
+
+class LinearWithChain(torch.autograd.Function):
+    """y = W0 x + outer ⊙ up(inner ⊙ u) + b, where outer (outputs,) and inner (k,) train.
+
+    Both gradients come from C = δᵀu (outputs, k), so x is kept only where W0 trains. With `merged`
+    the forward and the backward multiply by W0 + change, and u serves C alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        outer: Tensor,
+        up: Tensor,
+        inner: Tensor,
+        down: Tensor,
+        merged: bool,
+    ) -> Tensor:
+        ctx.merged = merged
+        kept = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, u, weight, outer, up, inner, down)
+        if merged:
+            return base_linear(x, _merged(weight, outer, up, inner, down), bias)
+
+        y = base_linear(x, weight, bias)
+        flat = y.view(-1, y.shape[-1])
+        hidden = u.reshape(len(flat), len(inner)) * inner.to(u.dtype)
+        if len(flat) < len(inner):  # with few tokens it is cheaper to scale their outputs than `up`
+            flat.addcmul_(hidden @ up.T, outer.to(u.dtype))
+        else:
+            flat.addmm_(hidden, _scaled(outer, up).T)
+        return y
+
+    @staticmethod
+    @backward_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, weight, outer, up, inner, down = ctx.saved_tensors
+        needs_x, needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        delta = grad.reshape(-1, grad.shape[-1])
+
+        for_weight = delta.T @ x.reshape(len(delta), weight.shape[1]) if needs_weight else None
+        for_bias = delta.sum(0) if needs_bias else None
+        common = ((delta.T @ u.reshape(len(delta), len(inner))) * up).to(outer.dtype)
+        for_outer, for_inner = common @ inner, outer @ common
+
+        for_x = for_u = None
+        if needs_x:
+            whole = _merged(weight, outer, up, inner, down) if ctx.merged else weight
+            for_x = (delta @ whole).view(*grad.shape[:-1], weight.shape[1])
+        if needs_u and not ctx.merged:
+            for_u = ((delta @ _scaled(outer, up)) * inner.to(u.dtype)).view(u.shape)
+        return for_x, for_u, for_weight, for_bias, for_outer, None, for_inner, None, None
+
+
+def _scaled(outer: Tensor, up: Tensor) -> Tensor:
+    """Returns diag(outer)·up, rounded once to the dtype of `up`."""
+    return (outer.unsqueeze(1) * up).to(up.dtype)
+
+
+def _merged(weight: Tensor, outer: Tensor, up: Tensor, inner: Tensor, down: Tensor) -> Tensor:
+    return torch.addmm(weight, _scaled(outer, up), inner.to(down.dtype).unsqueeze(1) * down)

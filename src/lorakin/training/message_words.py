@@ -1,0 +1,105 @@
+"""What the messages of a conversation say, and where that stands in a template's text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+THOUGHTS = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<said>.*)", re.DOTALL)
+WORDS = re.compile(r"\w+")
+
+Message = Mapping[str, Any]
+
+
+def said(message: Message, thoughts: bool = True) -> Iterator[str]:
+    """Yields what a message says, in its order: its reasoning, its text, the names of its calls.
+
+    >>> list(said({"role": "assistant", "content": "<think>hm</think>Yes"}))
+    ['hm', 'Yes']
+
+    Args:
+        message: with a role and content.
+        thoughts: whether the reasoning counts.
+    """
+    content = message["content"]
+    thought = THOUGHTS.fullmatch(content) if message["role"] == "assistant" else None
+    parts = []
+    if thoughts:
+        parts = [message.get("reasoning_content", ""), thought["thought"] if thought else ""]
+    parts.append(thought["said"] if thought else content)
+    yield from (part.strip() for part in parts if part.strip())
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+
+
+def arguments(message: Message) -> Iterator[str]:
+    """Yields the single values in the arguments of a message's calls, as text."""
+
+    def leaves(value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping | list):
+            for item in value.values() if isinstance(value, Mapping) else value:
+                yield from leaves(item)
+        else:
+            yield value if isinstance(value, str) else json.dumps(value)
+
+    for call in message.get("tool_calls", ()):
+        yield from leaves(call["function"]["arguments"])
+
+
+def with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message with the <think>…</think> of its content as `reasoning_content`."""
+    found = THOUGHTS.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    if found is None or message.get("reasoning_content") or not found["thought"].strip():
+        return message
+    return {
+        **message,
+        "reasoning_content": found["thought"].strip("\n"),
+        "content": found["said"].lstrip("\n"),
+    }
+
+
+def found(words: str, text: str, start: int) -> tuple[int, int] | None:
+    """Returns where words stand in a text from `start` on, as they are or as JSON writes them."""
+    words = words.strip()
+    for written in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
+        if (at := text.find(written, start)) >= 0:
+            return at, at + len(written)
+    return None
+
+
+def standing(
+    words: str, text: str, start: int, taken: Sequence[tuple[int, int]] = ()
+) -> tuple[int, int] | None:
+    """Returns the first place from `start` on where words stand by themselves.
+
+    >>> standing("a", "channel a", 0)
+    (8, 9)
+
+    Args:
+        words: what to look for.
+        text: where.
+        start: the first character that counts.
+        taken: places that do not count.
+    """
+    while (place := found(words, text, start)) is not None:
+        edges = ((place[0] - 1, place[0]), (place[1] - 1, place[1]))
+        inside = any(
+            a >= 0 and b < len(text) and WORDS.fullmatch(text[a]) and WORDS.fullmatch(text[b])
+            for a, b in edges
+        )
+        if not inside and not any(place[0] < end and begin < place[1] for begin, end in taken):
+            return place
+        start = place[0] + 1
+    return None
+
+
+def scattered(part: str, text: str) -> bool:
+    """Whether all words of a JSON text stand somewhere: templates rewrite the results of tools."""
+    return part.lstrip()[:1] in ("{", "[") and all(word in text for word in WORDS.findall(part))
+
+
+def short(text: str) -> str:
+    """Returns a text for a message, at most 60 characters of it."""
+    return repr(text if len(text) <= 60 else text[:59] + "…")

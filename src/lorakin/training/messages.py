@@ -1,0 +1,179 @@
+"""Messages, tool calls and tools, as data sets write them, in the form that chat templates take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakin.errors import DataError
+from lorakin.training.contents import Conversation, Values, listed, shown, text_of, unpacked
+
+CALLING = ("function_call", "tool_call")
+"""Roles whose content is a call, as JSON."""
+ROLES = {
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "ai": "assistant", **dict.fromkeys(CALLING, "assistant"),
+    "system": "system", "developer": "developer",
+    "tool": "tool", "ipython": "tool", "function": "tool", "observation": "tool",
+    "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip
+"""A role in the data → the role that templates know."""
+FLAGS = ("train", "training", "weight", "loss_weight")
+"""Keys of a row that say whether it is learned."""
+MESSAGE_FLAGS = (*FLAGS, "loss")
+"""Keys of a message that say so. A row's `loss` is a figure that somebody measured."""
+SAYS = {**dict.fromkeys(("0", "false"), False), **dict.fromkeys(("1", "true"), True)}
+"""A flag's value, in lower case → its meaning."""
+USED_OF_A_MESSAGE = {
+    "role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "reasoning_content",
+    "reasoning", "thinking", "function_call", "tools", *MESSAGE_FLAGS,
+}  # fmt: skip
+"""Keys of a message that are read."""
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+"""Columns for the system's message and for the tools."""
+
+
+def conversation(turns: Sequence[Any], row: Values) -> Conversation:
+    """Returns the conversation of these messages, with the row's system message and tools.
+
+    >>> conversation([{"from": "human", "value": "Hi"}], {}).messages
+    [{'role': 'user', 'content': 'Hi'}]
+
+    Raises:
+        DataError: a message without a known role or content, or two system messages.
+    """
+    if odd := [turn for turn in turns if not isinstance(turn, Mapping)]:
+        raise DataError(f"a message is {shown(odd[0])}, expected a role and content")
+    turns = [turn for turn in turns if not _says_no_system(turn)]
+    messages: list[dict[str, Any]] = []
+    learned: list[bool | None] = []
+    if system := next((text_of(row[key], key) for key in SYSTEM if row.get(key)), "").strip():
+        if turns and either(turns[0], "role", "from") == "system":
+            raise DataError("there is a system column and a system message; keep one of them")
+        messages.append({"role": "system", "content": system})
+        learned.append(None)
+    for turn in turns:
+        messages.append(_message(turn))
+        learned.append(flag(turn, MESSAGE_FLAGS, "a message's "))
+    given = [row.get(key) for key in TOOLS] + [turn.get("tools") for turn in turns[:1]]
+    return Conversation(messages, learned, _tools(next((tools for tools in given if tools), None)))
+
+
+def turns_in(value: Any) -> list[Any] | None:
+    """Returns the messages in a column: a list, one alone, or JSON text; None if it has none."""
+    found = [value] if isinstance(value, Mapping) else unpacked(value)
+    if not isinstance(found, list) or not found:
+        return None
+    if not all(isinstance(turn, Mapping) for turn in found):
+        return None
+    words = [either(turn, "role", "from") for turn in found]
+    known = all(isinstance(word, str) and word.lower() in ROLES for word in words)
+    if isinstance(value, str) and not known:
+        return None  # JSON that is itself the text to answer
+    return found if all(word is not None for word in words) else None
+
+
+def either(turn: Mapping[str, Any], *keys: str) -> Any:
+    """Returns the value of the first of these keys that is there and not None."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
+def flag(
+    given: Mapping[str, Any], keys: tuple[str, ...], whose: str, way_out: str = ""
+) -> bool | None:
+    """Returns what the first of these keys says: True, False, or None if none says anything.
+
+    Args:
+        given: a row or a message.
+        keys: its flags.
+        whose: whose flags they are, for an error.
+        way_out: what else the user can do, for an error.
+
+    Raises:
+        DataError: a value other than 0, 1, true and false.
+    """
+    for key in keys:
+        value = given.get(key)
+        if value is None or value == "":
+            continue
+        if isinstance(value, int | float) and value in (0, 1):
+            return bool(value)
+        if (said := SAYS.get(str(value).lower())) is None:
+            raise DataError(
+                f"{whose}{key} is {shown(value)}; only 0 and 1 are taken, "
+                f"for not learned and learned{way_out}"
+            )
+        return said
+    return None
+
+
+def _says_no_system(turn: Mapping[str, Any]) -> bool:
+    """Whether a message is an empty one from the system."""
+    return either(turn, "role", "from") == "system" and not either(turn, "content", "value")
+
+
+def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    word, content = either(turn, "role", "from"), either(turn, "content", "value")
+    role = ROLES.get(word.lower()) if isinstance(word, str) else None
+    if role is None:
+        raise DataError(f"unknown role {shown(word)}; known are {', '.join(ROLES)}")
+    calls = _calls(turn.get("tool_calls"))
+    if turn.get("function_call"):
+        calls.append(_call(unpacked(turn["function_call"]), "function_call"))
+    if str(word).lower() in CALLING:
+        said = unpacked(content)
+        calls = [_call(call, str(word)) for call in (said if isinstance(said, list) else [said])]
+        content = None
+    if content is None and not calls:
+        raise DataError(f"the {word}'s content is null, expected text")
+
+    message: dict[str, Any] = {"role": role}
+    message["content"] = "" if content is None else text_of(content, f"the {word}'s content")
+    if calls:
+        message["tool_calls"] = calls
+    for key in ("name", "tool_call_id"):
+        if turn.get(key) is not None:
+            message[key] = text_of(turn[key], key)
+    thoughts = [
+        turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)
+    ]
+    if thoughts:
+        message["reasoning_content"] = text_of(thoughts[0], "reasoning_content")
+    return message
+
+
+def _calls(given: Any) -> list[dict[str, Any]]:
+    given = unpacked(given)
+    return [_call(call, "tool_calls") for call in listed(given, "tool_calls")] if given else []
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    """Returns a call as templates take it, with its arguments as an object, not as JSON text."""
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise DataError(f"{what} is {shown(call)}, expected a name and arguments")
+    arguments = unpacked(either(inner, "arguments", "parameters") or {})
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            f"{what}: the arguments of {inner['name']} are {shown(arguments)}, "
+            "expected a JSON object"
+        )
+    found: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": inner["name"], "arguments": dict(arguments)},
+    }
+    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
+
+
+def _tools(given: Any) -> list[Any] | None:
+    tools = unpacked(given)
+    if not tools:
+        return None
+    found = [unpacked(tool) for tool in listed(tools, "tools")]
+    if odd := [tool for tool in found if not isinstance(tool, Mapping)]:
+        raise DataError(f"tools holds {shown(odd[0])}, expected JSON schemas of functions")
+    return [
+        dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+        for tool in found
+    ]

@@ -1,0 +1,222 @@
+"""Getting a run ready: its data, its model and its adapter, all checked before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lorakin.adapting import adapt
+from lorakin.errors import DataError
+from lorakin.family import Method
+from lorakin.inject.layer_numbers import parse_layers
+from lorakin.inject.llama_fusions import fuse
+from lorakin.inject.measuring import check_called
+from lorakin.inject.targets import head_of
+from lorakin.inject.whole_modules import find_modules
+from lorakin.loop import float16_base
+from lorakin.storage import atomic, paths, texts
+from lorakin.training import limits, processes, reading, run_directory, schedules
+from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
+from lorakin.training.encoding import Encoded, encode, encode_labelled
+from lorakin.training.models import Loaded, config_of, load_model
+from lorakin.training.probe import measure_importance, measured_by
+from lorakin.training.reading import DataRows
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import write_recipe
+from lorakin.training.run import Run
+from lorakin.training.run_directory import Held
+from lorakin.training.run_report import show_rows, show_run
+from lorakin.training.templates import Template
+from lorakin.training.tokens import rows_of
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of transformers' classes end whose models write text."""
+
+
+def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
+    """Checks a recipe, reads the data, loads the model and places the adapter.
+
+    From now on, and until `train` ends, the output directory belongs to this run alone.
+
+    Args:
+        recipe: the settings.
+        console: where the user is told about the run.
+        resume: whether to go on from the last checkpoint in the output directory.
+
+    Raises:
+        LorakinError: whatever is wrong, before anything is trained or written.
+    """
+    place = run_directory.enter(recipe, paths.named(recipe.out, "--out"), resume)
+    try:
+        return _prepared(recipe, console, place)
+    except BaseException:
+        place.release()
+        raise
+
+
+def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
+    method = recipe.build()
+    recipe = dataclasses.replace(recipe, lr=recipe.lr or method.learning_rate)
+    _check_schedule(recipe, recipe.steps)
+    if recipe.layers is not None:
+        parse_layers(recipe.layers)
+    if isinstance(recipe.chat_template, str):
+        template_named(recipe.chat_template)
+
+    rows = reading.read_rows(recipe.data, recipe.columns, recipe.format)
+    check_meant(recipe, rows)
+    train_rows, held_rows = _held_out(recipe, rows)
+    labels = (recipe.labels or rows.labels()) if rows.is_classification else None
+    show_rows(console, rows, held_rows)
+
+    torch.manual_seed(recipe.seed)  # a classifier's new head is drawn while loading
+    loaded = load_model(recipe.model, recipe.dtype, labels, recipe.quantize)
+    if recipe.fuse:
+        fuse(loaded.model)
+    wanted = recipe.max_length
+    length = limits.row_length(limits.places(loaded.model), wanted)
+    recipe = dataclasses.replace(recipe, dtype=loaded.dtype, labels=labels, max_length=length)
+    recipe, template = _with_template(recipe, loaded, rows)
+    train, held_out = (encoded(recipe, part, loaded, labels) for part in (train_rows, held_rows))
+    limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
+
+    out = Path(recipe.out).expanduser()
+    run = Run(recipe, out, loaded, train, held_out, labels, place, console)
+    method.resolved(run.total_steps)
+    _check_schedule(recipe, run.total_steps)
+    schedules.check_evaluations(
+        recipe.schedule, recipe.schedule_args, run.total_steps // run.between_checkpoints
+    )
+    _place_adapter(run, method, template)
+    show_run(run)
+    return run
+
+
+def _check_schedule(recipe: Recipe, steps: int | None) -> None:
+    assert recipe.lr is not None
+    schedules.check(recipe.schedule, recipe.schedule_args, recipe.lr, steps, recipe.warmup)
+
+
+def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Recipe, str | None]:
+    """Gives the tokenizer its chat template; returns the template if it is not the model's own.
+
+    The recipe that is returned has the day that the template prints, so that a resumed run prints
+    the same.
+    """
+    if recipe.labels is not None:
+        return recipe, None
+    tokenizer = loaded.tokenizer
+    template = use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
+    if template is not None:
+        texts.remember(loaded.model, tokenizer)
+    day = None
+    if tokenizer.chat_template and Template(tokenizer).prints_the_day:
+        day = recipe.date or processes.agreed(datetime.date.today().isoformat())
+    return dataclasses.replace(recipe, date=day), template
+
+
+def _place_adapter(run: Run, method: Method, template: str | None) -> None:
+    """Places the adapter and writes the recipe; a method with a probe measures importance first."""
+    recipe, model = run.recipe, run.loaded.model
+    where = _where(run)
+
+    def settings() -> None:
+        write_recipe(recipe, run.out / run_directory.RECIPE)
+        if template is not None:
+            atomic.write(run.out, {TEMPLATE: template.encode()})
+
+    if method.probe is None:
+        run.adapter = adapt(model, method, **where, **measured_by(run, method))
+        float16_base.check_trained(model)
+        processes.first_writes(settings)
+        return
+
+    # placed once before anything is written, so that whatever is wrong is said now
+    pilot = adapt(model, method.for_probe(), **where)
+    float16_base.check_trained(model)
+    pilot.remove()
+    check_called(model, pilot.placement.methods)
+    processes.first_writes(settings)
+    found = measure_importance(run, method, where)
+    run.adapter = adapt(model, method.with_importance(found), **where)
+
+
+def _where(run: Run) -> dict[str, Any]:
+    """Returns the arguments of `adapt` that say what is adapted and what is trained whole."""
+    recipe, model = run.recipe, run.loaded.model
+    whole = list(recipe.modules_to_save or (head_of(model) if run.labels is not None else []))
+    heads = tuple(f"{path}." for path in find_modules(model, whole)) if whole else ()
+    # what the base's files lack, such as a pooler, is random, so it is trained too
+    whole += [path for path in run.loaded.fresh if not f"{path}.".startswith(heads)]
+    return {
+        "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
+        "exclude": recipe.exclude,
+        "layers": None if recipe.layers is None else parse_layers(recipe.layers),
+        "modules_to_save": whole,
+        "rank_above": recipe.rank_above,
+        "trainable_tokens": rows_of(recipe.trainable_tokens, run.loaded.tokenizer, model),
+        "bias": recipe.bias,
+        "seed": recipe.seed,
+    }
+
+
+def check_meant(recipe: Recipe, rows: DataRows) -> None:
+    """Refuses rows with a text and a label for a language model, unless the recipe is explicit.
+
+    Raises:
+        DataError: the recipe says neither a format nor labels.
+    """
+    if not rows.is_classification or recipe.format is not None or recipe.labels is not None:
+        return
+    kinds = getattr(config_of(recipe.model), "architectures", None) or ()
+    if any(str(kind).endswith(LANGUAGE_MODELS) for kind in kinds):
+        text, label = rows.records[0].source.format.columns
+        raise DataError(
+            f"{rows.name} has the columns {text} and {label}, and {recipe.model} is a language "
+            f"model: say which is meant, --format classification to train a classifier of {label}, "
+            f"or --format text to learn to write {text}"
+        )
+
+
+def _held_out(recipe: Recipe, rows: DataRows) -> tuple[DataRows, DataRows]:
+    """Returns the rows to train on and the rows to evaluate on."""
+    if recipe.eval_data is None:
+        return reading.split(rows, recipe.holdout, recipe.seed)
+    held = reading.read_rows(recipe.eval_data, recipe.columns, recipe.format)
+    if held.is_classification != rows.is_classification:
+        raise DataError(
+            f"{recipe.eval_data} has format {held.formats[0]}, "
+            f"but {rows.name} has {rows.formats[0]}"
+        )
+    return rows, held
+
+
+def encoded(
+    recipe: Recipe, rows: DataRows, loaded: Loaded, labels: Sequence[str] | None
+) -> Encoded:
+    """Tokenises rows as the recipe says.
+
+    Args:
+        recipe: its row length, what the loss is on, and the day that the template prints.
+        rows: the rows.
+        loaded: the model and its tokenizer.
+        labels: a classifier's classes, None for a language model.
+
+    Raises:
+        DataError: a row that cannot be learned from or that the model cannot read.
+    """
+    if labels is not None:
+        found = encode_labelled(rows, loaded.tokenizer, recipe.max_length, labels)
+    else:
+        day = None if recipe.date is None else datetime.date.fromisoformat(recipe.date)
+        found = encode(rows, loaded.tokenizer, recipe.max_length, recipe.loss_on, day)
+    limits.check_rows(found.examples, loaded, found.where, rows.name)
+    return found

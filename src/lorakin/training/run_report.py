@@ -1,0 +1,128 @@
+"""What the user is told about a run: its data, its model, one example, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+
+from lorakin.family import Method
+from lorakin.inject.counts import parameter_counts
+from lorakin.inject.description import count, share
+from lorakin.storage.summary import by_layer
+from lorakin.terminal import labelled, visible
+from lorakin.training import reading
+from lorakin.training.alarms import repeated, warn
+from lorakin.training.batches import Row
+from lorakin.training.evaluate import Evaluation, described
+from lorakin.training.reading import DataRows
+from lorakin.training.run import Run
+from lorakin.training.token_labels import IGNORED
+
+
+def show_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
+    """Shows what was read, and which of it is not used."""
+    line = f"{rows.name}: {reading.summary(rows)}; {len(held_out)} held out"
+    console.print(labelled("data   ", line))
+    if (left := reading.unused(rows)) is not None:
+        console.print(RichText(visible("       " + left), style="yellow"))
+
+
+def show_run(run: Run) -> None:
+    """Shows what will be trained on what, with one example and where its loss is taken."""
+    recipe, console = run.recipe, run.console
+    console.print(labelled("model  ", _model_line(run)))
+    if twice := repeated(run.train.examples, run.held_out.examples):
+        warn(
+            console,
+            f"{twice} of {len(run.held_out.examples)} held-out rows are trained on, too: the "
+            "held-out figures will look better than they are. Remove rows that stand twice, or "
+            "give other rows with --eval-data",
+        )
+    if run.train.dropped:
+        why = f": no answer, or none within {recipe.max_length} tokens"
+        console.print(labelled(f"{run.train.dropped:,} rows dropped", why, "yellow"))
+    if run.train.cut:
+        why = f" at {recipe.max_length} tokens (--max-length): their last answers do not end"
+        console.print(labelled(f"{run.train.cut:,} rows are cut", why, "yellow"))
+    what = " as the model will see it; the loss is taken on the green part, in ⟦ ⟧:"
+    console.print(labelled("one example", what))
+    console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
+
+
+def _model_line(run: Run) -> str:
+    recipe, placement = run.recipe, run.adapter.placement
+    trained, total = parameter_counts(run.loaded.model)
+    parts = [f"{recipe.method} on {len(placement.methods)} modules"]
+    if placement.copies:
+        parts.append(f"{', '.join(placement.copies)} trained whole")
+    if recipe.trainable_tokens:
+        parts.append(f"rows of {len(recipe.trainable_tokens)} tokens")
+    if placement.biases:
+        parts.append(f"{len(placement.biases)} biases")
+    where = f"in {recipe.quantize or recipe.dtype} on {run.loaded.model.device}"
+    return f"{recipe.model} {where}; {', '.join(parts)}; {share(trained, total)} train"
+
+
+def rendered(example: Row, tokenizer: Any, labels: Sequence[str] | None = None) -> RichText:
+    """Returns an example as text: tokens with a loss in green and in ⟦ ⟧, the others dim."""
+    text = RichText()
+    if labels is not None:
+        text.append(visible(tokenizer.decode(example["input_ids"])), style="dim")
+        return text.append(f" → ⟦{visible(labels[example['labels']])}⟧", style="green")
+    ids, learned = example["input_ids"], [label != IGNORED for label in example["labels"]]
+    edges = [at for at in range(1, len(ids)) if learned[at] != learned[at - 1]]
+    shown = ""
+    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        before = shown
+        shown = tokenizer.decode(ids[:end])  # decoding a part alone would lose the space before it
+        words = visible(shown[len(before) :])
+        style = "green" if learned[start] else "dim"
+        text.append(f"⟦{words}⟧" if learned[start] else words, style=style)
+    return text
+
+
+def importance_table(method: Method, found: Mapping[str, float]) -> Table:
+    """Returns a table of importances by layer and module; ● marks modules with a pair of their own.
+
+    Args:
+        method: the method, with these importances.
+        found: path of a module → its share of the importance, in [0, 1].
+    """
+    own = set(method.own_pairs(list(found)))
+    marks = {path: ("●", "bold green") if path in own else (" ", "") for path in found}
+    cells = {
+        path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1])
+        for path, share in found.items()
+    }
+    rows = by_layer(cells)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    title = f"importance in %: {len(own)} of {len(found)} modules keep a pair of their own (●)"
+    table = Table("layer", title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name.rpartition(".")[2], justify="right", no_wrap=True)
+    for layer, row in rows.items():
+        table.add_row(layer, *(row.get(name, "") for name in columns))
+    return table
+
+
+def notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
+    """Returns what the adapter's model card says about the run."""
+    recipe = run.recipe
+    # of a file the name alone: where it lies on this machine is private
+    sources = [Path(name).name if Path(name).exists() else name for name in recipe.data]
+    rows = f"{len(run.train.examples):,} rows, {len(run.held_out.examples):,} held out"
+    steps = f"{count(run.total_steps, 'step')} of {count(run.rows_per_step, 'row')}"
+    said = {
+        "Data": f"{', '.join(sources)}: {rows}",
+        "Training": f"{steps} with AdamW, learning rate {recipe.lr:g}, {recipe.schedule} schedule, "
+        f"in {recipe.quantize or recipe.dtype}, seed {recipe.seed}",
+        "Held out before": described(before),
+        "Held out after": described(after),
+    }
+    return said if run.labels is None else {**said, "Classes": ", ".join(run.labels)}

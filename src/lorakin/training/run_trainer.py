@@ -1,0 +1,132 @@
+"""transformers' Trainer for one run: its arguments from the recipe, and the end at a bad loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from lorakin.adapter import Adapter
+from lorakin.errors import DivergedError
+from lorakin.training import processes, run_directory, schedules
+from lorakin.training.batches import answer_loss
+from lorakin.training.run import Run
+from lorakin.training.trainers import AdapterTraining
+
+
+class AdapterTrainer(AdapterTraining, transformers.Trainer):
+    """A Trainer that checkpoints the adapter and stops at the first loss that is not finite.
+
+    `good` holds a copy of the trained tensors as they were at the last finite loss, and `good_step`
+    the step after which they were so (-1 before the first).
+    """
+
+    def __init__(self, adapter: Adapter, held_out: Callable[[int], float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.held_out = held_out
+        self.trained = [p for p in adapter.parameters() if p.requires_grad]
+        self.good: list[torch.Tensor] = []
+        self.good_step = -1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Returns the held-out loss, for schedules that follow it."""
+        return {"eval_loss": self.held_out(self.state.global_step)}
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The Trainer's step.
+
+        Raises:
+            DivergedError: the loss is not finite in some process, or the float16 scaler gave up.
+        """
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step
+        if not processes.everywhere(bool(torch.isfinite(loss))):
+            raise DivergedError(f"the loss became {float(loss)} at step {step + 1}", step + 1)
+        if (scaler := self.accelerator.scaler) is not None and scaler.get_scale() < 1:
+            raise DivergedError(
+                f"gradients are too large for float16 at step {step + 1}, "
+                "however small the loss is made",
+                step + 1,
+            )
+        if step != self.good_step:
+            self.good = [p.detach().clone() for p in self.trained]
+            self.good_step = step
+        return loss
+
+
+def trainer_of(
+    run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]
+) -> AdapterTrainer:
+    """Returns the Trainer of a run.
+
+    Args:
+        run: what `prepare` made.
+        held_out: returns the held-out loss at a step.
+        callbacks: callbacks that watch the run.
+    """
+    if run.recipe.gradient_checkpointing:
+        checkpoint_activations(run.loaded.model)
+    trainer = AdapterTrainer(
+        run.adapter,
+        held_out,
+        model=run.loaded.model,
+        args=transformers.TrainingArguments(**arguments(run)),
+        train_dataset=datasets.Dataset.from_list(run.train.examples),
+        eval_dataset=run.held_out.examples,
+        data_collator=run.collator(),
+        compute_loss_func=None if run.labels is not None else answer_loss,
+        callbacks=callbacks,
+        processing_class=run.loaded.tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def arguments(run: Run) -> dict[str, Any]:
+    """Returns the arguments of transformers' `TrainingArguments` for a run."""
+    recipe, on_cpu = run.recipe, run.loaded.model.device.type == "cpu"
+    watches = recipe.schedule in schedules.WATCHERS
+    return {
+        "output_dir": str(run.out / run_directory.CHECKPOINTS),
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulate,
+        "max_steps": run.total_steps,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.schedule,
+        "lr_scheduler_kwargs": recipe.schedule_args,
+        "eval_strategy": "steps" if watches else "no",
+        "eval_steps": run.between_checkpoints,
+        "metric_for_best_model": "eval_loss" if watches else None,
+        # rounded down: the first step of a warm-up has learning rate 0
+        "warmup_steps": int(recipe.warmup * run.total_steps),
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "save_strategy": "no" if recipe.save_every == 0 else "steps",
+        "save_steps": run.between_checkpoints,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": on_cpu,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not on_cpu,
+    }
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Lets a transformers model recompute each layer's activations in backward, to save memory."""
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+    model.config.use_cache = False

@@ -1,0 +1,140 @@
+"""Token ids and labels of a text, of which some spans are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorakin.errors import DataError
+from lorakin.training.message_words import short
+from lorakin.training.templates import Template
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+TAIL = 400
+"""Characters before a span that may change how a tokenizer cuts the span's first ones; and more."""
+
+Span = tuple[int, int]
+
+
+class Unverified(DataError):
+    """A conversation whose learned part cannot be shown to be its answers."""
+
+
+def labelled(template: Template, whole: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """Returns the token ids of a text, and labels on its spans; the other labels are -100.
+
+    A token that reaches over the edge of a span is cut there.
+
+    Args:
+        template: its tokenizer, which cuts the text, and its special tokens.
+        whole: the text that the template wrote.
+        spans: where what is learned begins and ends, in order.
+
+    Raises:
+        Unverified: the tokenizer cannot cut at an edge.
+    """
+    tokenizer = template.tokenizer
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids: list[int] = list(encoded["input_ids"])
+    if tokenizer.is_fast:
+        labels = _aligned(template, whole, ids, encoded["offset_mapping"], spans)
+        if labels is not None:
+            return ids, labels
+
+    ids, labels, before = [], [], ""
+    for start, end, learns in _pieces(whole, spans):
+        text = whole[start:end]
+        if before:
+            part = continued(tokenizer, _last_of(template, before), text)
+        else:
+            part = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += part
+        labels += part if learns else [IGNORED] * len(part)
+        before = whole[:end]
+    return ids, labels
+
+
+def _pieces(whole: str, spans: Sequence[Span]) -> Iterator[tuple[int, int, bool]]:
+    """Yields the text in pieces: where each begins and ends, and whether it is learned."""
+    at = 0
+    for start, end in spans:
+        yield at, start, False
+        yield start, end, True
+        at = end
+    yield at, len(whole), False
+
+
+def _last_of(template: Template, text: str) -> str:
+    """Returns the end of a text that decides how the text after it is cut."""
+    tail = max(0, len(text) - TAIL)
+    special = [token.start() for token in template.specials.finditer(text, tail)]
+    return text[special[-1] if special else max(0, text.rfind(" ", 0, tail) + 1) :]
+
+
+def _aligned(
+    template: Template, whole: str, ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]
+) -> list[int] | None:
+    """Returns labels on the spans.
+
+    None if a token reaches over an edge, or if the text before a span has other tokens by itself.
+    """
+    labels, at = [IGNORED] * len(ids), 0
+    for start, end in spans:
+        while at < len(ids) and offsets[at][1] <= start:
+            at += 1
+        if at < len(ids) and offsets[at][0] < start:
+            return None
+        if not _ends_alone(template, whole, ids, offsets, at, start):
+            return None
+        while at < len(ids) and offsets[at][1] <= end:
+            labels[at] = ids[at]
+            at += 1
+        if at < len(ids) and offsets[at][0] < end:
+            return None
+    return labels
+
+
+def _ends_alone(
+    template: Template, whole: str, ids: list[int], offsets: Sequence[Span], count: int, start: int
+) -> bool:
+    """Whether the first `count` tokens are those of `whole[:start]` by itself.
+
+    Only what follows the last special token is cut again: at such a token every text is cut.
+    """
+    special = (n for n in range(count - 1, -1, -1) if ids[n] in template.special_ids)
+    first = next(special, None)
+    begin = 0 if first is None else offsets[first][0]
+    found = template.tokenizer(whole[begin:start], add_special_tokens=False)
+    alone: list[int] = found["input_ids"]
+    return alone == ids[0 if first is None else first : count]
+
+
+def continued(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Returns the tokens of `text` where it follows `before`, which keeps its own tokens.
+
+    Tokenizers differ in what they do at the start of a text: some put a space there. So several
+    ways are tried, and the first one counts whose tokens, after those of `before`, stand for the
+    same text as both together. A tokenizer that loses characters, such as one of whole words,
+    cannot tell: there the text has the tokens that it has by itself.
+
+    Raises:
+        Unverified: no way does.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        found: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
+        return found
+
+    start, whole, line = ids_of(before), ids_of(before + text), ids_of("\n")
+    wanted = tokenizer.decode(whole)
+    tries = [whole[len(start) :]] if whole[: len(start)] == start else []
+    tries.append(ids_of(text))
+    if (after := ids_of("\n" + text))[: len(line)] == line:
+        tries.append(after[len(line) :])
+    for ids in tries:
+        if tokenizer.decode(start + ids) == wanted:
+            return ids
+    if wanted.split() != (before + text).split():
+        return ids_of(text)
+    raise Unverified(f"the tokenizer cannot put {short(text)} after the prompt as text of its own")

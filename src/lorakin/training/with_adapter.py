@@ -1,0 +1,130 @@
+"""A base model together with an adapter that was saved: as what the adapter was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorakin.adapter import placed
+from lorakin.errors import AdapterError, LorakinWarning, some
+from lorakin.storage import directory, hub, texts
+from lorakin.storage.fingerprint import LABELS
+from lorakin.storage.peft.tasks import is_classifiers
+from lorakin.training.chat_templates import remembered_template, use_remembered
+from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.models import Loaded, config_of, incomplete, load, load_model
+from lorakin.training.run_directory import RECIPE
+from lorakin.training.yaml_values import read_yaml
+
+
+def load_with_adapter(
+    name: str,
+    adapter: str | directory.Files | None,
+    dtype: str = "auto",
+    labels: Sequence[str] | None = None,
+    other_base: bool = False,
+    quantize: str | None = None,
+    any_head: bool = False,
+) -> Loaded:
+    """Loads a base model with an adapter, or without one.
+
+    The model is a classifier if the adapter was trained on one, with as many classes as the
+    adapter's head, or with `labels`; else a causal language model.
+
+    Args:
+        name: the base, as for `load_model`.
+        adapter: a directory, a hub id, files that were read, or None.
+        dtype: as for `load_model`.
+        labels: the classes of a classifier, in order.
+        other_base: whether a base with other weights than the adapter's own is accepted.
+        quantize: as for `load_model`.
+        any_head: whether the model is whatever the adapter was made on (see `kind_for`).
+
+    Raises:
+        ModelError, AdapterError: one of them cannot be loaded, or they do not fit together.
+    """
+    if adapter is None:
+        return load_model(name, dtype, labels, quantize)
+    # read once, so that all of it is of one save
+    files = directory.read(hub.adapter_directory(adapter)) if isinstance(adapter, str) else adapter
+    if any_head:
+        kind = kind_for(files, config_of(name), labels or recipe_labels(files))
+    else:
+        kind = BaseKind(None, labels_of(files) if labels is None else labels)
+    loaded = load(name, dtype, kind.labels, quantize, kind.cls)
+    if any_head:
+        _check_complete(loaded, files)
+    _warn_of_other_base(loaded, files)
+    if loaded.tokenizer is not None and remembered_template(files.path) is not None:
+        use_remembered(loaded.tokenizer, files.path)
+        texts.remember(loaded.model, loaded.tokenizer)  # the adapter answers with this template
+    placed(loaded.model, "default", files.match(loaded.model, other_base))
+    return loaded
+
+
+def _check_complete(loaded: Loaded, files: directory.Files) -> None:
+    """Refuses a base that lacks weights which the adapter does not hold either."""
+    whole = files.config.get("modules_to_save") or ()
+    new = {path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)}
+    keys = [key for key, _ in loaded.model.named_parameters() if key.rpartition(".")[0] in new]
+    if keys:
+        raise incomplete(loaded.name, keys, loaded.model)
+
+
+def _warn_of_other_base(loaded: Loaded, files: directory.Files) -> None:
+    """Warns if an adapter without a fingerprint of its base names another base."""
+    said = files.config.get("base_model_name_or_path")
+    if files.base is not None or not isinstance(said, str):
+        return
+    if Path(said).name.lower() != Path(loaded.model.name_or_path).name.lower():
+        warnings.warn(
+            f"{files.path} says that its base is {said}, not {loaded.name}, and holds nothing to "
+            "tell whether they are the same",
+            LorakinWarning,
+            stacklevel=3,
+        )
+
+
+def recipe_labels(files: directory.Files) -> list[str] | None:
+    """Returns the classes that the recipe beside an adapter names; else those that it remembers.
+
+    Raises:
+        AdapterError: the two differ. A class is a place in a list, so in another order all answers
+            would be others.
+    """
+    kept = (files.base or {}).get(LABELS)
+    recipe = files.path / RECIPE
+    said = read_yaml(recipe) if recipe.is_file() else None
+    if isinstance(said, dict) and isinstance(labels := said.get("labels"), list) and labels:
+        named = [str(label) for label in labels]
+        if kept is not None and named != kept:
+            raise AdapterError(
+                f"{recipe}: labels are {some(named)}, and the adapter was trained on {some(kept)}; "
+                "put them back as they were"
+            )
+        return named
+    return kept
+
+
+def labels_of(files: directory.Files) -> list[str] | None:
+    """Returns the classes of a classifier's adapter; None if it is no classifier's.
+
+    They come from the recipe beside it; else there is one for each row of its trained head.
+
+    Raises:
+        AdapterError: a classifier's adapter without a trained head.
+    """
+    if not is_classifiers(files.config, str((files.base or {}).get("class"))):
+        return None
+    if (said := recipe_labels(files)) is not None:
+        return said
+    whole = files.config.get("modules_to_save") or []
+    keys = [key for key in files.tensors if key.endswith(".weight")]
+    heads = [files.tensors[key] for key in keys if any(f".{name}." in key for name in whole)]
+    if not heads:
+        raise AdapterError(
+            f"{files.path}: it is a classifier's adapter without a trained head, "
+            "so its classes are unknown"
+        )
+    return [str(number) for number in range(heads[-1].shape[0])]

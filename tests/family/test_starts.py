@@ -1,4 +1,4 @@
-"""The five starts: what they begin with is the papers', the model begins as the base, and PEFT's files are read."""
+"""The five starts: they begin as the papers say, at the base model, and read PEFT's files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ import yaml
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.family import FAMILY
-from lorakin.training.recipe import FIELDS, Recipe
+from lorakin.training.recipe import Recipe
+from lorakin.training.recipe_file import FIELDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorakin.adapter import Adapter, adapters
+from lorakin.adapter import Adapter
 from lorakin.conversion import Plain, check_finite, check_limits, of_pairs, warn_if_missed
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
@@ -19,6 +19,7 @@ from lorakin.inject.attachments import base_state
 from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
 from lorakin.inject.model_registry import root_of
 from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
+from lorakin.switching import adapters
 
 Key = TypeVar("Key")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakin.adapter import Adapter, activate, adapters, load, merge, mixed_batch
+from lorakin.adapter import Adapter, load
 from lorakin.adapting import adapt, importance
 from lorakin.combined import combine
 from lorakin.conversion import as_lora, convert
@@ -25,6 +25,7 @@ from lorakin.family.members import __all__ as _members
 from lorakin.inject.llama_fusions import fuse, unfuse
 from lorakin.inject.reference import reference
 from lorakin.inject.status import Status, status
+from lorakin.switching import activate, adapters, merge, mixed_batch
 
 __all__ = [
     "Adapter",

@@ -30,7 +30,7 @@ from lorakin.inject.layers import UngroupedLayer
 from lorakin.inject.merging import Merging, check_unmixed, check_unmoved
 from lorakin.inject.model_registry import Registry, mark_base, registry_of
 from lorakin.inject.placement import Placement
-from lorakin.inject.run import WATCHERS, Run
+from lorakin.inject.run import WATCHERS, AdapterRun
 from lorakin.inject.tensors import AdapterTensors
 from lorakin.inject.threads import alone
 from lorakin.inject.tokens import base_rows, rows_for
@@ -53,7 +53,7 @@ class InsertedAdapter:
         self.buffers: dict[str, Tensor | None] = {}
         self.tensors = AdapterTensors(self)
         self.merging = Merging(self)
-        self.run = Run(self)
+        self.run = AdapterRun(self)
 
     @property
     def method(self) -> Method:

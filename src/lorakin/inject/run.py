@@ -38,7 +38,7 @@ WATCHERS: list[Watcher] = []
 """Who hears of adapters; `lorakin/loop` adds itself when it is imported."""
 
 
-class Run(Part):
+class AdapterRun(Part):
     """What a training run of an adapter has come to: its steps, and what members do at each of them."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:

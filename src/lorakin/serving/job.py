@@ -9,11 +9,12 @@ from typing import Any
 
 import transformers
 
-from lorakin.adapter import Adapter, adapters
+from lorakin.adapter import Adapter
 from lorakin.conversion import as_lora
 from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
+from lorakin.switching import adapters
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
 from lorakin.training.kinds import BaseKind, kind_for

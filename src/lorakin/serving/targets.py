@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lorakin.adapter import Adapter, adapters, load
+from lorakin.adapter import Adapter, load
 from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
@@ -20,6 +20,7 @@ from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.serving.other_files import copy_beside
+from lorakin.switching import adapters
 from lorakin.training.chat_templates import TEMPLATE, remembered_template
 from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading

@@ -12,13 +12,14 @@ from typing import Any
 import accelerate.optimizer
 import transformers
 
-from lorakin.adapter import Adapter, adapters
+from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.inject import quantised
 from lorakin.loop import float16_base
 from lorakin.loop.deepspeed_zero import follow, gather
 from lorakin.loop.parameter_groups import regroup
 from lorakin.storage import directory
+from lorakin.switching import adapters
 from lorakin.training import checkpoint_manifest, checkpoints, processes
 from lorakin.training.checkpoints import STATE, last_checkpoint
 

@@ -138,5 +138,6 @@ class Corrected(Rule):
         wide = kept.detach().to(torch.promote_types(kept.dtype, torch.float32))
         gram = wide.T @ wide if module.shape.lookup else wide @ wide.T
         scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
-        inverse = self.inverses[module.path] = torch.linalg.inv(gram) / scale**2
+        inverse: Tensor = torch.linalg.inv(gram) / scale**2
+        self.inverses[module.path] = inverse
         return inverse

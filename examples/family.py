@@ -34,7 +34,7 @@ from lorakin.family import FAMILY, Method, member_named, method_named
 from lorakin.training.batches import answer_loss
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.recipe import Recipe
-from lorakin.training.train import Run, prepare
+from lorakin.training.train import PreparedRun, prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
     The members run in turns, in reverse order every other round.
     """
     console = Console(quiet=True)
-    models: dict[str, tuple[Run, Any, torch.optim.Optimizer]] = {}
+    models: dict[str, tuple[PreparedRun, Any, torch.optim.Optimizer]] = {}
     for member in FAMILY:
         flags = dict(
             zip(

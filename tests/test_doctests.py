@@ -21,12 +21,3 @@ def test_the_examples_of_a_module(path: Path) -> None:
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert found.attempted
     assert not found.failed
-
-
-def test_the_figures_of_the_house_are_kept() -> None:
-    """No circle of imports, no class name twice."""
-    import house
-
-    found = house.figures(SOURCE.parents[1])
-    assert found["circles of imports between rooms"] == 0
-    assert found["public class names that stand twice"] == []

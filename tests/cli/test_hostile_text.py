@@ -144,7 +144,7 @@ def test_the_command_to_go_on_with_is_quoted(
     out = tmp_path / "my $(touch pwned) out; rm x"
     rows = [{"prompt": f"the cat {n}", "completion": "sat"} for n in range(40)]
 
-    def interrupted(run: train.Run) -> None:
+    def interrupted(run: train.PreparedRun) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)

@@ -205,13 +205,13 @@ def test_saving_restoring_and_converting(bias: str, tmp_path: Path, ids: Tensor)
     assert torch.equal(out(base, ids), out(tiny_bert(), ids)), "save_pretrained writes the base's"
     trained = lk.load(base, tmp_path / "a", trainable=True)
     assert torch.equal(out(base, ids), y) and all(
-        p.requires_grad for p in trained.biases().values()
+        p.requires_grad for p in trained.tensors.biases().values()
     )
     moved(trained, 8)
-    held = trained.biases()
+    held = trained.tensors.biases()
     trained.restore(tmp_path / "a")
     assert torch.equal(out(base, ids), y) and all(
-        held[path] is p for path, p in trained.biases().items()
+        held[path] is p for path, p in trained.tensors.biases().items()
     )
     other = lk.adapt(tiny_bert(), lk.LoRA(rank=2), ["query", "dense"])
     with pytest.raises(lk.AdapterError):
@@ -236,16 +236,16 @@ def test_sums_of_adapters_have_the_sum_of_changes(ids: Tensor) -> None:
     a = moved(lk.adapt(model, lk.LoRA(rank=2), "query", name="a", bias="lora_only"))
     b = moved(lk.adapt(model, lk.LoRA(rank=2), "key", name="b", bias="all"), 4)
     c = lk.combine(model, {"a": 2.0, "b": -0.5}).adapter
-    for path, bias in c.biases().items():
+    for path, bias in c.tensors.biases().items():
         wanted = starts[path] - 0.5 * (b.tensors.biases()[path] - starts[path])
         if path in a.tensors.biases():
             wanted = wanted + 2 * (a.tensors.biases()[path] - starts[path])
         close(bias, wanted, 1e-6)
-    assert set(c.biases()) == set(starts)
+    assert set(c.tensors.biases()) == set(starts)
     lk.activate(model, "a")
     d = lk.adapt(model, lk.LoRA(rank=2), "key", name="d")
     e = lk.combine(model, {"a": 1.0, "d": 1.0}, "e").adapter
-    assert set(e.biases()) == {*a.placement.methods, *d.placement.methods}, (
+    assert set(e.tensors.biases()) == {*a.placement.methods, *d.placement.methods}, (
         "lora_only, the others are the base's"
     )
 
@@ -262,7 +262,7 @@ def test_the_base_in_a_narrow_dtype_keeps_masters_wide(ids: Tensor) -> None:
     y.float().sum().backward()
     assert all(bias.grad.dtype == torch.float32 for bias in adapter.tensors.biases().values())
     narrow = lk.adapt(tiny_bert(), lk.LoRA(rank=2), "query", bias="all", dtype=torch.bfloat16)
-    assert {bias.dtype for bias in narrow.biases().values()} == {torch.bfloat16}
+    assert {bias.dtype for bias in narrow.tensors.biases().values()} == {torch.bfloat16}
 
 
 def test_what_shares_a_bias_in_the_base_shares_it_here(tmp_path: Path, ids: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`make templates`: docs/evidence/templates.md, what is learned under every chat template that trl and
+"""`make templates`: docs/evidence/templates.md, what is learned under every template that trl and
 transformers carry.
 """
 
@@ -24,8 +24,8 @@ CELLS = {
 HEAD = """# Chat templates: what is learned under each
 
 Made by `make templates` with trl {trl} and transformers {transformers}. ✔: every answer is learned,
-and verified ([Your own data](../howto/data.md#what-is-learned) says what that is). last: verified with `--loss-on last`, refused
-without. –: refused, with the reason.
+and verified ([Your own data](../howto/data.md#what-is-learned) says what that is). last: verified
+with `--loss-on last`, refused without. –: refused, with the reason.
 Under the conversations stand the counts with `--loss-on answers` and with `--loss-on last`.
 
 """

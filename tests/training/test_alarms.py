@@ -21,7 +21,9 @@ from lorakin.training.recipe import Recipe
 def run(
     model_dir: str, chat_rows: list[dict[str, str]], write_rows: Callable[..., str], tmp_path: Path
 ) -> Callable[..., str]:
-    def train(before: Callable[[training.Run], None] = lambda run: None, **changes: Any) -> str:
+    def train(
+        before: Callable[[training.PreparedRun], None] = lambda run: None, **changes: Any
+    ) -> str:
         data = write_rows(chat_rows, "train.jsonl")
         held = write_rows(
             [{"prompt": "who is it", "completion": "three three tree two tree two"}] * 3,
@@ -78,7 +80,7 @@ def test_nothing_learned_on_held_out_rows(run: Callable[..., str]) -> None:
 
 
 def test_a_gradient_that_never_comes(run: Callable[..., str]) -> None:
-    def cut(prepared: training.Run) -> None:
+    def cut(prepared: training.PreparedRun) -> None:
         head = prepared.loaded.model.lm_head
         head.register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(),))
 
@@ -89,7 +91,7 @@ def test_a_gradient_that_never_comes(run: Callable[..., str]) -> None:
 
 
 def test_a_gradient_that_explodes(run: Callable[..., str]) -> None:
-    def one_wild_step(prepared: training.Run) -> None:
+    def one_wild_step(prepared: training.PreparedRun) -> None:
         calls = iter(range(10_000))
 
         def wild(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:

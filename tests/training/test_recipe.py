@@ -77,12 +77,12 @@ def test_settings_out_of_range(settings: dict[str, object]) -> None:
 def test_what_yaml_and_users_write_for_a_value() -> None:
     recipe = Recipe(
         **NEEDED, lr="2e-4", steps="1e3", batch_size=4.0, labels=[0, 1], trainable_tokens=100,
-        schedule_args={"min_lr": "1e-5"}, loss_on="answer", weight_decay=1,
+        schedule_args={"num_cycles": "5e-1"}, loss_on="answer", weight_decay=1,
     )  # fmt: skip
     assert (recipe.lr, recipe.steps, recipe.batch_size) == (2e-4, 1000, 4)
     assert isinstance(recipe.steps, int) and isinstance(recipe.weight_decay, float)
     assert (recipe.labels, recipe.trainable_tokens) == (["0", "1"], ["100"])
-    assert (recipe.schedule_args, recipe.loss_on) == ({"min_lr": 1e-5}, "answers")
+    assert (recipe.schedule_args, recipe.loss_on) == ({"num_cycles": 0.5}, "answers")
 
 
 def test_its_words_are_those_of_the_rooms_that_use_them() -> None:

@@ -52,7 +52,7 @@ def recipe(
     )
 
 
-def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str, training.Run]:
+def run(recipe: Recipe, resume: bool = False) -> tuple[training.Result, str, training.PreparedRun]:
     text = io.StringIO()
     console = Console(file=text, width=200)
     prepared = training.prepare(recipe, console, resume)

@@ -19,7 +19,7 @@ from lorakin.terminal import Terminal, labelled, quoted
 from lorakin.terminal import command as words
 
 if TYPE_CHECKING:
-    from lorakin.training.train import Result, Run
+    from lorakin.training.train import PreparedRun, Result
 
 EXAMPLES = examples("lorakin demo", "lorakin demo --steps 100 --out longer")
 TRAIN, HELD_OUT, PROMPT, ADAPTER = "train.jsonl", "held_out.jsonl", "prompt.txt", "adapter"
@@ -171,7 +171,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _answers(run: Run, rows: Rows) -> list[str]:
+def _answers(run: PreparedRun, rows: Rows) -> list[str]:
     from lorakin.training.generate import answer
 
     return [answer(run.loaded, row["prompt"], max_new_tokens=ANSWER_TOKENS) for row in rows]

@@ -162,7 +162,7 @@ def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
         )
 
 
-def _report(job: TrialJob, ready: train.Run) -> Evaluation:
+def _report(job: TrialJob, ready: train.PreparedRun) -> Evaluation:
     """Evaluates the model on the rows to report on."""
     rows = encoded(
         ready.recipe,

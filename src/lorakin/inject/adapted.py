@@ -134,10 +134,9 @@ class Adapted(Swapped):
 
 
 class Looked(nn.Embedding):
-    """nn.Embedding as called by a subclass that has its own forward: it looks up the changed rows.
+    """nn.Embedding as called by a subclass with its own forward: it looks up the changed rows.
 
-    So a scaled embedding scales the change too, and nothing makes a changed table, not even a
-    compiler.
+    So a scaled embedding scales the change too, and not even a compiler makes a changed table.
     """
 
     def forward(self, input: Tensor) -> Tensor:

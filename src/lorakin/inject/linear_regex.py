@@ -12,7 +12,7 @@ what they mean there. What needs ways to be tried in order is refused: reference
 conditions on them, possessive and atomic parts. Each match has a budget of steps that grows with
 the path and the pattern; PEFT's own patterns, and Unsloth's, take a tenth of it.
 
-Why no library does this: see docs/dependencies.md.
+Why no library does this: see docs/project/dependencies.md.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def check_whole(adapter: InsertedAdapter) -> None:
             f"adapter {adapter.name!r} was sharded together with the base, but its method needs "
             "whole tensors: shard with fully_shard(…, ignored_params=set(adapter.parameters())); "
             "with Accelerate, set accelerator.state.fsdp_plugin.ignored_modules = "
-            "adapter.tensors.modules() before prepare(); lorakin.training.prepare_trainer does it for "
-            "transformers' Trainer"
+            "adapter.tensors.modules() before prepare(); lorakin.training.prepare_trainer does it "
+            "for transformers' Trainer"
         )
 
 

@@ -82,8 +82,8 @@ def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -
     if missing:
         raise SettingError(
             f"the optimizer holds none of {len(missing)} trainable tensors of adapter "
-            f"{adapter.name!r} ({missing[0]}, …); one optimizer has to hold them all: build it from "
-            "adapter.parameter_groups(lr=…)"
+            f"{adapter.name!r} ({missing[0]}, …); one optimizer has to hold them all: build it "
+            "from adapter.parameter_groups(lr=…)"
         )
 
 
@@ -107,11 +107,11 @@ def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
     for path, weight in weights:
         if weight is not None and weight.requires_grad and id(weight) in held:
             raise StateError(
-                f"the optimizer trains the base weight of {path}, but not adapter {adapter.name!r}, "
-                "which was loaded frozen and changes that weight. To train the adapter, load it "
-                "with trainable=True, which freezes the base. To train the base, first make the "
-                "adapter a part of it with adapter.merge(permanent=True), or take it out with "
-                "adapter.remove()"
+                f"the optimizer trains the base weight of {path}, but not adapter "
+                f"{adapter.name!r}, which was loaded frozen and changes that weight. To train the "
+                "adapter, load it with trainable=True, which freezes the base. To train the base, "
+                "first make the adapter a part of it with adapter.merge(permanent=True), or take "
+                "it out with adapter.remove()"
             )
 
 
@@ -177,8 +177,8 @@ def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, 
     if base:
         warnings.warn(
             f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), "
-            f"which adapter {adapter.name!r} does not hold and its files will not either; name them "
-            "in modules_to_save, or build the optimizer from adapter.parameter_groups(lr=…)",
+            f"which adapter {adapter.name!r} does not hold and its files will not either; name "
+            "them in modules_to_save, or build the optimizer from adapter.parameter_groups(lr=…)",
             LorakinWarning,
             stacklevel=2,
         )
@@ -214,9 +214,9 @@ def check_rates(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> N
     if not adapter.run.warned_of_rates:
         adapter.run.warned_of_rates = True
         warnings.warn(
-            f"at step {adapter.run.steps + 1} the learning rates of adapter {adapter.name!r} are no longer "
-            f"related as {words} says; a schedule with a least or a greatest rate does that, as "
-            "does setting group['lr'] by hand",
+            f"at step {adapter.run.steps + 1} the learning rates of adapter {adapter.name!r} are "
+            f"no longer related as {words} says; a schedule with a least or a greatest rate does "
+            "that, as does setting group['lr'] by hand",
             LorakinWarning,
             stacklevel=2,
         )

@@ -5,7 +5,7 @@ text into words first, which llama.cpp knows by name. The other is SentencePiece
 which merges in the order of scores instead of by a list of merges. Everything is read from the
 tokenizer as transformers runs it, so a file says what the model was trained with.
 
-The gguf library's own readers give other token types and scores; see docs/dependencies.md.
+The gguf library's own readers give other types and scores: see docs/project/dependencies.md.
 """
 
 from __future__ import annotations

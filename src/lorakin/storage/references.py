@@ -90,10 +90,10 @@ class Packing:
 
     >>> there = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
     >>> packing = Packing(there, "base_model.model.")
-    >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "d": torch.tensor([9.0])}}
+    >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "A": torch.tensor([9.0])}}
     >>> said = packing.packed(own, "tensors")["mlp.up"]
-    >>> said["B"]["columns"], said["d"]
-    ((1, 3, 1), {'tensor': 'tensors/mlp.up/d'})
+    >>> said["B"]["columns"], said["A"]
+    ((1, 3, 1), {'tensor': 'tensors/mlp.up/A'})
     """
 
     def __init__(self, known: Mapping[str, Tensor], prefix: str) -> None:

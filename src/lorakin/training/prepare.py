@@ -31,7 +31,7 @@ from lorakin.training.probe import measure_importance, measured_by
 from lorakin.training.reading import DataRows
 from lorakin.training.recipe import Recipe
 from lorakin.training.recipe_file import write_recipe
-from lorakin.training.run import Run
+from lorakin.training.run import PreparedRun
 from lorakin.training.run_directory import Held
 from lorakin.training.run_report import show_rows, show_run
 from lorakin.training.templates import Template
@@ -41,7 +41,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of transformers' classes end whose models write text."""
 
 
-def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
+def prepare(recipe: Recipe, console: Console, resume: bool = False) -> PreparedRun:
     """Checks a recipe, reads the data, loads the model and places the adapter.
 
     From now on, and until `train` ends, the output directory belongs to this run alone.
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> Run:
         raise
 
 
-def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
+def _prepared(recipe: Recipe, console: Console, place: Held) -> PreparedRun:
     method = recipe.build()
     recipe = dataclasses.replace(recipe, lr=recipe.lr or method.learning_rate)
     _check_schedule(recipe, recipe.steps)
@@ -89,7 +89,7 @@ def _prepared(recipe: Recipe, console: Console, place: Held) -> Run:
     limits.warn_cut(length, wanted, recipe.model, train.examples, held_out.examples)
 
     out = Path(recipe.out).expanduser()
-    run = Run(recipe, out, loaded, train, held_out, labels, place, console)
+    run = PreparedRun(recipe, out, loaded, train, held_out, labels, place, console)
     method.resolved(run.total_steps)
     _check_schedule(recipe, run.total_steps)
     schedules.check_evaluations(
@@ -123,7 +123,7 @@ def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Reci
     return dataclasses.replace(recipe, date=day), template
 
 
-def _place_adapter(run: Run, method: Method, template: str | None) -> None:
+def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> None:
     """Places the adapter and writes the recipe; a method with a probe measures importance first."""
     recipe, model = run.recipe, run.loaded.model
     where = _where(run)
@@ -149,7 +149,7 @@ def _place_adapter(run: Run, method: Method, template: str | None) -> None:
     run.adapter = adapt(model, method.with_importance(found), **where)
 
 
-def _where(run: Run) -> dict[str, Any]:
+def _where(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of `adapt` that say what is adapted and what is trained whole."""
     recipe, model = run.recipe, run.loaded.model
     whole = list(recipe.modules_to_save or (head_of(model) if run.labels is not None else []))

@@ -16,7 +16,7 @@ from lorakin.storage.summary import IMPORTANCE, importance_in
 from lorakin.terminal import labelled
 from lorakin.training import processes
 from lorakin.training.batches import answer_loss, stratified_sample
-from lorakin.training.run import Run
+from lorakin.training.run import PreparedRun
 from lorakin.training.run_report import importance_table
 
 Batch = dict[str, Tensor]
@@ -26,7 +26,7 @@ MOST_BATCHES = 256
 """The most batches for a member that sets itself no limit."""
 
 
-def probe_batches(run: Run, share: float = 1.0, most: int | None = None) -> list[Batch]:
+def probe_batches(run: PreparedRun, share: float = 1.0, most: int | None = None) -> list[Batch]:
     """Returns batches of a random share of the run's training rows, on the model's device.
 
     The recipe's seed draws the rows, so a run and its resumption see the same ones. At least one
@@ -46,7 +46,7 @@ def probe_batches(run: Run, share: float = 1.0, most: int | None = None) -> list
     return [{key: tensor.to(device) for key, tensor in batch.items()} for batch in loader]
 
 
-def probe_loss(run: Run) -> Callable[[Any, Batch], Tensor] | None:
+def probe_loss(run: PreparedRun) -> Callable[[Any, Batch], Tensor] | None:
     """Returns the loss of a model on such a batch; None for the loss that the model computes.
 
     A language model's batches hold the positions of the answers alone, so its own loss does not
@@ -60,7 +60,7 @@ def _loss_on_answers(model: Any, batch: Batch) -> Tensor:
     return answer_loss(model(**inputs), batch["labels"])
 
 
-def measured_by(run: Run, method: Method) -> dict[str, Any]:
+def measured_by(run: PreparedRun, method: Method) -> dict[str, Any]:
     """Returns the arguments of `lorakin.adapt` for a method that starts by data; none for others.
 
     They are batches of the training rows, and the loss of a model on them.
@@ -75,7 +75,9 @@ def measured_by(run: Run, method: Method) -> dict[str, Any]:
     return {"probe": batches, "loss": probe_loss(run)}
 
 
-def measure_importance(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
+def measure_importance(
+    run: PreparedRun, method: Method, where: Mapping[str, Any]
+) -> dict[str, float]:
     """Returns each module's importance for a method with a probe; writes it into `run.out`.
 
     A resumed run takes what it measured before. With several processes, all take the first one's.
@@ -94,7 +96,7 @@ def measure_importance(run: Run, method: Method, where: Mapping[str, Any]) -> di
     return found
 
 
-def _measured(run: Run, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
+def _measured(run: PreparedRun, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
     probe = method.probe
     assert probe is not None
     batches = probe_batches(run, probe.sample)

@@ -22,7 +22,7 @@ from lorakin.training.run_directory import Held
 
 
 @dataclasses.dataclass
-class Run:
+class PreparedRun:
     """A run that is ready to train: data read, model loaded, adapter placed, nothing trained yet.
 
     Attributes:

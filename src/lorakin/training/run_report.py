@@ -21,7 +21,7 @@ from lorakin.training.alarms import repeated, warn
 from lorakin.training.batches import Row
 from lorakin.training.evaluate import Evaluation, described
 from lorakin.training.reading import DataRows
-from lorakin.training.run import Run
+from lorakin.training.run import PreparedRun
 from lorakin.training.token_labels import IGNORED
 
 
@@ -33,7 +33,7 @@ def show_rows(console: Console, rows: DataRows, held_out: DataRows) -> None:
         console.print(RichText(visible("       " + left), style="yellow"))
 
 
-def show_run(run: Run) -> None:
+def show_run(run: PreparedRun) -> None:
     """Shows what will be trained on what, with one example and where its loss is taken."""
     recipe, console = run.recipe, run.console
     console.print(labelled("model  ", _model_line(run)))
@@ -55,7 +55,7 @@ def show_run(run: Run) -> None:
     console.print(rendered(run.train.examples[0], run.loaded.tokenizer, run.labels))
 
 
-def _model_line(run: Run) -> str:
+def _model_line(run: PreparedRun) -> str:
     recipe, placement = run.recipe, run.adapter.placement
     trained, total = parameter_counts(run.loaded.model)
     parts = [f"{recipe.method} on {len(placement.methods)} modules"]
@@ -111,7 +111,7 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
     return table
 
 
-def notes(run: Run, before: Evaluation, after: Evaluation) -> dict[str, str]:
+def notes(run: PreparedRun, before: Evaluation, after: Evaluation) -> dict[str, str]:
     """Returns what the adapter's model card says about the run."""
     recipe = run.recipe
     # of a file the name alone: where it lies on this machine is private

@@ -13,7 +13,7 @@ from lorakin.adapter import Adapter
 from lorakin.errors import DivergedError
 from lorakin.training import processes, run_directory, schedules
 from lorakin.training.batches import answer_loss
-from lorakin.training.run import Run
+from lorakin.training.run import PreparedRun
 from lorakin.training.trainers import AdapterTraining
 
 
@@ -60,7 +60,9 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
 
 
 def trainer_of(
-    run: Run, held_out: Callable[[int], float], callbacks: list[transformers.TrainerCallback]
+    run: PreparedRun,
+    held_out: Callable[[int], float],
+    callbacks: list[transformers.TrainerCallback],
 ) -> AdapterTrainer:
     """Returns the Trainer of a run.
 
@@ -87,7 +89,7 @@ def trainer_of(
     return trainer
 
 
-def arguments(run: Run) -> dict[str, Any]:
+def arguments(run: PreparedRun) -> dict[str, Any]:
     """Returns the arguments of transformers' `TrainingArguments` for a run."""
     recipe, on_cpu = run.recipe, run.loaded.model.device.type == "cpu"
     watches = recipe.schedule in schedules.WATCHERS

@@ -21,18 +21,18 @@ from lorakin.training.alarms import Alarms, warn
 from lorakin.training.evaluate import Evaluation, described
 from lorakin.training.prepare import prepare
 from lorakin.training.progress import Metrics, Watch
-from lorakin.training.run import Result, Run
+from lorakin.training.run import PreparedRun, Result
 from lorakin.training.run_report import notes
 from lorakin.training.run_trainer import AdapterTrainer, trainer_of
 
-__all__ = ["Result", "Run", "prepare", "train"]
+__all__ = ["PreparedRun", "Result", "prepare", "train"]
 
 TORCHS_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")
 """Words in the RuntimeErrors that torch.save raises when the disk is full."""
 
 
 def train(
-    run: Run,
+    run: PreparedRun,
     *,
     before: Evaluation | None = None,
     callbacks: Sequence[transformers.TrainerCallback] = (),
@@ -56,7 +56,7 @@ def train(
 
 
 def _trained(
-    run: Run, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]
+    run: PreparedRun, before: Evaluation | None, callbacks: Sequence[transformers.TrainerCallback]
 ) -> Result:
     started = time.perf_counter()
     resumed = checkpoints.step_of(run.checkpoint)
@@ -97,7 +97,7 @@ def _trained(
     )
 
 
-def _run_trainer(run: Run, trainer: AdapterTrainer) -> Evaluation:
+def _run_trainer(run: PreparedRun, trainer: AdapterTrainer) -> Evaluation:
     """Trains, and returns the held-out figures after it.
 
     Raises:
@@ -138,7 +138,7 @@ def _named(evaluation: Evaluation) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in evaluation.as_dict().items()}
 
 
-def _left(run: Run) -> str:
+def _left(run: PreparedRun) -> str:
     """Says what a run that could not write can go on from."""
     with contextlib.suppress(LorakinError):
         if last := checkpoints.last_checkpoint(run.out / run_directory.CHECKPOINTS):
@@ -146,7 +146,7 @@ def _left(run: Run) -> str:
     return "no checkpoint is whole yet, so it will begin again"
 
 
-def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
+def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
     """Returns the held-out figures without the adapter; a resumed run has them in its metrics.
 
     Raises:
@@ -174,7 +174,7 @@ def _first_evaluation(run: Run, metrics: Metrics) -> Evaluation:
     return before
 
 
-def _stopped(run: Run, trainer: AdapterTrainer, error: DivergedError) -> DivergedError:
+def _stopped(run: PreparedRun, trainer: AdapterTrainer, error: DivergedError) -> DivergedError:
     """Saves the last good adapter, and returns the error that says so."""
     advice = "try a lower --lr, or --dtype float32"
     if not trainer.good:

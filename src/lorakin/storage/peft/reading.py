@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
@@ -13,7 +14,7 @@ from lorakin.family import Method, Target
 from lorakin.family.slots import scale_of_ranks, sides_of_ranks
 from lorakin.inject.placement import Placement, placement_for
 from lorakin.storage.document import Document, Slots
-from lorakin.storage.match import check_kinds, check_paths, fresh, modules_for, targets_of
+from lorakin.storage.match import check_kinds, check_paths, modules_for, targets_of
 from lorakin.storage.own_part import Own
 from lorakin.storage.peft import (
     attention,
@@ -98,9 +99,12 @@ def document_of(
     )
     targets = targets_of(modules, placement)
     if read.own_slots is None:
-        expected = fresh(placement, targets)
-        for path, there in expected.items():
-            rank = getattr(placement.methods[path].parametrisation, "rank", "?")
+        for path, method in placement.methods.items():
+            shape, rank = targets[path].shape, getattr(method.parametrisation, "rank", 0)
+            there = {
+                name: torch.empty(slot.sizes(rank, shape), device="meta")
+                for name, slot in method.slots_at(path, shape).items()
+            }
             check_shapes(read.form, path, modules[path], read.slots[path], there, rank, where)
         slots = _with_shared_pair(read, slots, targets)
     document = Document(placement, slots, copies, tokens.values, own_biases)

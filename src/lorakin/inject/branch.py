@@ -101,8 +101,8 @@ class Branch(nn.Module):
     def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The tensors in float32, those in float64 as they are, on `device`.
 
-        A tensor that modules share may be on another device than the module, if the model was spread
-        over several devices after it was adapted.
+        A tensor that modules share may be on another device than the module, if the model was
+        spread over several devices after it was adapted.
         """
         wide = widened(self.tensors())
         return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}

@@ -24,14 +24,19 @@ from lorakin.family import FAMILY, Method, member_named, method_named
 
 
 def pytest_collection_finish() -> None:
-    """Takes what was imported out of the garbage collector's sight: a Trainer collects each time."""
+    """Hides what was imported from the garbage collector: a Trainer collects each time."""
     gc.collect()
     gc.freeze()
 
 
-WORDS = "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it one two three".split()
+WORDS = (
+    "the a cat dog bird sat ran flew on over mat tree fast slow yes no good bad what is who did it "
+    "one two three"
+).split()
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|> {{ message['content'] }} <|end|> "
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
@@ -40,8 +45,9 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes:
     """A Llama with two layers and hidden size 32, random but always the same."""
     torch.manual_seed(0)
     settings = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "tie_word_embeddings": tied, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     return (
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
@@ -51,7 +57,7 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, **changes:
 
 
 def small(words: str, **settings: Any) -> Any:
-    """The members of `words`, such as `dora,vera`, with what they declare for tests, and `settings`."""
+    """The members of `words`, such as `dora,vera`, with their small settings, and `settings`."""
     kinds = [member_named(word) for word in words.split(",")]
     pair = type(Method.of([kind() for kind in kinds]).parametrisation)
     declared = {name: value for kind in (pair, *kinds) for name, value in kind.small.items()}
@@ -80,11 +86,15 @@ def tiny_gpt2() -> Any:
 
 
 def tiny_mixtral(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    """A Mixtral with four experts held in parameters (experts, outputs, inputs), run by the named kernel of transformers."""
+    """A Mixtral whose four experts are parameters (experts, outputs, inputs).
+
+    `kernel` is transformers' word for what runs them.
+    """
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).to(dtype).eval()
     model.set_experts_implementation(kernel)
@@ -92,11 +102,12 @@ def tiny_mixtral(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> A
 
 
 def tiny_gpt_oss(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    """A GPT-OSS, whose experts are held the other way round, (experts, inputs, outputs), and have biases."""
+    """A GPT-OSS, whose experts are (experts, inputs, outputs) and have biases."""
     torch.manual_seed(0)
     config = transformers.GptOssConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+        num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     model = transformers.GptOssForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -106,11 +117,12 @@ def tiny_gpt_oss(kernel: str = "eager", dtype: torch.dtype = torch.float32) -> A
 
 
 def tiny_llama4() -> Any:
-    """A Llama 4, whose experts multiply all at once, without saying which way round they are held."""
+    """A Llama 4, whose experts multiply all at once and do not say how they are laid out."""
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1,
+        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_local_experts=4, num_experts_per_tok=1,
     )  # fmt: skip
     model = transformers.Llama4ForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -228,7 +240,7 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def chat_rows() -> list[dict[str, str]]:
-    """Questions with answers that a tiny model can learn: the answer repeats the animal and says where it is."""
+    """Questions that a tiny model can learn: the answer repeats the animal and says where it is."""
     animals, places = ("cat", "dog", "bird"), ("mat", "tree")
     return [
         {

@@ -28,7 +28,7 @@ MEMBERS: dict[str, Any] = {
 def trained(
     model: Any, member: Any, ids: Tensor, name: str = "default", steps: int = 6, **more: Any
 ) -> lk.Adapter:
-    """A few large steps, so that what acts at steps has acted and the change is far from nothing."""
+    """A few large steps, so that what acts at steps has acted and the change is large."""
     batch = {"input_ids": ids, "labels": ids}
     if isinstance(member, lk.LoRADrop) and member.importance is None:
         more["probe"] = [batch]
@@ -108,7 +108,7 @@ def test_the_portable_form(ids: Tensor, tmp_path: Path) -> None:
 
 
 def reader_of_one_factor(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """What vLLM knows of a file: r, lora_alpha, target_modules and pairs of tensors; one factor for all."""
+    """What vLLM reads: r, lora_alpha, target_modules and pairs of tensors; one scale for all."""
     factor = config["lora_alpha"] / config["r"]
     with torch.no_grad():
         for path in config["target_modules"]:

@@ -1,4 +1,4 @@
-"""A small regression that every member's training is compared on: one linear layer or two, inputs, targets."""
+"""A small regression for training every member: one or two linear layers, inputs, targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaLoRA against NumPy: forward, gradients, schedule, scores, masks; and what is freed in the end."""
+"""AdaLoRA against NumPy: forward, gradients, schedule, scores, masks, and the freeing of ranks."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_forward_and_gradients(dtype: torch.dtype, tolerance: float, dropout: fl
 def test_training_with_its_masks(
     dtype: torch.dtype, tolerance: float, gamma: float, steps: int
 ) -> None:
-    """Two layers that compete for one budget: the same triplets survive, with the same values, as in the reference.
+    """Two layers compete for one budget: the same triplets survive as in the reference.
 
-    After T − t_f the reference goes on with masked triplets, we without them; with γ = 0 that is the same.
+    After T − t_f the reference keeps masked triplets and we free them; with γ = 0 that is equal.
     """
     model, (x, target) = linear(dtype, 11, 9, 7), data(dtype)
     member = lk.AdaLoRA(initial_rank=4, target_rank=2, alpha=8, orthogonality=gamma, **SCHEDULE)
@@ -135,7 +135,7 @@ def test_the_regulariser_is_added_exactly_once_a_step() -> None:
 
 @pytest.mark.parametrize("betas", [(0.85, 0.85), (0.6, 0.9)])
 def test_the_scores_are_the_papers(betas: tuple[float, float]) -> None:
-    """Of every triplet, over steps in which sensitivities rise and fall, with smoothing factors that can be told apart."""
+    """Over steps in which sensitivities rise and fall, with two different smoothing factors."""
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     member = lk.AdaLoRA(
         initial_rank=4,
@@ -269,7 +269,7 @@ def test_equal_ranks_are_no_crash_but_no_pruning() -> None:
 
 
 def test_what_is_pruned_is_freed() -> None:
-    """Parameters, gradients and optimizer state shrink, the same objects; the function does not change."""
+    """Parameters, gradients and optimizer state shrink in place; the function stays."""
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=2, **SCHEDULE))
     before = adapter.parameters()
@@ -301,7 +301,7 @@ def test_what_is_pruned_is_freed() -> None:
 
 
 def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
-    """After its ranks were freed a run goes back to a checkpoint that still has them; and an empty module loads as one."""
+    """A run with freed ranks goes back to a checkpoint that has them; an empty module loads."""
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, lk.AdaLoRA(initial_rank=4, target_rank=1, start=1, finish=4))
     optimizer = adapter.optimizer(torch.optim.SGD, lr=0.01, total_steps=12)
@@ -309,7 +309,9 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
     assert isinstance(rule, Allocation)
     fit(model, optimizer, x, target, 2)
     directory.save(adapter, tmp_path / "early")
-    rule._scores = lambda matrix: torch.full((matrix.rank,), float(matrix.module.path == "0"))  # type: ignore[method-assign]
+    rule._scores = lambda matrix: torch.full(  # type: ignore[method-assign]
+        (matrix.rank,), float(matrix.module.path == "0")
+    )
     fit(model, optimizer, x, target, 10)
     directory.save(adapter, tmp_path / "late")
     assert not any(
@@ -328,7 +330,7 @@ def test_a_module_whose_ranks_come_back_trains_again(tmp_path: Path) -> None:
 
 
 def test_on_vera_what_is_pruned_stays_pruned() -> None:
-    """There is nothing to free, so the pattern is applied after every step; scores are not kept once it is fixed."""
+    """There is nothing to free: the pattern is applied after every step, and scores are dropped."""
     model, (x, target) = linear(torch.float64, 11, 9, 7), data()
     adapter = lk.adapt(model, [lk.VeRA(rank=6), lk.AdaLoRA(target_rank=2, start=3, finish=8)])
     optimizer = adapter.optimizer(lr=0.05, total_steps=T)

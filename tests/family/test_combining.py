@@ -1,4 +1,4 @@
-"""Several changes as one against NumPy: TIES, pruning, DARE, on changes and on factors; and what is refused."""
+"""Several changes as one, against NumPy: TIES, pruning, DARE, on changes and on factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Members together: which pairs are legal, why others are not, and that every legal one does all that an adapter does."""
+"""Members together: which pairs combine, why others do not, and that each one that does works."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch(ids: Tensor) -> dict[str, Tensor]:
 def begin(
     words: tuple[str, ...], ids: Tensor, importance: Any = None
 ) -> tuple[Any, lk.Adapter, torch.optim.Optimizer]:
-    """A tiny GPT-2 in float64 (its layers are Conv1D, and it rounds nothing to float32) with the method in it."""
+    """A tiny GPT-2 in float64 with the method in it; its layers are Conv1D."""
     model = tiny_gpt2().double()
     method = Method.of(members(words))
     if method.probe is not None and importance is not None:
@@ -102,7 +102,7 @@ def test_the_table(pair: tuple[str, str]) -> None:
 
 
 def test_what_two_cannot_a_third_may_make_sound() -> None:
-    """LoRA+ with LoRA-FA has B alone to give a rate; with DoRA there are magnitudes that keep the base rate."""
+    """LoRA+ with LoRA-FA has only B to speed up; with DoRA magnitudes keep the base rate."""
     adapter = lk.adapt(tiny_gpt2(), [lk.DoRA(rank=2), lk.LoRAFA(), lk.LoRAPlus(ratio=8)])
     rates = {
         id(p): group["lr"] for group in adapter.parameter_groups(lr=1e-3) for p in group["params"]
@@ -130,7 +130,7 @@ def read_by_peft(folder: Path, trained: Tensor, ids: Tensor) -> None:
 
 @pytest.mark.parametrize("words", LEGAL, ids="×".join)
 def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path) -> None:
-    """Identity at the start, the loss falls, resume, save and load, PEFT, merge, the plain pair, removal."""
+    """Start at the base, falling loss, resume, save, load, PEFT, merge, plain pair, removal."""
     base = tiny_gpt2().double()
     before = base(ids).logits
     model, adapter, optimizer = begin(words, ids)
@@ -233,7 +233,7 @@ def test_what_members_say_about_their_pair() -> None:
         ),
         ([lk.LoRA(rank=4), lk.DoRA(rank=8)], "rank=4.*rank=8"),
         ([lk.DoRA(), lk.DoRA()], "dora is given twice"),
-        ([], ""),
+        ([], "lk.LoRA"),
         (
             [lk.DoRA(), "lora+"],
             r"'lora\+'",
@@ -289,7 +289,8 @@ def test_a_probe_is_on_the_methods_own_pair() -> None:
 def test_the_usual_learning_rate() -> None:
     rates = {member.word: Method.of(member()).learning_rate for member in FAMILY}
     assert rates == pytest.approx(
-        {"lora": 2e-4, "lora+": 1e-4, "lora-fa": 2e-4, "vera": 2e-3, "dora": 1e-4, "adalora": 5e-4, "lora-drop": 2e-4,
-         "delta-lora": 2e-4, "pissa": 2e-4, "olora": 2e-4, "lora-xs": 2e-3, "eva": 2e-4, "lora-ga": 2e-4}
+        {"lora": 2e-4, "lora+": 1e-4, "lora-fa": 2e-4, "vera": 2e-3, "dora": 1e-4,
+         "adalora": 5e-4, "lora-drop": 2e-4, "delta-lora": 2e-4, "pissa": 2e-4, "olora": 2e-4,
+         "lora-xs": 2e-3, "eva": 2e-4, "lora-ga": 2e-4}
     )  # fmt: skip
     assert Method.of([lk.VeRA(), lk.DoRA()]).learning_rate == pytest.approx(1e-3)

@@ -112,7 +112,7 @@ def adapted(
         (LLAMA3_8B, FIVE, lk.DoRA(rank=32), 57_409_536),
         (LLAMA_7B, "all-linear", lk.DoRA(rank=64), 161_267_712),
         (LLAMA_7B, "all-linear", [lk.VeRA(rank=1024), lk.DoRA()], 2_949_120),
-        (LLAMA_3B, "qv", lk.DoRA(rank=32), 9_289_728),  # one number an output; one an input would be 9,347,072
+        (LLAMA_3B, "qv", lk.DoRA(rank=32), 9_289_728),  # a number per input: 9,347,072
         (LLAMA_3B, "qv", lk.AdaLoRA(initial_rank=64), 18_353_664),
         ((1, square(768)), "q", lk.AdaLoRA(initial_rank=1, target_rank=1), 1_537),
         ((1, DEBERTA[1]), ["in"], lk.AdaLoRA(initial_rank=1, target_rank=1), 3_841),
@@ -129,7 +129,7 @@ def test_the_papers_counts(shapes: Any, targets: Any, member: Any, count: int) -
     ("rank", "all_numbers"), [(1, 2_384_064), (16, 2_755_584), (256, 8_699_904)]
 )
 def test_veras_2_8M_is_trained_plus_frozen_shared(rank: int, all_numbers: int) -> None:
-    """The paper counts the shared pair too: so all six of its GPT-3 cells come out. Trained at rank 16: 2,362,368."""
+    """All six of the paper's GPT-3 cells, which count the shared pair too."""
     adapter = adapted(GPT3, lk.VeRA(rank=rank))
     assert sum(p.numel() for p in adapter.parameters()) == all_numbers
     shared = all_numbers - adapter.trainable_parameters

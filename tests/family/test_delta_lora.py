@@ -1,4 +1,4 @@
-"""Delta-LoRA: the telescoped form and the in-place one against NumPy's literal rule, and what each leaves behind."""
+"""Delta-LoRA, telescoped and in place, against NumPy's literal rule, and what each leaves."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
 
 
 def test_the_identity_that_an_honest_comparison_controls_for() -> None:
-    """§11: Delta-LoRA (λ, K = 0) ≡ LoRA ((1+λ)·alpha), under AdamW with ε → 0 and any decay; under SGD at η/(1+λ)."""
+    """§11: Delta-LoRA (λ, K = 0) ≡ LoRA ((1+λ)·alpha).
+
+    Under AdamW with ε → 0 and any decay; under SGD at η/(1+λ).
+    """
     for cls, lr, more in (
         (torch.optim.AdamW, 0.01, {"eps": 1e-30, "weight_decay": 0.1}),
         (torch.optim.SGD, 0.02, {}),
@@ -183,7 +186,7 @@ def test_resuming_before_at_and_after_the_anchor(update: Any, stop: int, tmp_pat
 
 @pytest.mark.parametrize("update", FORMS)
 def test_going_back_and_forth_within_a_run(update: Any, tmp_path: Path) -> None:
-    """As a Trainer does that loads its best checkpoint: from a later state to an earlier one, and to a later one again."""
+    """As a Trainer does that loads its best checkpoint: back to an earlier state, and forth."""
     model, (x, target) = linear(), data()
     adapter = lk.adapt(model, lk.DeltaLoRA(rank=3, start_step=2, update=update), "0")
     optimizer = adapter.optimizer(lr=0.05)

@@ -115,7 +115,8 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
     x, target = torch.randn(20, 11, dtype=dtype), torch.randn(20, 7, dtype=dtype)
     A, B, losses = reference.train(
         x.numpy(), target.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy(),
-        site.A.detach().numpy(), site.B.detach().numpy(), s=member.scaling, steps=25, lr=0.02, weight_decay=0.1,
+        site.A.detach().numpy(), site.B.detach().numpy(),
+        s=member.scaling, steps=25, lr=0.02, weight_decay=0.1,
     )  # fmt: skip
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
     seen = []

@@ -1,4 +1,4 @@
-"""LoRA-drop against NumPy: importance, choice, groups, the shared pair's gradient; and its two stages in one call."""
+"""LoRA-drop against NumPy: importance, choice, groups, shared gradients, both stages at once."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_twenty_five_steps_of_training(
 
 
 def test_the_corrected_gradient_is_the_nearest_to_the_full_one() -> None:
-    """g_B minimises ‖s·g_B·A − ∂W‖: the residual is orthogonal to A; for an embedding from the other side."""
+    """g_B minimises ‖s·g_B·A − ∂W‖: the residual is orthogonal to A; an embedding's to B."""
     model, (x, target) = linear(), data()
     model[0].weight.requires_grad_()
     adapter = randomised(lk.adapt(model, lk.LoRAFA(rank=3, alpha=6, corrected=True), "0"))
@@ -116,7 +116,7 @@ def test_a_shared_pairs_gradient_is_corrected_once() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_backward_keeps_Ax_and_never_x(dropout: float) -> None:
-    """LoRA keeps x (in numbers a token) and A x (r); LoRA-FA keeps A x alone, and a mask if it drops."""
+    """LoRA keeps x (`in` numbers per token) and A x (r); LoRA-FA A x alone, with dropout a mask."""
     rows, width, rank = 256, 128, 4
     kept = {}
     for member in (lk.LoRA, lk.LoRAFA):

@@ -37,9 +37,9 @@ def test_twenty_five_steps_of_training(dtype: torch.dtype, tolerance: float) -> 
 
 @pytest.mark.parametrize("member", [lk.LoRA, lk.DoRA, lk.VeRA, lk.AdaLoRA])
 def test_under_adam_it_is_a_larger_scale(member: type) -> None:
-    """§11: LoRA+ (alpha, η, ρ) ≡ LoRA (ρ·alpha, η) with ε → 0, no decay and no clipping; so for what else it is used on.
+    """§11: LoRA+ (alpha, η, ρ) ≡ LoRA (ρ·alpha, η) with ε → 0, no decay, no clipping.
 
-    VeRA has no alpha: there the frozen B times ρ is the control. Without decay, m moves the same in both.
+    VeRA has no alpha: there the control is the frozen B times ρ. m moves the same in both.
     """
     ratio, (x, target) = 8.0, data()
     models = [linear(), linear()]

@@ -1,4 +1,4 @@
-"""The common form, and that a ninth member is one class: here one with a gain and a frozen tensor."""
+"""The common form, and that a new member is one class: here with a gain and a frozen tensor."""
 
 from __future__ import annotations
 

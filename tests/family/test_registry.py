@@ -1,4 +1,4 @@
-"""A member from outside: CONTRIBUTING.md's example, registered by its decorator and by an entry point."""
+"""A member from outside: CONTRIBUTING.md's example, by decorator and by entry point."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_tensors_that_no_slot_declares_are_refused(gained: Any) -> None:
 def test_the_command_finds_a_package(
     package: Path, model_dir: str, ids: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It shows, plans, trains, compares (in other processes) and inspects the member of a package."""
+    """It shows, plans, trains, compares (in other processes) and inspects a package's member."""
     data = tmp_path / "rows.jsonl"
     data.write_text(
         "".join(json.dumps({"text": f"the cat sat on mat {n}"}) + "\n" for n in range(64))

@@ -1,4 +1,4 @@
-"""The five starts: what they begin with is the papers', the model begins as the base, and PEFT's files are read."""
+"""The five starts: they begin as the papers say, at the base model, and read PEFT's files."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def test_lora_plus_speeds_up_the_outputs_factor_where_nothing_starts_at_zero() -
     [
         ([lk.EVA(rank=2)], "probe=batches"),
         ([lk.LoRAGA(rank=2)], "probe=batches"),
-        ([lk.LoRAGA(rank=7)], "rank 6"),
-        ([lk.PiSSA(rank=13)], "rank 12"),
+        ([lk.LoRAGA(rank=7)], "most 6"),
+        ([lk.PiSSA(rank=13)], "most 12"),
         ([lk.PiSSA(rank=2), lk.LoRADrop(importance={"0": 1.0})], "rest"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0].word,

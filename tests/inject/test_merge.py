@@ -265,7 +265,7 @@ KINDS = {
 @pytest.mark.parametrize("second", KINDS)
 @pytest.mark.parametrize("first", KINDS)
 def test_for_good_beside_another_that_is_in_use(first: str, second: str) -> None:
-    """A change that adds may stay; a gain is over the base's weight, which a merge for good would take away."""
+    """A change that adds may stay; a gain needs the base's weight, which a merge takes away."""
     model, one, other = two(KINDS[first], KINDS[second])
     x = torch.randn(4, 8).double()
     expected = model(x)
@@ -356,7 +356,7 @@ def test_what_is_inside_a_module_trained_whole_is_not_merged_beside_it(order: st
 
 
 def test_tied_embeddings_come_apart_while_merged(tmp_path, ids: Tensor) -> None:  # type: ignore[no-untyped-def]
-    """An adapter on the input embedding must not change the output embedding that shares its weight."""
+    """An adapter on the input embedding leaves the output embedding that shares its weight."""
     model = tiny_llama(tied=True)
     head = model.lm_head.weight.clone()
     adapter = randomise(lk.adapt(model, lk.LoRA(rank=2), ["embed_tokens", "q_proj"]))

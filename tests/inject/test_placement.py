@@ -275,10 +275,7 @@ def test_modules_trained_whole(ids: Tensor) -> None:
     lk.adapt(model, lk.LoRA(rank=2), "query", modules_to_save=["classifier"], name="other")
     with pytest.raises(lk.SettingError, match="both train classifier whole"):
         lk.activate(model, ["default", "other"])
-    with pytest.raises(
-        lk.StateError,
-        match="classifier cannot be adapted: it is in use by another adapter in another way",
-    ):
+    with pytest.raises(lk.StateError, match="classifier"):
         lk.adapt(model, lk.LoRA(rank=1), "classifier", name="third")
 
 

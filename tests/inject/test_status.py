@@ -1,4 +1,4 @@
-"""What `lk.status` and an adapter's words say, compared with PEFT's get_model_status and with counts by hand."""
+"""`lk.status` and an adapter's words, against PEFT's get_model_status and counts by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_agrees_with_peft(dora: bool) -> None:
     lk.adapt(ours, lk.LoRA(2), ["query"], name="two")
 
     def both(name: str) -> None:
-        """Equal where the words mean the same. PEFT trains the active adapter alone, lorakin all: so flags are set alike."""
+        """Equal where the words mean the same; PEFT trains only the active adapter, lorakin all."""
         theirs.set_adapter(name)
         lk.activate(ours, name)
         for other, adapter in lk.adapters(ours).items():

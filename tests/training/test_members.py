@@ -243,7 +243,7 @@ def test_settings_on_the_command_line(
         (
             "delta-lora",
             "start_step=2",
-            "begins after start_step=2 optimizer steps, but the run has 2",
+            "start_step=2",
         ),
         ("lora+,lora-fa", "ratio=2", "lora+ and lora-fa"),
     ):

@@ -67,7 +67,7 @@ class Triplets(Parametrisation):
     learning_rate: ClassVar[float] = 5e-4
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
-    of_no_account: ClassVar[frozenset[str]] = frozenset({"kept"})
+    incidental: ClassVar[frozenset[str]] = frozenset({"kept"})
     small: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
     slots: ClassVar[Slots] = {
         "P": Slot(("outputs", "rank"), peft="lora_B"),

@@ -26,7 +26,7 @@ def are_one(one: Method, other: Method, training: bool = True) -> bool:
     """
     if type(one.parametrisation) is not type(other.parametrisation):
         return False
-    aside = one.parametrisation.of_no_account | (set() if training else {"dropout"})
+    aside = one.parametrisation.incidental | (set() if training else {"dropout"})
     if not _same(one.parametrisation, other.parametrisation, aside):
         return False
     mine, its = (

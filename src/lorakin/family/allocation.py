@@ -165,7 +165,6 @@ class Allocation(Rule):
                 known[key] = known[key].to(each.device) if key in known else torch.zeros_like(each)
         means = [self.sensitivity[key] for key in seen]
         spreads = [self.uncertainty[key] for key in seen]
-
         torch._foreach_lerp_(means, now, 1 - self.schedule.beta1)
         torch._foreach_sub_(now, means)
         torch._foreach_abs_(now)
@@ -237,7 +236,6 @@ class Allocation(Rule):
     def restore(self, state: Mapping[str, Any]) -> None:
         self.all, self.freed = int(state["all"]), bool(state["freed"])
         self.target = min(self.all, len(self.matrices) * self.schedule.target_rank)
-
         devices = {m.module.path: m.module.tensors()[m.scales].device for m in self.matrices}
         for known in ("sensitivity", "uncertainty"):  # by "path.slot"
             moved = {

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from lorakin.family.member import Modifier
 from lorakin.family.pair import Pair, Tensors, Weight, is_sharded
 from lorakin.family.rule import AdaptedModule
 from lorakin.family.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from lorakin.family.method import Method
 
 CANCELLED = 1e-3
 """If n² is below this share of its terms, too many digits cancelled; narrow dtypes allow less."""
@@ -68,7 +71,7 @@ class DoRA(Modifier):
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
-        methods: Mapping,  # type: ignore[type-arg]
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         begun = {}
         for path, there in tensors.items():

@@ -51,8 +51,11 @@ class EVA(Start):
     """EVA: starts A where the inputs vary most, and moves ranks between modules.
 
     >>> import torch, lorakin as lk
-    >>> lk.EVA(rank=8, rho=1).needs  # rho=1 leaves every module its rank
-    frozenset({'inputs'})
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 5))
+    >>> batches = [{"input": torch.randn(32, 6)} for _ in range(2)]
+    >>> adapter = lk.adapt(model, lk.EVA(rank=2, tau=0.5), ["0", "1"], probe=batches)
+    >>> sum(method.setting("rank") for method in adapter.placement.methods.values())
+    4
 
     Args:
         rho: ρ, a module gets at most rho times its rank; at least 1, which keeps all ranks.

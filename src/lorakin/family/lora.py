@@ -68,7 +68,7 @@ class LoRA(Parametrisation):
     }
     small: ClassVar[Mapping[str, Any]] = {"rank": 4}
     learning_rate: ClassVar[float] = 2e-4
-    of_no_account: ClassVar[frozenset[str]] = frozenset({"init"})
+    incidental: ClassVar[frozenset[str]] = frozenset({"init"})
 
     rank: int = 16
     alpha: float = 32.0

@@ -195,7 +195,7 @@ class LoRADrop(Modifier):
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
-        methods: Mapping,  # type: ignore[type-arg]
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         kept = set(self.chosen())
         first: dict[object, Tensors] = {}

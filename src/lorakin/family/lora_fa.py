@@ -9,7 +9,7 @@ Trains:   B, r · out numbers; in an embedding's pair the vocabulary factor. Ada
 Start:    the pair's, except that AdaLoRA's Q starts orthonormal
 Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ B) A). Nothing that multiplies x
           trains, so autograd keeps z and neither x nor x̃: r numbers per token instead of `in`.
-Corrected: with `corrected`, g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ replaces ∂B. It minimises ‖s · g_B · A − ∂W‖
+Option:   `corrected` takes g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ instead of ∂B. It minimises ‖s · g_B · A − ∂W‖
           (Frobenius), the distance to the gradient of full fine-tuning. (A Aᵀ)⁻¹ never changes, so
           it is computed once. The authors' optimizer always corrects; here you ask for it. Under
           Adam the loss hardly changes, but B does: docs/methods/lora-fa.md has figures.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from lorakin.family.pair import Shape, Tensors
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import one_of, require
 from lorakin.family.slots import Slots, factors_of, frozen
+
+if TYPE_CHECKING:
+    from lorakin.family.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class LoRAFA(Modifier):
         self,
         tensors: dict[str, Tensors],
         targets: Mapping[str, Target],
-        methods: Mapping,  # type: ignore[type-arg]
+        methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         return {
             path: methods[path].parametrisation.keep_drawn(there, targets[path].shape)
@@ -118,17 +121,23 @@ class Corrected(Rule):
         done: set[int] = set()
         for module in self.modules:
             A, B = (module.tensors()[slot] for slot in ("A", "B"))
-            trained = A if module.shape.lookup else B
-            if trained.grad is None or id(trained) in done:  # a shared pair once
+            lookup = module.shape.lookup
+            kept, trained = (B, A) if lookup else (A, B)
+            if trained.grad is None or id(trained) in done:  # a shared pair is corrected once
                 continue
             done.add(id(trained))
-            inverse = self.inverses.get(path := module.path)
-            if inverse is None or inverse.device != trained.device:
-                wide = torch.promote_types(A.dtype, torch.float32)
-                gram = (
-                    B.to(wide).T @ B.to(wide) if module.shape.lookup else A.to(wide) @ A.to(wide).T
-                )
-                scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
-                inverse = self.inverses[path] = torch.linalg.inv(gram.detach()) / scale**2
+            inverse = self._inverse(module, kept)
             grad = trained.grad.to(inverse.dtype)
-            trained.grad.copy_(inverse @ grad if module.shape.lookup else grad @ inverse)
+            trained.grad.copy_(inverse @ grad if lookup else grad @ inverse)
+
+    def _inverse(self, module: AdaptedModule, kept: Tensor) -> Tensor:
+        """s⁻² · (A Aᵀ)⁻¹, or for an embedding s⁻² · (Bᵀ B)⁻¹; computed once."""
+        known = self.inverses.get(module.path)
+        if known is not None and known.device == kept.device:
+            return known
+        wide = kept.detach().to(torch.promote_types(kept.dtype, torch.float32))
+        gram = wide.T @ wide if module.shape.lookup else wide @ wide.T
+        scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
+        inverse: Tensor = torch.linalg.inv(gram) / scale**2
+        self.inverses[module.path] = inverse
+        return inverse

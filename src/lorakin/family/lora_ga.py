@@ -39,8 +39,13 @@ class LoRAGA(AnchoredStart):
     """LoRA-GA: starts the pair at the gradient's singular vectors.
 
     >>> import torch, lorakin as lk
-    >>> lk.LoRAGA(rank=8, first_batches=4).needs
-    frozenset({'gradients'})
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(32, 6)
+    >>> def loss(model, batch):
+    ...     return model(batch).square().mean()
+    >>> before = model(x)
+    >>> adapter = lk.adapt(model, lk.LoRAGA(rank=2), "0", probe=[x], loss=loss)
+    >>> torch.equal(model(x), before)  # training begins exactly at the base
+    True
 
     Args:
         gamma: γ, positive; a larger one makes a smaller start.

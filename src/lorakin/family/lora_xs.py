@@ -71,7 +71,7 @@ class LoRAXS(Parametrisation):
     }
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
     learning_rate: ClassVar[float] = 2e-3
-    of_no_account: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    incidental: ClassVar[frozenset[str]] = frozenset({"iterations"})
     small: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = "It trains very few numbers; files also hold the frozen A and B."

@@ -114,7 +114,7 @@ class Parametrisation(Member):
     """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
     """Settings that a single module may have its own of."""
-    of_no_account: ClassVar[frozenset[str]] = frozenset()
+    incidental: ClassVar[frozenset[str]] = frozenset()
     """Settings that say how the pair starts or what was freed, not what it computes."""
 
     dropout: float

@@ -71,7 +71,7 @@ class VeRA(Parametrisation):
     }
     small: ClassVar[Mapping[str, Any]] = {"rank": 6}
     per_module: ClassVar[frozenset[str]] = frozenset()
-    of_no_account: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
+    incidental: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
 
     rank: int = 256
     seed: int = 0

@@ -1,8 +1,7 @@
-"""The class swap: an adapted module becomes a subclass of its own class, with its adapters.
+"""The class swap: an adapted module becomes a subclass of its own class and gets `.lorakin`.
 
-They are in `.lorakin`. The module keeps its identity, its name, its parameters and their
-`state_dict` keys. The adapters' tensors add keys `<path>.lorakin.<adapter>.<tensor>`. When the last
-adapter goes, the module gets its class back.
+It keeps its identity, its name, its parameters and their `state_dict` keys. The adapters' tensors
+add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, it gets its class back.
 """
 
 from __future__ import annotations

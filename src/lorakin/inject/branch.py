@@ -1,4 +1,4 @@
-"""One adapter on one module: its tensors there and what they make of the module's input."""
+"""One adapter on one module: its tensors there, and what they make of the module's input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
 def trains(slot: Slot, tensor: Tensor) -> bool:
-    """Whether a tensor trains: as its slot says, but never if it is empty."""
+    """Whether the tensor trains: as its slot says, but not if empty (some optimizers fail then)."""
     return slot.trained and bool(tensor.numel())
 
 
@@ -53,16 +53,18 @@ class Branch(nn.Module):
         return {slot: p for slot, p in self._parameters.items() if slot != BIAS and p is not None}
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take other values in place, also of another rank; optimizers keep the parameters."""
+        """Take other values, also of another rank.
+
+        The parameters stay the same objects, so optimizers keep hold of them.
+        """
         own = self.tensors()
         for slot in own.keys() - tensors.keys():
             delattr(self, slot)
         for slot, tensor in tensors.items():
             if slot not in own:
                 device = next(iter(own.values())).device
-                own_memory = tensor.to(
-                    device, copy=True
-                )  # torch's, aligned as ever: else sums differ in their last bits
+                # Memory of torch's is aligned as always; otherwise the last bits of sums differ.
+                own_memory = tensor.to(device, copy=True)
                 self.register_parameter(slot, nn.Parameter(own_memory, requires_grad=False))
             elif own[slot].shape == tensor.shape:
                 own[slot].copy_(tensor)
@@ -80,7 +82,10 @@ class Branch(nn.Module):
 
     @property
     def is_at_start(self) -> bool:
-        """Whether its pair is as it began: zero where it starts at zero, else as sampled then."""
+        """Whether its pair is as it began.
+
+        That is so if what starts at zero is zero; if nothing does, if no trained tensor has moved.
+        """
         slots, tensors = self.slots(), self.tensors()
         zero = [
             t for slot, t in tensors.items() if slots[slot].trained and slots[slot].starts_at_zero
@@ -90,14 +95,14 @@ class Branch(nn.Module):
         return all(torch.equal(_sampled(tensors[s]).to(t), t) for s, t in self._begun.items())
 
     def slots(self) -> Slots:
-        """What the method declares of each of them."""
+        """What the method declares about each tensor."""
         return self.method.slots_at(self.path, self.shape)
 
     def wide(self, device: torch.device | None = None) -> dict[str, Tensor]:
-        """The tensors in float32 or, where they are float64, in float64; on `device`.
+        """The tensors in float32, those in float64 as they are, on `device`.
 
-        One that modules share may be on another device than the module, when a model was spread
-        over several after it was adapted.
+        A tensor that modules share may be on another device than the module, if the model was
+        spread over several devices after it was adapted.
         """
         wide = widened(self.tensors())
         return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
@@ -105,13 +110,13 @@ class Branch(nn.Module):
     def pair(self, weight: Tensor | Weight, scale: float | None = None) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64.
 
-        Its change is scaled by `scale`, by default as the adapter is scaled now.
+        Its change is multiplied by `scale`, by default the adapter's current scale.
         """
         pair = self.method.pair(self.wide(weight.device), self.shape, weight)
         return pair.times(self.scale if scale is None else scale)
 
     def rescale(self, scale: float) -> None:
-        """From now on the adapter changes the module `scale` times as much as its tensors say."""
+        """Let the adapter change the module `scale` times as much as its tensors say."""
         self.scale, self._ready = scale, None
 
     def change(self, weight: Tensor, ready: bool = False) -> LinearChange:
@@ -119,7 +124,7 @@ class Branch(nn.Module):
 
         Args:
             weight: the base's.
-            ready: the change is wanted without gradients, in the dtype of `weight`.
+            ready: whether the change is for inference: without gradients, in the dtype of `weight`.
         """
         tensors = self.wide()
         chain = self.method.chain(tensors, self.shape)
@@ -133,12 +138,12 @@ class Branch(nn.Module):
         return ScaledPair(*self.factors(tensors, weight))
 
     def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair over a weight `matrix`, and its scale, that of the adapter included.
+        """The pair over a weight `matrix`, and its scale, the adapter's included.
 
-        ‖w_j‖² of the weight's rows are remembered for as long as the weight does not change.
+        It remembers ‖w_j‖² of the weight's rows as long as the weight does not change.
         """
         weight = Weight(matrix.detach())
-        if torch.compiler.is_compiling():  # which cannot ask whether a tensor is still what it was
+        if torch.compiler.is_compiling():  # it cannot ask whether a tensor has changed
             return self.scaled_factors(self.method.factors(tensors, self.shape, weight))
 
         is_known = self._squares is not None and self._squares[0].is_still(matrix)
@@ -150,15 +155,15 @@ class Branch(nn.Module):
         return self.scaled_factors(factors)
 
     def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
-        """A pair and its scale, with the adapter's."""
+        """A pair and its scale, times the adapter's scale."""
         pair, scale = factors
         return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
 
     def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
-        """The pair as inference takes it.
+        """The pair as inference needs it.
 
-        A gain costs a product with the base weight, so that of an adapter that does not train is
-        kept for as long as nothing changes.
+        A gain costs a product with the base weight, so an adapter that does not train keeps it as
+        long as nothing changes.
         """
         own = self.tensors().values()
         if (
@@ -177,7 +182,7 @@ class Branch(nn.Module):
         return {**self.__dict__, "_squares": None, "_ready": None}
 
     def kind_now(self, module: Any) -> type[Layer]:
-        """The kind of the module now: a plain one may have been quantised after it was adapted."""
+        """The module's kind now: a plain one may have been quantised since it was adapted."""
         changed = self.layer is LinearLayer and type(module._parameters.get("weight")) not in PLAIN
         return (kind_of(module) or self.layer) if changed else self.layer
 
@@ -189,7 +194,7 @@ class Branch(nn.Module):
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """What the adapter adds to the module's output `out`, in the base's dtype.
 
-        (g−1)⊙(W0 x̃) + g⊙up(down x̃)
+        That is (g−1)⊙(W0 x̃) + g⊙up(down x̃).
         """
         attached, layer = attachments_of(module), self.kind_now(module)
         dropped = layer.drop(x, self.method.dropout, self.training)
@@ -209,7 +214,7 @@ class Branch(nn.Module):
 
 
 class Copy(nn.Module):
-    """A whole module that an adapter trains in place of the base's: a copy of it."""
+    """A copy of a whole module, which an adapter trains in place of the base's."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -217,16 +222,16 @@ class Copy(nn.Module):
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """Some thousand of its numbers, at equal distances."""
+    """About a thousand of its numbers, equally spaced."""
     return tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].clone()
 
 
 @contextlib.contextmanager
 def brought(branches: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the tensors of adapters that Accelerate keeps elsewhere are here.
+    """Inside, the adapters' tensors that Accelerate keeps elsewhere are here.
 
     Its hooks bring a module's tensors when the module is called. Adapters are not always called:
-    the fused layer takes their tensors.
+    the fused layer takes their tensors directly.
     """
     hooked = [
         (branch, vars(branch)["_hf_hook"]) for branch in branches if "_hf_hook" in vars(branch)

@@ -20,14 +20,14 @@ Whether = bool | Literal["irregular"]
 """True for all, False for none, "irregular" for some."""
 
 
-def hung_of(adapter: InsertedAdapter) -> list[Attachments]:
-    """What hangs on each of its modules; nothing for a module that has been replaced."""
+def attachments_by(adapter: InsertedAdapter) -> list[Attachments]:
+    """The attachments of each of its modules; none for a module that has been replaced."""
     return adapter.tensors.attachments() if adapter.is_present else []
 
 
 def tensors_of(adapter: InsertedAdapter) -> list[nn.Parameter]:
     """Its tensors, once each; none once the adapter is removed."""
-    each = (p for attached in hung_of(adapter) for p in attached[adapter.name].parameters())
+    each = (p for attached in attachments_by(adapter) for p in attached[adapter.name].parameters())
     return list({id(parameter): parameter for parameter in each}.values())
 
 
@@ -37,7 +37,7 @@ def requires_grad(adapter: InsertedAdapter) -> Whether:
     "irregular" if only some do, or if another tensor does.
     """
     flags: set[Whether] = set()
-    for attached in hung_of(adapter):
+    for attached in attachments_by(adapter):
         child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             flags |= {p.requires_grad for p in child.parameters()}
@@ -62,7 +62,7 @@ def whether(flags: Iterable[object]) -> Whether:
 def trained_by_method(adapter: InsertedAdapter) -> int:
     """How many numbers its method trains, whether or not they require gradients now."""
     trained: dict[int, int] = {}
-    for attached in hung_of(adapter):
+    for attached in attachments_by(adapter):
         child = attached[adapter.name]
         if isinstance(child, Copy | TokenRowsBranch):
             trained |= {id(p): numbers(p) for p in child.parameters()}

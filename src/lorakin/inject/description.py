@@ -11,9 +11,9 @@ from torch import Tensor
 from lorakin.family import Member, Method
 from lorakin.inject.counts import (
     Whether,
+    attachments_by,
     bytes_of,
     devices_of,
-    hung_of,
     numbers,
     parameter_counts,
     requires_grad,
@@ -90,7 +90,7 @@ def state_in_words(adapter: InsertedAdapter) -> str:
     holds = [
         word
         for state, word in words.items()
-        if any(adapter.name in getattr(attached, state) for attached in hung_of(adapter))
+        if any(adapter.name in getattr(attached, state) for attached in attachments_by(adapter))
     ]
     word = holds[0] if holds else "inactive"
     return word if adapter.merging.scale == 1 else f"{word} at scale {adapter.merging.scale:g}"

@@ -11,8 +11,8 @@ from torch import nn
 from lorakin.inject.class_swap import Swapped
 from lorakin.inject.counts import (
     Whether,
+    attachments_by,
     devices_of,
-    hung_of,
     parameter_counts,
     requires_grad,
     tensors_of,
@@ -106,11 +106,13 @@ def status(model: nn.Module) -> Status:
         disabled=tuple(
             name
             for name, adapter in there.items()
-            if any(name in attached.off for attached in hung_of(adapter))
+            if any(name in attached.off for attached in attachments_by(adapter))
         ),
         requires_grad={name: requires_grad(adapter) for name, adapter in there.items()},
         devices={name: devices_of(tensors_of(adapter)) for name, adapter in there.items()},
-        modules=len({id(attached) for adapter in there.values() for attached in hung_of(adapter)}),
+        modules=len(
+            {id(attached) for adapter in there.values() for attached in attachments_by(adapter)}
+        ),
         trainable_parameters=trainable,
         total_parameters=total,
     )
@@ -120,7 +122,7 @@ def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
     """The adapters in a state; "irregular" if one is in it on some of its modules only."""
     names: dict[str, None] = {}
     for name, adapter in there.items():
-        found = [getattr(attached, state) for attached in hung_of(adapter)]
+        found = [getattr(attached, state) for attached in attachments_by(adapter)]
         if len({name in among for among in found}) > 1:
             return "irregular"
         names |= dict.fromkeys(other for among in found for other in among)

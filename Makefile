@@ -1,9 +1,9 @@
 # make demo       set up .venv, then fine-tune a real model and show what it learned
 # make test       set up .venv, then lint, types, documentation and tests
 # make sentiment  a real classifier: LoRA against the head alone, on movie reviews
-# make family     all eight members on two real models: what each learns and costs (about 50 minutes on two cores)
+# make family     all members on two real models: what each learns and costs (about 50 minutes on two cores)
 # make claims     the papers' claims on two real models and three tasks (overnight on two cores; QUICK=--quick: two hours)
-# make interop    all eight members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
+# make interop    all members in PEFT, plain LoRA, merged, llama.cpp: the same model? (about 40 minutes; needs npm)
 # make bench      lorakin beside PEFT, the frozen base and full fine-tuning: time and memory (over an hour on two cores)
 # make sweep      LoRA on every architecture that transformers makes from a config: docs/evidence/architectures.md (three minutes)
 # make templates  what is learned under every chat template that trl and transformers carry: docs/evidence/templates.md (a minute)

@@ -33,6 +33,7 @@ import lorakin as lk
 from lorakin.family import FAMILY, Method, member_named, method_named
 from lorakin.training.batches import answer_loss
 from lorakin.training.docstrings import docstring_rows
+from lorakin.training.probe import measured_by
 from lorakin.training.recipe import Recipe
 from lorakin.training.train import PreparedRun, prepare
 
@@ -157,7 +158,9 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
             method = method.with_importance(
                 json.loads((folder / member.word / "importance.json").read_text())
             )
-        adapter = lk.adapt(run.loaded.model, method, modules_to_save=whole)
+        adapter = lk.adapt(
+            run.loaded.model, method, modules_to_save=whole, **measured_by(run, method)
+        )
         run.loaded.model.train()
         models[member.word] = (run, adapter, adapter.optimizer(lr=1e-4, total_steps=10_000))
     run = models[FAMILY[0].word][0]

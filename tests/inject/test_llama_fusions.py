@@ -466,3 +466,18 @@ def test_transformers_trainer_and_its_loss(ids: Tensor, tmp_path: Any) -> None:
             finals.append([p.detach().clone() for p in adapter.parameters()])
         for got, want in zip(*finals, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_modules_that_accelerate_has_hooked_are_replaced_too() -> None:
+    """Its hooks keep the forward of the class that a module had; there and back."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    plain, model = tiny_llama(), tiny_llama()
+    ids = torch.randint(0, 60, (2, 5))
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    assert lk.fuse(model) == lk.fuse(tiny_llama())
+    adapter = lk.adapt(model, lk.LoRA(rank=2), "q_proj")
+    assert isinstance(model.train()(ids).logits, LazyLogits)
+    adapter.remove()
+    lk.unfuse(model)
+    assert type(model(ids).logits) is Tensor
+    assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
-from lorakin.inject.class_swap import Swapped, base_class, combined
+from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class
 from lorakin.inject.eval_mode import in_mode
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
 from lorakin.kernels.lazy_logits import LazyLogits
@@ -154,7 +154,7 @@ def fuse(model: nn.Module) -> int:
             "RMSNorm and gated SiLU, and a linear head"
         )
     for module, mixin in found.items():
-        module.__class__ = combined(mixin, type(module))
+        swap_class(module, combined(mixin, type(module)))
     return len(found)
 
 
@@ -170,7 +170,7 @@ def unfuse(model: nn.Module) -> None:
     if taken := [path for path, module in light.items() if type(module).__bases__[0] not in LIGHT]:
         raise StateError(f"{taken[0]} was fused and then adapted; remove the adapter before unfuse")
     for module in light.values():
-        module.__class__ = base_class(module)
+        swap_class(module, base_class(module))
 
 
 def _can_be_probed(module: Any) -> bool:

@@ -44,7 +44,7 @@ def measure(
     run: Run | None = None,
     most: int | None = None,
 ) -> None:
-    """Show an collector the inputs or the gradients of linear modules on batches of data.
+    """Show a collector the inputs or the gradients of linear modules on batches of data.
 
     Batches for inputs are run again and again until the collector is settled, those for gradients
     once.

@@ -40,7 +40,7 @@ class SeenOptimizer:
     stepping: list[weakref.ref[InsertedAdapter]] = dataclasses.field(default_factory=list)
 
 
-_GRAFTS: weakref.WeakSet[InsertedAdapter] = weakref.WeakSet()
+_ADAPTERS: weakref.WeakSet[InsertedAdapter] = weakref.WeakSet()
 _SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, SeenOptimizer] = weakref.WeakKeyDictionary()
 _HOOKS: list[Any] = []
 
@@ -53,7 +53,7 @@ class StepsWatcher(Watcher):
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_pre_hook(_before))
             _HOOKS.append(register_optimizer_step_post_hook(_after))
-        _GRAFTS.add(adapter)
+        _ADAPTERS.add(adapter)
 
 
 WATCHERS.append(StepsWatcher())
@@ -61,12 +61,12 @@ WATCHERS.append(StepsWatcher())
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
     """Returns the adapters that `optimizer` trains, and checks those it has not seen with it."""
-    state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_GRAFTS))
+    state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_ADAPTERS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
         held = group_of(optimizer)
         intact = [
-            adapter for adapter in _GRAFTS if adapter.is_intact
+            adapter for adapter in _ADAPTERS if adapter.is_intact
         ]  # others' models may be broken
         found = [
             adapter

@@ -78,7 +78,7 @@ class Adapter(InsertedAdapter):
 
         Merging twice is merging once. `unmerge` needs the base's parameters, so they are kept: one
         more copy of each adapted weight. With `permanent` they are not kept, and the adapter leaves
-        the model, which is a plain model again.
+        the model, which is a plain model again. PEFT: `merge_adapter`, `merge_and_unload`.
 
         Raises:
             StateError: a merged weight would not be finite (then nothing is merged), the adapter is
@@ -92,6 +92,8 @@ class Adapter(InsertedAdapter):
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Leave the adapter out inside a `with` block, also while it is merged. Blocks nest.
+
+        PEFT: `disable_adapter`.
 
         >>> import lorakin as lk
         >>> model = nn.Sequential(nn.Linear(6, 4))
@@ -273,9 +275,8 @@ class Adapter(InsertedAdapter):
         if (other := files.beside.rewritten) is not None:
             raise AdapterError(
                 f"{path}: {other} is not the one that {directory.OWN} was written with, so "
-                f"training "
-                "cannot go on from it. To restore what PEFT's files say, without what training "
-                f"remembers, remove {directory.OWN}"
+                "training cannot go on from it. To restore what PEFT's files say, without what "
+                f"training remembers, remove {directory.OWN}"
             )
         document = files.match(self.model)
         if not self._is_as(document.placement, training=files.own is not None):

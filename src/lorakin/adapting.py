@@ -66,10 +66,11 @@ def adapt(
             `[DoRA(rank=16), LoRAPlus()]`.
         targets: "all-linear" (every linear layer except the head); a name, glob or regular
             expression, or a list of them; or a function of (path, module). A name selects the
-            modules whose path ends in it.
+            modules whose path ends in it (PEFT: `target_modules`).
         name: the adapter's name.
-        exclude: patterns of modules to leave out.
-        layers: only modules inside these repeated layers, such as [0, 1, -1].
+        exclude: patterns of modules to leave out (PEFT: `exclude_modules`).
+        layers: only modules inside these repeated layers, such as [0, 1, -1] (PEFT:
+            `layers_to_transform`).
         rank_pattern, alpha_pattern: regular expression → a rank or alpha of its own, as in PEFT;
             the first that matches the end of a module's path wins.
         modules_to_save: names of modules to train whole, such as a new head. The adapter trains a
@@ -84,8 +85,8 @@ def adapt(
             The adapter has its own copies; the base's stay as they are.
         seed: draw the initial tensors from a generator with this seed.
         dtype: another dtype for the adapter's tensors.
-        probe: batches for a member that looks at data before it starts: LoRA-drop (see
-            `lorakin.importance`), EVA, LoRA-GA.
+        probe: batches for a member that looks at data before it starts. LoRA-drop trains a short
+            pilot on them (see `lorakin.importance`); EVA and LoRA-GA measure them.
         loss: (model, batch) → loss, for a probe of models whose output has none.
 
     Raises:
@@ -259,8 +260,7 @@ def _measured(
     if batches is None:
         raise SettingError(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
-            f"starts, "
-            "and there are none: call adapt(…, probe=batches)"
+            "starts, and there are none: call adapt(…, probe=batches)"
         )
     collector = member.collector(targets, placed_on.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS

@@ -41,7 +41,7 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use exactly these adapters. Several add up; `[]` leaves the base alone.
 
-    No `requires_grad` changes.
+    No `requires_grad` changes. PEFT calls this `set_adapter`.
 
     Raises:
         SettingError: an unknown name, or two adapters that both train the same module whole or

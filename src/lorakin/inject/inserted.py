@@ -148,7 +148,7 @@ class InsertedAdapter:
         """Take the adapter out.
 
         Merged weights are restored first. The last adapter to go restores the modules' classes,
-        `requires_grad` flags and `save_pretrained` as they were.
+        `requires_grad` flags and `save_pretrained` as they were. PEFT: `delete_adapter`, `unload`.
         """
         self.require_present()
         check_unmixed(self.model, "removed")

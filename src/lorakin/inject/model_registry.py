@@ -108,9 +108,8 @@ def root_of(model: nn.Module) -> nn.Module:
     ):
         raise StateError(
             f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first "
-            f"(model.unload(), or "
-            "model.merge_and_unload() to keep them), or save them with PEFT and load the files "
-            "with lorakin.load"
+            "(model.unload(), or model.merge_and_unload() to keep them), or save them with PEFT "
+            "and load the files with lorakin.load"
         )
     return inner
 
@@ -164,11 +163,9 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
     if missing:
         warnings.warn(
             f"the state dict just loaded has no tensors for {len(missing)} entries of this "
-            f"model's adapters "
-            f"({missing[0]}, …), which keep their present values. A checkpoint of transformers' "
-            f"Trainer holds the base "
-            "alone unless the trainer went through lorakin.training.prepare_trainer(trainer); "
-            "load adapters with lorakin.load",
+            f"model's adapters ({missing[0]}, …), which keep their present values. A checkpoint "
+            "of transformers' Trainer holds the base alone unless the trainer went through "
+            "lorakin.training.prepare_trainer(trainer); load adapters with lorakin.load",
             LorakinWarning,
             stacklevel=3,
         )

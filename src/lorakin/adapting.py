@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
 from lorakin.family.pair import is_imagined
 from lorakin.inject import placement
+from lorakin.inject.activation import activate
 from lorakin.inject.activation_norms import energies
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import start_of
@@ -262,12 +264,32 @@ def _measured(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
             "starts, and there are none: call adapt(…, probe=batches)"
         )
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise SettingError("probe must be a list of batches; give [batch] for a single one")
     collector = member.collector(targets, placed_on.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
-    paths, most = list(placed_on.methods), member.batches
-    measure(model, paths, collector, of, list(batches), loss, most)
+    with _base_alone(model):
+        measure(model, list(targets), collector, of, list(batches), loss, member.batches)
     found = collector.found()
+    if missed := [path for path in targets if path not in found]:
+        raise SettingError(
+            f"{member.word} saw nothing of {missed[0]}: the model did not call it on these "
+            "batches; leave it out with exclude"
+        )
     return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
+
+
+@contextlib.contextmanager
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    """Without the model's other adapters inside: the new one will be active alone."""
+    active = [name for name, one in adapters_in(model).items() if one.merging.is_active]
+    if active:
+        activate(model, [])
+    try:
+        yield
+    finally:
+        if active:
+            activate(model, active)
 
 
 def _fresh(

@@ -8,8 +8,9 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.cli.app import run as cli
-from lorakin.family import member_named, registry
+from lorakin.family import Modifier, Slot, member_named, registry
 
 EXAMPLE = re.search(
     r"```python\n(.*?)```", (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(), re.DOTALL
@@ -154,3 +155,62 @@ def test_files_of_a_package_that_is_not_there_name_it(
     )
     with pytest.raises(lk.AdapterError, match="outside-member"):
         lk.load(tiny_llama(), tmp_path / "adapter")
+
+
+def test_two_pairs_never_combine_whatever_they_decide(gained: Any) -> None:
+    other = type("Other", (gained,), {"word": "other", "decides": {"something": "of its own"}})
+    for pair in ([lk.LoRA(), other()], [other(), lk.VeRA()]):
+        with pytest.raises(lk.SettingError, match="other"):
+            lk.adapt(tiny_llama(), pair)
+
+
+def test_a_member_is_checked_before_it_is_used(gained: Any) -> None:
+    """An axis that is nearly one of ours, a class that is no frozen dataclass, slots that do not fit."""
+    near = type("Near", (gained,), {"word": "near", "decides": {"paramtrisation": "typed wrongly"}})
+    with pytest.raises(lk.SettingError, match="parametrisation"):
+        lk.adapt(tiny_llama(), near())
+    fewer = type(
+        "Fewer", (gained,), {"word": "fewer", "slots": {**gained.slots, "h": gained.slots["g"]}}
+    )
+    with pytest.raises(lk.SettingError, match="'h'"):
+        lk.adapt(tiny_llama(), fewer())
+    wrong = {**gained.slots, "A": Slot((2, "inputs"))}
+    with pytest.raises(lk.SettingError, match="'A'"):
+        lk.adapt(tiny_llama(), type("Wrong", (gained,), {"word": "wrong", "slots": wrong})())
+
+    class Thawed(lk.VeRA.__mro__[1]):  # type: ignore[misc]
+        word = "thawed"
+        dropout = 0.0
+
+    with pytest.raises(lk.SettingError, match="frozen dataclass"):
+        lk.adapt(tiny_llama(), Thawed())
+
+
+def test_a_broken_package_troubles_nobody_else(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = package / "outside_member-1.0.dist-info" / "entry_points.txt"
+    entry.write_text("[lorakin.members]\nbroken = not_there:Nope\n")
+    importlib.invalidate_caches()
+    with pytest.warns(lk.LorakinWarning, match="not_there"):
+        assert member_named("lora") is lk.LoRA
+
+
+def test_a_modifier_on_an_axis_of_its_own_acts_before_a_gain(gained: Any, ids: Tensor) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Scaled(Modifier):
+        word: ClassVar[str] = "scaled"
+        decides: ClassVar[Any] = {"strength": "a trained factor"}
+        slots: ClassVar[Any] = {"s": Slot((1,))}
+
+        def started(self, tensors: Any, targets: Any, methods: Any) -> Any:
+            return {path: {**there, "s": torch.ones(1)} for path, there in tensors.items()}
+
+        def amend_pair(self, pair: Any, tensors: Any) -> Any:
+            return pair._replace(up=tensors["s"] * pair.up)
+
+    model = tiny_llama()
+    before = model(ids).logits
+    adapter = lk.adapt(model, [lk.DoRA(rank=2), Scaled()])
+    assert adapter.method.words == "scaled,dora"
+    assert torch.equal(model(ids).logits, before)

@@ -270,3 +270,45 @@ def test_the_modules_that_see_one_input_share_what_is_found() -> None:
         )
     q, k = (padded.tensors.branch(f"model.layers.0.self_attn.{name}_proj").A for name in "qk")
     assert torch.equal(q, k)
+
+
+def test_a_start_needs_a_signal() -> None:
+    """No gradient, no call of a module, NaN: said before anything is changed; nothing varies: no NaN."""
+    x, y = batches(1)[0]
+    still = lambda model, batch: model(batch[0]).sum() * 0.0  # noqa: E731
+    for member, batch, run in (
+        (lk.LoRAGA(rank=2), (x, y), still),
+        (lk.LoRAGA(rank=2), (x * float("nan"), y), squared),
+        (lk.EVA(rank=2), (x * float("nan"), y), output),
+    ):
+        model = layer()
+        with pytest.raises(lk.SettingError, match="0"):
+            lk.adapt(model, member, "0", probe=[batch], loss=run)
+        assert type(model[0]) is nn.Linear
+    model = nn.Sequential(layer()[0])
+    lk.adapt(
+        model, lk.EVA(rank=2, rho=1, whiten=True), "0", probe=[(torch.ones_like(x), y)], loss=output
+    )
+    assert model(x).isfinite().all()
+
+
+def test_a_module_that_the_batches_never_call_is_named() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(20, 12), "spare": nn.Linear(20, 12)}).double()
+    for member in (lk.EVA(rank=2, rho=1), lk.LoRAGA(rank=2)):
+        with pytest.raises(lk.SettingError, match="spare"):
+            lk.adapt(
+                model, member, ["used", "spare"], probe=batches(),
+                loss=lambda m, batch: m["used"](batch[0]).square().mean(),
+            )  # fmt: skip
+
+
+def test_other_adapters_are_not_measured_along() -> None:
+    """The new adapter will be active alone."""
+    plain, busy = layer(), layer()
+    other = lk.adapt(busy, lk.LoRA(rank=2), "0", name="other")
+    other.tensors.branch("0").B.data.fill_(1.0)
+    begun = [
+        started(lk.LoRAGA(rank=2), model, probe=batches(), loss=squared, name="new")["A"]
+        for model in (plain, busy)
+    ]
+    close(begun[1], begun[0])

@@ -7,6 +7,7 @@ data, and this file names no member: if no member brings a pair, the registry's 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,7 +42,12 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
             if reason := clash(one, other):
                 raise SettingError(reason)
     modifiers = [member for member in members if isinstance(member, Modifier)]
-    named = next((member for member in members if isinstance(member, Parametrisation)), None)
+    pairs = [member for member in members if isinstance(member, Parametrisation)]
+    if len(pairs) > 1:
+        raise SettingError(
+            f"{pairs[0].word} and {pairs[1].word} do not combine: each brings a pair of its own"
+        )
+    named = pairs[0] if pairs else None
     kind = type(named) if named is not None else needed_pair(modifiers)
     for member in modifiers:
         if reason := member.misfit(kind):
@@ -63,17 +69,35 @@ def _listed(given: Any) -> list[Member]:
             raise SettingError(
                 f"expected a member with its settings, such as lk.LoRA(rank=16), not {one!r}"
             )
+        _check_class(type(one))
     require(bool(members), "a method needs at least one member, such as lk.LoRA(rank=16)")
     return members
 
 
-def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
-    """The members in the order of their axes; those on an axis of their own come last."""
-    axes = list(AXES)
-    places = {axis: n for n, axis in enumerate(axes)}
-    return tuple(
-        sorted(members, key=lambda m: min(places.get(axis, len(axes)) for axis in m.decides))
+def _check_class(member: type[Member]) -> None:
+    """Raise `SettingError` if a member's class is not what `Member` says."""
+    parameters = getattr(member, "__dataclass_params__", None)
+    require(
+        parameters is not None and parameters.frozen,
+        f"{member.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it",
     )
+    for axis in member.decides:
+        near = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.8)
+        require(
+            axis in AXES or not near,
+            f"{member.__name__} decides {axis!r}; did you mean {''.join(near)!r}? An axis of its "
+            "own needs a name that is not so near",
+        )
+
+
+def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
+    """The members in the order of their axes.
+
+    Those on an axis of their own come before a gain, which is over all that the others make.
+    """
+    order = {axis: float(n) for n, axis in enumerate(AXES)}
+    own = order["gain"] - 0.5
+    return tuple(sorted(members, key=lambda m: min(order.get(axis, own) for axis in m.decides)))
 
 
 def clash(one: Member, other: Member) -> str | None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning, some
 from lorakin.family.measure import INPUTS, Target
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Tensors
+from lorakin.family.pair import Tensors, all_finite
 from lorakin.family.settings import number, require
 from lorakin.family.slots import Slots
 from lorakin.family.start import Start
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 EXACT = 512
 """The SVD is exact up to so many rows or columns; above, it is randomised."""
+NOTHING = 1e-6
+"""The share of the largest σ up to which inputs count as not varying along a direction."""
 MOST_BATCHES = 1000
 """After so many batches it takes the directions as they are, even if they still move."""
 
@@ -122,9 +124,15 @@ class EVA(Start):
             assert name is not None
             begun[path] = there
             if seen is not None:
-                rows = seen.V / seen.sigma.sqrt().unsqueeze(1) if self.whiten else seen.V
+                rows = whitened(seen) if self.whiten else seen.V
                 begun[path] = {**there, name: rows.to(there[name]).contiguous()}
         return begun
+
+
+def whitened(found: Found) -> Tensor:
+    """V / √σ; directions along which nothing varies stay as they are."""
+    varies = found.sigma > NOTHING * found.sigma.max()
+    return found.V / torch.where(varies, found.sigma, 1.0).sqrt().unsqueeze(1)
 
 
 def inner_factor(slots: Slots) -> str | None:
@@ -175,7 +183,7 @@ class IncrementalSVD:
         self.seen, self.mean, self.sigma, self.V = self.seen + n, mean, sigma, V
         if len(before):
             alike = torch.nn.functional.cosine_similarity(before, V, dim=1) >= tau
-            nothing = sigma <= 1e-6 * sigma[0]  # the inputs do not vary in these directions
+            nothing = sigma <= NOTHING * sigma[0]  # the inputs do not vary in these directions
             self.still = (alike | nothing).cpu()
 
     def at(self, rank: int) -> Found:
@@ -227,6 +235,7 @@ class Directions:
 
     def see(self, path: str, seen: Tensor) -> None:
         """Take in the inputs of one call; the first batch shows which modules share an input."""
+        require(all_finite(seen), f"eva: the inputs of {path} hold NaN or infinity")
         if path not in self.owners:
             self.owners[path] = self._owner(path, seen)
             self.last = seen, self.owners[path]

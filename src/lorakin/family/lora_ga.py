@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lorakin.family.measure import GRADIENTS, Target
+from lorakin.family.pair import Shape, all_finite
 from lorakin.family.pissa import leading_triplets
 from lorakin.family.settings import number, require, whole_number
 from lorakin.family.start import AnchoredStart
@@ -82,16 +83,19 @@ class LoRAGA(AnchoredStart):
     def batches(self) -> int | None:
         return self.first_batches
 
+    def check(self, shape: Shape, where: str, method: Method) -> None:
+        super().check(shape, where, method)
+        most, rank = min(shape[:2]) // 2, method.setting("rank")
+        require(
+            rank <= most,
+            f"lora-ga needs a rank of at most half the weight's smaller side; {where} is "
+            f"{shape.outputs} × {shape.inputs}, so at most {most}, not {rank}. Lower the rank, "
+            "give this module its own with rank_pattern, or leave it out with exclude",
+        )
+
     def collector(
         self, targets: Mapping[str, Target], methods: Mapping[str, Method]
     ) -> MeanGradients:
-        for path, method in methods.items():
-            shape, rank = targets[path].shape, method.setting("rank")
-            require(
-                2 * rank <= min(shape[:2]),
-                f"lora-ga needs a rank of at most half the weight's smaller side; {path} is "
-                f"{shape.outputs} × {shape.inputs}, so at most {min(shape[:2]) // 2}, not {rank}",
-            )
         return MeanGradients()
 
     def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -123,5 +127,16 @@ class MeanGradients:
         return False
 
     def found(self) -> dict[str, Any]:
-        """Path → the mean gradient."""
+        """Path → the mean gradient.
+
+        Raises:
+            SettingError: a gradient is zero or not finite, so that it has no directions.
+        """
+        for path, total in self.sums.items():
+            require(all_finite(total), f"lora-ga: the gradient of {path} holds NaN or infinity")
+            require(
+                bool(total.any()),
+                f"lora-ga: the gradient of {path} is zero on these batches, so there is nothing to "
+                "start from. Are all labels masked? If the loss does not reach it, exclude it",
+            )
         return {path: total / self.batches for path, total in self.sums.items()}

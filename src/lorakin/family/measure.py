@@ -26,7 +26,8 @@ class Target(NamedTuple):
     """A module that is about to be adapted.
 
     `weight` is its base weight as a matrix (outputs, inputs), on the meta device if it is unknown.
-    `measured` is what the member's collector found for it.
+    `measured` is what the member's collector found for it. It is None where nothing is measured:
+    when a file is loaded, and in plans.
     """
 
     shape: Shape

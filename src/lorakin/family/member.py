@@ -204,8 +204,8 @@ class Modifier(Member):
     def check_pair(self, parametrisation: Parametrisation) -> None:
         """Raise `SettingError` if it cannot work on a pair with these settings."""
 
-    def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if it cannot work on a weight of this shape at `where`."""
+    def check(self, shape: Shape, where: str, method: Method) -> None:
+        """Raise `SettingError` if it cannot work on a weight of this shape at the path `where`."""
 
     # Before it starts: what it looks at, and what it chooses by that.
 

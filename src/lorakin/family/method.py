@@ -177,7 +177,7 @@ class Method:
         )
         pair.check(shape, where)
         for member in self.modifiers:
-            member.check(shape, where)
+            member.check(shape, where, self)
 
     # Its tensors.
 
@@ -302,10 +302,23 @@ def conflict(one: type[Member], other: type[Member]) -> str | None:
 
 
 def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
-    """Raise `SettingError` if a member starts a tensor that its slots do not declare."""
+    """Raise `SettingError` unless the members start what their slots declare, in those shapes."""
     slots = method.slots_at(path, shape)
     if strange := [name for name in tensors if name not in slots]:
         raise SettingError(
-            f"{method.words} starts a tensor {strange[0]!r}, but its slots are {', '.join(slots)}; "
-            "declare it there"
+            f"{method.words} starts a tensor {strange[0]!r}, but its slots are "
+            f"{', '.join(slots) or 'none'}; declare it there"
         )
+    of_pair = method.parametrisation.slots_at(shape)
+    needed = [name for name, slot in slots.items() if slot.trained or name in of_pair]
+    if missing := [name for name in needed if name not in tensors]:
+        raise SettingError(f"{method.words} declares a slot {missing[0]!r} and does not start it")
+
+    rank = getattr(method.parametrisation, "rank", None)
+    for name, tensor in tensors.items():
+        if not slots[name].fits(tensor.shape, rank, shape):
+            raise SettingError(
+                f"{method.words} declares a slot {name!r} of shape {slots[name].shape} and starts "
+                f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
+                f"{shape.inputs}"
+            )

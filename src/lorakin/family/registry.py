@@ -15,10 +15,11 @@ A package that brings members names their classes as entry points, so that the c
 from __future__ import annotations
 
 import difflib
+import warnings
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from lorakin.errors import SettingError
+from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family.member import Member, Parametrisation
 
 GROUP = "lorakin.members"
@@ -63,7 +64,15 @@ def members() -> tuple[type[Member], ...]:
     if not _searched:
         _searched.append(True)
         for entry in entry_points(group=GROUP):
-            register(entry.load())
+            try:
+                register(entry.load())
+            except Exception as error:  # a stranger's package may fail in any way
+                warnings.warn(
+                    f"the member {entry.name!r} of the package {entry.value.partition(':')[0]!r} "
+                    f"cannot be used: {error!r}. Mend or uninstall that package",
+                    LorakinWarning,
+                    stacklevel=2,
+                )
     return tuple(_MEMBERS.values())
 
 

@@ -71,7 +71,7 @@ class Rule:
         """The run ends or continues elsewhere: leave nothing outside the adapter's tensors."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs: numbers, texts, tensors, and dicts of them."""
+        """What a resumed run needs: numbers, texts, tensors, and dicts of them by text."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:

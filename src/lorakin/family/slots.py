@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakin.family.pair import Shape
@@ -53,6 +53,23 @@ class Slot:
         """
         named = {"rank": rank, "inputs": shape.inputs, "outputs": shape.outputs}
         return tuple(size if isinstance(size, int) else named[size] for size in self.shape)
+
+    def fits(self, shape: Sequence[int], rank: int | None, of: Shape) -> bool:
+        """Whether a tensor of this shape is such a slot on a weight `of` that shape.
+
+        An empty tensor is; a shared one may be larger; without a `rank` any will do.
+
+        >>> Slot(("outputs", "rank")).fits((10, 4), 4, Shape(outputs=10, inputs=20))
+        True
+        """
+        if 0 in shape:
+            return True
+        known = {"rank": rank, "inputs": of.inputs, "outputs": of.outputs}
+        wanted = [size if isinstance(size, int) else known.get(size, -1) for size in self.shape]
+        return len(shape) == len(wanted) and all(
+            want is None or have == want or (self.shared and have >= want)
+            for have, want in zip(shape, wanted, strict=True)
+        )
 
     @property
     def rank_axis(self) -> int | None:

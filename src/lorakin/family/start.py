@@ -39,7 +39,7 @@ class Start(Modifier):
 
     in_probe: ClassVar[bool] = False
 
-    def check(self, shape: Shape, where: str) -> None:
+    def check(self, shape: Shape, where: str, method: Method) -> None:
         require(
             not shape.lookup,
             f"{self.word} works on layers that multiply by their weight, but {where} is an "

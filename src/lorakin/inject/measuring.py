@@ -78,7 +78,7 @@ def measure(
     else:
         with gradients_to(model, paths, collector):
             for batch in itertools.islice(every, most):
-                (_loss(model, batch) if run is None else run(model, batch)).backward()
+                _checked(_loss(model, batch) if run is None else run(model, batch)).backward()  # type: ignore[no-untyped-call]
                 if collector.settled():
                     return
 
@@ -210,6 +210,16 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
             "that the model's output has a loss; or give loss="
         )
     loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _checked(loss: Any) -> Tensor:
+    """A loss that gradients can be taken of, or `SettingError`."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise SettingError(
+            "gradients are measured of the loss, a tensor of one number with a gradient, not "
+            f"{loss!r}"
+        )
     return loss
 
 

@@ -70,7 +70,8 @@ class MemberEntry:
                 f"this version has no member {self.member!r}. If it is your own, import the module "
                 "that registers it (lorakin.register) before you load the adapter"
             )
-        return member_named(self.member)(**self.settings)
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
+        return member_named(self.member)(**settings)
 
     def as_json(self) -> dict[str, Any]:
         """For `lorakin.json`."""

@@ -78,8 +78,18 @@ def click_commands() -> dict[str, Any]:
     return dict(group.commands)
 
 
+def _hints(callback: Any) -> dict[str, Any]:
+    """Parameter -> its type, those that a decorator added to the signature included."""
+    added = {
+        name: typing.get_args(one.annotation)[0]
+        for name, one in inspect.signature(callback).parameters.items()
+        if typing.get_origin(one.annotation) is typing.Annotated
+    }
+    return typing.get_type_hints(inspect.unwrap(callback)) | added
+
+
 def _command(name: str, command: Any) -> str:
-    hints = typing.get_type_hints(inspect.unwrap(command.callback))
+    hints = _hints(command.callback)
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     lines = [f"## lorakin {name}", "", _plain(command.help or ""), ""]
     lines += [
@@ -131,6 +141,10 @@ def _value(parameter: Any, hint: Any) -> str:
 
 def _leaves(hint: Any) -> set[type]:
     """The types of single values: {str} of list[str] | None."""
+    if typing.get_origin(hint) is typing.Literal:
+        return {type(one) for one in typing.get_args(hint)}
+    if typing.get_origin(hint) is typing.Annotated:
+        return _leaves(typing.get_args(hint)[0])
     inner = [one for one in typing.get_args(hint) if one is not type(None)]
     return set().union(*map(_leaves, inner)) if inner else {hint}
 
@@ -152,7 +166,7 @@ def recipe_keys() -> str:
     hints = typing.get_type_hints(Recipe)
     lines = ["| key | value | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(Recipe):
-        option = options.get(OTHER_NAMES.get(field.name, field.name))
+        option = options.get(field.name)
         said = (option.help or "") if option else ONLY_IN_RECIPES[field.name]
         said, _, default = _plain(said).partition("[default: ")
         default = _default(field, default.rstrip("]"))
@@ -160,8 +174,6 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-OTHER_NAMES = {"format": "layout"}
-"""Recipe's key -> the parameter of `lorakin train` that sets it, where they differ."""
 ONLY_IN_RECIPES = {
     "date": "The day on which the run began, for chat templates that print it; `lorakin train` fills it in.",
     "labels": "The classes of a classifier, in their order; `lorakin train` fills them in.",
@@ -172,6 +184,10 @@ def _kind(hint: Any) -> str:
     """A recipe's type in words: list[str] | None is "list of text"."""
     words = {**KINDS, bool: "true or false", typing.Any: "any"}
     outer, inner = typing.get_origin(hint), typing.get_args(hint)
+    if outer is typing.Literal:
+        return ", ".join(map(str, inner))
+    if outer is typing.Annotated:
+        return _kind(inner[0])
     if outer is list:
         return f"list of {_kind(inner[0])}"
     if outer is dict:

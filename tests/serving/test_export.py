@@ -29,7 +29,8 @@ from lorakin.training.models import load_model
 from serving.words import byte_tokenizer
 
 MEMBERS: dict[str, Any] = {
-    word: small(word) for word in ("lora", "vera", "adalora", "dora", "dora,vera")
+    word: small(word, **({"alpha": 8.0} if word == "lora" else {}))
+    for word in ("lora", "vera", "adalora", "dora", "dora,vera")
 }
 TARGETS = ("lora", "merged", "gguf", "gguf-merged")
 

@@ -2,7 +2,7 @@
 
 | start (`init_lora_weights`) | the base weight | the file holds |
 |---|---|---|
-| true, false, null, gaussian, orthogonal, eva, mica | as it was | the plain pair |
+| true, false, null, gaussian, orthogonal, eva, mica, lora_fa | as it was | the plain pair |
 | pissa, olora | less s·B₀·A₀, the start | a pair for that base; PEFT makes the start again |
 | pissa_niter_N | the same, of a random draw | the same, but PEFT draws another start at load |
 | corda | less s·B₀·A₀, made of data | a pair for that base; PEFT needs the data again |

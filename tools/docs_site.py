@@ -79,7 +79,8 @@ def click_commands() -> dict[str, Any]:
 
 
 def _command(name: str, command: Any) -> str:
-    hints = typing.get_type_hints(inspect.unwrap(command.callback))
+    signed = inspect.unwrap(command.callback, stop=lambda f: hasattr(f, "__signature__"))
+    hints = typing.get_type_hints(signed)
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     lines = [f"## lorakin {name}", "", _plain(command.help or ""), ""]
     lines += [
@@ -136,8 +137,8 @@ def _leaves(hint: Any) -> set[type]:
 
 
 def _plain(text: str) -> str:
-    """Without typer's marks of colour."""
-    return re.sub(r"\[/?[a-z ]*\]", "", text)
+    """Without typer's marks of colour, and without the escapes of other brackets."""
+    return re.sub(r"\[/?[a-z ]*\]", "", text).replace("\\[", "[")
 
 
 def _cell(text: str) -> str:
@@ -152,7 +153,7 @@ def recipe_keys() -> str:
     hints = typing.get_type_hints(Recipe)
     lines = ["| key | value | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(Recipe):
-        option = options.get(OTHER_NAMES.get(field.name, field.name))
+        option = options.get(field.name)
         said = (option.help or "") if option else ONLY_IN_RECIPES[field.name]
         said, _, default = _plain(said).partition("[default: ")
         default = _default(field, default.rstrip("]"))
@@ -160,8 +161,6 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-OTHER_NAMES = {"format": "layout"}
-"""Recipe's key -> the parameter of `lorakin train` that sets it, where they differ."""
 ONLY_IN_RECIPES = {
     "date": "The day on which the run began, for chat templates that print it; `lorakin train` fills it in.",
     "labels": "The classes of a classifier, in their order; `lorakin train` fills them in.",
@@ -176,6 +175,8 @@ def _kind(hint: Any) -> str:
         return f"list of {_kind(inner[0])}"
     if outer is dict:
         return f"{_kind(inner[0])} → {_kind(inner[1])}"
+    if outer is typing.Literal:
+        return " or ".join(f"`{one}`" for one in inner)
     if inner:
         return " or ".join(_kind(one) for one in inner if one is not type(None))
     return words[hint]

@@ -273,9 +273,8 @@ class Adapter(InsertedAdapter):
         if (other := files.beside.rewritten) is not None:
             raise AdapterError(
                 f"{path}: {other} is not the one that {directory.OWN} was written with, so "
-                f"training "
-                "cannot go on from it. To restore what PEFT's files say, without what training "
-                f"remembers, remove {directory.OWN}"
+                "training cannot go on from it. To restore what PEFT's files say, without what "
+                f"training remembers, remove {directory.OWN}"
             )
         document = files.match(self.model)
         if not self._is_as(document.placement, training=files.own is not None):

@@ -259,8 +259,7 @@ def _measured(
     if batches is None:
         raise SettingError(
             f"{member.word} looks at {' and '.join(sorted(member.needs))} on data before it "
-            f"starts, "
-            "and there are none: call adapt(…, probe=batches)"
+            "starts, and there are none: call adapt(…, probe=batches)"
         )
     collector = member.collector(targets, placed_on.methods)
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
@@ -280,10 +279,8 @@ def _fresh(
 ) -> Adapter:
     """A new adapter with this placement, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    rows, biases = (
-        base_rows(model, plan.tokens, dtype),
-        start_of(model, plan.biases, dtype),
-    )
+    rows = base_rows(model, plan.tokens, dtype)
+    biases = start_of(model, plan.biases, dtype)
     adapter.install(
         placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
     )

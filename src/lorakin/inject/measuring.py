@@ -170,8 +170,7 @@ def check_linear(model: nn.Module, paths: Iterable[str]) -> None:
     if others := [path for path in paths if kind_of(module_at(model, path)) not in LINEAR]:
         raise SettingError(
             f"{others[0]} is no linear layer, and a start looks at the inputs and gradients of "
-            f"those "
-            "alone; leave it out of the targets"
+            "those alone; leave it out of the targets"
         )
 
 
@@ -207,9 +206,8 @@ def _run(model: nn.Module, batch: Any, run: Run | None) -> None:
 def _loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise SettingError(
-            "gradients are measured of the loss on batches, which must be mappings with labels, "
-            "so that "
-            "the model's output has a loss; or give loss="
+            "gradients are measured of the loss on batches, which must be mappings with labels, so "
+            "that the model's output has a loss; or give loss="
         )
     loss: Tensor = model(**batch).loss
     return loss

@@ -322,8 +322,8 @@ def check_unmoved(known: Mapping[str, InsertedAdapter], purpose: str) -> None:
     if moved := [name for name, adapter in known.items() if adapter.merging.has_moved_base]:
         raise StateError(
             f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used "
-            f"beside it; save and load it "
-            f"(files hold the form that leaves the base alone), or remove it before {purpose}"
+            "beside it; save and load it (files hold the form that leaves the base alone), or "
+            f"remove it before {purpose}"
         )
 
 
@@ -336,10 +336,9 @@ def _warn_of_dense(dense: Mapping[str, Tensor], stacklevel: int, permanent: bool
     )
     warnings.warn(
         f"the base is quantised: merged, its {len(dense)} adapted layers are "
-        f"{next(iter(dense.values())).dtype} and take "
-        f"{size / 2**20:,.1f} MiB{beside}. To keep what was learned in a full-precision model, "
-        f"merge into the base that was "
-        "quantised, with lorakin merge --model",
+        f"{next(iter(dense.values())).dtype} and take {size / 2**20:,.1f} MiB{beside}. To keep "
+        "what was learned in a full-precision model, merge into the base that was quantised, with "
+        "lorakin merge --model",
         LorakinWarning,
         stacklevel=stacklevel + 1,
     )

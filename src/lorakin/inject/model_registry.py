@@ -108,9 +108,8 @@ def root_of(model: nn.Module) -> nn.Module:
     ):
         raise StateError(
             f"PEFT has adapted this model ({taken[0]}, …); take its adapters out first "
-            f"(model.unload(), or "
-            "model.merge_and_unload() to keep them), or save them with PEFT and load the files "
-            "with lorakin.load"
+            "(model.unload(), or model.merge_and_unload() to keep them), or save them with PEFT "
+            "and load the files with lorakin.load"
         )
     return inner
 
@@ -121,9 +120,8 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
     With no adapter left, undo that and give the base its `requires_grad` flags back.
     """
     for module in model.modules():
-        by_its_parts = isinstance(
-            getattr(type(module), "_keys_to_ignore_on_save", None), property
-        )  # sentence-transformers
+        # In sentence-transformers it is a property, made from the parts' own.
+        by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)
         if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
             model_like: Any = module
             skip, every = ours(module), module.named_parameters(remove_duplicate=False)
@@ -163,12 +161,10 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
     missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
     if missing:
         warnings.warn(
-            f"the state dict just loaded has no tensors for {len(missing)} entries of this "
-            f"model's adapters "
-            f"({missing[0]}, …), which keep their present values. A checkpoint of transformers' "
-            f"Trainer holds the base "
-            "alone unless the trainer went through lorakin.training.prepare_trainer(trainer); "
-            "load adapters with lorakin.load",
+            f"the state dict just loaded has no tensors for {len(missing)} entries of this model's "
+            f"adapters ({missing[0]}, …), which keep their present values. A checkpoint of "
+            "transformers' Trainer holds the base alone unless the trainer went through "
+            "lorakin.training.prepare_trainer(trainer); load adapters with lorakin.load",
             LorakinWarning,
             stacklevel=3,
         )

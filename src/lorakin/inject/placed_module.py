@@ -69,8 +69,7 @@ class PlacedModule:
         if self.adapter.merging.scale != 1:
             raise StateError(
                 f"adapter {self.adapter.name!r} moves the base weights in place, which its scale "
-                f"of {self.adapter.merging.scale:g} "
-                "does not reach; set it to 1 while training"
+                f"of {self.adapter.merging.scale:g} does not reach; set it to 1 while training"
             )
         move_base(module_at(self.adapter.model, self.path), change)
 

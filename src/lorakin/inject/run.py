@@ -114,10 +114,9 @@ class AdapterRun(Part):
         if missed := [path for path, got in reached.items() if not got]:
             warnings.warn(
                 f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of "
-                f"{len(reached)} modules "
-                f"({some(missed)}): the forward of the model did not use them on these data. "
-                f"What it never uses does not "
-                "train; leave it out of the targets",
+                f"{len(reached)} modules ({some(missed)}): the forward of the model did not use "
+                "them on these data. What it never uses does not train; leave it out of the "
+                "targets",
                 LorakinWarning,
                 stacklevel=2,
             )

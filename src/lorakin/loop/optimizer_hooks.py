@@ -65,9 +65,8 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
         held = group_of(optimizer)
-        intact = [
-            adapter for adapter in _GRAFTS if adapter.is_intact
-        ]  # others' models may be broken
+        # The models of others may be broken.
+        intact = [adapter for adapter in _GRAFTS if adapter.is_intact]
         found = [
             adapter
             for adapter in intact

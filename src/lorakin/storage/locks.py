@@ -79,9 +79,8 @@ def _forget_all() -> None:
         lock.forget()
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # a child that outlives this process must not hold what this one held
+# A child that outlives this process must not hold this one's locks.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 

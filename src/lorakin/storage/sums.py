@@ -148,9 +148,8 @@ def apart(then: str | None, now: str | None) -> float:
         return 0.0
     (size, *old), (_, *new) = ([float(number) for number in numbers] for numbers in (before, after))
     gap = math.hypot(*(a - b for a, b in zip(old, new, strict=True))) / math.sqrt(COUNT)
-    if held == other and (
-        both or held not in ("bfloat16", "float16")
-    ):  # nothing was rounded, and the bits are others
+    # Nothing was rounded, and still the bits differ.
+    if held == other and (both or held not in ("bfloat16", "float16")):
         return max(gap / max(size, 1e-30), 1e-9)
     allowed = TAIL * ROUNDINGS * size + TINY
     return 0.0 if gap <= allowed else gap / max(size, 1e-30)

@@ -49,8 +49,7 @@ def is_unscaled(adapter: InsertedAdapter) -> Iterator[str]:
         yield (
             f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not "
             f"at {adapter.merging.scale:g}. For files of the scaled change, save what "
-            f"lorakin.as_lora "
-            "makes of it"
+            "lorakin.as_lora makes of it"
         )
 
 

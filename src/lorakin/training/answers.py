@@ -209,8 +209,8 @@ class Answers:
             quiet = "--template-arg enable_thinking=false, or " if can_be_quiet else ""
             raise Unverified(
                 "generation opens the answer with <think>, and this one has no reasoning; give it "
-                "in the answer (<think>…</think>, which may be empty), or give "
-                f"{quiet}another template with --chat-template FILE"
+                f"in the answer (<think>…</think>, which may be empty), or give {quiet}another "
+                "template with --chat-template FILE"
             )
         return f"{inner['thought'].lstrip()}</think>{inner['said']}"
 

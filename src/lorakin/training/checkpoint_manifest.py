@@ -137,8 +137,7 @@ def opened(folder: Path) -> Manifest:
     if said is None:
         raise AdapterError(
             f"{folder} has no {MANIFEST}: an earlier lorakin made it, or it was lost. Nothing "
-            "tells "
-            "whether its parts belong together, so training does not go on from it. "
+            "tells whether its parts belong together, so training does not go on from it. "
             f"{_instead(folder)}"
         )
     if not said["is_whole"]:

@@ -65,9 +65,8 @@ def converted(path: Path) -> Path:
     for place in (entry, _standing_in.get(digest)):
         if place is not None and is_whole(place):
             return place
-    make = functools.cache(
-        lambda: _read(path)
-    )  # so that it is read once, also where the cache then fails
+    # The file is read once, even if the cache then cannot be written.
+    make = functools.cache(lambda: _read(path))
     try:
         with _alone(entry.parent):
             if not is_whole(entry):  # another process may have been faster
@@ -122,9 +121,8 @@ def _put(entry: Path, make: Callable[[], tuple[Any, Any]]) -> None:
         OSError: it cannot be written.
         ModelError: it cannot be made.
     """
-    for half in entry.parent.glob(
-        f"{HALF}*"
-    ):  # of processes that were killed: whoever lives has the lock
+    # Left behind by processes that were killed: this one has the lock.
+    for half in entry.parent.glob(f"{HALF}*"):
         shutil.rmtree(half, ignore_errors=True)
     half = Path(tempfile.mkdtemp(prefix=HALF, dir=entry.parent))
     try:
@@ -166,14 +164,12 @@ def _beside(entry: Path, digest: str, make: Callable[[], tuple[Any, Any]], error
             shutil.rmtree(place, ignore_errors=True)
         raise ModelError(
             f"the converted model can be written neither into {entry.parent} ({reason}) nor into "
-            f"{tempfile.gettempdir()} "
-            f"({another.strerror or another}); make room, or set LORAKIN_CACHE to a directory "
-            "that has some"
+            f"{tempfile.gettempdir()} ({another.strerror or another}); make room, or set "
+            "LORAKIN_CACHE to a directory that has some"
         ) from error
     warnings.warn(
-        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made anew "
-        "each time; set LORAKIN_CACHE "
-        "to a directory that can be written",
+        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made again "
+        "each time; set LORAKIN_CACHE to a directory that can be written",
         LorakinWarning,
         stacklevel=4,
     )
@@ -267,8 +263,8 @@ def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> Non
     if held > used:
         warnings.warn(
             f"{path} holds {held - used:,} numbers more than the {type(model).__name__} that is "
-            "made of it, so some of its "
-            "tensors are left out: it may be of another kind than transformers knows",
+            "made of it, so some of its tensors are left out: it may be of another kind than "
+            "transformers knows",
             LorakinWarning,
             stacklevel=5,
         )

@@ -141,8 +141,7 @@ def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
         if shape[1:] != tensor.shape[1:] or shape[0] != getattr(config, "num_labels", None):
             raise AdapterError(
                 f"{files.path}: {key.removeprefix(PREFIX)} is {tuple(tensor.shape)}, which no "
-                "number of "
-                f"classes makes of this base's {tuple(shape)}"
+                f"number of classes makes of this base's {tuple(shape)}"
             )
         return [str(number) for number in range(tensor.shape[0])]
     return None

@@ -116,10 +116,8 @@ class Template:
             raise
         except Exception as error:  # a chat template raises whatever it likes about a conversation
             if any("tool_calls" in turn for turn in turns):
-                with (
-                    contextlib.suppress(Exception),
-                    bounded("the chat template"),
-                ):  # some take the arguments of calls as JSON text alone
+                # Some templates take the arguments of calls only as JSON text.
+                with contextlib.suppress(Exception), bounded("the chat template"):
                     return written([_with_json_arguments(turn) for turn in turns])
             raise DataError(
                 f"the chat template does not take it: {str(error) or type(error).__name__}"

@@ -48,7 +48,7 @@ def adapt(
     probe: Sequence[Any] | None = None,
     loss: Loss | None = None,
 ) -> Adapter:
-    """Put a fresh adapter into `model`, which stays itself: same class, same names, same output.
+    """Puts a fresh adapter into `model`, which stays itself: same class, same names, same output.
 
     The base is frozen, and the new adapter is the active one (see `activate`). Its tensors are
     float32 whatever the base's dtype is (float64 on a float64 base); the forward uses them in the

@@ -1,4 +1,4 @@
-"""`lorakin demo`"""
+"""The command `lorakin demo`: trains on Python's standard library, and prints what to try next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorakin methods`"""
+"""The command `lorakin methods`: shows the members, their settings, and which combine."""
 
 from __future__ import annotations
 

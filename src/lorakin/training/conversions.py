@@ -2,7 +2,7 @@
 
 An entry of the cache is named after every byte of its file: to read that file once more takes an
 eighth of the time that loading the result takes. The entry records its own files, so a damaged one
-is made anew. One process converts at a time, under a lock that ends with it. What is half made has
+is made again. One process converts at a time, under a lock that ends with it. What is half made has
 another name, and whoever has the lock removes it.
 """
 
@@ -215,16 +215,14 @@ def _alone(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """A directory that holds the file alone: what lies beside it, a config or code, is none of its
-    business.
-    """
+    """A directory that holds only the file, so that no config or code next to it is read."""
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """The model and the tokenizer in a GGUF file.
+    """Returns the model and the tokenizer in a GGUF file.
 
     Raises:
         ModelError: it cannot be read, or lacks weights, which would be random.
@@ -244,7 +242,7 @@ def _read(path: Path) -> tuple[Any, Any]:
             )
         if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
             raise ModelError(
-                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language "
+                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is not a whole language "
                 "model"
             )
         _say_what_is_left(path, header, model)

@@ -124,7 +124,7 @@ def fit(
 ) -> str | None:
     """Makes the head of a stored classifier fit the wanted classes.
 
-    It is kept, its rows are put in another order, or it is drawn anew.
+    It is kept, its rows are put in another order, or it is drawn again.
 
     Args:
         model: the classifier.
@@ -164,7 +164,7 @@ def _reorder(model: Any, order: torch.Tensor) -> None:
 
 
 def _renew(model: Any) -> None:
-    """Draws the head anew, as transformers does if it is missing."""
+    """Draws the head again, as transformers does if it is missing."""
     for path in head_of(model):
         module = model.get_submodule(path)
         for inner in module.modules():

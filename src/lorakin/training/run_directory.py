@@ -167,7 +167,8 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     saved = paths.named(out, "--out") / RECIPE
     if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
         raise SettingError(
-            f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back"
+            f"--resume: {saved} is not a file, so there is no recipe to resume with; put the run's "
+            "own back"
         )
     if not out or not saved.is_file():
         return read_recipe(path, flags)

@@ -131,7 +131,7 @@ class AdapterTraining:
         return str(folder)
 
     def _keep_whole(self, checkpoint: str | None) -> None:
-        """Keeps ZeRO-3 from cutting the adapters' tensors, and lets them see its steps."""
+        """Keeps ZeRO-3 from sharding the adapters' tensors, and lets them see its steps."""
         # DeepSpeed's files hold the tensors; the adapter's files hold what the rules remember.
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)

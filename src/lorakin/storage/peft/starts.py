@@ -79,7 +79,7 @@ def warning(config: Mapping[str, Any]) -> str | None:
 def without_training(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without those of what acts only while training.
 
-    They may be there although the config no longer says so, if it was written anew.
+    They may be there although the config no longer says so, if it was written again.
     """
     names = set(TRAINING.values())
     return {key: tensor for key, tensor in tensors.items() if names.isdisjoint(key.split("."))}

@@ -235,7 +235,7 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """Returns the table of docs/planning.md."""
+    """Returns the table of docs/howto/memory.md."""
     lines = [
         f"{platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}, one thread",
         "",

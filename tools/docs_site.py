@@ -78,18 +78,9 @@ def click_commands() -> dict[str, Any]:
     return dict(group.commands)
 
 
-def _hints(callback: Any) -> dict[str, Any]:
-    """Parameter -> its type, those that a decorator added to the signature included."""
-    added = {
-        name: typing.get_args(one.annotation)[0]
-        for name, one in inspect.signature(callback).parameters.items()
-        if typing.get_origin(one.annotation) is typing.Annotated
-    }
-    return typing.get_type_hints(inspect.unwrap(callback)) | added
-
-
 def _command(name: str, command: Any) -> str:
-    hints = _hints(command.callback)
+    signed = inspect.unwrap(command.callback, stop=lambda f: hasattr(f, "__signature__"))
+    hints = typing.get_type_hints(signed)
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     lines = [f"## lorakin {name}", "", _plain(command.help or ""), ""]
     lines += [
@@ -141,17 +132,13 @@ def _value(parameter: Any, hint: Any) -> str:
 
 def _leaves(hint: Any) -> set[type]:
     """The types of single values: {str} of list[str] | None."""
-    if typing.get_origin(hint) is typing.Literal:
-        return {type(one) for one in typing.get_args(hint)}
-    if typing.get_origin(hint) is typing.Annotated:
-        return _leaves(typing.get_args(hint)[0])
     inner = [one for one in typing.get_args(hint) if one is not type(None)]
     return set().union(*map(_leaves, inner)) if inner else {hint}
 
 
 def _plain(text: str) -> str:
-    """Without typer's marks of colour."""
-    return re.sub(r"\[/?[a-z ]*\]", "", text)
+    """Without typer's marks of colour, and without the escapes of other brackets."""
+    return re.sub(r"\[/?[a-z ]*\]", "", text).replace("\\[", "[")
 
 
 def _cell(text: str) -> str:
@@ -184,14 +171,12 @@ def _kind(hint: Any) -> str:
     """A recipe's type in words: list[str] | None is "list of text"."""
     words = {**KINDS, bool: "true or false", typing.Any: "any"}
     outer, inner = typing.get_origin(hint), typing.get_args(hint)
-    if outer is typing.Literal:
-        return ", ".join(map(str, inner))
-    if outer is typing.Annotated:
-        return _kind(inner[0])
     if outer is list:
         return f"list of {_kind(inner[0])}"
     if outer is dict:
         return f"{_kind(inner[0])} → {_kind(inner[1])}"
+    if outer is typing.Literal:
+        return " or ".join(f"`{one}`" for one in inner)
     if inner:
         return " or ".join(_kind(one) for one in inner if one is not type(None))
     return words[hint]

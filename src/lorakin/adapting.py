@@ -50,7 +50,7 @@ def adapt(
     probe: Sequence[Any] | None = None,
     loss: Loss | None = None,
 ) -> Adapter:
-    """Put a fresh adapter into `model`, which stays itself: same class, same names, same output.
+    """Puts a fresh adapter into `model`, which stays itself: same class, same names, same output.
 
     The base is frozen, and the new adapter is the active one (see `activate`). Its tensors are
     float32 whatever the base's dtype is (float64 on a float64 base); the forward uses them in the
@@ -302,10 +302,8 @@ def _fresh(
 ) -> Adapter:
     """A new adapter with this placement, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
-    rows, biases = (
-        base_rows(model, plan.tokens, dtype),
-        start_of(model, plan.biases, dtype),
-    )
+    rows = base_rows(model, plan.tokens, dtype)
+    biases = start_of(model, plan.biases, dtype)
     adapter.install(
         placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
     )

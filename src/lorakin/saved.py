@@ -30,7 +30,7 @@ def load(
         model: the base model that the adapter was trained on.
         path: the adapter's directory, or, if there is none of that name, a hub id, `org/name`.
         name: the adapter's name in this model; files hold none.
-        trainable: go on training it, which freezes the base. Otherwise no `requires_grad` changes.
+        trainable: train it further, which freezes the base. Otherwise no `requires_grad` changes.
         other_base: load it also if it was saved on a base with other weights.
         revision: the hub's branch, tag or commit.
         token: for the hub, instead of the one that `hf auth login` keeps.

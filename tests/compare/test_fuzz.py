@@ -131,7 +131,8 @@ def test_mutated_results(tmp_path: Path) -> None:
         html = comparison_page.html(study, comparison_page.findings(study))
         assert "<script>alert" not in html
     assert all(
-        re.search(r"results\.jsonl, line \d+ is no row", line) and len(line) < 1000 for line in said
+        re.search(r"results\.jsonl, line \d+ is not a row", line) and len(line) < 1000
+        for line in said
     )
     assert COUNT // 20 < len(said) < COUNT - COUNT // 20
     soak.record(

@@ -386,7 +386,7 @@ def test_words_and_settings_on_the_command_line(
     assert command([*base, *vera]) == 0
     capsys.readouterr()
     assert command(["inspect", str(tmp_path / "vera")]) == 0
-    assert "the shared pair is not in the file" in capsys.readouterr().out
+    assert "the shared pair is not stored in the file" in capsys.readouterr().out
     drop = ["--method", "lora-drop", "--set", "keep=4", "--out", str(tmp_path / "drop")]
     assert command([*base, *drop]) == 0
     capsys.readouterr()

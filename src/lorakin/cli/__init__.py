@@ -12,9 +12,8 @@ def main() -> None:
 
     0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same model, 130 interrupted.
     """
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # an end that cleans up
+    # SystemExit unwinds the stack, so that whatever is open is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours is rich's
     try:

@@ -77,9 +77,8 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
-    errors = Terminal(
-        stderr=True, quiet=os.environ.get("RANK", "0") != "0"
-    )  # one of several processes talks
+    # Of several processes only the first prints.
+    errors = Terminal(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     shown = warnings.showwarning
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -91,9 +90,8 @@ def run(arguments: Sequence[str]) -> int:
     warnings.showwarning = show_ours
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
-        logging.getLogger(chatty).addFilter(
-            _is_serious
-        )  # one of them sets its level anew, and writes where results go
+        # One of them sets its level again, and writes to stdout, where results go.
+        logging.getLogger(chatty).addFilter(_is_serious)
     try:
         code = app(list(arguments), prog_name="lorakin", standalone_mode=False)
     except LorakinError as error:

@@ -1,4 +1,4 @@
-"""`lorakin combine`"""
+"""The command `lorakin combine`: combines adapters of one base, and saves the result."""
 
 from __future__ import annotations
 
@@ -86,4 +86,4 @@ def _weight(part: str) -> tuple[str, float]:
     try:
         return directory, float(weight)
     except ValueError:
-        raise SettingError(f"{part!r} is no DIRECTORY=WEIGHT: {weight!r} is no number") from None
+        raise SettingError(f"{part!r} is not DIRECTORY=WEIGHT: {weight!r} is no number") from None

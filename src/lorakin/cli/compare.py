@@ -1,4 +1,4 @@
-"""`lorakin compare`"""
+"""The command `lorakin compare`: trains each method under one budget, and writes a report."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def command(
 
     Each gets one budget, its learning rate is tuned, and it runs with several seeds. Beside the
     methods stand plain LoRA and controls that tell what a difference comes from. Every trial is one
-    row in results.jsonl; the same command goes on where a killed one was. The answer is
+    row in results.jsonl; the same command resumes one that was killed. The answer is
     report.html, which opens in any browser.
     """
     from lorakin.compare.comparison import Comparison

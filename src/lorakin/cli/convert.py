@@ -1,4 +1,4 @@
-"""`lorakin convert`"""
+"""The command `lorakin convert`: reads another library's file, and saves it as an adapter."""
 
 from __future__ import annotations
 

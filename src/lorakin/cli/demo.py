@@ -1,4 +1,4 @@
-"""`lorakin demo`"""
+"""The command `lorakin demo`: trains on Python's standard library, and prints what to try next."""
 
 from __future__ import annotations
 
@@ -94,9 +94,8 @@ def _write_data(out: Path) -> Rows:
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
-                with open(
-                    out / name, "x", encoding="utf-8"
-                ) as file:  # which fails on a file, and on a link, that is there
+                # Mode "x" fails if a file or a link is there.
+                with open(out / name, "x", encoding="utf-8") as file:
                     file.write(text)
         except OSError as error:
             raise OutputError(

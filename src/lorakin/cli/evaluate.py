@@ -1,4 +1,4 @@
-"""`lorakin evaluate`"""
+"""The command `lorakin evaluate`: prints loss and perplexity, or accuracy, on rows of data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorakin export`"""
+"""The command `lorakin export`: writes files for other programs, and checks what they compute."""
 
 from __future__ import annotations
 

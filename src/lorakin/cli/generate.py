@@ -1,4 +1,4 @@
-"""`lorakin generate`"""
+"""The command `lorakin generate`: answers a prompt with a model and its adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _text(prompt: str) -> str:
     """Returns the prompt, from stdin if it is "-".
 
     Raises:
-        DataError: it is no UTF-8.
+        DataError: it is not valid UTF-8.
     """
     from lorakin.errors import DataError
 
@@ -41,9 +41,7 @@ def _text(prompt: str) -> str:
         prompt.encode("utf-8")
     except UnicodeError:
         where = "on stdin" if prompt == "-" else "of --prompt"
-        raise DataError(
-            f"the prompt {where} is no UTF-8, so it is no text; convert it first"
-        ) from None
+        raise DataError(f"the prompt {where} is not valid UTF-8; convert it first") from None
     return prompt
 
 

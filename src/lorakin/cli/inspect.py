@@ -1,4 +1,4 @@
-"""`lorakin inspect`"""
+"""The command `lorakin inspect`: shows what an adapter is, and how much it changes each layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(
         Path | None,
         typer.Option(
             "--html",
-            help="Write a page with pictures by layer, and the ranks that would do, here.",
+            help="Write a page with pictures by layer, and the ranks that would suffice, here.",
         ),
     ] = None,
     as_json: Json = False,
@@ -56,8 +56,8 @@ def command(
         console.print(labelled(f"{name:<11} ", value))
     if not summary.norms:
         console.print(
-            "no norms: the shared pair is not in the file but drawn again with the base model at "
-            "hand"
+            "no norms: the shared pair is not stored in the file; it is drawn again when the base "
+            "is loaded"
         )
         return
     title = (

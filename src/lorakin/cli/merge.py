@@ -1,4 +1,4 @@
-"""`lorakin merge`"""
+"""The command `lorakin merge`: writes the model with its adapter in the weights."""
 
 from __future__ import annotations
 

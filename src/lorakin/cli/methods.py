@@ -1,4 +1,4 @@
-"""`lorakin methods`"""
+"""The command `lorakin methods`: shows the members, their settings, and which combine."""
 
 from __future__ import annotations
 
@@ -67,9 +67,8 @@ def _described(member: type[Member]) -> dict[str, Any]:
     from lorakin.family import Method, Modifier
 
     defaults = Method.of(member())
-    foreign = (
-        Modifier.setting_names() - defaults.parametrisation.setting_names()
-    )  # of pairs, which this one's does not have
+    # Settings of pairs that this member's own pair does not have.
+    foreign = Modifier.setting_names() - defaults.parametrisation.setting_names()
     fields = [field for field in dataclasses.fields(member) if field.name not in foreign]  # type: ignore[arg-type]
     return {
         "word": member.word,

@@ -1,4 +1,4 @@
-"""`lorakin plan`"""
+"""The command `lorakin plan`: predicts memory and time of a run before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorakin train`"""
+"""The command `lorakin train`: reads options and a recipe, runs the training, prints the result."""
 
 from __future__ import annotations
 

@@ -81,9 +81,8 @@ def check_out(comparison: Comparison, out: Path) -> bool:
     for name, value in comparison.as_dict().items():
         if before.get(name) != value:
             raise SettingError(
-                f"--out {out} holds another comparison: its {name} is "
-                f"{shown(before.get(name))}, not {value!r}; give the same options to continue "
-                "it, or choose another --out"
+                f"--out {out} holds another comparison: its {name} is {shown(before.get(name))}, "
+                f"not {value!r}; give the same options to continue it, or choose another --out"
             )
     return True
 

@@ -161,7 +161,7 @@ class Results:
         """Reads the file. Removes a last line that is incomplete because the process was killed.
 
         Raises:
-            DataError: `path` is not a file, or a line is no row.
+            DataError: `path` is not a file, or a line is not a row.
         """
         self.path = path
         self.rows: list[ResultRow] = []
@@ -172,7 +172,7 @@ class Results:
                 self.rows.append(ResultRow.from_json(line))
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}, line {number} is no row of a comparison: {error}; delete that line"
+                    f"{path}, line {number} is not a row of a comparison: {error}; delete that line"
                 ) from None
         if len(whole) < len(content):
             os.truncate(path, len(whole))

@@ -288,7 +288,7 @@ def keep_only(
     """Shrink a parameter along `axis`, in place, with its gradient and optimizer state.
 
     The parameter stays the same object. If its optimizer state has another shape than the
-    parameter, the state is dropped, and the optimizer starts it anew.
+    parameter, the state is dropped, and the optimizer starts it again.
     """
     old, kept = parameter.shape, kept.to(parameter.device)
     state = optimizer.state.get(parameter, {})

@@ -250,7 +250,7 @@ class Directions:
         return path
 
     def settled(self) -> bool:
-        """Share the ranks out anew; returns whether all directions they need stand still."""
+        """Shares the ranks out again; returns whether all directions they need stand still."""
         self.batches, self.last = self.batches + 1, None
         if all(svd.seen for svd in self.svds.values()):
             self.ranks = self._given_out()

@@ -5,7 +5,7 @@ Paper:    "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluatio
 Forward:  the pair's
 Shapes:   the pair's; with `rest="shared"` one pair serves all other modules of one kind
 Trains:   r · (in + out) numbers for each chosen module and each shared pair
-Start:    the pair's, anew after the probe
+Start:    the pair's, drawn again after the probe
 Probe:    train a plain pair on a small sample. Then, in eval mode, for each adapted module k, over
           all unmasked tokens x:
 

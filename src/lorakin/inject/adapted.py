@@ -171,9 +171,8 @@ class Replaced(Swapped):
         attached = attachments_of(self)
         if attached.rows is None:
             for copy in attached.in_use():
-                return copy.module.forward(
-                    *args, **kwargs
-                )  # not its call: the module's own hooks run around this forward
+                # Not `copy.module(…)`: the module's own hooks already run around this forward.
+                return copy.module.forward(*args, **kwargs)
         attached.inside += 1
         try:
             out = super().forward(*args, **kwargs)

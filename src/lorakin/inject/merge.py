@@ -41,7 +41,7 @@ class Placed(Protocol):
 
 
 def check_together(plans: Mapping[str, Placed]) -> None:
-    """See that the adapters of these plans, by name, can be merged at the same time.
+    """Checks that the adapters of these plans, by name, can be merged at the same time.
 
     Raises:
         StateError: one trains a module whole in which another changes something.
@@ -64,7 +64,7 @@ def check_together(plans: Mapping[str, Placed]) -> None:
 
 
 def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) -> None:
-    """See that the adapters `staying` compute the same once `chosen` are merged for good.
+    """Checks that the adapters `staying` compute the same once `chosen` are merged permanently.
 
     A change that adds to the weight does so over any weight. A gain multiplies the weight that is
     there: over another weight it is another function, whether the adapter is in use now or later.

@@ -120,9 +120,8 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
     With no adapter left, undo that and give the base its `requires_grad` flags back.
     """
     for module in model.modules():
-        by_its_parts = isinstance(
-            getattr(type(module), "_keys_to_ignore_on_save", None), property
-        )  # sentence-transformers
+        # In sentence-transformers it is a property, made from the parts' own.
+        by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)
         if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
             model_like: Any = module
             skip, every = ours(module), module.named_parameters(remove_duplicate=False)
@@ -162,9 +161,9 @@ def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
     missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
     if missing:
         warnings.warn(
-            f"the state dict just loaded has no tensors for {len(missing)} entries of this "
-            f"model's adapters ({missing[0]}, …), which keep their present values. A checkpoint "
-            "of transformers' Trainer holds the base alone unless the trainer went through "
+            f"the state dict just loaded has no tensors for {len(missing)} entries of this model's "
+            f"adapters ({missing[0]}, …), which keep their present values. A checkpoint of "
+            "transformers' Trainer holds the base alone unless the trainer went through "
             "lorakin.training.prepare_trainer(trainer); load adapters with lorakin.load",
             LorakinWarning,
             stacklevel=3,

@@ -49,7 +49,7 @@ def rescaled(adapter: InsertedAdapter, scale: float) -> float:
 
 
 def _set(adapter: InsertedAdapter, scale: float) -> None:
-    """Scale every branch, and compute the merged weights anew."""
+    """Scales every branch, and computes the merged weights again."""
     for path in adapter.placement.methods:
         adapter.tensors.branch(path).rescale(scale)
     dtype = quantised.dtype_of(adapter.model)

@@ -183,7 +183,7 @@ class ReadableWeight(Changed):
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """The changes, made anew without gradients: those made with gradients are kept apart."""
+        """The changes, made again without gradients: those made with gradients are kept apart."""
         if torch.is_grad_enabled():
             if self.made is None:
                 self.made = self.make()

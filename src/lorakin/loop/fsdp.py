@@ -79,7 +79,7 @@ class ProcessesWatcher(Watcher):
     """Averages the gradients of each adapter that several processes train."""
 
     def begins(self, adapter: InsertedAdapter) -> None:
-        """Averages anew: the run may train other tensors than the one before."""
+        """Starts to average again: the run may train other tensors than the one before."""
         if adapter in _AVERAGING:
             _AVERAGING.pop(adapter).stop()
         if several_processes():

@@ -14,7 +14,7 @@ from lorakin.plan.skeleton import built
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What `lorakin train` is told besides the method.
+    """Everything but the method that decides a planned run.
 
     Attributes:
         config: the model's transformers config.

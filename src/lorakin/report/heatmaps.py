@@ -99,9 +99,9 @@ def importance(found: Mapping[str, float], own: Collection[str]) -> Figure:
     """
     share = sum(found[path] for path in own if path in found)
     caption = (
-        "Each module's share of the importance that a short probe found. The "
-        f"{len(own)} of {len(found)} modules with a dot keep a pair of their own; together they "
-        f"have {share:.1%} of the importance."
+        f"Each module's share of the importance that a short probe found. The {len(own)} of "
+        f"{len(found)} modules with a dot keep a pair of their own; together they have {share:.1%} "
+        "of the importance."
     )
     scale = ColourScale("share", ".2~%", "{:.2%}")
     title = "Importance by layer and module"

@@ -41,8 +41,7 @@ def combine_directories(
 
     Returns:
         the report: ranks, errors, and how far the model with what was written is from the exact
-        combination. A combination of full rank is never put into the model: there it is compared
-            with
+        combination. A combination of full rank is never put into the model: it is compared with
         its nearest pair, and the errors say how far that is from it.
 
     Raises:

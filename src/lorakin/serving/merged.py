@@ -60,6 +60,7 @@ class Merged(Mapping[str, Tensor]):
         self.is_sharded = not (base / SINGLE).is_file()
         beside(base)  # raises before anything is written, if a file cannot go along
         tokens = self.contents.placement.tokens
+        # Parameter → path of the token rows that replace some of its rows.
         self.leaders = {
             f"{at}.weight": path for path, rows in tokens.items() for at in (path, *rows.tied)
         }

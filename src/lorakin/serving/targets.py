@@ -37,14 +37,13 @@ GGUF_WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q
 class ExportTarget:
     """One kind of result.
 
-    `dtypes` are those it is written in, the first by default. `is_pairs`: it holds low-rank pairs
-    beside the base, so ranks matter.
+    `dtypes` are those it is written in, the first by default.
     """
 
     word: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     is_pairs: ClassVar[bool]
-    """Whether it holds low-rank pairs beside the base, so that ranks matter."""
+    """Whether it holds low-rank pairs beside the base: then ranks matter."""
 
     @staticmethod
     def write(job: ExportJob, folder: Path) -> None:

@@ -140,9 +140,8 @@ def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[
     record, found = _recorded(path), dict[str, T]()
     for name in names:
         source = record.get(name, name)
-        for place in (
-            () if source is None else dict.fromkeys((source, name))
-        ):  # which it may have been renamed to just now
+        # It may have been renamed from `source` to `name` just now.
+        for place in () if source is None else dict.fromkeys((source, name)):
             with contextlib.suppress(FileNotFoundError):
                 found[name] = look(path / place)
                 break

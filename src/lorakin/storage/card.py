@@ -110,15 +110,12 @@ def _front(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
 
 def base_id(adapter: InsertedAdapter) -> str | None:
     """The base's hub id, if it is one: a directory on this machine means nothing elsewhere."""
-    name, config = (
-        getattr(adapter.model, "name_or_path", None),
-        getattr(adapter.model, "config", None),
-    )
+    name = getattr(adapter.model, "name_or_path", None)
+    config = getattr(adapter.model, "config", None)
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
-    fetched = getattr(
-        config, "_commit_hash", None
-    )  # which transformers sets when it has asked the hub
+    # transformers sets it when it has asked the hub.
+    fetched = getattr(config, "_commit_hash", None)
     return name if "/" in name or fetched else None
 
 

@@ -85,7 +85,7 @@ class Files:
             )
 
     def check(self) -> None:
-        """Raise `AdapterError` if `lorakin.json`, or the config beside it, is not as written.
+        """Raises `AdapterError` if `lorakin.json`, or the config beside it, is not as written.
 
         Called last, so that a fault that says more is reported first.
         """
@@ -102,10 +102,10 @@ def save(
     notes: Mapping[str, object] | None = None,
     home: str | None = None,
 ) -> Path:
-    """Write the adapter into the directory `path`, made if need be: all of its files or none.
+    """Writes the adapter into the directory `path`, made if need be: all of its files or none.
 
-    Among them is a model card, README.md, unless a person's is there. `notes` and `home` are for
-    it: see `card.content`.
+    Among them is a model card, README.md, unless somebody has written or edited the one there.
+    `notes` and `home` are for the card: see `card.content`.
 
     Raises:
         OutputError: it cannot be written; an adapter that was there is intact.
@@ -130,7 +130,7 @@ def save(
     text = card.content(adapter, peft.config, notes or {}, home, converted=form is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
-    # Of an adapter that was there before, which may have had tensors of our own.
+    # An adapter saved here earlier may have left this file behind.
     without = [] if tensors else [OWN_TENSORS]
     atomic.write(path, files, without=without)
     return path
@@ -141,7 +141,7 @@ def _tensor_file(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read(path: Path) -> Files:
-    """Read an adapter's directory, lorakin's or PEFT's; changes nothing.
+    """Reads an adapter's directory, lorakin's or PEFT's; changes nothing.
 
     The files are those of one save, also while another save is under way.
 

@@ -1,6 +1,6 @@
-"""What an adapter on disk is, apart from how a format writes it and from the model it is put into.
+"""An adapter independent of file format and model.
 
-A codec makes a document of files, or files of a document: `peft` for PEFT's, `own_part` for
+A codec reads a document from files or writes one to files: `peft` for PEFT's, `own_part` for
 lorakin's, `foreign` for other libraries'. `match` fits a document to a model.
 """
 
@@ -35,7 +35,7 @@ class Document:
     copies: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Path → state of the modules that are trained whole."""
     rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Path → rows of tokens (k, dim), in the order of the placement's ids."""
+    """Path → token rows (k, dim), in the order of the placement's ids."""
     biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Path → the bias in place of the base's."""
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -47,7 +47,7 @@ class Document:
 
     @classmethod
     def of(cls, adapter: InsertedAdapter) -> Document:
-        """The document of an adapter in a model. The tensors are the adapter's own, not copies."""
+        """Returns the document of an adapter in a model, with the adapter's tensors, not copies."""
         placement = adapter.placement
         return cls(
             placement,
@@ -66,7 +66,7 @@ class Document:
         return self.placement.method
 
     def copied(self) -> Document:
-        """The same with tensors in memory of their own; biases that were one object still are."""
+        """Returns a copy with tensors of its own; biases that were one object still are."""
         biases = {id(bias): _copied(bias) for bias in self.biases.values()}
         return dataclasses.replace(
             self,
@@ -79,7 +79,7 @@ class Document:
         )
 
     def masters(self) -> dict[str, dict[str, Tensor]]:
-        """Copies of the modules' tensors for training, in float32 at least.
+        """Returns copies of the modules' tensors for training, in float32 at least.
 
         Tensors that were one object still are.
         """
@@ -90,7 +90,7 @@ class Document:
         }
 
     def bias_masters(self) -> dict[str, Tensor]:
-        """The same of the biases."""
+        """Returns copies of the biases for training, in float32 at least."""
         own = _masters(self.biases.values())
         return {path: own[id(tensor)] for path, tensor in self.biases.items()}
 

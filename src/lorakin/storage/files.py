@@ -41,7 +41,7 @@ def content(path: Path, most: int, error: type[LorakinError] = AdapterError) -> 
     with open(regular(path, error), "rb") as file:
         found = file.read(most + 1)
     if len(found) > most:
-        raise error(f"{path} is longer than {most:,} bytes, so it is none")
+        raise error(f"{path} is longer than {most:,} bytes, the limit for this file")
     return found
 
 

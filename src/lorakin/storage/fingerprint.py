@@ -32,8 +32,12 @@ NUMBERS, PACKED = 4, "packed"
 LABELS = "labels"
 SCALAR = "scalar"
 """In the place of a shape."""
-ROUNDING, DIGITS, NOTHING = 8e-3, 2e-4, 1e-6
-"""Relative: over one step of bfloat16; what writing loses. Absolute: less than float16 holds."""
+ROUNDING = 8e-3
+"""Relative: more than one step of bfloat16."""
+DIGITS = 2e-4
+"""Relative: what writing a number as text loses."""
+NOTHING = 1e-6
+"""Absolute: less than float16 holds."""
 FEW_BITS = 0.5
 """Relative: rounding to four bits moves all layers together less; another model is 1.4 away."""
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)

@@ -55,14 +55,14 @@ class Lock:
         _locks.add(self)
 
     def release(self) -> None:
-        """Give it back, once; its file goes with it."""
+        """Releases the lock and removes its file; does nothing the second time."""
         if self.fd >= 0 and self.process == os.getpid():
             with contextlib.suppress(OSError):  # a directory that is gone, or read-only since
                 self.path.unlink()
             self.forget()
 
     def forget(self) -> None:
-        """Close the file. In a process that was forked the lock stays its parent's."""
+        """Closes the file. In a process that was forked the lock stays its parent's."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -79,14 +79,13 @@ def _forget_all() -> None:
         lock.forget()
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # a child that outlives this process must not hold what this one held
+# A child that outlives this process must not hold this one's locks.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
 def hold(path: Path, wait: float = 0.0) -> Lock:
-    """Take the lock of the file `path`, made if need be; try for `wait` seconds.
+    """Takes the lock of the file `path`, made if need be; tries for `wait` seconds.
 
     Where the file system has no locks that is a warning, and nothing is locked.
 

@@ -208,11 +208,8 @@ def slots_are_the_methods(case: Case) -> None:
 def slots_fit(case: Case) -> None:
     """The slots of each module fit together, and the module's weight."""
     for path, fresh in case.fresh.items():
-        method, slots, shape = (
-            case.placement.methods[path],
-            case.slots[path],
-            case.targets[path].shape,
-        )
+        method, slots = case.placement.methods[path], case.slots[path]
+        shape = case.targets[path].shape
         wrong = [slot for slot, t in slots.items() if not t.is_floating_point()]
         wrong += [
             slot

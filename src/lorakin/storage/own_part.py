@@ -38,7 +38,7 @@ ASIDE = {
 }  # fmt: skip
 """Fields of `adapter_config.json` that may change without making another adapter of it.
 
-PEFT writes the file anew with words of its own, and people edit it. Which modules are adapted, the
+PEFT writes the file again with words of its own, and people edit it. Which modules are adapted, the
 tensors tell.
 """
 
@@ -137,11 +137,11 @@ class Beside(NamedTuple):
     """What stands beside PEFT's files."""
 
     own: Own | None = None
-    """lorakin's part; None if there is none, or if a file of PEFT's was written anew without it."""
+    """lorakin's part; None if there is none, or if a file of PEFT's was written again since."""
     base: Mapping[str, Any] | None = None
     """The fingerprint of the base, which counts in both cases."""
     rewritten: str | None = None
-    """The file that was written anew."""
+    """The file that was written again by another program."""
     is_sound: bool = True
     """Whether `lorakin.json` is as it was written, as far as it says."""
     config: Mapping[str, Any] | None = None
@@ -230,7 +230,8 @@ def read_beside(path: Path, found: Mapping[str, bytes], peft: Mapping[str, Tenso
         for name, digest in (said.beside or {}).items()
         if name not in found or sha256(found[name]) != digest
     ]
-    if others == [OWN_TENSORS] and OWN_TENSORS in found:  # which lorakin alone writes
+    # Only lorakin writes this file, so PEFT cannot have replaced it.
+    if others == [OWN_TENSORS] and OWN_TENSORS in found:
         raise AdapterError(
             f"{path}: {OWN_TENSORS} is damaged: it is not the one that was saved here. To have "
             "what PEFT's files say, and neither the method nor what training remembers, remove "
@@ -243,7 +244,7 @@ def read_beside(path: Path, found: Mapping[str, bytes], peft: Mapping[str, Tenso
     if not is_sound:
         raise unsound(path)
     warnings.warn(
-        f"{path}: {others[0]} is not the one that {OWN} was written with. So {OWN} is left aside, "
+        f"{path}: {others[0]} is not the one that {OWN} was written with. So {OWN} is ignored, "
         "but for the base that it names, and the adapter is what PEFT's files say",
         LorakinWarning,
         stacklevel=4,
@@ -269,7 +270,7 @@ def disagreement(
 ) -> AdapterError | None:
     """The error for a `config`, in `adapter_config.json`, that is not what was saved in `path`.
 
-    Fields that PEFT adds when it writes the file anew do not count, nor a field that is empty in
+    Fields that PEFT adds when it writes the file again do not count, nor a field that is empty in
     both.
     """
     for key, value in then.items():

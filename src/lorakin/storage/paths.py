@@ -33,13 +33,7 @@ def named(
         short = len(raw) <= LONGEST_PATH and all(
             len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts
         )
-        reason = (
-            "it holds a character of number 0"
-            if b"\0" in raw
-            else ""
-            if short
-            else "it is too long"
-        )
+        reason = "it holds a NUL character" if b"\0" in raw else "" if short else "it is too long"
     except UnicodeEncodeError:
         reason = "it holds characters that no name can have"
     except RuntimeError:

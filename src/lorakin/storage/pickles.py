@@ -43,11 +43,8 @@ def tensors_of(file: Path, content: bytes | None = None) -> dict[str, Tensor]:
         raise AdapterError(f"{file} cannot be read: {what}") from None
     except AdapterError:
         raise
-    except (
-        Exception,
-        RecursionError,
-        MemoryError,
-    ) as error:  # a damaged pickle makes torch stumble in any way
+    # A damaged pickle makes torch fail in any way.
+    except (Exception, RecursionError, MemoryError) as error:
         raise AdapterError(f"{file}: its tensors cannot be read ({str(error)[:200]})") from None
     if not isinstance(found, dict):
         raise AdapterError(f"{file} holds {type(found).__name__}, expected tensors by name")

@@ -118,9 +118,8 @@ def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
             return fitted(kind, value, at)
         except Misfit as misfit:
             misfits.append((str(misfit), kind))
-    inside = [
-        said for said, _ in misfits if at and said.startswith((f"{at}.", f"{at}["))
-    ]  # the type fits, but not what is in it
+    # Here the type fits, but not what is in it.
+    inside = [said for said, _ in misfits if at and said.startswith((f"{at}.", f"{at}["))]
     if inside:
         raise Misfit(inside[0])
     raise _misfit(value, " or ".join(in_words(kind) for _, kind in misfits), at)

@@ -31,18 +31,24 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-COUNT, CHUNK = 8, 2**22
-"""Sums; and numbers that are read at a time."""
+COUNT = 8
+"""How many sums a parameter has."""
+CHUNK = 2**22
+"""How many numbers are read at a time."""
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
 NUMBERS = (*PRECISIONS, torch.float64)
-ROUNDINGS, TAIL = 2**-8 + 2**-10, 2.5
-"""Relative: one rounding to bfloat16, and one to float16 on the way or on the other side.
+ROUNDINGS = 2**-8 + 2**-10
+"""Relative: one rounding to bfloat16, and one to float16 on the way or on the other side."""
+TAIL = 2.5
+"""How many times too large the estimate may be.
 
-The estimate may be so many times too large: eight normal sums are once in 10⁷, and numbers round to
-less than half of the bound on average.
+Eight normal sums are so far off once in 10⁷, and numbers round to less than half of the bound on
+average.
 """
-HALF, WHOLE = (torch.bfloat16, torch.float16), 2.0**-16
-"""Dtypes with a second checksum, and the least number that counts in it: 2⁻¹⁷ lies below."""
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes with a second checksum."""
+WHOLE = 2.0**-16
+"""The least number that counts in the second checksum: 2⁻¹⁷ lies below."""
 TINY = 1e-7
 """Absolute, for each number: less than a float16 can hold."""
 
@@ -148,9 +154,8 @@ def apart(then: str | None, now: str | None) -> float:
         return 0.0
     (size, *old), (_, *new) = ([float(number) for number in numbers] for numbers in (before, after))
     gap = math.hypot(*(a - b for a, b in zip(old, new, strict=True))) / math.sqrt(COUNT)
-    if held == other and (
-        both or held not in ("bfloat16", "float16")
-    ):  # nothing was rounded, and the bits are others
+    # Nothing was rounded, and still the bits differ.
+    if held == other and (both or held not in ("bfloat16", "float16")):
         return max(gap / max(size, 1e-30), 1e-9)
     allowed = TAIL * ROUNDINGS * size + TINY
     return 0.0 if gap <= allowed else gap / max(size, 1e-30)

@@ -17,7 +17,7 @@ from lorakin.inject.tokens import base_rows
 
 
 def check_trained(adapter: InsertedAdapter) -> None:
-    """See that the adapter is what it says, and warn of every part that training never reached.
+    """Checks that the adapter is what it says, and warn of every part that training never reached.
 
     Raises:
         StateError: a member that acts at optimizer steps never saw one.
@@ -49,8 +49,7 @@ def is_unscaled(adapter: InsertedAdapter) -> Iterator[str]:
         yield (
             f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not "
             f"at {adapter.merging.scale:g}. For files of the scaled change, save what "
-            f"lorakin.as_lora "
-            "makes of it"
+            "lorakin.as_lora makes of it"
         )
 
 
@@ -75,7 +74,7 @@ def whole_modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
 
 
 def rows_moved(adapter: InsertedAdapter) -> Iterator[str]:
-    """Rows of tokens are no longer the base's."""
+    """Token rows are no longer the base's."""
     if not _was_trained_here(adapter):
         return
     for path, rows in base_rows(adapter.model, adapter.placement.tokens).items():

@@ -58,15 +58,15 @@ class Alarms(transformers.TrainerCallback):
             self._say(
                 "explodes",
                 f"at step {step} the gradient's norm is {norm:.3g}, {norm / usual:.0f} times the "
-                f"usual {usual:.3g}; if "
-                "the loss rises from here, try a lower --lr, or a longer --warmup",
+                f"usual {usual:.3g}; if the loss rises from here, try a lower --lr, or a longer "
+                "--warmup",
             )
         if norm == 0 and not any(self.norms[-UNTOUCHED + 1 :]) and len(self.norms) >= UNTOUCHED - 1:
             self._say(
                 "nothing",
                 f"the gradient has been exactly zero for {UNTOUCHED} steps (now step {step}): no "
-                "training reaches the adapter. "
-                "Are its --targets used by the model, and do the rows have answers?",
+                "training reaches the adapter. Are its --targets used by the model, and do the "
+                "rows have answers?",
             )
 
     def _see_losses(self, step: int) -> None:
@@ -77,11 +77,10 @@ class Alarms(transformers.TrainerCallback):
             self._say(
                 "flat",
                 f"after {step} steps the training loss has not fallen: "
-                f"{statistics.mean(first):.3f} over the first {part} "
-                f"steps, {statistics.mean(last):.3f} over the last. Try a higher --lr if the loss "
-                "is flat, a lower one if it "
-                "rises, and look at the example above: is the green part what the model should "
-                "learn?",
+                f"{statistics.mean(first):.3f} over the first {part} steps, "
+                f"{statistics.mean(last):.3f} over the last. Try a higher --lr if the loss is "
+                "flat, a lower one if it rises, and look at the example above: is the green part "
+                "what the model should learn?",
             )
 
     def _say(self, what: str, text: str) -> None:

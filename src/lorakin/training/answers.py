@@ -1,10 +1,10 @@
 """Which tokens of a conversation are learned: exactly the answers, each with the end of its turn.
 
 A chat template turns messages into one text. An answer must follow what generation would send: the
-same template over the messages before it, with the opening of an answer. So an answer is learned
-from where that prompt ends to the token that ends the turn. All of it is checked: the prompt stands
+same template over the messages before it, with the generation prompt. So an answer is learned
+from where that prompt ends to the token that ends the turn. All of it is checked: the prompt is
 there character by character and token by token, the answer's own words follow, and between them
-stands nothing but what the template writes. A conversation that fails a check is refused.
+is only what the template writes. A conversation that fails a check is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Answers:
 
         Args:
             conversation: its messages, and which of them are learned if the data says so.
-            loss_on: "answers" (every turn of the assistant that follows something), "last" (the
+            loss_on: "answers" (every turn of the assistant except a leading one), "last" (the
                 last of them), or "all" (every token).
 
         Raises:
@@ -99,7 +99,8 @@ class Answers:
             )
         start = end = len(prompt)
         for words in said(message):
-            # words in a template's own word, as "a" in "channel", do not count if others stand
+            # Prefer a match at word boundaries, so that the answer "a" is not found inside the
+            # template's "channel".
             place = standing(words, whole, end) or found(words, whole, end)
             if place is None:
                 thought = words in message.get("reasoning_content", "")
@@ -209,8 +210,8 @@ class Answers:
             quiet = "--template-arg enable_thinking=false, or " if can_be_quiet else ""
             raise Unverified(
                 "generation opens the answer with <think>, and this one has no reasoning; give it "
-                "in the answer (<think>…</think>, which may be empty), or give "
-                f"{quiet}another template with --chat-template FILE"
+                f"in the answer (<think>…</think>, which may be empty), or give {quiet}another "
+                "template with --chat-template FILE"
             )
         return f"{inner['thought'].lstrip()}</think>{inner['said']}"
 

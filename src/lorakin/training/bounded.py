@@ -78,9 +78,8 @@ class _Watch:
 
     def end(self) -> None:
         with self.lock:
-            if (
-                self.ends.pop(threading.get_ident(), None) is None
-            ):  # it was ended; what has not come yet shall not
+            # The watcher has ended it: an exception that has not arrived yet is taken back.
+            if self.ends.pop(threading.get_ident(), None) is None:
                 _raise_in(threading.get_ident(), None)
 
     def _look(self) -> None:

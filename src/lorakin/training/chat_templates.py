@@ -119,7 +119,7 @@ def _read(path: Path) -> str:
             content = file.read(LONGEST_TEMPLATE + 1)
         if len(content) > LONGEST_TEMPLATE:
             raise DataError(
-                f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, so it is none"
+                f"--chat-template {path} is longer than {LONGEST_TEMPLATE:,} bytes, the limit"
             )
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -63,8 +63,7 @@ class Manifest:
         """
         if RECIPE in run and RECIPE not in self.run:
             raise SettingError(
-                f"{self.folder} is no checkpoint of lorakin train, so it cannot be gone on with "
-                "here"
+                f"{self.folder} is not a checkpoint of lorakin train, so it cannot be resumed here"
             )
         then, now = self.run.get(RECIPE, {}), json.loads(json.dumps(run.get(RECIPE, {})))
         for name in [name for name in now if name in then]:
@@ -72,12 +71,12 @@ class Manifest:
                 raise SettingError(
                     f"{self.folder} was made with {name}={then[name]!r}, and the recipe says "
                     f"{now[name]!r}, so it is of another run; put the recipe back as it was, or "
-                    "start anew in another --out"
+                    "start over in another --out"
                 )
         if self.run.get(ROWS, run.get(ROWS)) != run.get(ROWS, self.run.get(ROWS)):
             raise DataError(
                 f"{self.folder} was made on other rows, or they are tokenised in another way now; "
-                "put them back, or start anew"
+                "put them back, or start over"
             )
 
     def check_versions(self) -> None:
@@ -137,8 +136,7 @@ def opened(folder: Path) -> Manifest:
     if said is None:
         raise AdapterError(
             f"{folder} has no {MANIFEST}: an earlier lorakin made it, or it was lost. Nothing "
-            "tells "
-            "whether its parts belong together, so training does not go on from it. "
+            "tells whether its parts belong together, so training does not go on from it. "
             f"{_instead(folder)}"
         )
     if not said["is_whole"]:
@@ -178,7 +176,7 @@ def manifest_in(folder: Path) -> dict[str, Any] | None:
     if said is None:
         return None
     if said.get(CHECKSUM) != checksum(said):
-        raise _damaged(folder, f"its {MANIFEST} was edited, or a bit of it is another")
+        raise _damaged(folder, f"its {MANIFEST} was edited or is corrupted")
     if said.get("format") != FORMAT:
         raise AdapterError(
             f"{folder / MANIFEST}: format {said.get('format')!r}, this version reads {FORMAT}; "
@@ -233,7 +231,7 @@ def _instead(folder: Path) -> str:
     older = [path for number, path in numbered(folder.parent) if path != folder and number < before]
     if whole := [path for path in older if is_whole(path)]:
         return f"To go on from {whole[-1].name}, delete {folder}"
-    return "There is no older one that is whole: delete it to begin again, or start anew elsewhere"
+    return "There is no older one that is whole: delete it to begin again, or start over elsewhere"
 
 
 def _parts(folder: Path) -> list[str]:

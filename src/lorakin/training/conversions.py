@@ -2,7 +2,7 @@
 
 An entry of the cache is named after every byte of its file: to read that file once more takes an
 eighth of the time that loading the result takes. The entry records its own files, so a damaged one
-is made anew. One process converts at a time, under a lock that ends with it. What is half made has
+is made again. One process converts at a time, under a lock that ends with it. What is half made has
 another name, and whoever has the lock removes it.
 """
 
@@ -65,9 +65,8 @@ def converted(path: Path) -> Path:
     for place in (entry, _standing_in.get(digest)):
         if place is not None and is_whole(place):
             return place
-    make = functools.cache(
-        lambda: _read(path)
-    )  # so that it is read once, also where the cache then fails
+    # The file is read once, even if the cache then cannot be written.
+    make = functools.cache(lambda: _read(path))
     try:
         with _alone(entry.parent):
             if not is_whole(entry):  # another process may have been faster
@@ -122,9 +121,8 @@ def _put(entry: Path, make: Callable[[], tuple[Any, Any]]) -> None:
         OSError: it cannot be written.
         ModelError: it cannot be made.
     """
-    for half in entry.parent.glob(
-        f"{HALF}*"
-    ):  # of processes that were killed: whoever lives has the lock
+    # Left behind by processes that were killed: this one has the lock.
+    for half in entry.parent.glob(f"{HALF}*"):
         shutil.rmtree(half, ignore_errors=True)
     half = Path(tempfile.mkdtemp(prefix=HALF, dir=entry.parent))
     try:
@@ -166,14 +164,12 @@ def _beside(entry: Path, digest: str, make: Callable[[], tuple[Any, Any]], error
             shutil.rmtree(place, ignore_errors=True)
         raise ModelError(
             f"the converted model can be written neither into {entry.parent} ({reason}) nor into "
-            f"{tempfile.gettempdir()} "
-            f"({another.strerror or another}); make room, or set LORAKIN_CACHE to a directory "
-            "that has some"
+            f"{tempfile.gettempdir()} ({another.strerror or another}); make room, or set "
+            "LORAKIN_CACHE to a directory that has some"
         ) from error
     warnings.warn(
-        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made anew "
-        "each time; set LORAKIN_CACHE "
-        "to a directory that can be written",
+        f"the converted model cannot be kept in {entry.parent} ({reason}), so it is made again "
+        "each time; set LORAKIN_CACHE to a directory that can be written",
         LorakinWarning,
         stacklevel=4,
     )
@@ -219,16 +215,14 @@ def _alone(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """A directory that holds the file alone: what lies beside it, a config or code, is none of its
-    business.
-    """
+    """A directory that holds only the file, so that no config or code next to it is read."""
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """The model and the tokenizer in a GGUF file.
+    """Returns the model and the tokenizer in a GGUF file.
 
     Raises:
         ModelError: it cannot be read, or lacks weights, which would be random.
@@ -248,7 +242,7 @@ def _read(path: Path) -> tuple[Any, Any]:
             )
         if missing := sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys()):
             raise ModelError(
-                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is no complete language "
+                f"{path} lacks {missing[0]}, {len(missing)} in all, so it is not a whole language "
                 "model"
             )
         _say_what_is_left(path, header, model)
@@ -267,8 +261,8 @@ def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> Non
     if held > used:
         warnings.warn(
             f"{path} holds {held - used:,} numbers more than the {type(model).__name__} that is "
-            "made of it, so some of its "
-            "tensors are left out: it may be of another kind than transformers knows",
+            "made of it, so some of its tensors are left out: it may be of another kind than "
+            "transformers knows",
             LorakinWarning,
             stacklevel=5,
         )

@@ -65,7 +65,7 @@ def _file(path: Path, reader: Callable[[IO[bytes]], Table] | None, suffix: str) 
     if not path.exists():
         raise DataError(f"there is no data file {path}")
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-        raise DataError(f"data {str(path)!r} is no file")
+        raise DataError(f"data {str(path)!r} is not a file")
     if reader is None:
         raise DataError(
             f"data {str(path)!r}: expected a file ending in {', '.join(READERS)}, "

@@ -71,7 +71,7 @@ def read_header(path: Path, kind: str = "file") -> Header:
         ModelError: no regular file, no GGUF, or a header that is damaged or lies.
     """
     if not path.is_file():
-        raise ModelError(f"{path} is no file, so no GGUF {kind}")
+        raise ModelError(f"{path} is not a file, so it is not a GGUF {kind}")
     try:
         with path.open("rb") as file:
             if path.stat().st_size < len(MAGIC) + 20:

@@ -57,10 +57,9 @@ def check_unused(
     if inside and not quantised:
         raise ModelError(
             f"model {name!r} holds {some(inside)}, which a {type(model).__name__} of its config "
-            "does not use, so it would not "
-            "be the model that was stored. An adapter or a quantisation that was saved with it, "
-            "or fewer layers in its "
-            "config? Save the model without them"
+            "does not use, so it would not be the model that was stored. An adapter or a "
+            "quantisation that was saved with it, or fewer layers in its config? Save the model "
+            "without them"
         )
     if left and (inside or type(model).__name__ in stored):
         warnings.warn(
@@ -104,8 +103,7 @@ def check_shapes(
         if not any(key.startswith(f"{head}.") for head in heads):
             raise ModelError(
                 f"model {name!r} stores {key} as {tuple(held)}, and its config makes a "
-                f"{type(model).__name__} in which "
-                f"it is {tuple(expected)}; are both of one model?"
+                f"{type(model).__name__} in which it is {tuple(expected)}; are both of one model?"
             )
         keys.append(key)
     return keys
@@ -126,7 +124,7 @@ def fit(
 ) -> str | None:
     """Makes the head of a stored classifier fit the wanted classes.
 
-    It is kept, its rows are put in another order, or it is drawn anew.
+    It is kept, its rows are put in another order, or it is drawn again.
 
     Args:
         model: the classifier.
@@ -166,7 +164,7 @@ def _reorder(model: Any, order: torch.Tensor) -> None:
 
 
 def _renew(model: Any) -> None:
-    """Draws the head anew, as transformers does if it is missing."""
+    """Draws the head again, as transformers does if it is missing."""
     for path in head_of(model):
         module = model.get_submodule(path)
         for inner in module.modules():

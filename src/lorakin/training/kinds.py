@@ -1,4 +1,4 @@
-"""The class of transformers as which an adapter's base is loaded, and its classes."""
+"""Which transformers class an adapter's base is loaded as, and a classifier's labels."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class BaseKind:
-    """A class of transformers, or one of its Auto classes, and a classifier's classes in order."""
+    """A class of transformers, or one of its Auto classes, and a classifier's labels in order."""
 
     cls: Any
     labels: Sequence[str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Returns what the model's config says of its classes."""
+        """Returns the settings of the model's config that hold its labels."""
         if self.labels is None:
             return {}
         named = dict(enumerate(self.labels))
@@ -141,8 +141,7 @@ def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
         if shape[1:] != tensor.shape[1:] or shape[0] != getattr(config, "num_labels", None):
             raise AdapterError(
                 f"{files.path}: {key.removeprefix(PREFIX)} is {tuple(tensor.shape)}, which no "
-                "number of "
-                f"classes makes of this base's {tuple(shape)}"
+                f"number of classes makes of this base's {tuple(shape)}"
             )
         return [str(number) for number in range(tensor.shape[0])]
     return None

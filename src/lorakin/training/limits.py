@@ -37,9 +37,8 @@ def places(model: nn.Module) -> int | None:
             counts.append(tensor.shape[0])
     if counts:
         counts.append(getattr(config, "max_position_embeddings", None) or counts[0])
-    if getattr(
-        getattr(config, "attn_config", None), "alibi", False
-    ):  # MPT makes its biases once, so long and no longer
+    # MPT makes its biases once, for so many positions and no more.
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
         counts.append(config.max_seq_len)
     return min(counts, default=None)
 
@@ -106,8 +105,7 @@ def check_rows(
     if isinstance(made_for, int) and longest > made_for and places(loaded.model) is None:
         warnings.warn(
             f"{source}: the longest row has {longest} tokens, and {loaded.name} was made for "
-            f"{made_for}: it can read on, but "
-            "was not trained to; --max-length cuts rows",
+            f"{made_for}: it can read on, but was not trained to; --max-length cuts rows",
             LorakinWarning,
             stacklevel=2,
         )
@@ -126,13 +124,10 @@ def _refuse(over: int, rows: int, loaded: Any, where: str) -> None:
     text = loaded.tokenizer.convert_ids_to_tokens(over)
     raise DataError(
         f"{where}: the token {text!r} has the id {over}, but the embedding of {loaded.name} has "
-        f"{rows} rows, 0 to {rows - 1}; "
-        f"its tokenizer knows {len(loaded.tokenizer)} tokens. Give it rows with "
-        "model.resize_token_embeddings("
-        f"{len(loaded.tokenizer)}), save model and tokenizer to a directory, and take that as "
-        "--model, with "
-        f"--trainable-tokens '{text}' so that the new row learns; or take the tokenizer that the "
-        "model was made with"
+        f"{rows} rows, 0 to {rows - 1}; its tokenizer knows {len(loaded.tokenizer)} tokens. "
+        f"Give it rows with model.resize_token_embeddings({len(loaded.tokenizer)}), save model "
+        f"and tokenizer to a directory, and take that as --model, with --trainable-tokens '{text}' "
+        "so that the new row learns; or take the tokenizer that the model was made with"
     )
 
 

@@ -1,4 +1,4 @@
-"""The one door to transformers' loaders: no code beside a model ever runs.
+"""All calls of transformers' loaders, so that no code shipped with a model runs.
 
 A test finds every other call of such a loader. There is no option to trust a model's own code: it
 is trusted nowhere, so a person who reads this file has read all of it. An adapter that lies beside

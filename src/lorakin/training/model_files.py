@@ -169,8 +169,7 @@ def check(folder: Path) -> StoredTensor:
     ):
         raise ModelError(
             f"{folder / CONFIG}: quantization_config says that bitsandbytes packed the weights, "
-            "which are plain; leave it out, "
-            "and say --quantize to have them in few bits"
+            "which are plain; leave it out, and say --quantize to have them in few bits"
         )
     return StoredTensor(len(at), sum(file.stat().st_size for file in files))
 

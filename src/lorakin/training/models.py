@@ -1,4 +1,4 @@
-"""Loading base models: a hub id, a local directory, a `.gguf` file, or the packaged `smollm2`."""
+"""Loading base models: a hub id, a directory, a `.gguf` file, or packaged `smollm2` or `minilm`."""
 
 from __future__ import annotations
 

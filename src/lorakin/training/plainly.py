@@ -49,6 +49,5 @@ def not_numbers(name: str) -> ModelError:
     """Returns the error for a model that computes no numbers."""
     return ModelError(
         f"what {name} computes is NaN or infinite, so it says nothing: its weights, or the "
-        "adapter's, are too large or "
-        "damaged. Try --dtype float32, or other files"
+        "adapter's, are too large or damaged. Try --dtype float32, or other files"
     )

@@ -65,7 +65,7 @@ class PreparedRun:
 
     @functools.cached_property
     def rows(self) -> int:
-        """A digest of the tokenised rows, which tells them from any others."""
+        """A digest of the tokenised rows: other rows have another one."""
         return digest(self.train.examples, self.held_out.examples)
 
     @property

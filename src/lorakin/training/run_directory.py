@@ -141,8 +141,8 @@ def _checkpoint(recipe: Recipe, out: Path) -> Path | None:
     if manifest.processes != processes.count():
         raise SettingError(
             f"--resume: {out} was trained by {manifest.processes} processes, and there are "
-            f"{processes.count()} now, which "
-            f"would see other rows; start {manifest.processes}, or start anew in another --out"
+            f"{processes.count()} now, which would see other rows; start {manifest.processes}, "
+            "or start over in another --out"
         )
     return folder
 
@@ -167,19 +167,18 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     saved = paths.named(out, "--out") / RECIPE
     if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
         raise SettingError(
-            f"--resume: {saved} is no file, so no recipe to go on with; put the run's own back"
+            f"--resume: {saved} is not a file, so there is no recipe to resume with; put the run's "
+            "own back"
         )
     if not out or not saved.is_file():
         return read_recipe(path, flags)
     given |= said(flags) | {"out": out}
     recipe, wanted = read_recipe(saved, {"out": out}), read_recipe(saved, given)
     for name in given:
-        if getattr(wanted, name) not in checkpoint_manifest.OPEN and getattr(
-            wanted, name
-        ) != getattr(recipe, name):
+        value = getattr(wanted, name)
+        if value not in checkpoint_manifest.OPEN and value != getattr(recipe, name):
             raise SettingError(
                 f"--resume goes on with {saved}, where {name} is {getattr(recipe, name)!r}, not "
-                f"{getattr(wanted, name)!r}; "
-                "to change it, start anew in another --out"
+                f"{getattr(wanted, name)!r}; to change it, start over in another --out"
             )
     return recipe

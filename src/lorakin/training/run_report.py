@@ -41,7 +41,7 @@ def show_run(run: PreparedRun) -> None:
         warn(
             console,
             f"{twice} of {len(run.held_out.examples)} held-out rows are trained on, too: the "
-            "held-out figures will look better than they are. Remove rows that stand twice, or "
+            "held-out figures will look better than they are. Remove duplicate rows, or "
             "give other rows with --eval-data",
         )
     if run.train.dropped:

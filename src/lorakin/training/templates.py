@@ -50,7 +50,7 @@ class Endings:
     Attributes:
         last: after the last answer of a conversation.
         inner: after one that others follow.
-        before: between the opening of an answer and its first character, often nothing.
+        before: between the generation prompt and an answer's first character, often nothing.
     """
 
     last: str
@@ -88,7 +88,7 @@ class Template:
         Args:
             messages: each with a role and content.
             tools: JSON schemas of functions that may be called.
-            answer_next: whether the opening of an answer follows.
+            answer_next: whether the generation prompt follows.
 
         Raises:
             DataError: the template does not take such a conversation.
@@ -116,10 +116,8 @@ class Template:
             raise
         except Exception as error:  # a chat template raises whatever it likes about a conversation
             if any("tool_calls" in turn for turn in turns):
-                with (
-                    contextlib.suppress(Exception),
-                    bounded("the chat template"),
-                ):  # some take the arguments of calls as JSON text alone
+                # Some templates take the arguments of calls only as JSON text.
+                with contextlib.suppress(Exception), bounded("the chat template"):
                     return written([_with_json_arguments(turn) for turn in turns])
             raise DataError(
                 f"the chat template does not take it: {str(error) or type(error).__name__}"
@@ -200,7 +198,7 @@ class Template:
     def probe(self, turns: int) -> str | None:
         """Returns how it writes the first turns of a short exchange, rendered once.
 
-        With one turn, the opening of the answer follows. None if it does not take the exchange.
+        With one turn, the generation prompt follows. None if it does not take the exchange.
 
         Args:
             turns: 1, the question; 2, the answer too; 3, a second question too.

@@ -139,7 +139,7 @@ def _named(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _left(run: PreparedRun) -> str:
-    """Says what a run that could not write can go on from."""
+    """Says what a run that could not write can resume from."""
     with contextlib.suppress(LorakinError):
         if last := checkpoints.last_checkpoint(run.out / run_directory.CHECKPOINTS):
             return f"{last.name} is whole"
@@ -159,8 +159,8 @@ def _first_evaluation(run: PreparedRun, metrics: Metrics) -> Evaluation:
         if row.get("rows", run.rows) != run.rows:
             raise DataError(
                 f"--resume: the rows of {', '.join(run.recipe.data)}, or how they are tokenised, "
-                f"have changed since {run.out} was begun, so it would go on with others; put them "
-                "back, or start anew in another --out"
+                f"have changed since {run.out} was begun, so it would train on others; put them "
+                "back, or start over in another --out"
             )
         return Evaluation(row["eval_loss"], int(row["eval_count"]), row.get("eval_accuracy"))
     with run.adapter.disabled():

@@ -123,29 +123,25 @@ class AdapterTraining:
         if manifest.processes != self.args.world_size:
             warnings.warn(
                 f"{folder} was saved by {manifest.processes} processes, and there are "
-                f"{self.args.world_size} now: what is "
-                "drawn at random from here on is other than it would have been",
+                f"{self.args.world_size} now: what is drawn at random from here on is other than "
+                "it would have been",
                 LorakinWarning,
                 stacklevel=4,
             )
         return str(folder)
 
     def _keep_whole(self, checkpoint: str | None) -> None:
-        """Keeps ZeRO-3 from cutting the adapters' tensors, and lets them see its steps."""
-        if (
-            checkpoint is not None
-        ):  # DeepSpeed's files hold tensors, the adapters' what the rules remember
+        """Keeps ZeRO-3 from sharding the adapters' tensors, and lets them see its steps."""
+        # DeepSpeed's files hold the tensors; the adapter's files hold what the rules remember.
+        if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
         zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         if not zero.get("stage"):  # then torch's own optimizer steps over the adapters' tensors
             return
-        largest, set_to = (
-            max(p.numel() for a in self._trained() for p in a.parameters()),
-            zero.get(PERSISTENT, "auto"),
-        )
-        zero[PERSISTENT] = max(
-            largest, set_to if isinstance(set_to, int) else 100_000
-        )  # which is DeepSpeed's own
+        largest = max(p.numel() for a in self._trained() for p in a.parameters())
+        set_to = zero.get(PERSISTENT, "auto")
+        # 100,000 is DeepSpeed's own default.
+        zero[PERSISTENT] = max(largest, set_to if isinstance(set_to, int) else 100_000)
         self.callback_handler.pop_callback(Following)
         self.add_callback(Following(self._trained()))
 
@@ -202,9 +198,8 @@ class AdapterTraining:
             super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if (
-            self.is_deepspeed_enabled
-        ):  # whose engine knows the tensors that there were when it was made
+        # DeepSpeed's engine knows the tensors that there were when it was made.
+        if self.is_deepspeed_enabled:
             self.model_wrapped.param_names = {p: name for name, p in self.model.named_parameters()}
         with self._without("is_fsdp_enabled"):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

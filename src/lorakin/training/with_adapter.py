@@ -1,4 +1,4 @@
-"""A base model together with an adapter that was saved: as what the adapter was trained on."""
+"""A base model with a saved adapter, loaded as the class the adapter was trained on."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _path(source: ForeignFile, name: str, paths: Mapping[str, list[str]]) -> str
 
 
 def _check_shapes(source: ForeignFile, name: str, path: str, slots: Mapping[str, Tensor]) -> None:
-    """See that the kernel is the module's, and that magnitudes lie along the outputs."""
+    """Checks that the kernel is the module's, and that magnitudes lie along the outputs."""
     module, shape = source.module(path)
     if shape.lookup:
         raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")

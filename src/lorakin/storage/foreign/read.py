@@ -96,7 +96,7 @@ def _file_at(path: Path) -> Path:
 def _tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix not in (".safetensors", *PICKLES):
         raise AdapterError(
-            f"{file} is no file of tensors; expected .safetensors, {', '.join(PICKLES)}"
+            f"{file} is not a file of tensors; expected .safetensors, {', '.join(PICKLES)}"
         )
     if file.suffix != ".safetensors":
         return tensors_of(file)

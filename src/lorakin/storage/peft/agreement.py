@@ -25,7 +25,7 @@ def check_agreement(
     theirs: Mapping[str, Slots],
     where: str,
 ) -> None:
-    """See that the pairs of lorakin's own tensors are those that PEFT's files hold.
+    """Checks that the pairs of lorakin's own tensors are those that PEFT's files hold.
 
     Args:
         document: with lorakin's own tensors.

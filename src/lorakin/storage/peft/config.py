@@ -100,9 +100,7 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
     try:
         method = _method_of_peft(form, config, said) if own is None else _method_of_own(own, said)
     except (TypeError, SettingError) as error:
-        raise AdapterError(
-            f"{where}: its settings make no method of this version: {error}"
-        ) from None
+        raise AdapterError(f"{where}: its settings do not make a valid method: {error}") from None
     _check_flags(form, config, method, where)
     return method
 

@@ -1,13 +1,12 @@
-"""Which side of an expert parameter (experts, a, b) is its inputs: PEFT changed its mind twice.
+"""Which side of an expert parameter (experts, first, last) is its inputs; PEFT changed it twice.
 
-The change of the parameter is
+    PEFT              inputs, where transformers says `is_transposed`    inputs elsewhere
+    up to 0.18        first side                                         first side
+    0.19.0            last side                                          first side
+    from 0.19.1 on    first side                                         last side
 
-    PEFT                   where transformers says `is_transposed`    elsewhere
-    up to 0.18             (B·A)ᵀ: a is taken for the inputs          (B·A)ᵀ
-    0.19.0                 B·A: b is                                  (B·A)ᵀ
-    from 0.19.1 on         (B·A)ᵀ                                     B·A
-
-The shapes in a file tell which it was, unless every parameter is square. Then `peft_version` does,
+If the inputs are the first side, the change of a matrix is (B·A)ᵀ; if the last, it is B·A. The
+shapes in a file show which it was, unless every parameter is square. Then `peft_version` shows it,
 which PEFT writes since 0.18. A router's weight has two dimensions and is a linear layer's in all
 of them.
 """

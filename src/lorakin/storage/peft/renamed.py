@@ -1,4 +1,4 @@
-"""Adapters made under another transformers, in which modules had other names or weights.
+"""Adapters from older transformers versions, whose modules were renamed or merged since.
 
 To load older checkpoints, transformers knows how their weights became those of today's models. What
 it does with a module's weight is done here with the module's pair:

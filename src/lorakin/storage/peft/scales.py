@@ -10,7 +10,7 @@ from lorakin.family import Method
 from lorakin.inject.patterns import resolve
 
 PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-"""Field with values of single modules → the field with everyone's."""
+"""Per-module field → the field with the default."""
 
 
 class PairScale(NamedTuple):

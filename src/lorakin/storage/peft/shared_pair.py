@@ -149,7 +149,6 @@ def _check_drawn(
         base = next(iter(targets.values())).weight
         raise AdapterError(
             f"{where}: the projections drawn again from seed {method.setting('seed')} are not "
-            "those that the adapter was trained with; the base's dtype "
-            f"({base.dtype}) or the adapted modules must be others. Load the base in the dtype of "
-            "training"
+            f"those that the adapter was trained with; the base's dtype ({base.dtype}) or the "
+            "adapted modules must be others. Load the base in the dtype of training"
         )

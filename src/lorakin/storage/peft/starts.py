@@ -2,7 +2,7 @@
 
 | start (`init_lora_weights`) | the base weight | the file holds |
 |---|---|---|
-| true, false, null, gaussian, orthogonal, eva, mica | as it was | the plain pair |
+| true, false, null, gaussian, orthogonal, eva, mica, lora_fa | as it was | the plain pair |
 | pissa, olora | less s·B₀·A₀, the start | a pair for that base; PEFT makes the start again |
 | pissa_niter_N | the same, of a random draw | the same, but PEFT draws another start at load |
 | corda | less s·B₀·A₀, made of data | a pair for that base; PEFT needs the data again |
@@ -79,7 +79,7 @@ def warning(config: Mapping[str, Any]) -> str | None:
 def without_training(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without those of what acts only while training.
 
-    They may be there although the config no longer says so, if it was written anew.
+    They may be there although the config no longer says so, if it was written again.
     """
     names = set(TRAINING.values())
     return {key: tensor for key, tensor in tensors.items() if names.isdisjoint(key.split("."))}

@@ -27,7 +27,7 @@ def check_targets(
     former: Mapping[str, list[str]],
     where: str,
 ) -> None:
-    """See that every module that the config targets has its tensors, and the other way round.
+    """Checks that every module that the config targets has its tensors, and the other way round.
 
     Args:
         modules: the model's modules by path.

@@ -97,7 +97,7 @@ def check_shapes(
     rank: int | str,
     where: str,
 ) -> None:
-    """See that a module of the model has PEFT's tensors in PEFT's shapes.
+    """Checks that a module of the model has PEFT's tensors in PEFT's shapes.
 
     Args:
         form: the form of the file.

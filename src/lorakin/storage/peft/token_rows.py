@@ -1,4 +1,4 @@
-"""Rows of tokens in PEFT's files, and the tables that PEFT adds if a vocabulary was resized.
+"""Token rows in PEFT's files, and the tables that PEFT adds if a vocabulary was resized.
 
 PEFT calls them `trainable_token_indices`. Its `trainable_tokens_delta` (k, dim) holds the rows
 themselves, not differences, in the order of the config's ids.
@@ -106,7 +106,7 @@ def taken(
     vocabulary: Mapping[str, str],
     where: str,
 ) -> Taken:
-    """Match rows of tokens, and tables of the base that PEFT has added, with `model`.
+    """Matches token rows, and tables of the base that PEFT has added, with `model`.
 
     PEFT adds its base's embedding and head when the vocabulary was resized. The rows there that
     this base does not have become the adapter's: a resize fills new rows at random.
@@ -116,8 +116,8 @@ def taken(
         modules: its modules by path.
         config: PEFT's.
         tensors: by key without PEFT's prefix.
-        slots: paths of modules that have pairs, which can have no rows, and
-        copies: of those that are trained whole.
+        slots: paths of modules that have pairs; they cannot have token rows.
+        copies: paths of modules that are trained whole; they cannot have token rows either.
         vocabulary: parameter's name → its sample in the base's fingerprint, where one is known.
         where: for errors.
 

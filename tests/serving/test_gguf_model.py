@@ -227,10 +227,10 @@ class TestModel:
 
     @pytest.mark.model
     def test_smollm2_is_written_as_the_package_has_it(self, tmp_path: Path) -> None:
-        from lorakin.training import models as training_models
+        from lorakin.training import model_sources
 
-        original = training_models.packaged("smollm2")
-        source = training_models.directory_of("smollm2")
+        original = model_sources.packaged("smollm2")
+        source = model_sources.directory_of("smollm2")
         config = transformers.AutoConfig.from_pretrained(source)
         config.num_hidden_layers = 2  # the first of 30
         every = load_file(source / "model.safetensors")

@@ -37,6 +37,8 @@ STEPS = 12
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 6, "target_rank": 3, "start": 2, "finish": 4},
     "delta-lora": {"start_step": 4},
+    "lora-ga": {"rank": 4},
+    "lora-xs": {"rank": 4},
     "lora-drop": {"keep": 5, "probe_epochs": 1, "sample": 0.5},
     "vera": {"rank": 16},
 }
@@ -117,7 +119,7 @@ def test_killed_at_any_moment(recipe: Callable[..., Recipe]) -> None:
             begun = time.monotonic()
             child = start(recipe(words, f"{words}-whole"))
             child.join()
-            assert child.exitcode == 0
+            assert child.exitcode == 0, words
             whole[words] = (
                 tensors(Path(recipe(words, f"{words}-whole").out)),
                 time.monotonic() - begun,

@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    # the site's reader of source code does not follow the `__all__ +=` of public.py
+    from lorakin.family.members import *  # noqa: F403
     from lorakin.public import *  # noqa: F403
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import attachments_of
-from lorakin.inject.layers import QuantisedLayer
+from lorakin.inject.layer_kinds import QuantisedLayer
 from lorakin.training import train as training
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.recipe import Recipe

@@ -16,15 +16,15 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
 from lorakin.family.pair import is_imagined
 from lorakin.inject import placement
-from lorakin.inject.activation import activate
 from lorakin.inject.activation_norms import energies
+from lorakin.inject.active_adapters import activate
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import start_of
-from lorakin.inject.eval_mode import in_mode
 from lorakin.inject.measuring import check_called, measure
 from lorakin.inject.model_registry import adapters_in, root_of
+from lorakin.inject.module_mode import in_mode
 from lorakin.inject.targets import ALL_LINEAR, Targets, new_heads
-from lorakin.inject.tokens import Tokens, base_rows
+from lorakin.inject.trainable_tokens import Tokens, base_rows
 from lorakin.loop import float16_base
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]

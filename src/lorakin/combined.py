@@ -18,7 +18,7 @@ from lorakin.family.settings import is_finite_number
 from lorakin.inject.attachments import base_state
 from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
 from lorakin.inject.model_registry import root_of
-from lorakin.inject.tokens import TokenRows, base_rows, ids_at, tied_rows
+from lorakin.inject.trainable_tokens import TokenRows, base_rows, ids_at, tied_rows
 from lorakin.switching import adapters
 
 Key = TypeVar("Key")

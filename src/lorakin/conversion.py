@@ -18,10 +18,10 @@ from lorakin.family import Pair, all_finite
 from lorakin.family.low_rank import Fit, nearest, padded, root_of_samples
 from lorakin.family.settings import is_finite_number
 from lorakin.inject.calibration_inputs import input_samples
-from lorakin.inject.layers import LinearLayer, TransposedLayer
+from lorakin.inject.layer_kinds import LinearLayer, TransposedLayer
 from lorakin.inject.model_registry import root_of
-from lorakin.inject.tokens import TokenRows
-from lorakin.saved import placed
+from lorakin.inject.trainable_tokens import TokenRows
+from lorakin.loading import placed
 from lorakin.storage.document import Document
 from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match

@@ -25,7 +25,7 @@ from lorakin.family.members import __all__ as _members
 from lorakin.inject.llama_fusions import fuse, unfuse
 from lorakin.inject.reference import reference
 from lorakin.inject.status import Status, status
-from lorakin.saved import load
+from lorakin.loading import load
 from lorakin.switching import activate, adapters, merge, mixed_batch
 
 __all__ = [

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakin.adapter import Adapter
-from lorakin.inject.activation import activate as use
-from lorakin.inject.merging import merge as merge_for_good
+from lorakin.inject.active_adapters import activate as use
+from lorakin.inject.effect import merge as merge_for_good
 from lorakin.inject.mixed_batch import MixedBatch
 from lorakin.inject.model_registry import adapters_in, root_of
 

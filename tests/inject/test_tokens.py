@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import MEMBERS, randomise, tiny_bert, tiny_gpt2, tiny_llama
-from lorakin.inject.tokens import TokenRows
+from lorakin.inject.trainable_tokens import TokenRows
 
 IDS = [5, 6]
 BOTH = {"embed_tokens": IDS, "lm_head": IDS}

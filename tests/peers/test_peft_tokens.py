@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import MEMBERS, randomise, tiny_gpt2, tiny_llama
-from lorakin.inject.tokens import TokenRows
+from lorakin.inject.trainable_tokens import TokenRows
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft")]

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from lorakin.family import Pair
-from lorakin.inject.layers import kind_of
+from lorakin.inject.layer_kinds import kind_of
 from peers import llama_cpp
 from serving.words import ROWS
 

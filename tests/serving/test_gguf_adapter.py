@@ -19,7 +19,7 @@ from lorakin.errors import (
     SettingError,
 )
 from lorakin.family import Pair
-from lorakin.inject.layers import EmbeddingLayer, kind_of
+from lorakin.inject.layer_kinds import EmbeddingLayer, kind_of
 from lorakin.serving.gguf_adapter import read_adapter, write_adapter
 from lorakin.serving.gguf_format import ARCHITECTURES, skeleton
 from lorakin.serving.gguf_model import write_model

@@ -16,7 +16,7 @@ import lorakin as lk
 from conftest import randomise
 from inject.test_ties import BERT, PAIRS, T5
 from lorakin.cli.app import run
-from lorakin.inject.merge import folded
+from lorakin.inject.folding import folded
 from lorakin.serving.export import export
 from lorakin.serving.inputs import inputs_of, random_inputs
 from lorakin.serving.job import Order
@@ -153,7 +153,7 @@ def test_a_fault_in_what_was_written_is_found(
         return torch.nn.Parameter(folded(*args, **kwargs).detach() * 1.5, requires_grad=False)
 
     monkeypatch.setattr("lorakin.serving.merged.folded", lambda *args: wrong(*args).detach())
-    monkeypatch.setattr("lorakin.inject.merge.folded", wrong)
+    monkeypatch.setattr("lorakin.inject.folding.folded", wrong)
     with pytest.raises(lk.VerificationError):
         export(
             Order(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
-from lorakin.inject.tokens import TokenRows
+from lorakin.inject.trainable_tokens import TokenRows
 from lorakin.serving.export import export
 from lorakin.serving.job import Order
 from lorakin.training import prepare_trainer

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakin.adapter import Adapter
 from lorakin.family.slots import scale_of_ranks
-from lorakin.inject.layers import kind_of
+from lorakin.inject.layer_kinds import kind_of
 from lorakin.inject.placement import own_weight
 
 MOMENTS = 4

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorakin.inject.branch import Branch
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.layers import ConvolutionLayer
+from lorakin.inject.layer_kinds import ConvolutionLayer
 from lorakin.inject.measuring import Run, check_called, inputs_of
 
 

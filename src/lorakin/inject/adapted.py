@@ -29,14 +29,14 @@ from lorakin.inject.biases import as_the_bases
 from lorakin.inject.branch import Branch, Copy, brought
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
-from lorakin.inject.layers import (
+from lorakin.inject.layer_kinds import (
     ExpertLayer,
     LinearLayer,
     QuantisedLayer,
     has_own_forward,
     kind_of,
 )
-from lorakin.inject.rows import TokenRowsBranch, WithRows
+from lorakin.inject.token_rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
 from lorakin.kernels import adapted_linear as kernel
 

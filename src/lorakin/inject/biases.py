@@ -22,8 +22,8 @@ from lorakin.inject.targets import named_modules
 from lorakin.kernels.autograd import PLAIN
 
 if TYPE_CHECKING:
+    from lorakin.inject.folding import Placed
     from lorakin.inject.inserted import InsertedAdapter
-    from lorakin.inject.merge import Placed
 
 NONE, ADAPTED, ALL = "none", "lora_only", "all"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakin.family import Method, Pair, Shape, Slot, Slots, Weight, widened
 from lorakin.inject.attachments import BIAS, attachments_of
-from lorakin.inject.layers import Layer, LinearLayer, kind_of
+from lorakin.inject.layer_kinds import Layer, LinearLayer, kind_of
 from lorakin.kernels.adapted_linear import LinearChange, Ready, ScaledPair
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.inject.activation import activate
+from lorakin.inject.active_adapters import activate
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.measuring import LINEAR, inputs_of, unpadded
 from lorakin.inject.model_registry import adapters_in

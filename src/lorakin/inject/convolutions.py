@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.family import Pair, Shape
-from lorakin.inject.layer import Layer
+from lorakin.inject.layer_kind import Layer
 
 
 class ConvolutionLayer(Layer):

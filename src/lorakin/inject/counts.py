@@ -14,7 +14,7 @@ from lorakin.inject.branch import Copy, trains
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.model_registry import adapters_in
 from lorakin.inject.quantised import is_quantised, shape_of
-from lorakin.inject.rows import TokenRowsBranch
+from lorakin.inject.token_rows import TokenRowsBranch
 
 Whether = bool | Literal["irregular"]
 """True for all, False for none, "irregular" for some."""

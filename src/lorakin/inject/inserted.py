@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Method, Slot
-from lorakin.inject import layers, quantised
-from lorakin.inject.activation import activate
+from lorakin.inject import layer_kinds, quantised
+from lorakin.inject.active_adapters import activate
 from lorakin.inject.adapted import (
     Child,
     attach,
@@ -26,14 +26,14 @@ from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_p
 from lorakin.inject.biases import bias_of, start_of
 from lorakin.inject.branch import Branch, Copy, trains
 from lorakin.inject.buffers import own_copy
-from lorakin.inject.layers import UngroupedLayer
-from lorakin.inject.merging import Merging, check_unmixed, check_unmoved
+from lorakin.inject.effect import Merging, check_unmixed, check_unmoved
+from lorakin.inject.layer_kinds import UngroupedLayer
 from lorakin.inject.model_registry import Registry, mark_base, registry_of
 from lorakin.inject.placement import Placement
 from lorakin.inject.run import WATCHERS, AdapterRun
 from lorakin.inject.tensors import AdapterTensors
 from lorakin.inject.threads import alone
-from lorakin.inject.tokens import base_rows, rows_for
+from lorakin.inject.trainable_tokens import base_rows, rows_for
 
 
 class InsertedAdapter:
@@ -123,7 +123,9 @@ class InsertedAdapter:
         children: dict[str, Child] = {}
         for path, method in self.placement.methods.items():
             module = modules[path]
-            kind = UngroupedLayer if path in self.placement.ungrouped else layers.kind_of(module)
+            kind = (
+                UngroupedLayer if path in self.placement.ungrouped else layer_kinds.kind_of(module)
+            )
             assert kind is not None
             shape = kind.shape(module)
             slots = method.slots_at(path, shape)

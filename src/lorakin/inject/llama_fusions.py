@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class
-from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.module_mode import in_mode
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
 from lorakin.kernels.lazy_logits import LazyLogits
 from lorakin.kernels.rebuilding import Rebuilding

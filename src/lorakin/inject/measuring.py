@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError
 from lorakin.family import GRADIENTS, INPUTS, Collector
 from lorakin.inject.adapted import module_at
-from lorakin.inject.eval_mode import in_mode
-from lorakin.inject.layers import (
+from lorakin.inject.layer_kinds import (
     ExpertLayer,
     LinearLayer,
     QuantisedLayer,
     TransposedLayer,
     kind_of,
 )
+from lorakin.inject.module_mode import in_mode
 
 Run = Callable[[Any, Any], Any]
 """(model, batch) → what the model makes of it: a loss, where gradients are measured."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
-from lorakin.inject.activation import check_switchable
+from lorakin.inject.active_adapters import check_switchable
 from lorakin.inject.attachments import Attachments, attachments_of
 from lorakin.inject.branch import Branch
-from lorakin.inject.layers import LinearLayer, QuantisedLayer, TransposedLayer
+from lorakin.inject.layer_kinds import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.inject.model_registry import hanging
-from lorakin.inject.rows import put
 from lorakin.inject.threads import changing, chosen, chosen_before, spoil
+from lorakin.inject.token_rows import put
 
 FEW_TOKENS = 4
 """Up to this many tokens per row, masking costs less than picking."""

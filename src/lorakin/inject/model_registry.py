@@ -18,8 +18,8 @@ from lorakin.inject.attachments import (
     base_parameters,
     ours,
 )
-from lorakin.inject.before_forward import BeforeForward
 from lorakin.inject.buffers import Buffers
+from lorakin.inject.model_hooks import ModelHooks
 from lorakin.inject.ties import Ties
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Registry:
     ties: Ties | None = None
     flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     laid_out: list[nn.Module] = dataclasses.field(default_factory=list)
-    before_forward: BeforeForward | None = None
+    model_hooks: ModelHooks | None = None
     buffers: Buffers = dataclasses.field(default_factory=Buffers)
     ignored: dict[nn.Module, set[str]] = dataclasses.field(default_factory=dict)
     """What `_keys_to_ignore_on_save` of a module holds that is lorakin's."""
@@ -133,14 +133,14 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
             model_like._keys_to_ignore_on_save = others | own
     if registry.adapters and registry.hook is None:
         registry.flags = quantised.take_flags(model)
-        registry.before_forward = BeforeForward(model, registry.adapters)
+        registry.model_hooks = ModelHooks(model, registry.adapters)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
         registry.ties = Ties(model)
     hold(model, registry)
     if not registry.adapters:
         registry.hook.remove()
-        if registry.before_forward is not None:
-            registry.before_forward.remove()
+        if registry.model_hooks is not None:
+            registry.model_hooks.remove()
         vars(model).update(registry.flags)
         quantised.give_back(registry.laid_out)
         for key, parameter in base_parameters(model):
@@ -150,10 +150,10 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
 
 def hold(model: nn.Module, registry: Registry) -> None:
     """Let the model check before each forward that its adapted modules are still there."""
-    if registry.before_forward is not None:
+    if registry.model_hooks is not None:
         paths = [p for adapter in registry.adapters.values() for p in adapter.tensors.paths()]
         called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
-        registry.before_forward.hold(model, (p for p in called if is_adapted(module_at(model, p))))
+        registry.model_hooks.hold(model, (p for p in called if is_adapted(module_at(model, p))))
 
 
 def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:

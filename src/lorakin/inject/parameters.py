@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorakin.errors import TargetError
 from lorakin.family.pair import whole_shape
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_parameters
 from lorakin.inject.experts import ExpertMatrix
 
@@ -39,7 +39,7 @@ def names(module: nn.Module) -> list[str]:
     >>> names(attention), names(nn.Linear(2, 2))
     (['in_proj_weight'], [])
     """
-    if layers.kind_of(module) is not None:
+    if layer_kinds.kind_of(module) is not None:
         return []
     held = module._parameters.items()
     return [name for name, p in held if p is not None and _dimensions(p) in (2, 3)]
@@ -76,7 +76,7 @@ def meant(model: nn.Module, pattern: str, selected: Iterable[str]) -> list[str]:
         path = whole if whole in held else whole.rpartition(".")[0]  # one matrix of a stack
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
-        kind = layers.kind_of(module)
+        kind = layer_kinds.kind_of(module)
         if kind is not None and not isinstance(module, ExpertMatrix) and name == "weight":
             found.append(owner)
             continue

@@ -9,7 +9,7 @@ from torch import nn
 from lorakin.errors import StateError
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import Attachments, attachments_of
-from lorakin.inject.before_forward import exchanged
+from lorakin.inject.model_hooks import exchanged
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter

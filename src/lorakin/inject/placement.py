@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family import Method, Shape, Target
-from lorakin.inject import layers, parameters
+from lorakin.inject import layer_kinds, parameters
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import attachments_of
 from lorakin.inject.biases import NONE as NO_BIASES
 from lorakin.inject.biases import find_biases
-from lorakin.inject.layers import ExpertLayer
+from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.patterns import Values
 from lorakin.inject.targets import (
     ALL_LINEAR,
@@ -28,7 +28,7 @@ from lorakin.inject.targets import (
     for_stacks,
     select,
 )
-from lorakin.inject.tokens import TokenRows, Tokens, check_free, find_tokens, places_of
+from lorakin.inject.trainable_tokens import TokenRows, Tokens, check_free, find_tokens, places_of
 from lorakin.inject.whole_modules import find_modules
 
 
@@ -93,7 +93,7 @@ def place(
     stacks = {
         path.rpartition(".")[0]
         for path in paths
-        if layers.kind_of(module_at(model, path)) is ExpertLayer
+        if layer_kinds.kind_of(module_at(model, path)) is ExpertLayer
     }
     attentions = {path for path in map(parameters.attention_of, stacks) if path}
     rank_pattern = for_stacks(for_stacks(rank_pattern, attentions, parameters.PART), stacks)
@@ -203,7 +203,7 @@ def placement_for(
 
 def target_of(module: nn.Module) -> Target:
     """The module's shape and its base weight as a matrix, also while adapters are merged."""
-    kind = layers.kind_of(module)
+    kind = layer_kinds.kind_of(module)
     assert kind is not None
     return Target(kind.shape(module), kind.weight(module))
 
@@ -213,7 +213,7 @@ def own_weight(module: nn.Module) -> Tensor:
 
     It is the base's own also while adapters are merged or have moved it.
     """
-    kind = layers.kind_of(module)
+    kind = layer_kinds.kind_of(module)
     assert kind is not None
     aside = attachments_of(module).unmoved.get("weight") if is_adapted(module) else None
     weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())

@@ -15,7 +15,7 @@ from lorakin.family.settings import is_finite_number
 from lorakin.inject import quantised
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import attachments_of
-from lorakin.inject.merge import set_merged
+from lorakin.inject.folding import set_merged
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from lorakin.errors import LorakinWarning, TargetError
-from lorakin.inject import experts, layers, parameters
+from lorakin.inject import experts, layer_kinds, parameters
 from lorakin.inject.attachments import Adapters, ours
 from lorakin.inject.layer_numbers import in_layers
 from lorakin.inject.linear_regex import NoPatternError, PatternError
@@ -159,7 +159,7 @@ def select(
 
     named: set[str] = set()
     if _is_function(targets):
-        usable = [(path, module) for path, module in free.items() if layers.kind_of(module)]
+        usable = [(path, module) for path, module in free.items() if layer_kinds.kind_of(module)]
         chosen = [path for path, module in usable if targets(path, module)]  # type: ignore[operator]
     else:
         wanted = set(_all_linear(model, free)) if ALL_LINEAR in patterns else set()
@@ -174,7 +174,7 @@ def select(
     if layer_indices is not None:
         chosen = in_layers(chosen, layer_indices)
     for path in chosen:
-        if path in named and (reason := layers.refusal(free[path])):
+        if path in named and (reason := layer_kinds.refusal(free[path])):
             raise TargetError(
                 f"{path} cannot be adapted: it is {reason}. Leave it out with exclude={path!r}"
             )
@@ -203,7 +203,7 @@ def _nothing_selected(
 ) -> str:
     """Returns the message for targets that select no layer."""
     described = ", ".join(patterns) or "the targets function"
-    kinds = sorted({type(m).__name__ for m in free.values() if layers.kind_of(m)})
+    kinds = sorted({type(m).__name__ for m in free.values() if layer_kinds.kind_of(m)})
     there = f"its layers that can be adapted are of type {', '.join(kinds)}"
     there = there if kinds else "it has none to adapt"
     return f"{described} selects no layer of {type(model).__name__}; {there}"
@@ -240,7 +240,9 @@ def new_heads(model: nn.Module, reached: Iterable[str]) -> list[str]:
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return []
     reached = tuple(reached)
-    heads = [path for path in head_of(model) if not layers.is_container(model.get_submodule(path))]
+    heads = [
+        path for path in head_of(model) if not layer_kinds.is_container(model.get_submodule(path))
+    ]
     new = []
     for path in heads:
         if is_inside(path, [other for other in heads if other != path]):
@@ -256,7 +258,9 @@ def new_heads(model: nn.Module, reached: Iterable[str]) -> list[str]:
 def _all_linear(model: nn.Module, free: Mapping[str, nn.Module]) -> list[str]:
     """Returns the linear layers among `free`, without the head and gates."""
     head = head_of(model)
-    linear = (path for path, m in free.items() if layers.is_linear(m) and not layers.is_gate(m))
+    linear = (
+        path for path, m in free.items() if layer_kinds.is_linear(m) and not layer_kinds.is_gate(m)
+    )
     return [path for path in linear if not is_inside(path, head)]
 
 
@@ -310,13 +314,13 @@ def _matching(
 ) -> list[str]:
     """Returns the paths that `pattern` selects among the layers that can be adapted."""
     found = _matching_modules(pattern, free)
-    usable = [path for path in found if layers.kind_of(free[path])]
+    usable = [path for path in found if layer_kinds.kind_of(free[path])]
     if usable:
         return usable
     if found:
-        inside = [p for p in free if is_inside(p, found) and layers.kind_of(free[p])]
+        inside = [p for p in free if is_inside(p, found) and layer_kinds.kind_of(free[p])]
         hint = f"; it holds {', '.join(dict.fromkeys(map(last_name, inside)))}" if inside else ""
-        reason = layers.refusal(free[found[0]])
+        reason = layer_kinds.refusal(free[found[0]])
         raise TargetError(f"target {pattern!r} selects {found[0]}, but that is {reason}{hint}")
     if whole := matching(pattern, reserved):
         raise TargetError(
@@ -331,13 +335,13 @@ def _matching(
         raise TargetError(
             f"target {pattern!r} matches no module; {stack} holds the experts 0 to {highest}"
         )
-    adaptable = [path for path, module in free.items() if layers.kind_of(module)]
+    adaptable = [path for path, module in free.items() if layer_kinds.kind_of(module)]
     raise TargetError(f"target {pattern!r} matches no module; {near(pattern, adaptable)}")
 
 
 def _without_refused(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """Leaves out layers that cannot be adapted, with a warning of which and why."""
-    refused = {path: reason for path in chosen if (reason := layers.refusal(modules[path]))}
+    refused = {path: reason for path in chosen if (reason := layer_kinds.refusal(modules[path]))}
     for path, reason in refused.items():
         warnings.warn(f"{path} is left out: it is {reason}", LorakinWarning, stacklevel=5)
     return [path for path in chosen if path not in refused]

@@ -12,12 +12,12 @@ from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import is_adapted, module_at, resized
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
 from lorakin.inject.branch import Branch, Copy
-from lorakin.inject.layers import ExpertLayer
+from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.model_registry import registry_of
 from lorakin.inject.part import Part, attachments_at
 from lorakin.inject.placement import own_weight, target_of
-from lorakin.inject.rows import TokenRowsBranch
-from lorakin.inject.tokens import places_of
+from lorakin.inject.token_rows import TokenRowsBranch
+from lorakin.inject.trainable_tokens import places_of
 
 
 class AdapterTensors(Part):

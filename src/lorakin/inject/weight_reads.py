@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError
 from lorakin.inject.attachments import Attachments
-from lorakin.inject.layers import (
+from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
     LinearLayer,
     QuantisedLayer,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorakin.errors import TargetError
-from lorakin.inject import layers, quantised
+from lorakin.inject import layer_kinds, quantised
 from lorakin.inject.near_names import near
 from lorakin.inject.targets import is_inside, named_modules
 
@@ -44,7 +44,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 def _not_whole(module: nn.Module) -> str | None:
     """Returns why a module cannot be trained whole; None if it can."""
-    if layers.is_container(module):
+    if layer_kinds.is_container(module):
         return f"a {type(module).__name__}, which is never called itself; name the modules in it"
     if any(quantised.is_quantised(part) for part in module.modules()):
         return (

@@ -9,7 +9,7 @@ from typing import Any
 import lorakin
 from lorakin.combined import checked_combination, combine
 from lorakin.family.low_rank import Fit
-from lorakin.saved import load
+from lorakin.loading import load
 from lorakin.serving.output import new_directory, write_report
 from lorakin.serving.verify import check_limit, compare, record, tolerance_for
 from lorakin.training.models import load_model

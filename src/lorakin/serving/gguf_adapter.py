@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import Pair, Shape, all_finite
-from lorakin.inject.layers import kind_of
+from lorakin.inject.layer_kinds import kind_of
 from lorakin.serving.gguf_format import (
     ELSEWHERE,
     EMBEDDING,

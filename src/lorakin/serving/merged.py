@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, ModelError
 from lorakin.family import widened
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import BIAS
-from lorakin.inject.merge import folded
+from lorakin.inject.folding import folded
 from lorakin.inject.ties import FLAG, Parting, groups
-from lorakin.inject.tokens import ids_at
+from lorakin.inject.trainable_tokens import ids_at
 from lorakin.serving.other_files import beside, copy_beside
 from lorakin.serving.tensor_stream import BY_NAME, Kind, write_shard
 from lorakin.storage import sums
@@ -209,7 +209,7 @@ class Merged(Mapping[str, Tensor]):
 
     def _folded(self, path: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
         module, method = self.model.get_submodule(path), self.contents.placement.methods[path]
-        kind = layers.kind_of(module)
+        kind = layer_kinds.kind_of(module)
         assert kind is not None
         if (
             stored.shape != module.weight.shape

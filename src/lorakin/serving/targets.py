@@ -15,7 +15,7 @@ from lorakin.conversion import of_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.inject.description import in_words
-from lorakin.saved import load
+from lorakin.loading import load
 from lorakin.serving import gguf_adapter, gguf_model, ollama
 from lorakin.serving.generation_config import say_where_answers_end
 from lorakin.serving.job import ExportJob

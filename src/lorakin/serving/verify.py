@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError, VerificationError
-from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.module_mode import in_mode
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import stops

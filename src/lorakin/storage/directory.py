@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, LorakinWarning
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.tokens import ids_at
+from lorakin.inject.trainable_tokens import ids_at
 from lorakin.storage import atomic, card, json_files, own_part, texts
 from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import difference, fingerprint

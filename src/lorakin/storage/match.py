@@ -14,10 +14,10 @@ from lorakin.errors import AdapterError, some
 from lorakin.family import Method, Target, all_finite
 from lorakin.family.measure import WEIGHT
 from lorakin.family.pair import is_imagined
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_state
 from lorakin.inject.buffers import misfit_of_buffers
-from lorakin.inject.layers import UngroupedLayer
+from lorakin.inject.layer_kinds import UngroupedLayer
 from lorakin.inject.placement import Placement, target_of
 from lorakin.inject.targets import named_modules
 from lorakin.storage.document import Document, Slots
@@ -286,7 +286,7 @@ def check_paths(
 def check_kinds(modules: Mapping[str, nn.Module], paths: Iterable[str], where: str) -> None:
     """Raise `AdapterError` if one of the modules cannot be adapted."""
     for path in paths:
-        if reason := layers.refusal(modules[path]):
+        if reason := layer_kinds.refusal(modules[path]):
             raise AdapterError(f"{where}: it adapts {path}, but that is {reason}")
 
 

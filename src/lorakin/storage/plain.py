@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lorakin.family import widened
 from lorakin.family.dora import row_norms
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
-from lorakin.inject.layers import Layer, UngroupedLayer
+from lorakin.inject.layer_kinds import Layer, UngroupedLayer
 from lorakin.inject.placement import Placement, own_weight
-from lorakin.inject.tokens import TokenRows
+from lorakin.inject.trainable_tokens import TokenRows
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.peft.forms import plain_method
 from lorakin.storage.peft.scales import whole
@@ -105,7 +105,7 @@ def _alone(path: str) -> str:
 def _is_over_all(module: Any, slots: Slots) -> bool:
     """Whether a grouped convolution's pair reads the inputs of all groups."""
     inputs: int = slots["A"].shape[1]
-    return layers.is_grouped(module) and inputs == UngroupedLayer.shape(module).inputs
+    return layer_kinds.is_grouped(module) and inputs == UngroupedLayer.shape(module).inputs
 
 
 def as_plain(document: Document, model: nn.Module) -> Document:
@@ -138,6 +138,6 @@ def kind_at(document: Document, model: nn.Module, path: str) -> type[Layer]:
     """The kind of layer that the adapted module at `path` is."""
     if path in document.placement.ungrouped:
         return UngroupedLayer
-    kind = layers.kind_of(module_at(model, path))
+    kind = layer_kinds.kind_of(module_at(model, path))
     assert kind is not None
     return kind

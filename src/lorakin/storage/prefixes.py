@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 
 
 class Prefix(NamedTuple):
@@ -58,7 +58,7 @@ def _fits(
         if path.startswith(prefix.there)
         else None
     )
-    kind = None if module is None else layers.kind_of(module)
+    kind = None if module is None else layer_kinds.kind_of(module)
     if module is None or kind is None:
         return False
     down = slots.get("A")

@@ -13,7 +13,7 @@ from lorakin.family.pair import is_sharded
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import bias_of
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.tokens import base_rows
+from lorakin.inject.trainable_tokens import base_rows
 
 
 def check_trained(adapter: InsertedAdapter) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lorakin.errors import DataError
 from lorakin.family.settings import require
-from lorakin.inject.eval_mode import in_mode
+from lorakin.inject.module_mode import in_mode
 from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.chat_templates import use_template

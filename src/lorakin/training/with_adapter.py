@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakin.errors import AdapterError, LorakinWarning, some
-from lorakin.saved import placed
+from lorakin.loading import placed
 from lorakin.storage import directory, hub, texts
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.peft.tasks import is_classifiers

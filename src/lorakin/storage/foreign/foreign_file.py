@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
 from lorakin.family import Shape, all_finite
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.storage.schema import Finite, Misfit, fitted
 
 CONFIG = "adapter_config.json"
@@ -87,9 +87,9 @@ class ForeignFile:
                 f"{type(self.model).__name__} does not have"
             )
         module = self.modules[path]
-        if reason := layers.refusal(module):
+        if reason := layer_kinds.refusal(module):
             raise self.error(f"it adapts {path}, but that is {reason}")
-        kind = layers.kind_of(module)
+        kind = layer_kinds.kind_of(module)
         assert kind is not None
         return module, kind.shape(module)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import AdapterError, some
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = re.compile(
@@ -79,7 +79,7 @@ def _flat_paths(source: ForeignFile) -> dict[str, list[str]]:
     # In transformers 5 a CLIPTextModel has no text_model any more; the files still do.
     is_clip = "text_model" not in source.modules
     for path, module in source.modules.items():
-        if layers.kind_of(module) is not None:
+        if layer_kinds.kind_of(module) is not None:
             flat = path.replace(".", "_")
             for name in (flat, f"text_model_{flat}") if is_clip else (flat,):
                 paths.setdefault(name, []).append(path)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakin.family import members
-from lorakin.inject import layers
-from lorakin.inject.layers import EmbeddingLayer
+from lorakin.inject import layer_kinds
+from lorakin.inject.layer_kinds import EmbeddingLayer
 from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
 
 KEY = r".*\.(lora_[ab]|m)"
@@ -37,7 +37,7 @@ def read(source: ForeignFile) -> Foreign:
         if gains and "m" not in slots:
             raise source.error(f"{path} lacks m, but its config says that magnitudes were trained")
         module, _ = source.module(path)
-        is_embedding = layers.kind_of(module) is EmbeddingLayer
+        is_embedding = layer_kinds.kind_of(module) is EmbeddingLayer
         if is_embedding and "m" in slots:
             raise source.error(
                 f"{path} is an embedding with a magnitude for each word, not for each output, "

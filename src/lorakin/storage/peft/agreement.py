@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError
 from lorakin.family import Pair, Target, widened
 from lorakin.family.low_rank import padded
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.patterns import Values
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.peft.forms import LORA
@@ -65,7 +65,7 @@ def check_agreement(
 
 def _are_same(pair: Pair, theirs: Slots, module: nn.Module) -> bool:
     """Whether A and B in PEFT's file, of scale 1, are this pair."""
-    if layers.is_grouped(module):
+    if layer_kinds.is_grouped(module):
         A, B = (theirs[slot].flatten(1).to(pair.up) for slot in ("A", "B"))
         return _close(pair.up @ pair.down, B @ A)
     # Experts of one stack, and the parts of an attention, all have the highest rank in the file.

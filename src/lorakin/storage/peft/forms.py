@@ -26,7 +26,7 @@ from lorakin.family import (
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.slots import Slot, Slots
-from lorakin.inject.layers import (
+from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
     EmbeddingLayer,
     ExpertLayer,

@@ -8,7 +8,7 @@ groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups
 
 So PEFT computes a change of the weight only where the rows of a group read its own inputs alone.
 It trains them to read others too, which no grouped convolution does, and cannot merge that itself.
-Such an adapter is read as what it is, a pair over all inputs (`layers.UngroupedLayer`).
+Such an adapter is read as what it is, a pair over all inputs (`layer_kinds.UngroupedLayer`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
-from lorakin.inject.layers import is_grouped
+from lorakin.inject.layer_kinds import is_grouped
 from lorakin.inject.placement import own_weight
 from lorakin.storage.peft.scales import PATTERNS, scale_at
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.experts import ExpertMatrix
-from lorakin.inject.layers import ConvolutionLayer, EmbeddingLayer, TransposedLayer
+from lorakin.inject.layer_kinds import ConvolutionLayer, EmbeddingLayer, TransposedLayer
 from lorakin.inject.patterns import Values
 from lorakin.storage.peft.forms import LORA, NAMES, PREFIX, TARGET_PARAMETERS, names
 from lorakin.storage.peft.scales import PATTERNS
@@ -35,7 +35,7 @@ def as_layers(
     out, found, others = dict(tensors), list[str](), set[str]()
     for path, module in model.named_modules():
         hits = {t for name in module._parameters for t in targets if _names(t, path, name)}
-        kind = layers.kind_of(module)
+        kind = layer_kinds.kind_of(module)
         is_layer = kind is not None and not isinstance(module, ExpertMatrix)
         if kind is None or not is_layer or not any(_names(t, path, "weight") for t in hits):
             others |= hits

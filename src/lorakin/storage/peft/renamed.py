@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.storage.peft.scales import PairScale, scale_at
 
 Slots = Mapping[str, Tensor]
@@ -98,7 +98,7 @@ def todays(
 
 def _can_adapt(modules: Mapping[str, nn.Module], path: str) -> bool:
     return path in modules and (
-        layers.kind_of(modules[path]) is not None or f"{path}.weight.0" not in modules
+        layer_kinds.kind_of(modules[path]) is not None or f"{path}.weight.0" not in modules
     )
 
 
@@ -208,7 +208,7 @@ def _joined(
         }, scales[0]
     if place.parts == 1:
         return each[0], scales[0]
-    kind = layers.kind_of(module)
+    kind = layer_kinds.kind_of(module)
     assert kind is not None
     outputs, inputs = kind.shape(module)[:2]
     for (_, name), of_one, scale in zip(there, each, scales, strict=True):

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from lorakin.errors import AdapterError, LorakinWarning, some
-from lorakin.inject import layers
-from lorakin.inject.layers import ExpertLayer
+from lorakin.inject import layer_kinds
+from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.patterns import matches
 
 FIRST, LAST = 1, -1
@@ -45,7 +45,7 @@ def check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return
-    experts = {path for path, m in modules.items() if layers.kind_of(m) is ExpertLayer}
+    experts = {path for path, m in modules.items() if layer_kinds.kind_of(m) is ExpertLayer}
     # Experts are not targeted as modules.
     there = set(slots) - (experts - former.keys())
     whole = tuple(f"{path}." for path in copies)
@@ -53,7 +53,7 @@ def check_targets(
         path
         for path, module in modules.items()
         if path not in experts | former.keys()
-        and layers.kind_of(module)
+        and layer_kinds.kind_of(module)
         and not f"{path}.".startswith(whole)
     ]
     meanings = []
@@ -95,7 +95,7 @@ def _absent_experts(
     )
     for path, names in former.items():
         stack, _, number = path.rpartition(".")
-        if layers.kind_of(modules[path]) is not ExpertLayer:
+        if layer_kinds.kind_of(modules[path]) is not ExpertLayer:
             continue
         for name in names:
             start, _, end = name.rpartition(f".{number}.")

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
-from lorakin.inject import layers
-from lorakin.inject.layers import ConvolutionLayer, Layer
+from lorakin.inject import layer_kinds
+from lorakin.inject.layer_kinds import ConvolutionLayer, Layer
 from lorakin.storage.document import Slots
 from lorakin.storage.peft.forms import PREFIX, Form, names
 
@@ -50,7 +50,7 @@ def in_file(tensor: Tensor, slot: str, module: nn.Module) -> Tensor:
 
 def kernel_of(module: nn.Module) -> tuple[int, ...]:
     """The kernel of a convolution; () for other layers."""
-    if layers.kind_of(module) is not ConvolutionLayer:
+    if layer_kinds.kind_of(module) is not ConvolutionLayer:
         return ()
     kernel = module.kernel_size
     assert isinstance(kernel, tuple)
@@ -111,7 +111,7 @@ def check_shapes(
     Raises:
         AdapterError: a tensor is missing, is one too many, or has another shape or dtype.
     """
-    kind = layers.kind_of(module)
+    kind = layer_kinds.kind_of(module)
     assert kind is not None
     named = names(form, kind)
     wanted = {slot: t for slot, t in fresh.items() if slot in named}

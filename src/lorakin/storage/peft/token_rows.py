@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
-from lorakin.inject.tokens import TokenRows, check_free, own_table, tied_rows
+from lorakin.inject.trainable_tokens import TokenRows, check_free, own_table, tied_rows
 from lorakin.storage.peft.forms import PREFIX, TOKENS
 
 FIELD = "trainable_token_indices"

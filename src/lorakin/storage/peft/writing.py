@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.family.slots import scale_of_ranks, sides_of_ranks
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
-from lorakin.inject.layers import TransposedLayer
+from lorakin.inject.layer_kinds import TransposedLayer
 from lorakin.inject.targets import named_modules
 from lorakin.storage.document import Document
 from lorakin.storage.peft import attention, biases, grouped, stack_experts, token_rows
@@ -66,7 +66,7 @@ def native_form(document: Document, model: nn.Module) -> Form | None:
     kinds = {kind_at(document, model, path) for path in methods}
     if not kinds.issubset(form.layers):
         return None
-    if any(layers.is_grouped(module_at(model, path)) for path in methods):
+    if any(layer_kinds.is_grouped(module_at(model, path)) for path in methods):
         return None
     if not (stack_experts.are_whole(model, methods) and attention.are_whole(model, methods)):
         return None
@@ -77,7 +77,7 @@ def native_form(document: Document, model: nn.Module) -> Form | None:
 def _in_groups(plain: Document, model: nn.Module) -> Document:
     """A plain document with the pairs of grouped convolutions as PEFT has them."""
     modules = {path: module_at(model, path) for path in plain.slots}
-    in_groups = {path: module for path, module in modules.items() if layers.is_grouped(module)}
+    in_groups = {path: module for path, module in modules.items() if layer_kinds.is_grouped(module)}
     if not in_groups:
         return plain
     slots = dict(plain.slots)
@@ -123,7 +123,7 @@ def _files(document: Document, form: Form, model: nn.Module) -> PeftFiles:
 def _heading(document: Document, model: nn.Module) -> dict[str, Any]:
     """The fields that every config has."""
     placement = document.placement
-    kinds = {layers.kind_of(module_at(model, path)) for path in placement.methods}
+    kinds = {layer_kinds.kind_of(module_at(model, path)) for path in placement.methods}
     whole_modules = {*placement.copies, *_wrapped_too(model, placement.copies, placement.methods)}
     return {
         "task_type": task_of(model, whole_modules),

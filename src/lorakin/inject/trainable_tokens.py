@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError, TargetError, some
 from lorakin.family.pair import is_distributed, whole_shape
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import Attachments, attachments_or_none
-from lorakin.inject.layers import EmbeddingLayer, LinearLayer, QuantisedLayer
-from lorakin.inject.rows import TokenRowsBranch
+from lorakin.inject.layer_kinds import EmbeddingLayer, LinearLayer, QuantisedLayer
 from lorakin.inject.targets import named_modules
+from lorakin.inject.token_rows import TokenRowsBranch
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
 RESIZE = (
@@ -185,7 +185,7 @@ def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
         TargetError: they cannot.
         SettingError: it has no such row.
     """
-    if reason := layers.refusal(module) or _without_rows(module):
+    if reason := layer_kinds.refusal(module) or _without_rows(module):
         raise TargetError(f"no rows of {path} can be trained: it is {reason}")
     count = whole_shape(module.weight)[0]
     if strange := [token for token in ids if not 0 <= token < count]:
@@ -197,7 +197,7 @@ def _check(path: str, module: Any, ids: tuple[int, ...]) -> None:
 
 def _without_rows(module: Any) -> str | None:
     """Returns why no rows of a layer can be trained; None if they can."""
-    kind = layers.kind_of(module)
+    kind = layer_kinds.kind_of(module)
     if kind is QuantisedLayer:
         return (
             "quantised; leave it out of that (bitsandbytes: llm_int8_skip_modules; torchao: "
@@ -220,8 +220,8 @@ def _partners(modules: Mapping[str, nn.Module], path: str) -> list[str]:
         held = [leaf for leaf, parameter in module._parameters.items() if parameter is weight]
         if other == path or not held:
             continue
-        is_table = layers.kind_of(module) in (EmbeddingLayer, LinearLayer)
-        if held != ["weight"] or not is_table or layers.refusal(module):
+        is_table = layer_kinds.kind_of(module) in (EmbeddingLayer, LinearLayer)
+        if held != ["weight"] or not is_table or layer_kinds.refusal(module):
             raise TargetError(
                 f"{path} shares its weight with {other}, a {type(module).__name__}, in which rows "
                 "cannot be trained"

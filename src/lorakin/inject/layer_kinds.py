@@ -19,7 +19,7 @@ from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
 from lorakin.inject.convolutions import ConvolutionLayer, UngroupedLayer
 from lorakin.inject.experts import ExpertMatrix
-from lorakin.inject.layer import Layer
+from lorakin.inject.layer_kind import Layer
 
 __all__ = [
     "KINDS",

@@ -25,7 +25,7 @@ FUNCTION = "_gradient_checkpointing_func"
 """The attribute where transformers keeps the function with which a module checkpoints its parts."""
 
 
-class BeforeForward:
+class ModelHooks:
     """The forward pre-hook of an adapted model."""
 
     def __init__(self, model: nn.Module, adapters: dict[str, InsertedAdapter]) -> None:

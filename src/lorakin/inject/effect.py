@@ -13,14 +13,14 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.inject import quantised
 from lorakin.inject.adapted import is_adapted, module_at, swap_moved
 from lorakin.inject.biases import check_biases_apart, tie_merged
-from lorakin.inject.merge import check_for_good, check_together, move_adapters, set_merged
+from lorakin.inject.folding import check_for_good, check_together, move_adapters, set_merged
 from lorakin.inject.model_registry import NONE_HERE, hanging, hold, registry_of
 from lorakin.inject.part import Part, attachments_at
 from lorakin.inject.placement import Placement
 from lorakin.inject.scale import rescaled
 from lorakin.inject.threads import alone, changing, spoil
 from lorakin.inject.ties import Ties
-from lorakin.inject.tokens import keep_ties, places_of
+from lorakin.inject.trainable_tokens import keep_ties, places_of
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -138,7 +138,7 @@ class Merging(Part):
 
         Raises:
             StateError: a merged weight would not be finite (then nothing is merged), the adapter is
-                disabled, or another adapter would compute something else; see `inject/merge.py`.
+                disabled, or another adapter would compute something else; see `inject/folding.py`.
         """
         with changing(self.model):
             self.adapter.require_present()

@@ -9,11 +9,11 @@ from torch import nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.biases import check_biases_apart
-from lorakin.inject.merging import check_unmixed, check_unmoved, placements
+from lorakin.inject.effect import check_unmixed, check_unmoved, placements
 from lorakin.inject.model_registry import NONE_HERE, registry_of
 from lorakin.inject.part import attachments_at
 from lorakin.inject.threads import alone, chosen
-from lorakin.inject.tokens import check_apart, places_of
+from lorakin.inject.trainable_tokens import check_apart, places_of
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import Method, Pair, all_finite
-from lorakin.inject import layers
+from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import attach
 from lorakin.inject.attachments import BIAS, Attachments, attachments_of, ours
 from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.experts import set_aside
-from lorakin.inject.layers import Layer, QuantisedLayer, UngroupedLayer
-from lorakin.inject.rows import TokenRowsBranch, check_size
-from lorakin.inject.tokens import fold
+from lorakin.inject.layer_kinds import Layer, QuantisedLayer, UngroupedLayer
+from lorakin.inject.token_rows import TokenRowsBranch, check_size
+from lorakin.inject.trainable_tokens import fold
 
 
 class Placed(Protocol):
@@ -92,7 +92,7 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
 def move_adapters(old: nn.Module, new: nn.Module) -> None:
     """Move the adapters of a quantised module to the plain one that takes its place."""
     attached = attachments_of(old)
-    kind = layers.kind_of(new)
+    kind = layer_kinds.kind_of(new)
     assert kind is not None
     for name in attached.names():
         child = attached[name]
@@ -118,7 +118,7 @@ def set_merged(
     attached = attachments_of(module)
     # In one order, whatever order they were merged in.
     names = tuple(name for name in attached.names() if name in names)
-    is_quantised = layers.kind_of(module) is QuantisedLayer and any(
+    is_quantised = layer_kinds.kind_of(module) is QuantisedLayer and any(
         isinstance(child, Branch) for child in attached.values()
     )
 

@@ -214,3 +214,33 @@ def test_a_modifier_on_an_axis_of_its_own_acts_before_a_gain(gained: Any, ids: T
     adapter = lk.adapt(model, [lk.DoRA(rank=2), Scaled()])
     assert adapter.method.words == "scaled,dora"
     assert torch.equal(model(ids).logits, before)
+
+
+def test_a_start_that_is_not_as_declared_is_refused(gained: Any) -> None:
+    started = gained.start
+    gained.start = lambda *given: {k: t + 1 for k, t in started(*given).items()}
+    with pytest.raises(lk.SettingError, match="'B'"):
+        lk.adapt(tiny_llama(), gained())
+
+
+def test_a_trained_slot_that_no_change_uses_is_named(gained: Any, ids: Tensor) -> None:
+    gained.slots = {**gained.slots, "idle": Slot((1,))}
+    started = gained.start
+    gained.start = lambda *given: {**started(*given), "idle": torch.ones(1)}
+    with pytest.warns(lk.LorakinWarning, match="idle"):
+        trained(gained(), ids)
+
+
+def test_a_setting_that_no_file_can_hold_is_refused_at_once(fresh_registry: None) -> None:
+    @lk.register
+    @dataclass(frozen=True)
+    class Odd(Modifier):
+        word: ClassVar[str] = "odd"
+        decides: ClassVar[dict[str, str]] = {"odd": "an oddity"}
+        paper: ClassVar[str] = "none"
+
+        where: Path | None = None
+
+    lk.adapt(tiny_llama(), Odd())
+    with pytest.raises(lk.SettingError, match="where"):
+        lk.adapt(tiny_llama(), Odd(Path("here")))

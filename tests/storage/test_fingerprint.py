@@ -233,3 +233,23 @@ def test_a_head_that_is_trained_whole_is_not_the_bases(tmp_path: Path) -> None:
 def test_without_it_the_adapter_loads_as_what_peft_says(saved: Path) -> None:
     (saved / "lorakin.json").unlink()
     lk.load(nudged(0.5), saved)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_base_with_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    """Rows of an embedding that no token uses may hold anything; the rest is still known again."""
+
+    def base() -> Any:
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[0] = value
+        return model
+
+    folder = randomise(lk.adapt(base(), lk.LoRA(2))).save(tmp_path / "adapter")
+    lk.load(base(), folder)
+
+    other = base()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    with pytest.raises(lk.AdapterError):
+        lk.load(other, folder)

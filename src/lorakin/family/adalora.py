@@ -97,8 +97,8 @@ class Triplets(Parametrisation):
     def check(self, shape: Shape, where: str) -> None:
         check_rank(self.rank, shape, where)
 
-    def clamped(self, shape: Shape) -> Mapping[str, int]:
-        return {"kept": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+    def clamped(self, largest: int) -> Mapping[str, int]:
+        return {"kept": largest} if self.rank > largest else {}
 
     def start(
         self, target: Target, generator: torch.Generator | None, device: torch.device

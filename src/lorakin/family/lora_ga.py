@@ -83,9 +83,12 @@ class LoRAGA(AnchoredStart):
     def batches(self) -> int | None:
         return self.first_batches
 
+    def largest_rank(self, shape: Shape) -> int:
+        return min(shape.outputs, shape.inputs) // 2
+
     def check(self, shape: Shape, where: str, method: Method) -> None:
         super().check(shape, where, method)
-        most, rank = min(shape[:2]) // 2, method.setting("rank")
+        most, rank = self.largest_rank(shape), method.setting("rank")
         require(
             rank <= most,
             f"lora-ga needs a rank of at most half the weight's smaller side; {where} is "

@@ -94,8 +94,8 @@ class LoRAXS(Parametrisation):
     def check(self, shape: Shape, where: str) -> None:
         check_rank(self.rank, shape, where)
 
-    def clamped(self, shape: Shape) -> Mapping[str, int]:
-        return {"rank": min(shape[:2])} if self.rank > min(shape[:2]) else {}
+    def clamped(self, largest: int) -> Mapping[str, int]:
+        return {"rank": largest} if self.rank > largest else {}
 
     def start(
         self, target: Target, generator: torch.Generator | None, device: torch.device

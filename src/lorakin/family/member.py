@@ -62,6 +62,10 @@ class Member(ABC):
         """Whether it would be another method without its `rule`."""
         return False
 
+    def largest_rank(self, shape: Shape) -> int:
+        """The largest rank that it allows on a weight of this shape."""
+        return min(shape.outputs, shape.inputs)
+
     @classmethod
     def setting_names(cls) -> frozenset[str]:
         """The names of its settings."""
@@ -132,8 +136,8 @@ class Parametrisation(Member):
     def check(self, shape: Shape, where: str) -> None:
         """Raise `SettingError` if the settings do not fit a weight of this shape at `where`."""
 
-    def clamped(self, shape: Shape) -> Mapping[str, int]:
-        """The setting that gives a module the largest rank it can have; {} if its rank fits."""
+    def clamped(self, largest: int) -> Mapping[str, int]:
+        """The setting that gives a module the rank `largest`; {} if its rank is not above it."""
         return {}
 
     def start(

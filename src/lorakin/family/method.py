@@ -17,10 +17,10 @@ from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
 from lorakin.family.measure import GRADIENTS, INPUTS, Probe, Target
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, cast_together
+from lorakin.family.pair import Pair, Shape, Tensors, Weight, cast_together, is_imagined
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.settings import require
+from lorakin.family.settings import check_storable, require
 from lorakin.family.slots import Slot, Slots
 
 
@@ -65,6 +65,9 @@ class Method:
         if isinstance(members, cls):
             return members
         method = cls(*composed(members))
+        for member in method.members:
+            settings = {name: getattr(member, name) for name in member.setting_names()}
+            check_storable(member.word, settings)
         slots = method.slots_at("", Shape(1, 1))
         for modifier in method.modifiers:
             modifier.check_pair(method.parametrisation)
@@ -106,6 +109,11 @@ class Method:
                 "cannot apply"
             )
         return dataclasses.replace(self, parametrisation=dataclasses.replace(pair, **settings))  # type: ignore[type-var]
+
+    def clamped(self, shape: Shape) -> Mapping[str, int]:
+        """The setting that lowers the rank to what the weight allows; {} if it fits already."""
+        largest = min(m.largest_rank(shape) for m in (self.parametrisation, *self.modifiers))
+        return self.parametrisation.clamped(largest)
 
     def resolved(self, total_steps: int | None) -> Method:
         """The method with open settings decided for a run of so many steps.
@@ -321,4 +329,9 @@ def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -
                 f"{method.words} declares a slot {name!r} of shape {slots[name].shape} and starts "
                 f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
                 f"{shape.inputs}"
+            )
+        if slots[name].starts_at_zero and not is_imagined(tensor) and tensor.any():
+            raise SettingError(
+                f"{method.words} declares that its slot {name!r} starts at zero and starts it with "
+                f"other values on {path}; start it with zeros, or declare starts_at_zero=False"
             )

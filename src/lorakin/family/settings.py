@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard
 
 from lorakin.errors import SettingError
@@ -81,6 +82,22 @@ def check_pair_settings(settings: object, optional: bool = False) -> None:
     require(
         rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}"
     )
+
+
+def check_storable(word: str, settings: Mapping[str, object]) -> None:
+    """Checks that files, which hold settings as JSON, can hold these of the member `word`.
+
+    Raises:
+        SettingError: one cannot be written as JSON.
+    """
+    for name, value in settings.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise SettingError(
+                f"{word} has the setting {name} = {value!r}, which no file can hold; a setting is "
+                "a finite number, a string, True, False or None, or a tuple or dict of these"
+            ) from None
 
 
 def one_of(settings: object, name: str, words: Sequence[str]) -> None:

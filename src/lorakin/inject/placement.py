@@ -123,10 +123,7 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
 
     A stack of experts whose matrices are all clamped has one pattern, as its files have.
     """
-    settings = {
-        path: there.parametrisation.clamped(shapes[path])
-        for path, there in placement.methods.items()
-    }
+    settings = {path: there.clamped(shapes[path]) for path, there in placement.methods.items()}
     fewer = {path: own for path, own in settings.items() if own}
     if not fewer:
         return placement
@@ -135,8 +132,8 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
         ", …" if len(ranks) > 5 else ""
     )
     warnings.warn(
-        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the rank of "
-        f"their weight's smaller side ({said})",
+        f"rank_above='clamp': {len(fewer)} of {len(placement.methods)} modules have the largest "
+        f"rank that their weight allows ({said})",
         LorakinWarning,
         stacklevel=4,
     )

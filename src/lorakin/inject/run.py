@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Method, Rule
+from lorakin.inject.branch import Branch
 from lorakin.inject.part import Part, attachments_at
 from lorakin.inject.placed_module import PlacedModule
 
@@ -104,19 +105,30 @@ class AdapterRun(Part):
             rule.before(self.steps + 1)
 
     def _warn_of_unreached(self) -> None:
-        """Name the modules that the first backward did not reach."""
-        reached: dict[str, bool] = {}
+        """Warns of modules, and of slots in all other modules, that got no gradient at first."""
+        reached: list[nn.Module] = []
+        missed: list[str] = []
         for path in self.adapter.tensors.paths():
             child = attachments_at(self.model, path)[self.name]
             trained = [p for p in child.parameters() if p.requires_grad]
-            if trained:
-                reached[path] = any(p.grad is not None for p in trained)
-        if missed := [path for path, got in reached.items() if not got]:
+            if any(p.grad is not None for p in trained):
+                reached.append(child)
+            elif trained:
+                missed.append(path)
+        if missed:
             warnings.warn(
                 f"the first step of adapter {self.name!r} has no gradient for {len(missed)} of "
-                f"{len(reached)} modules ({some(missed)}): the forward of the model did not use "
-                "them on these data. What it never uses does not train; leave it out of the "
-                "targets",
+                f"{len(missed) + len(reached)} modules ({some(missed)}): the forward of the model "
+                "did not use them on these data. What it never uses does not train; leave it out "
+                "of the targets",
+                LorakinWarning,
+                stacklevel=2,
+            )
+        if unused := _slots_without_gradient(reached):
+            warnings.warn(
+                f"the first step of adapter {self.name!r} has no gradient for the slots "
+                f"{some(unused)} of any module: what {self.placement.method.words} computes does "
+                "not use them, so they do not train",
                 LorakinWarning,
                 stacklevel=2,
             )
@@ -163,3 +175,14 @@ class AdapterRun(Part):
     def beside(self, path: str) -> dict[str, Tensor]:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
         return {name: t for rule in self.rules or () for name, t in rule.beside(path).items()}
+
+
+def _slots_without_gradient(modules: Iterable[nn.Module]) -> list[str]:
+    """The trained slots that have no gradient in any of these modules."""
+    has_gradient: dict[str, bool] = {}
+    for module in modules:
+        if isinstance(module, Branch):
+            for slot, tensor in module.tensors().items():
+                if tensor.requires_grad:
+                    has_gradient[slot] = has_gradient.get(slot, False) or tensor.grad is not None
+    return [slot for slot, has in has_gradient.items() if not has]

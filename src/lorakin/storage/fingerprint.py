@@ -99,7 +99,8 @@ def _text(model: nn.Module, name: str, weight: Tensor, trained: Sequence[int] = 
     outputs, inputs = shape_of(module)[:2]
     places = _places(outputs * inputs).tolist()
     numbers = [float(rows(at // inputs, at // inputs + 1)[0, at % inputs]) for at in places]
-    return f"{PACKED} {outputs}x{inputs} {' '.join(f'{number:.5g}' for number in numbers)}"
+    text = f"{PACKED} {outputs}x{inputs} {' '.join(f'{number:.5g}' for number in numbers)}"
+    return text if _is_sample(text) else None
 
 
 def _places(count: int) -> Tensor:
@@ -108,7 +109,9 @@ def _places(count: int) -> Tensor:
 
 
 def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
-    """A parameter in short, `float32 64x32 0.0123 -0.045 …`; None if it has no plain values.
+    """A parameter in short, `float32 64x32 0.0123 -0.045 …`.
+
+    None if it has no plain values, or one that is not finite, as rows of no token may have.
 
     Of one whose rows `trained` an adapter trains, a sample of the others before the last of these.
     """
@@ -143,7 +146,8 @@ def sample(weight: Tensor, trained: Sequence[int] = ()) -> str | None:
         weight.dtype,
     )
     numbers = " ".join(f"{value:.5g}" for value in values.tolist())
-    return f"{str(held).removeprefix('torch.')} {shape} {numbers}"
+    text = f"{str(held).removeprefix('torch.')} {shape} {numbers}"
+    return text if _is_sample(text) else None
 
 
 def difference(remembered: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

@@ -104,7 +104,7 @@ def _allocation(base: Decoder) -> Pairs:
     (rule,) = adapter.run.rules or ()
     return {
         "adalora: allocator": (
-            lambda: (rule.observe(), rule.after(next(steps), optimizer)),
+            lambda: (rule.update_scores(), rule.after(next(steps), optimizer)),
             lambda: other.base_model.update_and_allocate(next(steps)),
         ),
         "adalora: regulariser": (rule.regularise, regulariser),

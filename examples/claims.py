@@ -38,7 +38,7 @@ from lorakin.compare.progress import Board
 from lorakin.compare.standings import Estimate, Standing, apart, leaders
 from lorakin.compare.study import Study
 from lorakin.compare.verdict import amount, with_interval
-from lorakin.family.words import methods_of
+from lorakin.family.method_words import methods_of
 from lorakin.report import comparison_page
 from lorakin.report.charts import SMOOTHING
 from lorakin.report.magnitude_direction import Point, correlation

@@ -154,7 +154,7 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
         whole = list(run.adapter.placement.copies)
         run.adapter.remove()
         method: Method = method_named(member.word, settings_of(member.word, 1))
-        if method.probe is not None:
+        if method.needed_probe is not None:
             method = method.with_importance(
                 json.loads((folder / member.word / "importance.json").read_text())
             )

@@ -60,7 +60,9 @@ def small(words: str, **settings: Any) -> Any:
     """The members of `words`, such as `dora,vera`, with their small settings, and `settings`."""
     kinds = [member_named(word) for word in words.split(",")]
     pair = type(Method.of([kind() for kind in kinds]).parametrisation)
-    declared = {name: value for kind in (pair, *kinds) for name, value in kind.small.items()}
+    declared = {
+        name: value for kind in (pair, *kinds) for name, value in kind.test_settings.items()
+    }
     members = method_named(words, declared | settings).members
     return members[0] if len(members) == 1 else list(members)
 

@@ -14,7 +14,7 @@ from torch import nn
 from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
-from lorakin.family.pair import is_imagined
+from lorakin.family.pair import has_no_values
 from lorakin.inject import placement
 from lorakin.inject.activation_norms import energies
 from lorakin.inject.active_adapters import activate
@@ -109,14 +109,14 @@ def adapt(
         "trainable_tokens": trainable_tokens,
         "bias": bias,
     }
-    if probe is not None and method.measuring is None and method.probe is None:
+    if probe is not None and method.measured_member is None and method.needed_probe is None:
         given = method.setting("importance") is not None
         raise SettingError(
             f"{method.words} was given importance and a probe that would find it; give one of them"
             if given
             else f"{method.words} looks at no data before it starts; leave probe out"
         )
-    if probe is not None and method.probe is not None:
+    if probe is not None and method.needed_probe is not None:
         method = method.with_importance(
             _importance(model, method, probe, targets, seed, places, loss=loss)
         )
@@ -198,7 +198,7 @@ def _importance(
     lr: float | None = None,
     loss: Loss | None = None,
 ) -> dict[str, float]:
-    probe = method.probe
+    probe = method.needed_probe
     try:
         batches = list(batches)
     except TypeError:
@@ -253,11 +253,11 @@ def _measured(
 ) -> tuple[placement.Placement, Mapping[str, Any]]:
     """What the member that starts by data found, and the placement that follows from it."""
     method = placed_on.method
-    member = method.measuring
+    member = method.measured_member
     if member is None:
         return placed_on, {}
     targets = {path: placement.target_of(module_at(model, path)) for path in placed_on.methods}
-    if all(is_imagined(target.weight) for target in targets.values()):
+    if all(has_no_values(target.weight) for target in targets.values()):
         return placed_on, {}
     if batches is None:
         raise SettingError(
@@ -270,13 +270,13 @@ def _measured(
     of = GRADIENTS if GRADIENTS in member.needs else INPUTS
     with _base_alone(model):
         measure(model, list(targets), collector, of, list(batches), loss, member.batches)
-    found = collector.found()
+    found = collector.results()
     if missed := [path for path in targets if path not in found]:
         raise SettingError(
             f"{member.word} saw nothing of {missed[0]}: the model did not call it on these "
             "batches; leave it out with exclude"
         )
-    return placement.rearranged(placed_on, member.settings_by(found, placed_on.methods)), found
+    return placement.rearranged(placed_on, member.settings_found(found, placed_on.methods)), found
 
 
 @contextlib.contextmanager

@@ -242,12 +242,13 @@ def check_finite(change: Pair, adapter: Adapter, path: str) -> None:
 
 def warn_if_missed(fits: Mapping[str, Fit], error: float | None) -> None:
     """Warn if the rank, which wins over the error, leaves more error than was asked for."""
-    missed = [path for path, fit in fits.items() if error is not None and fit.asked > error]
+    missed = [path for path, fit in fits.items() if error is not None and fit.limited_error > error]
     if missed:
-        worst = max(missed, key=lambda path: fits[path].asked)
+        worst = max(missed, key=lambda path: fits[path].limited_error)
         warnings.warn(
             f"the rank leaves a relative error above {error:g} in {len(missed)} of {len(fits)} "
-            f"modules ({fits[worst].asked:.2g} in {worst}); allow a larger rank, or leave it open",
+            f"modules ({fits[worst].limited_error:.2g} in {worst}); allow a larger rank, or leave "
+            "it open",
             LorakinWarning,
             stacklevel=4,
         )

@@ -45,7 +45,9 @@ def trained(kind: Any, path: Path) -> Path:
     batch, model = {"input_ids": ids, "labels": ids}, tiny_llama().train()
     member = kind(**SMALL.get(kind.word, {}))
     method = Method.of(member)
-    probe = [batch] if method.probe is not None or method.measuring is not None else None
+    probe = (
+        [batch] if method.needed_probe is not None or method.measured_member is not None else None
+    )
     adapter = lk.adapt(model, member, targets=["q_proj", "v_proj", "down_proj"], probe=probe)
     optimizer = adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=3)
     for _ in range(3):

@@ -10,7 +10,7 @@ from lorakin.compare import arms
 from lorakin.compare.arms import CONTROL, MEMBER, REFERENCE, Arm, arms_of, limits_of
 from lorakin.errors import SettingError
 from lorakin.family import FAMILY, Parametrisation, method_named
-from lorakin.family.words import methods_of
+from lorakin.family.method_words import methods_of
 
 
 def made(
@@ -65,7 +65,7 @@ def test_a_member_without_rank_and_scale_is_taken_as_it_is() -> None:
     class Gained(Parametrisation):
         setting_names = classmethod(lambda cls: frozenset({"dropout"}))
 
-    assert Gained.fair(8, 2.0, 40) == {}
+    assert Gained.comparable_settings(8, 2.0, 40) == {}
 
 
 def test_plain_lora_is_always_there_and_first() -> None:

@@ -256,7 +256,7 @@ def test_ties_fall_to_the_first() -> None:
 def test_scores_that_are_all_equal_are_announced() -> None:
     rule = allocation([4] * 2, 10, 1, 4, 1, 2)
     rule.after(6, torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    assert "scores were all equal" in (rule.check(10) or "")
+    assert "scores were all equal" in (rule.unfinished(10) or "")
 
 
 def test_equal_ranks_are_no_crash_but_no_pruning() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import tiny_gpt2
-from lorakin.family import FAMILY, Method, conflict, method_named
+from lorakin.family import FAMILY, Method, method_named, refusal_of_members
 from lorakin.storage import directory
 
 STEPS, STOP = 10, 5
@@ -58,7 +58,8 @@ def members(words: tuple[str, ...]) -> list[Any]:
     kinds = {member.word: member for member in FAMILY}
     apart = {"rest": "frozen"} if set(words) & set(STARTS) else {}
     return [
-        kinds[word](**kinds[word].small, **(apart if word == "lora-drop" else {})) for word in words
+        kinds[word](**kinds[word].test_settings, **(apart if word == "lora-drop" else {}))
+        for word in words
     ]
 
 
@@ -72,9 +73,9 @@ def begin(
     """A tiny GPT-2 in float64 with the method in it; its layers are Conv1D."""
     model = tiny_gpt2().double()
     method = Method.of(members(words))
-    if method.probe is not None and importance is not None:
+    if method.needed_probe is not None and importance is not None:
         method = method.with_importance(importance)
-    looks = method.probe is not None or method.measuring is not None
+    looks = method.needed_probe is not None or method.measured_member is not None
     adapter = lk.adapt(model, method, seed=0, probe=[batch(ids)] if looks else None)
     return model, adapter, adapter.optimizer(torch.optim.AdamW, lr=1e-2, total_steps=STEPS)
 
@@ -91,7 +92,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
 def test_the_table(pair: tuple[str, str]) -> None:
     one, other = (next(member for member in FAMILY if member.word == word) for word in pair)
     for first, second in ((one, other), (other, one)):
-        reason = conflict(first, second)
+        reason = refusal_of_members(first, second)
         assert (reason is None) == (pair not in REFUSED)
         if reason is None:
             continue
@@ -280,7 +281,7 @@ def test_a_probe_is_on_the_methods_own_pair() -> None:
     ):
         probe = Method.of(given).for_probe()
         assert probe.parametrisation == pair
-        assert probe.probe is None
+        assert probe.needed_probe is None
         assert {member.word for member in probe.modifiers} == {
             m.word for m in given if m.word == "dora"
         }

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakin as lk
 from family.problem import mask
-from lorakin.family import Shape, Target
+from lorakin.family import Shape, UnadaptedModule
 from references import lora as reference
 
 
@@ -58,8 +58,8 @@ def test_defaults_and_scales() -> None:
         )
 
 
-def at(shape: Shape) -> Target:
-    return Target(shape, torch.empty(shape[:2], device="meta"))
+def at(shape: Shape) -> UnadaptedModule:
+    return UnadaptedModule(shape, torch.empty(shape[:2], device="meta"))
 
 
 def test_the_start() -> None:

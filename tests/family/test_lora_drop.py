@@ -113,7 +113,7 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
         "in the model's order, by which ties are settled"
     )
     close(list(known.values()), shares, 1e-15)
-    assert adapter.method.own_pairs(list("0123")) == [
+    assert adapter.method.with_own_pair(list("0123")) == [
         str(n) for n in sorted(reference.choose(shares, 0.6))
     ]
     adapter.remove()
@@ -125,7 +125,7 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
             seed=0,
         )
     close(list(adapter.method.setting("importance").values()), np.array([10, 50, 15]) / 75, 1e-15)
-    assert adapter.method.own_pairs(list("012")) == ["1"], "50/75 alone is above 0.6"
+    assert adapter.method.with_own_pair(list("012")) == ["1"], "50/75 alone is above 0.6"
 
 
 def test_a_probes_shares_keep_their_bits() -> None:
@@ -211,7 +211,7 @@ def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None
     assert torch.equal(model(ids).logits, logits), "everything starts anew"
     assert len(adapter.placement.methods) == (5 if rest == "none" else 14)
     groups = {id(t) for t in adapter.parameters() if t.requires_grad}
-    own = set(adapter.method.own_pairs(list(adapter.placement.methods)))
+    own = set(adapter.method.with_own_pair(list(adapter.placement.methods)))
     assert len(own) == 5
     kinds = {path.rpartition(".")[2] for path in adapter.placement.methods if path not in own}
     assert len(groups) == 2 * (5 + (len(kinds) if rest == "shared" else 0))
@@ -261,7 +261,7 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
     adapter = lk.adapt(model, lk.LoRADrop(keep=2, rank=2), probe=batches(ids), seed=0)
     randomise(adapter).save(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    own = adapter.method.own_pairs(list(adapter.placement.methods))
+    own = adapter.method.with_own_pair(list(adapter.placement.methods))
     path = next(
         p
         for p in adapter.placement.methods

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_gpt2, tiny_llama
-from lorakin.family import LowRank, Pair, Parametrisation, Shape, Slot, Slots, Target, member_named
+from lorakin.family import (
+    LowRank,
+    Pair,
+    Parametrisation,
+    Slot,
+    Slots,
+    UnadaptedModule,
+    member_named,
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,9 @@ class Gained(Parametrisation):
     dropout: float = 0.0
 
     def start(
-        self, target: Target, generator: torch.Generator | None, device: torch.device
+        self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> dict[str, Tensor]:
-        shape = target.shape
+        shape = module.shape
         A = torch.randn(2, shape.inputs, generator=generator, device=device) * 0.1
         return {
             "A": A,
@@ -42,7 +50,7 @@ class Gained(Parametrisation):
             "g": torch.ones(shape.outputs, device=device),
         }
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+    def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(tensors["B"], tensors["A"])
 
     def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: object) -> Tensor:

@@ -203,7 +203,7 @@ def test_a_modifier_on_an_axis_of_its_own_acts_before_a_gain(gained: Any, ids: T
         decides: ClassVar[Any] = {"strength": "a trained factor"}
         slots: ClassVar[Any] = {"s": Slot((1,))}
 
-        def started(self, tensors: Any, targets: Any, methods: Any) -> Any:
+        def amend_start(self, tensors: Any, targets: Any, methods: Any) -> Any:
             return {path: {**there, "s": torch.ones(1)} for path, there in tensors.items()}
 
         def amend_pair(self, pair: Any, tensors: Any) -> Any:

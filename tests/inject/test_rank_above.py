@@ -200,4 +200,4 @@ def test_importance_takes_it_too(ids: Tensor) -> None:
         tiny_llama(), lk.LoRADrop(rank=20), [rows(ids)], rank_above="clamp", lr=1e-2
     )
     assert sum(found.values()) == pytest.approx(1)
-    assert Method.of(MEMBERS["lora-drop"]).probe is not None
+    assert Method.of(MEMBERS["lora-drop"]).needed_probe is not None

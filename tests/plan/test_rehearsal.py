@@ -26,7 +26,7 @@ from plan.small import MACHINE, conditions, small
 @pytest.mark.parametrize("kind", FAMILY, ids=lambda kind: kind.word)
 def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) -> None:
     """The same steps on real tensors take the same: nothing goes another way without numbers."""
-    method = method_named(kind.word, dict(kind.small))
+    method = method_named(kind.word, dict(kind.test_settings))
     dtype = (torch.float32, torch.bfloat16)[FAMILY.index(kind) % 2]
     where = conditions(dtype=dtype, steps=600)
     planned = rehearse_whole(where, method, MACHINE)
@@ -34,7 +34,7 @@ def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) ->
     batch = {key: t for key, t in _rows(where).items() if key != "attention_mask"}
     known = supposed(model, method)
     varied = {**batch, "input_ids": torch.randint(128, batch["input_ids"].shape)}
-    data = {} if known.measuring is None else {"probe": [varied], "loss": _loss}
+    data = {} if known.measured_member is None else {"probe": [varied], "loss": _loss}
     with Traced(MACHINE, real=True) as traced:
         traced.see(model.parameters(), "weights")
         traced.see(model.buffers(), "weights")
@@ -42,7 +42,7 @@ def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) ->
             adapter = lk.adapt(model, known, seed=0, **data)  # type: ignore[arg-type]
         optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=600)
         RehearsedRun(model, adapter, optimizer, batch, traced).steps()
-    close = 2e-3 if known.measuring is None else 1e-2  # a look at data may move ranks
+    close = 2e-3 if known.measured_member is None else 1e-2  # a look at data may move ranks
     for phase in (FORWARD, STEP):
         real = traced.peaks[phase].total
         assert planned.peaks[phase].total == pytest.approx(real, rel=close), phase

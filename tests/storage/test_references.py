@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import MEMBERS, randomise, tiny_llama, tiny_mixtral
-from lorakin.family import conflict, member_named
+from lorakin.family import member_named, refusal_of_members
 from lorakin.storage import directory
 from lorakin.storage.references import Packing, TensorReference, unpacked
 from lorakin.storage.schema import Misfit
@@ -25,7 +25,7 @@ OURS, THEIRS = "lorakin.safetensors", "adapter_model.safetensors"
 METHODS = [(word,) for word in MEMBERS] + [
     pair
     for pair in itertools.combinations(MEMBERS, 2)
-    if conflict(*map(member_named, pair)) is None
+    if refusal_of_members(*map(member_named, pair)) is None
 ]
 TARGETS = ["q_proj", "v_proj"]
 

@@ -71,7 +71,7 @@ def command(
     report.html, which opens in any browser.
     """
     from lorakin.compare.comparison import Comparison
-    from lorakin.family.words import methods_of
+    from lorakin.family.method_words import methods_of
     from lorakin.training.yaml_values import parse_settings
 
     comparison = Comparison(

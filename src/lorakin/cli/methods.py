@@ -20,7 +20,7 @@ EXAMPLES = examples("lorakin methods", "lorakin methods --json")
 
 def command(as_json: Json = False) -> None:
     """Show the family: each member, its settings, and which of them combine."""
-    from lorakin.family import Method, conflict, members
+    from lorakin.family import Method, members, refusal_of_members
 
     family = members()
     if as_json:
@@ -48,7 +48,11 @@ def command(as_json: Json = False) -> None:
     for row in family:
         cells = []
         for column in family:
-            reason = None if row is column else conflict(*sorted((row, column), key=family.index))
+            reason = (
+                None
+                if row is column
+                else refusal_of_members(*sorted((row, column), key=family.index))
+            )
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append(
@@ -81,10 +85,10 @@ def _described(member: type[Member]) -> dict[str, Any]:
 
 
 def _refused(family: Sequence[type[Member]]) -> list[dict[str, str]]:
-    from lorakin.family import conflict
+    from lorakin.family import refusal_of_members
 
     pairs = [(one, other) for n, one in enumerate(family) for other in family[n + 1 :]]
-    found = [(one, other, conflict(one, other)) for one, other in pairs]
+    found = [(one, other, refusal_of_members(one, other)) for one, other in pairs]
     return [
         {"one": one.word, "other": other.word, "reason": reason}
         for one, other, reason in found

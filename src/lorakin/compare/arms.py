@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakin.errors import LorakinError, SettingError
 from lorakin.family import FAMILY, Method, members, method_named
-from lorakin.family.words import fair_settings, given_to
+from lorakin.family.method_words import fair_settings, settings_by_method
 
 PLAIN = FAMILY[0].word
 """The method that all others are measured against: plain LoRA."""
@@ -31,7 +31,7 @@ class Arm:
         title: shown to people.
         kind: `REFERENCE`, `MEMBER`, `CONTROL` or `LIMIT`.
         words: the method, such as `dora,lora+`.
-        rank: the rank at which it is compared (see `Member.fair`).
+        rank: the rank at which it is compared (see `Member.comparable_settings`).
         scaling: alpha / rank, likewise.
         given: settings of the method that replace those of the fair size.
         recipe: fields of the recipe that differ from the other arms'.
@@ -120,7 +120,7 @@ def arms_of(
 
     Args:
         methods: the words of each method.
-        size: rank and alpha / rank (see `Member.fair`).
+        size: rank and alpha / rank (see `Member.comparable_settings`).
         steps: of a run.
         given: settings; each goes to the methods that have it.
         dropout: for the methods that can have dropout.
@@ -130,7 +130,7 @@ def arms_of(
     """
     words = [PLAIN, *(word for word in methods if word != PLAIN)]
     arms = []
-    for word, own in given_to(words, given).items():
+    for word, own in settings_by_method(words, given).items():
         kind = REFERENCE if word == PLAIN else MEMBER
         arms.append(_built(Arm(word, word, kind, word, *size, given=own), steps, dropout))
     return arms + list(_controls(arms, steps, dropout))

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from lorakin.adapter import Adapter
-from lorakin.family.slots import scale_of_ranks
+from lorakin.family.slots import rank_switch
 from lorakin.inject.layer_kinds import kind_of
 from lorakin.inject.placement import own_weight
 
@@ -123,7 +123,7 @@ def ranks(adapter: Adapter) -> dict[str, int]:
     Empty for other methods, and before the first step, when all ranks are still zero.
     """
     method = adapter.placement.method
-    slot = scale_of_ranks(method.parametrisation.slots)
+    slot = rank_switch(method.parametrisation.slots)
     if slot is None or not any("budget" in member.decides for member in method.members):
         return {}
     used = {

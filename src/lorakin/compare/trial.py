@@ -149,7 +149,7 @@ def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
         moves=_short([*observer.moves, (result.steps, observe.moved(adapter))]),
         ranks=observer.ranks,
         importance=_short(importance),
-        own=adapter.placement.method.own_pairs(paths) if importance else [],
+        own=adapter.placement.method.with_own_pair(paths) if importance else [],
     )
 
 

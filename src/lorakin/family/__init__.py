@@ -2,17 +2,17 @@
 
 from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import AXES
-from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Collector, Target
+from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Collector, UnadaptedModule
 from lorakin.family.member import Member, Modifier, Parametrisation
 from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
 from lorakin.family.members import FAMILY
 from lorakin.family.members import __all__ as _members
-from lorakin.family.method import Method, conflict
-from lorakin.family.pair import Pair, Shape, Weight, all_finite, widened
+from lorakin.family.method import Method, refusal_of_members
+from lorakin.family.method_words import method_named
+from lorakin.family.pair import FrozenWeight, Pair, Shape, all_finite, widened
 from lorakin.family.registry import member_named, members, register
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.slots import Slot, Slots
-from lorakin.family.words import method_named
 
 __all__ = [
     "AXES",
@@ -24,6 +24,7 @@ __all__ = [
     "Chain",
     "Change",
     "Collector",
+    "FrozenWeight",
     "LowRank",
     "Member",
     "Method",
@@ -34,13 +35,12 @@ __all__ = [
     "Shape",
     "Slot",
     "Slots",
-    "Target",
-    "Weight",
+    "UnadaptedModule",
     "all_finite",
-    "conflict",
     "member_named",
     "members",
     "method_named",
+    "refusal_of_members",
     "register",
     "widened",
 ]

@@ -47,12 +47,12 @@ from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation, RankSchedule
 from lorakin.family.change import LowRank
 from lorakin.family.lora import check_rank, orthonormal_rows
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.settings import check_pair_settings, number, require, whole_number
-from lorakin.family.slots import Slot, Slots, scale_of_ranks
+from lorakin.family.settings import check_pair_settings, require, to_number, to_whole_number
+from lorakin.family.slots import Slot, Slots, rank_switch
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Triplets(Parametrisation):
     learning_rate: ClassVar[float] = 5e-4
     in_probe: ClassVar[bool] = False
     per_module: ClassVar[frozenset[str]] = frozenset({"alpha", "kept"})
-    incidental: ClassVar[frozenset[str]] = frozenset({"kept"})
-    small: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
+    not_compared: ClassVar[frozenset[str]] = frozenset({"kept"})
+    test_settings: ClassVar[Mapping[str, Any]] = {"initial_rank": 6}
     slots: ClassVar[Slots] = {
         "P": Slot(("outputs", "rank"), peft="lora_B"),
         "E": Slot(("rank", 1), starts_at_zero=True, peft="lora_E"),
-        "Q": Slot(("rank", "inputs"), drawn=True, peft="lora_A"),
+        "Q": Slot(("rank", "inputs"), is_random_factor=True, peft="lora_A"),
     }
 
     initial_rank: int = 12
@@ -82,7 +82,7 @@ class Triplets(Parametrisation):
 
     def __post_init__(self) -> None:
         check_pair_settings(self)
-        whole_number(self, "initial_rank", at_least=1)
+        to_whole_number(self, "initial_rank", at_least=1)
 
     @property
     def rank(self) -> int:
@@ -101,9 +101,9 @@ class Triplets(Parametrisation):
         return {"kept": largest} if self.rank > largest else {}
 
     def start(
-        self, target: Target, generator: torch.Generator | None, device: torch.device
+        self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        shape = target.shape
+        shape = module.shape
         P = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         Q = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
         E = torch.zeros(self.rank, 1, device=device, dtype=torch.float32)
@@ -113,10 +113,10 @@ class Triplets(Parametrisation):
             "Q": Q.normal_(0, 0.02, generator=generator),
         }
 
-    def keep_drawn(self, tensors: Tensors, shape: Shape) -> Tensors:
+    def start_if_frozen(self, tensors: Tensors) -> Tensors:
         return {**tensors, "Q": orthonormal_rows(tensors["Q"])}
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+    def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(tensors["P"], tensors["E"] * tensors["Q"], self.scaling)
 
 
@@ -160,7 +160,7 @@ class AdaLoRA(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"budget": "ranks are pruned while training"}
     in_probe: ClassVar[bool] = False
-    small: ClassVar[Mapping[str, Any]] = {"target_rank": 2, "start": 1, "finish": 3}
+    test_settings: ClassVar[Mapping[str, Any]] = {"target_rank": 2, "start": 1, "finish": 3}
     pair_settings: ClassVar[tuple[str, ...]] = (
         "initial_rank",
         "alpha",
@@ -186,7 +186,7 @@ class AdaLoRA(Modifier):
             "adalora has no single rank: give initial_rank and target_rank instead of rank",
         )
         require(not self.rslora, "adalora scales by its initial rank, so rslora cannot apply")
-        whole_number(self, "target_rank", at_least=1)
+        to_whole_number(self, "target_rank", at_least=1)
         for name, least in (
             ("initial_rank", 1),
             ("total_steps", 1),
@@ -194,16 +194,16 @@ class AdaLoRA(Modifier):
             ("finish", 0),
             ("interval", 1),
         ):
-            whole_number(self, name, at_least=least, optional=True)
+            to_whole_number(self, name, at_least=least, optional=True)
         for name in ("beta1", "beta2"):
-            number(self, name, lambda beta: 0 < beta < 1, "a number between 0 and 1")
-        number(self, "orthogonality", lambda gamma: 0 <= gamma < float("inf"), "a number ≥ 0")
+            to_number(self, name, lambda beta: 0 < beta < 1, "a number between 0 and 1")
+        to_number(self, "orthogonality", lambda gamma: 0 <= gamma < float("inf"), "a number ≥ 0")
 
     def default_pair(self) -> type[Parametrisation]:
         return Triplets
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
-        if scale_of_ranks(parametrisation.slots) is None:
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
+        if rank_switch(parametrisation.slots) is None:
             return (
                 f"{parametrisation.word} has no number for each rank to prune by; leave it out, "
                 "adalora brings P·Λ·Q"
@@ -215,7 +215,7 @@ class AdaLoRA(Modifier):
         return True
 
     @classmethod
-    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+    def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
         initial = rank + max(1, rank // 2)
         return {
             "rank": None,

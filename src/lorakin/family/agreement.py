@@ -18,7 +18,7 @@ COMPUTING = ("gain", "amend_pair", "beside_pair", "share")
 """The hooks by which a modifier takes part in what is computed; all others act in training only."""
 
 
-def are_one(one: Method, other: Method, training: bool = True) -> bool:
+def same_method(one: Method, other: Method, training: bool = True) -> bool:
     """Whether two methods are the same.
 
     Settings that one of them leaves open and settings that only say how a pair starts are not
@@ -26,7 +26,7 @@ def are_one(one: Method, other: Method, training: bool = True) -> bool:
     """
     if type(one.parametrisation) is not type(other.parametrisation):
         return False
-    aside = one.parametrisation.incidental | (set() if training else {"dropout"})
+    aside = one.parametrisation.not_compared | (set() if training else {"dropout"})
     if not _same(one.parametrisation, other.parametrisation, aside):
         return False
     mine, its = (

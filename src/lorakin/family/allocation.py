@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.slots import scale_of_ranks, sides_of_ranks
+from lorakin.family.slots import rank_factors, rank_switch
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Matrix:
     def __init__(self, module: AdaptedModule) -> None:
         self.module = module
         slots = module.method.parametrisation.slots
-        scales = scale_of_ranks(slots)
+        scales = rank_switch(slots)
         assert scales is not None
         self.scales = scales
-        self.sides = sides_of_ranks(slots)
+        self.sides = rank_factors(slots)
         """P and Q, and the axis along which each holds its ranks."""
         self.trained = tuple(slot for slot in (scales, *self.sides) if module.trains(slot))
 
@@ -94,7 +94,7 @@ class Allocation(Rule):
         self.all = sum(matrix.rank for matrix in self.matrices)
         self.target = min(self.all, len(self.matrices) * schedule.target_rank)
         self.freed = False
-        self.blind = False
+        self.scores_were_equal = False
         """Whether the last scores were all equal, so that they decided nothing."""
 
     def budget(self, n: int) -> int:
@@ -106,7 +106,7 @@ class Allocation(Rule):
         fixed = n > self.schedule.end and not self.freed
         self.regularise(self.pattern if fixed else None)
         if n <= self.schedule.end:
-            self.observe()
+            self.update_scores()
 
     def regularise(self, pattern: list[Tensor] | None = None) -> None:
         """Add the exact gradient of γ·R: ∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count; likewise for Q.
@@ -145,7 +145,7 @@ class Allocation(Rule):
             else:
                 grad.add_(left @ right)
 
-    def observe(self) -> None:
+    def update_scores(self) -> None:
         """Take |w · ∂w| of every tensor of the budget into Ī and U."""
         seen = {
             f"{matrix.module.path}.{slot}": (w.detach(), w.grad)
@@ -198,7 +198,7 @@ class Allocation(Rule):
     def _best(self, count: int) -> list[Tensor]:
         """For each matrix, which of its triplets are among the `count` best of all."""
         scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
-        self.blind = bool((scores == scores[0]).all())
+        self.scores_were_equal = bool((scores == scores[0]).all())
         best = torch.sort(scores, descending=True, stable=True).indices[:count]
         kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
         return list(torch.split(kept, [matrix.rank for matrix in self.matrices]))
@@ -220,7 +220,7 @@ class Allocation(Rule):
         for matrix, kept in zip(self.matrices, self.pattern, strict=True):
             tensors = matrix.module.tensors()
             for slot, axis in matrix.axes.items() if matrix.sides else ():
-                keep_only(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
+                shrink_in_place(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         self.sensitivity, self.uncertainty = {}, {}  # no step after this one scores
 
     def state(self) -> dict[str, Any]:
@@ -247,14 +247,14 @@ class Allocation(Rule):
         pattern = state["pattern"]
         self.pattern = [pattern[m.module.path].bool() for m in self.matrices] if pattern else None
 
-    def gave_up(self, module: AdaptedModule) -> bool:
+    def took_all_ranks(self, module: AdaptedModule) -> bool:
         scales = module.tensors()[Matrix(module).scales]
         patterns = zip(self.matrices, self.pattern or (), strict=False)
         return any(
             m.module.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns
         )
 
-    def check(self, n: int) -> str | None:
+    def unfinished(self, n: int) -> str | None:
         if self.all == self.target:
             return None
         if n < self.schedule.end:
@@ -263,7 +263,7 @@ class Allocation(Rule):
                 f"{self.schedule.total_steps}, and ranks are fixed after step {self.schedule.end}; "
                 f"until then it keeps {self.all} ranks, for {self.target} at the end"
             )
-        if self.blind:
+        if self.scores_were_equal:
             return (
                 "adalora's scores were all equal, so the ranks went by the modules' order alone: "
                 "did gradients reach them?"
@@ -282,7 +282,7 @@ def several_processes() -> bool:
     return there and torch.distributed.get_world_size() > 1
 
 
-def keep_only(
+def shrink_in_place(
     parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer
 ) -> None:
     """Shrink a parameter along `axis`, in place, with its gradient and optimizer state.

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.pair import BLOCK, Pair
-from lorakin.family.settings import number, one_of, require, whole_number
+from lorakin.family.settings import one_of, require, to_number, to_whole_number
 
-Rows = Callable[[slice], Tensor]
+RowReader = Callable[[slice], Tensor]
 """A matrix that is formed some rows at a time."""
 
 
@@ -50,10 +50,12 @@ KINDS = {
     "dare_linear": Kind("chance"),
     "dare_ties": Kind("chance", True),
 }
-SPACES = ("change", "factors")
-PEFTS = {"cat": 'how="sum"', "linear": 'how="sum", on="factors"', "svd": 'how="sum", rank=…'} | {
-    f"{how}_svd": f'how="{how}", rank=…' for how in KINDS if how != "sum"
-}
+OPERANDS = ("change", "factors")
+PEFT_WORDS = {
+    "cat": 'how="sum"',
+    "linear": 'how="sum", on="factors"',
+    "svd": 'how="sum", rank=…',
+} | {f"{how}_svd": f'how="{how}", rank=…' for how in KINDS if how != "sum"}
 """PEFT's other words for combinations, and what to write here."""
 
 
@@ -88,15 +90,15 @@ class Combination:
     def __post_init__(self) -> None:
         if not isinstance(self.how, str) or self.how not in KINDS:
             raise SettingError(_unknown(self.how))
-        one_of(self, "on", SPACES)
-        number(
+        one_of(self, "on", OPERANDS)
+        to_number(
             self,
             "density",
             lambda share: 0 < share <= 1,
             "a number in (0, 1], the share of entries kept",
             optional=True,
         )
-        whole_number(self, "seed", at_least=0, optional=True)
+        to_whole_number(self, "seed", at_least=0, optional=True)
         if self.elect is not None:
             one_of(self, "elect", ("total", "frequency"))
         kind = KINDS[self.how]
@@ -171,7 +173,7 @@ class Combination:
 
     def of_rows(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[RowReader],
         weights: Sequence[float],
         shape: tuple[int, int],
         like: Tensor,
@@ -208,7 +210,7 @@ class Combination:
 
     def _mask(
         self,
-        part: Rows,
+        part: RowReader,
         spans: Sequence[slice],
         shape: tuple[int, int],
         like: Tensor,
@@ -234,15 +236,15 @@ class Combination:
         return sizes >= least
 
 
-def _product(pair: Pair) -> Rows:
+def _product(pair: Pair) -> RowReader:
     """The rows of a pair's up·down."""
     return lambda span: pair.up[span] @ pair.down
 
 
 def _unknown(how: object) -> str:
     """The message for an unknown `how`."""
-    if isinstance(how, str) and how in PEFTS:
-        return f"how={how!r} is PEFT's word; here it is {PEFTS[how]}"
+    if isinstance(how, str) and how in PEFT_WORDS:
+        return f"how={how!r} is PEFT's word; here it is {PEFT_WORDS[how]}"
     near = difflib.get_close_matches(str(how).lower(), KINDS, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     return f"unknown how={how!r}{meant}; there are: {', '.join(KINDS)}"

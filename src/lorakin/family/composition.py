@@ -39,7 +39,7 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
     members = ordered(_listed(given))
     for n, one in enumerate(members):
         for other in members[n + 1 :]:
-            if reason := clash(one, other):
+            if reason := refusal_of_both(one, other):
                 raise SettingError(reason)
     modifiers = [member for member in members if isinstance(member, Modifier)]
     pairs = [member for member in members if isinstance(member, Parametrisation)]
@@ -50,7 +50,7 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
     named = pairs[0] if pairs else None
     kind = type(named) if named is not None else needed_pair(modifiers)
     for member in modifiers:
-        if reason := member.misfit(kind):
+        if reason := member.refusal_of_pair(kind):
             raise SettingError(f"{member.word} and {kind.word} do not combine: {reason}")
     pair = _pair(named, kind, modifiers)
     gaining = [m.word for m in dict.fromkeys((pair, *members)) if overrides(m, "gain")]
@@ -100,7 +100,7 @@ def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
     return tuple(sorted(members, key=lambda m: min(order.get(axis, own) for axis in m.decides)))
 
 
-def clash(one: Member, other: Member) -> str | None:
+def refusal_of_both(one: Member, other: Member) -> str | None:
     """Why the declarations of two members do not combine; None if they do."""
     if one.word == other.word:
         return f"{one.word} is given twice; give it once, with all its settings"

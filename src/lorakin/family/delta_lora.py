@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, SettingError
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, widened
+from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors, widened
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.settings import number, one_of, require, whole_number
+from lorakin.family.settings import one_of, require, to_number, to_whole_number
 from lorakin.family.slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class DeltaLoRA(Modifier):
         ANCHOR_DOWN: Slot(("rank", "inputs"), trained=False),
     }
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
-    small: ClassVar[Mapping[str, Any]] = {"start_step": 4}
+    test_settings: ClassVar[Mapping[str, Any]] = {"start_step": 4}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = (
         "With start_step=0, under Adam, it equals LoRA with alpha times (1 + lam): compare it with "
@@ -92,8 +92,8 @@ class DeltaLoRA(Modifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_dropout(self.dropout)
-        number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
-        whole_number(self, "start_step", at_least=0)
+        to_number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
+        to_whole_number(self, "start_step", at_least=0)
         one_of(self, "update", ("telescoped", "in_place"))
 
     @property
@@ -105,8 +105,10 @@ class DeltaLoRA(Modifier):
         return 1 + self.lam
 
     @classmethod
-    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        return super().fair(rank, scaling, steps) | {"start_step": min(cls.start_step, steps // 4)}
+    def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+        return super().comparable_settings(rank, scaling, steps) | {
+            "start_step": min(cls.start_step, steps // 4)
+        }
 
     def resolved(self, method: Any, total_steps: int | None) -> Self:
         require(
@@ -127,16 +129,16 @@ class DeltaLoRA(Modifier):
             "base weight, which cannot drop inputs; set dropout=0",
         )
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         if self.start_step or self.update == "in_place":
             return tensors
         return {
-            path: there | self._anchor_at_start(path, there, targets[path].shape, methods[path])
+            path: there | self._anchor_at_start(path, there, modules[path].shape, methods[path])
             for path, there in tensors.items()
         }
 
@@ -146,7 +148,7 @@ class DeltaLoRA(Modifier):
         slots = method.slots_at(path, shape)
         if any(slot.starts_at_zero for slot in slots.values()):
             return {ANCHOR_UP: next(iter(tensors.values())).new_zeros(0)}
-        pair = method.parametrisation.change(widened(tensors), shape).pair(shape)
+        pair = method.parametrisation.change(widened(tensors)).pair(shape)
         trains_down = any(s.trained and s.shape == ("rank", "inputs") for s in slots.values())
         anchor = {ANCHOR_UP: pair.up.clone()}
         return anchor | ({ANCHOR_DOWN: pair.down.clone()} if trains_down else {})
@@ -175,7 +177,7 @@ class Anchoring(Rule):
     """After step K, makes the pair the anchor of every module that has no anchor yet."""
 
     def __init__(self, member: DeltaLoRA, modules: Sequence[AdaptedModule]) -> None:
-        self.member, self.modules, self.turns = member, modules, (member.start_step,)
+        self.member, self.modules, self.grows_after = member, modules, (member.start_step,)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         if n != self.member.start_step:
@@ -189,7 +191,7 @@ class Anchoring(Rule):
             for slot, tensor in anchors.setdefault(pair, anchor_of(module)).items():
                 module.put(slot, tensor)
 
-    def check(self, n: int) -> str | None:
+    def unfinished(self, n: int) -> str | None:
         began = any(ANCHOR_UP in module.tensors() for module in self.modules)
         if n > self.member.start_step or began:
             return None
@@ -231,7 +233,7 @@ class InPlace(Anchoring):
         if n == self.member.start_step:
             self._begin()
 
-    def beside(self, path: str) -> Tensors:
+    def extra_tensors(self, path: str) -> Tensors:
         return self.anchors.get(path, {})
 
     def end(self) -> None:
@@ -251,11 +253,11 @@ class InPlace(Anchoring):
                 module.move_base(self.member.lam * moved)
                 self.anchors[module.path], self.last[module.path] = anchor, product
 
-    def check(self, n: int) -> str | None:
-        return None if self.anchors else super().check(n)
+    def unfinished(self, n: int) -> str | None:
+        return None if self.anchors else super().unfinished(n)
 
 
-def _check_movable(weights: Sequence[Tensor | Weight]) -> None:
+def _check_movable(weights: Sequence[Tensor | FrozenWeight]) -> None:
     """Refuse weights that cannot be moved in place, and warn of those that lose small steps."""
     exact = "update='telescoped' is exact"
     for weight in weights:
@@ -289,7 +291,7 @@ def product_of(module: AdaptedModule) -> Tensor:
 
 def pair_of(module: AdaptedModule) -> Pair:
     """The module's pair before the base's part is added, in float32 at least."""
-    change = module.method.parametrisation.change(widened(module.tensors()), module.shape)
+    change = module.method.parametrisation.change(widened(module.tensors()))
     return change.pair(module.shape)
 
 

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Modifier
-from lorakin.family.pair import Pair, Tensors, Weight, is_sharded
+from lorakin.family.pair import FrozenWeight, Pair, Tensors, is_sharded
 from lorakin.family.rule import AdaptedModule
 from lorakin.family.slots import Slot, Slots
 
@@ -61,27 +61,29 @@ class DoRA(Modifier):
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
     decides: ClassVar[Mapping[str, str]] = {"gain": "a trained length for each output"}
     slots: ClassVar[Slots] = {
-        "m": Slot(("outputs",), decays=False, of_pair=False, peft="lora_magnitude_vector")
+        "m": Slot(("outputs",), decays=False, belongs_to_pair=False, peft="lora_magnitude_vector")
     }
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = "Serves as PEFT's DoRA or merged; as a plain pair only approximately."
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         begun = {}
         for path, there in tensors.items():
-            shape, weight, _ = targets[path]
+            shape, weight, _ = modules[path]
             here = {slot: t.to(weight.device) for slot, t in there.items()}
             pair = methods[path].low_rank(here, shape)
             begun[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
         return begun
 
-    def gain(self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight) -> Tensor:
+    def gain(
+        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
+    ) -> Tensor:
         m, n = tensors["m"], row_norms(weight, pair.up, pair.down)
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
@@ -105,19 +107,19 @@ def _is_at_start(module: AdaptedModule) -> bool:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor | Weight, up: Tensor, down: Tensor) -> Tensor:
+def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor:
     """‖w_j + up_j·down‖ of every row j, (out,), as a constant.
 
     Args:
-        weight: (out, in), any floating dtype. A `Weight`, which training keeps, remembers ‖w_j‖²
-            and rounds `down` to the weight's dtype before multiplying, as the forward does.
+        weight: (out, in), any floating dtype. A `FrozenWeight`, which training keeps, remembers
+            ‖w_j‖² and rounds `down` to the weight's dtype before multiplying, as the forward does.
         up: (out, k).
         down: (k, in).
 
     Returns:
         The norms, in the widest dtype of weight and pair, at least float32.
     """
-    kept = Weight(weight) if isinstance(weight, Tensor) else weight
+    kept = FrozenWeight(weight) if isinstance(weight, Tensor) else weight
     wide = torch.promote_types(torch.promote_types(up.dtype, kept.dtype), torch.float32)
     if kept.device.type == "meta":
         return torch.empty(kept.shape[0], dtype=wide, device=kept.device)

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, some
-from lorakin.family.measure import INPUTS, Target
+from lorakin.family.measure import INPUTS, UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Tensors, all_finite
-from lorakin.family.settings import number, require
+from lorakin.family.settings import require, to_number
 from lorakin.family.slots import Slots
 from lorakin.family.start import Start
 
@@ -83,25 +83,27 @@ class EVA(Start):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number(self, "rho", lambda rho: 1 <= rho < float("inf"), "a number ≥ 1")
-        number(self, "tau", lambda tau: 0 <= tau <= 1, "a number in [0, 1]")
+        to_number(self, "rho", lambda rho: 1 <= rho < float("inf"), "a number ≥ 1")
+        to_number(self, "tau", lambda tau: 0 <= tau <= 1, "a number in [0, 1]")
         require(isinstance(self.whiten, bool), f"whiten must be True or False, not {self.whiten!r}")
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
         if inner_factor(parametrisation.slots) is None:
             return f"{parametrisation.word} has no factor of its own on the inputs' side"
         return None
 
-    def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Directions:
+    def collector(
+        self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
+    ) -> Directions:
         shares = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
         moves = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
         most = {
-            path: min(round(rank * self.rho) if moves else rank, *targets[path].shape[:2])
+            path: min(round(rank * self.rho) if moves else rank, *modules[path].shape[:2])
             for path, rank in shares.items()
         }
         return Directions(shares, most, self.tau)
 
-    def settings_by(
+    def settings_found(
         self, found: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
         settings: dict[str, Mapping[str, Any] | None] = {}
@@ -112,15 +114,15 @@ class EVA(Start):
                 settings[path] = {"rank": rank, "alpha": alpha} if rank else None
         return settings
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         begun = {}
         for path, there in tensors.items():
-            name, seen = inner_factor(methods[path].parametrisation.slots), targets[path].measured
+            name, seen = inner_factor(methods[path].parametrisation.slots), modules[path].measured
             assert name is not None
             begun[path] = there
             if seen is not None:
@@ -233,7 +235,7 @@ class Directions:
         needed = max(rank for at, rank in self.ranks.items() if self.owners.get(at) == owner)
         return not bool(self.svds[owner].still[:needed].all())
 
-    def see(self, path: str, seen: Tensor) -> None:
+    def add(self, path: str, seen: Tensor) -> None:
         """Take in the inputs of one call; the first batch shows which modules share an input."""
         require(all_finite(seen), f"eva: the inputs of {path} hold NaN or infinity")
         if path not in self.owners:
@@ -249,7 +251,7 @@ class Directions:
             return self.last[1]
         return path
 
-    def settled(self) -> bool:
+    def end_batch(self) -> bool:
         """Shares the ranks out again; returns whether all directions they need stand still."""
         self.batches, self.last = self.batches + 1, None
         if all(svd.seen for svd in self.svds.values()):
@@ -275,6 +277,6 @@ class Directions:
         parts = torch.split(kept, sizes)
         return {path: int(of.sum()) for path, of in zip(paths, parts, strict=True)}
 
-    def found(self) -> dict[str, Found]:
+    def results(self) -> dict[str, Found]:
         """Path → its directions with σ, and the rank that it gets."""
         return {path: self.svds[owner].at(self.ranks[path]) for path, owner in self.owners.items()}

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import LowRank
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Shape, Tensors
-from lorakin.family.settings import check_pair_settings, one_of, require, whole_number
+from lorakin.family.settings import check_pair_settings, one_of, require, to_whole_number
 from lorakin.family.slots import Slot, Slots
 
 INITS = ("kaiming", "gaussian", "orthonormal")
@@ -59,16 +59,16 @@ class LoRA(Parametrisation):
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
     decides: ClassVar[Mapping[str, str]] = {"parametrisation": "the change is B·A"}
     slots: ClassVar[Slots] = {
-        "A": Slot(("rank", "inputs"), drawn=True, peft="lora_A.weight"),
+        "A": Slot(("rank", "inputs"), is_random_factor=True, peft="lora_A.weight"),
         "B": Slot(("outputs", "rank"), starts_at_zero=True, peft="lora_B.weight"),
     }
     lookup_slots: ClassVar[Slots] = {
         "A": Slot(("rank", "inputs"), starts_at_zero=True, peft="lora_embedding_A"),
-        "B": Slot(("outputs", "rank"), drawn=True, peft="lora_embedding_B"),
+        "B": Slot(("outputs", "rank"), is_random_factor=True, peft="lora_embedding_B"),
     }
-    small: ClassVar[Mapping[str, Any]] = {"rank": 4}
+    test_settings: ClassVar[Mapping[str, Any]] = {"rank": 4}
     learning_rate: ClassVar[float] = 2e-4
-    incidental: ClassVar[frozenset[str]] = frozenset({"init"})
+    not_compared: ClassVar[frozenset[str]] = frozenset({"init"})
 
     rank: int = 16
     alpha: float = 32.0
@@ -77,7 +77,7 @@ class LoRA(Parametrisation):
     init: Literal["kaiming", "gaussian", "orthonormal"] = "kaiming"
 
     def __post_init__(self) -> None:
-        whole_number(self, "rank", at_least=1)
+        to_whole_number(self, "rank", at_least=1)
         check_pair_settings(self)
         one_of(self, "init", INITS)
 
@@ -93,9 +93,9 @@ class LoRA(Parametrisation):
         return {"rank": largest} if self.rank > largest else {}
 
     def start(
-        self, target: Target, generator: torch.Generator | None, device: torch.device
+        self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        shape = target.shape
+        shape = module.shape
         A = torch.zeros(self.rank, shape.inputs, device=device, dtype=torch.float32)
         B = torch.zeros(shape.outputs, self.rank, device=device, dtype=torch.float32)
         if shape.lookup:
@@ -109,7 +109,7 @@ class LoRA(Parametrisation):
             A.uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": B}
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+    def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(up=tensors["B"], down=tensors["A"], scale=self.scaling)
 
 

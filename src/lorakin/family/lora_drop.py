@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.measure import Probe, Target
+from lorakin.family.measure import Probe, UnadaptedModule
 from lorakin.family.member import Member, Modifier
 from lorakin.family.pair import Shape, Tensors
-from lorakin.family.settings import is_finite_number, number, one_of, require, whole_number
+from lorakin.family.settings import is_finite_number, one_of, require, to_number, to_whole_number
 from lorakin.family.slots import Slots, frozen
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class LoRADrop(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"sharing": "modules that matter less share one pair"}
     in_probe: ClassVar[bool] = False
-    small: ClassVar[Mapping[str, Any]] = {"keep": 3}
+    test_settings: ClassVar[Mapping[str, Any]] = {"keep": 3}
 
     threshold: float | None = None
     keep: int | None = None
@@ -84,11 +84,13 @@ class LoRADrop(Modifier):
         require(self.threshold is None or self.keep is None, "give threshold or keep, not both")
         if self.threshold is None and self.keep is None:
             object.__setattr__(self, "threshold", 0.9)
-        number(self, "threshold", lambda share: 0 < share <= 1, "a number in (0, 1]", optional=True)
-        whole_number(self, "keep", at_least=1, optional=True)
+        to_number(
+            self, "threshold", lambda share: 0 < share <= 1, "a number in (0, 1]", optional=True
+        )
+        to_whole_number(self, "keep", at_least=1, optional=True)
         one_of(self, "rest", ("shared", "frozen", "none"))
-        number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
-        whole_number(self, "probe_epochs", at_least=1)
+        to_number(self, "sample", lambda share: 0 < share <= 1, "a number in (0, 1]")
+        to_whole_number(self, "probe_epochs", at_least=1)
         given = self.importance
         require(
             given is None or _is_importance(given),
@@ -100,7 +102,7 @@ class LoRADrop(Modifier):
             f"normalised must be True or False, not {self.normalised!r}",
         )
 
-    def vacuous(self, method: Method, slots: Slots) -> str | None:
+    def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
         own = [m.word for m in (method.parametrisation, *method.members) if _starts_by_module(m)]
         if self.rest == "shared" and own:
             return (
@@ -110,7 +112,7 @@ class LoRADrop(Modifier):
             )
         return None
 
-    def probe(self) -> Probe | None:
+    def needed_probe(self) -> Probe | None:
         return (
             Probe(self.sample, self.probe_epochs, self.normalised)
             if self.importance is None
@@ -120,7 +122,7 @@ class LoRADrop(Modifier):
     def with_importance(self, importance: Mapping[str, float]) -> Self:
         return dataclasses.replace(self, importance=dict(importance))
 
-    def among(self, paths: Sequence[str]) -> Self:
+    def bound_to(self, paths: Sequence[str]) -> Self:
         """Itself with the importance of these modules alone, as shares that sum to 1."""
         if self.importance is None:
             return self
@@ -162,11 +164,11 @@ class LoRADrop(Modifier):
             count += 1
         return ranked[:count]
 
-    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+    def with_own_pair(self, paths: Sequence[str]) -> list[str]:
         kept = set(self.chosen())
         return [path for path in paths if path in kept]
 
-    def select(self, paths: Sequence[str]) -> list[str]:
+    def with_pair(self, paths: Sequence[str]) -> list[str]:
         require(
             self.importance is not None,
             "lora-drop needs a probe to choose modules: call adapt(…, probe=batches), or give "
@@ -194,17 +196,17 @@ class LoRADrop(Modifier):
     def share(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         kept = set(self.chosen())
         first: dict[object, Tensors] = {}
         shared = {}
         for path, there in tensors.items():
-            method, shape = methods[path], targets[path].shape
+            method, shape = methods[path], modules[path].shape
             if path not in kept:
                 slots = method.slots_at(path, shape)
-                of_pair = {name for name, slot in slots.items() if slot.of_pair}
+                of_pair = {name for name, slot in slots.items() if slot.belongs_to_pair}
                 kind = (path.rpartition(".")[2], shape, method.parametrisation)
                 there = there | {
                     slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair
@@ -219,7 +221,9 @@ class LoRADrop(Modifier):
 
 def _starts_by_module(member: Member) -> bool:
     """Whether a member starts a pair from its module's weight or data."""
-    of_pair = any(slot.of_pair for slot in member.slots.values()) or "start" in member.decides
+    of_pair = (
+        any(slot.belongs_to_pair for slot in member.slots.values()) or "start" in member.decides
+    )
     return bool(member.needs) and of_pair
 
 

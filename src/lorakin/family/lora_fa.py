@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.lora import INITS
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape, Tensors
 from lorakin.family.rule import AdaptedModule, Rule
@@ -81,26 +81,29 @@ class LoRAFA(Modifier):
     def acts_at_steps(self) -> bool:
         return self.corrected
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
-        if not any(slot.drawn for slot in parametrisation.slots.values()):
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
+        if not any(slot.is_random_factor for slot in parametrisation.slots.values()):
             return f"{parametrisation.word} has no random factor that could stay as it was drawn"
         if self.corrected and factors_of(parametrisation.slots) is None:
             return "the corrected gradient needs a plain product B·A; leave corrected=True out"
         return None
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         return {
-            path: methods[path].parametrisation.keep_drawn(there, targets[path].shape)
+            path: methods[path].parametrisation.start_if_frozen(there)
             for path, there in tensors.items()
         }
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
-        return {**slots, **frozen({name: slot for name, slot in slots.items() if slot.drawn})}
+        return {
+            **slots,
+            **frozen({name: slot for name, slot in slots.items() if slot.is_random_factor}),
+        }
 
     def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
         return Corrected(modules) if self.corrected else None

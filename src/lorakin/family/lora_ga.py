@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lorakin.family.measure import GRADIENTS, Target
+from lorakin.family.measure import GRADIENTS, UnadaptedModule
 from lorakin.family.pair import Shape, all_finite
 from lorakin.family.pissa import leading_triplets
-from lorakin.family.settings import number, require, whole_number
+from lorakin.family.settings import require, to_number, to_whole_number
 from lorakin.family.start import AnchoredStart
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class LoRAGA(AnchoredStart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number(self, "gamma", lambda gamma: 0 < gamma < float("inf"), "a positive number")
-        whole_number(self, "first_batches", at_least=1)
-        whole_number(self, "iterations", at_least=0, optional=True)
+        to_number(self, "gamma", lambda gamma: 0 < gamma < float("inf"), "a positive number")
+        to_whole_number(self, "first_batches", at_least=1)
+        to_whole_number(self, "iterations", at_least=0, optional=True)
 
     @property
     def batches(self) -> int | None:
@@ -97,14 +97,16 @@ class LoRAGA(AnchoredStart):
         )
 
     def collector(
-        self, targets: Mapping[str, Target], methods: Mapping[str, Method]
+        self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
     ) -> MeanGradients:
         return MeanGradients()
 
-    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        gradient: Tensor = target.measured
+    def initial_factors(
+        self, module: UnadaptedModule, rank: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        gradient: Tensor = module.measured
         U, _, Vt = leading_triplets(gradient, 2 * rank, self.iterations)
-        c = target.shape.outputs**0.25 / self.gamma**0.5
+        c = module.shape.outputs**0.25 / self.gamma**0.5
         return c * U[:, rank:], c * Vt[:rank]
 
 
@@ -119,17 +121,17 @@ class MeanGradients:
         """Every module's gradient of every batch."""
         return True
 
-    def see(self, path: str, seen: Tensor) -> None:
+    def add(self, path: str, seen: Tensor) -> None:
         """Add the gradient of one call of a module."""
         there = self.sums.get(path)
         self.sums[path] = seen.cpu() if there is None else there.add_(seen.cpu())
 
-    def settled(self) -> bool:
+    def end_batch(self) -> bool:
         """A batch is over; there is always more to see."""
         self.batches += 1
         return False
 
-    def found(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """Path → the mean gradient.
 
         Raises:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape
-from lorakin.family.settings import number
+from lorakin.family.settings import to_number
 from lorakin.family.slots import Slots
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LoRAPlus(Modifier):
     decides: ClassVar[Mapping[str, str]] = {
         "rates": "the factor that starts at zero learns faster than the other"
     }
-    small: ClassVar[Mapping[str, Any]] = {"ratio": 4.0}
+    test_settings: ClassVar[Mapping[str, Any]] = {"ratio": 4.0}
     learning_rate_factor: ClassVar[float] = 0.5
     remark: ClassVar[str] = (
         "Under Adam it equals LoRA with alpha times ratio at one learning rate: compare it with "
@@ -70,8 +70,8 @@ class LoRAPlus(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number(self, "ratio", lambda ratio: 1 <= ratio < float("inf"), "a number ≥ 1")
-        number(
+        to_number(self, "ratio", lambda ratio: 1 <= ratio < float("inf"), "a number ≥ 1")
+        to_number(
             self,
             "embedding_lr",
             lambda lr: 0 < lr < float("inf"),
@@ -83,7 +83,7 @@ class LoRAPlus(Modifier):
     def alpha_factor(self) -> float:
         return self.ratio
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
         if not faster(parametrisation.slots):
             return (
                 f"{parametrisation.word} trains no factor on the outputs' side that could learn "
@@ -91,7 +91,7 @@ class LoRAPlus(Modifier):
             )
         return None
 
-    def vacuous(self, method: Method, slots: Slots) -> str | None:
+    def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
         fast = faster(slots)
         if any(slot.trained and name not in fast for name, slot in slots.items()):
             return None
@@ -104,13 +104,15 @@ class LoRAPlus(Modifier):
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
         if shape.lookup and self.embedding_lr is not None:
-            return {name: replace(slot, lr=self.embedding_lr) for name, slot in slots.items()}
+            return {name: replace(slot, fixed_lr=self.embedding_lr) for name, slot in slots.items()}
         fast = faster(slots)
-        return {n: replace(s, rate=self.ratio) if n in fast else s for n, s in slots.items()}
+        return {n: replace(s, rate_factor=self.ratio) if n in fast else s for n, s in slots.items()}
 
 
 def faster(slots: Slots) -> list[str]:
     """Names of the slots that learn faster: those that start at zero, else the outputs' factor."""
     zero = [name for name, slot in slots.items() if slot.trained and slot.starts_at_zero]
-    outer = [n for n, s in slots.items() if s.trained and s.of_pair and "outputs" in s.shape]
+    outer = [
+        n for n, s in slots.items() if s.trained and s.belongs_to_pair and "outputs" in s.shape
+    ]
     return zero or outer

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from lorakin.family.change import LowRank
 from lorakin.family.lora import check_rank
-from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Shape, Tensors, is_imagined
+from lorakin.family.pair import Shape, Tensors, has_no_values
 from lorakin.family.pissa import leading_triplets
-from lorakin.family.settings import check_pair_settings, whole_number
+from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slot, Slots
 from lorakin.family.start import matrix_of
 
@@ -71,8 +71,8 @@ class LoRAXS(Parametrisation):
     }
     needs: ClassVar[frozenset[str]] = frozenset({WEIGHT})
     learning_rate: ClassVar[float] = 2e-3
-    incidental: ClassVar[frozenset[str]] = frozenset({"iterations"})
-    small: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
+    not_compared: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    test_settings: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
     in_probe: ClassVar[bool] = False
     remark: ClassVar[str] = "It trains very few numbers; files also hold the frozen A and B."
 
@@ -82,9 +82,9 @@ class LoRAXS(Parametrisation):
     iterations: int | None = None
 
     def __post_init__(self) -> None:
-        whole_number(self, "rank", at_least=1)
+        to_whole_number(self, "rank", at_least=1)
         check_pair_settings(self)
-        whole_number(self, "iterations", at_least=0, optional=True)
+        to_whole_number(self, "iterations", at_least=0, optional=True)
 
     @property
     def scaling(self) -> float:
@@ -98,18 +98,18 @@ class LoRAXS(Parametrisation):
         return {"rank": largest} if self.rank > largest else {}
 
     def start(
-        self, target: Target, generator: torch.Generator | None, device: torch.device
+        self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        shape = target.shape
+        shape = module.shape
         R = torch.empty(self.rank, self.rank, device=device, dtype=torch.float32)
         R.normal_(0, DEVIATION, generator=generator)
-        if is_imagined(R) or is_imagined(target.weight):
+        if has_no_values(R) or has_no_values(module.weight):
             A = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
             B = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         else:
-            U, S, A = leading_triplets(matrix_of(target), self.rank, self.iterations)
+            U, S, A = leading_triplets(matrix_of(module), self.rank, self.iterations)
             A, B = A.to(device).contiguous(), (U * S).to(device)
         return {"A": A, "B": B, "R": R}
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> LowRank:
+    def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         return LowRank(tensors["B"] @ tensors["R"], tensors["A"], self.scaling)

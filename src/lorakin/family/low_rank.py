@@ -30,7 +30,7 @@ class Fit:
     """The same for the module's outputs, over the inputs that `root` stands for."""
     gain: float | None = None
     """The largest |g − 1|, for a change with a gain."""
-    asked: float = 0.0
+    limited_error: float = 0.0
     """The error that a limit applies to: of the outputs if there is a root, else of the weights."""
 
 
@@ -110,7 +110,7 @@ def _nearest(
         rank=kept,
         error=of_weights,
         output_error=of_outputs,
-        asked=of_weights if of_outputs is None else of_outputs,
+        limited_error=of_weights if of_outputs is None else of_outputs,
     )
     return near, fit
 

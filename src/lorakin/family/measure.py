@@ -2,7 +2,7 @@
 
 A member declares it in `needs`. One piece of code measures inputs and gradients for all members and
 modules (`inject/measuring.py`). It feeds the member's `Collector`, and what that found for a module
-comes back in the module's `Target`.
+comes back in the module's `UnadaptedModule`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from lorakin.family.pair import Shape, Weight
+from lorakin.family.pair import FrozenWeight, Shape
 
 WEIGHT = "weight"
 """The member looks at the base weights of its modules."""
@@ -22,7 +22,7 @@ GRADIENTS = "gradients"
 """It looks at the gradients of the loss by its modules' weights, in eval mode."""
 
 
-class Target(NamedTuple):
+class UnadaptedModule(NamedTuple):
     """A module that is about to be adapted.
 
     `weight` is its base weight as a matrix (outputs, inputs), on the meta device if it is unknown.
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """
 
     shape: Shape
-    weight: Tensor | Weight
+    weight: Tensor | FrozenWeight
     measured: Any = None
 
 
@@ -41,18 +41,18 @@ class Collector(Protocol):
     def wants(self, path: str) -> bool:
         """Whether it still needs what the module at `path` shows."""
 
-    def see(self, path: str, seen: Tensor) -> None:
+    def add(self, path: str, seen: Tensor) -> None:
         """Take in one call of a module, in float32 at least.
 
         `seen` holds the inputs (tokens, inputs) without padding, or a gradient (outputs, inputs).
         Modules that get the same tensor show the same object.
         """
 
-    def settled(self) -> bool:
+    def end_batch(self) -> bool:
         """Called after each batch: whether it has seen enough."""
 
-    def found(self) -> Mapping[str, Any]:
-        """Path → what it found there, for `Target.measured`."""
+    def results(self) -> Mapping[str, Any]:
+        """Path → what it found there, for `UnadaptedModule.measured`."""
 
 
 class Probe(NamedTuple):

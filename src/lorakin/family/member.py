@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
-from lorakin.family.measure import Collector, Probe, Target
-from lorakin.family.pair import Pair, Shape, Tensors, Weight
+from lorakin.family.measure import Collector, Probe, UnadaptedModule
+from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors
 from lorakin.family.rule import AdaptedModule, Rule
-from lorakin.family.settings import check_pair_settings, whole_number
+from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slots
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Member(ABC):
     """What it looks at before it starts, besides shapes: see `measure.py`."""
     remark: ClassVar[str] = ""
     """What a user should know before choosing it."""
-    small: ClassVar[Mapping[str, Any]] = {}
+    test_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings for tests on tiny models, in runs of six steps or more."""
     in_probe: ClassVar[bool] = True
     """Whether it takes part in a probe that precedes training."""
@@ -77,7 +77,7 @@ class Member(ABC):
         return 1.0
 
     @classmethod
-    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+    def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
         """Its settings in a comparison with others of one rank and scale, for a run of `steps`.
 
         None marks a setting of the others that it does not take.
@@ -86,7 +86,7 @@ class Member(ABC):
         return {name: value for name, value in common.items() if name in cls.setting_names()}
 
     def gain(
-        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+        self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Tensor | None:
         """The gain (outputs,) over the weight (outputs, inputs) and pair, if it has one."""
         return None
@@ -118,7 +118,7 @@ class Parametrisation(Member):
     """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
     """Settings that a single module may have its own of."""
-    incidental: ClassVar[frozenset[str]] = frozenset()
+    not_compared: ClassVar[frozenset[str]] = frozenset()
     """Settings that say how the pair starts or what was freed, not what it computes."""
 
     dropout: float
@@ -141,14 +141,14 @@ class Parametrisation(Member):
         return {}
 
     def start(
-        self, target: Target, generator: torch.Generator | None, device: torch.device
+        self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
         """One module's tensors at the start, by slot: float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
         self,
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         each: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
@@ -157,13 +157,13 @@ class Parametrisation(Member):
 
         `each` is this member with the settings of each module.
         """
-        return {path: each[path].start(at, generator, device) for path, at in targets.items()}
+        return {path: each[path].start(at, generator, device) for path, at in modules.items()}
 
-    def keep_drawn(self, tensors: Tensors, shape: Shape) -> Tensors:
+    def start_if_frozen(self, tensors: Tensors) -> Tensors:
         """The tensors as they should start if the `drawn` slot never trains."""
         return tensors
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> Change:
+    def change(self, tensors: Mapping[str, Tensor]) -> Change:
         """The change of the weight that these tensors make, differentiable in them."""
         raise NotImplementedError
 
@@ -190,18 +190,18 @@ class Modifier(Member):
     rslora: bool | None = None
 
     def __post_init__(self) -> None:
-        whole_number(self, "rank", at_least=1, optional=True)
+        to_whole_number(self, "rank", at_least=1, optional=True)
         check_pair_settings(self, optional=True)
 
     def default_pair(self) -> type[Parametrisation] | None:
         """The parametrisation that it needs if none is named; None if any will do."""
         return None
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
         """Why it cannot work on such a pair; None if it can."""
         return None
 
-    def vacuous(self, method: Method, slots: Slots) -> str | None:
+    def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
         """Why it would have no effect on modules with these slots; None if it has one."""
         return None
 
@@ -213,7 +213,7 @@ class Modifier(Member):
 
     # Before it starts: what it looks at, and what it chooses by that.
 
-    def probe(self) -> Probe | None:
+    def needed_probe(self) -> Probe | None:
         """The probe that it still needs, if any."""
         return None
 
@@ -226,17 +226,19 @@ class Modifier(Member):
         """How many batches it looks at, at most; None for as many as there are."""
         return None
 
-    def collector(self, targets: Mapping[str, Target], methods: Mapping[str, Method]) -> Collector:
+    def collector(
+        self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
+    ) -> Collector:
         """What takes in these modules' inputs or gradients, if it `needs` them."""
         raise NotImplementedError
 
-    def settings_by(
+    def settings_found(
         self, found: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
         """Path → the pair's settings there, from what was found; None leaves a module out."""
         return {}
 
-    def among(self, paths: Sequence[str]) -> Self:
+    def bound_to(self, paths: Sequence[str]) -> Self:
         """Itself, for an adapter with exactly these targets.
 
         Raises:
@@ -244,20 +246,20 @@ class Modifier(Member):
         """
         return self
 
-    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+    def with_own_pair(self, paths: Sequence[str]) -> list[str]:
         """Which modules have a pair of their own."""
         return list(paths)
 
-    def select(self, paths: Sequence[str]) -> list[str]:
+    def with_pair(self, paths: Sequence[str]) -> list[str]:
         """Which of the targeted modules get a pair at all."""
         return list(paths)
 
     # Its tensors.
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors at the start, with what this member adds or replaces."""
@@ -266,7 +268,7 @@ class Modifier(Member):
     def share(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors; modules that share a tensor hold the same object."""

@@ -12,16 +12,23 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
-from lorakin.family.agreement import are_one
+from lorakin.family.agreement import same_method
 from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
-from lorakin.family.measure import GRADIENTS, INPUTS, Probe, Target
+from lorakin.family.measure import GRADIENTS, INPUTS, Probe, UnadaptedModule
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, cast_together, is_imagined
+from lorakin.family.pair import (
+    FrozenWeight,
+    Pair,
+    Shape,
+    Tensors,
+    cast_keeping_shared,
+    has_no_values,
+)
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_storable, require
-from lorakin.family.slots import Slot, Slots
+from lorakin.family.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Method:
         slots = method.slots_at("", Shape(1, 1))
         for modifier in method.modifiers:
             modifier.check_pair(method.parametrisation)
-            if reason := modifier.vacuous(method, slots):
+            if reason := modifier.refusal_of_method(method, slots):
                 raise SettingError(reason)
         return method
 
@@ -100,7 +107,7 @@ class Method:
         owners = (m for m in (self.parametrisation, *self.members) if name in m.setting_names())
         return next((getattr(m, name) for m in owners), None)
 
-    def at(self, **settings: Any) -> Method:
+    def with_settings(self, **settings: Any) -> Method:
         """The method of one module, with its own rank or alpha."""
         pair = self.parametrisation
         if unknown := [name for name in settings if name not in pair.settings_of_modules()]:
@@ -126,17 +133,19 @@ class Method:
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
         """Whether it is the same method as `other`; settings that one leaves open agree."""
-        return are_one(self, other, training)
+        return same_method(self, other, training)
 
     # What it looks at before it starts.
 
     @property
-    def probe(self) -> Probe | None:
+    def needed_probe(self) -> Probe | None:
         """The probe that a member needs before the method can be put into a model."""
-        return next((probe for m in self.modifiers if (probe := m.probe()) is not None), None)
+        return next(
+            (probe for m in self.modifiers if (probe := m.needed_probe()) is not None), None
+        )
 
     @cached_property
-    def measuring(self) -> Modifier | None:
+    def measured_member(self) -> Modifier | None:
         """The member that starts by what is measured on data, if there is one."""
         of_data = {INPUTS, GRADIENTS}
         return next((member for member in self.modifiers if member.needs & of_data), None)
@@ -153,10 +162,10 @@ class Method:
         )
         return dataclasses.replace(self, members=tuple(known))
 
-    def own_pairs(self, paths: Sequence[str]) -> list[str]:
+    def with_own_pair(self, paths: Sequence[str]) -> list[str]:
         """Those of `paths` that have a pair of their own."""
         for member in self.modifiers:
-            paths = member.own_pairs(paths)
+            paths = member.with_own_pair(paths)
         return list(paths)
 
     def for_probe(self) -> Method:
@@ -167,12 +176,12 @@ class Method:
             pair = default_pair()(**same)
         return Method.of([pair, *(member for member in self.modifiers if member.in_probe)])
 
-    def select(self, paths: Sequence[str]) -> tuple[Self, list[str]]:
+    def bound_to(self, paths: Sequence[str]) -> tuple[Self, list[str]]:
         """The method for an adapter with these targets, and which of them get a pair."""
-        known = tuple(m.among(paths) if isinstance(m, Modifier) else m for m in self.members)
+        known = tuple(m.bound_to(paths) if isinstance(m, Modifier) else m for m in self.members)
         method = dataclasses.replace(self, members=known)
         for member in method.modifiers:
-            paths = member.select(paths)
+            paths = member.with_pair(paths)
         return method, list(paths)
 
     def check(self, shape: Shape, where: str) -> None:
@@ -198,7 +207,7 @@ class Method:
 
     def start(
         self,
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
         generator: torch.Generator | None,
         device: torch.device,
@@ -210,64 +219,68 @@ class Method:
         each module's own method.
         """
         each = {path: method.parametrisation for path, method in methods.items()}
-        drawn = self.parametrisation.start_all(targets, each, generator, device)
-        wide = {p: torch.promote_types(targets[p].weight.dtype, torch.float32) for p in drawn}
-        drawn = cast_together(drawn, wide)
+        drawn = self.parametrisation.start_all(modules, each, generator, device)
+        wide = {p: torch.promote_types(modules[p].weight.dtype, torch.float32) for p in drawn}
+        drawn = cast_keeping_shared(drawn, wide)
         for member in self.modifiers:
-            drawn = member.started(drawn, targets, methods)
-        shared = self.share(drawn, targets, methods)
+            drawn = member.amend_start(drawn, modules, methods)
+        shared = self.share(drawn, modules, methods)
         for path, there in shared.items():
-            _check_declared(methods[path], path, targets[path].shape, there)
-        return shared if dtype is None else cast_together(shared, dict.fromkeys(shared, dtype))
+            _check_declared(methods[path], path, modules[path].shape, there)
+        return (
+            shared if dtype is None else cast_keeping_shared(shared, dict.fromkeys(shared, dtype))
+        )
 
     def share(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         """All modules' tensors; modules that share a tensor hold the same object."""
         for member in self.modifiers:
-            tensors = member.share(tensors, targets, methods)
+            tensors = member.share(tensors, modules, methods)
         return tensors
 
     # What it computes.
 
     def low_rank(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
         """The pair without a gain, differentiable in the tensors."""
-        pair = self.parametrisation.change(tensors, shape).pair(shape)
+        pair = self.parametrisation.change(tensors).pair(shape)
         for member in self.modifiers:
             pair = member.amend_pair(pair, tensors)
         for member in self.modifiers:
             pair = member.beside_pair(pair, tensors)
         return pair
 
-    def pair(self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | Weight) -> Pair:
+    def pair(
+        self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | FrozenWeight
+    ) -> Pair:
         """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
 
-        Pass a `Weight` that is kept between forwards, and what does not change is computed once.
+        Pass a `FrozenWeight` that is kept between forwards: what does not change is computed once.
         """
         return self._gained(self.low_rank(tensors, shape), 1.0, tensors, weight)
 
-    def chain(self, tensors: Mapping[str, Tensor], shape: Shape) -> Chain | None:
+    def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
         """The change as a `Chain`, if it is one and nothing else."""
-        if self._is_amended or self.gains:
+        if self._is_amended or self.has_gain:
             return None
-        change = self.parametrisation.change(tensors, shape)
+        change = self.parametrisation.change(tensors)
         return change if isinstance(change, Chain) else None
 
     def factors(
-        self, tensors: Mapping[str, Tensor], shape: Shape, weight: Weight
+        self, tensors: Mapping[str, Tensor], shape: Shape, weight: FrozenWeight
     ) -> tuple[Pair, float]:
         """The pair and gain over `weight` with the scale outside `up`, and that scale."""
-        change = self.parametrisation.change(tensors, shape)
+        change = self.parametrisation.change(tensors)
         if self._is_amended or not isinstance(change, LowRank):
             return self.pair(tensors, shape, weight), 1.0
         pair = Pair(change.up, change.down)
         return self._gained(pair, change.scale, tensors, weight), change.scale
 
     def _gained(
-        self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | Weight
+        self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Pair:
         """The pair, with the gain of the member that sets one."""
         if self._gaining is None:
@@ -276,7 +289,7 @@ class Method:
         return pair._replace(gain=self._gaining.gain(whole, tensors, weight))
 
     @property
-    def gains(self) -> bool:
+    def has_gain(self) -> bool:
         """Whether a member sets a gain, which depends on the weight itself."""
         return self._gaining is not None
 
@@ -295,12 +308,7 @@ class Method:
         return f"{self.words} on {self.parametrisation}"
 
 
-def rate(lr: float, slot: Slot) -> float:
-    """The learning rate of a slot's tensor, given the base rate."""
-    return slot.lr if slot.lr is not None else slot.rate * lr
-
-
-def conflict(one: type[Member], other: type[Member]) -> str | None:
+def refusal_of_members(one: type[Member], other: type[Member]) -> str | None:
     """Why two members, with their default settings, do not combine; None if they do."""
     try:
         Method.of([one(), other()])
@@ -330,7 +338,7 @@ def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -
                 f"a tensor {tuple(tensor.shape)} on {path}, which is {shape.outputs} × "
                 f"{shape.inputs}"
             )
-        if slots[name].starts_at_zero and not is_imagined(tensor) and tensor.any():
+        if slots[name].starts_at_zero and not has_no_values(tensor) and tensor.any():
             raise SettingError(
                 f"{method.words} declares that its slot {name!r} starts at zero and starts it with "
                 f"other values on {path}; start it with zeros, or declare starts_at_zero=False"

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.measure import WEIGHT, Target
+from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.start import AnchoredStart, matrix_of
 
 
@@ -50,6 +50,8 @@ class OLoRA(AnchoredStart):
         "It keeps a frozen copy of the start beside the pair: files hold rank 2r."
     )
 
-    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        Q, R = torch.linalg.qr(matrix_of(target))
+    def initial_factors(
+        self, module: UnadaptedModule, rank: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        Q, R = torch.linalg.qr(matrix_of(module))
         return Q[:, :rank], R[:rank]

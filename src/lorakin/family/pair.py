@@ -81,7 +81,7 @@ LEAST = torch.finfo(torch.float32).eps
 """The smallest gain that `Pair.times` gives."""
 
 
-class Weight:
+class FrozenWeight:
     """A frozen weight as a matrix (outputs, inputs), with what training asks of it in each forward.
 
     A quantised weight has no matrix at hand (`inject/quantised.py`), so ask for as few of its
@@ -126,7 +126,7 @@ def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))
 
 
-class ShardedWeight(Weight):
+class ShardedWeight(FrozenWeight):
     """A weight of which this process holds only a part, or nothing."""
 
     def __init__(self, shape: torch.Size, like: Tensor) -> None:
@@ -159,7 +159,7 @@ def whole_shape(tensor: Tensor) -> torch.Size:
     return shape
 
 
-def is_imagined(weight: Tensor | Weight) -> bool:
+def has_no_values(weight: Tensor | FrozenWeight) -> bool:
     """Whether it has a shape but no numbers: on the meta device, or a fake tensor of torch's."""
     tensor = weight if isinstance(weight, Tensor) else getattr(weight, "_matrix", None)
     return weight.device.type == "meta" or isinstance(tensor, FakeTensor)
@@ -184,7 +184,7 @@ def widened(tensors: Mapping[str, Tensor]) -> Tensors:
     }
 
 
-def cast_together(
+def cast_keeping_shared(
     tensors: Mapping[str, Tensors], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensors]:
     """All modules' tensors in these dtypes; those that were one object still are."""

@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakin.family.measure import WEIGHT, Target
-from lorakin.family.settings import whole_number
+from lorakin.family.measure import WEIGHT, UnadaptedModule
+from lorakin.family.settings import to_whole_number
 from lorakin.family.start import AnchoredStart, matrix_of
 
 
@@ -70,10 +70,12 @@ class PiSSA(AnchoredStart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number(self, "iterations", at_least=0, optional=True)
+        to_whole_number(self, "iterations", at_least=0, optional=True)
 
-    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        U, S, Vt = leading_triplets(matrix_of(target), rank, self.iterations)
+    def initial_factors(
+        self, module: UnadaptedModule, rank: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        U, S, Vt = leading_triplets(matrix_of(module), rank, self.iterations)
         root = (S / scale).sqrt()
         return U * root, root.unsqueeze(1) * Vt
 

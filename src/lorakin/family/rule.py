@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.pair import Shape, Tensors, Weight
+from lorakin.family.pair import FrozenWeight, Shape, Tensors
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method
@@ -30,7 +30,7 @@ class AdaptedModule(Protocol):
         """The method, with this module's own rank and alpha."""
 
     @property
-    def weight(self) -> Tensor | Weight:
+    def weight(self) -> Tensor | FrozenWeight:
         """Its base weight as a matrix (outputs, inputs)."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -58,7 +58,7 @@ class Rule:
     n counts real optimizer steps from 1: accumulated batches are one step, a skipped step is none.
     """
 
-    turns: tuple[int, ...] = ()
+    grows_after: tuple[int, ...] = ()
     """The steps after which the adapter holds more tensors, which memory must be planned for."""
 
     def before(self, n: int) -> None:
@@ -77,14 +77,14 @@ class Rule:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what `state()` returned; the adapter's tensors are restored already."""
 
-    def beside(self, path: str) -> Tensors:
+    def extra_tensors(self, path: str) -> Tensors:
         """More tensors that the adapter's files must hold for the module at `path`."""
         return {}
 
-    def gave_up(self, module: AdaptedModule) -> bool:
+    def took_all_ranks(self, module: AdaptedModule) -> bool:
         """Whether the member took all ranks from this module, which then rightly is unchanged."""
         return False
 
-    def check(self, n: int) -> str | None:
+    def unfinished(self, n: int) -> str | None:
         """What the member has not done by step n although it should have; asked at saving."""
         return None

@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from lorakin.errors import SettingError
 
-LARGEST = 3.4e38
+LARGEST_FLOAT32 = 3.4e38
 """The largest number of float32, in which adapters are computed."""
 
 
@@ -25,7 +25,7 @@ def is_finite_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:
+def to_whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:
     """Make the field `name` a plain int, or None if it is `optional`.
 
     Raises:
@@ -45,7 +45,7 @@ def whole_number(settings: object, name: str, at_least: int, optional: bool = Fa
     object.__setattr__(settings, name, plain)
 
 
-def number(
+def to_number(
     settings: object,
     name: str,
     fits: Callable[[float], bool],
@@ -70,14 +70,14 @@ def number(
 
 def check_pair_settings(settings: object, optional: bool = False) -> None:
     """Check `alpha`, `dropout` and, if there, `rslora`; raises `SettingError`."""
-    number(
+    to_number(
         settings,
         "alpha",
-        lambda alpha: 0 < alpha <= LARGEST,
+        lambda alpha: 0 < alpha <= LARGEST_FLOAT32,
         "a positive number that float32 holds",
         optional,
     )
-    number(settings, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)", optional)
+    to_number(settings, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)", optional)
     rslora = getattr(settings, "rslora", None)
     require(
         rslora is None or isinstance(rslora, bool), f"rslora must be True or False, not {rslora!r}"
@@ -96,7 +96,7 @@ def check_storable(word: str, settings: Mapping[str, object]) -> None:
         except (TypeError, ValueError):
             raise SettingError(
                 f"{word} has the setting {name} = {value!r}, which no file can hold; a setting is "
-                "a finite number, a string, True, False or None, or a tuple or dict of these"
+                "a finite to_number, a string, True, False or None, or a tuple or dict of these"
             ) from None
 
 

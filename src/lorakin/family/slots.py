@@ -13,7 +13,6 @@ files.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,15 +33,15 @@ class Slot:
     """Whether weight decay may act on it."""
     shared: bool = False
     """Whether all modules use one tensor, as large as the largest module needs."""
-    of_pair: bool = True
+    belongs_to_pair: bool = True
     """Whether it belongs to the pair, so modules that share a pair share it too."""
-    drawn: bool = False
+    is_random_factor: bool = False
     """Whether it is the random factor, which LoRA-FA does not train."""
     peft: str = ""
     """Its name in PEFT's files: what follows the module's path or, if shared, the whole key."""
-    rate: float = 1.0
+    rate_factor: float = 1.0
     """The factor on the adapter's learning rate."""
-    lr: float | None = None
+    fixed_lr: float | None = None
     """Its own learning rate, in place of the adapter's."""
 
     def sizes(self, rank: int, shape: Shape) -> tuple[int, ...]:
@@ -71,6 +70,10 @@ class Slot:
             for have, want in zip(shape, wanted, strict=True)
         )
 
+    def rate_at(self, lr: float) -> float:
+        """Returns the learning rate of its tensor where the adapter's is `lr`."""
+        return self.fixed_lr if self.fixed_lr is not None else self.rate_factor * lr
+
     @property
     def rank_axis(self) -> int | None:
         """The dimension that has an entry for each rank; None if there is not exactly one."""
@@ -78,7 +81,7 @@ class Slot:
         return axes[0] if len(axes) == 1 else None
 
     @property
-    def is_scale_of_ranks(self) -> bool:
+    def is_one_per_rank(self) -> bool:
         """Whether it holds one number for each rank and nothing else."""
         return self.rank_axis is not None and all(size in ("rank", 1) for size in self.shape)
 
@@ -92,17 +95,17 @@ def frozen(slots: Slots) -> dict[str, Slot]:
     return {name: dataclasses.replace(slot, trained=False) for name, slot in slots.items()}
 
 
-def scale_of_ranks(slots: Slots) -> str | None:
+def rank_switch(slots: Slots) -> str | None:
     """The trained slot that can switch off a single rank: E of P·E·Q, VeRA's d."""
-    return next((n for n, slot in slots.items() if slot.is_scale_of_ranks and slot.trained), None)
+    return next((n for n, slot in slots.items() if slot.is_one_per_rank and slot.trained), None)
 
 
-def sides_of_ranks(slots: Slots) -> dict[str, int]:
+def rank_factors(slots: Slots) -> dict[str, int]:
     """The slots beside that scale, and the axis along which each holds its ranks.
 
     Empty if ranks cannot be freed: if modules share a tensor, the others still need its ranks.
     """
-    of_ranks = {n: s for n, s in slots.items() if s.of_pair and not s.is_scale_of_ranks}
+    of_ranks = {n: s for n, s in slots.items() if s.belongs_to_pair and not s.is_one_per_rank}
     sides = {name: slot.rank_axis for name, slot in of_ranks.items() if slot.rank_axis is not None}
     return {} if any(slots[name].shared for name in sides) else sides
 
@@ -112,13 +115,3 @@ def factors_of(slots: Slots) -> tuple[str, str] | None:
     shapes = {slot.shape: name for name, slot in slots.items() if not slot.shared}
     up, down = shapes.get(("outputs", "rank")), shapes.get(("rank", "inputs"))
     return None if up is None or down is None or len(slots) != 2 else (up, down)
-
-
-def trained_numbers(slots: Slots, rank: int, shape: Shape) -> int:
-    """How many numbers a module trains in these slots.
-
-    >>> pair = {"A": Slot(("rank", "inputs")), "B": Slot(("outputs", "rank"))}
-    >>> trained_numbers(pair, 2, Shape(outputs=3, inputs=5))
-    16
-    """
-    return sum(math.prod(slot.sizes(rank, shape)) for slot in slots.values() if slot.trained)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import LowRank
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors, Weight, is_imagined
+from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors, has_no_values
 from lorakin.family.settings import require
 from lorakin.family.slots import Slot, Slots, factors_of
 
@@ -57,13 +57,15 @@ class AnchoredStart(Start):
     }
 
     @abstractmethod
-    def factors(self, target: Target, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    def initial_factors(
+        self, module: UnadaptedModule, rank: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Where B (outputs, rank) and A (rank, inputs) of one module begin.
 
         The pair's change is scale·B·A.
         """
 
-    def misfit(self, parametrisation: type[Parametrisation]) -> str | None:
+    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
         if factors_of(parametrisation.slots) is None:
             return f"{self.word} needs a plain product B·A, which {parametrisation.word} is not"
         return None
@@ -72,31 +74,33 @@ class AnchoredStart(Start):
         begun = {name: replace(slot, starts_at_zero=False) for name, slot in slots.items()}
         return {**begun, **self.slots}
 
-    def started(
+    def amend_start(
         self,
         tensors: dict[str, Tensors],
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         return {
-            path: self._begun(path, there, targets[path], methods[path])
+            path: self._begun(path, there, modules[path], methods[path])
             for path, there in tensors.items()
         }
 
-    def _begun(self, path: str, tensors: Tensors, target: Target, method: Method) -> Tensors:
+    def _begun(
+        self, path: str, tensors: Tensors, module: UnadaptedModule, method: Method
+    ) -> Tensors:
         """One module's tensors: the pair at its start, and its anchor."""
-        pair, shape = method.parametrisation, target.shape
-        names, change = factors_of(pair.slots_at(shape)), pair.change(tensors, shape)
+        pair, shape = method.parametrisation, module.shape
+        names, change = factors_of(pair.slots_at(shape)), pair.change(tensors)
         assert names is not None
         assert isinstance(change, LowRank)
 
         begun = dict(tensors)
-        if not is_imagined(change.up) and not is_imagined(target.weight):
-            factors = self.factors(target, len(change.down), change.scale)
+        if not has_no_values(change.up) and not has_no_values(module.weight):
+            factors = self.initial_factors(module, len(change.down), change.scale)
             for name, factor in zip(names, factors, strict=True):
                 begun[name] = factor.to(tensors[name]).contiguous()
 
-        up, down = pair.change(begun, shape).pair(shape)[:2]
+        up, down = pair.change(begun).pair(shape)[:2]
         anchor = {ANCHOR_UP: up.clone()}
         trains_down = method.slots_at(path, shape)[names[1]].trained
         return begun | anchor | ({ANCHOR_DOWN: down.clone()} if trains_down else {})
@@ -115,7 +119,7 @@ class AnchoredStart(Start):
         return pair._replace(up=up, down=down)
 
 
-def matrix_of(target: Target) -> Tensor:
+def matrix_of(module: UnadaptedModule) -> Tensor:
     """The base weight of a module, (outputs, inputs), in float32 at least."""
-    matrix = target.weight.matrix if isinstance(target.weight, Weight) else target.weight
+    matrix = module.weight.matrix if isinstance(module.weight, FrozenWeight) else module.weight
     return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))

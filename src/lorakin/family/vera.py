@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import Chain
-from lorakin.family.measure import Target
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Shape, Tensors
-from lorakin.family.settings import number, require, whole_number
+from lorakin.family.settings import require, to_number, to_whole_number
 from lorakin.family.slots import Slot, Slots
 
 
@@ -69,9 +69,9 @@ class VeRA(Parametrisation):
         "d": Slot(("rank",), decays=False, peft="vera_lambda_d"),
         "b": Slot(("outputs",), starts_at_zero=True, decays=False, peft="vera_lambda_b"),
     }
-    small: ClassVar[Mapping[str, Any]] = {"rank": 6}
+    test_settings: ClassVar[Mapping[str, Any]] = {"rank": 6}
     per_module: ClassVar[frozenset[str]] = frozenset()
-    incidental: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
+    not_compared: ClassVar[frozenset[str]] = frozenset({"d_init", "save_projection"})
 
     rank: int = 256
     seed: int = 0
@@ -80,38 +80,38 @@ class VeRA(Parametrisation):
     save_projection: bool = True
 
     def __post_init__(self) -> None:
-        whole_number(self, "rank", at_least=1)
-        whole_number(self, "seed", at_least=0)
-        number(self, "d_init", lambda d: d != 0 and math.isfinite(d), "a number other than 0")
-        number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
+        to_whole_number(self, "rank", at_least=1)
+        to_whole_number(self, "seed", at_least=0)
+        to_number(self, "d_init", lambda d: d != 0 and math.isfinite(d), "a number other than 0")
+        to_number(self, "dropout", lambda dropout: 0 <= dropout < 1, "a number in [0, 1)")
         require(
             isinstance(self.save_projection, bool),
             f"save_projection must be True or False, not {self.save_projection!r}",
         )
 
     @classmethod
-    def fair(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
+    def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
         # Its ranks cost little, so it keeps its own rank; and it has no alpha.
         return {"rank": None, "alpha": None}
 
     def start_all(
         self,
-        targets: Mapping[str, Target],
+        modules: Mapping[str, UnadaptedModule],
         each: Mapping[str, Self],
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
-        if not targets:
+        if not modules:
             return {}
         A, B = self.draw(
-            max(target.shape.inputs for target in targets.values()),
-            max(target.shape.outputs for target in targets.values()),
-            next(iter(targets.values())).weight.dtype,
+            max(module.shape.inputs for module in modules.values()),
+            max(module.shape.outputs for module in modules.values()),
+            next(iter(modules.values())).weight.dtype,
             device,
         )
         return {
-            path: {"A": A, "B": B, **self.vectors(target.shape, device)}
-            for path, target in targets.items()
+            path: {"A": A, "B": B, **self.vectors(module.shape, device)}
+            for path, module in modules.items()
         }
 
     def draw(
@@ -131,5 +131,5 @@ class VeRA(Parametrisation):
         d = torch.full((self.rank,), self.d_init, device=device, dtype=torch.float32)
         return {"d": d, "b": torch.zeros(shape.outputs, device=device, dtype=torch.float32)}
 
-    def change(self, tensors: Mapping[str, Tensor], shape: Shape) -> Chain:
+    def change(self, tensors: Mapping[str, Tensor]) -> Chain:
         return Chain(outer=tensors["b"], up=tensors["B"], inner=tensors["d"], down=tensors["A"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family import Method, Pair, Shape, Slot, Slots, Weight, widened
+from lorakin.family import FrozenWeight, Method, Pair, Shape, Slot, Slots, widened
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layer_kinds import Layer, LinearLayer, kind_of
 from lorakin.kernels.adapted_linear import LinearChange, Ready, ScaledPair
@@ -78,7 +78,9 @@ class Branch(nn.Module):
         """Keep a sample of what trains, to tell later whether training reached it."""
         slots, tensors = self.slots(), self.tensors()
         trained = {slot: t for slot, t in tensors.items() if slots[slot].trained}
-        self._begun = {slot: _sampled(t) for slot, t in trained.items() if slots[slot].of_pair}
+        self._begun = {
+            slot: _sampled(t) for slot, t in trained.items() if slots[slot].belongs_to_pair
+        }
 
     @property
     def is_at_start(self) -> bool:
@@ -107,7 +109,7 @@ class Branch(nn.Module):
         wide = widened(self.tensors())
         return wide if device is None else {slot: t.to(device) for slot, t in wide.items()}
 
-    def pair(self, weight: Tensor | Weight, scale: float | None = None) -> Pair:
+    def pair(self, weight: Tensor | FrozenWeight, scale: float | None = None) -> Pair:
         """The method's pair over `weight` (outputs, inputs), in float32 or float64.
 
         Its change is multiplied by `scale`, by default the adapter's current scale.
@@ -127,7 +129,7 @@ class Branch(nn.Module):
             ready: whether the change is for inference: without gradients, in the dtype of `weight`.
         """
         tensors = self.wide()
-        chain = self.method.chain(tensors, self.shape)
+        chain = self.method.chain(tensors)
         if chain is not None:
             return chain.times(self.scale)
         if any(tensor.device != weight.device for tensor in tensors.values()):
@@ -142,7 +144,7 @@ class Branch(nn.Module):
 
         It remembers ‖w_j‖² of the weight's rows as long as the weight does not change.
         """
-        weight = Weight(matrix.detach())
+        weight = FrozenWeight(matrix.detach())
         if torch.compiler.is_compiling():  # it cannot ask whether a tensor has changed
             return self.scaled_factors(self.method.factors(tensors, self.shape, weight))
 

@@ -153,7 +153,7 @@ def _change(stack: ExpertStack, weight: Tensor, branches: Mapping[int, Any]) -> 
     first, attached = next(iter(branches.values())), stack.attached()
 
     def own_weight(number: int) -> Tensor:
-        if not first.method.gains:  # only a gain depends on the numbers of the weight
+        if not first.method.has_gain:  # only a gain depends on the numbers of the weight
             return weight
         matrix: Any = stack._modules[str(number)]
         own: Tensor = attached[number].base.get("weight", matrix.weight)

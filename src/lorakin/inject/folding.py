@@ -75,7 +75,7 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
     changed = {path: name for name, placement in chosen.items() for path in placement.methods}
     whole = {path: name for name, placement in chosen.items() for path in placement.copies}
     for other, placement in staying.items():
-        for path in (path for path, method in placement.methods.items() if method.gains):
+        for path in (path for path, method in placement.methods.items() if method.has_gain):
             by = changed.get(path) or next(
                 (whole[p] for p in whole if path.startswith(f"{p}.")), None
             )

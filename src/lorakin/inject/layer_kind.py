@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakin.family import Pair, Shape, Weight
+from lorakin.family import FrozenWeight, Pair, Shape
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject.attachments import attachments_or_none
 
@@ -35,7 +35,7 @@ class Layer:
         raise NotImplementedError
 
     @classmethod
-    def weight(cls, module: Any) -> Tensor | Weight:
+    def weight(cls, module: Any) -> Tensor | FrozenWeight:
         """The module's weight as a matrix: the base's own, even while adapters are merged."""
         held = vars(module)["_parameters"].get("weight")
         if held is not None and hasattr(held, "ds_id") and is_sharded(held):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorakin.family import Pair, Shape, Weight
+from lorakin.family import FrozenWeight, Pair, Shape
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
 from lorakin.inject.convolutions import ConvolutionLayer, UngroupedLayer
@@ -78,7 +78,7 @@ class QuantisedLayer(LinearLayer):
         return quantised.shape_of(module)
 
     @classmethod
-    def weight(cls, module: Any) -> Weight:
+    def weight(cls, module: Any) -> FrozenWeight:
         return quantised.packed_weight(module)
 
     @staticmethod
@@ -108,7 +108,7 @@ class ExpertLayer(LinearLayer):
         return Shape(*module.shape)
 
     @classmethod
-    def weight(cls, module: Any) -> Tensor | Weight:
+    def weight(cls, module: Any) -> Tensor | FrozenWeight:
         if is_sharded(module.parameter):
             return ShardedWeight(module.shape, module.parameter)
         return super().weight(module)

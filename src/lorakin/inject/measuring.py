@@ -73,13 +73,13 @@ def measure(
             for batch in itertools.islice(every, most):
                 begin(batch)
                 _run(model, batch, run)
-                if collector.settled():
+                if collector.end_batch():
                     return
     else:
         with gradients_to(model, paths, collector):
             for batch in itertools.islice(every, most):
                 _checked(_loss(model, batch) if run is None else run(model, batch)).backward()  # type: ignore[no-untyped-call]
-                if collector.settled():
+                if collector.end_batch():
                     return
 
 
@@ -137,7 +137,7 @@ def gradients_to(model: nn.Module, paths: Sequence[str], collector: Collector) -
                 out.requires_grad_(True)
             if collector.wants(path):
                 x = _given(args, kwargs)
-                out.register_hook(lambda grad: collector.see(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
+                out.register_hook(lambda grad: collector.add(path, _by_weight(grad, x)))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -191,7 +191,7 @@ def _showing(collector: Collector) -> Input:
             return
         if not last or last[0][0] is not x:
             last[:] = [(x, _wide(unpadded(x.detach(), mask)))]
-        collector.see(path, last[0][1])
+        collector.add(path, last[0][1])
 
     return see
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Method, Shape, Weight
+from lorakin.family import FrozenWeight, Method, Shape
 from lorakin.inject.adapted import module_at, move_base, swap_moved
 from lorakin.inject.attachments import attachments_of
 from lorakin.inject.placement import target_of
@@ -37,7 +37,7 @@ class PlacedModule:
         return self.adapter.placement.methods[self.path]
 
     @property
-    def weight(self) -> Tensor | Weight:
+    def weight(self) -> Tensor | FrozenWeight:
         """Its weight as a matrix, the base's own even while adapters are merged."""
         return target_of(module_at(self.adapter.model, self.path)).weight
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError
-from lorakin.family import Method, Shape, Target
+from lorakin.family import Method, Shape, UnadaptedModule
 from lorakin.inject import layer_kinds, parameters
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import attachments_of
@@ -100,7 +100,7 @@ def place(
     alpha_pattern = for_stacks(for_stacks(alpha_pattern, attentions, parameters.PART), stacks)
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
-    method, paths = method.select(paths)
+    method, paths = method.bound_to(paths)
     chosen = placement_for(method, paths, copies, rank_pattern, alpha_pattern)
     check_free(rows, chosen.methods)
     chosen = dataclasses.replace(chosen, tokens=rows)
@@ -138,7 +138,7 @@ def _clamped(placement: Placement, shapes: Mapping[str, Shape], stacks: set[str]
         stacklevel=4,
     )
     methods = {
-        path: there.at(**fewer[path]) if path in fewer else there
+        path: there.with_settings(**fewer[path]) if path in fewer else there
         for path, there in placement.methods.items()
     }
     stacks = stacks - {path.rpartition(".")[0] for path in placement.methods.keys() - fewer.keys()}
@@ -165,7 +165,7 @@ def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | 
     """
     given = {path: own for path, own in settings.items() if own is not None}
     methods = {
-        path: method.at(**given[path]) if path in given else method
+        path: method.with_settings(**given[path]) if path in given else method
         for path, method in placement.methods.items()
         if settings.get(path, {}) is not None
     }
@@ -194,15 +194,15 @@ def placement_for(
     for path in paths:
         said = {setting: value.of(path, None) for setting, value in values.items()}
         own = {setting: value for setting, value in said.items() if value is not None}
-        methods[path] = method.at(**own) if own else method
+        methods[path] = method.with_settings(**own) if own else method
     return Placement(method, methods, tuple(copies), dict(rank_pattern), dict(alpha_pattern))
 
 
-def target_of(module: nn.Module) -> Target:
+def target_of(module: nn.Module) -> UnadaptedModule:
     """The module's shape and its base weight as a matrix, also while adapters are merged."""
     kind = layer_kinds.kind_of(module)
     assert kind is not None
-    return Target(kind.shape(module), kind.weight(module))
+    return UnadaptedModule(kind.shape(module), kind.weight(module))
 
 
 def own_weight(module: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorakin.family import Shape, Weight
+from lorakin.family import FrozenWeight, Shape
 from lorakin.family.pair import BLOCK, whole_shape
 from lorakin.inject.attachments import base_parameters
 from lorakin.kernels.autograd import PLAIN
@@ -72,7 +72,7 @@ def refusal(module: nn.Module) -> str | None:
     return None if torch.isfinite(grad).all() else f"a {name} whose gradient is not finite"
 
 
-class PackedWeight(Weight):
+class PackedWeight(FrozenWeight):
     """The weight of a quantised module as a matrix (outputs, inputs), dequantised each time."""
 
     def __init__(self, module: nn.Module) -> None:

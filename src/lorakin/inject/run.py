@@ -172,9 +172,11 @@ class AdapterRun(Part):
                     f"checkpoint"
                 ) from None
 
-    def beside(self, path: str) -> dict[str, Tensor]:
+    def extra_tensors(self, path: str) -> dict[str, Tensor]:
         """Tensors that the adapter's files must hold beside those of the module at `path`."""
-        return {name: t for rule in self.rules or () for name, t in rule.beside(path).items()}
+        return {
+            name: t for rule in self.rules or () for name, t in rule.extra_tensors(path).items()
+        }
 
 
 def _slots_without_gradient(modules: Iterable[nn.Module]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Pair, Weight, widened
+from lorakin.family import FrozenWeight, Pair, widened
 from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import is_adapted, module_at, resized
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
@@ -70,7 +70,7 @@ class AdapterTensors(Part):
     def factors_at(self, path: str) -> tuple[Pair, float]:
         """The same before its scale is in `up`, and the scale, where the pair has one."""
         branch = self.branch(path)
-        tensors, weight = widened(self.at(path)), Weight(self.base_weight(path))
+        tensors, weight = widened(self.at(path)), FrozenWeight(self.base_weight(path))
         return branch.scaled_factors(branch.method.factors(tensors, branch.shape, weight))
 
     def experts(self) -> list[str]:
@@ -100,7 +100,7 @@ class AdapterTensors(Part):
     def at(self, path: str) -> dict[str, Tensor]:
         """All that a file must hold of the module at `path`, by slot."""
         tensors: dict[str, Tensor] = dict(self.branch(path).tensors())
-        return tensors | self.adapter.run.beside(path)
+        return tensors | self.adapter.run.extra_tensors(path)
 
     def moved_buffers(self) -> dict[str, Tensor]:
         """Those of its own buffers that are no longer the base's, by name."""

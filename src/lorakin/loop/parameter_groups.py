@@ -11,7 +11,6 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Slot
-from lorakin.family.method import rate as rate_of
 from lorakin.family.pair import whole_shape
 from lorakin.inject.adapted import module_at
 
@@ -280,7 +279,7 @@ def _rates(
         slots = branch.slots()
         for slot, parameter in branch.tensors().items():
             if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
-                rate = rate_of(lr, slots[slot])
+                rate = slots[slot].rate_at(lr)
                 found.setdefault(id(parameter), (parameter, rate, slots[slot]))
     for at in adapter.placement.copies:
         for path, owner in adapter.tensors.copy_of(at).named_modules(prefix=at):

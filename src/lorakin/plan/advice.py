@@ -11,8 +11,8 @@ import torch
 
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method, method_named
+from lorakin.family.method_words import fair_settings, methods_of, settings_by_method
 from lorakin.family.settings import require
-from lorakin.family.words import fair_settings, given_to, methods_of
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.targets import ALL_LINEAR
 from lorakin.plan.conditions import Conditions
@@ -179,7 +179,7 @@ def advise(
         model: a packaged model, a `.gguf` file, a directory or a hub id.
         method: methods with spaces between, or "all"; None is all.
         rank: of a plain pair; the other methods have their fair size beside it (see
-            `Member.fair`). None: each method has its own.
+            `Member.comparable_settings`). None: each method has its own.
         settings: more settings, for the methods that have them.
         labels: classes of a classifier; None for a language model.
         dtype: "float32", "bfloat16", "float16", "base" or "auto".
@@ -203,7 +203,9 @@ def advise(
     room = available_of(conditions.device, imported) if room is None else room
     left = None if room is None else room - imported
 
-    sized = given_to(methods_of(" ".join(method or ["all"])), parse_settings(settings or []))
+    sized = settings_by_method(
+        methods_of(" ".join(method or ["all"])), parse_settings(settings or [])
+    )
     if rank is not None:
         sized = {
             words: {**fair_settings(words, rank, SCALING, conditions.steps), **own}

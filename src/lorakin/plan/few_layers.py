@@ -37,7 +37,7 @@ def rehearse(conditions: Conditions, method: Method, machine: Machine) -> Rehear
     """
     depths = shallow_depths(conditions)
     # A probe chooses a share of the modules, rounded up: that is no line.
-    if depths is None or method.probe is not None:
+    if depths is None or method.needed_probe is not None:
         return rehearse_whole(conditions, method, machine)
     real = _counted(conditions, method)
     try:

@@ -149,7 +149,7 @@ def planned(
         activation_bytes=at.get("activations", 0) + transient,
         peaks={phase: peak - saved + transient for phase, peak in peaks.items()},
         step=rehearsed.seconds / frozen,
-        supposed=method.probe is not None,
+        supposed=method.needed_probe is not None,
     )
 
 

@@ -188,7 +188,7 @@ class RehearsedRun:
         They begin when the optimizer and the members already hold all that they ever will: the
         second step, and the step after each turn of a member's rule.
         """
-        turns = {turn for rule in self.adapter.run.rules or () for turn in rule.turns if turn}
+        turns = {turn for rule in self.adapter.run.rules or () for turn in rule.grows_after if turn}
         seconds = 0.0
         for number in (1, *sorted(turns)):
             self.optimize(number)

@@ -118,7 +118,7 @@ def highest_rank(
     while 2 * rank <= LARGEST_RANK:
         rank *= 2
         try:
-            higher = planned(conditions, method.at(rank=rank), 1.0, quantize)
+            higher = planned(conditions, method.with_settings(rank=rank), 1.0, quantize)
         except SettingError:  # above the smaller side of a weight
             break
         if higher.peak > min(room, (1 + DEARER) * plan.peak):

@@ -126,7 +126,7 @@ def supposed(
     All modules are equally important, so that it takes the most modules to reach a share of the
     importance, and the largest modules come first.
     """
-    if method.probe is None:
+    if method.needed_probe is None:
         return method
     places: dict[str, Any] = {"layer_indices": where.get("layers")} | {
         k: v for k, v in where.items() if k in PLACES

@@ -39,7 +39,7 @@ def render(summary: Summary) -> str:
     found = importance_in(summary.path)
     sections = [Section("At a glance", [_facts(summary)]), Section("Change", _change(summary))]
     if found:
-        own = summary.method.own_pairs(list(found))
+        own = summary.method.with_own_pair(list(found))
         sections.append(Section("Importance", [heatmaps.importance(found, own)]))
     if len(set(summary.ranks.values())) > 1:
         sections.append(Section("Rank", [heatmaps.ranks(summary.ranks)]))

@@ -13,7 +13,7 @@ from lorakin.compare.schedule import swept
 from lorakin.compare.standings import Standing, leaders, measure_of, standings
 from lorakin.compare.study import Study
 from lorakin.compare.verdict import verdict
-from lorakin.family.words import decided
+from lorakin.family.method_words import axes_of
 from lorakin.report import heatmaps, page
 from lorakin.report.charts import loss_curves, rate_curves
 from lorakin.report.comparison_table import arms_table, troubles_table
@@ -167,7 +167,7 @@ def _weights(found: Findings) -> Iterator[Block]:
 
 def _has_scatter(s: Standing) -> bool:
     """Whether DoRA's picture is about the arm: plain LoRA, full training, methods with a gain."""
-    has_gain = s.kind == MEMBER and "gain" in decided(s.arm.words)
+    has_gain = s.kind == MEMBER and "gain" in axes_of(s.arm.words)
     return has_gain or s.kind == REFERENCE or s.arm.name == FULL
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.family import Method, Target, all_finite
+from lorakin.family import Method, UnadaptedModule, all_finite
 from lorakin.family.measure import WEIGHT
-from lorakin.family.pair import is_imagined
+from lorakin.family.pair import has_no_values
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_state
 from lorakin.inject.buffers import misfit_of_buffers
@@ -66,7 +66,7 @@ class Case:
         return modules_for(self.model, self.document.slots)
 
     @cached_property
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> dict[str, UnadaptedModule]:
         """Path → shape and weight of the adapted modules, in the document's order."""
         return targets_of(self.modules, self.placement)
 
@@ -100,7 +100,9 @@ def modules_for(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return named_modules(model, {path.rpartition(".")[0] for path in paths})
 
 
-def targets_of(modules: Mapping[str, nn.Module], placement: Placement) -> dict[str, Target]:
+def targets_of(
+    modules: Mapping[str, nn.Module], placement: Placement
+) -> dict[str, UnadaptedModule]:
     """Path → shape and weight of the adapted modules."""
     targets = {path: target_of(modules[path]) for path in modules if path in placement.methods}
     for path in placement.ungrouped & targets.keys():
@@ -108,7 +110,9 @@ def targets_of(modules: Mapping[str, nn.Module], placement: Placement) -> dict[s
     return targets
 
 
-def fresh(placement: Placement, targets: Mapping[str, Target]) -> dict[str, dict[str, Tensor]]:
+def fresh(
+    placement: Placement, targets: Mapping[str, UnadaptedModule]
+) -> dict[str, dict[str, Tensor]]:
     """The tensors of a fresh adapter of this placement, on the meta device."""
     meta = torch.device("meta")
     bare = {
@@ -139,7 +143,7 @@ def slots_of_the_weight(case: Case) -> dict[str, Slots]:
         lacking = [n for n in case.fresh[path] if n not in own and not declared[n].trained]
         if not lacking:
             continue
-        if is_imagined(target.weight):
+        if has_no_values(target.weight):
             raise case.error(
                 f"{path} lacks {', '.join(lacking)}, which {method.words} makes of the base "
                 "weight, but that is not in memory; load the base with its weights"

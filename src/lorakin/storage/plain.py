@@ -88,7 +88,9 @@ def _methods(
     methods = {}
     for path in ranks:
         own = {"rank": ranks[path], "alpha": alphas[path]}
-        methods[path] = method if own == {"rank": rank, "alpha": alpha} else method.at(**own)
+        methods[path] = (
+            method if own == {"rank": rank, "alpha": alpha} else method.with_settings(**own)
+        )
     return Placement(
         method,
         methods,
@@ -118,7 +120,7 @@ def as_plain(document: Document, model: nn.Module) -> Document:
         slots[path] = {"A": pair.down, "B": pair.up}
         if "m" in wide:
             slots[path]["m"] = wide["m"]
-        elif method.gains:
+        elif method.has_gain:
             weight = own_weight(module)
             gain = method.pair(wide, shape, weight).gain
             assert gain is not None

@@ -91,7 +91,7 @@ class Summary:
             "numbers": f"{self.parameters:,} in the file",
             "size": f"{self.size / 2**20:.2f} MiB in {self.path}",
         }
-        own = self.method.own_pairs(list(self.ranks))
+        own = self.method.with_own_pair(list(self.ranks))
         if len(own) < len(self.ranks):
             lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
         if self.tokens:

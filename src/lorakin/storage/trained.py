@@ -37,7 +37,7 @@ def check_trained(adapter: InsertedAdapter) -> None:
 def members_did_their_part(adapter: InsertedAdapter) -> Iterator[str]:
     """What the members say themselves, such as an allocator that was not through."""
     reasons = [
-        reason for rule in adapter.run.rules or () if (reason := rule.check(adapter.run.steps))
+        reason for rule in adapter.run.rules or () if (reason := rule.unfinished(adapter.run.steps))
     ]
     for reason in (*reasons, *adapter.method.unmoved(adapter.run.adapted_modules())):
         yield f"adapter {adapter.name!r}: {reason}"
@@ -102,7 +102,9 @@ def modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
     """Each module's tensors are no longer at their start."""
     rules = adapter.run.rules or ()
     reached = [
-        p for p in adapter.run.adapted_modules() if not any(rule.gave_up(p) for rule in rules)
+        p
+        for p in adapter.run.adapted_modules()
+        if not any(rule.took_all_ranks(p) for rule in rules)
     ]
     still = [place.path for place in reached if _changes_nothing(adapter, place.path)]
     if still:

@@ -133,7 +133,7 @@ def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> No
         if template is not None:
             atomic.write(run.out, {TEMPLATE: template.encode()})
 
-    if method.probe is None:
+    if method.needed_probe is None:
         run.adapter = adapt(model, method, **where, **measured_by(run, method))
         float16_base.check_trained(model)
         processes.first_writes(settings)

@@ -65,7 +65,7 @@ def measured_by(run: PreparedRun, method: Method) -> dict[str, Any]:
 
     They are batches of the training rows, and the loss of a model on them.
     """
-    member = method.measuring
+    member = method.measured_member
     if member is None:
         return {}
     batches = probe_batches(run, most=member.batches or MOST_BATCHES)
@@ -97,7 +97,7 @@ def measure_importance(
 
 
 def _measured(run: PreparedRun, method: Method, where: Mapping[str, Any]) -> dict[str, float]:
-    probe = method.probe
+    probe = method.needed_probe
     assert probe is not None
     batches = probe_batches(run, probe.sample)
     rows = sum(len(batch["input_ids"]) for batch in batches)

@@ -94,7 +94,7 @@ def importance_table(method: Method, found: Mapping[str, float]) -> Table:
         method: the method, with these importances.
         found: path of a module → its share of the importance, in [0, 1].
     """
-    own = set(method.own_pairs(list(found)))
+    own = set(method.with_own_pair(list(found)))
     marks = {path: ("●", "bold green") if path in own else (" ", "") for path in found}
     cells = {
         path: RichText(f"{100 * share:.2f}{marks[path][0]}", marks[path][1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
-from lorakin.family import Pair, Target, widened
+from lorakin.family import Pair, UnadaptedModule, widened
 from lorakin.family.low_rank import padded
 from lorakin.inject import layer_kinds
 from lorakin.inject.patterns import Values
@@ -20,7 +20,7 @@ from lorakin.storage.peft.forms import LORA
 def check_agreement(
     document: Document,
     modules: Mapping[str, nn.Module],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, UnadaptedModule],
     config: Mapping[str, Any],
     theirs: Mapping[str, Slots],
     where: str,

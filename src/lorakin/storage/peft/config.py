@@ -135,7 +135,7 @@ def _with(member: Member, said: Mapping[str, Any]) -> Member:
 def _check_flags(form: Form, config: Mapping[str, Any], method: Method, where: str) -> None:
     """The method has a gain if and only if the config says so."""
     for flag in FLAGS:
-        if form is not TOKENS and method.gains != bool(config.get(flag)):
+        if form is not TOKENS and method.has_gain != bool(config.get(flag)):
             raise AdapterError(
                 f"{where}: adapter_config.json says {flag}={config.get(flag, False)!r}, but "
                 f"lorakin.json says that the method is {method.words}"

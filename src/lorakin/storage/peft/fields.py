@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from lorakin.family.settings import LARGEST
+from lorakin.family.settings import LARGEST_FLOAT32
 from lorakin.inject.linear_regex import PatternError
 from lorakin.inject.patterns import check, check_all
 from lorakin.storage.schema import Check, Count
@@ -49,7 +49,9 @@ Names = Annotated[list[Name], Some]
 Patterns = Check(
     "regular expressions that can be matched step by step, and not too many of them", _are_patterns
 )
-Single = Annotated[float, Check("a number that float32 holds", lambda value: abs(value) <= LARGEST)]
+Single = Annotated[
+    float, Check("a number that float32 holds", lambda value: abs(value) <= LARGEST_FLOAT32)
+]
 Rank = Annotated[int, Check("a rank below 2**31", lambda value: 0 <= value < 2**31)]
 
 Ids = Annotated[

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
-from lorakin.family import Method, Target
-from lorakin.family.slots import scale_of_ranks, sides_of_ranks
+from lorakin.family import Method, UnadaptedModule
+from lorakin.family.slots import rank_factors, rank_switch
 from lorakin.inject.placement import Placement, placement_for
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.match import check_kinds, check_paths, modules_for, targets_of
@@ -213,8 +213,8 @@ def _with_ranks_kept(
 ) -> Placement:
     """The placement, in which modules that lost ranks in training have fewer."""
     own = placement.method.parametrisation.slots
-    scale = scale_of_ranks(own)
-    if scale is None or not sides_of_ranks(own):
+    scale = rank_switch(own)
+    if scale is None or not rank_factors(own):
         return placement
     said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(scale)
     methods = {}
@@ -225,12 +225,12 @@ def _with_ranks_kept(
         else:
             rank = len(there) if there is not None and there.dim() else 0
         initial: int = method.parametrisation.initial_rank  # type: ignore[attr-defined]
-        methods[path] = method if rank == initial else method.at(kept=rank)
+        methods[path] = method if rank == initial else method.with_settings(kept=rank)
     return dataclasses.replace(placement, methods=methods)
 
 
 def _with_shared_pair(
-    read: ReadFiles, slots: Mapping[str, Slots], targets: Mapping[str, Target]
+    read: ReadFiles, slots: Mapping[str, Slots], targets: Mapping[str, UnadaptedModule]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots, with the pair that all modules share in each of them."""
     remembered = None if read.own is None else read.own.projection

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import AdapterError, LorakinWarning
-from lorakin.family import Method, Target
+from lorakin.family import Method, UnadaptedModule
 from lorakin.storage.document import Document
 from lorakin.storage.peft.forms import Form
 
@@ -43,7 +43,7 @@ def read(
     config: Mapping[str, Any],
     remembered: str | None,
     method: Method,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, UnadaptedModule],
     tensors: Mapping[str, Tensor],
     where: str,
 ) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def read(
     return found
 
 
-def _sides(targets: Mapping[str, Target]) -> tuple[int, int]:
+def _sides(targets: Mapping[str, UnadaptedModule]) -> tuple[int, int]:
     """The most inputs and the most outputs of the modules."""
     shapes = [target.shape for target in targets.values()]
     return max(shape.inputs for shape in shapes), max(shape.outputs for shape in shapes)
@@ -104,7 +104,7 @@ def _sides(targets: Mapping[str, Target]) -> tuple[int, int]:
 def _check_shapes(
     form: Form,
     method: Method,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, UnadaptedModule],
     found: Mapping[str, Tensor],
     where: str,
 ) -> None:
@@ -120,7 +120,7 @@ def _check_shapes(
 
 
 def _drawn(
-    form: Form, method: Method, targets: Mapping[str, Target], where: str
+    form: Form, method: Method, targets: Mapping[str, UnadaptedModule], where: str
 ) -> dict[str, Tensor]:
     """The pair drawn again from its seed."""
     rank, (inputs, outputs) = method.setting("rank"), _sides(targets)
@@ -142,7 +142,7 @@ def _check_drawn(
     drawn: Mapping[str, Tensor],
     remembered: str | None,
     method: Method,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, UnadaptedModule],
     where: str,
 ) -> None:
     if remembered is not None and remembered != checksum(drawn):

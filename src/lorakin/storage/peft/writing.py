@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakin.family.slots import scale_of_ranks, sides_of_ranks
+from lorakin.family.slots import rank_factors, rank_switch
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
 from lorakin.inject.attachments import base_state
@@ -146,14 +146,14 @@ def _settings(document: Document, form: Form) -> dict[str, Any]:
         value = NO_SCHEDULE.get(field) if value is None else value
         if field in form.always or value != form.defaults[field]:
             config[field] = whole(value)
-    if method.gains and placement.methods:
+    if method.has_gain and placement.methods:
         config |= dict.fromkeys(FLAGS, True)
     own = (placement.rank_pattern, placement.alpha_pattern)
     for (field, _), pattern in zip(PATTERNS, own, strict=True):
         if pattern:
             config[field] = {key: whole(value) for key, value in pattern.items()}
-    scale = scale_of_ranks(form.pair_slots)
-    if scale and sides_of_ranks(form.pair_slots) and (kept := _ranks_kept(document, form, scale)):
+    scale = rank_switch(form.pair_slots)
+    if scale and rank_factors(form.pair_slots) and (kept := _ranks_kept(document, form, scale)):
         config["rank_pattern"] = kept
     return config
 

@@ -74,7 +74,9 @@ def methods_of(words: str) -> list[str]:
     return found
 
 
-def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def settings_by_method(
+    methods: Sequence[str], given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Method → those of the settings `given` that one of its members has.
 
     Raises:
@@ -94,20 +96,28 @@ def given_to(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict
 
 
 def fair_settings(words: str, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-    """A method's settings in a comparison with others of one rank and scale; see `Member.fair`.
+    """Returns a method's settings in a comparison with others of one rank and scale.
+
+    `Member.comparable_settings` gives each member's.
 
     >>> fair_settings("lora", rank=4, scaling=2.0, steps=100)
     {'rank': 4, 'alpha': 8.0}
     """
-    fair = [member_named(word.strip()).fair(rank, scaling, steps) for word in words.split(",")]
-    lacking = {name for settings in fair for name, value in settings.items() if value is None}
+    comparable = [
+        member_named(word.strip()).comparable_settings(rank, scaling, steps)
+        for word in words.split(",")
+    ]
+    lacking = {name for settings in comparable for name, value in settings.items() if value is None}
     # Later ones win, so a member that has settings of its own instead comes last.
-    fair.sort(key=lambda settings: None in settings.values())
+    comparable.sort(key=lambda settings: None in settings.values())
     return {
-        name: value for settings in fair for name, value in settings.items() if name not in lacking
+        name: value
+        for settings in comparable
+        for name, value in settings.items()
+        if name not in lacking
     }
 
 
-def decided(words: str) -> set[str]:
+def axes_of(words: str) -> set[str]:
     """The axes on which the members of a method decide something."""
     return {axis for word in words.split(",") for axis in member_named(word.strip()).decides}

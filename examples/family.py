@@ -151,7 +151,7 @@ def step_times(task: Task, folder: Path, rounds: int) -> dict[str, list[float]]:
             **flags,  # type: ignore[arg-type]
         )
         run = prepare(recipe, console)
-        whole = list(run.adapter.placement.copies)
+        whole = list(run.adapter.placement.whole_modules)
         run.adapter.remove()
         method: Method = method_named(member.word, settings_of(member.word, 1))
         if method.needed_probe is not None:

@@ -33,8 +33,8 @@ class Adapter(InsertedAdapter):
     """One named adapter in one model. `adapt` and `load` make it; `adapters` finds it again.
 
     It has four parts, each with one job: `placement` says which modules it adapts and with what
-    settings, `tensors` holds what it has placed there, `merging` says how it takes part in the
-    model, and `run` how far its training has come.
+    settings, `tensors` holds its parameters, `effect` says whether, how strongly and in which form
+    it acts, and `run` how far its training has come.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(6, 4))
@@ -66,12 +66,12 @@ class Adapter(InsertedAdapter):
     @property
     def is_active(self) -> bool:
         """Whether it takes part in the forward; see `activate`."""
-        return self.merging.is_active
+        return self.effect.is_active
 
     @property
     def is_merged(self) -> bool:
         """Whether it is folded into the weights."""
-        return self.merging.is_merged
+        return self.effect.is_merged
 
     def merge(self, *, permanent: bool = False) -> None:
         """Fold the adapter into the weights. The forward then costs what the base's does.
@@ -84,11 +84,11 @@ class Adapter(InsertedAdapter):
             StateError: a merged weight would not be finite (then nothing is merged), the adapter is
                 disabled, or another adapter would compute something else afterwards.
         """
-        self.merging.merge(permanent=permanent)
+        self.effect.merge(permanent=permanent)
 
     def unmerge(self) -> None:
         """Give the base its own parameters back, bit for bit."""
-        self.merging.unmerge()
+        self.effect.unmerge()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Leave the adapter out inside a `with` block, also while it is merged. Blocks nest.
@@ -101,7 +101,7 @@ class Adapter(InsertedAdapter):
         >>> with adapter.disabled():
         ...     of_base = model(torch.ones(1, 6))
         """
-        return self.merging.disabled()
+        return self.effect.disabled()
 
     @property
     def scale(self) -> float:
@@ -116,15 +116,15 @@ class Adapter(InsertedAdapter):
             SettingError: the new value is no finite number.
             StateError: inside `mixed_batch`, or the adapter has moved the base weights in place.
         """
-        return self.merging.scale
+        return self.effect.scale
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self.merging.scale = scale
+        self.effect.scale = scale
 
     def scaled(self, scale: float) -> contextlib.AbstractContextManager[None]:
         """Use another scale inside a `with` block: `with adapter.scaled(0.5): …`. See `scale`."""
-        return self.merging.scaled(scale)
+        return self.effect.scaled(scale)
 
     # How it trains.
 
@@ -267,7 +267,7 @@ class Adapter(InsertedAdapter):
             AdapterError: the directory holds another adapter. Then nothing is overwritten.
             StateError: this adapter is merged.
         """
-        if self.merging.is_merged:
+        if self.effect.is_merged:
             raise StateError(
                 f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}"
             )
@@ -303,9 +303,9 @@ class Adapter(InsertedAdapter):
         What members decide when a run begins, and ranks freed since, make no difference.
         """
         mine = self.placement
-        if (list(mine.methods), mine.copies, mine.tokens) != (
+        if (list(mine.methods), mine.whole_modules, mine.tokens) != (
             list(its.methods),
-            its.copies,
+            its.whole_modules,
             its.tokens,
         ) or mine.biases != its.biases:
             return False

@@ -16,10 +16,10 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
 from lorakin.family.pair import has_no_values
 from lorakin.inject import placement
-from lorakin.inject.activation_norms import energies
+from lorakin.inject.activation_norms import importance_shares
 from lorakin.inject.active_adapters import activate
 from lorakin.inject.adapted import module_at
-from lorakin.inject.biases import start_of
+from lorakin.inject.biases import initial_biases
 from lorakin.inject.measuring import check_called, measure
 from lorakin.inject.model_registry import adapters_in, root_of
 from lorakin.inject.module_mode import in_mode
@@ -120,10 +120,10 @@ def adapt(
         method = method.with_importance(
             _importance(model, method, probe, targets, seed, places, loss=loss)
         )
-    placed_on = placement.place(model, method, targets, **places)
+    placed_on = placement.choose_modules(model, method, targets, **places)
     placed_on, measured = _measured(model, placed_on, probe, loss)
     adapter = _fresh(model, name, placed_on, seed, dtype, measured)
-    if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.copies)):
+    if heads := new_heads(model, (*adapter.placement.methods, *adapter.placement.whole_modules)):
         warnings.warn(
             f"the head of this {type(model).__name__} ({', '.join(heads)}) is frozen, and it looks "
             "new. An adapter does not train it, nor does its file hold it. Train it whole, with "
@@ -222,7 +222,7 @@ def _importance(
             "remove that first"
         )
     pilot = _fresh(
-        model, "probe", placement.place(model, method.for_probe(), targets, **places), seed
+        model, "probe", placement.choose_modules(model, method.for_probe(), targets, **places), seed
     )
     try:
         check_called(model, pilot.placement.methods)
@@ -240,7 +240,7 @@ def _importance(
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad()
-        return energies(pilot, batches, probe.normalised, loss)
+        return importance_shares(pilot, batches, probe.normalised, loss)
     finally:
         pilot.remove()
 
@@ -282,7 +282,7 @@ def _measured(
 @contextlib.contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
     """Without the model's other adapters inside: the new one will be active alone."""
-    active = [name for name, one in adapters_in(model).items() if one.merging.is_active]
+    active = [name for name, one in adapters_in(model).items() if one.effect.is_active]
     if active:
         activate(model, [])
     try:
@@ -303,9 +303,11 @@ def _fresh(
     """A new adapter with this placement, in the model, whose base is frozen."""
     adapter = Adapter(model, name, plan)
     rows = base_rows(model, plan.tokens, dtype)
-    biases = start_of(model, plan.biases, dtype)
+    biases = initial_biases(model, plan.biases, dtype)
     adapter.install(
-        placement.fresh(model, plan, _generator(seed), dtype, measured), rows=rows, biases=biases
+        placement.initial_tensors(model, plan, _generator(seed), dtype, measured),
+        rows=rows,
+        biases=biases,
     )
     adapter.freeze_base()
     for path in plan.methods:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.adapter import Adapter
-from lorakin.conversion import Plain, check_finite, check_limits, of_pairs, warn_if_missed
+from lorakin.conversion import FittedLoRA, check_finite, check_limits, insert_pairs, warn_if_missed
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.combining import Combination
 from lorakin.family.low_rank import Fit, nearest, nearest_to
 from lorakin.family.settings import is_finite_number
 from lorakin.inject.attachments import base_state
-from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, start_of
+from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, initial_biases
 from lorakin.inject.model_registry import root_of
 from lorakin.inject.trainable_tokens import TokenRows, base_rows, ids_at, tied_rows
 from lorakin.switching import adapters
@@ -37,7 +37,7 @@ def combine(
     seed: int | None = None,
     rank: int | None = None,
     error: float | None = None,
-) -> Plain:
+) -> FittedLoRA:
     """Put one adapter into the model that combines those named, and activate it.
 
     By default it changes each weight by Σ weight · change. Without rank or error that is exact: the
@@ -81,7 +81,7 @@ def combine(
     warn_if_missed(fits, error)
     copies = mixture.copies()
     rows, buffers, biases = mixture.rows(), mixture.buffers(), mixture.biases()
-    return Plain(of_pairs(model, name, pairs, copies, rows, buffers, biases), fits)
+    return FittedLoRA(insert_pairs(model, name, pairs, copies, rows, buffers, biases), fits)
 
 
 def checked_combination(
@@ -190,8 +190,10 @@ class _Mixture:
     def copies(self) -> dict[str, dict[str, Tensor]]:
         """Path → the state of each module that is trained whole."""
         there: dict[tuple[str, str], Owned] = {}
-        for path in dict.fromkeys(p for adapter in self.known for p in adapter.placement.copies):
-            owners = [adapter for adapter in self.known if path in adapter.placement.copies]
+        for path in dict.fromkeys(
+            p for adapter in self.known for p in adapter.placement.whole_modules
+        ):
+            owners = [adapter for adapter in self.known if path in adapter.placement.whole_modules]
             states = [adapter.tensors.copy_of(path).state_dict() for adapter in owners]
             for key, base in base_state(self.model.get_submodule(path)).items():
                 own = [(one, state[key]) for one, state in zip(owners, states, strict=True)]
@@ -208,9 +210,9 @@ class _Mixture:
         if not paths:
             return {}
         branches = {path for adapter in self.known for path in adapter.placement.methods}
-        whole = [path for adapter in self.known for path in adapter.placement.copies]
+        whole = [path for adapter in self.known for path in adapter.placement.whole_modules]
         which = ALL if paths - adapted_modules(self.model, branches) else ADAPTED
-        found = start_of(self.model, find_biases(self.model, which, branches, whole))
+        found = initial_biases(self.model, find_biases(self.model, which, branches, whole))
         there = {
             path: Owned(
                 found[path],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,19 +22,19 @@ from lorakin.inject.calibration_inputs import input_samples
 from lorakin.inject.layer_kinds import LinearLayer, TransposedLayer
 from lorakin.inject.model_registry import root_of
 from lorakin.inject.trainable_tokens import TokenRows
-from lorakin.loading import placed
+from lorakin.loading import insert_document
 from lorakin.storage.document import Document
 from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match
 from lorakin.storage.plain import of_pairs as document_of_pairs
 
-KERNEL = 8
+RANK_MULTIPLE = 8
 """Portable ranks are multiples of this, which suits the kernels that serve them."""
-LARGEST = 512
+VLLM_LARGEST_RANK = 512
 """The largest rank that vLLM serves."""
 
 
-class Plain(NamedTuple):
+class FittedLoRA(NamedTuple):
     """A plain adapter, and by module path how near it comes to what it stands for."""
 
     adapter: Adapter
@@ -57,7 +58,7 @@ def as_lora(
     error: float | None = None,
     batches: Sequence[Mapping[str, Any]] = (),
     portable: bool = False,
-) -> Plain:
+) -> FittedLoRA:
     """Put a plain LoRA that computes the same as `adapter` into the model, and activate it.
 
     It is exact for every method without a gain. For a method with a gain (DoRA) it is the nearest
@@ -113,19 +114,22 @@ def as_lora(
     warn_if_missed(fits, error)
 
     tokens = adapter.placement.tokens
-    plain = of_pairs(
+    plain = insert_pairs(
         adapter.model,
         name,
         _portable(adapter, pairs) if portable else pairs,
-        {path: adapter.tensors.copy_of(path).state_dict() for path in adapter.placement.copies},
+        {
+            path: adapter.tensors.copy_of(path).state_dict()
+            for path in adapter.placement.whole_modules
+        },
         (tokens, {path: adapter.tensors.rows_at(path) for path in tokens}),
         adapter.tensors.moved_buffers(),
         adapter.tensors.biases(),
     )
-    return Plain(plain, fits)
+    return FittedLoRA(plain, fits)
 
 
-def of_pairs(
+def insert_pairs(
     model: nn.Module,
     name: str,
     pairs: Mapping[str, Pair],
@@ -146,12 +150,12 @@ def of_pairs(
     document = document_of_pairs(
         model, slots, copies=copies, rows=rows, biases=biases, buffers=buffers
     )
-    return _placed(model, name, document, f"adapter {name!r}")
+    return _insert_copied(model, name, document, f"adapter {name!r}")
 
 
-def _placed(model: nn.Module, name: str, document: Document, where: str) -> Adapter:
+def _insert_copied(model: nn.Module, name: str, document: Document, where: str) -> Adapter:
     """Put a document made in memory into the model; its tensors are copied."""
-    return placed(model, name, match(document, model, where).copied())
+    return insert_document(model, name, match(document, model, where).copied())
 
 
 def convert(
@@ -190,7 +194,7 @@ def convert(
         alphas[at] = scale * rank if positive else float(rank)
 
     document = document_of_pairs(model, pairs, alphas=alphas)
-    return Converted(_placed(model, name, document, str(path)), found.format, found.notes)
+    return Converted(_insert_copied(model, name, document, str(path)), found.format, found.notes)
 
 
 class _Inputs:
@@ -265,7 +269,7 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         p for p in pairs if adapter.tensors.branch(p).layer not in (LinearLayer, TransposedLayer)
     ]
     for what, paths in {
-        "modules that are trained whole": placement.copies,
+        "modules that are trained whole": placement.whole_modules,
         "trained rows of tokens": placement.tokens,
         "biases": placement.biases,
         "a pair on what is no linear layer": odd,
@@ -275,12 +279,13 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
                 f"the portable form cannot hold {what} ({some(paths)}); merge instead"
             )
 
-    most = -(-max(1, *(pair.down.shape[0] for pair in pairs.values())) // KERNEL) * KERNEL
-    if most > LARGEST:
+    largest = max((pair.down.shape[0] for pair in pairs.values()), default=1)
+    rank = math.ceil(max(largest, 1) / RANK_MULTIPLE) * RANK_MULTIPLE
+    if rank > VLLM_LARGEST_RANK:
         warnings.warn(
-            f"the portable form has rank {most}, and vLLM serves {LARGEST} at most; rank=… "
-            "(--rank) makes it smaller",
+            f"the portable form has rank {rank}, and vLLM serves {VLLM_LARGEST_RANK} at most; "
+            "rank=… (--rank) makes it smaller",
             LorakinWarning,
             stacklevel=3,
         )
-    return {path: padded(pair, most) for path, pair in pairs.items()}
+    return {path: padded(pair, rank) for path, pair in pairs.items()}

@@ -43,10 +43,12 @@ def load(
     """
     model = root_of(model)
     there = hub.adapter_directory(path, revision=revision, token=token, subfolder=subfolder)
-    return placed(model, name, directory.read(there).match(model, other_base), trainable)
+    return insert_document(model, name, directory.read(there).match(model, other_base), trainable)
 
 
-def placed(model: nn.Module, name: str, document: Document, trainable: bool = False) -> Adapter:
+def insert_document(
+    model: nn.Module, name: str, document: Document, trainable: bool = False
+) -> Adapter:
     """Put an adapter that was read from files into `model`, as the active one."""
     adapter = Adapter(model, name, document.placement)
     if trainable:

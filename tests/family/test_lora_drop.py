@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
 from family.problem import BOTH_PRECISIONS, array, close, data, fit, linear
-from lorakin.inject.activation_norms import energies
+from lorakin.inject.activation_norms import importance_shares
 from references import lora_drop as reference
 
 IMPORTANCE = {"0": 0.1, "1": 0.5, "2": 0.15, "3": 0.25}
@@ -32,7 +32,7 @@ def test_the_importance_is_the_papers(ids: Tensor) -> None:
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
     model.train()
-    shares = energies(adapter, [{"input_ids": ids, "attention_mask": mask}])
+    shares = importance_shares(adapter, [{"input_ids": ids, "attention_mask": mask}])
     assert model.training, "the mode is put back"
     seen: dict[str, list[Tensor]] = {path: [] for path in adapter.placement.methods}
     for path in seen:
@@ -73,7 +73,7 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
     called = Called()
     adapter.remove()
     adapter = randomise(lk.adapt(called, lk.LoRA(rank=2)), 0.3)
-    shares = energies(adapter, [{"x": x}], normalised=True)
+    shares = importance_shares(adapter, [{"x": x}], normalised=True)
     close(list(shares.values()), np.array(ratios) / sum(ratios), 1e-9)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lorakin as lk
 from conftest import ConvNet, randomise, tiny_bert, tiny_gpt2, tiny_gpt_oss, tiny_llama
-from lorakin.inject.biases import bias_of
+from lorakin.inject.biases import base_bias
 from lorakin.storage import directory
 
 
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_plain_model(kind: str) -> None:
     assert len(adapter.tensors.biases()) > 2
     for path, bias in adapter.tensors.biases().items():
         close(bias.grad, plain.get_submodule(path).bias.grad, 1e-8)
-        assert bias_of(model.get_submodule(path)).grad is None
+        assert base_bias(model.get_submodule(path)).grad is None
 
 
 def test_training_moves_them_and_no_decay_acts_on_them(ids: Tensor) -> None:
@@ -231,7 +231,7 @@ def test_saving_restoring_and_converting(bias: str, tmp_path: Path, ids: Tensor)
 def test_sums_of_adapters_have_the_sum_of_changes(ids: Tensor) -> None:
     model = tiny_bert()
     starts = {
-        path: bias_of(m).clone() for path, m in model.named_modules() if bias_of(m) is not None
+        path: base_bias(m).clone() for path, m in model.named_modules() if base_bias(m) is not None
     }
     a = moved(lk.adapt(model, lk.LoRA(rank=2), "query", name="a", bias="lora_only"))
     b = moved(lk.adapt(model, lk.LoRA(rank=2), "key", name="b", bias="all"), 4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
-from lorakin.inject.model_registry import hanging
+from lorakin.inject.model_registry import attachments_in
 
 MEMBERS: dict[str, Any] = {
     "one": lk.LoRA(4, 8),
@@ -257,7 +257,7 @@ def test_another_thread_is_kept_out() -> None:
         thread.start()
         thread.join()
     assert "another thread" in str(errors[0])
-    assert all(attached.rows is None for attached in hanging(model))
+    assert all(attached.rows is None for attached in attachments_in(model))
 
 
 class Gathering(nn.Module):

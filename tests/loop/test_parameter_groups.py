@@ -114,7 +114,7 @@ def test_what_decays_in_modules_trained_whole_is_what_decays_in_transformers(
     theirs = set(transformers.Trainer(model, arguments).get_decay_parameter_names(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     adapter = lk.adapt(model, lk.DoRA(rank=2), modules_to_save=whole)
-    inside = tuple(f"{path}." for path in adapter.placement.copies)
+    inside = tuple(f"{path}." for path in adapter.placement.whole_modules)
     want = {name for name in names & theirs if name.startswith(inside)}
     assert {name for name in names if name.startswith(inside)} > want, "some are exempt"
     pair = {name for name, _ in adapter.named_parameters() if name.endswith((".A", ".B"))}

@@ -432,7 +432,7 @@ def test_names_that_peft_matches_by_their_end(tmp_path: Path, ids: Tensor) -> No
     theirs.save_pretrained(tmp_path)
     model = tiny_llama()
     adapter = lk.load(model, tmp_path)
-    assert "model.layers.0.input_layernorm" in adapter.placement.copies
+    assert "model.layers.0.input_layernorm" in adapter.placement.whole_modules
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -160,7 +160,7 @@ def test_what_adapters_do_to_the_weight_does_not_count(saved: Path, tmp_path: Pa
         moving(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert adapter.merging.has_moved_base
+    assert adapter.effect.has_moved_base
     adapter.save(tmp_path / "moved")
     lk.load(tiny_llama(), tmp_path / "moved")
     adapter.restore(tmp_path / "moved")

@@ -536,7 +536,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept(
         settings={"rank": 2},
     )
     _, _, prepared = run(recipe)
-    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.placement.copies)
+    assert {"classifier", "bert.pooler.dense"} <= set(prepared.adapter.placement.whole_modules)
     loaded = load_with_adapter(recipe.model, recipe.out, "float32")
     torch.testing.assert_close(
         loaded.model(ids % 20).logits, prepared.loaded.model(ids % 20).logits

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorakin.adapter import Adapter
 from lorakin.family.slots import rank_switch
 from lorakin.inject.layer_kinds import kind_of
-from lorakin.inject.placement import own_weight
+from lorakin.inject.placement import base_weight_of
 
 MOMENTS = 4
 """How often the weights of a run are measured, at equal distances; the last time at its end."""
@@ -77,11 +77,11 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
 
     Both are float32 (outputs, inputs). None: the module has no matrix.
     """
-    if path in adapter.placement.copies:
+    if path in adapter.placement.whole_modules:
         twin = adapter.tensors.copy_of(path)
         if kind_of(twin) is None:
             return None
-        return adapter.tensors.base_weight(path).float(), own_weight(twin).float()
+        return adapter.tensors.base_weight(path).float(), base_weight_of(twin).float()
     before, pair = adapter.tensors.base_weight(path).float(), adapter.tensors.change_at(path)
     after = before + pair.up.float() @ pair.down.float()
     return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after
@@ -91,7 +91,7 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
 def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
     """Returns path → (ΔM, ΔD) for each module that the adapter changes."""
     found = {}
-    for path in (*adapter.placement.methods, *adapter.placement.copies):
+    for path in (*adapter.placement.methods, *adapter.placement.whole_modules):
         if (both := weights(adapter, path)) is not None:
             before, after = both
             sizes, lengths = before.norm(dim=1), after.norm(dim=1)
@@ -108,7 +108,7 @@ def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
     `rank`.
     """
     found = {}
-    for path in (*adapter.placement.methods, *adapter.placement.copies):
+    for path in (*adapter.placement.methods, *adapter.placement.whole_modules):
         if (both := weights(adapter, path)) is not None:
             change, size = float((both[1] - both[0]).norm()), float(both[0].norm())
             found[path] = {"norm": change, "relative": change / size if size else 0.0}

@@ -13,7 +13,7 @@ from lorakin.inject.layer_kinds import ConvolutionLayer
 from lorakin.inject.measuring import Run, check_called, inputs_of
 
 
-def energies(
+def importance_shares(
     adapter: InsertedAdapter,
     batches: Sequence[Any],
     normalised: bool = False,

@@ -9,8 +9,8 @@ from torch import nn
 
 from lorakin.errors import SettingError, StateError
 from lorakin.inject.biases import check_biases_apart
-from lorakin.inject.effect import check_unmixed, check_unmoved, placements
-from lorakin.inject.model_registry import NONE_HERE, registry_of
+from lorakin.inject.effect import check_base_in_place, check_no_mixed_batch, placements
+from lorakin.inject.model_registry import NO_ADAPTERS, registry_of
 from lorakin.inject.part import attachments_at
 from lorakin.inject.threads import alone, chosen
 from lorakin.inject.trainable_tokens import check_apart, places_of
@@ -32,10 +32,10 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = check_switchable(model, names)
-    check_unmixed(model, "switched")
+    check_no_mixed_batch(model, "switched")
     replaced: dict[str, str] = {}
     for name in names:
-        for path in known[name].placement.copies:
+        for path in known[name].placement.whole_modules:
             if path in replaced:
                 raise SettingError(
                     f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them"
@@ -75,10 +75,10 @@ def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, Ins
         if name not in known:
             raise SettingError(
                 f"no adapter {name!r} in the model; there are: "
-                f"{', '.join(map(repr, known)) or NONE_HERE}"
+                f"{', '.join(map(repr, known)) or NO_ADAPTERS}"
             )
-    if merged := [name for name, adapter in known.items() if adapter.merging.is_merged]:
+    if merged := [name for name, adapter in known.items() if adapter.effect.is_merged]:
         raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
     if len(known) > 1 or not names:
-        check_unmoved(known, "switching")
+        check_base_in_place(known, "switching")
     return known

@@ -33,8 +33,8 @@ from lorakin.inject.layer_kinds import (
     ExpertLayer,
     LinearLayer,
     QuantisedLayer,
-    has_own_forward,
     kind_of,
+    overrides_forward,
 )
 from lorakin.inject.token_rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
@@ -91,8 +91,8 @@ class Adapted(Swapped):
             base = out = super().forward(*args, **kwargs)
         else:
             base = out = F.linear(x, attached.dense, self.bias)
-        if attached.rows is not None:
-            return attached.rows.adapted(self, x, base)
+        if attached.mixed_batch is not None:
+            return attached.mixed_batch.adapted(self, x, base)
         for branch in branches:
             out = out + branch(self, x, base)
         return out
@@ -103,10 +103,10 @@ class Adapted(Swapped):
         Step 1 of the path that `kernels/adapted_linear.py` describes.
         """
         weight = self._parameters.get("weight")
-        if branch.layer is not LinearLayer or attached.rows is not None or attached.merged:
+        if branch.layer is not LinearLayer or attached.mixed_batch is not None or attached.merged:
             return None
-        own_forward = getattr(super().forward, "__func__", None)
-        if own_forward is not nn.Linear.forward or not kernel.applies(x, weight):
+        library_forward = getattr(super().forward, "__func__", None)
+        if library_forward is not nn.Linear.forward or not kernel.applies(x, weight):
             return None
         assert weight is not None
 
@@ -142,16 +142,16 @@ class Looked(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         attached = attachments_of(self)
         branches = [] if attached.inside else attached.in_use()
-        if attached.inside or not (branches or attached.rows):
+        if attached.inside or not (branches or attached.mixed_batch):
             return super().forward(input)
         attached.inside += 1
         try:
             with brought(branches):
                 out: Tensor
                 out = base = super().forward(input)
-                if attached.rows is not None:
-                    out = attached.rows.adapted(self, input, base)
-                for branch in branches if attached.rows is None else ():
+                if attached.mixed_batch is not None:
+                    out = attached.mixed_batch.adapted(self, input, base)
+                for branch in branches if attached.mixed_batch is None else ():
                     out = out + branch(self, input, base)
                 return out
         finally:
@@ -169,7 +169,7 @@ class Replaced(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attached = attachments_of(self)
-        if attached.rows is None:
+        if attached.mixed_batch is None:
             for copy in attached.in_use():
                 # Not `copy.module(…)`: the module's own hooks already run around this forward.
                 return copy.module.forward(*args, **kwargs)
@@ -178,9 +178,11 @@ class Replaced(Swapped):
             out = super().forward(*args, **kwargs)
         finally:
             attached.inside -= 1
-        if attached.rows is None:
+        if attached.mixed_batch is None:
             return out
-        return attached.rows.replaced(self, out, args[0] if args else next(iter(kwargs.values())))
+        return attached.mixed_batch.replaced(
+            self, out, args[0] if args else next(iter(kwargs.values()))
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name != KEY and (copy := _copy_in_use(self, 3)) is not None:
@@ -216,7 +218,7 @@ def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
         or not is_in_forward(depth - 1)
     ):
         return None
-    if attached.rows is not None:
+    if attached.mixed_batch is not None:
         raise StateError(
             f"a {type(module).__name__} that is trained whole is read without being called, so it "
             "cannot be in a mixed batch"
@@ -271,7 +273,7 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
         if isinstance(child, TokenRowsBranch):
             kind = kind_of(module)
             assert kind is not None
-            attached.by_weight = has_own_forward(module, kind)
+            attached.by_weight = overrides_forward(module, kind)
             attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
             expert_forward.attach(module)
@@ -279,7 +281,7 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
     if isinstance(child, Branch) and not any(
         isinstance(other, Branch) for other in attached.values()
     ):
-        attached.by_weight = has_own_forward(module, child.layer)
+        attached.by_weight = overrides_forward(module, child.layer)
         weight = module._parameters.get("weight")
         if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
             attached.shape = whole_shape(weight)

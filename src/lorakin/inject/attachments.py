@@ -6,10 +6,13 @@ own names. What else is known of them is in a plain object beside it, so no name
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lorakin.inject.mixed_batch import MixedBatch
 
 KEY = "lorakin"
 """The name of an adapted module's child that holds its adapters."""
@@ -28,7 +31,7 @@ class Attachments:
         base: the base's parameters, set aside while adapters are merged.
         unmoved: the base's weight, set aside while an adapter moves a copy of it.
         dense: what a quantised module multiplies by while adapters are merged.
-        rows: says which adapter each row of a mixed batch uses; None outside of one.
+        mixed_batch: says which adapter each row of a batch uses; None outside of one.
         inside: counts calls of the module's own forward under way; they see the base's tensors.
         by_weight: the class has a forward of its own, which is given the changed weight.
         biased: an adapter has a bias of its own here.
@@ -43,7 +46,7 @@ class Attachments:
         self.base: dict[str, Tensor] = {}
         self.unmoved: dict[str, Tensor] = {}
         self.dense: Tensor | None = None
-        self.rows: Any = None
+        self.mixed_batch: MixedBatch | None = None
         self.inside = 0
         self.by_weight = False
         self.biased = False
@@ -92,7 +95,7 @@ class Attachments:
 
     def owner_of_bias(self) -> str | None:
         """Returns the adapter in use that has a bias here; None in a mixed batch, too."""
-        if self.rows is None:
+        if self.mixed_batch is None:
             for name in self.names_in_use():
                 if self.bias_of(name) is not None:
                     return name

@@ -22,8 +22,8 @@ from lorakin.inject.targets import named_modules
 from lorakin.kernels.autograd import PLAIN
 
 if TYPE_CHECKING:
-    from lorakin.inject.folding import Placed
     from lorakin.inject.inserted import InsertedAdapter
+    from lorakin.inject.placement import Placement
 
 NONE, ADAPTED, ALL = "none", "lora_only", "all"
 
@@ -54,7 +54,7 @@ def find_biases(
     found = []
     for path, module in named_modules(model).items():
         wanted = path in adapted if which == ADAPTED else not f"{path}.".startswith(skip)
-        if wanted and not isinstance(module, ExpertMatrix) and bias_of(module) is not None:
+        if wanted and not isinstance(module, ExpertMatrix) and base_bias(module) is not None:
             found.append(path)
     if not found:
         where = "of the modules it adapts has" if which == ADAPTED else "module has"
@@ -74,7 +74,7 @@ def adapted_modules(model: nn.Module, branches: Iterable[str]) -> set[str]:
     return found
 
 
-def bias_of(module: nn.Module) -> Tensor | None:
+def base_bias(module: nn.Module) -> Tensor | None:
     """Returns the base's own bias of a module, whatever adapters do; None if there is none."""
     attached = attachments_or_none(module)
     own: Tensor | None = module._parameters.get(BIAS)
@@ -83,7 +83,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return own if own is not None and own.is_floating_point() else None
 
 
-def start_of(
+def initial_biases(
     model: nn.Module, paths: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Returns an adapter's biases at the start: the base's, in `dtype`, or float32 at least.
@@ -96,7 +96,7 @@ def start_of(
     made: dict[int, Tensor] = {}
     started = {}
     for path in paths:
-        own = bias_of(model.get_submodule(path))
+        own = base_bias(model.get_submodule(path))
         assert own is not None
         if is_sharded(own):
             raise StateError(
@@ -125,14 +125,16 @@ def as_the_bases(child: Any, module: Any) -> Tensor:
     return bias if type(weight) in PLAIN else bias.view_as(bias)
 
 
-def check_biases_apart(plans: Mapping[str, Placed], error: type[SettingError | StateError]) -> None:
+def check_biases_apart(
+    placements: Mapping[str, Placement], error: type[SettingError | StateError]
+) -> None:
     """Checks that no two of these adapters, given by name, have a bias of their own in one module.
 
     Raises:
         error: two do.
     """
     owners: dict[str, str] = {}
-    for name, placement in plans.items():
+    for name, placement in placements.items():
         for path in placement.biases:
             if path in owners:
                 raise error(

@@ -183,14 +183,14 @@ class Branch(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None, "_ready": None}
 
-    def kind_now(self, module: Any) -> type[Layer]:
+    def current_kind(self, module: Any) -> type[Layer]:
         """The module's kind now: a plain one may have been quantised since it was adapted."""
         changed = self.layer is LinearLayer and type(module._parameters.get("weight")) not in PLAIN
         return (kind_of(module) or self.layer) if changed else self.layer
 
     def low_rank_term(self, module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down x), without a gain, in the base's dtype."""
-        dtype = self.kind_now(module).dtype(module, x)
+        dtype = self.current_kind(module).dtype(module, x)
         return self.layer.branch(module, x, Pair(pair.up.to(dtype), pair.down.to(dtype)))
 
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class Branch(nn.Module):
 
         That is (g−1)⊙(W0 x̃) + g⊙up(down x̃).
         """
-        attached, layer = attachments_of(module), self.kind_now(module)
+        attached, layer = attachments_of(module), self.current_kind(module)
         dropped = layer.drop(x, self.method.dropout, self.training)
         pair = self.pair(layer.weight(module))
         change = self.low_rank_term(module, dropped, pair)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
+def saved_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
     """Returns the base's buffers that its `state_dict` holds, except quantised layers', by name.
 
     None stands for a buffer that a forward is still to make.
@@ -30,7 +30,7 @@ def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | No
         model: the base, adapted or not.
         whole: paths of modules that an adapter trains whole; their copies have their own buffers.
 
-    >>> list(own_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
+    >>> list(saved_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
     ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
     found: dict[str, Tensor | None] = {}
@@ -45,7 +45,7 @@ def own_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | No
     return found
 
 
-def own_copy(buffer: Tensor | None) -> Tensor | None:
+def cloned(buffer: Tensor | None) -> Tensor | None:
     """Returns the buffer in memory of its own."""
     return None if buffer is None else buffer.detach().clone()
 
@@ -63,7 +63,7 @@ class Buffers:
         using = [
             adapter
             for adapter in adapters.values()
-            if adapter.merging.is_active and not adapter.merging.is_off
+            if adapter.effect.is_active and not adapter.effect.is_off
         ]
         for name, owner in self.owners(model, using).items():
             if owner != self.shown[name]:
@@ -99,13 +99,13 @@ class Buffers:
         if own is not None and value is not None and own.shape == value.shape:
             own.copy_(value)
         elif self.shown[name] == adapter.name:
-            _put(model, name, own_copy(value))
+            _put(model, name, cloned(value))
         else:
-            adapter.buffers[name] = own_copy(value)
+            adapter.buffers[name] = cloned(value)
 
     def all(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
-        """Returns the base's own buffers that an adapter may move; see `own_buffers`."""
-        here = own_buffers(model, whole)
+        """Returns the base's own buffers that an adapter may move; see `saved_buffers`."""
+        here = saved_buffers(model, whole)
         return {
             name: self.own(model, name) if name in self.shown else b for name, b in here.items()
         }
@@ -168,9 +168,9 @@ def _put(model: nn.Module, name: str, buffer: Tensor | None) -> None:
     model.get_submodule(path)._buffers[leaf] = buffer
 
 
-def misfit_of_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
+def refusal_of_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
     """Returns why buffers from a file are not this model's; None if they are."""
-    here = own_buffers(model, ()) if saved else {}
+    here = saved_buffers(model, ()) if saved else {}
     if unknown := sorted(saved.keys() - here.keys()):
         return f"it holds the buffers {some(unknown)}, which this model does not have"
     for name, tensor in saved.items():

@@ -34,7 +34,7 @@ def input_samples(
     paths = [
         path for path in adapter.placement.methods if adapter.tensors.branch(path).layer in LINEAR
     ]
-    active = [name for name, one in adapters_in(adapter.model).items() if one.merging.is_active]
+    active = [name for name, one in adapters_in(adapter.model).items() if one.effect.is_active]
     activate(adapter.model, adapter.name)
     try:
         inputs_of(adapter.model, paths, batches, see)

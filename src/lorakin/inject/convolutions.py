@@ -63,7 +63,7 @@ class ConvolutionLayer(Layer):
         return vector.view(-1, *(1 for _ in module.kernel_size))
 
 
-class UngroupedLayer(ConvolutionLayer):
+class PeftGroupedConvolution(ConvolutionLayer):
     """A grouped convolution that also gets a convolution of all its inputs, as PEFT trains it.
 
     That is no change of the weight, so it cannot be merged, and code that reads the weight misses

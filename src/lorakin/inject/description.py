@@ -93,7 +93,7 @@ def state_in_words(adapter: InsertedAdapter) -> str:
         if any(adapter.name in getattr(attached, state) for attached in attachments_by(adapter))
     ]
     word = holds[0] if holds else "inactive"
-    return word if adapter.merging.scale == 1 else f"{word} at scale {adapter.merging.scale:g}"
+    return word if adapter.effect.scale == 1 else f"{word} at scale {adapter.effect.scale:g}"
 
 
 def described(adapter: InsertedAdapter) -> str:
@@ -111,7 +111,7 @@ def described(adapter: InsertedAdapter) -> str:
     lines = [
         title,
         f"modules: {len(placement.methods)}{f' ({listed(names)})' if names else ''}"
-        + (f"; trained whole: {listed(placement.copies)}" if placement.copies else "")
+        + (f"; trained whole: {listed(placement.whole_modules)}" if placement.whole_modules else "")
         + (f"; {biases_in_words(adapter)}" if placement.biases else ""),
         f"trains: {share(_training(tensors), parameter_counts(adapter.model)[1])}",
         f"memory: {size_in_words(bytes_of(tensors))} in {', '.join(dtypes) or 'no tensors'}"
@@ -124,8 +124,8 @@ def described(adapter: InsertedAdapter) -> str:
 def in_one_line(adapter: InsertedAdapter) -> str:
     """The adapter in one line, for `repr`."""
     modules = count(len(adapter.placement.methods), "module")
-    if adapter.placement.copies:
-        modules += f" and {len(adapter.placement.copies)} whole"
+    if adapter.placement.whole_modules:
+        modules += f" and {len(adapter.placement.whole_modules)} whole"
     parts = [repr(adapter.name), str(adapter.placement.method), modules]
     if adapter.is_present:
         trained, total = _training(tensors_of(adapter)), parameter_counts(adapter.model)[1]

@@ -14,7 +14,7 @@ from lorakin.inject import quantised
 from lorakin.inject.adapted import is_adapted, module_at, swap_moved
 from lorakin.inject.biases import check_biases_apart, tie_merged
 from lorakin.inject.folding import check_for_good, check_together, move_adapters, set_merged
-from lorakin.inject.model_registry import NONE_HERE, hanging, hold, registry_of
+from lorakin.inject.model_registry import NO_ADAPTERS, attachments_in, registry_of, watch_modules
 from lorakin.inject.part import Part, attachments_at
 from lorakin.inject.placement import Placement
 from lorakin.inject.scale import rescaled
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-class Merging(Part):
+class Effect(Part):
     """How an adapter takes part: in use or off, how strongly, beside the weights or merged."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:
@@ -79,7 +79,7 @@ class Merging(Part):
 
     def _rescale(self, scale: float) -> None:
         self.adapter.require_present()
-        check_unmixed(self.model, "scaled")
+        check_no_mixed_batch(self.model, "scaled")
         with _ties_kept(self.model) if self.is_merged else contextlib.nullcontext():
             self._scale = rescaled(self.adapter, scale)
 
@@ -197,12 +197,12 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         known = registry_of(model).adapters
         if unknown := [name for name in names if name not in known]:
-            there = ", ".join(map(repr, known)) or NONE_HERE
+            there = ", ".join(map(repr, known)) or NO_ADAPTERS
             raise SettingError(f"no adapter {unknown[0]!r} in the model; there are: {there}")
         chosen = [known[name] for name in names]
         others = {name: adapter for name, adapter in known.items() if adapter not in chosen}
         if chosen and (
-            merged := [name for name, adapter in others.items() if adapter.merging.is_merged]
+            merged := [name for name, adapter in others.items() if adapter.effect.is_merged]
         ):
             raise StateError(
                 f"adapter {merged[0]!r} is merged too; unmerge it before merging {names[0]!r} "
@@ -224,22 +224,22 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
                 move_adapters(old, module_at(model, path))
         if (registry := registry_of(model)).adapters:
             registry.ties = Ties(model)
-            hold(model, registry)
+            watch_modules(model, registry)
 
 
 def _fold(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[str, Tensor]:
     """Merge these adapters, all or none. Returns weights that stand beside quantised ones."""
-    check_unmixed(model, "merged")
-    if disabled := [adapter.name for adapter in chosen if adapter.merging.is_off]:
+    check_no_mixed_batch(model, "merged")
+    if disabled := [adapter.name for adapter in chosen if adapter.effect.is_off]:
         raise StateError(
             f"adapter {disabled[0]!r} is disabled at the moment; merge it outside of disabled()"
         )
     others = [adapter for adapter in registry_of(model).adapters.values() if adapter not in chosen]
-    check_unmoved(
+    check_base_in_place(
         {adapter.name: adapter for adapter in others if _share(adapter, chosen)}, "merging"
     )
     check_together(
-        placements([*chosen, *(adapter for adapter in others if adapter.merging.is_merged)])
+        placements([*chosen, *(adapter for adapter in others if adapter.effect.is_merged)])
     )
     check_biases_apart(
         placements(
@@ -248,7 +248,7 @@ def _fold(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[str, Tens
                 *(
                     g
                     for g in others
-                    if g.merging.is_merged or (g.merging.is_active and not g.merging.is_off)
+                    if g.effect.is_merged or (g.effect.is_active and not g.effect.is_off)
                 ),
             ]
         ),
@@ -311,15 +311,15 @@ def _share(adapter: InsertedAdapter, others: Sequence[InsertedAdapter]) -> bool:
     return any(set(adapter.tensors.paths()) & set(other.tensors.paths()) for other in others)
 
 
-def check_unmixed(model: nn.Module, what: str) -> None:
-    if any(attached.rows is not None for attached in hanging(model)):
+def check_no_mixed_batch(model: nn.Module, what: str) -> None:
+    if any(attached.mixed_batch is not None for attached in attachments_in(model)):
         raise StateError(
             f"inside mixed_batch the adapters are what they were when it began; none can be {what}"
         )
 
 
-def check_unmoved(known: Mapping[str, InsertedAdapter], purpose: str) -> None:
-    if moved := [name for name, adapter in known.items() if adapter.merging.has_moved_base]:
+def check_base_in_place(known: Mapping[str, InsertedAdapter], purpose: str) -> None:
+    if moved := [name for name, adapter in known.items() if adapter.effect.has_moved_base]:
         raise StateError(
             f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used "
             "beside it; save and load it (files hold the form that leaves the base alone), or "

@@ -130,7 +130,7 @@ def _branches(stack: ExpertStack) -> Branches:
     """Returns the branches in use, except those in a mixed batch, which stacks cannot be in."""
     found: dict[str, dict[int, Any]] = {}
     for number, attached in stack.attached().items():
-        for name in attached.names_in_use() if attached.rows is None else ():
+        for name in attached.names_in_use() if attached.mixed_batch is None else ():
             found.setdefault(name, {})[number] = attached[name]
     return found
 
@@ -152,14 +152,14 @@ def _change(stack: ExpertStack, weight: Tensor, branches: Mapping[int, Any]) -> 
     """
     first, attached = next(iter(branches.values())), stack.attached()
 
-    def own_weight(number: int) -> Tensor:
+    def base_weight_of(number: int) -> Tensor:
         if not first.method.has_gain:  # only a gain depends on the numbers of the weight
             return weight
         matrix: Any = stack._modules[str(number)]
         own: Tensor = attached[number].base.get("weight", matrix.weight)
         return own.detach()
 
-    pairs = {n: branch.factors(branch.wide(), own_weight(n)) for n, branch in branches.items()}
+    pairs = {n: branch.factors(branch.wide(), base_weight_of(n)) for n, branch in branches.items()}
     outputs, inputs = first.shape[:2]
     none = Pair(weight.new_zeros(outputs, 0), weight.new_zeros(0, inputs)), 0.0
     up, down, gain = side_by_side([pairs.get(n, none) for n in range(count(weight))])

@@ -210,7 +210,7 @@ def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | Non
     return ExpertMatrix(experts, stack, int(number))
 
 
-def own_stack(module: nn.Module, name: str) -> Tensor | None:
+def base_stack(module: nn.Module, name: str) -> Tensor | None:
     """Returns a parameter with the base's values; None if it is no stack with adapted matrices."""
     stack = module._modules.get(PREFIX + name)
     return stack.own() if isinstance(stack, ExpertStack) else None

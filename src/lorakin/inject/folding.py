@@ -10,51 +10,45 @@ so few bits would lose most of what was learned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family import Method, Pair, all_finite
+from lorakin.family import Pair, all_finite
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import attach
 from lorakin.inject.attachments import BIAS, Attachments, attachments_of, ours
 from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.experts import set_aside
-from lorakin.inject.layer_kinds import Layer, QuantisedLayer, UngroupedLayer
+from lorakin.inject.layer_kinds import Layer, PeftGroupedConvolution, QuantisedLayer
 from lorakin.inject.token_rows import TokenRowsBranch, check_size
 from lorakin.inject.trainable_tokens import fold
 
-
-class Placed(Protocol):
-    """What an adapter adapts: modules with their methods, modules trained whole, and biases."""
-
-    @property
-    def methods(self) -> Mapping[str, Method]: ...
-
-    @property
-    def copies(self) -> tuple[str, ...]: ...
-
-    @property
-    def biases(self) -> tuple[str, ...]: ...
+if TYPE_CHECKING:
+    from lorakin.inject.placement import Placement
 
 
-def check_together(plans: Mapping[str, Placed]) -> None:
-    """Checks that the adapters of these plans, by name, can be merged at the same time.
+def check_together(placements: Mapping[str, Placement]) -> None:
+    """Checks that the adapters with these placements, by name, can be merged at the same time.
 
     Raises:
         StateError: one trains a module whole in which another changes something.
     """
-    for name, placement in plans.items():
-        for whole in placement.copies:
-            for other, there in plans.items():
-                if other != name and whole in there.copies:
+    for name, placement in placements.items():
+        for whole in placement.whole_modules:
+            for other, other_placement in placements.items():
+                if other != name and whole in other_placement.whole_modules:
                     raise StateError(
                         f"{name!r} and {other!r} both train {whole} whole, so they cannot both be "
                         "merged; unmerge one first"
                     )
-                touched = (*there.methods, *there.copies, *there.biases)
+                touched = (
+                    *other_placement.methods,
+                    *other_placement.whole_modules,
+                    *other_placement.biases,
+                )
                 inside = [path for path in touched if path.startswith(f"{whole}.")]
                 if other != name and inside:
                     raise StateError(
@@ -63,7 +57,7 @@ def check_together(plans: Mapping[str, Placed]) -> None:
                     )
 
 
-def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) -> None:
+def check_for_good(chosen: Mapping[str, Placement], staying: Mapping[str, Placement]) -> None:
     """Checks that the adapters `staying` compute the same once `chosen` are merged permanently.
 
     A change that adds to the weight does so over any weight. A gain multiplies the weight that is
@@ -73,7 +67,7 @@ def check_for_good(chosen: Mapping[str, Placed], staying: Mapping[str, Placed]) 
         StateError: an adapter that stays has a gain over a weight that would change.
     """
     changed = {path: name for name, placement in chosen.items() for path in placement.methods}
-    whole = {path: name for name, placement in chosen.items() for path in placement.copies}
+    whole = {path: name for name, placement in chosen.items() for path in placement.whole_modules}
     for other, placement in staying.items():
         for path in (path for path, method in placement.methods.items() if method.has_gain):
             by = changed.get(path) or next(
@@ -211,7 +205,7 @@ def _folded(
         return {"weight": _like(table, fold(table.detach(), rows), path)}
     if not branches:
         return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
-    if any(branch.layer is UngroupedLayer for branch in branches):
+    if any(branch.layer is PeftGroupedConvolution for branch in branches):
         raise StateError(
             f"{path} is a convolution in groups, and its adapter, which PEFT trained, reads "
             "the inputs of all groups: that is no change of the weight, so it cannot be merged"

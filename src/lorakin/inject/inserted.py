@@ -23,14 +23,14 @@ from lorakin.inject.adapted import (
     swap_moved,
 )
 from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_parameters
-from lorakin.inject.biases import bias_of, start_of
+from lorakin.inject.biases import base_bias, initial_biases
 from lorakin.inject.branch import Branch, Copy, trains
-from lorakin.inject.buffers import own_copy
-from lorakin.inject.effect import Merging, check_unmixed, check_unmoved
-from lorakin.inject.layer_kinds import UngroupedLayer
-from lorakin.inject.model_registry import Registry, mark_base, registry_of
+from lorakin.inject.buffers import cloned
+from lorakin.inject.effect import Effect, check_base_in_place, check_no_mixed_batch
+from lorakin.inject.layer_kinds import PeftGroupedConvolution
+from lorakin.inject.model_registry import Registry, registry_of, update_model_hooks
 from lorakin.inject.placement import Placement
-from lorakin.inject.run import WATCHERS, AdapterRun
+from lorakin.inject.run import CALLBACKS, AdapterRun
 from lorakin.inject.tensors import AdapterTensors
 from lorakin.inject.threads import alone
 from lorakin.inject.trainable_tokens import base_rows, rows_for
@@ -41,7 +41,7 @@ class InsertedAdapter:
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         adapter = super().__new__(cls)
-        for watcher in WATCHERS:  # here, so that they hear of a deep copy of the model too
+        for watcher in CALLBACKS:  # here, so that they hear of a deep copy of the model too
             watcher.made(adapter)
         return adapter
 
@@ -52,7 +52,7 @@ class InsertedAdapter:
         self.is_fresh = False
         self.buffers: dict[str, Tensor | None] = {}
         self.tensors = AdapterTensors(self)
-        self.merging = Merging(self)
+        self.effect = Effect(self)
         self.run = AdapterRun(self)
 
     @property
@@ -99,11 +99,11 @@ class InsertedAdapter:
         registry.adapters[self.name] = self
         for path, child in children.items():
             attach(modules[path], self.name, child.train(modules[path].training))
-        mark_base(self.model, registry)
+        update_model_hooks(self.model, registry)
 
-        of_base = registry.buffers.all(self.model, self.placement.copies)
+        of_base = registry.buffers.all(self.model, self.placement.whole_modules)
         own = of_base if buffers is None else buffers
-        self.buffers = {name: own_copy(buffer) for name, buffer in own.items()}
+        self.buffers = {name: cloned(buffer) for name, buffer in own.items()}
         registry.buffers.add(self.model, self)
         activate(self.model, self.name)
 
@@ -117,14 +117,16 @@ class InsertedAdapter:
     ) -> dict[str, Child]:
         """What is to be attached to each module, by path; the arguments are those of `install`."""
         made: Made = {}
-        given = start_of(self.model, self.placement.biases) if biases is None else biases
+        given = initial_biases(self.model, self.placement.biases) if biases is None else biases
         own_biases = {path: _bias(modules[path], bias, made) for path, bias in given.items()}
 
         children: dict[str, Child] = {}
         for path, method in self.placement.methods.items():
             module = modules[path]
             kind = (
-                UngroupedLayer if path in self.placement.ungrouped else layer_kinds.kind_of(module)
+                PeftGroupedConvolution
+                if path in self.placement.peft_grouped
+                else layer_kinds.kind_of(module)
             )
             assert kind is not None
             shape = kind.shape(module)
@@ -135,7 +137,7 @@ class InsertedAdapter:
             }
             children[path] = Branch(path, method, kind, shape, parameters, own_biases.get(path))
 
-        for path in self.placement.copies:
+        for path in self.placement.whole_modules:
             twin = _plain_copy(modules[path]).requires_grad_(True)
             if copies is not None:
                 twin.load_state_dict(copies[path])
@@ -153,19 +155,19 @@ class InsertedAdapter:
         `requires_grad` flags and `save_pretrained` as they were. PEFT: `delete_adapter`, `unload`.
         """
         self.require_present()
-        check_unmixed(self.model, "removed")
+        check_no_mixed_batch(self.model, "removed")
         if any(self.name in h.merged for h in self.tensors.attachments()):
-            self.merging.unmerge()
+            self.effect.unmerge()
         for path in self.tensors.paths():
             module = module_at(self.model, path)
             if is_adapted(module):  # another module may have been put in its place
-                if not self.merging.is_off:
+                if not self.effect.is_off:
                     swap_moved(module)
                 detach(module, self.name)
         registry = registry_of(self.model)
         del registry.adapters[self.name]
         registry.buffers.show(self.model, registry.adapters)
-        mark_base(self.model, registry)
+        update_model_hooks(self.model, registry)
 
     def freeze_base(self) -> None:
         """Stop training everything that is not an adapter's, remembering what trained before."""
@@ -212,11 +214,11 @@ class InsertedAdapter:
                 f"another name"
             )
         if merged := [
-            name for name, adapter in registry.adapters.items() if adapter.merging.is_merged
+            name for name, adapter in registry.adapters.items() if adapter.effect.is_merged
         ]:
             raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before adding another")
-        check_unmoved(registry.adapters, "adding another")
-        check_unmixed(self.model, "added")
+        check_base_in_place(registry.adapters, "adding another")
+        check_no_mixed_batch(self.model, "added")
         return registry
 
     def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -238,7 +240,7 @@ def _parameter(slot: Slot, tensor: Tensor, device: torch.device, made: Made) -> 
 
 def _bias(module: nn.Module, bias: Tensor, made: Made) -> nn.Parameter:
     """A bias of the adapter's own as a parameter, where the module's is."""
-    of_base, there = bias_of(module), bias.detach()
+    of_base, there = base_bias(module), bias.detach()
     if of_base is not None and not of_base.is_meta:
         there = there.to(of_base.device)
     return made.setdefault((id(bias), there.device), nn.Parameter(there))

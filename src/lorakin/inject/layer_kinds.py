@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from lorakin.family import FrozenWeight, Pair, Shape
 from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
-from lorakin.inject.convolutions import ConvolutionLayer, UngroupedLayer
+from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.layer_kind import Layer
 
@@ -28,16 +28,16 @@ __all__ = [
     "ExpertLayer",
     "Layer",
     "LinearLayer",
+    "PeftGroupedConvolution",
     "QuantisedLayer",
     "TransposedLayer",
-    "UngroupedLayer",
-    "has_own_forward",
+    "has_one_output_or_input",
     "is_container",
-    "is_gate",
+    "is_conv1d",
     "is_grouped",
     "is_linear",
-    "is_transposed",
     "kind_of",
+    "overrides_forward",
     "refusal",
 ]
 
@@ -212,10 +212,10 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
     for kind in KINDS:
         if isinstance(module, kind.modules):
             return kind
-    return TransposedLayer if is_transposed(module) else None
+    return TransposedLayer if is_conv1d(module) else None
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D.
 
     It looks only if transformers is loaded, since this room does not import it.
@@ -229,7 +229,7 @@ def is_linear(module: nn.Module) -> bool:
     return kind_of(module) in (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
-def is_gate(module: nn.Module) -> bool:
+def has_one_output_or_input(module: nn.Module) -> bool:
     """Whether a linear layer has one output, such as the gate of a shared expert, or one input.
 
     A pair has nothing to factor there.
@@ -280,12 +280,12 @@ def is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-def has_own_forward(module: nn.Module, kind: type[Layer]) -> bool:
+def overrides_forward(module: nn.Module, kind: type[Layer]) -> bool:
     """Whether the module's class does more than its kind says, as a scaled embedding does.
 
     An adapter then changes the weight that the forward reads, instead of adding to the output.
     """
-    if kind in (QuantisedLayer, ExpertLayer) or is_transposed(module):
+    if kind in (QuantisedLayer, ExpertLayer) or is_conv1d(module):
         return False
     classes = (c for c in type(module).__mro__ if "forward" in vars(c))
     owner = next(c for c in classes if not c.__module__.startswith("lorakin."))

@@ -25,7 +25,7 @@ from lorakin.inject.active_adapters import check_switchable
 from lorakin.inject.attachments import Attachments, attachments_of
 from lorakin.inject.branch import Branch
 from lorakin.inject.layer_kinds import LinearLayer, QuantisedLayer, TransposedLayer
-from lorakin.inject.model_registry import hanging
+from lorakin.inject.model_registry import attachments_in
 from lorakin.inject.threads import changing, chosen, chosen_before, spoil
 from lorakin.inject.token_rows import put
 
@@ -42,7 +42,7 @@ class StackedPairs(NamedTuple):
 
 
 class MixedBatch:
-    """A context in which row n of every batch uses the adapter `wanted[n]` alone.
+    """A context in which row n of every batch uses the adapter `name_of_row[n]` alone.
 
     See `lorakin.mixed_batch`. The contexts of one model share the list `open` of those entered and
     not yet left; the last one counts.
@@ -58,20 +58,28 @@ class MixedBatch:
 
     def __init__(self, model: nn.Module, wanted: Iterable[str | None]) -> None:
         self.model = model
-        self.wanted = () if isinstance(wanted, str) else tuple(wanted)
-        if not self.wanted or not all(
-            name is None or isinstance(name, str) for name in self.wanted
+        self.name_of_row = () if isinstance(wanted, str) else tuple(wanted)
+        if not self.name_of_row or not all(
+            name is None or isinstance(name, str) for name in self.name_of_row
         ):
             raise SettingError(
                 f"expected a list with an adapter's name, or None, for each row, not {wanted!r}"
             )
-        self.names: list[str | None] = list(dict.fromkeys(self.wanted))
+        self.distinct_names: list[str | None] = list(dict.fromkeys(self.name_of_row))
+        self.adapter_index = torch.tensor(
+            [self.distinct_names.index(name) for name in self.name_of_row]
+        )
         self.thread = 0
-        self.numbers = torch.tensor([self.names.index(name) for name in self.wanted])
+        self.attachments: list[Attachments] = []
+        self.open: list[MixedBatch] = []
+        self.sizes: set[int] = set()
+        self.stacks: dict[int, StackedPairs] = {}
+        self.spread: dict[tuple[int, torch.device], Tensor] = {}
+        self.masks: dict[tuple[int, torch.device, torch.dtype, int], Tensor] = {}
         self._check()
 
     def _check(self) -> None:
-        names = [name for name in self.names if name is not None]
+        names = [name for name in self.distinct_names if name is not None]
         known = check_switchable(self.model, names)
         if biased := [name for name in names if known[name].placement.biases]:
             raise SettingError(
@@ -91,9 +99,9 @@ class MixedBatch:
 
     def _enter(self) -> None:
         self._check()
-        self.attached = hanging(self.model)
-        entered = (one.rows.open for one in self.attached if one.rows is not None)
-        others: list[MixedBatch] = next(entered, [])
+        self.attachments = attachments_in(self.model)
+        in_force = (attached.mixed_batch for attached in self.attachments if attached.mixed_batch)
+        others = next((batch.open for batch in in_force), [])
         if self in others:
             raise StateError("this mixed batch is entered already; make another with mixed_batch")
         if any(other.thread != threading.get_ident() for other in others):
@@ -104,27 +112,25 @@ class MixedBatch:
         self.thread = threading.get_ident()
         self.open = others
         self.open.append(self)
-        self.sizes = {len(self.wanted)}
-        self.stacks: dict[int, StackedPairs] = {}
-        self.spread: dict[tuple[int, torch.device], Tensor] = {}
-        self.masks: dict[tuple[int, torch.device, torch.dtype, int], Tensor] = {}
+        self.sizes = {len(self.name_of_row)}
+        self.stacks, self.spread, self.masks = {}, {}, {}
         self.hook = self.model.register_forward_pre_hook(
             lambda *called: self._note_batch(*called), with_kwargs=True
         )
-        self._let_count()
+        self._put_in_force()
 
     def __exit__(self, *_: object) -> None:
         with changing(self.model, refused=False):
             spoil(self.model)
             self.hook.remove()
             self.open.remove(self)
-            self._let_count()
+            self._put_in_force()
             chosen_before(self.model, self.before)
 
-    def _let_count(self) -> None:
-        """Lets the last one entered count, whatever order they are left in."""
-        for one in self.attached:
-            one.rows = self.open[-1] if self.open else None
+    def _put_in_force(self) -> None:
+        """Puts the block that was entered last in force, whatever order they are left in."""
+        for attached in self.attachments:
+            attached.mixed_batch = self.open[-1] if self.open else None
 
     def __deepcopy__(self, memo: Any) -> None:
         """Returns None: a copy of the model is in no context."""
@@ -145,14 +151,18 @@ class MixedBatch:
         if first is None or module is not self.model or self.open[-1:] != [self]:
             return
         rows = first.shape[0]
-        if rows % len(self.wanted):
+        if rows % len(self.name_of_row):
             raise SettingError(
-                f"the batch has {rows} rows, but adapters are named for {len(self.wanted)}"
+                f"the batch has {rows} rows, but adapters are named for {len(self.name_of_row)}"
             )
-        self.sizes = {len(self.wanted), rows, rows * first.shape[1] if first.dim() > 1 else rows}
+        self.sizes = {
+            len(self.name_of_row),
+            rows,
+            rows * first.shape[1] if first.dim() > 1 else rows,
+        }
 
-    def _numbers_for(self, rows: int, device: torch.device, module: nn.Module) -> Tensor:
-        """Returns (rows,): the number of each row's adapter.
+    def _adapters_of_rows(self, rows: int, device: torch.device, module: nn.Module) -> Tensor:
+        """Returns (rows,): the index in `distinct_names` of each row's adapter.
 
         A row of the batch may be several rows here: beams, or its tokens.
         """
@@ -163,40 +173,40 @@ class MixedBatch:
                 "in a mixed batch"
             )
         if (rows, device) not in self.spread:
-            self.spread[rows, device] = self.numbers.to(device).repeat_interleave(
-                rows // len(self.wanted)
+            self.spread[rows, device] = self.adapter_index.to(device).repeat_interleave(
+                rows // len(self.name_of_row)
             )
         return self.spread[rows, device]
 
     def adapted(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """Computes the output of an adapted module from `base`, the base's output."""
         attached = attachments_of(module)
-        branches = [attached[name] if self._uses(attached, name) else None for name in self.names]
+        branches = [
+            attached[name] if self._uses(attached, name) else None for name in self.distinct_names
+        ]
         if not any(branches):
             return base
-        if x.shape[0] == 1 < len(self.wanted):  # one input for all rows, such as positions
-            x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
-        numbers = self._numbers_for(x.shape[0], x.device, module)
+        x, base = self._one_for_each_row(x), self._one_for_each_row(base)
+        index = self._adapters_of_rows(x.shape[0], x.device, module)
         stack = None if attached.off or module.training else self._stack_of(module, x, branches)
         if stack is not None and stack.down.dtype == x.dtype == base.dtype:  # not under autocast
-            return self._stacked(stack, module, x, base, numbers)
+            return self._stacked(stack, module, x, base, index)
 
         def add(branch: Branch, rows: Tensor) -> Tensor:
-            own: Tensor = base[rows] + branch(module, x[rows], base[rows])
-            return own
+            out: Tensor = base[rows] + branch(module, x[rows], base[rows])
+            return out
 
-        return self._each(attached, base, numbers, add)
+        return self._each(attached, base, index, add)
 
     def with_rows(self, module: Any, x: Tensor, base: Tensor) -> Tensor:
         """Computes the output of a module with trained rows from `base`, the base's output."""
-        if x.shape[0] == 1 < len(self.wanted):
-            x, base = (t.expand(len(self.wanted), *t.shape[1:]) for t in (x, base))
-        numbers = self._numbers_for(x.shape[0], x.device, module)
+        x, base = self._one_for_each_row(x), self._one_for_each_row(base)
+        index = self._adapters_of_rows(x.shape[0], x.device, module)
 
-        def put_rows(own: Any, rows: Tensor) -> Tensor:
-            return put(module, [own], x[rows], base[rows])
+        def put_rows(token_rows: Any, rows: Tensor) -> Tensor:
+            return put(module, [token_rows], x[rows], base[rows])
 
-        return self._each(attachments_of(module), base, numbers, put_rows)
+        return self._each(attachments_of(module), base, index, put_rows)
 
     def replaced(self, module: Any, base: Tensor, x: Tensor) -> Tensor:
         """Computes the output of a module that adapters train whole from `base`, the base's."""
@@ -205,10 +215,15 @@ class MixedBatch:
                 f"a {type(module).__name__} that is trained whole returns no single tensor, so it "
                 "cannot be in a mixed batch"
             )
-        numbers = self._numbers_for(x.shape[0], x.device, module)
+        index = self._adapters_of_rows(x.shape[0], x.device, module)
         return self._each(
-            attachments_of(module), base, numbers, lambda copy, rows: copy.module.forward(x[rows])
+            attachments_of(module), base, index, lambda copy, rows: copy.module.forward(x[rows])
         )
+
+    def _one_for_each_row(self, tensor: Tensor) -> Tensor:
+        """Expands a tensor that holds one entry for all rows, such as positions."""
+        rows = len(self.name_of_row)
+        return tensor.expand(rows, *tensor.shape[1:]) if tensor.shape[0] == 1 < rows else tensor
 
     @staticmethod
     def _uses(attached: Attachments, name: str | None) -> bool:
@@ -218,13 +233,13 @@ class MixedBatch:
         self,
         attached: Attachments,
         base: Tensor,
-        numbers: Tensor,
+        index: Tensor,
         call: Callable[[Any, Tensor], Tensor],
     ) -> Tensor:
         """Puts `call(child, rows)` of each adapter, on its rows, into the output."""
         out = base
-        for number, name in enumerate(self.names):
-            if self._uses(attached, name) and len(rows := (numbers == number).nonzero()[:, 0]):
+        for number, name in enumerate(self.distinct_names):
+            if self._uses(attached, name) and len(rows := (index == number).nonzero()[:, 0]):
                 out = out.index_copy(0, rows, call(attached[str(name)], rows).to(out.dtype))
         return out
 
@@ -234,18 +249,18 @@ class MixedBatch:
         """Returns the module's stack, kept while nothing trains; None if it needs gradients."""
         if id(module) in self.stacks:
             return self.stacks[id(module)]
-        there = [branch for branch in branches if branch is not None]
-        trains = any(p.requires_grad for branch in there for p in branch.parameters())
-        is_linear = there[0].layer in (LinearLayer, QuantisedLayer, TransposedLayer)
+        present = [branch for branch in branches if branch is not None]
+        trains = any(p.requires_grad for branch in present for p in branch.parameters())
+        is_linear = present[0].layer in (LinearLayer, QuantisedLayer, TransposedLayer)
         if not is_linear or (trains and torch.is_grad_enabled()):
             return None
-        stack = _stack(module, branches, there[0].layer.dtype(module, x))
+        stack = _stack(module, branches, present[0].layer.dtype(module, x))
         if not trains:
             self.stacks[id(module)] = stack
         return stack
 
     def _stacked(
-        self, stack: StackedPairs, module: Any, x: Tensor, base: Tensor, numbers: Tensor
+        self, stack: StackedPairs, module: Any, x: Tensor, base: Tensor, index: Tensor
     ) -> Tensor:
         """Computes W0 x + (g−1)⊙(W0 x) + g⊙up(down x) + b with the pair and gain of each row."""
         count, rank, inputs = stack.down.shape
@@ -253,45 +268,47 @@ class MixedBatch:
         into = base if stack.gain is None else torch.zeros_like(base)
         if tokens.shape[1] <= FEW_TOKENS:
             hidden = F.linear(tokens, stack.down.view(-1, inputs))
-            hidden = hidden * self._mask(numbers, x.dtype, rank)
+            hidden = hidden * self._mask(index, x.dtype, rank)
             flat = into.reshape(-1, into.shape[-1])
             change = flat.addmm_(hidden.view(-1, count * rank), stack.up.view(count * rank, -1))
         else:
-            hidden = torch.bmm(tokens, stack.down.index_select(0, numbers).transpose(1, 2))
-            up = stack.up.index_select(0, numbers)
+            hidden = torch.bmm(tokens, stack.down.index_select(0, index).transpose(1, 2))
+            up = stack.up.index_select(0, index)
             change = into.reshape(len(x), -1, into.shape[-1]).baddbmm_(hidden, up)
         change = change.view(base.shape)
         if stack.gain is None:
             return change
-        gain = stack.gain[numbers].view(len(x), *(1 for _ in base.shape[1:-1]), -1)
+        gain = stack.gain[index].view(len(x), *(1 for _ in base.shape[1:-1]), -1)
         bias = getattr(module, "bias", None)
         product = base if bias is None else base - bias
         return base + (gain * change + (gain - 1) * product).to(base.dtype)
 
-    def _mask(self, numbers: Tensor, dtype: torch.dtype, rank: int) -> Tensor:
-        """Returns (rows, 1, n·r): 1 where a hidden number belongs to the row's own adapter."""
-        key = len(numbers), numbers.device, dtype, rank
+    def _mask(self, index: Tensor, dtype: torch.dtype, rank: int) -> Tensor:
+        """Returns (rows, 1, n·r): 1 at the ranks of the row's own adapter."""
+        key = len(index), index.device, dtype, rank
         if key not in self.masks:
-            own = F.one_hot(numbers, len(self.names)).to(dtype)
-            self.masks[key] = own.repeat_interleave(rank, 1).unsqueeze(1)
+            one_hot = F.one_hot(index, len(self.distinct_names)).to(dtype)
+            self.masks[key] = one_hot.repeat_interleave(rank, 1).unsqueeze(1)
         return self.masks[key]
 
 
 @torch.no_grad()
 def _stack(module: Any, branches: Sequence[Branch | None], dtype: torch.dtype) -> StackedPairs:
     """Stacks the pairs of a module's adapters; zeros for one that is not here."""
-    there = [branch for branch in branches if branch is not None]
-    pairs = {id(branch): branch.pair(branch.layer.weight(module)) for branch in there}
+    present = [branch for branch in branches if branch is not None]
+    pairs = {id(branch): branch.pair(branch.layer.weight(module)) for branch in present}
     rank = max(pair.down.shape[0] for pair in pairs.values())
-    one = next(iter(pairs.values()))
-    outputs, inputs = one.up.shape[0], one.down.shape[1]
-    nothing = Pair(one.up.new_zeros(outputs, rank), one.down.new_zeros(rank, inputs))
-    chosen = [nothing if branch is None else padded(pairs[id(branch)], rank) for branch in branches]
+    first = next(iter(pairs.values()))
+    outputs, inputs = first.up.shape[0], first.down.shape[1]
+    zero_pair = Pair(first.up.new_zeros(outputs, rank), first.down.new_zeros(rank, inputs))
+    padded_pairs = [
+        zero_pair if branch is None else padded(pairs[id(branch)], rank) for branch in branches
+    ]
 
     gain = None
-    if any(pair.gain is not None for pair in chosen):
-        ones = one.up.new_ones(outputs)
-        gain = torch.stack([ones if pair.gain is None else pair.gain for pair in chosen])
-    down = torch.stack([pair.down for pair in chosen])
-    up = torch.stack([pair.up.T for pair in chosen])
+    if any(pair.gain is not None for pair in padded_pairs):
+        ones = first.up.new_ones(outputs)
+        gain = torch.stack([ones if pair.gain is None else pair.gain for pair in padded_pairs])
+    down = torch.stack([pair.down for pair in padded_pairs])
+    up = torch.stack([pair.up.T for pair in padded_pairs])
     return StackedPairs(down.to(dtype), up.to(dtype), gain)

@@ -55,7 +55,7 @@ class ModelHooks:
         trains = (
             any(True for _ in adapter.tensors.trained())
             for adapter in self.adapters.values()
-            if adapter.merging.is_active
+            if adapter.effect.is_active
         )
         if not any(trains):
             return None

@@ -25,7 +25,7 @@ from lorakin.inject.ties import Ties
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
-NONE_HERE = "none (name the model that was adapted, not a part of it or what wraps it)"
+NO_ADAPTERS = "none (name the model that was adapted, not a part of it or what wraps it)"
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ def registry_of(model: nn.Module) -> Registry:
     return registry
 
 
-def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+def original_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters by name, whatever adapters do with them.
 
     Those of modules that an adapter trains whole are left out.
@@ -64,7 +64,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
     whole = tuple(
         f"{path}."
         for adapter in registry_of(model).adapters.values()
-        for path in adapter.placement.copies
+        for path in adapter.placement.whole_modules
     )
     own: dict[str, Tensor] = {}
     for name, parameter in base_parameters(model):
@@ -73,16 +73,16 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
         path, _, leaf = name.rpartition(".")
         module: Any = module_at(model, path)
         aside = attachments_or_none(module) or Attachments()
-        own_stack = experts.own_stack(module, leaf)
+        base_stack = experts.base_stack(module, leaf)
         own[name] = (
             aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
-            if own_stack is None
-            else own_stack
+            if base_stack is None
+            else base_stack
         )
     return own
 
 
-def hanging(model: nn.Module) -> list[Attachments]:
+def attachments_in(model: nn.Module) -> list[Attachments]:
     """What hangs on the model's modules, once each."""
     found = [
         attached
@@ -114,7 +114,7 @@ def root_of(model: nn.Module) -> nn.Module:
     return inner
 
 
-def mark_base(model: nn.Module, registry: Registry) -> None:
+def update_model_hooks(model: nn.Module, registry: Registry) -> None:
     """Let `save_pretrained` write the base alone, and a load that skips the adapters warn.
 
     With no adapter left, undo that and give the base its `requires_grad` flags back.
@@ -136,7 +136,7 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
         registry.model_hooks = ModelHooks(model, registry.adapters)
         registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
         registry.ties = Ties(model)
-    hold(model, registry)
+    watch_modules(model, registry)
     if not registry.adapters:
         registry.hook.remove()
         if registry.model_hooks is not None:
@@ -148,7 +148,7 @@ def mark_base(model: nn.Module, registry: Registry) -> None:
         del model.__dict__["_lorakin"]
 
 
-def hold(model: nn.Module, registry: Registry) -> None:
+def watch_modules(model: nn.Module, registry: Registry) -> None:
     """Let the model check before each forward that its adapted modules are still there."""
     if registry.model_hooks is not None:
         paths = [p for adapter in registry.adapters.values() for p in adapter.tensors.paths()]

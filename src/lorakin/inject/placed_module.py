@@ -66,10 +66,10 @@ class PlacedModule:
 
     def move_base(self, change: Tensor) -> None:
         """Add `change` (outputs, inputs) to a copy of the base weight, which takes its place."""
-        if self.adapter.merging.scale != 1:
+        if self.adapter.effect.scale != 1:
             raise StateError(
                 f"adapter {self.adapter.name!r} moves the base weights in place, which its scale "
-                f"of {self.adapter.merging.scale:g} does not reach; set it to 1 while training"
+                f"of {self.adapter.effect.scale:g} does not reach; set it to 1 while training"
             )
         move_base(module_at(self.adapter.model, self.path), change)
 

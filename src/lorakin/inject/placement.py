@@ -43,10 +43,10 @@ class Placement:
 
     method: Method
     methods: Mapping[str, Method]
-    copies: tuple[str, ...] = ()
+    whole_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    ungrouped: frozenset[str] = frozenset()
+    peft_grouped: frozenset[str] = frozenset()
     """The grouped convolutions to which a pair over all their inputs is added."""
     tokens: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ RANK_ABOVE = ("refuse", "clamp")
 """What becomes of a rank above the smaller side of a module's weight."""
 
 
-def place(
+def choose_modules(
     model: nn.Module,
     method: Method,
     targets: Targets = ALL_LINEAR,
@@ -101,7 +101,7 @@ def place(
     check_patterns("rank_pattern", dict(rank_pattern), paths)
     check_patterns("alpha_pattern", dict(alpha_pattern), paths)
     method, paths = method.bound_to(paths)
-    chosen = placement_for(method, paths, copies, rank_pattern, alpha_pattern)
+    chosen = placement_with_patterns(method, paths, copies, rank_pattern, alpha_pattern)
     check_free(rows, chosen.methods)
     chosen = dataclasses.replace(chosen, tokens=rows)
     shapes = {path: target_of(module_at(model, path)).shape for path in chosen.methods}
@@ -181,7 +181,7 @@ def rearranged(placement: Placement, settings: Mapping[str, Mapping[str, Any] | 
     )
 
 
-def placement_for(
+def placement_with_patterns(
     method: Method,
     paths: Sequence[str],
     copies: Sequence[str],
@@ -205,7 +205,7 @@ def target_of(module: nn.Module) -> UnadaptedModule:
     return UnadaptedModule(kind.shape(module), kind.weight(module))
 
 
-def own_weight(module: nn.Module) -> Tensor:
+def base_weight_of(module: nn.Module) -> Tensor:
     """The module's base weight as a matrix (outputs, inputs).
 
     It is the base's own also while adapters are merged or have moved it.
@@ -217,7 +217,7 @@ def own_weight(module: nn.Module) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.matrix
 
 
-def fresh(
+def initial_tensors(
     model: nn.Module,
     placement: Placement,
     generator: torch.Generator | None,

@@ -46,7 +46,7 @@ def is_quantised(module: nn.Module) -> bool:
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
 
 
-def own_forward(module: nn.Module, x: Tensor) -> Tensor:
+def library_forward(module: nn.Module, x: Tensor) -> Tensor:
     """Computes what the library's own class makes of `x`, without adapters and hooks."""
     classes = (c for c in type(module).__mro__ if not c.__module__.startswith("lorakin."))
     owner = next(c for c in classes if "forward" in vars(c))
@@ -65,7 +65,7 @@ def refusal(module: nn.Module) -> str | None:
     try:
         x = torch.ones(2, int(module.in_features), device=device_of(module), requires_grad=True)  # type: ignore[arg-type]
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(own_forward(module, x).sum(), x)
+            (grad,) = torch.autograd.grad(library_forward(module, x).sum(), x)
     except Exception as error:  # the library may lack anything here
         reason = str(error).strip().partition("\n")[0]
         return f"a {name}, a quantised layer that no gradient passes on this machine ({reason})"
@@ -209,7 +209,7 @@ def _by_backward(module: nn.Module) -> Rows:
         outputs, inputs = shape_of(module)[:2]
         with torch.enable_grad():
             x = torch.zeros(stop - start, inputs, device=device_of(module), requires_grad=True)
-            out = own_forward(module, x)
+            out = library_forward(module, x)
             units = torch.zeros_like(out)
             units[torch.arange(stop - start), torch.arange(start, stop)] = 1
             (found,) = torch.autograd.grad(out, x, units)
@@ -221,7 +221,7 @@ def _by_backward(module: nn.Module) -> Rows:
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
     """Computes W0·x without the bias, by the library's own forward."""
-    out, bias = own_forward(module, x), getattr(module, "bias", None)
+    out, bias = library_forward(module, x), getattr(module, "bias", None)
     return out if bias is None else out - bias
 
 

@@ -19,7 +19,7 @@ class Reference(Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as off:
             for adapter in adapters_in(vars(self)["_adapted"]).values():
-                off.enter_context(adapter.merging.disabled())
+                off.enter_context(adapter.effect.disabled())
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Reference:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-class Watcher:
-    """Hears of adapters, for rooms above this one: append an instance to `WATCHERS`."""
+class AdapterCallback:
+    """Hears of adapters, for rooms above this one: append an instance to `CALLBACKS`."""
 
     def made(self, adapter: InsertedAdapter) -> None:
         """The adapter's object was made, also as a copy of another; nothing is in it yet."""
@@ -35,7 +35,7 @@ class Watcher:
         """An optimizer is about to take the run's first step."""
 
 
-WATCHERS: list[Watcher] = []
+CALLBACKS: list[AdapterCallback] = []
 """Who hears of adapters; `lorakin/loop` adds itself when it is imported."""
 
 
@@ -76,7 +76,7 @@ class AdapterRun(Part):
         self.running, self.rules = running, running.rules(self.adapted_modules())
         self.steps, self._stepped = 0, False
         self.rate_factors, self.warned_of_rates = {}, False
-        for watcher in WATCHERS:
+        for watcher in CALLBACKS:
             watcher.begins(self.adapter)
         if self._state is not None:
             self.restore_state(self._state)
@@ -92,13 +92,13 @@ class AdapterRun(Part):
 
     def before_backward(self) -> None:
         """A forward has begun whose backward may train the adapter."""
-        for watcher in WATCHERS:
+        for watcher in CALLBACKS:
             watcher.before_backward(self.adapter)
 
     def before_step(self) -> None:
         """Gradients are complete and an optimizer is about to use them."""
         if not self._stepped:
-            for watcher in WATCHERS:
+            for watcher in CALLBACKS:
                 watcher.before_first_step(self.adapter)
             self._warn_of_unreached()
         for rule in self.rules or ():

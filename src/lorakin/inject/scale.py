@@ -33,13 +33,13 @@ def rescaled(adapter: InsertedAdapter, scale: float) -> float:
         raise SettingError(
             f"an adapter's scale must be a finite number, such as 0.5, not {scale!r}"
         )
-    if scale != 1 and adapter.merging.has_moved_base:
+    if scale != 1 and adapter.effect.has_moved_base:
         raise StateError(
             f"adapter {adapter.name!r} has moved the base weights in place, which a scale does not "
             "reach; save and load it (files hold the form that leaves the base alone), then set "
             "the scale"
         )
-    before = adapter.merging.scale
+    before = adapter.effect.scale
     try:
         _set(adapter, float(scale))
     except BaseException:

@@ -99,7 +99,7 @@ def status(model: nn.Module) -> Status:
     there = adapters_in(model)
     trainable, total = parameter_counts(model)
     return Status(
-        base_model=own_class(model).__name__,
+        base_model=class_without_mixins(model).__name__,
         methods={name: adapter.method.words for name, adapter in there.items()},
         active=_in_state(there, "active"),
         merged=_in_state(there, "merged"),
@@ -129,7 +129,7 @@ def _in_state(there: Mapping[str, InsertedAdapter], state: str) -> Names:
     return tuple(names)
 
 
-def own_class(model: nn.Module) -> type[nn.Module]:
+def class_without_mixins(model: nn.Module) -> type[nn.Module]:
     """The model's class, without what lorakin or FSDP2 mixed into it."""
     for cls in type(model).__mro__:
         if (

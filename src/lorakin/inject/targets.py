@@ -259,7 +259,9 @@ def _all_linear(model: nn.Module, free: Mapping[str, nn.Module]) -> list[str]:
     """Returns the linear layers among `free`, without the head and gates."""
     head = head_of(model)
     linear = (
-        path for path, m in free.items() if layer_kinds.is_linear(m) and not layer_kinds.is_gate(m)
+        path
+        for path, m in free.items()
+        if layer_kinds.is_linear(m) and not layer_kinds.has_one_output_or_input(m)
     )
     return [path for path in linear if not is_inside(path, head)]
 

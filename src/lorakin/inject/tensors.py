@@ -15,7 +15,7 @@ from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.model_registry import registry_of
 from lorakin.inject.part import Part, attachments_at
-from lorakin.inject.placement import own_weight, target_of
+from lorakin.inject.placement import base_weight_of, target_of
 from lorakin.inject.token_rows import TokenRowsBranch
 from lorakin.inject.trainable_tokens import places_of
 
@@ -58,8 +58,8 @@ class AdapterTensors(Part):
         return self.branch(path).pair(target_of(module_at(self.model, path)).weight)
 
     def base_weight(self, path: str) -> Tensor:
-        """The weight of the module at `path` as a matrix; see `own_weight`."""
-        return own_weight(module_at(self.model, path))
+        """The weight of the module at `path` as a matrix; see `base_weight_of`."""
+        return base_weight_of(module_at(self.model, path))
 
     def change_at(self, path: str) -> Pair:
         """The whole change of the module at `path`, scaled as it is now; float32 at least."""
@@ -123,7 +123,7 @@ class AdapterTensors(Part):
             weight = module._parameters.get("weight")
             if weight is not None and attached.shape not in (None, whole_shape(weight)):
                 raise StateError(resized(path, attached.shape or (), whole_shape(weight)))
-        for path in self.placement.copies:
+        for path in self.placement.whole_modules:
             base, own = (base_state(m) for m in (module_at(self.model, path), self.copy_of(path)))
             for key in own.keys() & base.keys():
                 if whole_shape(own[key]) != whole_shape(base[key]):
@@ -141,7 +141,7 @@ class AdapterTensors(Part):
         beside = (path for path in self.placement.biases if path not in self.placement.methods)
         return (
             *self.placement.methods,
-            *self.placement.copies,
+            *self.placement.whole_modules,
             *places_of(self.placement.tokens),
             *beside,
         )

@@ -93,8 +93,8 @@ class WithRows(Swapped):
             attached.inside -= 1
         x = args[0] if args else next(iter(kwargs.values()))
         with brought(own):
-            if attached.rows is not None:
-                return attached.rows.with_rows(self, x, out)
+            if attached.mixed_batch is not None:
+                return attached.mixed_batch.with_rows(self, x, out)
             return put(self, own, x, out)
 
     def __getattr__(self, name: str) -> Any:
@@ -134,7 +134,7 @@ def _read(module: Any, attached: Attachments) -> Tensor:
     """Returns the module's weight with the rows in use, for a forward that reads it."""
     weight: Tensor = module._parameters["weight"]
     own: list[TokenRowsBranch] = attached.in_use()
-    if attached.rows is not None:
+    if attached.mixed_batch is not None:
         raise StateError(
             f"{own[0].path} is read without being called, so it cannot be in a mixed batch"
         )

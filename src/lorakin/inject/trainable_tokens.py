@@ -237,13 +237,13 @@ def base_rows(
     """Returns the base's rows by path, in `dtype`, or float32 at least: a new adapter's start."""
     found = {}
     for path, rows in tokens.items():
-        table = own_table(model.get_submodule(path))
+        table = base_table(model.get_submodule(path))
         wide = torch.promote_types(table.dtype, torch.float32) if dtype is None else dtype
         found[path] = table[torch.tensor(rows.ids, device=table.device)].to(wide)
     return found
 
 
-def own_table(module: Any) -> Tensor:
+def base_table(module: Any) -> Tensor:
     """Returns the base's own weight, whole, whatever adapters do with it."""
     aside = (attachments_or_none(module) or Attachments()).base.get("weight")
     weight: Any = module._parameters["weight"] if aside is None else aside

@@ -19,8 +19,8 @@ from lorakin.inject.attachments import Attachments
 from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
     LinearLayer,
+    PeftGroupedConvolution,
     QuantisedLayer,
-    UngroupedLayer,
     kind_of,
 )
 from lorakin.kernels.factored_weight import Change, read
@@ -34,10 +34,12 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     if kind is QuantisedLayer:  # bits: whoever reads them wants the device or the dtype
         return weight
     by_columns = kind is LinearLayer
-    if attached.rows is not None:  # code that wants only the dtype may have it, as Gemma's does
+    if (
+        attached.mixed_batch is not None
+    ):  # code that wants only the dtype may have it, as Gemma's does
         return read(weight, lambda: _unsplit(branches[0].path), by_columns, ())
     for branch in branches:
-        if branch.layer is UngroupedLayer:
+        if branch.layer is PeftGroupedConvolution:
             raise StateError(
                 f"{branch.path} is read without being called, and its adapter is no change of its "
                 "weight"

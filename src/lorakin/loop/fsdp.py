@@ -19,10 +19,10 @@ from lorakin.family.allocation import several_processes
 from lorakin.family.pair import is_distributed
 from lorakin.inject.attachments import base_parameters
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.run import WATCHERS, Watcher
+from lorakin.inject.run import CALLBACKS, AdapterCallback
 
 
-class Averaging:
+class GradientAverage:
     """Averages an adapter's gradients over all processes at the end of each backward.
 
     Whether the base is sharded shows when the first gradients are there: it is often sharded after
@@ -72,41 +72,41 @@ class Averaging:
         self.hooks = []
 
 
-_AVERAGING: weakref.WeakKeyDictionary[InsertedAdapter, Averaging] = weakref.WeakKeyDictionary()
+_AVERAGES: weakref.WeakKeyDictionary[InsertedAdapter, GradientAverage] = weakref.WeakKeyDictionary()
 
 
-class ProcessesWatcher(Watcher):
+class GradientAveraging(AdapterCallback):
     """Averages the gradients of each adapter that several processes train."""
 
     def begins(self, adapter: InsertedAdapter) -> None:
         """Starts to average again: the run may train other tensors than the one before."""
-        if adapter in _AVERAGING:
-            _AVERAGING.pop(adapter).stop()
+        if adapter in _AVERAGES:
+            _AVERAGES.pop(adapter).stop()
         if several_processes():
-            _AVERAGING[adapter] = Averaging(adapter)
+            _AVERAGES[adapter] = GradientAverage(adapter)
 
     def before_backward(self, adapter: InsertedAdapter) -> None:
         """Prepares for gradients that come before any optimizer is known."""
         if (
-            adapter not in _AVERAGING
+            adapter not in _AVERAGES
             and several_processes()
             and any(True for _ in adapter.tensors.trained())
         ):
-            _AVERAGING[adapter] = Averaging(adapter)
+            _AVERAGES[adapter] = GradientAverage(adapter)
 
     def before_first_step(self, adapter: InsertedAdapter) -> None:
         """Refuses an adapter that was itself sharded."""
-        if adapter in _AVERAGING:
+        if adapter in _AVERAGES:
             check_whole(adapter)
 
 
-WATCHERS.append(ProcessesWatcher())
+CALLBACKS.append(GradientAveraging())
 
 
 def average_now(adapter: InsertedAdapter) -> None:
     """Averages the gradients that are there, if several processes train."""
-    if adapter in _AVERAGING:
-        _AVERAGING[adapter].average()
+    if adapter in _AVERAGES:
+        _AVERAGES[adapter].average()
 
 
 def check_whole(adapter: InsertedAdapter) -> None:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.inject.run import WATCHERS, Watcher
+from lorakin.inject.run import CALLBACKS, AdapterCallback
 from lorakin.kernels.autograd import STEPS
 from lorakin.loop import fsdp
 from lorakin.loop.parameter_groups import check_base_is_still, check_groups, check_rates, group_of
@@ -45,7 +45,7 @@ _SEEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, SeenOptimizer] = weakref
 _HOOKS: list[Any] = []
 
 
-class StepsWatcher(Watcher):
+class OptimizerSteps(AdapterCallback):
     """Lets every adapter see the steps of the optimizers that hold its tensors."""
 
     def made(self, adapter: InsertedAdapter) -> None:
@@ -56,7 +56,7 @@ class StepsWatcher(Watcher):
         _ADAPTERS.add(adapter)
 
 
-WATCHERS.append(StepsWatcher())
+CALLBACKS.append(OptimizerSteps())
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:

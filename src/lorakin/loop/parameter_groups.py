@@ -97,7 +97,7 @@ def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
         StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
     """
     frozen = not (adapter.is_fresh or any(True for _ in adapter.tensors.trained()))
-    if not frozen or not adapter.merging.is_active or adapter.merging.is_off:
+    if not frozen or not adapter.effect.is_active or adapter.effect.is_off:
         return
     weights = (
         (path, module_at(adapter.model, path)._parameters.get("weight"))
@@ -281,7 +281,7 @@ def _rates(
             if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
                 rate = slots[slot].rate_at(lr)
                 found.setdefault(id(parameter), (parameter, rate, slots[slot]))
-    for at in adapter.placement.copies:
+    for at in adapter.placement.whole_modules:
         for path, owner in adapter.tensors.copy_of(at).named_modules(prefix=at):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:

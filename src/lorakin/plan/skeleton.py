@@ -131,7 +131,7 @@ def supposed(
     places: dict[str, Any] = {"layer_indices": where.get("layers")} | {
         k: v for k, v in where.items() if k in PLACES
     }
-    paths = placement.place(model, method.for_probe(), targets, **places).methods
+    paths = placement.choose_modules(model, method.for_probe(), targets, **places).methods
     check_called(model, paths)
     shapes = {path: placement.target_of(module_at(model, path)).shape for path in paths}
     ranked = sorted(shapes, key=lambda path: -(shapes[path].inputs + shapes[path].outputs))
@@ -139,7 +139,7 @@ def supposed(
 
 
 PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
-"""Arguments with the same name in `adapt` and `placement.place`."""
+"""Arguments with the same name in `adapt` and `placement.choose_modules`."""
 
 
 def _almost_equal(ranked: Sequence[str]) -> Mapping[str, float]:

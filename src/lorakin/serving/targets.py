@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from lorakin.adapter import Adapter
-from lorakin.conversion import of_pairs
+from lorakin.conversion import insert_pairs
 from lorakin.errors import AdapterError, OutputError, some
 from lorakin.family import all_finite
 from lorakin.inject.description import in_words
@@ -119,7 +119,7 @@ class GGUFAdapter(ExportTarget):
     @staticmethod
     def write(job: ExportJob, folder: Path) -> None:
         loaded, plain = job.base(), job.plain()
-        if whole := plain.placement.copies:
+        if whole := plain.placement.whole_modules:
             raise AdapterError(
                 f"a GGUF adapter cannot hold modules trained whole ({', '.join(whole)}); use --to "
                 "gguf-merged"
@@ -145,7 +145,9 @@ class GGUFAdapter(ExportTarget):
     @staticmethod
     def read(job: ExportJob, folder: Path) -> Any:
         model = job.bare().model
-        of_pairs(model, "written", gguf_adapter.read_adapter(folder / GGUF_ADAPTER, model.config))
+        insert_pairs(
+            model, "written", gguf_adapter.read_adapter(folder / GGUF_ADAPTER, model.config)
+        )
         return model
 
 

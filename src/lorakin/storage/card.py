@@ -30,7 +30,7 @@ from lorakin.inject.description import (
 )
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.quantised import is_quantised
-from lorakin.inject.status import own_class
+from lorakin.inject.status import class_without_mixins
 from lorakin.storage import files
 
 CARD = "README.md"
@@ -122,7 +122,7 @@ def base_id(adapter: InsertedAdapter) -> str | None:
 def _facts(adapter: InsertedAdapter, notes: Mapping[str, object]) -> list[str]:
     words, plan = adapter.method.words, adapter.placement
     base, name = base_id(adapter), getattr(adapter.model, "name_or_path", None)
-    kind = own_class(adapter.model)
+    kind = class_without_mixins(adapter.model)
     if base:
         said = f"[{_code(base)}](https://huggingface.co/{base})"
     else:
@@ -139,7 +139,7 @@ def _facts(adapter: InsertedAdapter, notes: Mapping[str, object]) -> list[str]:
         f"- **Method:** {_plain(in_words(adapter.method))}"
         + (f", of {ranks}" if " to " in ranks else ""),
         f"- **Adapted:** {count(len(plan.methods), 'module')}" + _of(module_names(plan.methods)),
-        *([f"- **Trained whole:** {_codes(plan.copies)}"] if plan.copies else []),
+        *([f"- **Trained whole:** {_codes(plan.whole_modules)}"] if plan.whole_modules else []),
         *(
             [f"- **Biases:** {biases_in_words(adapter)} in place of the base's"]
             if plan.biases
@@ -204,7 +204,7 @@ def _loading(
 
 def _base_in_code(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
     """How the base is loaded, as lines of Python."""
-    kind = own_class(adapter.model)
+    kind = class_without_mixins(adapter.model)
     if not _is_transformers(kind):
         return ["", "model = ...  # the base model, made as it was for training", ""]
     labels = getattr(getattr(adapter.model, "config", None), "num_labels", None)

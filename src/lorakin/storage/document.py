@@ -52,7 +52,9 @@ class Document:
         return cls(
             placement,
             slots={path: adapter.tensors.at(path) for path in placement.methods},
-            copies={path: adapter.tensors.copy_of(path).state_dict() for path in placement.copies},
+            copies={
+                path: adapter.tensors.copy_of(path).state_dict() for path in placement.whole_modules
+            },
             rows={path: adapter.tensors.rows_at(path).detach() for path in placement.tokens},
             biases=adapter.tensors.biases(),
             buffers=adapter.tensors.moved_buffers(),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.inject.adapted import module_at
-from lorakin.inject.model_registry import own_parameters
+from lorakin.inject.model_registry import original_parameters
 from lorakin.inject.quantised import is_quantised, rows_of, shape_of
 from lorakin.storage import base_config, sums, texts
 
@@ -64,10 +64,10 @@ def fingerprint(
         "name": getattr(model, "name_or_path", None) or None,
         "weights": {
             name: text
-            for name, weight in own_parameters(model).items()
+            for name, weight in original_parameters(model).items()
             if (text := text_of(name, weight))
         },
-        "sums": sums.of_all(own_parameters(model), own, again),
+        "sums": sums.of_all(original_parameters(model), own, again),
         **texts.known(model),
         **base_config.known(model),
         **_labels(model),

@@ -16,8 +16,8 @@ from lorakin.family.measure import WEIGHT
 from lorakin.family.pair import has_no_values
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_state
-from lorakin.inject.buffers import misfit_of_buffers
-from lorakin.inject.layer_kinds import UngroupedLayer
+from lorakin.inject.buffers import refusal_of_buffers
+from lorakin.inject.layer_kinds import PeftGroupedConvolution
 from lorakin.inject.placement import Placement, target_of
 from lorakin.inject.targets import named_modules
 from lorakin.storage.document import Document, Slots
@@ -105,8 +105,8 @@ def targets_of(
 ) -> dict[str, UnadaptedModule]:
     """Path → shape and weight of the adapted modules."""
     targets = {path: target_of(modules[path]) for path in modules if path in placement.methods}
-    for path in placement.ungrouped & targets.keys():
-        targets[path] = targets[path]._replace(shape=UngroupedLayer.shape(modules[path]))
+    for path in placement.peft_grouped & targets.keys():
+        targets[path] = targets[path]._replace(shape=PeftGroupedConvolution.shape(modules[path]))
     return targets
 
 
@@ -250,7 +250,7 @@ def shared_slots_are_equal(case: Case) -> None:
 
 def buffers_fit(case: Case) -> None:
     """The base has the buffers that training moved."""
-    if reason := misfit_of_buffers(case.model, case.document.buffers):
+    if reason := refusal_of_buffers(case.model, case.document.buffers):
         raise case.error(reason)
 
 

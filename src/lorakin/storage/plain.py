@@ -13,8 +13,8 @@ from lorakin.family import widened
 from lorakin.family.dora import row_norms
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
-from lorakin.inject.layer_kinds import Layer, UngroupedLayer
-from lorakin.inject.placement import Placement, own_weight
+from lorakin.inject.layer_kinds import Layer, PeftGroupedConvolution
+from lorakin.inject.placement import Placement, base_weight_of
 from lorakin.inject.trainable_tokens import TokenRows
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.peft.forms import plain_method
@@ -56,7 +56,9 @@ def of_pairs(
             # Magnitudes are everywhere or nowhere. This one is the norm itself, so its gain is 1.
             scale = 1.0 if alphas is None else alphas[path] / max(1, len(there["A"]))
             wide = widened(there)
-            there["m"] = row_norms(own_weight(module).to(wide["A"]), scale * wide["B"], wide["A"])
+            there["m"] = row_norms(
+                base_weight_of(module).to(wide["A"]), scale * wide["B"], wide["A"]
+            )
         if not len(there["A"]) and ("m" in there or path in biases):
             # PEFT adapts no module with rank 0, so this one gets a pair of zeros.
             for slot in ("A", "B"):
@@ -69,10 +71,10 @@ def of_pairs(
     methods = _methods(ranks, scaled, dropout, with_gain=with_gain)
     placement = dataclasses.replace(
         methods,
-        copies=tuple(copies or ()),
+        whole_modules=tuple(copies or ()),
         tokens=rows[0],
         biases=tuple(biases),
-        ungrouped=frozenset(
+        peft_grouped=frozenset(
             p for p, own in found.items() if _is_over_all(module_at(model, p), own)
         ),
     )
@@ -107,7 +109,7 @@ def _alone(path: str) -> str:
 def _is_over_all(module: Any, slots: Slots) -> bool:
     """Whether a grouped convolution's pair reads the inputs of all groups."""
     inputs: int = slots["A"].shape[1]
-    return layer_kinds.is_grouped(module) and inputs == UngroupedLayer.shape(module).inputs
+    return layer_kinds.is_grouped(module) and inputs == PeftGroupedConvolution.shape(module).inputs
 
 
 def as_plain(document: Document, model: nn.Module) -> Document:
@@ -121,7 +123,7 @@ def as_plain(document: Document, model: nn.Module) -> Document:
         if "m" in wide:
             slots[path]["m"] = wide["m"]
         elif method.has_gain:
-            weight = own_weight(module)
+            weight = base_weight_of(module)
             gain = method.pair(wide, shape, weight).gain
             assert gain is not None
             slots[path]["m"] = gain * row_norms(weight, pair.up, pair.down)
@@ -138,8 +140,8 @@ def as_plain(document: Document, model: nn.Module) -> Document:
 
 def kind_at(document: Document, model: nn.Module, path: str) -> type[Layer]:
     """The kind of layer that the adapted module at `path` is."""
-    if path in document.placement.ungrouped:
-        return UngroupedLayer
+    if path in document.placement.peft_grouped:
+        return PeftGroupedConvolution
     kind = layer_kinds.kind_of(module_at(model, path))
     assert kind is not None
     return kind

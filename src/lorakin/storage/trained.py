@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning, StateError, some
 from lorakin.family.pair import is_sharded
 from lorakin.inject.adapted import module_at
-from lorakin.inject.biases import bias_of
+from lorakin.inject.biases import base_bias
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.trainable_tokens import base_rows
 
@@ -44,11 +44,11 @@ def members_did_their_part(adapter: InsertedAdapter) -> Iterator[str]:
 
 
 def is_unscaled(adapter: InsertedAdapter) -> Iterator[str]:
-    """Files have no place for the scale that `adapter.merging.scale` sets."""
-    if adapter.merging.scale != 1:
+    """Files have no place for the scale that `adapter.effect.scale` sets."""
+    if adapter.effect.scale != 1:
         yield (
             f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not "
-            f"at {adapter.merging.scale:g}. For files of the scaled change, save what "
+            f"at {adapter.effect.scale:g}. For files of the scaled change, save what "
             "lorakin.as_lora makes of it"
         )
 
@@ -65,7 +65,7 @@ def buffers_stayed(adapter: InsertedAdapter) -> Iterator[str]:
 
 def whole_modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
     """Modules that are trained whole are no longer the base's."""
-    still = [path for path in adapter.placement.copies if _is_the_bases(adapter, path)]
+    still = [path for path in adapter.placement.whole_modules if _is_the_bases(adapter, path)]
     if _was_trained_here(adapter) and still:
         yield (
             f"adapter {adapter.name!r} trains {', '.join(still)} whole, but it is exactly the "
@@ -140,7 +140,7 @@ def _is_the_bases(adapter: InsertedAdapter, path: str) -> bool:
 
 
 def _is_the_bases_bias(adapter: InsertedAdapter, path: str, bias: Tensor) -> bool:
-    base = bias_of(module_at(adapter.model, path))
+    base = base_bias(module_at(adapter.model, path))
     if base is None or base.is_meta or is_sharded(base):
         return False  # the base's is elsewhere, so that nothing can be said
     return torch.equal(bias, base.to(bias))

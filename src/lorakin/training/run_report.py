@@ -59,8 +59,8 @@ def _model_line(run: PreparedRun) -> str:
     recipe, placement = run.recipe, run.adapter.placement
     trained, total = parameter_counts(run.loaded.model)
     parts = [f"{recipe.method} on {len(placement.methods)} modules"]
-    if placement.copies:
-        parts.append(f"{', '.join(placement.copies)} trained whole")
+    if placement.whole_modules:
+        parts.append(f"{', '.join(placement.whole_modules)} trained whole")
     if recipe.trainable_tokens:
         parts.append(f"rows of {len(recipe.trainable_tokens)} tokens")
     if placement.biases:

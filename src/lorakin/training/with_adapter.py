@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakin.errors import AdapterError, LorakinWarning, some
-from lorakin.loading import placed
+from lorakin.loading import insert_document
 from lorakin.storage import directory, hub, texts
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.peft.tasks import is_classifiers
@@ -59,7 +59,7 @@ def load_with_adapter(
     if loaded.tokenizer is not None and remembered_template(files.path) is not None:
         use_remembered(loaded.tokenizer, files.path)
         texts.remember(loaded.model, loaded.tokenizer)  # the adapter answers with this template
-    placed(loaded.model, "default", files.match(loaded.model, other_base))
+    insert_document(loaded.model, "default", files.match(loaded.model, other_base))
     return loaded
 
 

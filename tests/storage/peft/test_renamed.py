@@ -410,7 +410,7 @@ def test_modules_trained_whole_are_renamed_too(tmp_path: Path) -> None:
         modules_to_save=["lm_head"],
     )
     changed.lm_head.weight.data.copy_(head)
-    assert list(lk.load(model, tmp_path).placement.copies) == ["lm_head"]
+    assert list(lk.load(model, tmp_path).placement.whole_modules) == ["lm_head"]
     torch.testing.assert_close(model(IDS).logits, changed(IDS).logits, rtol=1e-4, atol=1e-5)
 
 

@@ -28,7 +28,7 @@ from lorakin.family.dora import row_norms
 from lorakin.inject.adapted import module_at
 from lorakin.inject.parameters import IN_PROJECTIONS, is_attention
 from lorakin.inject.patterns import resolve
-from lorakin.inject.placement import own_weight
+from lorakin.inject.placement import base_weight_of
 from lorakin.storage.peft.expert_keys import keyed, take
 from lorakin.storage.peft.forms import NAMES, PREFIX, TARGET_PARAMETERS
 from lorakin.storage.peft.scales import PATTERNS, PairScale, scale_at, set_scale, without
@@ -75,7 +75,7 @@ def joined(
             if part in own:
                 slots = _widened(slots, own[part], scale)
             else:
-                slots = _nothing(there[IN], own_weight(module_at(model, f"{owner}.{part}")))
+                slots = _nothing(there[IN], base_weight_of(module_at(model, f"{owner}.{part}")))
             done |= keyed(f"{PREFIX}{owner}.{NESTED[part]}", slots)
         set_scale(config, owner, scale)
     config["target_modules"] = sorted([*config["target_modules"], *owners])

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.inject.biases import ALL, NONE, adapted_modules, bias_of
+from lorakin.inject.biases import ALL, NONE, adapted_modules, base_bias
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.storage.peft.forms import FORMS, PREFIX, Form
 
@@ -89,13 +89,13 @@ def split(
     found, left = _found(modules, rest)
     whole = tuple(f"{path}." for path in copies)
     biases = _tied(modules, found, whole, where)
-    owners = {id(bias_of(modules[path])) for path in biases}
+    owners = {id(base_bias(modules[path])) for path in biases}
     adapted = adapted_modules(model, slots)
     lacking = [
         path
         for path, module in modules.items()
         if path in adapted or (which == ALL and not f"{path}.".startswith(whole))
-        if (own := bias_of(module)) is not None and id(own) not in owners
+        if (own := base_bias(module)) is not None and id(own) not in owners
     ]
     if lacking:
         raise AdapterError(
@@ -113,7 +113,7 @@ def _found(
         path = name.removesuffix(".bias")
         path = path if path in modules else path.replace(".base_layer", "")
         module = modules.get(path) if name.endswith(".bias") else None
-        if module is not None and bias_of(module) is not None:
+        if module is not None and base_bias(module) is not None:
             found[path] = tensor
         elif module is None or "bias" not in module._buffers:
             # PEFT's "all" writes buffers of the name "bias" too; they are the base's.
@@ -131,7 +131,7 @@ def _tied(
     biases: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     for path, module in modules.items():
-        own = bias_of(module)
+        own = base_bias(module)
         is_apart = isinstance(module, ExpertMatrix) or f"{path}.".startswith(whole)
         if own is None or is_apart:
             continue

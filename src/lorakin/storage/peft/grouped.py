@@ -8,7 +8,7 @@ groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups
 
 So PEFT computes a change of the weight only where the rows of a group read its own inputs alone.
 It trains them to read others too, which no grouped convolution does, and cannot merge that itself.
-Such an adapter is read as what it is, a pair over all inputs (`layer_kinds.UngroupedLayer`).
+Such an adapter is read as what it is, a pair over all inputs: `PeftGroupedConvolution`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
 from lorakin.inject.layer_kinds import is_grouped
-from lorakin.inject.placement import own_weight
+from lorakin.inject.placement import base_weight_of
 from lorakin.storage.peft.scales import PATTERNS, scale_at
 
 
@@ -107,7 +107,7 @@ def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
 
     It multiplies B as if it had as many columns as A has rows, so they are norms of something else.
     """
-    weight = own_weight(module).to(theirs.A)
+    weight = base_weight_of(module).to(theirs.A)
     changed = theirs.B.reshape(-1, len(theirs.A)) @ theirs.A
     lengths: Tensor = torch.linalg.vector_norm(weight + scale * changed.view_as(weight), dim=1)
     return lengths
@@ -115,7 +115,7 @@ def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
 
 def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For PEFT the tensors of one module: `A`, `B` whose scale is 1, and perhaps `m`."""
-    over_all = slots["A"].shape[1] == own_weight(module).shape[1] * module.groups
+    over_all = slots["A"].shape[1] == base_weight_of(module).shape[1] * module.groups
     theirs = (
         _gathered(module, slots["B"], slots["A"])
         if over_all
@@ -123,7 +123,7 @@ def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
     there = {"A": theirs.A, "B": theirs.B}
     if "m" in slots:
-        ours = row_norms(own_weight(module).to(slots["A"]), slots["B"], slots["A"])
+        ours = row_norms(base_weight_of(module).to(slots["A"]), slots["B"], slots["A"])
         gain = torch.where(ours > 0, slots["m"] / ours, 1.0)
         there["m"] = gain * their_lengths(module, theirs, 1.0)
     return there
@@ -197,7 +197,7 @@ def _ours(
     up, down = pair[0] * scale, pair[1]
     if "m" in slots:
         gain = slots["m"].flatten().to(theirs.A) / their_lengths(module, theirs, scale)
-        lengths = row_norms(own_weight(module).to(up), up, down)
+        lengths = row_norms(base_weight_of(module).to(up), up, down)
         out["m"] = (gain * lengths).view(slots["m"].shape)
     out["A"] = down.view(len(down), -1, *module.kernel_size)
     out["B"] = up.view(*up.shape, *(1 for _ in module.kernel_size))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import Method, UnadaptedModule
 from lorakin.family.slots import rank_factors, rank_switch
-from lorakin.inject.placement import Placement, placement_for
+from lorakin.inject.placement import Placement, placement_with_patterns
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.match import check_kinds, check_paths, modules_for, targets_of
 from lorakin.storage.own_part import Own
@@ -94,7 +94,7 @@ def document_of(
     placement = dataclasses.replace(
         placement_of(read, slots, list(copies)),
         tokens=tokens.tokens,
-        ungrouped=over_all,
+        peft_grouped=over_all,
         biases=tuple(own_biases),
     )
     targets = targets_of(modules, placement)
@@ -202,7 +202,7 @@ def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str])
     else:
         ranks, alphas = {}, {}
     try:
-        placement = placement_for(read.method, list(slots), copies, ranks, alphas)
+        placement = placement_with_patterns(read.method, list(slots), copies, ranks, alphas)
         return _with_ranks_kept(placement, read, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{read.where}: {error}") from None

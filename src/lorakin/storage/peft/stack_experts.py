@@ -23,7 +23,7 @@ from lorakin.family import Method
 from lorakin.family.dora import row_norms
 from lorakin.inject.adapted import module_at
 from lorakin.inject.experts import ExpertMatrix
-from lorakin.inject.placement import own_weight
+from lorakin.inject.placement import base_weight_of
 from lorakin.storage.peft.expert_keys import NESTED, experts_in, keyed, take, turned, wrapped
 from lorakin.storage.peft.expert_layout import VERSION, WRITTEN, is_turned, takes_last
 from lorakin.storage.peft.forms import PREFIX, TARGET_PARAMETERS
@@ -116,7 +116,7 @@ def _together(
     if any("m" in slots for slots in there.values()):
         nothing = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[2])
         lengths = [
-            there[n]["m"] if n in there else row_norms(own_weight(matrix), *nothing)
+            there[n]["m"] if n in there else row_norms(base_weight_of(matrix), *nothing)
             for n, matrix in enumerate(matrices)
         ]
         parts["m"] = torch.stack([length.to(up) for length in lengths])

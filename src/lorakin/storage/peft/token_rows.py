@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
-from lorakin.inject.trainable_tokens import TokenRows, check_free, own_table, tied_rows
+from lorakin.inject.trainable_tokens import TokenRows, base_table, check_free, tied_rows
 from lorakin.storage.peft.forms import PREFIX, TOKENS
 
 FIELD = "trainable_token_indices"
@@ -268,7 +268,7 @@ def _new_rows(
     path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str
 ) -> dict[int, Tensor]:
     """The rows of a table that differ from this base's, without those that are trained anyway."""
-    here = own_table(module)
+    here = base_table(module)
     if table.shape != here.shape:
         raise _another(path, table, module, where)
     if here.is_meta:

@@ -55,7 +55,7 @@ def native_form(document: Document, model: nn.Module) -> Form | None:
     """PEFT's form that holds exactly the adapter's tensors; None if it has none."""
     placement = document.placement
     methods = placement.methods
-    is_rows_alone = bool(placement.tokens) and not (methods or placement.copies)
+    is_rows_alone = bool(placement.tokens) and not (methods or placement.whole_modules)
     if is_rows_alone and token_rows.stand_alone(placement.tokens):
         return TOKENS
     form = FORM_OF.get(document.method.parametrisation.word)
@@ -86,7 +86,7 @@ def _in_groups(plain: Document, model: nn.Module) -> Document:
     placement = of_pairs(model, slots, dropout=plain.method.dropout).placement
     placement = dataclasses.replace(
         placement,
-        copies=plain.placement.copies,
+        whole_modules=plain.placement.whole_modules,
         tokens=plain.placement.tokens,
         biases=plain.placement.biases,
     )
@@ -124,13 +124,16 @@ def _heading(document: Document, model: nn.Module) -> dict[str, Any]:
     """The fields that every config has."""
     placement = document.placement
     kinds = {layer_kinds.kind_of(module_at(model, path)) for path in placement.methods}
-    whole_modules = {*placement.copies, *_wrapped_too(model, placement.copies, placement.methods)}
+    whole_modules = {
+        *placement.whole_modules,
+        *_wrapped_too(model, placement.whole_modules, placement.methods),
+    }
     return {
         "task_type": task_of(model, whole_modules),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "fan_in_fan_out": kinds == {TransposedLayer},
         "inference_mode": True,
-        "modules_to_save": sorted(placement.copies) or None,
+        "modules_to_save": sorted(placement.whole_modules) or None,
     }
 
 

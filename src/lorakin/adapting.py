@@ -14,7 +14,7 @@ from torch import nn
 from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import GRADIENTS, INPUTS, Member, Method
-from lorakin.family.pair import has_no_values
+from lorakin.family.weight import has_no_values
 from lorakin.inject import placement
 from lorakin.inject.activation_norms import importance_shares
 from lorakin.inject.active_adapters import activate

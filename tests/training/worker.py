@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import lorakin as lk
 from conftest import MEMBERS, tiny_llama, tiny_mixtral
-from lorakin.family.pair import is_sharded
+from lorakin.family.sharding import is_sharded
 from lorakin.training import prepare_trainer
 from lorakin.training.precision import QUANTISATIONS
 

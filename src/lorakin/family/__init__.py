@@ -9,10 +9,12 @@ from lorakin.family.members import FAMILY
 from lorakin.family.members import __all__ as _members
 from lorakin.family.method import Method, refusal_of_members
 from lorakin.family.method_words import method_named
-from lorakin.family.pair import FrozenWeight, Pair, Shape, all_finite, widened
+from lorakin.family.pair import Pair, Shape
+from lorakin.family.precision import all_finite, widened
 from lorakin.family.registry import member_named, members, register
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.slots import Slot, Slots
+from lorakin.family.weight import FrozenWeight
 
 __all__ = [
     "AXES",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.family.rule import AdaptedModule, Rule
+from lorakin.family.sharding import several_processes
 from lorakin.family.slots import rank_factors, rank_switch
 
 
@@ -274,12 +275,6 @@ class Allocation(Rule):
 def _is_tall(side: Tensor) -> bool:
     """Whether a factor has at least as many rows as columns: P, rather than Q."""
     return side.shape[0] >= side.shape[1]
-
-
-def several_processes() -> bool:
-    """Whether several processes train together and this is one of them."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
 
 
 def shrink_in_place(

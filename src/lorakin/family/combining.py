@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import SettingError
-from lorakin.family.pair import BLOCK, Pair
+from lorakin.family.pair import Pair
 from lorakin.family.settings import one_of, require, to_number, to_whole_number
+from lorakin.family.weight import BLOCK
 
 RowReader = Callable[[slice], Tensor]
 """A matrix that is formed some rows at a time."""

@@ -35,10 +35,12 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors, widened
+from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.precision import widened
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import one_of, require, to_number, to_whole_number
 from lorakin.family.slots import Slot, Slots
+from lorakin.family.weight import FrozenWeight
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method

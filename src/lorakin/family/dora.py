@@ -31,9 +31,11 @@ from torch import Tensor
 
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Modifier
-from lorakin.family.pair import FrozenWeight, Pair, Tensors, is_sharded
+from lorakin.family.pair import Pair, Tensors
 from lorakin.family.rule import AdaptedModule
+from lorakin.family.sharding import is_sharded
 from lorakin.family.slots import Slot, Slots
+from lorakin.family.weight import FrozenWeight
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method

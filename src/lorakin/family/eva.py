@@ -32,7 +32,8 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning, some
 from lorakin.family.measure import INPUTS, UnadaptedModule
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Tensors, all_finite
+from lorakin.family.pair import Tensors
+from lorakin.family.precision import all_finite
 from lorakin.family.settings import require, to_number
 from lorakin.family.slots import Slots
 from lorakin.family.start import Start

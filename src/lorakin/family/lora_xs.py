@@ -26,11 +26,12 @@ from lorakin.family.change import LowRank
 from lorakin.family.lora import check_rank
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Parametrisation
-from lorakin.family.pair import Shape, Tensors, has_no_values
+from lorakin.family.pair import Shape, Tensors
 from lorakin.family.pissa import leading_triplets
 from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slot, Slots
 from lorakin.family.start import matrix_of
+from lorakin.family.weight import has_no_values
 
 DEVIATION = 1e-5
 

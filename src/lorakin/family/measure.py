@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from lorakin.family.pair import FrozenWeight, Shape
+from lorakin.family.pair import Shape
+from lorakin.family.weight import FrozenWeight
 
 WEIGHT = "weight"
 """The member looks at the base weights of its modules."""

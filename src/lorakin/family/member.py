@@ -20,10 +20,11 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
 from lorakin.family.measure import Collector, Probe, UnadaptedModule
-from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slots
+from lorakin.family.weight import FrozenWeight
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method

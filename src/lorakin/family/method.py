@@ -17,18 +17,13 @@ from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
 from lorakin.family.measure import GRADIENTS, INPUTS, Probe, UnadaptedModule
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.pair import (
-    FrozenWeight,
-    Pair,
-    Shape,
-    Tensors,
-    cast_keeping_shared,
-    has_no_values,
-)
+from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.precision import cast_keeping_shared
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_storable, require
 from lorakin.family.slots import Slots
+from lorakin.family.weight import FrozenWeight, has_no_values
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.pair import FrozenWeight, Shape, Tensors
+from lorakin.family.pair import Shape, Tensors
+from lorakin.family.weight import FrozenWeight
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method

@@ -23,9 +23,10 @@ from torch import Tensor
 from lorakin.family.change import LowRank
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
-from lorakin.family.pair import FrozenWeight, Pair, Shape, Tensors, has_no_values
+from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import require
 from lorakin.family.slots import Slot, Slots, factors_of
+from lorakin.family.weight import FrozenWeight, has_no_values
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method

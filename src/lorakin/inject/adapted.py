@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
     BIAS,

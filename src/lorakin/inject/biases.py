@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
-from lorakin.family.pair import is_sharded
+from lorakin.family.sharding import is_sharded
 from lorakin.inject.attachments import BIAS, attachments_or_none
 from lorakin.inject.branch import brought
 from lorakin.inject.experts import ExpertMatrix

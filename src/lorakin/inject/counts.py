@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject.attachments import Adapters, Attachments, attachments_or_none
 from lorakin.inject.branch import Copy, trains
 from lorakin.inject.inserted import InsertedAdapter

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject.attachments import Attachments, attachments_of
 
 PREFIX = "lorakin_"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.family import FrozenWeight, Pair, Shape
-from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
+from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject.attachments import attachments_or_none
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import FrozenWeight, Pair, Shape
-from lorakin.family.pair import ShardedWeight, is_sharded, whole_shape
+from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
 from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
 from lorakin.inject.experts import ExpertMatrix

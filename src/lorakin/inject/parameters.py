@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorakin.errors import TargetError
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_parameters
 from lorakin.inject.experts import ExpertMatrix

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorakin.family import FrozenWeight, Shape
-from lorakin.family.pair import BLOCK, whole_shape
+from lorakin.family.sharding import whole_shape
+from lorakin.family.weight import BLOCK
 from lorakin.inject.attachments import base_parameters
 from lorakin.kernels.autograd import PLAIN
 

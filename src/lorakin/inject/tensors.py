@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import FrozenWeight, Pair, widened
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import is_adapted, module_at, resized
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
 from lorakin.inject.branch import Branch, Copy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError, TargetError, some
-from lorakin.family.pair import is_distributed, whole_shape
+from lorakin.family.sharding import is_distributed, whole_shape
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import Attachments, attachments_or_none
 from lorakin.inject.layer_kinds import EmbeddingLayer, LinearLayer, QuantisedLayer

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from lorakin.errors import StateError
-from lorakin.family.allocation import several_processes
-from lorakin.family.pair import is_distributed
+from lorakin.family.sharding import is_distributed, several_processes
 from lorakin.inject.attachments import base_parameters
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.run import CALLBACKS, AdapterCallback

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Slot
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import module_at
 
 if TYPE_CHECKING:

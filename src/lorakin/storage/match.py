@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Method, UnadaptedModule, all_finite
 from lorakin.family.measure import WEIGHT
-from lorakin.family.pair import has_no_values
+from lorakin.family.weight import has_no_values
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import base_state
 from lorakin.inject.buffers import refusal_of_buffers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError, some
-from lorakin.family.pair import is_sharded
+from lorakin.family.sharding import is_sharded
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import base_bias
 from lorakin.inject.inserted import InsertedAdapter

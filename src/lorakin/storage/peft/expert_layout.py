@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
-from lorakin.family.pair import whole_shape
+from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import module_at
 from lorakin.inject.experts import is_transposed, says_transposed
 from lorakin.storage.peft.expert_keys import NESTED

@@ -173,7 +173,7 @@ class _Mixture:
 
     def _of_factors(self, path: str, there: Sequence[Adapter], weights: Sequence[float]) -> Pair:
         """A and B of one module, each combined by itself."""
-        factors = [adapter.tensors.factors_at(path) for adapter in there]
+        factors = [adapter.tensors.scaled_pair_at(path) for adapter in there]
         ranks = [len(pair.down) for pair, _ in factors]
         if len(set(ranks)) > 1:
             said = ", ".join(

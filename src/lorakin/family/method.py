@@ -17,7 +17,7 @@ from lorakin.family.change import Chain, LowRank
 from lorakin.family.composition import composed, overrides
 from lorakin.family.measure import GRADIENTS, INPUTS, Probe, UnadaptedModule
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
 from lorakin.family.precision import cast_keeping_shared
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
@@ -264,15 +264,15 @@ class Method:
         change = self.parametrisation.change(tensors)
         return change if isinstance(change, Chain) else None
 
-    def factors(
+    def scaled_pair(
         self, tensors: Mapping[str, Tensor], shape: Shape, weight: FrozenWeight
-    ) -> tuple[Pair, float]:
-        """The pair and gain over `weight` with the scale outside `up`, and that scale."""
+    ) -> ScaledPair:
+        """Returns the pair and gain over `weight`, with the scale beside `up` where it can be."""
         change = self.parametrisation.change(tensors)
         if self._is_amended or not isinstance(change, LowRank):
-            return self.pair(tensors, shape, weight), 1.0
+            return ScaledPair(self.pair(tensors, shape, weight))
         pair = Pair(change.up, change.down)
-        return self._gained(pair, change.scale, tensors, weight), change.scale
+        return ScaledPair(self._gained(pair, change.scale, tensors, weight), change.scale)
 
     def _gained(
         self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight

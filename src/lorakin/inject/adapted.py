@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.errors import StateError
+from lorakin.family.pair import ScaledPair
 from lorakin.family.sharding import whole_shape
 from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
@@ -113,7 +114,7 @@ class Adapted(Swapped):
         dropout = branch.method.dropout if branch.training else 0.0
         needs_backward = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
         change = branch.change(weight, ready=not (dropout or needs_backward))
-        if dropout and isinstance(change, kernel.ScaledPair) and change.pair.gain is not None:
+        if dropout and isinstance(change, ScaledPair) and change.pair.gain is not None:
             return None  # the gain acts on W0 x̃ too, which is another product with the weight
         bias = self.bias if attached.biased else self._parameters.get(BIAS)
         return kernel.adapted_linear(x, weight, bias, change, dropout, branch.siblings)

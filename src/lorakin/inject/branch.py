@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.family import FrozenWeight, Method, Pair, Shape, Slot, Slots, widened
+from lorakin.family.pair import ScaledPair
 from lorakin.inject.attachments import BIAS, attachments_of
 from lorakin.inject.layer_kinds import Layer, LinearLayer, kind_of
-from lorakin.kernels.adapted_linear import LinearChange, Ready, ScaledPair
+from lorakin.kernels.adapted_linear import CastPair, LinearChange
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
@@ -42,7 +43,7 @@ class Branch(nn.Module):
         self.siblings = path.rpartition(".")[0]
         self._begun: dict[str, Tensor] = {}
         self._squares: tuple[Version, Tensor] | None = None
-        self._ready: tuple[Version, Copied, Ready] | None = None
+        self._ready: tuple[Version, Copied, CastPair] | None = None
         for slot, parameter in parameters.items():
             self.register_parameter(slot, parameter)
         if bias is not None:  # in place of the base's
@@ -137,31 +138,28 @@ class Branch(nn.Module):
         if ready:
             return self._as_ready(tensors, weight)
         self._ready = None
-        return ScaledPair(*self.factors(tensors, weight))
+        return self.scaled_pair(tensors, weight)
 
-    def factors(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> tuple[Pair, float]:
-        """The pair over a weight `matrix`, and its scale, the adapter's included.
+    def scaled_pair(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> ScaledPair:
+        """Returns the pair over a weight `matrix`, times the adapter's scale.
 
-        It remembers ‖w_j‖² of the weight's rows as long as the weight does not change.
+        A gain needs ‖w_j‖² of the weight's rows, which are kept as long as the weight does not
+        change.
         """
         weight = FrozenWeight(matrix.detach())
-        if torch.compiler.is_compiling():  # it cannot ask whether a tensor has changed
-            return self.scaled_factors(self.method.factors(tensors, self.shape, weight))
+        # A compiler cannot ask whether a tensor has changed.
+        if not self.method.has_gain or torch.compiler.is_compiling():
+            return self.method.scaled_pair(tensors, self.shape, weight).times(self.scale)
 
         is_known = self._squares is not None and self._squares[0].is_still(matrix)
         if self._squares is not None and is_known:
             weight.squares = self._squares[1]
-        factors = self.method.factors(tensors, self.shape, weight)
+        pair = self.method.scaled_pair(tensors, self.shape, weight)
         if not is_known and "squares" in vars(weight) and (seen := Version.of(matrix)):
             self._squares = seen, weight.squares
-        return self.scaled_factors(factors)
+        return pair.times(self.scale)
 
-    def scaled_factors(self, factors: tuple[Pair, float]) -> tuple[Pair, float]:
-        """A pair and its scale, times the adapter's scale."""
-        pair, scale = factors
-        return (pair, scale * self.scale) if pair.gain is None else (pair.times(self.scale), scale)
-
-    def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> Ready:
+    def _as_ready(self, tensors: Mapping[str, Tensor], matrix: Tensor) -> CastPair:
         """The pair as inference needs it.
 
         A gain costs a product with the base weight, so an adapter that does not train keeps it as
@@ -174,8 +172,8 @@ class Branch(nn.Module):
             and self._ready[1].is_still(*own)
         ):
             return self._ready[2]
-        ready = Ready.of(*self.factors(tensors, matrix), matrix.dtype)
-        lasts = ready.more is not None and not any(tensor.requires_grad for tensor in own)
+        ready = CastPair.of(*self.scaled_pair(tensors, matrix), matrix.dtype)
+        lasts = ready.gain_minus_one is not None and not any(tensor.requires_grad for tensor in own)
         seen, copied = (Version.of(matrix), Copied.of(*own)) if lasts else (None, None)
         self._ready = None if seen is None or copied is None else (seen, copied, ready)
         return ready

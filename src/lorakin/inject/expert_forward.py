@@ -18,6 +18,7 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning
 from lorakin.family import Pair
 from lorakin.family.low_rank import padded
+from lorakin.family.pair import ScaledPair
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class, unmix
 from lorakin.inject.experts import PREFIX, ExpertMatrix, ExpertStack, are_experts, count, stacks
@@ -159,9 +160,11 @@ def _change(stack: ExpertStack, weight: Tensor, branches: Mapping[int, Any]) -> 
         own: Tensor = attached[number].base.get("weight", matrix.weight)
         return own.detach()
 
-    pairs = {n: branch.factors(branch.wide(), base_weight_of(n)) for n, branch in branches.items()}
+    pairs = {
+        n: branch.scaled_pair(branch.wide(), base_weight_of(n)) for n, branch in branches.items()
+    }
     outputs, inputs = first.shape[:2]
-    none = Pair(weight.new_zeros(outputs, 0), weight.new_zeros(0, inputs)), 0.0
+    none = ScaledPair(Pair(weight.new_zeros(outputs, 0), weight.new_zeros(0, inputs)), 0.0)
     up, down, gain = side_by_side([pairs.get(n, none) for n in range(count(weight))])
     up, down = up.to(weight.dtype), down.to(weight.dtype)
     left, right = (down.mT, up.mT) if stack.is_turned else (up, down)
@@ -188,24 +191,24 @@ def _dropout(stack: ExpertStack, branch: Any) -> float:
     return 0.0
 
 
-def side_by_side(factors: Sequence[tuple[Pair, float]]) -> Pair:
-    """Stacks n pairs, given with their scales, into one pair of three dimensions.
+def side_by_side(scaled: Sequence[ScaledPair]) -> Pair:
+    """Stacks n pairs into one pair of three dimensions, with the scales in `up`.
 
     Pairs of smaller rank are padded with zeros, all to a multiple of `ALIGNED`: `up` (n, outputs,
     r), `down` (n, r, inputs), `gain` (n, outputs) or None.
 
-    >>> pairs = [Pair(torch.ones(3, r), torch.ones(r, 2)) for r in (1, 2)]
-    >>> [tuple(t.shape) for t in side_by_side([(pair, 1.0) for pair in pairs])[:2]]
+    >>> pairs = [ScaledPair(Pair(torch.ones(3, r), torch.ones(r, 2))) for r in (1, 2)]
+    >>> [tuple(t.shape) for t in side_by_side(pairs)[:2]]
     [(2, 3, 8), (2, 8, 2)]
     """
-    ranks, scales = [pair.down.shape[0] for pair, _ in factors], {scale for _, scale in factors}
-    most = max(ranks)
-    pairs = [pair if pair.down.shape[0] == most else padded(pair, most) for pair, _ in factors]
+    scales = {scale for _, scale in scaled}
+    most = max(pair.down.shape[0] for pair, _ in scaled)
+    pairs = [pair if pair.down.shape[0] == most else padded(pair, most) for pair, _ in scaled]
     up, down = torch.stack([pair.up for pair in pairs]), torch.stack([pair.down for pair in pairs])
     if len(scales) == 1:
         up = up * scales.pop()
     else:
-        each = torch.tensor([scale for _, scale in factors], dtype=up.dtype, device=up.device)
+        each = torch.tensor([scale for _, scale in scaled], dtype=up.dtype, device=up.device)
         up = up * each.view(-1, 1, 1)
     if more := -most % ALIGNED if most else ALIGNED:
         up, down = F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))

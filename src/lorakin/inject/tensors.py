@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import FrozenWeight, Pair, widened
+from lorakin.family.pair import ScaledPair
 from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import is_adapted, module_at, resized
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
@@ -67,11 +68,11 @@ class AdapterTensors(Part):
         pair = branch.method.pair(widened(self.at(path)), branch.shape, self.base_weight(path))
         return pair.times(branch.scale)
 
-    def factors_at(self, path: str) -> tuple[Pair, float]:
-        """The same before its scale is in `up`, and the scale, where the pair has one."""
+    def scaled_pair_at(self, path: str) -> ScaledPair:
+        """The same with the scale beside `up`, where the pair has one."""
         branch = self.branch(path)
         tensors, weight = widened(self.at(path)), FrozenWeight(self.base_weight(path))
-        return branch.scaled_factors(branch.method.factors(tensors, branch.shape, weight))
+        return branch.method.scaled_pair(tensors, branch.shape, weight).times(branch.scale)
 
     def experts(self) -> list[str]:
         """Paths of adapted modules that are matrices of a stack of experts, and never called."""

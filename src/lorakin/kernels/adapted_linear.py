@@ -8,10 +8,10 @@ The path of a call, in order:
    on an nn.Linear, and plain tensors (`applies`), it goes on with step 2. Anything else (several
    adapters, other layers, mixed batches, `torch.compile`) runs the module's own forward and adds
    `Branch.forward` to it.
-2. `Branch.change` asks the method for the change of the weight: `ScaledPair`, `Chain`, or `Ready`
-   where no gradient is needed.
+2. `Branch.change` asks the method for the change of the weight: `ScaledPair`, `Chain`, or
+   `CastPair` where no gradient is needed.
 3. `adapted_linear` (below) turns autocast off, casts to its dtype, and picks the function:
-   `ScaledPair` → `LinearWithPair`, `Chain` → `LinearWithChain`, `Ready` → plain products.
+   `ScaledPair` → `LinearWithPair`, `Chain` → `LinearWithChain`, `CastPair` → plain products.
 4. `LinearWithPair.forward` multiplies by W0, and adds the low-rank product into that output.
    Its `backward` makes again whatever it can instead of having kept it.
 
@@ -31,25 +31,19 @@ import torch
 from torch import Tensor
 
 from lorakin.family import Chain, Pair
+from lorakin.family.pair import ScaledPair
 from lorakin.kernels.autograd import PLAIN, backward_once, plainly
 from lorakin.kernels.base_linear import base_linear
 from lorakin.kernels.dropout import Dropped
 from lorakin.kernels.linear_with_chain import linear_with_chain
 from lorakin.kernels.rebuilding import Rebuilding
 
-LEAST_GAIN = 2**-4
+LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
 
 
-class ScaledPair(NamedTuple):
-    """A pair and the factor of its product, kept apart so that `up` stays the parameter."""
-
-    pair: Pair
-    scale: float
-
-
-class Ready(NamedTuple):
-    """A pair in the base's dtype, its scale apart, its gain as the distance from 1.
+class CastPair(NamedTuple):
+    """A pair in the base's dtype, with its scale beside it and its gain as the distance from 1.
 
     A narrow dtype has few digits near 1: cast to bfloat16, a gain of 1.001 would be 1.
     """
@@ -57,21 +51,21 @@ class Ready(NamedTuple):
     up: Tensor
     down: Tensor
     scale: float
-    more: Tensor | None
+    gain_minus_one: Tensor | None
 
     @classmethod
-    def of(cls, pair: Pair, scale: float, dtype: torch.dtype) -> Ready:
-        """Casts `pair` to `dtype`; `more` becomes gain − 1.
+    def of(cls, pair: Pair, scale: float, dtype: torch.dtype) -> CastPair:
+        """Casts `pair` to `dtype`; its gain becomes `gain_minus_one`.
 
         >>> pair = Pair(torch.ones(2, 1), torch.ones(1, 2), gain=torch.ones(2))
-        >>> Ready.of(pair, 0.5, torch.bfloat16).more
+        >>> CastPair.of(pair, 0.5, torch.bfloat16).gain_minus_one
         tensor([0., 0.], dtype=torch.bfloat16)
         """
-        more = None if pair.gain is None else (pair.gain - 1).to(dtype)
-        return cls(pair.up.to(dtype), pair.down.to(dtype), scale, more)
+        gain_minus_one = None if pair.gain is None else (pair.gain - 1).to(dtype)
+        return cls(pair.up.to(dtype), pair.down.to(dtype), scale, gain_minus_one)
 
 
-LinearChange = ScaledPair | Chain | Ready
+LinearChange = ScaledPair | Chain | CastPair
 """The forms of a change that `adapted_linear` computes with."""
 
 
@@ -105,7 +99,7 @@ def adapted_linear(
         x: (…, inputs).
         weight: (outputs, inputs), the base's.
         bias: (outputs,) or None.
-        change: what the adapter does. `Ready` has no gradients and no dropout.
+        change: what the adapter does. `CastPair` has no gradients and no dropout.
         dropout: the probability of zeroing an entry of the adapter's input.
         siblings: a name for the modules that may share `down x` of a `Chain`.
 
@@ -151,11 +145,11 @@ def _chosen(
     return y
 
 
-def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, ready: Ready) -> None:
+def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, pair: CastPair) -> None:
     """Changes y to g ⊙ (y − b + scale · up(hidden)) + b, in place."""
-    y.view(-1, y.shape[-1]).addmm_(hidden, ready.up.T, alpha=ready.scale)
-    if ready.more is not None:
-        y.addcmul_(y if bias is None else y - bias, ready.more)
+    y.view(-1, y.shape[-1]).addmm_(hidden, pair.up.T, alpha=pair.scale)
+    if pair.gain_minus_one is not None:
+        y.addcmul_(y if bias is None else y - bias, pair.gain_minus_one)
 
 
 class LinearWithPair(torch.autograd.Function):
@@ -181,12 +175,12 @@ class LinearWithPair(torch.autograd.Function):
         drop: Dropped | None,
     ) -> Tensor:
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
-        ready = Ready.of(Pair(up, down, gain), ctx.scale, weight.dtype)
+        pair = CastPair.of(Pair(up, down, gain), ctx.scale, weight.dtype)
         rows = x.reshape(-1, x.shape[-1])
 
-        hidden = (rows if drop is None else drop.zeroed(rows)) @ ready.down.T
+        hidden = (rows if drop is None else drop.zeroed(rows)) @ pair.down.T
         y = base_linear(x, weight, bias)
-        _add_pair(y, hidden, bias, ready)
+        _add_pair(y, hidden, bias, pair)
 
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
         output = None
@@ -195,13 +189,13 @@ class LinearWithPair(torch.autograd.Function):
         recipe = Rebuilding.of(x)
         ctx.make = recipe.make
         parts = recipe.parts if needs_weight or needs_down or needs_gain else ()
-        ctx.save_for_backward(hidden, weight, bias, up, down, ready.more, output, *parts)
+        ctx.save_for_backward(hidden, weight, bias, up, down, pair.gain_minus_one, output, *parts)
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, wide_up, wide_down, more, output, *parts = ctx.saved_tensors
+        hidden, weight, bias, wide_up, wide_down, gain_minus_one, output, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down, needs_gain, *_ = (
             ctx.needs_input_grad
         )
@@ -216,8 +210,8 @@ class LinearWithPair(torch.autograd.Function):
         for_bias = delta.sum(0) if needs_bias else None
         for_gain = None
         if needs_gain:
-            inside, gain = more + 1, more + 1
-            if ctx.changed() or bool((gain.abs() < LEAST_GAIN).any()):
+            inside, gain = gain_minus_one + 1, gain_minus_one + 1
+            if ctx.changed() or bool((gain.abs() < LEAST_DIVISOR).any()):
                 # then the output does not tell what the gain multiplied: compute that again
                 inside = torch.addmm(rows() @ weight.T, hidden, up.T, alpha=scale)
                 gain = torch.ones_like(gain)
@@ -225,8 +219,8 @@ class LinearWithPair(torch.autograd.Function):
                 inside = output.view(delta.shape)
                 inside = inside if bias is None else inside - bias
             for_gain = (delta * inside).sum(0).to(wide_up.dtype) / gain
-        if more is not None:
-            delta = torch.addcmul(delta, delta, more)
+        if gain_minus_one is not None:
+            delta = torch.addcmul(delta, delta, gain_minus_one)
 
         for_weight = delta.T @ rows() if needs_weight else None
         for_up = (hidden.T @ delta).T.to(wide_up.dtype).mul_(scale) if needs_up else None

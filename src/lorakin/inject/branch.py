@@ -17,7 +17,7 @@ from lorakin.kernels.adapted_linear import CastPair, LinearChange
 from lorakin.kernels.autograd import PLAIN, Copied, Version
 
 
-def trains(slot: Slot, tensor: Tensor) -> bool:
+def slot_trains(slot: Slot, tensor: Tensor) -> bool:
     """Whether the tensor trains: as its slot says, but not if empty (some optimizers fail then)."""
     return slot.trained and bool(tensor.numel())
 
@@ -73,7 +73,7 @@ class Branch(nn.Module):
                 was_empty = not own[slot].numel()
                 own[slot].grad, own[slot].data = None, tensor.to(own[slot], copy=True)
                 if was_empty or not tensor.numel():
-                    own[slot].requires_grad_(trains(self.slots()[slot], tensor))
+                    own[slot].requires_grad_(slot_trains(self.slots()[slot], tensor))
 
     def remember_start(self) -> None:
         """Keep a sample of what trains, to tell later whether training reached it."""

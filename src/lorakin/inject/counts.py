@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakin.family.sharding import whole_shape
 from lorakin.inject.attachments import Adapters, Attachments, attachments_or_none
-from lorakin.inject.branch import Copy, trains
+from lorakin.inject.branch import Copy, slot_trains
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.model_registry import adapters_in
 from lorakin.inject.quantised import is_quantised, shape_of
@@ -46,8 +46,8 @@ def requires_grad(adapter: InsertedAdapter) -> Whether:
             flags.add(bias.requires_grad)
         slots = child.slots()
         for slot, tensor in child.tensors().items():
-            if trains(slots[slot], tensor) or tensor.requires_grad:
-                flags.add(tensor.requires_grad if trains(slots[slot], tensor) else "irregular")
+            if slot_trains(slots[slot], tensor) or tensor.requires_grad:
+                flags.add(tensor.requires_grad if slot_trains(slots[slot], tensor) else "irregular")
     return whether(flags) if flags else False
 
 

@@ -24,7 +24,7 @@ from lorakin.inject.adapted import (
 )
 from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_parameters
 from lorakin.inject.biases import base_bias, initial_biases
-from lorakin.inject.branch import Branch, Copy, trains
+from lorakin.inject.branch import Branch, Copy, slot_trains
 from lorakin.inject.buffers import cloned
 from lorakin.inject.effect import Effect, check_base_in_place, check_no_mixed_batch
 from lorakin.inject.layer_kinds import PeftGroupedConvolution
@@ -80,7 +80,7 @@ class InsertedAdapter:
             rows: the rows of tokens, by path; without it they start as the base's.
             biases: its own biases, by the module's path; without it they start as the base's.
 
-        Nothing is changed if anything fails.
+        Nothing is changed if anything fails. A parameter requires gradients if its slot is `trained`.
 
         Raises:
             SettingError: an unusable name, or one already taken.
@@ -234,7 +234,7 @@ def _parameter(slot: Slot, tensor: Tensor, device: torch.device, made: Made) -> 
     """A slot's tensor as a parameter on its module's device; one that has values keeps them."""
     if (id(tensor), device) not in made:
         there = tensor.detach() if device.type == "meta" else tensor.detach().to(device)
-        made[id(tensor), device] = nn.Parameter(there, trains(slot, tensor))
+        made[id(tensor), device] = nn.Parameter(there, slot_trains(slot, tensor))
     return made[id(tensor), device]
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import lorakin as lk
+from lorakin.cli import demo
 from lorakin.cli.app import run
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.model_sources import packaged
@@ -41,6 +42,7 @@ def test_the_demo(
 ) -> None:
     packaged("smollm2")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "HELD_OUT_ROWS", 24)
     assert run(["demo", "--steps", "4"]) == 0
     shown = capsys.readouterr().out
     perplexity = [float(figure) for figure in re.findall(r"perplexity ([\d.]+) over", shown)]

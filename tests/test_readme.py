@@ -38,13 +38,13 @@ def test_it_is_short() -> None:
     assert len(README.splitlines()) < 120
 
 
-@pytest.mark.model
 def test_the_commands_run(
     tmp_path: Path,
     model_dir: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """On a tiny model, in few steps; tests/test_demo.py has a real one."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(64)
@@ -53,11 +53,9 @@ def test_the_commands_run(
     lines = commands("lorakin")
     assert len(lines) == 14
     for line in lines:
-        arguments = [re.sub(r"^30$", "2", word) for word in shlex.split(line)[1:]]
-        if arguments[0] == "compare":  # dozens of runs, so on a tiny model, and of few steps
-            arguments = [
-                {"smollm2": model_dir, "steps=200": "steps=4"}.get(word, word) for word in arguments
-            ]
+        tiny = {"smollm2": model_dir, "30": "2", "steps=200": "steps=4"}
+        arguments = [tiny.get(word, word) for word in shlex.split(line)[1:]]
+        if arguments[0] == "compare":
             arguments += ["--seeds", "1", "--lr-sweep", "1e-3"]
         assert run(arguments) == 0, line
     assert (tmp_path / "comparison" / "report.html").exists()

@@ -46,7 +46,8 @@ from torch import Tensor
 from lorakin.errors import LorakinWarning
 from lorakin.family.allocation import Allocation, RankSchedule
 from lorakin.family.change import LowRank
-from lorakin.family.lora import check_rank, orthonormal_rows
+from lorakin.family.linear_algebra import orthonormal_rows
+from lorakin.family.lora import check_rank
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape, Tensors

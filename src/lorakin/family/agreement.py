@@ -9,42 +9,42 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import TYPE_CHECKING
 
-from lorakin.family.member import Modifier, Parametrisation
+from lorakin.family.member import COMPUTING, Modifier, Parametrisation, overrides
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method
 
-COMPUTING = ("gain", "amend_pair", "beside_pair", "share")
-"""The hooks by which a modifier takes part in what is computed; all others act in training only."""
-
 
 def same_method(one: Method, other: Method, training: bool = True) -> bool:
-    """Whether two methods are the same.
+    """Returns whether two methods are the same.
 
-    Settings that one of them leaves open and settings that only say how a pair starts are not
-    compared. With `training=False` the methods need only compute the same from the same tensors.
+    Settings that one of them leaves open, and settings that do not change what the pair computes
+    (`Parametrisation.not_compared`), are not compared. With `training=False` the methods need only
+    compute the same from the same tensors.
     """
     if type(one.parametrisation) is not type(other.parametrisation):
         return False
-    aside = one.parametrisation.not_compared | (set() if training else {"dropout"})
-    if not _same(one.parametrisation, other.parametrisation, aside):
+    ignored = one.parametrisation.not_compared | (set() if training else {"dropout"})
+    if not _same_settings(one.parametrisation, other.parametrisation, ignored):
         return False
-    mine, its = (
-        {m.word: m for m in method.modifiers if training or _computes(m)} for method in (one, other)
-    )
-    return mine.keys() == its.keys() and all(
-        _same(mine[word], its[word], {*mine[word].pair_settings}) for word in mine
+    first, second = _modifiers(one, training), _modifiers(other, training)
+    return first.keys() == second.keys() and all(
+        _same_settings(first[word], second[word], {*first[word].pair_settings}) for word in first
     )
 
 
-def _computes(member: Modifier) -> bool:
-    """Whether a modifier takes part in what is computed."""
-    return any(getattr(type(member), hook) is not getattr(Modifier, hook) for hook in COMPUTING)
+def _modifiers(method: Method, training: bool) -> dict[str, Modifier]:
+    """Returns the method's modifiers by word; without `training` those that compute."""
+    return {
+        member.word: member
+        for member in method.modifiers
+        if training or any(overrides(member, hook) for hook in COMPUTING)
+    }
 
 
-def _same(
-    one: Parametrisation | Modifier, other: Parametrisation | Modifier, aside: Set[str]
+def _same_settings(
+    one: Parametrisation | Modifier, other: Parametrisation | Modifier, ignored: Set[str]
 ) -> bool:
-    """Whether all settings are equal, except those in `aside` and those that one leaves open."""
-    values = ((getattr(one, name), getattr(other, name)) for name in one.setting_names() - aside)
-    return all(mine is None or its is None or mine == its for mine, its in values)
+    """Returns whether all settings agree, except ignored ones and those that one leaves open."""
+    pairs = ((getattr(one, name), getattr(other, name)) for name in one.setting_names() - ignored)
+    return all(first is None or second is None or first == second for first, second in pairs)

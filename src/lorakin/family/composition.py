@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorakin.errors import SettingError
-from lorakin.family.member import Member, Modifier, Parametrisation
+from lorakin.family.member import Member, Modifier, Parametrisation, overrides
 from lorakin.family.registry import default_pair
 from lorakin.family.settings import require
 
@@ -110,12 +110,6 @@ def refusal_of_both(one: Member, other: Member) -> str | None:
             f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
         )
     return None
-
-
-def overrides(member: Member, hook: str) -> bool:
-    """Whether a member defines this hook itself, instead of the base's that does nothing."""
-    base = Modifier if isinstance(member, Modifier) else Member
-    return getattr(type(member), hook) is not getattr(base, hook)
 
 
 def needed_pair(modifiers: Sequence[Modifier]) -> type[Parametrisation]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, some
+from lorakin.family.linear_algebra import leading_rows
 from lorakin.family.measure import INPUTS, UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Tensors
@@ -41,8 +42,6 @@ from lorakin.family.start import Start
 if TYPE_CHECKING:
     from lorakin.family.method import Method
 
-EXACT = 512
-"""The SVD is exact up to so many rows or columns; above, it is randomised."""
 NOTHING = 1e-6
 """The share of the largest σ up to which inputs count as not varying along a direction."""
 MOST_BATCHES = 1000
@@ -197,20 +196,6 @@ class IncrementalSVD:
     def ratios(self) -> Tensor:
         """ξ (k,), the share of all squares that each component explains."""
         return (self.sigma.square() / max(self.total, torch.finfo(torch.float64).tiny)).cpu()
-
-
-def leading_rows(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """σ (k,) and the right singular vectors (k, n), each with its largest entry positive."""
-    if min(matrix.shape) <= max(EXACT, 2 * k):
-        _, sigma, Vt = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _, sigma, V = torch.svd_lowrank(matrix.cpu(), q=2 * k, niter=4)
-        sigma, Vt = sigma.to(matrix.device), V.T.to(matrix.device)
-    V = Vt[:k]
-    largest = V.gather(1, V.abs().argmax(1, keepdim=True))
-    return sigma[:k], V * largest.sign()
 
 
 class Directions:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import LowRank
+from lorakin.family.linear_algebra import orthonormal_rows
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Shape, Tensors
@@ -123,8 +124,3 @@ def check_rank(rank: int, shape: Shape, where: str) -> None:
         "rank_pattern, leave it out with exclude, or give all such modules the largest rank they "
         "can have with rank_above='clamp' (--rank-above clamp)",
     )
-
-
-def orthonormal_rows(wide: Tensor) -> Tensor:
-    """Orthonormal rows that span those of a matrix (r, in), r ≤ in; empty on the meta device."""
-    return wide if wide.is_meta else torch.linalg.qr(wide.T)[0].T.contiguous()

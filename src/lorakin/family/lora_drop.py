@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lorakin.errors import LorakinWarning
-from lorakin.family.measure import Probe, UnadaptedModule
+from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Member, Modifier
 from lorakin.family.pair import Shape, Tensors
+from lorakin.family.probe import Probe
 from lorakin.family.settings import is_finite_number, one_of, require, to_number, to_whole_number
 from lorakin.family.slots import Slots, frozen
 

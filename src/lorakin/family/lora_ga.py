@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from lorakin.family.linear_algebra import leading_triplets
 from lorakin.family.measure import GRADIENTS, UnadaptedModule
 from lorakin.family.pair import Shape
-from lorakin.family.pissa import leading_triplets
 from lorakin.family.precision import all_finite
 from lorakin.family.settings import require, to_number, to_whole_number
 from lorakin.family.start import AnchoredStart

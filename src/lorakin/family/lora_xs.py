@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from lorakin.family.change import LowRank
+from lorakin.family.linear_algebra import leading_triplets
 from lorakin.family.lora import check_rank
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Parametrisation
 from lorakin.family.pair import Shape, Tensors
-from lorakin.family.pissa import leading_triplets
 from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slot, Slots
-from lorakin.family.start import matrix_of
 from lorakin.family.weight import has_no_values
 
 DEVIATION = 1e-5
@@ -108,7 +107,7 @@ class LoRAXS(Parametrisation):
             A = torch.empty(self.rank, shape.inputs, device=device, dtype=torch.float32)
             B = torch.empty(shape.outputs, self.rank, device=device, dtype=torch.float32)
         else:
-            U, S, A = leading_triplets(matrix_of(module), self.rank, self.iterations)
+            U, S, A = leading_triplets(module.wide_weight(), self.rank, self.iterations)
             A, B = A.to(device).contiguous(), (U * S).to(device)
         return {"A": A, "B": B, "R": R}
 

@@ -2,8 +2,8 @@
 
 A *parametrisation* brings the slots of the low-rank pair and says how they change the weight. A
 *modifier* changes how a pair starts, trains, is shared, moves or scales. What happens at optimizer
-steps is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows a member
-in ten lines.
+steps is a member's `Rule`. `composition.py` puts members together. CONTRIBUTING.md shows four
+members in about ten lines each.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.change import Change
-from lorakin.family.measure import Collector, Probe, UnadaptedModule
+from lorakin.family.measure import Collector, UnadaptedModule
 from lorakin.family.pair import Pair, Shape, Tensors
+from lorakin.family.probe import Probe
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_pair_settings, to_whole_number
 from lorakin.family.slots import Slots
@@ -28,6 +29,11 @@ from lorakin.family.weight import FrozenWeight
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method
+
+AMENDING = ("amend_pair", "beside_pair")
+"""The hooks by which a modifier changes the pair."""
+COMPUTING = ("gain", *AMENDING, "share")
+"""The hooks by which a modifier takes part in what is computed; all others act in training only."""
 
 
 class Member(ABC):
@@ -38,9 +44,9 @@ class Member(ABC):
     paper: ClassVar[str]
     """Title and identifier of the paper."""
     decides: ClassVar[Mapping[str, str]]
-    """Axis (see `composition.AXES`) → what it decides there. Two members on one axis clash."""
+    """Axis (see `composition.AXES`) → what it decides there. Two members on one axis conflict."""
     slots: ClassVar[Slots] = {}
-    """The tensors that it hangs on each module."""
+    """The tensors that it adds to each module."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it looks at before it starts, besides shapes: see `measure.py`."""
     remark: ClassVar[str] = ""
@@ -48,7 +54,7 @@ class Member(ABC):
     test_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings for tests on tiny models, in runs of six steps or more."""
     in_probe: ClassVar[bool] = True
-    """Whether it takes part in a probe that precedes training."""
+    """Whether LoRA-drop's probe trains it too."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,28 +66,34 @@ class Member(ABC):
 
     @property
     def acts_at_steps(self) -> bool:
-        """Whether it would be another method without its `rule`."""
+        """Whether training without its `rule` would train another method.
+
+        If so, one optimizer must hold all its tensors.
+        """
         return False
 
     def largest_rank(self, shape: Shape) -> int:
-        """The largest rank that it allows on a weight of this shape."""
+        """Returns the largest rank that it allows on a weight of this shape."""
         return min(shape.outputs, shape.inputs)
 
     @classmethod
     def setting_names(cls) -> frozenset[str]:
-        """The names of its settings."""
+        """Returns the names of its settings."""
         return frozenset(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @property
     def alpha_factor(self) -> float:
-        """If under Adam it equals its pair with a larger alpha, by what factor; else 1."""
+        """The factor on alpha at which plain LoRA trains the same under Adam; 1 if there is none.
+
+        `lorakin compare` adds that LoRA as a control.
+        """
         return 1.0
 
     @classmethod
     def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        """Its settings in a comparison with others of one rank and scale, for a run of `steps`.
+        """Returns its settings in a comparison with others of one rank and scale.
 
-        None marks a setting of the others that it does not take.
+        `steps` is the length of the runs. None marks a setting of the others that it does not take.
         """
         common = {"rank": rank, "alpha": scaling * rank}
         return {name: value for name, value in common.items() if name in cls.setting_names()}
@@ -89,11 +101,11 @@ class Member(ABC):
     def gain(
         self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Tensor | None:
-        """The gain (outputs,) over the weight (outputs, inputs) and pair, if it has one."""
+        """Returns the gain (outputs,) over the weight (outputs, inputs) and pair, if it has one."""
         return None
 
     def resolved(self, method: Method, total_steps: int | None) -> Self:
-        """Itself, with open settings decided for a run of so many steps.
+        """Returns a copy whose open settings are decided for a run of `total_steps` steps.
 
         Raises:
             SettingError: it does not fit such a run.
@@ -101,11 +113,11 @@ class Member(ABC):
         return self
 
     def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
-        """Which of its tensors training never reached; asked when the adapter is saved."""
+        """Returns which of its tensors training never reached; called when the adapter is saved."""
         return None
 
     def rule(self, modules: Sequence[AdaptedModule]) -> Rule | None:
-        """What it does at optimizer steps, if anything; `resolved` has been called before."""
+        """Returns what it does at optimizer steps, if anything; `resolved` has been called."""
         return None
 
 
@@ -118,33 +130,37 @@ class Parametrisation(Member):
     lookup_slots: ClassVar[Slots | None] = None
     """Its slots on an embedding, whose `inputs` are the vocabulary; None if it cannot adapt one."""
     per_module: ClassVar[frozenset[str]] = frozenset({"rank", "alpha"})
-    """Settings that a single module may have its own of."""
+    """Settings that can have another value on a single module."""
     not_compared: ClassVar[frozenset[str]] = frozenset()
-    """Settings that say how the pair starts or what was freed, not what it computes."""
+    """Settings that do not change what the pair computes: methods that differ in them agree."""
 
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
     @classmethod
     def settings_of_modules(cls) -> frozenset[str]:
-        """Those of its settings that a single module may have its own of."""
+        """Returns those of its settings that can have another value on a single module."""
         return cls.per_module & cls.setting_names()
 
     def slots_at(self, shape: Shape) -> Slots:
-        """Its slots on a weight of this shape."""
+        """Returns its slots on a weight of this shape."""
         return self.lookup_slots if shape.lookup and self.lookup_slots is not None else self.slots
 
-    def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if the settings do not fit a weight of this shape at `where`."""
+    def check(self, shape: Shape, path: str) -> None:
+        """Checks that the settings fit a weight of this shape, that of the module at `path`.
+
+        Raises:
+            SettingError: they do not.
+        """
 
     def clamped(self, largest: int) -> Mapping[str, int]:
-        """The setting that gives a module the rank `largest`; {} if its rank is not above it."""
+        """Returns the setting that lowers a module's rank to `largest`; {} if it is not above."""
         return {}
 
     def start(
         self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:
-        """One module's tensors at the start, by slot: float32, drawn with `generator`."""
+        """Returns one module's initial tensors by slot: float32, drawn with `generator`."""
         raise NotImplementedError
 
     def start_all(
@@ -154,18 +170,20 @@ class Parametrisation(Member):
         generator: torch.Generator | None,
         device: torch.device,
     ) -> dict[str, Tensors]:
-        """All modules' tensors at the start, by path.
+        """Returns all modules' initial tensors by path.
 
         `each` is this member with the settings of each module.
         """
-        return {path: each[path].start(at, generator, device) for path, at in modules.items()}
+        return {
+            path: each[path].start(module, generator, device) for path, module in modules.items()
+        }
 
     def start_if_frozen(self, tensors: Tensors) -> Tensors:
-        """The tensors as they should start if the `drawn` slot never trains."""
+        """Returns the initial tensors for a random factor that never trains (LoRA-FA)."""
         return tensors
 
     def change(self, tensors: Mapping[str, Tensor]) -> Change:
-        """The change of the weight that these tensors make, differentiable in them."""
+        """Returns the change of the weight that these tensors make, differentiable in them."""
         raise NotImplementedError
 
 
@@ -177,11 +195,9 @@ class Modifier(Member):
     """
 
     pair_settings: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout", "rslora")
-    """Fields that are the pair's."""
+    """Fields that are settings of the pair."""
     pair_defaults: ClassVar[Mapping[str, Any]] = {}
     """Its own defaults for the pair."""
-    peft_start: ClassVar[str] = ""
-    """PEFT's word for it in `init_lora_weights`, if it is a start that PEFT has."""
     learning_rate_factor: ClassVar[float] = 1.0
     """The factor on the pair's usual learning rate."""
 
@@ -195,31 +211,42 @@ class Modifier(Member):
         check_pair_settings(self, optional=True)
 
     def default_pair(self) -> type[Parametrisation] | None:
-        """The parametrisation that it needs if none is named; None if any will do."""
+        """Returns the parametrisation that it needs if none is named; None if any will do."""
         return None
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        """Why it cannot work on such a pair; None if it can."""
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        """Returns why it cannot work on such a pair; None if it can."""
         return None
 
     def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
-        """Why it would have no effect on modules with these slots; None if it has one."""
+        """Returns why it refuses this method, whose modules have these slots; None if it does not.
+
+        LoRA+ does if only one factor trains, so that its ratio would have no effect.
+        """
         return None
 
-    def check_pair(self, parametrisation: Parametrisation) -> None:
-        """Raise `SettingError` if it cannot work on a pair with these settings."""
+    def check_pair(self, pair: Parametrisation) -> None:
+        """Checks that it can work on a pair with these settings.
 
-    def check(self, shape: Shape, where: str, method: Method) -> None:
-        """Raise `SettingError` if it cannot work on a weight of this shape at the path `where`."""
+        Raises:
+            SettingError: it cannot.
+        """
+
+    def check(self, shape: Shape, path: str, method: Method) -> None:
+        """Checks that it can work on a weight of this shape, that of the module at `path`.
+
+        Raises:
+            SettingError: it cannot.
+        """
 
     # Before it starts: what it looks at, and what it chooses by that.
 
     def needed_probe(self) -> Probe | None:
-        """The probe that it still needs, if any."""
+        """Returns the probe that it still needs, if any (LoRA-drop)."""
         return None
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
-        """Itself with what its probe found: path → share of the importance."""
+        """Returns a copy with what its probe found: path → share of the importance."""
         return self
 
     @property
@@ -230,29 +257,32 @@ class Modifier(Member):
     def collector(
         self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
     ) -> Collector:
-        """What takes in these modules' inputs or gradients, if it `needs` them."""
+        """Returns what takes in these modules' inputs or gradients, if it `needs` them."""
         raise NotImplementedError
 
     def settings_found(
-        self, found: Mapping[str, Any], methods: Mapping[str, Method]
+        self, results: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
-        """Path → the pair's settings there, from what was found; None leaves a module out."""
+        """Returns path → the pair's settings there by the collector's results (EVA's ranks).
+
+        None leaves a module out.
+        """
         return {}
 
     def bound_to(self, paths: Sequence[str]) -> Self:
-        """Itself, for an adapter with exactly these targets.
+        """Returns a copy for an adapter of exactly these modules.
 
         Raises:
             SettingError: it does not fit them.
         """
         return self
 
-    def with_own_pair(self, paths: Sequence[str]) -> list[str]:
-        """Which modules have a pair of their own."""
+    def with_pair(self, paths: Sequence[str]) -> list[str]:
+        """Returns those of the targeted modules that get a pair at all."""
         return list(paths)
 
-    def with_pair(self, paths: Sequence[str]) -> list[str]:
-        """Which of the targeted modules get a pair at all."""
+    def with_own_pair(self, paths: Sequence[str]) -> list[str]:
+        """Returns those of the modules whose pair is not shared with others."""
         return list(paths)
 
     # Its tensors.
@@ -263,7 +293,7 @@ class Modifier(Member):
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors at the start, with what this member adds or replaces."""
+        """Returns all modules' initial tensors, with what this member adds or replaces."""
         return tensors
 
     def share(
@@ -272,19 +302,28 @@ class Modifier(Member):
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors; modules that share a tensor hold the same object."""
+        """Returns all modules' tensors; modules that share a tensor hold the same object."""
         return tensors
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
-        """A module's slots, this member's own included."""
+        """Returns a module's slots, this member's own included."""
         return {**slots, **self.slots}
 
     # What it computes.
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
-        """The pair as this member changes it."""
+        """Returns the pair as this member changes it."""
         return pair
 
     def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
-        """The pair with a constant change beside it, such as a start's anchor."""
+        """Returns the pair with a constant change added, such as a start's anchor.
+
+        It is called after every member's `amend_pair`.
+        """
         return pair
+
+
+def overrides(member: Member, hook: str) -> bool:
+    """Returns whether a member defines this hook itself; the base classes' does nothing."""
+    base = Modifier if isinstance(member, Modifier) else Member
+    return getattr(type(member), hook) is not getattr(base, hook)

@@ -14,11 +14,12 @@ from torch import Tensor
 from lorakin.errors import SettingError
 from lorakin.family.agreement import same_method
 from lorakin.family.change import Chain, LowRank
-from lorakin.family.composition import composed, overrides
-from lorakin.family.measure import GRADIENTS, INPUTS, Probe, UnadaptedModule
-from lorakin.family.member import Member, Modifier, Parametrisation
+from lorakin.family.composition import composed
+from lorakin.family.measure import GRADIENTS, INPUTS, UnadaptedModule
+from lorakin.family.member import AMENDING, Member, Modifier, Parametrisation, overrides
 from lorakin.family.pair import Pair, ScaledPair, Shape, Tensors
-from lorakin.family.precision import cast_keeping_shared
+from lorakin.family.precision import cast_keeping_shared, wide_dtype
+from lorakin.family.probe import Probe
 from lorakin.family.registry import default_pair
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import check_storable, require
@@ -30,31 +31,39 @@ from lorakin.family.weight import FrozenWeight, has_no_values
 class Method:
     """One parametrisation and what modifies it. Made by `Method.of`.
 
-    `members` are those that the user named, in the order of their axes.
+    `members` are those that the user named, in the order of their axes. What they compute on a
+    module can be had in four forms:
+
+    | method | returns | gain | scale | for |
+    |---|---|---|---|---|
+    | `low_rank` | `Pair` | left out | in `up` | layers that add the gain themselves, starts |
+    | `pair` | `Pair` | over the weight given | in `up` | merging, files, other layers |
+    | `scaled_pair` | `ScaledPair` | over the weight given | beside it | the kernel of nn.Linear |
+    | `chain` | `Chain` or None | never has one | – | the kernel of nn.Linear, for VeRA |
     """
 
     members: tuple[Member, ...]
     parametrisation: Parametrisation
     modifiers: tuple[Modifier, ...] = field(init=False, repr=False, compare=False)
     """The members that are not the parametrisation."""
-    _gaining: Member | None = field(init=False, repr=False, compare=False)
+    _member_with_gain: Member | None = field(init=False, repr=False, compare=False)
     """The member that sets a gain."""
     _is_amended: bool = field(init=False, repr=False, compare=False)
     """Whether the change is more than the parametrisation's own tensors make."""
 
     def __post_init__(self) -> None:
-        # Forwards need these. They are not cached properties, whose lock no compiler can trace.
+        # Computed here, not as cached properties: forwards read these, and torch.compile cannot
+        # trace the lock of a cached property.
         modifiers = tuple(member for member in self.members if isinstance(member, Modifier))
-        gaining = [m for m in (self.parametrisation, *modifiers) if overrides(m, "gain")]
-        hooks = ("amend_pair", "beside_pair")
-        is_amended = any(overrides(member, hook) for member in modifiers for hook in hooks)
+        with_gain = (m for m in (self.parametrisation, *modifiers) if overrides(m, "gain"))
+        is_amended = any(overrides(member, hook) for member in modifiers for hook in AMENDING)
         object.__setattr__(self, "modifiers", modifiers)
-        object.__setattr__(self, "_gaining", gaining[0] if gaining else None)
+        object.__setattr__(self, "_member_with_gain", next(with_gain, None))
         object.__setattr__(self, "_is_amended", is_amended)
 
     @classmethod
     def of(cls, members: Member | Method | Iterable[Member]) -> Self:
-        """The method of one member or several; if no member brings a pair, it is plain LoRA's.
+        """Returns the method of one member or several; without a parametrisation, on plain LoRA.
 
         >>> from lorakin import DoRA, LoRAPlus
         >>> method = Method.of([LoRAPlus(ratio=4), DoRA(rank=8)])
@@ -98,12 +107,16 @@ class Method:
         return self.parametrisation.dropout
 
     def setting(self, name: str) -> Any:
-        """The setting `name` of the pair, else of the first member that has it, else None."""
+        """Returns the setting `name` of the pair, else of a member that has it, else None."""
         owners = (m for m in (self.parametrisation, *self.members) if name in m.setting_names())
         return next((getattr(m, name) for m in owners), None)
 
     def with_settings(self, **settings: Any) -> Method:
-        """The method of one module, with its own rank or alpha."""
+        """Returns the method with other settings of the pair, such as one module's rank or alpha.
+
+        Raises:
+            SettingError: single modules cannot have another value of a setting.
+        """
         pair = self.parametrisation
         if unknown := [name for name in settings if name not in pair.settings_of_modules()]:
             raise SettingError(
@@ -113,12 +126,12 @@ class Method:
         return dataclasses.replace(self, parametrisation=dataclasses.replace(pair, **settings))  # type: ignore[type-var]
 
     def clamped(self, shape: Shape) -> Mapping[str, int]:
-        """The setting that lowers the rank to what the weight allows; {} if it fits already."""
+        """Returns the setting that lowers the rank to what the weight allows; {} if it fits."""
         largest = min(m.largest_rank(shape) for m in (self.parametrisation, *self.modifiers))
         return self.parametrisation.clamped(largest)
 
     def resolved(self, total_steps: int | None) -> Method:
-        """The method with open settings decided for a run of so many steps.
+        """Returns the method with open settings decided for a run of `total_steps` steps.
 
         Raises:
             SettingError: a member does not fit such a run.
@@ -127,7 +140,7 @@ class Method:
         return dataclasses.replace(self, members=members)
 
     def agrees_with(self, other: Method, training: bool = True) -> bool:
-        """Whether it is the same method as `other`; settings that one leaves open agree."""
+        """Returns whether it is the same method as `other`, however spelt; see `same_method`."""
         return same_method(self, other, training)
 
     # What it looks at before it starts.
@@ -151,50 +164,54 @@ class Method:
         return self.parametrisation.needs.union(*(member.needs for member in self.members))
 
     def with_importance(self, importance: Mapping[str, float]) -> Method:
-        """The method with what a probe found: path → share of the importance."""
-        known = (
+        """Returns the method with what a probe found: path → share of the importance."""
+        members = (
             m.with_importance(importance) if isinstance(m, Modifier) else m for m in self.members
         )
-        return dataclasses.replace(self, members=tuple(known))
+        return dataclasses.replace(self, members=tuple(members))
 
     def with_own_pair(self, paths: Sequence[str]) -> list[str]:
-        """Those of `paths` that have a pair of their own."""
+        """Returns those of `paths` whose pair is not shared with others."""
         for member in self.modifiers:
             paths = member.with_own_pair(paths)
         return list(paths)
 
     def for_probe(self) -> Method:
-        """What a probe trains: the members that take part in one, on the pair or plain LoRA."""
+        """Returns what a probe trains: the members that take part, on the pair or plain LoRA."""
         pair = self.parametrisation
         if not pair.in_probe:
-            same = {name: getattr(pair, name) for name in ("rank", "alpha", "dropout")}
-            pair = default_pair()(**same)
+            settings = {name: getattr(pair, name) for name in ("rank", "alpha", "dropout")}
+            pair = default_pair()(**settings)
         return Method.of([pair, *(member for member in self.modifiers if member.in_probe)])
 
     def bound_to(self, paths: Sequence[str]) -> tuple[Self, list[str]]:
-        """The method for an adapter with these targets, and which of them get a pair."""
-        known = tuple(m.bound_to(paths) if isinstance(m, Modifier) else m for m in self.members)
-        method = dataclasses.replace(self, members=known)
+        """Returns the method for an adapter of these modules, and which of them get a pair."""
+        members = tuple(m.bound_to(paths) if isinstance(m, Modifier) else m for m in self.members)
+        method = dataclasses.replace(self, members=members)
         for member in method.modifiers:
             paths = member.with_pair(paths)
         return method, list(paths)
 
-    def check(self, shape: Shape, where: str) -> None:
-        """Raise `SettingError` if it does not fit a weight of this shape; `where` is the path."""
+    def check(self, shape: Shape, path: str) -> None:
+        """Checks that it fits a weight of this shape, that of the module at `path`.
+
+        Raises:
+            SettingError: it does not.
+        """
         pair = self.parametrisation
         require(
             pair.lookup_slots is not None or not shape.lookup,
-            f"{pair.word} works on layers that multiply by their weight, but {where} is an "
+            f"{pair.word} works on layers that multiply by their weight, but {path} is an "
             "embedding; exclude it",
         )
-        pair.check(shape, where)
+        pair.check(shape, path)
         for member in self.modifiers:
-            member.check(shape, where, self)
+            member.check(shape, path, self)
 
     # Its tensors.
 
     def slots_at(self, path: str, shape: Shape) -> Slots:
-        """The slots of the module at `path`, including those that come while training."""
+        """Returns the slots of the module at `path`, also those that come while training."""
         slots = self.parametrisation.slots_at(shape)
         for member in self.modifiers:
             slots = member.amend_slots(slots, path, shape)
@@ -208,23 +225,23 @@ class Method:
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Tensors]:
-        """All modules' tensors at the start, by path and slot; shared ones are the same object.
+        """Returns all modules' initial tensors by path and slot; shared ones are the same object.
 
         They are float32, float64 on a float64 base, or `dtype` if that is given. `methods` holds
         each module's own method.
         """
         each = {path: method.parametrisation for path, method in methods.items()}
-        drawn = self.parametrisation.start_all(modules, each, generator, device)
-        wide = {p: torch.promote_types(modules[p].weight.dtype, torch.float32) for p in drawn}
-        drawn = cast_keeping_shared(drawn, wide)
+        initial = self.parametrisation.start_all(modules, each, generator, device)
+        dtypes = {path: wide_dtype(modules[path].weight.dtype) for path in initial}
+        initial = cast_keeping_shared(initial, dtypes)
         for member in self.modifiers:
-            drawn = member.amend_start(drawn, modules, methods)
-        shared = self.share(drawn, modules, methods)
-        for path, there in shared.items():
-            _check_declared(methods[path], path, modules[path].shape, there)
-        return (
-            shared if dtype is None else cast_keeping_shared(shared, dict.fromkeys(shared, dtype))
-        )
+            initial = member.amend_start(initial, modules, methods)
+        initial = self.share(initial, modules, methods)
+        for path, tensors in initial.items():
+            _check_declared(methods[path], path, modules[path].shape, tensors)
+        if dtype is not None:
+            initial = cast_keeping_shared(initial, dict.fromkeys(initial, dtype))
+        return initial
 
     def share(
         self,
@@ -232,7 +249,7 @@ class Method:
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        """All modules' tensors; modules that share a tensor hold the same object."""
+        """Returns all modules' tensors; modules that share a tensor hold the same object."""
         for member in self.modifiers:
             tensors = member.share(tensors, modules, methods)
         return tensors
@@ -240,7 +257,7 @@ class Method:
     # What it computes.
 
     def low_rank(self, tensors: Mapping[str, Tensor], shape: Shape) -> Pair:
-        """The pair without a gain, differentiable in the tensors."""
+        """Returns the pair without a gain, differentiable in the tensors."""
         pair = self.parametrisation.change(tensors).pair(shape)
         for member in self.modifiers:
             pair = member.amend_pair(pair, tensors)
@@ -251,14 +268,14 @@ class Method:
     def pair(
         self, tensors: Mapping[str, Tensor], shape: Shape, weight: Tensor | FrozenWeight
     ) -> Pair:
-        """The pair and its gain over `weight` (outputs, inputs), differentiable in the tensors.
+        """Returns the pair with its gain over `weight` (outputs, inputs), differentiable.
 
         Pass a `FrozenWeight` that is kept between forwards: what does not change is computed once.
         """
         return self._gained(self.low_rank(tensors, shape), 1.0, tensors, weight)
 
     def chain(self, tensors: Mapping[str, Tensor]) -> Chain | None:
-        """The change as a `Chain`, if it is one and nothing else."""
+        """Returns the change as a `Chain`, if it is one and nothing else."""
         if self._is_amended or self.has_gain:
             return None
         change = self.parametrisation.change(tensors)
@@ -277,26 +294,27 @@ class Method:
     def _gained(
         self, pair: Pair, scale: float, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
     ) -> Pair:
-        """The pair, with the gain of the member that sets one."""
-        if self._gaining is None:
+        """Returns the pair, with the gain of the member that sets one."""
+        if self._member_with_gain is None:
             return pair
+        # A gain takes the pair's norm as a constant (DoRA, section 4.3), so `up` needs no gradient.
         whole = pair if scale == 1 else pair._replace(up=scale * pair.up.detach())
-        return pair._replace(gain=self._gaining.gain(whole, tensors, weight))
+        return pair._replace(gain=self._member_with_gain.gain(whole, tensors, weight))
 
     @property
     def has_gain(self) -> bool:
         """Whether a member sets a gain, which depends on the weight itself."""
-        return self._gaining is not None
+        return self._member_with_gain is not None
 
     # How it trains.
 
     def unmoved(self, modules: Sequence[AdaptedModule]) -> list[str]:
-        """Which of the members' tensors training never reached, in words."""
+        """Returns which of the members' tensors training never reached, in words."""
         reasons = (member.unmoved(modules) for member in self.members)
         return [reason for reason in reasons if reason is not None]
 
     def rules(self, modules: Sequence[AdaptedModule]) -> list[Rule]:
-        """What happens at each optimizer step; call `resolved` first."""
+        """Returns what happens at each optimizer step; call `resolved` first."""
         return [rule for member in self.members if (rule := member.rule(modules)) is not None]
 
     def __str__(self) -> str:
@@ -304,7 +322,7 @@ class Method:
 
 
 def refusal_of_members(one: type[Member], other: type[Member]) -> str | None:
-    """Why two members, with their default settings, do not combine; None if they do."""
+    """Returns why two members with default settings do not combine; None if they do."""
     try:
         Method.of([one(), other()])
     except SettingError as error:
@@ -313,15 +331,19 @@ def refusal_of_members(one: type[Member], other: type[Member]) -> str | None:
 
 
 def _check_declared(method: Method, path: str, shape: Shape, tensors: Tensors) -> None:
-    """Raise `SettingError` unless the members start what their slots declare, in those shapes."""
+    """Checks that the members start what their slots declare, in those shapes.
+
+    Raises:
+        SettingError: they do not.
+    """
     slots = method.slots_at(path, shape)
-    if strange := [name for name in tensors if name not in slots]:
+    if undeclared := [name for name in tensors if name not in slots]:
         raise SettingError(
-            f"{method.words} starts a tensor {strange[0]!r}, but its slots are "
+            f"{method.words} starts a tensor {undeclared[0]!r}, but its slots are "
             f"{', '.join(slots) or 'none'}; declare it there"
         )
-    of_pair = method.parametrisation.slots_at(shape)
-    needed = [name for name, slot in slots.items() if slot.trained or name in of_pair]
+    slots_of_pair = method.parametrisation.slots_at(shape)
+    needed = [name for name, slot in slots.items() if slot.trained or name in slots_of_pair]
     if missing := [name for name in needed if name not in tensors]:
         raise SettingError(f"{method.words} declares a slot {missing[0]!r} and does not start it")
 

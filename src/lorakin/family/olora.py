@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family.measure import WEIGHT, UnadaptedModule
-from lorakin.family.start import AnchoredStart, matrix_of
+from lorakin.family.start import AnchoredStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +53,5 @@ class OLoRA(AnchoredStart):
     def initial_factors(
         self, module: UnadaptedModule, rank: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        Q, R = torch.linalg.qr(matrix_of(module))
+        Q, R = torch.linalg.qr(module.wide_weight())
         return Q[:, :rank], R[:rank]

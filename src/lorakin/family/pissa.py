@@ -22,12 +22,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from lorakin.family.linear_algebra import leading_triplets
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.settings import to_whole_number
-from lorakin.family.start import AnchoredStart, matrix_of
+from lorakin.family.start import AnchoredStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +75,6 @@ class PiSSA(AnchoredStart):
     def initial_factors(
         self, module: UnadaptedModule, rank: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        U, S, Vt = leading_triplets(matrix_of(module), rank, self.iterations)
+        U, S, Vt = leading_triplets(module.wide_weight(), rank, self.iterations)
         root = (S / scale).sqrt()
         return U * root, root.unsqueeze(1) * Vt
-
-
-def leading_triplets(
-    matrix: Tensor, rank: int, iterations: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular triplets of a matrix (m, n): U (m, rank), S (rank,), Vᵀ (rank, n).
-
-    With `iterations` they are approximate, from random numbers that are always the same.
-    """
-    if iterations is None:
-        U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :rank], S[:rank], Vt[:rank]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        size = min(rank + 8, *matrix.shape)  # a few extra make the last triplets accurate
-        U, S, V = torch.svd_lowrank(matrix.cpu(), q=size, niter=iterations)
-    return U[:, :rank], S[:rank], V[:, :rank].T

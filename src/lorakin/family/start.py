@@ -26,7 +26,7 @@ from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Pair, Shape, Tensors
 from lorakin.family.settings import require
 from lorakin.family.slots import Slot, Slots, factors_of
-from lorakin.family.weight import FrozenWeight, has_no_values
+from lorakin.family.weight import has_no_values
 
 if TYPE_CHECKING:
     from lorakin.family.method import Method
@@ -39,18 +39,20 @@ class Start(Modifier):
     """A member that says where each module's pair begins."""
 
     in_probe: ClassVar[bool] = False
+    peft_start: ClassVar[str] = ""
+    """PEFT's word for it in `init_lora_weights`, if PEFT has it."""
 
-    def check(self, shape: Shape, where: str, method: Method) -> None:
+    def check(self, shape: Shape, path: str, method: Method) -> None:
         require(
             not shape.lookup,
-            f"{self.word} works on layers that multiply by their weight, but {where} is an "
+            f"{self.word} works on layers that multiply by their weight, but {path} is an "
             "embedding; exclude it",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchoredStart(Start):
-    """A start that is not zero, and its anchor. Subclasses say where A and B begin."""
+    """A start that is not zero, and its anchor. Subclasses return the initial B and A."""
 
     slots: ClassVar[Slots] = {
         ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
@@ -61,19 +63,19 @@ class AnchoredStart(Start):
     def initial_factors(
         self, module: UnadaptedModule, rank: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Where B (outputs, rank) and A (rank, inputs) of one module begin.
+        """Returns the initial B (outputs, rank) and A (rank, inputs) of one module.
 
         The pair's change is scale·B·A.
         """
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        if factors_of(parametrisation.slots) is None:
-            return f"{self.word} needs a plain product B·A, which {parametrisation.word} is not"
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        if factors_of(pair_class.slots) is None:
+            return f"{self.word} needs a plain product B·A, which {pair_class.word} is not"
         return None
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
-        begun = {name: replace(slot, starts_at_zero=False) for name, slot in slots.items()}
-        return {**begun, **self.slots}
+        nonzero = {name: replace(slot, starts_at_zero=False) for name, slot in slots.items()}
+        return {**nonzero, **self.slots}
 
     def amend_start(
         self,
@@ -82,29 +84,30 @@ class AnchoredStart(Start):
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         return {
-            path: self._begun(path, there, modules[path], methods[path])
-            for path, there in tensors.items()
+            path: self._with_anchor(path, of_module, modules[path], methods[path])
+            for path, of_module in tensors.items()
         }
 
-    def _begun(
+    def _with_anchor(
         self, path: str, tensors: Tensors, module: UnadaptedModule, method: Method
     ) -> Tensors:
-        """One module's tensors: the pair at its start, and its anchor."""
+        """Returns one module's tensors: the pair at its start, and its anchor."""
         pair, shape = method.parametrisation, module.shape
         names, change = factors_of(pair.slots_at(shape)), pair.change(tensors)
         assert names is not None
         assert isinstance(change, LowRank)
 
-        begun = dict(tensors)
+        initial = dict(tensors)
         if not has_no_values(change.up) and not has_no_values(module.weight):
             factors = self.initial_factors(module, len(change.down), change.scale)
             for name, factor in zip(names, factors, strict=True):
-                begun[name] = factor.to(tensors[name]).contiguous()
+                initial[name] = factor.to(tensors[name]).contiguous()
 
-        up, down = pair.change(begun).pair(shape)[:2]
-        anchor = {ANCHOR_UP: up.clone()}
-        trains_down = method.slots_at(path, shape)[names[1]].trained
-        return begun | anchor | ({ANCHOR_DOWN: down.clone()} if trains_down else {})
+        start = pair.change(initial).pair(shape)
+        anchor = {ANCHOR_UP: start.up.clone()}
+        if method.slots_at(path, shape)[names[1]].trained:
+            anchor[ANCHOR_DOWN] = start.down.clone()
+        return initial | anchor
 
     def beside_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
         up_0 = tensors[ANCHOR_UP]
@@ -118,9 +121,3 @@ class AnchoredStart(Start):
             up = torch.cat([pair.up - up_0, up_0], 1)
             down = torch.cat([pair.down, pair.down - down_0], 0)
         return pair._replace(up=up, down=down)
-
-
-def matrix_of(module: UnadaptedModule) -> Tensor:
-    """The base weight of a module, (outputs, inputs), in float32 at least."""
-    matrix = module.weight.matrix if isinstance(module.weight, FrozenWeight) else module.weight
-    return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))

@@ -80,7 +80,8 @@ class InsertedAdapter:
             rows: the rows of tokens, by path; without it they start as the base's.
             biases: its own biases, by the module's path; without it they start as the base's.
 
-        Nothing is changed if anything fails. A parameter requires gradients if its slot is `trained`.
+        A parameter requires gradients if its slot is `trained`. Nothing is changed if anything
+        fails.
 
         Raises:
             SettingError: an unusable name, or one already taken.

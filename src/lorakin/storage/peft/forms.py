@@ -26,6 +26,7 @@ from lorakin.family import (
 )
 from lorakin.family.adalora import Triplets
 from lorakin.family.slots import Slot, Slots
+from lorakin.family.start import Start
 from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
     EmbeddingLayer,
@@ -220,9 +221,9 @@ def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
     return (form.member, *flags, *([start] if start else []))
 
 
-def made_again() -> dict[str, type[Modifier]]:
+def made_again() -> dict[str, type[Start]]:
     """Word of `init_lora_weights` → the member that makes its start of the base weight again."""
-    starts = [m for m in members() if issubclass(m, Modifier) and m.peft_start]
+    starts = [m for m in members() if issubclass(m, Start) and m.peft_start]
     return {start.peft_start: start for start in starts if start.needs == {WEIGHT}}
 
 

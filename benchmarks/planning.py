@@ -207,7 +207,7 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
 
     from lorakin.family import method_named
     from lorakin.plan.conditions import Conditions
-    from lorakin.plan.prediction import planned
+    from lorakin.plan.prediction import plan_method
     from lorakin.training.models import config_of
 
     settings = {"padded": False, **configuration}
@@ -226,7 +226,7 @@ def predicted(configuration: dict[str, Any]) -> dict[str, Any]:
         getattr(torch, settings.pop("dtype")),
     )
     started = time.perf_counter()
-    plan = planned(Conditions(config, dtype, labels=labels, steps=3, **settings), method, 1.0)
+    plan = plan_method(Conditions(config, dtype, labels=labels, steps=3, **settings), method, 1.0)
     return {
         "predicted": plan.peak / MIB,
         "phase": plan.phase,

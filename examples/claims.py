@@ -34,9 +34,9 @@ from lorakin.compare import arms, workers
 from lorakin.compare.comparison import Comparison
 from lorakin.compare.directory import locked
 from lorakin.compare.preparation import prepare
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.progress import Board
-from lorakin.compare.standings import Estimate, Standing, apart, leaders
-from lorakin.compare.study import Study
+from lorakin.compare.standings import Estimate, Standing, leaders, paired_difference
 from lorakin.compare.verdict import amount, with_interval
 from lorakin.family.method_words import methods_of
 from lorakin.report import comparison_page
@@ -119,16 +119,16 @@ class Evidence:
     """A task's comparison and what it found."""
 
     task: Task
-    study: Study
+    comparison_run: PreparedComparison
     found: comparison_page.Findings
 
     def arm(self, name: str) -> Standing:
         """Returns the standing of the arm of that name."""
         return next(s for s in self.found.standings if s.arm.name == name)
 
-    def apart(self, name: str, other: str) -> Estimate | None:
+    def paired_difference(self, name: str, other: str) -> Estimate | None:
         """Returns how far the arm is ahead of another, seed by seed."""
-        return apart(self.arm(name).rows, self.arm(other).rows, self.found.measure)
+        return paired_difference(self.arm(name).rows, self.arm(other).rows, self.found.measure)
 
     def faster(self, name: str) -> float | None:
         """Returns plain LoRA's steps over those that the arm needs to reach its last loss.
@@ -161,11 +161,11 @@ class Evidence:
 
 def ahead(evidence: Sequence[Evidence], name: str, other: str = "lora") -> tuple[str, str]:
     """Returns how far an arm is ahead of another on each task, and what that means."""
-    apart = {e.task.name: (e.apart(name, other), e.found.measure) for e in evidence}
+    apart = {e.task.name: (e.paired_difference(name, other), e.found.measure) for e in evidence}
     known = {task: (by, measure) for task, (by, measure) in apart.items() if by is not None}
     shown = "; ".join(
         f"{task} {'+' if by.mean > 0 else '−'}{amount(abs(by.mean), measure)} "
-        f"± {amount(by.half, measure)}"
+        f"± {amount(by.half_width, measure)}"
         for task, (by, measure) in known.items()
     )
     better = [task for task, (by, _) in known.items() if by.excludes_zero and by.mean > 0]
@@ -359,10 +359,10 @@ def table(evidence: Sequence[Evidence]) -> str:
     for claim, paper, measured in CLAIMS:
         lines.append(f"| {' | '.join([claim, paper, *measured(evidence)])} |")
     for e in evidence:
-        asked, measure = e.study.comparison, e.found.measure
+        asked, measure = e.comparison_run.comparison, e.found.measure
         lines += [
             "",
-            f"### {e.task.title}: {asked.spent}, batches of {asked.base_recipe.batch_size}, "
+            f"### {e.task.title}: {asked.parsed_budget}, batches of {asked.base_recipe.batch_size}, "
             f"{asked.seeds} seeds",
             "",
         ]
@@ -405,11 +405,11 @@ def compared(
         recipe={"batch_size": size.batch_size, **task.recipe},
     )
     with locked(comparison):
-        study = prepare(comparison, console)
+        comparison_run = prepare(comparison, console)
         places = workers.devices_of(devices)
         with Board(console, len(places)) as board:
-            workers.run(study, places, board)
-        return Evidence(task, study, comparison_page.write(study))
+            workers.run(comparison_run, places, board)
+        return Evidence(task, comparison_run, comparison_page.write(comparison_run))
 
 
 def main() -> None:
@@ -445,7 +445,7 @@ def main() -> None:
             machine = (
                 f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
                 f"lorakin {lk.__version__}, {'quick' if options.quick else 'full'} size, "
-                f"{evidence[-1].study.dtype} on the last task\n\n"
+                f"{evidence[-1].comparison_run.dtype} on the last task\n\n"
             )
             (options.out / "claims.md").write_text(machine + table(evidence), encoding="utf-8")
     console.print(

@@ -87,7 +87,7 @@ def test_a_table_with_reasons_and_suggestions(
     words = f"{FAMILY[0].word} {FAMILY[4].word},{FAMILY[1].word} {FAMILY[2].word},{FAMILY[1].word}"
     assert run(["plan", "--model", model, "--method", words, "--rank", "4", *options]) == 0
     said = capsys.readouterr().out
-    assert "cannot run like that: lora+ and lora-fa do not combine" in said.replace("\n", " ")
+    assert "lora+ and lora-fa do not combine" in said.replace("\n", " ")
     assert "largest batch for" in said and "--batch-size 256" in said
     assert "3,712" in said  # 2 layers of rank 4: q, o 64 numbers a rank, k, v 48, gate, up, down 80
 
@@ -121,7 +121,7 @@ def test_clamped_ranks_are_planned(model: str, capsys: pytest.CaptureFixture[str
 
 def test_nothing_that_can_run_is_an_error(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--model", model, "--method", FAMILY[0].word, "--rank", "500"]) == 2
-    assert "no method can run like that" in capsys.readouterr().err
+    assert "no method can run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

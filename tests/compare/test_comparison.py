@@ -21,7 +21,7 @@ from rich.console import Console
 
 from conftest import WORDS
 from lorakin.cli.app import run as cli
-from lorakin.compare import directory, schedule
+from lorakin.compare import directory, next_trials
 from lorakin.compare.arms import BASE, FULL
 from lorakin.compare.comparison import Comparison
 from lorakin.compare.preparation import prepare
@@ -232,13 +232,15 @@ def test_the_report_in_a_browser(finished: Any, browser: Browser) -> None:
 
 def test_an_unfinished_comparison_has_a_report_too(finished: Any) -> None:
     """The report after any number of trials, as if the comparison had been interrupted there."""
-    study = prepare(asked_by(finished[2]), Console(quiet=True))
-    rows = study.results.rows
+    comparison_run = prepare(asked_by(finished[2]), Console(quiet=True))
+    rows = comparison_run.results.rows
     for count in (0, 1, 3, 6, 10):
-        study.results.rows = rows[:count]
-        found = comparison_page.findings(study)
-        assert "<strong>Unfinished</strong>" in comparison_page.html(study, found)
-        assert (found.standings[0].quality is None) == (not schedule.chosen("lora", rows[:count]))
+        comparison_run.results.rows = rows[:count]
+        found = comparison_page.findings(comparison_run)
+        assert "<strong>Unfinished</strong>" in comparison_page.html(comparison_run, found)
+        assert (found.standings[0].quality is None) == (
+            not next_trials.rows_at_best_rate("lora", rows[:count])
+        )
 
 
 def test_two_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:

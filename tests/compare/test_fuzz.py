@@ -22,9 +22,9 @@ from lorakin.cli.app import run as cli
 from lorakin.compare import arms as arms_
 from lorakin.compare import directory
 from lorakin.compare.comparison import Comparison
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import DONE, SEED, SWEEP, ResultRow, Results, Trial
 from lorakin.compare.split import Parts
-from lorakin.compare.study import Study
 from lorakin.report import comparison_page
 
 COUNT = soak.count("LORAKIN_FUZZ", 400) // 16
@@ -81,12 +81,12 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(one.as_json()) for one in found]
 
 
-def study_in(out: Path) -> Study:
+def comparison_in(out: Path) -> PreparedComparison:
     asked = Comparison(
         model="m", data="d.jsonl", out=str(out), methods=["adalora", "vera"], rank=2, seeds=2
     )
     arms = arms_.arms_of(asked.methods, asked.size, 200, asked.settings, asked.dropout)
-    return Study(
+    return PreparedComparison(
         asked, out, arms, Parts(10, 5, 5, "", None), Results(out / directory.RESULTS), "float32"
     )
 
@@ -104,10 +104,10 @@ def places(content: Any) -> Any:
 
 def test_a_whole_comparison_has_a_report(tmp_path: Path) -> None:
     write(tmp_path, rows())
-    study = study_in(tmp_path)
-    html = comparison_page.html(study, comparison_page.findings(study))
+    comparison_run = comparison_in(tmp_path)
+    html = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
     assert "Ranks in all over the steps" in html
-    assert study.remaining()
+    assert comparison_run.remaining()
 
 
 def test_mutated_results(tmp_path: Path) -> None:
@@ -123,12 +123,12 @@ def test_mutated_results(tmp_path: Path) -> None:
                 holder[key] = chance.choice(JUNK)
         write(tmp_path, content)
         try:
-            study = study_in(tmp_path)
+            comparison_run = comparison_in(tmp_path)
         except lk.DataError as error:
             said.append(str(error))
             continue
-        study.remaining(), study.expected()
-        html = comparison_page.html(study, comparison_page.findings(study))
+        comparison_run.remaining(), comparison_run.expected()
+        html = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
         assert "<script>alert" not in html
     assert all(
         re.search(r"results\.jsonl, line \d+ is not a row", line) and len(line) < 1000
@@ -154,16 +154,16 @@ def test_a_crafted_row_deletes_nothing(tmp_path: Path) -> None:
     crafted[1]["trial"]["seed"] = "/../../../victim"
     write(out, crafted)
     with pytest.raises(lk.DataError, match=r"line 2.*trial\.seed"):
-        study_in(out)
+        comparison_in(out)
     write(out, rows()[:3])
-    study = study_in(out)
+    comparison_run = comparison_in(out)
     forged = Trial("lora", SWEEP, 2e-4, "/../../../victim")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name"):
         _ = forged.name
     for arm in ("..", "a/b", "../../victim", "", ".", "x\x00y", "~"):
         with pytest.raises(ValueError, match="name"):
             _ = Trial(arm, SWEEP, None, 0).name
-    study.take(row("lora", SWEEP, 2e-3, 0, 0.5))
+    comparison_run.record_result(row("lora", SWEEP, 2e-3, 0, 0.5))
     assert (victim / "thesis.txt").read_text() == "mine"
 
 
@@ -228,16 +228,16 @@ def test_the_command_to_copy_is_quoted(tmp_path: Path) -> None:
     import shlex
 
     write(tmp_path, rows())
-    study = study_in(tmp_path)
+    comparison_run = comparison_in(tmp_path)
     data, model = "my rows; $(rm -rf ~).jsonl", "it's a model\x1b[201~\n"
-    study.comparison.data, study.comparison.model = data, model
-    study.comparison.recipe = {
+    comparison_run.comparison.data, comparison_run.comparison.model = data, model
+    comparison_run.comparison.recipe = {
         "targets": ["q_proj", ".*(a|b)$"],
         "fuse": True,
         "chat_template": False,
         "batch_size": 4,
     }
-    page = comparison_page.html(study, comparison_page.findings(study))
+    page = comparison_page.html(comparison_run, comparison_page.findings(comparison_run))
     (line,) = re.findall(r"<pre[^>]*><code>(lorakin train .*?)</code>", page)
     said = escapes.unescape(line)
     assert "\x1b" not in said

@@ -31,7 +31,7 @@ def test_moves_and_norms_are_those_of_the_merged_weight(member: Any) -> None:
     model = tiny_llama()
     adapter = randomise(lk.adapt(model, member))
     before = model.get_submodule(PATH).weight.detach().clone()
-    moves, layers = observe.moved(adapter), observe.layers(adapter)
+    moves, layers = observe.magnitude_direction_changes(adapter), observe.change_norms(adapter)
     adapter.merge()
     expected = truth(before, model.get_submodule(PATH).weight)
     assert moves[PATH] == pytest.approx(expected[:2], rel=1e-3)
@@ -46,10 +46,10 @@ def test_a_module_that_is_trained_whole_is_seen_too() -> None:
     with torch.no_grad():
         adapter.tensors.copy_of(PATH).weight.mul_(1.5)
     before = model.get_submodule(PATH).weight
-    assert observe.moved(adapter)[PATH] == pytest.approx(
+    assert observe.magnitude_direction_changes(adapter)[PATH] == pytest.approx(
         (0.5 * float(before.norm(dim=1).mean()), 0.0), abs=1e-5
     )
-    assert observe.layers(adapter)[PATH] == {
+    assert observe.change_norms(adapter)[PATH] == {
         "norm": pytest.approx(0.5 * float(before.norm())),
         "relative": pytest.approx(0.5),
     }
@@ -58,16 +58,17 @@ def test_a_module_that_is_trained_whole_is_seen_too() -> None:
 def test_nothing_has_moved_at_the_start() -> None:
     adapter = lk.adapt(tiny_llama(), lk.DoRA(rank=4))
     assert all(
-        move == pytest.approx((0.0, 0.0), abs=1e-6) for move in observe.moved(adapter).values()
+        move == pytest.approx((0.0, 0.0), abs=1e-6)
+        for move in observe.magnitude_direction_changes(adapter).values()
     )
 
 
 def test_ranks_are_those_that_are_not_switched_off() -> None:
     adapter = lk.adapt(tiny_llama(), lk.AdaLoRA(initial_rank=6, target_rank=2))
-    assert observe.ranks(adapter) == {}  # Λ starts at zero, which tells nothing yet
+    assert observe.ranks_in_use(adapter) == {}  # Λ starts at zero, which tells nothing yet
     with torch.no_grad():
         adapter.tensors.branch(PATH).tensors()["E"][:4] = 1.0
-    assert observe.ranks(adapter)[PATH] == 4
+    assert observe.ranks_in_use(adapter)[PATH] == 4
     assert (
-        observe.ranks(lk.adapt(tiny_llama(), lk.VeRA(rank=8))) == {}
+        observe.ranks_in_use(lk.adapt(tiny_llama(), lk.VeRA(rank=8))) == {}
     )  # has such numbers, but moves no budget

@@ -83,10 +83,10 @@ def test_too_few_rows_are_refused_with_the_numbers(
 def test_rows_that_teach_nothing_are_left_out_before_the_draw(
     tmp_path: Path, write_rows: Callable[..., str]
 ) -> None:
-    def usable(rows: DataRows) -> DataRows:
+    def keep_learnable(rows: DataRows) -> DataRows:
         return dataclasses.replace(rows, records=rows.records[:60])
 
-    parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, usable)
+    parts = split_into(tmp_path / "data", write_rows(rows(100)), None, 8, keep_learnable)
     assert (parts.train, parts.tune, parts.report) == (28, 16, 16)
     assert "40" in parts.left_out
     assert {

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, LIMIT, MEMBER, REFERENCE, Arm
-from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, ResultRow, Trial
-from lorakin.compare.results import LIMIT as AS_IT_IS
+from lorakin.compare.results import DIVERGED, DONE, SEED, SWEEP, UNTRAINED, ResultRow, Trial
 from lorakin.compare.standings import Estimate, Ratio, holm, leaders, standings
 from lorakin.compare.verdict import verdict
 
@@ -36,18 +35,18 @@ PLAIN, BARE = arm("lora", REFERENCE), dataclasses.replace(arm(BASE, LIMIT), lr=N
 
 
 def base(value: float, measure: str = "loss") -> ResultRow:
-    return ResultRow(Trial(BASE, AS_IT_IS, None, 0), DONE, report={measure: value})
+    return ResultRow(Trial(BASE, UNTRAINED, None, 0), DONE, report={measure: value})
 
 
 def test_the_interval_is_student_s() -> None:
     found = Estimate.of([1.0, 2.0, 3.0])
     assert found.mean == 2.0
-    assert found.half == pytest.approx(
+    assert found.half_width == pytest.approx(
         4.302653 / math.sqrt(3), rel=1e-6
     )  # t of 2 degrees of freedom, from a table
     assert not found.excludes_zero
     assert found.p == pytest.approx(0.0741799, abs=1e-6)  # t = 2·√3, two-sided
-    assert math.isinf(Estimate.of([1.0]).half)
+    assert math.isinf(Estimate.of([1.0]).half_width)
     assert Estimate.of([1.0]).p == 1.0
     assert Estimate.of([0.5, 0.5]).p == 0.0
     assert Estimate.of([0.0, 0.0]).p == 1.0
@@ -66,9 +65,9 @@ def test_differences_are_taken_seed_by_seed() -> None:
     plain, other, bare = standings([PLAIN, arm("x"), BARE], everything, "loss")
     assert other.ahead is not None
     assert other.ahead.mean == pytest.approx(0.29 / 3)
-    assert other.ahead.half < 0.02
+    assert other.ahead.half_width < 0.02
     assert other.quality is not None
-    assert other.quality.half > 2
+    assert other.quality.half_width > 2
     assert other.share == pytest.approx((9 - 8.71 / 3) / (9 - 3))
     assert plain.ahead is None
     assert plain.share == 1.0
@@ -132,7 +131,7 @@ def test_what_is_thrifty_lean_or_behind_is_said() -> None:
         [PLAIN, arm("thrifty"), arm("behind"), BARE], plain + thrifty + behind + [base(3.0)], "loss"
     )
     said = " ".join(verdict(found, "loss"))
-    assert re.search("thrifty reaches 97 % .* 1.0 % of its trained numbers, .* 77 frozen", said)
+    assert re.search("thrifty reaches 97 % .* 1.0 % .* 77 frozen", said)
     assert re.search("thrifty reaches 97 % .* 0.80 of its memory", said)
     assert "behind (by 0.500)" in said
 

@@ -7,7 +7,7 @@ import torch
 
 from lorakin.errors import SettingError
 from lorakin.family import method_named
-from lorakin.plan.prediction import Plan, Refusal, plan, quantised
+from lorakin.plan.prediction import Plan, Refusal, plan_methods, quantised
 from plan.small import conditions
 
 
@@ -17,7 +17,7 @@ def test_methods_that_cannot_run_are_refused_and_the_others_planned() -> None:
         method_named("delta-lora", {"rank": 4}),
         method_named("lora", {"rank": 60}),
     ]
-    plain, delta, high = plan(conditions(steps=20), methods)
+    plain, delta, high = plan_methods(conditions(steps=20), methods)
     assert isinstance(plain, Plan)
     assert isinstance(delta, Refusal)
     assert "start_step=500" in delta.reason

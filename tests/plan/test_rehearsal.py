@@ -17,22 +17,22 @@ from lorakin.errors import LorakinWarning
 from lorakin.family import FAMILY, Member, method_named
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.few_layers import rehearse
+from lorakin.plan.meta_model import with_assumed_importance
 from lorakin.plan.rehearsal import FORWARD, SETUP, STEP, RehearsedRun, _loss, _rows, rehearse_whole
-from lorakin.plan.skeleton import supposed
 from lorakin.plan.traced import Traced
 from plan.small import MACHINE, conditions, small
 
 
 @pytest.mark.parametrize("kind", FAMILY, ids=lambda kind: kind.word)
 def test_tensors_without_numbers_take_what_real_ones_take(kind: type[Member]) -> None:
-    """The same steps on real tensors take the same: nothing goes another way without numbers."""
+    """The same steps on real tensors take the same: nothing goes another way without data."""
     method = method_named(kind.word, dict(kind.test_settings))
     dtype = (torch.float32, torch.bfloat16)[FAMILY.index(kind) % 2]
     where = conditions(dtype=dtype, steps=600)
     planned = rehearse_whole(where, method, MACHINE)
     model = transformers.LlamaForCausalLM(small()).to(dtype).train()
     batch = {key: t for key, t in _rows(where).items() if key != "attention_mask"}
-    known = supposed(model, method)
+    known = with_assumed_importance(model, method)
     varied = {**batch, "input_ids": torch.randint(128, batch["input_ids"].shape)}
     data = {} if known.measured_member is None else {"probe": [varied], "loss": _loss}
     with Traced(MACHINE, real=True) as traced:

@@ -16,7 +16,7 @@ import torch
 import lorakin as lk
 from conftest import randomise
 from lorakin.cli.app import run
-from lorakin.plan.skeleton import skeleton
+from lorakin.plan.meta_model import meta_model_of
 from lorakin.training import loading, models, with_adapter
 
 
@@ -134,7 +134,7 @@ def test_no_command_runs_code_that_comes_with_a_model(
     asked = commands(str(folder), str(adapter), data, tmp_path)
     if known:
         del asked["compare"], asked["plan"]  # what they load is what these load:
-        skeleton(str(folder), "float32")
+        meta_model_of(str(folder), "float32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for word, arguments in asked.items():

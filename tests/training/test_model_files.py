@@ -163,10 +163,10 @@ def test_a_config_without_weights_is_bounded_as_well(
 ) -> None:
     monkeypatch.setattr(loading, "TENSORS", 500)
     say(folder, num_hidden_layers=90_000)
-    from lorakin.plan.skeleton import skeleton
+    from lorakin.plan.meta_model import meta_model_of
 
     with pytest.raises(lk.ModelError, match="501"):
-        skeleton(str(folder))
+        meta_model_of(str(folder))
 
 
 def test_weights_of_another_shape_are_named(folder: Path) -> None:

@@ -87,24 +87,25 @@ def _run(comparison: Comparison, devices: str, as_json: bool) -> None:
     from lorakin.compare import workers
     from lorakin.compare.directory import REPORT, locked
     from lorakin.compare.preparation import prepare
+    from lorakin.compare.prepared_comparison import check_anything_ran
     from lorakin.compare.progress import Board
-    from lorakin.compare.study import check_ran
     from lorakin.report import comparison_page
 
     console = console_for(as_json)
-    places = workers.devices_of(devices)
+    chosen_devices = workers.devices_of(devices)
     with locked(comparison):
-        study = prepare(comparison, console)
+        comparison_run = prepare(comparison, console)
         try:
-            with Board(console, len(places)) as board:
-                workers.run(study, places, board)
+            with Board(console, len(chosen_devices)) as board:
+                workers.run(comparison_run, chosen_devices, board)
         finally:
-            show = comparison_page.write if study.results.rows else comparison_page.findings
-            findings = show(study)
-    check_ran(study)
+            has_results = bool(comparison_run.results.rows)
+            report = comparison_page.write if has_results else comparison_page.findings
+            findings = report(comparison_run)
+    check_anything_ran(comparison_run)
     if as_json:
         print_json(findings.as_dict())
         return
     for sentence in findings.verdict:
         console.print(sentence.replace("**", ""))
-    console.print(f"the report: {study.out / REPORT}")
+    console.print(f"the report: {comparison_run.out / REPORT}")

@@ -15,8 +15,8 @@ from lorakin.family.method_words import fair_settings, settings_by_method
 PLAIN = FAMILY[0].word
 """The method that all others are measured against: plain LoRA."""
 REFERENCE, MEMBER, CONTROL, LIMIT = "reference", "member", "control", "limit"
-"""Kinds of arms: plain LoRA; the other methods; arms that explain a difference; no training and
-full training."""
+"""Kinds of arms: plain LoRA; the other methods; arms that explain a difference; and the two limits,
+no training and full fine-tuning."""
 BASE, FULL, HEAD = "base", "full", "head"
 """Names of the limits."""
 LARGEST_RANK = 4096
@@ -24,16 +24,16 @@ LARGEST_RANK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One thing that is compared.
+    """A method with its settings, or a limit, that is compared with the others.
 
     Attributes:
-        name: used in file names.
-        title: shown to people.
+        name: the name in files.
+        title: the name that people see.
         kind: `REFERENCE`, `MEMBER`, `CONTROL` or `LIMIT`.
         words: the method, such as `dora,lora+`.
-        rank: the rank at which it is compared (see `Member.comparable_settings`).
-        scaling: alpha / rank, likewise.
-        given: settings of the method that replace those of the fair size.
+        rank: the rank of the plain LoRA that it is compared with.
+        scaling: alpha / rank of that plain LoRA.
+        given: settings that replace those of `Member.comparable_settings`.
         recipe: fields of the recipe that differ from the other arms'.
         about: why the arm takes part.
         explains: for a control, the name of the arm that it explains.
@@ -73,35 +73,37 @@ class Arm:
         return method
 
     def sized(self, parameters: Callable[[Method], int], most: int, steps: int) -> Arm:
-        """Returns the arm at the largest rank that trains at most `most` numbers.
+        """Returns the arm at the largest rank that trains at most `most` parameters.
 
         The arm is refused if even rank 1 trains more.
 
         Args:
-            parameters: counts the numbers that a method trains.
-            most: the budget.
-            steps: of a run.
+            parameters: returns the number of parameters that a method trains.
+            most: the most parameters that the budget allows.
+            steps: the steps of a run.
         """
         one, two = (dataclasses.replace(self, rank=rank).settings(steps) for rank in (1, 2))
-        # A method whose fair size ignores the rank gets it as a setting of its own.
+        # Where `Member.comparable_settings` ignores the rank, the method gets it as a setting.
         by_setting = one == two
 
-        def at(rank: int) -> Arm:
+        def at_rank(rank: int) -> Arm:
             if by_setting:
                 return dataclasses.replace(self, given={**self.given, "rank": rank})
             return dataclasses.replace(self, rank=rank)
 
         def count(rank: int) -> float:
             try:
-                return parameters(at(rank).method(steps))
+                return parameters(at_rank(rank).method(steps))
             except SettingError:  # a rank above the smaller side of a weight
                 return math.inf
 
         largest = bisect.bisect_right(range(1, LARGEST_RANK + 1), float(most), key=count)
         if largest:
-            return at(largest)
-        refused = f"at rank 1 it trains {count(1):,} numbers, more than the {most:,} of the budget"
-        return dataclasses.replace(at(1), refused=refused)
+            return at_rank(largest)
+        refused = (
+            f"at rank 1 it trains {count(1):,} parameters, more than the {most:,} of the budget"
+        )
+        return dataclasses.replace(at_rank(1), refused=refused)
 
 
 def arms_of(
@@ -111,7 +113,7 @@ def arms_of(
     given: Mapping[str, Any],
     dropout: float,
 ) -> list[Arm]:
-    """Returns plain LoRA, the methods, and the controls that they call for.
+    """Returns the arms of plain LoRA, of the methods, and of the controls that these call for.
 
     An arm that cannot run is in the list too; its `refused` says why.
 
@@ -120,50 +122,51 @@ def arms_of(
 
     Args:
         methods: the words of each method.
-        size: rank and alpha / rank (see `Member.comparable_settings`).
-        steps: of a run.
+        size: rank and alpha / rank of plain LoRA (see `Member.comparable_settings`).
+        steps: the steps of a run.
         given: settings; each goes to the methods that have it.
         dropout: for the methods that can have dropout.
 
     Raises:
         SettingError: none of the methods has a setting of that name.
     """
-    words = [PLAIN, *(word for word in methods if word != PLAIN)]
+    methods = [PLAIN, *(words for words in methods if words != PLAIN)]
     arms = []
-    for word, own in settings_by_method(words, given).items():
-        kind = REFERENCE if word == PLAIN else MEMBER
-        arms.append(_built(Arm(word, word, kind, word, *size, given=own), steps, dropout))
+    for words, settings in settings_by_method(methods, given).items():
+        kind = REFERENCE if words == PLAIN else MEMBER
+        arm = Arm(words, words, kind, words, *size, given=settings)
+        arms.append(_with_rate_and_dropout(arm, steps, dropout))
     return arms + list(_controls(arms, steps, dropout))
 
 
-def _built(arm: Arm, steps: int, dropout: float) -> Arm:
-    """Adds the usual learning rate, and dropout if the method takes it; or says why not."""
+def _with_rate_and_dropout(arm: Arm, steps: int, dropout: float) -> Arm:
+    """Adds the method's usual learning rate, and dropout if the method takes it; or refuses it."""
 
-    def tried(candidate: Arm) -> Arm:
+    def with_rate(candidate: Arm) -> Arm:
         try:
             return dataclasses.replace(candidate, lr=candidate.method(steps).learning_rate)
         except LorakinError as error:
             return dataclasses.replace(candidate, refused=str(error))
 
     if not dropout:
-        return tried(arm)
-    dropped = tried(dataclasses.replace(arm, given={**arm.given, "dropout": dropout}))
-    if not dropped.refused:
-        return dropped
-    return tried(dataclasses.replace(arm, about=f"without dropout: {dropped.refused}"))
+        return with_rate(arm)
+    with_dropout = with_rate(dataclasses.replace(arm, given={**arm.given, "dropout": dropout}))
+    if not with_dropout.refused:
+        return with_dropout
+    return with_rate(dataclasses.replace(arm, about=f"without dropout: {with_dropout.refused}"))
 
 
 def _controls(arms: Sequence[Arm], steps: int, dropout: float) -> Iterator[Arm]:
-    """Yields a control for each arm that theory calls LoRA with another alpha.
+    """Yields a control for each arm that in theory equals another method with another alpha.
 
     If the arms have dropout, plain LoRA without dropout is one more.
     """
-    made: dict[tuple[str, float], Arm] = {}
+    controls: dict[tuple[str, float], Arm] = {}
     for arm in arms:
-        found = None if arm.refused else _same_in_theory(arm, arms, steps)
-        if found is None or found in made:
+        equal = None if arm.refused else _same_in_theory(arm, arms, steps)
+        if equal is None or equal in controls:
             continue
-        words, factor = found
+        words, factor = equal
         method = arm.method(steps)
         control = Arm(
             name=f"{words}-alpha-x{factor:g}",
@@ -176,8 +179,9 @@ def _controls(arms: Sequence[Arm], steps: int, dropout: float) -> Iterator[Arm]:
             explains=arm.name,
             about=f"in theory the same as {arm.title} under Adam",
         )
-        made[found] = _built(control, steps, 0.0 if method.dropout == 0 else dropout)
-    yield from made.values()
+        control_dropout = 0.0 if method.dropout == 0 else dropout
+        controls[equal] = _with_rate_and_dropout(control, steps, control_dropout)
+    yield from controls.values()
 
     if dropout:
         yield dataclasses.replace(
@@ -194,20 +198,20 @@ def _same_in_theory(arm: Arm, arms: Sequence[Arm], steps: int) -> tuple[str, flo
     """Returns the method, and the factor of its alpha, that the arm equals under Adam in theory."""
     method = arm.method(steps)
     factor = math.prod(member.alpha_factor for member in method.members)
-    rest = [member.word for member in method.members if member.alpha_factor == 1]
-    words = ",".join(rest) or method.parametrisation.word
-    known = {member.word for member in members()} | {other.words for other in arms}
-    if factor == 1 or method.setting("alpha") is None or words not in known:
+    others = [member.word for member in method.members if member.alpha_factor == 1]
+    words = ",".join(others) or method.parametrisation.word
+    methods = {member.word for member in members()} | {other.words for other in arms}
+    if factor == 1 or method.setting("alpha") is None or words not in methods:
         return None
     return words, factor
 
 
 def limits_of(reference: Arm, adapted: Sequence[str], classifier: bool) -> list[Arm]:
-    """Returns the untrained base, for a classifier its head alone, and full fine-tuning.
+    """Returns the arms of the untrained base, of a classifier's head alone, of full fine-tuning.
 
     Args:
-        reference: plain LoRA.
-        adapted: paths of the adapted modules, which full fine-tuning trains.
+        reference: the arm of plain LoRA.
+        adapted: the paths of the adapted modules, which full fine-tuning trains.
         classifier: whether the model has a new head.
     """
     base = dataclasses.replace(reference, kind=LIMIT, given={}, about="")

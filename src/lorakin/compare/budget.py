@@ -1,4 +1,4 @@
-"""The budget of a comparison: steps or minutes of each trial, and a limit of trained numbers."""
+"""The budget of a comparison: steps or minutes of each trial, and the most trained parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Budget:
     Attributes:
         steps: optimizer steps of each trial; None if there are `minutes`.
         minutes: minutes of optimizer steps of each trial; None if there are `steps`.
-        params: the most numbers that an arm may train; None for no limit.
+        params: the most parameters that an arm may train; None for no limit.
     """
 
     steps: int | None = None
@@ -36,28 +36,28 @@ class Budget:
         Raises:
             SettingError: the text has another form, or has both or neither of steps and minutes.
         """
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = (piece.strip().lower() for piece in part.partition("="))
             require(
-                name in ("steps", "minutes", "params") and name not in found,
+                name in ("steps", "minutes", "params") and name not in values,
                 "--budget takes steps=…, minutes=… and params=…, such as steps=200,params=500k, "
                 f"not {text!r}",
             )
-            found[name] = _number(value, text)
+            values[name] = _number(value, text)
         require(
-            ("steps" in found) != ("minutes" in found),
+            ("steps" in values) != ("minutes" in values),
             "--budget needs either steps=… or minutes=…, such as steps=200,params=500k; "
             f"it is {text!r}",
         )
         for name in ("steps", "params"):
-            if name in found:
+            if name in values:
                 require(
-                    found[name] == int(found[name]),
+                    values[name] == int(values[name]),
                     f"--budget {text!r}: {name} must be a whole number",
                 )
-                found[name] = int(found[name])
-        return cls(**found)
+                values[name] = int(values[name])
+        return cls(**values)
 
     def steps_in(self, step_seconds: float) -> int:
         """Returns how many steps of `step_seconds` seconds fit into the budget."""

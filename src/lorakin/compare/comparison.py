@@ -1,4 +1,4 @@
-"""What a comparison is asked for: model, data, methods, budget, seeds and learning rates."""
+"""The options of a comparison: model, data, methods, budget, seeds and learning rates."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from lorakin.compare.arms import PLAIN
 from lorakin.compare.budget import Budget
-from lorakin.compare.schedule import Sweep
+from lorakin.compare.next_trials import Sweep
 from lorakin.errors import SettingError
 from lorakin.family import method_named
 from lorakin.family.settings import require
 from lorakin.training.recipe import Recipe
 
 LEAST_STEPS = 4
-"""A run needs a few steps for warm-up and schedule."""
+"""The fewest steps of a run, which its warm-up and learning-rate schedule need."""
 
 
 @dataclasses.dataclass
@@ -26,14 +26,16 @@ class Comparison:
         data: the rows; they are split unless `eval_data` is given.
         out: the directory of the comparison.
         methods: the words of each method.
-        budget: of each trial, such as "steps=200" (see `Budget.parse`).
-        seeds: runs of each method at its best learning rate.
+        budget: the budget of each trial, such as "steps=200" (see `Budget.parse`).
+        seeds: how many runs each method has at its best learning rate.
         sweep: "auto", or learning rates such as "1e-4,3e-4".
         eval_data: rows to report on.
         rank: the rank at which methods are compared; None is plain LoRA's default.
         alpha: plain LoRA's alpha; None keeps alpha / rank of the default.
-        dropout: for the methods that can have it.
+        dropout: the dropout of the methods that support it.
         settings: more settings, for the methods that have them.
+        parsed_budget: `budget` as a `Budget`.
+        parsed_sweep: `sweep` as a `Sweep`.
         recipe: fields of the recipe that all trials share, such as batch_size.
 
     Raises:
@@ -64,8 +66,8 @@ class Comparison:
         self.alpha = self.alpha if self.alpha is not None else scaling * self.rank
         method_named(PLAIN, {"rank": self.rank, "alpha": self.alpha})  # raises if out of range
 
-        self.spent, self.sweeps = Budget.parse(self.budget), parse_sweep(self.sweep)
-        if self.spent.steps is not None and self.spent.steps < LEAST_STEPS:
+        self.parsed_budget, self.parsed_sweep = Budget.parse(self.budget), parse_sweep(self.sweep)
+        if self.parsed_budget.steps is not None and self.parsed_budget.steps < LEAST_STEPS:
             raise SettingError(
                 f"--budget {self.budget} fits no trial: a run needs at least {LEAST_STEPS} steps"
             )
@@ -73,7 +75,7 @@ class Comparison:
 
     @property
     def size(self) -> tuple[int, float]:
-        """Rank and alpha / rank at which methods are compared."""
+        """The rank and alpha / rank at which methods are compared."""
         assert self.rank is not None
         assert self.alpha is not None
         return self.rank, self.alpha / self.rank

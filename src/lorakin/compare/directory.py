@@ -1,6 +1,6 @@
 """The directory of a comparison: its files, whether it may be used, and its lock.
 
-comparison.yaml   what was asked for, and how the data was split
+comparison.yaml   the options, and how the data was split
 results.jsonl     one row for each trial that ended
 report.html       the report
 data/             the three parts of the data
@@ -32,7 +32,7 @@ TRIALS, DATA = "trials", "data"
 class Saved:
     """The content of comparison.yaml: the options, the data's parts, and the dtype of the model."""
 
-    asked: dict[str, Any]
+    options: dict[str, Any]
     parts: Parts
     dtype: Literal["float32", "bfloat16", "float16"]
 
@@ -61,7 +61,7 @@ def locked(comparison: Comparison) -> Iterator[None]:
 
 
 def check_out(comparison: Comparison, out: Path) -> bool:
-    """Returns whether `out` holds this comparison, begun before. False: it is new or empty.
+    """Returns whether `out` holds this comparison from an earlier run; False if it is new or empty.
 
     Raises:
         OutputError: `out` is a file, holds something else, or holds links.
@@ -77,11 +77,11 @@ def check_out(comparison: Comparison, out: Path) -> bool:
             )
         return False
 
-    before = saved_in(out).asked
+    options = saved_in(out).options
     for name, value in comparison.as_dict().items():
-        if before.get(name) != value:
+        if options.get(name) != value:
             raise SettingError(
-                f"--out {out} holds another comparison: its {name} is {shown(before.get(name))}, "
+                f"--out {out} holds another comparison: its {name} is {shown(options.get(name))}, "
                 f"not {value!r}; give the same options to continue it, or choose another --out"
             )
     return True
@@ -106,17 +106,16 @@ def saved_in(out: Path) -> Saved:
     """Reads comparison.yaml.
 
     Raises:
-        SettingError: it is missing, or is no comparison.
+        SettingError: it is missing, or does not describe a comparison.
     """
     content = read_yaml(out / SETTINGS, "the comparison")
     try:
-        asked: dict[str, Any] = fitted(dict[str, Any], content)
-        return fitted(  # type: ignore[no-any-return]
-            Saved,
-            {"parts": asked.pop("parts", None), "dtype": asked.pop("dtype", None), "asked": asked},
-        )
+        options: dict[str, Any] = fitted(dict[str, Any], content)
+        parts, dtype = options.pop("parts", None), options.pop("dtype", None)
+        saved: Saved = fitted(Saved, {"options": options, "parts": parts, "dtype": dtype})
+        return saved
     except Misfit as misfit:
-        raise SettingError(f"{out / SETTINGS} is no comparison: {misfit}") from None
+        raise SettingError(f"{out / SETTINGS} does not describe a comparison: {misfit}") from None
 
 
 def save(out: Path, comparison: Comparison, parts: Parts, dtype: str) -> None:

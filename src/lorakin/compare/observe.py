@@ -22,24 +22,24 @@ from lorakin.family.slots import rank_switch
 from lorakin.inject.layer_kinds import kind_of
 from lorakin.inject.placement import base_weight_of
 
-MOMENTS = 4
-"""How often the weights of a run are measured, at equal distances; the last time at its end."""
+MEASUREMENTS = 4
+"""How often the weights of a run are measured, at equal distances, the last time at its end."""
 
 
 class Observer(transformers.TrainerCallback):
     """A Trainer callback that times each step and measures the weights a few times.
 
     Attributes:
-        seconds: of each step, by the clock.
-        work: seconds of each step on the processor; on a GPU the same as `seconds`.
-        moves: (step, path → (ΔM, ΔD)) at each moment.
+        seconds: the seconds of each step, by the clock.
+        cpu_seconds: the seconds of each step on the processor; on a GPU the same as `seconds`.
+        moves: (step, path → (ΔM, ΔD)) at each measurement.
         ranks: (step, path → rank) whenever a rank changed.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.seconds: list[float] = []
-        self.work: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.moves: list[tuple[int, dict[str, tuple[float, float]]]] = []
         self.ranks: list[tuple[int, dict[str, int]]] = []
 
@@ -52,27 +52,31 @@ class Observer(transformers.TrainerCallback):
             torch.cuda.synchronize()
         clock, processor = self.started
         self.seconds.append(time.perf_counter() - clock)
-        self.work.append(self.seconds[-1] if on_gpu else time.process_time() - processor)
+        self.cpu_seconds.append(self.seconds[-1] if on_gpu else time.process_time() - processor)
 
-        now = ranks(self.adapter)
-        if now and (not self.ranks or self.ranks[-1][1] != now):
-            self.ranks.append((state.global_step, now))
+        ranks = ranks_in_use(self.adapter)
+        if ranks and (not self.ranks or self.ranks[-1][1] != ranks):
+            self.ranks.append((state.global_step, ranks))
 
-        every = max(1, state.max_steps // MOMENTS)
+        every = max(1, state.max_steps // MEASUREMENTS)
         if state.global_step % every == 0 and state.max_steps - state.global_step >= every:
-            self.moves.append((state.global_step, moved(self.adapter)))
+            self.moves.append((state.global_step, magnitude_direction_changes(self.adapter)))
 
     @property
-    def step(self) -> dict[str, float]:
-        """Median seconds of a step, with the optimizer; without the first step, which warms up."""
-        seconds, work = (
-            statistics.median(times[1:] or times or [0.0]) for times in (self.seconds, self.work)
+    def step_times(self) -> dict[str, float]:
+        """The median seconds of a step, as fields of a `ResultRow`.
+
+        A step includes the optimizer. The first step, which warms up, does not count.
+        """
+        seconds, cpu_seconds = (
+            statistics.median(times[1:] or times or [0.0])
+            for times in (self.seconds, self.cpu_seconds)
         )
-        return {"step_seconds": seconds, "step_work": work}
+        return {"step_seconds": seconds, "step_work": cpu_seconds}
 
 
 @torch.no_grad()
-def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
+def weights_before_after(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
     """Returns the weight of the module at `path` without and with the adapter.
 
     Both are float32 (outputs, inputs). None: the module has no matrix.
@@ -88,36 +92,38 @@ def weights(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
 
 
 @torch.no_grad()
-def moved(adapter: Adapter) -> dict[str, tuple[float, float]]:
+def magnitude_direction_changes(adapter: Adapter) -> dict[str, tuple[float, float]]:
     """Returns path → (ΔM, ΔD) for each module that the adapter changes."""
-    found = {}
+    changes = {}
     for path in (*adapter.placement.methods, *adapter.placement.whole_modules):
-        if (both := weights(adapter, path)) is not None:
-            before, after = both
-            sizes, lengths = before.norm(dim=1), after.norm(dim=1)
-            cosine = (before * after).sum(1) / (sizes * lengths).clamp(min=1e-30)
-            found[path] = (float((lengths - sizes).abs().mean()), float((1 - cosine).mean()))
-    return found
+        if (weights := weights_before_after(adapter, path)) is not None:
+            before, after = weights
+            norms_before, norms_after = before.norm(dim=1), after.norm(dim=1)
+            cosine = (before * after).sum(1) / (norms_before * norms_after).clamp(min=1e-30)
+            magnitude = float((norms_after - norms_before).abs().mean())
+            changes[path] = magnitude, float((1 - cosine).mean())
+    return changes
 
 
 @torch.no_grad()
-def layers(adapter: Adapter) -> dict[str, dict[str, float]]:
+def change_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     """Returns path → `norm`, `relative` and `rank` of the change of each module's weight.
 
     `norm` is ‖ΔW‖ (Frobenius), `relative` is ‖ΔW‖ / ‖W0‖. A module that is trained whole has no
     `rank`.
     """
-    found = {}
+    norms = {}
     for path in (*adapter.placement.methods, *adapter.placement.whole_modules):
-        if (both := weights(adapter, path)) is not None:
-            change, size = float((both[1] - both[0]).norm()), float(both[0].norm())
-            found[path] = {"norm": change, "relative": change / size if size else 0.0}
+        if (weights := weights_before_after(adapter, path)) is not None:
+            before, after = weights
+            change, size = float((after - before).norm()), float(before.norm())
+            norms[path] = {"norm": change, "relative": change / size if size else 0.0}
             if path in adapter.placement.methods:
-                found[path]["rank"] = adapter.tensors.pair_at(path).down.shape[0]
-    return found
+                norms[path]["rank"] = adapter.tensors.pair_at(path).down.shape[0]
+    return norms
 
 
-def ranks(adapter: Adapter) -> dict[str, int]:
+def ranks_in_use(adapter: Adapter) -> dict[str, int]:
     """Returns path → ranks in use, for a method that re-allocates ranks.
 
     Empty for other methods, and before the first step, when all ranks are still zero.
@@ -126,8 +132,8 @@ def ranks(adapter: Adapter) -> dict[str, int]:
     slot = rank_switch(method.parametrisation.slots)
     if slot is None or not any("budget" in member.decides for member in method.members):
         return {}
-    used = {
+    ranks = {
         path: int(torch.count_nonzero(adapter.tensors.at(path)[slot]))
         for path in adapter.placement.methods
     }
-    return used if any(used.values()) else {}
+    return ranks if any(ranks.values()) else {}

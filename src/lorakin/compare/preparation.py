@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 
 from lorakin.adapting import adapt
-from lorakin.compare import directory, schedule, split
+from lorakin.compare import directory, next_trials, split
 from lorakin.compare.arms import FULL, REFERENCE, Arm, arms_of, limits_of
 from lorakin.compare.comparison import Comparison
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import Results
-from lorakin.compare.study import Study
 from lorakin.errors import LorakinError, LorakinWarning, SettingError
 from lorakin.family import Method
 from lorakin.inject.layer_numbers import parse_layers
-from lorakin.plan.skeleton import skeleton, supposed, trainable_parameters
+from lorakin.plan.meta_model import meta_model_of, trainable_parameters, with_assumed_importance
 from lorakin.storage import paths
 from lorakin.terminal import labelled
 from lorakin.training.chat_templates import use_template
@@ -32,10 +32,10 @@ from lorakin.training.prepare import check_meant
 from lorakin.training.reading import DataRows
 
 ENDLESS = 10**6
-"""Steps of a run whose budget is in minutes, before anything is timed."""
+"""The number of steps of a run whose budget is in minutes, before anything is timed."""
 
 
-def prepare(comparison: Comparison, console: Console) -> Study:
+def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
     """Checks all that can be checked before a model is loaded; makes or reads the directory.
 
     Raises:
@@ -43,7 +43,7 @@ def prepare(comparison: Comparison, console: Console) -> Study:
     """
     out = paths.named(comparison.out, "--out")
     resumed = directory.check_out(comparison, out)
-    asked, comparison = comparison, within_positions(comparison)
+    options, comparison = comparison, within_positions(comparison)
     if resumed:
         saved = directory.saved_in(out)
         parts, dtype = saved.parts, str(saved.dtype)
@@ -54,18 +54,19 @@ def prepare(comparison: Comparison, console: Console) -> Study:
             comparison.data,
             comparison.eval_data,
             recipe.batch_size * recipe.accumulate,
-            _usable(comparison),
+            _keep_learnable(comparison),
             recipe.columns,
             recipe.format,
         )
         dtype = resolve_dtype(recipe.dtype, classification=parts.labels is not None)
     arms = _arms(comparison, parts, dtype)
     if not resumed:
-        directory.save(out, asked, parts, dtype)
+        directory.save(out, options, parts, dtype)
 
-    study = Study(comparison, out, arms, parts, Results(out / directory.RESULTS), dtype)
-    _say(study, console)
-    return study
+    results = Results(out / directory.RESULTS)
+    comparison_run = PreparedComparison(comparison, out, arms, parts, results, dtype)
+    _print_summary(comparison_run, console)
+    return comparison_run
 
 
 def within_positions(comparison: Comparison) -> Comparison:
@@ -87,36 +88,36 @@ def within_positions(comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, recipe={**comparison.recipe, "max_length": length})
 
 
-def _say(study: Study, console: Console) -> None:
+def _print_summary(comparison_run: PreparedComparison, console: Console) -> None:
     """Prints how the data was split and which arms are left out."""
-    parts = study.parts
-    left = f"; left out: {parts.left_out}" if parts.left_out else ""
-    held = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left}"
-    console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held}"))
-    for arm in study.arms:
-        if reason := schedule.refusal(arm, study.results.rows):
+    parts = comparison_run.parts
+    left_out = f"; left out: {parts.left_out}" if parts.left_out else ""
+    held_out = f"{parts.tune} to choose learning rates by, {parts.report} to report on{left_out}"
+    console.print(labelled("data     ", f"{parts.train:,} rows to train on, {held_out}"))
+    for arm in comparison_run.arms:
+        if reason := next_trials.refusal(arm, comparison_run.results.rows):
             console.print(labelled("left out ", f"{arm.title}: {reason}", "bold yellow"))
 
 
-def _usable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
+def _keep_learnable(comparison: Comparison) -> Callable[[DataRows], DataRows]:
     """Returns a function that keeps the rows that a model can learn from."""
     recipe, tokenizer = comparison.base_recipe, load_tokenizer(comparison.model)
 
-    def usable(rows: DataRows) -> DataRows:
+    def keep_learnable(rows: DataRows) -> DataRows:
         if rows.is_classification:
             check_meant(recipe, rows)
             return rows
         use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
         return with_answers(rows, tokenizer, recipe.max_length, recipe.loss_on)
 
-    return usable
+    return keep_learnable
 
 
 def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
     """Returns all arms at the size of the budget, with reasons for those that cannot run."""
-    steps, recipe = comparison.spent.steps or ENDLESS, comparison.base_recipe
-    model = skeleton(comparison.model, dtype, parts.labels)
-    where: dict[str, Any] = {
+    steps, recipe = comparison.parsed_budget.steps or ENDLESS, comparison.base_recipe
+    model = meta_model_of(comparison.model, dtype, parts.labels)
+    selection: dict[str, Any] = {
         "targets": recipe.targets[0] if len(recipe.targets) == 1 else recipe.targets,
         "exclude": recipe.exclude,
         "layers": parse_layers(recipe.layers) if recipe.layers else None,
@@ -127,7 +128,9 @@ def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
     for arm in arms_of(
         comparison.methods, comparison.size, steps, comparison.settings, comparison.dropout
     ):
-        arm, paths = _tried(arm, model, where, comparison.spent.params, steps)
+        arm, paths = _sized_and_checked(
+            arm, model, selection, comparison.parsed_budget.params, steps
+        )
         arms.append(arm)
         adapted = adapted or paths
     reference = arms[0]
@@ -137,23 +140,28 @@ def _arms(comparison: Comparison, parts: split.Parts, dtype: str) -> list[Arm]:
             f"{reference.refused}"
         )
     limits = limits_of(reference, adapted, parts.labels is not None)
-    return arms + [_that_fits(arm, model, adapted, comparison) for arm in limits]
+    return arms + [_refuse_if_too_large(arm, model, adapted, comparison) for arm in limits]
 
 
-def _tried(
-    arm: Arm, model: Any, where: dict[str, Any], most: int | None, steps: int
+def _sized_and_checked(
+    arm: Arm, model: Any, selection: dict[str, Any], most: int | None, steps: int
 ) -> tuple[Arm, list[str]]:
-    """Sizes an arm and tries it on the skeleton; returns it and the paths of its modules."""
+    """Sizes an arm for the budget and adapts the meta model with it.
+
+    Returns:
+        the arm, refused if it does not fit the model, and the paths of its modules.
+    """
 
     def count(method: Method) -> int:
-        return trainable_parameters(model, method, **where)
+        return trainable_parameters(model, method, **selection)
 
     try:
         if most is not None and not arm.refused:
             arm = arm.sized(count, most, steps)
         if arm.refused:
             return arm, []
-        adapter = adapt(model, supposed(model, arm.method(steps), **where), **where)
+        method = with_assumed_importance(model, arm.method(steps), **selection)
+        adapter = adapt(model, method, **selection)
         paths = list(adapter.placement.methods)
         adapter.remove()
     except LorakinError as error:
@@ -163,14 +171,15 @@ def _tried(
     return arm, paths
 
 
-def _that_fits(arm: Arm, model: Any, paths: Sequence[str], comparison: Comparison) -> Arm:
+def _refuse_if_too_large(arm: Arm, model: Any, paths: Sequence[str], comparison: Comparison) -> Arm:
     """Refuses full fine-tuning where it does not fit into memory or budget."""
     if arm.name != FULL:
         return arm
-    if comparison.spent.params is not None:
+    if comparison.parsed_budget.params is not None:
         return dataclasses.replace(
             arm,
-            refused=f"it trains more than the {comparison.spent.params:,} numbers of the budget",
+            refused=f"it trains more than the {comparison.parsed_budget.params:,} parameters of "
+            "the budget",
         )
     # In float32: the model, and for each trained weight a copy, its gradient and Adam's moments.
     trained = sum(model.get_submodule(path).weight.numel() for path in paths)

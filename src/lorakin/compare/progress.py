@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lorakin.compare import schedule
+from lorakin.compare import next_trials
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import DONE, TIMING, ResultRow, Trial
-from lorakin.compare.study import Study
 from lorakin.terminal import visible
 
 
@@ -37,37 +37,38 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def show(self, study: Study, running: Sequence[Trial]) -> None:
+    def show(self, comparison_run: PreparedComparison, running: Sequence[Trial]) -> None:
         """Updates the bar."""
-        done, left = len(study.results.rows), study.expected()
-        text = f"{best_so_far(study)}  {time_left(study, left, self.workers)} left"
+        rows, left = comparison_run.results.rows, comparison_run.expected()
+        done = len(rows)
+        text = f"{best_so_far(comparison_run)}  {time_left(rows, left, self.workers)} left"
         names = ", ".join(trial.name for trial in running)
         self.bar.update(self.task, completed=done, total=done + left, now=f"{text}  now: {names}")
 
-    def finished(self, study: Study, row: ResultRow) -> None:
+    def finished(self, comparison_run: PreparedComparison, row: ResultRow) -> None:
         """Prints how a trial ended."""
-        done, left = len(study.results.rows), study.expected()
-        tail = ""
+        rows, left = comparison_run.results.rows, comparison_run.expected()
+        done, tail = len(rows), ""
         if not self.console.is_terminal:
-            tail = f"  {best_so_far(study)}, {time_left(study, left, self.workers)} left"
+            tail = f"  {best_so_far(comparison_run)}, {time_left(rows, left, self.workers)} left"
         line = f"[{done}/{done + left}] {row.trial.name}  {_outcome(row)}{tail}"
         self.console.print(visible(line), highlight=False, markup=False)
 
 
-def best_so_far(study: Study) -> str:
-    """Names the arm with the lowest loss on the tuning rows so far; "" if none has finished."""
+def best_so_far(comparison_run: PreparedComparison) -> str:
+    """Returns the arm with the lowest loss on the tuning rows so far; "" if none has finished."""
     best: dict[str, float] = {}
-    for arm in study.arms:
-        losses = schedule.swept(arm.name, study.results.rows)
-        if (rate := schedule.best_rate(losses)) is not None:
+    for arm in comparison_run.arms:
+        losses = next_trials.sweep_losses(arm.name, comparison_run.results.rows)
+        if (rate := next_trials.best_rate(losses)) is not None:
             best[arm.title] = losses[rate]
     title = min(best, key=lambda name: best[name], default=None)
     return "" if title is None else f"best so far {title} {best[title]:.4f}"
 
 
-def time_left(study: Study, trials: int, workers: int) -> str:
-    """Says how long so many trials will take, by the mean time of the trials so far."""
-    times = [row.seconds for row in study.results.rows if row.status == DONE and row.seconds]
+def time_left(rows: Sequence[ResultRow], trials: int, workers: int) -> str:
+    """Returns about how long `trials` trials will take, by the mean time of the trials so far."""
+    times = [row.seconds for row in rows if row.status == DONE and row.seconds]
     if not times:
         return "?"
     seconds = trials * sum(times) / len(times) / max(1, workers)

@@ -24,30 +24,33 @@ could not begin."""
 TIMING: Final = "timing"
 SWEEP: Final = "sweep"
 SEED: Final = "seed"
-LIMIT: Final = "limit"
+UNTRAINED: Final = "limit"
 """What a trial is for: it times a step; tries a learning rate; repeats the best rate with another
 seed; or evaluates the model without training."""
 NAME = re.compile(r"[a-zA-Z0-9][\w+-]*(-lr[0-9.e+-]+)?-seed[0-9]+(-timing)?", re.ASCII)
 MOST_BYTES = 1 << 30
-"""A results file may have at most this size."""
+"""The largest size of a results file."""
 
 NORMS = {"norm", "relative"}
 Figure = Annotated[
     float, Check("a number below 1e100", lambda x: x != x or (abs(x) < 1e100 or x == math.inf))
 ]
 Seconds = Annotated[float, Check("seconds", lambda x: x == 0 or 1e-9 < x < 1e9)]
-Held = Annotated[dict[str, Figure], Check("figures with a loss", lambda found: "loss" in found)]
-Reported = Annotated[
-    Held, Check("figures with a count", lambda found: 0 <= found.get("count", -1) < 1e15)
+HeldOutFigures = Annotated[
+    dict[str, Figure], Check("figures with a loss", lambda figures: "loss" in figures)
+]
+ReportFigures = Annotated[
+    HeldOutFigures,
+    Check("figures with a count", lambda figures: 0 <= figures.get("count", -1) < 1e15),
 ]
 Changes = Annotated[
     dict[str, dict[str, Figure]],
-    Check("norms of changes", lambda found: all(at.keys() >= NORMS for at in found.values())),
+    Check("norms of changes", lambda paths: all(norms.keys() >= NORMS for norms in paths.values())),
 ]
 
 
 def _same_modules(history: list[tuple[int, Mapping[str, Any]]]) -> bool:
-    return all(at.keys() == history[0][1].keys() for _, at in history)
+    return all(ranks.keys() == history[0][1].keys() for _, ranks in history)
 
 
 Ranks = Annotated[
@@ -80,7 +83,7 @@ class Trial:
         timing = "-timing" if self.stage == TIMING else ""
         name = f"{self.arm.replace(',', '+')}{rate}-seed{self.seed}{timing}"
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a trial")
+            raise ValueError(f"{name!r} is not the name of a trial")
         return name
 
 
@@ -95,29 +98,31 @@ class ResultRow:
         steps: optimizer steps that were made.
         tune: figures on the rows that learning rates are chosen by; `loss` at least.
         report: figures on the rows to report on; `loss` and `count` at least.
-        trained: how many numbers were trained.
-        frozen: how many numbers the adapter holds that are not trained.
-        adapter_bytes: size of the adapter's files.
-        step_seconds: median seconds of a step by the clock.
-        step_work: median seconds of a step on the processor; on a GPU the same as by the clock.
-        seconds: of the whole trial.
-        peak_bytes: memory that training added to the process at its peak.
+        trained: the number of trained parameters.
+        frozen: the number of the adapter's parameters that are not trained.
+        adapter_bytes: the size of the adapter's files.
+        step_seconds: the median seconds of a step by the clock.
+        step_work: the median seconds of a step on the processor; on a GPU, by the clock.
+        seconds: the seconds of the whole trial.
+        peak_bytes: the memory that training added to the process at its peak.
         losses: the training loss of each step.
-        layers: path → `norm`, `relative`, `rank` (see `observe.layers`).
-        moves: (step, path → (ΔM, ΔD)) at a few steps (see `observe.moved`).
+        layers: path → `norm`, `relative`, `rank` (see `observe.change_norms`).
+        moves: (step, path → (ΔM, ΔD)) at a few steps (see
+            `observe.magnitude_direction_changes`).
         ranks: (step, path → rank) at the steps where ranks changed.
         importance: path → share of the importance that a probe found.
-        own: paths of the modules that keep a pair of their own after the probe.
-        warnings: what lorakin warned of.
-        device: where it ran.
+        own: paths of the modules with a private pair: LoRA-drop's probe chose them, and the other
+            modules share one pair.
+        warnings: lorakin's warnings.
+        device: the device that the trial ran on.
     """
 
     trial: Trial
     status: Literal["done", "diverged", "failed", "refused"]
     reason: str = ""
     steps: Count = 0
-    tune: Held | None = None
-    report: Reported | None = None
+    tune: HeldOutFigures | None = None
+    report: ReportFigures | None = None
     trained: Count = 0
     frozen: Count = 0
     adapter_bytes: Count = 0
@@ -145,11 +150,11 @@ class ResultRow:
         """Reads a row from a line of JSON.
 
         Raises:
-            ValueError: the line is no JSON, or no row.
+            ValueError: the line is not JSON, or not a row.
             RecursionError: it is nested too deeply.
         """
         row: ResultRow = fitted(cls, json.loads(line))
-        if (row.trial.lr is None) != (row.trial.stage == LIMIT):
+        if (row.trial.lr is None) != (row.trial.stage == UNTRAINED):
             raise Misfit(f"trial.lr is {row.trial.lr!r} in a trial of stage {row.trial.stage}")
         return row
 
@@ -166,16 +171,16 @@ class Results:
         self.path = path
         self.rows: list[ResultRow] = []
         content = files.content(path, MOST_BYTES, DataError) if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), 1):
+        complete = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.decode("utf-8", errors="replace").splitlines(), 1):
             try:
                 self.rows.append(ResultRow.from_json(line))
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number} is not a row of a comparison: {error}; delete that line"
                 ) from None
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
+        if len(complete) < len(content):
+            os.truncate(path, len(complete))
 
     def add(self, row: ResultRow) -> None:
         """Appends a row and flushes it to disk."""

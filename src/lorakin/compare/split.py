@@ -24,7 +24,7 @@ class Parts:
     """How a data set was split.
 
     Attributes:
-        train, tune, report: rows of each part.
+        train, tune, report: the number of rows in each part.
         left_out: how many rows were left out and why, in words.
         labels: the classes of a classifier.
         format: the format of the rows.
@@ -43,9 +43,9 @@ def split_into(
     name: str,
     eval_name: str | None,
     batch: int,
-    usable: Callable[[DataRows], DataRows],
+    keep_learnable: Callable[[DataRows], DataRows],
     columns: Mapping[str, str] | None = None,
-    layout: str | None = None,
+    format_name: str | None = None,
 ) -> Parts:
     """Splits the data set `name` and writes the parts into `folder`.
 
@@ -56,43 +56,48 @@ def split_into(
         folder: where the parts are written; it is created if needed.
         name: a file or a hub data set.
         eval_name: a data set to report on; None holds out a part of `name`.
-        batch: rows of an optimizer step.
-        usable: returns the rows that a model can learn from.
+        batch: the number of rows in an optimizer step.
+        keep_learnable: returns the rows that a model can learn from.
         columns: see `read_rows`.
-        layout: see `read_rows`.
+        format_name: the format of the rows; None detects it.
 
     Raises:
         DataError: the data cannot be read, or has too few rows. Nothing is written.
     """
-    rows = read_rows(name, columns, layout)
+    rows = read_rows(name, columns, format_name)
     report = []
     if eval_name is not None:
-        report = _to_report(read_rows(eval_name, columns, layout), rows, eval_name, name, usable)
+        given = read_rows(eval_name, columns, format_name)
+        report = _report_rows(given, rows, eval_name, name, keep_learnable)
 
-    kept, reported = usable(rows), {_key(row) for row in report}
-    once = _distinct(kept)
-    distinct = [row for row in once if _key(row) not in reported]
+    kept, reported = keep_learnable(rows), {_key(row) for row in report}
+    distinct = _distinct(kept)
+    remaining = [row for row in distinct if _key(row) not in reported]
     counts = {
         "without an answer within --max-length": len(rows) - len(kept),
-        "that occur twice": len(kept) - len(once),
-        "that are to be reported on": len(once) - len(distinct),
+        "that occur twice": len(kept) - len(distinct),
+        "that are to be reported on": len(distinct) - len(remaining),
     }
     left_out = ", ".join(f"{count:,} rows {why}" for why, count in counts.items() if count)
 
-    random.Random(0).shuffle(distinct)
-    tune = _share(len(distinct), 0.1, MOST_TUNE)
-    held = tune + (0 if report else _share(len(distinct), 0.15, MOST_REPORT))
-    if len(distinct) < held + max(batch, LEAST_HELD):
+    random.Random(0).shuffle(remaining)
+    tune = _share(len(remaining), 0.1, MOST_TUNE)
+    held_out = tune + (0 if report else _share(len(remaining), 0.15, MOST_REPORT))
+    if len(remaining) < held_out + max(batch, LEAST_HELD):
         without = f" ({left_out})" if left_out else ""
         or_eval = "" if eval_name else ", or rows to report on with --eval-data"
         raise DataError(
-            f"{name}: {len(rows)} rows{without} are too few for a comparison: {held} are held "
+            f"{name}: {len(rows)} rows{without} are too few for a comparison: {held_out} are held "
             f"out for tuning and for the report, and at least {max(batch, LEAST_HELD)} must "
             f"remain for training; give more rows{or_eval}"
         )
 
-    parts = {TUNE: distinct[:tune], REPORT: report or distinct[tune:held], TRAIN: distinct[held:]}
-    atomic.write(folder, {part: _as_lines(chosen) for part, chosen in parts.items()})
+    parts = {
+        TUNE: remaining[:tune],
+        REPORT: report or remaining[tune:held_out],
+        TRAIN: remaining[held_out:],
+    }
+    atomic.write(folder, {part: _as_lines(rows_of_part) for part, rows_of_part in parts.items()})
     labels = rows.labels() if rows.is_classification else None
     return Parts(
         train=len(parts[TRAIN]),
@@ -104,19 +109,19 @@ def split_into(
     )
 
 
-def _to_report(
+def _report_rows(
     given: DataRows,
     rows: DataRows,
     eval_name: str,
     name: str,
-    usable: Callable[[DataRows], DataRows],
+    keep_learnable: Callable[[DataRows], DataRows],
 ) -> list[dict[str, Any]]:
     """Returns the rows of --eval-data, if they are enough and of the same kind as the others."""
     if given.is_classification != rows.is_classification:
         raise DataError(
             f"{eval_name} has format {given.formats[0]}, but {name} has {rows.formats[0]}"
         )
-    report = _distinct(usable(given))
+    report = _distinct(keep_learnable(given))
     if len(report) < LEAST_HELD:
         raise DataError(
             f"{eval_name}: {len(report)} usable rows are too few to report on; give at least "
@@ -135,21 +140,21 @@ def _share(count: int, share: float, most: int) -> int:
 
 def _distinct(rows: DataRows) -> list[dict[str, Any]]:
     """Returns each row once, in its format's columns, with classes by name."""
-    found: dict[str, dict[str, Any]] = {}
+    distinct: dict[str, dict[str, Any]] = {}
     for record in rows.records:
-        layout = record.source.format
-        plain = {
+        row_format = record.source.format
+        row = {
             name: _plain(record.values[name])
-            for name in (*layout.columns, *layout.optional)
+            for name in (*row_format.columns, *row_format.optional)
             if name in record.values
         }
         if rows.is_classification:
-            plain[layout.columns[-1]] = record.label()
+            row[row_format.columns[-1]] = record.label()
         try:
-            found.setdefault(_key(plain), plain)
+            distinct.setdefault(_key(row), row)
         except TypeError as error:
             raise DataError(f"{record.where}: a value cannot be written as JSON: {error}") from None
-    return list(found.values())
+    return list(distinct.values())
 
 
 def _plain(value: Any) -> Any:

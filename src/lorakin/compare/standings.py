@@ -17,9 +17,8 @@ from typing import Any
 
 from scipy import stats
 
-from lorakin.compare import arms as arms_
-from lorakin.compare import schedule
-from lorakin.compare.arms import Arm
+from lorakin.compare import next_trials
+from lorakin.compare.arms import BASE, MEMBER, Arm
 from lorakin.compare.results import DIVERGED, DONE, FAILED, TIMING, ResultRow
 
 CONFIDENCE = 0.95
@@ -30,14 +29,14 @@ class Estimate:
     """A mean over seeds with its 95 % interval and a test against zero.
 
     Attributes:
-        mean: over the seeds.
-        half: half the width of the interval; infinite for one seed.
-        count: of seeds.
+        mean: the mean over the seeds.
+        half_width: half the width of the interval; infinite for one seed.
+        count: the number of seeds.
         p: two-sided p-value of Student's t-test of the mean against 0; 1 for one seed.
     """
 
     mean: float
-    half: float
+    half_width: float
     count: int
     p: float
 
@@ -46,7 +45,7 @@ class Estimate:
         """Returns the estimate from the values, one for each seed; there is at least one.
 
         >>> found = Estimate.of([1.0, 2.0, 3.0])
-        >>> f"{found.mean:.1f} ± {found.half:.3f}, p = {found.p:.3f}"
+        >>> f"{found.mean:.1f} ± {found.half_width:.3f}, p = {found.p:.3f}"
         '2.0 ± 2.484, p = 0.074'
         """
         mean, count = statistics.fmean(values), len(values)
@@ -54,7 +53,8 @@ class Estimate:
             return cls(mean, math.inf, count, 1.0)
         if len(set(values)) == 1:  # scipy's test divides by their spread
             return cls(mean, 0.0, count, 0.0 if mean else 1.0)
-        with warnings.catch_warnings():  # of values that differ by a rounding error
+        with warnings.catch_warnings():
+            # scipy warns of values that differ by a rounding error.
             warnings.simplefilter("ignore", RuntimeWarning)
             test = stats.ttest_1samp(values, 0.0)
         low, high = test.confidence_interval(CONFIDENCE)
@@ -63,12 +63,12 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         """Whether 0 lies outside the interval."""
-        return abs(self.mean) > self.half
+        return abs(self.mean) > self.half_width
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Returns the estimate for `--json`."""
-        half = self.half if math.isfinite(self.half) else None
-        return {"mean": self.mean, "half_width": half, "seeds": self.count}
+        half_width = self.half_width if math.isfinite(self.half_width) else None
+        return {"mean": self.mean, "half_width": half_width, "seeds": self.count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Ratio:
     """A time or memory as a multiple of plain LoRA's.
 
     Attributes:
-        median: of the arm's runs over the median of plain LoRA's.
-        low, high: the lowest and highest of the arm's runs over the same.
+        median: the median of the arm's runs over the median of plain LoRA's.
+        low, high: the lowest and the highest of the arm's runs over the same median.
     """
 
     median: float
@@ -85,17 +85,18 @@ class Ratio:
     high: float
 
     @classmethod
-    def of(cls, mine: Sequence[float], reference: Sequence[float]) -> Ratio | None:
+    def of(cls, values: Sequence[float], reference: Sequence[float]) -> Ratio | None:
         """Returns the ratio; None if one of the two has no positive value.
 
         >>> Ratio.of([2.0, 4.0, 3.0], [1.0, 2.0, 30.0])
         Ratio(median=1.5, low=1.0, high=2.0)
         """
-        known, other = [x for x in mine if x > 0], [x for x in reference if x > 0]
-        if not known or not other:
+        positive = [x for x in values if x > 0]
+        reference = [x for x in reference if x > 0]
+        if not positive or not reference:
             return None
-        base = statistics.median(other)
-        return cls(statistics.median(known) / base, min(known) / base, max(known) / base)
+        unit = statistics.median(reference)
+        return cls(statistics.median(positive) / unit, min(positive) / unit, max(positive) / unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Standing:
     Attributes:
         arm: the arm.
         rows: its runs at its best learning rate.
-        ended: its trials that diverged or failed, at any rate.
+        failed_trials: its trials that diverged or failed, at any rate.
         refused: why it cannot run; empty if it can.
         lr: its best learning rate.
         at_edge: whether the best rate is the lowest or highest that was tried.
@@ -114,13 +115,13 @@ class Standing:
         p: the corrected p-value of `ahead`.
         share: the part of plain LoRA's improvement over the base that it reaches; None if that
             improvement is within the noise.
-        time: of a step, as a multiple of plain LoRA's.
-        memory: that training added, as a multiple of plain LoRA's.
+        time: the time of a step, as a multiple of plain LoRA's.
+        memory: the memory that training added, as a multiple of plain LoRA's.
     """
 
     arm: Arm
     rows: list[ResultRow]
-    ended: list[ResultRow]
+    failed_trials: list[ResultRow]
     refused: str
     lr: float | None
     at_edge: bool
@@ -138,7 +139,7 @@ class Standing:
 
     @property
     def trained(self) -> int | None:
-        """How many numbers the arm trains."""
+        """The number of trained parameters; None if no run has figures."""
         return self.done[0].trained if self.done else None
 
     @property
@@ -166,8 +167,8 @@ class Standing:
             "time_ratio": self.time and dataclasses.asdict(self.time),
             "memory_ratio": self.memory and dataclasses.asdict(self.memory),
             "seeds": len(self.done),
-            "diverged": sum(row.status == DIVERGED for row in self.ended),
-            "failed": sum(row.status == FAILED for row in self.ended),
+            "diverged": sum(row.status == DIVERGED for row in self.failed_trials),
+            "failed": sum(row.status == FAILED for row in self.failed_trials),
         }
 
 
@@ -180,45 +181,46 @@ def standings(arms: Sequence[Arm], rows: Sequence[ResultRow], measure: str) -> l
         measure: "loss" (less is better) or "accuracy" (more is better).
     """
     sign = sign_of(measure)
-    reference = schedule.chosen(arms[0].name, rows)
+    reference = next_trials.rows_at_best_rate(arms[0].name, rows)
     plain = _values(reference, measure)
-    base = _mean(_values(schedule.chosen(arms_.BASE, rows), measure))
-    gained = None
+    base = _mean(_values(next_trials.rows_at_best_rate(BASE, rows), measure))
+    total = None  # plain LoRA's improvement over the base
     if base is not None and plain:
         improvement = Estimate.of([sign * (value - base) for value in plain.values()])
         if improvement.mean > 0 and improvement.excludes_zero:
-            gained = improvement.mean
+            total = improvement.mean
 
-    found = []
+    result = []
     for arm in arms:
-        mine = schedule.chosen(arm.name, rows)
-        standing = _standing(arm, mine, rows, measure)
-        if standing.quality is not None and gained is not None and base is not None:
-            share = sign * (standing.quality.mean - base) / gained
+        best = next_trials.rows_at_best_rate(arm.name, rows)
+        standing = _standing(arm, best, rows, measure)
+        if standing.quality is not None and total is not None and base is not None:
+            share = sign * (standing.quality.mean - base) / total
             standing = dataclasses.replace(standing, share=share)
-        found.append(
+        result.append(
             dataclasses.replace(
                 standing,
-                ahead=None if arm is arms[0] else apart(mine, reference, measure),
-                time=Ratio.of(_figures(mine, "step_work"), _figures(reference, "step_work")),
-                memory=Ratio.of(_figures(mine, "peak_bytes"), _figures(reference, "peak_bytes")),
+                ahead=None if arm is arms[0] else paired_difference(best, reference, measure),
+                time=Ratio.of(_figures(best, "step_work"), _figures(reference, "step_work")),
+                memory=Ratio.of(_figures(best, "peak_bytes"), _figures(reference, "peak_bytes")),
             )
         )
-    return _corrected(found)
+    return _corrected(result)
 
 
-def _standing(arm: Arm, mine: list[ResultRow], rows: Sequence[ResultRow], measure: str) -> Standing:
-    """Returns what can be said of the arm alone."""
-    losses, values = schedule.swept(arm.name, rows), _values(mine, measure)
-    best, known = schedule.best_rate(losses), sorted(losses)
-    unfinished = (DIVERGED, FAILED)
+def _standing(arm: Arm, best: list[ResultRow], rows: Sequence[ResultRow], measure: str) -> Standing:
+    """Returns the standing of an arm, without what compares it with plain LoRA."""
+    losses, values = next_trials.sweep_losses(arm.name, rows), _values(best, measure)
+    best_rate, rates = next_trials.best_rate(losses), sorted(losses)
     return Standing(
         arm=arm,
-        rows=mine,
-        ended=[r for r in rows if r.trial.arm == arm.name and r.status in unfinished],
-        refused=schedule.refusal(arm, rows),
-        lr=best,
-        at_edge=best is not None and best in (known[0], known[-1]),
+        rows=best,
+        failed_trials=[
+            row for row in rows if row.trial.arm == arm.name and row.status in (DIVERGED, FAILED)
+        ],
+        refused=next_trials.refusal(arm, rows),
+        lr=best_rate,
+        at_edge=best_rate is not None and best_rate in (rates[0], rates[-1]),
         quality=Estimate.of(list(values.values())) if values else None,
     )
 
@@ -226,7 +228,7 @@ def _standing(arm: Arm, mine: list[ResultRow], rows: Sequence[ResultRow], measur
 def _corrected(found: Sequence[Standing]) -> list[Standing]:
     """Sets the p-values; those of methods are corrected for their number."""
     raw = {s.arm.name: s.ahead.p for s in found if s.ahead is not None}
-    members = {s.arm.name: raw[s.arm.name] for s in found if s.kind == arms_.MEMBER and s.ahead}
+    members = {s.arm.name: raw[s.arm.name] for s in found if s.kind == MEMBER and s.ahead}
     p = raw | holm(members)
     return [dataclasses.replace(s, p=p.get(s.arm.name, 1.0)) for s in found]
 
@@ -236,16 +238,18 @@ def sign_of(measure: str) -> float:
     return 1.0 if measure == "accuracy" else -1.0
 
 
-def apart(rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str) -> Estimate | None:
+def paired_difference(
+    rows: Sequence[ResultRow], others: Sequence[ResultRow], measure: str
+) -> Estimate | None:
     """Returns how much better `rows` are than `others`, paired by seed.
 
     None: no seed has a finished run in both.
     """
-    mine, theirs = _values(rows, measure), _values(others, measure)
-    both = sorted(mine.keys() & theirs.keys())
-    if not both:
+    values, references = _values(rows, measure), _values(others, measure)
+    seeds = sorted(values.keys() & references.keys())
+    if not seeds:
         return None
-    return Estimate.of([sign_of(measure) * (mine[seed] - theirs[seed]) for seed in both])
+    return Estimate.of([sign_of(measure) * (values[seed] - references[seed]) for seed in seeds])
 
 
 def leaders(found: Sequence[Standing]) -> list[Standing]:
@@ -253,7 +257,7 @@ def leaders(found: Sequence[Standing]) -> list[Standing]:
     ahead = [
         (s.ahead.mean, s)
         for s in found
-        if s.kind == arms_.MEMBER and s.ahead and s.ahead.mean > 0 and s.p < 1 - CONFIDENCE
+        if s.kind == MEMBER and s.ahead and s.ahead.mean > 0 and s.p < 1 - CONFIDENCE
     ]
     return [s for _, s in sorted(ahead, key=lambda pair: -pair[0])]
 
@@ -267,8 +271,8 @@ def holm(values: dict[str, float]) -> dict[str, float]:
     {'a': 0.02, 'b': 0.04}
     """
     corrected, least = {}, 0.0
-    for place, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, (len(values) - place) * p))
+    for position, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(values) - position) * p))
         corrected[name] = least
     return corrected
 
@@ -280,12 +284,12 @@ def measure_of(rows: Sequence[ResultRow]) -> str:
 
 def _values(rows: Sequence[ResultRow], measure: str) -> dict[int, float]:
     """Returns seed → measure on the report rows, for runs that ended well."""
-    ended = {
+    values = {
         row.trial.seed: (row.report or {}).get(measure, math.nan)
         for row in rows
         if row.status == DONE
     }
-    return {seed: value for seed, value in ended.items() if math.isfinite(value)}
+    return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
 def _figures(rows: Sequence[ResultRow], name: str) -> list[float]:

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 
 from lorakin.compare import observe
-from lorakin.compare.results import DIVERGED, DONE, FAILED, LIMIT, REFUSED, TIMING, ResultRow, Trial
+from lorakin.compare.results import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    REFUSED,
+    TIMING,
+    UNTRAINED,
+    ResultRow,
+    Trial,
+)
 from lorakin.errors import DivergedError, LorakinError, LorakinWarning
 from lorakin.storage.summary import importance_in
 from lorakin.terminal import Terminal
@@ -32,7 +41,7 @@ from lorakin.training.recipe import Recipe
 from lorakin.training.run_directory import METRICS
 
 TIMED_STEPS = 6
-"""Steps of a trial that only times a step."""
+"""The number of steps of a trial that only times a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,9 @@ class TrialJob:
     Attributes:
         trial: the arm, learning rate and seed.
         recipe: the training run.
-        report_data: path of the rows to report on.
-        device: "cpu" or such as "cuda:0".
-        threads: of the CPU.
+        report_data: the path of the rows to report on.
+        device: "cpu", or a GPU such as "cuda:0".
+        threads: the number of CPU threads.
         keep: whether the adapter stays on disk.
     """
 
@@ -57,14 +66,14 @@ class TrialJob:
 
 
 def serve(job: TrialJob, sender: Connection, lifeline: Connection) -> None:
-    """The main function of a trial's process: runs the trial and sends its row.
+    """Runs the trial and sends its row; the main function of a trial's process.
 
     What the trial prints goes into a log beside its directory. The process exits when the other
     end of `lifeline` closes, so that a comparison that is killed leaves no trial running.
     """
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison handles Ctrl-C
-    gc.freeze()  # collections need not look at what was imported before the fork
+    gc.freeze()  # the garbage collector need not look at what was imported before the fork
     _choose_device(job)
     log = Path(f"{job.recipe.out}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +98,10 @@ def run(job: TrialJob) -> ResultRow:
     shutil.rmtree(out, ignore_errors=True)  # what a killed trial left
     started = time.perf_counter()
     try:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", LorakinWarning)
-            row = _limit(job, row) if job.trial.stage == LIMIT else _trained(job, row)
+            run_stage = _evaluate_untrained if job.trial.stage == UNTRAINED else _train
+            row = run_stage(job, row)
     except DivergedError as error:
         row = dataclasses.replace(
             row,
@@ -108,21 +118,21 @@ def run(job: TrialJob) -> ResultRow:
     finally:
         if not job.keep:
             shutil.rmtree(out, ignore_errors=True)
-    said = [
-        str(warning.message) for warning in heard if issubclass(warning.category, LorakinWarning)
+    messages = [
+        str(warning.message) for warning in caught if issubclass(warning.category, LorakinWarning)
     ]
     return dataclasses.replace(
-        row, warnings=list(dict.fromkeys(said)), seconds=round(time.perf_counter() - started, 2)
+        row, warnings=list(dict.fromkeys(messages)), seconds=round(time.perf_counter() - started, 2)
     )
 
 
-def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
+def _train(job: TrialJob, row: ResultRow) -> ResultRow:
     """Trains, and returns the row with its figures."""
     before = memory_bytes()
     unknown = Evaluation(float("nan"), 0)  # another trial evaluates the base
-    ready = train.prepare(job.recipe, Terminal())
-    observer = observe.Observer(ready.adapter)
-    result = train.train(ready, before=unknown, callbacks=[observer])
+    prepared = train.prepare(job.recipe, Terminal())
+    observer = observe.Observer(prepared.adapter)
+    result = train.train(prepared, before=unknown, callbacks=[observer])
     # On a GPU the peak counts tensors alone; on a CPU, the whole process.
     added = peak_memory_bytes() - (0 if torch.cuda.is_available() else before)
     row = dataclasses.replace(
@@ -130,47 +140,48 @@ def _trained(job: TrialJob, row: ResultRow) -> ResultRow:
         status=DONE,
         steps=result.steps,
         peak_bytes=max(0, added),
-        **observer.step,  # type: ignore[arg-type]
+        **observer.step_times,  # type: ignore[arg-type]
     )
     if job.trial.stage == TIMING:
         return row
 
-    importance, adapter = importance_in(ready.out), ready.adapter
+    importance, adapter = importance_in(prepared.out), prepared.adapter
     paths = list(adapter.placement.methods)
     return dataclasses.replace(
         row,
         tune=result.after.as_dict(),
-        report=_report(job, ready).as_dict(),
+        report=_report(job, prepared).as_dict(),
         trained=result.trainable_parameters,
         frozen=sum(p.numel() for p in adapter.parameters() if not p.requires_grad),
         adapter_bytes=result.adapter_bytes,
-        losses=_losses(ready.out),
-        layers=_short(observe.layers(adapter)),
-        moves=_short([*observer.moves, (result.steps, observe.moved(adapter))]),
+        losses=_losses(prepared.out),
+        layers=_rounded(observe.change_norms(adapter)),
+        moves=_rounded(
+            [
+                *observer.moves,
+                (result.steps, observe.magnitude_direction_changes(adapter)),
+            ]
+        ),
         ranks=observer.ranks,
-        importance=_short(importance),
+        importance=_rounded(importance),
         own=adapter.placement.method.with_own_pair(paths) if importance else [],
     )
 
 
-def _limit(job: TrialJob, row: ResultRow) -> ResultRow:
+def _evaluate_untrained(job: TrialJob, row: ResultRow) -> ResultRow:
     """Evaluates the model without its adapter."""
-    ready = train.prepare(job.recipe, Terminal())
-    with ready.adapter.disabled():
-        return dataclasses.replace(
-            row, status=DONE, tune=ready.evaluate().as_dict(), report=_report(job, ready).as_dict()
-        )
+    prepared = train.prepare(job.recipe, Terminal())
+    with prepared.adapter.disabled():
+        tune, report = prepared.evaluate(), _report(job, prepared)
+    return dataclasses.replace(row, status=DONE, tune=tune.as_dict(), report=report.as_dict())
 
 
-def _report(job: TrialJob, ready: train.PreparedRun) -> Evaluation:
+def _report(job: TrialJob, prepared: train.PreparedRun) -> Evaluation:
     """Evaluates the model on the rows to report on."""
-    rows = encoded(
-        ready.recipe,
-        read_rows(job.report_data, layout=ready.recipe.format),
-        ready.loaded,
-        ready.labels,
-    )
-    return evaluate(ready.loaded.model, ready.collator(), rows.examples, ready.recipe.batch_size)
+    recipe, loaded = prepared.recipe, prepared.loaded
+    data = read_rows(job.report_data, layout=recipe.format)
+    rows = encoded(recipe, data, loaded, prepared.labels)
+    return evaluate(loaded.model, prepared.collator(), rows.examples, recipe.batch_size)
 
 
 def _losses(out: Path) -> list[float]:
@@ -179,12 +190,12 @@ def _losses(out: Path) -> list[float]:
     return [round(row["loss"], 5) for row in rows if "loss" in row]
 
 
-def _short(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     """Rounds numbers to four digits: charts show no more, and the file stays small."""
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_short(item) for item in value]
+        return [_rounded(item) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from lorakin.compare.arms import BASE, CONTROL, FULL, HEAD, MEMBER, PLAIN
 from lorakin.compare.results import DIVERGED
-from lorakin.compare.standings import Estimate, Standing, apart, leaders
+from lorakin.compare.standings import Estimate, Standing, leaders, paired_difference
 
 ENOUGH, THRIFTY, LEAN = 0.9, 0.5, 0.95
 """A method that reaches 90 % of plain LoRA's improvement is named as thrifty if it trains at most
-half as many numbers, and as lean if all its runs need less than 95 % of the memory."""
+half as many parameters, and as lean if all its runs need less than 95 % of the memory."""
 
 
 def verdict(found: Sequence[Standing], measure: str) -> list[str]:
@@ -64,22 +64,23 @@ def percent(share: float, digits: int = 0) -> str:
 
 def interval(estimate: Estimate, measure: str) -> str:
     """Writes the ends of the 95 % interval."""
-    low, high = estimate.mean - estimate.half, estimate.mean + estimate.half
+    low, high = estimate.mean - estimate.half_width, estimate.mean + estimate.half_width
     return f"95 % interval {amount(low, measure)} to {amount(high, measure)}"
 
 
 def with_interval(estimate: Estimate, measure: str, signed: bool = False) -> str:
     """Writes a value with half its interval, if it has one; `signed` is for differences.
 
-    >>> with_interval(Estimate(mean=-0.02, half=0.005, count=3, p=0.01), "loss", signed=True)
+    >>> with_interval(Estimate(mean=-0.02, half_width=0.005, count=3, p=0.01), "loss", signed=True)
     '−0.020 ± 0.005'
     """
     sign = ("−" if estimate.mean < 0 else "+") if signed else ""
     mean = amount(abs(estimate.mean), measure)
     if measure == "accuracy" and not signed:
         mean = f"{100 * estimate.mean:.1f} %"
-    half = f" ± {amount(estimate.half, measure)}" if math.isfinite(estimate.half) else ""
-    return f"{sign}{mean}{half}"
+    if not math.isfinite(estimate.half_width):
+        return f"{sign}{mean}"
+    return f"{sign}{mean} ± {amount(estimate.half_width, measure)}"
 
 
 def _headroom(found: Sequence[Standing]) -> Iterator[str]:
@@ -107,7 +108,7 @@ def _leaders(members: Sequence[Standing], seeds: int, measure: str) -> str:
         )
         lead = f"**Better than tuned {PLAIN} by more than the noise: {leads}.**"
     else:
-        limit = statistics.median(s.ahead.half for s in members if s.ahead)
+        limit = statistics.median(s.ahead.half_width for s in members if s.ahead)
         lead = (
             f"**No method beats tuned {PLAIN} by more than the noise.** With {seeds} seeds, most "
             f"differences below about {amount(limit, measure)} would not be seen."
@@ -136,7 +137,7 @@ def _worse(members: Sequence[Standing], measure: str) -> Iterator[str]:
 
 
 def _thrifty(members: Sequence[Standing], reference: Standing) -> Iterator[str]:
-    """Names the method that does nearly as well with the fewest trained numbers."""
+    """Names the method that does nearly as well with the fewest trained parameters."""
     able = [(s.trained, s) for s in members if s.trained and (s.share or 0) >= ENOUGH]
     trained, least = min(able, key=lambda pair: pair[0], default=(0, None))
     if least is None or not reference.trained or trained > THRIFTY * reference.trained:
@@ -144,7 +145,7 @@ def _thrifty(members: Sequence[Standing], reference: Standing) -> Iterator[str]:
     frozen = least.done[0].frozen
     yield (
         f"{least.arm.title} reaches {percent(least.share or 0)} of tuned {PLAIN}'s improvement "
-        f"over the base with {percent(trained / reference.trained, 1)} of its trained numbers"
+        f"over the base with {percent(trained / reference.trained, 1)} of its trained parameters"
         + (f", and stores {frozen:,} frozen ones." if frozen else ".")
     )
 
@@ -167,16 +168,17 @@ def _lean(members: Sequence[Standing]) -> Iterator[str]:
 def _controls(found: Sequence[Standing], measure: str) -> Iterator[str]:
     """Compares what is the same in theory with what was measured."""
     for control in found:
-        twin = next((s for s in found if s.arm.name == control.arm.explains), None)
-        if control.kind != CONTROL or twin is None:
+        explained = next((s for s in found if s.arm.name == control.arm.explains), None)
+        if control.kind != CONTROL or explained is None:
             continue
-        difference = apart(twin.rows, control.rows, measure)
+        difference = paired_difference(explained.rows, control.rows, measure)
         if difference is None or difference.count < 2:
             continue
         same = "they differ" if difference.excludes_zero else "they are the same within the noise"
+        title, by = explained.arm.title, _difference_in_words(difference, measure)
         yield (
-            f"In theory {twin.arm.title} is {control.arm.title} under Adam: here {same} "
-            f"({twin.arm.title} is {_side(difference)} by {_apart(difference, measure)})."
+            f"In theory {title} is {control.arm.title} under Adam: here {same} "
+            f"({title} is {_side(difference)} by {by})."
         )
 
 
@@ -185,12 +187,12 @@ def _limits(found: Sequence[Standing], measure: str) -> Iterator[str]:
         if s.arm.name in (FULL, HEAD) and s.ahead and s.ahead.count >= 2:
             noise = "" if s.ahead.excludes_zero else ", within the noise"
             side = "ahead of" if s.ahead.mean > 0 else "behind"
-            by = f"{_apart(s.ahead, measure)}{noise}"
+            by = f"{_difference_in_words(s.ahead, measure)}{noise}"
             yield f"{s.arm.title.capitalize()} is {side} tuned {PLAIN} by {by}."
 
 
-def _apart(difference: Estimate, measure: str) -> str:
-    return f"{amount(abs(difference.mean), measure)} ± {amount(difference.half, measure)}"
+def _difference_in_words(difference: Estimate, measure: str) -> str:
+    return f"{amount(abs(difference.mean), measure)} ± {amount(difference.half_width, measure)}"
 
 
 def _side(difference: Estimate) -> str:
@@ -202,17 +204,17 @@ def _troubles(found: Sequence[Standing]) -> Iterator[str]:
     for s in found:
         if s.refused:
             yield f"**Left out**: {s.arm.title}, because {s.refused}"
-        elif s.ended and not s.done:
-            yield f"**No run of {s.arm.title} ended well**: {s.ended[0].reason}"
+        elif s.failed_trials and not s.done:
+            yield f"**No run of {s.arm.title} ended well**: {s.failed_trials[0].reason}"
 
-    diverged = {s.arm.title: sum(row.status == DIVERGED for row in s.ended) for s in found}
+    diverged = {s.arm.title: sum(row.status == DIVERGED for row in s.failed_trials) for s in found}
     if names := ", ".join(f"{title} ({count})" for title, count in diverged.items() if count):
         yield (
             "Trials that diverged, which stay in the results and count against their learning "
             f"rate: {names}."
         )
     for s in found:
-        if failed := [row for row in s.ended if row.status != DIVERGED]:
+        if failed := [row for row in s.failed_trials if row.status != DIVERGED]:
             yield f"{len(failed)} trials of {s.arm.title} failed: {failed[0].reason}"
     if edges := ", ".join(s.arm.title for s in found if s.at_edge):
         yield (

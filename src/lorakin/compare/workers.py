@@ -1,8 +1,8 @@
-"""Runs the trials of a comparison, one at a time on each device, each in a process of its own.
+"""Runs the trials of a comparison, one at a time on each device, each in a separate process.
 
-A process pool would not do: it keeps its processes, and a trial that is killed for lack of memory
-would break it. Here each trial has a fresh process, whose memory can be measured, and whose end
-is the end of that trial alone.
+A process pool would not do: it reuses its processes, and a trial that is killed for lack of memory
+would break it. Here each trial has a fresh process, so that its memory can be measured, and if the
+process dies, only that trial is lost.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from lorakin.compare import trial
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.progress import Board
 from lorakin.compare.results import FAILED, ResultRow, Trial
-from lorakin.compare.study import Study
 from lorakin.errors import SettingError
 from lorakin.family.settings import require
 
@@ -36,25 +36,25 @@ def devices_of(text: str) -> list[str]:
     Raises:
         SettingError: there is no such device, or the text names none.
     """
-    cards = (
-        [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    gpus = (
+        [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         if torch.cuda.is_available()
         else []
     )
     if text == "auto":
-        return cards or ["cpu"]
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    for device in found:
-        if device not in ("cpu", *cards):
+        return gpus or ["cpu"]
+    devices = [part.strip() for part in text.split(",") if part.strip()]
+    for device in devices:
+        if device not in ("cpu", *gpus):
             raise SettingError(
                 f"--devices {text!r}: there is no {device!r} here; choose from "
-                f"{', '.join(('cpu', *cards))}"
+                f"{', '.join(('cpu', *gpus))}"
             )
     require(
-        bool(found),
+        bool(devices),
         f"--devices {text!r} names no device; give some, such as cuda:0,cuda:1 or cpu,cpu",
     )
-    return found
+    return devices
 
 
 PRELOADED = [trial.__name__, "matplotlib.pyplot"]
@@ -62,7 +62,7 @@ PRELOADED = [trial.__name__, "matplotlib.pyplot"]
 
 
 @dataclasses.dataclass
-class Running:
+class TrialProcess:
     """A trial that runs. Its process exits when `lifeline` closes, so also when this one ends."""
 
     trial: Trial
@@ -85,7 +85,7 @@ class Running:
         return row
 
 
-def run(study: Study, devices: Sequence[str], board: Board) -> None:
+def run(comparison_run: PreparedComparison, devices: Sequence[str], board: Board) -> None:
     """Runs the remaining trials, one at a time on each device, and records each row.
 
     When it ends, by an error or Ctrl-C too, no trial is left running.
@@ -94,38 +94,40 @@ def run(study: Study, devices: Sequence[str], board: Board) -> None:
     if sys.platform == "linux":
         context.set_forkserver_preload(PRELOADED)
     threads = max(1, torch.get_num_threads() // max(1, list(devices).count("cpu")))
-    running: dict[int, Running] = {}
+    running: dict[int, TrialProcess] = {}
     try:
         while True:
-            busy = [one.trial for one in running.values()]
-            waiting = [what for what in study.remaining() if what not in busy]
-            free = [slot for slot in range(len(devices)) if slot not in running]
-            for slot, what in zip(free, waiting, strict=False):
-                running[slot] = _started(context, study.job(what, devices[slot], threads))
+            busy = [process.trial for process in running.values()]
+            waiting = [trial for trial in comparison_run.remaining() if trial not in busy]
+            free = [index for index in range(len(devices)) if index not in running]
+            for index, next_trial in zip(free, waiting, strict=False):
+                job = comparison_run.trial_job(next_trial, devices[index], threads)
+                running[index] = _start(context, job)
 
-            board.show(study, [one.trial for one in running.values()])
+            board.show(comparison_run, [process.trial for process in running.values()])
             if not running:
                 return
 
             ready = multiprocessing.connection.wait(
-                [one.receiver for one in running.values()], timeout=1.0
+                [process.receiver for process in running.values()], timeout=1.0
             )
-            for slot in [slot for slot, one in running.items() if one.receiver in ready]:
-                row = running.pop(slot).row(devices[slot])
-                study.take(row)
-                board.finished(study, row)
+            for index in [index for index, process in running.items() if process.receiver in ready]:
+                row = running.pop(index).row(devices[index])
+                comparison_run.record_result(row)
+                board.finished(comparison_run, row)
     finally:
-        for one in running.values():
-            one.process.kill()
-            one.process.join()
+        for process in running.values():
+            process.process.kill()
+            process.process.join()
 
 
-def _started(context: Any, job: trial.TrialJob) -> Running:
+def _start(context: Any, job: trial.TrialJob) -> TrialProcess:
     """Starts the job's process."""
     receiver, sender = context.Pipe(duplex=False)
-    held, lifeline = context.Pipe(duplex=False)
-    process = context.Process(target=trial.serve, args=(job, sender, held), daemon=True)
+    childs_end, lifeline = context.Pipe(duplex=False)
+    process = context.Process(target=trial.serve, args=(job, sender, childs_end), daemon=True)
     process.start()
-    for end in (sender, held):
-        end.close()  # then the child holds the only other end, and its death closes the pipe
-    return Running(job.trial, process, receiver, lifeline)
+    # Then the child holds the only other end of each pipe, and its death closes them.
+    for end in (sender, childs_end):
+        end.close()
+    return TrialProcess(job.trial, process, receiver, lifeline)

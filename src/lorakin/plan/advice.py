@@ -1,4 +1,4 @@
-"""Says what `lorakin plan` says: each method's plan, what fits, and what would make it fit."""
+"""The output of `lorakin plan`: each method's plan, what fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.targets import ALL_LINEAR
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.memory import available_of, imported_bytes, parse_memory, size
-from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, planned
+from lorakin.plan.prediction import LOADING, QUANTISED, Plan, frozen_step, plan_method
 from lorakin.plan.rehearsal import EVALUATION
 from lorakin.plan.remedies import DEARER, LARGEST_BATCH, doubled_batch, highest_rank, remedies
 from lorakin.training.limits import places_of, row_length
@@ -26,9 +26,9 @@ from lorakin.training.precision import DTYPES, best_device, resolve_dtype
 from lorakin.training.yaml_values import parse_settings
 
 USUAL_LENGTH = 1024
-"""Tokens of a row, if the user gives no length and the model has so many positions."""
+"""The tokens of a row, if the user gives no length and the model has so many positions."""
 SCALING = 2.0
-"""alpha / rank of a plain pair. Memory does not depend on it."""
+"""The alpha / rank of a plain pair. Memory does not depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class PlanRow:
     """A method with its plan, or the reason why it has none.
 
     Attributes:
-        method: its words.
-        plan: None if it cannot run.
+        method: the method's words.
+        plan: its plan; None if it cannot run.
         reason: why it cannot run.
         fits: whether it fits into memory; None if the memory is not known.
         remedies: options that make it fit, each with its plan.
@@ -59,15 +59,15 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """All that `lorakin plan` says. Memory is in bytes.
+    """Everything that `lorakin plan` says. Memory is in bytes.
 
     Attributes:
-        model: as the user named it.
-        conditions: of the run.
+        model: the model as the user named it.
+        conditions: everything but the method that decides the run.
         quantize: how the base is quantised, if it is.
-        rows: one for each method.
-        memory: what there is; None if that is not known.
-        imported: what of it the process takes before the run begins.
+        rows: one row for each method.
+        memory: the available memory; None if that is not known.
+        imported: the part of it that the process takes before the run begins.
         suggestions: "batch", "rank" and "targets" → a suggestion in words.
     """
 
@@ -84,30 +84,30 @@ class Advice:
         """What was planned."""
         c = self.conditions
         weights = next(row.plan.weight_bytes for row in self.rows if row.plan is not None)
-        kind = "causal language model"
+        kind = "a causal language model"
         if c.labels is not None:
             kind = f"a classifier of {c.labels} classes"
-        said = (
+        headline = (
             f"{self.model}, {kind} in {_name(c.dtype)} on {c.device}: {size(weights)}; "
             f"{c.batch_size} rows of {c.max_length} tokens"
         )
         if c.fuse:
-            said += ", fused"
+            headline += ", fused"
         if c.gradient_checkpointing:
-            said += ", checkpointed"
+            headline += ", checkpointed"
         if self.quantize:
-            said += f", linear layers in {self.quantize} (computed, not rehearsed)"
-        return said
+            headline += f", linear layers in {self.quantize} (computed, not rehearsed)"
+        return headline
 
     @property
     def memory_line(self) -> str:
-        """How much memory there is."""
+        """The available memory, in words."""
         if self.memory is None:
             return "unknown: there is no GPU here; give --memory"
-        what = "for CUDA's context (assumed)"
+        purpose = "for CUDA's context (assumed)"
         if self.conditions.device == "cpu":
-            what = "for Python and its libraries"
-        return f"{size(self.memory)}, {size(self.imported)} of it {what}"
+            purpose = "for Python and its libraries"
+        return f"{size(self.memory)}, {size(self.imported)} of it {purpose}"
 
     def lines(self) -> Iterator[str]:
         """Yields the lines below the table."""
@@ -123,7 +123,7 @@ class Advice:
             )
         for row in self.rows:
             if row.plan is None:
-                yield f"{row.method}: cannot run like that: {row.reason}"
+                yield f"{row.method} cannot run with these settings: {row.reason}"
         for phase in (LOADING, EVALUATION):
             if methods := [row.method for row, plan in planned_rows if plan.phase == phase]:
                 yield f"the peak of {', '.join(methods)} comes in {phase}, not in training"
@@ -162,7 +162,7 @@ def _remedy(row: PlanRow) -> str:
 
 def advise(
     model: str,
-    method: Sequence[str] | None,
+    methods: Sequence[str] | None,
     rank: int | None,
     settings: Sequence[str] | None,
     *,
@@ -171,58 +171,62 @@ def advise(
     quantize: str | None,
     device: str | None,
     memory: str | None,
-    **where: Any,
+    **fields: Any,
 ) -> Advice:
     """Plans every method, checks what fits, and suggests batch and rank.
 
     Args:
         model: a packaged model, a `.gguf` file, a directory or a hub id.
-        method: methods with spaces between, or "all"; None is all.
-        rank: of a plain pair; the other methods have their fair size beside it (see
-            `Member.comparable_settings`). None: each method has its own.
+        methods: methods with spaces between, or "all"; None is all.
+        rank: the rank of plain LoRA; the other methods have a comparable size (see
+            `Member.comparable_settings`). None: each method has its default.
         settings: more settings, for the methods that have them.
-        labels: classes of a classifier; None for a language model.
+        labels: the number of a classifier's classes; None for a language model.
         dtype: "float32", "bfloat16", "float16", "base" or "auto".
         quantize: a key of `QUANTISED`, or None.
         device: "cpu" or "cuda"; None is what `lorakin train` would take.
-        memory: such as "24GB"; None is what is free.
-        where: other fields of `Conditions`; `targets` and `layers` as on the command line.
+        memory: such as "24GB"; None is the free memory.
+        fields: other fields of `Conditions`; `targets` and `layers` as on the command line.
 
     Raises:
         SettingError: no method has such a setting, a value is out of its range, or no method can
             run.
         ModelError: there is no such model.
     """
-    room = None if memory is None else parse_memory(memory)
+    total = None if memory is None else parse_memory(memory)
     require(
         quantize is None or quantize in QUANTISED,
         f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}",
     )
-    conditions = conditions_of(model, labels=labels, dtype=dtype, device=device, **where)
+    conditions = conditions_of(model, labels=labels, dtype=dtype, device=device, **fields)
     imported = imported_bytes(conditions.device)
-    room = available_of(conditions.device, imported) if room is None else room
-    left = None if room is None else room - imported
+    total = available_of(conditions.device, imported) if total is None else total
+    room = None if total is None else total - imported
 
-    sized = settings_by_method(
-        methods_of(" ".join(method or ["all"])), parse_settings(settings or [])
+    settings_of = settings_by_method(
+        methods_of(" ".join(methods or ["all"])), parse_settings(settings or [])
     )
     if rank is not None:
-        sized = {
-            words: {**fair_settings(words, rank, SCALING, conditions.steps), **own}
-            for words, own in sized.items()
+        settings_of = {
+            words: {**fair_settings(words, rank, SCALING, conditions.steps), **given}
+            for words, given in settings_of.items()
         }
     frozen = frozen_step(conditions)
-    found = [_row(conditions, words, own, frozen, quantize, left) for words, own in sized.items()]
-    rows = [row for row, _ in found]
+    planned = [
+        _row(conditions, words, given, frozen, quantize, room)
+        for words, given in settings_of.items()
+    ]
+    rows = [row for row, _ in planned]
     if all(row.plan is None for row in rows):
         reasons = "; ".join(f"{row.method}: {row.reason}" for row in rows)
-        raise SettingError(f"no method can run like that: {reasons}")
+        raise SettingError(f"no method can run with these settings: {reasons}")
 
     suggested: dict[str, str] = {}
-    best = next(((row, made) for row, made in found if row.fits and made is not None), None)
-    if best is not None and left is not None:
-        suggested = suggestions(conditions, *best, left, quantize)
-    return Advice(model, conditions, quantize, rows, room, imported, suggested)
+    fitting = ((row, method) for row, method in planned if row.fits and method is not None)
+    first = next(fitting, None)
+    if first is not None and room is not None:
+        suggested = suggestions(conditions, *first, room, quantize)
+    return Advice(model, conditions, quantize, rows, total, imported, suggested)
 
 
 def conditions_of(
@@ -263,19 +267,19 @@ def conditions_of(
     )
 
 
-def _length(model: str, config: Any, asked: int | None) -> int:
+def _length(model: str, config: Any, max_length: int | None) -> int:
     """Returns the tokens of a row; warns if the user asked for more than the model was made for."""
-    wanted = USUAL_LENGTH if asked is None else asked
+    wanted = USUAL_LENGTH if max_length is None else max_length
     require(wanted >= 1, f"max_length must be at least 1, not {wanted}")
     positions = places_of(config)
     length = row_length(positions, wanted)
     made_for = positions or getattr(config, "max_position_embeddings", None) or length
-    if asked is not None and asked > made_for:
-        but = (
-            "it can read on, but was not trained to" if positions is None else "rows are cut there"
-        )
+    if max_length is not None and max_length > made_for:
+        effect = "rows are cut there"
+        if positions is None:
+            effect = "it can read longer rows, but was not trained on them"
         warnings.warn(
-            f"{model} has positions for {made_for} tokens, not {asked}: {but}",
+            f"{model} has positions for {made_for} tokens, not {max_length}: {effect}",
             LorakinWarning,
             stacklevel=3,
         )
@@ -288,41 +292,41 @@ def _row(
     given: dict[str, Any],
     frozen: float,
     quantize: str | None,
-    left: int | None,
+    room: int | None,
 ) -> tuple[PlanRow, Method | None]:
-    """Plans one method and, if it does not fit into `left` bytes, looks for remedies."""
+    """Plans one method and, if it does not fit into `room` bytes, looks for remedies."""
     try:
         method = method_named(words, given)
-        plan = planned(conditions, method, frozen, quantize)
+        plan = plan_method(conditions, method, frozen, quantize)
     except LorakinError as error:
         return PlanRow(words, None, str(error)), None
-    if left is None:
+    if room is None:
         return PlanRow(words, plan), method
-    fits = plan.peak <= left
-    ways = () if fits else remedies(conditions, method, left, quantize)
+    fits = plan.peak <= room
+    ways = () if fits else remedies(conditions, method, room, quantize)
     return PlanRow(words, plan, fits=fits, remedies=ways), method
 
 
 def suggestions(
-    conditions: Conditions, row: PlanRow, method: Method, left: int, quantize: str | None
+    conditions: Conditions, row: PlanRow, method: Method, room: int, quantize: str | None
 ) -> dict[str, str]:
     """Suggests the largest batch for a method that fits, and the highest cheap rank."""
     assert row.plan is not None
-    rows, plan = doubled_batch(conditions, method, row.plan, left, quantize)
-    said = {
+    rows, plan = doubled_batch(conditions, method, row.plan, room, quantize)
+    suggested = {
         "batch": f"largest batch for {row.method}, doubled up to {LARGEST_BATCH}: "
         f"--batch-size {rows}, {size(plan.peak)}"
     }
-    if (higher := highest_rank(conditions, method, row.plan, left, quantize)) is not None:
+    if (higher := highest_rank(conditions, method, row.plan, room, quantize)) is not None:
         rank, plan = higher
-        said["rank"] = (
+        suggested["rank"] = (
             f"rank for {row.method}: up to {rank} costs at most {DEARER:.0%} more memory "
             f"({size(plan.peak)} instead of {size(row.plan.peak)}); a higher rank gives more "
             f"capacity and a larger file ({size(plan.adapter_bytes)})"
         )
     if conditions.targets == ALL_LINEAR:
-        said["targets"] = (
+        suggested["targets"] = (
             f"targets: all-linear, {row.plan.modules} modules, fits, so there is no reason to "
             "adapt fewer"
         )
-    return said
+    return suggested

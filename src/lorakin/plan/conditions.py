@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorakin.inject.targets import ALL_LINEAR, Targets, head_of
-from lorakin.plan.skeleton import built
+from lorakin.plan.meta_model import meta_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Conditions:
 
     Attributes:
         config: the model's transformers config.
-        dtype: of the base model.
+        dtype: the dtype of the base model.
         device: "cpu" or "cuda". Both are rehearsed with the CPU's operations, which torch has
             everywhere.
-        labels: classes of a classifier; None for a causal language model.
-        batch_size: rows at a time.
-        max_length: tokens of a row; all rows are planned as long as that.
-        accumulate: batches of an optimizer step.
+        labels: the number of a classifier's classes; None for a causal language model.
+        batch_size: the number of rows in a batch.
+        max_length: the number of tokens in every row.
+        accumulate: the number of batches in an optimizer step.
         padded: whether rows differ in length, so that attention gets a mask.
         gradient_checkpointing, fuse, targets, exclude, layers, modules_to_save, rank_above: as for
             `lorakin train`.
-        steps: optimizer steps of the run.
+        steps: the number of optimizer steps of the run.
     """
 
     config: Any
@@ -52,11 +52,11 @@ class Conditions:
         """Returns the model on the meta device.
 
         Raises:
-            ModelError: the config belongs to no such model.
+            ModelError: the config belongs to another kind of model.
         """
-        return built(self.config, self.dtype, self.labels is not None)
+        return meta_model(self.config, self.dtype, self.labels is not None)
 
-    def where(self, model: Any) -> dict[str, Any]:
+    def adapt_arguments(self, model: Any) -> dict[str, Any]:
         """Returns the arguments of `lorakin.adapt` that choose modules; a new head trains whole."""
         whole = self.modules_to_save or (head_of(model) if self.labels is not None else [])
         return {

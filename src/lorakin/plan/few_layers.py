@@ -18,6 +18,7 @@ from lorakin.errors import LorakinError
 from lorakin.family import Method
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.machine import Machine
+from lorakin.plan.meta_model import with_assumed_importance
 from lorakin.plan.rehearsal import (
     KINDS,
     PHASES,
@@ -25,7 +26,6 @@ from lorakin.plan.rehearsal import (
     frozen_seconds_whole,
     rehearse_whole,
 )
-from lorakin.plan.skeleton import supposed
 from lorakin.plan.traced import Peak
 
 
@@ -39,18 +39,20 @@ def rehearse(conditions: Conditions, method: Method, machine: Machine) -> Rehear
     # A probe chooses a share of the modules, rounded up: that is no line.
     if depths is None or method.needed_probe is not None:
         return rehearse_whole(conditions, method, machine)
-    real = _counted(conditions, method)
+    counts = _counted(conditions, method)
     try:
-        found = [rehearse_whole(shallow(conditions, depth), method, machine) for depth in depths]
+        rehearsals = [
+            rehearse_whole(shallow(conditions, depth), method, machine) for depth in depths
+        ]
     except LorakinError as error:
         # Such as a pattern that selects nothing in so few layers; the whole model may have it.
         logging.getLogger(__name__).info("not planned by few layers: %s", error)
         return rehearse_whole(conditions, method, machine)
     first, second, _ = depths
     periods = (conditions.config.num_hidden_layers - first) // (second - first)
-    whole = extended(found, periods)
-    if whole is not None and (whole.trainable_parameters, whole.modules) == real:
-        return whole
+    result = extended(rehearsals, periods)
+    if result is not None and (result.trainable_parameters, result.modules) == counts:
+        return result
     return rehearse_whole(conditions, method, machine)
 
 
@@ -100,12 +102,12 @@ def _per_layer(config: Any) -> dict[str, list[Any]]:
     }
 
 
-def extended(found: Sequence[Rehearsed], periods: int) -> Rehearsed | None:
-    """Returns what comes `periods` after the first of three equally spaced rehearsals.
+def extended(rehearsals: Sequence[Rehearsed], periods: int) -> Rehearsed | None:
+    """Returns the rehearsal that comes `periods` after the first of three equally spaced ones.
 
     None: a figure other than the seconds does not lie on a line.
     """
-    one, two, three = (_figures(rehearsed) for rehearsed in found)
+    one, two, three = (_figures(rehearsed) for rehearsed in rehearsals)
     keys = one.keys() | two.keys() | three.keys()
     if any(three[key] - two[key] != two[key] - one[key] for key in keys):
         return None
@@ -113,14 +115,14 @@ def extended(found: Sequence[Rehearsed], periods: int) -> Rehearsed | None:
 
     def peak(phase: str) -> Peak:
         kinds = {kind: line[f"{phase}:kind:{kind}"] for kind in KINDS}
-        return Peak(line[f"{phase}:total"], kinds, line[f"{phase}:pieces"])
+        return Peak(line[f"{phase}:total"], kinds, line[f"{phase}:small"])
 
     return Rehearsed(
         trainable_parameters=line["trainable"],
         adapter_bytes=line["adapter"],
         modules=line["modules"],
         peaks={phase: peak(phase) for phase in PHASES},
-        seconds=found[0].seconds + periods * (found[1].seconds - found[0].seconds),
+        seconds=rehearsals[0].seconds + periods * (rehearsals[1].seconds - rehearsals[0].seconds),
     )
 
 
@@ -132,15 +134,15 @@ def _figures(rehearsed: Rehearsed) -> collections.Counter[str]:
     )
     for phase in PHASES:
         peak = rehearsed.peaks[phase]
-        figures.update({f"{phase}:total": peak.total, f"{phase}:pieces": peak.pieces})
+        figures.update({f"{phase}:total": peak.total, f"{phase}:small": peak.small_tensor_bytes})
         for kind in KINDS:
             figures[f"{phase}:kind:{kind}"] = peak.kinds.get(kind, 0)
     return figures
 
 
 def _counted(conditions: Conditions, method: Method) -> tuple[int, int]:
-    """Returns the trainable parameters and adapted modules of the whole model."""
+    """Returns how many trainable parameters and adapted modules the whole model has."""
     model = conditions.model()
-    where = conditions.where(model)
-    adapter = adapt(model, supposed(model, method, **where), **where)
+    arguments = conditions.adapt_arguments(model)
+    adapter = adapt(model, with_assumed_importance(model, method, **arguments), **arguments)
     return adapter.trainable_parameters, len(adapter.placement.methods)

@@ -38,10 +38,10 @@ class Machine:
         return self.dispatch + max(flops / self.flops, moved / self.bandwidth)
 
 
-CARD = Machine(flops=2e14, bandwidth=1.5e12, dispatch=5e-6)
-"""Assumed of every GPU: about an A100."""
+ASSUMED_GPU = Machine(flops=2e14, bandwidth=1.5e12, dispatch=5e-6)
+"""The speed that is assumed of every GPU, about an A100's."""
 DISPATCH = 8e-6
-"""Seconds of dispatch on a CPU, with Python's part in autograd functions."""
+"""The seconds of dispatch on a CPU, with Python's part in autograd functions."""
 
 
 @functools.cache
@@ -50,10 +50,10 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
 
     Args:
         device: "cpu" or "cuda".
-        dtype: of the model.
+        dtype: the dtype of the model.
     """
     if device != "cpu":
-        return CARD
+        return ASSUMED_GPU
     x, weight, thin = (
         torch.ones(shape, dtype=dtype) for shape in ((1024, 576), (576, 1536), (576, 16))
     )

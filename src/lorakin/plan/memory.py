@@ -10,7 +10,7 @@ import torch
 from lorakin.errors import SettingError
 
 CUDA_CONTEXT = 2**29
-"""Bytes that CUDA takes of a GPU before the first tensor. Assumed, not measured."""
+"""The bytes that CUDA takes on a GPU before the first tensor. Assumed, not measured."""
 UNITS = {
     "k": 10**3,
     "m": 10**6,

@@ -1,8 +1,9 @@
 """Predicts memory and time of a training run, before anything is downloaded or trained.
 
-The model is made from its config alone, without numbers, and the run is rehearsed on it. So bytes
-of tensors are counted, not estimated. What a process takes besides tensors is measured: `BESIDE`,
-`HOLES` and a machine's speed. docs/howto/memory.md compares predictions with measured peaks.
+The model is made from its config alone, on tensors without data, and the run is rehearsed on it. So
+bytes of tensors are counted, not estimated. What a process takes besides tensors is measured:
+`PROCESS_OVERHEAD`, `FRAGMENTATION` and a machine's speed. docs/howto/memory.md compares predictions
+with measured peaks.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from lorakin.plan.machine import machine
 from lorakin.plan.rehearsal import FORWARD, PHASES, Rehearsed
 
 LOADING = "loading"
-BESIDE = 85 * 2**20
-"""Bytes that `lorakin train` holds on a CPU besides tensors and imports: tokenizer, rows, Trainer,
-code that runs for the first time."""
-HOLES = 0.3
-"""Bytes that malloc keeps, for each byte of tensors below 32 MiB that is alive at the peak, in
-holes that no other tensor fits into."""
+PROCESS_OVERHEAD = 85 * 2**20
+"""The bytes that `lorakin train` holds on a CPU besides tensors and imports: tokenizer, rows,
+Trainer, code that runs for the first time."""
+FRAGMENTATION = 0.3
+"""The bytes that malloc keeps unused, for each byte of tensors below 32 MiB that is alive at the
+peak: gaps between them that no other tensor fits into."""
 QUANTISED = {"nf4": 4.127 / 8, "int8": 1.0, "torchao-int8": 1.0}
-"""Bytes for each number of a weight. Eight-bit weights also have a float32 for each output."""
+"""The bytes for each element of a weight. Eight-bit weights also have a float32 for each output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,18 @@ class Plan:
     Memory is in bytes. On a CPU it is what the process adds to its imports.
 
     Attributes:
-        method: its words.
-        trainable_parameters: how many numbers are trained.
-        adapter_bytes: of all the adapter's tensors, each counted once, frozen ones included.
-        rank: of the pairs when training begins; None if they have no common rank.
-        modules: how many are adapted.
-        weight_bytes: of the base model.
-        optimizer_bytes: of the optimizer's state and what members remember between steps.
-        activation_bytes: of activations and temporary tensors at the peak of forward and backward.
+        method: the method's words.
+        trainable_parameters: the number of trainable parameters.
+        adapter_bytes: the bytes of all the adapter's tensors, each counted once, with frozen ones.
+        rank: the rank of the pairs when training begins; None if they have no common rank.
+        modules: the number of adapted modules.
+        weight_bytes: the bytes of the base model.
+        optimizer_bytes: the bytes of the optimizer's state and of what members keep between steps.
+        activation_bytes: the bytes of activations and temporary tensors at the peak of forward and
+            backward.
         peaks: phase → its peak.
-        step: time of a step over forward and backward of the frozen base.
-        supposed: the method chooses its modules by a probe; this is its worst case.
+        step: the time of a step over that of forward and backward of the frozen base.
+        supposed: whether the method chooses its modules by a probe; then this is its worst case.
     """
 
     method: str
@@ -92,7 +94,7 @@ class Refusal:
         return dataclasses.asdict(self)
 
 
-def plan(
+def plan_methods(
     conditions: Conditions, methods: Iterable[Method], quantize: str | None = None
 ) -> list[Plan | Refusal]:
     """Plans each of `methods`; those that cannot run are refused with a reason.
@@ -102,7 +104,7 @@ def plan(
     ...     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
     ...     num_attention_heads=2)
     >>> conditions = Conditions(config, torch.float32, batch_size=1, max_length=4)
-    >>> [found] = plan(conditions, [lorakin.family.method_named("lora", {"rank": 2})])
+    >>> [found] = plan_methods(conditions, [lorakin.family.method_named("lora", {"rank": 2})])
     >>> found.trainable_parameters
     496
 
@@ -117,16 +119,16 @@ def plan(
         LorakinError: the base model itself cannot be planned.
     """
     frozen = frozen_step(conditions)
-    found: list[Plan | Refusal] = []
+    plans: list[Plan | Refusal] = []
     for method in methods:
         try:
-            found.append(planned(conditions, method, frozen, quantize))
+            plans.append(plan_method(conditions, method, frozen, quantize))
         except LorakinError as error:
-            found.append(Refusal(method.words, str(error)))
-    return found
+            plans.append(Refusal(method.words, str(error)))
+    return plans
 
 
-def planned(
+def plan_method(
     conditions: Conditions, method: Method, frozen: float, quantize: str | None = None
 ) -> Plan:
     """Plans one method; `frozen` is `frozen_step(conditions)`.
@@ -135,7 +137,7 @@ def planned(
         LorakinError: the method cannot run under these conditions.
     """
     rehearsed = rehearse(conditions, method, machine(conditions.device, conditions.dtype))
-    at = rehearsed.peaks[FORWARD].kinds
+    kinds = rehearsed.peaks[FORWARD].kinds
     saved, transient = quantised(conditions, quantize) if quantize else (0, 0)
     peaks = process_peaks(conditions, rehearsed)
     return Plan(
@@ -144,9 +146,9 @@ def planned(
         adapter_bytes=rehearsed.adapter_bytes,
         rank=getattr(method.parametrisation, "rank", None),
         modules=rehearsed.modules,
-        weight_bytes=at["weights"] - saved,
-        optimizer_bytes=at.get("optimizer", 0),
-        activation_bytes=at.get("activations", 0) + transient,
+        weight_bytes=kinds["weights"] - saved,
+        optimizer_bytes=kinds.get("optimizer", 0),
+        activation_bytes=kinds.get("activations", 0) + transient,
         peaks={phase: peak - saved + transient for phase, peak in peaks.items()},
         step=rehearsed.seconds / frozen,
         supposed=method.needed_probe is not None,
@@ -165,24 +167,24 @@ def process_peaks(conditions: Conditions, rehearsed: Rehearsed) -> dict[str, int
     """Returns the bytes that the process holds at the peak of each phase.
 
     On a GPU these are its tensors. On a CPU, malloc returns tensors of 32 MiB and more to the
-    system; smaller ones, with holes, stay with the process from the phase that needs most of them.
-    Weights in another dtype than their files are converted from the files, which are mapped until
-    that is done.
+    system; the memory of smaller ones, with its gaps, stays with the process from the phase that
+    needs most of it. Weights in another dtype than their files are converted from the files, which
+    are mapped until that is done.
     """
-    tensors = {phase: rehearsed.peaks[phase] for phase in PHASES}
+    peaks = {phase: rehearsed.peaks[phase] for phase in PHASES}
     if conditions.device != "cpu":
-        return {phase: peak.total for phase, peak in tensors.items()}
+        return {phase: peak.total for phase, peak in peaks.items()}
 
-    kept, held = 0, {}
-    for phase, peak in tensors.items():
-        kept = max(kept, round((1 + HOLES) * peak.pieces))
-        held[phase] = peak.total - peak.pieces + kept + BESIDE
+    small, process_bytes = 0, {}
+    for phase, peak in peaks.items():
+        small = max(small, round((1 + FRAGMENTATION) * peak.small_tensor_bytes))
+        process_bytes[phase] = peak.total - peak.small_tensor_bytes + small + PROCESS_OVERHEAD
 
-    weights, files = tensors[FORWARD].kinds["weights"], 0
+    weights, file_bytes = peaks[FORWARD].kinds["weights"], 0
     stored = conditions.config.dtype or torch.float32
     if stored != conditions.dtype:
-        files = weights * stored.itemsize // conditions.dtype.itemsize
-    return {LOADING: weights + files, **held}
+        file_bytes = weights * stored.itemsize // conditions.dtype.itemsize
+    return {LOADING: weights + file_bytes, **process_bytes}
 
 
 def quantised(conditions: Conditions, quantize: str) -> tuple[int, int]:
@@ -191,7 +193,7 @@ def quantised(conditions: Conditions, quantize: str) -> tuple[int, int]:
     The largest weight is restored for a moment when it is used.
 
     Raises:
-        SettingError: `quantize` is no key of `QUANTISED`.
+        SettingError: `quantize` is not a key of `QUANTISED`.
     """
     if quantize not in QUANTISED:
         raise SettingError(f"quantize must be one of {', '.join(QUANTISED)}, not {quantize!r}")

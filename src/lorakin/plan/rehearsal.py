@@ -1,4 +1,4 @@
-"""Rehearses a run of `lorakin train` on tensors without numbers.
+"""Rehearses a run of `lorakin train` on tensors without data.
 
 A few steps of the real model, adapter, loss and optimizer run, and every tensor is counted
 (`traced`).
@@ -25,7 +25,7 @@ from lorakin.family import Method
 from lorakin.inject.llama_fusions import fuse
 from lorakin.plan.conditions import Conditions
 from lorakin.plan.machine import Machine
-from lorakin.plan.skeleton import give_tensors, supposed
+from lorakin.plan.meta_model import give_tensors, with_assumed_importance
 from lorakin.plan.traced import Peak, Traced
 from lorakin.training.batches import AnswerCollator, answer_loss
 from lorakin.training.run_trainer import checkpoint_activations
@@ -36,11 +36,12 @@ SETUP, FORWARD, STEP, EVALUATION = (
     "optimizer step",
     "evaluation",
 )
-FIRST = "backward of the first layer"
-PHASES = (SETUP, FORWARD, FIRST, STEP, EVALUATION)
+FIRST_LAYER = "backward of the first layer"
+PHASES = (SETUP, FORWARD, FIRST_LAYER, STEP, EVALUATION)
 """The phases of a run, in order."""
-KINDS = ("weights", "adapter", "a good copy", "gradients", "optimizer", "activations", "temporary")
-"""What a tensor can be."""
+LAST_FINITE = "last finite copy"
+KINDS = ("weights", "adapter", LAST_FINITE, "gradients", "optimizer", "activations", "temporary")
+"""What a tensor can be. The last finite copy is what a run returns to if it diverges."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Rehearsed:
     """What a rehearsal found.
 
     Attributes:
-        trainable_parameters: how many numbers are trained.
-        adapter_bytes: of all the adapter's tensors.
-        modules: how many modules are adapted.
+        trainable_parameters: the number of trainable parameters.
+        adapter_bytes: the bytes of all the adapter's tensors.
+        modules: the number of adapted modules.
         peaks: phase → the moment when most bytes are alive.
-        seconds: of one step on the `Machine`.
+        seconds: the seconds of one step on the `Machine`.
     """
 
     trainable_parameters: int
@@ -66,22 +67,23 @@ def rehearse_whole(conditions: Conditions, method: Method, machine: Machine) -> 
     """Rehearses the steps at which most is alive.
 
     Raises:
-        ModelError: what the model does depends on numbers.
+        ModelError: what the model does depends on the values of its tensors.
         LorakinError: the method cannot run on this model with these settings.
     """
     rows, model = _rows(conditions), conditions.model()
     with (
         _rehearsable(conditions),
-        Fakes() as fake,
+        FakeMode() as fake,
         Traced(machine) as traced,
         warnings.catch_warnings(),
     ):
         # Optimizers compare pointers, and all of them are 0 here.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        _get_ready(model, conditions, traced)
-        where = conditions.where(model)
+        _prepare_model(model, conditions, traced)
+        arguments = conditions.adapt_arguments(model)
         with traced.phase(SETUP, makes="adapter"):
-            adapter = adapt(model, supposed(model, method, **where), **where, seed=0)
+            assumed = with_assumed_importance(model, method, **arguments)
+            adapter = adapt(model, assumed, **arguments, seed=0)
         with traced.phase(SETUP, makes="optimizer"):
             steps = conditions.steps
             optimizer: torch.optim.Optimizer = adapter.optimizer(lr=1e-3, total_steps=steps)
@@ -106,8 +108,8 @@ def frozen_seconds_whole(conditions: Conditions, machine: Machine) -> float:
     The embeddings want gradients, so that there is a backward.
     """
     rows, model = _rows(conditions), conditions.model()
-    with _rehearsable(conditions), Fakes() as fake, Traced(machine) as traced:
-        _get_ready(model, conditions, traced)
+    with _rehearsable(conditions), FakeMode() as fake, Traced(machine) as traced:
+        _prepare_model(model, conditions, traced)
         model.requires_grad_(False)
         model.enable_input_require_grads()
         with traced.phase(FORWARD, makes="activations"):
@@ -117,7 +119,7 @@ def frozen_seconds_whole(conditions: Conditions, machine: Machine) -> float:
 
 @contextlib.contextmanager
 def _rehearsable(conditions: Conditions) -> Iterator[None]:
-    """Turns torch's errors about missing numbers into a ModelError that names the model."""
+    """Turns torch's errors about tensors without data into a ModelError that names the model."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.disabled = True
     try:
@@ -129,16 +131,16 @@ def _rehearsable(conditions: Conditions) -> Iterator[None]:
         raise ModelError(
             f"{kind} cannot be planned with {conditions.batch_size} rows of "
             f"{conditions.max_length} tokens: its forward or backward fails on tensors without "
-            f"numbers: {str(error).strip().splitlines()[0]}"
+            f"data: {str(error).strip().splitlines()[0]}"
         ) from error
     finally:
         log.disabled = False
 
 
-class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Makes tensors without numbers. A deep copy of such tensors stays in the same mode."""
+class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Makes tensors without data. A deep copy of such tensors stays in the same mode."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fakes:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeMode:
         return self
 
 
@@ -147,11 +149,11 @@ class RehearsedRun:
     """Trains as transformers' Trainer and `lorakin.training.run_trainer.AdapterTrainer` do.
 
     Attributes:
-        model, adapter, optimizer: of the run.
-        batch: what the model takes.
+        model, adapter, optimizer: those of the run.
+        batch: the model's inputs.
         traced: counts the tensors.
         accumulates: whether gradients stay for the next batch.
-        good: the copy of the trained tensors that a run returns to if it diverges.
+        last_finite: the copy of the trained tensors that a run returns to if it diverges.
     """
 
     model: Any
@@ -160,11 +162,11 @@ class RehearsedRun:
     batch: dict[str, Tensor]
     traced: Traced
     accumulates: bool = False
-    good: list[Tensor] = dataclasses.field(default_factory=list)
-    _coming: int = 0
+    last_finite: list[Tensor] = dataclasses.field(default_factory=list)
+    _missing_gradients: int = 0
     """How many gradients are still to come in this backward."""
-    _of_first_layer: int = 0
-    """How many of them are about those of the first layer, which come last."""
+    _first_layer_gradients: int = 0
+    """About how many of them are the first layer's, which come last."""
 
     def __post_init__(self) -> None:
         for parameter in self.trained():
@@ -173,10 +175,10 @@ class RehearsedRun:
     def _is_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.traced.become("gradients", [parameter.grad])
-        self._coming -= 1
-        # The first layer is a phase of its own, because then both grow along a line with depth.
-        if self._coming == self._of_first_layer:
-            self.traced.go_on_as(FIRST)
+        self._missing_gradients -= 1
+        # The first layer is a separate phase, because then both grow along a line with depth.
+        if self._missing_gradients == self._first_layer_gradients:
+            self.traced.continue_as(FIRST_LAYER)
 
     def trained(self) -> list[nn.Parameter]:
         """Returns the parameters that are trained."""
@@ -199,8 +201,8 @@ class RehearsedRun:
         """Runs step `number` and returns its seconds."""
         self.traced.seconds.clear()
         layers = getattr(self.model.config, "num_hidden_layers", 2)
-        self._coming = len(self.trained())
-        self._of_first_layer = self._coming // max(2, layers)
+        self._missing_gradients = len(self.trained())
+        self._first_layer_gradients = self._missing_gradients // max(2, layers)
         if self.accumulates:
             self._begin_gradients(FORWARD)
         with self.traced.phase(FORWARD, makes="activations"):
@@ -214,8 +216,8 @@ class RehearsedRun:
         """Runs the optimizer's part of step `number`; missing gradients are zero."""
         trained = self.trained()
         self.adapter.run.steps = number - 1
-        with self.traced.phase(STEP, makes="a good copy"):
-            self.good = [parameter.detach().clone() for parameter in trained]
+        with self.traced.phase(STEP, makes=LAST_FINITE):
+            self.last_finite = [parameter.detach().clone() for parameter in trained]
         self._begin_gradients(STEP)
         with self.traced.phase(STEP, makes="temporary"):
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -240,12 +242,12 @@ class RehearsedRun:
             _loss(self.model, self.batch)
 
 
-def _get_ready(model: Any, conditions: Conditions, traced: Traced) -> None:
-    """Gives a skeleton its tensors, and prepares it as a run does before it adapts."""
+def _prepare_model(model: Any, conditions: Conditions, traced: Traced) -> None:
+    """Gives a meta model its tensors, and prepares it as a run does before it adapts."""
     model.train()
     with traced.phase("", makes="weights"):
         give_tensors(model)
-    traced.pieces = 0  # weights come once and stay, so they leave no holes
+    traced.small_tensor_bytes = 0  # weights come once and stay, so they fragment nothing
     if conditions.fuse:
         fuse(model)
     if conditions.gradient_checkpointing:
@@ -259,9 +261,9 @@ def _rows(conditions: Conditions) -> dict[str, Tensor]:
 
 
 def _as_given(
-    rows: dict[str, Tensor], conditions: Conditions, model: Any, fake: Fakes
+    rows: dict[str, Tensor], conditions: Conditions, model: Any, fake: FakeMode
 ) -> dict[str, Tensor]:
-    """Returns the rows as the model takes them, without numbers."""
+    """Returns the rows as the model takes them, as tensors without data."""
     batch: dict[str, Tensor] = {key: fake.from_tensor(tensor) for key, tensor in rows.items()}
     takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     if conditions.labels is not None:
@@ -271,7 +273,7 @@ def _as_given(
     if not takes_logits_to_keep or conditions.labels is not None:
         del batch["logits_to_keep"]
     if not conditions.padded:
-        # With numbers, transformers sees that nothing is padded and drops the mask.
+        # Where tensors have data, transformers sees that nothing is padded and drops the mask.
         del batch["attention_mask"]
     return batch
 

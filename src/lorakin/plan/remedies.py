@@ -13,11 +13,11 @@ import torch
 from lorakin.errors import SettingError
 from lorakin.family import Method
 from lorakin.plan.conditions import Conditions
-from lorakin.plan.prediction import Plan, planned
+from lorakin.plan.prediction import Plan, plan_method
 
 LARGEST_BATCH, LARGEST_RANK = 256, 256
 DEARER = 0.03
-"""A higher rank is suggested if it costs at most so much more memory."""
+"""The largest share of memory that a suggested higher rank may add."""
 
 Option = tuple[str, dict[str, Any]]
 """Options of the command line, and the fields of `Conditions` that they change."""
@@ -38,12 +38,12 @@ def remedies(
         options.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     if conditions.dtype == torch.float32:
         options.append(("--dtype bfloat16", {"dtype": torch.bfloat16}))
-    found = list(_fitting(conditions, method, room, quantize, options))
+    fitting = list(_fitting(conditions, method, room, quantize, options))
     batch = largest_batch(conditions, method, room, conditions.batch_size // 2, quantize)
     if batch is not None:
-        found.append(batch)
-    if found:
-        return found
+        fitting.append(batch)
+    if fitting:
+        return fitting
 
     words = " ".join(word for word, _ in options)
     changes = {name: value for _, change in options for name, value in change.items()}
@@ -62,11 +62,11 @@ def _fitting(
     """Yields the options that fit, with their plans."""
     for words, change in options:
         try:
-            found = planned(dataclasses.replace(conditions, **change), method, 1.0, quantize)
+            plan = plan_method(dataclasses.replace(conditions, **change), method, 1.0, quantize)
         except SettingError:  # such as --fuse for a model that it does not know
             continue
-        if found.peak <= room:
-            yield words, found
+        if plan.peak <= room:
+            yield words, plan
 
 
 def largest_batch(
@@ -81,7 +81,7 @@ def largest_batch(
     def plan_of(rows: int) -> Plan:
         padded = conditions.padded and rows > 1
         changed = dataclasses.replace(conditions, batch_size=rows, padded=padded)
-        return planned(changed, method, 1.0, quantize)
+        return plan_method(changed, method, 1.0, quantize)
 
     batches = [2**power for power in range(limit.bit_length())]
     fitting = bisect.bisect_right(batches, room, key=lambda rows: plan_of(rows).peak)
@@ -98,7 +98,7 @@ def doubled_batch(
     rows = conditions.batch_size
     while 2 * rows <= LARGEST_BATCH:
         changed = dataclasses.replace(conditions, batch_size=2 * rows, padded=True)
-        larger = planned(changed, method, 1.0, quantize)
+        larger = plan_method(changed, method, 1.0, quantize)
         if larger.peak > room:
             break
         rows, plan = 2 * rows, larger
@@ -118,7 +118,7 @@ def highest_rank(
     while 2 * rank <= LARGEST_RANK:
         rank *= 2
         try:
-            higher = planned(conditions, method.with_settings(rank=rank), 1.0, quantize)
+            higher = plan_method(conditions, method.with_settings(rank=rank), 1.0, quantize)
         except SettingError:  # above the smaller side of a weight
             break
         if higher.peak > min(room, (1 + DEARER) * plan.peak):

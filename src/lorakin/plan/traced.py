@@ -1,7 +1,7 @@
 """Counts what code takes without running it: bytes alive, arithmetic, and bytes moved.
 
 `Traced` watches every operation on tensors. Under `FakeTensorMode` tensors have shapes, dtypes and
-devices but no numbers, so the real model, loss, backward and optimizer run in little memory at any
+devices but no data, so the real model, loss, backward and optimizer run in little memory at any
 size. Each storage counts once, from when it is made until nothing holds it.
 """
 
@@ -24,7 +24,7 @@ from lorakin.plan.machine import Machine
 
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default
-PIECE = 32 << 20
+LARGE_TENSOR = 32 << 20
 """glibc's malloc maps blocks of this size and more on their own, and returns them to the system."""
 EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
 """Operations that make a tensor without writing it."""
@@ -36,12 +36,12 @@ class Peak(NamedTuple):
     Attributes:
         total: all bytes.
         kinds: bytes by what they are.
-        pieces: the bytes in storages smaller than `PIECE`.
+        small_tensor_bytes: the bytes in storages smaller than `LARGE_TENSOR`.
     """
 
     total: int
     kinds: dict[str, int]
-    pieces: int
+    small_tensor_bytes: int
 
 
 @dataclasses.dataclass
@@ -56,15 +56,15 @@ class StoredBytes:
 class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what the operations inside its context take. Enter it inside `FakeTensorMode`.
 
-    Some code asks for numbers, by `bool(tensor)` or `.item()`. It gets those of a healthy run:
+    Some code asks for values, by `bool(tensor)` or `.item()`. It gets those of a healthy run:
     everything is finite, `any` finds nothing, `all` holds, compared tensors are equal, and
     `nonzero` finds everything.
 
     Attributes:
         machine: how fast operations run.
-        real: whether tensors have numbers, so that every question has a real answer.
+        real: whether tensors have data, so that every question has a real answer.
         alive: kind → bytes (see `phase`).
-        pieces: the bytes alive in storages smaller than `PIECE`.
+        small_tensor_bytes: the bytes alive in storages smaller than `LARGE_TENSOR`.
         peaks: phase → the moment when most bytes were alive.
         seconds: phase → what its operations would take.
     """
@@ -74,7 +74,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.machine = machine
         self.real = real
         self.alive: collections.Counter[str] = collections.Counter()
-        self.pieces = 0
+        self.small_tensor_bytes = 0
         self.peaks: dict[str, Peak] = {}
         self.seconds: collections.Counter[str] = collections.Counter()
         self._storages: dict[int, StoredBytes] = {}
@@ -96,7 +96,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors:
                 self._see(tensor)
 
-    def go_on_as(self, name: str) -> None:
+    def continue_as(self, name: str) -> None:
         """Counts the rest of the present phase for another one."""
         self._phase = name
         self._note()
@@ -125,14 +125,15 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if function is DEVICE:  # asked for more often than all else together
+        if function is DEVICE:  # this is called more often than everything else together
             return function(*args)
         if not self.real:
             if function is aten._local_scalar_dense.default:
                 return _healthy(args[0])
             if function in (aten.equal.default, aten.allclose.default):
                 return True
-            if function is aten.nonzero.default:  # how many it finds is a number too: at most all
+            if function is aten.nonzero.default:
+                # The shape of its result depends on the data. At most, it finds every element.
                 everything = (args[0].numel(), args[0].ndim)
                 function, args, kwargs = (
                     aten.new_empty.default,
@@ -143,14 +144,11 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = function.overloadpacket
         if packet in (aten.any, aten.all) and not self.real:
             out._healthy = packet is aten.all
-        made = [self._see(tensor) for tensor in _tensors(out)]
+        are_new = [self._see(tensor) for tensor in _tensors(out)]
         if not function.is_view:
             flops = _flops(packet, args, kwargs or {}, out)
-            moved = (
-                0
-                if packet in EMPTY or not (any(made) or function._schema.is_mutable)
-                else _bytes(args) + _bytes(out)
-            )
+            writes = packet not in EMPTY and (any(are_new) or function._schema.is_mutable)
+            moved = _bytes(args) + _bytes(out) if writes else 0
             self.seconds[self._phase] += self.machine.seconds(flops, moved)  # type: ignore[assignment]
         return out
 
@@ -163,7 +161,7 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._gone(key))
         self._storages[key] = StoredBytes(reference, size, self._kind)
-        self.pieces += size if size < PIECE else 0
+        self.small_tensor_bytes += size if size < LARGE_TENSOR else 0
         self.alive[self._kind] += size
         self._total += size
         self._note()
@@ -173,12 +171,12 @@ class Traced(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored = self._storages.pop(key)
         self.alive[stored.kind] -= stored.size
         self._total -= stored.size
-        self.pieces -= stored.size if stored.size < PIECE else 0
+        self.small_tensor_bytes -= stored.size if stored.size < LARGE_TENSOR else 0
 
     def _note(self) -> None:
         peak = self.peaks.get(self._phase)
         if peak is None or self._total >= peak.total:
-            self.peaks[self._phase] = Peak(self._total, dict(self.alive), self.pieces)
+            self.peaks[self._phase] = Peak(self._total, dict(self.alive), self.small_tensor_bytes)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -88,31 +88,35 @@ def _loss_panel(rows: Rows, plain: Rows, span: tuple[float, float]) -> alt.TopLe
     return chart
 
 
-def rate_curves(swept: Mapping[str, Mapping[float, float]], best: Mapping[str, float]) -> Figure:
+def rate_curves(
+    losses_by_arm: Mapping[str, Mapping[float, float]], best: Mapping[str, float]
+) -> Figure:
     """Returns a chart of the loss on the tuning rows over the learning rate, a panel for each arm.
 
     Args:
-        swept: arm → rate → loss; infinite if the trial did not end well.
+        losses_by_arm: arm → rate → loss; infinite if the trial did not end well.
         best: arm → its best rate.
     """
-    known = [loss for losses in swept.values() for loss in losses.values() if math.isfinite(loss)]
+    known = [
+        loss for losses in losses_by_arm.values() for loss in losses.values() if math.isfinite(loss)
+    ]
     low, top = min(known, default=0.0), max(known, default=1.0)
     if known:  # one very bad rate must not flatten all curves
         top = min(top, low + 4 * (statistics.median(known) - low) + 0.2)
-    panels = {name: _rate_panel(losses, (low, top)) for name, losses in swept.items()}
+    panels = {name: _rate_panel(losses, (low, top)) for name, losses in losses_by_arm.items()}
     rates = ", ".join(f"{name} {rate:g}" for name, rate in best.items())
     caption = (
         "The loss on the tuning rows after a run with the first seed at each learning rate. A "
         "triangle at the top is a run that ended above the chart or did not end well. The best: "
         f"{rates}."
     )
-    return Figure("Learning-rate sweeps", caption, panels, _rate_table(swept))
+    return Figure("Learning-rate sweeps", caption, panels, _rate_table(losses_by_arm))
 
 
-def _rate_table(swept: Mapping[str, Mapping[float, float]]) -> Table:
+def _rate_table(losses_by_arm: Mapping[str, Mapping[float, float]]) -> Table:
     cells = [
         [name, rate, loss if math.isfinite(loss) else Cell("did not end well")]
-        for name, losses in swept.items()
+        for name, losses in losses_by_arm.items()
         for rate, loss in sorted(losses.items())
     ]
     columns = [

@@ -8,10 +8,10 @@ from typing import Any
 
 from lorakin.compare.arms import CONTROL, FULL, MEMBER, PLAIN, REFERENCE
 from lorakin.compare.directory import REPORT, TRIALS
+from lorakin.compare.next_trials import sweep_losses
+from lorakin.compare.prepared_comparison import PreparedComparison
 from lorakin.compare.results import DONE, TIMING, ResultRow
-from lorakin.compare.schedule import swept
 from lorakin.compare.standings import Standing, leaders, measure_of, standings
-from lorakin.compare.study import Study
 from lorakin.compare.verdict import verdict
 from lorakin.family.method_words import axes_of
 from lorakin.report import heatmaps, page
@@ -44,30 +44,31 @@ class Findings:
         }
 
 
-def findings(study: Study) -> Findings:
+def findings(comparison_run: PreparedComparison) -> Findings:
     """Returns what the rows so far support."""
-    measure = measure_of(study.results.rows)
-    found = standings(study.arms, study.results.rows, measure)
+    measure = measure_of(comparison_run.results.rows)
+    found = standings(comparison_run.arms, comparison_run.results.rows, measure)
     return Findings(measure, found, verdict(found, measure))
 
 
-def write(study: Study) -> Findings:
+def write(comparison_run: PreparedComparison) -> Findings:
     """Writes `report.html` into the comparison's directory and returns what it says.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    found = findings(study)
-    page.write(study.out / REPORT, html(study, found))
+    found = findings(comparison_run)
+    page.write(comparison_run.out / REPORT, html(comparison_run, found))
     return found
 
 
-def html(study: Study, found: Findings) -> str:
+def html(comparison_run: PreparedComparison, found: Findings) -> str:
     """Returns the report as HTML."""
-    asked, left = study.comparison, study.expected()
-    seeds = "one seed" if asked.seeds == 1 else f"{asked.seeds} seeds"
+    options, left = comparison_run.comparison, comparison_run.expected()
+    seeds = "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
     subtitle = (
-        f"`{asked.model}` on `{asked.data}`: {len(study.arms)} arms, {asked.spent} each, {seeds}."
+        f"`{options.model}` on `{options.data}`: {len(comparison_run.arms)} arms, "
+        f"{options.parsed_budget} each, {seeds}."
     )
     if left:
         subtitle += f" **Unfinished**: about {left} trials are still to run."
@@ -75,34 +76,35 @@ def html(study: Study, found: Findings) -> str:
     tables: list[Block] = [arms_table(found.standings, found.measure)]
     tables += [troubles] if troubles else []
     sections = [
-        Section("Verdict", [Paragraph(*found.verdict), _to_use(study, found)]),
+        Section("Verdict", [Paragraph(*found.verdict), _to_use(comparison_run, found)]),
         Section("All arms", tables),
         Section("Quality against cost", _costs(found)),
-        Section("Learning", list(_curves(study, found))),
+        Section("Learning", list(_curves(comparison_run, found))),
         Section("Inside the weights", list(_weights(found))),
         Section("How much each layer changes", _changes(found), open=False),
-        Section("How this was measured", [_method(study, found)], open=False),
+        Section("How this was measured", [_method(comparison_run, found)], open=False),
     ]
     return page.render(TITLE, subtitle, [section for section in sections if section.blocks])
 
 
-def _to_use(study: Study, found: Findings) -> Code:
+def _to_use(comparison_run: PreparedComparison, found: Findings) -> Code:
     """Returns the command that trains the method that the verdict points to."""
     best = next(iter(leaders(found.standings)), found.standings[0])
-    asked, steps = study.comparison, study.steps(best.arm.name)
-    words = ["lorakin", "train", "--model", asked.model, "--data", asked.data]
-    words += ["--method", best.arm.words]
+    options, steps = comparison_run.comparison, comparison_run.steps(best.arm.name)
+    arguments = ["lorakin", "train", "--model", options.model, "--data", options.data]
+    arguments += ["--method", best.arm.words]
     for name, value in best.arm.settings(steps).items():
-        words += ["--set", f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"]
+        text = f"{value:g}" if isinstance(value, float) else f"{value}"
+        arguments += ["--set", f"{name}={text}"]
     if best.lr is not None:
-        words += ["--lr", f"{best.lr:g}"]
-    words += ["--steps", str(steps)]
-    for name, value in asked.recipe.items():
-        words += _flag(name, value)
+        arguments += ["--lr", f"{best.lr:g}"]
+    arguments += ["--steps", str(steps)]
+    for name, value in options.recipe.items():
+        arguments += _flag(name, value)
     return Code(
         f"To train {best.arm.title} like this on all rows. The adapters of the runs above are in "
-        f"`{study.out / TRIALS}`.",
-        command(*words, "--out", "adapter"),
+        f"`{comparison_run.out / TRIALS}`.",
+        command(*arguments, "--out", "adapter"),
     )
 
 
@@ -130,7 +132,7 @@ def _costs(found: Findings) -> list[Block]:
     ]
 
 
-def _curves(study: Study, found: Findings) -> Iterator[Block]:
+def _curves(comparison_run: PreparedComparison, found: Findings) -> Iterator[Block]:
     """Yields charts of losses and sweeps."""
     trained = [s for s in found.standings if s.lr is not None and s.done and s.done[0].losses]
     groups = {
@@ -141,7 +143,8 @@ def _curves(study: Study, found: Findings) -> Iterator[Block]:
         if len(group) > 1:
             yield loss_curves(title, group)
 
-    sweeps = {s.arm.title: swept(s.arm.name, study.results.rows) for s in found.standings}
+    rows = comparison_run.results.rows
+    sweeps = {s.arm.title: sweep_losses(s.arm.name, rows) for s in found.standings}
     sweeps = {title: losses for title, losses in sweeps.items() if len(losses) > 1}
     if sweeps:
         best = {s.arm.title: s.lr for s in found.standings if s.lr is not None}
@@ -160,9 +163,9 @@ def _weights(found: Findings) -> Iterator[Block]:
         yield magnitude_direction(points)
     for s, row in runs:
         if row.ranks:
-            yield from (_of(s, figure) for figure in ranks_over_time(row.ranks))
+            yield from (_titled(s, figure) for figure in ranks_over_time(row.ranks))
         if row.importance:
-            yield _of(s, heatmaps.importance(row.importance, set(row.own)))
+            yield _titled(s, heatmaps.importance(row.importance, set(row.own)))
 
 
 def _has_scatter(s: Standing) -> bool:
@@ -186,32 +189,33 @@ def _changes(found: Findings) -> list[Block]:
     for s, row in _first_runs(found):
         if s.kind != CONTROL and row.layers:
             changes = {path: change["relative"] for path, change in row.layers.items()}
-            blocks.append(_of(s, heatmaps.change_by_layer(changes, relative=True)))
+            blocks.append(_titled(s, heatmaps.change_by_layer(changes, relative=True)))
     return blocks
 
 
-def _of(s: Standing, figure: Figure) -> Figure:
-    """Puts the arm's name before the figure's title."""
+def _titled(s: Standing, figure: Figure) -> Figure:
+    """Returns the figure with the arm's name before its title."""
     return dataclasses.replace(figure, title=f"{s.arm.title}: {figure.title}")
 
 
-def _method(study: Study, found: Findings) -> Paragraph:
+def _method(comparison_run: PreparedComparison, found: Findings) -> Paragraph:
     """Says how the comparison was made."""
-    asked, parts, rows = study.comparison, study.parts, study.results.rows
+    options, parts = comparison_run.comparison, comparison_run.parts
+    rows = comparison_run.results.rows
     counts = {int(row.report["count"]) for row in rows if row.report and found.measure == "loss"}
     answers = f", which have {max(counts):,} answer tokens" if counts else ""
-    left = f" Left out: {parts.left_out}." if parts.left_out else ""
+    left_out = f" Left out: {parts.left_out}." if parts.left_out else ""
     devices = sorted({row.device for row in rows if row.device})
     done = sum(row.status == DONE for row in rows)
     return Paragraph(
         f"**Data**: {parts.train:,} rows to train on, {parts.tune} to choose learning rates by, "
-        f"{parts.report} to report on; the same for all arms.{left} The table's figures are "
+        f"{parts.report} to report on; the same for all arms.{left_out} The table's figures are "
         f"measured on the rows to report on{answers}.",
-        _budget(study, found),
-        f"**Learning rate**: {_rates(study)}",
-        f"**Size**: rank {asked.rank} and alpha {asked.alpha:g} for plain {PLAIN}. The other "
-        "methods have that rank and scale in their own terms: a budget of ranks ends at that rank, "
-        "and a pair that is drawn at random keeps a rank of its own.",
+        _budget(comparison_run, found),
+        f"**Learning rate**: {_rates(comparison_run)}",
+        f"**Size**: rank {options.rank} and alpha {options.alpha:g} for plain {PLAIN}. The other "
+        "methods have a comparable rank and scale: a budget of ranks ends at that rank, and a pair "
+        "that is drawn at random keeps its usual rank.",
         "**Intervals** are Student's t over the seeds. They show how much a result depends on the "
         "random start and the order of the rows, but not how much it depends on which rows were "
         "held out. Differences are taken between runs of the same seed, which makes them narrower. "
@@ -224,23 +228,24 @@ def _method(study: Study, found: Findings) -> Paragraph:
     )
 
 
-def _budget(study: Study, found: Findings) -> str:
-    said = (
-        f"**Budget**: {study.comparison.spent} for every trial. All arms see the same rows in the "
-        "same order with the same seed."
+def _budget(comparison_run: PreparedComparison, found: Findings) -> str:
+    budget = comparison_run.comparison.parsed_budget
+    text = (
+        f"**Budget**: {budget} for every trial. All arms see the same rows in the same order with "
+        "the same seed."
     )
-    if any(row.trial.stage == TIMING for row in study.results.rows):
-        steps = (f"{s.arm.title} {study.steps(s.arm.name)}" for s in found.standings)
-        said += f" Steps in that time: {', '.join(steps)}."
+    if any(row.trial.stage == TIMING for row in comparison_run.results.rows):
+        steps = (f"{s.arm.title} {comparison_run.steps(s.arm.name)}" for s in found.standings)
+        text += f" Steps in that time: {', '.join(steps)}."
     if probes := [s.arm.title for s in found.standings if any(row.importance for row in s.done)]:
-        said += f" The probe of {', '.join(probes)} comes on top."
-    return said
+        text += f" The probe of {', '.join(probes)} comes on top."
+    return text
 
 
-def _rates(study: Study) -> str:
-    asked = study.comparison
-    if asked.sweeps.rates is not None:
-        return f"the best of {asked.sweep}, by the loss on the tuning rows with the first seed."
+def _rates(comparison_run: PreparedComparison) -> str:
+    options = comparison_run.comparison
+    if options.parsed_sweep.rates is not None:
+        return f"the best of {options.sweep}, by the loss on the tuning rows with the first seed."
     return (
         "runs with the first seed at the method's usual rate and at one and two half decades above "
         "it, continued while the best is at an edge. The other seeds run at the rate with the "

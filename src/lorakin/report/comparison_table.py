@@ -48,14 +48,18 @@ def _columns(measure: str) -> list[Column]:
         ),
         Column("share", f"The part of {PLAIN}'s improvement over the base that the arm reaches."),
         Column("best lr", "The learning rate with the lowest loss on the tuning rows."),
-        Column("trained", "How many numbers are trained."),
-        Column("frozen", "How many numbers the adapter stores but never trains."),
+        Column("trained", "The number of trained parameters."),
+        Column("frozen", "How many parameters the adapter stores but never trains."),
         Column("MiB", "The size of the adapter's files."),
         Column(
             "time",
-            f"Of a training step, × {PLAIN}'s: median over the seeds (lowest–highest).",
+            f"The time of a training step, × {PLAIN}'s: median over the seeds (lowest–highest).",
         ),
-        Column("memory", f"That training added to the process at its peak, × {PLAIN}'s, likewise."),
+        Column(
+            "memory",
+            f"The memory that training added to the process at its peak, × {PLAIN}'s: median over "
+            "the seeds (lowest–highest).",
+        ),
     ]
 
 
@@ -71,7 +75,7 @@ def _mark(s: Standing, best: Standing | None) -> str:
     if s.refused:
         return "left out"
     if not s.done:
-        return "failed" if s.ended else "not yet run"
+        return "failed" if s.failed_trials else "not yet run"
     if len(s.done) < len(s.rows):
         return f"{len(s.done)} of {len(s.rows)} seeds"
     if s is best:
@@ -112,7 +116,8 @@ def troubles_table(found: Sequence[Standing]) -> Table | None:
     ]
     for s in found:
         rows += [
-            [s.arm.title, row.trial.lr, row.trial.seed, row.status, row.reason] for row in s.ended
+            [s.arm.title, row.trial.lr, row.trial.seed, row.status, row.reason]
+            for row in s.failed_trials
         ]
     columns = [
         Column("arm", numeric=False),

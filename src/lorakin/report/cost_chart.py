@@ -78,7 +78,7 @@ def pareto(shown: Sequence[Standing], cost: Cost, measure: str) -> Figure:
 def _points(shown: Sequence[Standing], cost: Cost) -> Iterator[dict[str, Any]]:
     for s in shown:
         if s.quality is not None and cost.of.get(s.arm.name):
-            mean, half = s.quality.mean, s.quality.half
+            mean, half = s.quality.mean, s.quality.half_width
             half = half if math.isfinite(half) else 0.0
             yield {
                 "arm": s.arm.title,

@@ -15,19 +15,19 @@ from collections.abc import Iterable, Sequence
 from lorakin.compare.arms import Arm
 from lorakin.compare.results import (
     DONE,
-    LIMIT,
     REFUSED,
     SEED,
     SWEEP,
     TIMING,
+    UNTRAINED,
     ResultRow,
     Trial,
 )
 
-FIRST = (0, 1, 2)
+FIRST_HALF_DECADES = (0, 1, 2)
 """A sweep begins at these half decades above the usual rate."""
-MOST = 7
-"""A sweep tries at most so many rates."""
+MOST_RATES = 7
+"""The most learning rates that a sweep tries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sweep:
         if self.rates is not None:
             return list(self.rates)
         assert arm.lr is not None
-        return [rate(arm.lr, half_decades) for half_decades in FIRST]
+        return [rate(arm.lr, half_decades) for half_decades in FIRST_HALF_DECADES]
 
     def next(self, arm: Arm, losses: dict[float, float]) -> float | None:
         """Returns the next rate to try, or None when the best rate is known.
@@ -50,14 +50,17 @@ class Sweep:
             arm: the arm that is swept.
             losses: rate → loss of the rates that were tried.
         """
-        if self.rates is not None or len(losses) >= MOST or arm.lr is None:
+        if self.rates is not None or len(losses) >= MOST_RATES or arm.lr is None:
             return None
         lowest, highest, best = min(losses), max(losses), best_rate(losses)
-        above = {rate(arm.lr, number): number for number in range(-MOST, MOST + 3)}
+        half_decades_of = {
+            rate(arm.lr, half_decades): half_decades
+            for half_decades in range(-MOST_RATES, MOST_RATES + 3)
+        }
         if best in (None, lowest):  # if all diverged, the rates were too large
-            return rate(arm.lr, above[lowest] - 1) if lowest in above else None
-        if best == highest and highest in above:
-            return rate(arm.lr, above[highest] + 1)
+            return rate(arm.lr, half_decades_of[lowest] - 1) if lowest in half_decades_of else None
+        if best == highest and highest in half_decades_of:
+            return rate(arm.lr, half_decades_of[highest] + 1)
         return None
 
 
@@ -80,7 +83,7 @@ def best_rate(losses: dict[float, float]) -> float | None:
     return best if best is not None and math.isfinite(losses[best]) else None
 
 
-def swept(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
+def sweep_losses(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
     """Returns rate → loss on the tuning rows of the arm's sweep so far.
 
     The loss is infinite where a trial diverged or failed.
@@ -96,8 +99,8 @@ def swept(arm: str, rows: Iterable[ResultRow]) -> dict[float, float]:
 
 def refusal(arm: Arm, rows: Iterable[ResultRow]) -> str:
     """Returns why the arm does not run; "" if it does."""
-    said = (row.reason for row in rows if row.trial.arm == arm.name and row.status == REFUSED)
-    return arm.refused or next(said, "")
+    reasons = (row.reason for row in rows if row.trial.arm == arm.name and row.status == REFUSED)
+    return arm.refused or next(reasons, "")
 
 
 def remaining(
@@ -112,21 +115,21 @@ def remaining(
         sweep: how learning rates are chosen.
         timed: whether a trial that times a step comes first.
     """
-    mine = [row for row in rows if row.trial.arm == arm.name]
-    if refusal(arm, mine):
+    rows = [row for row in rows if row.trial.arm == arm.name]
+    if refusal(arm, rows):
         return []
     if arm.lr is None:
-        return [] if mine else [Trial(arm.name, LIMIT, None, seeds[0])]
-    if timed and not any(row.trial.stage == TIMING for row in mine):
+        return [] if rows else [Trial(arm.name, UNTRAINED, None, seeds[0])]
+    if timed and not any(row.trial.stage == TIMING for row in rows):
         return [Trial(arm.name, TIMING, arm.lr, seeds[0])]
-    losses = swept(arm.name, mine)
+    losses = sweep_losses(arm.name, rows)
     if missing := [lr for lr in sweep.first(arm) if lr not in losses]:
         return [Trial(arm.name, SWEEP, lr, seeds[0]) for lr in missing]
     if (further := sweep.next(arm, losses)) is not None:
         return [Trial(arm.name, SWEEP, further, seeds[0])]
     if (best := best_rate(losses)) is None:
         return []
-    done = {(row.trial.lr, row.trial.seed) for row in mine}
+    done = {(row.trial.lr, row.trial.seed) for row in rows}
     return [Trial(arm.name, SEED, best, seed) for seed in seeds if (best, seed) not in done]
 
 
@@ -143,19 +146,19 @@ def expected(
     return len(now) + later
 
 
-def chosen(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
+def rows_at_best_rate(arm: str, rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Returns the arm's rows at its best learning rate, one for each seed.
 
     For an arm that does not train, returns its only row.
     """
-    mine = [
+    rows = [
         row
         for row in rows
         if row.trial.arm == arm and row.trial.stage != TIMING and row.status != REFUSED
     ]
-    best = best_rate(swept(arm, mine))
+    best = best_rate(sweep_losses(arm, rows))
     return [
         row
-        for row in mine
-        if row.trial.lr == best and (best is not None or row.trial.stage == LIMIT)
+        for row in rows
+        if row.trial.lr == best and (best is not None or row.trial.stage == UNTRAINED)
     ]

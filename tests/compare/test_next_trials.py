@@ -9,8 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorakin.compare import schedule
+from lorakin.compare import next_trials
 from lorakin.compare.arms import MEMBER, Arm
+from lorakin.compare.next_trials import (
+    Sweep,
+    expected,
+    rate,
+    remaining,
+    rows_at_best_rate,
+    sweep_losses,
+)
+from lorakin.compare.prepared_comparison import check_anything_ran
 from lorakin.compare.results import (
     DIVERGED,
     DONE,
@@ -22,8 +31,6 @@ from lorakin.compare.results import (
     ResultRow,
     Trial,
 )
-from lorakin.compare.schedule import Sweep, chosen, expected, rate, remaining, swept
-from lorakin.compare.study import check_ran
 from lorakin.errors import SettingError
 
 ARM = Arm("a", "a", MEMBER, "lora", 8, 2.0, lr=1e-3)
@@ -56,12 +63,12 @@ def valley(best: float) -> Callable[[float], float]:
 @pytest.mark.parametrize("place", [-3, -1, 0, 1, 2, 3, 5])
 def test_the_sweep_finds_the_bottom_wherever_it_lies(place: int) -> None:
     rows = run(valley(rate(1e-3, place)))
-    assert {row.trial.lr for row in chosen("a", rows)} == {rate(1e-3, place)}
-    assert sorted(row.trial.seed for row in chosen("a", rows)) == SEEDS
-    known = sorted(swept("a", rows))
+    assert {row.trial.lr for row in rows_at_best_rate("a", rows)} == {rate(1e-3, place)}
+    assert sorted(row.trial.seed for row in rows_at_best_rate("a", rows)) == SEEDS
+    known = sorted(sweep_losses("a", rows))
     if place > -3:  # further down than the sweep may go
         assert known[0] < rate(1e-3, place) < known[-1]
-    assert len(known) <= schedule.MOST
+    assert len(known) <= next_trials.MOST_RATES
 
 
 def test_all_rates_at_once_then_the_seeds() -> None:
@@ -86,27 +93,27 @@ def test_a_killed_comparison_ends_as_an_unbroken_one(killed: int) -> None:
 
 def test_what_diverges_counts_against_its_rate() -> None:
     rows = run(lambda lr: math.nan if lr > 2e-3 else valley(1e-3)(lr))
-    assert swept("a", rows)[3.2e-3] == math.inf
-    assert {row.trial.lr for row in chosen("a", rows)} == {1e-3}
+    assert sweep_losses("a", rows)[3.2e-3] == math.inf
+    assert {row.trial.lr for row in rows_at_best_rate("a", rows)} == {1e-3}
 
 
 def test_if_all_diverge_smaller_rates_are_tried_and_then_no_more() -> None:
     rows = run(lambda lr: math.nan)
-    assert len(rows) == schedule.MOST
-    assert min(swept("a", rows)) == rate(1e-3, -4)
-    assert chosen("a", rows) == []
+    assert len(rows) == next_trials.MOST_RATES
+    assert min(sweep_losses("a", rows)) == rate(1e-3, -4)
+    assert rows_at_best_rate("a", rows) == []
 
 
 def test_a_refused_arm_is_not_run_again_a_failed_trial_costs_its_rate() -> None:
     trial = Trial("a", SWEEP, 1e-3, 0)
     assert remaining(ARM, [ResultRow(trial, REFUSED, "no")], SEEDS, Sweep(), timed=False) == []
     assert remaining(dataclasses.replace(ARM, refused="no"), [], SEEDS, Sweep(), timed=False) == []
-    assert swept("a", [ResultRow(trial, FAILED, "killed")]) == {1e-3: math.inf}
+    assert sweep_losses("a", [ResultRow(trial, FAILED, "killed")]) == {1e-3: math.inf}
 
 
 def test_given_rates_are_all_that_is_tried() -> None:
     rows = run(valley(1.0), sweep=Sweep((1e-4, 1e-3)))
-    assert sorted(swept("a", rows)) == [1e-4, 1e-3]
+    assert sorted(sweep_losses("a", rows)) == [1e-4, 1e-3]
     assert len(rows) == 2 + 2
 
 
@@ -131,7 +138,7 @@ def test_expected_counts_down_to_nothing() -> None:
 
 def test_a_comparison_of_which_every_trial_failed_says_why() -> None:
     def check(*rows: ResultRow) -> None:
-        check_ran(
+        check_anything_ran(
             SimpleNamespace(
                 arms=[ARM, dataclasses.replace(ARM, name="b", title="b")],
                 results=SimpleNamespace(rows=rows),

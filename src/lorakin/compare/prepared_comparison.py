@@ -1,17 +1,17 @@
 """A comparison that is ready to run: its arms, its data, and the results so far.
 
-Its whole state is the results file. What to run next follows from the rows in it (`schedule`), so
-a comparison that was killed continues with the same command. `workers` runs the trials.
+Its whole state is the results file. What to run next follows from the rows in it (`next_trials`),
+so the same command resumes a comparison that was killed. `workers` runs the trials.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from lorakin.compare import schedule, split, trial
+from lorakin.compare import next_trials, split, trial
 from lorakin.compare.arms import BASE, FULL, Arm
 from lorakin.compare.comparison import LEAST_STEPS, Comparison
 from lorakin.compare.directory import DATA, TRIALS
@@ -21,16 +21,16 @@ from lorakin.training.recipe import Recipe
 
 
 @dataclasses.dataclass
-class Study:
+class PreparedComparison:
     """A comparison that is ready to run, or to be reported.
 
     Attributes:
-        comparison: what was asked for.
-        out: the directory.
-        arms: what is compared; plain LoRA is the first.
+        comparison: its options.
+        out: its directory.
+        arms: the arms; plain LoRA is the first.
         parts: how the data was split.
         results: the rows so far.
-        dtype: of the base model, such as "bfloat16".
+        dtype: the dtype of the base model, such as "bfloat16".
     """
 
     comparison: Comparison
@@ -47,25 +47,27 @@ class Study:
 
     def remaining(self) -> list[Trial]:
         """Returns the trials that can run now, sweeps before further seeds."""
-        found = [
+        trials = [
             trial
             for arm in self.arms
-            for trial in schedule.remaining(arm, self.results.rows, *self._plan)
+            for trial in next_trials.remaining(arm, self.results.rows, *self._how_chosen)
         ]
-        return sorted(found, key=lambda t: (t.stage == SEED, len(self._rows(t.arm))))
+        return sorted(trials, key=lambda t: (t.stage == SEED, len(self._rows(t.arm))))
 
     def expected(self) -> int:
         """Returns about how many trials are left."""
-        return sum(schedule.expected(arm, self.results.rows, *self._plan) for arm in self.arms)
+        return sum(
+            next_trials.expected(arm, self.results.rows, *self._how_chosen) for arm in self.arms
+        )
 
     @property
-    def _plan(self) -> tuple[list[int], schedule.Sweep, bool]:
-        """Seeds, sweep, and whether each arm is timed first."""
-        return self.seeds, self.comparison.sweeps, self.comparison.spent.steps is None
+    def _how_chosen(self) -> tuple[list[int], next_trials.Sweep, bool]:
+        """The seeds, the sweep, and whether each arm is timed first."""
+        return self.seeds, self.comparison.parsed_sweep, self.comparison.parsed_budget.steps is None
 
     def steps(self, arm: str) -> int:
         """Returns the steps of the arm's trials; before it is timed, the steps of the timing."""
-        budget = self.comparison.spent
+        budget = self.comparison.parsed_budget
         if budget.steps is not None:
             return budget.steps
         timings = (row for row in self._rows(arm) if row.trial.stage == TIMING)
@@ -74,10 +76,10 @@ class Study:
             return trial.TIMED_STEPS
         return budget.steps_in(timing.step_seconds)
 
-    def job(self, what: Trial, device: str, threads: int) -> trial.TrialJob:
+    def trial_job(self, next_trial: Trial, device: str, threads: int) -> trial.TrialJob:
         """Returns what the trial's process needs to know."""
-        arm = next(arm for arm in self.arms if arm.name == what.arm)
-        steps = trial.TIMED_STEPS if what.stage == TIMING else self.steps(arm.name)
+        arm = next(arm for arm in self.arms if arm.name == next_trial.arm)
+        steps = trial.TIMED_STEPS if next_trial.stage == TIMING else self.steps(arm.name)
         fields = {**self.comparison.recipe, "dtype": self.dtype, **arm.recipe}
         # The parts are written in their format's own columns.
         fields |= {"columns": {}, "format": self.parts.format}
@@ -85,40 +87,40 @@ class Study:
             model=self.comparison.model,
             data=[str(self.out / DATA / split.TRAIN)],
             eval_data=str(self.out / DATA / split.TUNE),
-            out=str(self.out / TRIALS / what.name),
+            out=str(self.out / TRIALS / next_trial.name),
             method=arm.words,
             settings=arm.settings(steps),
-            lr=what.lr,
+            lr=next_trial.lr,
             steps=steps,
-            seed=what.seed,
+            seed=next_trial.seed,
             save_every=0,
             labels=self.parts.labels,
             **fields,
         )
         return trial.TrialJob(
-            trial=what,
+            trial=next_trial,
             recipe=recipe,
             report_data=str(self.out / DATA / split.REPORT),
             device=device,
             threads=threads,
-            keep=arm.name not in (FULL, BASE) and what.stage != TIMING,
+            keep=arm.name not in (FULL, BASE) and next_trial.stage != TIMING,
         )
 
-    def take(self, row: ResultRow) -> None:
+    def record_result(self, row: ResultRow) -> None:
         """Records how a trial ended, and deletes adapters that are no longer their arm's best."""
         if row.trial.stage == TIMING and row.status == DONE:
             row = self._with_enough_steps(row)
         self.results.add(row)
 
-        mine = self._rows(row.trial.arm)
-        kept = {row.trial.name for row in schedule.chosen(row.trial.arm, mine)}
-        for other in mine:
-            if other.trial.name not in kept:
+        rows = self._rows(row.trial.arm)
+        best = {row.trial.name for row in next_trials.rows_at_best_rate(row.trial.arm, rows)}
+        for other in rows:
+            if other.trial.name not in best:
                 shutil.rmtree(self.out / TRIALS / other.trial.name, ignore_errors=True)
 
     def _with_enough_steps(self, timing: ResultRow) -> ResultRow:
         """Refuses an arm whose steps are too slow for the budget."""
-        steps = self.comparison.spent.steps_in(timing.step_seconds)
+        steps = self.comparison.parsed_budget.steps_in(timing.step_seconds)
         if steps >= LEAST_STEPS:
             return timing
         why = (
@@ -131,20 +133,22 @@ class Study:
         return [row for row in self.results.rows if row.trial.arm == arm]
 
 
-def check_ran(study: Study) -> None:
+def check_anything_ran(comparison_run: PreparedComparison) -> None:
     """Checks that at least one arm that trains could run.
 
     Raises:
         SettingError: each such arm was refused, or all its trials failed.
     """
-    reasons = [_why_not(arm, study.results.rows) for arm in study.arms if arm.lr is not None]
+    trained = (arm for arm in comparison_run.arms if arm.lr is not None)
+    reasons = [_failure(arm, comparison_run.results.rows) for arm in trained]
     if all(reasons):
         raise SettingError(f"nothing could be run: {reasons[0]}")
 
 
-def _why_not(arm: Arm, rows: Iterable[ResultRow]) -> str:
-    mine = [row for row in rows if row.trial.arm == arm.name]
-    if refused := schedule.refusal(arm, mine):
+def _failure(arm: Arm, rows: Sequence[ResultRow]) -> str:
+    """Returns why no trial of the arm has run to its end; "" if one has or still can."""
+    rows = [row for row in rows if row.trial.arm == arm.name]
+    if refused := next_trials.refusal(arm, rows):
         return refused
-    failed = bool(mine) and all(row.status == FAILED for row in mine)
-    return f"every trial of {arm.title} failed: {mine[0].reason}" if failed else ""
+    failed = bool(rows) and all(row.status == FAILED for row in rows)
+    return f"every trial of {arm.title} failed: {rows[0].reason}" if failed else ""

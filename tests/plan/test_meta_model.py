@@ -13,7 +13,7 @@ from torch import nn
 import lorakin as lk
 from lorakin.errors import ModelError
 from lorakin.family import Method, method_named
-from lorakin.plan.skeleton import built, skeleton, trainable_parameters
+from lorakin.plan.meta_model import meta_model, meta_model_of, trainable_parameters
 from lorakin.training.models import config_of
 from plan.small import small
 
@@ -39,14 +39,14 @@ LLAMA_3B = transformers.LlamaConfig(
     ],
 )
 def test_a_skeleton_counts_as_the_papers_do(member: Any, count: int) -> None:
-    model = built(LLAMA_3B, torch.bfloat16)
+    model = meta_model(LLAMA_3B, torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 3_212_749_824
     assert trainable_parameters(model, Method.of(member), ["q_proj", "v_proj"]) == count
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
 def test_a_method_with_a_probe_is_counted_from_above() -> None:
-    model = built(small(8))
+    model = meta_model(small(8))
     bound = trainable_parameters(model, method_named("lora-drop", {"rank": 4}))
     plain = trainable_parameters(model, method_named("lora", {"rank": 4}))
     paths = [
@@ -61,7 +61,7 @@ def test_a_method_with_a_probe_is_counted_from_above() -> None:
 
 
 def test_a_skeleton_takes_no_memory_and_ties_what_is_tied() -> None:
-    model = skeleton("smollm2", "bfloat16")
+    model = meta_model_of("smollm2", "bfloat16")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert all(p.is_meta for p in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -78,4 +78,4 @@ def test_a_gguf_file_is_not_converted_for_its_config(
 
 def test_a_model_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="./nowhere"):
-        skeleton("./nowhere")
+        meta_model_of("./nowhere")

@@ -1,4 +1,7 @@
-"""Makes a model without weights from its config alone, for all that only shapes decide."""
+"""Makes a model on the meta device, without weights, from its config alone.
+
+It tells everything that only shapes decide, such as how many parameters a method trains.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from lorakin.training.models import config_of
 from lorakin.training.precision import DTYPES, resolve_dtype
 
 
-def skeleton(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Any:
+def meta_model_of(name: str, dtype: str = "auto", labels: Sequence[str] | None = None) -> Any:
     """Returns the model of `load_model(name, dtype, labels)` on the meta device.
 
     Only the config is read; of a hub id only config.json is fetched.
@@ -38,14 +41,14 @@ def skeleton(name: str, dtype: str = "auto", labels: Sequence[str] | None = None
     """
     config = config_of(name, labels)
     chosen = resolve_dtype(dtype, classification=labels is not None)
-    return built(config, DTYPES.get(chosen), labels is not None)
+    return meta_model(config, DTYPES.get(chosen), labels is not None)
 
 
-def built(config: Any, dtype: torch.dtype | None = None, classifier: bool = False) -> Any:
+def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool = False) -> Any:
     """Returns the model of a transformers config on the meta device.
 
     >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
-    >>> built(config).lm_head.weight.device
+    >>> meta_model(config).lm_head.weight.device
     device(type='meta')
 
     Args:
@@ -71,46 +74,49 @@ def built(config: Any, dtype: torch.dtype | None = None, classifier: bool = Fals
 
 
 def give_tensors(model: nn.Module) -> None:
-    """Gives a skeleton empty tensors on the CPU, with the same ties.
+    """Gives a meta model empty tensors on the CPU, with the same ties.
 
     Under `FakeTensorMode` they take no memory.
     """
-    made: dict[int, torch.Tensor] = {}
+    by_id: dict[int, torch.Tensor] = {}
     for module in model.modules():
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in holders:
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
+                if tensor is not None and id(tensor) not in by_id:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    trains = tensor.requires_grad
-                    made[id(tensor)] = (
-                        nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
-                    )
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, tensor.requires_grad)
+                    by_id[id(tensor)] = empty
                 if tensor is not None:
-                    tensors[name] = made[id(tensor)]
+                    tensors[name] = by_id[id(tensor)]
 
 
 def trainable_parameters(
-    model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **where: Any
+    model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **selection: Any
 ) -> int:
-    """Returns how many numbers `method` trains in `model`, which is left as it was.
+    """Returns how many parameters `method` trains in `model`, which is left as it was.
 
     >>> from lorakin.family import method_named
     >>> config = transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
-    >>> trainable_parameters(built(config), method_named("lora", {"rank": 1}), "c_attn")
+    >>> trainable_parameters(meta_model(config), method_named("lora", {"rank": 1}), "c_attn")
     16
 
     Args:
-        model: a skeleton or a real model.
+        model: a meta model or a real one.
         method: the method. If it chooses its modules by a probe, this counts the most that it can
-            train (see `supposed`).
-        targets, where: as for `lorakin.adapt`.
+            train (see `with_assumed_importance`).
+        targets, selection: as for `lorakin.adapt`.
 
     Raises:
         LorakinError: the method cannot run on this model.
     """
     adapter = adapt(
-        model, supposed(model, method, targets, **where), targets, name="counted", **where
+        model,
+        with_assumed_importance(model, method, targets, **selection),
+        targets,
+        name="counted",
+        **selection,
     )
     try:
         return adapter.trainable_parameters
@@ -118,8 +124,8 @@ def trainable_parameters(
         adapter.remove()
 
 
-def supposed(
-    model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **where: Any
+def with_assumed_importance(
+    model: nn.Module, method: Method, targets: Targets = ALL_LINEAR, **selection: Any
 ) -> Method:
     """Returns `method` with the worst result that its probe, if it has one, could have.
 
@@ -128,24 +134,24 @@ def supposed(
     """
     if method.needed_probe is None:
         return method
-    places: dict[str, Any] = {"layer_indices": where.get("layers")} | {
-        k: v for k, v in where.items() if k in PLACES
+    arguments: dict[str, Any] = {"layer_indices": selection.get("layers")} | {
+        k: v for k, v in selection.items() if k in SAME_NAMES
     }
-    paths = placement.choose_modules(model, method.for_probe(), targets, **places).methods
+    paths = placement.choose_modules(model, method.for_probe(), targets, **arguments).methods
     check_called(model, paths)
     shapes = {path: placement.target_of(module_at(model, path)).shape for path in paths}
     ranked = sorted(shapes, key=lambda path: -(shapes[path].inputs + shapes[path].outputs))
     return method.with_importance(_almost_equal(ranked))
 
 
-PLACES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
-"""Arguments with the same name in `adapt` and `placement.choose_modules`."""
+SAME_NAMES = {"exclude", "rank_pattern", "alpha_pattern", "modules_to_save", "rank_above"}
+"""Arguments with the same name in `adapt` and in `placement.choose_modules`."""
 
 
 def _almost_equal(ranked: Sequence[str]) -> Mapping[str, float]:
     """Returns shares that sum to 1 and fall by a hair, so that they have an order."""
     count = len(ranked)
     return {
-        path: (1 + 1e-6 * ((count - 1) / 2 - place) / count) / count
-        for place, path in enumerate(ranked)
+        path: (1 + 1e-6 * ((count - 1) / 2 - position) / count) / count
+        for position, path in enumerate(ranked)
     }

@@ -272,14 +272,14 @@ class Adapter(InsertedAdapter):
                 f"adapter {self.name!r} is merged; unmerge it before restoring it from {path}"
             )
         files = directory.read(Path(path))
-        if (other := files.beside.rewritten) is not None:
+        if (other := files.lorakin.rewritten) is not None:
             raise AdapterError(
-                f"{path}: {other} is not the one that {directory.OWN} was written with, so "
-                "training cannot go on from it. To restore what PEFT's files say, without what "
-                f"training remembers, remove {directory.OWN}"
+                f"{path}: {other} is not the one that {directory.LORAKIN_JSON} was written with, "
+                "so training cannot be resumed from it. To restore what PEFT's files say, without "
+                f"what training remembers, remove {directory.LORAKIN_JSON}"
             )
         document = files.match(self.model)
-        if not self._is_as(document.placement, training=files.own is not None):
+        if not self._is_as(document.placement, training=files.lorakin_part is not None):
             raise AdapterError(
                 f"{path}: it holds another adapter than {self!r}: {document.placement.method}"
             )
@@ -287,7 +287,7 @@ class Adapter(InsertedAdapter):
         with torch.no_grad():
             for at, tensors in document.slots.items():
                 self.tensors.branch(at).overwrite(tensors)
-            for at, state in document.copies.items():
+            for at, state in document.whole_modules.items():
                 self.tensors.copy_of(at).load_state_dict(state)
             for at, rows in document.rows.items():
                 self.tensors.rows_at(at).copy_(rows)

@@ -26,7 +26,7 @@ from lorakin.loading import insert_document
 from lorakin.storage.document import Document
 from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match
-from lorakin.storage.plain import of_pairs as document_of_pairs
+from lorakin.storage.plain import document_of_pairs
 
 RANK_MULTIPLE = 8
 """Portable ranks are multiples of this, which suits the kernels that serve them."""
@@ -148,7 +148,7 @@ def insert_pairs(
     """
     slots = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
     document = document_of_pairs(
-        model, slots, copies=copies, rows=rows, biases=biases, buffers=buffers
+        model, slots, whole_modules=copies, rows=rows, biases=biases, buffers=buffers
     )
     return _insert_copied(model, name, document, f"adapter {name!r}")
 

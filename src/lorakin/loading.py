@@ -53,14 +53,14 @@ def insert_document(
     adapter = Adapter(model, name, document.placement)
     if trainable:
         adapter.install(
-            document.masters(),
-            document.copies,
+            document.float32_copies(),
+            document.whole_modules,
             rows=widened(document.rows),
-            biases=document.bias_masters(),
+            biases=document.float32_biases(),
         )
     else:
         adapter.install(
-            document.slots, document.copies, document.buffers, document.rows, document.biases
+            document.slots, document.whole_modules, document.buffers, document.rows, document.biases
         )
     if trainable:
         adapter.tensors.take_buffers(document.buffers)

@@ -76,7 +76,7 @@ def test_every_member_has_a_page(kind: type[Member], tmp_path: Path) -> None:
     text = page_of(adapter)
     assert "<h1>Adapter adapter</h1>" in text
     assert kind.word in text
-    assert ("‖up·down‖ by layer and module" in text) == summarise(adapter).gained
+    assert ("‖up·down‖ by layer and module" in text) == summarise(adapter).has_gain
     for norm in summarise(adapter).norms.values():
         assert f">{norm:.3g}<" in text
     assert ("magnitudes, one for each output" in text) == any(

@@ -275,9 +275,9 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
         loaded = lk.load(tiny_llama(), tmp_path)
     assert loaded.method.words == "lora"
     assert torch.equal(loaded.tensors.branch(path).B, adapter.tensors.branch(path).B + 1)
-    own_part = json.loads((tmp_path / "lorakin.json").read_text())
-    own_part["beside"] = {}
-    (tmp_path / "lorakin.json").write_text(json.dumps(own_part))
+    lorakin_json = json.loads((tmp_path / "lorakin.json").read_text())
+    lorakin_json["beside"] = {}
+    (tmp_path / "lorakin.json").write_text(json.dumps(lorakin_json))
     with pytest.raises(lk.AdapterError, match="B"):
         lk.load(tiny_llama(), tmp_path)
 

@@ -247,7 +247,9 @@ def test_an_upload_is_what_save_writes(hub: Hub, tmp_path: Path, ids: Tensor) ->
     readme, other = files.pop(card.CARD).decode(), local.pop(card.CARD)
     assert files == local
     assert (
-        'lk.load(model, "org/mine")' in readme and b"org/mine" not in other and card.is_own(readme)
+        'lk.load(model, "org/mine")' in readme
+        and b"org/mine" not in other
+        and card.is_generated(readme)
     )
     files[card.CARD] = readme.encode()
     again = tiny_llama()

@@ -20,7 +20,7 @@ children = multiprocessing.get_context("fork")
 
 
 def hold_until_told(path: Path, ready: Any) -> None:
-    kept = locks.hold(path)
+    kept = locks.acquire(path)
     ready.send(os.getpid())
     time.sleep(60)
     kept.release()
@@ -40,10 +40,10 @@ def holder(tmp_path: Path) -> Any:
 
 def test_one_at_a_time_until_its_process_is_killed(holder: Any, tmp_path: Path) -> None:
     with pytest.raises(locks.LockTaken, match=f"process {holder.pid} on "):
-        locks.hold(tmp_path / "lock")
+        locks.acquire(tmp_path / "lock")
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    locks.hold(tmp_path / "lock", wait=5).release()
+    locks.acquire(tmp_path / "lock", wait=5).release()
     assert not list(tmp_path.iterdir())
 
 
@@ -52,7 +52,7 @@ def test_a_child_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
     parent_sends, here = children.Pipe()
 
     def parent() -> None:
-        lock = locks.hold(tmp_path / "lock")
+        lock = locks.acquire(tmp_path / "lock")
         if (grandchild := os.fork()) == 0:
             time.sleep(30)
             os._exit(0)
@@ -65,21 +65,21 @@ def test_a_child_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
     grandchild = parent_sends.recv()
     try:
         with pytest.raises(locks.LockTaken):
-            locks.hold(tmp_path / "lock")
+            locks.acquire(tmp_path / "lock")
         child.kill()
         child.join()
-        locks.hold(tmp_path / "lock").release()
+        locks.acquire(tmp_path / "lock").release()
     finally:
         os.kill(grandchild, signal.SIGKILL)
 
 
 def test_of_one_process_too(tmp_path: Path) -> None:
-    with locks.held(tmp_path / "lock"):
+    with locks.locked(tmp_path / "lock"):
         with pytest.raises(locks.LockTaken):
-            locks.hold(tmp_path / "lock")
-    kept = locks.hold(tmp_path / "lock")
+            locks.acquire(tmp_path / "lock")
+    kept = locks.acquire(tmp_path / "lock")
     del kept
-    locks.hold(tmp_path / "lock").release()
+    locks.acquire(tmp_path / "lock").release()
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_threads_take_turns(tmp_path: Path) -> None:
 
     def turns() -> None:
         for _ in range(30):
-            with locks.held(tmp_path / "lock", wait=30):
+            with locks.locked(tmp_path / "lock", wait=30):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 time.sleep(0.0005)
@@ -112,14 +112,14 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(locks, "_lock", no_locks)
     with pytest.warns(LorakinWarning, match="locks"):
-        locks.hold(tmp_path / "lock").release()
+        locks.acquire(tmp_path / "lock").release()
     with pytest.raises(FileNotFoundError):
-        locks.hold(tmp_path / "nowhere" / "lock")
+        locks.acquire(tmp_path / "nowhere" / "lock")
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match=r"symbolic links|ELOOP"):
-        locks.hold(tmp_path / "lock")
+        locks.acquire(tmp_path / "lock")
     assert (tmp_path / "precious").read_text() == "mine"

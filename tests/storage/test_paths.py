@@ -18,13 +18,13 @@ NAMES = ["a" * 300, "d/" * 3000, "a\0b", "~nobody-of-that-name/x", "\ud800"]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_no_path(name: str) -> None:
     with pytest.raises(lk.SettingError, match="--out"):
-        paths.named(name, "--out")
+        paths.user_path(name, "--out")
 
 
 def test_names_that_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert paths.named("~/ä b\udcff", "--out") == tmp_path / "ä b\udcff"
-    assert paths.named("a" * 255, "--out") == Path("a" * 255)
+    assert paths.user_path("~/ä b\udcff", "--out") == tmp_path / "ä b\udcff"
+    assert paths.user_path("a" * 255, "--out") == Path("a" * 255)
 
 
 @pytest.mark.parametrize("name", NAMES[:4])

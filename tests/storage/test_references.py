@@ -19,7 +19,7 @@ from conftest import MEMBERS, randomise, tiny_llama, tiny_mixtral
 from lorakin.family import member_named, refusal_of_members
 from lorakin.storage import directory
 from lorakin.storage.references import Packing, TensorReference, unpacked
-from lorakin.storage.schema import Misfit
+from lorakin.storage.schema import SchemaError
 
 OURS, THEIRS = "lorakin.safetensors", "adapter_model.safetensors"
 METHODS = [(word,) for word in MEMBERS] + [
@@ -222,10 +222,10 @@ def test_a_range_that_is_not_there(change: dict[str, Any]) -> None:
     [{"rows": [-1, 2]}, {"rows": [1]}, {"file": "other"}, {"dtype": "int8"}, {"strange": 1}],
 )
 def test_what_is_no_reference(change: dict[str, Any]) -> None:
-    from lorakin.storage.schema import fitted
+    from lorakin.storage.schema import checked
 
-    with pytest.raises(Misfit):
-        fitted(TensorReference, {"tensor": KEY, **change})
+    with pytest.raises(SchemaError):
+        checked(TensorReference, {"tensor": KEY, **change})
 
 
 def test_files_of_format_1_are_read(tmp_path: Path, edit_own: Callable[..., None]) -> None:
@@ -247,7 +247,7 @@ def test_files_of_format_1_are_read(tmp_path: Path, edit_own: Callable[..., None
 @pytest.fixture
 def edit_own() -> Callable[..., None]:
     from lorakin.storage.json_files import sha256
-    from lorakin.storage.own_part import checksum
+    from lorakin.storage.lorakin_part import checksum
 
     def edit(folder: Path, **changes: Any) -> None:
         said = json.loads((folder / "lorakin.json").read_text()) | changes

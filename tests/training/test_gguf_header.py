@@ -19,7 +19,7 @@ import lorakin as lk
 import soak
 from lorakin.serving.gguf_adapter import read_adapter, write_adapter
 from lorakin.serving.gguf_model import write_model
-from lorakin.training import conversions, gguf_header, models
+from lorakin.training import gguf_cache, gguf_header, models
 from serving.gguf_models import tiny
 from serving.words import byte_tokenizer
 
@@ -186,9 +186,9 @@ def test_tensors_that_are_left_out_are_said(tmp_path: Path) -> None:
         write_model(
             tmp_path / "plain.gguf", plain.config, tmp_path, plain.state_dict(), dtype="f32"
         )
-        conversions._read(tmp_path / "plain.gguf")
+        gguf_cache._read(tmp_path / "plain.gguf")
     with pytest.warns(lk.errors.LorakinWarning, match="LlamaForCausalLM"):
-        conversions._read(tmp_path / "m.gguf")
+        gguf_cache._read(tmp_path / "m.gguf")
 
 
 class Mutations:
@@ -294,7 +294,7 @@ def test_mutated_files_end_in_one_sentence(whole: bytes, tmp_path: Path) -> None
                 warnings.simplefilter("ignore")
                 if number % 3 == 0:
                     models.config_of(str(path))
-                conversions._read(path)
+                gguf_cache._read(path)
         except lk.ModelError as error:
             refused.append((number, kind, str(error)))
         except BaseException as error:

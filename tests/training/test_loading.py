@@ -164,7 +164,7 @@ def test_the_door_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     loading.config("x", trust_remote_code=True)
     loading.tokenizer("x", trust_remote_code=True)
     loading.model(Loader, "x", trust_remote_code=True)
-    loading.made(Loader, "x", trust_remote_code=True)
+    loading.from_config(Loader, "x", trust_remote_code=True)
     assert [options["trust_remote_code"] for options in given] == [False] * 4
 
 
@@ -210,7 +210,7 @@ def test_an_adapter_beside_a_hub_id_is_said_too(
         models._size("org/name")
     assert asked == [("org/name", "adapter_config.json")]
     monkeypatch.undo()
-    assert not loading.holds("org/nothing-of-the-kind", "adapter_config.json")
+    assert not loading.hub_has_file("org/nothing-of-the-kind", "adapter_config.json")
 
 
 def test_merging_does_not_carry_the_adapter_along(
@@ -236,7 +236,7 @@ def test_merging_does_not_carry_the_adapter_along(
 def test_what_libraries_say_becomes_one_sentence(error: Exception) -> None:
     with (
         pytest.raises(lk.ModelError) as caught,
-        loading.readable("model 'm' cannot be loaded"),
+        loading.as_model_error("model 'm' cannot be loaded"),
     ):
         raise error
     assert "\n" not in str(caught.value) and caught.value.__cause__ is error
@@ -246,7 +246,7 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_and_ctrl_c_is_not() -> No
     class PanicException(BaseException):  # as pyo3 makes them
         pass
 
-    with pytest.raises(lk.ModelError, match="panicked"), loading.readable("x"):
+    with pytest.raises(lk.ModelError, match="panicked"), loading.as_model_error("x"):
         raise PanicException("panicked")
-    with pytest.raises(KeyboardInterrupt), loading.readable("x"):
+    with pytest.raises(KeyboardInterrupt), loading.as_model_error("x"):
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import torch
 import lorakin as lk
 from conftest import tiny_llama
 from lorakin.inject.quantised import is_quantised
-from lorakin.training import conversions, model_sources, models, precision
+from lorakin.training import gguf_cache, model_sources, models, precision
 from lorakin.training.generate import answer
 
 
@@ -29,7 +29,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     with pytest.raises(lk.ModelError, match="GGUF"):
         models.load_model(str(tmp_path / "x.gguf"))
-    assert not list(conversions.cache_directory().glob(".converting*"))
+    assert not list(gguf_cache.cache_directory().glob(".converting*"))
 
 
 def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def command(
     from lorakin.training import train as training
     from lorakin.training.recipe import Recipe
 
-    out = paths.named(out, "--out")
+    out = paths.user_path(out, "--out")
     console = console_for(False)
     console.print(
         labelled(

@@ -62,7 +62,7 @@ def command(
         return
     title = (
         "‖up·down‖ by layer and module, without the magnitudes"
-        if summary.gained
+        if summary.has_gain
         else "‖ΔW‖ by layer and module"
     )
     title += "; a parameter's experts together" if summary.has_experts else ""
@@ -72,6 +72,6 @@ def command(
     table = Table("layer", title=title, padding=(0, 1, 0, 0), box=SIMPLE)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold")
-    for layer, norms in by_layer(summary.norms_together).items():
+    for layer, norms in by_layer(summary.norms_by_stack).items():
         table.add_row(layer, *(f"{norms[c]:.3g}" if c in norms else "" for c in columns))
     console.print(table)

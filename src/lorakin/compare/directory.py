@@ -21,7 +21,7 @@ from lorakin.compare.comparison import Comparison
 from lorakin.compare.split import Parts
 from lorakin.errors import OutputError, SettingError
 from lorakin.storage import atomic, locks, paths
-from lorakin.storage.schema import Misfit, fitted, shown
+from lorakin.storage.schema import SchemaError, checked, short_repr
 from lorakin.training.yaml_values import read_yaml
 
 SETTINGS, RESULTS, REPORT, LOCK = "comparison.yaml", "results.jsonl", "report.html", ".lock"
@@ -45,11 +45,11 @@ def locked(comparison: Comparison) -> Iterator[None]:
         OutputError: another process holds it, or the directory cannot be made or used.
         SettingError: it holds a comparison with other options.
     """
-    out = paths.named(comparison.out, "--out")
+    out = paths.user_path(comparison.out, "--out")
     check_out(comparison, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = locks.hold(out / LOCK)
+        lock = locks.acquire(out / LOCK)
     except locks.LockTaken as error:
         raise OutputError(f"--out {out} is in use by another lorakin compare ({error})") from None
     except OSError as error:
@@ -81,8 +81,9 @@ def check_out(comparison: Comparison, out: Path) -> bool:
     for name, value in comparison.as_dict().items():
         if options.get(name) != value:
             raise SettingError(
-                f"--out {out} holds another comparison: its {name} is {shown(options.get(name))}, "
-                f"not {value!r}; give the same options to continue it, or choose another --out"
+                f"--out {out} holds another comparison: its {name} is "
+                f"{short_repr(options.get(name))}, not {value!r}; give the same options to continue "
+                "it, or choose another --out"
             )
     return True
 
@@ -110,12 +111,12 @@ def saved_in(out: Path) -> Saved:
     """
     content = read_yaml(out / SETTINGS, "the comparison")
     try:
-        options: dict[str, Any] = fitted(dict[str, Any], content)
+        options: dict[str, Any] = checked(dict[str, Any], content)
         parts, dtype = options.pop("parts", None), options.pop("dtype", None)
-        saved: Saved = fitted(Saved, {"options": options, "parts": parts, "dtype": dtype})
+        saved: Saved = checked(Saved, {"options": options, "parts": parts, "dtype": dtype})
         return saved
-    except Misfit as misfit:
-        raise SettingError(f"{out / SETTINGS} does not describe a comparison: {misfit}") from None
+    except SchemaError as error:
+        raise SettingError(f"{out / SETTINGS} does not describe a comparison: {error}") from None
 
 
 def save(out: Path, comparison: Comparison, parts: Parts, dtype: str) -> None:

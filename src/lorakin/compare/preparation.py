@@ -41,7 +41,7 @@ def prepare(comparison: Comparison, console: Console) -> PreparedComparison:
     Raises:
         LorakinError: something is wrong, or plain LoRA cannot run.
     """
-    out = paths.named(comparison.out, "--out")
+    out = paths.user_path(comparison.out, "--out")
     resumed = directory.check_out(comparison, out)
     options, comparison = comparison, within_positions(comparison)
     if resumed:

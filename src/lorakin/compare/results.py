@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from lorakin.errors import DataError
 from lorakin.storage import files
-from lorakin.storage.schema import Check, Count, Misfit, Positive, fitted
+from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 
 DONE: Final = "done"
 DIVERGED: Final = "diverged"
@@ -153,9 +153,9 @@ class ResultRow:
             ValueError: the line is not JSON, or not a row.
             RecursionError: it is nested too deeply.
         """
-        row: ResultRow = fitted(cls, json.loads(line))
+        row: ResultRow = checked(cls, json.loads(line))
         if (row.trial.lr is None) != (row.trial.stage == UNTRAINED):
-            raise Misfit(f"trial.lr is {row.trial.lr!r} in a trial of stage {row.trial.stage}")
+            raise SchemaError(f"trial.lr is {row.trial.lr!r} in a trial of stage {row.trial.stage}")
         return row
 
 
@@ -170,7 +170,7 @@ class Results:
         """
         self.path = path
         self.rows: list[ResultRow] = []
-        content = files.content(path, MOST_BYTES, DataError) if path.exists() else b""
+        content = files.read_limited(path, MOST_BYTES, DataError) if path.exists() else b""
         complete = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(complete.decode("utf-8", errors="replace").splitlines(), 1):
             try:
@@ -184,7 +184,7 @@ class Results:
 
     def add(self, row: ResultRow) -> None:
         """Appends a row and flushes it to disk."""
-        with files.appending(self.path) as file:
+        with files.open_for_append(self.path) as file:
             file.write(row.as_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

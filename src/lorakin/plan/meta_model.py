@@ -66,9 +66,9 @@ def meta_model(config: Any, dtype: torch.dtype | None = None, classifier: bool =
     )
     kind = "classifier" if classifier else "causal language model"
     what = f"{type(config).__name__} is the config of no {kind}"
-    with loading.readable(what), torch.device("meta"), warnings.catch_warnings():
+    with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-        return loading.made(
+        return loading.from_config(
             auto, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32
         )
 

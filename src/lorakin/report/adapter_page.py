@@ -61,9 +61,9 @@ def _change(summary: Summary) -> list[Block]:
         return [Paragraph(NO_PAIR)]
     if not any(summary.norms.values()):
         return [Paragraph(UNTRAINED)]
-    notes = [MAGNITUDES] * summary.gained + [TOO_WIDE] * _shared(summary)
-    change = "up·down" if summary.gained else "ΔW"
-    return [heatmaps.change_by_layer(summary.norms_together, of=change, note=" ".join(notes))]
+    notes = [MAGNITUDES] * summary.has_gain + [TOO_WIDE] * _shared(summary)
+    change = "up·down" if summary.has_gain else "ΔW"
+    return [heatmaps.change_by_layer(summary.norms_by_stack, of=change, note=" ".join(notes))]
 
 
 def _spectra(summary: Summary) -> list[Section]:

@@ -21,7 +21,7 @@ from lorakin.report.cost_chart import Cost, pareto
 from lorakin.report.magnitude_direction import Point, magnitude_direction
 from lorakin.report.page import Block, Code, Figure, Paragraph, Section
 from lorakin.report.rank_history import ranks_over_time
-from lorakin.storage.summary import place_of
+from lorakin.storage.summary import layer_and_name
 from lorakin.terminal import command
 
 TITLE = "Which method, on this model and data?"
@@ -176,7 +176,7 @@ def _has_scatter(s: Standing) -> bool:
 
 def _points(runs: Sequence[tuple[Standing, ResultRow]]) -> list[Point]:
     return [
-        Point(s.arm.title, *place_of(path), step, magnitude, direction)
+        Point(s.arm.title, *layer_and_name(path), step, magnitude, direction)
         for s, row in runs
         for step, moves in row.moves
         for path, (magnitude, direction) in moves.items()

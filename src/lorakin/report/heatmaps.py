@@ -16,7 +16,7 @@ import altair as alt
 
 from lorakin.report.page import Cell, Column, Figure, Table
 from lorakin.report.vega import BARE, ROW_HEIGHT, colour, data, tooltip
-from lorakin.storage.summary import place_of
+from lorakin.storage.summary import layer_and_name
 
 ACROSS = alt.Axis(labelAngle=0, labelOverlap="parity", labelSeparation=6, ticks=False, domain=False)
 
@@ -195,7 +195,7 @@ def places_of(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
     >>> places_of(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
     {'model.layers.0.mlp.up_proj': ('0', 'up_proj'), 'model.layers.1.mlp.up_proj': ('1', 'up_proj')}
     """
-    found = {path: place_of(path) for path in paths}
+    found = {path: layer_and_name(path) for path in paths}
     if len(set(found.values())) < len(found):
         # Two towers, such as an encoder and a decoder: their layers have the same numbers.
         found = {

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from lorakin.family import Pair
-from lorakin.storage.summary import place_of
+from lorakin.storage.summary import layer_and_name
 
 ENERGY = 0.99
 """The share of ‖ΔW‖² that a suggested rank keeps.
@@ -119,7 +119,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> RankPattern:
 
 def _kind_of(path: str) -> tuple[str, str]:
     """Splits a path into what comes before the layer, and the module's name in the layer."""
-    layer, name = place_of(path)
+    layer, name = layer_and_name(path)
     return path.removesuffix(f"{layer}.{name}").rstrip("."), name
 
 
@@ -138,7 +138,7 @@ def _candidates(paths: Sequence[str]) -> Iterator[str]:
     yield re.escape(name.rpartition(".")[2])
     yield re.escape(name)
     numbers = sorted(
-        (place_of(path)[0] for path in paths), key=lambda number: (len(number), number)
+        (layer_and_name(path)[0] for path in paths), key=lambda number: (len(number), number)
     )
     layers = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
     yield rf"{re.escape(before.rpartition('.')[2])}\.{layers}\.{re.escape(name)}"

@@ -9,8 +9,8 @@ from typing import Any
 import transformers
 
 from lorakin.errors import ModelError
+from lorakin.training.base_class import own_class
 from lorakin.training.endings import stops
-from lorakin.training.kinds import own_class
 from lorakin.training.models import config_of, load_tokenizer
 
 FILE = "generation_config.json"

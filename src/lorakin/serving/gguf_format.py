@@ -115,7 +115,7 @@ def architecture_of(config: Any) -> Architecture:
 def skeleton(config: Any) -> nn.Module:
     """Returns the causal language model of `config`, without memory for its weights."""
     with torch.device("meta"):
-        model: nn.Module = loading.made(
+        model: nn.Module = loading.from_config(
             transformers.AutoModelForCausalLM, config, attn_implementation="eager"
         )
     return model

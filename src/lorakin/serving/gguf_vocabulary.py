@@ -98,7 +98,7 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
         ModelError: there is no tokenizer, it has more tokens than `size`, or llama.cpp has no form
             for it.
     """
-    with loading.readable(f"{directory} has no tokenizer that can be loaded"):
+    with loading.as_model_error(f"{directory} has no tokenizer that can be loaded"):
         tokenizer = loading.tokenizer(directory, local_files_only=True)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
     tokenizer.chat_template = template or tokenizer.chat_template

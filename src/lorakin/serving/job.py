@@ -15,9 +15,9 @@ from lorakin.errors import SettingError
 from lorakin.family.low_rank import Fit
 from lorakin.storage import directory
 from lorakin.switching import adapters
+from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
-from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.limits import check_rows, places
 from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
@@ -50,7 +50,7 @@ class Order:
 class ExportJob:
     """An order under way: the base with its adapter, loaded when first asked for."""
 
-    def __init__(self, order: Order, files: directory.Files, name: str) -> None:
+    def __init__(self, order: Order, files: directory.AdapterFiles, name: str) -> None:
         self.order = order
         self.files = files
         self.name = name
@@ -75,7 +75,7 @@ class ExportJob:
         """Frees the model's memory; it is loaded again when asked for."""
         self._loaded = None
 
-    def kind(self) -> BaseKind:
+    def kind(self) -> BaseClass:
         """Returns what the base is loaded as."""
         return kind_for(self.files, config_of(self.name), recipe_labels(self.files))
 

@@ -20,11 +20,11 @@ from lorakin.inject.ties import FLAG, Parting, groups
 from lorakin.inject.trainable_tokens import ids_at
 from lorakin.serving.other_files import beside, copy_beside
 from lorakin.serving.tensor_stream import BY_NAME, Kind, write_shard
-from lorakin.storage import sums
-from lorakin.storage.directory import Files
+from lorakin.storage import checksums
+from lorakin.storage.directory import AdapterFiles
 from lorakin.storage.fingerprint import difference, sample
 from lorakin.training import loading, model_files
-from lorakin.training.kinds import BaseKind, kind_for
+from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.model_files import INDEX, SINGLE
 
 
@@ -45,8 +45,8 @@ class Merged(Mapping[str, Tensor]):
     def __init__(
         self,
         base: Path,
-        files: Files,
-        kind: BaseKind | None = None,
+        files: AdapterFiles,
+        kind: BaseClass | None = None,
         dtype: torch.dtype | None = None,
         other_base: bool = False,
     ) -> None:
@@ -109,7 +109,7 @@ class Merged(Mapping[str, Tensor]):
         path, _, leaf = name.rpartition(".")
         if leaf == BIAS and path in self.contents.biases:
             return self.contents.biases[path]
-        for path, state in self.contents.copies.items():
+        for path, state in self.contents.whole_modules.items():
             if name.startswith(path + "."):
                 return state[name.removeprefix(path + ".")]
         return None
@@ -148,7 +148,9 @@ class Merged(Mapping[str, Tensor]):
         """Adds names that the base's files lack: those of new heads, and tied ones that part."""
         contents, last = self.contents, max(self.shards.values())
         changed = {f"{path}.weight" for path in contents.placement.methods} | self.leaders.keys()
-        changed |= {f"{path}.{key}" for path, state in contents.copies.items() for key in state}
+        changed |= {
+            f"{path}.{key}" for path, state in contents.whole_modules.items() for key in state
+        }
         changed |= {f"{path}.{BIAS}" for path in contents.biases}
 
         tied = groups(self.model)
@@ -198,7 +200,7 @@ class Merged(Mapping[str, Tensor]):
         ids = self.trained.get(name, ())
         here = {
             "weights": {name: text} if (text := sample(tensor, ids)) else {},
-            "sums": sums.of_all({name: tensor}, {name: ids}),
+            "sums": checksums.lines_of({name: tensor}, {name: ids}),
         }
         if self.remembered and (apart := difference(self.remembered, here)):
             raise AdapterError(
@@ -236,7 +238,7 @@ def _say_untied(said: dict[str, Any], config: Any, untied: Sequence[Any]) -> Non
 
 def _config(base: Path) -> Any:
     model_files.check_config(base)
-    with loading.readable(f"model {base} cannot be loaded"):
+    with loading.as_model_error(f"model {base} cannot be loaded"):
         return loading.config(base)
 
 

@@ -42,7 +42,7 @@ def new_directory(out: str) -> Iterator[Path]:
     ...     [path.name for path in Path(folder).rglob("*")]
     ['out', 'export.json']
     """
-    target = paths.named(out, "--out", OutputError)
+    target = paths.user_path(out, "--out", OutputError)
     try:
         if not out.strip():
             raise OutputError("--out is empty; give a new directory")
@@ -58,7 +58,7 @@ def new_directory(out: str) -> Iterator[Path]:
             raise OutputError(f"--out {out} is not empty; choose another directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target.parent)
-        lock = locks.hold(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
+        lock = locks.acquire(target.parent / f".lorakin-{uuid.uuid4().hex[:12]}.lock")
         partial = lock.path.with_suffix("")
         partial.mkdir(0o700)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
@@ -87,7 +87,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Removes the results in `folder` that nobody is writing any more."""
     for path in [path for path in folder.iterdir() if PARTIAL.fullmatch(path.name)]:
         with contextlib.suppress(OSError, locks.LockTaken):
-            lock = locks.hold(path)
-            if lock.sure:
+            lock = locks.acquire(path)
+            if lock.is_effective:
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 lock.release()

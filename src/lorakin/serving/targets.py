@@ -22,8 +22,8 @@ from lorakin.serving.job import ExportJob
 from lorakin.serving.merged import Merged, NotStreamed
 from lorakin.serving.other_files import copy_beside
 from lorakin.switching import adapters
+from lorakin.training.base_class import own_class
 from lorakin.training.chat_templates import TEMPLATE, remembered_template
-from lorakin.training.kinds import own_class
 from lorakin.training.loading import quiet_loading
 from lorakin.training.model_sources import PACKAGED, directory_of, packaged
 from lorakin.training.models import Loaded, config_of, load_model, load_tokenizer

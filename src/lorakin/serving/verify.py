@@ -14,9 +14,9 @@ from lorakin.inject.module_mode import in_mode
 from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import stops
+from lorakin.training.generation_settings import with_settings
 from lorakin.training.limits import places
 from lorakin.training.models import Loaded
-from lorakin.training.plainly import by_own_settings
 
 PROMPTS = (
     "What is the capital of France?",
@@ -250,7 +250,7 @@ def _own_texts(loaded: Loaded) -> list[list[int]]:
             texts.append(prompt)
             continue
         ids = torch.tensor([prompt], device=loaded.model.device)
-        with by_own_settings(
+        with with_settings(
             loaded.model,
             eos_token_id=ends,
             pad_token_id=loaded.tokenizer.pad_token_id,

@@ -45,7 +45,7 @@ def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with locks.held(path / LOCK, PATIENCE):
+        with locks.locked(path / LOCK, PATIENCE):
             _write(
                 path,
                 files,

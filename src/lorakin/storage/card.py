@@ -1,8 +1,8 @@
 """Writes the model card, README.md, beside an adapter: what it is, how it was made, how to load it.
 
-The last line has a checksum of the rest. A README.md without it, or with another one, is a
-person's, and is left as it is. Names and texts from outside stand in code spans; the front matter
-takes only words of a fixed alphabet.
+The last line has a checksum of the rest. A README.md without it, or with another one, was written
+or edited by a person and is not overwritten. Names and texts from outside are put in code spans;
+the front matter takes only words of a fixed alphabet.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PIPELINES = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
 }
-"""PEFT's word for a task -> the hub's, where only one can be meant."""
+"""PEFT's `task_type` → the hub's `pipeline_tag`, where there is exactly one."""
 TAGS = "lora lorakin".split()
-"""The hub's own words, by which people look for adapters of any method of the family."""
+"""Tags on the hub by which people look for adapters of any LoRA method."""
 LONGEST_CARD = 1 << 20
 LONGEST = 300
 """Characters of a name or a note; what is longer is cut."""
@@ -56,14 +56,14 @@ def content(
     home: str | None = None,
     converted: bool = False,
 ) -> str:
-    """The card of an adapter; the same for the same adapter, base and versions.
+    """Returns the text of an adapter's card; the same for the same adapter, base and versions.
 
     Args:
         adapter: the adapter.
         config: the `adapter_config.json` beside the card.
-        notes: what else is known, such as data and figures: heading -> text.
-        home: the hub id under which it will be found, if that is known.
-        converted: whether PEFT's files hold it in another form than lorakin's.
+        notes: what else is known, such as data and figures: heading → text.
+        home: the hub id that it is uploaded to, if that is known.
+        converted: whether PEFT's files hold it as plain LoRA, not as its own method.
     """
     loading = _loading(adapter, config, home, converted)
     body = "\n".join([*_front(adapter, config), "", *_facts(adapter, notes), "", *loading, ""])
@@ -71,30 +71,30 @@ def content(
 
 
 def for_saving(path: Path, text: str) -> bytes | None:
-    """The card `text` as bytes for the file `path`; None if a person wrote the one there."""
+    """Returns the card `text` as bytes for the file `path`; None if a person wrote that file."""
     try:
-        there = files.content(path, LONGEST_CARD).decode("utf-8")
+        present = files.read_limited(path, LONGEST_CARD).decode("utf-8")
     except FileNotFoundError:
         return text.encode()
-    except (OSError, UnicodeDecodeError, AdapterError):  # whatever else lies there is no card
+    except (OSError, UnicodeDecodeError, AdapterError):  # something that is not a card
         return None
-    return text.encode() if is_own(there) else None
+    return text.encode() if is_generated(present) else None
 
 
-def is_own(text: str) -> bool:
-    """Whether lorakin wrote a README.md and nobody changed it since, except for ends of lines."""
+def is_generated(text: str) -> bool:
+    """Returns whether lorakin wrote a README.md and nobody changed it since; ends of lines may."""
     body, _, last = text.replace("\r\n", "\n").removesuffix("\n").rpartition("\n")
     return last + "\n" == _mark(body)
 
 
 def _mark(body: str) -> str:
     digest = hashlib.sha256(body.encode()).hexdigest()
-    said = f"written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone"
-    return f"<!-- {said} -->\n"
+    note = f"written by lorakin, sha256 {digest}; once you edit this file lorakin leaves it alone"
+    return f"<!-- {note} -->\n"
 
 
 def _front(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
-    """The YAML that the hub reads; its widgets for adapters go by `library_name: peft`."""
+    """Returns the YAML that the hub reads; it shows adapters by `library_name: peft`."""
     base, task = base_id(adapter), PIPELINES.get(str(config.get("task_type")))
     tags = [*TAGS, *(member.word for member in adapter.method.members)]
     return [
@@ -109,7 +109,7 @@ def _front(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
 
 
 def base_id(adapter: InsertedAdapter) -> str | None:
-    """The base's hub id, if it is one: a directory on this machine means nothing elsewhere."""
+    """Returns the base's hub id; None for a local directory, which means nothing elsewhere."""
     name = getattr(adapter.model, "name_or_path", None)
     config = getattr(adapter.model, "config", None)
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name):
@@ -120,13 +120,13 @@ def base_id(adapter: InsertedAdapter) -> str | None:
 
 
 def _facts(adapter: InsertedAdapter, notes: Mapping[str, object]) -> list[str]:
-    words, plan = adapter.method.words, adapter.placement
+    words, placement = adapter.method.words, adapter.placement
     base, name = base_id(adapter), getattr(adapter.model, "name_or_path", None)
     kind = class_without_mixins(adapter.model)
     if base:
-        said = f"[{_code(base)}](https://huggingface.co/{base})"
+        base_name = f"[{_code(base)}](https://huggingface.co/{base})"
     else:
-        said = _code(Path(name).name) if isinstance(name, str) and name else "not named"
+        base_name = _code(Path(name).name) if isinstance(name, str) and name else "not named"
     quantised = sum(is_quantised(module) for module in adapter.model.modules())
     ranks = ranks_in_words(adapter)
     trained, total = trained_by_method(adapter), parameter_counts(adapter.model)[1]
@@ -135,14 +135,19 @@ def _facts(adapter: InsertedAdapter, notes: Mapping[str, object]) -> list[str]:
     return [
         f"# {'An' if words[:1] in 'aeiou' else 'A'} {words} adapter",
         "",
-        f"- **Base model:** {said} ({_code(kind.__name__)}{packed})",
+        f"- **Base model:** {base_name} ({_code(kind.__name__)}{packed})",
         f"- **Method:** {_plain(in_words(adapter.method))}"
         + (f", of {ranks}" if " to " in ranks else ""),
-        f"- **Adapted:** {count(len(plan.methods), 'module')}" + _of(module_names(plan.methods)),
-        *([f"- **Trained whole:** {_codes(plan.whole_modules)}"] if plan.whole_modules else []),
+        f"- **Adapted:** {count(len(placement.methods), 'module')}"
+        + _of(module_names(placement.methods)),
+        *(
+            [f"- **Trained whole:** {_codes(placement.whole_modules)}"]
+            if placement.whole_modules
+            else []
+        ),
         *(
             [f"- **Biases:** {biases_in_words(adapter)} in place of the base's"]
-            if plan.biases
+            if placement.biases
             else []
         ),
         f"- **Trained:** {share(trained, total)}, kept in {', '.join(dtypes)}",
@@ -162,14 +167,14 @@ def _codes(names: Any) -> str:
 def _versions(kind: type) -> list[str]:
     import lorakin
 
-    known = [f"lorakin {lorakin.__version__}", f"torch {torch.__version__.partition('+')[0]}"]
+    versions = [f"lorakin {lorakin.__version__}", f"torch {torch.__version__.partition('+')[0]}"]
     if _is_transformers(kind):
-        known.append(f"transformers {sys.modules['transformers'].__version__}")
-    return known
+        versions.append(f"transformers {sys.modules['transformers'].__version__}")
+    return versions
 
 
 def _is_transformers(kind: type) -> bool:
-    """Whether others find the class under its name in transformers."""
+    """Returns whether transformers exports the class under its name."""
     return (
         kind.__module__.startswith("transformers.")
         and getattr(sys.modules["transformers"], kind.__name__, None) is kind
@@ -179,7 +184,7 @@ def _is_transformers(kind: type) -> bool:
 def _loading(
     adapter: InsertedAdapter, config: Mapping[str, Any], home: str | None, converted: bool
 ) -> list[str]:
-    here = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
+    source = home if home and HUB_ID.fullmatch(home) else "path/to/this/directory"
     base = _base_in_code(adapter, config)
     return [
         "## Load it",
@@ -189,7 +194,7 @@ def _loading(
         "```python",
         "import lorakin as lk",
         *base,
-        f'lk.load(model, "{here}")',
+        f'lk.load(model, "{source}")',
         "```",
         "",
         f"With [PEFT](https://huggingface.co/docs/peft){_for_peft(config, converted)}",
@@ -197,16 +202,16 @@ def _loading(
         "```python",
         "from peft import PeftModel",
         *base,
-        f'model = PeftModel.from_pretrained(model, "{here}")',
+        f'model = PeftModel.from_pretrained(model, "{source}")',
         "```",
     ]
 
 
 def _base_in_code(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[str]:
-    """How the base is loaded, as lines of Python."""
+    """Returns how the base is loaded, as lines of Python."""
     kind = class_without_mixins(adapter.model)
     if not _is_transformers(kind):
-        return ["", "model = ...  # the base model, made as it was for training", ""]
+        return ["", "model = ...  # the base model, built as it was for training", ""]
     labels = getattr(getattr(adapter.model, "config", None), "num_labels", None)
     more = (
         f", num_labels={labels:d}"
@@ -222,28 +227,23 @@ def _base_in_code(adapter: InsertedAdapter, config: Mapping[str, Any]) -> list[s
 
 
 def _for_peft(config: Mapping[str, Any], converted: bool) -> str:
-    """What to know of PEFT, after its name."""
-    experts, dora, kind = (
-        config.get("target_parameters"),
-        config.get("use_dora"),
-        config["peft_type"],
-    )
+    """Returns what a user of PEFT has to know, to follow the word PEFT."""
+    experts, dora = config.get("target_parameters"), config.get("use_dora")
     if experts and dora:
         return (
             ", which refuses magnitudes on experts; `lorakin export --to lora` makes an adapter "
             "that it takes:"
         )
-    said = f", for which it is {kind}{' with `use_dora`' if dora else ''}"
-    said += ", and only lorakin trains on with this method" if converted else ""
-    return (
-        f"{said}; experts in one parameter need a recent version, 0.21 was tried:"
-        if experts
-        else f"{said}:"
-    )
+    note = f", for which it is {config['peft_type']}{' with `use_dora`' if dora else ''}"
+    if converted:
+        note += ", and only lorakin continues to train it with this method"
+    if experts:
+        note += "; experts in one parameter need a recent version, 0.21 was tried"
+    return f"{note}:"
 
 
 def _code(text: object) -> str:
-    """Any text as a code span on one line."""
+    """Returns any text as a code span on one line."""
     plain = _one_line(str(text)) or "-"
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     space = " " if len(ticks) > 1 else ""
@@ -251,12 +251,12 @@ def _code(text: object) -> str:
 
 
 def _plain(text: object) -> str:
-    """Any text as a line of Markdown that means nothing but itself."""
+    """Returns any text as a line of Markdown, with everything escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", _one_line(str(text)))
 
 
 def _one_line(text: str) -> str:
-    """Without ends of lines and what cannot be printed or written, cut to `LONGEST`."""
+    """Returns a text on one line, without what cannot be printed, cut to `LONGEST`."""
     kept = "".join(letter if letter.isprintable() else " " for letter in text)
     words = " ".join(kept.split())
     return words if len(words) <= LONGEST else words[: LONGEST - 1] + "…"

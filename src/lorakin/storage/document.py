@@ -1,6 +1,6 @@
 """An adapter independent of file format and model.
 
-A codec reads a document from files or writes one to files: `peft` for PEFT's, `own_part` for
+Codecs read a document from files or write one to files: `peft` for PEFT's, `lorakin_part` for
 lorakin's, `foreign` for other libraries'. `match` fits a document to a model.
 """
 
@@ -32,8 +32,8 @@ class Document:
     """The method, with the settings of each module; what is trained whole; rows; biases."""
     slots: Mapping[str, Slots] = dataclasses.field(default_factory=dict)
     """Path → slot → tensor of the adapted modules."""
-    copies: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """Path → state of the modules that are trained whole."""
+    whole_modules: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Path → state of the modules that are trained whole (PEFT's `modules_to_save`)."""
     rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Path → token rows (k, dim), in the order of the placement's ids."""
     biases: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -41,8 +41,8 @@ class Document:
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Name → a buffer of the base as training left it."""
     state: Mapping[str, Any] | None = None
-    """What training remembers, for `restore_state`; None for a finished adapter of others."""
-    running: Method | None = None
+    """What training remembers, for `restore_state`; None in files of other libraries."""
+    resolved_method: Method | None = None
     """The method with the settings that a run decided; None if there was no run."""
 
     @classmethod
@@ -52,14 +52,14 @@ class Document:
         return cls(
             placement,
             slots={path: adapter.tensors.at(path) for path in placement.methods},
-            copies={
+            whole_modules={
                 path: adapter.tensors.copy_of(path).state_dict() for path in placement.whole_modules
             },
             rows={path: adapter.tensors.rows_at(path).detach() for path in placement.tokens},
             biases=adapter.tensors.biases(),
             buffers=adapter.tensors.moved_buffers(),
             state=None if adapter.run.rules is None else adapter.run.state(),
-            running=adapter.method,
+            resolved_method=adapter.method,
         )
 
     @property
@@ -68,37 +68,37 @@ class Document:
         return self.placement.method
 
     def copied(self) -> Document:
-        """Returns a copy with tensors of its own; biases that were one object still are."""
+        """Returns a copy that shares no tensors with this one; tied biases stay one object."""
         biases = {id(bias): _copied(bias) for bias in self.biases.values()}
         return dataclasses.replace(
             self,
             slots={
-                path: {slot: _copied(tensor) for slot, tensor in own.items()}
-                for path, own in self.slots.items()
+                path: {slot: _copied(tensor) for slot, tensor in slots.items()}
+                for path, slots in self.slots.items()
             },
             rows={path: _copied(rows) for path, rows in self.rows.items()},
             biases={path: biases[id(bias)] for path, bias in self.biases.items()},
         )
 
-    def masters(self) -> dict[str, dict[str, Tensor]]:
+    def float32_copies(self) -> dict[str, dict[str, Tensor]]:
         """Returns copies of the modules' tensors for training, in float32 at least.
 
         Tensors that were one object still are.
         """
-        own = _masters(tensor for slots in self.slots.values() for tensor in slots.values())
+        copies = _float32_copies(t for slots in self.slots.values() for t in slots.values())
         return {
-            path: {slot: own[id(tensor)] for slot, tensor in slots.items()}
+            path: {slot: copies[id(tensor)] for slot, tensor in slots.items()}
             for path, slots in self.slots.items()
         }
 
-    def bias_masters(self) -> dict[str, Tensor]:
+    def float32_biases(self) -> dict[str, Tensor]:
         """Returns copies of the biases for training, in float32 at least."""
-        own = _masters(self.biases.values())
-        return {path: own[id(tensor)] for path, tensor in self.biases.items()}
+        copies = _float32_copies(self.biases.values())
+        return {path: copies[id(tensor)] for path, tensor in self.biases.items()}
 
 
-def _masters(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Copies in float32 at least, by the identity of the original."""
+def _float32_copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Returns copies in float32 at least, by the `id` of the original."""
     return {id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors}
 
 

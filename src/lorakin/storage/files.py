@@ -1,4 +1,4 @@
-"""Opens files that strangers made: only plain files, and only up to the length they may have."""
+"""Opens files from outside: only plain files, and only up to the length that they may have."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KINDS = {
 }
 
 
-def regular(path: Path, error: type[LorakinError] = AdapterError) -> Path:
-    """`path`, if it is a plain file: reading a pipe or a device may never end.
+def checked_file(path: Path, error: type[LorakinError] = AdapterError) -> Path:
+    """Returns `path` if it is a plain file: reading a pipe or a device may never end.
 
     Raises:
-        LorakinError: `error`, for what is neither a file nor a link to one.
-        OSError: there is nothing, or it cannot be looked at.
+        LorakinError: of the class `error`, for what is neither a file nor a link to one.
+        OSError: it does not exist or cannot be looked at.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -31,22 +31,22 @@ def regular(path: Path, error: type[LorakinError] = AdapterError) -> Path:
     return path
 
 
-def content(path: Path, most: int, error: type[LorakinError] = AdapterError) -> bytes:
-    """The bytes of a file that may have at most `most` of them.
+def read_limited(path: Path, most: int, error: type[LorakinError] = AdapterError) -> bytes:
+    """Returns the content of a file of at most `most` bytes.
 
     Raises:
-        LorakinError: `error`, for no file, or one that is longer.
+        LorakinError: of the class `error`, if it is not a plain file, or longer.
         OSError: it cannot be read.
     """
-    with open(regular(path, error), "rb") as file:
-        found = file.read(most + 1)
-    if len(found) > most:
+    with open(checked_file(path, error), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
         raise error(f"{path} is longer than {most:,} bytes, the limit for this file")
-    return found
+    return content
 
 
-def appending(path: Path) -> BinaryIO:
-    """The file `path`, made if need be, open for adding to its end. A link there is not followed.
+def open_for_append(path: Path) -> BinaryIO:
+    """Opens the file `path`, made if need be, for adding to its end; does not follow a link.
 
     Raises:
         OutputError: it is a link, or cannot be opened.
@@ -61,9 +61,6 @@ def appending(path: Path) -> BinaryIO:
         )
         return open(os.open(path, flags, 0o666), "ab")
     except OSError as error:
-        reason = (
-            "it is a link, which is not written through"
-            if path.is_symlink()
-            else error.strerror or error
-        )
+        is_link = path.is_symlink()
+        reason = "it is a link" if is_link else error.strerror or error
         raise OutputError(f"cannot write to {path}: {reason}") from error

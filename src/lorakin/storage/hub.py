@@ -1,7 +1,7 @@
 """Adapters on the Hugging Face hub: fetches the one that a name stands for, and uploads one.
 
 huggingface_hub is imported only here, and only to fetch or upload: it comes with transformers, but
-lorakin itself does without. A directory that exists needs nothing of this.
+lorakin itself does not need it. A directory that exists is read without it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 from lorakin.errors import AdapterError, LorakinError, LorakinWarning, OutputError, SettingError
 from lorakin.storage import paths
-from lorakin.storage.card import CARD, is_own
-from lorakin.storage.own_part import CONFIG, OLD_TENSORS, OWN, OWN_TENSORS, TENSORS
+from lorakin.storage.card import CARD, is_generated
+from lorakin.storage.lorakin_part import CONFIG, LORAKIN_JSON, LORAKIN_TENSORS, OLD_TENSORS, TENSORS
 
-FILES = (CONFIG, TENSORS, OWN, OWN_TENSORS, "recipe.yaml", "chat_template.jinja", CARD)
+FILES = (CONFIG, TENSORS, LORAKIN_JSON, LORAKIN_TENSORS, "recipe.yaml", "chat_template.jinja", CARD)
 """What is fetched, if it is there; `adapter_model.bin` only if there are no other tensors."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`, or give token="
@@ -35,13 +35,13 @@ def adapter_directory(
     token: Token = None,
     subfolder: str | None = None,
 ) -> Path:
-    """The directory of an adapter: one on this machine, or one fetched into the hub's cache.
+    """Returns the directory of an adapter: a local one, or one fetched into the hub's cache.
 
     Args:
         name: a directory; or, if there is none of that name, a hub id `org/name`.
         revision: a branch, tag or commit of the hub's repository.
         token: for the hub, instead of the one that `hf auth login` keeps.
-        subfolder: where the adapter lies in the directory or repository.
+        subfolder: where the adapter is in the directory or repository.
 
     Raises:
         SettingError: the subfolder leads out of the directory.
@@ -49,8 +49,9 @@ def adapter_directory(
             cache lacks the adapter.
     """
     inside = _inside(subfolder)
-    expanded = paths.named(name, "adapter", AdapterError)
-    path = Path(name) if Path(name).exists() else expanded  # `save` writes to a `~` as it stands
+    expanded = paths.user_path(name, "adapter", AdapterError)
+    # `save` does not expand a `~`, so a directory of exactly this name comes first.
+    path = Path(name) if Path(name).exists() else expanded
     if path.exists() or not isinstance(name, str) or not HUB_ID.fullmatch(name):
         if revision is not None:
             _warn(
@@ -72,22 +73,16 @@ def _inside(subfolder: str | None) -> str:
 
 
 def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path:
-    """The folder of the hub's cache that holds the adapter, once all of its files are there."""
-    what = (
-        f"there is no adapter directory {name} on this machine, and the hub gives none of that id"
-    )
+    """Returns the folder of the hub's cache with the adapter, after its files were fetched."""
+    what = f"there is no adapter directory {name} on this machine, and the hub has none of that id"
     library = _library(f"there is no adapter directory {name}; to fetch it from the hub, install")
 
     def fetch(*files: str) -> Path:
         wanted = [glob.escape(f"{inside}/{file}" if inside else file) for file in files]
-        return (
-            Path(
-                library.snapshot_download(
-                    name, revision=revision, token=token, allow_patterns=wanted
-                )
-            )
-            / inside
+        snapshot = library.snapshot_download(
+            name, revision=revision, token=token, allow_patterns=wanted
         )
+        return Path(snapshot) / inside
 
     try:
         folder = fetch(*FILES)
@@ -102,11 +97,11 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
         raise AdapterError(
             f"{what}: {_without_adapter(library, folder, name, revision, token, inside)}"
         )
-    if not (folder / OWN).is_file() and not _is_listed(library, name, revision):
+    if not (folder / LORAKIN_JSON).is_file() and not _is_listed(library, name, revision):
         _warn(
             f"{name} is taken from the cache, where another program put PEFT's files. Whether the "
-            f"hub has {OWN} too cannot be known now, so the adapter is what PEFT's files say. Load "
-            "it once with the hub in reach"
+            f"hub has {LORAKIN_JSON} too cannot be known offline, so the adapter is read from "
+            "PEFT's files alone. Load it once while the hub can be reached"
         )
     return folder
 
@@ -114,16 +109,16 @@ def _fetched(name: str, revision: str | None, token: Token, inside: str) -> Path
 def _without_adapter(
     library: Any, folder: Path, name: str, revision: str | None, token: Token, inside: str
 ) -> str:
-    """Why a repository has no adapter where it was looked for, and where it has some."""
+    """Returns why a repository has no adapter where it was looked for, and where it has some."""
     lacks = CONFIG if not (folder / CONFIG).is_file() else TENSORS
     if not _is_listed(library, name, revision):
         return (
             f"it cannot be asked now, and its cache holds a part without {lacks}; load it once "
-            "with the hub in reach"
+            "while the hub can be reached"
         )
     try:
         files = library.HfApi(token=token).list_repo_files(name, revision=revision)
-    except Exception:  # it is an error already; without the list it says less
+    except Exception:  # the list only makes the error message better
         files = []
     others = sorted(
         str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == CONFIG
@@ -139,7 +134,7 @@ def _without_adapter(
 
 
 def _is_listed(library: Any, name: str, revision: str | None) -> bool:
-    """Whether the cache knows which files the repository has. Older clients do not say."""
+    """Returns whether the cache knows the repository's files; True with clients that cannot say."""
     listing = getattr(library, "get_cached_repo_tree", None)
     if listing is None:
         return True
@@ -159,7 +154,7 @@ def upload(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Upload what `save` writes into the hub's repository `name`, made if need be.
+    """Uploads what `save` writes into the hub's repository `name`, made if need be.
 
     The files replace those of an adapter that was there. A README.md that a person wrote stays.
 
@@ -179,23 +174,18 @@ def upload(
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             if api.file_exists(name, CARD, revision=revision):
-                there = Path(api.hf_hub_download(name, CARD, revision=revision)).read_text(
-                    encoding="utf-8", errors="replace"
-                )
-                if not is_own(there):
+                card = Path(api.hf_hub_download(name, CARD, revision=revision))
+                if not is_generated(card.read_text(encoding="utf-8", errors="replace")):
                     (folder / CARD).unlink()
             return api.upload_folder(
                 repo_id=name,
                 folder_path=folder,
                 commit_message=commit_message or "Upload adapter with lorakin",
                 revision=revision,
-                delete_patterns=[
-                    TENSORS,
-                    OLD_TENSORS,
-                    OWN_TENSORS,
-                ],  # those that are not uploaded anew
+                # Of these, the ones that are not uploaded now are an earlier adapter's.
+                delete_patterns=[TENSORS, OLD_TENSORS, LORAKIN_TENSORS],
             )
-        except Exception as error:  # as above
+        except Exception as error:  # the hub's client has many, as above
             raise OutputError(
                 f"cannot upload to {name!r}: {_reason(library, error, name, revision)}"
             ) from error
@@ -209,7 +199,7 @@ def _library(purpose: str, error: type[LorakinError] = AdapterError) -> Any:
 
 
 def _reason(library: Any, error: BaseException, name: str, revision: str | None) -> str:
-    """What an error of the hub's client means, and what to do, in a sentence."""
+    """Returns what an error of the hub's client means, and what to do, in a sentence."""
     errors = library.errors
     cause = (
         error.__cause__
@@ -223,7 +213,7 @@ def _reason(library: Any, error: BaseException, name: str, revision: str | None)
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"its repository has no revision {revision!r}; name a branch, a tag or a commit"
     if isinstance(cause, errors.LocalTokenNotFoundError) or "Invalid user token" in str(cause):
-        return f"the hub wants a token that is valid; {LOG_IN}"
+        return f"the hub needs a valid token; {LOG_IN}"
     if isinstance(cause, errors.RepositoryNotFoundError):
         return (
             f"there is no repository {name}, or it is private and the token may not see it; check "
@@ -237,14 +227,14 @@ def _reason(library: Any, error: BaseException, name: str, revision: str | None)
             "directory"
         )
     if status is not None:
-        said = getattr(cause, "server_message", None) or _first_line(cause)
+        message = getattr(cause, "server_message", None) or _first_line(cause)
         later = "; try again later" if status >= 500 else ""
-        return f"the hub answered {status} ({_first_line(said)}){later}"
+        return f"the hub answered {status} ({_first_line(message)}){later}"
     if isinstance(
         cause, (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     ) or _is_of_the_network(cause):
-        said = _first_line(cause)
-        return f"the hub cannot be reached ({said}); check the network, or give a directory"
+        reason = _first_line(cause)
+        return f"the hub cannot be reached ({reason}); check the network, or give a directory"
     return f"{_first_line(cause)} ({type(cause).__name__})"
 
 

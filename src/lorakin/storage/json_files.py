@@ -1,4 +1,4 @@
-"""JSON files that strangers made: read only up to a length, and only if they hold one object."""
+"""JSON files from outside: read only up to a length, and only if they hold one object."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lorakin.errors import AdapterError
 from lorakin.storage import files
 
 MOST_JSON = 1 << 26
-"""Bytes of a JSON file; the largest mixtures of experts need some ten million."""
+"""The most bytes of a JSON file; the largest mixtures of experts need some ten million."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+    """Returns the JSON object in the file `path`.
 
     Raises:
-        AdapterError: there is no such file; it holds no JSON, or no object, or a key twice.
+        AdapterError: there is no such file; it is not JSON, is not an object, or has a key twice.
     """
     try:
-        content = files.content(path, MOST_JSON)
+        content = files.read_limited(path, MOST_JSON)
     except FileNotFoundError:
         raise no_json(path) from None
     except OSError as error:
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def no_json(path: Path) -> AdapterError:
-    """The error for an adapter's directory without the file `path`."""
+    """Returns the error for an adapter's directory without the file `path`."""
     if named := sorted(inner.parent.name for inner in path.parent.glob(f"*/{path.name}")):
         return AdapterError(
             f"{path.parent} holds adapters in directories of their own ({', '.join(named)}); load "
@@ -41,20 +41,20 @@ def no_json(path: Path) -> AdapterError:
 
 
 def parsed(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object in `content`, which the file `path` holds; raises `AdapterError` if none."""
+    """Returns the JSON object in `content`, read from `path`; raises `AdapterError` if none."""
     if len(content) > MOST_JSON:
         raise AdapterError(f"{path} is longer than {MOST_JSON:,} bytes, too long for such a file")
     try:
-        said = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(said, dict):
-        raise AdapterError(f"{path} holds {type(said).__name__}, expected an object")
-    return said
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated keys: readers differ in which of the two they take."""
+    """Returns a JSON object; a repeated key is a `ValueError`, since readers differ on it."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -62,11 +62,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def written(content: Mapping[str, Any]) -> bytes:
-    """The file's bytes of a JSON object."""
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Returns a JSON object as the content of a file."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def sha256(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Returns the SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

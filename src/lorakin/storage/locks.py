@@ -1,7 +1,7 @@
-"""Locks between processes: one process holds a file at a time, and ends its hold when it ends.
+"""Locks between processes: one process at a time holds a file, until it releases it or exits.
 
-The lock is the system's (`flock`), not the file's existence, so that a killed process leaves none.
-Giving a lock back removes its file.
+The lock is the system's (`flock`), not the file's existence, so a killed process leaves none.
+Releasing a lock removes its file.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ else:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
-"""What the system says of a lock that somebody else has."""
+ERRNO_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
+"""Errors of the system for a lock that somebody else has."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
-"""What it says of a file system that has none."""
+"""Errors for a file system that has no locks."""
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-OFTEN = 0.01
-"""Seconds between two looks at a lock that is waited for."""
+POLL_SECONDS = 0.01
+"""Seconds between two attempts at a lock that is waited for."""
 
 
 class LockTaken(Exception):
@@ -47,11 +47,11 @@ class LockTaken(Exception):
 class Lock:
     """A lock that is held until `release`, or until this object or its process is gone.
 
-    It is not `sure` where the file system has no locks: then others may hold it, too.
+    `is_effective` is False if the file system has no locks: then others may hold it, too.
     """
 
-    def __init__(self, path: Path, fd: int, sure: bool) -> None:
-        self.path, self.fd, self.process, self.sure = path, fd, os.getpid(), sure
+    def __init__(self, path: Path, fd: int, is_effective: bool) -> None:
+        self.path, self.fd, self.process, self.is_effective = path, fd, os.getpid(), is_effective
         _locks.add(self)
 
     def release(self) -> None:
@@ -62,7 +62,7 @@ class Lock:
             self.forget()
 
     def forget(self) -> None:
-        """Closes the file. In a process that was forked the lock stays its parent's."""
+        """Closes the file. In a forked process the lock stays its parent's."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -84,10 +84,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-def hold(path: Path, wait: float = 0.0) -> Lock:
+def acquire(path: Path, wait: float = 0.0) -> Lock:
     """Takes the lock of the file `path`, made if need be; tries for `wait` seconds.
 
-    Where the file system has no locks that is a warning, and nothing is locked.
+    If the file system has no locks, it warns and locks nothing.
 
     Raises:
         LockTaken: somebody else holds it.
@@ -95,38 +95,36 @@ def hold(path: Path, wait: float = 0.0) -> Lock:
     """
     until = time.monotonic() + wait
     while True:
-        fd, sure = os.open(path, FLAGS, 0o666), True
+        fd, is_effective = os.open(path, FLAGS, 0o666), True
         try:
             _lock(fd)
         except OSError as error:
-            if error.errno in HELD:
-                holder = (
-                    os.pread(fd, 200, 0).decode(errors="replace") if hasattr(os, "pread") else ""
-                )
+            if error.errno in ERRNO_LOCKED:
+                content = os.pread(fd, 200, 0) if hasattr(os, "pread") else b""
                 os.close(fd)
                 if time.monotonic() < until:
-                    time.sleep(OFTEN)
+                    time.sleep(POLL_SECONDS)
                     continue
-                raise LockTaken(
-                    holder if holder.isprintable() and holder else "another process"
-                ) from None
+                holder = content.decode(errors="replace")
+                is_name = bool(holder) and holder.isprintable()
+                raise LockTaken(holder if is_name else "another process") from None
             if error.errno not in NO_LOCKS:
                 os.close(fd)
                 raise
-            sure = False
+            is_effective = False
             _warn(path, error)
         if _is_there(path, fd):
-            with contextlib.suppress(OSError):  # of a full disk; it is only for messages
+            with contextlib.suppress(OSError):  # a full disk; the text is only for messages
                 os.ftruncate(fd, 0)
                 os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
-            return Lock(path, fd, sure)
-        os.close(fd)  # its holder gave it back, and the file with it, since it was opened
+            return Lock(path, fd, is_effective)
+        os.close(fd)  # the holder released it and removed the file after this process opened it
 
 
 @contextlib.contextmanager
-def held(path: Path, wait: float = 0.0) -> Iterator[None]:
-    """`hold` for the time of the context."""
-    lock = hold(path, wait)
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Holds the lock of the file `path` for the time of the context; see `acquire`."""
+    lock = acquire(path, wait)
     try:
         yield
     finally:
@@ -135,16 +133,16 @@ def held(path: Path, wait: float = 0.0) -> Iterator[None]:
 
 def _is_there(path: Path, fd: int) -> bool:
     try:
-        there = os.stat(path, follow_symlinks=False)
+        status = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return os.path.samestat(there, os.fstat(fd))
+    return os.path.samestat(status, os.fstat(fd))
 
 
 def _warn(path: Path, error: OSError) -> None:
     warnings.warn(
         f"the file system of {path.parent} has no locks ({error.strerror}), so nothing keeps two "
-        "processes from writing there at once; see to it that only one does",
+        "processes from writing there at once; make sure that only one does",
         LorakinWarning,
         stacklevel=4,
     )

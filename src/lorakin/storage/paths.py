@@ -1,4 +1,4 @@
-"""Turns a name that a user gives into a path, if there can be a file of that name at all."""
+"""Turns a name from a user into a path, if there can be a file of that name at all."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 from lorakin.errors import LorakinError, SettingError
-from lorakin.storage.schema import shown
+from lorakin.storage.schema import short_repr
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes of a file's name, and of a path, that file systems take."""
+"""The most bytes of a file's name, and of a path, that file systems take."""
 
 
-def named(
+def user_path(
     name: str | os.PathLike[str], what: str, error: type[LorakinError] = SettingError
 ) -> Path:
-    """The path `name`, with its `~` expanded.
+    """Returns the path `name`, with its `~` expanded.
 
     Args:
         name: what the user gave.
@@ -39,5 +39,5 @@ def named(
     except RuntimeError:
         reason = "there is no such user's home"
     if reason:
-        raise error(f"{what} {shown(text)} is no path: {reason}")
+        raise error(f"{what} {short_repr(text)} cannot be a path: {reason}")
     return path

@@ -1,7 +1,7 @@
-"""Reads tensors that `torch.save` wrote, if the file holds what they claim.
+"""Reads tensors that `torch.save` wrote, if the file is as large as they claim.
 
-A pickle can name a tensor of 10¹² numbers that are all one number, or a hundred thousand tensors
-that are one memory, or unpack a few bytes into gigabytes. No adapter's file has such tensors.
+A pickle can name a tensor of 10¹² elements that are all one number in memory, or a hundred thousand
+tensors that share memory, or unpack a few bytes into gigabytes. No adapter's file needs that.
 """
 
 from __future__ import annotations
@@ -16,49 +16,53 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.storage import files
-from lorakin.storage.schema import shown
+from lorakin.storage.schema import short_repr
 
 SHARED = 4
-"""How often memory in the file may be used: tied weights are one memory under several names."""
+"""How often the file's memory may be used: tied weights are several names for one memory."""
 
 
 def tensors_of(file: Path, content: bytes | None = None) -> dict[str, Tensor]:
-    """Name -> dense tensor, on the CPU. `content` is the file's, where it has been read.
+    """Returns the file's dense tensors by name, on the CPU, without running anything in it.
+
+    Args:
+        file: the path; also for messages.
+        content: the file's content, if it was read already.
 
     Raises:
         AdapterError: the file has no tensors by name, is damaged, or claims more than it holds.
-            Nothing in it was run.
     """
     try:
-        content = files.regular(file).read_bytes() if content is None else content
+        content = files.checked_file(file).read_bytes() if content is None else content
         _check_packing(file, content)
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        whole = content is not None and zipfile.is_zipfile(io.BytesIO(content))
-        what = (
-            "it holds more than tensors, and is not run"
-            if whole
-            else "it is damaged, or none that torch.save wrote"
+        is_intact = content is not None and zipfile.is_zipfile(io.BytesIO(content))
+        reason = (
+            "it holds other objects than tensors, and these are not unpickled"
+            if is_intact
+            else "it is damaged, or torch.save did not write it"
         )
-        raise AdapterError(f"{file} cannot be read: {what}") from None
+        raise AdapterError(f"{file} cannot be read: {reason}") from None
     except AdapterError:
         raise
     # A damaged pickle makes torch fail in any way.
     except (Exception, RecursionError, MemoryError) as error:
         raise AdapterError(f"{file}: its tensors cannot be read ({str(error)[:200]})") from None
-    if not isinstance(found, dict):
-        raise AdapterError(f"{file} holds {type(found).__name__}, expected tensors by name")
-    for key, tensor in found.items():
+    if not isinstance(loaded, dict):
+        raise AdapterError(f"{file} holds {type(loaded).__name__}, expected tensors by name")
+    for key, tensor in loaded.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise AdapterError(
-                f"{file}: {shown(key)} is {type(tensor).__name__}, expected a tensor under a name"
+                f"{file}: {short_repr(key)} is {type(tensor).__name__}, expected a tensor under a "
+                "name"
             )
         _check(key, tensor, file)
-    if sum(tensor.nbytes for tensor in found.values()) > SHARED * len(content) + (1 << 20):
+    if sum(tensor.nbytes for tensor in loaded.values()) > SHARED * len(content) + (1 << 20):
         raise AdapterError(
-            f"{file}: its tensors share memory, and have many more numbers than it holds"
+            f"{file}: its tensors share memory, and have many more elements than it holds"
         )
-    return {key: tensor.detach().contiguous() for key, tensor in found.items()}
+    return {key: tensor.detach().contiguous() for key, tensor in loaded.items()}
 
 
 def _check_packing(file: Path, content: bytes) -> None:
@@ -76,20 +80,20 @@ def _check_packing(file: Path, content: bytes) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor of numbers, of torch's own class."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and not tensor.is_quantized and not tensor.is_nested
+    """Returns whether it is a dense tensor, of torch's own class."""
+    is_dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return is_dense and not tensor.is_quantized and not tensor.is_nested
 
 
 def _check(key: str, tensor: Tensor, file: Path) -> None:
     if not is_plain(tensor) or tensor.device.type != "cpu":
         raise AdapterError(
-            f"{file}: tensor {shown(key)} is no plain dense tensor ({tensor.layout}, "
+            f"{file}: tensor {short_repr(key)} is not a plain dense tensor ({tensor.layout}, "
             f"{tensor.device.type})"
         )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)
         raise AdapterError(
-            f"{file}: tensor {shown(key)} claims shape {shape}, for which there are too few "
-            "numbers in the file"
+            f"{file}: tensor {short_repr(key)} claims shape {shape}, for which the file is too "
+            "short"
         )

@@ -23,13 +23,13 @@ from lorakin.storage.peft.scales import whole
 NO_ROWS: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = ({}, {})
 
 
-def of_pairs(
+def document_of_pairs(
     model: nn.Module,
     slots: Mapping[str, Slots],
     *,
     alphas: Mapping[str, float] | None = None,
     dropout: float = 0.0,
-    copies: Mapping[str, Mapping[str, Tensor]] | None = None,
+    whole_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
     rows: tuple[Mapping[str, TokenRows], Mapping[str, Tensor]] = NO_ROWS,
     biases: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
@@ -42,7 +42,7 @@ def of_pairs(
             rank 0 without `m` and without a bias changes nothing and is left out.
         alphas: path → alpha, for a scale of alpha/r; without it the scale is 1 everywhere.
         dropout: probability of zeroing an entry of the pairs' input in training.
-        copies: path → state of the modules that are trained whole.
+        whole_modules: path → state of the modules that are trained whole.
         rows: path → which rows of tokens are trained, and path → those rows.
         biases: path → a bias in place of the base's.
         buffers: name → a buffer of the base that training moved.
@@ -71,14 +71,14 @@ def of_pairs(
     methods = _methods(ranks, scaled, dropout, with_gain=with_gain)
     placement = dataclasses.replace(
         methods,
-        whole_modules=tuple(copies or ()),
+        whole_modules=tuple(whole_modules or ()),
         tokens=rows[0],
         biases=tuple(biases),
         peft_grouped=frozenset(
             p for p, own in found.items() if _is_over_all(module_at(model, p), own)
         ),
     )
-    return Document(placement, found, copies or {}, rows[1], biases, buffers or {})
+    return Document(placement, found, whole_modules or {}, rows[1], biases, buffers or {})
 
 
 def _methods(
@@ -96,12 +96,12 @@ def _methods(
     return Placement(
         method,
         methods,
-        rank_pattern={_alone(path): n for path, n in sorted(ranks.items()) if n != rank},
-        alpha_pattern={_alone(path): n for path, n in sorted(alphas.items()) if n != alpha},
+        rank_pattern={_exact_pattern(path): n for path, n in sorted(ranks.items()) if n != rank},
+        alpha_pattern={_exact_pattern(path): n for path, n in sorted(alphas.items()) if n != alpha},
     )
 
 
-def _alone(path: str) -> str:
+def _exact_pattern(path: str) -> str:
     """A pattern that matches this path and no other."""
     return f"^{re.escape(path)}"
 
@@ -128,11 +128,11 @@ def as_plain(document: Document, model: nn.Module) -> Document:
             assert gain is not None
             slots[path]["m"] = gain * row_norms(weight, pair.up, pair.down)
     placement = document.placement
-    return of_pairs(
+    return document_of_pairs(
         model,
         slots,
         dropout=document.method.dropout,
-        copies=document.copies,
+        whole_modules=document.whole_modules,
         rows=(placement.tokens, document.rows),
         biases=document.biases,
     )

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from lorakin.storage.schema import Count, fitted
+from lorakin.storage.schema import Count, checked
 
 PEFT_TENSORS: Final = "adapter_model.safetensors"
 DTYPES = {
@@ -52,7 +52,7 @@ class TensorReference:
         """Its fields, but for those that are not set."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
-    def of(self, there: Tensor) -> Tensor:
+    def resolve(self, there: Tensor) -> Tensor:
         """The tensor, of which `there` holds the numbers, in memory of its own.
 
         Raises:
@@ -91,8 +91,8 @@ class Packing:
     >>> there = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
     >>> packing = Packing(there, "base_model.model.")
     >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "A": torch.tensor([9.0])}}
-    >>> said = packing.packed(own, "tensors")["mlp.up"]
-    >>> said["B"]["columns"], said["A"]
+    >>> json = packing.packed(own, "tensors")["mlp.up"]
+    >>> json["B"]["columns"], json["A"]
     ((1, 3, 1), {'tensor': 'tensors/mlp.up/A'})
     """
 
@@ -111,7 +111,7 @@ class Packing:
         """
         if isinstance(value, Tensor):
             if id(value) not in self._seen:
-                self._seen[id(value)] = self._found(value, key) or self._stored(value, key)
+                self._seen[id(value)] = self._find(value, key) or self._store(value, key)
             return self._seen[id(value)].as_json()
         if isinstance(value, Mapping):
             return {str(k): self.packed(v, f"{key}/{k}") for k, v in value.items()}
@@ -119,21 +119,21 @@ class Packing:
             return [self.packed(v, f"{key}/{n}") for n, v in enumerate(value)]
         return value
 
-    def _stored(self, tensor: Tensor, key: str) -> TensorReference:
+    def _store(self, tensor: Tensor, key: str) -> TensorReference:
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
         return TensorReference(key)
 
-    def _found(self, tensor: Tensor, key: str) -> TensorReference | None:
+    def _find(self, tensor: Tensor, key: str) -> TensorReference | None:
         """Where PEFT's file has these bits already, in a tensor of the same module."""
         if not tensor.numel() or tensor.is_meta:
             return None
         tensor = tensor.detach().cpu()
-        for name in self._near(key):
-            if (found := _within(tensor, self.known[name], name)) is not None:
+        for name in self._keys_of_module(key):
+            if (found := _reference_in(tensor, self.known[name], name)) is not None:
                 return found
         return None
 
-    def _near(self, key: str) -> list[str]:
+    def _keys_of_module(self, key: str) -> list[str]:
         """The keys of PEFT's tensors that belong to the module that is named in `key`."""
         for part in key.split("/"):
             path = part
@@ -165,7 +165,7 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
         if not isinstance(value, dict):
             return value
         if "tensor" in value and value.keys() <= FIELDS:
-            return tensor_at(fitted(TensorReference, value))
+            return tensor_at(checked(TensorReference, value))
         return {key: unpack(item) for key, item in value.items()}
 
     def tensor_at(reference: TensorReference) -> Tensor:
@@ -176,13 +176,13 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
             return own[reference.tensor]
         key = repr(reference)
         if key not in made:
-            made[key] = reference.of(peft[reference.tensor])
+            made[key] = reference.resolve(peft[reference.tensor])
         return made[key]
 
     return unpack(value)
 
 
-def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
+def _reference_in(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     """Where `there`, of this name, has the bits of `tensor`."""
     is_wider = there.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
     is_wider = is_wider and there.element_size() > tensor.element_size() > 1
@@ -193,13 +193,13 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     if not sides or wanted.numel() > known.numel():
         return None
     wanted, known = _bits(wanted.to(there.dtype)), _bits(known)
-    place = _place(wanted, known)
-    if place is None and wanted.shape[1] == 1:
+    range_found = _range_of(wanted, known)
+    if range_found is None and wanted.shape[1] == 1:
         wanted = wanted.T  # a vector, which may lie along a row in the file
-        place = _place(wanted, known)
-    if place is None:
+        range_found = _range_of(wanted, known)
+    if range_found is None:
         return None
-    rows, columns = place
+    rows, columns = range_found
     is_whole = rows is None and columns is None
     usual = there.shape if is_whole else wanted.shape
     return TensorReference(
@@ -212,10 +212,10 @@ def _within(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
     )
 
 
-Place = tuple[tuple[int, int] | None, tuple[int, int, int] | None]
+Range = tuple[tuple[int, int] | None, tuple[int, int, int] | None]
 
 
-def _place(wanted: Tensor, known: Tensor) -> Place | None:
+def _range_of(wanted: Tensor, known: Tensor) -> Range | None:
     """The range of rows, or of columns, in which `known` is `wanted`; None if there is none."""
     (rows, columns), (all_rows, all_columns) = wanted.shape, known.shape
     if wanted.shape == known.shape:
@@ -229,7 +229,7 @@ def _place(wanted: Tensor, known: Tensor) -> Place | None:
     return None
 
 
-def _columns(wanted: Tensor, known: Tensor) -> Place | None:
+def _columns(wanted: Tensor, known: Tensor) -> Range | None:
     across = known.T
     firsts = _equal_rows(across, wanted[:, 0])
     seconds = _equal_rows(across, wanted[:, 1]) if wanted.shape[1] > 1 else []

@@ -22,7 +22,7 @@ LONGEST = 80
 """Characters of a value that a message repeats."""
 
 
-class Misfit(ValueError):
+class SchemaError(ValueError):
     """A value that does not fit; the message says where it is, what it is and what was expected."""
 
 
@@ -39,12 +39,12 @@ Finite = Annotated[float, Check("a finite number", math.isfinite)]
 Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < value < math.inf)]
 
 
-def fitted(kind: Any, value: Any, at: str = "") -> Any:
+def checked(kind: Any, value: Any, at: str = "") -> Any:
     """`value` as the type `kind`, with dataclasses made of dicts, and tuples of lists.
 
-    >>> fitted(tuple[int, float], [1, 2.5])
+    >>> checked(tuple[int, float], [1, 2.5])
     (1, 2.5)
-    >>> fitted(list[int], [1, "two"], "ids")
+    >>> checked(list[int], [1, "two"], "ids")
     Traceback (most recent call last):
         ...
     lorakin.storage.schema.Misfit: ids[1] is 'two', expected a whole number
@@ -52,41 +52,41 @@ def fitted(kind: Any, value: Any, at: str = "") -> Any:
     `at` is the value's place in the file, for messages.
 
     Raises:
-        Misfit: it is of another type somewhere inside.
+        SchemaError: it is of another type somewhere inside.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        found = fitted(inner[0], value, at)
+        value_in_type = checked(inner[0], value, at)
         for check in inner[1:]:
-            if isinstance(check, Check) and not check.holds(found):
-                raise _misfit(value, check.what, at)
-        return found
+            if isinstance(check, Check) and not check.holds(value_in_type):
+                raise _error(value, check.what, at)
+        return value_in_type
     if origin in (Union, types.UnionType):
         return _one_of(inner, value, at)
     if origin is Literal:
         if not any(type(value) is type(one) and value == one for one in inner):
-            raise _misfit(value, in_words(kind), at)
+            raise _error(value, in_words(kind), at)
         return value
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, at)
     if origin is list:
-        _is(isinstance(value, list | tuple), value, kind, at)
-        return [fitted(inner[0], item, f"{at}[{n}]") for n, item in enumerate(value)]
+        _require(isinstance(value, list | tuple), value, kind, at)
+        return [checked(inner[0], item, f"{at}[{n}]") for n, item in enumerate(value)]
     if origin is tuple:
-        _is(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, at)
+        _require(isinstance(value, list | tuple) and len(value) == len(inner), value, kind, at)
         return tuple(
-            fitted(one, item, f"{at}[{n}]")
+            checked(one, item, f"{at}[{n}]")
             for n, (one, item) in enumerate(zip(inner, value, strict=True))
         )
     if origin in (dict, Mapping):
-        _is(isinstance(value, Mapping), value, kind, at)
-        keys = [fitted(inner[0], key, f"a key of {at or 'it'}") for key in value]
-        return {key: fitted(inner[1], value[key], _in(at, key)) for key in keys}
-    _is(_is_plain(kind, value), value, kind, at)
+        _require(isinstance(value, Mapping), value, kind, at)
+        keys = [checked(inner[0], key, f"a key of {at or 'it'}") for key in value]
+        return {key: checked(inner[1], value[key], _in(at, key)) for key in keys}
+    _require(_is_plain(kind, value), value, kind, at)
     return value
 
 
-def misfit(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
+def first_problem(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
     """What is wrong with the first of some fields; None if all fit.
 
     `kinds`: field → the type that it must have if it is there and not null.
@@ -94,8 +94,8 @@ def misfit(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
     for field, kind in kinds.items():
         if fields.get(field) is not None:
             try:
-                fitted(kind, fields[field], field)
-            except Misfit as error:
+                checked(kind, fields[field], field)
+            except SchemaError as error:
                 return str(error)
     return None
 
@@ -112,27 +112,27 @@ def _is_plain(kind: Any, value: Any) -> bool:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
-    misfits = []
+    problems = []
     for kind in kinds:
         try:
-            return fitted(kind, value, at)
-        except Misfit as misfit:
-            misfits.append((str(misfit), kind))
+            return checked(kind, value, at)
+        except SchemaError as first_problem:
+            problems.append((str(first_problem), kind))
     # Here the type fits, but not what is in it.
-    inside = [said for said, _ in misfits if at and said.startswith((f"{at}.", f"{at}["))]
+    inside = [text for text, _ in problems if at and text.startswith((f"{at}.", f"{at}["))]
     if inside:
-        raise Misfit(inside[0])
-    raise _misfit(value, " or ".join(in_words(kind) for _, kind in misfits), at)
+        raise SchemaError(inside[0])
+    raise _error(value, " or ".join(in_words(kind) for _, kind in problems), at)
 
 
 def _record(kind: Any, value: Any, at: str) -> Any:
     fields, needed = _fields(kind)
-    _is(isinstance(value, Mapping), value, kind, at)
+    _require(isinstance(value, Mapping), value, kind, at)
     if strange := [key for key in value if key not in fields]:
-        raise Misfit(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
+        raise SchemaError(f"{_in(at, strange[0])} is unknown; known are {', '.join(fields)}")
     if lacking := [name for name in needed if name not in value]:
-        raise Misfit(f"{_in(at, lacking[0])} is missing")
-    return kind(**{key: fitted(fields[key], item, _in(at, key)) for key, item in value.items()})
+        raise SchemaError(f"{_in(at, lacking[0])} is missing")
+    return kind(**{key: checked(fields[key], item, _in(at, key)) for key, item in value.items()})
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def in_words(kind: Any) -> str:
     return words.get(kind, "something else")
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """The beginning of a value's repr, for a message."""
     if isinstance(value, str | bytes):
         value = value[: LONGEST + 1]
@@ -195,15 +195,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _is(holds: bool, value: Any, kind: Any, at: str) -> None:
+def _require(holds: bool, value: Any, kind: Any, at: str) -> None:
     if not holds:
-        raise _misfit(value, in_words(kind), at)
+        raise _error(value, in_words(kind), at)
 
 
-def _misfit(value: Any, expected: str, at: str) -> Misfit:
-    return Misfit(f"{at or 'it'} is {shown(value)}, expected {expected}")
+def _error(value: Any, expected: str, at: str) -> SchemaError:
+    return SchemaError(f"{at or 'it'} is {short_repr(value)}, expected {expected}")
 
 
 def _in(at: str, key: Any) -> str:
-    name = shown(key).strip("'") if isinstance(key, str) else shown(key)
+    name = short_repr(key).strip("'") if isinstance(key, str) else short_repr(key)
     return f"{at}.{name}" if at else name

@@ -15,9 +15,9 @@ from lorakin.inject.description import member_in_words, settings_of
 from lorakin.storage import directory
 from lorakin.storage.json_files import read_json
 from lorakin.storage.peft import token_rows
-from lorakin.storage.peft.alone import pairs_of
 from lorakin.storage.peft.forms import TARGET_PARAMETERS
-from lorakin.storage.schema import Check, Misfit, fitted
+from lorakin.storage.peft.without_base import pairs_of
+from lorakin.storage.schema import Check, SchemaError, checked
 
 IMPORTANCE = "importance.json"
 """What `lorakin train` writes beside an adapter whose modules a probe chose: path → share."""
@@ -34,7 +34,7 @@ class Summary:
     base: str | None
     ranks: Mapping[str, int]
     norms: Mapping[str, float]
-    whole: tuple[str, ...]
+    whole_modules: tuple[str, ...]
     parameters: int
     size: int
     pairs: Mapping[str, Pair] = dataclasses.field(repr=False)
@@ -46,24 +46,24 @@ class Summary:
     """Which biases it holds, in PEFT's words."""
 
     @property
-    def gained(self) -> bool:
+    def has_gain(self) -> bool:
         """Whether there are magnitudes, a gain over each pair, which `norms` leave out."""
         return any("gain" in member.decides for member in self.method.members)
 
     @property
     def columns(self) -> list[str]:
         """The names of the adapted modules, without their layers; a stack of experts is one."""
-        return list(dict.fromkeys(place_of(self._whole(path))[1] for path in self.ranks))
+        return list(dict.fromkeys(layer_and_name(self._stack_of(path))[1] for path in self.ranks))
 
     @property
-    def norms_together(self) -> dict[str, float]:
+    def norms_by_stack(self) -> dict[str, float]:
         """`norms`, with that of a whole stack in place of its experts'."""
         squares: dict[str, float] = {}
         for path, norm in self.norms.items():
-            squares[self._whole(path)] = squares.get(self._whole(path), 0.0) + norm**2
+            squares[self._stack_of(path)] = squares.get(self._stack_of(path), 0.0) + norm**2
         return {path: math.sqrt(square) for path, square in squares.items()}
 
-    def _whole(self, path: str) -> str:
+    def _stack_of(self, path: str) -> str:
         stack, _, number = path.rpartition(".")
         return stack if self.has_experts and number.isdigit() else path
 
@@ -98,7 +98,7 @@ class Summary:
             lines["tokens"] = ", ".join(
                 f"{count} rows of {where}" for where, count in self.tokens.items()
             )
-        lines |= {"whole": ", ".join(self.whole)} if self.whole else {}
+        lines |= {"whole": ", ".join(self.whole_modules)} if self.whole_modules else {}
         return lines | ({} if self.bias == "none" else {"biases": self.bias})
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Summary:
             "base": self.base,
             "parameters": self.parameters,
             "bytes": self.size,
-            "modules_to_save": list(self.whole),
+            "modules_to_save": list(self.whole_modules),
             "trainable_tokens": dict(self.tokens),
             "bias": self.bias,
             "pair": settings_of(self.method.parametrisation),
@@ -128,8 +128,8 @@ def summarise(path: Path) -> Summary:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
     """
     files = directory.read(path)
-    placement, pairs = pairs_of(files.config, files.tensors, files.own, str(path))
-    files.check()
+    placement, pairs = pairs_of(files.config, files.tensors, files.lorakin_part, str(path))
+    files.check_lorakin_part()
     known = {
         where: getattr(method.parametrisation, "rank", 0)
         for where, method in placement.methods.items()
@@ -140,7 +140,7 @@ def summarise(path: Path) -> Summary:
         base=files.config.get("base_model_name_or_path"),
         ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
         norms={where: pair.norm() for where, pair in pairs.items()},
-        whole=tuple(files.config.get("modules_to_save") or ()),
+        whole_modules=tuple(files.config.get("modules_to_save") or ()),
         bias=files.config.get("bias") or "none",
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
         size=sum(file.stat().st_size for file in path.glob("adapter_*")),
@@ -160,16 +160,16 @@ def importance_in(folder: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:
-        return fitted(dict[str, Share], read_json(path))  # type: ignore[no-any-return]
-    except (Misfit, AdapterError) as wrong:
-        raise AdapterError(f"{path} cannot be read ({wrong}); remove it to probe again") from None
+        return checked(dict[str, Share], read_json(path))  # type: ignore[no-any-return]
+    except (SchemaError, AdapterError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}); remove it to probe again") from None
 
 
 def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Values of modules, by path, as layer → module name → value, layers in their order."""
     table: dict[str, dict[str, T]] = {}
     for path, value in values.items():
-        layer, name = place_of(path)
+        layer, name = layer_and_name(path)
         table.setdefault(layer, {})[name] = value
     return dict(
         sorted(
@@ -179,10 +179,10 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
     )
 
 
-def place_of(path: str) -> tuple[str, str]:
+def layer_and_name(path: str) -> tuple[str, str]:
     """A module's layer and its name inside the layer.
 
-    >>> place_of("model.layers.3.self_attn.q_proj")
+    >>> layer_and_name("model.layers.3.self_attn.q_proj")
     ('3', 'self_attn.q_proj')
     """
     match = re.search(r"(?:^|\.)([0-9]{1,9})\.(.+)$", path)

@@ -30,11 +30,11 @@ def check_trained(adapter: InsertedAdapter) -> None:
             "holds the adapter's tensors, such as adapter.optimizer(…)"
         )
     for check in CHECKS:
-        for said in check(adapter):
-            warnings.warn(said, LorakinWarning, stacklevel=3)
+        for message in check(adapter):
+            warnings.warn(message, LorakinWarning, stacklevel=3)
 
 
-def members_did_their_part(adapter: InsertedAdapter) -> Iterator[str]:
+def untrained_members(adapter: InsertedAdapter) -> Iterator[str]:
     """What the members say themselves, such as an allocator that was not through."""
     reasons = [
         reason for rule in adapter.run.rules or () if (reason := rule.unfinished(adapter.run.steps))
@@ -43,8 +43,8 @@ def members_did_their_part(adapter: InsertedAdapter) -> Iterator[str]:
         yield f"adapter {adapter.name!r}: {reason}"
 
 
-def is_unscaled(adapter: InsertedAdapter) -> Iterator[str]:
-    """Files have no place for the scale that `adapter.effect.scale` sets."""
+def unsaved_scale(adapter: InsertedAdapter) -> Iterator[str]:
+    """Yields a warning of the scale that `adapter.effect.scale` set, which files do not hold."""
     if adapter.effect.scale != 1:
         yield (
             f"files hold no scale: adapter {adapter.name!r} is saved as it is at scale 1, and not "
@@ -53,7 +53,7 @@ def is_unscaled(adapter: InsertedAdapter) -> Iterator[str]:
         )
 
 
-def buffers_stayed(adapter: InsertedAdapter) -> Iterator[str]:
+def moved_buffers(adapter: InsertedAdapter) -> Iterator[str]:
     """PEFT's files have no place for buffers of the base that training moved."""
     if moved := sorted(adapter.tensors.moved_buffers()):
         yield (
@@ -63,7 +63,7 @@ def buffers_stayed(adapter: InsertedAdapter) -> Iterator[str]:
         )
 
 
-def whole_modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
+def unmoved_whole_modules(adapter: InsertedAdapter) -> Iterator[str]:
     """Modules that are trained whole are no longer the base's."""
     still = [path for path in adapter.placement.whole_modules if _is_the_bases(adapter, path)]
     if _was_trained_here(adapter) and still:
@@ -73,7 +73,7 @@ def whole_modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
         )
 
 
-def rows_moved(adapter: InsertedAdapter) -> Iterator[str]:
+def unmoved_token_rows(adapter: InsertedAdapter) -> Iterator[str]:
     """Token rows are no longer the base's."""
     if not _was_trained_here(adapter):
         return
@@ -87,7 +87,7 @@ def rows_moved(adapter: InsertedAdapter) -> Iterator[str]:
             )
 
 
-def biases_moved(adapter: InsertedAdapter) -> Iterator[str]:
+def unmoved_biases(adapter: InsertedAdapter) -> Iterator[str]:
     """At least one bias is no longer the base's."""
     own = adapter.tensors.biases() if _was_trained_here(adapter) else {}
     if own and all(_is_the_bases_bias(adapter, path, bias) for path, bias in own.items()):
@@ -98,7 +98,7 @@ def biases_moved(adapter: InsertedAdapter) -> Iterator[str]:
         )
 
 
-def modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
+def unmoved_modules(adapter: InsertedAdapter) -> Iterator[str]:
     """Each module's tensors are no longer at their start."""
     rules = adapter.run.rules or ()
     reached = [
@@ -117,13 +117,13 @@ def modules_moved(adapter: InsertedAdapter) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[InsertedAdapter], Iterator[str]], ...] = (
-    members_did_their_part,
-    is_unscaled,
-    buffers_stayed,
-    whole_modules_moved,
-    rows_moved,
-    biases_moved,
-    modules_moved,
+    untrained_members,
+    unsaved_scale,
+    moved_buffers,
+    unmoved_whole_modules,
+    unmoved_token_rows,
+    unmoved_biases,
+    unmoved_modules,
 )
 """Each yields what to warn of."""
 

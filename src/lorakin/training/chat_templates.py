@@ -96,7 +96,7 @@ def template_named(name: str) -> str:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    return _read(paths.named(name, "--chat-template", DataError))
+    return _read(paths.user_path(name, "--chat-template", DataError))
 
 
 def _literal(name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ import lorakin
 from lorakin.errors import AdapterError, DataError, LorakinWarning, SettingError, some
 from lorakin.storage import atomic
 from lorakin.storage.card import CARD
-from lorakin.storage.own_part import CHECKSUM, checksum
+from lorakin.storage.lorakin_part import CHECKSUM, checksum
 
 MANIFEST, FORMAT = "lorakin-checkpoint.json", 1
 FORM = {

@@ -87,13 +87,13 @@ def text_of(value: Any, what: str) -> str:
         DataError: it is something else.
     """
     if isinstance(value, bool):
-        raise DataError(f"{what} is {shown(value)}, expected text")
+        raise DataError(f"{what} is {short_json(value)}, expected text")
     if isinstance(value, int | float | decimal.Decimal | datetime.date | datetime.time):
         return str(value)
     if _is_parts(value):
         return "".join(_part(part, what) for part in value)
     if not isinstance(value, str):
-        raise DataError(f"{what} is {shown(value)}, expected text")
+        raise DataError(f"{what} is {short_json(value)}, expected text")
     return value
 
 
@@ -108,7 +108,7 @@ def _is_parts(value: Any) -> bool:
 def _part(part: Mapping[str, Any], what: str) -> str:
     if part["type"] != "text":
         raise DataError(
-            f"{what} holds a part of type {shown(part['type'])}; only text can be trained on"
+            f"{what} holds a part of type {short_json(part['type'])}; only text can be trained on"
         )
     return text_of(part.get("text", part.get("value")), what)
 
@@ -135,7 +135,7 @@ def listed(value: Any, what: str) -> list[Any]:
     """
     value = unpacked(value)
     if not isinstance(value, list):
-        raise DataError(f"{what} is {shown(value)}, expected a list")
+        raise DataError(f"{what} is {short_json(value)}, expected a list")
     return value
 
 
@@ -149,7 +149,7 @@ def unpacked(value: Any) -> Any:
     return value
 
 
-def shown(value: Any) -> str:
+def short_json(value: Any) -> str:
     """Returns a value for a message, at most 80 characters of it."""
     if isinstance(value, Number):
         return value.literal

@@ -45,7 +45,7 @@ def table(name: str) -> Table:
     Raises:
         DataError: nothing of that name, or it cannot be read.
     """
-    path = paths.named(name, "--data", DataError)
+    path = paths.user_path(name, "--data", DataError)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"] and len(suffixes) > 1
     suffix = suffixes[-2] if packed else (suffixes[-1:] or [""])[0]

@@ -12,7 +12,7 @@ from lorakin.errors import DataError
 from lorakin.training.answers import ALL, ANSWERS, LOSS_ON, Answers
 from lorakin.training.contents import Content, Conversation, Labelled, PlainText
 from lorakin.training.endings import stops
-from lorakin.training.reading import DataRows, Record, shown
+from lorakin.training.reading import DataRows, Record, row_in_message
 from lorakin.training.templates import Template
 from lorakin.training.token_labels import IGNORED, continued
 
@@ -196,7 +196,9 @@ def _encode_rows(
 
 def _of_row(record: Record, error: Exception) -> DataError:
     layout = record.source.format.name
-    return DataError(f"{record.where}: {error} (format {layout}). The row: {shown(record.values)}")
+    return DataError(
+        f"{record.where}: {error} (format {layout}). The row: {row_in_message(record.values)}"
+    )
 
 
 def _has_answer(example: dict[str, Any]) -> bool:

@@ -19,9 +19,9 @@ from lorakin.training.answers import ANSWERS, LOSS_ON
 from lorakin.training.batches import AnswerCollator, Row, answer_loss
 from lorakin.training.chat_templates import use_template
 from lorakin.training.encoding import encode, encode_labelled
+from lorakin.training.generation_settings import nan_error
 from lorakin.training.limits import check_rows, places, row_length, warn_cut
 from lorakin.training.models import Loaded, stored_labels
-from lorakin.training.plainly import not_numbers
 from lorakin.training.reading import DataRows, read_rows
 from lorakin.training.token_labels import IGNORED
 from lorakin.training.with_adapter import load_with_adapter
@@ -161,7 +161,7 @@ def evaluate_rows(
     warn_cut(length, max_length, model, encoded.examples)
     figures = evaluate(loaded.model, collate, encoded.examples, batch_size)
     if not math.isfinite(figures.loss):
-        raise not_numbers(loaded.name)
+        raise nan_error(loaded.name)
     return figures
 
 

@@ -19,7 +19,7 @@ from lorakin.training.contents import (
     PlainText,
     Values,
     listed,
-    shown,
+    short_json,
     text_of,
     unpacked,
 )
@@ -108,7 +108,7 @@ def _squad(row: Values) -> PlainText:
     answers = unpacked(row["answers"])
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     if not isinstance(texts, list):
-        raise DataError(f"answers is {shown(answers)}, expected a list of texts")
+        raise DataError(f"answers is {short_json(answers)}, expected a list of texts")
     answer = text_of(texts[0], "answers") if texts else ""
     return PlainText(_with_context(row, "question", ("context",)), answer)
 
@@ -116,7 +116,7 @@ def _squad(row: Values) -> PlainText:
 def _labelled(text: str, label: str) -> Callable[[Values], Labelled]:
     def read(row: Values) -> Labelled:
         if not isinstance(row[text], str) or not row[text].strip():
-            raise DataError(f"{text} is {shown(row[text])}, expected text")
+            raise DataError(f"{text} is {short_json(row[text])}, expected text")
         return Labelled(row[text], row[label])
 
     return read
@@ -139,7 +139,7 @@ def _exchanges(row: Values, question: str, reply: str) -> list[dict[str, Any]]:
     pairs = listed(history, "history") if history else []
     if odd := [pair for pair in pairs if not isinstance(pair, list | tuple) or len(pair) != 2]:
         raise DataError(
-            f"history holds {shown(odd[0])}, expected pairs of a question and its answer"
+            f"history holds {short_json(odd[0])}, expected pairs of a question and its answer"
         )
     return [
         {"role": role, "content": said}
@@ -277,7 +277,7 @@ def _check_meaning(layout: Format, row: Values) -> None:
         )
     if media := [key for key in MEDIA if key in said]:
         raise DataError(
-            f"{media[0]} is {shown(row[media[0]])}, and only text can be trained on{way_out}"
+            f"{media[0]} is {short_json(row[media[0]])}, and only text can be trained on{way_out}"
         )
     if layout.name == CLASSIFICATION:
         if pair := [key for key in PAIRS if key in said]:
@@ -287,6 +287,6 @@ def _check_meaning(layout: Format, row: Values) -> None:
             )
     elif "label" in said and SAYS.get(str(row["label"]).lower()) is False:
         raise DataError(
-            f"label {shown(row['label'])} marks an answer not to imitate (KTO); "
+            f"label {short_json(row['label'])} marks an answer not to imitate (KTO); "
             f"remove such rows{way_out}"
         )

@@ -12,9 +12,9 @@ from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import visible
 from lorakin.training.encoding import Encoder
 from lorakin.training.endings import end_of_turn_text, stops
+from lorakin.training.generation_settings import StopAtNaN, with_settings
 from lorakin.training.limits import check_prompt, places
 from lorakin.training.models import Loaded
-from lorakin.training.plainly import OnlyNumbers, by_own_settings
 
 COOLEST, HOTTEST = 1e-4, 1e4
 """Beyond these temperatures, logits divided by them are infinite in float16, or all the same."""
@@ -67,14 +67,14 @@ def answer(
     streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     ids = torch.tensor([asked], device=model.device)
     torch.manual_seed(seed)
-    with by_own_settings(model, **settings):
+    with with_settings(model, **settings):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=longest,
             stop_strings=text,
             tokenizer=tokenizer,
-            logits_processor=transformers.LogitsProcessorList([OnlyNumbers(loaded.name)]),
+            logits_processor=transformers.LogitsProcessorList([StopAtNaN(loaded.name)]),
             streamer=streamer,
         )
     said: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

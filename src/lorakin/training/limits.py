@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from lorakin.errors import DataError, LorakinWarning, ModelError
-from lorakin.training.kinds import BaseKind
+from lorakin.training.base_class import BaseClass
 
 TABLE = re.compile(r"wpe|(.*_)?pos(itions?)?(_emb.*|_enc.*)?|position_embeds_layer|embed_positions")
 """Names of modules and tensors that hold a vector for each position."""
@@ -46,7 +46,7 @@ def places(model: nn.Module) -> int | None:
 def places_of(config: Any) -> int | None:
     """Returns `places` of the model with this config, whatever its head; None if there is none."""
     try:
-        return places(BaseKind(transformers.AutoModel).skeleton(config))
+        return places(BaseClass(transformers.AutoModel).skeleton(config))
     except ModelError:
         return None
 

@@ -47,7 +47,7 @@ def model(auto: Any, source: str | Path, **options: Any) -> Any:
     return found
 
 
-def made(auto: Any, config: Any, **options: Any) -> Any:
+def from_config(auto: Any, config: Any, **options: Any) -> Any:
     """Returns a model from a config alone, without stored weights.
 
     Raises:
@@ -80,7 +80,7 @@ def snapshot(name: str) -> Path:
     return Path(huggingface_hub.snapshot_download(name, ignore_patterns=ignored))
 
 
-def holds(name: str, file: str) -> bool:
+def hub_has_file(name: str, file: str) -> bool:
     """Whether a hub id has this file, as far as can be known now; the file is fetched."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     return (
@@ -90,7 +90,7 @@ def holds(name: str, file: str) -> bool:
 
 
 @contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
+def as_model_error(what: str) -> Iterator[None]:
     """Turns whatever a library raises about a file from outside into one sentence.
 
     A damaged file makes libraries raise errors of every class, so all are caught. Our own checks

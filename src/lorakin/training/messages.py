@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakin.errors import DataError
-from lorakin.training.contents import Conversation, Values, listed, shown, text_of, unpacked
+from lorakin.training.contents import Conversation, Values, listed, short_json, text_of, unpacked
 
 CALLING = ("function_call", "tool_call")
 """Roles whose content is a call, as JSON."""
@@ -44,7 +44,7 @@ def conversation(turns: Sequence[Any], row: Values) -> Conversation:
         DataError: a message without a known role or content, or two system messages.
     """
     if odd := [turn for turn in turns if not isinstance(turn, Mapping)]:
-        raise DataError(f"a message is {shown(odd[0])}, expected a role and content")
+        raise DataError(f"a message is {short_json(odd[0])}, expected a role and content")
     turns = [turn for turn in turns if not _says_no_system(turn)]
     messages: list[dict[str, Any]] = []
     learned: list[bool | None] = []
@@ -101,7 +101,7 @@ def flag(
             return bool(value)
         if (said := SAYS.get(str(value).lower())) is None:
             raise DataError(
-                f"{whose}{key} is {shown(value)}; only 0 and 1 are taken, "
+                f"{whose}{key} is {short_json(value)}; only 0 and 1 are taken, "
                 f"for not learned and learned{way_out}"
             )
         return said
@@ -117,7 +117,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     word, content = either(turn, "role", "from"), either(turn, "content", "value")
     role = ROLES.get(word.lower()) if isinstance(word, str) else None
     if role is None:
-        raise DataError(f"unknown role {shown(word)}; known are {', '.join(ROLES)}")
+        raise DataError(f"unknown role {short_json(word)}; known are {', '.join(ROLES)}")
     calls = _calls(turn.get("tool_calls"))
     if turn.get("function_call"):
         calls.append(_call(unpacked(turn["function_call"]), "function_call"))
@@ -152,11 +152,11 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     """Returns a call as templates take it, with its arguments as an object, not as JSON text."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise DataError(f"{what} is {shown(call)}, expected a name and arguments")
+        raise DataError(f"{what} is {short_json(call)}, expected a name and arguments")
     arguments = unpacked(either(inner, "arguments", "parameters") or {})
     if not isinstance(arguments, Mapping):
         raise DataError(
-            f"{what}: the arguments of {inner['name']} are {shown(arguments)}, "
+            f"{what}: the arguments of {inner['name']} are {short_json(arguments)}, "
             "expected a JSON object"
         )
     found: dict[str, Any] = {
@@ -172,7 +172,7 @@ def _tools(given: Any) -> list[Any] | None:
         return None
     found = [unpacked(tool) for tool in listed(tools, "tools")]
     if odd := [tool for tool in found if not isinstance(tool, Mapping)]:
-        raise DataError(f"tools holds {shown(odd[0])}, expected JSON schemas of functions")
+        raise DataError(f"tools holds {short_json(odd[0])}, expected JSON schemas of functions")
     return [
         dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
         for tool in found

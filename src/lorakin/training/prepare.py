@@ -22,7 +22,7 @@ from lorakin.inject.measuring import check_called
 from lorakin.inject.targets import head_of
 from lorakin.inject.whole_modules import find_modules
 from lorakin.loop import float16_base
-from lorakin.storage import atomic, paths, texts
+from lorakin.storage import atomic, paths, tokenizer_fingerprint
 from lorakin.training import limits, processes, reading, run_directory, schedules
 from lorakin.training.chat_templates import TEMPLATE, template_named, use_template
 from lorakin.training.encoding import Encoded, encode, encode_labelled
@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, console: Console, resume: bool = False) -> PreparedR
     Raises:
         LorakinError: whatever is wrong, before anything is trained or written.
     """
-    place = run_directory.enter(recipe, paths.named(recipe.out, "--out"), resume)
+    place = run_directory.enter(recipe, paths.user_path(recipe.out, "--out"), resume)
     try:
         return _prepared(recipe, console, place)
     except BaseException:
@@ -116,7 +116,7 @@ def _with_template(recipe: Recipe, loaded: Loaded, rows: DataRows) -> tuple[Reci
     tokenizer = loaded.tokenizer
     template = use_template(tokenizer, recipe.chat_template, rows, recipe.template_args)
     if template is not None:
-        texts.remember(loaded.model, tokenizer)
+        tokenizer_fingerprint.remember(loaded.model, tokenizer)
     day = None
     if tokenizer.chat_template and Template(tokenizer).prints_the_day:
         day = recipe.date or processes.agreed(datetime.date.today().isoformat())

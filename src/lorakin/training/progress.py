@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lorakin.errors import DataError
 from lorakin.storage import atomic, files
-from lorakin.storage.schema import Check, Count, Misfit, fitted
+from lorakin.storage.schema import Check, Count, SchemaError, checked
 
 MOST_BYTES = 1 << 28
 """The longest file that is read; a million steps take some hundred million bytes."""
@@ -74,7 +74,7 @@ class Metrics:
         """Appends a row."""
         if not self.writes:
             return
-        with files.appending(self.path) as file:
+        with files.open_for_append(self.path) as file:
             file.write((json.dumps({"step": step, **values}) + "\n").encode())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Metrics:
         if not self.path.exists():
             return []
         try:
-            content = files.content(self.path, MOST_BYTES, DataError).decode(
+            content = files.read_limited(self.path, MOST_BYTES, DataError).decode(
                 "utf-8", errors="replace"
             )
         except OSError as error:
@@ -97,12 +97,13 @@ class Metrics:
 
     def _row(self, number: int, line: str) -> dict[str, Any]:
         try:
-            content = fitted(dict[str, Any], json.loads(line))
+            content = checked(dict[str, Any], json.loads(line))
             row = {
-                name: fitted(KINDS.get(name, float), value, name) for name, value in content.items()
+                name: checked(KINDS.get(name, float), value, name)
+                for name, value in content.items()
             }
             if "step" not in row:
-                raise Misfit("step is missing")
+                raise SchemaError("step is missing")
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self.path}, line {number} is no row of metrics: {error}; remove that line"

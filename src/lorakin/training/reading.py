@@ -170,7 +170,8 @@ def _read_one(name: str, columns: Mapping[str, str], layout: str | None) -> Data
                 records.append(Record(source, number, row, content))
         except DataError as error:
             raise DataError(
-                f"{name}, row {number}: {error} (format {found.name}). The row: {shown(row)}"
+                f"{name}, row {number}: {error} (format {found.name}). The row: "
+                f"{row_in_message(row)}"
             ) from None
     if not records:
         raise DataError(
@@ -190,7 +191,7 @@ def _mapped(
     return {target: row[source] for target, source in columns.items()}
 
 
-def shown(row: Mapping[str, Any]) -> str:
+def row_in_message(row: Mapping[str, Any]) -> str:
     """Returns a row for a message, at most 200 characters of it."""
     text = json.dumps(row, ensure_ascii=False, default=str)
     return text if len(text) <= 200 else text[:199] + "…"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lorakin.errors import SettingError
-from lorakin.storage.schema import Check, Count, Misfit, Positive, fitted
+from lorakin.storage.schema import Check, Count, Positive, SchemaError, checked
 from lorakin.training.formats import NAMES
 
 if TYPE_CHECKING:
@@ -190,9 +190,9 @@ class Recipe:
         for name, kind in kinds().items():
             value = _as_kind(kind, getattr(self, name))
             try:
-                setattr(self, name, fitted(kind, value, name))
-            except Misfit as misfit:
-                raise SettingError(str(misfit)) from None
+                setattr(self, name, checked(kind, value, name))
+            except SchemaError as error:
+                raise SettingError(str(error)) from None
         if self.steps is not None and self.epochs is not None:
             raise SettingError("give steps or epochs, not both")
 

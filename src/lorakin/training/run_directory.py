@@ -120,7 +120,7 @@ def _lock(held: Held, out: Path) -> None:
     held.made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held.lock = locks.hold(out / LOCK)
+        held.lock = locks.acquire(out / LOCK)
     except locks.LockTaken as error:
         raise OutputError(
             f"--out {out} is in use: {error} is at work there. Wait until it has ended, or choose "
@@ -164,7 +164,7 @@ def resumed_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """
     given = settings_in(path) if path is not None else {}
     out = str(flags.get("out") or given.get("out") or "")
-    saved = paths.named(out, "--out") / RECIPE
+    saved = paths.user_path(out, "--out") / RECIPE
     if out and not saved.is_file() and (saved.exists() or saved.is_symlink()):
         raise SettingError(
             f"--resume: {saved} is not a file, so there is no recipe to resume with; put the run's "

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lorakin.errors import AdapterError, LorakinWarning, some
 from lorakin.loading import insert_document
-from lorakin.storage import directory, hub, texts
+from lorakin.storage import directory, hub, tokenizer_fingerprint
 from lorakin.storage.fingerprint import LABELS
 from lorakin.storage.peft.tasks import is_classifiers
+from lorakin.training.base_class import BaseClass, kind_for
 from lorakin.training.chat_templates import remembered_template, use_remembered
-from lorakin.training.kinds import BaseKind, kind_for
 from lorakin.training.models import Loaded, config_of, incomplete, load, load_model
 from lorakin.training.run_directory import RECIPE
 from lorakin.training.yaml_values import read_yaml
@@ -20,7 +20,7 @@ from lorakin.training.yaml_values import read_yaml
 
 def load_with_adapter(
     name: str,
-    adapter: str | directory.Files | None,
+    adapter: str | directory.AdapterFiles | None,
     dtype: str = "auto",
     labels: Sequence[str] | None = None,
     other_base: bool = False,
@@ -51,19 +51,21 @@ def load_with_adapter(
     if any_head:
         kind = kind_for(files, config_of(name), labels or recipe_labels(files))
     else:
-        kind = BaseKind(None, labels_of(files) if labels is None else labels)
+        kind = BaseClass(None, labels_of(files) if labels is None else labels)
     loaded = load(name, dtype, kind.labels, quantize, kind.cls)
     if any_head:
         _check_complete(loaded, files)
     _warn_of_other_base(loaded, files)
     if loaded.tokenizer is not None and remembered_template(files.path) is not None:
         use_remembered(loaded.tokenizer, files.path)
-        texts.remember(loaded.model, loaded.tokenizer)  # the adapter answers with this template
+        tokenizer_fingerprint.remember(
+            loaded.model, loaded.tokenizer
+        )  # the adapter answers with this template
     insert_document(loaded.model, "default", files.match(loaded.model, other_base))
     return loaded
 
 
-def _check_complete(loaded: Loaded, files: directory.Files) -> None:
+def _check_complete(loaded: Loaded, files: directory.AdapterFiles) -> None:
     """Refuses a base that lacks weights which the adapter does not hold either."""
     whole = files.config.get("modules_to_save") or ()
     new = {path for path in loaded.fresh if not any(f".{part}." in f".{path}." for part in whole)}
@@ -72,7 +74,7 @@ def _check_complete(loaded: Loaded, files: directory.Files) -> None:
         raise incomplete(loaded.name, keys, loaded.model)
 
 
-def _warn_of_other_base(loaded: Loaded, files: directory.Files) -> None:
+def _warn_of_other_base(loaded: Loaded, files: directory.AdapterFiles) -> None:
     """Warns if an adapter without a fingerprint of its base names another base."""
     said = files.config.get("base_model_name_or_path")
     if files.base is not None or not isinstance(said, str):
@@ -86,7 +88,7 @@ def _warn_of_other_base(loaded: Loaded, files: directory.Files) -> None:
         )
 
 
-def recipe_labels(files: directory.Files) -> list[str] | None:
+def recipe_labels(files: directory.AdapterFiles) -> list[str] | None:
     """Returns the classes that the recipe beside an adapter names; else those that it remembers.
 
     Raises:
@@ -107,7 +109,7 @@ def recipe_labels(files: directory.Files) -> list[str] | None:
     return kept
 
 
-def labels_of(files: directory.Files) -> list[str] | None:
+def labels_of(files: directory.AdapterFiles) -> list[str] | None:
     """Returns the classes of a classifier's adapter; None if it is no classifier's.
 
     They come from the recipe beside it; else there is one for each row of its trained head.

@@ -46,7 +46,7 @@ def read_yaml(path: Path, what: str = "the recipe") -> Any:
         SettingError: it cannot be read, is longer than `MOST_BYTES`, or is not YAML.
     """
     try:
-        content = files.content(path, MOST_BYTES, SettingError)
+        content = files.read_limited(path, MOST_BYTES, SettingError)
         return yaml.load(content.decode("utf-8"), _Plain)
     except SettingError as error:
         raise SettingError(f"{what}: {error}") from None

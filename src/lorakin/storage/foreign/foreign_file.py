@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Shape, all_finite
 from lorakin.inject import layer_kinds
-from lorakin.storage.schema import Finite, Misfit, fitted
+from lorakin.storage.schema import Finite, SchemaError, checked
 
 CONFIG = "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -146,9 +146,9 @@ class ForeignFile:
     def said(self, kind: Any, holder: Mapping[str, Any], name: str) -> Any:
         """A field of the config, of this type (see `schema.fitted`)."""
         try:
-            return fitted(kind, holder[name], name)
-        except Misfit as misfit:
-            raise self.error(f"in its {CONFIG}, {misfit}") from None
+            return checked(kind, holder[name], name)
+        except SchemaError as error:
+            raise self.error(f"in its {CONFIG}, {error}") from None
 
     def tied(self, path: str) -> list[str]:
         """The other modules with the weight of the module at `path`."""

@@ -101,6 +101,6 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         return tensors_of(file)
     try:
-        return safetensors.torch.load_file(files.regular(file))
+        return safetensors.torch.load_file(files.checked_file(file))
     except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{file}: its tensors cannot be read ({error})") from None

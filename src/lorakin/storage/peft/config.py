@@ -9,11 +9,11 @@ from typing import Any
 
 from lorakin.errors import AdapterError, LorakinWarning, SettingError
 from lorakin.family import Member, Method, Modifier, Parametrisation
-from lorakin.storage.own_part import Own
+from lorakin.storage.lorakin_part import LorakinPart
 from lorakin.storage.peft import starts, token_rows
 from lorakin.storage.peft.fields import KINDS
 from lorakin.storage.peft.forms import FLAGS, FORMS, LORA, SCHEDULE, TOKENS, Form, members_of
-from lorakin.storage.schema import misfit
+from lorakin.storage.schema import first_problem
 
 UNSUPPORTED = {
     "lora_bias": "a bias on B",
@@ -49,7 +49,7 @@ def check_config(config: Mapping[str, Any], where: str) -> Form:
         raise AdapterError(
             f"{where}: peft_type is {peft_type!r}; this version reads {', '.join(FORMS)}"
         )
-    if reason := misfit(config, KINDS):
+    if reason := first_problem(config, KINDS):
         raise AdapterError(f"{where}: {reason}")
     form = FORMS[peft_type]
     _check_supported(form, config, where)
@@ -88,7 +88,9 @@ def _check_supported(form: Form, config: Mapping[str, Any], where: str) -> None:
         warnings.warn(f"{where}: {said}", LorakinWarning, stacklevel=2)
 
 
-def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str) -> Method:
+def method_of(
+    form: Form, config: Mapping[str, Any], part: LorakinPart | None, where: str
+) -> Method:
     """The method with its settings.
 
     lorakin's own part names the members, if there is one. PEFT's config then has the last word on
@@ -98,7 +100,9 @@ def method_of(form: Form, config: Mapping[str, Any], own: Own | None, where: str
     if form.alpha_without and said["alpha"] <= 0:
         said["alpha"] = said[form.alpha_without]
     try:
-        method = _method_of_peft(form, config, said) if own is None else _method_of_own(own, said)
+        method = (
+            _method_of_peft(form, config, said) if part is None else _method_of_part(part, said)
+        )
     except (TypeError, SettingError) as error:
         raise AdapterError(f"{where}: its settings do not make a valid method: {error}") from None
     _check_flags(form, config, method, where)
@@ -115,11 +119,11 @@ def _method_of_peft(form: Form, config: Mapping[str, Any], said: Mapping[str, An
     )
 
 
-def _method_of_own(own: Own, said: Mapping[str, Any]) -> Method:
-    members: list[Member] = [entry.made() for entry in own.members]
+def _method_of_part(part: LorakinPart, said: Mapping[str, Any]) -> Method:
+    members: list[Member] = [entry.build() for entry in part.members]
     method = Method.of(members)
     said = {name: value for name, value in said.items() if name not in SCHEDULE}
-    if own.tensors is not None or all(method.setting(n) == value for n, value in said.items()):
+    if part.tensors is not None or all(method.setting(n) == value for n, value in said.items()):
         return method
     pairs = [member for member in members if isinstance(member, Parametrisation)] or members
     return Method.of([_with(member, said) if member in pairs else member for member in members])
@@ -128,8 +132,8 @@ def _method_of_own(own: Own, said: Mapping[str, Any]) -> Method:
 def _with(member: Member, said: Mapping[str, Any]) -> Member:
     """A member with the settings of its pair that the config says."""
     names = member.pair_settings if isinstance(member, Modifier) else member.setting_names()
-    own = {name: value for name, value in said.items() if name in names}
-    return dataclasses.replace(member, **own)  # type: ignore[type-var]
+    part = {name: value for name, value in said.items() if name in names}
+    return dataclasses.replace(member, **part)  # type: ignore[type-var]
 
 
 def _check_flags(form: Form, config: Mapping[str, Any], method: Method, where: str) -> None:

@@ -14,8 +14,8 @@ from lorakin.family import Method, UnadaptedModule
 from lorakin.family.slots import rank_factors, rank_switch
 from lorakin.inject.placement import Placement, placement_with_patterns
 from lorakin.storage.document import Document, Slots
+from lorakin.storage.lorakin_part import LorakinPart
 from lorakin.storage.match import check_kinds, check_paths, modules_for, targets_of
-from lorakin.storage.own_part import Own
 from lorakin.storage.peft import (
     attention,
     biases,
@@ -47,19 +47,19 @@ class ReadFiles:
     """Path → slot → tensor, in the file's shapes."""
     rest: dict[str, Tensor]
     """Tensors in no slot, by key without prefix."""
-    own: Own | None
+    part: LorakinPart | None
     where: str
 
     @property
-    def own_slots(self) -> Mapping[str, Slots] | None:
+    def lorakin_slots(self) -> Mapping[str, Slots] | None:
         """The modules' tensors in lorakin's part, where PEFT's file has them in another form."""
-        return None if self.own is None else self.own.tensors
+        return None if self.part is None else self.part.tensors
 
 
 def document_of(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    own: Own | None,
+    part: LorakinPart | None,
     model: nn.Module,
     where: str,
 ) -> Document:
@@ -68,7 +68,7 @@ def document_of(
     Args:
         config: what `adapter_config.json` says.
         tensors: the tensors by PEFT's key.
-        own: lorakin's own part, if there is one.
+        part: lorakin's own part, if there is one.
         model: the base, which tells what names and shapes in the files mean.
         where: the file, for messages.
 
@@ -76,10 +76,10 @@ def document_of(
         AdapterError: something is missing, left over or unsupported, or belongs to another base;
             the files do not agree.
     """
-    read = apart(config, tensors, own, model, where)
-    modules = modules_for(model, {*read.slots, *(read.own_slots or ())})
+    read = apart(config, tensors, part, model, where)
+    modules = modules_for(model, {*read.slots, *(read.lorakin_slots or ())})
     former: Mapping[str, list[str]] = {}
-    if read.own_slots is None:
+    if read.lorakin_slots is None:
         now = todays(model, modules, read.config, read.slots, read.rest, where)
         read = dataclasses.replace(read, config=now.config, slots=now.slots, rest=now.rest)
         former = now.former
@@ -98,7 +98,7 @@ def document_of(
         biases=tuple(own_biases),
     )
     targets = targets_of(modules, placement)
-    if read.own_slots is None:
+    if read.lorakin_slots is None:
         for path, method in placement.methods.items():
             shape, rank = targets[path].shape, getattr(method.parametrisation, "rank", 0)
             there = {
@@ -108,9 +108,9 @@ def document_of(
             check_shapes(read.form, path, modules[path], read.slots[path], there, rank, where)
         slots = _with_shared_pair(read, slots, targets)
     document = Document(placement, slots, copies, tokens.values, own_biases)
-    if read.own is not None:
-        document = dataclasses.replace(document, buffers=read.own.buffers, state=read.own.state)
-    if read.own_slots is not None:
+    if read.part is not None:
+        document = dataclasses.replace(document, buffers=read.part.buffers, state=read.part.state)
+    if read.lorakin_slots is not None:
         check_agreement(document, modules, targets, read.config, read.slots, where)
     return document
 
@@ -118,26 +118,26 @@ def document_of(
 def apart(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    own: Own | None,
+    part: LorakinPart | None,
     model: nn.Module | None,
     where: str,
 ) -> ReadFiles:
     """The files with a pair for each module that has one, also without a model."""
     form = check_config(config, where)
     tensors = starts.without_training(tensors)
-    known = None if own is None or own.tensors is None else own.tensors.keys()
-    if config.get(TARGET_PARAMETERS) and own is not None:
+    known = None if part is None or part.tensors is None else part.tensors.keys()
+    if config.get(TARGET_PARAMETERS) and part is not None:
         # PEFT has no dropout there, so lorakin's own part has the adapter's.
-        dropouts = [entry.settings.get("dropout") for entry in own.members]
+        dropouts = [entry.settings.get("dropout") for entry in part.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
     if model is not None:
         config, tensors = layer_weights.as_layers(config, tensors, model, where)
-    ours = own is not None
+    ours = part is not None
     config, tensors = attention.apart(config, tensors, known, where, ours=ours)
     config, tensors = unstack_experts.unstacked(config, tensors, model, known, where, ours=ours)
     slots, rest = by_module(form, tensors)
     return ReadFiles(
-        form, method_of(form, config, own, where), config, tensors, slots, rest, own, where
+        form, method_of(form, config, part, where), config, tensors, slots, rest, part, where
     )
 
 
@@ -161,13 +161,13 @@ def _others(
     """
     rest = biases.without_doubles(read.config, read.rest)
     copies, rest = whole_modules.split(modules, read.config, rest)
-    if read.own is not None and read.own.whole is not None:
-        copies = {path: state for path, state in copies.items() if path in read.own.whole}
+    if read.part is not None and read.part.whole is not None:
+        copies = {path: state for path, state in copies.items() if path in read.part.whole}
     own_biases, rest = biases.split(
         model, modules, read.config, read.slots, copies, rest, read.where
     )
     rest = whole_modules.without_head_biases(modules, rest, read.where)
-    sizes = {} if read.own is None or read.own.base is None else read.own.base["weights"]
+    sizes = {} if read.part is None or read.part.base is None else read.part.base["weights"]
     tokens = token_rows.taken(
         model, modules, read.config, rest, read.slots, copies, sizes, read.where
     )
@@ -183,19 +183,19 @@ def _slots(
     read: ReadFiles, model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots of all modules in the model's order: lorakin's own, else those in PEFT's file."""
-    if read.own_slots is None:
+    if read.lorakin_slots is None:
         return {path: as_matrices(read.slots[path]) for path in modules if path in read.slots}
-    check_paths(model, modules, read.own_slots, read.where)
-    if absent := sorted(set(read.slots) - set(read.own_slots)):
+    check_paths(model, modules, read.lorakin_slots, read.where)
+    if absent := sorted(set(read.slots) - set(read.lorakin_slots)):
         raise AdapterError(f"{read.where}: lorakin.json lacks the tensors of {some(absent)}")
-    return {path: dict(read.own_slots[path]) for path in modules if path in read.own_slots}
+    return {path: dict(read.lorakin_slots[path]) for path in modules if path in read.lorakin_slots}
 
 
 def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str]) -> Placement:
     """The placement, with the ranks and alphas that single modules have."""
     config = read.config
-    if read.own is not None and read.own_slots is not None:
-        ranks, alphas = map(dict, read.own.patterns)
+    if read.part is not None and read.lorakin_slots is not None:
+        ranks, alphas = map(dict, read.part.patterns)
     elif read.form.has_patterns:
         ranks = dict(config.get("rank_pattern") or {})
         alphas = dict(config.get("alpha_pattern") or {})
@@ -212,9 +212,9 @@ def _with_ranks_kept(
     placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]
 ) -> Placement:
     """The placement, in which modules that lost ranks in training have fewer."""
-    own = placement.method.parametrisation.slots
-    scale = rank_switch(own)
-    if scale is None or not rank_factors(own):
+    declared = placement.method.parametrisation.slots
+    scale = rank_switch(declared)
+    if scale is None or not rank_factors(declared):
         return placement
     said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(scale)
     methods = {}
@@ -233,8 +233,8 @@ def _with_shared_pair(
     read: ReadFiles, slots: Mapping[str, Slots], targets: Mapping[str, UnadaptedModule]
 ) -> dict[str, dict[str, Tensor]]:
     """The slots, with the pair that all modules share in each of them."""
-    remembered = None if read.own is None else read.own.projection
+    remembered = None if read.part is None else read.part.projection
     shared = shared_pair.read(
         read.form, read.config, remembered, read.method, targets, read.tensors, read.where
     )
-    return {path: {**own, **shared} for path, own in slots.items()}
+    return {path: {**part, **shared} for path, part in slots.items()}

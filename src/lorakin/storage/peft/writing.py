@@ -24,7 +24,7 @@ from lorakin.storage.peft.forms import FLAGS, FORM_OF, LORA, NO_SCHEDULE, PREFIX
 from lorakin.storage.peft.scales import PATTERNS, scale_of, whole
 from lorakin.storage.peft.tasks import task_of
 from lorakin.storage.peft.tensors import keyed
-from lorakin.storage.plain import as_plain, kind_at, of_pairs
+from lorakin.storage.plain import as_plain, document_of_pairs, kind_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PeftFiles:
     """The form that holds exactly the adapter's tensors; None if plain LoRA is in their stead."""
 
 
-def written(document: Document, model: nn.Module) -> PeftFiles:
+def peft_files_of(document: Document, model: nn.Module) -> PeftFiles:
     """The files of a document.
 
     The config has the fields that PEFT needs and those that differ from its defaults. Tensors,
@@ -83,7 +83,7 @@ def _in_groups(plain: Document, model: nn.Module) -> Document:
     slots = dict(plain.slots)
     for path, module in in_groups.items():
         slots[path] = grouped.written(module, slots[path])
-    placement = of_pairs(model, slots, dropout=plain.method.dropout).placement
+    placement = document_of_pairs(model, slots, dropout=plain.method.dropout).placement
     placement = dataclasses.replace(
         placement,
         whole_modules=plain.placement.whole_modules,
@@ -109,7 +109,10 @@ def _files(document: Document, form: Form, model: nn.Module) -> PeftFiles:
     config, tensors, scales = attention.joined(model, config, tensors, scales)
     config, tensors = stack_experts.stacked(model, config, tensors, scales)
     fields, rows = token_rows.to_files(model, placement.tokens, document.rows, alone=form is TOKENS)
-    whole_modules = {**document.copies, **_wrapped_too(model, document.copies, placement.methods)}
+    whole_modules = {
+        **document.whole_modules,
+        **_wrapped_too(model, document.whole_modules, placement.methods),
+    }
     for path, state in whole_modules.items():
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in state.items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in rows.items()}
@@ -139,7 +142,7 @@ def _heading(document: Document, model: nn.Module) -> dict[str, Any]:
 
 def _settings(document: Document, form: Form) -> dict[str, Any]:
     """The fields of the method and of single modules."""
-    placement, method = document.placement, document.running or document.method
+    placement, method = document.placement, document.resolved_method or document.method
     config: dict[str, Any] = {
         "peft_type": form.peft_type,
         "target_modules": sorted(placement.methods),

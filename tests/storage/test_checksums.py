@@ -15,7 +15,7 @@ from torch import nn
 
 import lorakin as lk
 from conftest import randomise, tiny_llama
-from lorakin.storage import sums
+from lorakin.storage import checksums
 
 SHAPES = [(1,), (7,), (576,), (1, 1), (3, 5), (64, 32), (300, 1000), (4, 6, 3, 2)]
 HALF = (torch.bfloat16, torch.float16)
@@ -39,21 +39,23 @@ def ways(tensor: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounding_is_the_same_tensor(shape: tuple[int, ...]) -> None:
     for seed in range(20):
-        lines = [sums.of(one) for one in ways(numbers(shape, seed))]
+        lines = [checksums.line_of(one) for one in ways(numbers(shape, seed))]
         held = [str(line).split()[:2] for line in lines]
         other = [(a, b) for a, b in zip(lines, held, strict=True)]
-        assert all(sums.apart(a, b) == 0.0 for a, (h, _) in other for b, (g, _) in other if h != g)
+        assert all(
+            checksums.distance(a, b) == 0.0 for a, (h, _) in other for b, (g, _) in other if h != g
+        )
         once = [
-            sums.of(numbers(shape, seed).to(half)) for half in HALF
+            checksums.line_of(numbers(shape, seed).to(half)) for half in HALF
         ]  # run in the other half, and in float32
         again = [
-            sums.of(numbers(shape, seed).to(half).to(one).to(two))
+            checksums.line_of(numbers(shape, seed).to(half).to(one).to(two))
             for half in HALF
             for one in HALF
             for two in HALF
         ]
         assert all(
-            sums.apart(one, line) == 0.0
+            checksums.distance(one, line) == 0.0
             for n, one in enumerate(once)
             for line in again[4 * n : 4 * n + 4]
         )
@@ -68,27 +70,29 @@ def test_another_tensor_is_as_far_as_the_difference(
     for seed in range(10):
         one, share = numbers(shape, seed), 0.05
         other = one + share * numbers(shape, seed + 100)
-        found = sums.apart(sums.of(one.to(dtype)), sums.of(other.to(dtype)))
+        found = checksums.distance(
+            checksums.line_of(one.to(dtype)), checksums.line_of(other.to(dtype))
+        )
         assert found == pytest.approx(share, rel=0.6)
-        assert sums.apart(
-            sums.of(one), sums.of(numbers(shape, seed + 100).to(dtype))
+        assert checksums.distance(
+            checksums.line_of(one), checksums.line_of(numbers(shape, seed + 100).to(dtype))
         ) == pytest.approx(2**0.5, rel=0.7)
 
 
 def test_the_sums_are_the_formula() -> None:
     one = numbers((6, 5)).double()
-    line = sums.of(one.float())
+    line = checksums.line_of(one.float())
     assert line is not None
-    left, right = sums._signs("rows", 6), sums._signs("columns", 5)
+    left, right = checksums._signs("rows", 6), checksums._signs("columns", 5)
     want = [
         float(one.float().double().norm()),
         *(float(left[:, k] @ one.float().double() @ right[:, k]) for k in range(8)),
     ]
     assert [float(word) for word in line.split()[2:]] == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert left.unique().tolist() == [-1.0, 1.0]
-    assert sums._signs("rows", 4)[:, 0].tolist() == sums._signs("rows", 4)[:, 0].tolist()
+    assert checksums._signs("rows", 4)[:, 0].tolist() == checksums._signs("rows", 4)[:, 0].tolist()
     assert (
-        "".join("+" if sign > 0 else "-" for sign in sums._signs("rows", 6)[:, 0]) == "++-+--"
+        "".join("+" if sign > 0 else "-" for sign in checksums._signs("rows", 6)[:, 0]) == "++-+--"
     )  # kept in files: never others
 
 
@@ -97,10 +101,10 @@ def test_one_changed_number_of_a_float32_tensor_is_seen(at: int) -> None:
     one = numbers((64, 32))
     other = one.clone()
     other.view(-1)[at] = torch.nextafter(other.view(-1)[at], torch.tensor(1.0))
-    assert sums.apart(sums.of(one), sums.of(other)) > 0
+    assert checksums.distance(checksums.line_of(one), checksums.line_of(other)) > 0
     swapped = one.clone()
     swapped[[3, 5]] = one[[5, 3]]
-    assert sums.apart(sums.of(one), sums.of(swapped)) > 0.05
+    assert checksums.distance(checksums.line_of(one), checksums.line_of(swapped)) > 0.05
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -109,42 +113,45 @@ def test_one_changed_number_of_a_half_precision_tensor_is_seen(at: int, dtype: t
     one = numbers((64, 32)).to(dtype)
     other = one.clone()
     other.view(-1)[at] *= 1.02
-    line, now = sums.of(one), sums.of(other)
-    assert line is not None and now is not None and 0 < sums.apart(line, now) < 0.01
+    line, now = checksums.line_of(one), checksums.line_of(other)
+    assert line is not None and now is not None and 0 < checksums.distance(line, now) < 0.01
     earlier = [
         f"{held} {crc[:8]} {rest}"
         for held, crc, rest in (text.split(" ", 2) for text in (line, now))
     ]
     assert (
-        sums.apart(earlier[0], line) == sums.apart(earlier[0], earlier[1]) == 0.0
+        checksums.distance(earlier[0], line) == checksums.distance(earlier[0], earlier[1]) == 0.0
     )  # their first checksum had rounding in it
 
 
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     one = numbers((300, 40))
-    whole = sums.of(one)
-    monkeypatch.setattr(sums, "CHUNK", 1000)
-    parts = sums.of(one)
+    whole = checksums.line_of(one)
+    monkeypatch.setattr(checksums, "CHUNK", 1000)
+    parts = checksums.line_of(one)
     assert whole is not None and parts is not None and parts.split()[:2] == whole.split()[:2]
-    assert sums.of(one.t().contiguous().t()) == parts  # stored the other way round
+    assert checksums.line_of(one.t().contiguous().t()) == parts  # stored the other way round
 
 
 def test_what_has_no_plain_numbers_has_no_line() -> None:
-    assert sums.of(torch.ones(3, device="meta")) is None
-    assert sums.of(torch.ones(3, dtype=torch.int64)) is None
-    assert sums.of(torch.ones(0, 3)) is None
+    assert checksums.line_of(torch.ones(3, device="meta")) is None
+    assert checksums.line_of(torch.ones(3, dtype=torch.int64)) is None
+    assert checksums.line_of(torch.ones(0, 3)) is None
     assert (
-        sums.of(torch.tensor([1.0, float("nan")])) is None
-        and sums.of(torch.tensor([float("inf")])) is None
+        checksums.line_of(torch.tensor([1.0, float("nan")])) is None
+        and checksums.line_of(torch.tensor([float("inf")])) is None
     )
-    assert sums.of(nn.Parameter(torch.ones(2, 2))) == sums.of(torch.ones(2, 2))
+    assert checksums.line_of(nn.Parameter(torch.ones(2, 2))) == checksums.line_of(torch.ones(2, 2))
     one = numbers((5, 3))
-    assert sums.of(one, [1, 4]) == sums.of(one[[0, 2, 3]]) and sums.of(one, [0]) is None
+    assert (
+        checksums.line_of(one, [1, 4]) == checksums.line_of(one[[0, 2, 3]])
+        and checksums.line_of(one, [0]) is None
+    )
 
 
 def test_lines_of_files_are_checked() -> None:
-    line = sums.of(numbers((3, 5)))
-    assert sums.is_sum(line)
+    line = checksums.line_of(numbers((3, 5)))
+    assert checksums.is_line(line)
     for wrong in (
         None,
         3,
@@ -154,7 +161,7 @@ def test_lines_of_files_are_checked() -> None:
         str(line).replace(str(line).split()[2], "nan"),
         "a zz " + "1 " * 9,
     ):
-        assert not sums.is_sum(wrong)
+        assert not checksums.is_line(wrong)
 
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **where: Any) -> Path:
@@ -210,8 +217,8 @@ def test_saving_again_reads_what_was_written_since(
     adapter = randomise(lk.adapt(model, lk.LoRA(2), targets="q_proj"))
     adapter.save(tmp_path / "first")
     made: list[int] = []
-    of = sums.of
-    monkeypatch.setattr(sums, "of", lambda *given: made.append(1) or of(*given))
+    of = checksums.line_of
+    monkeypatch.setattr(checksums, "line_of", lambda *given: made.append(1) or of(*given))
     adapter.save(tmp_path / "second")
     assert not made
     with torch.no_grad():
@@ -229,5 +236,5 @@ def test_saving_again_reads_what_was_written_since(
 def test_it_takes_a_second_or_so() -> None:
     weights = {str(n): torch.randn(1536, 576) for n in range(60)}
     started = time.perf_counter()
-    sums.of_all(weights, {})
+    checksums.lines_of(weights, {})
     assert time.perf_counter() - started < 10

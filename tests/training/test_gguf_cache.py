@@ -21,7 +21,7 @@ import torch
 
 import lorakin as lk
 from lorakin.serving.gguf_model import write_model
-from lorakin.training import conversions, loading, models
+from lorakin.training import gguf_cache, loading, models
 from serving.gguf_models import tiny
 from serving.words import byte_tokenizer
 
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAKIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(conversions, "_standing_in", {})
+    monkeypatch.setattr(gguf_cache, "_standing_in", {})
     return tmp_path / "cache"
 
 
@@ -60,13 +60,13 @@ def is_the_model(source: Path, folder: Path | None = None) -> bool:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are converted from here on."""
     made: list[Path] = []
-    read = conversions._read
+    read = gguf_cache._read
 
     def counted(path: Path) -> object:
         made.append(path)
         return read(path)
 
-    monkeypatch.setattr(conversions, "_read", counted)
+    monkeypatch.setattr(gguf_cache, "_read", counted)
     return made
 
 
@@ -103,19 +103,19 @@ def cut(file: Path) -> None:
 def test_a_damaged_entry_is_made_again(
     harm: Callable[[Path], None], name: str, source: Path, cache: Path, reads: list[Path]
 ) -> None:
-    conversions.converted(source)
+    gguf_cache.converted(source)
     (entry,) = entries(cache)
     harm(entry / name)
-    assert not conversions.is_whole(entry)
-    assert conversions.config(source).num_hidden_layers == 1
+    assert not gguf_cache.is_whole(entry)
+    assert gguf_cache.config(source).num_hidden_layers == 1
     assert is_the_model(source) and len(reads) == 2
-    assert entries(cache) == [entry] and conversions.is_whole(entry)
+    assert entries(cache) == [entry] and gguf_cache.is_whole(entry)
 
 
 def test_an_entry_that_was_merely_copied_is_whole(
     source: Path, cache: Path, reads: list[Path], tmp_path: Path
 ) -> None:
-    conversions.converted(source)
+    gguf_cache.converted(source)
     shutil.copytree(cache, tmp_path / "copy")
     shutil.rmtree(cache)
     shutil.move(tmp_path / "copy", cache)
@@ -123,7 +123,7 @@ def test_an_entry_that_was_merely_copied_is_whole(
 
 
 def test_what_is_not_a_directory_is_replaced(source: Path, cache: Path) -> None:
-    conversions.converted(source)
+    gguf_cache.converted(source)
     (entry,) = entries(cache)
     shutil.rmtree(entry)
     entry.write_text("nothing")
@@ -138,20 +138,18 @@ def test_a_cache_that_cannot_be_written_is_said_and_not_needed(
         assert is_the_model(source)
     assert is_the_model(source) and len(reads) == 1  # once in a process
     (place,) = tmp_path.glob(f"lorakin-{os.getpid()}-*")
-    assert (
-        conversions._standing_in and place in next(iter(conversions._standing_in.values())).parents
-    )
+    assert gguf_cache._standing_in and place in next(iter(gguf_cache._standing_in.values())).parents
     shutil.rmtree(place)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
     with pytest.raises(lk.ModelError):
-        conversions.converted(source)
+        gguf_cache.converted(source)
 
 
 def test_a_cache_that_can_only_be_read_serves_what_it_has(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conversions.converted(source)
-    monkeypatch.setattr(conversions, "_alone", None)  # any writing
+    gguf_cache.converted(source)
+    monkeypatch.setattr(gguf_cache, "_alone", None)  # any writing
     assert is_the_model(source)
 
 
@@ -161,7 +159,7 @@ def test_a_full_disk_is_said_in_one_sentence(source: Path, cache: Path, tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(lk.ModelError):
-            conversions.converted(source)
+            gguf_cache.converted(source)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not entries(cache) and not list(tmp_path.glob("lorakin-*"))
@@ -171,22 +169,22 @@ def test_a_full_disk_is_said_in_one_sentence(source: Path, cache: Path, tmp_path
 WORKER = """
 import sys, time
 from pathlib import Path
-from lorakin.training import conversions
+from lorakin.training import gguf_cache
 if sys.argv[2] == "slowly":
-    write = conversions._write
+    write = gguf_cache._write
     def slowly(folder, model, tokenizer):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         print("begun", flush=True)
         time.sleep(600)
-    conversions._write = slowly
+    gguf_cache._write = slowly
 else:
-    read = conversions._read
+    read = gguf_cache._read
     def counted(path):
         print("read", flush=True)
         return read(path)
-    conversions._read = counted
-print(conversions.converted(Path(sys.argv[1])), flush=True)
+    gguf_cache._read = counted
+print(gguf_cache.converted(Path(sys.argv[1])), flush=True)
 """
 
 
@@ -246,7 +244,7 @@ def test_what_lies_beside_the_file_is_none_of_its_business(
     (folder / "custom_generate" / "generate.py").write_text(
         f"open({str(tmp_path / 'executed')!r}, 'w')\n"
     )
-    assert conversions.config(folder / "m.gguf").model_type == "llama"
+    assert gguf_cache.config(folder / "m.gguf").model_type == "llama"
     assert is_the_model(source, folder / "m.gguf")
     assert not (tmp_path / "executed").exists()
     assert loading.config(entries(cache)[0]).to_dict().get("auto_map") is None

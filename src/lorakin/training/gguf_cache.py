@@ -86,7 +86,7 @@ def config(path: Path, **options: Any) -> Any:
     entry = _entry(path, _digest(path.resolve(), _stamp(path)))
     if is_whole(entry):
         return loading.config(entry, **options)
-    with loading.readable(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
+    with loading.as_model_error(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
         return loading.config(folder, gguf_file=path.name, **options)
 
 
@@ -209,7 +209,7 @@ def _alone(cache: Path) -> Iterator[None]:
         OSError: the cache cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with locks.held(cache / LOCK, wait=math.inf):
+    with locks.locked(cache / LOCK, wait=math.inf):
         yield
 
 
@@ -230,7 +230,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     _remove_abandoned()
     header = gguf_header.check_model(path)
     numbers = 2 * sum(header.count(name) for name in header.tensors) + 10**7  # twice: a tied head
-    with loading.readable(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
+    with loading.as_model_error(f"{path} cannot be read as a GGUF model"), _apart(path) as folder:
         with loading.limited_size(50 * len(header.tensors) + 2000, numbers, str(path)):
             model, found = loading.model(
                 transformers.AutoModelForCausalLM,

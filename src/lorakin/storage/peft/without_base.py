@@ -11,15 +11,15 @@ from lorakin.errors import AdapterError, some
 from lorakin.family import Method, Pair, Shape
 from lorakin.inject.placement import Placement
 from lorakin.storage.document import Slots
+from lorakin.storage.lorakin_part import LorakinPart
 from lorakin.storage.match import check_numbers
-from lorakin.storage.own_part import Own
 from lorakin.storage.peft import grouped, token_rows
 from lorakin.storage.peft.reading import ReadFiles, apart, placement_of
 from lorakin.storage.peft.tensors import as_matrices
 
 
 def pairs_of(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Own | None, where: str
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], part: LorakinPart | None, where: str
 ) -> tuple[Placement, dict[str, Pair]]:
     """The placement, and path → the pair there without its gain.
 
@@ -29,8 +29,8 @@ def pairs_of(
     Raises:
         AdapterError: the files are damaged, incomplete, or beyond this version.
     """
-    read = apart(config, tensors, own, None, where)
-    if read.own_slots is None:
+    read = apart(config, tensors, part, None, where)
+    if read.lorakin_slots is None:
         _check(read)
         form = read.form
         shared = {
@@ -38,11 +38,11 @@ def pairs_of(
         }
         needed = form.slots.keys() & form.pair_slots.keys()
         slots: Mapping[str, Slots] = {
-            path: grouped.spread(as_matrices(own_slots)) | shared
-            for path, own_slots in read.slots.items()
+            path: grouped.spread(as_matrices(lorakin_slots)) | shared
+            for path, lorakin_slots in read.slots.items()
         }
     else:
-        slots, needed = read.own_slots, set[str]()
+        slots, needed = read.lorakin_slots, set[str]()
     placement = placement_of(read, slots, [])
     for path, there in slots.items():
         if missing := sorted(read.form.slots[slot] for slot in needed if slot not in there):

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from lorakin.errors import AdapterError
-from lorakin.storage.directory import Files
+from lorakin.storage.directory import AdapterFiles
 from lorakin.training import loading
 
 TASKS = {
@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseKind:
+class BaseClass:
     """A class of transformers, or one of its Auto classes, and a classifier's labels in order."""
 
     cls: Any
@@ -58,9 +58,9 @@ class BaseKind:
             own.id2label = self.settings()["id2label"]
             own.label2id = self.settings()["label2id"]
         what = f"{type(config).__name__} is the config of no model for {self.cls.__name__}"
-        with loading.readable(what), torch.device("meta"), warnings.catch_warnings():
+        with loading.as_model_error(what), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # initialisers find nothing to initialise
-            model = loading.made(self.cls, own)
+            model = loading.from_config(self.cls, own)
         _forget_values(model)
         return model
 
@@ -75,7 +75,7 @@ def _forget_values(model: nn.Module) -> None:
                 module._parameters[name] = made.setdefault(id(parameter), there)
 
 
-def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> BaseKind:
+def kind_for(files: AdapterFiles, config: Any, labels: Sequence[str] | None = None) -> BaseClass:
     """Returns what the base of an adapter is.
 
     That is the class on which the adapter was made, as its files remember it; else the one for its
@@ -90,21 +90,23 @@ def kind_for(files: Files, config: Any, labels: Sequence[str] | None = None) -> 
     Raises:
         AdapterError: the adapter's head fits no number of classes.
     """
-    words = [_remembered(files), *_mapped(files)]
+    candidates = [_recorded_class(files), *_auto_mapping_class(files)]
     task = TASKS.get(str(files.config.get("task_type")))
-    named = (found for word in words if (found := class_named(word, config)) is not None)
+    named = (found for word in candidates if (found := class_named(word, config)) is not None)
     cls = next(named, None)
     if cls is None and task is not None:
         cls = getattr(transformers, task)
     if cls is None:
         cls = own_class(config) or transformers.AutoModelForCausalLM
-    return BaseKind(cls, _classes(cls, files, config) if labels is None else labels)
+    return BaseClass(cls, _labels(cls, files, config) if labels is None else labels)
 
 
 def own_class(config: Any) -> Any:
     """Returns the class that a config names; None if transformers has no such class."""
-    words = getattr(config, "architectures", None) or ()
-    return next((found for word in words if (found := class_named(word, config)) is not None), None)
+    candidates = getattr(config, "architectures", None) or ()
+    return next(
+        (found for word in candidates if (found := class_named(word, config)) is not None), None
+    )
 
 
 def class_named(word: Any, config: Any) -> Any:
@@ -116,23 +118,23 @@ def class_named(word: Any, config: Any) -> Any:
     return cls if takes is not None and isinstance(config, takes) else None
 
 
-def _remembered(files: Files) -> Any:
+def _recorded_class(files: AdapterFiles) -> Any:
     base = files.base
     return None if base is None else base.get("class")
 
 
-def _mapped(files: Files) -> list[Any]:
+def _auto_mapping_class(files: AdapterFiles) -> list[Any]:
     """Returns the class in the `auto_mapping` that PEFT writes if it knows no task."""
     said = files.config.get("auto_mapping")
     return [said.get("base_model_class")] if isinstance(said, dict) else []
 
 
-def _classes(cls: Any, files: Files, config: Any) -> list[str] | None:
+def _labels(cls: Any, files: AdapterFiles, config: Any) -> list[str] | None:
     """Returns as many classes as the adapter's head has, if the config gives another number."""
     if not files.config.get("modules_to_save"):
         return None
     expected = {
-        PREFIX + name: p.shape for name, p in BaseKind(cls).skeleton(config).named_parameters()
+        PREFIX + name: p.shape for name, p in BaseClass(cls).skeleton(config).named_parameters()
     }
     for key, tensor in files.tensors.items():
         shape = expected.get(key)

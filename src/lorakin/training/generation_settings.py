@@ -18,7 +18,7 @@ from lorakin.errors import ModelError
 
 
 @contextlib.contextmanager
-def by_own_settings(model: Any, **settings: Any) -> Iterator[None]:
+def with_settings(model: Any, **settings: Any) -> Iterator[None]:
     """Lets `model.generate` use these settings alone, without the model's own."""
     before = model.generation_config
     model.generation_config = transformers.GenerationConfig(**settings)
@@ -28,7 +28,7 @@ def by_own_settings(model: Any, **settings: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-class OnlyNumbers(transformers.LogitsProcessor):
+class StopAtNaN(transformers.LogitsProcessor):
     """Stops generation at logits that are NaN or infinite: an argmax would still pick a token.
 
     Raises:
@@ -41,11 +41,11 @@ class OnlyNumbers(transformers.LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the scores, (batch, vocabulary), as they are; filters write -inf."""
         if bool((scores.isnan() | scores.isposinf()).any()) or bool(torch.isneginf(scores).all()):
-            raise not_numbers(self.name)
+            raise nan_error(self.name)
         return scores
 
 
-def not_numbers(name: str) -> ModelError:
+def nan_error(name: str) -> ModelError:
     """Returns the error for a model that computes no numbers."""
     return ModelError(
         f"what {name} computes is NaN or infinite, so it says nothing: its weights, or the "

@@ -1,4 +1,4 @@
-"""lorakin's own part of an adapter's directory: `lorakin.json` and `lorakin.safetensors`.
+"""lorakin's part of an adapter's directory: `lorakin.json` and `lorakin.safetensors`.
 
 They hold what PEFT's files cannot say: the members with their settings, tensors that PEFT has no
 form for, what training remembers, and the base's fingerprint.
@@ -24,22 +24,22 @@ from lorakin.storage.document import Document
 from lorakin.storage.fingerprint import is_fingerprint
 from lorakin.storage.json_files import parsed, sha256
 from lorakin.storage.references import PEFT_TENSORS, Packing, TensorReference, unpacked
-from lorakin.storage.schema import Check, Misfit, fitted, shown
+from lorakin.storage.schema import Check, SchemaError, checked, short_repr
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", PEFT_TENSORS, "adapter_model.bin"
-OWN, OWN_TENSORS = "lorakin.json", "lorakin.safetensors"
+LORAKIN_JSON, LORAKIN_TENSORS = "lorakin.json", "lorakin.safetensors"
 FORMAT, CHECKSUM = 2, "sha256"
 FORMATS = (1, FORMAT)
-"""1: every tensor of our own is in `lorakin.safetensors`. 2: one may be a range of PEFT's."""
+"""1: every tensor of this part is in `lorakin.safetensors`. 2: one may be a range of PEFT's."""
 
-ASIDE = {
+MAY_CHANGE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save",
     "peft_version", "revision", "target_modules", "task_type",
 }  # fmt: skip
 """Fields of `adapter_config.json` that may change without making another adapter of it.
 
-PEFT writes the file again with words of its own, and people edit it. Which modules are adapted, the
-tensors tell.
+PEFT rewrites the file with values of its own, and people edit it. Which modules are adapted is
+known from the tensors.
 """
 
 
@@ -50,16 +50,16 @@ class MemberEntry:
     member: str
     settings: dict[str, Any]
     package: str | None = None
-    """What to install for a member that is not lorakin's own."""
+    """The package to install for a member that is not lorakin's."""
 
     @classmethod
     def of(cls, member: Member) -> MemberEntry:
-        """The entry of a member."""
+        """Returns the entry of a member."""
         settings: dict[str, Any] = dataclasses.asdict(member)  # type: ignore[call-overload]
         return cls(member.word, settings, _package_of(type(member)))
 
-    def made(self) -> Member:
-        """The member with its settings; raises `SettingError` if it is not installed here."""
+    def build(self) -> Member:
+        """Returns the member with its settings; raises `SettingError` if it is not installed."""
         if self.member not in {member.word for member in members()}:
             if self.package is not None:
                 raise SettingError(
@@ -74,13 +74,13 @@ class MemberEntry:
         return member_named(self.member)(**settings)
 
     def as_json(self) -> dict[str, Any]:
-        """For `lorakin.json`."""
+        """Returns the entry for `lorakin.json`."""
         package = {} if self.package is None else {"package": self.package}
         return {"member": self.member, "settings": self.settings, **package}
 
 
 def _package_of(kind: type[Member]) -> str | None:
-    """The package to install for this member; None if it is lorakin's, or in no package."""
+    """Returns the package to install for this member; None for lorakin's, or without a package."""
     top = kind.__module__.partition(".")[0]
     if top == __name__.partition(".")[0]:
         return None
@@ -96,8 +96,8 @@ Fingerprint = Annotated[dict[str, Any], Check("a fingerprint of a base", is_fing
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-    """What `lorakin.json` may say."""
+class LorakinJson:
+    """The fields that `lorakin.json` may have, with their types."""
 
     format: Literal[1, 2]
     members: list[MemberEntry]
@@ -114,8 +114,8 @@ class Said:
 
 
 @dataclasses.dataclass(frozen=True)
-class Own:
-    """What lorakin's own part says of an adapter."""
+class LorakinPart:
+    """What lorakin's part of the files says of an adapter."""
 
     members: Sequence[MemberEntry]
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None
@@ -133,22 +133,22 @@ class Own:
     """Paths of the modules that are trained whole, where PEFT's file holds more of them."""
 
 
-class Beside(NamedTuple):
-    """What stands beside PEFT's files."""
+class ReadLorakinPart(NamedTuple):
+    """lorakin's part of a directory, as it was read beside PEFT's files."""
 
-    own: Own | None = None
-    """lorakin's part; None if there is none, or if a file of PEFT's was written again since."""
+    part: LorakinPart | None = None
+    """What it says; None if there is none, or if a file of PEFT's was written again since."""
     base: Mapping[str, Any] | None = None
     """The fingerprint of the base, which counts in both cases."""
     rewritten: str | None = None
     """The file that was written again by another program."""
     is_sound: bool = True
-    """Whether `lorakin.json` is as it was written, as far as it says."""
+    """Whether `lorakin.json` matches its checksum; True in earlier files, which have none."""
     config: Mapping[str, Any] | None = None
-    """What `adapter_config.json` said then; None in earlier files."""
+    """The `identifying_fields` of `adapter_config.json` at saving; None in earlier files."""
 
 
-def written(
+def json_and_tensors_of(
     document: Document,
     peft: Mapping[str, Tensor],
     prefix: str,
@@ -157,7 +157,7 @@ def written(
     projection: str | None,
     base: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `lorakin.json` says of a document, and the tensors of `lorakin.safetensors`.
+    """Returns what `lorakin.json` says of a document, and the tensors of `lorakin.safetensors`.
 
     Args:
         document: the adapter.
@@ -168,153 +168,166 @@ def written(
         base: the base's fingerprint.
     """
     packing, placement = Packing(peft, prefix), document.placement
-    said: dict[str, Any] = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "members": [MemberEntry.of(member).as_json() for member in document.method.members],
     }
     if with_slots:
-        said["patterns"] = [dict(placement.rank_pattern), dict(placement.alpha_pattern)]
-        said["tensors"] = packing.packed(document.slots, "tensors")
+        content["patterns"] = [dict(placement.rank_pattern), dict(placement.alpha_pattern)]
+        content["tensors"] = packing.packed(document.slots, "tensors")
     elif projection is not None:
-        said["projection"] = projection
-    said["base"] = base
+        content["projection"] = projection
+    content["base"] = base
     if document.buffers:
-        said["buffers"] = packing.packed(document.buffers, "buffers")
-    if document.copies:
-        said["whole"] = list(document.copies)
+        content["buffers"] = packing.packed(document.buffers, "buffers")
+    if document.whole_modules:
+        content["whole"] = list(document.whole_modules)
     if document.state is not None:
-        said["state"] = packing.packed(document.state, "state")
-    return said, packing.tensors
+        content["state"] = packing.packed(document.state, "state")
+    return content, packing.tensors
 
 
-def sealed(
-    said: Mapping[str, Any], contents: Mapping[str, bytes], config: Mapping[str, Any]
+def with_checksums(
+    content: Mapping[str, Any], files: Mapping[str, bytes], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `lorakin.json` says, with checksums of itself and of the files it belongs to.
+    """Returns what `lorakin.json` says, with checksums of itself and of the files of tensors.
 
     Args:
-        said: see `written`.
+        lorakin_json: see `json_and_tensors_of`.
         contents: name → content of the files of tensors beside it.
         config: what `adapter_config.json` says.
     """
-    beside = {name: sha256(contents[name]) for name in (TENSORS, OWN_TENSORS) if name in contents}
-    own = {**said, "beside": beside, "config": meaning(config)}
-    return own | {CHECKSUM: checksum(own)}
+    digests = {name: sha256(files[name]) for name in (TENSORS, LORAKIN_TENSORS) if name in files}
+    complete = {**content, "beside": digests, "config": identifying_fields(config)}
+    return complete | {CHECKSUM: checksum(complete)}
 
 
-def read_beside(path: Path, found: Mapping[str, bytes], peft: Mapping[str, Tensor]) -> Beside:
-    """lorakin's own part of a directory's files.
+def read_lorakin_part(
+    path: Path, files: Mapping[str, bytes], peft: Mapping[str, Tensor]
+) -> ReadLorakinPart:
+    """Reads lorakin's part of a directory's files.
 
     Args:
         path: the directory.
-        found: name → content of its files.
+        files: name → content of its files.
         peft: the tensors in PEFT's file.
 
     Raises:
         AdapterError: it is damaged, or from a later version.
     """
-    if OWN not in found:
-        return Beside()
-    content = parsed(path / OWN, found[OWN])
-    if content.get("format") not in FORMATS or content.get("format") is True:
+    if LORAKIN_JSON not in files:
+        return ReadLorakinPart()
+    content = parsed(path / LORAKIN_JSON, files[LORAKIN_JSON])
+    number = content.get("format")
+    if number not in FORMATS or number is True:
         raise AdapterError(
-            f"{path / OWN}: format {shown(content.get('format'))}, this version reads up to "
+            f"{path / LORAKIN_JSON}: format {short_repr(number)}, this version reads up to "
             f"{FORMAT}; update lorakin"
         )
     try:
-        said: Said = fitted(Said, content)
-    except Misfit as misfit:
-        raise AdapterError(f"{path / OWN}: {misfit}; it is damaged") from None
-    others = [
+        lorakin_json: LorakinJson = checked(LorakinJson, content)
+    except SchemaError as error:
+        raise AdapterError(f"{path / LORAKIN_JSON}: {error}; it is damaged") from None
+    rewritten = [
         name
-        for name, digest in (said.beside or {}).items()
-        if name not in found or sha256(found[name]) != digest
+        for name, digest in (lorakin_json.beside or {}).items()
+        if name not in files or sha256(files[name]) != digest
     ]
     # Only lorakin writes this file, so PEFT cannot have replaced it.
-    if others == [OWN_TENSORS] and OWN_TENSORS in found:
+    if rewritten == [LORAKIN_TENSORS] and LORAKIN_TENSORS in files:
         raise AdapterError(
-            f"{path}: {OWN_TENSORS} is damaged: it is not the one that was saved here. To have "
-            "what PEFT's files say, and neither the method nor what training remembers, remove "
-            f"{OWN} and {OWN_TENSORS}"
+            f"{path}: {LORAKIN_TENSORS} is damaged: it is not the one that was saved here. To load "
+            "what PEFT's files say, without the method and without what training remembers, remove "
+            f"{LORAKIN_JSON} and {LORAKIN_TENSORS}"
         )
-    is_sound = said.sha256 is None or said.sha256 == checksum(content)
-    if not others:
-        own = _own(path, said, found.get(OWN_TENSORS), peft)
-        return Beside(own, said.base, None, is_sound, said.config)
+    is_sound = lorakin_json.sha256 is None or lorakin_json.sha256 == checksum(content)
+    if not rewritten:
+        part = _with_tensors(path, lorakin_json, files.get(LORAKIN_TENSORS), peft)
+        return ReadLorakinPart(part, lorakin_json.base, None, is_sound, lorakin_json.config)
     if not is_sound:
-        raise unsound(path)
+        raise damaged_error(path)
     warnings.warn(
-        f"{path}: {others[0]} is not the one that {OWN} was written with. So {OWN} is ignored, "
-        "but for the base that it names, and the adapter is what PEFT's files say",
+        f"{path}: {rewritten[0]} is not the one that {LORAKIN_JSON} was written with. So "
+        f"{LORAKIN_JSON} is ignored, except for the base that it names, and the adapter is read "
+        "from PEFT's files alone",
         LorakinWarning,
+        # The caller of `directory.read`'s caller, such as of `lorakin.load`.
         stacklevel=4,
     )
-    return Beside(None, said.base, others[0])
+    return ReadLorakinPart(None, lorakin_json.base, rewritten[0])
 
 
-def unsound(path: Path) -> AdapterError:
-    """The error for a `lorakin.json` that is not as it was written."""
+def damaged_error(path: Path) -> AdapterError:
+    """Returns the error for a `lorakin.json` whose checksum does not match."""
     return AdapterError(
-        f"{path / OWN}: it is damaged, or was edited: its {CHECKSUM} belongs to something else. To "
-        "have what PEFT's files say alone, remove it"
+        f"{path / LORAKIN_JSON}: it is damaged, or was edited: its {CHECKSUM} does not match. To "
+        "load what PEFT's files say alone, remove it"
     )
 
 
-def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that say which adapter it is."""
-    return {key: value for key, value in config.items() if key not in ASIDE}
+def identifying_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `adapter_config.json` that say which adapter it is."""
+    return {key: value for key, value in config.items() if key not in MAY_CHANGE}
 
 
-def disagreement(
+def config_mismatch(
     path: Path, then: Mapping[str, Any], config: Mapping[str, Any]
 ) -> AdapterError | None:
-    """The error for a `config`, in `adapter_config.json`, that is not what was saved in `path`.
+    """Returns the error for a `config` that is not what was saved in `path`; None if it is.
 
     Fields that PEFT adds when it writes the file again do not count, nor a field that is empty in
     both.
     """
     for key, value in then.items():
         if (config.get(key) or None) != (value or None):
-            now = shown(config.get(key)) if key in config else "missing"
+            now = short_repr(config.get(key)) if key in config else "missing"
+            saved = short_repr(value)
             return AdapterError(
-                f"{path / CONFIG}: {key} is {now}, and {OWN} says that {shown(value)} was saved: "
-                f"one of the two is damaged, or was edited. Put {shown(value)} back; or, to have "
-                f"what {CONFIG} says, without the method, remove {OWN}"
+                f"{path / CONFIG}: {key} is {now}, and {LORAKIN_JSON} says that {saved} was "
+                f"saved: one of the two is damaged, or was edited. Put {saved} back; or, to load "
+                f"what {CONFIG} says, without the method, remove {LORAKIN_JSON}"
             )
     return None
 
 
-def checksum(own: Mapping[str, Any]) -> str:
-    """SHA-256 of what `lorakin.json` says, without this checksum, however it is laid out."""
-    rest = {key: value for key, value in own.items() if key != CHECKSUM}
+def checksum(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a JSON object without its checksum, whatever its formatting."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
     return sha256(json.dumps(rest, sort_keys=True).encode())
 
 
 def tensors_in(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, sorted by name, since `load` has a new order each time."""
+    """Returns the tensors of a safetensors file, sorted: `load` has a new order each time."""
     return dict(sorted(safetensors.torch.load(content).items()))
 
 
-def _own(path: Path, said: Said, content: bytes | None, peft: Mapping[str, Tensor]) -> Own:
-    """What `lorakin.json` says, with its tensors; `content` is `lorakin.safetensors`."""
+def _with_tensors(
+    path: Path, lorakin_json: LorakinJson, content: bytes | None, peft: Mapping[str, Tensor]
+) -> LorakinPart:
+    """Returns what `lorakin.json` says, with tensors for its references.
+
+    `content` is that of `lorakin.safetensors`, if there is one.
+    """
     try:
-        more = tensors_in(content) if content is not None else {}
-        found = {
-            name: unpacked(getattr(said, name), more, peft)
+        stored = tensors_in(content) if content is not None else {}
+        with_tensors = {
+            name: unpacked(getattr(lorakin_json, name), stored, peft)
             for name in ("tensors", "state", "buffers")
         }
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: {OWN} or {OWN_TENSORS} is damaged ({error})") from None
-    for key, tensor in more.items():
+        raise AdapterError(
+            f"{path}: {LORAKIN_JSON} or {LORAKIN_TENSORS} is damaged ({error})"
+        ) from None
+    for key, tensor in stored.items():
         if tensor.is_floating_point() and not all_finite(tensor):
-            raise AdapterError(f"{path}: tensor {key} of {OWN_TENSORS} holds NaN or infinity")
-    return Own(
-        said.members,
-        found["tensors"],
-        said.patterns or ({}, {}),
-        found["state"],
-        said.projection,
-        said.base,
-        found["buffers"] or {},
-        said.whole,
+            raise AdapterError(f"{path}: tensor {key} of {LORAKIN_TENSORS} holds NaN or infinity")
+    return LorakinPart(
+        lorakin_json.members,
+        with_tensors["tensors"],
+        lorakin_json.patterns or ({}, {}),
+        with_tensors["state"],
+        lorakin_json.projection,
+        lorakin_json.base,
+        with_tensors["buffers"] or {},
+        lorakin_json.whole,
     )

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 import lorakin as lk
 from conftest import TEMPLATE, WORDS, randomise, tiny_llama
 from lorakin.errors import LorakinWarning
-from lorakin.storage import texts
+from lorakin.storage import tokenizer_fingerprint
 from lorakin.training.models import load_model
 from lorakin.training.with_adapter import load_with_adapter
 
@@ -118,15 +118,15 @@ def test_where_no_tokenizer_is_known_nothing_is_said(saved: Path, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lk.load(model, saved)
-    assert texts.known(model) == {}
-    assert texts.differences({}, {"tokenizer": {}}) == []
+    assert tokenizer_fingerprint.fingerprint_of(model) == {}
+    assert tokenizer_fingerprint.differences({}, {"tokenizer": {}}) == []
 
 
 def test_what_a_file_says_is_checked(saved: Path) -> None:
     import json
 
     base = json.loads((saved / "lorakin.json").read_text())["base"]
-    assert texts.are_texts(base) and texts.are_texts({})
+    assert tokenizer_fingerprint.is_valid(base) and tokenizer_fingerprint.is_valid({})
     assert set(base["tokenizer"]["words"]) == {"16", "all"}
     for wrong in (
         [],
@@ -135,7 +135,7 @@ def test_what_a_file_says_is_checked(saved: Path) -> None:
         {"words": {}, "cuts": 3},
         {"words": {"16": 3}, "cuts": "x", "template": None},
     ):
-        assert not texts.are_texts({"tokenizer": wrong}), wrong
+        assert not tokenizer_fingerprint.is_valid({"tokenizer": wrong}), wrong
 
 
 def test_an_adapter_that_brings_its_template_does_not_mind_the_bases(

@@ -201,7 +201,7 @@ def test_an_adapter_beside_a_hub_id_is_said_too(
     model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(loading, "holds", lambda *given: asked.append(given) or True)
+    monkeypatch.setattr(loading, "hub_has_file", lambda *given: asked.append(given) or True)
     monkeypatch.setattr(loading, "raw_config", lambda name: {})
     with pytest.warns(
         lk.errors.LorakinWarning,

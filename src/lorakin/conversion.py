@@ -265,9 +265,7 @@ def _portable(adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         SettingError: the adapter has something that other programs do not read.
     """
     placement = adapter.placement
-    odd = [
-        p for p in pairs if adapter.tensors.branch(p).layer not in (LinearLayer, TransposedLayer)
-    ]
+    odd = [p for p in pairs if adapter.tensors.branch(p).kind not in (LinearLayer, TransposedLayer)]
     for what, paths in {
         "modules that are trained whole": placement.whole_modules,
         "trained rows of tokens": placement.tokens,

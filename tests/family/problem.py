@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lorakin as lk
-from lorakin.kernels.dropout import Dropped
+from lorakin.kernels.dropout import DropoutDraw
 
 BOTH_PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -66,7 +66,7 @@ def mask(x: Tensor, p: float) -> NDArray[Any]:
     return (
         np.ones(x.shape)
         if not p
-        else array((drawn := Dropped.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
+        else array((drawn := DropoutDraw.drawn(p)).zeroed(rows) * drawn.scale).reshape(x.shape)
     )
 
 

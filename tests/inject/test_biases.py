@@ -31,7 +31,7 @@ def reference(make: Any, adapter: lk.Adapter) -> nn.Module:
             module, pair = plain.get_submodule(path), adapter.tensors.pair_at(path)
             weight = adapter.tensors.base_weight(path)
             change = pair.applied_to(weight) - weight
-            kind = adapter.tensors.branch(path).layer
+            kind = adapter.tensors.branch(path).kind
             module.weight += kind.layout(change, module)
         for path, bias in adapter.tensors.biases().items():
             plain.get_submodule(path).bias.copy_(bias)

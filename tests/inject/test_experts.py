@@ -106,7 +106,7 @@ def test_the_gradients_are_those_of_the_formed_weights(
     ours = {name: p.grad.clone() for name, p in adapter.tensors.trained()}
     model.zero_grad()
     monkeypatch.setattr(
-        factored_weight.Changed, "answer", lambda *_: None
+        factored_weight.ChangedWeight, "answer", lambda *_: None
     )  # every use forms the weight
     model(ids, labels=ids).loss.backward()
     assert ours.keys() == {name for name, p in adapter.named_parameters() if p.requires_grad}
@@ -260,8 +260,8 @@ def test_dropout_is_of_the_branchs_input_alone(
     )
     m = torch.rand(3, 4) + 0.5
     gain = m / torch.linalg.vector_norm(weight + B @ A, dim=2)
-    stack = factored_weight.Changed(
-        weight, (factored_weight.Change(B, A, gain if gained else None, None, 0.5),)
+    stack = factored_weight.ChangedWeight(
+        weight, (factored_weight.WeightChange(B, A, gain if gained else None, None, 0.5),)
     )
     mask = 2 * (x > 0)
     one = weight[1], None, A[1], B[1], 1.0
@@ -520,9 +520,9 @@ def test_which_way_round_experts_are_held(ids: Tensor) -> None:
 def test_dropout_where_the_inputs_are_not_seen() -> None:
     x, change = (
         torch.ones(2, 5),
-        factored_weight.Change(torch.ones(3, 5, 2), torch.ones(3, 2, 4), None, None, 0.5),
+        factored_weight.WeightChange(torch.ones(3, 5, 2), torch.ones(3, 2, 4), None, None, 0.5),
     )
-    stack = factored_weight.Changed(torch.ones(3, 5, 4), (change,))
+    stack = factored_weight.ChangedWeight(torch.ones(3, 5, 4), (change,))
     with pytest.raises(lk.StateError, match="dropout=0"):
         x @ stack[0]
 
@@ -551,7 +551,9 @@ def test_whatever_is_done_with_a_stack(used: str) -> None:
     """Uses that are no product with matrices form the weight, and are right."""
     torch.manual_seed(0)
     weight, left, right = torch.randn(3, 5, 4), torch.randn(3, 5, 2), torch.randn(3, 2, 4)
-    stack = factored_weight.Changed(weight, (factored_weight.Change(left, right, None, None),))
+    stack = factored_weight.ChangedWeight(
+        weight, (factored_weight.WeightChange(left, right, None, None),)
+    )
     whole, x = weight + left @ right, torch.randn(4)
     uses: dict[str, Callable[[Any], Tensor]] = {
         "vector": lambda w: w[1] @ x,

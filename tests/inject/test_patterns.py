@@ -14,7 +14,7 @@ import lorakin as lk
 from lorakin.inject import patterns
 from lorakin.inject.layer_numbers import parse_layers
 from lorakin.inject.linear_regex import NoPatternError, PatternError
-from lorakin.inject.patterns import Paths, Values, matches, resolve
+from lorakin.inject.patterns import PathIndex, PatternValues, matches, resolve
 
 ATOMS = [
     "a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", r"\W", "a?", "b*", "a+", "(?:ab)", "(a|b)",
@@ -104,14 +104,14 @@ def test_values_are_peft_s_rule() -> None:
     chance = random.Random(2)
     for _ in range(300):
         said = {key: n for n, key in enumerate(chance.sample(keys, 5))}
-        values, there = Values(said), Paths(PATHS)
+        values, there = PatternValues(said), PathIndex(PATHS)
         for path in PATHS:
             wanted = next(
                 (n for key, n in said.items() if re.match(rf"(.*\.)?({key})$", path)), None
             )
             assert values.of(path, None) == resolve(said, path, None) == wanted, (said, path)
         for key in said:
-            assert there.any_by(key) == any(
+            assert there.selects_any(key) == any(
                 re.match(rf"(.*\.)?({key})$", path) for path in PATHS
             ), key
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lorakin as lk
 from conftest import randomise, tiny_llama
 from family.problem import saved_bytes
-from lorakin.kernels.dropout import Dropped
+from lorakin.kernels.dropout import DropoutDraw
 
 METHODS: dict[str, Any] = {
     "lora": lk.LoRA(rank=3),
@@ -282,7 +282,7 @@ def test_dropout_is_a_bernoulli_process(p: float) -> None:
     count, runs = 20_000, 50
     ones = torch.ones(count)
     torch.manual_seed(1)
-    kept = torch.stack([Dropped.drawn(p).zeroed(ones) for _ in range(runs)])
+    kept = torch.stack([DropoutDraw.drawn(p).zeroed(ones) for _ in range(runs)])
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     dropped = 1 - kept
     deviation = (p * (1 - p) / (count * runs)) ** 0.5
@@ -297,12 +297,12 @@ def test_dropout_is_a_bernoulli_process(p: float) -> None:
 
 def test_each_module_draws_its_own_mask_and_a_seed_draws_it_again() -> None:
     torch.manual_seed(3)
-    first, second = Dropped.drawn(0.5), Dropped.drawn(0.5)
+    first, second = DropoutDraw.drawn(0.5), DropoutDraw.drawn(0.5)
     x = torch.randn(40, 10)
     assert not torch.equal(first.zeroed(x), second.zeroed(x))
     assert torch.equal(first.zeroed(x), first.zeroed(x))
     torch.manual_seed(3)
-    assert Dropped.drawn(0.5) == first
+    assert DropoutDraw.drawn(0.5) == first
 
 
 def test_function_transforms_and_compilers_get_plain_operations() -> None:

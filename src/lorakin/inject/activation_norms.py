@@ -40,11 +40,11 @@ def importance_shares(
 
     def see(path: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
         branch = branches[path]
-        pair = branch.method.low_rank(branch.wide(), branch.shape)
+        pair = branch.method.low_rank(branch.float32_tensors(), branch.shape)
         sums[path] += _energy(branch.low_rank_term(module, x, pair), mask, branch)
         if normalised:
             weight: Any = module._parameters.get("weight")
-            own[path] += _energy(branch.layer.product(module, x, weight), mask, branch)
+            own[path] += _energy(branch.kind.base_product(module, x, weight), mask, branch)
 
     inputs_of(adapter.model, paths, batches, see, run)
     if normalised:
@@ -56,7 +56,7 @@ def importance_shares(
 def _energy(output: Tensor, mask: Tensor | None, branch: Branch) -> float:
     """The sum of all squares of an output, those at padding left out."""
     squares = output.double().square()
-    if mask is not None and mask.dim() == 2 and branch.layer is not ConvolutionLayer:
+    if mask is not None and mask.dim() == 2 and branch.kind is not ConvolutionLayer:
         mask = mask.to(squares.device)
         if squares.shape[:2] == mask.shape:
             squares = squares * mask.unsqueeze(-1)

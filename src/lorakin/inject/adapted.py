@@ -2,11 +2,26 @@
 
 It keeps its identity, its name, its parameters and their `state_dict` keys. The adapters' tensors
 add keys `<path>.lorakin.<adapter>.<tensor>`. When the last adapter goes, it gets its class back.
+
+The path of a forward of an adapted nn.Linear:
+
+1. `ModelHooks` (model_hooks.py), before the model's forward: checks threads and swapped modules.
+2. `Adapted.forward` (here): `Attachments.in_use` says which adapters the module uses.
+3. With exactly one, `Adapted._fused_output` asks `Branch.change` (branch.py) for the change of the
+   weight: a `ScaledPair`, a `Chain` (VeRA), or a `CastPair` where no gradient is needed.
+4. `adapted_linear` (kernels/adapted_linear.py) computes the output in one autograd function.
+
+The same sum is computed in three other ways:
+
+- Several adapters, other layers, `torch.compile`: the module's own forward, plus `Branch.forward`.
+- Each row of the batch uses another adapter: `MixedBatch.adapted` (mixed_batch.py).
+- A forward reads the weight and does not call the module: `changed_weight` (weight_reads.py), and
+  for stacks of experts `weight_for_forward` (expert_forward.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +34,14 @@ from lorakin.family.sharding import whole_shape
 from lorakin.inject import expert_forward, experts
 from lorakin.inject.attachments import (
     BIAS,
-    KEY,
     Adapters,
     Attachments,
     Bias,
     attachments_of,
     attachments_or_none,
 )
-from lorakin.inject.biases import as_the_bases
-from lorakin.inject.branch import Branch, Copy, brought
+from lorakin.inject.biases import cast_like_base
+from lorakin.inject.branch import Branch, Copy, offloaded_tensors_loaded
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped, combined, swap_class, unmix
 from lorakin.inject.layer_kinds import (
@@ -37,6 +51,7 @@ from lorakin.inject.layer_kinds import (
     kind_of,
     overrides_forward,
 )
+from lorakin.inject.replaced import Replaced, ReplacedSequence
 from lorakin.inject.token_rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
 from lorakin.kernels import adapted_linear as kernel
@@ -45,17 +60,21 @@ from lorakin.kernels import adapted_linear as kernel
 class Adapted(Swapped):
     """Mixed in before the module's own class; adds the active adapters' changes to its output.
 
-    Code that reads the weight in a forward without calling the module gets the changed weight. Code
-    that reads the bias in a forward, the module's own included, gets the bias of the adapter in use
-    if that has one.
+    Code that reads the weight in a forward without calling the module gets the changed weight. If
+    the adapter in use has a bias, code that reads the bias in a forward gets that, also the
+    module's own forward.
     """
 
     lorakin: Adapters
     bias: Tensor | None
 
     @staticmethod
-    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-        return (Looked,) if issubclass(base, nn.Embedding) and base is not nn.Embedding else ()
+    def mixins_after(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        return (
+            (LookupWithAdapters,)
+            if issubclass(base, nn.Embedding) and base is not nn.Embedding
+            else ()
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attached = attachments_of(self)
@@ -67,44 +86,41 @@ class Adapted(Swapped):
             and weight is not None
             and weight.shape != attached.shape
         ):
-            raise StateError(resized(branches[0].path, attached.shape, weight.shape))
-        if attached.by_weight:
+            raise StateError(resized_message(branches[0].path, attached.shape, weight.shape))
+        if attached.changes_weight_reads:
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        attached.inside += 1
+        attached.forward_depth += 1
         try:
             if any("_hf_hook" in branch.__dict__ for branch in branches):
-                with brought(branches):
-                    return self._changed(attached, branches, x, args, kwargs)
-            return self._changed(attached, branches, x, args, kwargs)
+                with offloaded_tensors_loaded(branches):
+                    return self._adapted_output(attached, branches, x, args, kwargs)
+            return self._adapted_output(attached, branches, x, args, kwargs)
         finally:
-            attached.inside -= 1
+            attached.forward_depth -= 1
 
-    def _changed(
+    def _adapted_output(
         self, attached: Attachments, branches: list[Branch], x: Any, args: Any, kwargs: Any
     ) -> Any:
         if len(branches) == 1 and not torch.compiler.is_compiling():
-            whole = self._in_one_pass(attached, branches[0], x)
-            if whole is not None:
-                return whole
+            output = self._fused_output(attached, branches[0], x)
+            if output is not None:
+                return output
 
-        if attached.dense is None:
+        if attached.merged_weight is None:
             base = out = super().forward(*args, **kwargs)
         else:
-            base = out = F.linear(x, attached.dense, self.bias)
+            base = out = F.linear(x, attached.merged_weight, self.bias)
         if attached.mixed_batch is not None:
             return attached.mixed_batch.adapted(self, x, base)
         for branch in branches:
             out = out + branch(self, x, base)
         return out
 
-    def _in_one_pass(self, attached: Attachments, branch: Branch, x: Any) -> Tensor | None:
-        """The output of an nn.Linear with one adapter; None where the kernel does not apply.
-
-        Step 1 of the path that `kernels/adapted_linear.py` describes.
-        """
+    def _fused_output(self, attached: Attachments, branch: Branch, x: Any) -> Tensor | None:
+        """Returns the output of an nn.Linear with one adapter; None if no kernel applies."""
         weight = self._parameters.get("weight")
-        if branch.layer is not LinearLayer or attached.mixed_batch is not None or attached.merged:
+        if branch.kind is not LinearLayer or attached.mixed_batch is not None or attached.merged:
             return None
         library_forward = getattr(super().forward, "__func__", None)
         if library_forward is not nn.Linear.forward or not kernel.applies(x, weight):
@@ -112,42 +128,47 @@ class Adapted(Swapped):
         assert weight is not None
 
         dropout = branch.method.dropout if branch.training else 0.0
-        needs_backward = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        change = branch.change(weight, ready=not (dropout or needs_backward))
+        # A `CastPair` has the weight's dtype; under autocast the products have another.
+        is_plain_inference = not (
+            dropout or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        )
+        change = branch.change(weight, for_inference=is_plain_inference)
         if dropout and isinstance(change, ScaledPair) and change.pair.gain is not None:
-            return None  # the gain acts on W0 x̃ too, which is another product with the weight
-        bias = self.bias if attached.biased else self._parameters.get(BIAS)
-        return kernel.adapted_linear(x, weight, bias, change, dropout, branch.siblings)
+            # The gain acts on W0 x̃ too, which is another product with the weight.
+            return None
+        bias = self.bias if attached.has_bias else self._parameters.get(BIAS)
+        return kernel.adapted_linear(x, weight, bias, change, dropout, branch.group)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("weight", BIAS) or (attached := attachments_or_none(self)) is None:
             return super().__getattr__(name)
         if name == BIAS:
             if (
-                attached.biased
-                and (attached.inside or is_in_forward(1))
+                attached.has_bias
+                and (attached.forward_depth or is_in_forward(1))
                 and (owner := attached.owner_of_bias()) is not None
             ):
-                return as_the_bases(attached[owner], self)
-        elif not attached.inside and attached.in_use() and is_in_forward(1):
+                return cast_like_base(attached[owner], self)
+        elif not attached.forward_depth and attached.in_use() and is_in_forward(1):
             return changed_weight(self, attached)
         return super().__getattr__(name)
 
 
-class Looked(nn.Embedding):
-    """nn.Embedding as called by a subclass with its own forward: it looks up the changed rows.
+class LookupWithAdapters(nn.Embedding):
+    """Mixed in after a subclass of nn.Embedding: its `super().forward` looks up changed rows.
 
-    So a scaled embedding scales the change too, and not even a compiler makes a changed table.
+    So a scaled embedding scales the change too, and no changed table is formed, not even when
+    compiled.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         attached = attachments_of(self)
-        branches = [] if attached.inside else attached.in_use()
-        if attached.inside or not (branches or attached.mixed_batch):
+        branches = [] if attached.forward_depth else attached.in_use()
+        if attached.forward_depth or not (branches or attached.mixed_batch):
             return super().forward(input)
-        attached.inside += 1
+        attached.forward_depth += 1
         try:
-            with brought(branches):
+            with offloaded_tensors_loaded(branches):
                 out: Tensor
                 out = base = super().forward(input)
                 if attached.mixed_batch is not None:
@@ -156,84 +177,15 @@ class Looked(nn.Embedding):
                     out = out + branch(self, input, base)
                 return out
         finally:
-            attached.inside -= 1
-
-
-class Replaced(Swapped):
-    """Mixed in before the class of a module that an adapter trains whole: the copy is used instead.
-
-    That holds also for code in a forward that reads the module's tensors and parts, or calls
-    another of its methods.
-    """
-
-    lorakin: Adapters
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        attached = attachments_of(self)
-        if attached.mixed_batch is None:
-            for copy in attached.in_use():
-                # Not `copy.module(…)`: the module's own hooks already run around this forward.
-                return copy.module.forward(*args, **kwargs)
-        attached.inside += 1
-        try:
-            out = super().forward(*args, **kwargs)
-        finally:
-            attached.inside -= 1
-        if attached.mixed_batch is None:
-            return out
-        return attached.mixed_batch.replaced(
-            self, out, args[0] if args else next(iter(kwargs.values()))
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name != KEY and (copy := _copy_in_use(self, 3)) is not None:
-            return getattr(copy, name)
-        return super().__getattr__(name)
-
-
-class ReplacedSequence(Replaced):
-    """`Replaced` for nn.Sequential: its parts are its children, without the adapters."""
-
-    def _parts(self) -> list[nn.Module]:
-        here: nn.Module = _copy_in_use(self, 4) or self
-        return [child for key, child in here._modules.items() if key != KEY and child is not None]
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._parts())
-
-    def __len__(self) -> int:
-        return len(self._parts())
-
-    def __getitem__(self, index: Any) -> Any:
-        parts = self._parts()[index]
-        return nn.Sequential(*parts) if isinstance(index, slice) else parts
-
-
-def _copy_in_use(module: Replaced, depth: int) -> nn.Module | None:
-    """The copy that answers for `module` to the caller `depth` frames up, or None."""
-    attached = attachments_or_none(module)
-    if (
-        attached is None
-        or attached.inside
-        or not (copies := attached.in_use())
-        or not is_in_forward(depth - 1)
-    ):
-        return None
-    if attached.mixed_batch is not None:
-        raise StateError(
-            f"a {type(module).__name__} that is trained whole is read without being called, so it "
-            "cannot be in a mixed batch"
-        )
-    own: nn.Module = copies[0].module
-    return own
+            attached.forward_depth -= 1
 
 
 Child = Branch | Copy | TokenRowsBranch | Bias
-"""What hangs on a module."""
+"""What an adapter can attach to a module."""
 
 
-def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
-    """The message for a module that no longer has the size it was adapted at."""
+def resized_message(path: str, before: Sequence[int], now: Sequence[int]) -> str:
+    """Returns the message for a module that no longer has the size it was adapted at."""
     return (
         f"{path} is now {' x '.join(map(str, now))}, but it was adapted at "
         f"{' x '.join(map(str, before))}: something, such as resize_token_embeddings, changed it "
@@ -242,12 +194,12 @@ def resized(path: str, before: Sequence[int], now: Sequence[int]) -> str:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether adapters hang on this very module."""
+    """Returns whether adapters are attached to this very module."""
     return isinstance(module, Adapted | Replaced | WithRows)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, also one of a stack of experts, which torch does not know.
+    """Returns the module at a path, also one of a stack of experts, which torch does not know.
 
     Raises:
         AttributeError: there is none, as from `get_submodule`.
@@ -256,7 +208,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     for n, part in enumerate(parts):
         inner = module._modules.get(part)
         if inner is None and len(parts) == n + 2:
-            inner = experts.matrix_of(module, part, parts[-1]) if kind_of(module) is None else None
+            # `….experts.down_proj.3`: a parameter, and the number of one of its matrices
+            inner = (
+                experts.find_matrix(module, part, parts[-1]) if kind_of(module) is None else None
+            )
             return model.get_submodule(path) if inner is None else inner
         if inner is None:
             return model.get_submodule(path)
@@ -265,16 +220,16 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def attach(module: nn.Module, name: str, child: Child) -> None:
-    """Hang the adapter `name` on `module`; the first one swaps the module's class."""
+    """Attaches the adapter `name` to `module`; the first one swaps the module's class."""
     if not is_adapted(module):
         swap_class(module, combined(_mixin(module, child), type(module)))
         attached = Attachments()
-        attached.by_weight = isinstance(child, Bias)
+        attached.changes_weight_reads = isinstance(child, Bias)
         module.lorakin = attached.adapters
         if isinstance(child, TokenRowsBranch):
             kind = kind_of(module)
             assert kind is not None
-            attached.by_weight = overrides_forward(module, kind)
+            attached.changes_weight_reads = overrides_forward(module, kind)
             attached.shape = whole_shape(module.weight)  # type: ignore[arg-type]
         if isinstance(module, experts.ExpertMatrix):
             expert_forward.attach(module)
@@ -282,9 +237,9 @@ def attach(module: nn.Module, name: str, child: Child) -> None:
     if isinstance(child, Branch) and not any(
         isinstance(other, Branch) for other in attached.values()
     ):
-        attached.by_weight = overrides_forward(module, child.layer)
+        attached.changes_weight_reads = overrides_forward(module, child.kind)
         weight = module._parameters.get("weight")
-        if weight is not None and child.layer not in (QuantisedLayer, ExpertLayer):
+        if weight is not None and child.kind not in (QuantisedLayer, ExpertLayer):
             attached.shape = whole_shape(weight)
     attached[name] = child
 
@@ -297,8 +252,8 @@ def _mixin(module: nn.Module, child: Child) -> type[nn.Module]:
     return ReplacedSequence if isinstance(module, nn.Sequential) else Replaced
 
 
-def conflict(module: nn.Module, name: str, child: Child) -> str | None:
-    """Why `child` cannot hang on `module` as the adapter `name`; None if it can."""
+def refusal_to_attach(module: nn.Module, name: str, child: Child) -> str | None:
+    """Returns why `child` cannot be attached to `module` as the adapter `name`; None if it can."""
     if is_adapted(module):
         attached = attachments_of(module)
         if not isinstance(module, _mixin(module, child)):
@@ -310,14 +265,14 @@ def conflict(module: nn.Module, name: str, child: Child) -> str | None:
             return (
                 f"it already has an adapter {name!r}, put there through another part of the model"
             )
-    called = module.experts if isinstance(module, experts.ExpertMatrix) else module
+    called = module.owner if isinstance(module, experts.ExpertMatrix) else module
     if "forward" in vars(called) and "_old_forward" not in vars(called):
         return "its forward was replaced on the instance, so it would never call an adapter"
     return None
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter `name` off `module`; after the last one the module gets its class back."""
+    """Detaches the adapter `name` from `module`; after the last one it gets its class back."""
     attached = attachments_of(module)
     del attached[name]
     if not len(attached):
@@ -327,25 +282,25 @@ def detach(module: nn.Module, name: str) -> None:
             expert_forward.detach(module)
 
 
-def move_base(module: Any, change: Tensor) -> None:
-    """Add `change` (outputs, inputs) to a copy of the weight, in its own dtype.
+def add_to_weight_copy(module: Any, change: Tensor) -> None:
+    """Adds `change` (outputs, inputs) to a copy of the weight, in its dtype.
 
-    The base's own parameter is set aside.
+    The base's parameter is kept in `Attachments.base_before_move`.
     """
     kind = kind_of(module)
     assert kind is not None
     attached = attachments_of(module)
-    if not attached.unmoved:
-        attached.unmoved = {"weight": experts.set_aside(module, module.weight)}
+    if not attached.base_before_move:
+        attached.base_before_move = {"weight": experts.kept_weight(module, module.weight)}
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     with torch.no_grad():
         wide = module.weight.to(torch.promote_types(change.dtype, module.weight.dtype))
         module.weight.copy_(wide + kind.layout(change, module))
 
 
-def swap_moved(module: Any) -> None:
-    """Exchange the moved weight with the base's own, and back with the next call."""
-    unmoved = attachments_of(module).unmoved
-    for key, tensor in unmoved.items():
-        unmoved[key] = experts.set_aside(module, getattr(module, key))
+def exchange_moved_weight(module: Any) -> None:
+    """Exchanges the moved weight with the base's, and back with the next call."""
+    kept = attachments_of(module).base_before_move
+    for key, tensor in kept.items():
+        kept[key] = experts.kept_weight(module, getattr(module, key))
         setattr(module, key, tensor)

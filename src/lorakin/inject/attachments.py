@@ -1,7 +1,7 @@
-"""What hangs on an adapted module, and which names in a model are lorakin's.
+"""What adapters have attached to a module, and which names in a model are lorakin's.
 
 The adapters' tensors are in `module.lorakin`, a module whose children are the adapters under their
-own names. What else is known of them is in a plain object beside it, so no name can clash with it.
+own names. What else is known of them is in a plain object, `Attachments`, so no name can clash.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ BIAS = "bias"
 
 
 class Attachments:
-    """What hangs on one module.
+    """What adapters have attached to one module.
 
     Attributes:
-        adapters: what each adapter has here, by name.
+        adapters: what each adapter has attached, by name.
         active: the adapters chosen by `activate`, in that order.
-        merged: those whose change is in the weight.
-        off: those switched off by `disabled()`.
-        base: the base's parameters, set aside while adapters are merged.
-        unmoved: the base's weight, set aside while an adapter moves a copy of it.
-        dense: what a quantised module multiplies by while adapters are merged.
-        mixed_batch: says which adapter each row of a batch uses; None outside of one.
-        inside: counts calls of the module's own forward under way; they see the base's tensors.
-        by_weight: the class has a forward of its own, which is given the changed weight.
-        biased: an adapter has a bias of its own here.
-        shape: the weight's when the first adapter came.
+        merged: the adapters whose change is in the weight.
+        off: the adapters switched off by `disabled()`.
+        base_before_merge: the base's parameters by name, kept while adapters are merged.
+        base_before_move: the base's weight, kept while an adapter (Delta-LoRA) moves a copy of it.
+        merged_weight: what a quantised module multiplies by while adapters are merged.
+        mixed_batch: says which adapter each row of a batch uses; None outside of `mixed_batch`.
+        forward_depth: the calls of the module's own forward under way; they see the base's tensors.
+        changes_weight_reads: whether the class has its own forward, which gets the changed weight.
+        has_bias: whether an adapter has its own bias here.
+        shape: the weight's shape when the first adapter was attached.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class Attachments:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.off: set[str] = set()
-        self.base: dict[str, Tensor] = {}
-        self.unmoved: dict[str, Tensor] = {}
-        self.dense: Tensor | None = None
+        self.base_before_merge: dict[str, Tensor] = {}
+        self.base_before_move: dict[str, Tensor] = {}
+        self.merged_weight: Tensor | None = None
         self.mixed_batch: MixedBatch | None = None
-        self.inside = 0
-        self.by_weight = False
-        self.biased = False
+        self.forward_depth = 0
+        self.changes_weight_reads = False
+        self.has_bias = False
         self.shape: torch.Size | None = None
 
     def __getitem__(self, name: str | None) -> Any:
@@ -72,11 +72,11 @@ class Attachments:
         return len(self.adapters._modules)
 
     def names(self) -> list[str]:
-        """Returns the adapters here, in the order in which they came."""
+        """Returns the names of the adapters here, in the order in which they were attached."""
         return list(self.adapters._modules)
 
     def values(self) -> list[Any]:
-        """Returns what hangs here, in the same order."""
+        """Returns what the adapters have attached, in the same order."""
         return list(self.adapters._modules.values())
 
     def names_in_use(self) -> list[str]:
@@ -84,17 +84,25 @@ class Attachments:
         return [name for name in self.active if name not in self.merged and name not in self.off]
 
     def in_use(self) -> list[Any]:
-        """Returns what these adapters have here, except those with nothing but a bias here."""
-        children, set_aside = self.adapters._modules, (*self.merged, *self.off)
-        here = [children[name] for name in self.active if name not in set_aside]
-        return [child for child in here if not isinstance(child, Bias)] if self.biased else here
+        """Returns what the adapters in use have attached; those that only have a bias are left out.
+
+        "In use" means active, and neither merged nor off.
+        """
+        children, unused = self.adapters._modules, (*self.merged, *self.off)
+        in_use = [children[name] for name in self.active if name not in unused]
+        if not self.has_bias:
+            return in_use
+        return [child for child in in_use if not isinstance(child, Bias)]
 
     def bias_of(self, name: str) -> nn.Parameter | None:
         """Returns this adapter's bias, which replaces the base's; None if it has none."""
         return self.adapters._modules[name]._parameters.get(BIAS)  # type: ignore[union-attr]
 
     def owner_of_bias(self) -> str | None:
-        """Returns the adapter in use that has a bias here; None in a mixed batch, too."""
+        """Returns the name of the adapter in use that has a bias here, or None.
+
+        A mixed batch has none.
+        """
         if self.mixed_batch is None:
             for name in self.names_in_use():
                 if self.bias_of(name) is not None:
@@ -102,24 +110,24 @@ class Attachments:
         return None
 
     def _note_biases(self) -> None:
-        self.biased = any(self.bias_of(name) is not None for name in self.names())
+        self.has_bias = any(self.bias_of(name) is not None for name in self.names())
 
-    def move(self, fn: Any) -> None:
-        """Applies `fn`, which moves or casts the model's tensors, to what is set aside."""
-        self.dense = None if self.dense is None else fn(self.dense)
-        for aside in (self.base, self.unmoved):
-            for key, tensor in aside.items():
+    def apply(self, fn: Any) -> None:
+        """Applies `fn`, which moves or casts tensors, to the kept tensors of the base."""
+        self.merged_weight = None if self.merged_weight is None else fn(self.merged_weight)
+        for kept in (self.base_before_merge, self.base_before_move):
+            for key, tensor in kept.items():
                 moved = fn(tensor.data)
                 if moved.is_meta == tensor.is_meta:
                     tensor.data = moved  # the same object, so that tied modules stay tied
                 elif isinstance(tensor, nn.Parameter):
-                    aside[key] = nn.Parameter(moved, tensor.requires_grad)
+                    kept[key] = nn.Parameter(moved, tensor.requires_grad)
                 else:
-                    aside[key] = moved
+                    kept[key] = moved
 
 
 class Bias(nn.Module):
-    """What an adapter has on a module of which it trains only the bias."""
+    """What an adapter attaches to a module of which it trains only the bias."""
 
     def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()
@@ -143,12 +151,12 @@ class Adapters(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapters:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._attachments.move(fn)
+        self._attachments.apply(fn)
         return self
 
 
 def attachments_of(module: nn.Module) -> Attachments:
-    """Returns what hangs on an adapted module.
+    """Returns the attachments of an adapted module.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -162,18 +170,18 @@ def attachments_of(module: nn.Module) -> Attachments:
 
 
 def attachments_or_none(module: nn.Module) -> Attachments | None:
-    """Returns what hangs on a module; None if nothing does."""
+    """Returns the attachments of a module; None if it has none."""
     adapters = module._modules.get(KEY)
     return adapters._attachments if isinstance(adapters, Adapters) else None
 
 
-def ours(model: nn.Module) -> tuple[str, ...]:
-    """Returns how the names of lorakin's tensors in `model` begin, for `str.startswith`.
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Returns the prefixes of the names of the adapters' tensors in `model`, for `startswith`.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> adapter = lk.adapt(model, lk.LoRA(rank=1))
-    >>> ours(model)
+    >>> adapter_prefixes(model)
     ('0.lorakin.',)
     """
     every = model.named_modules(remove_duplicate=False)
@@ -181,14 +189,17 @@ def ours(model: nn.Module) -> tuple[str, ...]:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns the base's parameters, each under all its names: merging may separate ties."""
-    skip = ours(model)
+    """Returns the base's present parameters, each under all its names: merging may separate ties.
+
+    `model_registry.original_parameters` returns what they are without adapters.
+    """
+    skip = adapter_prefixes(model)
     named = model.named_parameters(remove_duplicate=False)
     return [(name, parameter) for name, parameter in named if not name.startswith(skip)]
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the `state_dict` of `module` without what adapters hang on it.
+    """Returns the `state_dict` of `module` without the tensors of adapters.
 
     >>> import lorakin as lk
     >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -196,5 +207,5 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
     >>> list(base_state(model))
     ['0.weight', '0.bias']
     """
-    skip = ours(module)
+    skip = adapter_prefixes(module)
     return {key: t for key, t in module.state_dict().items() if not key.startswith(skip)}

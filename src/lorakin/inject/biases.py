@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.family.sharding import is_sharded
 from lorakin.inject.attachments import BIAS, attachments_or_none
-from lorakin.inject.branch import brought
+from lorakin.inject.branch import offloaded_tensors_loaded
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.targets import named_modules
-from lorakin.kernels.autograd import PLAIN
+from lorakin.kernels.autograd import PLAIN_TYPES
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -79,7 +79,7 @@ def base_bias(module: nn.Module) -> Tensor | None:
     attached = attachments_or_none(module)
     own: Tensor | None = module._parameters.get(BIAS)
     if attached is not None and own is not None:
-        own = attached.base.get(BIAS, own)
+        own = attached.base_before_merge.get(BIAS, own)
     return own if own is not None and own.is_floating_point() else None
 
 
@@ -111,18 +111,18 @@ def initial_biases(
     return started
 
 
-def as_the_bases(child: Any, module: Any) -> Tensor:
+def cast_like_base(child: Any, module: Any) -> Tensor:
     """Returns the bias of an adapter's `child` with the device and dtype of the module's own."""
     bias: Tensor = child._parameters[BIAS]
     own, weight = module._parameters[BIAS], module._parameters.get("weight")
     if own.is_meta:
         return bias
     if bias.is_meta:  # Accelerate keeps it elsewhere
-        with brought([child]):
+        with offloaded_tensors_loaded([child]):
             bias = child._parameters[BIAS].clone()
     bias = bias.to(own.device, own.dtype)
     # bitsandbytes casts the data of what it gets here, for good
-    return bias if type(weight) in PLAIN else bias.view_as(bias)
+    return bias if type(weight) in PLAIN_TYPES else bias.view_as(bias)
 
 
 def check_biases_apart(

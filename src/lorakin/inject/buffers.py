@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, some
-from lorakin.inject.attachments import ours
+from lorakin.inject.attachments import adapter_prefixes
 from lorakin.inject.quantised import is_quantised
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def saved_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | 
     ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
     found: dict[str, Tensor | None] = {}
-    skip = (*ours(model), *(f"{path}." for path in whole))
+    skip = (*adapter_prefixes(model), *(f"{path}." for path in whole))
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{path}.{leaf}" if path else leaf

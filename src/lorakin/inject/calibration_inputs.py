@@ -32,7 +32,7 @@ def input_samples(
         seen.setdefault(path, []).append(last[0][1])
 
     paths = [
-        path for path in adapter.placement.methods if adapter.tensors.branch(path).layer in LINEAR
+        path for path in adapter.placement.methods if adapter.tensors.branch(path).kind in LINEAR
     ]
     active = [name for name, one in adapters_in(adapter.model).items() if one.effect.is_active]
     activate(adapter.model, adapter.name)

@@ -17,7 +17,7 @@ class Swapped(nn.Module):
     """
 
     @staticmethod
-    def beneath(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    def mixins_after(base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
         """Returns what to mix in after a module's own class, where its `super()` finds it."""
         return ()
 
@@ -80,8 +80,10 @@ def combined(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """
     if (mixin, base) not in _CLASSES:
         name = f"{mixin.__name__}{base.__name__}"
-        beneath = mixin.beneath(base) if issubclass(mixin, Swapped) else ()
-        _CLASSES[mixin, base] = type(name, (mixin, base, *beneath), {"__module__": base.__module__})
+        mixins_after = mixin.mixins_after(base) if issubclass(mixin, Swapped) else ()
+        _CLASSES[mixin, base] = type(
+            name, (mixin, base, *mixins_after), {"__module__": base.__module__}
+        )
     return _CLASSES[mixin, base]
 
 

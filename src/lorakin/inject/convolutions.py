@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakin.family import Pair, Shape
-from lorakin.inject.layer_kind import Layer
+from lorakin.inject.layer_kind import LayerKind
 
 
-class ConvolutionLayer(Layer):
+class ConvolutionLayer(LayerKind):
     """nn.Conv1d, Conv2d and Conv3d: A is a convolution to r channels, B one with a kernel of 1.
 
     A has the module's own kernel. In a grouped convolution all groups have the same A, on their own
@@ -37,11 +37,11 @@ class ConvolutionLayer(Layer):
         return matrix.view(-1, module.in_channels // module.groups, *module.kernel_size)
 
     @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: Any, x: Tensor, pair: Pair) -> Tensor:
         groups, layout = module.groups, ConvolutionLayer.layout
         if groups > 1 and module.out_channels <= groups * pair.up.shape[1]:
             # The pair would have more channels than the output: multiply it out.
-            return ConvolutionLayer.product(module, x, layout(pair.up @ pair.down, module))
+            return ConvolutionLayer.base_product(module, x, layout(pair.up @ pair.down, module))
 
         down = layout(pair.down, module)
         if groups > 1:
@@ -54,7 +54,7 @@ class ConvolutionLayer(Layer):
         return out.reshape(*out.shape[:-1], *hidden.shape[channel + 1 :])
 
     @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def base_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = module._conv_forward(x, weight, None)
         return out
 
@@ -75,7 +75,7 @@ class PeftGroupedConvolution(ConvolutionLayer):
         return Shape(module.out_channels, module.in_channels * math.prod(module.kernel_size))
 
     @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: Any, x: Tensor, pair: Pair) -> Tensor:
         padding = module.padding
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)

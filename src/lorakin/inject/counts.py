@@ -101,7 +101,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _own_counts(module: nn.Module) -> dict[int, tuple[int, bool]]:
     """The numbers of each tensor that a module of the base holds itself, by identity."""
     attached = attachments_or_none(module) or Attachments()
-    aside = {**attached.base, **attached.unmoved}
+    aside = {**attached.base_before_merge, **attached.base_before_move}
     own = {leaf: aside.get(leaf, p) for leaf, p in module._parameters.items() if p is not None}
     if not is_quantised(module):
         return {id(p): (_weights_in(p), p.requires_grad) for p in own.values()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.inject import quantised
-from lorakin.inject.adapted import is_adapted, module_at, swap_moved
+from lorakin.inject.adapted import exchange_moved_weight, is_adapted, module_at
 from lorakin.inject.biases import check_biases_apart, tie_merged
 from lorakin.inject.folding import check_for_good, check_together, move_adapters, set_merged
 from lorakin.inject.model_registry import NO_ADAPTERS, attachments_in, registry_of, watch_modules
@@ -167,14 +167,14 @@ class Effect(Part):
     def has_moved_base(self) -> bool:
         """Whether a copy of some base weight is in use that this adapter moves."""
         return any(
-            attached.unmoved and self.name in attached
+            attached.base_before_move and self.name in attached
             for attached in self.adapter.tensors.attachments()
         )
 
     def _swap_moved(self) -> None:
         for path in self.placement.methods:
             if is_adapted(module := module_at(self.model, path)):
-                swap_moved(module)
+                exchange_moved_weight(module)
 
     def _show_buffers(self) -> None:
         registry = registry_of(self.model)
@@ -213,7 +213,12 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> None:
             _warn_of_dense(dense, 3, permanent=True)
         for path in (path for adapter in chosen for path in adapter.tensors.paths()):
             attached = attachments_at(model, path)
-            attached.base, attached.unmoved, attached.merged, attached.dense = {}, {}, (), None
+            (
+                attached.base_before_merge,
+                attached.base_before_move,
+                attached.merged,
+                attached.merged_weight,
+            ) = {}, {}, (), None
         for adapter in chosen:
             registry_of(model).buffers.give_up(model, adapter)
             adapter.remove()
@@ -273,7 +278,9 @@ def _fold(model: nn.Module, chosen: Sequence[InsertedAdapter]) -> dict[str, Tens
                 set_merged(module_at(model, path), path, merged, dtype)
             raise
     return {
-        path: weight for path in before if (weight := attachments_at(model, path).dense) is not None
+        path: weight
+        for path in before
+        if (weight := attachments_at(model, path).merged_weight) is not None
     }
 
 

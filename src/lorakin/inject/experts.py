@@ -1,12 +1,12 @@
-"""Parameters that are matrices though no layer holds them: stacks of experts, and others by name.
+"""Adapted parameters that are matrices of no layer: stacks of experts, and others by name.
 
 A *stack* is a parameter (experts, outputs, inputs), or (experts, inputs, outputs) where the module
 says `is_transposed`. A parameter of two dimensions (outputs, inputs) is a stack of one: a router's
 weight, or torch's `in_proj_weight`.
 
-Each matrix of a stack is seen as a module of its own, `<path of the parameter>.<number>`. Members,
-merges, files and counts take it for a linear layer. It is never called: `expert_forward.py` says
-how the module that owns the parameter computes with the changed one.
+Each matrix of a stack is represented by a module, `<path of the parameter>.<number>`. For members,
+merges, files and counts it is a linear layer. It is never called: `expert_forward.py` says how the
+module that owns the parameter computes with the changed one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakin.family.sharding import whole_shape
 from lorakin.inject.attachments import Attachments, attachments_of
 
 PREFIX = "lorakin_"
-"""Begins the name of a stack's module, which hangs beside the parameter of the bare name."""
+"""Prefix of the child module that holds a parameter's adapted matrices."""
 
 
 class ExpertMatrix(nn.Module):
@@ -37,37 +37,36 @@ class ExpertMatrix(nn.Module):
     """
 
     bias = None
-    experts: nn.Module
+    owner: nn.Module
     stack: str
     number: int
 
-    def __init__(self, experts: nn.Module, stack: str, number: int) -> None:
+    def __init__(self, owner: nn.Module, stack: str, number: int) -> None:
         super().__init__()
-        # set past nn.Module: the experts must not become a child of what is a child of theirs
-        own = {"experts": experts, "stack": stack, "number": number, "training": experts.training}
-        vars(self).update(own)
+        # Not by `self.owner = owner`: the owner must not become a child of its own child.
+        vars(self).update(owner=owner, stack=stack, number=number, training=owner.training)
 
     @property
     def weight(self) -> Tensor:
         """The matrix, (outputs, inputs)."""
-        matrix = one_of(self.parameter, self.number)
-        return matrix.T if self.is_turned else matrix
+        matrix = matrix_at(self.parameter, self.number)
+        return matrix.T if self.is_transposed else matrix
 
     @property
     def shape(self) -> torch.Size:
         """(outputs, inputs), also where this process holds only a part of the parameter."""
         shape = whole_shape(self.parameter)[-2:]
-        return torch.Size(reversed(shape)) if self.is_turned else torch.Size(shape)
+        return torch.Size(reversed(shape)) if self.is_transposed else torch.Size(shape)
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether the parameter holds the matrix as (inputs, outputs)."""
-        return is_turned(self.experts, self.stack)
+        return is_stack_transposed(self.owner, self.stack)
 
     @property
     def parameter(self) -> nn.Parameter:
         """The stack's parameter."""
-        parameter = self.experts._parameters[self.stack]
+        parameter = self.owner._parameters[self.stack]
         assert parameter is not None
         return parameter
 
@@ -76,7 +75,7 @@ class ExpertMatrix(nn.Module):
             super().__setattr__(name, value)
             return
         if len(whole_shape(self.parameter)) != 3:
-            self.experts._parameters[self.stack] = value
+            self.owner._parameters[self.stack] = value
             return
         with torch.no_grad():
             self.weight.copy_(value)
@@ -85,58 +84,59 @@ class ExpertMatrix(nn.Module):
 class ExpertStack(nn.Module):
     """The adapted matrices of one parameter: children by number, beside the parameter itself."""
 
-    experts: nn.Module
+    owner: nn.Module
     name: str
 
-    def __init__(self, experts: nn.Module, name: str) -> None:
+    def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
-        vars(self).update(experts=experts, name=name)  # no children of this, as in `ExpertMatrix`
-        self.ready: Any = None  # what `expert_forward.changed` keeps between calls
+        vars(self).update(owner=owner, name=name)  # no child of this, as in `ExpertMatrix`
+        self.kept: Any = None
+        """What `expert_forward.weight_for_forward` keeps between calls."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ready": None}
+        return {**self.__dict__, "kept": None}
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that the experts have at the moment."""
-        parameter = self.experts._parameters[self.name]
+        """The owner's present parameter."""
+        parameter = self.owner._parameters[self.name]
         assert parameter is not None
         return parameter
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether the matrices are held as (inputs, outputs)."""
-        return is_turned(self.experts, self.name)
+        return is_stack_transposed(self.owner, self.name)
 
     def attached(self) -> dict[int, Attachments]:
-        """Returns what hangs on each of the adapted matrices, by number."""
+        """Returns the attachments of each adapted matrix, by number."""
         matrices = self._modules.items()
         return {int(number): attachments_of(m) for number, m in matrices if m is not None}
 
-    def own(self) -> Tensor:
+    def base_parameter(self) -> Tensor:
         """Returns the parameter with the base's values, also while adapters are merged into it."""
-        set_aside = {
-            number: there["weight"]
+        base_weights = {
+            number: kept["weight"]
             for number, attached in self.attached().items()
-            if (there := {**attached.base, **attached.unmoved})
+            if (kept := {**attached.base_before_merge, **attached.base_before_move})
         }
-        if not set_aside:
+        if not base_weights:
             return self.parameter
-        own = self.parameter.detach().clone()
-        for number, weight in set_aside.items():
-            one_of(own, number).copy_(weight.T if self.is_turned else weight)
-        return own
+        base = self.parameter.detach().clone()
+        for number, weight in base_weights.items():
+            matrix_at(base, number).copy_(weight.T if self.is_transposed else weight)
+        return base
 
 
-def one_of(parameter: Tensor, number: int) -> Tensor:
+def matrix_at(parameter: Tensor, number: int) -> Tensor:
     """Returns one matrix of a stack, in the stack's layout."""
     return parameter[number] if parameter.dim() == 3 else parameter
 
 
-def count(parameter: Tensor) -> int:
+def matrix_count(parameter: Tensor) -> int:
     """Returns how many matrices a stack has.
 
-    >>> count(torch.zeros(8, 4, 2)), count(torch.zeros(4, 2))
+    >>> matrix_count(torch.zeros(8, 4, 2)), matrix_count(torch.zeros(4, 2))
     (8, 1)
     """
     shape = whole_shape(parameter)
@@ -148,7 +148,7 @@ def are_experts(module: nn.Module) -> bool:
     return getattr(module, "num_experts", None) is not None and not isinstance(module, nn.Linear)
 
 
-def is_turned(module: nn.Module, stack: str) -> bool:
+def is_stack_transposed(module: nn.Module, stack: str) -> bool:
     """Returns whether the matrices of this parameter are held as (inputs, outputs)."""
     parameter = module._parameters[stack]
     return parameter is not None and len(whole_shape(parameter)) == 3 and is_transposed(module)
@@ -159,9 +159,9 @@ def is_transposed(experts: nn.Module) -> bool:
 
     transformers says it in `is_transposed`. Else the shapes of a gated MLP's two stacks tell.
     """
-    said = says_transposed(experts)
-    if said is not None:
-        return said
+    declared = declared_transposed(experts)
+    if declared is not None:
+        return declared
     up, down = (experts._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
     if up is None or down is None or len(whole_shape(up)) != 3 or len(whole_shape(down)) != 3:
         return False
@@ -169,9 +169,10 @@ def is_transposed(experts: nn.Module) -> bool:
     return (hidden, twice) == (out, 2 * inner)
 
 
-def says_transposed(experts: nn.Module) -> bool | None:
-    """Returns the module's `is_transposed`, which PEFT goes by; None if it has none."""
-    return None if (said := getattr(experts, "is_transposed", None)) is None else bool(said)
+def declared_transposed(experts: nn.Module) -> bool | None:
+    """Returns the module's `is_transposed`, which PEFT reads; None if it has none."""
+    declared = getattr(experts, "is_transposed", None)
+    return None if declared is None else bool(declared)
 
 
 def stacks(experts: nn.Module) -> list[ExpertStack]:
@@ -190,14 +191,15 @@ def stack_names(module: nn.Module) -> list[str]:
 
 
 def matrices(experts: nn.Module, stack: str) -> list[nn.Module]:
-    """Returns all matrices of a stack in order, an adapted one as it hangs there."""
+    """Returns all matrices of a stack in order, the modules of adapted ones included."""
     adapted, parameter = experts._modules.get(PREFIX + stack), experts._parameters[stack]
     assert parameter is not None
-    hanging = adapted._modules if isinstance(adapted, ExpertStack) else {}
-    return [hanging.get(str(n)) or ExpertMatrix(experts, stack, n) for n in range(count(parameter))]
+    modules = adapted._modules if isinstance(adapted, ExpertStack) else {}
+    numbers = range(matrix_count(parameter))
+    return [modules.get(str(n)) or ExpertMatrix(experts, stack, n) for n in numbers]
 
 
-def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
+def find_matrix(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | None:
     """Returns the matrix with this number (in decimals); None if there is none."""
     adapted = experts._modules.get(PREFIX + stack)
     if isinstance(adapted, ExpertStack) and number in adapted._modules:
@@ -205,7 +207,7 @@ def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | Non
     parameter = experts._parameters.get(stack)
     if parameter is None or len(whole_shape(parameter)) not in (2, 3):
         return None
-    if not re.fullmatch("0|[1-9][0-9]*", number) or int(number) >= count(parameter):
+    if not re.fullmatch("0|[1-9][0-9]*", number) or int(number) >= matrix_count(parameter):
         return None
     return ExpertMatrix(experts, stack, int(number))
 
@@ -213,13 +215,13 @@ def matrix_of(experts: nn.Module, stack: str, number: str) -> ExpertMatrix | Non
 def base_stack(module: nn.Module, name: str) -> Tensor | None:
     """Returns a parameter with the base's values; None if it is no stack with adapted matrices."""
     stack = module._modules.get(PREFIX + name)
-    return stack.own() if isinstance(stack, ExpertStack) else None
+    return stack.base_parameter() if isinstance(stack, ExpertStack) else None
 
 
-def set_aside(module: nn.Module, weight: Tensor) -> Tensor:
-    """Returns what to keep of a module's weight before other values take its place.
+def kept_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """Returns the module's weight, to be kept while other values take its place.
 
-    That is a copy for a matrix of a stack, where the values will be overwritten.
+    It is a copy for a matrix of a stack, where the values will be overwritten.
     """
     in_stack = isinstance(module, ExpertMatrix) and len(whole_shape(module.parameter)) == 3
     return weight.detach().clone() if in_stack else weight

@@ -19,10 +19,10 @@ from lorakin.errors import StateError
 from lorakin.family import Pair, all_finite
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import attach
-from lorakin.inject.attachments import BIAS, Attachments, attachments_of, ours
+from lorakin.inject.attachments import BIAS, Attachments, adapter_prefixes, attachments_of
 from lorakin.inject.branch import Branch, Copy
-from lorakin.inject.experts import set_aside
-from lorakin.inject.layer_kinds import Layer, PeftGroupedConvolution, QuantisedLayer
+from lorakin.inject.experts import kept_weight
+from lorakin.inject.layer_kinds import LayerKind, PeftGroupedConvolution, QuantisedLayer
 from lorakin.inject.token_rows import TokenRowsBranch, check_size
 from lorakin.inject.trainable_tokens import fold
 
@@ -91,7 +91,7 @@ def move_adapters(old: nn.Module, new: nn.Module) -> None:
     for name in attached.names():
         child = attached[name]
         if isinstance(child, Branch):
-            child.layer = kind
+            child.kind = kind
         attach(new, name, child)
     moved = attachments_of(new)
     moved.active, moved.off = attached.active, attached.off
@@ -122,21 +122,21 @@ def set_merged(
         branches = [attached[name] for name in names if isinstance(attached[name], Branch)]
         dense = _dense(module, path, branches, dtype) if branches else None
         if names:
-            base = attached.base or _base_bias(module)
-        replacement = _with_bias(base, bias, path) if names else attached.base
-        attached.dense = dense
+            base = attached.base_before_merge or _base_bias(module)
+        replacement = _with_bias(base, bias, path) if names else attached.base_before_merge
+        attached.merged_weight = dense
     elif names:
         bias = _own_bias(attached, names, path)
-        base = attached.base or _own_tensors(module)
+        base = attached.base_before_merge or _own_tensors(module)
         device = next(iter(base.values())).device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             replacement = _folded(module, base, path, [attached[name] for name in names])
-            if attached.biased:
+            if attached.has_bias:
                 replacement = replacement | _with_bias(base, bias, path)
     else:
-        replacement = attached.base
+        replacement = attached.base_before_merge
 
-    attached.base = base
+    attached.base_before_merge = base
     for key, tensor in replacement.items():
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, tensor)
@@ -167,7 +167,7 @@ def _own_bias(attached: Attachments, names: Sequence[str], path: str) -> Tensor 
 def _base_bias(module: nn.Module) -> dict[str, Tensor]:
     """The base's bias, if an adapter here has its own."""
     bias = module._parameters.get(BIAS)
-    return {BIAS: bias} if attachments_of(module).biased and bias is not None else {}
+    return {BIAS: bias} if attachments_of(module).has_bias and bias is not None else {}
 
 
 @torch.no_grad()
@@ -184,10 +184,10 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     if any(isinstance(child, Branch | TokenRowsBranch) for child in attached.values()):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return {"weight": set_aside(module, weight)} | bias
+        return {"weight": kept_weight(module, weight)} | bias
     if bias:
         return bias
-    saved, skip = module.state_dict(keep_vars=True), ours(module)
+    saved, skip = module.state_dict(keep_vars=True), adapter_prefixes(module)
     return {key: tensor for key, tensor in saved.items() if not key.startswith(skip)}
 
 
@@ -205,12 +205,12 @@ def _folded(
         return {"weight": _like(table, fold(table.detach(), rows), path)}
     if not branches:
         return _copied(base, path, adapters) if any(isinstance(a, Copy) for a in adapters) else base
-    if any(branch.layer is PeftGroupedConvolution for branch in branches):
+    if any(branch.kind is PeftGroupedConvolution for branch in branches):
         raise StateError(
             f"{path} is a convolution in groups, and its adapter, which PEFT trained, reads "
             "the inputs of all groups: that is no change of the weight, so it cannot be merged"
         )
-    weight, layer = base["weight"], branches[0].layer
+    weight, layer = base["weight"], branches[0].kind
     matrix = layer.matrix(weight.detach())
     for branch in branches:
         if branch.shape[:2] != matrix.shape:
@@ -226,7 +226,7 @@ def _folded(
 
 def folded(
     weight: Tensor,
-    layer: type[Layer],
+    layer: type[LayerKind],
     module: nn.Module,
     pairs: Sequence[Pair],
     path: str,

@@ -16,11 +16,11 @@ from lorakin.inject.active_adapters import activate
 from lorakin.inject.adapted import (
     Child,
     attach,
-    conflict,
     detach,
+    exchange_moved_weight,
     is_adapted,
     module_at,
-    swap_moved,
+    refusal_to_attach,
 )
 from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_parameters
 from lorakin.inject.biases import base_bias, initial_biases
@@ -92,7 +92,7 @@ class InsertedAdapter:
         modules = {path: module_at(self.model, path) for path in self.tensors.paths()}
         children = self._children(modules, tensors, copies, rows, biases)
         for path, child in children.items():
-            if reason := conflict(modules[path], self.name, child):
+            if reason := refusal_to_attach(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
 
         registry.laid_out += quantised.keep_trainable(self.model)
@@ -163,7 +163,7 @@ class InsertedAdapter:
             module = module_at(self.model, path)
             if is_adapted(module):  # another module may have been put in its place
                 if not self.effect.is_off:
-                    swap_moved(module)
+                    exchange_moved_weight(module)
                 detach(module, self.name)
         registry = registry_of(self.model)
         del registry.adapters[self.name]

@@ -13,7 +13,7 @@ from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject.attachments import attachments_or_none
 
 
-class Layer:
+class LayerKind:
     """How one kind of module holds and applies its weight. A kind has no state of its own."""
 
     modules: ClassVar[tuple[type[nn.Module], ...]]
@@ -42,7 +42,11 @@ class Layer:
             whole = torch.empty(whole_shape(held), device="meta")
             return ShardedWeight(cls.matrix(whole).shape, held)
         attached = attachments_or_none(module)
-        own = module.weight if attached is None else attached.base.get("weight", module.weight)
+        own = (
+            module.weight
+            if attached is None
+            else attached.base_before_merge.get("weight", module.weight)
+        )
         return cls.matrix(own.detach())
 
     @staticmethod
@@ -58,12 +62,12 @@ class Layer:
         return device
 
     @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: Any, x: Tensor, pair: Pair) -> Tensor:
         """up(down(x)), computed as (x·downᵀ)·upᵀ in the dtype of the pair."""
         raise NotImplementedError
 
     @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def base_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
         """W0·x without the bias, for a weight in the module's layout."""
         raise NotImplementedError
 
@@ -73,7 +77,7 @@ class Layer:
         return vector
 
     @staticmethod
-    def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout of the branch's input."""
         return F.dropout(x, p, training) if p > 0 and training else x
 

@@ -19,14 +19,14 @@ from lorakin.family.sharding import ShardedWeight, is_sharded, whole_shape
 from lorakin.inject import quantised
 from lorakin.inject.convolutions import ConvolutionLayer, PeftGroupedConvolution
 from lorakin.inject.experts import ExpertMatrix
-from lorakin.inject.layer_kind import Layer
+from lorakin.inject.layer_kind import LayerKind
 
 __all__ = [
     "KINDS",
     "ConvolutionLayer",
     "EmbeddingLayer",
     "ExpertLayer",
-    "Layer",
+    "LayerKind",
     "LinearLayer",
     "PeftGroupedConvolution",
     "QuantisedLayer",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class LinearLayer(Layer):
+class LinearLayer(LayerKind):
     """nn.Linear: the weight is the matrix."""
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
@@ -60,11 +60,11 @@ class LinearLayer(Layer):
         return matrix
 
     @staticmethod
-    def branch(module: nn.Linear, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: nn.Linear, x: Tensor, pair: Pair) -> Tensor:
         return F.linear(F.linear(x, pair.down), pair.up)
 
     @staticmethod
-    def product(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    def base_product(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
@@ -90,7 +90,7 @@ class QuantisedLayer(LinearLayer):
         return quantised.device_of(module)
 
     @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+    def base_product(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         return quantised.product(module, x)
 
     @staticmethod
@@ -119,12 +119,12 @@ class ExpertLayer(LinearLayer):
         if weight.is_floating_point() and weight.element_size() > 1:
             return None
         return (
-            f"one of the experts of a {type(module.experts).__name__}, which are quantised "
+            f"one of the experts of a {type(module.owner).__name__}, which are quantised "
             f"({weight.dtype})"
         )
 
 
-class TransposedLayer(Layer):
+class TransposedLayer(LayerKind):
     """transformers' Conv1D, GPT-2's linear layer: the weight is transposed, (in, out)."""
 
     modules = ()
@@ -143,15 +143,15 @@ class TransposedLayer(Layer):
         return matrix.T
 
     @staticmethod
-    def branch(module: Any, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: Any, x: Tensor, pair: Pair) -> Tensor:
         return F.linear(F.linear(x, pair.down), pair.up)
 
     @staticmethod
-    def product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def base_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.T)
 
 
-class EmbeddingLayer(Layer):
+class EmbeddingLayer(LayerKind):
     """nn.Embedding: the weight is the transposed matrix (vocabulary, dim), and inputs pick columns.
 
     An input is an index, so dropout has nothing to act on.
@@ -172,15 +172,15 @@ class EmbeddingLayer(Layer):
         return matrix.T
 
     @staticmethod
-    def branch(module: nn.Embedding, x: Tensor, pair: Pair) -> Tensor:
+    def low_rank_product(module: nn.Embedding, x: Tensor, pair: Pair) -> Tensor:
         return F.linear(F.embedding(x, pair.down.T, padding_idx=module.padding_idx), pair.up)
 
     @staticmethod
-    def product(module: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
+    def base_product(module: nn.Embedding, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, padding_idx=module.padding_idx)
 
     @staticmethod
-    def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
 
     @staticmethod
@@ -192,7 +192,7 @@ class EmbeddingLayer(Layer):
         return None
 
 
-KINDS: tuple[type[Layer], ...] = (
+KINDS: tuple[type[LayerKind], ...] = (
     LinearLayer,
     EmbeddingLayer,
     ConvolutionLayer,
@@ -201,7 +201,7 @@ KINDS: tuple[type[Layer], ...] = (
 )
 
 
-def kind_of(module: nn.Module) -> type[Layer] | None:
+def kind_of(module: nn.Module) -> type[LayerKind] | None:
     """The kind of layer that `module` is; None if it cannot be adapted.
 
     >>> kind_of(nn.Linear(3, 2)).__name__, kind_of(nn.ReLU())
@@ -280,7 +280,7 @@ def is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-def overrides_forward(module: nn.Module, kind: type[Layer]) -> bool:
+def overrides_forward(module: nn.Module, kind: type[LayerKind]) -> bool:
     """Whether the module's class does more than its kind says, as a scaled embedding does.
 
     An adapter then changes the weight that the forward reads, instead of adding to the output.

@@ -1,9 +1,9 @@
 """Norms, gated activations and the loss of Llama-like models, in less memory. See `lorakin.fuse`.
 
 A norm keeps its input and one number per token, a gated activation its two inputs. Layers that need
-their outputs in the backward compute them again (kernels/rebuilding.py). The head's logits are not
-computed where only a cross-entropy asks for them (kernels/lazy_logits.py). Values are those of the
-replaced modules, to the bit where these are transformers' own.
+their outputs in the backward compute them again (kernels/recomputation.py). The head's logits are
+not computed where only a cross-entropy asks for them (kernels/lazy_logits.py). Values are those of
+the replaced modules, to the bit where these are transformers' own.
 
 As with adapters, the module's class changes; its name, parameters and state dict stay.
 """
@@ -21,9 +21,9 @@ from lorakin.errors import SettingError, StateError
 from lorakin.inject.adapted import is_adapted
 from lorakin.inject.class_swap import Swapped, base_class, combined, swap_class
 from lorakin.inject.module_mode import in_mode
-from lorakin.kernels.autograd import PLAIN, backward_once, plainly
+from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
 from lorakin.kernels.lazy_logits import LazyLogits
-from lorakin.kernels.rebuilding import Rebuilding
+from lorakin.kernels.recomputation import Recomputation
 
 
 class Norm(torch.autograd.Function):
@@ -92,7 +92,7 @@ class LightNorm(Swapped):
             return super().forward(x)  # type: ignore[no-any-return]
         scale = scale_of(x.detach(), self.variance_epsilon)
         out: Tensor = Norm.apply(x, weight, scale)  # type: ignore[no-untyped-call]
-        return Rebuilding.put(out, normed, (x, scale, weight))
+        return Recomputation.attach(out, normed, (x, scale, weight))
 
 
 class LightGate(Swapped):
@@ -104,7 +104,7 @@ class LightGate(Swapped):
         if not _lightly(gate, up):
             return parts.down_proj(parts.act_fn(gate) * up)  # type: ignore[no-any-return]
         hidden: Tensor = Gate.apply(gate, up)  # type: ignore[no-untyped-call]
-        return parts.down_proj(Rebuilding.put(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
+        return parts.down_proj(Recomputation.attach(hidden, gated, (gate, up)))  # type: ignore[no-any-return]
 
 
 class LightHead(Swapped):
@@ -125,9 +125,9 @@ LIGHT = (LightNorm, LightGate, LightHead)
 
 def _lightly(x: Any, other: Tensor) -> bool:
     """Returns whether a backward needs something, of tensors that the functions here know."""
-    if type(x) not in PLAIN or type(other) not in PLAIN or not torch.is_grad_enabled():
+    if type(x) not in PLAIN_TYPES or type(other) not in PLAIN_TYPES or not torch.is_grad_enabled():
         return False
-    return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and plainly()
+    return x.dtype == other.dtype and (x.requires_grad or other.requires_grad) and runs_eagerly()
 
 
 def fuse(model: nn.Module) -> int:
@@ -176,7 +176,7 @@ def unfuse(model: nn.Module) -> None:
 def _can_be_probed(module: Any) -> bool:
     """Returns whether the module's weight is here, as a plain tensor with numbers."""
     weight = vars(module)["_parameters"].get("weight")
-    return type(weight) in PLAIN and not weight.is_meta and "_hf_hook" not in vars(module)
+    return type(weight) in PLAIN_TYPES and not weight.is_meta and "_hf_hook" not in vars(module)
 
 
 @torch.no_grad()

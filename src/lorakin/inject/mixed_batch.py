@@ -251,10 +251,10 @@ class MixedBatch:
             return self.stacks[id(module)]
         present = [branch for branch in branches if branch is not None]
         trains = any(p.requires_grad for branch in present for p in branch.parameters())
-        is_linear = present[0].layer in (LinearLayer, QuantisedLayer, TransposedLayer)
+        is_linear = present[0].kind in (LinearLayer, QuantisedLayer, TransposedLayer)
         if not is_linear or (trains and torch.is_grad_enabled()):
             return None
-        stack = _stack(module, branches, present[0].layer.dtype(module, x))
+        stack = _stack(module, branches, present[0].kind.dtype(module, x))
         if not trains:
             self.stacks[id(module)] = stack
         return stack
@@ -296,7 +296,7 @@ class MixedBatch:
 def _stack(module: Any, branches: Sequence[Branch | None], dtype: torch.dtype) -> StackedPairs:
     """Stacks the pairs of a module's adapters; zeros for one that is not here."""
     present = [branch for branch in branches if branch is not None]
-    pairs = {id(branch): branch.pair(branch.layer.weight(module)) for branch in present}
+    pairs = {id(branch): branch.pair(branch.kind.weight(module)) for branch in present}
     rank = max(pair.down.shape[0] for pair in pairs.values())
     first = next(iter(pairs.values()))
     outputs, inputs = first.up.shape[0], first.down.shape[1]

@@ -85,7 +85,7 @@ class ModelHooks:
         threads.enter(model)
         for parent, leaf, module, path in self.held:
             if parent._modules.get(leaf) is not module:
-                raise StateError(exchanged(path))
+                raise StateError(exchanged_message(path))
         if not (model.training and torch.is_grad_enabled()):
             return
         for module in self.checkpointing:
@@ -115,7 +115,7 @@ def _needs_gradient(module: nn.Module, args: Any, out: Any) -> None:
         out.requires_grad_(True)
 
 
-def exchanged(path: str) -> str:
+def exchanged_message(path: str) -> str:
     """Returns the message for a path where another module stands than the one that was adapted."""
     return (
         f"{path} is no longer the module that was adapted: something, such as "

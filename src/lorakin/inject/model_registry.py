@@ -14,9 +14,9 @@ from lorakin.inject import experts, quantised
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import (
     Attachments,
+    adapter_prefixes,
     attachments_or_none,
     base_parameters,
-    ours,
 )
 from lorakin.inject.buffers import Buffers
 from lorakin.inject.model_hooks import ModelHooks
@@ -75,7 +75,7 @@ def original_parameters(model: nn.Module) -> dict[str, Tensor]:
         aside = attachments_or_none(module) or Attachments()
         base_stack = experts.base_stack(module, leaf)
         own[name] = (
-            aside.unmoved.get(leaf, aside.base.get(leaf, parameter))
+            aside.base_before_move.get(leaf, aside.base_before_merge.get(leaf, parameter))
             if base_stack is None
             else base_stack
         )
@@ -124,7 +124,7 @@ def update_model_hooks(model: nn.Module, registry: Registry) -> None:
         by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)
         if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
             model_like: Any = module
-            skip, every = ours(module), module.named_parameters(remove_duplicate=False)
+            skip, every = adapter_prefixes(module), module.named_parameters(remove_duplicate=False)
             own = {key for key, _ in every if key.startswith(skip)}
             others = set(model_like._keys_to_ignore_on_save or ()) - registry.ignored.get(
                 module, set()
@@ -157,7 +157,7 @@ def watch_modules(model: nn.Module, registry: Registry) -> None:
 
 
 def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
-    skip = ours(model)
+    skip = adapter_prefixes(model)
     missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
     if missing:
         warnings.warn(

@@ -9,7 +9,7 @@ from torch import nn
 from lorakin.errors import StateError
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import Attachments, attachments_of
-from lorakin.inject.model_hooks import exchanged
+from lorakin.inject.model_hooks import exchanged_message
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -42,5 +42,5 @@ def attachments_at(model: nn.Module, path: str) -> Attachments:
     """What is attached to the module at `path`; raises `StateError` if the module was exchanged."""
     module = module_at(model, path)
     if not is_adapted(module):
-        raise StateError(exchanged(path))
+        raise StateError(exchanged_message(path))
     return attachments_of(module)

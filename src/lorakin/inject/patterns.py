@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 
 from lorakin.inject.linear_regex import Pattern, PatternError
 
-MOST = 1_000
+MOST_PATTERNS = 1_000
 """How many patterns one setting may have, beside paths."""
-PLAIN = re.compile(r"\^?((?:[\w-]|\\[^\w\s])*)", re.ASCII)
+PLAIN_PATH = re.compile(r"\^?((?:[\w-]|\\[^\w\s])*)", re.ASCII)
 """Matches a path, or the end of one, perhaps with its dots escaped."""
 N = TypeVar("N")
 
@@ -48,23 +48,23 @@ def check_all(option: str, keys: Iterable[str]) -> None:
     Raises:
         PatternError: a key is not accepted, or there are too many.
     """
-    wide = [key for key in keys if not PLAIN.fullmatch(key)]
-    if len(wide) > MOST:
+    wide = [key for key in keys if not PLAIN_PATH.fullmatch(key)]
+    if len(wide) > MOST_PATTERNS:
         raise PatternError(
-            f"{option} has {len(wide):,} patterns that are no modules' paths; at most {MOST:,} are "
-            "accepted"
+            f"{option} has {len(wide):,} patterns that are no modules' paths; at most "
+            f"{MOST_PATTERNS:,} are accepted"
         )
     for key in wide:
         check(key)
 
 
-class Values(Generic[N]):
+class PatternValues(Generic[N]):
     r"""The values of `rank_pattern` or `alpha_pattern`, by pattern.
 
     A path has the value of the first key K for which `(.*\.)?(K)$` matches it. This is PEFT's rule,
     so that the patterns mean the same there. Keys that are paths, or ends of paths, are looked up.
 
-    >>> Values({"q_proj": 4, r"layers\.[01]\..*": 8}).of("layers.0.v_proj", default=2)
+    >>> PatternValues({"q_proj": 4, r"layers\.[01]\..*": 8}).of("layers.0.v_proj", default=2)
     8
     """
 
@@ -73,7 +73,7 @@ class Values(Generic[N]):
         self.ends: dict[str, tuple[int, N]] = {}
         self.wide: list[tuple[int, str, N]] = []
         for order, (key, value) in enumerate(values.items()):
-            if plain := PLAIN.fullmatch(key):
+            if plain := PLAIN_PATH.fullmatch(key):
                 table = self.whole if plain[0].startswith("^") else self.ends
                 table.setdefault(plain[1].replace("\\", ""), (order, value))
             else:
@@ -93,23 +93,24 @@ class Values(Generic[N]):
             default=(len(self.wide) + len(self.ends) + len(self.whole), default),
         )
         return next(
-            (own for order, key, own in self.wide if order < first and _reaches(key, path)), value
+            (own for order, key, own in self.wide if order < first and _selects(key, path)), value
         )
 
 
 def resolve(pattern_values: Mapping[str, N], path: str, default: N | None) -> N | None:
-    """Returns the value for one path; see `Values`.
+    """Returns the value for one path; see `PatternValues`.
 
     >>> resolve({"q_proj": 4}, "layers.0.q_proj", 8), resolve({"q_proj": 4}, "layers.0.v_proj", 8)
     (4, 8)
     """
-    return Values(pattern_values).of(path, default)
+    return PatternValues(pattern_values).of(path, default)
 
 
-class Paths:
+class PathIndex:
     """Paths among which keys of `rank_pattern` or `alpha_pattern` select.
 
-    >>> Paths(["layers.0.q_proj"]).any_by("q_proj"), Paths(["layers.0.q_proj"]).any_by("proj")
+    >>> index = PathIndex(["layers.0.q_proj"])
+    >>> index.selects_any("q_proj"), index.selects_any("proj")
     (True, False)
     """
 
@@ -117,15 +118,15 @@ class Paths:
         self.paths = dict.fromkeys(paths)
         self.ends = {end for path in self.paths for end in ends_of(path)}
 
-    def any_by(self, key: str) -> bool:
+    def selects_any(self, key: str) -> bool:
         """Returns whether the key selects one of the paths.
 
         Raises:
             PatternError: it is no regular expression, or one that is not accepted.
         """
-        if plain := PLAIN.fullmatch(key):
+        if plain := PLAIN_PATH.fullmatch(key):
             return plain[1].replace("\\", "") in (self.paths if key.startswith("^") else self.ends)
-        return any(_reaches(key, path) for path in self.paths)
+        return any(_selects(key, path) for path in self.paths)
 
 
 def ends_of(path: str) -> list[str]:
@@ -138,7 +139,7 @@ def ends_of(path: str) -> list[str]:
     return [".".join(parts[n:]) for n in range(len(parts))]
 
 
-def _reaches(key: str, path: str) -> bool:
+def _selects(key: str, path: str) -> bool:
     check(key)  # it must be a pattern by itself before it is put into another
     return matches(rf"(?:.*\.)?(?:{key})$", path)
 

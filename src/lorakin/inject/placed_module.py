@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import FrozenWeight, Method, Shape
-from lorakin.inject.adapted import module_at, move_base, swap_moved
+from lorakin.inject.adapted import add_to_weight_copy, exchange_moved_weight, module_at
 from lorakin.inject.attachments import attachments_of
 from lorakin.inject.placement import target_of
 
@@ -71,10 +71,10 @@ class PlacedModule:
                 f"adapter {self.adapter.name!r} moves the base weights in place, which its scale "
                 f"of {self.adapter.effect.scale:g} does not reach; set it to 1 while training"
             )
-        move_base(module_at(self.adapter.model, self.path), change)
+        add_to_weight_copy(module_at(self.adapter.model, self.path), change)
 
     def restore_base(self) -> None:
         """Put the base's own weight back, if it was moved."""
         module: Any = module_at(self.adapter.model, self.path)
-        swap_moved(module)
-        attachments_of(module).unmoved = {}
+        exchange_moved_weight(module)
+        attachments_of(module).base_before_move = {}

@@ -20,7 +20,7 @@ from lorakin.inject.attachments import attachments_of
 from lorakin.inject.biases import NONE as NO_BIASES
 from lorakin.inject.biases import find_biases
 from lorakin.inject.layer_kinds import ExpertLayer
-from lorakin.inject.patterns import Values
+from lorakin.inject.patterns import PatternValues
 from lorakin.inject.targets import (
     ALL_LINEAR,
     Targets,
@@ -190,7 +190,10 @@ def placement_with_patterns(
 ) -> Placement:
     """The placement for modules already chosen: gives each its rank and alpha."""
     methods = {}
-    values: dict[str, Values[Any]] = {"rank": Values(rank_pattern), "alpha": Values(alpha_pattern)}
+    values: dict[str, PatternValues[Any]] = {
+        "rank": PatternValues(rank_pattern),
+        "alpha": PatternValues(alpha_pattern),
+    }
     for path in paths:
         said = {setting: value.of(path, None) for setting, value in values.items()}
         own = {setting: value for setting, value in said.items() if value is not None}
@@ -212,7 +215,7 @@ def base_weight_of(module: nn.Module) -> Tensor:
     """
     kind = layer_kinds.kind_of(module)
     assert kind is not None
-    aside = attachments_of(module).unmoved.get("weight") if is_adapted(module) else None
+    aside = attachments_of(module).base_before_move.get("weight") if is_adapted(module) else None
     weight = kind.weight(module) if aside is None else kind.matrix(aside.detach())
     return weight if isinstance(weight, Tensor) else weight.matrix
 

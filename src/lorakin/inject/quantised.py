@@ -20,7 +20,7 @@ from lorakin.family import FrozenWeight, Shape
 from lorakin.family.sharding import whole_shape
 from lorakin.family.weight import BLOCK
 from lorakin.inject.attachments import base_parameters
-from lorakin.kernels.autograd import PLAIN
+from lorakin.kernels.autograd import PLAIN_TYPES
 
 Rows = Callable[[int, int], Tensor]
 """A function (first, past the last) → those rows of the weight, (rows, inputs), floating point."""
@@ -42,7 +42,7 @@ def is_quantised(module: nn.Module) -> bool:
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
         holds_bits = tuple(whole_shape(weight)) != sides  # in place of floating-point numbers
-        return holds_bits or (type(weight) not in PLAIN and is_packed(weight))
+        return holds_bits or (type(weight) not in PLAIN_TYPES and is_packed(weight))
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
 
@@ -253,7 +253,7 @@ def take_flags(model: nn.Module) -> dict[str, bool]:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Returns the dtype in which a model with quantised layers computes: its other parameters'."""
-    dtypes = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN)
+    dtypes = (p.dtype for _, p in base_parameters(model) if type(p) in PLAIN_TYPES)
     wide = (dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
     return next(wide, torch.float32)
 

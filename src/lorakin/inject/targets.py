@@ -11,11 +11,11 @@ from torch import nn
 
 from lorakin.errors import LorakinWarning, TargetError
 from lorakin.inject import experts, layer_kinds, parameters
-from lorakin.inject.attachments import Adapters, ours
+from lorakin.inject.attachments import Adapters, adapter_prefixes
 from lorakin.inject.layer_numbers import in_layers
 from lorakin.inject.linear_regex import NoPatternError, PatternError
 from lorakin.inject.near_names import last_name, near, warn_of_strangers
-from lorakin.inject.patterns import Paths, check_all, matches
+from lorakin.inject.patterns import PathIndex, check_all, matches
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -33,7 +33,7 @@ def named_modules(model: nn.Module, named: Collection[str] = ()) -> dict[str, nn
         named: paths of other parameters whose matrices are wanted too.
     """
     found: dict[str, nn.Module] = {}
-    skip = ours(model)
+    skip = adapter_prefixes(model)
     for path, module in model.named_modules():
         ours_too = isinstance(module, Adapters | experts.ExpertStack | experts.ExpertMatrix)
         if ours_too or path.startswith(skip):
@@ -88,11 +88,11 @@ def for_stacks(
 
     `of_one` is a regular expression for what may follow the path of a stack.
     """
-    there = Paths(stacks)
+    there = PathIndex(stacks)
 
     def reaches(key: str) -> bool:
         try:
-            return not key.endswith(of_one) and there.any_by(key)
+            return not key.endswith(of_one) and there.selects_any(key)
         except PatternError:
             return False  # `check_patterns` reports it
 
@@ -108,10 +108,10 @@ def check_patterns(option: str, pattern_values: dict[str, float], paths: Iterabl
     Raises:
         TargetError: a key is no regular expression, or selects none of `paths`.
     """
-    there = Paths(paths)
+    there = PathIndex(paths)
     try:
         check_all(option, pattern_values)
-        strange = [key for key in pattern_values if not there.any_by(key)]
+        strange = [key for key in pattern_values if not there.selects_any(key)]
     except PatternError as error:
         raise TargetError(f"{option}: {error}") from None
     if strange:
@@ -222,7 +222,7 @@ def head_of(model: nn.Module) -> list[str]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     paths += [path for path, module in model.named_modules() if module is output]
 
-    skip = ours(model)
+    skip = adapter_prefixes(model)
     own = (path for path in dict.fromkeys(paths) if not f"{path}.".startswith(skip))
     return [path for path in own if any(True for _ in model.get_submodule(path).parameters())]
 

@@ -10,7 +10,7 @@ from lorakin.errors import StateError
 from lorakin.family import FrozenWeight, Pair, widened
 from lorakin.family.pair import ScaledPair
 from lorakin.family.sharding import whole_shape
-from lorakin.inject.adapted import is_adapted, module_at, resized
+from lorakin.inject.adapted import is_adapted, module_at, resized_message
 from lorakin.inject.attachments import Attachments, attachments_of, base_state
 from lorakin.inject.branch import Branch, Copy
 from lorakin.inject.layer_kinds import ExpertLayer
@@ -76,7 +76,7 @@ class AdapterTensors(Part):
 
     def experts(self) -> list[str]:
         """Paths of adapted modules that are matrices of a stack of experts, and never called."""
-        return [path for path in self.placement.methods if self.branch(path).layer is ExpertLayer]
+        return [path for path in self.placement.methods if self.branch(path).kind is ExpertLayer]
 
     def copy_of(self, path: str) -> nn.Module:
         """The adapter's own copy of the module at `path`, which it trains whole."""
@@ -123,13 +123,15 @@ class AdapterTensors(Part):
             attached, module = attachments_at(self.model, path), module_at(self.model, path)
             weight = module._parameters.get("weight")
             if weight is not None and attached.shape not in (None, whole_shape(weight)):
-                raise StateError(resized(path, attached.shape or (), whole_shape(weight)))
+                raise StateError(resized_message(path, attached.shape or (), whole_shape(weight)))
         for path in self.placement.whole_modules:
             base, own = (base_state(m) for m in (module_at(self.model, path), self.copy_of(path)))
             for key in own.keys() & base.keys():
                 if whole_shape(own[key]) != whole_shape(base[key]):
                     raise StateError(
-                        resized(f"{path}.{key}", whole_shape(own[key]), whole_shape(base[key]))
+                        resized_message(
+                            f"{path}.{key}", whole_shape(own[key]), whole_shape(base[key])
+                        )
                     )
 
     def attachments(self) -> list[Attachments]:

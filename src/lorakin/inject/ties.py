@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from lorakin.errors import LorakinWarning
-from lorakin.inject.attachments import ours
+from lorakin.inject.attachments import adapter_prefixes
 
 FLAG = "tie_word_embeddings"
 Place = tuple[nn.Module, str]
@@ -139,7 +139,7 @@ def groups(model: nn.Module) -> list[dict[str, Place]]:
     [['embed.weight', 'head.weight']]
     """
     found: dict[int, dict[str, Place]] = {}
-    skip = ours(model)
+    skip = adapter_prefixes(model)
     for path, module in model.named_modules():
         if path.startswith(skip):
             continue

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.inject.attachments import Adapters, Attachments, attachments_of, attachments_or_none
-from lorakin.inject.branch import brought
+from lorakin.inject.branch import offloaded_tensors_loaded
 from lorakin.inject.callers import is_in_forward
 from lorakin.inject.class_swap import Swapped
 from lorakin.kernels.autograd import backward_once
@@ -83,23 +83,23 @@ class WithRows(Swapped):
         weight = self._parameters.get("weight")
         if weight is not None:
             check_size(own, attached, weight)
-        if attached.by_weight:
+        if attached.changes_weight_reads:
             return super().forward(*args, **kwargs)
 
-        attached.inside += 1
+        attached.forward_depth += 1
         try:
             out = super().forward(*args, **kwargs)
         finally:
-            attached.inside -= 1
+            attached.forward_depth -= 1
         x = args[0] if args else next(iter(kwargs.values()))
-        with brought(own):
+        with offloaded_tensors_loaded(own):
             if attached.mixed_batch is not None:
                 return attached.mixed_batch.with_rows(self, x, out)
             return put(self, own, x, out)
 
     def __getattr__(self, name: str) -> Any:
         attached = attachments_or_none(self) if name == "weight" else None
-        if attached is None or attached.inside or not attached.names_in_use():
+        if attached is None or attached.forward_depth or not attached.names_in_use():
             return super().__getattr__(name)
         return _read(self, attached) if is_in_forward(1) else super().__getattr__(name)
 
@@ -140,7 +140,7 @@ def _read(module: Any, attached: Attachments) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return _formed(weight, own)
-    whole: TableWithRows = RowsEdge.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
+    whole: TableWithRows = TableWithRowsFunction.apply(weight, own, *(rows.rows for rows in own))  # type: ignore[no-untyped-call]
     whole.weight, whole.own = weight, own
     return whole
 
@@ -166,7 +166,7 @@ class TableWithRows(UnformedWeight):
         return _formed(self.weight, self.own)
 
     @classmethod
-    def answer(
+    def compute_from_parts(
         cls, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         x, table, third = (*args, None, None, None)[:3]
@@ -186,7 +186,7 @@ class TableWithRows(UnformedWeight):
         return None
 
 
-class RowsEdge(torch.autograd.Function):
+class TableWithRowsFunction(torch.autograd.Function):
     """Makes a `TableWithRows` the output of a function of the rows, for autograd.
 
     Some functions hand back a gradient of the whole weight, and this passes it on.

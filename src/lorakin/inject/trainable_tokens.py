@@ -245,7 +245,7 @@ def base_rows(
 
 def base_table(module: Any) -> Tensor:
     """Returns the base's own weight, whole, whatever adapters do with it."""
-    aside = (attachments_or_none(module) or Attachments()).base.get("weight")
+    aside = (attachments_or_none(module) or Attachments()).base_before_merge.get("weight")
     weight: Any = module._parameters["weight"] if aside is None else aside
     whole: Tensor = weight.full_tensor() if is_distributed(weight) else weight
     return whole.detach()

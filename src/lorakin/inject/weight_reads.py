@@ -23,7 +23,7 @@ from lorakin.inject.layer_kinds import (
     QuantisedLayer,
     kind_of,
 )
-from lorakin.kernels.factored_weight import Change, read
+from lorakin.kernels.factored_weight import WeightChange, readable_weight
 
 
 def changed_weight(module: Any, attached: Attachments) -> Tensor:
@@ -37,9 +37,9 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     if (
         attached.mixed_batch is not None
     ):  # code that wants only the dtype may have it, as Gemma's does
-        return read(weight, lambda: _unsplit(branches[0].path), by_columns, ())
+        return readable_weight(weight, lambda: _unsplit(branches[0].path), by_columns, ())
     for branch in branches:
-        if branch.layer is PeftGroupedConvolution:
+        if branch.kind is PeftGroupedConvolution:
             raise StateError(
                 f"{branch.path} is read without being called, and its adapter is no change of its "
                 "weight"
@@ -57,49 +57,52 @@ def changed_weight(module: Any, attached: Attachments) -> Tensor:
     there = [p for branch in branches for p in branch.parameters(recurse=False)]
     scales = [branch.scale for branch in branches]  # as they are now: the backward comes later
 
-    def changes() -> tuple[Change, ...]:
+    def changes() -> tuple[WeightChange, ...]:
         pairs = zip(branches, scales, strict=True)
         return tuple(_as_change(module, attached, *pair, by_columns) for pair in pairs)
 
-    return read(weight, changes, by_columns, there)
+    return readable_weight(weight, changes, by_columns, there)
 
 
-def _unsplit(path: str) -> tuple[Change, ...]:
+def _unsplit(path: str) -> tuple[WeightChange, ...]:
     raise StateError(f"{path} is read without being called, so it cannot be in a mixed batch")
 
 
 def _as_change(
     module: Any, attached: Attachments, branch: Any, scale: float, by_columns: bool
-) -> Change:
+) -> WeightChange:
     """Returns what one adapter does to the weight, in the weight's layout and dtype."""
-    with outside(attached), torch.autocast(module._parameters["weight"].device.type, enabled=False):
-        pair = branch.pair(branch.layer.weight(module), scale)
+    with (
+        as_base_forward(attached),
+        torch.autocast(module._parameters["weight"].device.type, enabled=False),
+    ):
+        pair = branch.pair(branch.kind.weight(module), scale)
     dtype = module._parameters["weight"].dtype
     up, down = pair.up.to(dtype), pair.down.to(dtype)
     left, right = (up, down) if by_columns else (down.T, up.T)
-    own = attached.base.get("weight") if pair.gain is not None else None
-    return Change(left, right, pair.gain, own)
+    own = attached.base_before_merge.get("weight") if pair.gain is not None else None
+    return WeightChange(left, right, pair.gain, own)
 
 
 def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
     """Computes the changed weight of a convolution, which is no matrix."""
     weight: Tensor = module._parameters["weight"]
     total = weight
-    with outside(attached), torch.autocast(weight.device.type, enabled=False):
+    with as_base_forward(attached), torch.autocast(weight.device.type, enabled=False):
         for branch in branches:
-            matrix = branch.layer.weight(module)
+            matrix = branch.kind.weight(module)
             assert isinstance(matrix, Tensor)
             wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
             change = branch.pair(matrix).applied_to(wide) - wide
-            total = total + branch.layer.layout(change, module).to(weight.dtype)
+            total = total + branch.kind.layout(change, module).to(weight.dtype)
     return total
 
 
 @contextlib.contextmanager
-def outside(attached: Attachments) -> Iterator[None]:
+def as_base_forward(attached: Attachments) -> Iterator[None]:
     """Inside the context the module's tensors are the base's, also when a forward reads them."""
-    attached.inside += 1
+    attached.forward_depth += 1
     try:
         yield
     finally:
-        attached.inside -= 1
+        attached.forward_depth -= 1

@@ -2,21 +2,14 @@
 
     y = g ⊙ (W0 x + s · up(down x̃)) + b        x̃ is x after the adapter's dropout
 
-The path of a call, in order:
-
-1. `Adapted.forward` (inject/adapted.py) looks up which adapters the module uses. With exactly one,
-   on an nn.Linear, and plain tensors (`applies`), it goes on with step 2. Anything else (several
-   adapters, other layers, mixed batches, `torch.compile`) runs the module's own forward and adds
-   `Branch.forward` to it.
-2. `Branch.change` asks the method for the change of the weight: `ScaledPair`, `Chain`, or
-   `CastPair` where no gradient is needed.
-3. `adapted_linear` (below) turns autocast off, casts to its dtype, and picks the function:
-   `ScaledPair` → `LinearWithPair`, `Chain` → `LinearWithChain`, `CastPair` → plain products.
-4. `LinearWithPair.forward` multiplies by W0, and adds the low-rank product into that output.
-   Its `backward` makes again whatever it can instead of having kept it.
+`Adapted._fused_output` calls `adapted_linear`; inject/adapted.py describes the path of a forward up
+to here. `adapted_linear` turns autocast off, casts to its dtype, and picks the function for the
+form of the change: `ScaledPair` → `LinearWithPair`, `Chain` → `LinearWithChain`, `CastPair`
+(inference) → plain products. `LinearWithPair.forward` multiplies by W0 and adds the low-rank
+product into that output; its `backward` recomputes what it can instead of keeping it.
 
 Plain autograd would keep float32 copies of the inputs, dropout masks, and the products in between.
-`LinearWithPair` keeps x and the r numbers per token `down x̃`, in the base's dtype. Where `down`
+`LinearWithPair` keeps x and, in the base's dtype, the r values per token `down x̃`. Where `down`
 does not train (LoRA-FA, VeRA) it does not even keep x. A dropout mask is drawn again from its seed.
 
 The adapter's parameters stay in float32; products are computed in the base's dtype.
@@ -32,18 +25,18 @@ from torch import Tensor
 
 from lorakin.family import Chain, Pair
 from lorakin.family.pair import ScaledPair
-from lorakin.kernels.autograd import PLAIN, backward_once, plainly
+from lorakin.kernels.autograd import PLAIN_TYPES, backward_once, runs_eagerly
 from lorakin.kernels.base_linear import base_linear
-from lorakin.kernels.dropout import Dropped
+from lorakin.kernels.dropout import DropoutDraw
 from lorakin.kernels.linear_with_chain import linear_with_chain
-from lorakin.kernels.rebuilding import Rebuilding
+from lorakin.kernels.recomputation import Recomputation
 
 LEAST_DIVISOR = 2**-4
 """A gain below this leaves too few digits in the output to divide by it."""
 
 
 class CastPair(NamedTuple):
-    """A pair in the base's dtype, with its scale beside it and its gain as the distance from 1.
+    """A pair cast to the base's dtype, its scale apart, its gain as the distance from 1.
 
     A narrow dtype has few digits near 1: cast to bfloat16, a gain of 1.001 would be 1.
     """
@@ -55,7 +48,7 @@ class CastPair(NamedTuple):
 
     @classmethod
     def of(cls, pair: Pair, scale: float, dtype: torch.dtype) -> CastPair:
-        """Casts `pair` to `dtype`; its gain becomes `gain_minus_one`.
+        """Casts `pair` to `dtype`.
 
         >>> pair = Pair(torch.ones(2, 1), torch.ones(1, 2), gain=torch.ones(2))
         >>> CastPair.of(pair, 0.5, torch.bfloat16).gain_minus_one
@@ -78,11 +71,11 @@ def applies(x: Any, weight: Any) -> bool:
     >>> applies(torch.ones(1, 2), torch.eye(2)), applies(torch.ones(1, 2), torch.eye(2).double())
     (True, False)
     """
-    if type(x) not in PLAIN or type(weight) not in PLAIN or x.device != weight.device:
+    if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES or x.device != weight.device:
         return False
     if not torch.is_autocast_enabled(x.device.type):
-        return x.dtype == weight.dtype and plainly()
-    return x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype) and plainly()
+        return x.dtype == weight.dtype and runs_eagerly()
+    return x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype) and runs_eagerly()
 
 
 def adapted_linear(
@@ -91,7 +84,7 @@ def adapted_linear(
     bias: Tensor | None,
     change: LinearChange,
     dropout: float = 0.0,
-    siblings: str = "",
+    group: str = "",
 ) -> Tensor:
     """Computes the output of a linear layer together with an adapter's change.
 
@@ -99,9 +92,9 @@ def adapted_linear(
         x: (…, inputs).
         weight: (outputs, inputs), the base's.
         bias: (outputs,) or None.
-        change: what the adapter does. `CastPair` has no gradients and no dropout.
+        change: what the adapter does. A `CastPair` has no gradients and no dropout.
         dropout: the probability of zeroing an entry of the adapter's input.
-        siblings: a name for the modules that may share `down x` of a `Chain`.
+        group: a name that modules have in common which may share `down x` of a `Chain`.
 
     Returns:
         (…, outputs), in autocast's dtype if that is on, else in the dtype of x.
@@ -114,31 +107,31 @@ def adapted_linear(
     """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return _chosen(x, x, weight, bias, change, dropout, siblings)
+        return _dispatch(x, x, weight, bias, change, dropout, group)
 
     dtype = torch.get_autocast_dtype(kind)
-    own_bias = None if bias is None else bias.to(dtype)
+    cast_bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        cast, matrix = x.to(dtype), weight.to(dtype)
-        return _chosen(x, cast, matrix, own_bias, change, dropout, siblings)
+        cast_x, cast_weight = x.to(dtype), weight.to(dtype)
+        return _dispatch(x, cast_x, cast_weight, cast_bias, change, dropout, group)
 
 
-def _chosen(
+def _dispatch(
     given: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     change: LinearChange,
     dropout: float,
-    siblings: str,
+    group: str,
 ) -> Tensor:
     """Runs the function for this form of change. `given` is x before autocast."""
     if isinstance(change, ScaledPair):
         (up, down, gain), scale = change
-        drop = Dropped.drawn(dropout) if dropout else None
+        drop = DropoutDraw.drawn(dropout) if dropout else None
         return LinearWithPair.apply(x, weight, bias, up, down, gain, scale, drop)  # type: ignore[no-untyped-call, no-any-return]
     if isinstance(change, Chain):
-        return linear_with_chain(given, x, weight, bias, change, dropout, siblings)
+        return linear_with_chain(given, x, weight, bias, change, dropout, group)
 
     y = base_linear(x, weight, bias)
     _add_pair(y, x.reshape(-1, x.shape[-1]) @ change.down.T, bias, change)
@@ -153,7 +146,7 @@ def _add_pair(y: Tensor, hidden: Tensor, bias: Tensor | None, pair: CastPair) ->
 
 
 class LinearWithPair(torch.autograd.Function):
-    """y = g ⊙ (W0 x + scale · up(down x̃)) + b, for any of whose tensors a gradient may be needed.
+    """y = g ⊙ (W0 x + scale · up(down x̃)) + b. Any of its tensors may need a gradient.
 
     Shapes: x (…, inputs), weight (outputs, inputs), up (outputs, k), down (k, inputs), gain
     (outputs,) or None. There is no dropout beside a gain.
@@ -172,7 +165,7 @@ class LinearWithPair(torch.autograd.Function):
         down: Tensor,
         gain: Tensor | None,
         scale: float,
-        drop: Dropped | None,
+        drop: DropoutDraw | None,
     ) -> Tensor:
         ctx.drop, ctx.scale = drop, scale if drop is None else scale * drop.scale
         pair = CastPair.of(Pair(up, down, gain), ctx.scale, weight.dtype)
@@ -185,8 +178,8 @@ class LinearWithPair(torch.autograd.Function):
         _, needs_weight, _, _, needs_down, needs_gain, *_ = ctx.needs_input_grad
         output = None
         if needs_gain:
-            output, ctx.changed = _unwatched(y)
-        recipe = Rebuilding.of(x)
+            output, ctx.was_overwritten = _alias_without_version(y)
+        recipe = Recomputation.of(x)
         ctx.make = recipe.make
         parts = recipe.parts if needs_weight or needs_down or needs_gain else ()
         ctx.save_for_backward(hidden, weight, bias, up, down, pair.gain_minus_one, output, *parts)
@@ -204,21 +197,21 @@ class LinearWithPair(torch.autograd.Function):
         delta = grad.reshape(-1, grad.shape[-1])
 
         def rows() -> Tensor:
-            made: Tensor = ctx.make(*parts)
-            return made.reshape(len(delta), weight.shape[1])
+            x: Tensor = ctx.make(*parts)
+            return x.reshape(len(delta), weight.shape[1])
 
         for_bias = delta.sum(0) if needs_bias else None
         for_gain = None
         if needs_gain:
-            inside, gain = gain_minus_one + 1, gain_minus_one + 1
-            if ctx.changed() or bool((gain.abs() < LEAST_DIVISOR).any()):
-                # then the output does not tell what the gain multiplied: compute that again
-                inside = torch.addmm(rows() @ weight.T, hidden, up.T, alpha=scale)
+            gain = gain_minus_one + 1
+            if ctx.was_overwritten() or bool((gain.abs() < LEAST_DIVISOR).any()):
+                # Then the output does not tell what the gain multiplied: compute that again.
+                multiplied = torch.addmm(rows() @ weight.T, hidden, up.T, alpha=scale)
                 gain = torch.ones_like(gain)
             else:
-                inside = output.view(delta.shape)
-                inside = inside if bias is None else inside - bias
-            for_gain = (delta * inside).sum(0).to(wide_up.dtype) / gain
+                multiplied = output.view(delta.shape)
+                multiplied = multiplied if bias is None else multiplied - bias
+            for_gain = (delta * multiplied).sum(0).to(wide_up.dtype) / gain
         if gain_minus_one is not None:
             delta = torch.addcmul(delta, delta, gain_minus_one)
 
@@ -231,21 +224,21 @@ class LinearWithPair(torch.autograd.Function):
             dropped = drop.positions(len(delta) * weight.shape[1], delta.device)
         for_down = None
         if needs_down:
-            entered = rows() if drop is None else drop.zeroed(rows(), dropped)
-            for_down = (back.T @ entered).to(wide_down.dtype).mul_(scale)
+            x_dropped = rows() if drop is None else drop.zeroed(rows(), dropped)
+            for_down = (back.T @ x_dropped).to(wide_down.dtype).mul_(scale)
 
         for_x = None
         if needs_x:
             if dropped is None:
                 for_x = (delta @ weight).addmm_(back, down, alpha=scale)
             else:
-                for_x = drop.product_beside(delta, weight, back, down, scale, dropped)
+                for_x = drop.input_gradient(delta, weight, back, down, scale, dropped)
             for_x = for_x.view(*grad.shape[:-1], weight.shape[1])
         return for_x, for_weight, for_bias, for_up, for_down, for_gain, None, None
 
 
-def _unwatched(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-    """Returns the output to keep, and a function that tells whether something overwrote it since.
+def _alias_without_version(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """Returns the output to keep, and a function that says whether something overwrote it since.
 
     An activation may write into the output in place, and autograd then refuses to give the saved
     tensor back. So what is saved is an alias with a version counter of its own; an empty tensor

@@ -1,4 +1,4 @@
-"""What the autograd functions share: when they apply, how backward runs, what is remembered."""
+"""Shared by the autograd functions: when they apply, how backward runs, what was computed from."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-PLAIN = (Tensor, nn.Parameter, FakeTensor)
-"""The types that the functions know. A FakeTensor has no numbers but passes like a plain tensor."""
+PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
+"""The types that the functions take. A FakeTensor has no values but passes like a plain tensor."""
 
 
-def plainly() -> bool:
-    """Returns whether torch runs calls as they come: it does not compile, trace or transform them.
+def runs_eagerly() -> bool:
+    """Returns whether torch runs eagerly: it does not compile, trace or transform calls.
 
-    >>> plainly()
+    >>> runs_eagerly()
     True
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
@@ -44,17 +44,18 @@ def backward_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return once_differentiable(backward)
 
 
-class Steps:
+class StepCount:
     """Counts the steps that optimizers have taken in this process since it has adapters."""
 
     taken = 0
 
 
-STEPS = Steps()
+STEPS = StepCount()
+"""The one count of the process: optimizer hooks increase it, `Version` reads it."""
 
 
 class Version:
-    """Remembers what tensors were, to tell whether they still are that.
+    """Remembers the state of tensors, to tell whether they have changed since.
 
     It compares storages (without keeping them alive), addresses, dtypes, shapes, and autograd's
     version counters. torch's fused optimizers do not count as changes there, so any optimizer step
@@ -81,14 +82,14 @@ class Version:
         return None if any(tensor.is_inference() for tensor in tensors) else cls(*tensors)
 
     def is_still(self, *tensors: Tensor) -> bool:
-        """Returns whether `tensors` are what they were."""
+        """Returns whether `tensors` have not changed."""
         if any(tensor.is_inference() for tensor in tensors) or self.form != self._form(tensors):
             return False
         return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
 
 
 class Copied:
-    """Remembers the numbers of a few small tensors, to tell whether they still hold those.
+    """Remembers the values of a few small tensors, to tell whether they still hold those.
 
     Unlike `Version` it notices what is written through `.data`, as moving averages are. It works on
     CPUs alone: elsewhere a comparison would wait for the device.
@@ -110,5 +111,5 @@ class Copied:
         return cls(*tensors) if all(tensor.device.type == "cpu" for tensor in tensors) else None
 
     def is_still(self, *tensors: Tensor) -> bool:
-        """Returns whether `tensors` hold the same numbers."""
+        """Returns whether `tensors` hold the same values."""
         return len(tensors) == len(self.copies) and all(map(torch.equal, self.copies, tensors))

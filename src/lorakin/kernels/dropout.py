@@ -12,13 +12,13 @@ from torch import Tensor
 from lorakin.kernels.autograd import backward_once
 
 
-class Dropped(NamedTuple):
+class DropoutDraw(NamedTuple):
     """One draw of dropout: its seed gives the same dropped positions again in the backward.
 
     The gaps between the dropped entries of a Bernoulli process are geometrically distributed. So
     p·n random numbers are drawn for n entries, not n.
 
-    >>> drop, x = Dropped(0.5, seed=1), torch.ones(8)
+    >>> drop, x = DropoutDraw(0.5, seed=1), torch.ones(8)
     >>> torch.equal(drop.zeroed(x), drop.zeroed(x))
     True
     """
@@ -27,13 +27,13 @@ class Dropped(NamedTuple):
     seed: int
 
     @classmethod
-    def drawn(cls, p: float) -> Dropped:
+    def drawn(cls, p: float) -> DropoutDraw:
         """Returns a draw with probability `p`, its seed from torch's default generator."""
         return cls(p, int(torch.randint(1 << 62, ())))
 
     @property
     def scale(self) -> float:
-        """What the entries that are left are to be multiplied by: 1 / (1 − p)."""
+        """The factor on the entries that are kept: 1 / (1 − p)."""
         return 1 / (1 - self.p)
 
     def positions(self, count: int, device: torch.device) -> Tensor:
@@ -58,7 +58,7 @@ class Dropped(NamedTuple):
         return kept
 
     @staticmethod
-    def product_beside(
+    def input_gradient(
         delta: Tensor, weight: Tensor, back: Tensor, down: Tensor, scale: float, positions: Tensor
     ) -> Tensor:
         """Computes the gradient of x: delta·weight, plus scale · back·down where x was not dropped.
@@ -67,9 +67,9 @@ class Dropped(NamedTuple):
         """
         whole = delta.new_empty(len(delta) * weight.shape[1] + 1)
         product = torch.mm(delta, weight, out=whole[:-1].view(len(delta), weight.shape[1]))
-        alone = whole[positions]
+        at_dropped = whole[positions]
         product.addmm_(back, down, alpha=scale)
-        whole[positions] = alone
+        whole[positions] = at_dropped
         return product
 
 
@@ -77,7 +77,7 @@ class DroppedProduct(torch.autograd.Function):
     """down x̃ for x (…, inputs) and a frozen down (k, inputs); keeps nothing but `down`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Dropped) -> Tensor:
+    def forward(ctx: Any, x: Tensor, down: Tensor, drop: DropoutDraw) -> Tensor:
         ctx.drop = drop
         ctx.save_for_backward(down)
         return F.linear(drop.zeroed(x), down * drop.scale)

@@ -3,10 +3,10 @@
     W = W0 + left·right        left: (…, rows, r)   right: (…, r, cols)
     x·W = x·W0 + (x·left)·right
 
-A module that multiplies by its weights in a way of its own, as experts do, keeps its own forward:
-it is given a `Changed` for the weight, and its products become products with the parts. No copy of
-the weights lives from the forward to the backward. What cannot be computed from the parts is
-computed from W, formed there and then.
+A module with its own way to multiply by its weights, as experts have, keeps its forward: it gets a
+`ChangedWeight` for the weight, and its products become products with the parts. No copy of the
+weights lives from the forward to the backward. What cannot be computed from the parts is computed
+from W, which is formed for that.
 """
 
 from __future__ import annotations
@@ -23,44 +23,48 @@ from lorakin.errors import StateError
 from lorakin.kernels.autograd import backward_once
 from lorakin.kernels.unformed_weight import UnformedWeight
 
-Product = Callable[..., Tensor]
+MatrixProduct = Callable[..., Tensor]
 
 PRODUCTS = frozenset({"matmul", "__matmul__", "mm", "bmm"})
 GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 """Products of tokens, sorted by expert, with a stack of matrices; the last is transformers' own."""
-TURNS = frozenset({"transpose", "mT", "T", "t"})
+TRANSPOSITIONS = frozenset({"transpose", "mT", "T", "t"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What one adapter does to a weight: it adds left·right and multiplies each output by a gain.
 
     Attributes:
         left: (…, rows, r).
         right: (…, r, cols).
         gain: (…, outputs) or None.
-        own: the weight that the gain multiplies, if that is not `Changed.weight`.
+        gain_weight: the weight that the gain multiplies, if that is not `ChangedWeight.weight`.
         dropout: the probability of zeroing an entry of this change's input.
     """
 
     left: Tensor
     right: Tensor
     gain: Tensor | None
-    own: Tensor | None
+    gain_weight: Tensor | None
     dropout: float = 0.0
 
-    def picked(self, which: Any) -> Change:
+    def select_matrices(self, which: Any) -> WeightChange:
         """Returns the change of some matrices of a stack."""
-        gain, own = (None if part is None else part[which] for part in (self.gain, self.own))
-        return Change(self.left[which], self.right[which], gain, own, self.dropout)
+        gain, gain_weight = (
+            None if part is None else part[which] for part in (self.gain, self.gain_weight)
+        )
+        return WeightChange(self.left[which], self.right[which], gain, gain_weight, self.dropout)
 
-    def turned(self) -> Change:
+    def transposed(self) -> WeightChange:
         """Returns the change of the transposed weight."""
-        own = None if self.own is None else self.own.mT
-        return dataclasses.replace(self, left=self.right.mT, right=self.left.mT, own=own)
+        gain_weight = None if self.gain_weight is None else self.gain_weight.mT
+        return dataclasses.replace(
+            self, left=self.right.mT, right=self.left.mT, gain_weight=gain_weight
+        )
 
 
-class Scaled(torch.autograd.Function):
+class ScaledRows(torch.autograd.Function):
     """Multiplies each row of x (rows, outputs) by a gain, and keeps nothing but x.
 
     `gain` is (n, outputs), and `which` (rows,) says which of them a row takes; None if there is one
@@ -85,18 +89,18 @@ class Scaled(torch.autograd.Function):
         return (grad * by_row).to(x.dtype), for_gain, None
 
 
-class Changed(UnformedWeight):
+class ChangedWeight(UnformedWeight):
     """`weight` (…, rows, cols) with `changes`.
 
     With `by_columns` inputs are multiplied by the columns (rows are outputs), else by the rows.
 
-    >>> change = Change(torch.ones(2, 1), torch.ones(1, 2), gain=None, own=None)
-    >>> torch.ones(1, 2) @ Changed(torch.eye(2), (change,)).mT
+    >>> change = WeightChange(torch.ones(2, 1), torch.ones(1, 2), gain=None, gain_weight=None)
+    >>> torch.ones(1, 2) @ ChangedWeight(torch.eye(2), (change,)).mT
     tensor([[3., 3.]])
     """
 
     weight: Tensor
-    changes: Any  # tuple[Change, ...]
+    changes: Any  # tuple[WeightChange, ...]
     by_columns: bool
     address_refused: ClassVar[str] = (
         "these experts are run by a kernel that takes their weights by address, and so would miss "
@@ -106,8 +110,11 @@ class Changed(UnformedWeight):
 
     @staticmethod
     def __new__(
-        cls: type[Changed], weight: Tensor, changes: tuple[Change, ...], by_columns: bool = True
-    ) -> Changed:
+        cls: type[ChangedWeight],
+        weight: Tensor,
+        changes: tuple[WeightChange, ...],
+        by_columns: bool = True,
+    ) -> ChangedWeight:
         changed = cls.shaped_like(weight)
         changed.weight, changed.changes, changed.by_columns = weight, changes, by_columns
         return changed
@@ -116,17 +123,19 @@ class Changed(UnformedWeight):
         """Computes the changed weight; see the function `formed`."""
         return formed(self.weight, self.changes, self.by_columns)
 
-    def picked(self, which: Any) -> Changed:
-        """Returns one matrix of a stack (experts, rows, cols), or those of a vector of numbers."""
-        changes = tuple(change.picked(which) for change in self.changes)
-        return Changed(self.weight[which], changes, self.by_columns)
+    def select_matrices(self, which: Any) -> ChangedWeight:
+        """Returns one matrix of a stack (experts, rows, cols), or those that a vector picks."""
+        changes = tuple(change.select_matrices(which) for change in self.changes)
+        return ChangedWeight(self.weight[which], changes, self.by_columns)
 
-    def turned(self) -> Changed:
+    def transposed(self) -> ChangedWeight:
         """Returns it with the last two dimensions exchanged."""
-        changes = tuple(change.turned() for change in self.changes)
-        return Changed(self.weight.mT, changes, not self.by_columns)
+        changes = tuple(change.transposed() for change in self.changes)
+        return ChangedWeight(self.weight.mT, changes, not self.by_columns)
 
-    def times(self, product: Product, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def multiplied(
+        self, product: MatrixProduct, x: Tensor, offsets: Tensor | None = None
+    ) -> Tensor:
         """Computes x·W with `product`, one of torch's.
 
         A grouped product has `offsets`: where each expert's rows of x end.
@@ -140,65 +149,70 @@ class Changed(UnformedWeight):
                 continue
             gain = change.gain.unsqueeze(-2) if offsets is None else change.gain
             which = None if offsets is None else _expert_of(x, offsets)
-            own = base
-            if dropped is not x or change.own is not None:
-                own = product(dropped, self.weight if change.own is None else change.own)
-            scaled = Scaled.apply(own + low, gain, which)  # type: ignore[no-untyped-call]
-            out = scaled if out is own else out + (scaled - own)
+            without_pair = base
+            if dropped is not x or change.gain_weight is not None:
+                weight = self.weight if change.gain_weight is None else change.gain_weight
+                without_pair = product(dropped, weight)
+            whole = without_pair + low
+            scaled = ScaledRows.apply(whole, gain, which)  # type: ignore[no-untyped-call]
+            out = scaled if out is without_pair else out + (scaled - without_pair)
         return out
 
     @classmethod
-    def answer(
-        cls, name: str, func: Product, args: Sequence[Any], kwargs: Mapping[str, Any]
+    def compute_from_parts(
+        cls, name: str, func: MatrixProduct, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         first, second, third = (*args, None, None, None)[:3]
-        if isinstance(first, Changed):
+        if isinstance(first, ChangedWeight):
             return _of_the_weight(name, func, first, args[1:])
-        if name == "embedding" and isinstance(second, Changed):
+        if name == "embedding" and isinstance(second, ChangedWeight):
             return _rows_of(second, first, kwargs.get("padding_idx", third))
-        if not isinstance(second, Changed) or first.dim() < 2:
+        if not isinstance(second, ChangedWeight) or first.dim() < 2:
             return None
         if name == "linear":
             bias = kwargs.get("bias", third)
-            out = second.turned().times(torch.matmul, first) if second.by_columns else None
+            out = second.transposed().multiplied(torch.matmul, first) if second.by_columns else None
             return out if out is None or bias is None else out + bias
-        if second.by_columns:  # a product that sums over what a gain is for
+        if second.by_columns:
+            # This product sums over the outputs, so a gain cannot be applied afterwards.
             return None
         if name in GROUPED and kwargs.get("bias") is None and kwargs.get("out_dtype") is None:
             offsets = kwargs.get("offs", third)
-            return second.times(lambda x, weight: func(x, weight, offs=offsets), first, offsets)
-        return second.times(func, first) if name in PRODUCTS and "out" not in kwargs else None
+            return second.multiplied(
+                lambda x, weight: func(x, weight, offs=offsets), first, offsets
+            )
+        return second.multiplied(func, first) if name in PRODUCTS and "out" not in kwargs else None
 
 
-class ReadableWeight(Changed):
-    """A changed weight that may also go where torch cannot look: into an autograd function.
+class ReadableWeight(ChangedWeight):
+    """A changed weight that may also be passed to an autograd function.
 
-    Such a function hands back a gradient of the whole weight, which `ReadableEdge` passes on to the
-    adapters' tensors. The changes are made only when something computes with them, since most
-    readers of a weight ask for its dtype.
+    Such a function returns a gradient of the whole weight, which `ReadableWeightFunction` passes on
+    to the adapters' tensors. The changes are made only when something computes with them, since
+    most code that reads a weight asks for its dtype.
     """
 
-    make: Callable[[], tuple[Change, ...]]
-    made: tuple[Change, ...] | None
+    make: Callable[[], tuple[WeightChange, ...]]
+    with_gradients: tuple[WeightChange, ...] | None
 
     @property
-    def changes(self) -> tuple[Change, ...]:
+    def changes(self) -> tuple[WeightChange, ...]:
         """The changes, made again without gradients: those made with gradients are kept apart."""
         if torch.is_grad_enabled():
-            if self.made is None:
-                self.made = self.make()
-            return self.made
+            if self.with_gradients is None:
+                self.with_gradients = self.make()
+            return self.with_gradients
         return self.make()
 
 
-class ReadableEdge(torch.autograd.Function):
+class ReadableWeightFunction(torch.autograd.Function):
     """Makes a `ReadableWeight` the output of a function of the adapters' tensors, for autograd."""
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
-        make: Callable[[], tuple[Change, ...]],
+        make: Callable[[], tuple[WeightChange, ...]],
         by_columns: bool,
         *tensors: Tensor,
     ) -> Tensor:
@@ -215,13 +229,13 @@ class ReadableEdge(torch.autograd.Function):
         with torch.enable_grad():
             whole = formed(weight.detach(), ctx.make(), ctx.by_columns)
         found = iter(torch.autograd.grad(whole, wanted, grad, allow_unused=True) if wanted else ())
-        own = grad if ctx.needs_input_grad[0] else None
-        return own, None, None, *(next(found) if needed else None for needed in needs)
+        for_weight = grad if ctx.needs_input_grad[0] else None
+        return for_weight, None, None, *(next(found) if needed else None for needed in needs)
 
 
-def read(
+def readable_weight(
     weight: Tensor,
-    make: Callable[[], tuple[Change, ...]],
+    make: Callable[[], tuple[WeightChange, ...]],
     by_columns: bool,
     tensors: Sequence[Tensor],
 ) -> Tensor:
@@ -231,18 +245,20 @@ def read(
     """
     if torch.compiler.is_compiling():
         return formed(weight, make(), by_columns)
-    whole: ReadableWeight = ReadableEdge.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
-    whole.weight, whole.make, whole.made, whole.by_columns = weight, make, None, by_columns
+    whole: ReadableWeight
+    whole = ReadableWeightFunction.apply(weight, make, by_columns, *tensors)  # type: ignore[no-untyped-call]
+    whole.weight, whole.by_columns = weight, by_columns
+    whole.make, whole.with_gradients = make, None
     return whole
 
 
-def formed(weight: Tensor, changes: Sequence[Change], by_columns: bool) -> Tensor:
+def formed(weight: Tensor, changes: Sequence[WeightChange], by_columns: bool) -> Tensor:
     """Computes `weight` with the changes in it, differentiable in both.
 
     Raises:
         StateError: a change has dropout, which acts on what the weight is multiplied by.
 
-    >>> change = Change(torch.ones(2, 1), torch.ones(1, 2), gain=None, own=None)
+    >>> change = WeightChange(torch.ones(2, 1), torch.ones(1, 2), gain=None, gain_weight=None)
     >>> formed(torch.eye(2), [change], by_columns=True)
     tensor([[2., 1.],
             [1., 2.]])
@@ -258,8 +274,8 @@ def formed(weight: Tensor, changes: Sequence[Change], by_columns: bool) -> Tenso
         low = change.left @ change.right
         if change.gain is not None:
             gain = change.gain.unsqueeze(-1 if by_columns else -2)
-            own = weight if change.own is None else change.own
-            low = ((gain - 1) * own + gain * low).to(weight.dtype)
+            gain_weight = weight if change.gain_weight is None else change.gain_weight
+            low = ((gain - 1) * gain_weight + gain * low).to(weight.dtype)
         total = total + low
     return total
 
@@ -271,31 +287,33 @@ def _expert_of(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _of_the_weight(
-    name: str, func: Product, weight: Changed, others: Sequence[Any]
+    name: str, func: MatrixProduct, weight: ChangedWeight, others: Sequence[Any]
 ) -> Tensor | None:
     """Computes a function whose first argument is the weight: an index, a transpose, or W·y."""
     second = others[0] if others else None
     if name == "__getitem__":
-        return weight.picked(second) if weight.dim() == 3 and _picks(second) else None
-    if name in TURNS:
-        return weight.turned() if _last_two(name, weight, others) else None
+        return weight.select_matrices(second) if weight.dim() == 3 and _picks(second) else None
+    if name in TRANSPOSITIONS:
+        return weight.transposed() if _last_two(name, weight, others) else None
     if not isinstance(second, Tensor) or second.dim() < 2:
         return None
     if name in PRODUCTS and weight.by_columns:
-        return weight.turned().times(func, second.mT).mT  # W·y = (yᵀ·Wᵀ)ᵀ
+        return weight.transposed().multiplied(func, second.mT).mT  # W·y = (yᵀ·Wᵀ)ᵀ
     return None
 
 
-def _rows_of(weight: Changed, rows: Tensor, padding: int | None) -> Tensor | None:
-    """Looks rows up in a changed table; None if it is transposed: a gain is for its rows then."""
+def _rows_of(weight: ChangedWeight, rows: Tensor, padding: int | None) -> Tensor | None:
+    """Looks rows up in a changed table; None if it is transposed: its gain is for whole rows."""
     if weight.by_columns:
         return None
     out = base = F.embedding(rows, weight.weight, padding)
     for change in weight.changes:
         low = F.embedding(rows, change.left, padding) @ change.right
         if change.gain is not None:
-            own = base if change.own is None else F.embedding(rows, change.own, padding)
-            low = ((change.gain - 1) * own + change.gain * low).to(base.dtype)
+            without_pair = base
+            if change.gain_weight is not None:
+                without_pair = F.embedding(rows, change.gain_weight, padding)
+            low = ((change.gain - 1) * without_pair + change.gain * low).to(base.dtype)
         out = out + low
     return out
 

@@ -1,7 +1,7 @@
 """Logits that are not computed unless something other than a cross-entropy asks for them.
 
 The logits of a batch, tokens × vocabulary, are its largest tensor, several times over in float32. A
-loss needs one number of each token, and the gradient goes no further than the hidden states. So the
+loss needs one number per token, and the gradient goes no further than the hidden states. So the
 head returns `LazyLogits`: a tensor with the shape of the logits but no storage. Views along the
 tokens stay lazy. `cross_entropy` computes logits block by block, and the gradient of the hidden
 states in the same pass. Anything else computes the logits.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakin.kernels.autograd import backward_once
 
-BLOCK = 1 << 22
+BLOCK_OF_LOGITS = 1 << 22
 """How many logits are computed at a time, of at least `ROWS` tokens."""
 ROWS = 32
 
@@ -36,17 +36,18 @@ class CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows, left_out = max(ROWS, BLOCK // len(weight)), (target == ignored).unsqueeze(1)
+        rows, left_out = max(ROWS, BLOCK_OF_LOGITS // len(weight)), (target == ignored).unsqueeze(1)
 
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.T).to(wide)
             wanted = target[part].unsqueeze(1).masked_fill(left_out[part], 0)
-            said, top = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
-            shares = logits.sub_(top).exp_()
+            of_target, largest = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
+            shares = logits.sub_(largest).exp_()
             whole = shares.sum(-1, keepdim=True)
-            total += (top + whole.log() - said).masked_fill_(left_out[part], 0).sum()
-            if gradient is not None:  # softmax − one-hot, times W
+            total += (largest + whole.log() - of_target).masked_fill_(left_out[part], 0).sum()
+            if gradient is not None:
+                # softmax − one-hot, times W
                 shares.div_(whole).scatter_add_(1, wanted, torch.full_like(whole, -1))
                 shares.masked_fill_(left_out[part], 0)
                 torch.mm(shares.to(weight.dtype), weight, out=gradient[part])
@@ -61,7 +62,7 @@ class CrossEntropy(torch.autograd.Function):
         return (gradient.to(grad.dtype) * grad).to(gradient.dtype), None, None, None
 
 
-class Head(torch.autograd.Function):
+class LogitsFunction(torch.autograd.Function):
     """Makes `LazyLogits` the output of a function of h, for autograd."""
 
     @staticmethod
@@ -97,7 +98,7 @@ class LazyLogits(Tensor):
 
         They are computed in the dtype of `hidden`, and then cast to `dtype`.
         """
-        logits: LazyLogits = Head.apply(hidden, weight, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
+        logits: LazyLogits = LogitsFunction.apply(hidden, weight, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
         logits.hidden, logits.weight, logits.logits = hidden, weight, None
         return logits
 
@@ -242,7 +243,7 @@ STAY_LAZY: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _sliced,
     F.cross_entropy: _cross_entropy,
 }
-"""What to run instead of a function of torch; each returns None for what needs the logits."""
+"""What to run instead of a function of torch; each returns None if the logits are needed."""
 READS = {
     Tensor.size,
     Tensor.dim,
@@ -251,9 +252,9 @@ READS = {
     Tensor.element_size,
     Tensor.__len__,
 }
-"""Methods that need no numbers."""
+"""Methods that need no values."""
 ATTRIBUTES = frozenset(
     "shape ndim dtype device layout is_cuda is_sparse is_quantized is_meta requires_grad "
     "grad_fn".split()
 )
-"""Attributes that need no numbers."""
+"""Attributes that need no values."""

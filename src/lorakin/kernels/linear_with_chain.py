@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorakin.family import Chain
 from lorakin.kernels.autograd import Version, backward_once
 from lorakin.kernels.base_linear import base_linear
-from lorakin.kernels.dropout import Dropped, DroppedProduct
+from lorakin.kernels.dropout import DropoutDraw, DroppedProduct
 
 
 def linear_with_chain(
@@ -30,7 +30,7 @@ def linear_with_chain(
     bias: Tensor | None,
     chain: Chain,
     dropout: float,
-    siblings: str,
+    group: str,
 ) -> Tensor:
     """Computes W0 x + outer ⊙ up(inner ⊙ (down x̃)) + b.
 
@@ -41,38 +41,38 @@ def linear_with_chain(
         bias: (outputs,) or None.
         chain: its matrices may have more rows and columns than are needed here.
         dropout: the probability of zeroing an entry of x; with dropout nothing is shared.
-        siblings: a name for the modules that may share u.
+        group: a name that the modules which may share u have in common.
 
     Returns:
         (…, outputs), in the dtype of `weight`.
 
     >>> chain = Chain(torch.ones(2), torch.eye(2), torch.ones(2), torch.eye(2))
     >>> x = torch.ones(1, 2)
-    >>> linear_with_chain(x, x, torch.eye(2), None, chain, dropout=0.0, siblings="attention")
+    >>> linear_with_chain(x, x, torch.eye(2), None, chain, dropout=0.0, group="attention")
     tensor([[2., 2.]])
     """
     outputs, inputs = weight.shape
     down, up = _frozen(chain.down), _frozen(chain.up)
-    narrow = down.narrowed(weight)[:, :inputs]
+    narrow_down = down.narrowed(weight)[:, :inputs]
     inner, outer = chain.inner.to(weight.device), chain.outer.to(weight.device)
 
     if dropout:
-        u = DroppedProduct.apply(x, narrow, Dropped.drawn(dropout))  # type: ignore[no-untyped-call]
+        u = DroppedProduct.apply(x, narrow_down, DropoutDraw.drawn(dropout))  # type: ignore[no-untyped-call]
     else:
-        u = down.product(given, siblings, lambda: Product.apply(x, narrow))  # type: ignore[no-untyped-call]
+        u = down.product(given, group, lambda: SharedProduct.apply(x, narrow_down))  # type: ignore[no-untyped-call]
 
-    # for many tokens one product with the changed weight takes fewer operations than two beside it
+    # For many tokens one product with the changed weight takes fewer operations than two beside it.
     tokens = x.numel() // inputs
     merged = not dropout and 2 * inputs * outputs < tokens * (2 * outputs + inputs)
-    up_here = up.narrowed(weight)[:outputs]
-    return LinearWithChain.apply(x, u, weight, bias, outer, up_here, inner, narrow, merged)  # type: ignore[no-untyped-call, no-any-return]
+    narrow_up = up.narrowed(weight)[:outputs]
+    return LinearWithChain.apply(x, u, weight, bias, outer, narrow_up, inner, narrow_down, merged)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class Frozen:
-    """Caches what follows from a matrix that never trains.
+class FrozenMatrixCache:
+    """Caches what is computed from a matrix that never trains.
 
     `narrow` holds it in the base's dtype, by device. `products` holds the latest product for each
-    group of siblings, without keeping it alive.
+    group of modules, without keeping it alive.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -102,33 +102,33 @@ class Frozen:
             self.narrow[like.device] = narrow
         return narrow
 
-    def product(self, x: Tensor, siblings: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Returns `compute()`, or its last result if a sibling was called with the same x.
+    def product(self, x: Tensor, group: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns `compute()`, or its last result if a module of the group got the same x.
 
         The last result counts for as long as an autograd graph holds it.
         """
         if not (torch.is_grad_enabled() and x.requires_grad) or not self.narrow:
             return compute()
-        if (latest := self.products.get(siblings)) is not None:
-            of, version, result = latest
-            if of() is x and version.is_still(x) and isinstance(kept := result(), Tensor):
+        if (latest := self.products.get(group)) is not None:
+            last_x, version, result = latest
+            if last_x() is x and version.is_still(x) and isinstance(kept := result(), Tensor):
                 return kept
         product = compute()
-        self.products[siblings] = weakref.ref(x), Version(x), weakref.ref(product)
+        self.products[group] = weakref.ref(x), Version(x), weakref.ref(product)
         return product
 
 
 _FROZEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _frozen(matrix: Tensor) -> Frozen:
+def _frozen(matrix: Tensor) -> FrozenMatrixCache:
     if matrix not in _FROZEN:
-        _FROZEN[matrix] = Frozen(matrix)
-    known: Frozen = _FROZEN[matrix]
-    return known
+        _FROZEN[matrix] = FrozenMatrixCache(matrix)
+    cache: FrozenMatrixCache = _FROZEN[matrix]
+    return cache
 
 
-class Product(torch.autograd.Function):
+class SharedProduct(torch.autograd.Function):
     """down x for x (…, inputs) and a frozen down (k, inputs).
 
     Several modules share the result, so it keeps nothing that a first backward would free and a
@@ -175,7 +175,8 @@ class LinearWithChain(torch.autograd.Function):
         y = base_linear(x, weight, bias)
         flat = y.view(-1, y.shape[-1])
         hidden = u.reshape(len(flat), len(inner)) * inner.to(u.dtype)
-        if len(flat) < len(inner):  # with few tokens it is cheaper to scale their outputs than `up`
+        if len(flat) < len(inner):
+            # With few tokens it is cheaper to scale their outputs than `up`.
             flat.addcmul_(hidden @ up.T, outer.to(u.dtype))
         else:
             flat.addmm_(hidden, _scaled(outer, up).T)

@@ -1,8 +1,8 @@
-"""What tensors have in common that stand for a changed weight without holding one.
+"""Base class of tensors that stand for a changed weight without forming it.
 
-Most who read a weight ask for its shape or dtype, multiply by it, or look rows up in it. A subclass
-of `UnformedWeight` answers these from its parts. Anything else forms the changed weight, there and
-then, so a module that computes with its weight in a way of its own still gets the right numbers.
+Most code that reads a weight asks for its shape or dtype, multiplies by it, or looks up rows in it.
+A subclass of `UnformedWeight` answers these from its parts. Anything else forms the changed weight,
+so a module with its own way to compute with its weight still gets the right values.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch.utils._pytree import tree_map_only
 
 from lorakin.errors import StateError
 
-ABOUT_IT = frozenset(
+METADATA = frozenset(
     "shape dtype device layout ndim requires_grad is_cuda is_cpu is_meta is_sparse is_quantized "
     "is_nested is_leaf grad grad_fn dim size stride numel nelement element_size is_floating_point "
     "is_complex __len__ __hash__ __repr__".split()
 )
-"""Questions that need no numbers."""
+"""Attributes and methods that need no values."""
 ADDRESSES = frozenset({"data_ptr", "untyped_storage", "storage", "__dlpack__"})
 
 
 class UnformedWeight(Tensor):
-    """A changed weight that is formed only where something needs its numbers.
+    """A changed weight that is formed only where something needs its values.
 
-    Subclasses define `formed`, `answer` and `address_refused`, the message for kernels that take
-    weights by address and so would miss the change.
+    Subclasses define `formed`, `compute_from_parts` and `address_refused`, the message for kernels
+    that take weights by address and so would miss the change.
     """
 
     address_refused: ClassVar[str]
@@ -51,7 +51,7 @@ class UnformedWeight(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def answer(
+    def compute_from_parts(
         cls, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         """Computes `func`, which has this `name`, from the parts; None if it needs the whole."""
@@ -60,12 +60,12 @@ class UnformedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, name_of_function(func)
-        if name in ABOUT_IT:
+        if name in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if name in ADDRESSES:
             raise StateError(cls.address_refused)
-        if (answer := cls.answer(name, func, args, kwargs)) is not None:
-            return answer
+        if (result := cls.compute_from_parts(name, func, args, kwargs)) is not None:
+            return result
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod

@@ -13,7 +13,7 @@ from lorakin.family import widened
 from lorakin.family.dora import row_norms
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import module_at
-from lorakin.inject.layer_kinds import Layer, PeftGroupedConvolution
+from lorakin.inject.layer_kinds import LayerKind, PeftGroupedConvolution
 from lorakin.inject.placement import Placement, base_weight_of
 from lorakin.inject.trainable_tokens import TokenRows
 from lorakin.storage.document import Document, Slots
@@ -138,7 +138,7 @@ def as_plain(document: Document, model: nn.Module) -> Document:
     )
 
 
-def kind_at(document: Document, model: nn.Module, path: str) -> type[Layer]:
+def kind_at(document: Document, model: nn.Module, path: str) -> type[LayerKind]:
     """The kind of layer that the adapted module at `path` is."""
     if path in document.placement.peft_grouped:
         return PeftGroupedConvolution

@@ -12,7 +12,7 @@ from lorakin.errors import AdapterError
 from lorakin.family import Pair, UnadaptedModule, widened
 from lorakin.family.low_rank import padded
 from lorakin.inject import layer_kinds
-from lorakin.inject.patterns import Values
+from lorakin.inject.patterns import PatternValues
 from lorakin.storage.document import Document, Slots
 from lorakin.storage.peft.forms import LORA
 
@@ -38,7 +38,9 @@ def check_agreement(
     Raises:
         AdapterError: a pair is another one.
     """
-    ranks, alphas = (Values(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (
+        PatternValues(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")
+    )
     usual_rank = config.get("r", LORA.defaults["r"])
     usual_alpha = config.get("lora_alpha", LORA.defaults["lora_alpha"])
     for path, slots in document.slots.items():

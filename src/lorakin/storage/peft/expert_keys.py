@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.inject.adapted import module_at
-from lorakin.inject.experts import count
+from lorakin.inject.experts import matrix_count
 from lorakin.storage.peft.forms import NAMES, PREFIX
 
 NESTED = "base_layer."
@@ -69,4 +69,4 @@ def experts_in(model: nn.Module, stack: str) -> int:
     """How many matrices the parameter at the path `stack` holds."""
     owner, _, name = stack.rpartition(".")
     parameters: Mapping[str, Any] = module_at(model, owner)._parameters
-    return count(parameters[name])
+    return matrix_count(parameters[name])

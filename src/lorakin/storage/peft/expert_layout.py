@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError
 from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import module_at
-from lorakin.inject.experts import is_transposed, says_transposed
+from lorakin.inject.experts import declared_transposed, is_transposed
 from lorakin.storage.peft.expert_keys import NESTED
 from lorakin.storage.peft.forms import NAMES, PREFIX
 
@@ -47,7 +47,7 @@ def takes_last(owner: nn.Module, version: Any) -> bool | None:
     number = re.match(r"(\d+)\.(\d+)\.(\d+)(?P<rest>.*)", str(version))
     if number is None:
         return None
-    release, says = tuple(map(int, number.groups()[:3])), bool(says_transposed(owner))
+    release, says = tuple(map(int, number.groups()[:3])), bool(declared_transposed(owner))
     # A development version between two releases may be on either side of a change.
     if number["rest"] and (0, 18) <= release < (0, 20):
         return None
@@ -76,11 +76,11 @@ def layout(
             if A is None or not A.dim() == len(sides) == 2:
                 continue
             if sides[0] != sides[1] and A.shape[1] in sides:
-                told[bool(says_transposed(modules[owner]))].add(A.shape[1] == sides[1])
+                told[bool(declared_transposed(modules[owner]))].add(A.shape[1] == sides[1])
 
     found = {}
     for owner, module in modules.items():
-        seen = told[bool(says_transposed(module))]
+        seen = told[bool(declared_transposed(module))]
         found[owner] = next(iter(seen)) if len(seen) == 1 else takes_last(module, version)
     return found
 

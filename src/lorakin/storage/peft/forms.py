@@ -31,7 +31,7 @@ from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
     EmbeddingLayer,
     ExpertLayer,
-    Layer,
+    LayerKind,
     LinearLayer,
     QuantisedLayer,
     TransposedLayer,
@@ -41,7 +41,7 @@ PREFIX = "base_model.model."
 """What every key in a file begins with."""
 TARGET_PARAMETERS = "target_parameters"
 """The field that names parameters without a layer of their own, such as experts."""
-MATRICES: tuple[type[Layer], ...] = (LinearLayer, QuantisedLayer, TransposedLayer)
+MATRICES: tuple[type[LayerKind], ...] = (LinearLayer, QuantisedLayer, TransposedLayer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Form:
     """Fields that are written even where they have PEFT's default."""
     ignored: tuple[str, ...] = ()
     """Fields that PEFT writes and does not read."""
-    layers: tuple[type[Layer], ...] = MATRICES
+    layers: tuple[type[LayerKind], ...] = MATRICES
     """The kinds of layer that PEFT adapts so."""
     has_patterns: bool = False
     """`rank_pattern` and `alpha_pattern` give modules a rank and an alpha of their own."""
@@ -199,7 +199,7 @@ NO_SCHEDULE = {"total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
 NAMES = LORA.slots
 
 
-def names(form: Form, layer: type[Layer]) -> Mapping[str, str]:
+def names(form: Form, layer: type[LayerKind]) -> Mapping[str, str]:
     """Slot → name of the tensor, for a layer of this kind.
 
     >>> names(LORA, EmbeddingLayer)["A"]

@@ -16,7 +16,7 @@ from lorakin.errors import AdapterError
 from lorakin.inject import layer_kinds
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.layer_kinds import ConvolutionLayer, EmbeddingLayer, TransposedLayer
-from lorakin.inject.patterns import Values
+from lorakin.inject.patterns import PatternValues
 from lorakin.storage.peft.forms import LORA, NAMES, PREFIX, TARGET_PARAMETERS, names
 from lorakin.storage.peft.scales import PATTERNS
 
@@ -73,7 +73,7 @@ def _patterns(config: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
     patterns = {}
     for field, default in PATTERNS:
         known, usual = dict(config.get(field) or {}), config.get(default, 8)
-        values = Values(known)
+        values = PatternValues(known)
         said = {path: values.of(f"{path}.weight", usual) for path in paths}
         own = {
             f"^{re.escape(path)}": value

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.inject import layer_kinds
-from lorakin.inject.layer_kinds import ConvolutionLayer, Layer
+from lorakin.inject.layer_kinds import ConvolutionLayer, LayerKind
 from lorakin.storage.document import Slots
 from lorakin.storage.peft.forms import PREFIX, Form, names
 
 
 def keyed(
-    form: Form, path: str, kind: type[Layer], slots: Slots, module: nn.Module
+    form: Form, path: str, kind: type[LayerKind], slots: Slots, module: nn.Module
 ) -> dict[str, Tensor]:
     """The tensors of one module by key, in PEFT's shapes, without those that all modules share."""
     named = names(form, kind)

@@ -30,7 +30,7 @@ EXAMPLE = re.search(
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_MEMBERS", dict(registry._MEMBERS))
-    monkeypatch.setattr(registry, "_searched", [])
+    monkeypatch.setattr(registry, "_entry_points_loaded", False)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""The forms that a member's change of a weight can take: what kernels compute with.
+"""The forms that a member's change of a weight can take.
 
 | form | change | members |
 |---|---|---|
 | `LowRank` | scale · up · down | all but VeRA |
 | `Chain` | diag(outer) · up · diag(inner) · down, up and down frozen | VeRA |
 
-Every form can also be written as a `Pair`, with the scale in `up`. A gain comes on top
-(`Member.gain`), and constant changes beside it (`Modifier.beside_pair`).
+Every form can also be written as a `Pair`, with the scale in `up`. A gain multiplies the result
+(`Member.gain`); constant changes are added (`Modifier.beside_pair`). `Method` lists what of these
+it returns to whom.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorakin.family.pair import Pair, Shape
 class LowRank(NamedTuple):
     """scale · up · down, with `up` (outputs, k) and `down` (k, inputs) as the optimizer trains.
 
-    The scale stays outside, so that kernels multiply by the tensors themselves.
+    The scale stays outside, so that `up` is the parameter itself, which an optimizer trains.
 
     >>> import torch
     >>> change = LowRank(torch.ones(3, 1), torch.ones(1, 2), scale=2.0)
@@ -34,7 +35,10 @@ class LowRank(NamedTuple):
     scale: float = 1.0
 
     def pair(self, shape: Shape) -> Pair:
-        """The same change as a pair, differentiable in the tensors."""
+        """Returns the same change as a pair, differentiable in the tensors.
+
+        Only a `Chain` needs the weight's `shape`.
+        """
         return Pair(up=self.scale * self.up if self.scale != 1 else self.up, down=self.down)
 
 
@@ -51,11 +55,11 @@ class Chain(NamedTuple):
     down: Tensor
 
     def times(self, factor: float) -> Chain:
-        """The chain that changes a weight `factor` times as much."""
+        """Returns the chain that changes a weight `factor` times as much."""
         return self if factor == 1 else self._replace(outer=factor * self.outer)
 
     def pair(self, shape: Shape) -> Pair:
-        """The same change as a pair, differentiable in the vectors."""
+        """Returns the same change as a pair, differentiable in the vectors."""
         up, down = self.up[: shape.outputs], self.down[:, : shape.inputs]
         return Pair(up=self.outer.unsqueeze(1) * up, down=self.inner.unsqueeze(1) * down)
 

@@ -1,8 +1,8 @@
 """Which members combine, and on which pair.
 
 Every member declares the axes on which it decides something. Members that decide on different axes
-combine. Two that decide on one axis do not, and the error quotes both declarations. So legality is
-data, and this file names no member: if no member brings a pair, the registry's first is used.
+combine. Two that decide on one axis do not, and the error quotes both declarations. This file names
+no member: if no member brings a pair, the registry's first parametrisation is used.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ AXES = {
 
 
 def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
-    """The members of a method in the order in which they act, and its pair.
+    """Returns the members of a method in the order in which they act, and its pair.
 
     Raises:
-        SettingError: something is no member, members do not combine, or their settings contradict
-            each other.
+        SettingError: something is not a member, members do not combine, or their settings
+            contradict each other.
     """
     members = ordered(_listed(given))
     for n, one in enumerate(members):
@@ -47,21 +47,25 @@ def composed(given: Any) -> tuple[tuple[Member, ...], Parametrisation]:
         raise SettingError(
             f"{pairs[0].word} and {pairs[1].word} do not combine: each brings a pair of its own"
         )
-    named = pairs[0] if pairs else None
-    kind = type(named) if named is not None else needed_pair(modifiers)
+    given_pair = pairs[0] if pairs else None
+    pair_class = type(given_pair) if given_pair is not None else needed_pair(modifiers)
     for member in modifiers:
-        if reason := member.refusal_of_pair(kind):
-            raise SettingError(f"{member.word} and {kind.word} do not combine: {reason}")
-    pair = _pair(named, kind, modifiers)
-    gaining = [m.word for m in dict.fromkeys((pair, *members)) if overrides(m, "gain")]
-    if len(gaining) > 1:
-        first, second = gaining[:2]
+        if reason := member.refusal_of_pair(pair_class):
+            raise SettingError(f"{member.word} and {pair_class.word} do not combine: {reason}")
+    pair = _pair(given_pair, pair_class, modifiers)
+    with_gain = [m.word for m in dict.fromkeys((pair, *members)) if overrides(m, "gain")]
+    if len(with_gain) > 1:
+        first, second = with_gain[:2]
         raise SettingError(f"{first} and {second} do not combine: both set a gain for each output")
     return members, pair
 
 
 def _listed(given: Any) -> list[Member]:
-    """The members as a list; `SettingError` if there are none or one is no member."""
+    """Returns the members as a list.
+
+    Raises:
+        SettingError: there are none, or one is not a member.
+    """
     several = isinstance(given, Iterable) and not isinstance(given, str | type)
     members: list[Any] = list(given) if several else [given]
     for one in members:
@@ -75,7 +79,11 @@ def _listed(given: Any) -> list[Member]:
 
 
 def _check_class(member: type[Member]) -> None:
-    """Raise `SettingError` if a member's class is not what `Member` says."""
+    """Checks that a member's class is what `Member` says.
+
+    Raises:
+        SettingError: it is not.
+    """
     parameters = getattr(member, "__dataclass_params__", None)
     require(
         parameters is not None and parameters.frozen,
@@ -86,72 +94,86 @@ def _check_class(member: type[Member]) -> None:
         require(
             axis in AXES or not near,
             f"{member.__name__} decides {axis!r}; did you mean {''.join(near)!r}? An axis of its "
-            "own needs a name that is not so near",
+            "own needs a name that is less similar",
         )
 
 
 def ordered(members: Iterable[Member]) -> tuple[Member, ...]:
-    """The members in the order of their axes.
+    """Returns the members in the order of their axes.
 
-    Those on an axis of their own come before a gain, which is over all that the others make.
+    Those on an axis that is not in `AXES` come before a gain, which multiplies all other changes.
     """
     order = {axis: float(n) for n, axis in enumerate(AXES)}
-    own = order["gain"] - 0.5
-    return tuple(sorted(members, key=lambda m: min(order.get(axis, own) for axis in m.decides)))
+    before_gain = order["gain"] - 0.5
+    return tuple(
+        sorted(members, key=lambda m: min(order.get(axis, before_gain) for axis in m.decides))
+    )
 
 
 def refusal_of_both(one: Member, other: Member) -> str | None:
-    """Why the declarations of two members do not combine; None if they do."""
+    """Returns why the declarations of two members do not combine; None if they do."""
     if one.word == other.word:
         return f"{one.word} is given twice; give it once, with all its settings"
-    for axis in (axis for axis in one.decides if axis in other.decides):
-        return (
-            f"{one.word} and {other.word} do not combine: both decide {AXES.get(axis, axis)} "
-            f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
-        )
-    return None
+    axis = next((axis for axis in one.decides if axis in other.decides), None)
+    if axis is None:
+        return None
+    return (
+        f"{one.word} and {other.word} do not combine: both decide {AXES.get(axis, axis)} "
+        f"({one.word}: {one.decides[axis]}; {other.word}: {other.decides[axis]})"
+    )
 
 
 def needed_pair(modifiers: Sequence[Modifier]) -> type[Parametrisation]:
-    """The parametrisation that a modifier needs, else the usual one."""
-    needed = (kind for member in modifiers if (kind := member.default_pair()) is not None)
-    return next(needed, default_pair())
+    """Returns the parametrisation that a modifier needs, else the usual one."""
+    needed = (member.default_pair() for member in modifiers)
+    return next((pair_class for pair_class in needed if pair_class is not None), default_pair())
 
 
 def _pair_settings(modifiers: Sequence[Modifier]) -> dict[str, Any]:
-    """The pair's settings that the modifiers give; they share one pair, so they must agree."""
-    said: dict[str, tuple[Any, str]] = {}
+    """Returns the pair's settings that the modifiers give.
+
+    Raises:
+        SettingError: two modifiers, which share one pair, give it different settings.
+    """
+    given: dict[str, tuple[Any, str]] = {}
     for member in modifiers:
         for name in member.pair_settings:
             value = getattr(member, name)
             if value is None:
                 continue
-            if name in said and said[name][0] != value:
+            first, owner = given.get(name, (value, member.word))
+            if first != value:
                 raise SettingError(
-                    f"{said[name][1]} has {name}={said[name][0]!r} and {member.word} has {name}="
-                    f"{value!r}, but they share one pair; give it once"
+                    f"{owner} has {name}={first!r} and {member.word} has {name}={value!r}, but "
+                    "they share one pair; give it once"
                 )
-            said[name] = (value, member.word)
-    return {name: value for name, (value, _) in said.items()}
+            given[name] = (value, member.word)
+    return {name: value for name, (value, _) in given.items()}
 
 
 def _pair(
-    named: Parametrisation | None, kind: type[Parametrisation], modifiers: Sequence[Modifier]
+    given: Parametrisation | None,
+    pair_class: type[Parametrisation],
+    modifiers: Sequence[Modifier],
 ) -> Parametrisation:
-    """The named parametrisation, or a new one of this `kind` with the modifiers' settings."""
+    """Returns the given parametrisation, or a new one with the modifiers' settings.
+
+    Raises:
+        SettingError: the modifiers' settings do not fit it.
+    """
     settings = _pair_settings(modifiers)
-    known = kind.setting_names()
-    if unknown := [name for name in settings if name not in known and settings[name]]:
-        said = f"{unknown[0]}={settings[unknown[0]]!r}"
-        raise SettingError(f"{kind.word} has no {unknown[0]}, so {said} cannot apply")
-    settings = {name: value for name, value in settings.items() if name in known}
-    if named is None:
-        defaults = {n: v for m in modifiers for n, v in m.pair_defaults.items() if n in known}
-        return kind(**(defaults | settings))
+    names = pair_class.setting_names()
+    if unknown := [name for name in settings if name not in names and settings[name]]:
+        setting = f"{unknown[0]}={settings[unknown[0]]!r}"
+        raise SettingError(f"{pair_class.word} has no {unknown[0]}, so {setting} cannot apply")
+    settings = {name: value for name, value in settings.items() if name in names}
+    if given is None:
+        defaults = {n: v for m in modifiers for n, v in m.pair_defaults.items() if n in names}
+        return pair_class(**(defaults | settings))
     for name, value in settings.items():
-        if value != getattr(named, name):
+        if value != getattr(given, name):
             raise SettingError(
-                f"{named.word} has {name}={getattr(named, name)!r}, but another member says "
-                f"{name}={value!r}; give it to {named.word} alone"
+                f"{given.word} has {name}={getattr(given, name)!r}, but another member says "
+                f"{name}={value!r}; give it to {given.word} alone"
             )
-    return named
+    return given

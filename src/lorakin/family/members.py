@@ -23,7 +23,7 @@ FAMILY: tuple[type[Member], ...] = (
     *(LoRA, LoRAPlus, LoRAFA, VeRA, DoRA, AdaLoRA, LoRADrop, DeltaLoRA),
     *(PiSSA, OLoRA, LoRAXS, EVA, LoRAGA),
 )
-"""The survey's eight, then the starts."""
+"""The eight methods, then the five starts."""
 
 for _member in FAMILY:
     register(_member)

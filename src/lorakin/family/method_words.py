@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakin.errors import SettingError
-from lorakin.family.member import Parametrisation
+from lorakin.family.member import Member, Parametrisation
 from lorakin.family.method import Method
 from lorakin.family.registry import member_named, members
 
 
 def method_named(words: str, settings: Mapping[str, Any]) -> Method:
-    """The method of the members in `words`; each setting goes to the members that have it.
+    """Returns the method of the members in `words`; each setting goes to the members that have it.
 
     >>> method_named("dora,lora+", {"rank": 4, "ratio": 8}).words
     'lora+,dora'
@@ -27,30 +27,31 @@ def method_named(words: str, settings: Mapping[str, Any]) -> Method:
             f"method {words!r} has a comma with no member beside it; expected words such as "
             "dora,lora+"
         )
-    kinds = [member_named(word.strip()) for word in words.split(",")]
-    fields = {kind: kind.setting_names() for kind in members()}
+    classes = members_in(words)
     for name in settings:
-        if not any(name in fields[kind] for kind in kinds):
-            known = ", ".join(sorted(set().union(*(fields[kind] for kind in kinds))))
-            owners = [kind.word for kind in members() if name in fields[kind]]
-            elsewhere = f"; {name} is a setting of {', '.join(owners)}" if owners else ""
-            raise SettingError(
-                f"method {words!r} has no setting {name!r}; it has: {known}{elsewhere}"
-            )
-    pair = next((kind for kind in kinds if issubclass(kind, Parametrisation)), None)
+        if not any(name in member.setting_names() for member in classes):
+            raise _no_such_setting(words, name)
+    pair = next((member for member in classes if issubclass(member, Parametrisation)), None)
     # The pair's settings go only to the member that brings it.
-    taken = fields[pair] if pair is not None else frozenset[str]()
-    given = [fields[kind] if kind is pair else fields[kind] - taken for kind in kinds]
-    return Method.of(
-        [
-            kind(**{name: value for name, value in settings.items() if name in own})
-            for kind, own in zip(kinds, given, strict=True)
-        ]
-    )
+    taken = pair.setting_names() if pair is not None else frozenset[str]()
+    made = []
+    for member in classes:
+        names = member.setting_names() - (frozenset() if member is pair else taken)
+        made.append(member(**{name: settings[name] for name in settings if name in names}))
+    return Method.of(made)
 
 
-def methods_of(words: str) -> list[str]:
-    """The methods in `words`: `all`, or words like `dora,lora+` separated by spaces or semicolons.
+def members_in(words: str) -> list[type[Member]]:
+    """Returns the members that a method's words name, such as `dora,lora+`.
+
+    Raises:
+        SettingError: a word names no member.
+    """
+    return [member_named(word.strip()) for word in words.split(",")]
+
+
+def methods_of(text: str) -> list[str]:
+    """Returns the methods in a text: `all`, or `dora,lora+` and the like between spaces or `;`.
 
     >>> methods_of("lora; dora,lora+")
     ['lora', 'dora,lora+']
@@ -58,41 +59,49 @@ def methods_of(words: str) -> list[str]:
     Raises:
         SettingError: no method, an unknown member, or a method given twice.
     """
-    if words.strip() == "all":
+    if text.strip() == "all":
         return [member.word for member in members()]
-    found = [word.strip(",") for word in re.split(r"[;\s]+", words) if word.strip(",")]
-    if not found:
+    methods = [words.strip(",") for words in re.split(r"[;\s]+", text) if words.strip(",")]
+    if not methods:
         raise SettingError(
-            f"--methods {words!r} names no method; expected all, or such as "
-            "'dora vera dora,adalora'"
+            f"--methods {text!r} names no method; expected all, or such as 'dora vera dora,adalora'"
         )
-    if twice := [word for n, word in enumerate(found) if word in found[:n]]:
-        raise SettingError(f"--methods names {twice[0]} twice")
-    for word in found:
-        for member in word.split(","):
-            member_named(member.strip())
-    return found
+    if repeated := [words for n, words in enumerate(methods) if words in methods[:n]]:
+        raise SettingError(f"--methods names {repeated[0]} twice")
+    for words in methods:
+        members_in(words)
+    return methods
 
 
 def settings_by_method(
-    methods: Sequence[str], given: Mapping[str, Any]
+    methods: Sequence[str], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Method → those of the settings `given` that one of its members has.
+    """Returns method → those of the settings that one of its members has.
 
     Raises:
         SettingError: a setting that no method has.
     """
     names = {
-        word: frozenset().union(*(member_named(m.strip()).setting_names() for m in word.split(",")))
-        for word in methods
+        words: frozenset[str]().union(*(member.setting_names() for member in members_in(words)))
+        for words in methods
     }
-    for name in given:
-        if not any(name in known for known in names.values()):
-            method_named(methods[-1], {name: given[name]})  # raises: no such setting
+    for name in settings:
+        if not any(name in of_method for of_method in names.values()):
+            raise _no_such_setting(methods[-1], name)
     return {
-        word: {name: value for name, value in given.items() if name in known}
-        for word, known in names.items()
+        words: {name: value for name, value in settings.items() if name in of_method}
+        for words, of_method in names.items()
     }
+
+
+def _no_such_setting(words: str, name: str) -> SettingError:
+    """Returns the error for a setting that no member of the method has."""
+    names = sorted(set().union(*(member.setting_names() for member in members_in(words))))
+    owners = [member.word for member in members() if name in member.setting_names()]
+    elsewhere = f"; {name} is a setting of {', '.join(owners)}" if owners else ""
+    return SettingError(
+        f"method {words!r} has no setting {name!r}; it has: {', '.join(names)}{elsewhere}"
+    )
 
 
 def fair_settings(words: str, rank: int, scaling: float, steps: int) -> dict[str, Any]:
@@ -119,5 +128,5 @@ def fair_settings(words: str, rank: int, scaling: float, steps: int) -> dict[str
 
 
 def axes_of(words: str) -> set[str]:
-    """The axes on which the members of a method decide something."""
-    return {axis for word in words.split(",") for axis in member_named(word.strip()).decides}
+    """Returns the axes on which the members of a method decide something."""
+    return {axis for member in members_in(words) for axis in member.decides}

@@ -27,18 +27,18 @@ GROUP = "lorakin.members"
 
 M = TypeVar("M", bound=type[Member])
 _MEMBERS: dict[str, type[Member]] = {}
-_searched: list[bool] = []
+_entry_points_loaded = False
 
 
 def register(member: M) -> M:
-    """Add a class to the family under its `word`. Returns the class, so use it as a decorator.
+    """Adds a class to the family under its `word`, and returns it: use it as a decorator.
 
     >>> import lorakin as lk
     >>> lk.register(lk.LoRA) is lk.LoRA  # a second time changes nothing
     True
 
     Raises:
-        SettingError: it is no member, or its word belongs to another member.
+        SettingError: it is not a member, or its word belongs to another member.
     """
     if not (
         isinstance(member, type)
@@ -46,30 +46,28 @@ def register(member: M) -> M:
         and isinstance(getattr(member, "word", None), str)
     ):
         raise SettingError(f"expected a class of Member that has a word, not {member!r}")
-    known = _MEMBERS.setdefault(member.word, member)
-    if known is not member and (known.__module__, known.__qualname__) != (
-        member.__module__,
-        member.__qualname__,
-    ):
-        where = f"{known.__module__}.{known.__qualname__}"
+    holder = _MEMBERS.setdefault(member.word, member)
+    if (holder.__module__, holder.__qualname__) != (member.__module__, member.__qualname__):
+        where = f"{holder.__module__}.{holder.__qualname__}"
         raise SettingError(
             f"{where} already has the word {member.word!r}; give {member.__qualname__} another"
         )
-    _MEMBERS[member.word] = member  # a notebook cell that runs again defines its class anew
+    _MEMBERS[member.word] = member  # a notebook cell that runs again defines its class again
     return member
 
 
 def members() -> tuple[type[Member], ...]:
-    """All members, lorakin's own first, in the order of the family."""
-    if not _searched:
-        _searched.append(True)
+    """Returns all members, lorakin's own first, in the order of the family."""
+    global _entry_points_loaded
+    if not _entry_points_loaded:
+        _entry_points_loaded = True
         for entry in entry_points(group=GROUP):
             try:
                 register(entry.load())
-            except Exception as error:  # a stranger's package may fail in any way
+            except Exception as error:  # another package may fail in any way
                 warnings.warn(
                     f"the member {entry.name!r} of the package {entry.value.partition(':')[0]!r} "
-                    f"cannot be used: {error!r}. Mend or uninstall that package",
+                    f"cannot be used: {error!r}. Repair or uninstall that package",
                     LorakinWarning,
                     stacklevel=2,
                 )
@@ -77,22 +75,22 @@ def members() -> tuple[type[Member], ...]:
 
 
 def member_named(word: str) -> type[Member]:
-    """The member whose command-line word is `word`.
+    """Returns the member whose command-line word is `word`.
 
     >>> member_named("dora").__name__
     'DoRA'
 
     Raises:
-        SettingError: there is none; the message lists those there are.
+        SettingError: there is none; the message lists all members.
     """
     words = {member.word: member for member in members()}
     if word in words:
         return words[word]
     near = difflib.get_close_matches(word.lower(), words, n=1)
-    meant = f" (did you mean {near[0]!r}?)" if near else ""
-    raise SettingError(f"unknown method {word!r}{meant}; this version has: {', '.join(words)}")
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    raise SettingError(f"unknown method {word!r}{guess}; this version has: {', '.join(words)}")
 
 
 def default_pair() -> type[Parametrisation]:
-    """The pair of a method whose members bring and need none: the family's first."""
+    """Returns the pair of a method whose members bring and need none: the family's first."""
     return next(member for member in _MEMBERS.values() if issubclass(member, Parametrisation))

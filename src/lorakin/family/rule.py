@@ -28,29 +28,29 @@ class AdaptedModule(Protocol):
 
     @property
     def method(self) -> Method:
-        """The method, with this module's own rank and alpha."""
+        """The method, with this module's rank and alpha."""
 
     @property
     def weight(self) -> Tensor | FrozenWeight:
         """Its base weight as a matrix (outputs, inputs)."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Its tensors by slot."""
+        """Returns its tensors by slot."""
 
     def trains(self, slot: str) -> bool:
-        """Whether the method trains the tensor of this slot."""
+        """Returns whether the method trains the tensor of this slot."""
 
     def put(self, slot: str, tensor: Tensor) -> None:
-        """Add a tensor to the module, which does not train."""
+        """Adds a tensor to the module, which does not train."""
 
     def take(self, slot: str) -> Tensor:
-        """Remove such a tensor from the module, and return it."""
+        """Removes such a tensor from the module, and returns it."""
 
     def move_base(self, change: Tensor) -> None:
-        """Add `change` (outputs, inputs) to a copy of the base weight, and use the copy."""
+        """Adds `change` (outputs, inputs) to a copy of the base weight, and uses the copy."""
 
     def restore_base(self) -> None:
-        """Put the base's own weight back, if it was moved."""
+        """Puts the base weight back, if it was moved."""
 
 
 class Rule:
@@ -63,29 +63,29 @@ class Rule:
     """The steps after which the adapter holds more tensors, which memory must be planned for."""
 
     def before(self, n: int) -> None:
-        """Read or change the gradients, which are complete, unscaled and not yet used."""
+        """Reads or changes the gradients, which are complete, unscaled and not yet used."""
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
-        """Change tensors, now that the step has been taken."""
+        """Changes tensors, now that the step has been taken."""
 
     def end(self) -> None:
-        """The run ends or continues elsewhere: leave nothing outside the adapter's tensors."""
+        """Ends the run here, and leaves nothing outside the adapter's tensors."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs: numbers, texts, tensors, and dicts of them by text."""
+        """Returns what a resumed run needs: numbers, strings, tensors and dicts of these."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state()` returned; the adapter's tensors are restored already."""
+        """Takes what `state()` returned; the adapter's tensors are restored already."""
 
     def extra_tensors(self, path: str) -> Tensors:
-        """More tensors that the adapter's files must hold for the module at `path`."""
+        """Returns more tensors that the adapter's files must hold for the module at `path`."""
         return {}
 
     def took_all_ranks(self, module: AdaptedModule) -> bool:
-        """Whether the member took all ranks from this module, which then rightly is unchanged."""
+        """Returns whether the member took all ranks from this module, so that it is unchanged."""
         return False
 
     def unfinished(self, n: int) -> str | None:
-        """What the member has not done by step n although it should have; asked at saving."""
+        """Returns what the member should have done by step n and has not; called at saving."""
         return None

@@ -15,21 +15,21 @@ LARGEST_FLOAT32 = 3.4e38
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `SettingError(message)` unless `condition` holds."""
+    """Raises `SettingError(message)` unless `condition` holds."""
     if not condition:
         raise SettingError(message)
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is an int or float, but no bool, NaN or infinity."""
+    """Returns whether `value` is an int or float, and not a bool, NaN or infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def to_whole_number(settings: object, name: str, at_least: int, optional: bool = False) -> None:
-    """Make the field `name` a plain int, or None if it is `optional`.
+    """Makes the field `name` a plain int; None stays if it is `optional`.
 
     Raises:
-        SettingError: it is no whole number ≥ `at_least`.
+        SettingError: it is not a whole number ≥ `at_least`.
     """
     value = getattr(settings, name)
     if optional and value is None:
@@ -52,7 +52,7 @@ def to_number(
     expected: str,
     optional: bool = False,
 ) -> None:
-    """Make the field `name` a plain float that `fits`, or None if it is `optional`.
+    """Makes the field `name` a plain float that `fits`; None stays if it is `optional`.
 
     Raises:
         SettingError: it does not fit; the message says what was `expected`.
@@ -69,7 +69,11 @@ def to_number(
 
 
 def check_pair_settings(settings: object, optional: bool = False) -> None:
-    """Check `alpha`, `dropout` and, if there, `rslora`; raises `SettingError`."""
+    """Checks `alpha`, `dropout` and, if it has that field, `rslora`.
+
+    Raises:
+        SettingError: one is outside its range.
+    """
     to_number(
         settings,
         "alpha",
@@ -101,6 +105,10 @@ def check_storable(word: str, settings: Mapping[str, object]) -> None:
 
 
 def one_of(settings: object, name: str, words: Sequence[str]) -> None:
-    """Raise `SettingError` unless the field `name` is one of `words`."""
+    """Checks that the field `name` is one of `words`.
+
+    Raises:
+        SettingError: it is not.
+    """
     value = getattr(settings, name)
     require(value in words, f"{name} must be {' or '.join(map(repr, words))}, not {value!r}")

@@ -6,7 +6,7 @@
     }
 
 Whatever else needs to know a member's tensors follows from its slots: which train and decay, which
-LoRA+ speeds up, which ranks can be freed, how many numbers there are, and their names in PEFT's
+LoRA+ speeds up, which ranks can be freed, how many parameters there are, and their names in PEFT's
 files.
 """
 
@@ -34,18 +34,18 @@ class Slot:
     shared: bool = False
     """Whether all modules use one tensor, as large as the largest module needs."""
     belongs_to_pair: bool = True
-    """Whether it belongs to the pair, so modules that share a pair share it too."""
+    """Whether it belongs to the pair: modules that share a pair share it too."""
     is_random_factor: bool = False
-    """Whether it is the random factor, which LoRA-FA does not train."""
+    """Whether it is the pair's random factor, which LoRA-FA freezes."""
     peft: str = ""
     """Its name in PEFT's files: what follows the module's path or, if shared, the whole key."""
     rate_factor: float = 1.0
     """The factor on the adapter's learning rate."""
     fixed_lr: float | None = None
-    """Its own learning rate, in place of the adapter's."""
+    """A learning rate of its own, instead of the adapter's times `rate_factor`."""
 
     def sizes(self, rank: int, shape: Shape) -> tuple[int, ...]:
-        """Its shape on a weight of this shape, at this rank.
+        """Returns its sizes on a weight of this shape, at this rank.
 
         >>> Slot(("outputs", "rank")).sizes(4, Shape(outputs=10, inputs=20))
         (10, 4)
@@ -54,20 +54,20 @@ class Slot:
         return tuple(size if isinstance(size, int) else named[size] for size in self.shape)
 
     def fits(self, shape: Sequence[int], rank: int | None, of: Shape) -> bool:
-        """Whether a tensor of this shape is such a slot on a weight `of` that shape.
+        """Returns whether a tensor of this shape fits the slot on a weight `of` that shape.
 
-        An empty tensor is; a shared one may be larger; without a `rank` any will do.
+        An empty tensor fits. A shared one may be larger. Without a `rank`, any rank fits.
 
         >>> Slot(("outputs", "rank")).fits((10, 4), 4, Shape(outputs=10, inputs=20))
         True
         """
         if 0 in shape:
             return True
-        known = {"rank": rank, "inputs": of.inputs, "outputs": of.outputs}
-        wanted = [size if isinstance(size, int) else known.get(size, -1) for size in self.shape]
-        return len(shape) == len(wanted) and all(
-            want is None or have == want or (self.shared and have >= want)
-            for have, want in zip(shape, wanted, strict=True)
+        sizes = {"rank": rank, "inputs": of.inputs, "outputs": of.outputs}
+        declared = [size if isinstance(size, int) else sizes.get(size, -1) for size in self.shape]
+        return len(shape) == len(declared) and all(
+            least is None or size == least or (self.shared and size >= least)
+            for size, least in zip(shape, declared, strict=True)
         )
 
     def rate_at(self, lr: float) -> float:
@@ -82,7 +82,7 @@ class Slot:
 
     @property
     def is_one_per_rank(self) -> bool:
-        """Whether it holds one number for each rank and nothing else."""
+        """Whether it holds one element for each rank and nothing else."""
         return self.rank_axis is not None and all(size in ("rank", 1) for size in self.shape)
 
 
@@ -91,27 +91,30 @@ Slots = Mapping[str, Slot]
 
 
 def frozen(slots: Slots) -> dict[str, Slot]:
-    """The same slots, none of them trained."""
+    """Returns the same slots, none of them trained."""
     return {name: dataclasses.replace(slot, trained=False) for name, slot in slots.items()}
 
 
 def rank_switch(slots: Slots) -> str | None:
-    """The trained slot that can switch off a single rank: E of P·E·Q, VeRA's d."""
+    """Returns the trained slot that can switch off a single rank: E of P·E·Q, VeRA's d."""
     return next((n for n, slot in slots.items() if slot.is_one_per_rank and slot.trained), None)
 
 
 def rank_factors(slots: Slots) -> dict[str, int]:
-    """The slots beside that scale, and the axis along which each holds its ranks.
+    """Returns the slots whose ranks the `rank_switch` switches, and the axis of the ranks in each.
 
     Empty if ranks cannot be freed: if modules share a tensor, the others still need its ranks.
     """
-    of_ranks = {n: s for n, s in slots.items() if s.belongs_to_pair and not s.is_one_per_rank}
-    sides = {name: slot.rank_axis for name, slot in of_ranks.items() if slot.rank_axis is not None}
-    return {} if any(slots[name].shared for name in sides) else sides
+    axes = {
+        name: slot.rank_axis
+        for name, slot in slots.items()
+        if slot.belongs_to_pair and not slot.is_one_per_rank and slot.rank_axis is not None
+    }
+    return {} if any(slots[name].shared for name in axes) else axes
 
 
 def factors_of(slots: Slots) -> tuple[str, str] | None:
-    """The slots (up, down) of a plain product up·down; None if the change is anything else."""
+    """Returns the slots (up, down) of a plain product up·down; None for any other change."""
     shapes = {slot.shape: name for name, slot in slots.items() if not slot.shared}
     up, down = shapes.get(("outputs", "rank")), shapes.get(("rank", "inputs"))
     return None if up is None or down is None or len(slots) != 2 else (up, down)

@@ -5,7 +5,7 @@ Paper:    "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuni
 Forward:  y = W0 x + b + s · P (Λ (Q x̃))
           s = alpha / (r0 + 1e-5); r0 stays the initial rank, also after pruning
 Shapes:   P (out, r0), Λ kept as E (r0, 1), Q (r0, in); no SVD, entries of Λ may be negative
-Trains:   P, E, Q: r0 · (in + out + 1) numbers, fewer once ranks are freed
+Trains:   P, E, Q: r0 · (in + out + 1) parameters, fewer once ranks are freed
 Start:    P, Q normal with deviation 0.02, E = 0
 Loss:     plus γ·R, R the mean of ‖PᵀP − I‖ and ‖QQᵀ − I‖ over all P and Q
 
@@ -58,7 +58,7 @@ from lorakin.family.slots import Slot, Slots, rank_switch
 
 @dataclass(frozen=True)
 class Triplets(Parametrisation):
-    """P·Λ·Q, the pair that AdaLoRA brings.
+    """P·Λ·Q, the pair that AdaLoRA brings; it is not a member by itself.
 
     It has `initial_rank` triplets at first and `kept` of them once the others are freed.
     """
@@ -95,8 +95,8 @@ class Triplets(Parametrisation):
         """s, the factor in front of P·Λ·Q; the divisor stays the initial rank's."""
         return self.alpha / (self.initial_rank + 1e-5)
 
-    def check(self, shape: Shape, where: str) -> None:
-        check_rank(self.rank, shape, where)
+    def check(self, shape: Shape, path: str) -> None:
+        check_rank(self.rank, shape, path)
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         return {"kept": largest} if self.rank > largest else {}
@@ -138,18 +138,19 @@ class AdaLoRA(Modifier):
     torch.Size([5, 2])
 
     Args:
-        initial_rank: r0 of every module; 12, unless another member brings the pair.
-        target_rank: the average rank at the end.
+        initial_rank: r0 of every module (PEFT: `init_r`); 12, unless another member brings the
+            pair.
+        target_rank: the average rank at the end (PEFT: `target_r`).
         total_steps: T, the run's optimizer steps. A trainer knows it; otherwise pass it to
             `adapter.optimizer(…, total_steps=T)`.
-        start: t_i, the steps before pruning begins; 0.12·T by default. The paper sets it for each
-            task, on GLUE to 9 to 17 % of T.
-        finish: t_f, the steps after the ranks are fixed; 0.45·T by default. On GLUE the paper takes
-            37 to 58 % of T.
-        interval: ΔT, the steps between two prunings. The default depends on T: 1 below 5,000, 10
-            below 15,000, then 100.
+        start: t_i, the steps before pruning begins (PEFT: `tinit`); 0.12·T by default. The paper
+            sets it for each task, on GLUE to 9 to 17 % of T.
+        finish: t_f, the steps after the ranks are fixed (PEFT: `tfinal`); 0.45·T by default. On
+            GLUE the paper takes 37 to 58 % of T.
+        interval: ΔT, the steps between two prunings (PEFT: `deltaT`). The default depends on T: 1
+            below 5,000, 10 below 15,000, then 100.
         beta1, beta2: smoothing of the sensitivity and of its uncertainty.
-        orthogonality: γ, the weight of R.
+        orthogonality: γ, the weight of R (PEFT: `orth_reg_weight`).
 
     Raises:
         SettingError: a value is outside its range, or the schedule does not fit the run.
@@ -203,10 +204,10 @@ class AdaLoRA(Modifier):
     def default_pair(self) -> type[Parametrisation]:
         return Triplets
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        if rank_switch(parametrisation.slots) is None:
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        if rank_switch(pair_class.slots) is None:
             return (
-                f"{parametrisation.word} has no number for each rank to prune by; leave it out, "
+                f"{pair_class.word} has no trained factor for each rank to prune by; leave it out, "
                 "adalora brings P·Λ·Q"
             )
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakin.family.precision import wide_dtype
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.sharding import several_processes
 from lorakin.family.slots import rank_factors, rank_switch
@@ -39,14 +40,15 @@ class RankSchedule:
     orthogonality: float
     """γ, the weight of the regulariser."""
 
-    def budget(self, n: int, ranks: int, target: int) -> int:
-        """b(n): how many of `ranks` may keep their λ after step n; `target` of them stay."""
+    def budget(self, n: int, ranks: int, final: int) -> int:
+        """Returns b(n), how many of `ranks` may keep their λ after step n; `final` of them stay."""
         if n <= self.start:
             return ranks
         if n >= self.end:
-            return target
-        left, all_of_it = (self.end - n) ** 3, (self.end - self.start) ** 3
-        return target + (ranks - target) * left // all_of_it  # whole numbers: no rounding
+            return final
+        # In whole numbers, so that nothing is rounded.
+        remaining, whole = (self.end - n) ** 3, (self.end - self.start) ** 3
+        return final + (ranks - final) * remaining // whole
 
 
 class Matrix:
@@ -55,27 +57,28 @@ class Matrix:
     def __init__(self, module: AdaptedModule) -> None:
         self.module = module
         slots = module.method.parametrisation.slots
-        scales = rank_switch(slots)
-        assert scales is not None
-        self.scales = scales
-        self.sides = rank_factors(slots)
-        """P and Q, and the axis along which each holds its ranks."""
-        self.trained = tuple(slot for slot in (scales, *self.sides) if module.trains(slot))
+        switch = rank_switch(slots)
+        assert switch is not None
+        self.switch = switch
+        """The slot Λ, whose entries switch triplets off."""
+        self.factor_axes = rank_factors(slots)
+        """The slots P and Q, and the axis along which each holds its ranks."""
+        self.trained = tuple(slot for slot in (switch, *self.factor_axes) if module.trains(slot))
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """Λ and the trained ones of P and Q, by slot; nothing once all triplets are gone."""
+        """Returns Λ and the trained ones of P and Q by slot; nothing once all triplets are gone."""
         tensors = self.module.tensors()
         return {slot: tensors[slot] for slot in self.trained if tensors[slot].numel()}
 
     @property
     def axes(self) -> dict[str, int]:
         """Each of its tensors, and the axis along which that holds the triplets."""
-        return {self.scales: 0, **self.sides}
+        return {self.switch: 0, **self.factor_axes}
 
     @property
     def rank(self) -> int:
         """The number of triplets, pruned ones included until they are freed."""
-        return len(self.module.tensors()[self.scales])
+        return len(self.module.tensors()[self.switch])
 
 
 class Allocation(Rule):
@@ -86,183 +89,191 @@ class Allocation(Rule):
         shared: dict[int, Matrix] = {}
         for module in modules:
             matrix = Matrix(module)
-            shared.setdefault(id(module.tensors()[matrix.scales]), matrix)
-        self.matrices = [matrix for matrix in shared.values() if matrix.scales in matrix.trained]
+            shared.setdefault(id(module.tensors()[matrix.switch]), matrix)
+        self.matrices = [matrix for matrix in shared.values() if matrix.switch in matrix.trained]
         self.sensitivity: dict[str, Tensor] = {}
+        """Ī by "path.slot"."""
         self.uncertainty: dict[str, Tensor] = {}
-        self.pattern: list[Tensor] | None = None
+        """U by "path.slot"."""
+        self.kept: list[Tensor] | None = None
         """For each matrix, which triplets are kept (rank,); None before the first pruning."""
-        self.all = sum(matrix.rank for matrix in self.matrices)
-        self.target = min(self.all, len(self.matrices) * schedule.target_rank)
+        self.total_ranks = sum(matrix.rank for matrix in self.matrices)
+        self.final_ranks = min(self.total_ranks, len(self.matrices) * schedule.target_rank)
+        """b0, the triplets at first, and b_T, those that stay."""
         self.freed = False
         self.scores_were_equal = False
         """Whether the last scores were all equal, so that they decided nothing."""
 
     def budget(self, n: int) -> int:
-        """b(n): how many triplets may keep their λ after step n."""
-        return self.schedule.budget(n, self.all, self.target)
+        """Returns b(n), how many triplets may keep their λ after step n."""
+        return self.schedule.budget(n, self.total_ranks, self.final_ranks)
 
     @torch.no_grad()
     def before(self, n: int) -> None:
-        fixed = n > self.schedule.end and not self.freed
-        self.regularise(self.pattern if fixed else None)
+        # Pruned but not freed yet (with several processes): leave the pruned triplets out of R.
+        waiting = n > self.schedule.end and not self.freed
+        self.regularise(self.kept if waiting else None)
         if n <= self.schedule.end:
             self.update_scores()
 
-    def regularise(self, pattern: list[Tensor] | None = None) -> None:
-        """Add the exact gradient of γ·R: ∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count; likewise for Q.
+    def regularise(self, kept: list[Tensor] | None = None) -> None:
+        """Adds the exact gradient of γ·R: ∂P += γ · 2P(PᵀP − I)/‖PᵀP − I‖ / count; so for Q.
 
-        With a `pattern`, I has ones for the kept triplets only; all else of the others is zero.
+        With `kept`, I has ones for the kept triplets only; all else of the others is zero.
         """
-        kept = pattern or [torch.ones(matrix.rank, dtype=torch.bool) for matrix in self.matrices]
-        sides = [
-            (factor, k)
-            for matrix, k in zip(self.matrices, kept, strict=True)
-            if k.any()
+        kept = kept or [torch.ones(matrix.rank, dtype=torch.bool) for matrix in self.matrices]
+        factors = [
+            (factor, kept_here)
+            for matrix, kept_here in zip(self.matrices, kept, strict=True)
+            if kept_here.any()
             for slot, factor in matrix.factors().items()
-            if slot != matrix.scales
+            if slot != matrix.switch
         ]
-        reached = [(side, k) for side, k in sides if side.grad is not None]
+        reached = [(factor, kept_here) for factor, kept_here in factors if factor.grad is not None]
         if not reached:
             return
 
         # The Gram matrix over the ranks, which are the smaller dimension.
-        wide = [side.to(torch.promote_types(side.dtype, torch.float32)) for side, _ in reached]
-        excess = [side.T @ side if _is_tall(side) else side @ side.T for side in wide]
-        for gram, (_, k) in zip(excess, reached, strict=True):
-            gram.diagonal().sub_(k.to(gram))
+        wide = [factor.to(wide_dtype(factor.dtype)) for factor, _ in reached]
+        excess = [f.T @ f if _is_tall(f) else f @ f.T for f in wide]
+        for gram, (_, kept_here) in zip(excess, reached, strict=True):
+            gram.diagonal().sub_(kept_here.to(gram))
         sizes = [
             size.clamp(min=torch.finfo(size.dtype).tiny) for size in torch._foreach_norm(excess)
         ]
-        torch._foreach_mul_(excess, 2 * self.schedule.orthogonality / len(sides))
+        torch._foreach_mul_(excess, 2 * self.schedule.orthogonality / len(factors))
 
-        for (parameter, _), side, gram, size in zip(reached, wide, excess, sizes, strict=True):
+        for (parameter, _), factor, gram, size in zip(reached, wide, excess, sizes, strict=True):
             gram.div_(size)
-            left, right = (side, gram) if _is_tall(side) else (gram, side)
+            left, right = (factor, gram) if _is_tall(factor) else (gram, factor)
             grad = parameter.grad
             assert grad is not None
-            if grad.dtype == side.dtype:
+            if grad.dtype == factor.dtype:
                 grad.addmm_(left, right)
             else:
                 grad.add_(left @ right)
 
     def update_scores(self) -> None:
-        """Take |w · ∂w| of every tensor of the budget into Ī and U."""
-        seen = {
+        """Takes |w · ∂w| of every tensor of the budget into Ī and U."""
+        trained = {
             f"{matrix.module.path}.{slot}": (w.detach(), w.grad)
             for matrix in self.matrices
             for slot, w in matrix.factors().items()
             if w.grad is not None
         }
-        if not seen:
+        if not trained:
             return
-        sizes = torch._foreach_mul([w for w, _ in seen.values()], [g for _, g in seen.values()])
-        torch._foreach_abs_(sizes)
-        now = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in sizes]
+        products = torch._foreach_mul(
+            [w for w, _ in trained.values()], [grad for _, grad in trained.values()]
+        )
+        torch._foreach_abs_(products)
+        sizes = [product.to(wide_dtype(product.dtype)) for product in products]
 
         # The model may have moved to another device since the last step.
-        for key, each in zip(seen, now, strict=True):
-            for known in (self.sensitivity, self.uncertainty):
-                known[key] = known[key].to(each.device) if key in known else torch.zeros_like(each)
-        means = [self.sensitivity[key] for key in seen]
-        spreads = [self.uncertainty[key] for key in seen]
-        torch._foreach_lerp_(means, now, 1 - self.schedule.beta1)
-        torch._foreach_sub_(now, means)
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(spreads, now, 1 - self.schedule.beta2)
+        for key, size in zip(trained, sizes, strict=True):
+            for mean in (self.sensitivity, self.uncertainty):
+                mean[key] = mean[key].to(size.device) if key in mean else torch.zeros_like(size)
+        sensitivity = [self.sensitivity[key] for key in trained]
+        uncertainty = [self.uncertainty[key] for key in trained]
+        torch._foreach_lerp_(sensitivity, sizes, 1 - self.schedule.beta1)
+        deviations = sizes  # in the same memory
+        torch._foreach_sub_(deviations, sensitivity)
+        torch._foreach_abs_(deviations)
+        torch._foreach_lerp_(uncertainty, deviations, 1 - self.schedule.beta2)
 
     def _scores(self, matrix: Matrix) -> Tensor:
-        """S of every triplet of one matrix, (rank,)."""
+        """Returns S of every triplet of one matrix, (rank,)."""
         total = torch.zeros(matrix.rank)
         for slot in matrix.factors():
             if (key := f"{matrix.module.path}.{slot}") in self.sensitivity:
                 score = self.sensitivity[key] * self.uncertainty[key]
-                if slot == matrix.scales:
+                if slot == matrix.switch:
                     total = total + score.flatten().cpu()
                 else:
-                    total = total + score.mean(1 - matrix.sides[slot]).cpu()
+                    total = total + score.mean(1 - matrix.factor_axes[slot]).cpu()
         return total
 
     @torch.no_grad()
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         end = self.schedule.end
-        due = n == end or (n < end and n % self.schedule.interval == 0)
-        if n > self.schedule.start and due:
+        is_due = n == end or (n < end and n % self.schedule.interval == 0)
+        if n > self.schedule.start and is_due:
             self._switch_off(self._best(self.budget(n)), for_good=n == end)
-        elif self.pattern is not None and not self.freed and n > end:
-            self._switch_off(self.pattern, for_good=True)
+        elif self.kept is not None and not self.freed and n > end:
+            self._switch_off(self.kept, for_good=True)
 
-        # What averages gradients between processes has sized its buffers for the whole run.
+        # DDP sized its buckets for the whole run, so ranks are freed only at its end.
         if n == (self.schedule.total_steps if several_processes() else end):
             self._free(optimizer)
 
     def _best(self, count: int) -> list[Tensor]:
-        """For each matrix, which of its triplets are among the `count` best of all."""
+        """Returns for each matrix which of its triplets are among the `count` best of all."""
         scores = torch.cat([self._scores(matrix) for matrix in self.matrices])
         self.scores_were_equal = bool((scores == scores[0]).all())
         best = torch.sort(scores, descending=True, stable=True).indices[:count]
         kept = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
         return list(torch.split(kept, [matrix.rank for matrix in self.matrices]))
 
-    def _switch_off(self, pattern: list[Tensor], for_good: bool) -> None:
-        """Zero the λ of the pruned triplets; `for_good` also what P and Q hold of them."""
-        for matrix, kept in zip(self.matrices, pattern, strict=True):
+    def _switch_off(self, kept: list[Tensor], for_good: bool) -> None:
+        """Zeroes the λ of the pruned triplets; `for_good` also their part of P and Q."""
+        for matrix, kept_here in zip(self.matrices, kept, strict=True):
             tensors = matrix.module.tensors()
-            for slot, axis in (matrix.axes if for_good else {matrix.scales: 0}).items():
+            for slot, axis in (matrix.axes if for_good else {matrix.switch: 0}).items():
                 tensor = tensors[slot]
                 along = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
-                tensor.mul_(kept.to(tensor).view(along))
-        self.pattern = pattern
+                tensor.mul_(kept_here.to(tensor).view(along))
+        self.kept = kept
 
     def _free(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the pruned triplets out of parameters, gradients and optimizer state."""
-        assert self.pattern is not None
-        self.freed = all(matrix.sides for matrix in self.matrices)
-        for matrix, kept in zip(self.matrices, self.pattern, strict=True):
+        """Takes the pruned triplets out of parameters, gradients and optimizer state."""
+        assert self.kept is not None
+        self.freed = all(matrix.factor_axes for matrix in self.matrices)
+        for matrix, kept in zip(self.matrices, self.kept, strict=True):
             tensors = matrix.module.tensors()
-            for slot, axis in matrix.axes.items() if matrix.sides else ():
+            for slot, axis in matrix.axes.items() if matrix.factor_axes else ():
                 shrink_in_place(tensors[slot], kept.nonzero().flatten(), axis, optimizer)
         self.sensitivity, self.uncertainty = {}, {}  # no step after this one scores
 
     def state(self) -> dict[str, Any]:
-        kept = zip(self.matrices, self.pattern or (), strict=False)
+        kept = zip(self.matrices, self.kept or (), strict=False)
         return {
             "sensitivity": self.sensitivity,
             "uncertainty": self.uncertainty,
             "pattern": {matrix.module.path: k for matrix, k in kept},
-            "all": self.all,
+            "all": self.total_ranks,
             "freed": self.freed,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.all, self.freed = int(state["all"]), bool(state["freed"])
-        self.target = min(self.all, len(self.matrices) * self.schedule.target_rank)
-        devices = {m.module.path: m.module.tensors()[m.scales].device for m in self.matrices}
-        for known in ("sensitivity", "uncertainty"):  # by "path.slot"
+        self.total_ranks, self.freed = int(state["all"]), bool(state["freed"])
+        self.final_ranks = min(self.total_ranks, len(self.matrices) * self.schedule.target_rank)
+        devices = {m.module.path: m.module.tensors()[m.switch].device for m in self.matrices}
+        for name in ("sensitivity", "uncertainty"):  # by "path.slot"
             moved = {
                 key: tensor.to(devices[key.rpartition(".")[0]], copy=True)
-                for key, tensor in state[known].items()
+                for key, tensor in state[name].items()
             }
-            setattr(self, known, moved)
+            setattr(self, name, moved)
 
-        pattern = state["pattern"]
-        self.pattern = [pattern[m.module.path].bool() for m in self.matrices] if pattern else None
+        kept = state["pattern"]
+        self.kept = [kept[m.module.path].bool() for m in self.matrices] if kept else None
 
     def took_all_ranks(self, module: AdaptedModule) -> bool:
-        scales = module.tensors()[Matrix(module).scales]
-        patterns = zip(self.matrices, self.pattern or (), strict=False)
+        switch = module.tensors()[Matrix(module).switch]
+        kept = zip(self.matrices, self.kept or (), strict=False)
         return any(
-            m.module.tensors()[m.scales] is scales and not kept.any() for m, kept in patterns
+            matrix.module.tensors()[matrix.switch] is switch and not kept_here.any()
+            for matrix, kept_here in kept
         )
 
     def unfinished(self, n: int) -> str | None:
-        if self.all == self.target:
+        if self.total_ranks == self.final_ranks:
             return None
         if n < self.schedule.end:
             return (
                 f"adalora has not reached its final ranks: this is step {n} of "
                 f"{self.schedule.total_steps}, and ranks are fixed after step {self.schedule.end}; "
-                f"until then it keeps {self.all} ranks, for {self.target} at the end"
+                f"until then it keeps {self.total_ranks} ranks, for {self.final_ranks} at the end"
             )
         if self.scores_were_equal:
             return (
@@ -272,15 +283,15 @@ class Allocation(Rule):
         return None
 
 
-def _is_tall(side: Tensor) -> bool:
-    """Whether a factor has at least as many rows as columns: P, rather than Q."""
-    return side.shape[0] >= side.shape[1]
+def _is_tall(factor: Tensor) -> bool:
+    """Returns whether a factor has at least as many rows as columns: P, rather than Q."""
+    return factor.shape[0] >= factor.shape[1]
 
 
 def shrink_in_place(
     parameter: nn.Parameter, kept: Tensor, axis: int, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Shrink a parameter along `axis`, in place, with its gradient and optimizer state.
+    """Shrinks a parameter along `axis`, in place, with its gradient and optimizer state.
 
     The parameter stays the same object. If its optimizer state has another shape than the
     parameter, the state is dropped, and the optimizer starts it again.

@@ -45,7 +45,8 @@ from lorakin.family.weight import FrozenWeight
 if TYPE_CHECKING:
     from lorakin.family.method import Method
 
-ANCHOR_UP, ANCHOR_DOWN = "up_K", "down_K"
+K_UP, K_DOWN = "up_K", "down_K"
+"""The slots of the anchor, the pair after step K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ class DeltaLoRA(Modifier):
     )
     decides: ClassVar[Mapping[str, str]] = {"base": "the base weight moves with the product"}
     slots: ClassVar[Slots] = {
-        ANCHOR_UP: Slot(("outputs", "rank"), trained=False),
-        ANCHOR_DOWN: Slot(("rank", "inputs"), trained=False),
+        K_UP: Slot(("outputs", "rank"), trained=False),
+        K_DOWN: Slot(("rank", "inputs"), trained=False),
     }
     pair_defaults: ClassVar[Mapping[str, Any]] = {"rank": 8, "alpha": 16.0}
     test_settings: ClassVar[Mapping[str, Any]] = {"start_step": 4}
@@ -93,7 +94,7 @@ class DeltaLoRA(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._refuse_dropout(self.dropout)
+        self._check_dropout(self.dropout)
         to_number(self, "lam", lambda lam: 0 < lam < float("inf"), "a positive number")
         to_whole_number(self, "start_step", at_least=0)
         one_of(self, "update", ("telescoped", "in_place"))
@@ -120,11 +121,11 @@ class DeltaLoRA(Modifier):
         )
         return self
 
-    def check_pair(self, parametrisation: Parametrisation) -> None:
-        self._refuse_dropout(parametrisation.dropout)
+    def check_pair(self, pair: Parametrisation) -> None:
+        self._check_dropout(pair.dropout)
 
     @staticmethod
-    def _refuse_dropout(dropout: float | None) -> None:
+    def _check_dropout(dropout: float | None) -> None:
         require(
             not dropout,
             f"delta-lora takes no dropout, but dropout={dropout}: part of the change is in the "
@@ -140,35 +141,36 @@ class DeltaLoRA(Modifier):
         if self.start_step or self.update == "in_place":
             return tensors
         return {
-            path: there | self._anchor_at_start(path, there, modules[path].shape, methods[path])
-            for path, there in tensors.items()
+            path: of_module
+            | self._anchor_at_start(path, of_module, modules[path].shape, methods[path])
+            for path, of_module in tensors.items()
         }
 
     @staticmethod
     def _anchor_at_start(path: str, tensors: Tensors, shape: Shape, method: Method) -> Tensors:
-        """The anchor at K = 0: empty if the pair starts at zero, else the pair's copy."""
+        """Returns the anchor at K = 0: empty if the pair starts at zero, else the pair's copy."""
         slots = method.slots_at(path, shape)
         if any(slot.starts_at_zero for slot in slots.values()):
-            return {ANCHOR_UP: next(iter(tensors.values())).new_zeros(0)}
+            return {K_UP: next(iter(tensors.values())).new_zeros(0)}
         pair = method.parametrisation.change(widened(tensors)).pair(shape)
         trains_down = any(s.trained and s.shape == ("rank", "inputs") for s in slots.values())
-        anchor = {ANCHOR_UP: pair.up.clone()}
-        return anchor | ({ANCHOR_DOWN: pair.down.clone()} if trains_down else {})
+        anchor = {K_UP: pair.up.clone()}
+        return anchor | ({K_DOWN: pair.down.clone()} if trains_down else {})
 
     def amend_pair(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Pair:
-        if ANCHOR_UP not in tensors:
+        if K_UP not in tensors:
             return pair
 
         # The values are (1+λ)·P_n; the gradient is that of P_n, since W_n is a constant.
-        up, down, grown = pair.up, pair.down, 1 + self.lam
-        slowed = Pair(_gradient_over(up, grown), _gradient_over(down, grown))
-        if not tensors[ANCHOR_UP].numel():
-            return pair._replace(up=slowed.up, down=grown * slowed.down)
-        if ANCHOR_DOWN not in tensors:  # down never trains, so one pair holds both terms
-            return pair._replace(up=grown * slowed.up - self.lam * tensors[ANCHOR_UP])
+        factor = 1 + self.lam
+        up, down = _gradient_over(pair.up, factor), _gradient_over(pair.down, factor)
+        if not tensors[K_UP].numel():
+            return pair._replace(up=up, down=factor * down)
+        if K_DOWN not in tensors:  # down never trains, so one pair holds both terms
+            return pair._replace(up=factor * up - self.lam * tensors[K_UP])
         return pair._replace(
-            up=torch.cat([slowed.up, tensors[ANCHOR_UP]], 1),
-            down=torch.cat([grown * slowed.down, -self.lam * tensors[ANCHOR_DOWN]], 0),
+            up=torch.cat([up, tensors[K_UP]], 1),
+            down=torch.cat([factor * down, -self.lam * tensors[K_DOWN]], 0),
         )
 
     def rule(self, modules: Sequence[AdaptedModule]) -> Rule:
@@ -186,16 +188,16 @@ class Anchoring(Rule):
             return
         anchors: dict[tuple[int, ...], Tensors] = {}
         for module in self.modules:
-            if ANCHOR_UP in module.tensors():
+            if K_UP in module.tensors():
                 continue
             # Modules that share their pair share its anchor.
             pair = tuple(map(id, module.tensors().values()))
-            for slot, tensor in anchors.setdefault(pair, anchor_of(module)).items():
+            for slot, tensor in anchors.setdefault(pair, _anchor_of(module)).items():
                 module.put(slot, tensor)
 
     def unfinished(self, n: int) -> str | None:
-        began = any(ANCHOR_UP in module.tensors() for module in self.modules)
-        if n > self.member.start_step or began:
+        has_begun = any(K_UP in module.tensors() for module in self.modules)
+        if n > self.member.start_step or has_begun:
             return None
         return (
             f"delta-lora never began: training stopped after {n} optimizer steps, but "
@@ -215,20 +217,21 @@ class InPlace(Anchoring):
         self.last: dict[str, Tensor] = {}
         """P_{n−1} by path."""
         _check_movable([module.weight for module in modules])
-        self.restore({})  # an earlier run may have left anchors on the modules
+        self._take_over_anchors()  # that an earlier run may have left on the modules
         if not member.start_step:
             self._begin()
 
     def _begin(self) -> None:
+        """Makes the pair the anchor of every module that has none."""
         for module in self.modules:
             if module.path not in self.anchors:
-                self.anchors[module.path] = anchor_of(module, whole=True)
-                self.last[module.path] = product_of(module)
+                self.anchors[module.path] = _anchor_of(module, whole=True)
+                self.last[module.path] = _product_of(module)
 
     def after(self, n: int, optimizer: torch.optim.Optimizer) -> None:
         for module in self.modules:
             if module.path in self.anchors:
-                product = product_of(module)
+                product = _product_of(module)
                 moved = product - self.last[module.path].to(product.device)
                 module.move_base(self.member.lam * moved)
                 self.last[module.path] = product
@@ -239,19 +242,22 @@ class InPlace(Anchoring):
         return self.anchors.get(path, {})
 
     def end(self) -> None:
-        """Return to the telescoped form: anchors on the modules, and the base's own weight."""
+        """Returns to the telescoped form: anchors on the modules, and the base weight unmoved."""
         for module in self.modules:
             for slot, tensor in self.anchors.pop(module.path, {}).items():
                 module.put(slot, tensor)
             module.restore_base()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the anchors off the modules, and move the base as they say."""
+        self._take_over_anchors()
+
+    def _take_over_anchors(self) -> None:
+        """Takes the anchors off the modules, and moves the base by what was trained since."""
         for module in self.modules:
-            if ANCHOR_UP in module.tensors():
-                anchor = {slot: module.take(slot) for slot in (ANCHOR_UP, ANCHOR_DOWN)}
-                product = product_of(module)
-                moved = product - anchor[ANCHOR_UP] @ anchor[ANCHOR_DOWN]
+            if K_UP in module.tensors():
+                anchor = {slot: module.take(slot) for slot in (K_UP, K_DOWN)}
+                product = _product_of(module)
+                moved = product - anchor[K_UP] @ anchor[K_DOWN]
                 module.move_base(self.member.lam * moved)
                 self.anchors[module.path], self.last[module.path] = anchor, product
 
@@ -260,7 +266,11 @@ class InPlace(Anchoring):
 
 
 def _check_movable(weights: Sequence[Tensor | FrozenWeight]) -> None:
-    """Refuse weights that cannot be moved in place, and warn of those that lose small steps."""
+    """Checks that weights can be moved in place, and warns of those that lose small steps.
+
+    Raises:
+        SettingError: a weight is quantised.
+    """
     exact = "update='telescoped' is exact"
     for weight in weights:
         if not isinstance(weight, Tensor):
@@ -274,30 +284,30 @@ def _check_movable(weights: Sequence[Tensor | FrozenWeight]) -> None:
         )
 
 
-def anchor_of(module: AdaptedModule, whole: bool = False) -> Tensors:
-    """A copy of the module's pair; without `down` if that never trains, unless `whole`."""
+def _anchor_of(module: AdaptedModule, whole: bool = False) -> Tensors:
+    """Returns a copy of the module's pair; without `down` if that never trains, unless `whole`."""
     with torch.enable_grad():  # so that `down` says whether it trains
-        pair = pair_of(module)
-    anchor = {ANCHOR_UP: pair.up.detach().clone()}
+        pair = _pair_of(module)
+    anchor = {K_UP: pair.up.detach().clone()}
     if whole or pair.down.requires_grad:
-        anchor[ANCHOR_DOWN] = pair.down.detach().clone()
+        anchor[K_DOWN] = pair.down.detach().clone()
     return anchor
 
 
 @torch.no_grad()
-def product_of(module: AdaptedModule) -> Tensor:
-    """P = up·down of the module, (out, in), in the dtype of its pair."""
-    pair = pair_of(module)
+def _product_of(module: AdaptedModule) -> Tensor:
+    """Returns P = up·down of the module, (out, in), in the dtype of its pair."""
+    pair = _pair_of(module)
     return pair.up @ pair.down
 
 
-def pair_of(module: AdaptedModule) -> Pair:
-    """The module's pair before the base's part is added, in float32 at least."""
+def _pair_of(module: AdaptedModule) -> Pair:
+    """Returns the module's pair before the base's part is added, in float32 at least."""
     change = module.method.parametrisation.change(widened(module.tensors()))
     return change.pair(module.shape)
 
 
 def _gradient_over(tensor: Tensor, divisor: float) -> Tensor:
-    """The same values to the bit, with the gradient divided by `divisor`."""
+    """Returns the same values to the bit, with the gradient divided by `divisor`."""
     constant = tensor.detach()
     return constant + (tensor - constant) / divisor

@@ -7,8 +7,8 @@ Forward:  V = W0 + up·down,  n_j = ‖V_j‖ (row j),  g = m / n
               y = W0 x + (g − 1) ⊙ (W0 x̃) + g ⊙ up(down x̃) + b       without dropout: g ⊙ (V x) + b
 
           Dropout acts on both terms that the adapter adds, the gain's over W0 and the pair's.
-Shapes:   m, n, g (out): one number per *output*, as in the authors' code
-Trains:   what the pair trains, and m: `out` more numbers, which never decay
+Shapes:   m, n, g (out): one entry per *output*, as in the authors' code
+Trains:   what the pair trains, and m: `out` more parameters, which never decay
 Start:    m = n, computed by the same function, so g is exactly 1. A row of length zero has gain 1
           for good; nothing is divided by it.
 Gradient: n is a constant: ∂up = (g ⊙ G) downᵀ, ∂down = upᵀ (g ⊙ G), ∂m_j = ⟨G_j, V_j⟩ / n_j, with
@@ -32,6 +32,7 @@ from torch import Tensor
 from lorakin.family.measure import WEIGHT, UnadaptedModule
 from lorakin.family.member import Modifier
 from lorakin.family.pair import Pair, Tensors
+from lorakin.family.precision import wide_dtype
 from lorakin.family.rule import AdaptedModule
 from lorakin.family.sharding import is_sharded
 from lorakin.family.slots import Slot, Slots
@@ -75,13 +76,13 @@ class DoRA(Modifier):
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        begun = {}
-        for path, there in tensors.items():
+        amended = {}
+        for path, of_module in tensors.items():
             shape, weight, _ = modules[path]
-            here = {slot: t.to(weight.device) for slot, t in there.items()}
-            pair = methods[path].low_rank(here, shape)
-            begun[path] = {**there, "m": row_norms(weight, pair.up, pair.down)}
-        return begun
+            on_device = {slot: t.to(weight.device) for slot, t in of_module.items()}
+            pair = methods[path].low_rank(on_device, shape)
+            amended[path] = {**of_module, "m": row_norms(weight, pair.up, pair.down)}
+        return amended
 
     def gain(
         self, pair: Pair, tensors: Mapping[str, Tensor], weight: Tensor | FrozenWeight
@@ -90,19 +91,19 @@ class DoRA(Modifier):
         return torch.where(n > 0, m / torch.where(n > 0, n, 1), 1)
 
     def unmoved(self, modules: Sequence[AdaptedModule]) -> str | None:
-        still = [module.path for module in modules if _is_at_start(module)]
-        if not still:
+        at_start = [module.path for module in modules if _is_at_start(module)]
+        if not at_start:
             return None
         return (
-            f"the magnitudes of {len(still)} of {len(modules)} modules ({still[0]}, …) still equal "
-            "the base's row norms exactly: training never reached them"
+            f"the magnitudes of {len(at_start)} of {len(modules)} modules ({at_start[0]}, …) still "
+            "equal the base's row norms exactly: training never reached them"
         )
 
 
 def _is_at_start(module: AdaptedModule) -> bool:
-    """Whether the magnitudes still equal the base's row norms."""
+    """Returns whether the magnitudes still equal the base's row norms."""
     m, weight = module.tensors()["m"], module.weight
-    if is_sharded(weight):  # this process knows some of its rows
+    if is_sharded(weight):  # this process only knows some of its rows
         return False
     nothing = m.new_zeros(weight.shape[0], 1), m.new_zeros(1, weight.shape[1])
     return not m.is_meta and torch.equal(m, row_norms(weight, *nothing).to(m))
@@ -110,7 +111,7 @@ def _is_at_start(module: AdaptedModule) -> bool:
 
 @torch.no_grad()
 def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor:
-    """‖w_j + up_j·down‖ of every row j, (out,), as a constant.
+    """Returns ‖w_j + up_j·down‖ of every row j, (out,), as a constant.
 
     Args:
         weight: (out, in), any floating dtype. A `FrozenWeight`, which training keeps, remembers
@@ -121,29 +122,30 @@ def row_norms(weight: Tensor | FrozenWeight, up: Tensor, down: Tensor) -> Tensor
     Returns:
         The norms, in the widest dtype of weight and pair, at least float32.
     """
-    kept = FrozenWeight(weight) if isinstance(weight, Tensor) else weight
-    wide = torch.promote_types(torch.promote_types(up.dtype, kept.dtype), torch.float32)
-    if kept.device.type == "meta":
-        return torch.empty(kept.shape[0], dtype=wide, device=kept.device)
-    up, down = up.to(wide), down.to(wide)
-    with torch.autocast(kept.device.type, enabled=False):
+    matrix = FrozenWeight(weight) if isinstance(weight, Tensor) else weight
+    dtype = wide_dtype(torch.promote_types(up.dtype, matrix.dtype))
+    if matrix.device.type == "meta":
+        return torch.empty(matrix.shape[0], dtype=dtype, device=matrix.device)
+    up, down = up.to(dtype), down.to(dtype)
+    with torch.autocast(matrix.device.type, enabled=False):
         # A compiler fuses the sum into the norm; a choice by values would break its graph.
         if torch.compiler.is_compiling():
-            formed: Tensor = torch.linalg.vector_norm(kept.matrix + up @ down, dim=1)
+            formed: Tensor = torch.linalg.vector_norm(matrix.matrix + up @ down, dim=1)
             return formed
 
-        own = kept.squares
+        base_squares = matrix.squares
         if isinstance(weight, Tensor):
-            met = torch.cat([rows.to(wide) @ down.T for rows in kept.blocks()])
+            cross = torch.cat([rows.to(dtype) @ down.T for rows in matrix.blocks()])
         else:
-            met = kept.product(down)
-        square = own + (torch.addmm(met.to(wide), up, down @ down.T, beta=2) * up).sum(1)
-        norms = square.clamp(min=0).sqrt()
+            cross = matrix.product(down)
+        added = (torch.addmm(cross.to(dtype), up, down @ down.T, beta=2) * up).sum(1)
+        squares = base_squares + added
+        norms = squares.clamp(min=0).sqrt()
 
-        # The formula is inaccurate for a row that changes by about its own length.
-        lost = max(CANCELLED, 16 * torch.finfo(met.dtype).eps)
-        if (cancelled := square < 2 * lost * own).any():
+        # The formula is inaccurate where the pair nearly cancels the row.
+        least_share = max(CANCELLED, 16 * torch.finfo(cross.dtype).eps)
+        if (cancelled := squares < 2 * least_share * base_squares).any():
             norms[cancelled] = torch.linalg.vector_norm(
-                kept.rows(cancelled).to(wide) + up[cancelled] @ down, dim=1
+                matrix.rows(cancelled).to(dtype) + up[cancelled] @ down, dim=1
             )
         return norms

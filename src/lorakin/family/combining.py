@@ -52,6 +52,7 @@ KINDS = {
     "dare_ties": Kind("chance", True),
 }
 OPERANDS = ("change", "factors")
+"""What is combined: the product of each pair, or A and B separately."""
 PEFT_WORDS = {
     "cat": 'how="sum"',
     "linear": 'how="sum", on="factors"',
@@ -71,7 +72,8 @@ class Combination:
     tensor([[1.5000, 3.0000]])
 
     Args:
-        how: `sum`, `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`, see above.
+        how: `sum`, `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`; the module's docstring
+            has their formulas.
         on: `change`, the product of each pair; or `factors`, A and B separately, as PEFT's words
             without `_svd` do.
         density: the share of entries to keep, in (0, 1]; needed by all but the sum.
@@ -124,13 +126,13 @@ class Combination:
         return self.how == "sum" or self.on == "factors"
 
     def generator(self) -> torch.Generator:
-        """The generator from which DARE draws for all matrices in turn."""
+        """Returns the generator from which DARE draws for all matrices in turn."""
         return torch.Generator().manual_seed(self.seed or 0)
 
     def of_pairs(
         self, pairs: Sequence[Pair], weights: Sequence[float], generator: torch.Generator
     ) -> Tensor:
-        """The combined change (outputs, inputs) of pairs without gains, of any ranks."""
+        """Returns the combined change (outputs, inputs) of pairs without gains, of any ranks."""
         shape = len(pairs[0].up), pairs[0].down.shape[1]
         return self.of_rows(
             [_product(pair) for pair in pairs], weights, shape, pairs[0].up, generator
@@ -143,9 +145,10 @@ class Combination:
         weights: Sequence[float],
         generator: torch.Generator,
     ) -> Pair:
-        """A and B combined separately.
+        """Returns A and B combined separately.
 
-        Each factor takes the root of |weight · scale|; A takes its sign.
+        As in PEFT, each factor takes the root of |weight · scale|, and A its sign, so that the
+        product of a pair takes weight · scale.
 
         Args:
             pairs: the factors before their scale, all of one rank.
@@ -162,7 +165,7 @@ class Combination:
     def of_matrices(
         self, matrices: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
     ) -> Tensor:
-        """The combination of matrices of one shape."""
+        """Returns the combination of matrices of one shape."""
         one = matrices[0]
         return self.of_rows(
             [matrix.__getitem__ for matrix in matrices],
@@ -180,7 +183,7 @@ class Combination:
         like: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The combination of matrices that are formed some rows at a time.
+        """Returns the combination of matrices that are formed some rows at a time.
 
         Only the result, one mask per matrix and, while masks are made, one matrix are whole.
         """
@@ -217,7 +220,7 @@ class Combination:
         like: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Which entries of a matrix are kept, (outputs, inputs), as booleans.
+        """Returns which entries of a matrix are kept, (outputs, inputs), as booleans.
 
         Entries that equal the smallest one kept are kept too.
         """
@@ -238,14 +241,14 @@ class Combination:
 
 
 def _product(pair: Pair) -> RowReader:
-    """The rows of a pair's up·down."""
+    """Returns a reader of the rows of a pair's up·down."""
     return lambda span: pair.up[span] @ pair.down
 
 
 def _unknown(how: object) -> str:
-    """The message for an unknown `how`."""
+    """Returns the message for an unknown `how`."""
     if isinstance(how, str) and how in PEFT_WORDS:
         return f"how={how!r} is PEFT's word; here it is {PEFT_WORDS[how]}"
     near = difflib.get_close_matches(str(how).lower(), KINDS, n=1)
-    meant = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown how={how!r}{meant}; there are: {', '.join(KINDS)}"
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown how={how!r}{guess}; there are: {', '.join(KINDS)}"

@@ -87,30 +87,30 @@ class EVA(Start):
         to_number(self, "tau", lambda tau: 0 <= tau <= 1, "a number in [0, 1]")
         require(isinstance(self.whiten, bool), f"whiten must be True or False, not {self.whiten!r}")
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        if inner_factor(parametrisation.slots) is None:
-            return f"{parametrisation.word} has no factor of its own on the inputs' side"
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        if _inner_factor(pair_class.slots) is None:
+            return f"{pair_class.word} has no factor of its own on the inputs' side"
         return None
 
     def collector(
         self, modules: Mapping[str, UnadaptedModule], methods: Mapping[str, Method]
-    ) -> Directions:
-        shares = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
-        moves = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
-        most = {
-            path: min(round(rank * self.rho) if moves else rank, *modules[path].shape[:2])
-            for path, rank in shares.items()
+    ) -> DirectionCollector:
+        asked = {p: m.parametrisation.rank for p, m in methods.items()}  # type: ignore[attr-defined]
+        may_move = all("rank" in m.parametrisation.settings_of_modules() for m in methods.values())
+        largest = {
+            path: min(round(rank * self.rho) if may_move else rank, *modules[path].shape[:2])
+            for path, rank in asked.items()
         }
-        return Directions(shares, most, self.tau)
+        return DirectionCollector(asked, largest, self.tau)
 
     def settings_found(
-        self, found: Mapping[str, Any], methods: Mapping[str, Method]
+        self, results: Mapping[str, Any], methods: Mapping[str, Method]
     ) -> dict[str, Mapping[str, Any] | None]:
         settings: dict[str, Mapping[str, Any] | None] = {}
         for path, method in methods.items():
-            rank, before = found[path].rank, method.parametrisation.rank  # type: ignore[attr-defined]
-            if rank != before:
-                alpha = method.setting("alpha") * rank / before
+            rank, asked = results[path].rank, method.parametrisation.rank  # type: ignore[attr-defined]
+            if rank != asked:
+                alpha = method.setting("alpha") * rank / asked
                 settings[path] = {"rank": rank, "alpha": alpha} if rank else None
         return settings
 
@@ -120,30 +120,31 @@ class EVA(Start):
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        begun = {}
-        for path, there in tensors.items():
-            name, seen = inner_factor(methods[path].parametrisation.slots), modules[path].measured
-            assert name is not None
-            begun[path] = there
-            if seen is not None:
-                rows = whitened(seen) if self.whiten else seen.V
-                begun[path] = {**there, name: rows.to(there[name]).contiguous()}
-        return begun
+        amended = dict(tensors)
+        for path, of_module in tensors.items():
+            slot = _inner_factor(methods[path].parametrisation.slots)
+            directions: PrincipalDirections | None = modules[path].measured
+            assert slot is not None
+            if directions is not None:
+                rows = _whitened(directions) if self.whiten else directions.V
+                amended[path] = {**of_module, slot: rows.to(of_module[slot]).contiguous()}
+        return amended
 
 
-def whitened(found: Found) -> Tensor:
-    """V / √σ; directions along which nothing varies stay as they are."""
-    varies = found.sigma > NOTHING * found.sigma.max()
-    return found.V / torch.where(varies, found.sigma, 1.0).sqrt().unsqueeze(1)
+def _whitened(directions: PrincipalDirections) -> Tensor:
+    """Returns V / √σ; directions along which nothing varies stay as they are."""
+    sigma = directions.sigma
+    varies = sigma > NOTHING * sigma.max()
+    return directions.V / torch.where(varies, sigma, 1.0).sqrt().unsqueeze(1)
 
 
-def inner_factor(slots: Slots) -> str | None:
-    """The trained slot that multiplies the inputs: A, or AdaLoRA's Q; None if it is shared."""
+def _inner_factor(slots: Slots) -> str | None:
+    """Returns the trained slot that multiplies the inputs: A, or AdaLoRA's Q; None if shared."""
     inner = (n for n, s in slots.items() if s.shape == ("rank", "inputs") and not s.shared)
     return next((name for name in inner if slots[name].trained), None)
 
 
-class Found(NamedTuple):
+class PrincipalDirections(NamedTuple):
     """What one module gets: its rank, σ (rank,) and V (rank, inputs)."""
 
     rank: int
@@ -156,13 +157,18 @@ class IncrementalSVD:
 
     def __init__(self, components: int) -> None:
         self.k = components
-        self.seen, self.total, self.mean = 0, 0.0, torch.zeros(0)
+        self.count = 0
+        """M, the rows taken in so far."""
+        self.total = 0.0
+        """T, the sum of all squares of the centred rows."""
+        self.mean = torch.zeros(0)
         self.V, self.sigma = torch.zeros(0, 0), torch.zeros(0)
-        self.still = torch.zeros(components, dtype=torch.bool)
+        self.is_still = torch.zeros(components, dtype=torch.bool)
+        """Which rows of V the last update did not move, (k,)."""
         self.waiting = torch.zeros(0, 0, dtype=torch.float64)
 
     def update(self, rows: Tensor, tau: float) -> None:
-        """Take in rows (n, inputs); they wait until there are at least k of them."""
+        """Takes in rows (n, inputs); they wait until there are at least k of them."""
         rows = rows.double()
         if len(self.waiting):
             rows = torch.cat([self.waiting.to(rows.device), rows])
@@ -175,22 +181,22 @@ class IncrementalSVD:
         mean, before = rows.mean(0), self.V
         centred = rows - mean
         self.total += float(centred.square().sum())
-        if self.seen:
-            step = (self.seen * n / (self.seen + n)) ** 0.5 * (self.mean - mean)
+        if self.count:
+            step = (self.count * n / (self.count + n)) ** 0.5 * (self.mean - mean)
             self.total += float(step.square().sum())
             centred = torch.cat([self.sigma.unsqueeze(1) * before, centred, step.unsqueeze(0)])
-            mean = (self.seen * self.mean + n * mean) / (self.seen + n)
+            mean = (self.count * self.mean + n * mean) / (self.count + n)
 
         sigma, V = leading_rows(centred, self.k)
-        self.seen, self.mean, self.sigma, self.V = self.seen + n, mean, sigma, V
+        self.count, self.mean, self.sigma, self.V = self.count + n, mean, sigma, V
         if len(before):
-            alike = torch.nn.functional.cosine_similarity(before, V, dim=1) >= tau
-            nothing = sigma <= NOTHING * sigma[0]  # the inputs do not vary in these directions
-            self.still = (alike | nothing).cpu()
+            is_similar = torch.nn.functional.cosine_similarity(before, V, dim=1) >= tau
+            varies = sigma > NOTHING * sigma[0]
+            self.is_still = (is_similar | ~varies).cpu()
 
-    def at(self, rank: int) -> Found:
-        """The directions for a module that gets this rank."""
-        return Found(rank, self.sigma[:rank], self.V[:rank])
+    def directions(self, rank: int) -> PrincipalDirections:
+        """Returns the directions for a module that gets this rank."""
+        return PrincipalDirections(rank, self.sigma[:rank], self.V[:rank])
 
     @property
     def ratios(self) -> Tensor:
@@ -198,50 +204,54 @@ class IncrementalSVD:
         return (self.sigma.square() / max(self.total, torch.finfo(torch.float64).tiny)).cpu()
 
 
-class Directions:
+class DirectionCollector:
     """Where the modules' inputs vary most, and the ranks that follow.
 
     Modules that get the same tensor, such as q, k and v, share one SVD.
     """
 
-    def __init__(self, shares: Mapping[str, int], most: Mapping[str, int], tau: float) -> None:
-        self.shares, self.most, self.tau = shares, most, tau
+    def __init__(self, asked: Mapping[str, int], largest: Mapping[str, int], tau: float) -> None:
+        self.asked, self.largest, self.tau = asked, largest, tau
         self.svds: dict[str, IncrementalSVD] = {}
         self.owners: dict[str, str] = {}
         """Path → the module whose SVD serves it."""
-        self.ranks = dict(most)
+        self.ranks = dict(largest)
         self.batches = 0
         self.last: tuple[Tensor, str] | None = None
+        """The inputs added last in the first batch, and the module whose SVD serves them."""
 
     def wants(self, path: str) -> bool:
-        """Whether a direction that the ranks need still moves."""
+        """Returns whether a direction that the ranks need still moves."""
         owner = self.owners.get(path)
         if owner is None:
             return True
-        needed = max(rank for at, rank in self.ranks.items() if self.owners.get(at) == owner)
-        return not bool(self.svds[owner].still[:needed].all())
+        needed = max(rank for other, rank in self.ranks.items() if self.owners.get(other) == owner)
+        return not bool(self.svds[owner].is_still[:needed].all())
 
-    def add(self, path: str, seen: Tensor) -> None:
-        """Take in the inputs of one call; the first batch shows which modules share an input."""
-        require(all_finite(seen), f"eva: the inputs of {path} hold NaN or infinity")
+    def add(self, path: str, measured: Tensor) -> None:
+        """Takes in the inputs of one call; the first batch shows which modules share an input."""
+        require(all_finite(measured), f"eva: the inputs of {path} hold NaN or infinity")
         if path not in self.owners:
-            self.owners[path] = self._owner(path, seen)
-            self.last = seen, self.owners[path]
+            self.owners[path] = self._owner(path, measured)
+            self.last = measured, self.owners[path]
         if self.owners[path] == path:
-            self.svds.setdefault(path, IncrementalSVD(self.most[path])).update(seen, self.tau)
+            self.svds.setdefault(path, IncrementalSVD(self.largest[path])).update(
+                measured, self.tau
+            )
 
-    def _owner(self, path: str, seen: Tensor) -> str:
-        """The module whose SVD serves this one: the last one, if it saw the same tensor."""
-        shares = self.last is not None and self.last[0] is seen
-        if shares and self.last is not None and self.most[self.last[1]] == self.most[path]:
-            return self.last[1]
+    def _owner(self, path: str, inputs: Tensor) -> str:
+        """Returns the module whose SVD serves this one: the last one, if it got the same tensor."""
+        if self.last is not None:
+            last_inputs, last_owner = self.last
+            if last_inputs is inputs and self.largest[last_owner] == self.largest[path]:
+                return last_owner
         return path
 
     def end_batch(self) -> bool:
-        """Shares the ranks out again; returns whether all directions they need stand still."""
+        """Distributes the ranks again; returns whether all directions they need stand still."""
         self.batches, self.last = self.batches + 1, None
-        if all(svd.seen for svd in self.svds.values()):
-            self.ranks = self._given_out()
+        if all(svd.count for svd in self.svds.values()):
+            self.ranks = self._ranks_by_share()
         moving = [path for path in self.owners if self.wants(path)]
         if moving and self.batches == MOST_BATCHES:
             warnings.warn(
@@ -252,17 +262,20 @@ class Directions:
             )
         return not moving or self.batches >= MOST_BATCHES
 
-    def _given_out(self) -> dict[str, int]:
-        """The Σ r ranks, given to the largest ξ of all modules."""
-        paths = [path for path in self.owners if path in self.shares]
-        ratios = [self.svds[self.owners[path]].ratios[: self.most[path]] for path in paths]
-        sizes = [len(each) for each in ratios]
+    def _ranks_by_share(self) -> dict[str, int]:
+        """Returns the ranks when the Σ r ranks go to the largest ξ of all modules."""
+        paths = [path for path in self.owners if path in self.asked]
+        ratios = [self.svds[self.owners[path]].ratios[: self.largest[path]] for path in paths]
+        sizes = [len(of_module) for of_module in ratios]
         best = torch.sort(torch.cat(ratios), descending=True, stable=True).indices
         kept = torch.zeros(sum(sizes), dtype=torch.bool)
-        kept[best[: sum(self.shares.values())]] = True
+        kept[best[: sum(self.asked.values())]] = True
         parts = torch.split(kept, sizes)
-        return {path: int(of.sum()) for path, of in zip(paths, parts, strict=True)}
+        return {path: int(part.sum()) for path, part in zip(paths, parts, strict=True)}
 
-    def results(self) -> dict[str, Found]:
-        """Path → its directions with σ, and the rank that it gets."""
-        return {path: self.svds[owner].at(self.ranks[path]) for path, owner in self.owners.items()}
+    def results(self) -> dict[str, PrincipalDirections]:
+        """Returns path → its directions with σ, and the rank that it gets."""
+        return {
+            path: self.svds[owner].directions(self.ranks[path])
+            for path, owner in self.owners.items()
+        }

@@ -3,7 +3,7 @@
 Paper:    "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3.
 Forward:  y = W0 x + b + s · B (A x̃)             x̃ = dropout(x) in train mode, else x
 Shapes:   W0 (out, in), A (r, in), B (out, r); s = alpha / r, or alpha / √r with `rslora`
-Trains:   A and B, r · (in + out) numbers
+Trains:   A and B, r · (in + out) parameters
 Start:    B = 0, so the model begins as the base. `init` says how A is drawn:
 
               kaiming       uniform on ±1/√in, variance 1/(3·in), as public code draws it
@@ -37,7 +37,7 @@ INITS = ("kaiming", "gaussian", "orthonormal")
 
 @dataclass(frozen=True)
 class LoRA(Parametrisation):
-    """Plain LoRA.
+    """Plain LoRA. PEFT's names for its settings stand in brackets.
 
     >>> import lorakin as lk
     >>> lk.LoRA(rank=8, alpha=16).scaling
@@ -46,11 +46,12 @@ class LoRA(Parametrisation):
     8.0
 
     Args:
-        rank: r, the columns of B; at least 1, at most the smaller side of every weight it adapts.
-        alpha: numerator of the scale, positive.
-        dropout: probability of zeroing an entry of the branch's input, in [0, 1).
-        rslora: scale by alpha/√rank instead of alpha/rank.
-        init: how A is drawn: `kaiming`, `gaussian` or `orthonormal`.
+        rank: r, the columns of B; at least 1, at most the smaller side of every weight it adapts
+            (`r`).
+        alpha: numerator of the scale, positive (`lora_alpha`).
+        dropout: probability of zeroing an entry of the branch's input, in [0, 1) (`lora_dropout`).
+        rslora: scale by alpha/√rank instead of alpha/rank (`use_rslora`).
+        init: how A is drawn: `kaiming`, `gaussian` or `orthonormal` (`init_lora_weights`).
 
     Raises:
         SettingError: a value is outside its range.
@@ -87,8 +88,8 @@ class LoRA(Parametrisation):
         """s, the factor in front of B·A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def check(self, shape: Shape, where: str) -> None:
-        check_rank(self.rank, shape, where)
+    def check(self, shape: Shape, path: str) -> None:
+        check_rank(self.rank, shape, path)
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         return {"rank": largest} if self.rank > largest else {}
@@ -114,12 +115,16 @@ class LoRA(Parametrisation):
         return LowRank(up=tensors["B"], down=tensors["A"], scale=self.scaling)
 
 
-def check_rank(rank: int, shape: Shape, where: str) -> None:
-    """Raise `SettingError` if the rank exceeds the smaller side of the weight at `where`."""
+def check_rank(rank: int, shape: Shape, path: str) -> None:
+    """Checks that the rank is at most the smaller side of the weight of the module at `path`.
+
+    Raises:
+        SettingError: it is higher.
+    """
     limit = min(shape.outputs, shape.inputs)
     require(
         rank <= limit,
-        f"rank {rank} is too high for {where}: its weight is {shape.outputs} × {shape.inputs}, so "
+        f"rank {rank} is too high for {path}: its weight is {shape.outputs} × {shape.inputs}, so "
         f"the rank can be at most {limit}. Lower the rank, give this module its own with "
         "rank_pattern, leave it out with exclude, or give all such modules the largest rank they "
         "can have with rank_above='clamp' (--rank-above clamp)",

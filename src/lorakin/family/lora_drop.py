@@ -4,7 +4,7 @@ Paper:    "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluatio
           arXiv 2402.07721.
 Forward:  the pair's
 Shapes:   the pair's; with `rest="shared"` one pair serves all other modules of one kind
-Trains:   r · (in + out) numbers for each chosen module and each shared pair
+Trains:   r · (in + out) parameters for each chosen module and each shared pair
 Start:    the pair's, drawn again after the probe
 Probe:    train a plain pair on a small sample. Then, in eval mode, for each adapted module k, over
           all unmasked tokens x:
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from lorakin.errors import LorakinWarning
+from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Member, Modifier
 from lorakin.family.pair import Shape, Tensors
@@ -104,37 +104,35 @@ class LoRADrop(Modifier):
         )
 
     def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
-        own = [m.word for m in (method.parametrisation, *method.members) if _starts_by_module(m)]
-        if self.rest == "shared" and own:
+        members = (method.parametrisation, *method.members)
+        word = next((member.word for member in members if _starts_by_module(member)), None)
+        if self.rest == "shared" and word is not None:
             return (
-                f"lora-drop with rest='shared' and {own[0]} do not combine: {own[0]} starts each "
-                "pair from its own module, so modules cannot share one; give rest='frozen' or "
+                f"lora-drop with rest='shared' and {word} do not combine: {word} starts each pair "
+                "from its own module, so modules cannot share one; give rest='frozen' or "
                 "rest='none'"
             )
         return None
 
     def needed_probe(self) -> Probe | None:
-        return (
-            Probe(self.sample, self.probe_epochs, self.normalised)
-            if self.importance is None
-            else None
-        )
+        if self.importance is not None:
+            return None
+        return Probe(self.sample, self.probe_epochs, self.normalised)
 
     def with_importance(self, importance: Mapping[str, float]) -> Self:
         return dataclasses.replace(self, importance=dict(importance))
 
     def bound_to(self, paths: Sequence[str]) -> Self:
-        """Itself with the importance of these modules alone, as shares that sum to 1."""
+        """Returns a copy with the importance of these modules alone, as shares that sum to 1."""
         if self.importance is None:
             return self
         if unknown := [path for path in paths if path not in self.importance]:
-            require(
-                False,
+            raise SettingError(
                 f"lora-drop's importance has no entry for {unknown[0]}; probe the targets that you "
-                "adapt",
+                "adapt"
             )
-        own = {path: self.importance[path] for path in paths}
-        total = math.fsum(own.values())
+        importance = {path: self.importance[path] for path in paths}
+        total = math.fsum(importance.values())
         require(
             total > 0,
             f"lora-drop's importance is 0 for all {len(paths)} adapted modules, so it cannot "
@@ -147,13 +145,13 @@ class LoRADrop(Modifier):
                 LorakinWarning,
                 stacklevel=2,
             )
-        exact = abs(total - 1) <= 1e-9  # a probe's shares keep their bits, which files hold
-        return self.with_importance(
-            own if exact else {path: value / total for path, value in own.items()}
-        )
+        # The shares that a probe found keep their bits, which files hold.
+        if abs(total - 1) > 1e-9:
+            importance = {path: value / total for path, value in importance.items()}
+        return self.with_importance(importance)
 
-    def chosen(self) -> list[str]:
-        """The paths that keep a pair of their own, most important first."""
+    def most_important(self) -> list[str]:
+        """Returns the paths that keep a pair of their own, most important first."""
         assert self.importance is not None
         ranked = sorted(self.importance, key=lambda path: -self.importance[path])  # type: ignore[index]
         if self.keep is not None:
@@ -166,7 +164,7 @@ class LoRADrop(Modifier):
         return ranked[:count]
 
     def with_own_pair(self, paths: Sequence[str]) -> list[str]:
-        kept = set(self.chosen())
+        kept = set(self.most_important())
         return [path for path in paths if path in kept]
 
     def with_pair(self, paths: Sequence[str]) -> list[str]:
@@ -184,7 +182,7 @@ class LoRADrop(Modifier):
                 LorakinWarning,
                 stacklevel=2,
             )
-        kept = set(self.chosen())
+        kept = set(self.most_important())
         if all(path in kept for path in paths):
             warnings.warn(
                 f"lora-drop chose all {len(paths)} modules, so none share a pair; lower threshold "
@@ -200,28 +198,27 @@ class LoRADrop(Modifier):
         modules: Mapping[str, UnadaptedModule],
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
-        kept = set(self.chosen())
+        kept = set(self.most_important())
         first: dict[object, Tensors] = {}
-        shared = {}
-        for path, there in tensors.items():
+        shared = dict(tensors)
+        for path, of_module in tensors.items():
+            if path in kept:
+                continue
             method, shape = methods[path], modules[path].shape
-            if path not in kept:
-                slots = method.slots_at(path, shape)
-                of_pair = {name for name, slot in slots.items() if slot.belongs_to_pair}
-                kind = (path.rpartition(".")[2], shape, method.parametrisation)
-                there = there | {
-                    slot: t for slot, t in first.setdefault(kind, there).items() if slot in of_pair
-                }
-            shared[path] = there
+            slots = method.slots_at(path, shape)
+            kind = (path.rpartition(".")[2], shape, method.parametrisation)
+            of_first = first.setdefault(kind, of_module)
+            pair = {slot: t for slot, t in of_first.items() if slots[slot].belongs_to_pair}
+            shared[path] = of_module | pair
         return shared
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
-        apart = self.rest == "frozen" and self.importance is not None
-        return frozen(slots) if apart and path not in self.chosen() else slots
+        freezes_rest = self.rest == "frozen" and self.importance is not None
+        return frozen(slots) if freezes_rest and path not in self.most_important() else slots
 
 
 def _starts_by_module(member: Member) -> bool:
-    """Whether a member starts a pair from its module's weight or data."""
+    """Returns whether a member starts a pair from its module's weight or data."""
     of_pair = (
         any(slot.belongs_to_pair for slot in member.slots.values()) or "start" in member.decides
     )
@@ -229,7 +226,7 @@ def _starts_by_module(member: Member) -> bool:
 
 
 def _is_importance(given: object) -> bool:
-    """Whether it maps paths to finite numbers ≥ 0, at least one of them above 0."""
+    """Returns whether it maps paths to finite numbers ≥ 0, at least one of them above 0."""
     return (
         isinstance(given, Mapping)
         and all(isinstance(path, str) for path in given)

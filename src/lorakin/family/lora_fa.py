@@ -4,8 +4,8 @@ Paper:    "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Mode
           arXiv 2308.03303; the corrected gradient is from its later version.
 Forward:  the pair's
 Shapes:   the pair's
-Trains:   B, r · out numbers; in an embedding's pair the vocabulary factor. AdaLoRA's P·Λ·Q trains
-          P and Λ.
+Trains:   B, r · out parameters; in an embedding's pair the vocabulary factor. AdaLoRA's P·Λ·Q
+          trains P and Λ.
 Start:    the pair's, except that AdaLoRA's Q starts orthonormal
 Backward: ∂B = s · δᵀz with z = A x̃ (N, r); ∂x = δ W0 + mask(s · (δ B) A). Nothing that multiplies x
           trains, so autograd keeps z and neither x nor x̃: r numbers per token instead of `in`.
@@ -18,7 +18,7 @@ Option:   `corrected` takes g_B = s⁻² · ∂B · (A Aᵀ)⁻¹ instead of ∂
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -28,6 +28,7 @@ from lorakin.family.lora import INITS
 from lorakin.family.measure import UnadaptedModule
 from lorakin.family.member import Modifier, Parametrisation
 from lorakin.family.pair import Shape, Tensors
+from lorakin.family.precision import wide_dtype
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.settings import one_of, require
 from lorakin.family.slots import Slots, factors_of, frozen
@@ -66,7 +67,7 @@ class LoRAFA(Modifier):
     pair_settings: ClassVar[tuple[str, ...]] = (*Modifier.pair_settings, "init")
 
     corrected: bool = False
-    init: Literal["kaiming", "gaussian", "orthonormal"] | None = field(default=None)
+    init: Literal["kaiming", "gaussian", "orthonormal"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,10 +82,10 @@ class LoRAFA(Modifier):
     def acts_at_steps(self) -> bool:
         return self.corrected
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        if not any(slot.is_random_factor for slot in parametrisation.slots.values()):
-            return f"{parametrisation.word} has no random factor that could stay as it was drawn"
-        if self.corrected and factors_of(parametrisation.slots) is None:
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        if not any(slot.is_random_factor for slot in pair_class.slots.values()):
+            return f"{pair_class.word} has no random factor that could stay as it was drawn"
+        if self.corrected and factors_of(pair_class.slots) is None:
             return "the corrected gradient needs a plain product B·A; leave corrected=True out"
         return None
 
@@ -95,8 +96,8 @@ class LoRAFA(Modifier):
         methods: Mapping[str, Method],
     ) -> dict[str, Tensors]:
         return {
-            path: methods[path].parametrisation.start_if_frozen(there)
-            for path, there in tensors.items()
+            path: methods[path].parametrisation.start_if_frozen(of_module)
+            for path, of_module in tensors.items()
         }
 
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
@@ -125,22 +126,21 @@ class Corrected(Rule):
         for module in self.modules:
             A, B = (module.tensors()[slot] for slot in ("A", "B"))
             lookup = module.shape.lookup
-            kept, trained = (B, A) if lookup else (A, B)
+            fixed, trained = (B, A) if lookup else (A, B)
             if trained.grad is None or id(trained) in done:  # a shared pair is corrected once
                 continue
             done.add(id(trained))
-            inverse = self._inverse(module, kept)
+            inverse = self._inverse(module, fixed)
             grad = trained.grad.to(inverse.dtype)
             trained.grad.copy_(inverse @ grad if lookup else grad @ inverse)
 
-    def _inverse(self, module: AdaptedModule, kept: Tensor) -> Tensor:
-        """s⁻² · (A Aᵀ)⁻¹, or for an embedding s⁻² · (Bᵀ B)⁻¹; computed once."""
-        known = self.inverses.get(module.path)
-        if known is not None and known.device == kept.device:
-            return known
-        wide = kept.detach().to(torch.promote_types(kept.dtype, torch.float32))
+    def _inverse(self, module: AdaptedModule, fixed: Tensor) -> Tensor:
+        """Returns s⁻² · (A Aᵀ)⁻¹, or for an embedding s⁻² · (Bᵀ B)⁻¹; computed once."""
+        inverse = self.inverses.get(module.path)
+        if inverse is not None and inverse.device == fixed.device:
+            return inverse
+        wide = fixed.detach().to(wide_dtype(fixed.dtype))
         gram = wide.T @ wide if module.shape.lookup else wide @ wide.T
-        scale: float = module.method.parametrisation.scaling  # type: ignore[attr-defined]
-        inverse: Tensor = torch.linalg.inv(gram) / scale**2
-        self.inverses[module.path] = inverse
-        return inverse
+        computed: Tensor = torch.linalg.inv(gram) / module.method.parametrisation.scaling**2
+        self.inverses[module.path] = computed
+        return computed

@@ -5,7 +5,7 @@ Forward:  y = W0 x + s · (B A − B_0 A_0) x + b
           The paper writes W0 − s·B_0·A_0 into the base. Here the base stays, and the frozen anchor
           B_0, A_0 takes the start away (`start.py`).
 Shapes:   the pair's; the anchor has the same
-Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
+Trains:   A and B, r · (in + out) parameters; the anchor has as many that do not train
 Start:    the mean gradient of the loss by W0 over the first batches is G = U S Vᵀ;
 
               A = c · V_{1..r}ᵀ,  B = c · U_{r+1..2r},  c = out^¼ / √γ     the paper's stable scale
@@ -87,12 +87,12 @@ class LoRAGA(AnchoredStart):
     def largest_rank(self, shape: Shape) -> int:
         return min(shape.outputs, shape.inputs) // 2
 
-    def check(self, shape: Shape, where: str, method: Method) -> None:
-        super().check(shape, where, method)
+    def check(self, shape: Shape, path: str, method: Method) -> None:
+        super().check(shape, path, method)
         most, rank = self.largest_rank(shape), method.setting("rank")
         require(
             rank <= most,
-            f"lora-ga needs a rank of at most half the weight's smaller side; {where} is "
+            f"lora-ga needs a rank of at most half the weight's smaller side; {path} is "
             f"{shape.outputs} × {shape.inputs}, so at most {most}, not {rank}. Lower the rank, "
             "give this module its own with rank_pattern, or leave it out with exclude",
         )
@@ -119,21 +119,21 @@ class MeanGradients:
         self.batches = 0
 
     def wants(self, path: str) -> bool:
-        """Every module's gradient of every batch."""
+        """Returns True: it takes the gradients of all modules and batches."""
         return True
 
-    def add(self, path: str, seen: Tensor) -> None:
-        """Add the gradient of one call of a module."""
-        there = self.sums.get(path)
-        self.sums[path] = seen.cpu() if there is None else there.add_(seen.cpu())
+    def add(self, path: str, measured: Tensor) -> None:
+        """Adds the gradient of one call of a module."""
+        total = self.sums.get(path)
+        self.sums[path] = measured.cpu() if total is None else total.add_(measured.cpu())
 
     def end_batch(self) -> bool:
-        """A batch is over; there is always more to see."""
+        """Counts a batch, and returns False: it never has enough."""
         self.batches += 1
         return False
 
     def results(self) -> dict[str, Any]:
-        """Path → the mean gradient.
+        """Returns path → the mean gradient.
 
         Raises:
             SettingError: a gradient is zero or not finite, so that it has no directions.

@@ -20,7 +20,7 @@ Identity: under Adam, a factor's scale is a learning rate in disguise. With B = 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakin.family.member import Modifier, Parametrisation
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorakin.family.method import Method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # not kw_only, so that `LoRAPlus(16)` works
 class LoRAPlus(Modifier):
     """LoRA+: the outer factor learns faster.
 
@@ -65,7 +65,7 @@ class LoRAPlus(Modifier):
         "that before you keep it."
     )
 
-    ratio: float = field(default=16.0, kw_only=False)
+    ratio: float = 16.0
     embedding_lr: float | None = 1e-6
 
     def __post_init__(self) -> None:
@@ -83,16 +83,15 @@ class LoRAPlus(Modifier):
     def alpha_factor(self) -> float:
         return self.ratio
 
-    def refusal_of_pair(self, parametrisation: type[Parametrisation]) -> str | None:
-        if not faster(parametrisation.slots):
+    def refusal_of_pair(self, pair_class: type[Parametrisation]) -> str | None:
+        if not fast_slots(pair_class.slots):
             return (
-                f"{parametrisation.word} trains no factor on the outputs' side that could learn "
-                "faster"
+                f"{pair_class.word} trains no factor on the outputs' side that could learn faster"
             )
         return None
 
     def refusal_of_method(self, method: Method, slots: Slots) -> str | None:
-        fast = faster(slots)
+        fast = fast_slots(slots)
         if any(slot.trained and name not in fast for name, slot in slots.items()):
             return None
         others = " and ".join(m.word for m in method.members if "projection" in m.decides)
@@ -105,12 +104,12 @@ class LoRAPlus(Modifier):
     def amend_slots(self, slots: Slots, path: str, shape: Shape) -> Slots:
         if shape.lookup and self.embedding_lr is not None:
             return {name: replace(slot, fixed_lr=self.embedding_lr) for name, slot in slots.items()}
-        fast = faster(slots)
+        fast = fast_slots(slots)
         return {n: replace(s, rate_factor=self.ratio) if n in fast else s for n, s in slots.items()}
 
 
-def faster(slots: Slots) -> list[str]:
-    """Names of the slots that learn faster: those that start at zero, else the outputs' factor."""
+def fast_slots(slots: Slots) -> list[str]:
+    """Returns the slots that learn faster: those that start at zero, else the outputs' factor."""
     zero = [name for name, slot in slots.items() if slot.trained and slot.starts_at_zero]
     outer = [
         n for n, s in slots.items() if s.trained and s.belongs_to_pair and "outputs" in s.shape

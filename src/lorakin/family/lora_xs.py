@@ -4,7 +4,7 @@ Paper:    "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameter
           arXiv 2405.17604.
 Forward:  y = W0 x + s · B (R (A x̃)) + b              s = alpha / r
 Shapes:   B (out, r), R (r, r), A (r, in)
-Trains:   R alone, r² numbers per module, whatever its size
+Trains:   R alone, r² parameters per module, whatever its size
 Start:    W0 = U S Vᵀ,  B = U_r · S_r and A = V_rᵀ, both frozen;  R normal with deviation 1e-5
 Backward: A never trains, so autograd need not keep x
 
@@ -37,7 +37,7 @@ DEVIATION = 1e-5
 
 @dataclass(frozen=True)
 class LoRAXS(Parametrisation):
-    """LoRA-XS: trains r² numbers per module.
+    """LoRA-XS: trains r² parameters per module.
 
     >>> import torch, lorakin as lk
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5))
@@ -74,7 +74,7 @@ class LoRAXS(Parametrisation):
     not_compared: ClassVar[frozenset[str]] = frozenset({"iterations"})
     test_settings: ClassVar[Mapping[str, Any]] = {"rank": 4, "alpha": 4}
     in_probe: ClassVar[bool] = False
-    remark: ClassVar[str] = "It trains very few numbers; files also hold the frozen A and B."
+    remark: ClassVar[str] = "It trains very few parameters; files also hold the frozen A and B."
 
     rank: int = 64
     alpha: float = 64.0
@@ -91,8 +91,8 @@ class LoRAXS(Parametrisation):
         """s, the factor in front of B·R·A."""
         return self.alpha / self.rank
 
-    def check(self, shape: Shape, where: str) -> None:
-        check_rank(self.rank, shape, where)
+    def check(self, shape: Shape, path: str) -> None:
+        check_rank(self.rank, shape, path)
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         return {"rank": largest} if self.rank > largest else {}

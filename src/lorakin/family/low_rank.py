@@ -31,7 +31,7 @@ class Fit:
     gain: float | None = None
     """The largest |g − 1|, for a change with a gain."""
     limited_error: float = 0.0
-    """The error that a limit applies to: of the outputs if there is a root, else of the weights."""
+    """The error that a limit applies to: of the outputs if there is a `root`, else the weights'."""
 
 
 def nearest(
@@ -42,7 +42,7 @@ def nearest(
     error: float | None = None,
     root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
-    """The nearest pair without a gain, and how near it is.
+    """Returns the nearest pair without a gain, and how near it is.
 
     It has at most `rank` ranks, or as few as keep the relative error at or below `error`. A pair
     that needs no change comes back as it is.
@@ -66,9 +66,9 @@ def nearest(
         return pair, Fit(pair.down.shape[0], 0.0, None if root is None else 0.0)
     if rank is None and error is None:
         raise SettingError(
-            "a change with a gain is no low-rank pair; give the rank or error of the nearest one"
+            "a change with a gain is not a low-rank pair; give the rank or error of the nearest one"
         )
-    left, core = _factored(pair, weight)
+    left, core = _left_and_core(pair, weight)
     near, fit = _nearest(left, core, rank=rank, error=error, root=root)
     if pair.gain is not None:
         fit = dataclasses.replace(fit, gain=float((pair.gain - 1).abs().max()))
@@ -78,7 +78,7 @@ def nearest(
 def nearest_to(
     change: Tensor, *, rank: int | None = None, error: float | None = None
 ) -> tuple[Pair, Fit]:
-    """The nearest pair to a change that is a matrix (outputs, inputs), in that matrix's dtype."""
+    """Returns the nearest pair to a change that is a matrix (outputs, inputs), in its dtype."""
     near, fit = _nearest(None, change.double(), rank=rank, error=error)
     return Pair(near.up.to(change.dtype), near.down.to(change.dtype)), fit
 
@@ -91,21 +91,25 @@ def _nearest(
     error: float | None,
     root: Tensor | None = None,
 ) -> tuple[Pair, Fit]:
-    """The nearest pair to left·core, both float64; `left` is orthonormal (None: identity)."""
-    seen = core if root is None else core @ root.double()
-    vectors, values = _left_singular(seen)
+    """Returns the pair nearest to left·core, both float64; `left` is orthonormal or None for I."""
+    weighted = core if root is None else core @ root.double()
+    vectors, values = _left_singular(weighted)
     kept = min(len(values) if rank is None else rank, _true_rank(values))
     if error is not None:
-        kept = min(kept, _enough(values, error))
+        kept = min(kept, _rank_within(values, error))
 
     # Both factors get the same size, which suits narrow dtypes.
     vectors, values = vectors[:, :kept], values[:kept].sqrt()
     down = vectors.T @ core
-    near = Pair(_times(left, vectors * values), down / values.unsqueeze(1))
+    near = Pair(_product(left, vectors * values), down / values.unsqueeze(1))
 
     rest = core - vectors @ down
-    of_weights = _ratio(rest, core)
-    of_outputs = None if root is None else _ratio(seen - vectors @ (vectors.T @ seen), seen)
+    of_weights = _relative_norm(rest, core)
+    of_outputs = (
+        None
+        if root is None
+        else _relative_norm(weighted - vectors @ (vectors.T @ weighted), weighted)
+    )
     fit = Fit(
         rank=kept,
         error=of_weights,
@@ -116,17 +120,17 @@ def _nearest(
 
 
 def padded(pair: Pair, rank: int) -> Pair:
-    """The same change as a pair of a larger rank, filled up with zeros."""
-    more = rank - pair.down.shape[0]
-    zeros = torch.nn.functional.pad
-    return Pair(zeros(pair.up, (0, more)), zeros(pair.down, (0, 0, 0, more)), pair.gain)
+    """Returns the same change as a pair of a larger rank, padded with zeros."""
+    added = rank - pair.down.shape[0]
+    pad = torch.nn.functional.pad
+    return Pair(pad(pair.up, (0, added)), pad(pair.down, (0, 0, 0, added)), pair.gain)
 
 
 def root_of_samples(x: Tensor, ridge: float = 1e-2) -> Tensor:
-    """The root (inputs, inputs) of E[x·xᵀ] over samples (tokens, inputs), in float64.
+    """Returns the root (inputs, inputs) of E[x·xᵀ] over samples (tokens, inputs), in float64.
 
     `ridge` times the mean of the diagonal is added to it, so that directions which few samples
-    show are not given up entirely.
+    show keep some weight.
     """
     wide = x.double()
     moment = wide.T @ wide / max(1, len(wide))
@@ -137,8 +141,8 @@ def root_of_samples(x: Tensor, ridge: float = 1e-2) -> Tensor:
     return root
 
 
-def _factored(pair: Pair, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The change as an orthonormal left factor (None: the identity) and a core, in float64."""
+def _left_and_core(pair: Pair, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Returns the change as an orthonormal left factor, None for I, and a core, in float64."""
     up, down = pair.up.double(), pair.down.double()
     if pair.gain is None:
         left, triangle = torch.linalg.qr(up)
@@ -147,13 +151,13 @@ def _factored(pair: Pair, weight: Tensor) -> tuple[Tensor | None, Tensor]:
     return None, (gain - 1) * wide + gain * (up @ down)
 
 
-def _times(left: Tensor | None, matrix: Tensor) -> Tensor:
-    """left·matrix; None stands for the identity."""
+def _product(left: Tensor | None, matrix: Tensor) -> Tensor:
+    """Returns left·matrix; None stands for the identity."""
     return matrix if left is None else left @ matrix
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (outputs, k) and singular values (k,), largest first.
+    """Returns left singular vectors (outputs, k) and singular values (k,), largest first.
 
     They come from the Gram matrix of the smaller side.
     """
@@ -167,18 +171,18 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _true_rank(values: Tensor) -> int:
-    """How many singular values exceed what squaring them in float64 rounds off."""
+    """Returns how many singular values exceed what squaring them in float64 rounds off."""
     return int((values > 1e-7 * values.max()).sum()) if len(values) else 0
 
 
-def _enough(values: Tensor, error: float) -> int:
-    """The smallest number of leading values that leaves at most this relative error."""
+def _rank_within(values: Tensor, error: float) -> int:
+    """Returns the smallest number of leading values that leaves at most this relative error."""
     squares = values.square()
-    left = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    return int((left.clamp(min=0) > error**2 * squares.sum()).sum())
+    rest = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return int((rest.clamp(min=0) > error**2 * squares.sum()).sum())
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    """‖part‖ / ‖whole‖, 0 if both are 0."""
+def _relative_norm(part: Tensor, whole: Tensor) -> float:
+    """Returns ‖part‖ / ‖whole‖, 0 if both are 0."""
     size = float(whole.norm())
     return float(part.norm()) / size if size else 0.0

@@ -137,6 +137,11 @@ class Parametrisation(Member):
     dropout: float
     """Probability of zeroing an entry of the branch's input, in train mode only."""
 
+    @property
+    def scaling(self) -> float:
+        """s, the factor in front of the pair's product; 1 if it has none."""
+        return 1.0
+
     @classmethod
     def settings_of_modules(cls) -> frozenset[str]:
         """Returns those of its settings that can have another value on a single module."""

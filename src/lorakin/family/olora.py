@@ -5,7 +5,7 @@ Forward:  y = W0 x + s · (B A − B_0 A_0) x + b
           The paper writes W0 − s·B_0·A_0 into the base. Here the base stays, and the frozen anchor
           B_0, A_0 takes the start away (`start.py`).
 Shapes:   the pair's; the anchor has the same
-Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
+Trains:   A and B, r · (in + out) parameters; the anchor has as many that do not train
 Start:    W0 = Q R,  B = Q_r (the first r columns),  A = R_r (the first r rows)
 QR:       in float32 at least, without pivoting. As in the paper's code nothing is divided by s, so
           alpha changes how much of the weight the pair begins with.

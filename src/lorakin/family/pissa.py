@@ -6,7 +6,7 @@ Forward:  y = W0 x + s · (B A − B_0 A_0) x + b
           The paper writes the residual W0 − s·B_0·A_0 into the base. Here the base stays, and the
           frozen anchor B_0, A_0 takes the start away (`start.py`).
 Shapes:   the pair's; the anchor has the same
-Trains:   A and B, r · (in + out) numbers; the anchor has as many that do not train
+Trains:   A and B, r · (in + out) parameters; the anchor has as many that do not train
 Start:    W0 = U S Vᵀ,  B = U_r · √(S_r / s),  A = √(S_r / s) · V_rᵀ,  so s·B·A = U_r S_r V_rᵀ
 SVD:      exact, in float32 at least. With `iterations` it is randomised: far faster for large
           weights, and the start is only near the principal part. The anchor is whatever the pair

@@ -4,8 +4,8 @@ Paper:    "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, equat
 Forward:  y = W0 x + b0 + b ⊙ (B (d ⊙ (A x̃)))        b0 is the layer's bias; no alpha, no alpha/r
 Shapes:   A (r, largest in) and B (largest out, r) over all targets, shared; a layer uses A[:, :in]
           and B[:out]. Each layer has its own d (r) and b (out).
-Trains:   b and d, r + out numbers per layer. The shared pair, r · (largest in + largest out)
-          numbers, never trains.
+Trains:   b and d, r + out parameters per layer. The shared pair, r · (largest in + largest out)
+          parameters, never trains.
 Start:    A, B uniform with bounds √(6/largest in) and √(6/r); d = 0.1, b = 0
 Draw:     one CPU generator with `seed` draws A, then B, row by row, and both are rounded to the
           base's dtype. This is PEFT's order, so its files that hold only the seed are read to the
@@ -60,7 +60,7 @@ class VeRA(Parametrisation):
     }
     learning_rate: ClassVar[float] = 2e-3
     remark: ClassVar[str] = (
-        "It trains few numbers. Files also hold the frozen shared pair once, unless "
+        "It trains few parameters. Files also hold the frozen shared pair once, unless "
         "save_projection=false."
     )
     slots: ClassVar[Slots] = {
@@ -91,7 +91,7 @@ class VeRA(Parametrisation):
 
     @classmethod
     def comparable_settings(cls, rank: int, scaling: float, steps: int) -> dict[str, Any]:
-        # Its ranks cost little, so it keeps its own rank; and it has no alpha.
+        # Its ranks cost little, so it keeps its own rank. It has no alpha.
         return {"rank": None, "alpha": None}
 
     def start_all(
@@ -103,21 +103,21 @@ class VeRA(Parametrisation):
     ) -> dict[str, Tensors]:
         if not modules:
             return {}
-        A, B = self.draw(
+        A, B = self._draw(
             max(module.shape.inputs for module in modules.values()),
             max(module.shape.outputs for module in modules.values()),
             next(iter(modules.values())).weight.dtype,
             device,
         )
         return {
-            path: {"A": A, "B": B, **self.vectors(module.shape, device)}
+            path: {"A": A, "B": B, **self._vectors(module.shape, device)}
             for path, module in modules.items()
         }
 
-    def draw(
+    def _draw(
         self, inputs: int, outputs: int, base: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The shared pair, A (r, inputs) and B (outputs, r), float32."""
+        """Returns the shared pair, A (r, inputs) and B (outputs, r), float32."""
         A = torch.empty(self.rank, inputs, device=device, dtype=torch.float32)
         B = torch.empty(outputs, self.rank, device=device, dtype=torch.float32)
         generator = None if A.is_meta else torch.Generator().manual_seed(self.seed)
@@ -126,8 +126,8 @@ class VeRA(Parametrisation):
             matrix.uniform_(-bound, bound, generator=generator)
         return tuple(matrix.to(base).to(torch.float32) for matrix in (A, B))  # type: ignore[return-value]
 
-    def vectors(self, shape: Shape, device: torch.device) -> Tensors:
-        """b (outputs,) and d (rank,) of one layer at the start."""
+    def _vectors(self, shape: Shape, device: torch.device) -> Tensors:
+        """Returns the initial b (outputs,) and d (rank,) of one layer."""
         d = torch.full((self.rank,), self.d_init, device=device, dtype=torch.float32)
         return {"d": d, "b": torch.zeros(shape.outputs, device=device, dtype=torch.float32)}
 

@@ -1,4 +1,4 @@
-"""A member from outside: CONTRIBUTING.md's example, by decorator and by entry point."""
+"""A member from outside: CONTRIBUTING.md's examples, by decorator and by entry point."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from conftest import tiny_llama
 from lorakin.cli.app import run as cli
 from lorakin.family import Modifier, Slot, member_named, registry
 
-EXAMPLE = re.search(
-    r"```python\n(.*?)```", (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(), re.DOTALL
-)[1]  # type: ignore[index]
+CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+EXAMPLE = EXAMPLES[0]
 
 
 @pytest.fixture
@@ -34,12 +35,19 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gained(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The class of CONTRIBUTING.md's example, which its decorator has registered."""
+def examples(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module with CONTRIBUTING.md's examples, which their decorators have registered."""
     module: Any = types.ModuleType("elsewhere")
     monkeypatch.setitem(sys.modules, "elsewhere", module)
-    exec(EXAMPLE, vars(module))
-    return module.Gained
+    for example in EXAMPLES:
+        exec(example, vars(module))
+    return module
+
+
+@pytest.fixture
+def gained(examples: Any) -> Any:
+    """The class of CONTRIBUTING.md's first example."""
+    return examples.Gained
 
 
 @pytest.fixture
@@ -70,6 +78,57 @@ def trained(members: Any, ids: Tensor) -> tuple[Any, lk.Adapter]:
         optimizer.step()
         optimizer.zero_grad()
     return model, adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Gained", {}),
+        ("Strength", {"rank": 2}),
+        ("LongestRows", {"rank": 2}),
+        ("Clamped", {"rank": 2, "largest": 0.01}),
+    ],
+)
+def test_each_example_trains_saves_and_loads(
+    name: str, settings: dict[str, Any], examples: Any, ids: Tensor, tmp_path: Path
+) -> None:
+    member = getattr(examples, name)(**settings)
+    before = tiny_llama()(ids).logits
+    model, adapter = trained(member, ids)
+    logits = model(ids).logits
+    assert not torch.equal(logits, before)
+    adapter.save(tmp_path)
+    again = tiny_llama()
+    assert lk.load(again, tmp_path).method.agrees_with(adapter.method)
+    assert torch.equal(again(ids).logits, logits)
+    adapter.remove()
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_the_examples_do_what_they_say(examples: Any, ids: Tensor) -> None:
+    """The start begins exactly at the base; the factor trains; the rule clamps every step."""
+    model = tiny_llama()
+    before = model(ids).logits
+    lk.adapt(model, examples.LongestRows(rank=2))
+    assert torch.equal(model(ids).logits, before)
+
+    def tensors(member: Any) -> dict[str, Tensor]:
+        _, adapter = trained(member, ids)
+        return adapter.tensors.at(next(iter(adapter.placement.methods)))
+
+    assert tensors(examples.Strength(rank=2))["c"] != 1
+    clamped = tensors(examples.Clamped(rank=2, largest=0.01))
+    assert all(0 < clamped[slot].abs().max() <= 0.01 for slot in "AB")
+
+
+def test_the_entry_point_of_contributing(examples: Any) -> None:
+    lines = re.search(r"```toml\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    assert lines is not None
+    [(group, entries)] = tomllib.loads(lines[1])["project"]["entry-points"].items()
+    assert group == registry.GROUP
+    assert {word: hasattr(examples, at.partition(":")[2]) for word, at in entries.items()} == {
+        "gained": True
+    }
 
 
 def test_the_example_of_contributing(gained: Any, ids: Tensor, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from lorakin.family.change import Chain, Change, LowRank
 from lorakin.family.composition import AXES
 from lorakin.family.measure import GRADIENTS, INPUTS, WEIGHT, Collector, UnadaptedModule
 from lorakin.family.member import Member, Modifier, Parametrisation
-from lorakin.family.members import *  # noqa: F403 - the list of names is there alone
+from lorakin.family.members import *  # noqa: F403 - members.py lists the names
 from lorakin.family.members import FAMILY
 from lorakin.family.members import __all__ as _members
 from lorakin.family.method import Method, refusal_of_members
@@ -14,6 +14,7 @@ from lorakin.family.precision import all_finite, widened
 from lorakin.family.registry import member_named, members, register
 from lorakin.family.rule import AdaptedModule, Rule
 from lorakin.family.slots import Slot, Slots
+from lorakin.family.start import AnchoredStart, Start
 from lorakin.family.weight import FrozenWeight
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "INPUTS",
     "WEIGHT",
     "AdaptedModule",
+    "AnchoredStart",
     "Chain",
     "Change",
     "Collector",
@@ -37,6 +39,7 @@ __all__ = [
     "Shape",
     "Slot",
     "Slots",
+    "Start",
     "UnadaptedModule",
     "all_finite",
     "member_named",

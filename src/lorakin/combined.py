@@ -14,6 +14,7 @@ from lorakin.errors import SettingError, StateError
 from lorakin.family import Pair
 from lorakin.family.combining import Combination
 from lorakin.family.low_rank import Fit, nearest, nearest_to
+from lorakin.family.precision import wide_dtype
 from lorakin.family.settings import is_finite_number
 from lorakin.inject.attachments import base_state
 from lorakin.inject.biases import ADAPTED, ALL, adapted_modules, find_biases, initial_biases
@@ -270,7 +271,7 @@ class _Mixture:
                 continue
             if any(tensor.shape != base.shape for _, tensor in own):
                 continue
-            wide = base.to(torch.promote_types(base.dtype, torch.float32))
+            wide = base.to(wide_dtype(base.dtype))
             rows = len(base) if base.dim() else 1
             changes = [(tensor.to(wide) - wide).reshape(rows, -1) for _, tensor in own]
             each = [self.weights[adapter.name] for adapter, _ in own]

@@ -20,7 +20,6 @@ weights take no part in the election. All but the sum have full rank, whatever t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError
 from lorakin.family.pair import Pair
-from lorakin.family.settings import one_of, require, to_number, to_whole_number
+from lorakin.family.settings import did_you_mean, one_of, require, to_number, to_whole_number
 from lorakin.family.weight import BLOCK
 
 RowReader = Callable[[slice], Tensor]
@@ -249,6 +248,5 @@ def _unknown(how: object) -> str:
     """Returns the message for an unknown `how`."""
     if isinstance(how, str) and how in PEFT_WORDS:
         return f"how={how!r} is PEFT's word; here it is {PEFT_WORDS[how]}"
-    near = difflib.get_close_matches(str(how).lower(), KINDS, n=1)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown how={how!r}{guess}; there are: {', '.join(KINDS)}"
+    hint = did_you_mean(str(how), KINDS)
+    return f"unknown how={how!r}{hint}; there are: {', '.join(KINDS)}"

@@ -91,9 +91,6 @@ class LoRA(Parametrisation):
     def check(self, shape: Shape, path: str) -> None:
         check_rank(self.rank, shape, path)
 
-    def clamped(self, largest: int) -> Mapping[str, int]:
-        return {"rank": largest} if self.rank > largest else {}
-
     def start(
         self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device
     ) -> Tensors:

@@ -160,7 +160,9 @@ class Parametrisation(Member):
 
     def clamped(self, largest: int) -> Mapping[str, int]:
         """Returns the setting that lowers a module's rank to `largest`; {} if it is not above."""
-        return {}
+        if "rank" not in self.settings_of_modules() or getattr(self, "rank", 0) <= largest:
+            return {}
+        return {"rank": largest}
 
     def start(
         self, module: UnadaptedModule, generator: torch.Generator | None, device: torch.device

@@ -14,13 +14,13 @@ A package that brings members names their classes as entry points, so that the c
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from lorakin.errors import LorakinWarning, SettingError
 from lorakin.family.member import Member, Parametrisation
+from lorakin.family.settings import did_you_mean
 
 GROUP = "lorakin.members"
 """The group of the entry points that name members."""
@@ -86,9 +86,8 @@ def member_named(word: str) -> type[Member]:
     words = {member.word: member for member in members()}
     if word in words:
         return words[word]
-    near = difflib.get_close_matches(word.lower(), words, n=1)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    raise SettingError(f"unknown method {word!r}{guess}; this version has: {', '.join(words)}")
+    hint = did_you_mean(word, words)
+    raise SettingError(f"unknown method {word!r}{hint}; this version has: {', '.join(words)}")
 
 
 def default_pair() -> type[Parametrisation]:

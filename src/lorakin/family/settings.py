@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 from lorakin.errors import SettingError
@@ -18,6 +19,16 @@ def require(condition: bool, message: str) -> None:
     """Raises `SettingError(message)` unless `condition` holds."""
     if not condition:
         raise SettingError(message)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Returns a hint at the one of `words` that is most like `word`; "" if none is.
+
+    >>> did_you_mean("lorra", ["lora", "dora"])
+    " (did you mean 'lora'?)"
+    """
+    near = difflib.get_close_matches(word.lower(), list(words), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:

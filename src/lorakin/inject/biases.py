@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError
+from lorakin.family.precision import wide_dtype
 from lorakin.family.sharding import is_sharded
 from lorakin.inject.attachments import BIAS, attachments_or_none
 from lorakin.inject.branch import offloaded_tensors_loaded
@@ -104,9 +105,7 @@ def initial_biases(
                 "the model before it is sharded, or leave bias out"
             )
         if id(own) not in made:
-            made[id(own)] = own.detach().to(
-                dtype or torch.promote_types(own.dtype, torch.float32), copy=True
-            )
+            made[id(own)] = own.detach().to(dtype or wide_dtype(own.dtype), copy=True)
         started[path] = made[id(own)]
     return started
 

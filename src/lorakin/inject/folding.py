@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import StateError
 from lorakin.family import Pair, all_finite
+from lorakin.family.precision import wide_dtype
 from lorakin.inject import layer_kinds
 from lorakin.inject.adapted import attach
 from lorakin.inject.attachments import BIAS, Attachments, adapter_prefixes, attachments_of
@@ -245,9 +246,7 @@ def folded(
     Raises:
         StateError: the result would not be finite.
     """
-    changed = wide = layer.matrix(weight.detach()).to(
-        torch.promote_types(weight.dtype, torch.float32)
-    )
+    changed = wide = layer.matrix(weight.detach()).to(wide_dtype(weight.dtype))
     for pair in pairs:
         one = pair.applied_to(wide)
         changed = one if changed is wide else changed + (one - wide)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakin.errors import SettingError
 from lorakin.family import GRADIENTS, INPUTS, Collector
+from lorakin.family.precision import wide_dtype
 from lorakin.inject.adapted import module_at
 from lorakin.inject.layer_kinds import (
     ExpertLayer,
@@ -235,4 +236,4 @@ def _by_weight(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor.dtype))

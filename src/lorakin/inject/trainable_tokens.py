@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakin.errors import SettingError, StateError, TargetError, some
+from lorakin.family.precision import wide_dtype
 from lorakin.family.sharding import is_distributed, whole_shape
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import Attachments, attachments_or_none
@@ -238,7 +239,7 @@ def base_rows(
     found = {}
     for path, rows in tokens.items():
         table = base_table(model.get_submodule(path))
-        wide = torch.promote_types(table.dtype, torch.float32) if dtype is None else dtype
+        wide = wide_dtype(table.dtype) if dtype is None else dtype
         found[path] = table[torch.tensor(rows.ids, device=table.device)].to(wide)
     return found
 

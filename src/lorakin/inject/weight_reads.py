@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import LorakinWarning, StateError
+from lorakin.family.precision import wide_dtype
 from lorakin.inject.attachments import Attachments
 from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
@@ -92,7 +93,7 @@ def _formed(module: Any, attached: Attachments, branches: list[Any]) -> Tensor:
         for branch in branches:
             matrix = branch.kind.weight(module)
             assert isinstance(matrix, Tensor)
-            wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            wide = matrix.to(wide_dtype(matrix.dtype))
             change = branch.pair(matrix).applied_to(wide) - wide
             total = total + branch.kind.layout(change, module).to(weight.dtype)
     return total

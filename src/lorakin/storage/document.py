@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakin.family import Method
+from lorakin.family.precision import wide_dtype
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.placement import Placement
 
@@ -99,7 +100,7 @@ class Document:
 
 def _float32_copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     """Returns copies in float32 at least, by the `id` of the original."""
-    return {id(t): t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors}
+    return {id(t): t.to(wide_dtype(t.dtype), copy=True) for t in tensors}
 
 
 def _copied(tensor: Tensor) -> Tensor:

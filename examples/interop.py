@@ -37,8 +37,8 @@ from family import TASKS, settings_of, train, write_data
 from lorakin.family import FAMILY, member_named
 from lorakin.serving.export import export
 from lorakin.serving.gguf_model import write_model
-from lorakin.serving.job import Order
-from lorakin.serving.verify import Transcript, compare, logits_of
+from lorakin.serving.job import ExportRequest
+from lorakin.serving.verify import Transcript, compare_logits, logits_of
 from lorakin.training.docstrings import docstring_rows
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.model_sources import directory_of, packaged
@@ -72,7 +72,7 @@ class Trained:
 
     def against(self, model: Any) -> dict[str, Any]:
         """Compares with a model that transformers runs."""
-        found = compare(self.transcript, model)
+        found = compare_logits(self.transcript, model)
         return {"difference": found.largest, "tokens": found.tokens, "kl": found.divergence}
 
     def against_llama(self, model: Path, loras: Sequence[Path] = ()) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def measured(word: str, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
 
     def through(to: str, read: Callable[[Path], dict[str, Any]], **settings: Any) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
-        done = export(Order(str(adapter), to, str(work), MODEL, verify=False, **settings))
+        done = export(ExportRequest(str(adapter), to, str(work), MODEL, verify=False, **settings))
         errors = [fit.error for fit in done.fits.values()]
         size = sum(file.stat().st_size for file in work.glob("adapter*")) / 2**20
         more = {"errors": [statistics.median(errors), max(errors)]} if any(errors) else {}

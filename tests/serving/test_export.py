@@ -22,8 +22,8 @@ from lorakin.cli.app import run
 from lorakin.serving import verify
 from lorakin.serving.export import Exported, export
 from lorakin.serving.gguf_adapter import read_adapter
-from lorakin.serving.job import ExportJob, Order
-from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.serving.job import ExportJob, ExportRequest
+from lorakin.serving.merged import NotStreamed, StreamedMerge
 from lorakin.storage import directory
 from lorakin.training.models import load_model
 from serving.words import byte_tokenizer
@@ -73,13 +73,13 @@ def test_every_member_to_every_target(word: str, to: str, base_dir: str, tmp_pat
         32 if "dora" in word and to in ("lora", "gguf") else None
     )  # the full rank of these layers, so exact
     dtype = "float32" if to.startswith("gguf") else None
-    done = export(Order(adapter, to, str(tmp_path / "out"), rank=rank, dtype=dtype))
+    done = export(ExportRequest(adapter, to, str(tmp_path / "out"), rank=rank, dtype=dtype))
     assert done.agreement is not None
     assert (
         done.agreement.tokens == 1 and done.agreement.largest < 1e-4 * done.agreement.largest_logit
     )
     report = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert report["verified"]["places"] == done.agreement.places > 100
+    assert report["verified"]["places"] == done.agreement.positions > 100
     trained, other = load_model(base_dir, "base").model, load_model(base_dir, "base").model
     lk.load(trained, adapter)
     if to == "lora":
@@ -106,7 +106,9 @@ def test_rows_of_tokens(to: str, base_dir: str, tmp_path: Path) -> None:
     rows = {"embed_tokens": [5, 6], "lm_head": [7]}
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter", trainable_tokens=rows)
     done = export(
-        Order(adapter, to, str(tmp_path / "out"), dtype="float32" if to == "gguf-merged" else None)
+        ExportRequest(
+            adapter, to, str(tmp_path / "out"), dtype="float32" if to == "gguf-merged" else None
+        )
     )
     assert done.agreement is not None
     assert (
@@ -126,7 +128,7 @@ def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(
     adapter = adapter_on(
         str(half), MEMBERS["lora"], tmp_path / "adapter", targets=["q_proj", "lm_head"]
     )
-    export(Order(adapter, "merged", str(tmp_path / "out"), str(half)))
+    export(ExportRequest(adapter, "merged", str(tmp_path / "out"), str(half)))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         [*(p.name for p in half.iterdir()), "export.json"]
     )
@@ -158,7 +160,7 @@ def test_a_merged_model_keeps_shards_dtype_tokenizer_and_generation_settings(
 
 def test_the_safetensors_are_the_librarys_own(base_dir: str, tmp_path: Path) -> None:
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
-    export(Order(adapter, "merged", str(tmp_path / "out"), verify=False))
+    export(ExportRequest(adapter, "merged", str(tmp_path / "out"), verify=False))
     for file in (tmp_path / "out").glob("*.safetensors"):
         tensors = safetensors.torch.load_file(file)
         again = safetensors.torch.load(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -179,7 +181,7 @@ def test_tied_embeddings_come_apart(tmp_path: Path) -> None:
         adapter = randomise(lk.adapt(model, lk.LoRA(2), targets=targets), 0.3)
         adapter.save(tmp_path / f"adapter{n}")
         (out := tmp_path / f"out{n}").mkdir()
-        Merged(tmp_path / "base", directory.read(tmp_path / f"adapter{n}")).write(out)
+        StreamedMerge(tmp_path / "base", directory.read(tmp_path / f"adapter{n}")).write(out)
         merged = transformers.AutoModelForCausalLM.from_pretrained(out)
         torch.testing.assert_close(logits_small(merged), logits_small(model), rtol=0, atol=1e-5)
 
@@ -191,7 +193,7 @@ def test_biases_are_written_and_forms_without_them_refuse(tmp_path: Path) -> Non
         adapter = randomise(lk.adapt(model, lk.LoRA(2), targets="c_attn", bias=bias), 0.3)
         adapter.save(tmp_path / bias)
         (out := tmp_path / f"{bias}-merged").mkdir()
-        Merged(tmp_path / "base", directory.read(tmp_path / bias)).write(out)
+        StreamedMerge(tmp_path / "base", directory.read(tmp_path / bias)).write(out)
         merged = transformers.AutoModelForCausalLM.from_pretrained(out)
         torch.testing.assert_close(logits_small(merged), logits_small(model), rtol=0, atol=1e-5)
 
@@ -221,7 +223,9 @@ def test_a_classifier_with_its_head_from_a_base_without_one(bert_dir: str, tmp_p
     for to, said in (("gguf", "gguf-merged"), ("lora", "merge")):
         with pytest.raises(lk.LorakinError, match=said):
             export(
-                Order(str(tmp_path / "adapter"), to, str(tmp_path / "other"), portable=to == "lora")
+                ExportRequest(
+                    str(tmp_path / "adapter"), to, str(tmp_path / "other"), portable=to == "lora"
+                )
             )
 
 
@@ -234,9 +238,9 @@ def test_a_base_that_is_not_stored_under_its_own_names_is_loaded_whole(
     torch.save(model.state_dict(), old / "pytorch_model.bin")
     adapter = adapter_on(str(old), MEMBERS["dora"], tmp_path / "adapter")
     with pytest.raises(NotStreamed):
-        Merged(old, directory.read(Path(adapter)))
+        StreamedMerge(old, directory.read(Path(adapter)))
     for to in ("merged", "gguf-merged"):
-        done = export(Order(adapter, to, str(tmp_path / to), dtype="float32"))
+        done = export(ExportRequest(adapter, to, str(tmp_path / to), dtype="float32"))
         assert done.agreement is not None and done.agreement.tokens == 1
 
 
@@ -252,7 +256,7 @@ def test_peak_memory_is_about_one_tensor(tmp_path: Path) -> None:
     }
     tiny_llama(tied=True, **sizes).save_pretrained(tmp_path / "base", max_shard_size="8MB")
     randomise(lk.adapt(tiny_llama(tied=True, **sizes), lk.DoRA(rank=2))).save(tmp_path / "adapter")
-    merged = Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
+    merged = StreamedMerge(tmp_path / "base", directory.read(tmp_path / "adapter"))
     (tmp_path / "out").mkdir()
     merged["model.layers.0.mlp.up_proj.weight"]  # what is loaded at the first use is not counted
     peak, before, done = [0.0], own_memory(), threading.Event()
@@ -284,21 +288,21 @@ class TestRefusals:
         adapter = adapter_on(base_dir, MEMBERS["dora"], tmp_path / "adapter")
         for to in ("lora", "gguf"):
             with pytest.raises(lk.SettingError, match="--error"):
-                export(Order(adapter, to, str(tmp_path / "out")))
+                export(ExportRequest(adapter, to, str(tmp_path / "out")))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
     def test_what_is_not_near_enough_is_not_kept(self, base_dir: str, tmp_path: Path) -> None:
         adapter = adapter_on(base_dir, MEMBERS["dora"], tmp_path / "adapter")
         with pytest.raises(lk.VerificationError, match="--max-kl"):
-            export(Order(adapter, "lora", str(tmp_path / "out"), rank=1))
+            export(ExportRequest(adapter, "lora", str(tmp_path / "out"), rank=1))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
         assert (
             run(["export", adapter, "--to", "lora", "--rank", "1", "--out", str(tmp_path / "out")])
             == 4
         )
-        done = export(Order(adapter, "lora", str(tmp_path / "out"), rank=1, max_kl=100.0))
+        done = export(ExportRequest(adapter, "lora", str(tmp_path / "out"), rank=1, max_kl=100.0))
         assert done.agreement is not None and 0.02 < done.agreement.divergence < 100
-        export(Order(adapter, "lora", str(tmp_path / "unseen"), rank=1, verify=False))
+        export(ExportRequest(adapter, "lora", str(tmp_path / "unseen"), rank=1, verify=False))
         assert json.loads((tmp_path / "unseen" / "export.json").read_text())["verified"] is None
 
     @pytest.mark.filterwarnings(
@@ -325,7 +329,7 @@ class TestRefusals:
 
         monkeypatch.setattr(kind, "write", staticmethod(damaged))
         with pytest.raises(lk.VerificationError):
-            export(Order(adapter, to, str(tmp_path / "out"), dtype="float32"))
+            export(ExportRequest(adapter, to, str(tmp_path / "out"), dtype="float32"))
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -340,13 +344,13 @@ class TestRefusals:
             ({"adapter": "/nowhere"}, "/nowhere"),
         ],
     )
-    def test_bad_orders(
+    def test_bad_requests(
         self, changes: dict[str, Any], said: str, base_dir: str, tmp_path: Path
     ) -> None:
         adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
-        order = {"adapter": adapter, "to": "lora", "out": str(tmp_path / "out"), **changes}
+        options = {"adapter": adapter, "to": "lora", "out": str(tmp_path / "out"), **changes}
         with pytest.raises(lk.LorakinError, match=said):
-            export(Order(**order))
+            export(ExportRequest(**options))
         assert not (tmp_path / "out").exists()
 
     def test_what_is_there_is_left_alone(self, base_dir: str, tmp_path: Path) -> None:
@@ -354,7 +358,7 @@ class TestRefusals:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("mine")
         with pytest.raises(lk.OutputError):
-            export(Order(adapter, "lora", str(tmp_path / "out")))
+            export(ExportRequest(adapter, "lora", str(tmp_path / "out")))
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
     def test_another_base(self, base_dir: str, tmp_path: Path) -> None:
@@ -368,8 +372,12 @@ class TestRefusals:
         model.save_pretrained(other, max_shard_size="50KB")
         for verified in (True, False):
             with pytest.raises(lk.AdapterError, match="--other-base"):
-                export(Order(adapter, "merged", str(tmp_path / "out"), str(other), verify=verified))
-        export(Order(adapter, "merged", str(tmp_path / "out"), str(other), other_base=True))
+                export(
+                    ExportRequest(
+                        adapter, "merged", str(tmp_path / "out"), str(other), verify=verified
+                    )
+                )
+        export(ExportRequest(adapter, "merged", str(tmp_path / "out"), str(other), other_base=True))
 
     def test_numbers_too_large_for_half_precision(self, base_dir: str, tmp_path: Path) -> None:
         loaded = load_model(base_dir, "base")
@@ -380,7 +388,11 @@ class TestRefusals:
         adapter.save(tmp_path / "adapter")
         for to in ("lora", "gguf"):
             with pytest.raises(lk.LorakinError, match="float16|f16"):
-                export(Order(str(tmp_path / "adapter"), to, str(tmp_path / "out"), dtype="float16"))
+                export(
+                    ExportRequest(
+                        str(tmp_path / "adapter"), to, str(tmp_path / "out"), dtype="float16"
+                    )
+                )
 
 
 class TestData:
@@ -398,11 +410,13 @@ class TestData:
         )
         done: dict[str, Exported] = {}
         for name, given in (("plain", None), ("fitted", data)):
-            order = Order(adapter, "lora", str(tmp_path / name), rank=6, data=given, max_kl=100.0)
-            done[name] = export(order)
+            request = ExportRequest(
+                adapter, "lora", str(tmp_path / name), rank=6, data=given, max_kl=100.0
+            )
+            done[name] = export(request)
         assert all(fit.output_error is not None for fit in done["fitted"].fits.values())
         assert all(fit.output_error is None for fit in done["plain"].fits.values())
-        assert done["fitted"].agreement is not None and done["fitted"].agreement.places > 300
+        assert done["fitted"].agreement is not None and done["fitted"].agreement.positions > 300
         assert any("of the outputs" in line for line in done["fitted"].lines())
 
 
@@ -420,7 +434,7 @@ class TestComparing:
             def forward(self, input_ids: torch.Tensor) -> Any:
                 return transformers.modeling_outputs.CausalLMOutput(logits=other[None])
 
-        agreement = verify.compare(transcript, Said())
+        agreement = verify.compare_logits(transcript, Said())
         p, q = one.double().softmax(-1), other.double().softmax(-1)
         assert (
             agreement.largest == 2
@@ -428,10 +442,10 @@ class TestComparing:
             and agreement.tokens == 0.5
         )
         assert agreement.divergence == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
-        assert agreement.places == 2 and agreement.largest_logit == 3
+        assert agreement.positions == 2 and agreement.largest_logit == 3
 
     def test_nan_is_never_within_tolerance(self) -> None:
-        agreement = verify.Agreement(float("nan"), float("nan"), float("nan"), 0.0, 1, 3.0)
+        agreement = verify.LogitComparison(float("nan"), float("nan"), float("nan"), 0.0, 1, 3.0)
         for tolerance in (verify.TOLERANCES["bfloat16"], verify.NEAREST):
             with pytest.raises(lk.VerificationError):
                 agreement.check(tolerance, "it")
@@ -462,7 +476,7 @@ def test_a_quantised_base_is_not_folded_into(tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj.weight"
     ].to(torch.float8_e4m3fn)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    merged = Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
+    merged = StreamedMerge(tmp_path / "base", directory.read(tmp_path / "adapter"))
     with pytest.raises(
         lk.ModelError,
         match="torch.float8",
@@ -479,7 +493,9 @@ def test_an_index_that_points_elsewhere(base_dir: str, tmp_path: Path) -> None:
     adapter = adapter_on(base_dir, MEMBERS["lora"], tmp_path / "adapter")
     with pytest.raises(lk.ModelError):
         export(
-            Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False)
+            ExportRequest(
+                adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False
+            )
         )
 
 
@@ -494,7 +510,7 @@ def test_a_half_precision_base_is_judged_by_its_own_precision(
     shutil.copytree(base_dir, half, ignore=shutil.ignore_patterns("*.safetensors*"))
     transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype).save_pretrained(half)
     adapter = adapter_on(str(half), MEMBERS["lora"], tmp_path / "adapter")
-    done = export(Order(adapter, to, str(tmp_path / "out"), dtype=target))
+    done = export(ExportRequest(adapter, to, str(tmp_path / "out"), dtype=target))
     assert done.agreement is not None and done.agreement.divergence < 1e-2
 
 
@@ -507,7 +523,7 @@ class TestBrokenBases:
         for verified in (True, False):
             with pytest.raises(lk.ModelError):
                 export(
-                    Order(
+                    ExportRequest(
                         adapter,
                         "merged",
                         str(tmp_path / "out"),
@@ -525,7 +541,7 @@ class TestBrokenBases:
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         randomise(lk.adapt(tiny_llama(), lk.LoRA(2), targets="q_proj")).save(tmp_path / "adapter")
         for verified in (True, False):
-            order = Order(
+            request = ExportRequest(
                 str(tmp_path / "adapter"),
                 "merged",
                 str(tmp_path / "out"),
@@ -536,7 +552,7 @@ class TestBrokenBases:
                 lk.ModelError,
                 match=r"model\.layers\.0\.mlp\.up_proj\.weight",
             ):
-                export(order)
+                export(request)
 
     def test_a_base_of_another_name_that_nothing_tells_apart(
         self, base_dir: str, tmp_path: Path
@@ -545,7 +561,11 @@ class TestBrokenBases:
         (adapter / "lorakin.json").unlink()
         shutil.copytree(base_dir, tmp_path / "another")
         with pytest.warns(lk.LorakinWarning):
-            export(Order(str(adapter), "lora", str(tmp_path / "out"), str(tmp_path / "another")))
+            export(
+                ExportRequest(
+                    str(adapter), "lora", str(tmp_path / "out"), str(tmp_path / "another")
+                )
+            )
 
 
 def test_the_bases_other_files_go_along_in_their_folders(base_dir: str, tmp_path: Path) -> None:
@@ -555,7 +575,11 @@ def test_the_bases_other_files_go_along_in_their_folders(base_dir: str, tmp_path
     (tmp_path / "base" / "chat_templates" / "extra.jinja").write_text("{{ messages }}")
     (tmp_path / "base" / "original").mkdir()
     (tmp_path / "base" / "original" / "consolidated.pth").write_bytes(b"weights")
-    export(Order(adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False))
+    export(
+        ExportRequest(
+            adapter, "merged", str(tmp_path / "out"), str(tmp_path / "base"), verify=False
+        )
+    )
     assert (tmp_path / "out" / "chat_templates" / "extra.jinja").read_text() == "{{ messages }}"
     assert not (tmp_path / "out" / "original").exists()
 
@@ -570,8 +594,10 @@ def test_rows_to_fit_to_are_not_rows_to_compare_on(
             f"{count}.jsonl",
         )
         job = ExportJob(
-            Order(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir
+            ExportRequest(adapter, "lora", "", data=data), directory.read(Path(adapter)), base_dir
         )
-        fitted, compared = job.parts
-        assert len(compared) == len(job.texts()) == read and len(fitted) == min(64, count - read)
+        fitted, compared = job.fit_and_compare_rows
+        assert len(compared) == len(job.compared_ids()) == read and len(fitted) == min(
+            64, count - read
+        )
         assert not [row for row in compared if row in list(fitted)]

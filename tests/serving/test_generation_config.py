@@ -16,8 +16,8 @@ import transformers
 import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
 from lorakin.serving.export import export
-from lorakin.serving.generation_config import FILE, say_where_answers_end
-from lorakin.serving.job import Order
+from lorakin.serving.generation_config import FILE, write_stop_ids
+from lorakin.serving.job import ExportRequest
 from lorakin.training.endings import end_of_turn
 from peers import llama_cpp
 from training.carried import TEMPLATES, tokenizer_of
@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(base: Path, tmp_path: Path, to: str, **more: Any) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     randomise(lk.adapt(model, lk.LoRA(rank=2))).save(tmp_path / "adapter")
-    export(Order(str(tmp_path / "adapter"), to, str(tmp_path / to), str(base), **more))
+    export(ExportRequest(str(tmp_path / "adapter"), to, str(tmp_path / to), str(base), **more))
     return tmp_path / to
 
 
@@ -92,7 +92,7 @@ def test_a_base_without_the_file(base: Path, tmp_path: Path) -> None:
     for file in base.iterdir():
         if file.name != FILE:
             (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    say_where_answers_end(tmp_path / "other")
+    write_stop_ids(tmp_path / "other")
     made = transformers.GenerationConfig.from_pretrained(tmp_path / "other")
     assert made.eos_token_id == list(ids(base))
     assert made.bos_token_id == transformers.AutoConfig.from_pretrained(base).bos_token_id
@@ -103,14 +103,14 @@ def test_what_is_right_is_left_alone(tmp_path: Path, tokenizer: Any) -> None:
     tiny_llama(eos_token_id=1).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     before = (tmp_path / "llama" / FILE).read_bytes()
-    say_where_answers_end(tmp_path / "llama")
+    write_stop_ids(tmp_path / "llama")
     assert (tmp_path / "llama" / FILE).read_bytes() == before
     tiny_bert().save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    say_where_answers_end(tmp_path / "bert")
+    write_stop_ids(tmp_path / "bert")
     assert not (tmp_path / "bert" / FILE).exists()
     tiny_llama(eos_token_id=9).save_pretrained(tmp_path / "bare")
-    say_where_answers_end(tmp_path / "bare")
+    write_stop_ids(tmp_path / "bare")
     assert json.loads((tmp_path / "bare" / FILE).read_text())["eos_token_id"] == 9
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_file(base: Path, tmp_path: Path, content: str) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / FILE).write_text(content)
     with pytest.raises(lk.ModelError, match=FILE):
-        say_where_answers_end(tmp_path)
+        write_stop_ids(tmp_path)
 
 
 def test_a_gguf_model_names_both(base: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_llama_cpp_ends_an_answer_at_each(base: Path, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path / "says")
     randomise(lk.adapt(model, lk.LoRA(rank=2)), 1e-4).save(tmp_path / "adapter")
     export(
-        Order(
+        ExportRequest(
             str(tmp_path / "adapter"),
             "gguf-merged",
             str(tmp_path / "out"),
@@ -165,7 +165,11 @@ def test_the_template_of_the_training_goes_along(base: Path, tmp_path: Path) -> 
     other = CHATML.replace("<|over|>", "<|im_start|>")
     (tmp_path / "adapter" / "chat_template.jinja").write_text(other)
     for to in ("merged", "gguf-merged"):
-        export(Order(str(tmp_path / "adapter"), to, str(tmp_path / to), str(base), verify=False))
+        export(
+            ExportRequest(
+                str(tmp_path / "adapter"), to, str(tmp_path / to), str(base), verify=False
+            )
+        )
     merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     end = merged.convert_tokens_to_ids("<|im_start|>")
     assert merged.chat_template == other

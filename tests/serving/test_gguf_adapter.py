@@ -21,7 +21,7 @@ from lorakin.errors import (
 from lorakin.family import Pair
 from lorakin.inject.layer_kinds import EmbeddingLayer, kind_of
 from lorakin.serving.gguf_adapter import read_adapter, write_adapter
-from lorakin.serving.gguf_format import ARCHITECTURES, skeleton
+from lorakin.serving.gguf_format import ARCHITECTURES, meta_model
 from lorakin.serving.gguf_model import write_model
 from serving.gguf_models import (
     apply_by_hand,
@@ -126,7 +126,7 @@ class TestAdapter:
         config = transformers.AutoConfig.for_model(
             kind, **small, **ids, **extra, intermediate_size=64, head_dim=16
         )
-        model = skeleton(config)
+        model = meta_model(config)
         linears = {
             path: Pair(torch.ones(shape.outputs, 1), torch.ones(1, shape.inputs))
             for path, module in model.named_modules()

@@ -23,7 +23,7 @@ from lorakin.errors import (
 )
 from lorakin.family import Pair
 from lorakin.serving.gguf_adapter import write_adapter
-from lorakin.serving.gguf_format import skeleton
+from lorakin.serving.gguf_format import meta_model
 from lorakin.serving.gguf_model import write_model
 from serving.gguf_models import LLAMA3, MODELS, YARN, in_llama, llama, places, tiny
 
@@ -234,7 +234,7 @@ class TestModel:
         config = transformers.AutoConfig.from_pretrained(source)
         config.num_hidden_layers = 2  # the first of 30
         every = load_file(source / "model.safetensors")
-        weights = {key: every[key] for key in skeleton(config).state_dict() if key in every}
+        weights = {key: every[key] for key in meta_model(config).state_dict() if key in every}
         path = tmp_path / "m.gguf"
         write_model(
             path, config, source, weights, dtype="f32", name="Smollm2 135M 8k Lc100K Mix1 Ep2"

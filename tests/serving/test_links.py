@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import lorakin as lk
 from conftest import randomise
 from lorakin.cli.app import run
-from lorakin.serving.merged import Merged
-from lorakin.serving.other_files import beside
+from lorakin.serving.merged import StreamedMerge
+from lorakin.serving.other_files import files_without_weights
 from lorakin.storage import directory
 from lorakin.training.models import load_model
 
@@ -85,7 +85,7 @@ def test_a_link_to_the_outside_is_not_copied(
     )  # which no tokenizer can be read from
     assert not (tmp_path / "out").exists()
     with pytest.raises(lk.ModelError):
-        beside(base)
+        files_without_weights(base)
 
 
 def test_links_inside_and_to_directories(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_weights_are_those_that_transformers_takes(base: Path, adapter: Path
     )
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "other.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    merged = Merged(base, directory.read(adapter))
+    merged = StreamedMerge(base, directory.read(adapter))
     assert torch.equal(merged["model.norm.weight"], state["model.norm.weight"])
     assert load_model(str(base), "base").model.model.norm.weight.any()
 

@@ -19,8 +19,8 @@ from lorakin.cli.app import run
 from lorakin.inject.folding import folded
 from lorakin.serving.export import export
 from lorakin.serving.inputs import inputs_of, random_inputs
-from lorakin.serving.job import Order
-from lorakin.serving.merged import Merged, NotStreamed
+from lorakin.serving.job import ExportRequest
+from lorakin.serving.merged import NotStreamed, StreamedMerge
 from lorakin.serving.verify import logits_of
 from lorakin.storage import directory
 from serving.words import byte_tokenizer
@@ -108,17 +108,19 @@ def test_merged_and_read_back(name: str, bare: bool, tmp_path: Path) -> None:
             torch.save(stored, tmp_path / "base" / "pytorch_model.bin")
             (tmp_path / "base" / "model.safetensors").unlink()
         out = tmp_path / f"out {streamed}"
-        done = export(Order(str(tmp_path / "adapter"), "merged", str(out), str(tmp_path / "base")))
+        done = export(
+            ExportRequest(str(tmp_path / "adapter"), "merged", str(out), str(tmp_path / "base"))
+        )
         assert done.agreement is not None and done.agreement.largest < 1e-4 * max(
             1, done.agreement.largest_logit
         )
-        assert done.agreement.of == f"random {model.main_input_name}"
+        assert done.agreement.inputs == f"random {model.main_input_name}"
         merged, found = cls.from_pretrained(out, output_loading_info=True)
         assert not found["missing_keys"] and not found["mismatched_keys"]
         close(answers(merged.eval()), expected)
         assert json.loads((out / "config.json").read_text())["architectures"] == [cls.__name__]
     with pytest.raises(NotStreamed):
-        Merged(tmp_path / "base", directory.read(tmp_path / "adapter"))
+        StreamedMerge(tmp_path / "base", directory.read(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("name", ["t5", "tokens", "vit"])
@@ -156,7 +158,7 @@ def test_a_fault_in_what_was_written_is_found(
     monkeypatch.setattr("lorakin.inject.folding.folded", wrong)
     with pytest.raises(lk.VerificationError):
         export(
-            Order(
+            ExportRequest(
                 str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")
             )
         )
@@ -173,7 +175,7 @@ def test_a_head_that_nothing_holds_is_refused(tmp_path: Path) -> None:
         match="classifier",
     ):
         export(
-            Order(
+            ExportRequest(
                 str(tmp_path / "adapter"), "merged", str(tmp_path / "out"), str(tmp_path / "base")
             )
         )
@@ -195,11 +197,11 @@ def test_prompts_and_data_where_there_is_a_tokenizer(tmp_path: Path, write_rows:
     randomise(lk.adapt(model, lk.LoRA(rank=2), "q"), scale=0.3).save(adapter)
     data = write_rows([{"prompt": f"what is {n}", "completion": "a cat"} for n in range(8)])
     for given, of in ((data, "the data"), (None, "prompts")):
-        done = export(Order(adapter, "merged", str(tmp_path / of), base, data=given))
-        assert done.agreement is not None and done.agreement.of == of
-        assert done.agreement.places > 10 and done.agreement.largest < 1e-4
-    assert ", of the data" in str(
-        export(Order(adapter, "merged", str(tmp_path / "c"), base, data=data)).agreement
+        done = export(ExportRequest(adapter, "merged", str(tmp_path / of), base, data=given))
+        assert done.agreement is not None and done.agreement.inputs == of
+        assert done.agreement.positions > 10 and done.agreement.largest < 1e-4
+    assert "of the data" in str(
+        export(ExportRequest(adapter, "merged", str(tmp_path / "c"), base, data=data)).agreement
     )
 
 
@@ -209,7 +211,7 @@ def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
     model = cls.from_pretrained(tmp_path / "base")
     randomise(lk.adapt(model, lk.LoRA(rank=2), **where)).save(tmp_path / "adapter")
     data = write_rows([{"prompt": "a", "completion": "b"}])
-    order = Order(
+    request = ExportRequest(
         str(tmp_path / "adapter"),
         "merged",
         str(tmp_path / "out"),
@@ -217,4 +219,4 @@ def test_data_for_what_reads_no_text(tmp_path: Path, write_rows: Any) -> None:
         data=data,
     )
     with pytest.raises(lk.SettingError, match="--data"):
-        export(order)
+        export(request)

@@ -27,7 +27,7 @@ import lorakin as lk
 import soak
 from conftest import randomise, tiny_llama
 from lorakin.serving.export import export
-from lorakin.serving.job import Order
+from lorakin.serving.job import ExportRequest
 from lorakin.serving.output import new_directory
 from lorakin.storage import directory
 from serving.words import byte_tokenizer
@@ -50,18 +50,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def order(base: Path, to: str, out: Path) -> Order:
-    return Order(str(base / "adapter"), to, str(out), str(base / "model"), verify=False)
+def order(base: Path, to: str, out: Path) -> ExportRequest:
+    return ExportRequest(str(base / "adapter"), to, str(out), str(base / "model"), verify=False)
 
 
-def serve(what: Order) -> None:
+def serve(what: ExportRequest) -> None:
     """In a child."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export(what)
 
 
-def start(what: Order) -> Any:
+def start(what: ExportRequest) -> Any:
     child = children.Process(target=serve, args=(what,))
     child.start()
     return child

@@ -17,7 +17,7 @@ import lorakin as lk
 from conftest import tiny_llama
 from lorakin.cli.app import run
 from lorakin.cli.options import print_json
-from lorakin.serving.verify import _own_texts
+from lorakin.serving.verify import _answered_prompts
 from lorakin.training import models
 from lorakin.training.endings import stops
 from lorakin.training.generate import answer
@@ -41,12 +41,12 @@ SETTINGS: list[dict[str, Any]] = [
 def test_other_ways_of_decoding_are_not_taken(settings: dict[str, Any], tokenizer: Any) -> None:
     model = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     loaded = Loaded(model, tokenizer, "tiny", "float32")
-    want, read = answer(loaded, "the cat", max_new_tokens=5), _own_texts(loaded)
+    want, read = answer(loaded, "the cat", max_new_tokens=5), _answered_prompts(loaded)
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
     before = model.generation_config
     assert answer(loaded, "the cat", max_new_tokens=5) == want
-    assert _own_texts(loaded) == read
+    assert _answered_prompts(loaded) == read
     assert model.generation_config is before
 
 

@@ -21,7 +21,7 @@ import lorakin as lk
 from conftest import randomise, tiny_bert, tiny_llama
 from lorakin.inject.trainable_tokens import TokenRows
 from lorakin.serving.export import export
-from lorakin.serving.job import Order
+from lorakin.serving.job import ExportRequest
 from lorakin.training import prepare_trainer
 from lorakin.training import train as training
 from lorakin.training.models import load_model
@@ -67,17 +67,17 @@ def test_a_run_and_its_exports(
     x = torch.arange(3, 27).view(2, 12)
     want = model(x).logits
     assert not torch.allclose(want, load_model(base, "base").model(x).logits, atol=0.1)
-    export(Order(recipe.out, "merged", str(tmp_path / "merged")))
+    export(ExportRequest(recipe.out, "merged", str(tmp_path / "merged")))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(x).logits, want, rtol=0, atol=1e-4)
     assert merged.config.tie_word_embeddings is tied
-    export(Order(recipe.out, "lora", str(tmp_path / "plain")))
+    export(ExportRequest(recipe.out, "lora", str(tmp_path / "plain")))
     plain = load_with_adapter(base, str(tmp_path / "plain"), "base").model
     torch.testing.assert_close(plain(x).logits, want, rtol=0, atol=1e-4)
     with pytest.raises(lk.SettingError):
-        export(Order(recipe.out, "lora", str(tmp_path / "portable"), portable=True))
+        export(ExportRequest(recipe.out, "lora", str(tmp_path / "portable"), portable=True))
     with pytest.raises(lk.AdapterError, match="GGUF"):
-        export(Order(recipe.out, "gguf", str(tmp_path / "gguf")))
+        export(ExportRequest(recipe.out, "gguf", str(tmp_path / "gguf")))
     again = dataclasses.replace(recipe, out=str(tmp_path / "again"), trainable_tokens=["<|other|>"])
     with pytest.raises(lk.SettingError, match=r"no token '<\|other\|>'"):
         training.prepare(again, Console(file=shown))
@@ -137,7 +137,7 @@ def test_a_merged_model_that_another_resize_filled(tokenizer: Any, tmp_path: Pat
         for table in (model.lm_head, model.model.embed_tokens):
             table.weight[62:] = 7.0
     model.save_pretrained(tmp_path / "base")
-    export(Order(str(tmp_path / "a"), "merged", str(tmp_path / "out"), base))
+    export(ExportRequest(str(tmp_path / "a"), "merged", str(tmp_path / "out"), base))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(merged(torch.arange(50, 64)[None]).logits, want, rtol=0, atol=1e-5)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lorakin as lk
 from lorakin.serving.export import export
-from lorakin.serving.job import Order
+from lorakin.serving.job import ExportRequest
 from lorakin.training import checkpoint_manifest, prepare, run_directory, run_trainer
 from lorakin.training import train as training
 from lorakin.training.evaluate import evaluate_rows
@@ -32,7 +32,7 @@ Write = Callable[..., str]
 
 
 def merge(model: str, adapter: str, out: str) -> int:
-    return export(Order(adapter, "merged", out, model)).size
+    return export(ExportRequest(adapter, "merged", out, model)).size
 
 
 @pytest.fixture
@@ -624,7 +624,7 @@ def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(
     )
     merge(recipe.model, recipe.out, str(tmp_path / "merged"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
-    export(Order(recipe.out, "lora", str(tmp_path / "plain"), recipe.model))
+    export(ExportRequest(recipe.out, "lora", str(tmp_path / "plain"), recipe.model))
     assert (
         load_with_adapter(recipe.model, str(tmp_path / "plain"), "float32").tokenizer.chat_template
         == template

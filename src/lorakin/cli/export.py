@@ -56,13 +56,13 @@ def command(
     """
     from lorakin.errors import ModelError, VerificationError
     from lorakin.serving.export import export
-    from lorakin.serving.job import Order
+    from lorakin.serving.job import ExportRequest
 
-    order = Order(
+    request = ExportRequest(
         adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base
     )
     try:
-        exported = export(order)
+        exported = export(request)
     except VerificationError as error:
         if as_json:
             with contextlib.suppress(ModelError):  # of NaN the error says more

@@ -82,7 +82,7 @@ def check_out(comparison: Comparison, out: Path) -> bool:
         if options.get(name) != value:
             raise SettingError(
                 f"--out {out} holds another comparison: its {name} is "
-                f"{short_repr(options.get(name))}, not {value!r}; give the same options to continue "
+                f"{short_repr(options.get(name))}, not {value!r}; give the same options to resume "
                 "it, or choose another --out"
             )
     return True

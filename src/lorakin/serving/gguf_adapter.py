@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF files, which llama.cpp loads beside a model.
+"""LoRA adapters as GGUF files, which llama.cpp loads together with a model.
 
 The file holds two tensors for each module, `<name>.lora_a` (rank, in) and `<name>.lora_b` (out,
 rank). llama.cpp adds (alpha / rank) · b · a, or b · a where alpha is 0. For the embedding `a` is
@@ -28,13 +28,13 @@ from lorakin.serving.gguf_format import (
     EMBEDDING,
     HEAD,
     POSITIONS,
-    TensorType,
+    TensorToWrite,
     architecture_of,
     check_dtype,
     encoded,
     gguf_name,
+    meta_model,
     row_order,
-    skeleton,
     write_file,
 )
 from lorakin.training import gguf_header
@@ -44,56 +44,59 @@ ADAPTER_TYPE: Final = "lora"
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorPlace:
+class GgufTarget:
     """A module that llama.cpp can adapt.
 
-    `name` is its weight's there, `shape` its matrix, `order` that of its rows, see `row_order`.
+    Attributes:
+        name: llama.cpp's name of its weight.
+        shape: the shape of its matrix.
+        row_order: the order of the matrix's rows in the file (see `gguf_format.row_order`).
     """
 
     name: str
     shape: Shape
-    order: Tensor | None
+    row_order: Tensor | None
 
 
 def write_adapter(
     path: Path, config: Any, pairs: Mapping[str, Pair], *, dtype: str = "f32"
 ) -> None:
-    """Writes `pairs` as a LoRA that llama.cpp loads beside the model of `config`.
+    """Writes `pairs` as a LoRA that llama.cpp loads together with the model of `config`.
 
     Pairs of smaller rank are padded with zeros to the largest, and alpha is that rank, so every
     factor is 1.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; an existing one is replaced.
         config: the base model's transformers config.
-        pairs: by module path; `up` (out, k), `down` (k, in), scales inside `up`, rows in
-            transformers' order.
+        pairs: the pairs by module path: `up` (out, k), with the scale in it, and `down` (k, in),
+            both in transformers' order of rows.
         dtype: "f32", "f16" or "bf16".
 
     Raises:
-        ModelError: the architecture is not known here.
+        ModelError: lorakin does not know the architecture's GGUF layout.
         AdapterError: a module that the model lacks or llama.cpp cannot adapt, a pair of another
-            shape, NaN, infinity, or a number too large for `dtype`. Nothing is written.
+            shape, NaN, infinity, or a value too large for `dtype`. Nothing is written.
         OutputError: the file cannot be written.
         SettingError: the dtype is unknown.
-        ValueError: a pair has a gain, so it is no low-rank change.
+        ValueError: a pair has a gain, so it is not a low-rank change.
     """
     check_dtype(dtype, ADAPTER_DTYPES)
     if not pairs:
-        raise AdapterError("an adapter without any module is not written")
-    architecture, places = architecture_of(config), dict(_places(config))
+        raise AdapterError("an adapter without modules cannot be written")
+    architecture, targets = architecture_of(config), dict(_targets(config))
     rank = max(1, *(pair.up.shape[1] for pair in pairs.values()))
     unknown = f"a {config.model_type} model of this config has no module of that name to adapt"
 
     tensors = []
     for module, pair in pairs.items():
-        place = places.get(module, unknown)
-        if isinstance(place, str):
+        target = targets.get(module, unknown)
+        if isinstance(target, str):
             raise AdapterError(
-                f"{module} cannot be written to a GGUF adapter: {place}. Leave it out, or "
+                f"{module} cannot be written to a GGUF adapter: {target}. Leave it out, or "
                 f"{ELSEWHERE}"
             )
-        tensors += _tensors(module, pair, place, rank, dtype)
+        tensors += _tensors(module, pair, target, rank, dtype)
 
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -103,8 +106,8 @@ def write_adapter(
 
 
 def _tensors(
-    module: str, pair: Pair, place: TensorPlace, rank: int, dtype: str
-) -> list[TensorType]:
+    module: str, pair: Pair, target: GgufTarget, rank: int, dtype: str
+) -> list[TensorToWrite]:
     """Returns the file's two tensors for one module, padded to `rank`."""
     if pair.gain is not None:
         raise ValueError(
@@ -112,24 +115,25 @@ def _tensors(
             "first"
         )
     k = pair.up.shape[1]
-    if pair.up.shape != (place.shape.outputs, k) or pair.down.shape != (k, place.shape.inputs):
+    outputs, inputs = target.shape.outputs, target.shape.inputs
+    if pair.up.shape != (outputs, k) or pair.down.shape != (k, inputs):
         raise AdapterError(
             f"{module}: up {tuple(pair.up.shape)} and down {tuple(pair.down.shape)} do not fit the "
-            f"base model's weight, {place.shape.outputs} × {place.shape.inputs}"
+            f"base model's weight, {outputs} × {inputs}"
         )
-    up = pair.up if place.order is None else pair.up[place.order.to(pair.up.device)]
+    up = pair.up if target.row_order is None else pair.up[target.row_order.to(pair.up.device)]
     up = nn.functional.pad(up.detach(), (0, rank - k))
     down = nn.functional.pad(pair.down.detach(), (0, 0, 0, rank - k))
 
-    found = []
-    for half, tensor in (("a", down.T if place.name == EMBEDDING else down), ("b", up)):
+    tensors = []
+    for letter, tensor in (("a", down.T if target.name == EMBEDDING else down), ("b", up)):
         try:
             encoded(tensor, dtype, module)  # raises before anything is written
         except ModelError as error:
             raise AdapterError(str(error)) from None
-        name, read = f"{place.name}.lora_{half}", partial(Tensor.contiguous, tensor)
-        found.append(TensorType(name, tuple(tensor.shape), dtype, read, module))
-    return found
+        name, read = f"{target.name}.lora_{letter}", partial(Tensor.contiguous, tensor)
+        tensors.append(TensorToWrite(name, tuple(tensor.shape), dtype, read, module))
+    return tensors
 
 
 def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
@@ -144,31 +148,35 @@ def read_adapter(path: Path, config: Any) -> dict[str, Pair]:
         alpha / rank in it, and `down` (rank, in).
 
     Raises:
-        ModelError: the architecture is not known here.
-        AdapterError: there is no such file, it is no GGUF file, or no adapter of this model, its
-            tensors do not fit, or hold NaN or infinity.
+        ModelError: lorakin does not know the architecture's GGUF layout.
+        AdapterError: there is no such file, it is not a GGUF file or not an adapter of this model,
+            its tensors do not fit, or hold NaN or infinity.
     """
     architecture = gguf.MODEL_ARCH_NAMES[architecture_of(config).arch]
     alpha, tensors = _contents(path, architecture)
-    places = {p.name: (module, p) for module, p in _places(config) if isinstance(p, TensorPlace)}
+    targets = {
+        target.name: (module, target)
+        for module, target in _targets(config)
+        if isinstance(target, GgufTarget)
+    }
 
     pairs = {}
-    whole = (name.removesuffix(".lora_a").removesuffix(".lora_b") for name in tensors)
-    for name in dict.fromkeys(whole):
+    weights = (name.removesuffix(".lora_a").removesuffix(".lora_b") for name in tensors)
+    for name in dict.fromkeys(weights):
         if name in tensors:
             raise AdapterError(
                 f"{path}: {name} is a whole tensor; only .lora_a and .lora_b are read"
             )
-        if name not in places:
+        if name not in targets:
             raise AdapterError(
-                f"{path}: {name} is no tensor of this {config.model_type} model that can be adapted"
+                f"{path}: this {config.model_type} model has no tensor {name} that can be adapted"
             )
-        halves = f"{name}.lora_a", f"{name}.lora_b"
-        if missing := [half for half in halves if half not in tensors]:
-            raise AdapterError(f"{path}: {missing[0]} is missing, its other half is there")
-        module, place = places[name]
-        a, b = (tensors[half] for half in halves)
-        pairs[module] = _pair(a, b, alpha, place, f"{path}: {name}")
+        keys = f"{name}.lora_a", f"{name}.lora_b"
+        if missing := [key for key in keys if key not in tensors]:
+            raise AdapterError(f"{path}: {missing[0]} is missing, only half of its pair is there")
+        module, target = targets[name]
+        a, b = (tensors[key] for key in keys)
+        pairs[module] = _pair(a, b, alpha, target, f"{path}: {name}")
     if not pairs:
         raise AdapterError(f"{path} holds no tensors")
     return pairs
@@ -210,30 +218,30 @@ def _contents(path: Path, architecture: str) -> tuple[float, dict[str, Tensor]]:
         }
 
 
-def _pair(a: Tensor, b: Tensor, alpha: float, place: TensorPlace, where: str) -> Pair:
+def _pair(a: Tensor, b: Tensor, alpha: float, target: GgufTarget, where: str) -> Pair:
     """Returns the pair of two tensors of a file, after checking that they fit the module."""
-    up, down = b.float(), (a.T if place.name == EMBEDDING else a).float()
-    rank = up.shape[-1]
-    if up.shape != (place.shape.outputs, rank) or down.shape != (rank, place.shape.inputs):
+    up, down = b.float(), (a.T if target.name == EMBEDDING else a).float()
+    rank, outputs, inputs = up.shape[-1], target.shape.outputs, target.shape.inputs
+    if up.shape != (outputs, rank) or down.shape != (rank, inputs):
         raise AdapterError(
             f"{where}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} do not fit the base "
-            f"model's weight, {place.shape.outputs} × {place.shape.inputs}"
+            f"model's weight, {outputs} × {inputs}"
         )
     if not (all_finite(up) and all_finite(down)):
         raise AdapterError(f"{where} holds NaN or infinity")
-    if place.order is not None:
-        up = up[torch.argsort(place.order)]
+    if target.row_order is not None:
+        up = up[torch.argsort(target.row_order)]
     return Pair(up * (alpha / rank) if alpha else up, down.contiguous())
 
 
-def _places(config: Any) -> Iterator[tuple[str, TensorPlace | str]]:
-    """Yields each module with a matrix by path, or a text: why llama.cpp cannot adapt it."""
-    for path, module in skeleton(config).named_modules():
+def _targets(config: Any) -> Iterator[tuple[str, GgufTarget | str]]:
+    """Yields the path of each module with a matrix, and its target or why there is none."""
+    for path, module in meta_model(config).named_modules():
         if (kind := kind_of(module)) is None:
             continue
         name, shape = gguf_name(config, f"{path}.weight"), kind.shape(module)
         if name is None or name == POSITIONS:
-            yield path, "llama.cpp applies no adapter there"
+            yield path, "llama.cpp applies no adapter to that tensor"
         elif config.tie_word_embeddings and name in (EMBEDDING, HEAD):
             yield (
                 path,
@@ -241,7 +249,7 @@ def _places(config: Any) -> Iterator[tuple[str, TensorPlace | str]]:
                 "that serves as both",
             )
         else:
-            yield path, TensorPlace(name, shape, row_order(config, f"{path}.weight", shape.outputs))
+            yield path, GgufTarget(name, shape, row_order(config, f"{path}.weight", shape.outputs))
 
 
 @contextlib.contextmanager

@@ -31,10 +31,12 @@ from lorakin.training import loading
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp knows one kind of transformers model.
+    """An architecture of llama.cpp, for one `model_type` of transformers.
 
-    `permuted`: q_proj and k_proj have their rows reordered. `whole`: whole models of it can be
-    written here, not only adapters.
+    Attributes:
+        arch: llama.cpp's name, as the gguf library's constant.
+        permuted: whether the rows of q_proj and k_proj are reordered.
+        whole: whether lorakin writes whole models of it, not only adapters.
     """
 
     arch: Any
@@ -76,15 +78,15 @@ ELSEWHERE = "use --to gguf-merged, or --to merged and llama.cpp's convert_hf_to_
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorType:
-    """One tensor of a file.
+class TensorToWrite:
+    """A tensor to be written to a file.
 
     Attributes:
         name: its name in the file.
         shape: its shape.
-        dtype: the key of `TYPES` in which it is written.
-        read: returns its numbers.
-        source: what the user knows it by, for messages.
+        dtype: a key of `TYPES`.
+        read: returns its values.
+        source: the name that the user knows, for messages.
     """
 
     name: str
@@ -95,10 +97,10 @@ class TensorType:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """Returns what llama.cpp calls the architecture of a model with this config.
+    """Returns llama.cpp's architecture for a model with this config.
 
     Raises:
-        ModelError: it is not known here.
+        ModelError: lorakin does not know its GGUF layout.
 
     >>> architecture_of(transformers.LlamaConfig()).permuted
     True
@@ -106,14 +108,14 @@ def architecture_of(config: Any) -> Architecture:
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"a {kind!r} model's GGUF layout is not known here, only: {', '.join(ARCHITECTURES)}; "
-            f"{ELSEWHERE}"
+            f"lorakin does not know the GGUF layout of a {kind!r} model, only of "
+            f"{', '.join(ARCHITECTURES)}; {ELSEWHERE}"
         )
     return ARCHITECTURES[kind]
 
 
-def skeleton(config: Any) -> nn.Module:
-    """Returns the causal language model of `config`, without memory for its weights."""
+def meta_model(config: Any) -> nn.Module:
+    """Returns the causal language model of `config` on the meta device."""
     with torch.device("meta"):
         model: nn.Module = loading.from_config(
             transformers.AutoModelForCausalLM, config, attn_implementation="eager"
@@ -156,17 +158,17 @@ def check_dtype(dtype: str, allowed: Sequence[str]) -> None:
     """Checks the dtype of a GGUF file.
 
     Raises:
-        SettingError: `dtype` is none of `allowed`.
+        SettingError: `dtype` is not in `allowed`.
     """
     if dtype not in allowed:
         raise SettingError(f"dtype of a GGUF file must be {', '.join(allowed)}, not {dtype!r}")
 
 
 def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
-    """Returns the numbers as the file holds them, rounded to the nearest, never to infinity.
+    """Returns the values as the file holds them, rounded to the nearest, never to infinity.
 
     Raises:
-        ModelError: NaN, infinity, or a number too large for `dtype`; the message names `source`.
+        ModelError: NaN, infinity, or a value too large for `dtype`; the message names `source`.
 
     >>> encoded(torch.ones(2), "f16", "w")
     array([1., 1.], dtype=float16)
@@ -191,16 +193,16 @@ def encoded(tensor: Tensor, dtype: str, source: str) -> NDArray[Any]:
     return gguf.quants.quantize(array, _TYPE.Q8_0) if dtype == "q8_0" else array
 
 
-def write_file(path: Path, writer: Any, tensors: Sequence[TensorType]) -> None:
-    """Writes metadata and tensors beside `path`, and renames the file when it is complete.
+def write_file(path: Path, writer: Any, tensors: Sequence[TensorToWrite]) -> None:
+    """Writes metadata and tensors to a temporary file, and renames it to `path` when complete.
 
     Args:
         path: the file.
         writer: a GGUFWriter that holds the metadata.
-        tensors: what to write.
+        tensors: the tensors to write.
 
     Raises:
-        OutputError: it cannot be written; a file that was there is intact.
+        OutputError: it cannot be written; an existing file is unchanged.
     """
     for tensor in tensors:
         block, size = gguf.GGML_QUANT_SIZES[TYPES[tensor.dtype]]
@@ -233,6 +235,6 @@ def write_file(path: Path, writer: Any, tensors: Sequence[TensorType]) -> None:
 
 
 def _check_written(file: Any) -> None:
-    """Checks that all was written: NumPy loses its last write silently where the disk is full."""
+    """Checks the file's size: on a full disk NumPy loses its last write without an error."""
     if os.fstat(file.fileno()).st_size != file.tell():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,12 +21,12 @@ from lorakin.serving.gguf_format import (
     EMBEDDING,
     HEAD,
     TYPES,
-    TensorType,
+    TensorToWrite,
     architecture_of,
     check_dtype,
     gguf_name,
+    meta_model,
     row_order,
-    skeleton,
     write_file,
 )
 from lorakin.serving.gguf_vocabulary import read_vocabulary
@@ -55,19 +55,19 @@ def write_model(
     """Writes a model with its tokenizer as one file, with one tensor in memory at a time.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; an existing one is replaced.
         config: the model's transformers config.
         tokenizer_dir: a directory with its tokenizer, as `save_pretrained` writes it.
         tensors: the weights under transformers' names: a `state_dict()`, or a mapping that loads
             each when asked. A tied head may be left out.
-        dtype: "f32", "f16", "bf16" or "q8_0"; vectors stay float32, and rows whose length q8_0 does
-            not divide become f16.
-        name: what the file calls the model.
-        template: another chat template than the tokenizer's own.
+        dtype: "f32", "f16", "bf16" or "q8_0". Vectors stay float32, and matrices whose rows are not
+            a multiple of 32 long, which q8_0 cannot hold, become f16.
+        name: the model's name in the file.
+        template: another chat template than the tokenizer's.
 
     Raises:
-        ModelError: an architecture, a setting of it or a tokenizer that is not known here; tensors
-            that are missing, unknown, or of another shape; NaN, infinity, or a number too large for
+        ModelError: lorakin cannot write the architecture, a setting of it or the tokenizer; tensors
+            are missing, unknown, or of another shape; a value is NaN, infinite, or too large for
             `dtype`.
         OutputError: the file cannot be written.
         SettingError: the dtype is unknown.
@@ -103,10 +103,10 @@ def _check(config: Any) -> None:
     """
     kind = config.model_type
     if not ARCHITECTURES[kind].whole:
-        whole = ", ".join(other for other, one in ARCHITECTURES.items() if one.whole)
+        writable = ", ".join(name for name, known in ARCHITECTURES.items() if known.whole)
         raise ModelError(
-            f"a {kind} model cannot be written as GGUF here, only adapters of it; models of: "
-            f"{whole}. {ELSEWHERE}"
+            f"lorakin writes only adapters of a {kind} model as GGUF; it writes whole models of "
+            f"{writable}. {ELSEWHERE}"
         )
     rope = config.rope_parameters
     rotation = rope.get("rope_type", "default")
@@ -120,7 +120,7 @@ def _check(config: Any) -> None:
         ),
         (
             rotation not in _ROTATIONS,
-            f"its rotary embedding is {rotation!r}, known are {', '.join(_ROTATIONS)}",
+            f"its rotary embedding is {rotation!r}, not one of {', '.join(_ROTATIONS)}",
         ),
         (
             rotation == "llama3" and kind not in ("llama", "mistral"),
@@ -138,11 +138,11 @@ def _check(config: Any) -> None:
         ),
         (
             kind == "qwen2" and width != config.hidden_size,
-            "llama.cpp wants num_attention_heads · head_dim = hidden_size for qwen2",
+            "llama.cpp requires num_attention_heads · head_dim = hidden_size for qwen2",
         ),
     )
-    for is_there, problem in problems:
-        if is_there:
+    for exists, problem in problems:
+        if exists:
             raise ModelError(f"this {kind} model cannot be written as GGUF: {problem}")
 
 
@@ -152,14 +152,14 @@ def _head_dim(config: Any) -> int:
     )
 
 
-def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[TensorType]:
+def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[TensorToWrite]:
     """Returns the file's tensors, after checking that none is missing and none left over."""
-    expected = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in meta_model(config).state_dict().items()}
     names = {key: gguf_name(config, key) for key in expected}
     if left := [key for key in tensors if key not in expected]:
         raise ModelError(
-            f"{left[0]} is no tensor of this {config.model_type} model; merge or remove adapters "
-            "before"
+            f"this {config.model_type} model has no tensor {left[0]}; merge or remove adapters "
+            "first"
         )
     optional = {key for key in names if config.tie_word_embeddings and names[key] == HEAD}
     for key in optional & set(tensors):
@@ -179,11 +179,11 @@ def _stored(config: Any, tensors: Mapping[str, Tensor], dtype: str) -> list[Tens
         assert name is not None  # every tensor of an architecture written whole has one
         order = row_order(config, key, shape[0])
         kind = "f32" if len(shape) == 1 else "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
-        stored.append(TensorType(name, shape, kind, _reader(tensors, key, shape, order), key))
+        stored.append(TensorToWrite(name, shape, kind, _reader(tensors, key, shape, order), key))
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _rope_factors(config)
         shape = tuple(factors.shape)
-        rope = TensorType("rope_freqs.weight", shape, "f32", lambda: factors, "rope_freqs")
+        rope = TensorToWrite("rope_freqs.weight", shape, "f32", lambda: factors, "rope_freqs")
         stored.insert(0, rope)
     return stored
 
@@ -252,7 +252,7 @@ def _add_hyperparameters(writer: Any, config: Any) -> None:
 
 
 def read_model(path: Path, source: Path) -> nn.Module:
-    """Reads a model that `write_model` wrote, in float32, to check that it is what was meant.
+    """Reads a model that `write_model` wrote, in float32, to compare it with the trained one.
 
     Args:
         path: the file.
@@ -263,20 +263,20 @@ def read_model(path: Path, source: Path) -> nn.Module:
     """
     config = loading.config(source)
     reader = gguf.GGUFReader(path)
-    held = {
+    in_file = {
         t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
         for t in reader.tensors
     }
-    config.tie_word_embeddings = HEAD not in held
+    config.tie_word_embeddings = HEAD not in in_file
     state = {}
-    for key, tensor in skeleton(config).state_dict().items():
+    for key, tensor in meta_model(config).state_dict().items():
         name = gguf_name(config, key)
         if name == HEAD and config.tie_word_embeddings:
             name = EMBEDDING
-        if name not in held or held[name].shape != tensor.shape:
+        if name not in in_file or in_file[name].shape != tensor.shape:
             raise ModelError(f"{path} does not hold {key} as {name}, {tuple(tensor.shape)}")
         order = row_order(config, key, tensor.shape[0])
-        state[key] = held[name] if order is None else held[name][torch.argsort(order)]
+        state[key] = in_file[name] if order is None else in_file[name][torch.argsort(order)]
     model: nn.Module = loading.from_config(
         transformers.AutoModelForCausalLM, config, dtype=torch.float32
     ).eval()

@@ -1,9 +1,9 @@
 """A transformers tokenizer in llama.cpp's form.
 
-Two kinds have a form there. One is byte-level BPE, GPT-2's, with one of several ways of cutting
+llama.cpp has forms for two kinds. One is byte-level BPE, GPT-2's, with one of several ways to split
 text into words first, which llama.cpp knows by name. The other is SentencePiece's BPE, Llama 2's,
 which merges in the order of scores instead of by a list of merges. Everything is read from the
-tokenizer as transformers runs it, so a file says what the model was trained with.
+tokenizer as transformers runs it, so a file holds the tokenizer that the model was trained with.
 
 The gguf library's own readers give other types and scores: see docs/project/dependencies.md.
 """
@@ -43,14 +43,13 @@ KNOWN: dict[tuple[Steps, bool], str] = {
     ((("Split", _LETTERS + r"\p{N}{1,3}" + _REST), _BYTES), False): "smaug-bpe",
     ((("Split", _TEKKEN), _BYTES), True): "tekken",
 }
-"""llama.cpp's `tokenizer.ggml.pre`, by the steps that cut the text and by whether a word that is in
-the vocabulary is taken unmerged.
-"""
+"""llama.cpp's `tokenizer.ggml.pre`, by the steps that split the text and by whether a word in the
+vocabulary is one token whatever the merges (ignore_merges)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """A tokenizer as a GGUF file holds it.
 
     `merges` belong to byte-level BPE ("gpt2"), `scores` to SentencePiece ("llama").
     """
@@ -68,7 +67,7 @@ class Vocabulary:
     template: Any
 
     def add_to(self, writer: Any) -> None:
-        """Puts it into the GGUFWriter's metadata."""
+        """Adds the vocabulary to the GGUFWriter's metadata."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -90,9 +89,9 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
     """Reads the tokenizer saved in `directory`, for a model with `size` rows in its embedding.
 
     Args:
-        directory: where the tokenizer is.
-        size: rows of the embedding; ids without a token become unused ones.
-        template: another chat template than the tokenizer's own.
+        directory: the tokenizer's directory.
+        size: the rows of the embedding; ids without a token become unused ones.
+        template: another chat template than the tokenizer's.
 
     Raises:
         ModelError: there is no tokenizer, it has more tokens than `size`, or llama.cpp has no form
@@ -103,11 +102,10 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
     tokenizer.chat_template = template or tokenizer.chat_template
     model, where = parts["model"], f"{directory}: the tokenizer"
-    unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(model.get(key) for key in unlike):
+    unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model.get(key) for key in unsupported):
         raise ModelError(
-            f"{where} is of the kind {model['type']}; llama.cpp's form is written for plain BPE "
-            "only"
+            f"{where} is of type {model['type']}; lorakin writes plain BPE only in llama.cpp's form"
         )
     if max(tokenizer.get_vocab().values()) >= size:
         raise ModelError(
@@ -115,54 +113,55 @@ def read_vocabulary(directory: Path, size: int, template: str | None = None) -> 
             f"only {size} rows"
         )
 
-    pieces = bool(model.get("byte_fallback"))
+    is_sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, parts, size)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    before, after = _around(tokenizer, where)
-    written = tokenizer.chat_template
-    if isinstance(written, dict):
-        written = [{"name": name, "template": text} for name, text in written.items()]
+    add_bos, add_eos = _adds_bos_eos(tokenizer, where)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = [{"name": name, "template": text} for name, text in templates.items()]
+    merge_lines = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
     return Vocabulary(
-        model="llama" if pieces else "gpt2",
-        pre="default" if pieces else _pre(parts, where),
+        model="llama" if is_sentencepiece else "gpt2",
+        pre="default" if is_sentencepiece else _pre(parts, where),
         tokens=tokens,
         types=types,
-        merges=[] if pieces else [" ".join(part.replace(" ", "Ġ") for part in p) for p in merges],
-        scores=_scores(tokens, types, merges, where) if pieces else [],
+        merges=[] if is_sentencepiece else merge_lines,
+        scores=_scores(tokens, types, merges, where) if is_sentencepiece else [],
         special=_special(tokenizer),
-        add_bos=before,
-        add_eos=after,
-        space_prefix=pieces and _space_prefix(parts, where),
-        template=written,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        space_prefix=is_sentencepiece and _space_prefix(parts, where),
+        template=templates,
     )
 
 
 def _tokens(tokenizer: Any, parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Returns the `size` tokens in the order of their ids, and llama.cpp's type of each."""
     model, added = parts["model"], {token["id"]: token for token in parts["added_tokens"]}
-    pieces = bool(model.get("byte_fallback"))
+    is_sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
-    for token, number in tokenizer.get_vocab().items():
-        tokens[number], types[number] = token, gguf.TokenType.NORMAL
-        if number in added and added[number]["special"]:
-            types[number] = gguf.TokenType.CONTROL
-        elif number in added:
-            tokens[number], types[number] = token.replace(_SPACE, " "), gguf.TokenType.USER_DEFINED
-        if pieces and token == model.get("unk_token"):
-            types[number] = gguf.TokenType.UNKNOWN
-        elif pieces and number not in added and _BYTE.fullmatch(token):
-            types[number] = gguf.TokenType.BYTE
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index], types[index] = token, gguf.TokenType.NORMAL
+        if index in added and added[index]["special"]:
+            types[index] = gguf.TokenType.CONTROL
+        elif index in added:
+            tokens[index], types[index] = token.replace(_SPACE, " "), gguf.TokenType.USER_DEFINED
+        if is_sentencepiece and token == model.get("unk_token"):
+            types[index] = gguf.TokenType.UNKNOWN
+        elif is_sentencepiece and index not in added and _BYTE.fullmatch(token):
+            types[index] = gguf.TokenType.BYTE
     return tokens, types
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    """Returns the ids of special tokens by llama.cpp's words; an answer ends at "eot" too."""
-    known = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    known["eot"] = next(iter(end_of_turn(tokenizer)), None)
-    return {kind: number for kind, number in known.items() if number is not None}
+    """Returns the ids of special tokens by llama.cpp's names; an answer ends at "eot" too."""
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    ids["eot"] = next(iter(end_of_turn(tokenizer)), None)
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
-def _around(tokenizer: Any, where: str) -> tuple[bool, bool]:
+def _adds_bos_eos(tokenizer: Any, where: str) -> tuple[bool, bool]:
     """Returns whether the tokenizer puts BOS before a text, and EOS after it.
 
     Raises:
@@ -197,12 +196,13 @@ def _steps(part: dict[str, Any] | None) -> Steps:
 
 
 def _pre(parts: dict[str, Any], where: str) -> str:
-    """Returns llama.cpp's name for how a byte-level tokenizer cuts text into words.
+    """Returns llama.cpp's name for how a byte-level tokenizer splits text into words.
 
-    llama.cpp does not normalise text for it; NFC is let pass.
+    llama.cpp does not normalise text for it; a tokenizer that normalises by NFC is accepted all the
+    same.
 
     Raises:
-        ModelError: it normalises text otherwise, or cuts it in a way that has no name there.
+        ModelError: it normalises text otherwise, or llama.cpp has no name for how it splits text.
     """
     normalizer = parts["normalizer"]
     if normalizer is not None and normalizer != {"type": "NFC"}:
@@ -213,9 +213,9 @@ def _pre(parts: dict[str, Any], where: str) -> str:
     steps, unmerged = _steps(parts["pre_tokenizer"]), bool(parts["model"].get("ignore_merges"))
     if (steps, unmerged) not in KNOWN:
         raise ModelError(
-            f"{where} cuts text in a way that is not known here under a name of llama.cpp's "
+            f"{where} splits text in a way for which lorakin knows no name of llama.cpp's "
             f"(ignore_merges: {unmerged}): "
-            f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. Known are: "
+            f"{json.dumps(parts['pre_tokenizer'], ensure_ascii=False)}. It knows "
             f"{', '.join(KNOWN.values())}. Use llama.cpp's convert_hf_to_gguf.py"
         )
     return KNOWN[steps, unmerged]
@@ -246,7 +246,7 @@ def _scores(
     """Returns how early each token is merged: 0 for the first, −1 for the next, and so on.
 
     Raises:
-        ModelError: a byte is missing, which llama.cpp needs for characters that are no tokens.
+        ModelError: a byte is missing, which llama.cpp needs for characters without a token.
     """
     if sum(kind == gguf.TokenType.BYTE for kind in types) != 256:
         raise ModelError(

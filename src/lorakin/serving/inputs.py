@@ -20,15 +20,15 @@ def reads_text(model: Any) -> bool:
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 
 
-def is_pair(model: Any) -> bool:
-    """Returns whether the model is an encoder with a decoder behind it."""
+def is_encoder_decoder(model: Any) -> bool:
+    """Returns whether the model is an encoder with a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a batch of one on the model's device, from token ids or from inputs by name.
 
-    A decoder behind an encoder reads the same ids, shifted by its start token.
+    The decoder of an encoder-decoder reads the same ids, shifted by its start token.
 
     >>> from torch import nn
     >>> model = nn.Linear(2, 2)
@@ -41,7 +41,7 @@ def inputs_of(model: Any, text: Sequence[int] | Mapping[str, Tensor]) -> dict[st
     else:
         ids = torch.tensor([list(text)])
         inputs = {"input_ids": ids}
-        if is_pair(model):
+        if is_encoder_decoder(model):
             inputs["decoder_input_ids"] = _shifted(model.config, ids)
     return {
         name: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype)
@@ -68,10 +68,11 @@ def random_inputs(model: Any) -> list[dict[str, Tensor]]:
             given = {name: torch.randn(shape, generator=generator)}
         else:
             raise ModelError(
-                f"a {type(model).__name__} reads {name}, of which no example can be made here, so "
-                "nothing was compared and nothing was kept; --no-verify leaves the comparison out"
+                f"a {type(model).__name__} reads {name}, and lorakin cannot make examples of that, "
+                "so nothing was compared and nothing was kept; --no-verify leaves the comparison "
+                "out"
             )
-        if is_pair(model) and tokens:
+        if is_encoder_decoder(model) and tokens:
             ids = given.get("input_ids", _ids(tokens, length, config, generator))
             given["decoder_input_ids"] = _shifted(config, ids)
         inputs.append(given)
@@ -90,11 +91,11 @@ def _ids(tokens: int, length: int, config: Any, generator: torch.Generator) -> T
 
 def _shape(name: str, config: Any) -> tuple[int, ...] | None:
     """Returns the shape of an image, of a clip of sound or its spectrum; None for anything else."""
-    seen = getattr(config, "vision_config", config)
-    size = getattr(seen, "image_size", None)
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
     if name == "pixel_values" and size is not None:
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        return (1, getattr(seen, "num_channels", 3), *sides)
+        return (1, getattr(vision, "num_channels", 3), *sides)
     if name == "input_values":
         return (1, 16_000)
     if name == "input_features" and (bins := getattr(config, "num_mel_bins", None)) is not None:
@@ -103,12 +104,7 @@ def _shape(name: str, config: Any) -> tuple[int, ...] | None:
 
 
 def _shifted(config: Any, ids: Tensor) -> Tensor:
-    start = next(
-        (
-            found
-            for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-            if (found := getattr(config, key, None)) is not None
-        ),
-        0,
-    )
+    keys = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    starts = (getattr(config, key, None) for key in keys)
+    start = next((start for start in starts if start is not None), 0)
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)

@@ -1,4 +1,4 @@
-"""An export under way: what is wanted, and the base with its adapter."""
+"""An export while it runs: the request, and the base with its adapter."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from lorakin.training.models import Loaded, config_of
 from lorakin.training.reading import read_rows
 from lorakin.training.with_adapter import load_with_adapter, recipe_labels
 
-CALIBRATION, READING, BATCH, LENGTH = 64, 16, 8, 512
-"""Rows of the data that a nearest pair is fitted to, and rows to compare on; rows of a batch;
-tokens of a row.
-"""
+FITTED_ROWS, COMPARED_ROWS, BATCH, LENGTH = 64, 16, 8, 512
+"""The most rows of the data that a nearest pair is fitted to, and that models are compared on; the
+rows of a batch; the tokens of a row."""
+
+
+Rows = Sequence[Mapping[str, Any]]
+"""Rows of data as token ids and labels."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """What is wanted, as `lorakin export --help` describes it; None is the target's default."""
+class ExportRequest:
+    """The options of `lorakin export`, as `--help` describes them; None is the target's default."""
 
     adapter: str
     to: str
@@ -48,57 +51,68 @@ class Order:
 
 
 class ExportJob:
-    """An order under way: the base with its adapter, loaded when first asked for."""
+    """An export while it runs, with the base and its adapter, which are loaded at the first use.
 
-    def __init__(self, order: Order, files: directory.AdapterFiles, name: str) -> None:
-        self.order = order
+    Attributes:
+        request: what is to be exported.
+        files: the adapter's files.
+        name: the base model's name.
+        fits: for each module, how near a plain pair is to the adapter's change.
+    """
+
+    def __init__(self, request: ExportRequest, files: directory.AdapterFiles, name: str) -> None:
+        self.request = request
         self.files = files
         self.name = name
         self.fits: Mapping[str, Fit] = {}
         self._loaded: Loaded | None = None
 
-    def base(self) -> Loaded:
+    def loaded(self) -> Loaded:
         """Returns the base with its adapter, in the dtype that the base is stored in."""
         if self._loaded is None:
             self._loaded = load_with_adapter(
-                self.name, self.files, "base", other_base=self.order.other_base, any_head=True
+                self.name, self.files, "base", other_base=self.request.other_base, any_head=True
             )
         return self._loaded
 
-    def bare(self) -> Loaded:
-        """Returns the base without adapters."""
-        for adapter in adapters(self.base().model).values():
+    def base_alone(self) -> Loaded:
+        """Removes all adapters from the base, and returns it."""
+        for adapter in adapters(self.loaded().model).values():
             adapter.remove()
-        return self.base()
+        return self.loaded()
 
     def forget(self) -> None:
-        """Frees the model's memory; it is loaded again when asked for."""
+        """Frees the model's memory; it is loaded again at the next use."""
         self._loaded = None
 
-    def kind(self) -> BaseClass:
-        """Returns what the base is loaded as."""
+    def base_class(self) -> BaseClass:
+        """Returns which transformers class the base is loaded as."""
         return kind_for(self.files, config_of(self.name), recipe_labels(self.files))
 
-    def plain(self) -> Adapter:
-        """Returns the adapter as plain LoRA, beside the original in the model."""
-        loaded, order = self.base(), self.order
-        fitted = [row["input_ids"] for row in self.parts[0]]
+    def add_plain_lora(self) -> Adapter:
+        """Adds the adapter as plain LoRA to the model, next to the original, and returns it."""
+        loaded, request = self.loaded(), self.request
+        fitted = [row["input_ids"] for row in self.fit_and_compare_rows[0]]
         pad = transformers.DataCollatorWithPadding(loaded.tokenizer)
         batches = [
             pad([{"input_ids": ids} for ids in fitted[n : n + BATCH]]).to(loaded.model.device)
             for n in range(0, len(fitted), BATCH)
         ]
         (adapter,) = adapters(loaded.model).values()
-        made = as_lora(
-            adapter, rank=order.rank, error=order.error, batches=batches, portable=order.portable
+        plain = as_lora(
+            adapter,
+            rank=request.rank,
+            error=request.error,
+            batches=batches,
+            portable=request.portable,
         )
-        self.fits = made.fits
-        return made.adapter
+        self.fits = plain.fits
+        return plain.adapter
 
-    def _rows(self) -> Sequence[Mapping[str, Any]]:
-        if self.order.data is None:
+    def _rows(self) -> Rows:
+        if self.request.data is None:
             return []
-        rows, loaded = read_rows(self.order.data), self.base()
+        rows, loaded = read_rows(self.request.data), self.loaded()
         if loaded.tokenizer is None:
             raise SettingError(
                 f"--data holds text, and {self.name} has no tokenizer to read it with"
@@ -106,22 +120,22 @@ class ExportJob:
         length = min(LENGTH, places(loaded.model) or LENGTH)
         if rows.is_classification:
             names = loaded.model.config.id2label
-            found = encode_labelled(
+            encoded = encode_labelled(
                 rows, loaded.tokenizer, length, [names[n] for n in sorted(names)]
             )
         else:
             use_template(loaded.tokenizer, True, rows)
-            found = encode(rows, loaded.tokenizer, length)
-        check_rows(found.examples, loaded, found.where, rows.name)
-        return found.examples
+            encoded = encode(rows, loaded.tokenizer, length)
+        check_rows(encoded.examples, loaded, encoded.where, rows.name)
+        return encoded.examples
 
-    def texts(self) -> list[list[int]]:
-        """Returns the token ids to compare on, from rows that no pair is fitted to."""
-        return [row["input_ids"] for row in self.parts[1]]
+    def compared_ids(self) -> list[list[int]]:
+        """Returns the token ids of the rows to compare on, which no pair is fitted to."""
+        return [row["input_ids"] for row in self.fit_and_compare_rows[1]]
 
     @cached_property
-    def parts(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        """Rows to fit to, and about a quarter to compare on, as token ids and labels."""
+    def fit_and_compare_rows(self) -> tuple[Rows, Rows]:
+        """The rows to fit to, and about a quarter to compare on, as token ids and labels."""
         rows = self._rows()
-        apart = min(READING, len(rows) // 4)
-        return rows[: len(rows) - apart][:CALIBRATION], rows[len(rows) - apart :]
+        fitted = len(rows) - min(COMPARED_ROWS, len(rows) // 4)
+        return rows[:fitted][:FITTED_ROWS], rows[fitted:]

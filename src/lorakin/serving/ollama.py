@@ -1,10 +1,10 @@
 """A Modelfile for Ollama: where the files are, how a conversation is written, where an answer ends.
 
-The template is found by rendering the tokenizer's own chat template with marks in place of what is
-said. What stands between two marks may depend only on who speaks, on whether it is the first or the
-last question, and on whether there is a system prompt. That is written in Go's template language,
-and compared with the tokenizer's rendering of other conversations. If the two differ, no template
-is written, with a warning.
+The template is found by rendering the tokenizer's chat template with placeholders for the messages.
+The text between two placeholders may depend only on the role, on whether the question is the first
+or the last, and on whether there is a system prompt. It is written in Go's template language, and
+compared with the tokenizer's rendering of other conversations. If the two differ, no template is
+written, with a warning.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ SYSTEM = "SYSTEMMARK"
 USER = ("FIRSTMARK", "SECONDMARK", "THIRDMARK")
 ASSISTANT = ("ANSWERMARK", "REPLYMARK")
 TRIED = ("Be brief: 1, 2.", ("What is 2+2?", "In words?\n\nPlease.", "Why?"), ("4", "Four."))
-"""What a template that was found is tried with: a system prompt, questions, answers."""
+"""A system prompt, questions and answers, on which a template that was found is tried."""
 NO_TEMPLATE = (
-    "its chat template is not one that can be written for Ollama here, so the Modelfile hands on "
-    "prompts as they are, without turns: the model will not answer as it was trained. Put the "
-    "right TEMPLATE into the Modelfile"
+    "lorakin cannot write its chat template for Ollama, so the Modelfile passes prompts on "
+    "unchanged, without turns: the model will not answer as it was trained. Put the right TEMPLATE "
+    "into the Modelfile"
 )
 
-Place = tuple[str, str]
-"""What stands before a system prompt, and between it and the question behind it."""
+SystemWrapping = tuple[str, str]
+"""The text before a system prompt, and the text between it and the question after it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What stands before each thing that is said.
+    """The text that a chat template writes before each message.
 
     Attributes:
         first: before the first question, without a system prompt.
         answer: before an answer.
         later: before a later question.
-        opening: after the last question: what opens the answer that is to come.
-        system: around a system prompt, in the first question's place.
-        system_later: the same before a later question that is the last: some templates put it
-            there.
-        is_told: the template has a place for a system prompt; if not, it is put before the first
-            question.
+        generation_prompt: after the last question, before the answer to be generated.
+        system: around a system prompt, in place of `first`.
+        system_later: around a system prompt before a last question that is not the first, where
+            some templates write it.
+        has_system_slot: whether the template has a place for a system prompt; if not, it is written
+            before the first question.
 
     >>> turns = Turns("<user>", "<model>", "<user>", "<model>", ("<system>", "<user>"))
     >>> turns.render("Be brief.", ["Hello", "Why?"], ["Hi"])
@@ -57,13 +57,13 @@ class Turns:
     first: str
     answer: str
     later: str
-    opening: str
-    system: Place
-    system_later: Place | None = None
-    is_told: bool = True
+    generation_prompt: str
+    system: SystemWrapping
+    system_later: SystemWrapping | None = None
+    has_system_slot: bool = True
 
     def go_template(self) -> str:
-        """Returns it in Go's template language, over Ollama's `.Messages` and `.System`.
+        """Returns the template in Go's language, over Ollama's `.Messages` and `.System`.
 
         `.System` holds all system messages together.
         """
@@ -78,7 +78,7 @@ class Turns:
             "$.Messages $i)) 1 }}"
             '{{ if eq .Role "user" }}'
             f"{{{{ if $first }}}}{first}{{{{ else }}}}{later}{{{{ end }}}}{{{{ $first = false }}}}"
-            f"{{{{ .Content }}}}{{{{ if $last }}}}{_literal(self.opening)}{{{{ end }}}}"
+            f"{{{{ .Content }}}}{{{{ if $last }}}}{_literal(self.generation_prompt)}{{{{ end }}}}"
             '{{ else if and (eq .Role "assistant") (not $first) }}'
             f"{_literal(self.answer)}{{{{ .Content }}}}"
             "{{ end }}{{ end }}"
@@ -87,17 +87,17 @@ class Turns:
     def render(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
         """Returns what `go_template` gives for a conversation that ends with a question."""
         text = ""
-        for number, question in enumerate(questions):
-            place = self.system if number == 0 else self.system_later
-            is_here = number == 0 if self.system_later is None else number == len(questions) - 1
-            if system and is_here and place is not None:
-                text += place[0] + system + place[1]
+        system_index = 0 if self.system_later is None else len(questions) - 1
+        for index, question in enumerate(questions):
+            wrapping = self.system if index == 0 else self.system_later
+            if system and index == system_index and wrapping is not None:
+                text += wrapping[0] + system + wrapping[1]
             else:
-                text += self.later if number else self.first
+                text += self.later if index else self.first
             text += question
-            if number < len(answers):
-                text += self.answer + answers[number]
-        return text + self.opening
+            if index < len(answers):
+                text += self.answer + answers[index]
+        return text + self.generation_prompt
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
@@ -110,21 +110,21 @@ def turns_of(tokenizer: Any) -> Turns | None:
     plain = _pieces(_rendered(tokenizer, None, USER, ASSISTANT), _order(USER, ASSISTANT))
     if plain is None:
         return None
-    first, answer, later, again, later_again, opening = plain
-    if (answer, later) != (again, later_again):
+    first, answer, later, second_answer, second_later, generation_prompt = plain
+    if (answer, later) != (second_answer, second_later):
         return None
-    found = Turns(first, answer, later, opening, (first, "\n\n"), is_told=False)
-    found = _with_system(tokenizer, found) or found
-    for system in (None, TRIED[0]) if found.is_told else (None,):
+    turns = Turns(first, answer, later, generation_prompt, (first, "\n\n"), has_system_slot=False)
+    turns = _with_system(tokenizer, turns) or turns
+    for system in (None, TRIED[0]) if turns.has_system_slot else (None,):
         for count in (1, 2, 3):
-            said = TRIED[1][:count], TRIED[2][: count - 1]
-            if found.render(system, *said) != _rendered(tokenizer, system, *said):
+            messages = TRIED[1][:count], TRIED[2][: count - 1]
+            if turns.render(system, *messages) != _rendered(tokenizer, system, *messages):
                 return None
-    return _without_bos(found, tokenizer)
+    return _without_bos(turns, tokenizer)
 
 
-def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
-    """Returns the same with the template's place for a system prompt.
+def _with_system(tokenizer: Any, turns: Turns) -> Turns | None:
+    """Returns the turns with the template's place for a system prompt.
 
     None if it has none, or refuses a system prompt.
     """
@@ -134,32 +134,35 @@ def _with_system(tokenizer: Any, found: Turns) -> Turns | None:
     order = _order(USER, ASSISTANT)
     leading = _pieces(_rendered(tokenizer, SYSTEM, USER, ASSISTANT), [SYSTEM, *order])
     if leading is not None:
-        return dataclasses.replace(found, system=(alone[0], alone[1]), is_told=True)
+        return dataclasses.replace(turns, system=(alone[0], alone[1]), has_system_slot=True)
     trailing = _pieces(
         _rendered(tokenizer, SYSTEM, USER, ASSISTANT), [*order[:-1], SYSTEM, order[-1]]
     )
     if trailing is None:
         return None
     return dataclasses.replace(
-        found, system=(alone[0], alone[1]), system_later=(trailing[-3], trailing[-2]), is_told=True
+        turns,
+        system=(alone[0], alone[1]),
+        system_later=(trailing[-3], trailing[-2]),
+        has_system_slot=True,
     )
 
 
-def _without_bos(found: Turns, tokenizer: Any) -> Turns:
+def _without_bos(turns: Turns, tokenizer: Any) -> Turns:
     """Removes the BOS token at the beginning if the tokenizer adds one: llama.cpp will add it."""
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
-        return found
+        return turns
     token = str(tokenizer.bos_token)
-    system = (found.system[0].removeprefix(token), found.system[1])
-    return dataclasses.replace(found, first=found.first.removeprefix(token), system=system)
+    system = (turns.system[0].removeprefix(token), turns.system[1])
+    return dataclasses.replace(turns, first=turns.first.removeprefix(token), system=system)
 
 
 def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
-    """Returns the text of a Modelfile for a model, and perhaps an adapter, in files beside it.
+    """Returns the text of a Modelfile for a model, and perhaps an adapter, in files next to it.
 
-    Nothing in the names or the tokenizer can become an instruction of its own. A template that
-    cannot be written is warned of.
+    Names and the tokenizer cannot inject instructions. If the template cannot be written, there is
+    a warning.
     """
     lines = [
         *_file("FROM", source, "./base.gguf"),
@@ -167,28 +170,27 @@ def modelfile(source: str, adapter: str | None, tokenizer: Any) -> str:
     ]
     turns = turns_of(tokenizer)
     if turns is not None:
-        if not turns.is_told:
+        if not turns.has_system_slot:
             lines.append(
                 "# the model's chat template takes no system prompt: one is put before the first "
                 "question"
             )
         if Template(tokenizer).prints_the_day:
             lines.append(
-                "# the model's chat template prints the date: here it is the day on which this "
+                "# the model's chat template prints the date: here that is the date on which this "
                 "file was written"
             )
         lines.append(f'TEMPLATE """{turns.go_template()}"""')
     elif getattr(tokenizer, "chat_template", None):
         warnings.warn(f"{source}: {NO_TEMPLATE}", LorakinWarning, stacklevel=2)
         lines += [
-            "# WARNING: no TEMPLATE is known for this model's chat template. Write the right one "
-            "here: this one",
-            "# has no turns",
+            "# WARNING: lorakin cannot write this model's chat template. Put the right one here:",
+            "# this one has no turns",
         ]
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
         lines += [
-            "# the model has no chat template, so prompts are handed on as they are",
+            "# the model has no chat template, so prompts are passed on unchanged",
             'TEMPLATE """{{ .Prompt }}"""',
         ]
     for stop in _stops(tokenizer):
@@ -206,30 +208,33 @@ def _stops(tokenizer: Any) -> list[str]:
     ]
 
 
-def _file(word: str, name: str, instead: str) -> list[str]:
-    """Returns an instruction that names a file; a name that could not stand there is replaced."""
+def _file(instruction: str, name: str, instead: str) -> list[str]:
+    """Returns an instruction that names a file.
+
+    A name that a Modelfile cannot hold is replaced by `instead`.
+    """
     if name.isprintable() and '"' not in name and name == name.strip():
-        return [
-            f'{word} "{name}"' if any(letter.isspace() for letter in name) else f"{word} {name}"
-        ]
+        has_space = any(letter.isspace() for letter in name)
+        return [f'{instruction} "{name}"' if has_space else f"{instruction} {name}"]
     return [
-        "# the file's own name cannot stand in a Modelfile: copy it here under this one",
-        f"{word} {instead}",
+        "# a Modelfile cannot hold the file's name: copy the file here under this one",
+        f"{instruction} {instead}",
     ]
 
 
-def _quoted(word: str, text: str) -> list[str]:
+def _quoted(instruction: str, text: str) -> list[str]:
     """Returns an instruction with a text in quotes, in which Ollama knows no escapes."""
     if '"' not in text and text.isprintable():
-        return [f'{word}"{text}"']
+        return [f'{instruction}"{text}"']
     if '"' not in text and not any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
-        return [f'{word}"""{text}"""']
-    return ["# one more text ends an answer, which cannot stand in a Modelfile"]
+        return [f'{instruction}"""{text}"""']
+    return ["# one more text ends an answer, which a Modelfile cannot hold"]
 
 
-def _choice(condition: str, place: Place, otherwise: str) -> str:
+def _choice(condition: str, wrapping: SystemWrapping, otherwise: str) -> str:
+    before, after = map(_literal, wrapping)
     return (
-        f"{{{{ if {condition} }}}}{_literal(place[0])}{{{{ $.System }}}}{_literal(place[1])}"
+        f"{{{{ if {condition} }}}}{before}{{{{ $.System }}}}{after}"
         f"{{{{ else }}}}{_literal(otherwise)}{{{{ end }}}}"
     )
 
@@ -239,30 +244,32 @@ def _literal(text: str) -> str:
 
     Where it could be read as something else, it becomes a Go string.
     """
-    odd = "{{" in text or "}}" in text or text.endswith("{") or '"' in text
-    odd = odd or any(ord(letter) < 32 and letter not in "\n\t" for letter in text)
-    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if odd else text
+    needs_quotes = "{{" in text or "}}" in text or text.endswith("{") or '"' in text
+    needs_quotes |= any(ord(letter) < 32 and letter not in "\n\t" for letter in text)
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if needs_quotes else text
 
 
 def _order(questions: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """Returns the conversation's parts as they follow each other."""
-    said = []
-    for number, question in enumerate(questions):
-        said += [question, *answers[number : number + 1]]
-    return said
+    """Returns questions and answers in the order of the conversation."""
+    messages = []
+    for index, question in enumerate(questions):
+        messages += [question, *answers[index : index + 1]]
+    return messages
 
 
-def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
-    """Returns what stands before, between and behind the marks.
+def _pieces(text: str, placeholders: Sequence[str]) -> list[str] | None:
+    """Returns the text before, between and after the placeholders.
 
-    None unless each mark stands there once, in this order.
+    None unless each placeholder occurs once, in this order.
     """
-    if any(text.count(mark) != 1 for mark in marks) or (SYSTEM in text and SYSTEM not in marks):
+    if any(text.count(placeholder) != 1 for placeholder in placeholders):
+        return None
+    if SYSTEM in text and SYSTEM not in placeholders:
         return None
     pieces = []
-    for mark in marks:
-        piece, found, text = text.partition(mark)
-        if not found:
+    for placeholder in placeholders:
+        piece, separator, text = text.partition(placeholder)
+        if not separator:
             return None
         pieces.append(piece)
     return [*pieces, text]
@@ -276,8 +283,8 @@ def _rendered(
     "" if the template refuses it.
     """
     messages = [{"role": "system", "content": system}] if system else []
-    for number, text in enumerate(_order(questions, answers)):
-        messages.append({"role": "assistant" if number % 2 else "user", "content": text})
+    for index, text in enumerate(_order(questions, answers)):
+        messages.append({"role": "assistant" if index % 2 else "user", "content": text})
     try:
         return Template(tokenizer).text(messages, answer_next=True)
     except DataError:

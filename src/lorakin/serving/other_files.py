@@ -1,4 +1,4 @@
-"""The files of a model's directory that hold no weights: they go along with a merged model."""
+"""The files of a model's directory that hold no weights: they are copied to a merged model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ WEIGHTS = (
     ".gguf",
     ".index.json",
 )
-"""How the names of files with weights end; all other files go along unchanged."""
+"""The endings of files with weights; all other files are copied unchanged."""
 
 
-def copy_beside(base: Path, out: Path) -> None:
-    """Copies the files beside the weights of `base` into `out`, unless they are there already."""
-    for file, inside in beside(base):
-        if not (out / inside).exists():
-            (out / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / inside)
+def copy_other_files(base: Path, out: Path) -> None:
+    """Copies the files of `base` without weights into `out`, unless `out` has them already."""
+    for file, relative in files_without_weights(base):
+        if not (out / relative).exists():
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / relative)
 
 
-def beside(base: Path) -> list[tuple[Path, Path]]:
-    """Returns the files in a model's directory that go along, each with its path inside.
+def files_without_weights(base: Path) -> list[tuple[Path, Path]]:
+    """Returns the files in a model's directory to copy, each with its path inside.
 
     Links are followed inside the directory, and from a snapshot of the hub's cache into its blobs,
-    where all of its files are. An adapter's config stays behind: transformers would apply that
+    where all of its files are. An adapter's config is not copied: transformers would apply that
     adapter once more to the merged model.
 
     Raises:
@@ -44,18 +44,18 @@ def beside(base: Path) -> list[tuple[Path, Path]]:
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
-    found = []
+    files = []
     for file in sorted(base.rglob("*")):
-        inside = file.relative_to(base)
-        hidden = any(part.startswith(".") for part in inside.parts)
+        relative = file.relative_to(base)
+        hidden = any(part.startswith(".") for part in relative.parts)
         unwanted = file.name.endswith(WEIGHTS) or file.name == model_files.ADAPTER
         if hidden or unwanted or not file.is_file():
             continue
-        place = file.resolve()
-        if not any(place.is_relative_to(one) for one in homes):
+        resolved = file.resolve()
+        if not any(resolved.is_relative_to(home) for home in homes):
             raise ModelError(
-                f"{file} is a link to {place}, outside of the model's directory, so it is not "
+                f"{file} is a link to {resolved}, outside of the model's directory, so it is not "
                 "copied into the result; put the file itself there, or remove the link"
             )
-        found.append((file, inside))
-    return found
+        files.append((file, relative))
+    return files

@@ -1,4 +1,4 @@
-"""A result's directory, which is there whole or not at all."""
+"""The directory of a result, which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lorakin.storage import locks, paths
 
 REPORT = "export.json"
 PARTIAL = re.compile(r"\.lorakin-[0-9a-f]{12}\.lock", re.ASCII)
-"""The lock of a result being written; the result's directory is named so without the ending."""
+"""The lock of a result being written; the result's directory has its name without the ending."""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Puts what is known of a result beside it."""
+    """Writes the report of a result into its directory."""
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_directory(out: str) -> Iterator[Path]:
-    """Makes a directory that takes the place of `out` at the end; after an error nothing is left.
+    """Makes a directory that becomes `out` at the end; after an error nothing is left of it.
 
-    It removes what a killed process left of such directories beside `out`.
+    Directories that a killed process left next to `out` are removed.
 
     Raises:
         OutputError: `out` is a file or not empty, or it cannot be written.
@@ -48,12 +48,12 @@ def new_directory(out: str) -> Iterator[Path]:
             raise OutputError("--out is empty; give a new directory")
         if target.is_symlink():
             raise OutputError(
-                f"--out {out} is a link to {target.resolve()}, which is not written through; name "
-                "a new directory"
+                f"--out {out} is a link to {target.resolve()}, and nothing is written through a "
+                "link; name a new directory"
             )
         target = target.resolve()
         if target.exists() and not target.is_dir():
-            raise OutputError(f"--out {out} is no directory; choose another one, new or empty")
+            raise OutputError(f"--out {out} is not a directory; choose another one, new or empty")
         if target.exists() and any(target.iterdir()):
             raise OutputError(f"--out {out} is not empty; choose another directory")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,11 @@ DTYPES = {
 }
 """safetensors' words for dtypes."""
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-Kind = tuple[torch.dtype, tuple[int, ...]]
+TensorKind = tuple[torch.dtype, tuple[int, ...]]
 """The dtype and shape of a stored tensor."""
 
 
-def write_shard(path: Path, kinds: Mapping[str, Kind], read: Callable[[str], Tensor]) -> int:
+def write_shard(path: Path, kinds: Mapping[str, TensorKind], read: Callable[[str], Tensor]) -> int:
     """Writes a safetensors file.
 
     The format: the header's length (8 bytes, little-endian), the header as JSON, then the tensors
@@ -42,14 +42,14 @@ def write_shard(path: Path, kinds: Mapping[str, Kind], read: Callable[[str], Ten
 
     Args:
         path: the file.
-        kinds: the kind of each tensor, by name, in the order in which they are written.
-        read: returns one of them.
+        kinds: the dtype and shape of each tensor, by name, in the order in which they are written.
+        read: returns the tensor of a name.
 
     Returns:
         the bytes of the tensors.
 
     Raises:
-        ModelError: a tensor is of another kind.
+        ModelError: a tensor has another dtype or shape.
 
     >>> import tempfile
     >>> from safetensors.torch import load_file

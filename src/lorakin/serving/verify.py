@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lorakin.errors import SettingError, VerificationError
 from lorakin.inject.module_mode import in_mode
-from lorakin.serving.inputs import inputs_of, is_pair, random_inputs, reads_text
+from lorakin.serving.inputs import inputs_of, is_encoder_decoder, random_inputs, reads_text
 from lorakin.training.encoding import prompt_ids
 from lorakin.training.endings import stops
 from lorakin.training.generation_settings import with_settings
@@ -29,16 +30,19 @@ PROMPTS = (
     "Explain in simple words why the sky is blue.",
 )
 CONTINUATION = 16
+"""The tokens that the model writes after each prompt."""
 LONGEST, FEWEST = 256, 10
-"""Tokens of a text; and how many different tokens all prompts must have, or nothing was read."""
+"""The most tokens of a text, and the fewest different tokens of all texts: below, the tokenizer is
+not the model's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
     """How much the target's precision may change.
 
-    `logit` is the largest difference of logits as a share of the largest logit, `divergence` the
-    mean KL in nats.
+    Attributes:
+        logit: the largest difference of logits, as a share of the largest logit.
+        divergence: the mean KL in nats.
     """
 
     logit: float
@@ -51,43 +55,49 @@ TOLERANCES = {
     "bfloat16": Tolerance(2e-1, 1e-2),
     "q8_0": Tolerance(2e-1, 3e-2),
 }
-"""By the less precise of what is compared; docs/howto/serve.md has what was measured."""
+"""The tolerances, by the less precise of what is compared; docs/howto/serve.md has measurements."""
 NEAREST = Tolerance(float("inf"), 1e-2)
-"""For a nearest pair, which is exact in no precision: only the KL decides."""
+"""The tolerance for a nearest pair, which is exact in no precision: only the KL decides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """What the trained model says to each input: its logits at each place.
+    """The trained model's logits on some inputs.
 
     Attributes:
-        texts: the inputs: token ids, or all that the model takes by name, each a batch of one.
-        logits: (places, vocabulary) or (classes,), for each input.
+        texts: the inputs: token ids, or the model's arguments by name, each a batch of one.
+        logits: (positions, vocabulary) or (classes,), for each input.
         dtype: the precision of the model.
-        of: what the inputs are, in words.
+        inputs: what the inputs are, in words.
     """
 
     texts: Sequence[list[int] | Mapping[str, Tensor]]
     logits: list[Tensor]
     dtype: str = "float32"
-    of: str = "prompts"
+    inputs: str = "prompts"
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How far two models' logits are apart, over `places` places of the same texts.
+class LogitComparison:
+    """How far two models' logits are apart on the same inputs.
 
-    `divergence` is the mean of KL(trained ‖ written) in nats, `tokens` the share of places where
-    both find the same token (or class) the most likely.
+    Attributes:
+        largest: the largest difference of a logit.
+        mean: the mean difference of a logit.
+        divergence: the mean of KL(trained ‖ written) over the positions, in nats.
+        tokens: the share of positions where both models find the same token (or class) likeliest.
+        positions: the number of positions.
+        largest_logit: the largest logit of the trained model.
+        inputs: what the inputs are, in words.
     """
 
     largest: float
     mean: float
     divergence: float
     tokens: float
-    places: int
+    positions: int
     largest_logit: float
-    of: str = "prompts"
+    inputs: str = "prompts"
 
     def as_dict(self) -> dict[str, float | int | str]:
         """Returns it for the report."""
@@ -96,9 +106,9 @@ class Agreement:
             "mean_logit_difference": self.mean,
             "mean_kl": self.divergence,
             "token_agreement": self.tokens,
-            "places": self.places,
+            "places": self.positions,
             "largest_logit": self.largest_logit,
-            "inputs": self.of,
+            "inputs": self.inputs,
         }
 
     def check(
@@ -112,31 +122,31 @@ class Agreement:
         share = self.largest / max(self.largest_logit, 1e-30)
         if share <= tolerance.logit and self.divergence <= tolerance.divergence:
             return
-        of_logits = (
-            f" and a logit difference of {tolerance.logit * self.largest_logit:.3g}"
-            if tolerance.logit < 1
-            else ""
-        )
+        and_logits = ""
+        if tolerance.logit < 1:
+            and_logits = f" and a logit difference of {tolerance.logit * self.largest_logit:.3g}"
         raise VerificationError(
-            f"{what} is not the model that was trained: {self}. Tolerated is a KL of "
-            f"{tolerance.divergence:g}{of_logits}. Nothing was kept; --max-kl allows more, "
+            f"{what} is not the model that was trained: {self}. Tolerated are a KL of "
+            f"{tolerance.divergence:g}{and_logits}. Nothing was kept; --max-kl allows more, "
             "--no-verify leaves this check out",
             report or self.as_dict(),
         )
 
     def __str__(self) -> str:
-        return (
+        same = round(self.tokens * self.positions) if math.isfinite(self.tokens) else 0
+        text = (
             f"logits differ by at most {self.largest:.3g} (mean {self.mean:.2g}, largest logit "
-            f"{self.largest_logit:.3g}), KL {self.divergence:.2g}, same token in {self.tokens:.2%} "
-            f"of {self.places} places" + ("" if self.of == "prompts" else f", of {self.of}")
+            f"{self.largest_logit:.3g}), KL {self.divergence:.2g}, same top token at {same} of "
+            f"{self.positions} positions"
         )
+        return text if self.inputs == "prompts" else f"{text} of {self.inputs}"
 
 
 def check_limit(max_kl: float | None) -> None:
     """Checks a limit on the KL.
 
     Raises:
-        SettingError: it is no number of at least 0.
+        SettingError: it is not a number of at least 0.
 
     >>> check_limit(-1.0)
     Traceback (most recent call last):
@@ -148,9 +158,9 @@ def check_limit(max_kl: float | None) -> None:
 
 
 def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | None) -> Tolerance:
-    """Returns what is tolerated between models of these precisions, or where pairs are only near.
+    """Returns the tolerance between models of these precisions, or for nearest pairs.
 
-    `max_kl` overrules both.
+    `max_kl` overrides both.
 
     >>> tolerance_for(["float32", "float16"], is_nearest=False, max_kl=None)
     Tolerance(logit=0.02, divergence=0.0003)
@@ -159,72 +169,72 @@ def tolerance_for(precisions: Sequence[str], is_nearest: bool, max_kl: float | N
         return Tolerance(float("inf"), max_kl)
     if is_nearest:
         return NEAREST
-    known = [TOLERANCES[precision] for precision in precisions if precision in TOLERANCES]
-    return max(known, key=lambda tolerance: tolerance.logit, default=TOLERANCES["float32"])
+    tolerances = [TOLERANCES[precision] for precision in precisions if precision in TOLERANCES]
+    return max(tolerances, key=lambda tolerance: tolerance.logit, default=TOLERANCES["float32"])
 
 
-def record(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
-    """Lets the model read `texts` (token ids), or `PROMPTS` and what it says to them.
+def record_logits(loaded: Loaded, texts: Sequence[Sequence[int]] = ()) -> Transcript:
+    """Runs the model on `texts` (token ids), or on `PROMPTS` with the answers that it generates.
 
-    A model that reads no text gets random inputs.
+    A model that does not read text gets random inputs.
 
     Raises:
-        ModelError: it is not known how to make inputs for it.
+        ModelError: lorakin cannot make inputs for it.
     """
     chosen: list[Any] = [list(text)[: _longest(loaded.model)] for text in texts]
-    of = "the data" if chosen else "prompts"
+    inputs = "the data" if chosen else "prompts"
     if not chosen and loaded.tokenizer is not None and reads_text(loaded.model):
-        chosen = _own_texts(loaded)
-    kinds = {token for text in chosen for token in text}
-    if len(kinds) < FEWEST:  # a tokenizer that transformers made up gives few
-        chosen, of = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
-    return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, of)
+        chosen = _answered_prompts(loaded)
+    tokens = {token for text in chosen for token in text}
+    if len(tokens) < FEWEST:  # a tokenizer that transformers made up gives few
+        chosen, inputs = random_inputs(loaded.model), f"random {loaded.model.main_input_name}"
+    return Transcript(chosen, logits_of(loaded.model, chosen), loaded.dtype, inputs)
 
 
-def compare(transcript: Transcript, model: Any) -> Agreement:
-    """Returns how far `model` is from the one that the transcript is of."""
+def compare_logits(transcript: Transcript, model: Any) -> LogitComparison:
+    """Returns how far `model` is from the one that gave the transcript."""
     sums = torch.zeros(3, dtype=torch.float64)
-    largest = top = 0.0
-    count = numbers = 0
+    largest = largest_logit = 0.0
+    positions = logits = 0
     for trained, written in zip(transcript.logits, logits_of(model, transcript.texts), strict=True):
         difference = (trained - written).abs()
         divergence, same = _divergence(trained, written)
         sums += torch.stack([difference.double().sum(), divergence.sum(), same.double().sum()])
         worst = float(difference.max())
         largest = worst if worst != worst else max(largest, worst)  # NaN stays
-        top = max(top, float(trained.abs().max()))
-        count, numbers = count + len(divergence), numbers + difference.numel()
-    return Agreement(
-        largest,
-        float(sums[0]) / numbers,
-        float(sums[1]) / count,
-        float(sums[2]) / count,
-        count,
-        top,
-        transcript.of,
+        largest_logit = max(largest_logit, float(trained.abs().max()))
+        positions, logits = positions + len(divergence), logits + difference.numel()
+    return LogitComparison(
+        largest=largest,
+        mean=float(sums[0]) / logits,
+        divergence=float(sums[1]) / positions,
+        tokens=float(sums[2]) / positions,
+        positions=positions,
+        largest_logit=largest_logit,
+        inputs=transcript.inputs,
     )
 
 
 def _divergence(trained: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns KL(trained ‖ written), and whether the likeliest token is the same, by place."""
-    rows = trained.reshape(-1, trained.shape[-1]).double()
-    others = written.reshape(-1, written.shape[-1]).double()
-    said, heard = rows.log_softmax(-1), others.log_softmax(-1)
-    return (said.exp() * (said - heard)).sum(-1), rows.argmax(-1) == others.argmax(-1)
+    """Returns KL(trained ‖ written), and whether the likeliest token is the same, by position."""
+    trained = trained.reshape(-1, trained.shape[-1]).double().log_softmax(-1)
+    written = written.reshape(-1, written.shape[-1]).double().log_softmax(-1)
+    divergence = (trained.exp() * (trained - written)).sum(-1)
+    return divergence, trained.argmax(-1) == written.argmax(-1)
 
 
 @torch.no_grad()
 def logits_of(model: Any, texts: Sequence[Sequence[int] | Mapping[str, Tensor]]) -> list[Tensor]:
     """Returns the model's logits on each text, float32 on the CPU; else its first output."""
     with in_mode(model, training=False):
-        return [_answer(model(**inputs_of(model, text))).float().cpu() for text in texts]
+        return [_logits_in(model(**inputs_of(model, text))).float().cpu() for text in texts]
 
 
-def _answer(output: Any) -> Tensor:
-    """Returns the answer to a batch of one: logits, a span's start and end, or the first tensor."""
+def _logits_in(output: Any) -> Tensor:
+    """Returns the output for a batch of one: logits, a span's start and end, or a first tensor."""
     if (logits := getattr(output, "logits", None)) is not None:
-        found: Tensor = logits[0]
-        return found
+        first: Tensor = logits[0]
+        return first
     values = output.to_tuple() if hasattr(output, "to_tuple") else output
     tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     spans: list[Any] = [getattr(output, f"{side}_logits", None) for side in ("start", "end")]
@@ -237,10 +247,11 @@ def _longest(model: Any) -> int:
     return min(LONGEST, places(model) or LONGEST)
 
 
-def _own_texts(loaded: Loaded) -> list[list[int]]:
+def _answered_prompts(loaded: Loaded) -> list[list[int]]:
+    """Returns the token ids of each prompt and, of a model that generates, of its answer."""
     longest = _longest(loaded.model)
     prompts = [prompt_ids(prompt, loaded.tokenizer)[:longest] for prompt in PROMPTS]
-    if is_pair(loaded.model) or not (
+    if is_encoder_decoder(loaded.model) or not (
         hasattr(loaded.model, "can_generate") and loaded.model.can_generate()
     ):
         return prompts

@@ -71,7 +71,10 @@ def measured(word: str, steps: int, folder: Path) -> list[str]:
     left, error = [], []
     for path in run.adapter.placement.methods:
         module: Any = module_at(run.loaded.model, path)
-        weight, change = run.adapter.tensors.base_weight(path), run.adapter.tensors.change_at(path)
+        weight, change = (
+            run.adapter.tensors.base_weight(path),
+            run.adapter.tensors.saved_change(path),
+        )
         merged = change.applied_to(weight).detach()
         moved, rounded = merged - weight, ROUNDINGS[word](merged)
         size = float(moved.square().sum())

@@ -161,10 +161,10 @@ def test_a_gain_has_a_nearest_plain_lora(word: str, ids: Tensor) -> None:
         )
         path = next(iter(fits))
         with torch.no_grad():
-            change = adapter.tensors.change_at(path).applied_to(
+            change = adapter.tensors.saved_change(path).applied_to(
                 adapter.tensors.base_weight(path)
             ) - adapter.tensors.base_weight(path)
-            pair = plain.tensors.pair_at(path)
+            pair = plain.tensors.pair_now(path)
         assert fits[path].error == pytest.approx(
             float((change - pair.up @ pair.down).norm() / change.norm()), abs=1e-5
         )
@@ -181,12 +181,12 @@ def test_by_error_each_module_gets_the_rank_it_needs(ids: Tensor) -> None:
     assert len({fit.rank for fit in fits.values()}) > 1
     smaller = {
         path: nearest(
-            adapter.tensors.change_at(path), adapter.tensors.base_weight(path), rank=f.rank - 1
+            adapter.tensors.saved_change(path), adapter.tensors.base_weight(path), rank=f.rank - 1
         )[1]
         for path, f in fits.items()
     }
     assert all(fit.error > 0.2 for fit in smaller.values()), "no rank is spent for nothing"
-    assert {path: plain.tensors.pair_at(path).down.shape[0] for path in fits} == {
+    assert {path: plain.tensors.pair_now(path).down.shape[0] for path in fits} == {
         path: fit.rank for path, fit in fits.items()
     }
 
@@ -214,7 +214,7 @@ def test_truncation_of_a_pair(ids: Tensor) -> None:
     adapter = randomise(lk.adapt(model, lk.LoRA(8, 16)), 0.3)
     plain, fits = lk.as_lora(adapter, rank=3)
     for path, fit in fits.items():
-        pair = adapter.tensors.pair_at(path)
+        pair = adapter.tensors.pair_now(path)
         values = torch.linalg.svdvals((pair.up @ pair.down).double())
         assert fit.rank == 3 and fit.error == pytest.approx(
             float(values[3:].norm() / values.norm()), rel=1e-5
@@ -240,7 +240,7 @@ def test_combining_is_the_sum_of_the_changes(ids: Tensor) -> None:
     changes: dict[str, Tensor] = {}
     for adapter, weight in ((first, 0.7), (second, -0.4)):
         for path in adapter.placement.methods:
-            pair = adapter.tensors.change_at(path)
+            pair = adapter.tensors.saved_change(path)
             changes[path] = changes.get(path, 0) + weight * (pair.up @ pair.down)
     twin = tiny_llama()
     with torch.no_grad():
@@ -250,9 +250,9 @@ def test_combining_is_the_sum_of_the_changes(ids: Tensor) -> None:
     assert combined.is_active and not first.is_active
     torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=0, atol=1e-5)
     assert all(fit.error == 0 for fit in fits.values())
-    assert combined.tensors.pair_at("model.layers.0.self_attn.q_proj").down.shape[0] == 12
+    assert combined.tensors.pair_now("model.layers.0.self_attn.q_proj").down.shape[0] == 12
     smaller, fits = lk.combine(model, {"first": 0.7, "second": -0.4}, "smaller", rank=4)
-    assert smaller.tensors.pair_at("model.layers.0.self_attn.q_proj").down.shape[0] == 4
+    assert smaller.tensors.pair_now("model.layers.0.self_attn.q_proj").down.shape[0] == 4
     assert fits["model.layers.0.self_attn.q_proj"].error > 0
 
 
@@ -287,7 +287,7 @@ def expected(
 ) -> Any:
     there = [(a, w) for a, w in zip(adapters, weights, strict=True) if path in a.placement.methods]
     changes = [
-        (a.tensors.change_at(path).up @ a.tensors.change_at(path).down).detach().numpy()
+        (a.tensors.saved_change(path).up @ a.tensors.saved_change(path).down).detach().numpy()
         for a, _ in there
     ]
     return reference.combined(changes, [w for _, w in there], **way)
@@ -307,7 +307,7 @@ def test_combining_otherwise_is_the_nearest_to_the_papers_formula(way: str, ids:
     )
     for path in combined.placement.methods:
         want = expected([first, second], [0.7, -0.4], path, WAYS[way])
-        near, pair = reference.nearest(want, 6), combined.tensors.change_at(path)
+        near, pair = reference.nearest(want, 6), combined.tensors.saved_change(path)
         np.testing.assert_allclose(
             (pair.up @ pair.down).detach().numpy(), near, rtol=0, atol=1e-5 * abs(want).max()
         )
@@ -315,7 +315,7 @@ def test_combining_otherwise_is_the_nearest_to_the_papers_formula(way: str, ids:
             np.linalg.norm(want - near) / np.linalg.norm(want), abs=1e-6
         )
     whole, _ = lk.combine(model, {"first": 0.7, "second": -0.4}, "whole", **WAYS[way], error=1e-6)
-    pair = whole.tensors.change_at("model.layers.1.self_attn.q_proj")
+    pair = whole.tensors.saved_change("model.layers.1.self_attn.q_proj")
     want = expected([first, second], [0.7, -0.4], "model.layers.1.self_attn.q_proj", WAYS[way])
     np.testing.assert_allclose(
         (pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-5 * abs(want).max()
@@ -333,13 +333,13 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
     two = trained(model, member, ids, "two", steps=5)
     combined, _ = lk.combine(model, {"one": 1, "two": 1}, how="ties", density=0.3, rank=40)
     path = next(iter(combined.placement.methods))
-    pair = combined.tensors.change_at(path)
+    pair = combined.tensors.saved_change(path)
     want = expected([one, two], [1, 1], path, {"how": "ties", "density": 0.3})
     np.testing.assert_allclose(
         (pair.up @ pair.down).detach().numpy(), want, rtol=0, atol=1e-4 * abs(want).max()
     )
     if any(
-        one.tensors.change_at(p).down.shape != two.tensors.change_at(p).down.shape
+        one.tensors.saved_change(p).down.shape != two.tensors.saved_change(p).down.shape
         for p in one.placement.methods
     ):
         assert "adalora" in word, "whose runs keep ranks of their own"
@@ -348,7 +348,8 @@ def test_every_member_without_a_gain_is_combined(word: str, ids: Tensor) -> None
         model, {"one": 1, "two": 1}, "factors", how="ties", density=0.3, on="factors"
     )
     assert (
-        fits[path].error == 0 and fits[path].rank == factors.tensors.change_at(path).down.shape[0]
+        fits[path].error == 0
+        and fits[path].rank == factors.tensors.saved_change(path).down.shape[0]
     )
 
 
@@ -368,7 +369,7 @@ def test_other_layers_are_combined_otherwise() -> None:
         ]
         combined, _ = lk.combine(model, {"a": 1.0, "b": 0.5}, how="ties", density=0.5, rank=64)
         for path in found[0].placement.methods:
-            pair = combined.tensors.change_at(path)
+            pair = combined.tensors.saved_change(path)
             want = expected(found, [1.0, 0.5], path, {"how": "ties", "density": 0.5})
             np.testing.assert_allclose(
                 (pair.up @ pair.down).numpy(), want, rtol=0, atol=1e-5 * abs(want).max()

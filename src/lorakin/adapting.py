@@ -17,7 +17,7 @@ from lorakin.family import GRADIENTS, INPUTS, Member, Method
 from lorakin.family.weight import has_no_values
 from lorakin.inject import placement
 from lorakin.inject.activation_norms import importance_shares
-from lorakin.inject.active_adapters import activate
+from lorakin.inject.active_adapters import set_active
 from lorakin.inject.adapted import module_at
 from lorakin.inject.biases import initial_biases
 from lorakin.inject.measuring import check_called, measure
@@ -284,12 +284,12 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
     """Without the model's other adapters inside: the new one will be active alone."""
     active = [name for name, one in adapters_in(model).items() if one.effect.is_active]
     if active:
-        activate(model, [])
+        set_active(model, [])
     try:
         yield
     finally:
         if active:
-            activate(model, active)
+            set_active(model, active)
 
 
 def _fresh(

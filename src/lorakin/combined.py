@@ -174,7 +174,7 @@ class _Mixture:
 
     def _of_factors(self, path: str, there: Sequence[Adapter], weights: Sequence[float]) -> Pair:
         """A and B of one module, each combined by itself."""
-        factors = [adapter.tensors.scaled_pair_at(path) for adapter in there]
+        factors = [adapter.tensors.saved_scaled_pair(path) for adapter in there]
         ranks = [len(pair.down) for pair, _ in factors]
         if len(set(ranks)) > 1:
             said = ", ".join(
@@ -286,7 +286,7 @@ def _changes(adapter: Adapter) -> dict[str, Pair]:
         raise StateError(f"adapter {adapter.name!r} is merged; unmerge it before combining it")
     changes = {}
     for path in adapter.placement.methods:
-        change = changes[path] = adapter.tensors.change_at(path)
+        change = changes[path] = adapter.tensors.saved_change(path)
         check_finite(change, adapter, path)
         if change.gain is not None:
             raise SettingError(

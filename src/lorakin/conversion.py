@@ -99,7 +99,7 @@ def as_lora(
     inputs = _Inputs(input_samples(adapter, list(batches)) if batches else {})
     pairs, fits = {}, {}
     for path in adapter.placement.methods:
-        change = adapter.tensors.change_at(path)
+        change = adapter.tensors.saved_change(path)
         if change.gain is not None and rank is None and error is None:
             raise SettingError(
                 f"adapter {adapter.name!r} ({adapter.placement.method.words}) scales the base "

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakin.adapter import Adapter
-from lorakin.inject.active_adapters import activate as use
-from lorakin.inject.effect import merge as merge_for_good
+from lorakin.inject.active_adapters import set_active
+from lorakin.inject.merging import merge_for_good
 from lorakin.inject.mixed_batch import MixedBatch
 from lorakin.inject.model_registry import adapters_in, root_of
 
@@ -48,7 +48,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
             its bias.
         StateError: an adapter is merged.
     """
-    use(root_of(model), names)
+    set_active(root_of(model), names)
 
 
 def mixed_batch(

@@ -365,7 +365,7 @@ def test_inspect(trained: Path, model_dir: str, capsys: pytest.CaptureFixture[st
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     adapter = lk.load(base, trained)
     for path, module in summary["modules"].items():
-        pair = adapter.tensors.pair_at(path)
+        pair = adapter.tensors.pair_now(path)
         assert module["rank"] == 4
         assert module["norm"] == pytest.approx(float((pair.up @ pair.down).norm()), rel=1e-4)
     assert run(["inspect", str(trained)]) == 0

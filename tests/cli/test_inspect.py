@@ -122,7 +122,7 @@ def test_the_suggested_ranks_are_what_the_change_needs(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         for path in adapter.placement.methods:
-            up = adapter.tensors.at(path)["B"]
+            up = adapter.tensors.saved_tensors(path)["B"]
             up.zero_()
             for direction in range({"q": 1, "k": 2, "v": 0}[path.rpartition(".")[2][0]]):
                 up[direction, direction] = 1.0
@@ -185,7 +185,7 @@ def test_experts_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "18 modules: self_attn.q_proj, mlp.experts.down_proj, mlp.experts.gate_up_proj" in shown
     norms = [
-        adapter.tensors.pair_at(f"model.layers.0.mlp.experts.down_proj.{n}").norm()
+        adapter.tensors.pair_now(f"model.layers.0.mlp.experts.down_proj.{n}").norm()
         for n in range(4)
     ]
     assert f"{math.hypot(*norms):.3g}" in shown

@@ -170,7 +170,7 @@ def test_what_is_legal_works(words: tuple[str, ...], ids: Tensor, tmp_path: Path
 
     plain = tiny_gpt2().double()
     for path in adapter.placement.methods:
-        pair = adapter.tensors.pair_at(path)
+        pair = adapter.tensors.pair_now(path)
         weight = plain.get_submodule(path).weight
         with torch.no_grad():
             weight.copy_(pair.applied_to(weight.T).T)

@@ -97,13 +97,13 @@ def test_it_is_continuous_where_it_begins_and_of_rank_2r() -> None:
     loss = ((model(x) - target) ** 2).mean()
     loss.backward()
     optimizer.step()
-    pair = adapter.tensors.pair_at("0")
+    pair = adapter.tensors.pair_now("0")
     site = adapter.tensors.branch("0")
     assert pair.down.shape[0] == 4
     torch.testing.assert_close(pair.up @ pair.down, 2 * site.B @ site.A, rtol=1e-12, atol=1e-14)
     fit(model, optimizer, x, target, 10)
     singular = torch.linalg.svdvals(
-        (lambda pair: pair.up @ pair.down)(adapter.tensors.pair_at("0"))
+        (lambda pair: pair.up @ pair.down)(adapter.tensors.pair_now("0"))
     )
     assert (singular > 1e-10).sum() == 4
 
@@ -152,7 +152,7 @@ def test_on_lora_fa_one_pair_of_rank_r_holds_both() -> None:
     fit(model, optimizer, x, target, 2)
     B_K, site = array(adapter.tensors.branch("0").B), adapter.tensors.branch("0")
     fit(model, optimizer, x, target, 3)
-    pair = adapter.tensors.pair_at("0")
+    pair = adapter.tensors.pair_now("0")
     assert pair.down.shape[0] == 3
     close(pair.up, 2 * (3 * array(site.B) - 2 * B_K), 1e-12)
 
@@ -216,7 +216,7 @@ def test_what_is_saved_in_place_is_the_form_that_leaves_the_base_alone(tmp_path:
     loaded = lk.load(other, tmp_path)
     close(other(x), array(model(x)), 1e-12)
     assert (array(other[0].weight) == weight).all()
-    assert loaded.tensors.pair_at("0").down.shape[0] == 6
+    assert loaded.tensors.pair_now("0").down.shape[0] == 6
 
 
 @pytest.mark.parametrize("update", FORMS)

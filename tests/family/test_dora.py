@@ -69,7 +69,7 @@ def test_the_start_is_the_base_to_the_bit(dtype: torch.dtype, dropout: float) ->
     adapter = lk.adapt(model, lk.DoRA(rank=8, dropout=dropout))
     assert torch.equal(model(x), before)
     assert adapter.tensors.branch("0").m.dtype == torch.promote_types(dtype, torch.float32)
-    gain = adapter.tensors.pair_at("0").gain
+    gain = adapter.tensors.pair_now("0").gain
     assert gain is not None
     assert torch.equal(gain, torch.ones_like(gain)), "exactly 1"
 

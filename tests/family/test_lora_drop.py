@@ -58,7 +58,7 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
         inputs = [x, model[0](x)]
         ratios = []
         for path, given in zip(adapter.placement.methods, inputs, strict=True):
-            pair = adapter.tensors.pair_at(path)
+            pair = adapter.tensors.pair_now(path)
             own = (given @ model.get_submodule(path).weight.T).square().sum()
             ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
 

@@ -129,7 +129,7 @@ def test_a_new_member_meets_the_others(ids: Tensor, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     site = next(adapter.tensors.branch(path) for path in adapter.placement.methods)
-    pair = adapter.tensors.pair_at(site.path)
+    pair = adapter.tensors.pair_now(site.path)
     assert torch.equal(pair.gain, site.g), "its gain is over the moved base too"
     assert pair.up.shape[1] == 2
     peft = pytest.importorskip("peft")

@@ -187,7 +187,7 @@ def test_an_anchored_start_is_the_base_and_trains_as_the_paper(member: Any) -> N
         x.numpy(), y.numpy(), W0, bias, begun["A"], begun["B"], 1.5, 20, 1e-2
     )
     close(losses, wanted)
-    pair = adapter.tensors.pair_at("0")
+    pair = adapter.tensors.pair_now("0")
     close(
         W0 + (pair.up @ pair.down).detach().numpy(),
         anchored.weight(W0, A, B, 1.5, begun["A"], begun["B"]),

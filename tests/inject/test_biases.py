@@ -28,7 +28,7 @@ def reference(make: Any, adapter: lk.Adapter) -> nn.Module:
     plain = make()
     with torch.no_grad():
         for path in adapter.placement.methods:
-            module, pair = plain.get_submodule(path), adapter.tensors.pair_at(path)
+            module, pair = plain.get_submodule(path), adapter.tensors.pair_now(path)
             weight = adapter.tensors.base_weight(path)
             change = pair.applied_to(weight) - weight
             kind = adapter.tensors.branch(path).kind

@@ -190,7 +190,7 @@ def test_two_adapters_add_up_merged_or_not(kernel: str, ids: Tensor) -> None:
         whole = weights.get_parameter(f"{owner}.{name}").detach()
         base = whole[int(number)].clone()
         changes = [
-            a.tensors.pair_at(path).applied_to(base) - base
+            a.tensors.pair_now(path).applied_to(base) - base
             for a in (one, two)
             if path in a.placement.methods
         ]

@@ -109,7 +109,7 @@ def test_an_adapter_in_low_precision_is_scaled_in_float32() -> None:
             nn.Sequential(nn.Linear(8, 8)), lk.LoRA(rank=3, alpha=7), "0", dtype=torch.bfloat16
         )
     )
-    pair = adapter.tensors.pair_at("0")
+    pair = adapter.tensors.pair_now("0")
     assert torch.equal(pair.up, adapter.tensors.branch("0").B.float() * (7 / 3)), (
         "rounded to bfloat16 once, when it was stored"
     )

@@ -71,7 +71,7 @@ def test_quantised_after_adapting(member: str) -> None:
     x = torch.randn(2, 64)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     own = model[0]._parameters["weight"].dequantize()
-    change = adapter.tensors.pair_at("0").applied_to(own)
+    change = adapter.tensors.pair_now("0").applied_to(own)
     torch.testing.assert_close(model(x), x @ change.T + base[0].bias, rtol=1e-3, atol=1e-4)
     model(x).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())

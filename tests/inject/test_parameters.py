@@ -114,7 +114,7 @@ def formed(base: nn.Module, adapter: lk.Adapter) -> dict[str, Tensor]:
     own = dict(base.named_parameters())
     changed: dict[str, Any] = {}
     for path in adapter.placement.methods:
-        pair = adapter.tensors.pair_at(path)
+        pair = adapter.tensors.pair_now(path)
         name, _, number = path.rpartition(".")
         name, number = (name, number) if name in own else (f"{path}.weight", "")
         matrix = own[name][int(number)] if own[name].dim() == 3 else own[name]
@@ -318,8 +318,8 @@ def test_two_adapters_add_up(x: Tensor) -> None:
     )
     lk.activate(model, ["first", "second"])
     change = sum(
-        a.tensors.pair_at("attn.in_proj_weight.0").up
-        @ a.tensors.pair_at("attn.in_proj_weight.0").down
+        a.tensors.pair_now("attn.in_proj_weight.0").up
+        @ a.tensors.pair_now("attn.in_proj_weight.0").down
         for a in (first, second)
     )
     base = Attention().double()

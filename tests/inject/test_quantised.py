@@ -120,7 +120,7 @@ def change_of(adapter: lk.Adapter) -> Tensor:
         path: adapter.tensors.base_weight(path).double() for path in adapter.placement.methods
     }
     changed = [
-        (adapter.tensors.change_at(path).applied_to(weight) - weight).detach()
+        (adapter.tensors.saved_change(path).applied_to(weight) - weight).detach()
         for path, weight in weights.items()
     ]
     return torch.cat([change.flatten() for change in changed])
@@ -182,7 +182,7 @@ def test_rows_are_the_librarys_own_numbers(name: str, stored: str) -> None:
     torch.testing.assert_close(weight.squares, whole.double().square().sum(1).float())
     by_backward = quantised._by_backward(module)(3, 40)
     torch.testing.assert_close(by_backward.float(), whole[3:40], rtol=2e-3, atol=1e-5)
-    if (read := quantised.rows_of(module)) is not None:
+    if (read := quantised.row_reader(module)) is not None:
         cuts = [0, 1, 77, 128]
         rows = [read(start, stop) for start, stop in itertools.pairwise(cuts)]
         torch.testing.assert_close(torch.cat(rows).float(), whole, rtol=1e-6, atol=1e-8)
@@ -197,7 +197,7 @@ def test_rows_that_share_a_scale() -> None:
     linear = bnb.nn.Linear4bit(48, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     linear.load_state_dict({"weight": torch.randn(32, 48)})
     linear.to("cpu")
-    read, whole = quantised.rows_of(linear), unpacked(linear).float()
+    read, whole = quantised.row_reader(linear), unpacked(linear).float()
     assert read is not None
     for start, stop in ((0, 5), (5, 8), (4, 32), (0, 32)):
         torch.testing.assert_close(

@@ -294,7 +294,7 @@ def test_a_gain_that_it_takes_to_zero_stays_finite() -> None:
     model, adapter, x = adapted("linear", lk.DoRA(rank=2))
     site = adapter.tensors.branch("0")
     with torch.no_grad():
-        gain = adapter.tensors.pair_at("0").gain
+        gain = adapter.tensors.pair_now("0").gain
         site.m.mul_(2 / gain)  # now every gain is 2
     base, whole = outputs(model, adapter, x)
     adapter.scale = -1

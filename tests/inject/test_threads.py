@@ -126,7 +126,8 @@ def test_loading_merging_and_leaving_from_several_threads(ids: Tensor) -> None:
     keep = randomise(lk.adapt(model, lk.LoRA(rank=2), name="keep"))
     others = [randomise(lk.adapt(tiny_llama(), lk.LoRA(rank=2)), seed=n) for n in range(2)]
     tensors = [
-        {path: other.tensors.at(path) for path in other.placement.methods} for other in others
+        {path: other.tensors.saved_tensors(path) for path in other.placement.methods}
+        for other in others
     ]
 
     def come_and_go(number: int) -> Callable[[], None]:

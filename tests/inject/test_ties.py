@@ -215,7 +215,7 @@ def test_names_of_one_module_are_no_tie() -> None:
 
 
 def test_two_adapters_of_one_tie() -> None:
-    """The second is merged into a weight that the first merge has parted, and both find their ties
+    """The second is merged into a weight that the first merge has separated, and both find their ties
     again.
     """
     model = made("bart")

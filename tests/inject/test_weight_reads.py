@@ -134,7 +134,7 @@ def with_changed_weights(base: nn.Module, adapter: lk.Adapter) -> nn.Module:
     """A copy of `base` whose weights are diag(g)·(W0 + up·down), trained by nobody."""
     changed = copy.deepcopy(base)
     for path in adapter.placement.methods:
-        pair, module = adapter.tensors.pair_at(path), changed.get_submodule(path)
+        pair, module = adapter.tensors.pair_now(path), changed.get_submodule(path)
         transposed = isinstance(module, nn.Embedding)
         matrix = module.weight.detach().T if transposed else module.weight.detach().flatten(1)
         matrix = matrix + pair.up.detach() @ pair.down.detach()
@@ -203,7 +203,7 @@ def test_several_adapters_add_up_where_a_weight_is_read() -> None:
     one = randomise(lk.adapt(model, lk.LoRA(rank=2), ["head"], name="one"), 0.5)
     two = randomise(lk.adapt(model, lk.DoRA(rank=2), ["head"], name="two"), 0.5, seed=2)
     lk.activate(model, ["one", "two"])
-    changes = [a.tensors.pair_at("head").applied_to(own) - own for a in (one, two)]
+    changes = [a.tensors.pair_now("head").applied_to(own) - own for a in (one, two)]
     torch.testing.assert_close(model(x), x @ (own + sum(changes)).T)
     one.merge()
     torch.testing.assert_close(model(x), x @ (own + sum(changes)).T)

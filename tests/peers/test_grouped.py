@@ -59,7 +59,7 @@ def test_forward_and_gradients_are_those_of_the_changed_weights(member: str, x: 
     adapter = lk.adapt(model, MEMBERS[member](), NAMES)
     torch.testing.assert_close(model(x), base(x))
     randomise(adapter, 0.3)
-    pairs = {path: adapter.tensors.pair_at(path) for path in NAMES}
+    pairs = {path: adapter.tensors.pair_now(path) for path in NAMES}
     for path, pair in pairs.items():
         layer = base.get_submodule(path)
         weight = layer.weight.detach().flatten(1) + pair.up @ pair.down
@@ -96,7 +96,7 @@ def test_files(member: str, tmp_path: Path, x: Tensor) -> None:
     read.merge()
     torch.testing.assert_close(back(x), model(x), rtol=1e-5, atol=1e-5)
     assert summarise(tmp_path / "theirs").norms == pytest.approx(
-        {p: adapter.tensors.pair_at(p).norm() for p in NAMES}, rel=1e-4
+        {p: adapter.tensors.pair_now(p).norm() for p in NAMES}, rel=1e-4
     )
 
 

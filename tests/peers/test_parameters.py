@@ -140,7 +140,7 @@ def test_peft_loads_our_files(case: str, member: lk.Member, tmp_path: Path) -> N
         {
             path: norm
             for path in read.placement.methods
-            if (norm := read.tensors.pair_at(path).norm())
+            if (norm := read.tensors.pair_now(path).norm())
         },
         rel=1e-4,
     )
@@ -159,7 +159,7 @@ def test_pefts_attention(tmp_path: Path) -> None:
     with pytest.warns(lk.LorakinWarning, match=r"attn.out_proj"):
         adapter = lk.load(model, tmp_path)
     assert list(adapter.placement.methods) == ["attn.in_proj_weight.0", "attn.out_proj"]
-    pair = adapter.tensors.pair_at("attn.out_proj")
+    pair = adapter.tensors.pair_now("attn.out_proj")
     with torch.no_grad():
         model.attn.out_proj.weight += pair.up @ pair.down
     torch.testing.assert_close(output(model), output(theirs), rtol=1e-5, atol=1e-5)
@@ -186,7 +186,7 @@ def test_the_files_of_an_attention_are_pefts(ranks: dict[str, int], tmp_path: Pa
         ("attn.in_proj_weight.0", inner),
         ("attn.out_proj", inner.base_layer.out_proj),
     ):
-        pair = adapter.tensors.pair_at(path)
+        pair = adapter.tensors.pair_now(path)
         torch.testing.assert_close(layer.get_delta_weight("default"), pair.up @ pair.down)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["attn"]
 

@@ -352,7 +352,7 @@ def test_target_parameters_of_peft(settings: dict[str, Any], tmp_path: Path, ids
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert summarise(tmp_path).ranks == summarise(tmp_path / "x").ranks, "without a model"
     assert summarise(tmp_path).norms == pytest.approx(
-        {path: adapter.tensors.pair_at(path).norm() for path in adapter.placement.methods}
+        {path: adapter.tensors.pair_now(path).norm() for path in adapter.placement.methods}
     )
 
 

@@ -105,7 +105,7 @@ def test_no_tensor_is_stored_twice(
     own = directory.read(tmp_path).own
     assert own is not None
     for path, slots in (own.tensors or {}).items():
-        wanted = adapter.tensors.at(path)
+        wanted = adapter.tensors.saved_tensors(path)
         assert slots.keys() == wanted.keys()
         for slot, tensor in slots.items():
             assert tensor.dtype == wanted[slot].dtype
@@ -138,8 +138,8 @@ def test_experts_are_columns_with_a_step(tmp_path: Path) -> None:
     other = tiny_mixtral()
     loaded = lk.load(other, tmp_path)
     for path in adapter.placement.methods:
-        for slot, tensor in adapter.tensors.at(path).items():
-            assert torch.equal(loaded.tensors.at(path)[slot], tensor)
+        for slot, tensor in adapter.tensors.saved_tensors(path).items():
+            assert torch.equal(loaded.tensors.saved_tensors(path)[slot], tensor)
 
 
 def test_a_narrower_adapter_is_a_range_of_a_wider_file(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_a_narrower_adapter_is_a_range_of_a_wider_file(tmp_path: Path) -> None:
     directory.save(adapter, tmp_path)
     loaded = lk.load(tiny_llama(dtype=torch.bfloat16), tmp_path)
     path = "model.layers.0.self_attn.q_proj"
-    for slot, tensor in adapter.tensors.at(path).items():
-        assert loaded.tensors.at(path)[slot].dtype == torch.bfloat16
-        assert torch.equal(loaded.tensors.at(path)[slot], tensor)
+    for slot, tensor in adapter.tensors.saved_tensors(path).items():
+        assert loaded.tensors.saved_tensors(path)[slot].dtype == torch.bfloat16
+        assert torch.equal(loaded.tensors.saved_tensors(path)[slot], tensor)
 
 
 KEY = "base_model.model.a.b.lora_A.weight"
@@ -240,8 +240,8 @@ def test_files_of_format_1_are_read(tmp_path: Path, edit_own: Callable[..., None
     edit_own(tmp_path, format=1, tensors=tensors, state=state)
     loaded = lk.load(tiny_llama(), tmp_path)
     for path in adapter.placement.methods:
-        for slot, tensor in adapter.tensors.at(path).items():
-            assert torch.equal(loaded.tensors.at(path)[slot], tensor)
+        for slot, tensor in adapter.tensors.saved_tensors(path).items():
+            assert torch.equal(loaded.tensors.saved_tensors(path)[slot], tensor)
 
 
 @pytest.fixture

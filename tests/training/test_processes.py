@@ -85,7 +85,7 @@ def changes(folder: Path, base: str) -> dict[str, torch.Tensor]:
         path: adapter.tensors.base_weight(path).double() for path in adapter.placement.methods
     }
     return {
-        path: adapter.tensors.change_at(path).applied_to(weight).detach() - weight
+        path: adapter.tensors.saved_change(path).applied_to(weight).detach() - weight
         for path, weight in weights.items()
     }
 

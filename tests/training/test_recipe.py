@@ -90,7 +90,7 @@ def test_its_words_are_those_of_the_rooms_that_use_them() -> None:
     said = {name: typing.get_args(kind) for name, kind in words.items()}
     assert said == {
         "rank_above": RANK_ABOVE,
-        "bias": (biases.NONE, biases.ADAPTED, biases.ALL),
+        "bias": (biases.NO_BIASES, biases.ADAPTED, biases.ALL),
         "loss_on": LOSS_ON,
     }
 

@@ -86,7 +86,7 @@ def weights_before_after(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] |
         if kind_of(twin) is None:
             return None
         return adapter.tensors.base_weight(path).float(), base_weight_of(twin).float()
-    before, pair = adapter.tensors.base_weight(path).float(), adapter.tensors.change_at(path)
+    before, pair = adapter.tensors.base_weight(path).float(), adapter.tensors.saved_change(path)
     after = before + pair.up.float() @ pair.down.float()
     return before, after if pair.gain is None else pair.gain.float().unsqueeze(1) * after
 
@@ -119,7 +119,7 @@ def change_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
             change, size = float((after - before).norm()), float(before.norm())
             norms[path] = {"norm": change, "relative": change / size if size else 0.0}
             if path in adapter.placement.methods:
-                norms[path]["rank"] = adapter.tensors.pair_at(path).down.shape[0]
+                norms[path]["rank"] = adapter.tensors.pair_now(path).down.shape[0]
     return norms
 
 
@@ -133,7 +133,7 @@ def ranks_in_use(adapter: Adapter) -> dict[str, int]:
     if slot is None or not any("budget" in member.decides for member in method.members):
         return {}
     ranks = {
-        path: int(torch.count_nonzero(adapter.tensors.at(path)[slot]))
+        path: int(torch.count_nonzero(adapter.tensors.saved_tensors(path)[slot]))
         for path in adapter.placement.methods
     }
     return ranks if any(ranks.values()) else {}

@@ -1,4 +1,4 @@
-"""Which of a model's adapters are in use."""
+"""Which of a model's adapters are active."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lorakin.errors import SettingError, StateError
+from lorakin.inject.adapted import attachments_at
 from lorakin.inject.biases import check_biases_apart
-from lorakin.inject.effect import check_base_in_place, check_no_mixed_batch, placements
-from lorakin.inject.model_registry import NO_ADAPTERS, registry_of
-from lorakin.inject.part import attachments_at
-from lorakin.inject.threads import alone, chosen
+from lorakin.inject.merging import placements
+from lorakin.inject.model_registry import (
+    NO_ADAPTERS,
+    check_base_in_place,
+    check_no_mixed_batch,
+    registry_of,
+)
+from lorakin.inject.threads import one_at_a_time, record_choice
 from lorakin.inject.trainable_tokens import check_apart, places_of
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 
-@alone
-def activate(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Use exactly these adapters in the forward. Several add up; `[]` leaves the base alone.
+@one_at_a_time
+def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Makes exactly these adapters the active ones. Several add up; `[]` leaves the base alone.
 
     No `requires_grad` changes.
 
@@ -31,54 +36,66 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: an adapter is merged.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    known = check_switchable(model, names)
+    adapters = check_switchable(model, names)
     check_no_mixed_batch(model, "switched")
-    replaced: dict[str, str] = {}
-    for name in names:
-        for path in known[name].placement.whole_modules:
-            if path in replaced:
-                raise SettingError(
-                    f"{replaced[path]!r} and {name!r} both train {path} whole; activate one of them"
-                )
-            replaced[path] = name
-    check_apart({name: known[name].placement.tokens for name in names})
-    for name in names:
-        placement = known[name].placement
-        for path in (*placement.methods, *places_of(placement.tokens), *placement.biases):
-            whole = next(
-                (
-                    copy
-                    for copy in replaced
-                    if path.startswith(copy + ".") and replaced[copy] != name
-                ),
-                None,
-            )
-            if whole:
-                raise SettingError(
-                    f"{name!r} adapts {path}, inside {whole}, which {replaced[whole]!r} trains "
-                    f"whole; activate one"
-                )
-    check_biases_apart(placements([known[name] for name in names]), SettingError)
-    registry_of(model).buffers.owners(model, [known[name] for name in names])
-    for adapter in known.values():
+    chosen = [adapters[name] for name in names]
+    _check_whole_modules_apart(chosen)
+    check_apart({adapter.name: adapter.placement.tokens for adapter in chosen})
+    check_biases_apart(placements(chosen), SettingError)
+    registry_of(model).buffers.owners(model, chosen)  # raises if two have moved one buffer
+
+    for adapter in adapters.values():
         for path in adapter.tensors.paths():
             attached = attachments_at(model, path)
             attached.active = tuple(name for name in names if name in attached)
-    registry_of(model).buffers.show(model, known)
-    chosen(model)
+    registry_of(model).buffers.use(model, adapters)
+    record_choice(model)
+
+
+def _check_whole_modules_apart(adapters: Sequence[InsertedAdapter]) -> None:
+    """Checks that no module that one of these adapters trains whole is another's, or holds one.
+
+    Raises:
+        SettingError: one is or does.
+    """
+    trained_by: dict[str, str] = {}
+    for adapter in adapters:
+        for path in adapter.placement.whole_modules:
+            if path in trained_by:
+                raise SettingError(
+                    f"{trained_by[path]!r} and {adapter.name!r} both train {path} whole; activate "
+                    "one of them"
+                )
+            trained_by[path] = adapter.name
+
+    for adapter in adapters:
+        placement = adapter.placement
+        for path in (*placement.methods, *places_of(placement.tokens), *placement.biases):
+            for whole, other in trained_by.items():
+                if other != adapter.name and path.startswith(f"{whole}."):
+                    raise SettingError(
+                        f"{adapter.name!r} adapts {path}, inside {whole}, which {other!r} trains "
+                        "whole; activate one"
+                    )
 
 
 def check_switchable(model: nn.Module, names: Sequence[str]) -> Mapping[str, InsertedAdapter]:
-    """The adapters in `model`, if those of these names can be used instead of the active ones."""
-    known = registry_of(model).adapters
+    """Checks that the adapters of these names can be used instead of the active ones.
+
+    Returns:
+        all adapters in the model, by name.
+
+    Raises:
+        SettingError: an unknown name.
+        StateError: an adapter is merged, or has moved the base weights in place.
+    """
+    adapters = registry_of(model).adapters
     for name in names:
-        if name not in known:
-            raise SettingError(
-                f"no adapter {name!r} in the model; there are: "
-                f"{', '.join(map(repr, known)) or NO_ADAPTERS}"
-            )
-    if merged := [name for name, adapter in known.items() if adapter.effect.is_merged]:
+        if name not in adapters:
+            present = ", ".join(map(repr, adapters)) or NO_ADAPTERS
+            raise SettingError(f"no adapter {name!r} in the model; there are: {present}")
+    if merged := [name for name, adapter in adapters.items() if adapter.effect.is_merged]:
         raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before switching")
-    if len(known) > 1 or not names:
-        check_base_in_place(known, "switching")
-    return known
+    if len(adapters) > 1 or not names:
+        check_base_in_place(adapters, "switching")
+    return adapters

@@ -51,6 +51,7 @@ from lorakin.inject.layer_kinds import (
     kind_of,
     overrides_forward,
 )
+from lorakin.inject.model_hooks import exchanged_message
 from lorakin.inject.replaced import Replaced, ReplacedSequence
 from lorakin.inject.token_rows import TokenRowsBranch, WithRows
 from lorakin.inject.weight_reads import changed_weight
@@ -217,6 +218,18 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
             return model.get_submodule(path)
         module = inner
     return module
+
+
+def attachments_at(model: nn.Module, path: str) -> Attachments:
+    """Returns the attachments of the module at `path`.
+
+    Raises:
+        StateError: another module was put in its place.
+    """
+    module = module_at(model, path)
+    if not is_adapted(module):
+        raise StateError(exchanged_message(path))
+    return attachments_of(module)
 
 
 def attach(module: nn.Module, name: str, child: Child) -> None:

@@ -1,7 +1,7 @@
 """Buffers that a training forward changes, such as BatchNorm's statistics.
 
-They are part of what training changes, but no parameters. So an adapter has its own of them while
-it is in use, as it has its own copy of a module that it trains whole. The base's are set aside, and
+Training changes them, though they are no parameters. So each adapter has its values of them while
+it is in use, as it has a copy of a module that it trains whole. The base's values are kept, and
 come back whenever the adapter is off. Files hold the buffers that moved.
 """
 
@@ -28,12 +28,12 @@ def saved_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | 
 
     Args:
         model: the base, adapted or not.
-        whole: paths of modules that an adapter trains whole; their copies have their own buffers.
+        whole: paths of modules that an adapter trains whole; their copies have buffers themselves.
 
     >>> list(saved_buffers(nn.Sequential(nn.BatchNorm1d(2)), ()))
     ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
-    found: dict[str, Tensor | None] = {}
+    buffers: dict[str, Tensor | None] = {}
     skip = (*adapter_prefixes(model), *(f"{path}." for path in whole))
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
@@ -41,102 +41,111 @@ def saved_buffers(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | 
             if leaf in module._non_persistent_buffers_set or name.startswith(skip):
                 continue
             if not is_quantised(module):
-                found[name] = buffer
-    return found
+                buffers[name] = buffer
+    return buffers
 
 
 def cloned(buffer: Tensor | None) -> Tensor | None:
-    """Returns the buffer in memory of its own."""
+    """Returns a copy of the buffer."""
     return None if buffer is None else buffer.detach().clone()
 
 
 class Buffers:
-    """The base's buffers of one model, set aside while adapters have their own."""
+    """The buffers of one model of which adapters have their own values.
+
+    Attributes:
+        base: name → the base's value, kept while an adapter's is in the model.
+        owner: name → the adapter whose value the model has now; None for the base.
+    """
 
     def __init__(self) -> None:
         self.base: dict[str, Tensor | None] = {}
-        self.shown: dict[str, str | None] = {}
-        """Whose each one is that the model has now; None is the base."""
+        self.owner: dict[str, str | None] = {}
 
-    def show(self, model: nn.Module, adapters: Mapping[str, InsertedAdapter]) -> None:
+    def use(self, model: nn.Module, adapters: Mapping[str, InsertedAdapter]) -> None:
         """Puts the buffers of the adapters in use into the model; the base's where none has any."""
-        using = [
+        in_use = [
             adapter
             for adapter in adapters.values()
             if adapter.effect.is_active and not adapter.effect.is_off
         ]
-        for name, owner in self.owners(model, using).items():
-            if owner != self.shown[name]:
+        for name, owner in self.owners(model, in_use).items():
+            if owner != self.owner[name]:
                 self._set(model, name, owner, adapters)
 
-    def owners(self, model: nn.Module, using: Sequence[InsertedAdapter]) -> dict[str, str | None]:
-        """Returns whose each buffer is if these adapters are in use; None is the base.
+    def owners(self, model: nn.Module, in_use: Sequence[InsertedAdapter]) -> dict[str, str | None]:
+        """Returns name → the adapter whose value these adapters would use; None is the base.
 
         Raises:
             SettingError: two of them have moved the same buffer.
         """
-        found: dict[str, InsertedAdapter | None] = dict.fromkeys(self.base)
-        for adapter in using:
+        owners: dict[str, InsertedAdapter | None] = dict.fromkeys(self.base)
+        for adapter in in_use:
             for name in adapter.buffers:
-                if (other := found[name]) is None or not self._moved(model, other, name):
-                    found[name] = adapter
-                elif self._moved(model, adapter, name):
+                if (other := owners[name]) is None or not self._has_moved(model, other, name):
+                    owners[name] = adapter
+                elif self._has_moved(model, adapter, name):
                     raise SettingError(
                         f"{other.name!r} and {adapter.name!r} have both moved {name} in training; "
                         "activate one of them"
                     )
-        return {name: None if adapter is None else adapter.name for name, adapter in found.items()}
+        return {name: None if owner is None else owner.name for name, owner in owners.items()}
 
-    def of(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> Tensor | None:
-        """Returns the adapter's own buffer of this name."""
-        return _get(model, name) if self.shown[name] == adapter.name else adapter.buffers[name]
+    def adapter_buffer(
+        self, model: nn.Module, adapter: InsertedAdapter, name: str
+    ) -> Tensor | None:
+        """Returns the adapter's value of this buffer."""
+        return _get(model, name) if self.owner[name] == adapter.name else adapter.buffers[name]
 
     def put(
         self, model: nn.Module, adapter: InsertedAdapter, name: str, value: Tensor | None
     ) -> None:
-        """Sets the adapter's own buffer of this name."""
-        own = self.of(model, adapter, name)
-        if own is not None and value is not None and own.shape == value.shape:
-            own.copy_(value)
-        elif self.shown[name] == adapter.name:
+        """Overwrites the adapter's value of this buffer."""
+        buffer = self.adapter_buffer(model, adapter, name)
+        if buffer is not None and value is not None and buffer.shape == value.shape:
+            buffer.copy_(value)
+        elif self.owner[name] == adapter.name:
             _put(model, name, cloned(value))
         else:
             adapter.buffers[name] = cloned(value)
 
-    def all(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
-        """Returns the base's own buffers that an adapter may move; see `saved_buffers`."""
-        here = saved_buffers(model, whole)
+    def base_buffers(self, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor | None]:
+        """Returns the base's buffers that an adapter may move; see `saved_buffers`."""
         return {
-            name: self.own(model, name) if name in self.shown else b for name, b in here.items()
+            name: self.base_buffer(model, name) if name in self.owner else buffer
+            for name, buffer in saved_buffers(model, whole).items()
         }
 
-    def own(self, model: nn.Module, name: str) -> Tensor | None:
-        """Returns the base's own buffer of this name."""
-        return _get(model, name) if self.shown[name] is None else self.base[name]
+    def base_buffer(self, model: nn.Module, name: str) -> Tensor | None:
+        """Returns the base's value of this buffer."""
+        return _get(model, name) if self.owner[name] is None else self.base[name]
 
     def moved(self, model: nn.Module, adapter: InsertedAdapter) -> dict[str, Tensor]:
         """Returns those of the adapter's buffers that differ from the base's."""
         moved = {
-            n: self.of(model, adapter, n) for n in adapter.buffers if self._moved(model, adapter, n)
+            name: self.adapter_buffer(model, adapter, name)
+            for name in adapter.buffers
+            if self._has_moved(model, adapter, name)
         }
         return {name: buffer for name, buffer in moved.items() if buffer is not None}
 
-    def _moved(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> bool:
-        own, base = self.of(model, adapter, name), self.own(model, name)
-        if own is None or base is None:
-            return own is not base
-        return not own.is_meta and not torch.equal(own, base.to(own))
+    def _has_moved(self, model: nn.Module, adapter: InsertedAdapter, name: str) -> bool:
+        buffer = self.adapter_buffer(model, adapter, name)
+        base = self.base_buffer(model, name)
+        if buffer is None or base is None:
+            return buffer is not base
+        return not buffer.is_meta and not torch.equal(buffer, base.to(buffer))
 
     def add(self, model: nn.Module, adapter: InsertedAdapter) -> None:
-        """Sets aside the base's buffers of which the adapter has its own."""
+        """Keeps the base's values of the buffers that the adapter has."""
         for name in adapter.buffers:
             if name not in self.base:
-                self.base[name], self.shown[name] = _get(model, name), None
+                self.base[name], self.owner[name] = _get(model, name), None
 
-    def give_up(self, model: nn.Module, adapter: InsertedAdapter) -> None:
-        """Makes the adapter's buffers the base's, as a permanent merge needs."""
+    def hand_to_base(self, model: nn.Module, adapter: InsertedAdapter) -> None:
+        """Makes the adapter's buffers the base's, for a permanent merge."""
         for name in adapter.buffers:
-            if self.shown[name] == adapter.name:
+            if self.owner[name] == adapter.name:
                 self.base[name] = _get(model, name)
 
     def _set(
@@ -146,16 +155,17 @@ class Buffers:
         owner: str | None,
         adapters: Mapping[str, InsertedAdapter],
     ) -> None:
-        here, before = _get(model, name), self.shown[name]
+        present, before = _get(model, name), self.owner[name]
         if before is None:
-            self.base[name] = here
+            self.base[name] = present
         elif before in adapters:
-            adapters[before].buffers[name] = here
+            adapters[before].buffers[name] = present
         new = self.base[name] if owner is None else adapters[owner].buffers[name]
-        if new is not None and here is not None:
-            new = new.to(here.device, here.dtype if here.is_floating_point() else new.dtype)
+        if new is not None and present is not None:
+            dtype = present.dtype if present.is_floating_point() else new.dtype
+            new = new.to(present.device, dtype)
         _put(model, name, new)
-        self.shown[name] = owner
+        self.owner[name] = owner
 
 
 def _get(model: nn.Module, name: str) -> Tensor | None:
@@ -169,13 +179,13 @@ def _put(model: nn.Module, name: str, buffer: Tensor | None) -> None:
 
 
 def refusal_of_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
-    """Returns why buffers from a file are not this model's; None if they are."""
-    here = saved_buffers(model, ()) if saved else {}
-    if unknown := sorted(saved.keys() - here.keys()):
+    """Returns why buffers from a file do not fit this model; None if they do."""
+    buffers = saved_buffers(model, ()) if saved else {}
+    if unknown := sorted(saved.keys() - buffers.keys()):
         return f"it holds the buffers {some(unknown)}, which this model does not have"
     for name, tensor in saved.items():
-        own = here[name]
-        if own is not None and own.dim() != tensor.dim():
-            shapes = f"{tuple(tensor.shape)}, this model's has {tuple(own.shape)}"
+        buffer = buffers[name]
+        if buffer is not None and buffer.dim() != tensor.dim():
+            shapes = f"{tuple(tensor.shape)}, this model's has {tuple(buffer.shape)}"
             return f"the buffer {name} has shape {shapes}"
     return None

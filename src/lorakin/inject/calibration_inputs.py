@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakin.inject.active_adapters import activate
+from lorakin.inject.active_adapters import set_active
 from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.measuring import LINEAR, inputs_of, unpadded
 from lorakin.inject.model_registry import adapters_in
@@ -35,11 +35,11 @@ def input_samples(
         path for path in adapter.placement.methods if adapter.tensors.branch(path).kind in LINEAR
     ]
     active = [name for name, one in adapters_in(adapter.model).items() if one.effect.is_active]
-    activate(adapter.model, adapter.name)
+    set_active(adapter.model, adapter.name)
     try:
         inputs_of(adapter.model, paths, batches, see)
     finally:
-        activate(adapter.model, active)
+        set_active(adapter.model, active)
     joined: dict[tuple[int, ...], Tensor] = {}
     return {
         path: joined.setdefault(tuple(map(id, parts)), torch.cat(parts))

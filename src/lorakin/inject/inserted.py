@@ -1,4 +1,4 @@
-"""An adapter in a model: putting it in and taking it out."""
+"""An adapter in a model: inserting and removing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakin.errors import SettingError, StateError
 from lorakin.family import Method, Slot
 from lorakin.inject import layer_kinds, quantised
-from lorakin.inject.active_adapters import activate
+from lorakin.inject.active_adapters import set_active
 from lorakin.inject.adapted import (
     Child,
     attach,
@@ -26,23 +26,41 @@ from lorakin.inject.attachments import Attachments, Bias, attachments_of, base_p
 from lorakin.inject.biases import base_bias, initial_biases
 from lorakin.inject.branch import Branch, Copy, slot_trains
 from lorakin.inject.buffers import cloned
-from lorakin.inject.effect import Effect, check_base_in_place, check_no_mixed_batch
+from lorakin.inject.effect import Effect
 from lorakin.inject.layer_kinds import PeftGroupedConvolution
-from lorakin.inject.model_registry import Registry, registry_of, update_model_hooks
+from lorakin.inject.model_registry import (
+    Registry,
+    check_base_in_place,
+    check_no_mixed_batch,
+    registry_of,
+    update_model_hooks,
+)
 from lorakin.inject.placement import Placement
 from lorakin.inject.run import CALLBACKS, AdapterRun
 from lorakin.inject.tensors import AdapterTensors
-from lorakin.inject.threads import alone
+from lorakin.inject.threads import one_at_a_time
 from lorakin.inject.trainable_tokens import base_rows, rows_for
 
 
 class InsertedAdapter:
-    """An adapter in a model, made of its parts. `lorakin.Adapter` adds files and optimizers."""
+    """The part of `lorakin.Adapter` that needs neither files nor optimizers.
+
+    Attributes:
+        model: the model that the adapter is in.
+        name: its name there.
+        placement: which modules it is on, and with what settings.
+        is_fresh: whether this process made it; False if it was loaded.
+        buffers: its values of the buffers that a training forward changes; see `buffers.py`.
+        tensors: its parameters, by module.
+        effect: whether, how strongly and in which form it acts.
+        run: its training run.
+    """
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         adapter = super().__new__(cls)
-        for watcher in CALLBACKS:  # here, so that they hear of a deep copy of the model too
-            watcher.made(adapter)
+        # Here and not in __init__, so that callbacks are called for a deep copy of the model too.
+        for callback in CALLBACKS:
+            callback.made(adapter)
         return adapter
 
     def __init__(self, model: nn.Module, name: str, placement: Placement) -> None:
@@ -60,7 +78,7 @@ class InsertedAdapter:
         """The method, with what its run has decided."""
         return self.run.method
 
-    @alone
+    @one_at_a_time
     def install(
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
@@ -69,7 +87,10 @@ class InsertedAdapter:
         rows: Mapping[str, Tensor] | None = None,
         biases: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Hang the adapter's tensors on the planned modules and make this adapter the active one.
+        """Attaches the adapter's tensors to the modules of its placement, and activates it.
+
+        A parameter requires gradients if its slot is `trained`. Nothing is changed if anything
+        fails.
 
         Args:
             tensors: the tensors of each module, by path and slot. One object in several places
@@ -79,9 +100,6 @@ class InsertedAdapter:
             buffers: what its own buffers hold, by name; without it they start as the base's.
             rows: the rows of tokens, by path; without it they start as the base's.
             biases: its own biases, by the module's path; without it they start as the base's.
-
-        A parameter requires gradients if its slot is `trained`. Nothing is changed if anything
-        fails.
 
         Raises:
             SettingError: an unusable name, or one already taken.
@@ -95,18 +113,21 @@ class InsertedAdapter:
             if reason := refusal_to_attach(modules[path], self.name, child):
                 raise StateError(f"{path} cannot be adapted: {reason}")
 
-        registry.laid_out += quantised.keep_trainable(self.model)
+        registry.without_inference_kernel += quantised.keep_trainable(self.model)
         vars(self.model)["_lorakin"] = registry
         registry.adapters[self.name] = self
         for path, child in children.items():
             attach(modules[path], self.name, child.train(modules[path].training))
         update_model_hooks(self.model, registry)
 
-        of_base = registry.buffers.all(self.model, self.placement.whole_modules)
-        own = of_base if buffers is None else buffers
-        self.buffers = {name: cloned(buffer) for name, buffer in own.items()}
+        initial: Mapping[str, Tensor | None] = (
+            registry.buffers.base_buffers(self.model, self.placement.whole_modules)
+            if buffers is None
+            else buffers
+        )
+        self.buffers = {name: cloned(buffer) for name, buffer in initial.items()}
         registry.buffers.add(self.model, self)
-        activate(self.model, self.name)
+        set_active(self.model, self.name)
 
     def _children(
         self,
@@ -116,10 +137,11 @@ class InsertedAdapter:
         rows: Mapping[str, Tensor] | None,
         biases: Mapping[str, Tensor] | None,
     ) -> dict[str, Child]:
-        """What is to be attached to each module, by path; the arguments are those of `install`."""
+        """Returns what to attach to each module, by path; the arguments are those of `install`."""
         made: Made = {}
-        given = initial_biases(self.model, self.placement.biases) if biases is None else biases
-        own_biases = {path: _bias(modules[path], bias, made) for path, bias in given.items()}
+        if biases is None:
+            biases = initial_biases(self.model, self.placement.biases)
+        bias_of = {path: _bias(modules[path], bias, made) for path, bias in biases.items()}
 
         children: dict[str, Child] = {}
         for path, method in self.placement.methods.items():
@@ -136,7 +158,7 @@ class InsertedAdapter:
                 name: _parameter(slots[name], tensor, kind.device(module), made)
                 for name, tensor in tensors[path].items()
             }
-            children[path] = Branch(path, method, kind, shape, parameters, own_biases.get(path))
+            children[path] = Branch(path, method, kind, shape, parameters, bias_of.get(path))
 
         for path in self.placement.whole_modules:
             twin = _plain_copy(modules[path]).requires_grad_(True)
@@ -144,39 +166,38 @@ class InsertedAdapter:
                 twin.load_state_dict(copies[path])
             children[path] = Copy(twin)
 
-        own_rows = base_rows(self.model, self.placement.tokens) if rows is None else rows
-        children |= rows_for(modules, self.placement.tokens, own_rows)
-        return children | {p: Bias(bias) for p, bias in own_biases.items() if p not in children}
+        if rows is None:
+            rows = base_rows(self.model, self.placement.tokens)
+        children |= rows_for(modules, self.placement.tokens, rows)
+        return children | {p: Bias(bias) for p, bias in bias_of.items() if p not in children}
 
-    @alone
+    @one_at_a_time
     def remove(self) -> None:
-        """Take the adapter out.
-
-        Merged weights are restored first. The last adapter to go restores the modules' classes,
-        `requires_grad` flags and `save_pretrained` as they were. PEFT: `delete_adapter`, `unload`.
-        """
-        self.require_present()
+        """Takes the adapter out of its model; see `Adapter.remove`."""
+        self.check_present()
         check_no_mixed_batch(self.model, "removed")
-        if any(self.name in h.merged for h in self.tensors.attachments()):
+        if any(self.name in attached.merged for attached in self.tensors.attachments()):
             self.effect.unmerge()
         for path in self.tensors.paths():
             module = module_at(self.model, path)
-            if is_adapted(module):  # another module may have been put in its place
+            # Another module may have been put in its place.
+            if is_adapted(module):
+                # `disabled()` has put the base's weight back already.
                 if not self.effect.is_off:
                     exchange_moved_weight(module)
                 detach(module, self.name)
         registry = registry_of(self.model)
         del registry.adapters[self.name]
-        registry.buffers.show(self.model, registry.adapters)
+        registry.buffers.use(self.model, registry.adapters)
         update_model_hooks(self.model, registry)
 
     def freeze_base(self) -> None:
-        """Stop training everything that is not an adapter's, remembering what trained before."""
+        """Freezes the base's parameters, and remembers which of them trained before."""
         registry = registry_of(self.model)
-        named = base_parameters(self.model)
-        for key, parameter in named:
+        parameters = base_parameters(self.model)
+        for key, parameter in parameters:
             registry.requires_grad.setdefault(key, parameter.requires_grad)
-        for _, parameter in named:
+        for _, parameter in parameters:
             parameter.requires_grad_(False)
 
     @property
@@ -186,7 +207,7 @@ class InsertedAdapter:
 
     @property
     def is_intact(self) -> bool:
-        """Whether it is in its model, and on the modules that it was put on: none was exchanged."""
+        """Whether it is in its model, and none of its modules was replaced by another."""
         try:
             return self.is_present and all(
                 is_adapted(module_at(self.model, path)) for path in self.tensors.paths()
@@ -194,7 +215,12 @@ class InsertedAdapter:
         except AttributeError:
             return False
 
-    def require_present(self) -> None:
+    def check_present(self) -> None:
+        """Checks that the adapter is in its model.
+
+        Raises:
+            StateError: it was removed.
+        """
         if not self.is_present:
             raise StateError(f"adapter {self.name!r} is no longer in the model")
 
@@ -206,49 +232,47 @@ class InsertedAdapter:
             )
         if hasattr(Attachments().adapters, self.name):
             raise SettingError(
-                f"an adapter cannot be called {self.name!r}: torch's modules have an attribute "
-                f"of that name"
+                f"an adapter cannot be called {self.name!r}: torch's modules have an attribute of "
+                "that name"
             )
         if self.name in registry.adapters:
             raise SettingError(
                 f"the model already has an adapter {self.name!r}; remove it first, or choose "
-                f"another name"
+                "another name"
             )
-        if merged := [
-            name for name, adapter in registry.adapters.items() if adapter.effect.is_merged
-        ]:
+        merged = [name for name, adapter in registry.adapters.items() if adapter.effect.is_merged]
+        if merged:
             raise StateError(f"adapter {merged[0]!r} is merged; unmerge it before adding another")
         check_base_in_place(registry.adapters, "adding another")
         check_no_mixed_batch(self.model, "added")
         return registry
 
-    def base_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The base model's own."""
-        return base_parameters(self.model)
-
 
 Made = dict[tuple[int, torch.device], nn.Parameter]
-"""Tensor (by identity) and device → the parameter made of it, so that shared ones stay shared."""
+"""(id of a tensor, device) → the parameter made of it, so that shared ones stay shared."""
 
 
 def _parameter(slot: Slot, tensor: Tensor, device: torch.device, made: Made) -> nn.Parameter:
-    """A slot's tensor as a parameter on its module's device; one that has values keeps them."""
+    """Returns a slot's tensor as a parameter on its module's device.
+
+    A tensor with values stays where it is if the module is on the meta device.
+    """
     if (id(tensor), device) not in made:
-        there = tensor.detach() if device.type == "meta" else tensor.detach().to(device)
-        made[id(tensor), device] = nn.Parameter(there, slot_trains(slot, tensor))
+        moved = tensor.detach() if device.type == "meta" else tensor.detach().to(device)
+        made[id(tensor), device] = nn.Parameter(moved, slot_trains(slot, tensor))
     return made[id(tensor), device]
 
 
 def _bias(module: nn.Module, bias: Tensor, made: Made) -> nn.Parameter:
-    """A bias of the adapter's own as a parameter, where the module's is."""
-    of_base, there = base_bias(module), bias.detach()
-    if of_base is not None and not of_base.is_meta:
-        there = there.to(of_base.device)
-    return made.setdefault((id(bias), there.device), nn.Parameter(there))
+    """Returns an adapter's bias as a parameter on the device of the module's."""
+    original, moved = base_bias(module), bias.detach()
+    if original is not None and not original.is_meta:
+        moved = moved.to(original.device)
+    return made.setdefault((id(bias), moved.device), nn.Parameter(moved))
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of the base's own module, without what other adapters hang on it."""
+    """Returns a copy of the base's module, without what other adapters have attached."""
     twin = copy.deepcopy(module)
     for part in [part for part in twin.modules() if is_adapted(part)]:
         for name in attachments_of(part).names():

@@ -26,7 +26,7 @@ from lorakin.inject.attachments import Attachments, attachments_of
 from lorakin.inject.branch import Branch
 from lorakin.inject.layer_kinds import LinearLayer, QuantisedLayer, TransposedLayer
 from lorakin.inject.model_registry import attachments_in
-from lorakin.inject.threads import changing, chosen, chosen_before, spoil
+from lorakin.inject.threads import changing, fail_other_forwards, record_choice, undo_choice
 from lorakin.inject.token_rows import put
 
 FEW_TOKENS = 4
@@ -86,7 +86,7 @@ class MixedBatch:
                 f"adapter {biased[0]!r} trains biases, which act on all rows alike, so it cannot "
                 "be in a mixed batch; run its rows by themselves"
             )
-        if of_experts := [name for name in names if known[name].tensors.experts()]:
+        if of_experts := [name for name in names if known[name].tensors.expert_paths()]:
             raise SettingError(
                 f"adapter {of_experts[0]!r} adapts experts or other parameters, which all rows "
                 "share, so it cannot be in a mixed batch; run its rows by themselves"
@@ -95,7 +95,7 @@ class MixedBatch:
     def __enter__(self) -> None:
         with changing(self.model):
             self._enter()
-            self.before = chosen(self.model)
+            self.before = record_choice(self.model)
 
     def _enter(self) -> None:
         self._check()
@@ -121,11 +121,11 @@ class MixedBatch:
 
     def __exit__(self, *_: object) -> None:
         with changing(self.model, refused=False):
-            spoil(self.model)
+            fail_other_forwards(self.model)
             self.hook.remove()
             self.open.remove(self)
             self._put_in_force()
-            chosen_before(self.model, self.before)
+            undo_choice(self.model, self.before)
 
     def _put_in_force(self) -> None:
         """Puts the block that was entered last in force, whatever order they are left in."""

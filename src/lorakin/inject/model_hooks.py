@@ -1,8 +1,8 @@
-"""What an adapted model does before each forward.
+"""The hooks of an adapted model around its forward.
 
-It checks that no other thread has chosen other adapters and that the adapted modules are still in
-their places. Before a training forward it lets gradients pass checkpointed parts, and adapters get
-ready for several processes.
+Before each forward they check that no other thread has chosen other adapters, and that the adapted
+modules are still in place. Before a training forward they let gradients pass checkpointed parts,
+and adapters prepare for several processes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ FUNCTION = "_gradient_checkpointing_func"
 
 
 class ModelHooks:
-    """The forward pre-hook of an adapted model."""
+    """The forward hooks of an adapted model; the object itself is the pre-hook."""
 
     def __init__(self, model: nn.Module, adapters: dict[str, InsertedAdapter]) -> None:
         self.adapters = adapters
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.held: list[tuple[nn.Module, str, nn.Module, str]] = []
-        self.handle = model.register_forward_pre_hook(self)
-        self.end = model.register_forward_hook(_through, always_call=True)
-        self.first: Any = model.register_forward_hook(self.after_first, with_kwargs=True)
+        self.watched: list[tuple[nn.Module, str, nn.Module, str]] = []
+        self.pre_hook = model.register_forward_pre_hook(self)
+        self.post_hook = model.register_forward_hook(_end_of_forward, always_call=True)
+        self.first_forward_hook: Any = model.register_forward_hook(
+            self.after_first, with_kwargs=True
+        )
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        self.handle.remove()
-        self.end.remove()
-        if self.first is not None:
-            self.first.remove()
+        self.pre_hook.remove()
+        self.post_hook.remove()
+        if self.first_forward_hook is not None:
+            self.first_forward_hook.remove()
 
     def after_first(self, model: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """Makes sure that a gradient can come back from the first training forward.
 
-        An autograd function that runs layers itself, as Reformer's reversible layers, needs a
+        An autograd function that runs layers itself, as Reformer's reversible layers do, needs a
         gradient only if its input does. Behind a frozen embedding it does not. Then the embedding's
-        output is made to need one, and the forward is run again.
+        output is made to need one, and the forward is run again. This draws new random numbers for
+        dropout, in this one forward.
         """
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return None
@@ -59,31 +62,34 @@ class ModelHooks:
         )
         if not any(trains):
             return None
-        self.first.remove()
-        self.first = None
+        self.first_forward_hook.remove()
+        self.first_forward_hook = None
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
         if not tensors or any(tensor.requires_grad for tensor in tensors):
             return None
-        words = _or_none(getattr(model, "get_input_embeddings", lambda: None))
-        if words is None:
+        embedding = _or_none(getattr(model, "get_input_embeddings", lambda: None))
+        if embedding is None:
             return None
-        words.register_forward_hook(_needs_gradient)
+        embedding.register_forward_hook(_needs_gradient)
         return model.forward(*args, **kwargs)
 
-    def hold(self, model: nn.Module, paths: Iterable[str]) -> None:
+    def watch(self, model: nn.Module, paths: Iterable[str]) -> None:
         """Remembers the modules at these paths, to check before each forward that they stay."""
         places = (path.rpartition(".")[::2] for path in dict.fromkeys(paths) if path)
         parents = (
             (model.get_submodule(owner), leaf, f"{owner}.{leaf}".lstrip("."))
             for owner, leaf in places
         )
-        self.held = [(parent, leaf, parent._modules[leaf], path) for parent, leaf, path in parents]  # type: ignore[misc]
+        self.watched = [
+            (parent, leaf, parent._modules[leaf], path)  # type: ignore[misc]
+            for parent, leaf, path in parents
+        ]
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        threads.enter(model)
-        for parent, leaf, module, path in self.held:
+        threads.begin_forward(model)
+        for parent, leaf, module, path in self.watched:
             if parent._modules.get(leaf) is not module:
                 raise StateError(exchanged_message(path))
         if not (model.training and torch.is_grad_enabled()):
@@ -95,16 +101,16 @@ class ModelHooks:
             adapter.run.before_backward()
 
 
-def _through(model: nn.Module, args: Any, out: Any) -> None:
+def _end_of_forward(model: nn.Module, args: Any, out: Any) -> None:
     """Ends the forward for `threads`; a hook that also runs after a forward that failed."""
     if not torch.compiler.is_compiling():
-        threads.leave(model)
+        threads.end_forward(model)
 
 
-def _or_none(embedding: Callable[[], Any]) -> Any:
+def _or_none(get_embedding: Callable[[], Any]) -> Any:
     """Returns the model's input embedding; None if its class says that it has none."""
     try:
-        return embedding()
+        return get_embedding()
     except NotImplementedError:
         return None
 
@@ -116,7 +122,7 @@ def _needs_gradient(module: nn.Module, args: Any, out: Any) -> None:
 
 
 def exchanged_message(path: str) -> str:
-    """Returns the message for a path where another module stands than the one that was adapted."""
+    """Returns the message for a path that holds another module than the one that was adapted."""
     return (
         f"{path} is no longer the module that was adapted: something, such as "
         "resize_token_embeddings, put another in its place. Do that before you adapt the model; "
@@ -125,10 +131,10 @@ def exchanged_message(path: str) -> str:
 
 
 def _let_gradients_pass(module: Any) -> None:
-    """Lets a module that uses re-entrant checkpoints give gradients although its inputs need none.
+    """Lets gradients pass a module that uses re-entrant checkpoints although its inputs need none.
 
-    torch's re-entrant checkpoint skips a part none of whose inputs needs a gradient. Behind a
-    frozen embedding none does, whatever trains in the part.
+    torch's re-entrant checkpoint skips a part if none of its inputs needs a gradient. Behind
+    a frozen embedding none does, even if something trains in the part.
     """
     checkpoint: Callable[..., Any] | None = getattr(module, FUNCTION, None)
     if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):

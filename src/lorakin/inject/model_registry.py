@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -30,70 +31,81 @@ NO_ADAPTERS = "none (name the model that was adapted, not a part of it or what w
 
 @dataclasses.dataclass
 class Registry:
-    """What a model remembers about the adapters in it, in its attribute `_lorakin`."""
+    """What a model remembers about the adapters in it, in its attribute `_lorakin`.
+
+    Attributes:
+        adapters: the adapters by name, in the order in which they came.
+        requires_grad: what `requires_grad` of the base's parameters was, by name.
+        load_hook: the hook that warns of a state dict without the adapters' tensors.
+        ties: the parameters that modules share; see `ties.py`.
+        quantised_flags: the flags that call the model quantised, which adapting has cleared.
+        without_inference_kernel: quantised modules whose inference kernel was switched off.
+        model_hooks: the forward hooks of the model.
+        buffers: the base's buffers of which adapters have their own.
+        ignored: what lorakin has added to `_keys_to_ignore_on_save` of each module.
+    """
 
     adapters: dict[str, InsertedAdapter] = dataclasses.field(default_factory=dict)
     requires_grad: dict[str, bool] = dataclasses.field(default_factory=dict)
-    hook: Any = None
+    load_hook: Any = None
     ties: Ties | None = None
-    flags: dict[str, bool] = dataclasses.field(default_factory=dict)
-    laid_out: list[nn.Module] = dataclasses.field(default_factory=list)
+    quantised_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
+    without_inference_kernel: list[nn.Module] = dataclasses.field(default_factory=list)
     model_hooks: ModelHooks | None = None
     buffers: Buffers = dataclasses.field(default_factory=Buffers)
     ignored: dict[nn.Module, set[str]] = dataclasses.field(default_factory=dict)
-    """What `_keys_to_ignore_on_save` of a module holds that is lorakin's."""
 
 
 def adapters_in(model: nn.Module) -> dict[str, InsertedAdapter]:
-    """The adapters in `model`, by name."""
+    """Returns the adapters in `model`, by name."""
     return dict(registry_of(model).adapters)
 
 
 def registry_of(model: nn.Module) -> Registry:
-    """The model's registry; of a model without adapters, an empty one that it does not hold."""
+    """Returns the model's registry; an empty one, not stored, for a model without adapters."""
     registry = vars(model).get("_lorakin") or Registry()
     assert isinstance(registry, Registry)
     return registry
 
 
 def original_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own parameters by name, whatever adapters do with them.
+    """Returns the base's parameters by name, as they are without adapters.
 
-    Those of modules that an adapter trains whole are left out.
+    Those of modules that an adapter trains whole are left out. `attachments.base_parameters`
+    returns the present ones.
     """
     whole = tuple(
         f"{path}."
         for adapter in registry_of(model).adapters.values()
         for path in adapter.placement.whole_modules
     )
-    own: dict[str, Tensor] = {}
+    originals: dict[str, Tensor] = {}
     for name, parameter in base_parameters(model):
         if whole and name.startswith(whole):
             continue
         path, _, leaf = name.rpartition(".")
         module: Any = module_at(model, path)
-        aside = attachments_or_none(module) or Attachments()
-        base_stack = experts.base_stack(module, leaf)
-        own[name] = (
-            aside.base_before_move.get(leaf, aside.base_before_merge.get(leaf, parameter))
-            if base_stack is None
-            else base_stack
-        )
-    return own
+        original = experts.base_stack(module, leaf)
+        if original is None:
+            attached = attachments_or_none(module) or Attachments()
+            kept = {**attached.base_before_merge, **attached.base_before_move}
+            original = kept.get(leaf, parameter)
+        originals[name] = original
+    return originals
 
 
 def attachments_in(model: nn.Module) -> list[Attachments]:
-    """What hangs on the model's modules, once each."""
-    found = [
+    """Returns the attachments of the model's modules, once each."""
+    every = [
         attached
         for adapter in registry_of(model).adapters.values()
         for attached in adapter.tensors.attachments()
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(every))
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """`model` itself, or the module that `torch.compile` wrapped.
+    """Returns `model` itself, or the module that `torch.compile` wrapped.
 
     Raises:
         SettingError: it is no model.
@@ -114,51 +126,91 @@ def root_of(model: nn.Module) -> nn.Module:
     return inner
 
 
-def update_model_hooks(model: nn.Module, registry: Registry) -> None:
-    """Let `save_pretrained` write the base alone, and a load that skips the adapters warn.
+def check_no_mixed_batch(model: nn.Module, change: str) -> None:
+    """Checks that the model is in no `mixed_batch`, where adapters cannot be `change`.
 
-    With no adapter left, undo that and give the base its `requires_grad` flags back.
+    Raises:
+        StateError: it is in one.
     """
-    for module in model.modules():
-        # In sentence-transformers it is a property, made from the parts' own.
-        by_its_parts = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)
-        if hasattr(module, "_keys_to_ignore_on_save") and not by_its_parts:
-            model_like: Any = module
-            skip, every = adapter_prefixes(module), module.named_parameters(remove_duplicate=False)
-            own = {key for key, _ in every if key.startswith(skip)}
-            others = set(model_like._keys_to_ignore_on_save or ()) - registry.ignored.get(
-                module, set()
-            )
-            registry.ignored[module] = own
-            model_like._keys_to_ignore_on_save = others | own
-    if registry.adapters and registry.hook is None:
-        registry.flags = quantised.take_flags(model)
-        registry.model_hooks = ModelHooks(model, registry.adapters)
-        registry.hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
-        registry.ties = Ties(model)
+    if any(attached.mixed_batch is not None for attached in attachments_in(model)):
+        raise StateError(
+            "inside mixed_batch the adapters are what they were when it began; none can be "
+            f"{change}"
+        )
+
+
+def check_base_in_place(adapters: Mapping[str, InsertedAdapter], purpose: str) -> None:
+    """Checks that none of the adapters has moved the base weights in place.
+
+    Raises:
+        StateError: one has.
+    """
+    if moved := [name for name, adapter in adapters.items() if adapter.effect.has_moved_base]:
+        raise StateError(
+            f"adapter {moved[0]!r} has moved the base weights in place, so others cannot be used "
+            "beside it; save and load it (files hold the form that leaves the base alone), or "
+            f"remove it before {purpose}"
+        )
+
+
+def update_model_hooks(model: nn.Module, registry: Registry) -> None:
+    """Installs what an adapted model needs beside its modules; takes it off after the last adapter.
+
+    These are the model's hooks, flags, ties, and what `save_pretrained` leaves out.
+    """
+    _hide_from_save_pretrained(model, registry)
+    if registry.adapters and registry.load_hook is None:
+        _install(model, registry)
     watch_modules(model, registry)
     if not registry.adapters:
-        registry.hook.remove()
-        if registry.model_hooks is not None:
-            registry.model_hooks.remove()
-        vars(model).update(registry.flags)
-        quantised.give_back(registry.laid_out)
-        for key, parameter in base_parameters(model):
-            parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
-        del model.__dict__["_lorakin"]
+        _uninstall(model, registry)
+
+
+def _hide_from_save_pretrained(model: nn.Module, registry: Registry) -> None:
+    """Lets `save_pretrained` of the model and its parts write the base alone."""
+    for module in model.modules():
+        # In sentence-transformers it is a property, made from those of the parts.
+        is_property = isinstance(getattr(type(module), "_keys_to_ignore_on_save", None), property)
+        if not hasattr(module, "_keys_to_ignore_on_save") or is_property:
+            continue
+        part: Any = module
+        prefixes, parameters = adapter_prefixes(part), part.named_parameters(remove_duplicate=False)
+        ours = {key for key, _ in parameters if key.startswith(prefixes)}
+        others = set(part._keys_to_ignore_on_save or ()) - registry.ignored.get(part, set())
+        registry.ignored[part] = ours
+        part._keys_to_ignore_on_save = others | ours
+
+
+def _install(model: nn.Module, registry: Registry) -> None:
+    registry.quantised_flags = quantised.clear_flags(model)
+    registry.model_hooks = ModelHooks(model, registry.adapters)
+    registry.load_hook = model.register_load_state_dict_post_hook(_warn_of_missing_adapters)  # type: ignore[no-untyped-call]
+    registry.ties = Ties(model)
+
+
+def _uninstall(model: nn.Module, registry: Registry) -> None:
+    registry.load_hook.remove()
+    if registry.model_hooks is not None:
+        registry.model_hooks.remove()
+    vars(model).update(registry.quantised_flags)
+    quantised.restore_inference_kernel(registry.without_inference_kernel)
+    for key, parameter in base_parameters(model):
+        parameter.requires_grad_(registry.requires_grad.get(key, parameter.requires_grad))
+    del model.__dict__["_lorakin"]
 
 
 def watch_modules(model: nn.Module, registry: Registry) -> None:
-    """Let the model check before each forward that its adapted modules are still there."""
+    """Lets the model check before each forward that its adapted modules are still in place."""
     if registry.model_hooks is not None:
         paths = [p for adapter in registry.adapters.values() for p in adapter.tensors.paths()]
         called = [p for p in paths if not isinstance(module_at(model, p), experts.ExpertMatrix)]
-        registry.model_hooks.hold(model, (p for p in called if is_adapted(module_at(model, p))))
+        adapted = (path for path in called if is_adapted(module_at(model, path)))
+        registry.model_hooks.watch(model, adapted)
 
 
 def _warn_of_missing_adapters(model: nn.Module, incompatible: Any) -> None:
-    skip = adapter_prefixes(model)
-    missing = [key for key in incompatible.missing_keys if key.startswith(skip)]
+    prefixes = adapter_prefixes(model)
+    missing = [key for key in incompatible.missing_keys if key.startswith(prefixes)]
     if missing:
         warnings.warn(
             f"the state dict just loaded has no tensors for {len(missing)} entries of this model's "

@@ -1,4 +1,4 @@
-"""What the parts of an adapter share: the adapter itself."""
+"""Base class of an adapter's parts: its tensors, its effect and its run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorakin.errors import StateError
-from lorakin.inject.adapted import is_adapted, module_at
-from lorakin.inject.attachments import Attachments, attachments_of
-from lorakin.inject.model_hooks import exchanged_message
-
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
     from lorakin.inject.placement import Placement
 
 
 class Part:
-    """One of the things that an adapter is made of: its tensors, its merging, its run."""
+    """One of the objects that an adapter consists of; it knows the adapter."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:
         self.adapter = adapter
@@ -34,13 +29,5 @@ class Part:
 
     @property
     def placement(self) -> Placement:
-        """Which modules it adapts, and with what."""
+        """Which modules the adapter is on, and with what settings."""
         return self.adapter.placement
-
-
-def attachments_at(model: nn.Module, path: str) -> Attachments:
-    """What is attached to the module at `path`; raises `StateError` if the module was exchanged."""
-    module = module_at(model, path)
-    if not is_adapted(module):
-        raise StateError(exchanged_message(path))
-    return attachments_of(module)

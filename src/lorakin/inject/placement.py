@@ -17,8 +17,7 @@ from lorakin.family import Method, Shape, UnadaptedModule
 from lorakin.inject import layer_kinds, parameters
 from lorakin.inject.adapted import is_adapted, module_at
 from lorakin.inject.attachments import attachments_of
-from lorakin.inject.biases import NONE as NO_BIASES
-from lorakin.inject.biases import find_biases
+from lorakin.inject.biases import NO_BIASES, find_biases
 from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.patterns import PatternValues
 from lorakin.inject.targets import (

@@ -1,7 +1,7 @@
 """Linear layers whose weight is kept in few bits: bitsandbytes', torchao's, and others.
 
-Their forward and backward stay the library's own. The few that need the weight's numbers (a norm, a
-merge, a picture) ask for them in blocks of rows, and nothing keeps them.
+Their forward and backward stay those of their library. What needs the weight's values (a norm, a
+merge, a picture) reads them in blocks of rows, and nothing keeps them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from lorakin.family.weight import BLOCK
 from lorakin.inject.attachments import base_parameters
 from lorakin.kernels.autograd import PLAIN_TYPES
 
-Rows = Callable[[int, int], Tensor]
-"""A function (first, past the last) → those rows of the weight, (rows, inputs), floating point."""
+ReadRows = Callable[[int, int], Tensor]
+"""A function (start, stop) → these rows of the weight, (rows, inputs), floating point."""
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Returns whether `module` is a linear layer that does not hold its weight as plain numbers.
-
-    Plain numbers are floating point of two bytes or more.
+    """Returns whether `module` is a linear layer whose weight is packed or has less than 16 bits.
 
     >>> is_quantised(nn.Linear(2, 2))
     False
@@ -41,14 +39,15 @@ def is_quantised(module: nn.Module) -> bool:
     if isinstance(weight, UninitializedParameter):
         return False
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        holds_bits = tuple(whole_shape(weight)) != sides  # in place of floating-point numbers
-        return holds_bits or (type(weight) not in PLAIN_TYPES and is_packed(weight))
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in own)
+        # Another shape means packed bits in a floating-point dtype.
+        is_bits = tuple(whole_shape(weight)) != sides
+        return is_bits or (type(weight) not in PLAIN_TYPES and is_packed(weight))
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in tensors)
 
 
 def library_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """Computes what the library's own class makes of `x`, without adapters and hooks."""
+    """Returns the output of the library's class for `x`, without adapters and hooks."""
     classes = (c for c in type(module).__mro__ if not c.__module__.startswith("lorakin."))
     owner = next(c for c in classes if "forward" in vars(c))
     out: Tensor = vars(owner)["forward"](module, x)
@@ -61,13 +60,14 @@ def refusal(module: nn.Module) -> str | None:
     Its forward must run on this machine and be differentiable.
     """
     name = type(module).__name__
-    if device_of(module).type == "meta" or rows_of(module) is not None:
+    if device_of(module).type == "meta" or row_reader(module) is not None:
         return None
     try:
         x = torch.ones(2, int(module.in_features), device=device_of(module), requires_grad=True)  # type: ignore[arg-type]
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(library_forward(module, x).sum(), x)
-    except Exception as error:  # the library may lack anything here
+    except Exception as error:
+        # The library may lack anything on this machine.
         reason = str(error).strip().partition("\n")[0]
         return f"a {name}, a quantised layer that no gradient passes on this machine ({reason})"
     return None if torch.isfinite(grad).all() else f"a {name} whose gradient is not finite"
@@ -85,7 +85,7 @@ class PackedWeight(FrozenWeight):
 
     @property
     def module(self) -> nn.Module:
-        """The module, which outlives this."""
+        """The module, which outlives this object."""
         module = self._module()
         assert module is not None
         return module
@@ -96,10 +96,10 @@ class PackedWeight(FrozenWeight):
         return torch.cat(list(self.blocks()))
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yields its rows in order, `BLOCK` numbers at a time, float32."""
-        return self._blocks(rows_of(self.module) or _by_backward(self.module))
+        """Yields its rows in order, about `BLOCK` values at a time, float32."""
+        return self._blocks(row_reader(self.module) or _by_backward(self.module))
 
-    def _blocks(self, read: Rows) -> Iterator[Tensor]:
+    def _blocks(self, read: ReadRows) -> Iterator[Tensor]:
         outputs, inputs = self.shape
         step = max(1, BLOCK // max(1, inputs))
         return (
@@ -109,8 +109,9 @@ class PackedWeight(FrozenWeight):
 
     def product(self, down: Tensor) -> Tensor:
         """Computes W0·downᵀ, (outputs, k), float32."""
-        read = rows_of(self.module)
-        if read is None:  # rows are expensive then, and the module's forward is this product
+        read = row_reader(self.module)
+        if read is None:
+            # Rows are expensive then, and the module's forward is this product.
             return product(self.module, down).T.to(torch.float32)
         return torch.cat([rows @ down.to(rows.dtype).T for rows in self._blocks(read)])
 
@@ -119,7 +120,7 @@ class PackedWeight(FrozenWeight):
         return self.matrix[which]
 
 
-_PACKED: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDictionary()
+_PACKED_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, PackedWeight] = weakref.WeakKeyDictionary()
 
 
 def packed_weight(module: nn.Module) -> PackedWeight:
@@ -127,10 +128,10 @@ def packed_weight(module: nn.Module) -> PackedWeight:
 
     So the squares of its rows are computed once.
     """
-    known = _PACKED.get(module)
-    if known is None or known.state != _state(module):
-        known = _PACKED[module] = PackedWeight(module)
-    return known
+    packed = _PACKED_WEIGHTS.get(module)
+    if packed is None or packed.state != _state(module):
+        packed = _PACKED_WEIGHTS[module] = PackedWeight(module)
+    return packed
 
 
 def shape_of(module: Any) -> Shape:
@@ -139,15 +140,15 @@ def shape_of(module: Any) -> Shape:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Returns where the module's tensors are."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return next((tensor.device for tensor in own), torch.device("cpu"))
+    """Returns the device of the module's tensors."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def rows_of(module: nn.Module) -> Rows | None:
-    """Returns how to read rows of the weight from what the module holds.
+def row_reader(module: nn.Module) -> ReadRows | None:
+    """Returns how to read rows of the weight from the module's tensors.
 
-    None if only the module's own forward and backward know how.
+    None if only the module's forward and backward can.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None:
@@ -165,42 +166,43 @@ def rows_of(module: nn.Module) -> Rows | None:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Returns whether a tensor's class can undo its quantisation, as torchao's can."""
+    """Returns whether a tensor's class can dequantise itself, as torchao's can."""
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def _four_bits(weight: Any, state: Any) -> Rows:
+def _four_bits(weight: Any, state: Any) -> ReadRows:
     """Returns how to read rows of bitsandbytes' 4-bit weights.
 
-    These hold two numbers in a byte, row after row, and a scale for every `blocksize` numbers.
+    These hold two values per byte, row after row, and a scale for every `blocksize` values.
     """
-    _lay_out(weight, state)
+    _restore_layout(weight, state)
     library = sys.modules["bitsandbytes"].functional
     inputs, size, scales = state.shape[1], state.blocksize, state.absmax
     if state.nested:
         scales = library.dequantize_blockwise(scales, state.state2) + state.offset
 
     def rows(start: int, stop: int) -> Tensor:
-        first, behind = start * inputs, stop * inputs
-        if inputs % size:  # a scale belongs to numbers of several rows
+        first, past_last = start * inputs, stop * inputs
+        if inputs % size:
+            # A scale belongs to values of several rows.
             whole: Tensor = library.dequantize_4bit(weight.data, state)
             return whole[start:stop]
         part = library.QuantState(
-            absmax=scales[first // size : behind // size].float(),
+            absmax=scales[first // size : past_last // size].float(),
             shape=torch.Size((stop - start, inputs)),
             code=state.code,
             blocksize=size,
             quant_type=state.quant_type,
             dtype=torch.float32,
         )
-        bits = weight.data.view(torch.uint8).reshape(-1, 1)[first // 2 : behind // 2]
-        found: Tensor = library.dequantize_4bit(bits, part)
-        return found
+        bits = weight.data.view(torch.uint8).reshape(-1, 1)[first // 2 : past_last // 2]
+        values: Tensor = library.dequantize_4bit(bits, part)
+        return values
 
     return rows
 
 
-def _by_backward(module: nn.Module) -> Rows:
+def _by_backward(module: nn.Module) -> ReadRows:
     """Returns how to read rows of any weight that gradients flow through.
 
     Row j is the gradient of the input for the j-th unit vector as the output's gradient.
@@ -213,9 +215,9 @@ def _by_backward(module: nn.Module) -> Rows:
             out = library_forward(module, x)
             units = torch.zeros_like(out)
             units[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            (found,) = torch.autograd.grad(out, x, units)
-        assert found.shape[1] == inputs and out.shape[1] == outputs
-        return found
+            (values,) = torch.autograd.grad(out, x, units)
+        assert values.shape[1] == inputs and out.shape[1] == outputs
+        return values
 
     return rows
 
@@ -227,20 +229,20 @@ def product(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """Returns what changes when the module's tensors do."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return tuple((id(tensor), tensor._version) for tensor in own)
+    """Returns a value that changes when the module's tensors do."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return tuple((id(tensor), tensor._version) for tensor in tensors)
 
 
 FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
-"""What transformers and TRL ask whether a model is quantised.
+"""Attributes by which transformers and TRL tell whether a model is quantised.
 
 transformers' Trainer refuses such a model unless PEFT adapted it, and TRL casts all that trains to
 bfloat16.
 """
 
 
-def take_flags(model: nn.Module) -> dict[str, bool]:
+def clear_flags(model: nn.Module) -> dict[str, bool]:
     """Clears the flags that call the model quantised, while adapters are in it.
 
     Returns:
@@ -283,7 +285,7 @@ def replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
-    """Lets the model's config say which modules are plain now; else what is saved cannot be loaded.
+    """Writes into the model's config which modules are plain now, so that saved files load.
 
     The caller may hold the same config and make other models by it, so the model gets a copy.
     """
@@ -293,49 +295,49 @@ def _leave_plain(model: nn.Module, quantizer: Any, paths: list[str]) -> None:
         skipped = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *paths]
         setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *skipped])))
     quantizer.quantization_config = config
-    own: Any = getattr(model, "config", None)
-    if hasattr(own, "quantization_config"):
-        own.quantization_config = config
+    model_config: Any = getattr(model, "config", None)
+    if hasattr(model_config, "quantization_config"):
+        model_config.quantization_config = config
 
 
 def not_to_shard(model: nn.Module) -> list[nn.Module]:
-    """Returns the quantised layers that FSDP2 cannot cut: of integers, or of their own class."""
-    found = []
+    """Returns the quantised layers that FSDP2 cannot shard: their tensors are no floats."""
+    not_sharded = []
     for module in filter(is_quantised, model.modules()):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(is_packed(tensor) or not tensor.is_floating_point() for tensor in tensors):
-            found.append(module)
-    return found
+            not_sharded.append(module)
+    return not_sharded
 
 
 def keep_trainable(model: nn.Module) -> list[nn.Module]:
-    """Lets a quantised model be trained, also by DDP.
+    """Changes a quantised model so that it can be trained, also by DDP.
 
-    On some CPUs bitsandbytes lays a 4-bit weight out for a kernel without a backward once it is
-    used for inference: after an evaluation no gradient would pass. And DDP would send every process
-    tensors of classes that cannot be sent.
+    On some CPUs bitsandbytes repacks a 4-bit weight for a kernel without a backward when it is
+    first used for inference: after an evaluation no gradient would pass. And DDP would send tensors
+    to all processes whose classes cannot be sent.
 
     Returns:
-        the modules to hand to `give_back` when training ends.
+        the modules for `restore_inference_kernel`, when the last adapter goes.
     """
     flag = "support_avx512bf16_for_cpu"
     changed = [module for module in model.modules() if getattr(module, flag, False)]
     for module in changed:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        _lay_out(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
+        _restore_layout(module.weight, module.weight.quant_state)  # type: ignore[union-attr]
     if unsent := [name for name, parameter in model.named_parameters() if is_packed(parameter)]:
         model._ddp_params_and_buffers_to_ignore = unsent  # type: ignore[assignment]
     return changed
 
 
-def give_back(modules: list[nn.Module]) -> None:
-    """Allows modules the inference kernel again that `keep_trainable` took from them."""
+def restore_inference_kernel(modules: list[nn.Module]) -> None:
+    """Switches the inference kernel on again that `keep_trainable` has switched off."""
     for module in modules:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
-def _lay_out(weight: Any, state: Any) -> None:
-    """Gives a 4-bit weight its usual layout back; its scales stay rounded to bfloat16."""
+def _restore_layout(weight: Any, state: Any) -> None:
+    """Restores the usual layout of a 4-bit weight; its scales stay rounded to bfloat16."""
     if getattr(state, "packing_format_for_cpu", False):
         scales = state.absmax.T.reshape(-1).float()  # the library would lose their order
         state.original_nested = False

@@ -1,4 +1,4 @@
-"""A training run of an adapter: its steps, what members do at them, and who hears of it."""
+"""A training run of an adapter: its steps, what members do at them, and callbacks for others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lorakin.errors import LorakinWarning, SettingError, StateError, some
 from lorakin.family import Method, Rule
+from lorakin.inject.adapted import attachments_at
 from lorakin.inject.branch import Branch
-from lorakin.inject.part import Part, attachments_at
+from lorakin.inject.part import Part
 from lorakin.inject.placed_module import PlacedModule
 
 if TYPE_CHECKING:
@@ -20,31 +21,36 @@ if TYPE_CHECKING:
 
 
 class AdapterCallback:
-    """Hears of adapters, for rooms above this one: append an instance to `CALLBACKS`."""
+    """Callbacks for packages that import this one, such as lorakin.loop.
+
+    Append an instance to `CALLBACKS`.
+    """
 
     def made(self, adapter: InsertedAdapter) -> None:
-        """The adapter's object was made, also as a copy of another; nothing is in it yet."""
+        """Is called when an adapter's object is made, also as a copy; nothing is in it yet."""
 
     def begins(self, adapter: InsertedAdapter) -> None:
-        """A training run begins."""
+        """Is called when a training run begins."""
 
     def before_backward(self, adapter: InsertedAdapter) -> None:
-        """A forward has begun whose backward may train the adapter."""
+        """Is called when a forward begins whose backward may train the adapter."""
 
     def before_first_step(self, adapter: InsertedAdapter) -> None:
-        """An optimizer is about to take the run's first step."""
+        """Is called when an optimizer is about to take the run's first step."""
 
 
+DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a rule raises that is given a state with other contents than it saved."""
 CALLBACKS: list[AdapterCallback] = []
-"""Who hears of adapters; `lorakin/loop` adds itself when it is imported."""
+"""The callbacks of all adapters; lorakin.loop adds its own when it is imported."""
 
 
 class AdapterRun(Part):
-    """What a training run has come to: its steps, and what members do at each of them."""
+    """An adapter's training run: how far it has come, and what members do at its steps."""
 
     def __init__(self, adapter: InsertedAdapter) -> None:
         super().__init__(adapter)
-        self.running: Method | None = None
+        self.resolved_method: Method | None = None
         self.rules: list[Rule] | None = None
         self.steps = 0
         self._stepped = False
@@ -55,12 +61,12 @@ class AdapterRun(Part):
     @property
     def method(self) -> Method:
         """The method, with what its run has decided."""
-        return self.running or self.placement.method
+        return self.resolved_method or self.placement.method
 
     def begin(self, total_steps: int | None = None) -> None:
-        """Get ready for a run of `total_steps` optimizer steps (None if that is not known).
+        """Prepares a run of `total_steps` optimizer steps (None if that is not known).
 
-        It starts at step 1, or where restored state is.
+        It begins at step 1, or at the step of a restored state.
 
         Raises:
             SettingError: a member cannot be run like that.
@@ -69,37 +75,38 @@ class AdapterRun(Part):
             not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1
         ):
             raise SettingError(f"total_steps must be a whole number ≥ 1, not {total_steps!r}")
-        running = self.placement.method.resolved(total_steps)
-        if self.rules is not None and not self._stepped and running == self.running:
+        method = self.placement.method.resolved(total_steps)
+        if self.rules is not None and not self._stepped and method == self.resolved_method:
+            # begun twice before the first step, by Trainer and by `Adapter.attach`
             return
         self.end()
-        self.running, self.rules = running, running.rules(self.adapted_modules())
+        self.resolved_method, self.rules = method, method.rules(self.adapted_modules())
         self.steps, self._stepped = 0, False
         self.rate_factors, self.warned_of_rates = {}, False
-        for watcher in CALLBACKS:
-            watcher.begins(self.adapter)
+        for callback in CALLBACKS:
+            callback.begins(self.adapter)
         if self._state is not None:
             self.restore_state(self._state)
 
     def end(self) -> None:
-        """Let the rules of the run leave nothing outside the adapter's tensors."""
+        """Lets the run's rules remove what they keep outside the adapter's tensors."""
         for rule in self.rules or ():
             rule.end()
 
     def adapted_modules(self) -> list[PlacedModule]:
-        """The adapted modules, as members' rules see them."""
+        """Returns the adapted modules, as members' rules see them."""
         return [PlacedModule(self.adapter, path) for path in self.placement.methods]
 
     def before_backward(self) -> None:
-        """A forward has begun whose backward may train the adapter."""
-        for watcher in CALLBACKS:
-            watcher.before_backward(self.adapter)
+        """Calls the callbacks when a forward begins whose backward may train the adapter."""
+        for callback in CALLBACKS:
+            callback.before_backward(self.adapter)
 
     def before_step(self) -> None:
-        """Gradients are complete and an optimizer is about to use them."""
+        """Runs what members do before a step, when gradients are complete."""
         if not self._stepped:
-            for watcher in CALLBACKS:
-                watcher.before_first_step(self.adapter)
+            for callback in CALLBACKS:
+                callback.before_first_step(self.adapter)
             self._warn_of_unreached()
         for rule in self.rules or ():
             rule.before(self.steps + 1)
@@ -134,53 +141,46 @@ class AdapterRun(Part):
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer has taken a step."""
+        """Runs what members do after a step of the optimizer."""
         self.steps, self._stepped, self._state = self.steps + 1, True, None
         for rule in self.rules or ():
             rule.after(self.steps, optimizer)
 
     def state(self) -> dict[str, Any]:
-        """How far training has come, for `restore_state`: numbers, tensors and dicts of them."""
+        """Returns how far training has come, for `restore_state`: nested dicts and lists."""
         return {"steps": self.steps, "rules": [rule.state() for rule in self.rules or ()]}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, also after a `begin` that follows before the first step.
+        """Resumes from `state`, also after a `begin` that follows before the first step.
 
-        The tensors are restored already.
+        The adapter's tensors are restored already.
         """
         self._state = state
-        if self.rules is not None:
-            if len(self.rules) != len(state["rules"]):
-                raise StateError(
-                    "the state to go on from is of another method than "
-                    f"{self.placement.method.words}"
-                )
-            self.steps = state["steps"]
-            try:
-                for rule, saved in zip(self.rules, state["rules"], strict=True):
-                    rule.restore(saved)
-            except (
-                AttributeError,
-                IndexError,
-                KeyError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
-                raise StateError(
-                    f"what training would go on from is damaged ({error}); go back to an earlier "
-                    f"checkpoint"
-                ) from None
+        if self.rules is None:
+            return
+        if len(self.rules) != len(state["rules"]):
+            raise StateError(
+                "the saved training state belongs to another method than "
+                f"{self.placement.method.words}"
+            )
+        self.steps = state["steps"]
+        try:
+            for rule, saved in zip(self.rules, state["rules"], strict=True):
+                rule.restore(saved)
+        except DAMAGED as error:
+            raise StateError(
+                f"the saved training state is damaged ({error}); resume from an earlier checkpoint"
+            ) from None
 
     def extra_tensors(self, path: str) -> dict[str, Tensor]:
-        """Tensors that the adapter's files must hold beside those of the module at `path`."""
+        """Returns what the adapter's files must hold of the module at `path` beside its tensors."""
         return {
             name: t for rule in self.rules or () for name, t in rule.extra_tensors(path).items()
         }
 
 
 def _slots_without_gradient(modules: Iterable[nn.Module]) -> list[str]:
-    """The trained slots that have no gradient in any of these modules."""
+    """Returns the trained slots that have no gradient in any of these modules."""
     has_gradient: dict[str, bool] = {}
     for module in modules:
         if isinstance(module, Branch):

@@ -93,13 +93,13 @@ def _others(turns: ThreadTurns) -> list[threading.Thread]:
     ]
 
 
-def spoil(model: nn.Module) -> None:
+def fail_other_forwards(model: nn.Module) -> None:
     """Makes forwards of other threads under way end with an error; call it in `changing`."""
     turns = _turns_of(model)
     turns.spoilt |= {thread.ident for thread in _others(turns) if thread.ident is not None}
 
 
-def alone(change: Callable[P, T]) -> Callable[P, T]:
+def one_at_a_time(change: Callable[P, T]) -> Callable[P, T]:
     """Decorates a function that changes the adapters of its first argument.
 
     It runs inside `changing`.
@@ -122,11 +122,11 @@ class Choice(NamedTuple):
     mine: int | None
 
 
-def chosen(model: nn.Module) -> Choice:
+def record_choice(model: nn.Module) -> Choice:
     """Records that this thread chose the adapters in use; call it inside `changing`.
 
     Returns:
-        what `chosen_before` takes to undo that.
+        what `undo_choice` takes to undo that.
     """
     turns = _turns_of(model)
     if not hasattr(_mine, "choices"):
@@ -138,7 +138,7 @@ def chosen(model: nn.Module) -> Choice:
     return before
 
 
-def chosen_before(model: nn.Module, before: Choice) -> None:
+def undo_choice(model: nn.Module, before: Choice) -> None:
     """Takes this thread's last choice back: `before` is in force again. Call it in `changing`."""
     turns, mine = _turns_of(model), getattr(_mine, "choices", {})
     if mine.get(model) == turns.latest:
@@ -149,7 +149,7 @@ def chosen_before(model: nn.Module, before: Choice) -> None:
             mine[model] = before.mine
 
 
-def enter(model: nn.Module) -> None:
+def begin_forward(model: nn.Module) -> None:
     """Records that a forward of the model begins.
 
     Raises:
@@ -168,7 +168,7 @@ def enter(model: nn.Module) -> None:
         turns.spoilt.discard(threading.get_ident())
 
 
-def leave(model: nn.Module) -> None:
+def end_forward(model: nn.Module) -> None:
     """Records that a forward of the model has ended.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A merged module has a weight of its own; what shared the base's keeps that. transformers writes a
 shared tensor once, and when it loads it ties what `_tied_weights_keys` names and the files lack.
-So, as long as a tie is parted, each of its modules has a tensor of its own, which is written, and
+So, as long as a tie is separated, each of its modules has its own tensor, which is written, and
 the config says that nothing is tied.
 
 That has two complications. Whatever else that config ties (the bias of a masked head) must be
@@ -25,12 +25,12 @@ from lorakin.errors import LorakinWarning
 from lorakin.inject.attachments import adapter_prefixes
 
 FLAG = "tie_word_embeddings"
-Place = tuple[nn.Module, str]
+ParameterAt = tuple[nn.Module, str]
 """A module, and the name of one of its own parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Governor:
+class TyingConfig:
     """A part of a transformers model whose config ties parameters.
 
     `configs` are its own and its text model's; `names` are the tied parameters.
@@ -41,41 +41,41 @@ class Governor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parting:
+class Separation:
     """What follows if some parameters are no longer tied; nothing, if no config ties them.
 
     Attributes:
-        parted: the parameters.
+        separated: the parameters.
         names: those that need tensors of their own in a file.
         configs: the configs that must say that nothing is tied.
-        silent: the parts whose configs cannot say it.
+        cannot_say: the parts whose configs cannot say it.
     """
 
-    parted: frozenset[str]
+    separated: frozenset[str]
     names: frozenset[str]
     configs: list[Any]
-    silent: list[Governor]
+    cannot_say: list[TyingConfig]
 
     @classmethod
-    def of(cls, model: nn.Module, parted: Iterable[str]) -> Parting:
+    def of(cls, model: nn.Module, separated: Iterable[str]) -> Separation:
         """Returns what follows in a model that is still tied, or was when it was made.
 
-        `parted` are all names of each tie.
+        `separated` are all names of each tie.
         """
-        parted = frozenset(parted)
-        concerned = [governor for governor in _governors(model) if governor.names & parted]
-        heard = [governor for governor in concerned if _can_untie(model, governor)]
-        names = parted.union(*(governor.names for governor in heard)) if concerned else frozenset()
-        configs = [config for governor in heard for config in governor.configs]
-        return cls(parted, names, configs, [g for g in concerned if g not in heard])
+        separated = frozenset(separated)
+        concerned = [tying for tying in _tying_configs(model) if tying.names & separated]
+        can_say = [tying for tying in concerned if _can_untie(model, tying)]
+        names = separated.union(*(tying.names for tying in can_say)) if concerned else frozenset()
+        configs = [config for tying in can_say for config in tying.configs]
+        return cls(separated, names, configs, [g for g in concerned if g not in can_say])
 
     def announce(self, stacklevel: int) -> None:
         """Warns of what a config cannot say."""
-        for governor in self.silent:
+        for tying in self.cannot_say:
             warnings.warn(
-                f"{', '.join(sorted(governor.names & self.parted))} were one weight, and merging "
-                "an adapter of one of them has parted them, which a "
-                f"{type(governor.configs[0]).__name__} cannot say. Each of them is written, and "
+                f"{', '.join(sorted(tying.names & self.separated))} were one weight, and merging "
+                "an adapter of one of them has separated them, which a "
+                f"{type(tying.configs[0]).__name__} cannot say. Each of them is written, and "
                 "transformers 5 loads them so; but tie_weights() and resize_token_embeddings() "
                 "would make them one again, as may programs that go by the config",
                 LorakinWarning,
@@ -88,49 +88,49 @@ class Ties:
 
     def __init__(self, model: nn.Module) -> None:
         self.groups = groups(model)
-        self.copies: list[tuple[Place, Place]] = []
+        self.copies: list[tuple[ParameterAt, ParameterAt]] = []
         self.untied: list[Any] = []
-        self.has_own_configs = False
+        self.has_copied_configs = False
 
-    def rejoin(self) -> None:
-        """Undoes `part`, before other adapters are merged or taken out."""
+    def restore(self) -> None:
+        """Undoes `separate`, before other adapters are merged or taken out."""
         for (module, leaf), (keeper, kept) in self.copies:
             setattr(module, leaf, getattr(keeper, kept))
         for config in self.untied:
             setattr(config, FLAG, True)
         self.copies, self.untied = [], []
 
-    def part(self, model: nn.Module) -> None:
+    def separate(self, model: nn.Module) -> None:
         """Gives each module of a separated tie a tensor of its own, and lets the config say so.
 
         Warns where the config cannot say so.
         """
-        parted = {
+        separated = {
             name
             for group in self.groups
-            if len({id(_at(place)) for place in group.values()}) > 1
+            if len({id(_parameter_at(place)) for place in group.values()}) > 1
             for name in group
         }
-        if not parted:
+        if not separated:
             return
-        parting = Parting.of(model, parted)
-        self._untie(model, parting.configs)
+        separation = Separation.of(model, separated)
+        self._untie(model, separation.configs)
         for group in self.groups:
-            if group.keys() & parting.names:
+            if group.keys() & separation.names:
                 self.copies += _copied(group)
-        parting.announce(stacklevel=6)
+        separation.announce(stacklevel=6)
 
     def _untie(self, model: nn.Module, configs: list[Any]) -> None:
         """Lets these configs say that nothing is tied, as copies: the caller may hold them."""
-        if configs and not self.has_own_configs:
-            copies, self.has_own_configs = _own_configs(model), True
+        if configs and not self.has_copied_configs:
+            copies, self.has_copied_configs = _copied_configs(model), True
             configs = [copies.get(id(config), config) for config in configs]
         self.untied = [config for config in configs if getattr(config, FLAG, False)]
         for config in self.untied:
             setattr(config, FLAG, False)
 
 
-def groups(model: nn.Module) -> list[dict[str, Place]]:
+def groups(model: nn.Module) -> list[dict[str, ParameterAt]]:
     """Returns the parameters that are one: name → place, one name for each module.
 
     >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
@@ -138,7 +138,7 @@ def groups(model: nn.Module) -> list[dict[str, Place]]:
     >>> [list(group) for group in groups(model)]
     [['embed.weight', 'head.weight']]
     """
-    found: dict[int, dict[str, Place]] = {}
+    found: dict[int, dict[str, ParameterAt]] = {}
     skip = adapter_prefixes(model)
     for path, module in model.named_modules():
         if path.startswith(skip):
@@ -150,17 +150,17 @@ def groups(model: nn.Module) -> list[dict[str, Place]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def _at(place: Place) -> Any:
+def _parameter_at(place: ParameterAt) -> Any:
     module, leaf = place
     return module._parameters[leaf]
 
 
-def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
+def _copied(group: dict[str, ParameterAt]) -> list[tuple[ParameterAt, ParameterAt]]:
     """Gives all but the first of those that are one a copy; returns each with its original."""
-    keepers: dict[int, Place] = {}
+    keepers: dict[int, ParameterAt] = {}
     copies = []
     for place in group.values():
-        parameter = _at(place)
+        parameter = _parameter_at(place)
         keeper = keepers.setdefault(id(parameter), place)
         if keeper is not place:
             setattr(*place, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
@@ -168,7 +168,7 @@ def _copied(group: dict[str, Place]) -> list[tuple[Place, Place]]:
     return copies
 
 
-def _governors(model: nn.Module) -> list[Governor]:
+def _tying_configs(model: nn.Module) -> list[TyingConfig]:
     """Returns the configs in the model that tie something, each with all that it ties."""
     names: dict[int, set[str]] = {}
     configs: dict[int, Any] = {}
@@ -183,7 +183,9 @@ def _governors(model: nn.Module) -> list[Governor]:
             claimed.update(*own)
             configs[id(config)] = config
             names.setdefault(id(config), set()).update(*own)
-    return [Governor(_with_text(config), frozenset(names[key])) for key, config in configs.items()]
+    return [
+        TyingConfig(_with_text(config), frozenset(names[key])) for key, config in configs.items()
+    ]
 
 
 def _named(path: str, name: str, known: dict[str, str]) -> str:
@@ -199,14 +201,14 @@ def _with_text(config: Any) -> tuple[Any, ...]:
     return (config,) if text is config else (config, text)
 
 
-def _can_untie(model: nn.Module, governor: Governor) -> bool:
+def _can_untie(model: nn.Module, tying: TyingConfig) -> bool:
     """Returns whether the config can say "untied", and no forward depends on the flag."""
-    config = copy.deepcopy(governor.configs[0])
+    config = copy.deepcopy(tying.configs[0])
     for one in _with_text(config):
         setattr(one, FLAG, False)
-    said = config.to_dict()
+    as_dict = config.to_dict()
     try:
-        if type(config).from_dict(copy.deepcopy(said)).to_dict() != said:
+        if type(config).from_dict(copy.deepcopy(as_dict)).to_dict() != as_dict:
             return False
     except Exception:  # a stranger's config, which its own dictionary may not make again
         return False
@@ -219,7 +221,7 @@ def _reads_flag(forward: Any) -> bool:
     return code is not None and FLAG in code.co_names
 
 
-def _own_configs(model: nn.Module) -> dict[int, Any]:
+def _copied_configs(model: nn.Module) -> dict[int, Any]:
     """Gives the model copies of its parts' configs, which the caller may hold; id → copy."""
     copies: dict[int, Any] = {}
     for module in model.modules():  # the whole model's first: it holds those of its parts

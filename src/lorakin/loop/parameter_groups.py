@@ -13,6 +13,7 @@ from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.family import Slot
 from lorakin.family.sharding import whole_shape
 from lorakin.inject.adapted import module_at
+from lorakin.inject.attachments import base_parameters
 
 if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
@@ -172,7 +173,8 @@ def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, 
             LorakinWarning,
             stacklevel=2,
         )
-    base = [name for name, p in adapter.base_parameters() if p.requires_grad and id(p) in groups]
+    parameters = base_parameters(adapter.model)
+    base = [name for name, p in parameters if p.requires_grad and id(p) in groups]
     if base:
         warnings.warn(
             f"the optimizer also trains {len(base)} tensors of the base model ({base[0]}, …), "

@@ -16,7 +16,7 @@ from lorakin.family import widened
 from lorakin.inject import layer_kinds
 from lorakin.inject.attachments import BIAS
 from lorakin.inject.folding import folded
-from lorakin.inject.ties import FLAG, Parting, groups
+from lorakin.inject.ties import FLAG, Separation, groups
 from lorakin.inject.trainable_tokens import ids_at
 from lorakin.serving.other_files import copy_other_files, files_without_weights
 from lorakin.serving.tensor_stream import BY_NAME, TensorKind, write_shard
@@ -150,7 +150,7 @@ class StreamedMerge(Mapping[str, Tensor]):
         """Returns the base's config.json, with what is different in the merged model."""
         config: dict[str, Any] = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
         config["architectures"] = [type(self.model).__name__]
-        _write_untied(config, self.config, self.parting.configs)
+        _write_untied(config, self.config, self.separation.configs)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -170,7 +170,7 @@ class StreamedMerge(Mapping[str, Tensor]):
         changed |= {f"{path}.{BIAS}" for path in document.biases}
 
         tied = groups(self.model)
-        self.parting = self._part(tied, changed, last)
+        self.separation = self._part(tied, changed, last)
         partners = {name for names in tied for name in names if self.tensors.keys() & names.keys()}
         available = self.tensors.keys() | changed | partners
         if lacking := sorted(dict(self.model.named_parameters()).keys() - available):
@@ -185,24 +185,24 @@ class StreamedMerge(Mapping[str, Tensor]):
                 raise NotStreamed(f"{self.base} does not store {name} under the model's own name")
             self.tensors[name] = OutputTensor(None, any_kind, last)
 
-    def _part(self, tied: Sequence[Mapping[str, Any]], changed: set[str], last: str) -> Parting:
+    def _part(self, tied: Sequence[Mapping[str, Any]], changed: set[str], last: str) -> Separation:
         """Gives the parameters that merging unties separate names, in the file `last`."""
-        parted = {
+        separated = {
             name
             for names in tied
             if changed & names.keys() and not self._is_one_table(names)
             for name in names
         }
-        parting = Parting.of(self.model, parted)
+        separation = Separation.of(self.model, separated)
         for names in tied:
             stored = next((self.tensors[name] for name in names if name in self.tensors), None)
-            if stored is not None and parting.names & names.keys():
+            if stored is not None and separation.names & names.keys():
                 for name in names:
                     self.tensors.setdefault(name, stored._replace(shard=last))
-        for config in parting.configs:
+        for config in separation.configs:
             setattr(config, FLAG, False)
-        parting.announce(stacklevel=4)
-        return parting
+        separation.announce(stacklevel=4)
+        return separation
 
     def _is_one_table(self, names: Iterable[str]) -> bool:
         """Returns whether the adapter trains the same rows in all these parameters: one table."""

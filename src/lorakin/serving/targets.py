@@ -132,7 +132,7 @@ class GGUFAdapter(ExportTarget):
             raise AdapterError(
                 f"a GGUF adapter cannot hold biases ({some(biases)}); use --to gguf-merged"
             )
-        pairs = {path: plain.tensors.change_at(path) for path in plain.placement.methods}
+        pairs = {path: plain.tensors.saved_change(path) for path in plain.placement.methods}
         gguf_adapter.write_adapter(
             folder / GGUF_ADAPTER, loaded.model.config, pairs, dtype=_gguf_dtype(job, "float32")
         )

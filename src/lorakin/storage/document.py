@@ -52,7 +52,7 @@ class Document:
         placement = adapter.placement
         return cls(
             placement,
-            slots={path: adapter.tensors.at(path) for path in placement.methods},
+            slots={path: adapter.tensors.saved_tensors(path) for path in placement.methods},
             whole_modules={
                 path: adapter.tensors.copy_of(path).state_dict() for path in placement.whole_modules
             },

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorakin.inject.adapted import module_at
 from lorakin.inject.model_registry import original_parameters
-from lorakin.inject.quantised import is_quantised, rows_of, shape_of
+from lorakin.inject.quantised import is_quantised, row_reader, shape_of
 from lorakin.storage import base_config, checksums, tokenizer_fingerprint
 
 Base = Mapping[str, Any]
@@ -97,7 +97,7 @@ def _sample_in_model(
     module = module_at(model, path)
     if leaf != "weight" or weight.is_meta or not is_quantised(module):
         return sample(weight, trained)
-    if (rows := rows_of(module)) is None:
+    if (rows := row_reader(module)) is None:
         return None
     outputs, inputs = shape_of(module)[:2]
     values = [

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError, some
-from lorakin.inject.biases import ALL, NONE, adapted_modules, base_bias
+from lorakin.inject.biases import ALL, NO_BIASES, adapted_modules, base_bias
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.storage.peft.forms import FORMS, PREFIX, Form
 
@@ -28,7 +28,7 @@ TWICE = re.compile(r"\.(?:original_module|modules_to_save)\..*\bbias$")
 def word(model: nn.Module, biases: Collection[str], adapted: Iterable[str], form: Form) -> str:
     """The config's `bias` of an adapter with biases at these paths and pairs at those."""
     if not biases:
-        return NONE
+        return NO_BIASES
     return ALL if set(biases) - adapted_modules(model, adapted) else form.bias
 
 
@@ -83,8 +83,8 @@ def split(
     Raises:
         AdapterError: one is missing, or does not fit the model's.
     """
-    which = config.get("bias") or NONE
-    if which == NONE:
+    which = config.get("bias") or NO_BIASES
+    if which == NO_BIASES:
         return {}, dict(rest)
     found, left = _found(modules, rest)
     whole = tuple(f"{path}." for path in copies)

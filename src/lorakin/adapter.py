@@ -16,7 +16,7 @@ from lorakin.errors import AdapterError, StateError
 from lorakin.inject import placement
 from lorakin.inject.description import described, in_one_line
 from lorakin.inject.inserted import InsertedAdapter
-from lorakin.loop.optimizer_hooks import trained_by
+from lorakin.loop.optimizer_hooks import follow_optimizer
 from lorakin.loop.parameter_groups import check_attached, check_rates, parameter_groups
 from lorakin.storage import directory, hub
 
@@ -194,7 +194,7 @@ class Adapter(InsertedAdapter):
         """
         check_attached(self, optimizer)
         self.run.begin(total_steps)
-        trained_by(optimizer)
+        follow_optimizer(optimizer)
         check_rates(self, optimizer)
         return optimizer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lorakin as lk
 from conftest import tiny_bert, tiny_llama
-from lorakin.loop.float16_base import FIRST, leave_unscaling_to_the_scaler, loss_scaler
+from lorakin.loop.float16_base import FIRST_SCALE, leave_unscaling_to_the_scaler, loss_scaler
 from lorakin.training import prepare_trainer
 
 IDS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_a_step_that_overflows_is_none(tmp_path: Path) -> None:
 def test_other_bases_are_left_alone() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert not loss_scaler(adapted(dtype)[0]).is_enabled()
-    assert loss_scaler(adapted(torch.float16)[0]).get_scale() == FIRST
+    assert loss_scaler(adapted(torch.float16)[0]).get_scale() == FIRST_SCALE
 
 
 def test_what_trains_in_float16_is_refused() -> None:

@@ -1,1 +1,1 @@
-"""What follows a loop's optimizer: parameter groups, step hooks, FSDP2 and DeepSpeed ZeRO."""
+"""At optimizer steps: parameter groups, step hooks, FSDP2, DeepSpeed ZeRO and float16."""

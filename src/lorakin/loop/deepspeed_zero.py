@@ -1,9 +1,9 @@
 """Adapters under DeepSpeed's ZeRO, which keeps gradients, optimizer states and masters in pieces.
 
 Its optimizer steps over flat tensors, a piece on each process, which no member knows. So members
-act around that optimizer's own step. Before it every process gathers the whole gradients, lets the
-rules act on them, and gives the pieces back; after it the same with the tensors that a rule has
-changed.
+act around that optimizer's step. Before it, every process gathers the whole gradients, lets the
+rules act on them, and gives the pieces back. After it, the same is done with the tensors that a
+rule has changed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 Freed = list[tuple[nn.Parameter, Tensor]]
-"""Tensors that a rule has made smaller, and what they are then; ZeRO-3 goes on gathering all of
-them.
+"""Parameters that a rule has made smaller, with their smaller tensors.
+
+ZeRO-3 still gathers them in full.
 """
 
 
-def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], None]:
+def act_at_zero_steps(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], None]:
     """Lets the adapters act at the steps of a DeepSpeed engine's optimizer with ZeRO.
 
     Returns:
@@ -54,7 +55,7 @@ def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], 
     step, freed = optimizer.step, Freed()
 
     @functools.wraps(step)
-    def followed(*args: Any, **kwargs: Any) -> Any:
+    def step_with_adapters(*args: Any, **kwargs: Any) -> Any:
         return _step(
             optimizer,
             [adapter for adapter in adapters if adapter.is_present],
@@ -62,13 +63,13 @@ def follow(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> Callable[[], 
             freed,
         )
 
-    def settle() -> None:
+    def restore_freed() -> None:
         gather(adapters)
         for parameter, smaller in freed:
             parameter.data = smaller
 
-    optimizer.step = followed
-    return settle
+    optimizer.step = step_with_adapters
+    return restore_freed
 
 
 @torch.no_grad()
@@ -78,13 +79,15 @@ def _step(
     acting = [adapter for adapter in adapters if adapter.run.rules]
     trained = list({id(p): p for adapter in acting for _, p in adapter.tensors.trained()}.values())
     clip, scale = optimizer.clip_grad, getattr(optimizer, "loss_scale", 1.0)
+
     gradients = [_whole_gradient(p) / scale for p in trained]
-    if not all(map(all_finite, gradients)):  # then the step will be skipped
-        return step()
+    if not all(map(all_finite, gradients)):
+        return step()  # it will be skipped
     gather(acting)
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-    if trained and clip > 0:  # the task's gradient, before the rules add theirs
+    if trained and clip > 0:
+        # Clip the task's gradient, before the rules add theirs.
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.clip_grad = 0.0
     for adapter in adapters:
@@ -93,12 +96,14 @@ def _step(
         changed, parameter.grad = parameter.grad, None
         if changed is not None:
             _put_gradient(parameter, changed * scale)
+
     try:
-        done = step()
+        result = step()
     finally:
         optimizer.clip_grad = clip
     if getattr(optimizer, "overflow", False):
-        return done
+        return result
+
     gather(acting)
     before = [parameter.clone() for parameter in trained]
     for adapter in adapters:
@@ -109,11 +114,11 @@ def _step(
         elif not torch.equal(parameter, old):
             _put_master(parameter)
     _adopt(optimizer, acting)
-    return done
+    return result
 
 
 def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
-    """Lets ZeRO-3 own tensors that a rule has made, and keep them whole like the others."""
+    """Registers tensors that a rule has made with ZeRO-3, which keeps them whole like others."""
     every: list[Any] = [p for adapter in adapters for _, p in adapter.tensors.named_parameters()]
     made = [p for p in every if not hasattr(p, "ds_id")]
     if not made or len(made) == len(every):
@@ -124,14 +129,15 @@ def _adopt(optimizer: Any, adapters: Sequence[InsertedAdapter]) -> None:
     optimizer.persistent_parameters.extend(made)
     made[0].all_gather(param_list=made)
     coordinator = optimizer.parameter_offload.get_param_coordinator()
-    if not coordinator.is_invalid_trace():  # it must record anew in which order to fetch tensors
+    if not coordinator.is_invalid_trace():
+        # It must record again in which order to fetch tensors.
         coordinator._invalidate_trace()
 
 
 def gather(adapters: Sequence[InsertedAdapter]) -> None:
     """Gathers the adapters' tensors where ZeRO-3 has cut them; all processes must call it together.
 
-    Between steps they are whole but for moments.
+    Between steps they are almost always whole.
     """
     cut: list[Any] = [
         p
@@ -139,12 +145,12 @@ def gather(adapters: Sequence[InsertedAdapter]) -> None:
         for _, p in adapter.tensors.named_parameters()
         if hasattr(p, "ds_id")
     ]
-    if apart := [p for p in cut if p.ds_status.name == "NOT_AVAILABLE"]:
-        apart[0].all_gather(param_list=apart)
+    if not_here := [p for p in cut if p.ds_status.name == "NOT_AVAILABLE"]:
+        not_here[0].all_gather(param_list=not_here)
 
 
 def _whole_gradient(parameter: Any) -> Tensor:
-    """Returns the mean over the processes, times the loss's scale."""
+    """Returns the mean gradient over the processes, times the loss's scale."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_fp32_grad_for_param(parameter)  # type: ignore[no-any-return]
     return parameter.get_full_hp_grad()  # type: ignore[no-any-return]
@@ -152,14 +158,14 @@ def _whole_gradient(parameter: Any) -> Tensor:
 
 def _put_gradient(parameter: Any, gradient: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
-        own = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
-        parameter._z3_optimizer.set_local_grad_for_param(_piece(gradient, own.numel()), parameter)
+        local = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+        parameter._z3_optimizer.set_local_grad_for_param(_piece(gradient, local.numel()), parameter)
     else:
         parameter.set_full_hp_grad(gradient.float())
 
 
 def _put_master(parameter: Any) -> None:
-    """Makes the optimizer go on from the parameter as it is now."""
+    """Writes the parameter's present values into the optimizer's master copy."""
     if hasattr(parameter, "ds_id"):
         piece = _piece(parameter.detach(), parameter.ds_tensor.numel())
         parameter._z3_optimizer.set_local_hp_param(piece.float(), parameter)
@@ -169,7 +175,7 @@ def _put_master(parameter: Any) -> None:
 
 
 def _piece(whole: Tensor, size: int) -> Tensor:
-    """Returns this process's part of a tensor cut into parts of `size` numbers.
+    """Returns this process's part of a tensor cut into parts of `size` values.
 
     The last part is filled up with zeros.
     """

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorakin.errors import SettingError, some
 
-FIRST = 2.0**14
+FIRST_SCALE = 2.0**14
 """The scale that a run begins with; torch's 65536 overflows in more of the first steps."""
 
 
@@ -41,12 +41,12 @@ def loss_scaler(model: nn.Module) -> torch.amp.GradScaler:
     """
     enabled = is_half(model)
     if enabled:
-        check_trained(model)
+        check_no_float16_training(model)
     device = next((p.device.type for p in model.parameters() if p.dtype is torch.float16), "cpu")
-    return torch.amp.GradScaler(device, init_scale=FIRST, enabled=enabled)
+    return torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=enabled)
 
 
-def check_trained(model: nn.Module) -> None:
+def check_no_float16_training(model: nn.Module) -> None:
     """Checks that nothing in the model trains in float16.
 
     Raises:

@@ -1,9 +1,9 @@
 """Adapters beside a base sharded over processes (FSDP2): each process holds them whole.
 
-Whoever shards the base must leave the adapter out (`ignored_params`). Its tensors are small, and
-members need whole ones: they compare ranks over the model, share pairs between layers, make anchors
-in the middle of a run. So nothing else averages their gradients over the processes. It is done
-here, once at the end of each backward, before anything uses them.
+The code that shards the base must leave the adapter out (`ignored_params`). Its tensors are small,
+and members need whole ones: they compare ranks over the model, share pairs between layers, make
+anchors in the middle of a run. So nothing else averages their gradients over the processes. It is
+done here, once at the end of each backward, before anything uses them.
 """
 
 from __future__ import annotations
@@ -44,24 +44,27 @@ class GradientAverage:
         """Replaces every gradient by its mean; with accumulation, means of means are the mean."""
         self.is_due = False
         adapter = self.adapter()
-        if adapter is None or not _base_is_sharded(adapter.model):  # then DDP averages
+        if adapter is None or not _base_is_sharded(adapter.model):
+            # DDP averages.
             self.stop()
             return
         check_whole(adapter)
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
-            # also tensors without a gradient here, so that processes agree on the sizes
-            held = [p for p in self.parameters if p.dtype == dtype]
-            grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held]
-            there = torch.tensor(
-                [float(p.grad is not None) for p in held], dtype=dtype, device=held[0].device
+            # Tensors without a gradient here too, so that processes agree on the sizes.
+            parameters = [p for p in self.parameters if p.dtype == dtype]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            has_grad = torch.tensor(
+                [float(p.grad is not None) for p in parameters],
+                dtype=dtype,
+                device=parameters[0].device,
             )
-            flat = torch.cat([*grads, there])
+            flat = torch.cat([*(grad.flatten() for grad in grads), has_grad])
             torch.distributed.all_reduce(flat)
-            *means, there = torch.split(
-                flat / torch.distributed.get_world_size(), [*(p.numel() for p in held), len(held)]
-            )
-            for parameter, mean, anywhere in zip(held, means, there.tolist(), strict=True):
-                if anywhere:  # also where this process did not use it
+            sizes = [*(p.numel() for p in parameters), len(parameters)]
+            *means, has_grad = torch.split(flat / torch.distributed.get_world_size(), sizes)
+            for parameter, mean, anywhere in zip(parameters, means, has_grad.tolist(), strict=True):
+                # also where this process did not use it
+                if anywhere:
                     parameter.grad = mean.view_as(parameter).clone()
 
     def stop(self) -> None:
@@ -85,12 +88,9 @@ class GradientAveraging(AdapterCallback):
             _AVERAGES[adapter] = GradientAverage(adapter)
 
     def before_backward(self, adapter: InsertedAdapter) -> None:
-        """Prepares for gradients that come before any optimizer is known."""
-        if (
-            adapter not in _AVERAGES
-            and several_processes()
-            and any(True for _ in adapter.tensors.trained())
-        ):
+        """Starts to average gradients that come before any optimizer is known."""
+        trains = any(True for _ in adapter.tensors.trained())
+        if trains and adapter not in _AVERAGES and several_processes():
             _AVERAGES[adapter] = GradientAverage(adapter)
 
     def before_first_step(self, adapter: InsertedAdapter) -> None:

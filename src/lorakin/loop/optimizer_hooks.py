@@ -22,7 +22,12 @@ from lorakin.inject.inserted import InsertedAdapter
 from lorakin.inject.run import CALLBACKS, AdapterCallback
 from lorakin.kernels.autograd import STEPS
 from lorakin.loop import fsdp
-from lorakin.loop.parameter_groups import check_base_is_still, check_groups, check_rates, group_of
+from lorakin.loop.parameter_groups import (
+    check_base_not_trained,
+    check_groups,
+    check_rates,
+    group_of,
+)
 
 
 @dataclasses.dataclass
@@ -59,42 +64,51 @@ class OptimizerSteps(AdapterCallback):
 CALLBACKS.append(OptimizerSteps())
 
 
-def trained_by(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
-    """Returns the adapters that `optimizer` trains, and checks those it has not seen with it."""
+def follow_optimizer(optimizer: torch.optim.Optimizer) -> list[InsertedAdapter]:
+    """Returns the adapters that `optimizer` trains; checks new ones, and begins their runs.
+
+    Raises:
+        StateError: it would train an adapter in another way than its method says, or the base
+            under an adapter that was loaded frozen.
+    """
     state = (sum(len(group["params"]) for group in optimizer.param_groups), len(_ADAPTERS))
     seen = _SEEN.get(optimizer)
     if seen is None or seen.state != state:
-        held = group_of(optimizer)
-        intact = [
-            adapter for adapter in _ADAPTERS if adapter.is_intact
-        ]  # others' models may be broken
-        found = [
+        groups = group_of(optimizer)
+        # The adapter of another model may have lost its modules; it must not stop this optimizer.
+        intact = [adapter for adapter in _ADAPTERS if adapter.is_intact]
+        trained = [
             adapter
             for adapter in intact
-            if any(id(p) in held for _, p in adapter.tensors.trained())
+            if any(id(p) in groups for _, p in adapter.tensors.trained())
         ]
-        known = [] if seen is None else _alive(seen.trained)
+        trained_before = [] if seen is None else _alive(seen.trained)
         for adapter in intact:
-            if adapter not in found:
-                check_base_is_still(adapter, held)
-        for adapter in found:
-            if adapter not in known:
+            if adapter not in trained:
+                check_base_not_trained(adapter, groups)
+        for adapter in trained:
+            if adapter not in trained_before:
                 check_groups(adapter, optimizer)
                 if adapter.run.rules is None:
                     adapter.run.begin()
-                    fsdp.average_now(adapter)  # its gradients came before
-        _SEEN[optimizer] = seen = SeenOptimizer(state, [weakref.ref(adapter) for adapter in found])
+                    fsdp.average_now(adapter)  # its gradients came before the run began
+        references = [weakref.ref(adapter) for adapter in trained]
+        _SEEN[optimizer] = seen = SeenOptimizer(state, references)
     return [adapter for adapter in _alive(seen.trained) if adapter.is_present]
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    adapters = trained_by(optimizer)
+    adapters = follow_optimizer(optimizer)
     _SEEN[optimizer].stepping = []
     if not adapters:
         return
     stepping = []
     if not _skips(optimizer):
-        stepping = [g for g in adapters if any(p.grad is not None for _, p in g.tensors.trained())]
+        stepping = [
+            adapter
+            for adapter in adapters
+            if any(p.grad is not None for _, p in adapter.tensors.trained())
+        ]
     _SEEN[optimizer].stepping = [weakref.ref(adapter) for adapter in stepping]
     if any(adapter.run.rules for adapter in stepping):
         _unscale(optimizer)
@@ -127,5 +141,5 @@ def _unscale(optimizer: torch.optim.Optimizer) -> None:
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether the step will do nothing: the GradScaler found infinite gradients."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found > 0)
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf > 0)

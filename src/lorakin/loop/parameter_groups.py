@@ -1,10 +1,10 @@
-"""The parameter groups that an adapter gives an optimizer, and checks of what that does."""
+"""The parameter groups that an adapter gives an optimizer, and checks of other optimizers."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from lorakin.inject.inserted import InsertedAdapter
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-"""torch's normalisations. Models' own have "norm" in the name of the class."""
+"""torch's normalisations. The classes of models' normalisations have "norm" in their names."""
+
+
+class TrainedTensor(NamedTuple):
+    """A trainable tensor of an adapter with its learning rate and slot."""
+
+    parameter: nn.Parameter
+    rate: float
+    slot: Slot
 
 
 def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> list[dict[str, Any]]:
@@ -45,11 +53,11 @@ def parameter_groups(adapter: InsertedAdapter, lr: float, **options: Any) -> lis
     is_number = isinstance(lr, float | int | torch.Tensor) and not isinstance(lr, bool)
     if not is_number or not 0 <= float(lr) < float("inf"):
         raise SettingError(f"lr must be a number ≥ 0, not {lr!r}")
-    rates = _rates(adapter, lr, exempt=bool(options.get("weight_decay", True)))
+    tensors = _trained_tensors(adapter, lr, exempt=bool(options.get("weight_decay", True)))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, rate, slot in rates:
+    for parameter, rate, slot in tensors:
         groups.setdefault((rate, slot.decays), []).append(parameter)
-    if not any(parameter.requires_grad for parameter, _, _ in rates):
+    if not any(parameter.requires_grad for parameter, _, _ in tensors):
         raise SettingError(
             f"adapter {adapter.name!r} has nothing to train; load it with trainable=True"
         )
@@ -87,7 +95,7 @@ def check_attached(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -
         )
 
 
-def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
+def check_base_not_trained(adapter: InsertedAdapter, held: Container[int]) -> None:
     """Checks that an optimizer does not train the base under a frozen adapter.
 
     Args:
@@ -97,8 +105,8 @@ def check_base_is_still(adapter: InsertedAdapter, held: Container[int]) -> None:
     Raises:
         StateError: it does, and the adapter, which is in use, was loaded and trains nothing itself.
     """
-    frozen = not (adapter.is_fresh or any(True for _ in adapter.tensors.trained()))
-    if not frozen or not adapter.effect.is_active or adapter.effect.is_off:
+    was_loaded_frozen = not (adapter.is_fresh or any(True for _ in adapter.tensors.trained()))
+    if not was_loaded_frozen or not adapter.effect.is_active or adapter.effect.is_off:
         return
     weights = (
         (path, module_at(adapter.model, path)._parameters.get("weight"))
@@ -128,7 +136,7 @@ def check_groups(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> 
             have several.
     """
     method, groups = adapter.placement.method, group_of(optimizer)
-    related = len(_factors(adapter)) > 1
+    related = len(_rate_factors(adapter)) > 1
     acting = any(member.acts_at_steps for member in method.members)
     if related or acting:
         check_attached(adapter, optimizer)
@@ -162,7 +170,7 @@ def _warn_of_side_effects(adapter: InsertedAdapter, groups: dict[int, dict[str, 
     words = adapter.placement.method.words
     decayed = {
         float(groups[id(p)].get("weight_decay") or 0)
-        for p, _, slot in _rates(adapter, 1.0, exempt=False)
+        for p, _, slot in _trained_tensors(adapter, 1.0, exempt=False)
         if id(p) in groups and not slot.decays
     }
     if any(decayed):
@@ -193,7 +201,7 @@ def check_rates(adapter: InsertedAdapter, optimizer: torch.optim.Optimizer) -> N
     Raises:
         StateError: they are not, at the first step.
     """
-    factors = adapter.run.rate_factors = adapter.run.rate_factors or _factors(adapter)
+    factors = adapter.run.rate_factors = adapter.run.rate_factors or _rate_factors(adapter)
     if len(factors) < 2:
         return
     groups = group_of(optimizer)
@@ -233,39 +241,41 @@ def group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
-def _factors(adapter: InsertedAdapter) -> dict[float, int]:
-    """Returns the factors of the base rate that tensors have, each with the id of one such tensor.
+def _rate_factors(adapter: InsertedAdapter) -> dict[float, int]:
+    """Returns the factors on the base rate that tensors have, each with the id of one such tensor.
 
     Rates that do not depend on the base rate are left out.
     """
     factors: dict[float, int] = {}
-    for (parameter, rate, _), (_, double, _) in zip(
-        _rates(adapter, 1.0), _rates(adapter, 2.0), strict=True
-    ):
-        if double == 2 * rate:
-            factors.setdefault(rate, id(parameter))
+    at_one, at_two = _trained_tensors(adapter, 1.0), _trained_tensors(adapter, 2.0)
+    for tensor, same_tensor in zip(at_one, at_two, strict=True):
+        # a fixed `lr` does not double
+        if same_tensor.rate == 2 * tensor.rate:
+            factors.setdefault(tensor.rate, id(tensor.parameter))
     return factors
 
 
-def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+def may_decay(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Returns whether weight decay may act on a parameter of `owner` with this full name.
 
-    It must not on biases and normalisations. transformers' Trainer knows other normalisations than
-    torch's LayerNorm by their names only, and so decays some (`norm_f`).
+    It must not act on biases and normalisations. transformers' Trainer knows normalisations other
+    than torch's LayerNorm by their names only, and so decays some (`norm_f`).
 
     >>> layer, norm = nn.Linear(2, 2), nn.LayerNorm(2)
-    >>> decays(layer, "fc.weight", layer.weight), decays(layer, "fc.bias", layer.bias)
+    >>> may_decay(layer, "fc.weight", layer.weight), may_decay(layer, "fc.bias", layer.bias)
     (True, False)
-    >>> decays(norm, "norm.weight", norm.weight)
+    >>> may_decay(norm, "norm.weight", norm.weight)
     False
     """
-    own_norm = "norm" in type(owner).__name__.lower() and len(whole_shape(parameter)) < 2
-    return "bias" not in name.lower() and not own_norm and not isinstance(owner, NORMS)
+    is_norm = isinstance(owner, NORMS) or (
+        "norm" in type(owner).__name__.lower() and len(whole_shape(parameter)) < 2
+    )
+    return "bias" not in name.lower() and not is_norm
 
 
-def _rates(
+def _trained_tensors(
     adapter: InsertedAdapter, lr: float, exempt: bool = True
-) -> list[tuple[nn.Parameter, float, Slot]]:
+) -> list[TrainedTensor]:
     """Returns every trainable tensor once, with its rate and slot.
 
     Modules trained whole have the base rate. With `exempt`, those of their parameters that must not
@@ -275,23 +285,27 @@ def _rates(
     A tensor whose ranks were all freed stays in its group, so that the optimizer of a resumed run
     has the same groups.
     """
-    found: dict[int, tuple[nn.Parameter, float, Slot]] = {}
+    tensors: dict[int, TrainedTensor] = {}
     for path in adapter.placement.methods:
         branch = adapter.tensors.branch(path)
         slots = branch.slots()
         for slot, parameter in branch.tensors().items():
             if parameter.requires_grad or (slots[slot].trained and not parameter.numel()):
                 rate = slots[slot].rate_at(lr)
-                found.setdefault(id(parameter), (parameter, rate, slots[slot]))
-    for at in adapter.placement.whole_modules:
-        for path, owner in adapter.tensors.copy_of(at).named_modules(prefix=at):
+                tensors.setdefault(id(parameter), TrainedTensor(parameter, rate, slots[slot]))
+    for whole_module in adapter.placement.whole_modules:
+        trained_copy = adapter.tensors.copy_of(whole_module)
+        for path, owner in trained_copy.named_modules(prefix=whole_module):
             for leaf, parameter in owner.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    acts = not exempt or decays(owner, f"{path}.{leaf}", parameter)
-                    found.setdefault(id(parameter), (parameter, lr, Slot((), decays=acts)))
+                    slot_of_copy = Slot(
+                        (), decays=not exempt or may_decay(owner, f"{path}.{leaf}", parameter)
+                    )
+                    tensors.setdefault(id(parameter), TrainedTensor(parameter, lr, slot_of_copy))
     for bias in adapter.tensors.biases().values():
         if bias.requires_grad:
-            found.setdefault(id(bias), (bias, lr, Slot((), decays=False)))
-    for _, parameter in adapter.tensors.trained():  # rows of tokens
-        found.setdefault(id(parameter), (parameter, lr, Slot(())))
-    return list(found.values())
+            tensors.setdefault(id(bias), TrainedTensor(bias, lr, Slot((), decays=False)))
+    # what is left: rows of tokens
+    for _, parameter in adapter.tensors.trained():
+        tensors.setdefault(id(parameter), TrainedTensor(parameter, lr, Slot(())))
+    return list(tensors.values())

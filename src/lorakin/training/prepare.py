@@ -135,13 +135,13 @@ def _place_adapter(run: PreparedRun, method: Method, template: str | None) -> No
 
     if method.needed_probe is None:
         run.adapter = adapt(model, method, **where, **measured_by(run, method))
-        float16_base.check_trained(model)
+        float16_base.check_no_float16_training(model)
         processes.first_writes(settings)
         return
 
     # placed once before anything is written, so that whatever is wrong is said now
     pilot = adapt(model, method.for_probe(), **where)
-    float16_base.check_trained(model)
+    float16_base.check_no_float16_training(model)
     pilot.remove()
     check_called(model, pilot.placement.methods)
     processes.first_writes(settings)

@@ -16,7 +16,7 @@ from lorakin.adapter import Adapter
 from lorakin.errors import LorakinWarning, SettingError, StateError
 from lorakin.inject import quantised
 from lorakin.loop import float16_base
-from lorakin.loop.deepspeed_zero import follow, gather
+from lorakin.loop.deepspeed_zero import act_at_zero_steps, gather
 from lorakin.loop.parameter_groups import regroup
 from lorakin.storage import directory
 from lorakin.switching import adapters
@@ -35,11 +35,11 @@ class Following(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is there, and no step was taken."""
-        self.settle = follow(kwargs["optimizer"].optimizer, self.trained)
+        self.restore_freed = act_at_zero_steps(kwargs["optimizer"].optimizer, self.trained)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No more steps come."""
-        self.settle()
+        self.restore_freed()
 
 
 class AdapterTraining:
@@ -95,7 +95,7 @@ class AdapterTraining:
     def _scale_losses(self) -> None:
         """Lets Accelerate scale losses on a float16 base, as it does for `fp16=True`."""
         if self.accelerator.scaler is not None:
-            float16_base.check_trained(self.model)
+            float16_base.check_no_float16_training(self.model)
             return
         scaler = float16_base.loss_scaler(self.model)
         if scaler.is_enabled():

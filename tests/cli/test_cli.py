@@ -183,6 +183,20 @@ def test_merge(
     assert run(["merge", "-m", model_dir, "-a", str(trained), "-o", str(tmp_path / "merged")]) == 2
 
 
+@pytest.mark.parametrize("options", [["merge"], ["export", "--to", "merged"]])
+def test_the_adapter_is_an_argument_or_an_option(
+    options: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = str(trained), str(tmp_path / "out")
+    for n, given in enumerate(([adapter], ["--adapter", adapter])):
+        assert run([*options, *given, "--out", f"{out}{n}", "--no-verify"]) == 0
+    first, second = (tmp_path / f"out{n}" / "model.safetensors" for n in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    for given in ([], [adapter, "--adapter", adapter]):
+        assert run([*options, *given, "--out", f"{out}2", "--no-verify"]) == 2
+        assert "adapter" in capsys.readouterr().err.lower() and not (tmp_path / "out2").exists()
+
+
 def test_export(
     trained: Path, model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
 def trained(out: Path) -> None:
     """As a demo leaves its directory."""
     demo._write_data(out)
-    with demo._noted(out):
+    with demo._recording(out):
         (out / "adapter" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
         for name in (
             "adapter_model.safetensors",
@@ -54,7 +54,7 @@ def test_a_directory_with_files_of_the_same_names_survives(tmp_path: Path) -> No
         '{"train.jsonl": "abc", "notes/thesis.txt": "x"}',
     ):
         if listed is not None:
-            (tmp_path / demo.MADE).write_text(listed)
+            (tmp_path / demo.RECORD).write_text(listed)
         with pytest.raises(lk.OutputError):
             demo._write_data(tmp_path)
         assert mine.items() <= contents(tmp_path).items()
@@ -71,9 +71,9 @@ def test_a_second_demo_replaces_the_first_and_keeps_what_is_beside_it(tmp_path: 
         "held_out.jsonl",
         "prompt.txt",
         "merged/model.txt",
-        demo.MADE,
+        demo.RECORD,
     }
-    assert json.loads(found[demo.MADE]).keys() == {"train.jsonl", "held_out.jsonl", "prompt.txt"}
+    assert json.loads(found[demo.RECORD]).keys() == {"train.jsonl", "held_out.jsonl", "prompt.txt"}
     assert len(found["train.jsonl"].splitlines()) == 4
 
 
@@ -90,7 +90,7 @@ def test_what_was_changed_since_stays_and_nothing_is_removed(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["train.jsonl", "adapter", "adapter/checkpoints", "adapter/recipe.yaml", demo.MADE]
+    "name", ["train.jsonl", "adapter", "adapter/checkpoints", "adapter/recipe.yaml", demo.RECORD]
 )
 def test_links_are_not_followed(name: str, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
@@ -106,7 +106,7 @@ def test_links_are_not_followed(name: str, tmp_path: Path) -> None:
 
 def test_an_interrupted_demo_is_replaced_too(tmp_path: Path) -> None:
     demo._write_data(tmp_path)
-    with contextlib.suppress(KeyboardInterrupt), demo._noted(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), demo._recording(tmp_path):
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "recipe.yaml").write_text("model: x")
         raise KeyboardInterrupt

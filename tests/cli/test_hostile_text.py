@@ -161,8 +161,8 @@ def test_the_command_to_go_on_with_is_quoted(
             "--dtype=float32",
         ]
     )
-    line = next(line for line in capsys.readouterr().out.splitlines() if "go on with: " in line)
-    assert shlex.split(line.partition("go on with: ")[2]) == [
+    line = next(line for line in capsys.readouterr().out.splitlines() if "resume with: " in line)
+    assert shlex.split(line.partition("resume with: ")[2]) == [
         "lorakin",
         "train",
         "--resume",

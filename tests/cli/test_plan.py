@@ -73,7 +73,7 @@ def test_all_members_are_planned_of_a_config_alone(
         row["method"]: row["rank"]
         for row in planned(
             capsys, "--model", model, "--rank", "4", "--memory", "4GB",
-            "--method", "lora vera adalora",
+            "--methods", "lora vera adalora",
         )["methods"]
     }  # fmt: skip
     assert fair == {"lora": 4, "vera": 256, "adalora": 6}

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import lorakin as lk
-from lorakin.cli.recipe_options import ALL, defaults, recipe_options
+from lorakin.cli.recipe_options import ALL_FIELDS, defaults, recipe_options
 from lorakin.training.recipe import Recipe
 
 
@@ -19,7 +19,7 @@ def given(*arguments: str) -> dict[str, Any]:
     app = typer.Typer()
 
     @app.command()
-    @recipe_options(*ALL)
+    @recipe_options(*ALL_FIELDS)
     def command(**flags: Any) -> None:
         found.update(flags)
 
@@ -71,5 +71,5 @@ def test_what_contradicts_or_is_no_pair(arguments: list[str]) -> None:
 
 def test_the_defaults_are_the_recipes() -> None:
     recipe = Recipe("m", ["d"], "o")
-    names = [name for name in ALL if name not in ("model", "data", "out")]
+    names = [name for name in ALL_FIELDS if name not in ("model", "data", "out")]
     assert defaults(*names) == {name: getattr(recipe, name) for name in names}

@@ -1,4 +1,4 @@
-"""The command `lorakin`: one small file a command."""
+"""The command `lorakin`: one small file per command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import sys
 def main() -> None:
     """Runs the command line and ends the process with an exit code.
 
-    0 done, 1 a bug, 2 bad input, 3 diverged, 4 not the same model, 130 interrupted.
+    0 done, 1 a bug or a missing extra, 2 bad input, 3 diverged, 4 not the same model, 130
+    interrupted.
     """
     # SystemExit unwinds the stack, so that whatever is open is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -29,8 +29,8 @@ from lorakin.cli import (
 from lorakin.errors import LorakinError, LorakinWarning
 from lorakin.terminal import Terminal, labelled, shortened
 
-INTERRUPTED = 130  # what typer makes of Ctrl-C
-CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
+INTERRUPTED = 130  # typer's exit code after Ctrl-C
+CLOSED_PIPE = 141  # the exit code that a shell shows for SIGPIPE
 
 CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "DeepSpeed")
 """Libraries that warn of every cast of every layer, or of what they cannot load on import."""
@@ -46,7 +46,7 @@ def flowing(text: str | None) -> str:
 
 
 app = typer.Typer(
-    help="Fine-tune a language model or classifier with the LoRA family, and use what comes out.",
+    help="Fine-tune a language model or classifier with the LoRA family, and use the result.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -104,9 +104,9 @@ def run(arguments: Sequence[str]) -> int:
         show = getattr(error, "show", None)  # typer's own usage errors know how to show themselves
         if show is None:
             raise
-        said = io.StringIO()
-        show(said)
-        errors.print(said.getvalue(), end="")
+        message = io.StringIO()
+        show(message)
+        errors.print(message.getvalue(), end="")
         return int(getattr(error, "exit_code", 2))
     finally:
         warnings.showwarning = shown

@@ -10,8 +10,8 @@ from lorakin.cli.options import (
     Json,
     MaxKL,
     Model,
-    NoVerify,
     OtherBase,
+    Verify,
     console_for,
     examples,
     print_json,
@@ -25,21 +25,25 @@ EXAMPLES = examples(
 
 
 HOW_HELP = (
-    "sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density and --rank."
+    "sum, ties, magnitude_prune, dare_linear, dare_ties. All but sum need --density, and --rank or "
+    "--error."
 )
-ON_HELP = "change: B·A, of any ranks. factors: A and B each by itself, as PEFT's linear, ties …"
+ON_HELP = (
+    "What is combined. change: the products B·A, of any ranks. factors: A and B separately, as by "
+    "PEFT's linear, ties …"
+)
 DENSITY_HELP = "The share of each change's entries that is kept, in (0, 1]."
 RANK_HELP = "The nearest combination of that rank; without it the sum is exact, and ranks add up."
 ERROR_HELP = "The smallest ranks whose relative error is at most this."
 ELECT_HELP = "How TIES elects a sign: total or frequency. \\[default: total]"
-SEED_HELP = "Draws what DARE keeps. \\[default: 0]"
+SEED_HELP = "Seed of the entries that DARE keeps. \\[default: 0]"
 PARTS_HELP = "DIRECTORY=WEIGHT, or DIRECTORY for weight 1."
 
 
 def command(
     parts: Annotated[list[str], typer.Argument(help=PARTS_HELP)],
     model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the sum.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the result.")],
     how: Annotated[str, typer.Option(help=HOW_HELP)] = "sum",
     on: Annotated[str, typer.Option(help=ON_HELP)] = "change",
     density: Annotated[float | None, typer.Option(help=DENSITY_HELP)] = None,
@@ -47,14 +51,14 @@ def command(
     seed: Annotated[int | None, typer.Option(help=SEED_HELP)] = None,
     rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
     error: Annotated[float | None, typer.Option(help=ERROR_HELP)] = None,
-    verify: NoVerify = True,
+    verify: Verify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several.
+    """Combine several adapters into one.
 
-    It is the weighted sum of their changes, or what TIES, DARE or pruning make of them.
+    The result is the weighted sum of their changes, or a combination by TIES, DARE or pruning.
     """
     from lorakin.serving.combination import combine_directories
 
@@ -86,4 +90,6 @@ def _weight(part: str) -> tuple[str, float]:
     try:
         return directory, float(weight)
     except ValueError:
-        raise SettingError(f"{part!r} is not DIRECTORY=WEIGHT: {weight!r} is no number") from None
+        raise SettingError(
+            f"{part!r} is not DIRECTORY=WEIGHT: {weight!r} is not a number"
+        ) from None

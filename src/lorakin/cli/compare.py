@@ -22,20 +22,29 @@ EXAMPLES = examples(
 )
 OUT_HELP = "A directory: a new one, or one where a comparison was interrupted."
 METHODS_HELP = "all, or methods with spaces between: 'dora vera dora,lora+'. \\[default: all]"
-BUDGET_HELP = "Of each trial: steps=… or minutes=…; and params=…, the most that may be trained."
-SWEEP_HELP = "auto: half decades around each method's own; or rates, 1e-4,3e-4."
-DEVICES_HELP = (
-    "Where trials run, one at a time on each: cuda:0,cuda:1 or cpu,cpu. auto: all cards or the CPU."
+BUDGET_HELP = (
+    "Budget of each trial: steps=… or minutes=…; optionally params=…, the most parameters a "
+    "method may train."
 )
-SET_HELP = "Any other setting, for the methods that have it, as ratio=8."
+SWEEP_HELP = (
+    "Learning rates to try. auto: half decades from each method's usual rate; or rates, such as "
+    "1e-4,3e-4."
+)
+DEVICES_HELP = (
+    "Devices, which run one trial at a time: cuda:0,cuda:1 or cpu,cpu. auto: all GPUs, or the CPU."
+)
+SET_HELP = "Any other setting, for the methods that have it, such as ratio=8."
 
 Methods = Annotated[list[str] | None, typer.Option(help=METHODS_HELP)]
 EvalData = Annotated[
     str | None, typer.Option(help="Rows to report on. \\[default: split off the data]")
 ]
-Rank = Annotated[int | None, typer.Option(help="At which methods are compared. \\[default: 16]")]
+Rank = Annotated[
+    int | None, typer.Option(help="Rank at which methods are compared. \\[default: 16]")
+]
 Alpha = Annotated[
-    float | None, typer.Option(help="Scale is alpha/rank, the same for all. \\[default: 2 × rank]")
+    float | None,
+    typer.Option(help="The scale is alpha/rank, the same for all. \\[default: 2 × rank]"),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)]
 
@@ -57,17 +66,17 @@ def command(
     eval_data: EvalData = None,
     rank: Rank = None,
     alpha: Alpha = None,
-    dropout: Annotated[float, typer.Option(help="For those that can have it.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropout, for the methods that support it.")] = 0.0,
     settings: Settings = None,
     *,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Which method, on this model and data?
+    """Compare methods on this model and data.
 
-    Each gets one budget, its learning rate is tuned, and it runs with several seeds. Beside the
-    methods stand plain LoRA and controls that tell what a difference comes from. Every trial is one
-    row in results.jsonl; the same command resumes one that was killed. The answer is
+    Every method gets the same budget and its own tuned learning rate, and runs with several seeds,
+    next to plain LoRA and to controls that show what a difference comes from. Every trial is one
+    row in results.jsonl; the same command resumes a comparison that was killed. The result is
     report.html, which opens in any browser.
     """
     from lorakin.compare.comparison import Comparison

@@ -20,7 +20,8 @@ def command(
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the adapter.")],
     alpha: Annotated[
-        float | None, typer.Option(help="Where the file does not say it; the scale is alpha/rank.")
+        float | None,
+        typer.Option(help="alpha, if the file does not say it; the scale is alpha/rank."),
     ] = None,
     as_json: Json = False,
 ) -> None:

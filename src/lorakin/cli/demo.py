@@ -16,15 +16,15 @@ from rich.text import Text
 
 from lorakin.cli.options import console_for, examples
 from lorakin.terminal import Terminal, labelled, quoted
-from lorakin.terminal import command as words
+from lorakin.terminal import command as shell_command
 
 if TYPE_CHECKING:
     from lorakin.training.train import PreparedRun, Result
 
 EXAMPLES = examples("lorakin demo", "lorakin demo --steps 100 --out longer")
 TRAIN, HELD_OUT, PROMPT, ADAPTER = "train.jsonl", "held_out.jsonl", "prompt.txt", "adapter"
-MADE = ".lorakin-demo.json"
-"""Lists what a demo wrote: the path of each file in its directory → the SHA-256 of its content."""
+RECORD = ".lorakin-demo.json"
+"""The list of what a demo wrote: path of a file in its directory → SHA-256 of its content."""
 SHOWN, HELD_OUT_ROWS, ANSWER_TOKENS = 3, 96, 40
 
 Rows = list[dict[str, str]]
@@ -34,12 +34,12 @@ def command(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="A directory for everything; an earlier demo there is replaced."
+            "--out", "-o", help="A directory for everything; an earlier demo in it is replaced."
         ),
     ] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
 ) -> None:
-    """Fine-tune SmolLM2-135M to write one-line docstrings, in some minutes on two cores.
+    """Fine-tune SmolLM2-135M to write one-line docstrings, in a few minutes on two cores.
 
     The data are functions of Python's own standard library.
     """
@@ -64,7 +64,7 @@ def command(
         steps=steps,
         max_length=320,
     )
-    with _noted(out):
+    with _recording(out):
         run = training.prepare(recipe, console)
         shown = [row for row in held_out if len(row["prompt"]) < 300][:SHOWN]
         before = _answers(run, shown)
@@ -90,7 +90,7 @@ def _write_data(out: Path) -> Rows:
     parts = {HELD_OUT: rows[:HELD_OUT_ROWS], TRAIN: rows[HELD_OUT_ROWS:]}
     texts = {name: "".join(json.dumps(row) + "\n" for row in part) for name, part in parts.items()}
     texts[PROMPT] = INSTRUCTION + "def f(a, b):\n    return a if a > b else b\n"
-    with _noted(out):
+    with _recording(out):
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
@@ -109,33 +109,33 @@ def _clear(out: Path) -> None:
     from lorakin.errors import OutputError
 
     try:
-        made = json.loads((out / MADE).read_text(encoding="utf-8"))
-        if (out / MADE).is_symlink() or not all(
-            isinstance(digest, str) for digest in made.values()
-        ):
+        digests = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        are_texts = all(isinstance(digest, str) for digest in digests.values())
+        if (out / RECORD).is_symlink() or not are_texts:
             raise ValueError
     except (OSError, ValueError, AttributeError, RecursionError):
         raise OutputError(
             f"--out {out} is not empty and no demo made it; choose another directory"
         ) from None
-    there = _entries(out)
+    entries = _entries(out)
+    files = [path for path in entries if not _is_folder(path)]
     changed = [
-        p
-        for p in there
-        if not _is_folder(p) and not (_is_file(p) and made.get(_name(out, p)) == _digest(p))
+        path
+        for path in files
+        if not _is_file(path) or digests.get(_name(out, path)) != _digest(path)
     ]
     if changed:
         raise OutputError(
             f"--out {out}: {changed[0]} is not as an earlier demo left it; move it, or choose "
             "another directory"
         )
-    for path in reversed(there):
+    for path in reversed(entries):
         path.rmdir() if _is_folder(path) else path.unlink()
-    (out / MADE).unlink()
+    (out / RECORD).unlink()
 
 
 def _entries(out: Path) -> list[Path]:
-    """Returns what lies in `out` where a demo writes, a folder before what is in it."""
+    """Returns the existing paths in `out` where a demo writes, a folder before what is in it."""
     ours = [out / name for name in (TRAIN, HELD_OUT, PROMPT, ADAPTER)]
     inside = sorted((out / ADAPTER).rglob("*")) if _is_folder(out / ADAPTER) else []
     return [path for path in (*ours, *inside) if path.exists() or path.is_symlink()]
@@ -154,15 +154,15 @@ def _name(out: Path, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _noted(out: Path) -> Iterator[None]:
-    """Notes the files in `out` as a demo's, whatever happens inside."""
+def _recording(out: Path) -> Iterator[None]:
+    """Records the files in `out` as a demo's at the end, also after an error."""
     try:
         yield
     finally:
         if out.is_dir():
-            made = {_name(out, path): _digest(path) for path in _entries(out) if _is_file(path)}
-            (out / MADE).unlink(missing_ok=True)
-            (out / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            digests = {_name(out, path): _digest(path) for path in _entries(out) if _is_file(path)}
+            (out / RECORD).unlink(missing_ok=True)
+            (out / RECORD).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(path: Path) -> str:
@@ -208,19 +208,20 @@ def _show_result(console: Terminal, out: Path, result: Result) -> None:
     for label, value in lines.items():
         console.print(labelled(f"{label:<16} ", value))
     console.print(Text("\nnext", "bold"))
+    model, with_adapter = ("--model", "smollm2"), ("--adapter", adapter)
     for line in (
-        f"{words('generate', '--model', 'smollm2', '--adapter', adapter, '--prompt', '-')} < "
+        f"{shell_command('generate', *model, *with_adapter, '--prompt', '-')} < "
         f"{quoted(out / PROMPT)}",
-        words("evaluate", "--model", "smollm2", "--adapter", adapter, "--data", out / HELD_OUT),
-        words("inspect", adapter),
-        words("merge", "--model", "smollm2", "--adapter", adapter, "--out", out / "merged"),
-        words("train", adapter / RECIPE, "--steps", 200, "--out", out / "longer"),
+        shell_command("evaluate", *model, *with_adapter, "--data", out / HELD_OUT),
+        shell_command("inspect", adapter),
+        shell_command("merge", adapter, *model, "--out", out / "merged"),
+        shell_command("train", adapter / RECIPE, "--steps", 200, "--out", out / "longer"),
     ):
         console.print(f"  {quoted(_as_typed_here())} {line}")
 
 
 def _as_typed_here() -> str:
-    """Returns the command as a user types it here: `.venv/bin/lorakin` if make put it there."""
+    """Returns the command as a user types it here: `.venv/bin/lorakin` if make installed it so."""
     path = Path(sys.argv[0]).absolute()
     if path.name != "lorakin" or shutil.which("lorakin") == str(path):
         return "lorakin"

@@ -9,8 +9,8 @@ import typer
 from lorakin.cli.options import (
     Dtype,
     Json,
-    MaybeAdapter,
     Model,
+    OptionalAdapter,
     OtherBase,
     console_for,
     examples,
@@ -31,8 +31,8 @@ def command(
     data: Annotated[
         list[str], typer.Option("--data", "-d", help=f"Rows to evaluate on. {DATA_HELP}")
     ],
-    adapter: MaybeAdapter = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    adapter: OptionalAdapter = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 1024,
     loss_on: Annotated[str, typer.Option(help="answers, last or all, as for train.")] = "answers",
     dtype: Dtype = "auto",
@@ -41,7 +41,10 @@ def command(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Loss and perplexity on the answers of a data set; loss and accuracy for a classifier."""
+    """Print loss and perplexity on the answers of a data set.
+
+    For a classifier, loss and accuracy.
+    """
     from lorakin.training.evaluate import described, evaluate_rows
 
     figures = evaluate_rows(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorakin.cli.options import (
+    AdapterArgument,
+    AdapterOption,
     Json,
     MaxKL,
-    MaybeModel,
-    NoVerify,
+    OptionalModel,
     OtherBase,
+    Verify,
+    chosen_adapter,
     console_for,
     examples,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from lorakin.serving.job import ExportRequest
 
 EXAMPLES = examples(
     "lorakin export adapter --to lora --portable --out plain",
@@ -26,26 +32,32 @@ EXAMPLES = examples(
 )
 
 
-ADAPTER_HELP = "An adapter's directory, lorakin's or PEFT's, or a hub id."
-TO_HELP = "lora, merged, gguf or gguf-merged: adapters and whole models."
+TO_HELP = (
+    "What to write: lora or gguf (an adapter), merged or gguf-merged (a whole model, the adapter "
+    "merged into it)."
+)
 RANK_HELP = "The largest rank of a module; DoRA needs this or --error."
 ERROR_HELP = "The smallest rank whose relative error is at most this, in each module."
-DATA_HELP = "Rows like those of training: the outputs on them count, and they are read."
+DATA_HELP = (
+    "Rows like the training data: pairs are fitted to the outputs on them, and the comparison "
+    "reads them."
+)
 PORTABLE_HELP = "One rank and scale 1, which vLLM needs."
-DTYPE_HELP = "Of what is written: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
+DTYPE_HELP = "Dtype of the result: float32, float16, bfloat16; base (merged), q8_0 (gguf-merged)."
 
 
 def command(
-    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP)],
     to: Annotated[str, typer.Option("--to", help=TO_HELP)],
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory.")],
-    model: MaybeModel = None,
+    adapter: AdapterArgument = None,
+    adapter_option: AdapterOption = None,
+    model: OptionalModel = None,
     rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
     error: Annotated[float | None, typer.Option(help=ERROR_HELP)] = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help=DATA_HELP)] = None,
     portable: Annotated[bool, typer.Option("--portable", help=PORTABLE_HELP)] = False,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
-    verify: NoVerify = True,
+    verify: Verify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
@@ -54,18 +66,26 @@ def command(
 
     Plain LoRA, a merged model, or either as GGUF.
     """
-    from lorakin.errors import ModelError, VerificationError
-    from lorakin.serving.export import export
     from lorakin.serving.job import ExportRequest
 
     request = ExportRequest(
-        adapter, to, out, model, dtype, rank, error, portable, data, max_kl, verify, other_base
-    )
+        adapter=chosen_adapter(adapter, adapter_option), to=to, out=out, model=model, dtype=dtype,
+        rank=rank, error=error, portable=portable, data=data, max_kl=max_kl, verify=verify,
+        other_base=other_base,
+    )  # fmt: skip
+    run(request, as_json)
+
+
+def run(request: ExportRequest, as_json: bool) -> None:
+    """Exports an adapter, and prints what was written and how near it is to the trained model."""
+    from lorakin.errors import ModelError, VerificationError
+    from lorakin.serving.export import export
+
     try:
         exported = export(request)
     except VerificationError as error:
         if as_json:
-            with contextlib.suppress(ModelError):  # of NaN the error says more
+            with contextlib.suppress(ModelError):  # if the report holds NaN, the error says more
                 print_json(dict(error.report))
         raise
     if as_json:

@@ -10,9 +10,8 @@ import typer
 from lorakin.cli.options import (
     Dtype,
     Json,
-    MaybeAdapter,
     Model,
-    NoTemplate,
+    OptionalAdapter,
     OtherBase,
     examples,
     print_json,
@@ -51,14 +50,16 @@ def command(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
     ],
-    adapter: MaybeAdapter = None,
+    adapter: OptionalAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, max=1e4, help="0 takes the likeliest token each time.")
     ] = 0.0,
-    no_chat_template: NoTemplate = False,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Write prompts without a chat template.")
+    ] = False,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples, if --temperature > 0.")] = 0,
     *,
     other_base: OtherBase = False,
     as_json: Json = False,
@@ -70,7 +71,7 @@ def command(
 
     text = _text(prompt)
     loaded = load_with_adapter(model, adapter, dtype, other_base=other_base, **flags)
-    said = answer(
+    reply = answer(
         loaded,
         text,
         max_new_tokens=max_new_tokens,
@@ -80,4 +81,4 @@ def command(
         stream=not as_json,
     )
     if as_json:
-        print_json({"prompt": text, "answer": said})
+        print_json({"prompt": text, "answer": reply})

@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lorakin.cli.options import Json, console_for, examples, print_json
+from lorakin.cli.options import ADAPTER_HELP, Json, console_for, examples, print_json
 from lorakin.terminal import labelled
 
 EXAMPLES = examples(
@@ -22,22 +22,20 @@ EXAMPLES = examples(
 def command(
     adapter: Annotated[
         str,
-        typer.Argument(
-            metavar="ADAPTER", help="An adapter's directory, lorakin's or PEFT's, or a hub id."
-        ),
+        typer.Argument(metavar="ADAPTER", help=ADAPTER_HELP),
     ],
     html: Annotated[
         Path | None,
         typer.Option(
             "--html",
-            help="Write a page with pictures by layer, and the ranks that would suffice, here.",
+            help="A file for a page with pictures by layer and the ranks that would suffice.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter is, and how much it changes each layer.
 
-    Member, rank, targets, sizes and base.
+    That is: members, rank, targets, sizes, base, and the norm of the change by layer and module.
     """
     from lorakin.storage.hub import adapter_directory
     from lorakin.storage.summary import by_layer, summarise

@@ -1,4 +1,4 @@
-"""The command `lorakin merge`: writes the model with its adapter in the weights."""
+"""The command `lorakin merge`: writes the model with the adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -7,39 +7,49 @@ from typing import Annotated
 import typer
 
 from lorakin.cli import export
-from lorakin.cli.options import AdapterDir, Json, MaxKL, MaybeModel, NoVerify, OtherBase, examples
+from lorakin.cli.options import (
+    AdapterArgument,
+    AdapterOption,
+    Json,
+    MaxKL,
+    OptionalModel,
+    OtherBase,
+    Verify,
+    chosen_adapter,
+    examples,
+)
 
-EXAMPLES = examples("lorakin merge --model smollm2 --adapter adapter --out merged")
+EXAMPLES = examples(
+    "lorakin merge adapter --out merged",
+    "lorakin merge --adapter adapter --model smollm2 --out merged",
+)
 
 
 def command(
-    adapter: AdapterDir,
     out: Annotated[str, typer.Option("--out", "-o", help="A new directory for the merged model.")],
-    model: MaybeModel = None,
+    adapter: AdapterArgument = None,
+    adapter_option: AdapterOption = None,
+    model: OptionalModel = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the merged weights: base (as the base model's are stored), float32, "
+            help="Dtype of the merged weights: base (as the base model's are stored), float32, "
             "bfloat16, float16."
         ),
     ] = "base",
-    verify: NoVerify = True,
+    verify: Verify = True,
     max_kl: MaxKL = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into its base model and save a plain transformers model.
+    """Merge an adapter into its base model and save a plain transformers model.
 
     The same as `lorakin export --to merged`.
     """
-    export.command(
-        adapter,
-        "merged",
-        out,
-        model,
-        dtype=dtype,
-        verify=verify,
-        max_kl=max_kl,
-        other_base=other_base,
-        as_json=as_json,
-    )
+    from lorakin.serving.job import ExportRequest
+
+    request = ExportRequest(
+        adapter=chosen_adapter(adapter, adapter_option), to="merged", out=out, model=model,
+        dtype=dtype, max_kl=max_kl, verify=verify, other_base=other_base,
+    )  # fmt: skip
+    export.run(request, as_json)

@@ -19,7 +19,7 @@ EXAMPLES = examples("lorakin methods", "lorakin methods --json")
 
 
 def command(as_json: Json = False) -> None:
-    """Show the family: each member, its settings, and which of them combine."""
+    """Show the members, their settings, and which combine."""
     from lorakin.family import Method, members, refusal_of_members
 
     family = members()
@@ -71,9 +71,9 @@ def _described(member: type[Member]) -> dict[str, Any]:
     from lorakin.family import Method, Modifier
 
     defaults = Method.of(member())
-    # Settings of pairs that this member's own pair does not have.
-    foreign = Modifier.setting_names() - defaults.parametrisation.setting_names()
-    fields = [field for field in dataclasses.fields(member) if field.name not in foreign]  # type: ignore[arg-type]
+    # Settings of plain LoRA's pair that the member's default pair does not have.
+    not_its_own = Modifier.setting_names() - defaults.parametrisation.setting_names()
+    fields = [field for field in dataclasses.fields(member) if field.name not in not_its_own]  # type: ignore[arg-type]
     return {
         "word": member.word,
         "paper": member.paper,
@@ -88,9 +88,9 @@ def _refused(family: Sequence[type[Member]]) -> list[dict[str, str]]:
     from lorakin.family import refusal_of_members
 
     pairs = [(one, other) for n, one in enumerate(family) for other in family[n + 1 :]]
-    found = [(one, other, refusal_of_members(one, other)) for one, other in pairs]
+    refusals = [(one, other, refusal_of_members(one, other)) for one, other in pairs]
     return [
         {"one": one.word, "other": other.word, "reason": reason}
-        for one, other, reason in found
+        for one, other, reason in refusals
         if reason is not None
     ]

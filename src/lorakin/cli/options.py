@@ -7,42 +7,46 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakin.errors import ModelError
+from lorakin.errors import ModelError, SettingError
 from lorakin.terminal import Terminal
 from lorakin.training.recipe import MODEL_HELP
 
+ADAPTER_HELP = "An adapter's directory, lorakin's or PEFT's, or a hub id."
+
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-AdapterDir = Annotated[
-    str,
-    typer.Option(
-        "--adapter", "-a", help="An adapter's directory, lorakin's or PEFT's, or a hub id."
-    ),
+AdapterArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="ADAPTER", help=f"{ADAPTER_HELP} It may also be given as --adapter."),
 ]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="The same as ADAPTER.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the faster on this machine.")
 ]
-MaybeModel = Annotated[
+OptionalModel = Annotated[
     str | None,
     typer.Option("--model", "-m", help=f"{MODEL_HELP} By default the one that the adapter names."),
 ]
-NoVerify = Annotated[
+Verify = Annotated[
     bool,
     typer.Option(
         "--verify/--no-verify",
-        help="Read what was written back, and compare it with the trained model.",
+        help="Read the result back, and compare it with the trained model.",
     ),
 ]
 MaxKL = Annotated[
     float | None,
     typer.Option(
-        help="Tolerate a mean KL of so much, in nats, instead of what the precision explains."
+        help="Largest mean KL to accept, in nats; by default it follows from the precision."
     ),
 ]
 OtherBase = Annotated[
     bool,
-    typer.Option("--other-base", help="Also on a base with other weights than the adapter's own."),
+    typer.Option(
+        "--other-base",
+        help="Accept a base whose weights differ from the one the adapter was trained on.",
+    ),
 ]
-MaybeAdapter = Annotated[
+OptionalAdapter = Annotated[
     str | None,
     typer.Option("--adapter", "-a", help="An adapter's directory or hub id; without it, the base."),
 ]
@@ -51,13 +55,28 @@ Json = Annotated[
     typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr."),
 ]
 
-NoTemplate = Annotated[
-    bool, typer.Option("--no-chat-template", help="Write prompts without a chat template.")
-]
+
+def chosen_adapter(argument: str | None, option: str | None) -> str:
+    """Returns the adapter that the user gave as ADAPTER or as --adapter.
+
+    >>> chosen_adapter(None, "runs/1")
+    'runs/1'
+
+    Raises:
+        SettingError: it is given as neither, or as both.
+    """
+    if argument is not None and option is not None:
+        raise SettingError(
+            f"the adapter is given twice, as {argument!r} and as --adapter {option!r}; give one"
+        )
+    adapter = option if argument is None else argument
+    if adapter is None:
+        raise SettingError("ADAPTER is missing; give an adapter's directory or hub id")
+    return adapter
 
 
 def console_for(as_json: bool) -> Terminal:
-    """Returns where a command talks to the user: not on stdout if that holds JSON."""
+    """Returns the console for messages to the user: stderr if stdout holds JSON, else stdout."""
     return Terminal(stderr=as_json)
 
 
@@ -65,13 +84,13 @@ def print_json(content: dict[str, Any]) -> None:
     """Prints the result on stdout, for scripts.
 
     Raises:
-        ModelError: it holds NaN or infinity, for which JSON has no word.
+        ModelError: it holds NaN or infinity, which JSON cannot hold.
     """
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError:
         raise ModelError(
-            "the result holds NaN or infinity, for which JSON has no word; look at it without "
+            "the result holds NaN or infinity, which JSON cannot hold; run the command without "
             "--json"
         ) from None
     print(text)

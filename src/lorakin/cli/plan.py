@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 EXAMPLES = examples(
     "lorakin plan --model smollm2",
-    "lorakin plan --model org/model --method 'lora dora dora,lora+' --rank 32 --batch-size 4 "
+    "lorakin plan --model org/model --methods 'lora dora dora,lora+' --rank 32 --batch-size 4 "
     "--memory 24GB",
     "lorakin plan --model org/model --device cuda --dtype bfloat16 --fuse --json",
 )
 
 
-METHOD_HELP = "all, or methods with spaces between: 'dora vera dora,lora+'. \\[default: all]"
-RANK_HELP = "Of plain LoRA, the others at a fair size beside it. \\[default: each method's own]"
-SET_HELP = "Any other setting, for the methods that have it, as dropout=0.1."
+METHODS_HELP = "all, or methods with spaces between: 'dora vera dora,lora+'. \\[default: all]"
+RANK_HELP = (
+    "Rank of plain LoRA; the other methods get a comparable size. \\[default: each method's own]"
+)
+SET_HELP = "Any other setting, for the methods that have it, such as dropout=0.1."
 LENGTH_HELP = (
     "Tokens per row; all rows are planned as long as that. "
     "\\[default: 1024, or what the model can take]"
@@ -41,11 +43,14 @@ OF_A_RECIPE = (
 @recipe_options(*OF_A_RECIPE)
 def command(
     model: Model,
-    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP)] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", "--method", help=METHODS_HELP)
+    ] = None,
     rank: Annotated[int | None, typer.Option(help=RANK_HELP)] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     labels: Annotated[
-        int | None, typer.Option(help="Classes: plan a classifier instead of a language model.")
+        int | None,
+        typer.Option(help="Number of classes; plans a classifier instead of a language model."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help=LENGTH_HELP)] = None,
     steps: Annotated[
@@ -53,13 +58,13 @@ def command(
     ] = 1000,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What there is, as 24GB. \\[default: what is free here]")
+        str | None, typer.Option(help="Memory available, such as 24GB. \\[default: what is free]")
     ] = None,
     *,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Say what training would take, before anything is downloaded or trained.
+    """Predict memory and time of training, before anything is downloaded or trained.
 
     For each method: trainable parameters, adapter, optimizer, activations, peak memory and time of
     a step, whether it fits, and what would make it fit. Of a hub id only the config is fetched.
@@ -67,7 +72,7 @@ def command(
     from lorakin.plan.advice import advise
 
     advice = advise(
-        model, method, rank, settings, labels=labels, max_length=max_length, steps=steps,
+        model, methods, rank, settings, labels=labels, max_length=max_length, steps=steps,
         device=device, memory=memory, **(defaults(*OF_A_RECIPE) | flags),
     )  # fmt: skip
     if as_json:
@@ -77,7 +82,7 @@ def command(
 
 
 def show(advice: Advice, console: Terminal) -> None:
-    """The table and what follows from it."""
+    """Prints the table, and what follows from it."""
     console.print(labelled("model  ", advice.headline))
     console.print(labelled("memory ", advice.memory_line))
     table = Table(Column("method", no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))

@@ -5,7 +5,7 @@ A command asks for the fields that it takes, and gets what the user gave as `**f
     @recipe_options("columns", "quantize")
     def command(model: Model, *, as_json: Json = False, **flags: Any) -> None: ...
 
-Each option has the name, the type, the help and the default that `Recipe` says.
+Each option has the name, the type, the help and the default of the field.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorakin.errors import SettingError
 from lorakin.training.recipe import Option, Recipe, kinds, option_of, plain
 
 TEMPLATE = "chat_template"
-ALL = tuple(name for name in kinds() if option_of(name) is not None)
+ALL_FIELDS = tuple(name for name in kinds() if option_of(name) is not None)
 """The fields of `Recipe` that the command line offers."""
 
 
@@ -35,60 +35,60 @@ def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[...,
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        made = [parameter for name in names for parameter in _parameters(name)]
+        declared = inspect.signature(command, eval_str=True).parameters.values()
+        added = [parameter for name in names for parameter in _parameters(name)]
 
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
-            raw = {parameter.name: given.pop(parameter.name) for parameter in made}
+            raw = {parameter.name: given.pop(parameter.name) for parameter in added}
             command(**given, **_fields(names, raw))
 
         parameters = [
-            *(one for one in own if one.kind is one.POSITIONAL_OR_KEYWORD),
-            *made,
-            *(one for one in own if one.kind is one.KEYWORD_ONLY),
+            *(p for p in declared if p.kind is p.POSITIONAL_OR_KEYWORD),
+            *added,
+            *(p for p in declared if p.kind is p.KEYWORD_ONLY),
         ]
-        keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
+        keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
         wrapped.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {one.name: one.annotation for one in keywords}
+        wrapped.__annotations__ = {p.name: p.annotation for p in keywords}
         return wrapped
 
     return decorate
 
 
 def defaults(*names: str) -> dict[str, Any]:
-    """Returns what `Recipe` says of these fields where the user says nothing.
+    """Returns the defaults of these fields of `Recipe`.
 
     >>> defaults("batch_size", "targets")
     {'batch_size': 8, 'targets': ['all-linear']}
     """
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    made = {name: fields[name].default_factory for name in names}
+    factories = {name: fields[name].default_factory for name in names}
     return {
-        name: fields[name].default if make is dataclasses.MISSING else make()
-        for name, make in made.items()
+        name: fields[name].default if factory is dataclasses.MISSING else factory()
+        for name, factory in factories.items()
     }
 
 
-def parts(texts: Sequence[str]) -> list[str]:
-    """Returns the names in texts with commas; a regular expression with braces stays whole.
+def split_names(texts: Sequence[str]) -> list[str]:
+    """Returns the names in texts with commas; a regular expression with braces is not split.
 
-    >>> parts(["q_proj,v_proj", "layers.[0-9]{1,2}"])
+    >>> split_names(["q_proj,v_proj", "layers.[0-9]{1,2}"])
     ['q_proj', 'v_proj', 'layers.[0-9]{1,2}']
     """
-    split = ([text] if "{" in text else text.split(",") for text in texts)
-    return [part.strip() for several in split for part in several if part.strip()]
+    lists = ([text] if "{" in text else text.split(",") for text in texts)
+    return [name.strip() for names in lists for name in names if name.strip()]
 
 
 READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "data": list,
     "method": ",".join,
-    "targets": parts,
-    "exclude": parts,
-    "modules_to_save": parts,
-    "trainable_tokens": parts,
+    "targets": split_names,
+    "exclude": split_names,
+    "modules_to_save": split_names,
+    "trainable_tokens": split_names,
 }
-"""Fields whose options may be given several times → what makes one value of the texts."""
+"""Fields whose options may be given several times → the function from the texts to the value."""
 
 
 def _parameters(name: str) -> Iterator[inspect.Parameter]:
@@ -111,8 +111,8 @@ def _parameters(name: str) -> Iterator[inspect.Parameter]:
         flags = [f"{flag}/--no-{flag[2:]}"]
     elif typing.get_origin(kind) is typing.Literal:
         kind = str  # `Recipe` refuses other words
-    declared = typer.Option(*flags, help=_help(name, option), show_default=False)
-    yield _parameter(name, kind | None, declared, None)
+    typer_option = typer.Option(*flags, help=_help(name, option), show_default=False)
+    yield _parameter(name, kind | None, typer_option, None)
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
@@ -123,23 +123,26 @@ def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Param
 
 def _help(name: str, option: Option) -> str:
     value = None if name in (TEMPLATE, "model", "data", "out") else defaults(name)[name]
-    said = option.default
-    if said is None and value not in (None, [], {}):
-        said = {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None
-        said = said or (",".join(value) if isinstance(value, list) else f"{value}")
-        said = said.removesuffix(".0")
-    return f"{option.help} \\[default: {said}]".strip() if said else option.help
+    default = option.default
+    if default is None and value not in (None, [], {}):
+        if isinstance(value, bool):
+            default = "yes" if value else "no"
+        else:
+            default = ",".join(value) if isinstance(value, list) else f"{value}"
+        default = default.removesuffix(".0")
+    return f"{option.help} \\[default: {default}]".strip() if default else option.help
 
 
 def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that the user gave, as `Recipe` takes them.
 
     Raises:
-        SettingError: a text that is no NAME=VALUE, or a chat template that is given and refused.
+        SettingError: a text is not NAME=VALUE, or both --chat-template and --no-chat-template are
+            given.
     """
     from lorakin.training.yaml_values import parse_columns, parse_settings
 
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in names:
         value, option = raw[name], option_of(name)
         if name == TEMPLATE and raw["no_chat_template"]:
@@ -156,5 +159,5 @@ def _fields(names: Sequence[str], raw: Mapping[str, Any]) -> dict[str, Any]:
             value = parse_columns(value)
         elif isinstance(value, list):
             value = parse_settings(value, option.names[0] if option and option.names else "")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields

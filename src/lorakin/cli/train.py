@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakin.cli.options import Json, console_for, examples, print_json
-from lorakin.cli.recipe_options import ALL, recipe_options
+from lorakin.cli.recipe_options import ALL_FIELDS, recipe_options
 from lorakin.terminal import Terminal, labelled
-from lorakin.terminal import command as words
+from lorakin.terminal import command as shell_command
 
 if TYPE_CHECKING:
     from lorakin.training.train import Result
@@ -26,10 +26,10 @@ EXAMPLES = examples(
     "lorakin train recipe.yaml --lr 1e-4 --out another",
     "lorakin train --resume --out adapter",
 )
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run in --out.")]
 
 
-@recipe_options(*ALL)
+@recipe_options(*ALL_FIELDS)
 def command(
     recipe: Annotated[
         Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)
@@ -42,7 +42,7 @@ def command(
     """Fine-tune a model on your data and save the adapter.
 
     The data's format (messages, sharegpt, alpaca, prompt/completion, squad, classification, text)
-    is detected and shown. The effective recipe is written beside the adapter.
+    is detected and shown. The effective recipe is saved with the adapter.
     """
     from lorakin.training import processes
     from lorakin.training import train as training
@@ -55,8 +55,8 @@ def command(
         result = training.train(training.prepare(effective, console, resume))
     except KeyboardInterrupt:
         if (Path(effective.out) / RECIPE).is_file():
-            again = words("lorakin", "train", "--resume", "--out", effective.out)
-            console.print(f"stopped; go on with: {again}")
+            resuming = shell_command("lorakin", "train", "--resume", "--out", effective.out)
+            console.print(f"stopped; resume with: {resuming}")
         raise
     if not as_json:
         _show(console, result)
@@ -69,10 +69,10 @@ def _show(console: Terminal, result: Result) -> None:
     from lorakin.training.run_directory import METRICS, PICTURE, RECIPE
 
     console.print(labelled("held out after   ", described(result.after)))
-    where = result.out
-    said = (
-        f"{where} ({result.adapter_bytes / 2**20:.1f} MiB, "
+    out = result.out
+    line = (
+        f"{out} ({result.adapter_bytes / 2**20:.1f} MiB, "
         f"{result.trainable_parameters:,} trained parameters); "
-        f"{where / PICTURE}, {where / METRICS}, {where / RECIPE}"
+        f"{out / PICTURE}, {out / METRICS}, {out / RECIPE}"
     )
-    console.print(labelled("adapter  ", said))
+    console.print(labelled("adapter  ", line))

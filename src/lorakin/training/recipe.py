@@ -87,24 +87,32 @@ class Recipe:
     data: Annotated[Sources, Option(f"{DATA_HELP} May be given several times.", ("--data", "-d"))]
     out: Annotated[str, Option("A new directory for the adapter.", ("--out", "-o"))]
     method: Annotated[
-        str, Option("A member of the family, or several: dora,lora+. See lorakin methods.")
+        str, Option("A member of the family, or several: dora,lora+. lorakin methods lists them.")
     ] = "lora"
     rank: Annotated[
         int | None, Option("Rank of the pairs.", default="the method's own, 16 for lora")
     ] = None
     alpha: Annotated[
-        float | None, Option("Scale is alpha/rank.", default="the method's own, 32 for lora")
+        float | None,
+        Option("The scale is alpha/rank.", default="the method's own, 32 for lora"),
     ] = None
     dropout: Annotated[float | None, Option("Dropout of the adapter's input.", default="0")] = None
-    rslora: Annotated[bool | None, Option("Scale by alpha/√rank.", default="no")] = None
+    rslora: Annotated[
+        bool | None, Option("Scale by alpha/√rank instead of alpha/rank.", default="no")
+    ] = None
     settings: Annotated[
         dict[str, Any],
         Option(
-            "Any other setting of the method, as ratio=8; lorakin methods lists them.", ("--set",)
+            "Any other setting of the method, such as ratio=8; lorakin methods lists them.",
+            ("--set",),
         ),
     ] = dataclasses.field(default_factory=dict)
     targets: Annotated[
-        list[str], Option("Names, globs, regular expressions; none: the head alone.")
+        list[str],
+        Option(
+            "Modules to adapt: names, globs, regular expressions. none trains no layers, only "
+            "heads and tokens."
+        ),
     ] = dataclasses.field(default_factory=lambda: ["all-linear"])
     exclude: Annotated[list[str], Option("Modules to leave out.")] = dataclasses.field(
         default_factory=list
@@ -116,7 +124,8 @@ class Recipe:
     rank_above: Annotated[
         Literal["refuse", "clamp"],
         Option(
-            "A rank above a weight's smaller side: refuse, or clamp it to that for such modules."
+            "What to do with a rank above a weight's smaller side: refuse it, or clamp it for such "
+            "modules."
         ),
     ] = "refuse"
     trainable_tokens: Annotated[
@@ -129,10 +138,12 @@ class Recipe:
     ] = "none"
     columns: Annotated[
         dict[str, str],
-        Option("Which columns are meant: prompt=question,completion=reply. Others are left aside."),
+        Option(
+            "Which column holds what: prompt=question,completion=reply. Other columns are ignored."
+        ),
     ] = dataclasses.field(default_factory=dict)
     format: Annotated[
-        Layout | None, Option(f"What rows are: {', '.join(NAMES)}.", default="detected")
+        Layout | None, Option(f"Format of the rows: {', '.join(NAMES)}.", default="detected")
     ] = None
     eval_data: Annotated[str | None, Option("Held-out rows.", default="split off the data")] = None
     holdout: Annotated[Holdout, Option("Share to hold out, at most 256 rows.")] = 0.1
@@ -142,14 +153,18 @@ class Recipe:
             "Learning rate.", ("--lr", "--learning-rate"), default="the method's own, 2e-4 for lora"
         ),
     ] = None
-    schedule: Annotated[str, Option("Of the learning rate: cosine, linear, constant …")] = "cosine"
+    schedule: Annotated[str, Option("Learning-rate schedule: cosine, linear, constant …")] = (
+        "cosine"
+    )
     schedule_args: Annotated[
         dict[str, Any],
-        Option("What a schedule needs or can have, as min_lr=1e-5.", ("--schedule-arg",)),
+        Option("An argument of the schedule, such as min_lr=1e-5.", ("--schedule-arg",)),
     ] = dataclasses.field(default_factory=dict)
-    warmup: Annotated[Warmup, Option("Share of the steps.")] = 0.05
-    weight_decay: Annotated[NotNegative, Option("Of AdamW.")] = 0.0
-    max_grad_norm: Annotated[NotNegative, Option("Clips gradients to this norm; 0: not.")] = 1.0
+    warmup: Annotated[Warmup, Option("Warm-up, as a share of the steps.")] = 0.05
+    weight_decay: Annotated[NotNegative, Option("AdamW's weight decay.")] = 0.0
+    max_grad_norm: Annotated[
+        NotNegative, Option("Clip gradients to this norm; 0 turns clipping off.")
+    ] = 1.0
     steps: Annotated[AtLeastOne | None, Option("Optimizer steps.", default="one epoch")] = None
     epochs: Annotated[Epochs | None, Option("Passes over the data.")] = None
     batch_size: Annotated[AtLeastOne, Option("Rows at a time.")] = 8
@@ -170,18 +185,22 @@ class Recipe:
     date: Day | None = None
     gradient_checkpointing: Annotated[bool, Option("Less memory, more time.")] = False
     fuse: Annotated[
-        bool, Option("Norms, activations, loss in less memory (Llama-like models).")
+        bool, Option("Compute norms, activations and loss in less memory (Llama-like models).")
     ] = False
     dtype: Annotated[str, Option("float32, bfloat16, float16, auto.")] = "auto"
     quantize: Annotated[
         str | None,
-        Option("Keep the base's linear layers in few bits: nf4, int8, torchao-int8.", default="no"),
+        Option(
+            "Keep the base's linear layers in 4 or 8 bits: nf4, int8, torchao-int8.", default="no"
+        ),
     ] = None
     save_every: Annotated[
         Count | None,
-        Option("Steps between checkpoints, 0: none.", default="a fifth of the run"),
+        Option("Steps between checkpoints; 0 writes none.", default="a fifth of the run"),
     ] = None
-    seed: Annotated[Seed, Option("Draws the start, the rows' order and the held-out rows.")] = 0
+    seed: Annotated[
+        Seed, Option("Seed of the initial values, the rows' order and the held-out rows.")
+    ] = 0
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -228,7 +247,7 @@ def option_of(name: str) -> Option | None:
     """Returns the `Option` of a field, or None if the command line does not offer it.
 
     >>> option_of("warmup").help
-    'Share of the steps.'
+    'Warm-up, as a share of the steps.'
     """
     extras: Sequence[Any] = getattr(kinds()[name], "__metadata__", ())
     return next((extra for extra in extras if isinstance(extra, Option)), None)

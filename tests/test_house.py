@@ -34,15 +34,12 @@ def test_no_public_class_name_stands_twice(figures: dict[str, object]) -> None:
 
 
 def test_nobody_but_the_members_lists_their_slots() -> None:
-    """Storage and conversions name the slots of a plain pair, whose files they write, and no others."""
+    """Files and conversions take the names of a plain pair's slots from the members' declarations."""
     slots = re.compile(r"""\[["'](A|B|m|d|b|P|E|Q|R|up_K|down_K|up_0|down_0)["']\]""")
     source = ROOT / "src" / "lorakin"
-    named: dict[str, set[str]] = {}
-    for path in source.rglob("*.py"):
-        room = path.relative_to(source).parts[0]
-        named.setdefault(room, set()).update(slots.findall(path.read_text()))
-    plain = {"A", "B", "m"}
-    allowed = {"family": named["family"], "storage": plain, "conversion.py": plain}
-    assert {room: names - allowed.get(room, set()) for room, names in named.items()} == {
-        room: set() for room in named
+    named = {
+        str(path.relative_to(source)): sorted(set(slots.findall(path.read_text())))
+        for path in source.rglob("*.py")
+        if path.relative_to(source).parts[0] != "family"
     }
+    assert {path: names for path, names in named.items() if names} == {}

@@ -35,7 +35,7 @@ ROOMS = [
     "__main__",
 ]
 """From the ground up: a room may import only those before it."""
-PEFT_TABLE = SOURCE / "storage" / "peft" / "forms.py"
+PEFT_TABLE = SOURCE / "storage" / "peft" / "formats.py"
 
 
 def files() -> list[Path]:

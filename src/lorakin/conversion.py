@@ -26,6 +26,7 @@ from lorakin.loading import insert_document
 from lorakin.storage.document import Document
 from lorakin.storage.foreign.read import read_foreign
 from lorakin.storage.match import match
+from lorakin.storage.peft.formats import DOWN, UP
 from lorakin.storage.plain import document_of_pairs
 
 RANK_MULTIPLE = 8
@@ -146,7 +147,7 @@ def insert_pairs(
         buffers: name → a buffer of the base that training moved.
         biases: path → a bias in place of the base's.
     """
-    slots = {path: {"A": pair.down, "B": pair.up} for path, pair in pairs.items()}
+    slots = {path: {DOWN: pair.down, UP: pair.up} for path, pair in pairs.items()}
     document = document_of_pairs(
         model, slots, whole_modules=copies, rows=rows, biases=biases, buffers=buffers
     )
@@ -188,9 +189,9 @@ def convert(
 
     pairs, alphas = {}, {}
     for at, slots in found.slots.items():
-        scale, rank = found.scales[at], len(slots["A"])
+        scale, rank = found.scales[at], len(slots[DOWN])
         positive = scale > 0  # PEFT's alpha must be positive, so any other scale goes into B
-        pairs[at] = slots if positive else slots | {"B": scale * slots["B"]}
+        pairs[at] = slots if positive else slots | {UP: scale * slots[UP]}
         alphas[at] = scale * rank if positive else float(rank)
 
     document = document_of_pairs(model, pairs, alphas=alphas)

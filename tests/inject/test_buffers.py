@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakin as lk
 
-MOVED = "ignore:training moved buffers:lorakin.errors.LorakinWarning"
+MOVED = "ignore:training changed buffers:lorakin.errors.LorakinWarning"
 
 
 class Average(nn.Module):

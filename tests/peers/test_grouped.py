@@ -106,7 +106,7 @@ def test_a_file_edited_beside_ours_is_refused(tmp_path: Path) -> None:
     file.write_text(
         json.dumps({**json.loads(file.read_text()), "lora_alpha": 3, "alpha_pattern": {}})
     )
-    with pytest.raises(lk.AdapterError, match="say another change"):
+    with pytest.raises(lk.AdapterError, match="lorakin.json"):
         lk.load(Grouped(), tmp_path)
 
 

@@ -591,9 +591,9 @@ def test_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str, suffi
 @pytest.mark.parametrize(
     ("tensors", "config", "alpha", "message"),
     [
-        (GOOD, None, None, rf"nothing here says alpha; give alpha=….* rank of {UP} is 3"),
-        (tune(), None, None, "nothing here says alpha"),
-        (mlx(), mlx_config(alpha=16), None, "nothing here says alpha"),
+        (GOOD, None, None, rf"alpha=….* rank of {UP} is 3"),
+        (tune(), None, None, "alpha="),
+        (mlx(), mlx_config(alpha=16), None, "alpha="),
         (
             tune(),
             {"r": 4, "lora_alpha": 8},

@@ -48,7 +48,7 @@ def test_every_command_says_so(
     for command in commands:
         assert run(command) == 2, command
         said = capsys.readouterr().err.replace("\n", " ")
-        assert "is no path" in said or "embedded null byte" in said, (
+        assert "cannot be a path" in said or "embedded null byte" in said, (
             command
         )  # the latter is typer's, of a Path
 

@@ -208,7 +208,7 @@ def test_another_program_writes_into_the_file_meanwhile(
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:50])
     looks = [0]
-    mark = atomic._mark
+    mark = atomic._identity
 
     def looked(there: os.stat_result) -> tuple[int, ...]:
         looks[0] += 1
@@ -217,10 +217,10 @@ def test_another_program_writes_into_the_file_meanwhile(
             tensors.write_bytes(whole)
         return mark(there)
 
-    monkeypatch.setattr(atomic, "_mark", looked)
+    monkeypatch.setattr(atomic, "_identity", looked)
     assert len(directory.read(folder).tensors) == 4
     monkeypatch.setattr(atomic, "TRIES", 3)
-    monkeypatch.setattr(atomic, "_mark", lambda there: time.perf_counter_ns())
+    monkeypatch.setattr(atomic, "_identity", lambda there: time.perf_counter_ns())
     with pytest.raises(lk.AdapterError):
         directory.read(folder)
     assert json.loads(config.read_text())["r"] == 2

@@ -85,7 +85,7 @@ def examined(name: str) -> Found:
     adapter.unmerge()
     found.unmerged = distance(changed, outputs(model, given))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "training moved buffers", lk.LorakinWarning)
+        warnings.filterwarnings("ignore", "training changed buffers", lk.LorakinWarning)
         lk.load(twin, adapter.save(folder))
         found.loaded = distance(changed, outputs(twin, given))
     adapter.remove()

@@ -25,15 +25,15 @@ from lorakin.storage import locks
 
 RECORD, LOCK = ".lorakin-save.json", ".lorakin-lock"
 PATIENCE = 600.0
-"""Seconds that a save waits for another process's into the same directory."""
+"""Seconds that a save waits for another process's save into the same directory."""
 TRIES = 60
-"""How often a reader starts again because files changed under it; it waits two seconds in all."""
+"""How often a reader starts again because files changed meanwhile; two seconds in all."""
 READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 T = TypeVar("T")
 
 
 def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -> None:
-    """Write files into a directory and remove others from it, all or none.
+    """Writes files into a directory and removes others from it, all or none.
 
     Args:
         path: the directory, made if need be.
@@ -53,11 +53,11 @@ def write(path: Path, files: Mapping[str, bytes], without: Iterable[str] = ()) -
             )
     except locks.LockTaken as error:
         raise OutputError(
-            f"cannot write to {path}: {error} is writing there; what was there is unchanged"
+            f"cannot write to {path}: {error} is writing there; its files are unchanged"
         ) from None
     except OSError as error:
-        begun = (path / RECORD).exists()
-        state = "the new files lie there, and count" if begun else "what was there is unchanged"
+        is_recorded = (path / RECORD).exists()
+        state = "the new files are there, and count" if is_recorded else "its files are unchanged"
         raise OutputError(f"cannot write to {path}: {error.strerror or error}; {state}") from error
 
 
@@ -93,7 +93,7 @@ def _write(path: Path, files: Mapping[str, bytes], without: Iterable[str]) -> No
 
 
 def finish(path: Path) -> None:
-    """Finish the renamings that a killed process left in the directory `path`; the lock is held.
+    """Finishes the renamings that a killed process left in the directory `path`; the lock is held.
 
     Raises:
         AdapterError: its record names files that no save would.
@@ -105,77 +105,78 @@ def finish(path: Path) -> None:
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Read the files `names` of the directory `path`, as they were together at one moment.
+    """Reads the files `names` of the directory `path`, as they were together at one moment.
 
-    Changes nothing. The files are opened first, then their names are looked up again: if all still
-    stand for the open files, these were in place together. A save renames new files into place and
-    never writes into one, so open files do not change. Other programs do write into files; their
-    times and sizes show it.
+    It changes nothing. The files are opened first, then their names are looked up again: if all
+    names still belong to the open files, these were in place together. A save renames new files
+    into place and never writes into one, so open files do not change. Other programs may write into
+    files; times and sizes show it.
 
     Returns:
-        Name → content of the files that are there.
+        Name → content of the files that exist.
 
     Raises:
-        AdapterError: the record of a save is damaged; a name is no plain file; something writes
-            there all the time.
+        AdapterError: the record of a save is damaged; a name is not a plain file; another process
+            writes there all the time.
         OSError: a file cannot be read.
     """
     names = list(names)
     for attempt in range(TRIES):
         with contextlib.ExitStack() as opened:
-            files = _found(path, names, lambda place: opened.enter_context(_open(place)))
-            before = {name: _mark(os.fstat(file.fileno())) for name, file in files.items()}
-            if before == _found(path, names, lambda place: _mark(os.stat(place))):
+            files = _for_each(path, names, lambda file: opened.enter_context(_open(file)))
+            before = {name: _identity(os.fstat(file.fileno())) for name, file in files.items()}
+            if before == _for_each(path, names, lambda file: _identity(os.stat(file))):
                 contents = {name: file.read() for name, file in files.items()}
-                if before == {name: _mark(os.fstat(file.fileno())) for name, file in files.items()}:
+                after = {name: _identity(os.fstat(file.fileno())) for name, file in files.items()}
+                if before == after:
                     return contents
         time.sleep(attempt / 1000)
     raise AdapterError(
-        f"{path} is being written all the time; read it when the other process is through"
+        f"{path} is being written all the time; read it when the other process has finished"
     )
 
 
-def _found(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[str, T]:
-    """`look` of each file that is there, or of what an unfinished save puts in its place."""
-    record, found = _recorded(path), dict[str, T]()
+def _for_each(path: Path, names: Iterable[str], look: Callable[[Path], T]) -> dict[str, T]:
+    """Returns `look` of each file, or of the one that an unfinished save puts in its place."""
+    record, results = _recorded(path), dict[str, T]()
     for name in names:
         source = record.get(name, name)
         # It may have been renamed from `source` to `name` just now.
-        for place in () if source is None else dict.fromkeys((source, name)):
+        for current in () if source is None else dict.fromkeys((source, name)):
             with contextlib.suppress(FileNotFoundError):
-                found[name] = look(path / place)
+                results[name] = look(path / current)
                 break
-    return found
+    return results
 
 
-def _open(place: Path) -> BinaryIO:
-    fd = os.open(place, READING)
+def _open(file: Path) -> BinaryIO:
+    fd = os.open(file, READING)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise AdapterError(f"{place} is no plain file")
+        raise AdapterError(f"{file} is not a plain file")
     return os.fdopen(fd, "rb")
 
 
-def _mark(there: os.stat_result) -> tuple[int, ...]:
-    """Tells a file from another in its place, and from itself once something wrote into it."""
-    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Returns what changes if a file is replaced or written into."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _recorded(path: Path) -> dict[str, str | None]:
-    """Name → the temporary file that an unfinished save puts there; None if it removes it."""
+    """Returns name → the temporary file that an unfinished save puts there; None to remove it."""
     record = path / RECORD
     try:
         with _open(record) as file:
             temporary = dict(json.loads(file.read()))
-        right = bool(temporary) and all(
+        is_valid = bool(temporary) and all(
             _is_of_a_save(name, source) for name, source in temporary.items()
         )
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError):
-        right = False
-    if not right:
-        raise AdapterError(f"{record} is no record of a save; remove it")
+        is_valid = False
+    if not is_valid:
+        raise AdapterError(f"{record} is not a record of a save; remove it")
     return temporary
 
 
@@ -205,7 +206,7 @@ def _rename(path: Path, temporary: Mapping[str, str | None]) -> None:
 
 
 def _remove_leftovers(path: Path, names: list[str]) -> None:
-    """Remove what killed saves of these files left."""
+    """Removes temporary files that killed saves of these files left."""
     for leftover in path.glob(".*.tmp"):
         if any(_is_temporary(leftover.name, name) for name in names):
             leftover.unlink(missing_ok=True)

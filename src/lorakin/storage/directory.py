@@ -30,7 +30,7 @@ from lorakin.storage.lorakin_part import (
 )
 from lorakin.storage.match import match
 from lorakin.storage.peft import shared_pair
-from lorakin.storage.peft.forms import PREFIX
+from lorakin.storage.peft.formats import PREFIX
 from lorakin.storage.peft.reading import document_of
 from lorakin.storage.peft.writing import peft_files_of
 from lorakin.storage.pickles import tensors_of
@@ -124,13 +124,13 @@ def save(
     adapter.tensors.check_sizes()
     document = Document.of(adapter)
     peft = peft_files_of(document, adapter.model)
-    form = peft.form
-    shared = {} if form is None else shared_pair.shared_by_all(document, form)
+    peft_format = peft.peft_format
+    shared = {} if peft_format is None else shared_pair.shared_by_all(document, peft_format)
     content, tensors = lorakin_part.json_and_tensors_of(
         document,
         peft.tensors,
         PREFIX,
-        with_slots=form is None,
+        with_slots=peft_format is None,
         projection=shared_pair.checksum(shared) if shared else None,
         base=fingerprint(adapter.model, ids_at(adapter.placement.tokens), reuse_unchanged=True),
     )
@@ -139,7 +139,7 @@ def save(
         files[LORAKIN_TENSORS] = _tensor_file(tensors)
     content = lorakin_part.with_checksums(content, files, peft.config)
     files[LORAKIN_JSON] = json_files.json_bytes(content)
-    text = card.content(adapter, peft.config, notes or {}, home, converted=form is None)
+    text = card.content(adapter, peft.config, notes or {}, home, converted=peft_format is None)
     if (readme := card.for_saving(path / card.CARD, text)) is not None:
         files[card.CARD] = readme
     # An adapter saved here earlier may have left this file behind.

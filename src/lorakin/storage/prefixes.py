@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lorakin.inject import layer_kinds
+from lorakin.storage.peft.formats import DOWN
 
 
 class Prefix(NamedTuple):
@@ -62,5 +63,5 @@ def _fits(
     kind = None if module is None else layer_kinds.kind_of(module)
     if module is None or kind is None:
         return False
-    down = slots.get("A")
+    down = slots.get(DOWN)
     return down is None or down.dim() < 2 or kind.shape(module).inputs == down.flatten(1).shape[1]

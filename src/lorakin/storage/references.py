@@ -1,14 +1,15 @@
-"""Tensors in JSON: the numbers lie in a file of tensors, the JSON says where.
+"""References to tensors in JSON: the values are in a file of tensors, the JSON says where.
 
     {"tensor": "tensors/model.layers.0.self_attn.q_proj/P"}         in lorakin.safetensors
 
-Numbers that PEFT's file has already are not written again. The JSON then names its tensor, as a
-matrix of its first dimension by all others, and of it a range of rows, or of columns with a step:
+Values that PEFT's file has already are not written again. The JSON then names PEFT's tensor, and a
+range of its rows, or of its columns with a step. The tensor is taken as a matrix of its first
+dimension by all others:
 
     {"file": "adapter_model.safetensors", "tensor": "base_model.model.….lora_B.weight",
      "columns": [8, 16, 1]}
 
-`shape` and `dtype` are there where they differ from those of that range.
+`shape` and `dtype` are given if they differ from those of that range.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number → the integers that compare all of its bits."""
+"""Bytes of a value → the integer dtype by which all of its bits are compared."""
 MOST_TRIED = 256
+"""The most ranges that are tried for a tensor."""
 PARENTS = 3
-"""PEFT keeps the tensors of an expert or of an attention with a module further up."""
+"""How far up PEFT's tensors are searched: those of an expert are kept by a module above it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,37 +51,35 @@ class TensorReference:
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Its fields, but for those that are not set."""
+        """Returns the fields that are set."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
-    def resolve(self, there: Tensor) -> Tensor:
-        """The tensor, of which `there` holds the numbers, in memory of its own.
+    def resolve(self, tensor: Tensor) -> Tensor:
+        """Returns the part of `tensor` that this refers to, copied.
 
         Raises:
             ValueError: the range is not in it.
         """
-        found = there
+        part = tensor
         if self.rows is not None or self.columns is not None:
-            found = _matrix(there)
+            part = _matrix(tensor)
         if self.rows is not None:
             first, end = self.rows
-            if not first <= end <= len(found):
-                raise ValueError(f"{self.tensor} has {len(found)} rows, not {first} to {end}")
-            found = found[first:end]
+            if not first <= end <= len(part):
+                raise ValueError(f"{self.tensor} has {len(part)} rows, not {first} to {end}")
+            part = part[first:end]
         if self.columns is not None:
             first, end, step = self.columns
-            if not (first <= end <= found.shape[1] and step > 0):
-                raise ValueError(
-                    f"{self.tensor} has {found.shape[1]} columns, not {first} to {end}"
-                )
-            found = found[:, first:end:step]
+            if not (first <= end <= part.shape[1] and step > 0):
+                raise ValueError(f"{self.tensor} has {part.shape[1]} columns, not {first} to {end}")
+            part = part[:, first:end:step]
         if self.shape is not None:
             try:
-                found = found.reshape(self.shape)
+                part = part.reshape(self.shape)
             except RuntimeError:
                 raise ValueError(f"{self.tensor} does not have the shape {self.shape}") from None
-        dtype = there.dtype if self.dtype is None else DTYPES[self.dtype]
-        return found.to(dtype, copy=True).contiguous()
+        dtype = tensor.dtype if self.dtype is None else DTYPES[self.dtype]
+        return part.to(dtype, copy=True).contiguous()
 
 
 FIELDS = {field.name for field in dataclasses.fields(TensorReference)}
@@ -88,26 +88,26 @@ FIELDS = {field.name for field in dataclasses.fields(TensorReference)}
 class Packing:
     """Puts tensors into a file, and references to them into JSON.
 
-    >>> there = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
-    >>> packing = Packing(there, "base_model.model.")
-    >>> own = {"mlp.up": {"B": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "A": torch.tensor([9.0])}}
-    >>> json = packing.packed(own, "tensors")["mlp.up"]
-    >>> json["B"]["columns"], json["A"]
-    ((1, 3, 1), {'tensor': 'tensors/mlp.up/A'})
+    >>> in_peft = {"base_model.model.mlp.up.lora_B.weight": torch.arange(6.0).view(2, 3)}
+    >>> packing = Packing(in_peft, "base_model.model.")
+    >>> slots = {"mlp.up": {"up": torch.tensor([[1.0, 2.0], [4.0, 5.0]]), "m": torch.tensor([9.0])}}
+    >>> packed = packing.packed(slots, "tensors")["mlp.up"]
+    >>> packed["up"]["columns"], packed.get("m")
+    ((1, 3, 1), {'tensor': 'tensors/mlp.up/m'})
     """
 
-    def __init__(self, known: Mapping[str, Tensor], prefix: str) -> None:
-        """`known`: the tensors that PEFT's file has, by key. `prefix`: what its keys begin with."""
-        self.known = known
+    def __init__(self, in_peft: Mapping[str, Tensor], prefix: str) -> None:
+        """Makes the packing of the tensors of PEFT's file by key; `prefix` begins all keys."""
+        self.in_peft = in_peft
         self.prefix = prefix
-        self.keys = sorted(known)
+        self.keys = sorted(in_peft)
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[int, TensorReference] = {}
 
     def packed(self, value: Any, key: str) -> Any:
-        """`value` as JSON, with references for its tensors. One object is written once.
+        """Returns `value` as JSON, with references for its tensors. One object is written once.
 
-        `key` is where the value stands, such as "tensors"; it names what lies in it.
+        `key` is the value's name, such as "tensors"; the keys of its tensors begin with it.
         """
         if isinstance(value, Tensor):
             if id(value) not in self._seen:
@@ -124,17 +124,17 @@ class Packing:
         return TensorReference(key)
 
     def _find(self, tensor: Tensor, key: str) -> TensorReference | None:
-        """Where PEFT's file has these bits already, in a tensor of the same module."""
+        """Returns where PEFT's file has these bits already, in a tensor of the same module."""
         if not tensor.numel() or tensor.is_meta:
             return None
         tensor = tensor.detach().cpu()
         for name in self._keys_of_module(key):
-            if (found := _reference_in(tensor, self.known[name], name)) is not None:
+            if (found := _reference_in(tensor, self.in_peft[name], name)) is not None:
                 return found
         return None
 
     def _keys_of_module(self, key: str) -> list[str]:
-        """The keys of PEFT's tensors that belong to the module that is named in `key`."""
+        """Returns the keys of PEFT's tensors that belong to the module that is named in `key`."""
         for part in key.split("/"):
             path = part
             for _ in range(PARENTS):
@@ -149,13 +149,13 @@ class Packing:
         return []
 
 
-def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) -> Any:
-    """What `Packing.packed` was given. References to the same numbers give one object.
+def unpacked(value: Any, lorakin: Mapping[str, Tensor], peft: Mapping[str, Tensor]) -> Any:
+    """Inverts `Packing.packed`; references to the same values give one object.
 
     Raises:
         ValueError: a reference to what is not there.
     """
-    made: dict[str, Tensor] = {}
+    resolved: dict[str, Tensor] = {}
 
     def unpack(value: Any) -> Any:
         if isinstance(value, list):
@@ -169,30 +169,30 @@ def unpacked(value: Any, own: Mapping[str, Tensor], peft: Mapping[str, Tensor]) 
         return {key: unpack(item) for key, item in value.items()}
 
     def tensor_at(reference: TensorReference) -> Tensor:
-        tensors = own if reference.file is None else peft
+        tensors = lorakin if reference.file is None else peft
         if reference.tensor not in tensors:
             raise ValueError(f"there is no {reference.tensor}")
         if reference.file is None:
-            return own[reference.tensor]
+            return lorakin[reference.tensor]
         key = repr(reference)
-        if key not in made:
-            made[key] = reference.resolve(peft[reference.tensor])
-        return made[key]
+        if key not in resolved:
+            resolved[key] = reference.resolve(peft[reference.tensor])
+        return resolved[key]
 
     return unpack(value)
 
 
-def _reference_in(tensor: Tensor, there: Tensor, name: str) -> TensorReference | None:
-    """Where `there`, of this name, has the bits of `tensor`."""
-    is_wider = there.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
-    is_wider = is_wider and there.element_size() > tensor.element_size() > 1
-    if tensor.dtype != there.dtype and not is_wider:
+def _reference_in(tensor: Tensor, stored: Tensor, name: str) -> TensorReference | None:
+    """Returns a reference to the part of `stored` that has the bits of `tensor`; None if none."""
+    is_wider = stored.dtype in (torch.float32, torch.float64) and tensor.is_floating_point()
+    is_wider = is_wider and stored.element_size() > tensor.element_size() > 1
+    if tensor.dtype != stored.dtype and not is_wider:
         return None
-    wanted, known = _matrix(tensor), _matrix(there)
+    wanted, known = _matrix(tensor), _matrix(stored)
     sides = set(wanted.shape) & {1, *known.shape}
     if not sides or wanted.numel() > known.numel():
         return None
-    wanted, known = _bits(wanted.to(there.dtype)), _bits(known)
+    wanted, known = _bits(wanted.to(stored.dtype)), _bits(known)
     range_found = _range_of(wanted, known)
     if range_found is None and wanted.shape[1] == 1:
         wanted = wanted.T  # a vector, which may lie along a row in the file
@@ -201,14 +201,14 @@ def _reference_in(tensor: Tensor, there: Tensor, name: str) -> TensorReference |
         return None
     rows, columns = range_found
     is_whole = rows is None and columns is None
-    usual = there.shape if is_whole else wanted.shape
+    usual = stored.shape if is_whole else wanted.shape
     return TensorReference(
         name,
         PEFT_TENSORS,
         rows,
         columns,
         None if tensor.shape == usual else list(tensor.shape),
-        None if tensor.dtype == there.dtype else _dtype_name(tensor.dtype),
+        None if tensor.dtype == stored.dtype else _dtype_name(tensor.dtype),
     )
 
 
@@ -216,7 +216,7 @@ Range = tuple[tuple[int, int] | None, tuple[int, int, int] | None]
 
 
 def _range_of(wanted: Tensor, known: Tensor) -> Range | None:
-    """The range of rows, or of columns, in which `known` is `wanted`; None if there is none."""
+    """Returns the range of rows or columns in which `known` equals `wanted`; None if none does."""
     (rows, columns), (all_rows, all_columns) = wanted.shape, known.shape
     if wanted.shape == known.shape:
         return (None, None) if torch.equal(wanted, known) else None
@@ -243,14 +243,14 @@ def _columns(wanted: Tensor, known: Tensor) -> Range | None:
 
 
 def _equal_rows(matrix: Tensor, row: Tensor) -> list[int]:
-    """The first rows of `matrix` that equal `row`; there may be thousands that are zero."""
+    """Returns the first rows of `matrix` that equal `row`; there may be thousands that are zero."""
     start = (matrix[:, 0] == row[0]).nonzero()[:, 0]
     equal = start[(matrix[start] == row).all(1)]
     return equal[:MOST_TRIED].tolist()
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """The first dimension by all others."""
+    """Returns the first dimension by all others."""
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
 
 

@@ -1,11 +1,11 @@
-"""Checks what a file from outside holds against types, and says where it does not fit.
+"""Checks the content of a file from outside against types, and says where it does not fit.
 
-    fitted(dict[str, Finite], content)           # numbers by name
-    fitted(Row, content)     # a dataclass: these fields, no others, all that have no default
+    checked(dict[str, Finite], content)    # numbers by name
+    checked(Row, content)    # a dataclass: these fields, no others, all that have no default
 
-Known are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and
-`Annotated[kind, Check(…)]`. A bool is no number, an int is a float, and numbers are below 2**63.
-(The core needs nothing but torch and safetensors, so this is no library's.)
+The types are None, bool, int, float, str, Any, Literal, unions, list, tuple, dict, dataclasses, and
+`Annotated[kind, Check(…)]`. A bool is not a number, an int is a float, and integers are below 2⁶³.
+(No validation library is used, since the core needs only torch and safetensors.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Union
 
 LONGEST = 80
-"""Characters of a value that a message repeats."""
+"""The most characters of a value that a message repeats."""
 
 
 class SchemaError(ValueError):
@@ -28,7 +28,7 @@ class SchemaError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What must hold besides the type: in words, and as a test of a value of the type."""
+    """A condition besides the type: in words, and as a function of a value of the type."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -40,16 +40,16 @@ Positive = Annotated[float, Check("a finite number above 0", lambda value: 0 < v
 
 
 def checked(kind: Any, value: Any, at: str = "") -> Any:
-    """`value` as the type `kind`, with dataclasses made of dicts, and tuples of lists.
+    """Returns `value` as the type `kind`, with dataclasses built from dicts, tuples from lists.
 
     >>> checked(tuple[int, float], [1, 2.5])
     (1, 2.5)
     >>> checked(list[int], [1, "two"], "ids")
     Traceback (most recent call last):
         ...
-    lorakin.storage.schema.Misfit: ids[1] is 'two', expected a whole number
+    lorakin.storage.schema.SchemaError: ids[1] is 'two', expected a whole number
 
-    `at` is the value's place in the file, for messages.
+    `at` is the value's path in the file, for messages.
 
     Raises:
         SchemaError: it is of another type somewhere inside.
@@ -87,7 +87,7 @@ def checked(kind: Any, value: Any, at: str = "") -> Any:
 
 
 def first_problem(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first of some fields; None if all fit.
+    """Returns what is wrong with the first of some fields; None if all fit.
 
     `kinds`: field → the type that it must have if it is there and not null.
     """
@@ -116,9 +116,9 @@ def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
     for kind in kinds:
         try:
             return checked(kind, value, at)
-        except SchemaError as first_problem:
-            problems.append((str(first_problem), kind))
-    # Here the type fits, but not what is in it.
+        except SchemaError as error:
+            problems.append((str(error), kind))
+    # Of these the type fits, but not the content.
     inside = [text for text, _ in problems if at and text.startswith((f"{at}.", f"{at}["))]
     if inside:
         raise SchemaError(inside[0])
@@ -137,7 +137,7 @@ def _record(kind: Any, value: Any, at: str) -> Any:
 
 @functools.cache
 def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """The types of a dataclass's fields by name, and the names of those without a default."""
+    """Returns the types of a dataclass's fields, and the names of those without a default."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     missing = dataclasses.MISSING
@@ -150,7 +150,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def in_words(kind: Any) -> str:
-    """What a value must be, for a message.
+    """Returns what a value must be, for a message.
 
     >>> in_words(list[str] | None)
     'a list of text or null'
@@ -182,7 +182,7 @@ def in_words(kind: Any) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """The beginning of a value's repr, for a message."""
+    """Returns the beginning of a value's repr, for a message."""
     if isinstance(value, str | bytes):
         value = value[: LONGEST + 1]
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -1,4 +1,4 @@
-"""What an adapter's files say without its base model."""
+"""Summarises an adapter's files without its base model, for `lorakin inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakin.inject.description import member_in_words, settings_of
 from lorakin.storage import directory
 from lorakin.storage.json_files import read_json
 from lorakin.storage.peft import token_rows
-from lorakin.storage.peft.forms import TARGET_PARAMETERS
+from lorakin.storage.peft.formats import TARGET_PARAMETERS
 from lorakin.storage.peft.without_base import pairs_of
 from lorakin.storage.schema import Check, SchemaError, checked
 
@@ -27,23 +27,27 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """An adapter at a glance; `norms` has the Frobenius norm of up·down by module's path."""
+    """An adapter at a glance."""
 
     path: Path
     method: Method
     base: str | None
+    """The base model's name, if the config has it."""
     ranks: Mapping[str, int]
     norms: Mapping[str, float]
+    """Path of a module → Frobenius norm of up·down."""
     whole_modules: tuple[str, ...]
+    """Paths of the modules that are trained whole (PEFT's `modules_to_save`)."""
     parameters: int
     size: int
+    """Bytes of PEFT's files."""
     pairs: Mapping[str, Pair] = dataclasses.field(repr=False)
     tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Path → how many rows of tokens are trained there."""
+    """Path → how many token rows are trained there."""
     has_experts: bool = False
-    """Modules whose path ends in a number are matrices of a stack of experts."""
+    """Whether modules with a path that ends in a number are matrices of a stack of experts."""
     bias: str = "none"
-    """Which biases it holds, in PEFT's words."""
+    """Which biases it holds, by PEFT's `bias`."""
 
     @property
     def has_gain(self) -> bool:
@@ -57,10 +61,11 @@ class Summary:
 
     @property
     def norms_by_stack(self) -> dict[str, float]:
-        """`norms`, with that of a whole stack in place of its experts'."""
+        """`norms`, with the norm of a stack of experts in place of its experts' norms."""
         squares: dict[str, float] = {}
         for path, norm in self.norms.items():
-            squares[self._stack_of(path)] = squares.get(self._stack_of(path), 0.0) + norm**2
+            stack = self._stack_of(path)
+            squares[stack] = squares.get(stack, 0.0) + norm**2
         return {path: math.sqrt(square) for path, square in squares.items()}
 
     def _stack_of(self, path: str) -> str:
@@ -68,41 +73,39 @@ class Summary:
         return stack if self.has_experts and number.isdigit() else path
 
     def headline(self) -> dict[str, str]:
-        """The lines above the table."""
-        ranks = sorted(set(self.ranks.values()))
+        """Returns the lines above the table: label → text."""
+        members, pair = self.method.members, self.method.parametrisation
+        label = "member" if len(members) == 1 else "members"
+        lines = {label: "; ".join(map(member_in_words, members))}
+        if pair not in members:
+            lines["pair"] = member_in_words(pair)
+        lines["base"] = self.base or "not recorded"
+
         names = self.columns
-        lines: dict[str, str] = {
-            "member" if len(self.method.members) == 1 else "members": "; ".join(
-                map(member_in_words, self.method.members)
-            ),
-            **(
-                {}
-                if self.method.parametrisation in self.method.members
-                else {"pair": member_in_words(self.method.parametrisation)}
-            ),
-            "base": self.base or "not recorded",
-            "targets": f"{len(self.ranks)} modules{': ' * bool(names)}{', '.join(names[:10])}"
-            + (" …" if len(names) > 10 else ""),
-            **(
-                {"rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"}
-                if ranks
-                else {}
-            ),
-            "numbers": f"{self.parameters:,} in the file",
-            "size": f"{self.size / 2**20:.2f} MiB in {self.path}",
-        }
-        own = self.method.with_own_pair(list(self.ranks))
-        if len(own) < len(self.ranks):
-            lines["sharing"] = f"{len(own)} of {len(self.ranks)} modules have a pair of their own"
+        listed = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+        lines["targets"] = f"{len(self.ranks)} modules{': ' * bool(names)}{listed}"
+        if ranks := sorted(set(self.ranks.values())):
+            lines["rank"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines["parameters"] = f"{self.parameters:,} in the file"
+        lines["size"] = f"{self.size / 2**20:.2f} MiB in {self.path}"
+
+        private = self.method.with_own_pair(list(self.ranks))
+        if len(private) < len(self.ranks):
+            lines["sharing"] = (
+                f"{len(private)} of {len(self.ranks)} modules have a pair of their own"
+            )
         if self.tokens:
             lines["tokens"] = ", ".join(
-                f"{count} rows of {where}" for where, count in self.tokens.items()
+                f"{count} rows of {path}" for path, count in self.tokens.items()
             )
-        lines |= {"whole": ", ".join(self.whole_modules)} if self.whole_modules else {}
-        return lines | ({} if self.bias == "none" else {"biases": self.bias})
+        if self.whole_modules:
+            lines["whole"] = ", ".join(self.whole_modules)
+        if self.bias != "none":
+            lines["biases"] = self.bias
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Returns the summary as `lorakin inspect --json` prints it."""
         return {
             "path": str(self.path),
             "member": self.method.words,
@@ -122,7 +125,7 @@ class Summary:
 
 
 def summarise(path: Path) -> Summary:
-    """Read the adapter in the directory `path`.
+    """Reads the adapter in the directory `path`.
 
     Raises:
         AdapterError: it cannot be read, or is of a kind that this version does not know.
@@ -130,16 +133,17 @@ def summarise(path: Path) -> Summary:
     files = directory.read(path)
     placement, pairs = pairs_of(files.config, files.tensors, files.lorakin_part, str(path))
     files.check_lorakin_part()
-    known = {
-        where: getattr(method.parametrisation, "rank", 0)
-        for where, method in placement.methods.items()
+    # Where the pair cannot be formed without the base, the rank is the method's.
+    ranks = {
+        module: getattr(method.parametrisation, "rank", 0)
+        for module, method in placement.methods.items()
     }
     return Summary(
         path=path,
         method=placement.method,
         base=files.config.get("base_model_name_or_path"),
-        ranks=known | {where: pair.down.shape[0] for where, pair in pairs.items()},
-        norms={where: pair.norm() for where, pair in pairs.items()},
+        ranks=ranks | {module: pair.down.shape[0] for module, pair in pairs.items()},
+        norms={module: pair.norm() for module, pair in pairs.items()},
         whole_modules=tuple(files.config.get("modules_to_save") or ()),
         bias=files.config.get("bias") or "none",
         parameters=sum(tensor.numel() for tensor in files.tensors.values()),
@@ -151,7 +155,7 @@ def summarise(path: Path) -> Summary:
 
 
 def importance_in(folder: Path) -> dict[str, float]:
-    """Path → share of the importance that a probe wrote into an adapter's directory; {} without it.
+    """Returns each module's share of the importance by a probe, by path; {} without a probe.
 
     Raises:
         AdapterError: the file holds something else.
@@ -166,7 +170,7 @@ def importance_in(folder: Path) -> dict[str, float]:
 
 
 def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Values of modules, by path, as layer → module name → value, layers in their order."""
+    """Returns values of modules as layer → module name → value, with layers in their order."""
     table: dict[str, dict[str, T]] = {}
     for path, value in values.items():
         layer, name = layer_and_name(path)
@@ -180,7 +184,7 @@ def by_layer(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def layer_and_name(path: str) -> tuple[str, str]:
-    """A module's layer and its name inside the layer.
+    """Returns a module's layer and its name inside the layer.
 
     >>> layer_and_name("model.layers.3.self_attn.q_proj")
     ('3', 'self_attn.q_proj')

@@ -1,4 +1,4 @@
-"""Did training reach the adapter? Asked before it is saved, so that nobody keeps an empty file."""
+"""Checks before an adapter is saved that training reached all of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorakin.inject.trainable_tokens import base_rows
 
 
 def check_trained(adapter: InsertedAdapter) -> None:
-    """Checks that the adapter is what it says, and warn of every part that training never reached.
+    """Checks that the adapter was trained, and warns of every part that training never reached.
 
     Raises:
         StateError: a member that acts at optimizer steps never saw one.
@@ -26,8 +26,8 @@ def check_trained(adapter: InsertedAdapter) -> None:
     if acting and adapter.is_fresh and not adapter.run.steps:
         raise StateError(
             f"adapter {adapter.name!r} is not saved: {', '.join(acting)} acts at optimizer steps "
-            "and never saw one, so this is not what it says. Train with a torch optimizer that "
-            "holds the adapter's tensors, such as adapter.optimizer(…)"
+            "and never saw one. Train with a torch optimizer that holds the adapter's tensors, "
+            "such as adapter.optimizer(…)"
         )
     for check in CHECKS:
         for message in check(adapter):
@@ -35,7 +35,7 @@ def check_trained(adapter: InsertedAdapter) -> None:
 
 
 def untrained_members(adapter: InsertedAdapter) -> Iterator[str]:
-    """What the members say themselves, such as an allocator that was not through."""
+    """Yields the members' own reasons, such as a rank allocation that did not finish."""
     reasons = [
         reason for rule in adapter.run.rules or () if (reason := rule.unfinished(adapter.run.steps))
     ]
@@ -54,44 +54,46 @@ def unsaved_scale(adapter: InsertedAdapter) -> Iterator[str]:
 
 
 def moved_buffers(adapter: InsertedAdapter) -> Iterator[str]:
-    """PEFT's files have no place for buffers of the base that training moved."""
+    """Yields a warning of buffers that training changed; PEFT's files have no place for them."""
     if moved := sorted(adapter.tensors.moved_buffers()):
         yield (
-            f"training moved buffers of the base ({some(moved)}). They are saved beside adapter "
+            f"training changed buffers of the base ({some(moved)}). They are saved beside adapter "
             f"{adapter.name!r}, in a file that lorakin reads and PEFT does not. For PEFT, train "
             "the modules that own them whole, with modules_to_save"
         )
 
 
 def unmoved_whole_modules(adapter: InsertedAdapter) -> Iterator[str]:
-    """Modules that are trained whole are no longer the base's."""
-    still = [path for path in adapter.placement.whole_modules if _is_the_bases(adapter, path)]
-    if _was_trained_here(adapter) and still:
+    """Yields a warning of modules that are trained whole and still equal the base's."""
+    unmoved = [
+        path for path in adapter.placement.whole_modules if _equals_base_module(adapter, path)
+    ]
+    if _was_trained_here(adapter) and unmoved:
         yield (
-            f"adapter {adapter.name!r} trains {', '.join(still)} whole, but it is exactly the "
+            f"adapter {adapter.name!r} trains {', '.join(unmoved)} whole, but it is exactly the "
             "base's: training never reached it"
         )
 
 
 def unmoved_token_rows(adapter: InsertedAdapter) -> Iterator[str]:
-    """Token rows are no longer the base's."""
+    """Yields a warning of token rows that still equal the base's."""
     if not _was_trained_here(adapter):
         return
     for path, rows in base_rows(adapter.model, adapter.placement.tokens).items():
-        same = (adapter.tensors.rows_at(path).to(rows) == rows).all(1).tolist()
+        equal = (adapter.tensors.rows_at(path).to(rows) == rows).all(1).tolist()
         ids = adapter.placement.tokens[path].ids
-        if still := [str(n) for n, unmoved in zip(ids, same, strict=True) if unmoved]:
+        if unmoved := [str(n) for n, is_equal in zip(ids, equal, strict=True) if is_equal]:
             yield (
                 f"adapter {adapter.name!r} trains rows of {path} that are exactly the base's: "
-                f"training never met the tokens {some(still)}"
+                f"training never saw the tokens {some(unmoved)}"
             )
 
 
 def unmoved_biases(adapter: InsertedAdapter) -> Iterator[str]:
-    """At least one bias is no longer the base's."""
-    own = adapter.tensors.biases() if _was_trained_here(adapter) else {}
-    if own and all(_is_the_bases_bias(adapter, path, bias) for path, bias in own.items()):
-        named = some(f"the bias of {path}" for path in own)
+    """Yields a warning if all biases still equal the base's."""
+    biases = adapter.tensors.biases() if _was_trained_here(adapter) else {}
+    if biases and all(_equals_base_bias(adapter, path, b) for path, b in biases.items()):
+        named = some(f"the bias of {path}" for path in biases)
         yield (
             f"adapter {adapter.name!r} trains {named}, but each is exactly the base's: training "
             "never reached them"
@@ -99,19 +101,19 @@ def unmoved_biases(adapter: InsertedAdapter) -> Iterator[str]:
 
 
 def unmoved_modules(adapter: InsertedAdapter) -> Iterator[str]:
-    """Each module's tensors are no longer at their start."""
+    """Yields a warning of modules whose tensors are still at their start."""
     rules = adapter.run.rules or ()
-    reached = [
-        p
-        for p in adapter.run.adapted_modules()
-        if not any(rule.took_all_ranks(p) for rule in rules)
+    unmoved = [
+        module.path
+        for module in adapter.run.adapted_modules()
+        if not any(rule.took_all_ranks(module) for rule in rules)
+        and _changes_nothing(adapter, module.path)
     ]
-    still = [place.path for place in reached if _changes_nothing(adapter, place.path)]
-    if still:
+    if unmoved:
         count = len(adapter.placement.methods)
-        share = "every module" if len(still) == count else f"{len(still)} of {count} modules"
+        share = "every module" if len(unmoved) == count else f"{len(unmoved)} of {count} modules"
         yield (
-            f"adapter {adapter.name!r} changes nothing in {share} ({still[0]}, …): the change is "
+            f"adapter {adapter.name!r} changes nothing in {share} ({unmoved[0]}, …): the change is "
             "exactly zero there, so training never reached it"
         )
 
@@ -125,34 +127,35 @@ CHECKS: tuple[Callable[[InsertedAdapter], Iterator[str]], ...] = (
     unmoved_biases,
     unmoved_modules,
 )
-"""Each yields what to warn of."""
+"""Each yields the texts of its warnings."""
 
 
 def _was_trained_here(adapter: InsertedAdapter) -> bool:
-    """Whether the adapter was made and trained in this process, so that its start is known."""
+    """Returns whether the adapter was made and trained in this process; then its start is known."""
     return adapter.is_fresh and bool(adapter.run.steps)
 
 
-def _is_the_bases(adapter: InsertedAdapter, path: str) -> bool:
+def _equals_base_module(adapter: InsertedAdapter, path: str) -> bool:
     base = module_at(adapter.model, path).state_dict()
-    own = adapter.tensors.copy_of(path).state_dict()
-    return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in own.items())
+    trained = adapter.tensors.copy_of(path).state_dict()
+    return all(torch.equal(tensor, base[key].to(tensor)) for key, tensor in trained.items())
 
 
-def _is_the_bases_bias(adapter: InsertedAdapter, path: str, bias: Tensor) -> bool:
+def _equals_base_bias(adapter: InsertedAdapter, path: str, bias: Tensor) -> bool:
     base = base_bias(module_at(adapter.model, path))
     if base is None or base.is_meta or is_sharded(base):
-        return False  # the base's is elsewhere, so that nothing can be said
+        return False  # its values are not in this process, so they cannot be compared
     return torch.equal(bias, base.to(bias))
 
 
 def _changes_nothing(adapter: InsertedAdapter, path: str) -> bool:
     branch = adapter.tensors.branch(path)
     if not any(slot.trained for slot in branch.slots().values()):
-        return False  # it is not meant to move
+        return False  # nothing is meant to train
     bias = adapter.tensors.biases().get(path)
-    if bias is not None and not _is_the_bases_bias(adapter, path, bias):
+    if bias is not None and not _equals_base_bias(adapter, path, bias):
         return False
-    there = branch.tensors().values()
-    has_numbers = not any(t.is_meta for t in there) and all(t.numel() for t in there if t.dim() > 1)
-    return has_numbers and branch.is_at_start
+    tensors = branch.tensors().values()
+    has_values = not any(t.is_meta for t in tensors)
+    has_rank = all(t.numel() for t in tensors if t.dim() > 1)
+    return has_values and has_rank and branch.is_at_start

@@ -65,7 +65,7 @@ def use_template(
 
 
 def _are_instructions(rows: DataRows) -> bool:
-    """Whether rows hold conversations, each of one instruction and its answer."""
+    """Returns whether rows hold conversations, each of one instruction and its answer."""
     spoken = [r.content for r in rows.records if isinstance(r.content, Conversation)]
     return bool(spoken) and all(content.is_instruction for content in spoken)
 

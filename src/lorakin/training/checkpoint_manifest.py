@@ -189,7 +189,7 @@ def manifest_in(folder: Path) -> dict[str, Any] | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was saved to its end, as its manifest says."""
+    """Returns whether a checkpoint was saved to its end, as its manifest says."""
     try:
         said = manifest_in(folder)
     except AdapterError:

@@ -146,10 +146,10 @@ def _empty(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a directory has a manifest, sound or not."""
+    """Returns whether a directory has a manifest, sound or not."""
     return not folder.is_symlink() and (folder / MANIFEST).is_file()
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether it holds nothing but hidden files, such as a manifest that was being written."""
+    """Returns whether it holds nothing but hidden files, such as a manifest that was being written."""
     return all(path.name.startswith(".") for path in folder.iterdir())

@@ -86,7 +86,7 @@ class Encoder:
         return self.answers.encode(content, self.loss_on)
 
     def _takes_template(self, prompt: str) -> bool:
-        """Whether a prompt goes into the template; one that the template wrote does not."""
+        """Returns whether a prompt goes into the template; one that the template wrote does not."""
         if self.template is None or not prompt:
             return False
         opening = self.template.opening.strip()

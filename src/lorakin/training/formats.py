@@ -99,7 +99,7 @@ def _asked(prompt: str, answer: str) -> Callable[[Values], Conversation | PlainT
 
 
 def _called(row: Values) -> Conversation:
-    """A question and the calls that answer it."""
+    """Returns a question and the calls that answer it."""
     calls = {"role": "assistant", "content": None, "tool_calls": listed(row["answers"], "answers")}
     return conversation([{"role": "user", "content": row["query"]}, calls], row)
 
@@ -239,7 +239,7 @@ def read(layout: Format, row: Values, mapped: bool) -> Content:
 
 
 def is_left_out(row: Values) -> bool:
-    """Whether the row itself says that it is not to be learned.
+    """Returns whether the row itself says that it is not to be learned.
 
     >>> is_left_out({"prompt": "a", "completion": "b", "weight": 0})
     True

@@ -95,7 +95,7 @@ def _entry(path: Path, digest: str) -> Path:
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether a directory is a conversion with all of its files as they were written."""
+    """Returns whether a directory is a conversion with all of its files as they were written."""
     try:
         said = json.loads((entry / RECORD).read_text(encoding="utf-8"))["files"]
         return bool(said) and all(
@@ -106,7 +106,7 @@ def is_whole(entry: Path) -> bool:
 
 
 def _is_as_written(file: Path, size: int, changed: int, digest: str) -> bool:
-    """Whether a file has this content.
+    """Returns whether a file has this content.
 
     It is read only if it was touched since: the system tells when, and nobody else can set that.
     """
@@ -203,7 +203,7 @@ def _lives(process: int) -> bool:
 
 @contextlib.contextmanager
 def _alone(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock, which the system takes back from a process that is killed.
+    """Holds the cache's lock, which the system takes back from a process that is killed.
 
     Raises:
         OSError: the cache cannot be written.
@@ -215,7 +215,7 @@ def _alone(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _apart(path: Path) -> Iterator[Path]:
-    """A directory that holds only the file, so that no config or code next to it is read."""
+    """Returns a directory that holds only the file, so that no config or code next to it is read."""
     with tempfile.TemporaryDirectory(prefix=f"{BESIDE}{os.getpid()}-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
@@ -253,7 +253,7 @@ def _read(path: Path) -> tuple[Any, Any]:
 
 
 def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> None:
-    """Warn of numbers in the file that the model does not use: its loader passes over what it does
+    """Warns of numbers in the file that the model does not use: its loader passes over what it does
     not know.
     """
     held = sum(header.count(name) for name in header.tensors if not name.startswith(MADE))
@@ -269,7 +269,7 @@ def _say_what_is_left(path: Path, header: gguf_header.Header, model: Any) -> Non
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Cut numbers into digits, as the file says and transformers forgets."""
+    """Cuts numbers into digits, as the file says and transformers forgets."""
     cuts = [
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),

@@ -81,7 +81,7 @@ def snapshot(name: str) -> Path:
 
 
 def hub_has_file(name: str, file: str) -> bool:
-    """Whether a hub id has this file, as far as can be known now; the file is fetched."""
+    """Returns whether a hub id has this file, as far as can be known now; the file is fetched."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     return (
         cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})

@@ -109,7 +109,7 @@ def flag(
 
 
 def _says_no_system(turn: Mapping[str, Any]) -> bool:
-    """Whether a message is an empty one from the system."""
+    """Returns whether a message is an empty one from the system."""
     return either(turn, "role", "from") == "system" and not either(turn, "content", "value")
 
 

@@ -26,7 +26,7 @@ def joined() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and talks to the user."""
+    """Returns whether this process writes files and talks to the user."""
     return count() == 1 or bool(joined().is_main_process)
 
 
@@ -47,7 +47,7 @@ def agreed(value: T) -> T:
 
 
 def everywhere(holds: bool) -> bool:
-    """Whether something holds in every process."""
+    """Returns whether something holds in every process."""
     if count() == 1:
         return holds
     there = torch.tensor(int(holds), device=joined().device)

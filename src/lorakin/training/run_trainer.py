@@ -38,7 +38,7 @@ class AdapterTrainer(AdapterTraining, transformers.Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The Trainer's step.
+        """Returns the Trainer's step.
 
         Raises:
             DivergedError: the loss is not finite in some process, or the float16 scaler gave up.

@@ -98,7 +98,7 @@ def _aligned(
 def _ends_alone(
     template: Template, whole: str, ids: list[int], offsets: Sequence[Span], count: int, start: int
 ) -> bool:
-    """Whether the first `count` tokens are those of `whole[:start]` by itself.
+    """Returns whether the first `count` tokens are those of `whole[:start]` by itself.
 
     Only what follows the last special token is cut again: at such a token every text is cut.
     """

@@ -176,5 +176,5 @@ def test_tensors_of_training_go() -> None:
         "a.lora_monteclora_sampler.std_prior",
         "a.lora_velora_embedding",
     )
-    left = starts.without_training(dict.fromkeys(names, torch.ones(1)))
+    left = starts.without_training_tensors(dict.fromkeys(names, torch.ones(1)))
     assert list(left) == ["a.lora_A.weight", "a.lora_velora_embedding"]

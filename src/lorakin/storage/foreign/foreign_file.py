@@ -1,4 +1,4 @@
-"""What every foreign format needs: the file's tensors, matched with modules of the model."""
+"""A file of another library: its tensors, matched with modules of the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, some
 from lorakin.family import Shape, all_finite
 from lorakin.inject import layer_kinds
+from lorakin.storage.peft.formats import DOWN, MAGNITUDE, UP
 from lorakin.storage.schema import Finite, SchemaError, checked
 
 CONFIG = "adapter_config.json"
@@ -20,8 +21,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Foreign:
-    """What another library's file says about a model."""
+class ForeignAdapter:
+    """An adapter of another library's file, with the model's paths."""
 
     format: str
     """The library."""
@@ -41,18 +42,18 @@ class ForeignFile:
     """The file, for messages."""
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
-    """The config beside it; empty if there is none."""
+    """The content of the config in the same directory; {} without one."""
     model: nn.Module
     modules: Mapping[str, nn.Module]
     alpha: float | None
-    """The user's alpha."""
+    """The alpha that the user gave."""
 
     def error(self, message: str) -> AdapterError:
-        """An error about the file."""
+        """Returns an error about the file."""
         return AdapterError(f"{self.where}: {message}")
 
     def split(self, endings: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-        """The tensors by path and slot.
+        """Returns the tensors by path and slot; raises `AdapterError` for unknown or missing ones.
 
         `endings`: ending of a key → slot; the first two are those of A and B.
         """
@@ -66,21 +67,20 @@ class ForeignFile:
                 slots.setdefault(key.removesuffix(f".{ending}"), {})[endings[ending]] = tensor
         if rest:
             raise self.error(
-                f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another "
-                "kind"
+                f"unknown tensors: {some(rest)}; the file is damaged or of another kind"
             )
-        for path, own in slots.items():
-            if absent := [ending for ending in list(endings)[:2] if endings[ending] not in own]:
+        for path, of_module in slots.items():
+            if absent := [end for end in list(endings)[:2] if endings[end] not in of_module]:
                 raise self.error(
                     f"{path} lacks {', '.join(absent)}; the file is damaged or incomplete"
                 )
-            if flat := [slot for slot in ("A", "B") if own[slot].ndim < 2]:
-                shape = tuple(own[flat[0]].shape)
+            if flat := [slot for slot in (DOWN, UP) if of_module[slot].ndim < 2]:
+                shape = tuple(of_module[flat[0]].shape)
                 raise self.error(f"{flat[0]} of {path} has shape {shape}, expected a matrix")
         return slots
 
     def module(self, path: str) -> tuple[nn.Module, Shape]:
-        """The module at `path`, and the shape of its weight as a matrix."""
+        """Returns the module at `path`, and the shape of its weight as a matrix."""
         if path not in self.modules:
             raise self.error(
                 f"it is for another base model: it adapts {path}, which this "
@@ -94,7 +94,7 @@ class ForeignFile:
         return module, kind.shape(module)
 
     def checked(self, path: str, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The slots, if they are a change of the weight at `path`: finite, dense, of its shape."""
+        """Returns the slots if they are finite, dense and fit the weight at `path`."""
         _, shape = self.module(path)
         for slot, tensor in slots.items():
             if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
@@ -111,47 +111,47 @@ class ForeignFile:
                 f"{type(self.model).__name__} is {shape.outputs} × {shape.inputs}; the file is for "
                 "another base model, or damaged"
             )
-        return {slot: slots[slot].contiguous() for slot in ("A", "B", "m") if slot in slots}
+        return {slot: slots[slot].contiguous() for slot in (DOWN, UP, MAGNITUDE) if slot in slots}
 
-    def scale(self, path: str, rank: int, said: Iterable[float]) -> float:
-        """The scale s of the module at `path`.
+    def scale(self, path: str, rank: int, in_file: Iterable[float]) -> float:
+        """Returns the scale s of the module at `path`.
 
-        `said` are the scales that the file may mean; the user's alpha decides between them, or
-        stands in if there is none.
+        `in_file` are the scales that the file may mean. The user's alpha decides between them, and
+        is used if there are none.
         """
-        known = sorted(set(said))
+        possible = sorted(set(in_file))
         if self.alpha is None:
-            if len(known) == 1:
-                return known[0]
-            if not known:
+            if len(possible) == 1:
+                return possible[0]
+            if not possible:
                 raise self.error(
-                    "nothing here says alpha; give alpha=… as it was in training. The rank of "
+                    "the files do not say alpha; give alpha=… as it was in training. The rank of "
                     f"{path} is {rank}, and the change is alpha / rank · B·A"
                 )
-            either = " or ".join(f"alpha={s * rank:g}, a scale of {s:g}" for s in known)
-            raise self.error(f"what it says can mean two scales; give {either}")
+            either = " or ".join(f"alpha={s * rank:g}, a scale of {s:g}" for s in possible)
+            raise self.error(f"its scale can be understood in two ways; give {either}")
         given = self.alpha / rank
-        if known and not any(math.isclose(given, s, rel_tol=1e-6) for s in known):
-            said_alpha = " or ".join(f"{s * rank:g}" for s in known)
+        if possible and not any(math.isclose(given, s, rel_tol=1e-6) for s in possible):
+            alphas = " or ".join(f"{s * rank:g}" for s in possible)
             raise self.error(
                 f"alpha={self.alpha:g} was given, but for {path} of rank {rank} the file says "
-                f"{said_alpha}; leave alpha out"
+                f"{alphas}; leave alpha out"
             )
         return given
 
     def number(self, holder: Mapping[str, Any], name: str) -> float:
-        """A number of the config."""
-        return self.said(Finite, holder, name)  # type: ignore[no-any-return]
+        """Returns a number of the config."""
+        return self.field(Finite, holder, name)  # type: ignore[no-any-return]
 
-    def said(self, kind: Any, holder: Mapping[str, Any], name: str) -> Any:
-        """A field of the config, of this type (see `schema.fitted`)."""
+    def field(self, kind: Any, holder: Mapping[str, Any], name: str) -> Any:
+        """Returns a field of the config as the type `kind` (see `schema.checked`)."""
         try:
             return checked(kind, holder[name], name)
         except SchemaError as error:
             raise self.error(f"in its {CONFIG}, {error}") from None
 
     def tied(self, path: str) -> list[str]:
-        """The other modules with the weight of the module at `path`."""
+        """Returns the other modules with the weight of the module at `path`."""
         weight = self.modules[path].weight
         return [
             other
@@ -161,8 +161,8 @@ class ForeignFile:
 
 
 def _fits(slots: Mapping[str, Tensor], shape: Shape) -> bool:
-    """Whether the slots are a pair, and perhaps a magnitude, of this shape."""
-    A, B, m = slots["A"], slots["B"], slots.get("m")
+    """Returns whether the slots are a pair, and perhaps a magnitude, of this shape."""
+    A, B, m = slots[DOWN], slots[UP], slots.get(MAGNITUDE)
     if not A.ndim == B.ndim == 2 or not B.shape[1] == len(A) > 0:
         return False
     return (len(B), A.shape[1]) == shape[:2] and (m is None or tuple(m.shape) == shape[:1])

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lorakin.errors import AdapterError, some
 from lorakin.inject import layer_kinds
-from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
+from lorakin.storage.foreign.foreign_file import ForeignAdapter, ForeignFile
+from lorakin.storage.peft.formats import DOWN, MAGNITUDE, UP
 
 KEY = re.compile(
     r"(?P<model>lora_(?:unet|te\d?|transformer|prior_unet)|lycoris)_(?P<path>[^.]+)\.(?P<rest>.+)"
@@ -36,8 +37,8 @@ ANOTHER_METHOD = {
 """Beginning of a tensor's name → the method that has it."""
 
 
-def read(source: ForeignFile) -> Foreign:
-    """The adapter in a file of kohya's; of one for several models, the part that fits this one."""
+def read(source: ForeignFile) -> ForeignAdapter:
+    """Returns the adapter in a file of kohya's; if it is for several models, the part for this."""
     by_model: dict[str, dict[str, Tensor]] = {}
     rest = []
     for key, tensor in source.tensors.items():
@@ -50,21 +51,21 @@ def read(source: ForeignFile) -> Foreign:
             f"tensors that belong to nothing: {some(rest)}; the file is damaged or of another kind"
         )
     paths = _flat_paths(source)
-    found: dict[str, Foreign] = {}
+    adapter: dict[str, ForeignAdapter] = {}
     errors: dict[str, AdapterError] = {}
     for model, tensors in by_model.items():
         try:
-            found[model] = _part(dataclasses.replace(source, tensors=tensors), paths)
+            adapter[model] = _part(dataclasses.replace(source, tensors=tensors), paths)
         except AdapterError as error:
             errors[model] = error
-    if len(found) > 1:
+    if len(adapter) > 1:
         raise source.error(
-            f"its parts {' and '.join(found)} both fit this model; keep one of them in the file"
+            f"its parts {' and '.join(adapter)} both fit this model; keep one of them in the file"
         )
-    if not found:
+    if not adapter:
         known = {m: sum(k.partition(".")[0] in paths for k in own) for m, own in by_model.items()}
         raise errors[max(errors, key=lambda model: known[model])]
-    ((_, fitting),) = found.items()
+    ((_, fitting),) = adapter.items()
     for other, reason in errors.items():
         fitting.notes.append(
             f"the {len(by_model[other])} tensors of {other} were left out, as another model's: "
@@ -74,9 +75,9 @@ def read(source: ForeignFile) -> Foreign:
 
 
 def _flat_paths(source: ForeignFile) -> dict[str, list[str]]:
-    """Name with underscores for dots → the paths of the modules that it can mean."""
+    """Returns name with underscores for dots → the paths of the modules that it can mean."""
     paths: dict[str, list[str]] = {}
-    # In transformers 5 a CLIPTextModel has no text_model any more; the files still do.
+    # In transformers 5 a CLIPTextModel has no text_model any more; files still have it.
     is_clip = "text_model" not in source.modules
     for path, module in source.modules.items():
         if layer_kinds.kind_of(module) is not None:
@@ -86,31 +87,38 @@ def _flat_paths(source: ForeignFile) -> dict[str, list[str]]:
     return paths
 
 
-def _part(source: ForeignFile, paths: Mapping[str, list[str]]) -> Foreign:
-    """The part of a file that belongs to one model."""
+def _part(source: ForeignFile, paths: Mapping[str, list[str]]) -> ForeignAdapter:
+    """Returns the part of a file that belongs to one model."""
     for key in source.tensors:
         name = key.partition(".")[2]
         other = next(
             (what for start, what in ANOTHER_METHOD.items() if name.startswith(start)), None
         )
         if other:
-            raise source.error(f"{key} belongs to {other}, which is no low-rank pair and not read")
-    found = Foreign("kohya/LyCORIS", {}, {}, [])
-    endings = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "m"}
+            raise source.error(f"{key} belongs to {other}, which is not a low-rank pair")
+    adapter = ForeignAdapter("kohya/LyCORIS", {}, {}, [])
+    endings = {
+        "lora_down.weight": DOWN,
+        "lora_up.weight": UP,
+        "alpha": "alpha",
+        "dora_scale": MAGNITUDE,
+    }
     for name, slots in source.split(endings).items():
         path = _path(source, name, paths)
-        rank, alpha = len(slots["A"]), slots.pop("alpha", torch.zeros(()))
+        rank, alpha = len(slots[DOWN]), slots.pop("alpha", torch.zeros(()))
         if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha):
             raise source.error(f"{name}.alpha is {alpha.tolist()}, expected one number")
         _check_shapes(source, name, path, slots)
-        flat = {slot: t.flatten() if slot == "m" else t.flatten(1) for slot, t in slots.items()}
-        found.slots[path] = source.checked(path, flat)
-        found.scales[path] = source.scale(path, rank, [float(alpha) / rank or 1.0])
-    return found
+        flat = {
+            slot: t.flatten() if slot == MAGNITUDE else t.flatten(1) for slot, t in slots.items()
+        }
+        adapter.slots[path] = source.checked(path, flat)
+        adapter.scales[path] = source.scale(path, rank, [float(alpha) / rank or 1.0])
+    return adapter
 
 
 def _path(source: ForeignFile, name: str, paths: Mapping[str, list[str]]) -> str:
-    """The path of the one module that a flat name means."""
+    """Returns the path of the one module that a flat name means."""
     kind = type(source.model).__name__
     if name not in paths:
         raise source.error(
@@ -128,12 +136,15 @@ def _check_shapes(source: ForeignFile, name: str, path: str, slots: Mapping[str,
     module, shape = source.module(path)
     if shape.lookup:
         raise source.error(f"it adapts {path}, an embedding, for which kohya's format has no form")
-    if "m" in slots and slots["m"].shape != (shape.outputs, *(1 for _ in slots["m"].shape[1:])):
+    if MAGNITUDE in slots and slots[MAGNITUDE].shape != (
+        shape.outputs,
+        *(1 for _ in slots[MAGNITUDE].shape[1:]),
+    ):
         raise source.error(
-            f"{name}.dora_scale has shape {tuple(slots['m'].shape)}: magnitudes along the inputs "
-            f"are another method's, expected one for each of the {shape.outputs} outputs"
+            f"{name}.dora_scale has shape {tuple(slots[MAGNITUDE].shape)}: magnitudes along the "
+            f"inputs are another method's, expected one for each of the {shape.outputs} outputs"
         )
-    kernel, own = slots["A"].shape[2:], tuple(getattr(module, "kernel_size", ()))
+    kernel, own = slots[DOWN].shape[2:], tuple(getattr(module, "kernel_size", ()))
     if kernel != own and not math.prod(kernel) == math.prod(own) == 1:
         raise source.error(
             f"{name}.lora_down.weight has a kernel of {tuple(kernel)}, but that of {path} is {own}"

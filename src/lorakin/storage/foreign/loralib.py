@@ -16,28 +16,29 @@ from torch import Tensor, nn
 
 from lorakin.errors import some
 from lorakin.family import Shape
-from lorakin.storage.foreign.foreign_file import Foreign, ForeignFile
+from lorakin.storage.foreign.foreign_file import ForeignAdapter, ForeignFile
+from lorakin.storage.peft.formats import DOWN, UP
 
 KEY = r".*\.lora_[AB]"
 
 
-def read(source: ForeignFile) -> Foreign:
-    """The adapter in a file of loralib's."""
+def read(source: ForeignFile) -> ForeignAdapter:
+    """Returns the adapter in a file of loralib's."""
     if biases := [key for key in source.tensors if key.rpartition(".")[2] == "bias"]:
         raise source.error(
             f"it trains biases ({some(biases)}), which this version does not read from loralib"
         )
-    found = Foreign("loralib", {}, {}, [])
-    for path, slots in source.split({"lora_A": "A", "lora_B": "B"}).items():
+    adapter = ForeignAdapter("loralib", {}, {}, [])
+    for path, slots in source.split({"lora_A": DOWN, "lora_B": UP}).items():
         module, shape = source.module(path)
-        A, B, rank = _pair(source, path, module, shape, slots["A"], slots["B"], found.notes)
+        A, B, rank = _pair(source, path, module, shape, slots[DOWN], slots[UP], adapter.notes)
         if shape.lookup and source.tied(path):
-            found.notes.append(
+            adapter.notes.append(
                 f"{path}: the head that is tied to it stays the base's, as in loralib's training"
             )
-        found.slots[path] = source.checked(path, {"A": A, "B": B})
-        found.scales[path] = source.scale(path, rank, ())
-    return found
+        adapter.slots[path] = source.checked(path, {DOWN: A, UP: B})
+        adapter.scales[path] = source.scale(path, rank, ())
+    return adapter
 
 
 def _pair(
@@ -49,7 +50,7 @@ def _pair(
     B: Tensor,
     notes: list[str],
 ) -> tuple[Tensor, Tensor, int]:
-    """A and B as one pair, and the rank that alpha is divided by."""
+    """Returns a and B as one pair, and the rank that alpha is divided by."""
     if kernel := _square_kernel(module, A, B):
         rank = len(A) // kernel
         notes.append(
@@ -72,17 +73,17 @@ def _pair(
 
 
 def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Matrices down a diagonal, zeros elsewhere."""
+    """Returns the block diagonal matrix of these blocks."""
     whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return whole
 
 
 def _square_kernel(module: nn.Module, A: Tensor, B: Tensor) -> int | None:
-    """k if A (r·k, in·k) and B (out·k, r·k) are loralib's for this convolution of kernel k × k > 1.
+    """Returns k if A (r·k, in·k), B (out·k, r·k) are loralib's for a convolution of kernel k × k.
 
     B·A is (out·k, in·k) and is read as (out, in, k, k). lorakin's matrix is (out, in·k·k): its row
-    o is the rows o·k … o·k + k − 1 one after the other. So B has those rows side by side, and A
-    stands k times down a diagonal.
+    o is the rows o·k … o·k + k − 1 one after the other. So B has those rows side by side, and A is
+    repeated k times down a block diagonal. None for other layers, and for k = 1.
     """
     if not isinstance(module, nn.Conv2d):
         return None

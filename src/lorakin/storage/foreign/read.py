@@ -15,7 +15,7 @@ from lorakin.errors import AdapterError, SettingError, some
 from lorakin.inject.targets import named_modules
 from lorakin.storage import files
 from lorakin.storage.foreign import kohya, loralib, mlx, torchtune
-from lorakin.storage.foreign.foreign_file import CONFIG, Foreign, ForeignFile
+from lorakin.storage.foreign.foreign_file import CONFIG, ForeignAdapter, ForeignFile
 from lorakin.storage.json_files import read_json
 from lorakin.storage.pickles import tensors_of
 
@@ -26,7 +26,7 @@ USUAL_NAMES = (
     "adapter_model.bin",
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-FORMATS: tuple[tuple[str, Callable[[ForeignFile], Foreign]], ...] = (
+FORMATS: tuple[tuple[str, Callable[[ForeignFile], ForeignAdapter]], ...] = (
     (torchtune.KEY, torchtune.read),
     (mlx.KEY, mlx.read),
     (loralib.KEY, loralib.read),
@@ -35,20 +35,20 @@ FORMATS: tuple[tuple[str, Callable[[ForeignFile], Foreign]], ...] = (
 """Pattern of a key that only this format has → its reader, in the order in which they are tried."""
 
 
-def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) -> Foreign:
-    """Read the adapter in the file or directory `path` and match it with `model`.
+def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) -> ForeignAdapter:
+    """Reads the adapter in the file or directory `path` and match it with `model`.
 
     Args:
         path: the file of tensors, or the directory that holds it.
         model: the base, which is left as it is.
-        alpha: what the file does not say, for s = alpha / r. If the file says its scale, the two
+        alpha: for files that do not say it: s = alpha / r. If the file says its scale, the two
             must agree.
 
     Raises:
-        AdapterError: the file cannot be read, is damaged, of no known format or of a kind that is
-            no low-rank pair, or belongs to another base; it does not say its scale, and there is
-            no `alpha`.
-        SettingError: `alpha` is no positive number.
+        AdapterError: the file cannot be read, is damaged, has an unknown format, does not hold
+            low-rank pairs, or belongs to another base; it does not say its scale, and there is no
+            `alpha`.
+        SettingError: `alpha` is not a positive number.
     """
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if alpha is not None and not (is_number and 0 < alpha < math.inf):
@@ -59,8 +59,8 @@ def read_foreign(path: Path, model: nn.Module, *, alpha: float | None = None) ->
     return _reader(source)(source)
 
 
-def _reader(source: ForeignFile) -> Callable[[ForeignFile], Foreign]:
-    """The reader for the format of the file's keys."""
+def _reader(source: ForeignFile) -> Callable[[ForeignFile], ForeignAdapter]:
+    """Returns the reader for the format of the file's keys."""
     keys = list(source.tensors)
     if any(key.startswith("base_model.model.") for key in keys):
         raise source.error(
@@ -80,17 +80,17 @@ def _reader(source: ForeignFile) -> Callable[[ForeignFile], Foreign]:
 
 
 def _file_at(path: Path) -> Path:
-    """The file of tensors that `path` is, or that the directory holds."""
+    """Returns the file of tensors that `path` is, or that the directory holds."""
     if not path.exists():
         raise AdapterError(f"there is no file or directory {path}")
     if not path.is_dir():
         return path
-    there = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
-    usual = [path / name for name in USUAL_NAMES if path / name in there]
-    if not usual and len(there) != 1:
-        names = some(file.name for file in there) or "no file of tensors"
+    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
+    usual = [path / name for name in USUAL_NAMES if path / name in found]
+    if not usual and len(found) != 1:
+        names = some(file.name for file in found) or "no file of tensors"
         raise AdapterError(f"{path} holds {names}; name the adapter's file")
-    return (usual or there)[0]
+    return (usual or found)[0]
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Do PEFT's files and lorakin's own part say the same function? Where both hold the tensors."""
+"""Checks that PEFT's files and lorakin's part hold the same change, if both hold tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakin.family.low_rank import padded
 from lorakin.inject import layer_kinds
 from lorakin.inject.patterns import PatternValues
 from lorakin.storage.document import Document, Slots
-from lorakin.storage.peft.forms import LORA
+from lorakin.storage.peft.formats import DOWN, LORA, UP
 
 
 def check_agreement(
@@ -22,21 +22,21 @@ def check_agreement(
     modules: Mapping[str, nn.Module],
     targets: Mapping[str, UnadaptedModule],
     config: Mapping[str, Any],
-    theirs: Mapping[str, Slots],
+    in_peft: Mapping[str, Slots],
     where: str,
 ) -> None:
-    """Checks that the pairs of lorakin's own tensors are those that PEFT's files hold.
+    """Checks that the pairs of lorakin's tensors are those that PEFT's files hold.
 
     Args:
-        document: with lorakin's own tensors.
+        document: the document with the tensors of lorakin's part.
         modules: the model's modules by path.
         targets: path → shape and weight of the adapted modules.
         config: PEFT's config.
-        theirs: path → slot → tensor in PEFT's file.
+        in_peft: path → slot → tensor in PEFT's file.
         where: the file, for messages.
 
     Raises:
-        AdapterError: a pair is another one.
+        AdapterError: a pair is a different one.
     """
     ranks, alphas = (
         PatternValues(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")
@@ -48,36 +48,36 @@ def check_agreement(
         try:
             pair = method.low_rank(widened(slots), targets[path].shape)
         except (RuntimeError, IndexError, KeyError, TypeError):
-            continue  # which `match` refuses, and says why
-        own = theirs.get(path, {})
-        if not own and not pair.down.shape[0]:
+            continue  # `match` refuses it and says why
+        peft = in_peft.get(path, {})
+        if not peft and not pair.down.shape[0]:
             continue
         rank = ranks.of(path, usual_rank) or 1
         alpha = alphas.of(path, usual_alpha) or 0
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        is_plain = {"A", "B"} <= own.keys() and abs(scale - 1) < 1e-6
-        is_plain = is_plain and own["B"].flatten(1).shape[1] == rank
-        if not is_plain or not _are_same(pair, own, modules[path]):
+        is_plain = {DOWN, UP} <= peft.keys() and abs(scale - 1) < 1e-6
+        is_plain = is_plain and peft[UP].flatten(1).shape[1] == rank
+        if not is_plain or not _is_pair(pair, peft, modules[path]):
             raise AdapterError(
-                f"{where}: for {path} adapter_config.json and adapter_model.safetensors say "
+                f"{where}: for {path} adapter_config.json and adapter_model.safetensors hold "
                 "another change than lorakin.json; one of them was edited. Without lorakin.json "
-                "the adapter is what PEFT's files say"
+                "the adapter is read from PEFT's files alone"
             )
 
 
-def _are_same(pair: Pair, theirs: Slots, module: nn.Module) -> bool:
-    """Whether A and B in PEFT's file, of scale 1, are this pair."""
+def _is_pair(pair: Pair, peft: Slots, module: nn.Module) -> bool:
+    """Returns whether A and B in PEFT's file, of scale 1, are this pair."""
     if layer_kinds.is_grouped(module):
-        A, B = (theirs[slot].flatten(1).to(pair.up) for slot in ("A", "B"))
-        return _close(pair.up @ pair.down, B @ A)
+        A, B = (peft[slot].flatten(1).to(pair.up) for slot in (DOWN, UP))
+        return _is_close(pair.up @ pair.down, B @ A)
     # Experts of one stack, and the parts of an attention, all have the highest rank in the file.
-    pair = padded(pair, max(len(theirs["A"]), pair.down.shape[0]))
+    pair = padded(pair, max(len(peft[DOWN]), pair.down.shape[0]))
     if not pair.down.shape[0]:
         return True
-    return _close(pair.up, theirs["B"].flatten(1)) and _close(pair.down, theirs["A"].flatten(1))
+    return _is_close(pair.up, peft[UP].flatten(1)) and _is_close(pair.down, peft[DOWN].flatten(1))
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.shape != theirs.shape:
+def _is_close(ours: Tensor, peft: Tensor) -> bool:
+    if ours.shape != peft.shape:
         return False
-    return torch.allclose(ours, theirs.to(ours), rtol=1e-3, atol=1e-6)
+    return torch.allclose(ours, peft.to(ours), rtol=1e-3, atol=1e-6)

@@ -1,14 +1,15 @@
-"""PEFT's form for grouped convolutions, both ways.
+"""Grouped convolutions in PEFT's files: reading and writing.
 
-lorakin's pair is over the weight (outputs, inputs/groups · kernel), the same `down` for all
+lorakin's pair changes the weight (outputs, inputs/groups · kernel), with the same `down` for all
 groups. PEFT's A is a convolution of all inputs, its B one of kernel 1 in groups:
 
     lora_A.weight (groups·q, inputs, k…)    rows g·q … g·q + q − 1 are of group g
     lora_B.weight (outputs, q, 1…)          output o is of group o // (outputs/groups)
 
-So PEFT computes a change of the weight only where the rows of a group read its own inputs alone.
-It trains them to read others too, which no grouped convolution does, and cannot merge that itself.
-Such an adapter is read as what it is, a pair over all inputs: `PeftGroupedConvolution`.
+So PEFT's change is a change of the weight only if the rows of A of each group read no inputs of
+other groups. PEFT trains them to read others too, which a grouped convolution cannot do, and so it
+cannot merge them. Such an adapter is read as what it is, a pair across groups:
+`PeftGroupedConvolution`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lorakin.errors import AdapterError
 from lorakin.family.dora import row_norms
 from lorakin.inject.layer_kinds import is_grouped
 from lorakin.inject.placement import base_weight_of
+from lorakin.storage.peft.formats import DOWN, MAGNITUDE, UP
 from lorakin.storage.peft.scales import PATTERNS, scale_at
 
 
@@ -35,10 +37,10 @@ class Grouped(NamedTuple):
     B: Tensor
 
 
-def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
-    """The pair up (outputs, r), down (r, inputs/groups · kernel) in PEFT's form.
+def pair_to_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
+    """Returns a pair up (outputs, r), down (r, inputs/groups · kernel) as PEFT's tensors.
 
-    q is r, or the outputs of a group where those are fewer: no group's change has a higher rank.
+    q is the smaller of r and the outputs of a group: no group's change has a higher rank.
     """
     groups, each = module.groups, up.shape[0] // module.groups
     if each < up.shape[1]:
@@ -52,153 +54,151 @@ def as_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
     return Grouped(A.flatten(0, 1).flatten(1), up)
 
 
-def _gathered(module: Any, up: Tensor, down: Tensor) -> Grouped:
-    """A pair over all inputs in PEFT's form.
+def _pair_across_groups_to_peft(module: Any, up: Tensor, down: Tensor) -> Grouped:
+    """Returns a pair across groups as PEFT's tensors.
 
-    q is r/groups if `up` is in groups itself. Otherwise it is r, and A stands there for each group.
+    q is r/groups if `up` is block diagonal. Otherwise it is r, and A is repeated for each group.
     """
     groups = module.groups
     if len(down) % groups == 0:
         blocks = up.view(groups, -1, groups, len(down) // groups)
         B = torch.cat([blocks[group, :, group] for group in range(groups)])
-        if torch.equal(_spread(B, groups), up):
+        if torch.equal(_block_diagonal(B, groups), up):
             return Grouped(down, B)
     return Grouped(down.repeat(groups, 1), up)
 
 
-def as_pair(module: Any, theirs: Grouped) -> tuple[Tensor, Tensor] | None:
-    """PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel).
+def pair_from_peft(module: Any, peft: Grouped) -> tuple[Tensor, Tensor] | None:
+    """Returns PEFT's tensors as a pair up (outputs, r), down (r, inputs/groups · kernel).
 
-    r is as small as it can be without rounding. None if what they add is no change of the weight.
+    r is as small as it can be without rounding. None if their change is not one of the weight.
     """
-    groups, rank = module.groups, theirs.B.shape[1]
-    A = theirs.A.view(groups, rank, groups, -1)
-    own = torch.stack([A[group, :, group] for group in range(groups)])
-    if A.count_nonzero() > own.count_nonzero():
+    groups, rank = module.groups, peft.B.shape[1]
+    A = peft.A.view(groups, rank, groups, -1)
+    # The rows of each group, on the inputs of that group.
+    diagonal = torch.stack([A[group, :, group] for group in range(groups)])
+    if A.count_nonzero() > diagonal.count_nonzero():
         return None
-    if all(torch.equal(own[0], one) for one in own):
-        return theirs.B, own[0]
-    inputs = own.shape[2]
-    if inputs <= len(theirs.A):
-        whole = (theirs.B.view(groups, -1, rank) @ own).flatten(0, 1)
-        return whole, torch.eye(inputs, dtype=whole.dtype, device=whole.device)
-    return _spread(theirs.B, groups), own.flatten(0, 1)
+    if all(torch.equal(diagonal[0], rows) for rows in diagonal):
+        return peft.B, diagonal[0]
+    inputs = diagonal.shape[2]
+    if inputs <= len(peft.A):
+        change = (peft.B.view(groups, -1, rank) @ diagonal).flatten(0, 1)
+        return change, torch.eye(inputs, dtype=change.dtype, device=change.device)
+    return _block_diagonal(peft.B, groups), diagonal.flatten(0, 1)
 
 
-def spread(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The slots with a B of all ranks, (outputs, groups·q), where PEFT's B is in groups."""
-    A, B = slots.get("A"), slots.get("B")
+def with_all_ranks(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the slots with a B of all ranks, (outputs, groups·q), if PEFT's B is in groups."""
+    A, B = slots.get(DOWN), slots.get(UP)
     if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1]:
         return dict(slots)
     groups = len(A) // B.shape[1]
     if groups < 2 or len(A) % B.shape[1] or len(B) % groups:
         return dict(slots)
-    return {**slots, "B": _spread(B, groups)}
+    return {**slots, UP: _block_diagonal(B, groups)}
 
 
-def _spread(B: Tensor, groups: int) -> Tensor:
-    """B (outputs, q) in groups as (outputs, groups·q), with columns of its own for each group."""
+def _block_diagonal(B: Tensor, groups: int) -> Tensor:
+    """Returns B (outputs, q) in groups as (outputs, groups·q), with separate columns by group."""
     blocks = B.view(groups, -1, B.shape[1])
     return torch.block_diag(*blocks)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def their_lengths(module: nn.Module, theirs: Grouped, scale: float) -> Tensor:
-    """What PEFT takes for the norms of the changed weight's rows.
+def norms_in_peft(module: nn.Module, peft: Grouped, scale: float) -> Tensor:
+    """Returns what PEFT uses as the norms of the changed weight's rows.
 
-    It multiplies B as if it had as many columns as A has rows, so they are norms of something else.
+    They are not these norms: PEFT reshapes B as if it had as many columns as A has rows.
     """
-    weight = base_weight_of(module).to(theirs.A)
-    changed = theirs.B.reshape(-1, len(theirs.A)) @ theirs.A
+    weight = base_weight_of(module).to(peft.A)
+    changed = peft.B.reshape(-1, len(peft.A)) @ peft.A
     lengths: Tensor = torch.linalg.vector_norm(weight + scale * changed.view_as(weight), dim=1)
     return lengths
 
 
-def written(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For PEFT the tensors of one module: `A`, `B` whose scale is 1, and perhaps `m`."""
-    over_all = slots["A"].shape[1] == base_weight_of(module).shape[1] * module.groups
-    theirs = (
-        _gathered(module, slots["B"], slots["A"])
-        if over_all
-        else as_peft(module, slots["B"], slots["A"])
-    )
-    there = {"A": theirs.A, "B": theirs.B}
-    if "m" in slots:
-        ours = row_norms(base_weight_of(module).to(slots["A"]), slots["B"], slots["A"])
-        gain = torch.where(ours > 0, slots["m"] / ours, 1.0)
-        there["m"] = gain * their_lengths(module, theirs, 1.0)
-    return there
+def to_peft(module: Any, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns PEFT's tensors of one module with a pair of scale 1, and perhaps a magnitude."""
+    is_across_groups = slots[DOWN].shape[1] == base_weight_of(module).shape[1] * module.groups
+    convert = _pair_across_groups_to_peft if is_across_groups else pair_to_peft
+    peft = convert(module, slots[UP], slots[DOWN])
+    slots_in_peft = {DOWN: peft.A, UP: peft.B}
+    if MAGNITUDE in slots:
+        norms = row_norms(base_weight_of(module).to(slots[DOWN]), slots[UP], slots[DOWN])
+        gain = torch.where(norms > 0, slots[MAGNITUDE] / norms, 1.0)
+        slots_in_peft[MAGNITUDE] = gain * norms_in_peft(module, peft, 1.0)
+    return slots_in_peft
 
 
-def read(
+def from_peft(
     modules: Mapping[str, nn.Module],
     slots: Mapping[str, dict[str, Tensor]],
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]], frozenset[str]]:
-    """The config and the slots with lorakin's pairs for PEFT's, and the paths over all inputs.
+    """Returns the config and the slots with lorakin's pairs, and the paths of pairs across groups.
 
     Raises:
-        AdapterError: shapes do not fit; there is a magnitude over what is no change of the weight.
+        AdapterError: shapes do not fit; there is a magnitude on a pair across groups.
     """
-    over_all = set[str]()
-    done, ranks, alphas = dict(slots), dict[str, Any](), dict[str, Any]()
-    for path, own in slots.items():
+    across_groups = set[str]()
+    converted, ranks, alphas = dict(slots), dict[str, Any](), dict[str, Any]()
+    for path, of_module in slots.items():
         module: Any = modules[path]
-        if not is_grouped(module) or not {"A", "B"} <= own.keys():
+        if not is_grouped(module) or not {DOWN, UP} <= of_module.keys():
             continue
         scale = scale_at(config, path)
-        theirs = _checked(module, own, scale.rank, f"{where}: {path}")
-        pair = as_pair(module, theirs)
+        peft = _checked(module, of_module, scale.rank, f"{where}: {path}")
+        pair = pair_from_peft(module, peft)
         if pair is None:
-            if "m" in own:
+            if MAGNITUDE in of_module:
                 raise AdapterError(
-                    f"{where}: what it adds to {path}, a convolution with groups={module.groups}, "
+                    f"{where}: the pair of {path}, a convolution with groups={module.groups}, "
                     "reads inputs across groups, as PEFT trains it. DoRA's magnitudes need a "
-                    "change of the layer's weight, which that is not; leave the layer out when "
+                    "change of the layer's weight, which this is not; leave the layer out when "
                     "training"
                 )
-            over_all.add(path)
-            pair = _spread(theirs.B, module.groups), theirs.A
-        done[path] = _ours(module, own, theirs, scale.value, pair)
+            across_groups.add(path)
+            pair = _block_diagonal(peft.B, module.groups), peft.A
+        converted[path] = _in_file_shapes(module, of_module, peft, scale.value, pair)
         key, rank = f"^{re.escape(path)}", len(pair[1])
         ranks[key], alphas[key] = rank, rank ** (0.5 if scale.rslora else 1)
     if not ranks:
-        return config, done, frozenset()
+        return config, converted, frozenset()
     changed = {}
     for (field, _), values in zip(PATTERNS, (ranks, alphas), strict=True):
-        said = (config.get(field) or {}).items()
-        changed[field] = values | {key: value for key, value in said if key not in values}
-    return {**config, **changed}, done, frozenset(over_all)
+        patterns = (config.get(field) or {}).items()
+        changed[field] = values | {key: value for key, value in patterns if key not in values}
+    return {**config, **changed}, converted, frozenset(across_groups)
 
 
 def _checked(module: Any, slots: Mapping[str, Tensor], rank: int, what: str) -> Grouped:
-    """PEFT's tensors of one module, in float32 at least, if their shapes fit."""
-    theirs = Grouped(slots["A"].flatten(1), slots["B"].flatten(1))
+    """Returns PEFT's tensors of one module, in float32 at least, if their shapes fit."""
+    peft = Grouped(slots[DOWN].flatten(1), slots[UP].flatten(1))
     inputs = module.in_channels * math.prod(module.kernel_size)
     wanted = (rank, inputs), (module.out_channels, rank // module.groups)
-    if rank % module.groups or (tuple(theirs.A.shape), tuple(theirs.B.shape)) != wanted:
-        have = f"A {tuple(slots['A'].shape)}, B {tuple(slots['B'].shape)}"
+    if rank % module.groups or (tuple(peft.A.shape), tuple(peft.B.shape)) != wanted:
+        have = f"A {tuple(slots[DOWN].shape)}, B {tuple(slots[UP].shape)}"
         raise AdapterError(
             f"{what} has {have}, which do not fit rank {rank} on a convolution with "
             f"groups={module.groups}"
         )
-    return Grouped(*(tensor.float() if tensor.element_size() < 4 else tensor for tensor in theirs))
+    return Grouped(*(tensor.float() if tensor.element_size() < 4 else tensor for tensor in peft))
 
 
-def _ours(
+def _in_file_shapes(
     module: Any,
     slots: Mapping[str, Tensor],
-    theirs: Grouped,
+    peft: Grouped,
     scale: float,
     pair: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:
-    """The slots with this pair, whose scale becomes 1, in the shapes of a file."""
-    out = dict(slots)
+    """Returns the slots with this pair times `scale`, in the shapes of a file."""
+    shaped = dict(slots)
     up, down = pair[0] * scale, pair[1]
-    if "m" in slots:
-        gain = slots["m"].flatten().to(theirs.A) / their_lengths(module, theirs, scale)
+    if MAGNITUDE in slots:
+        gain = slots[MAGNITUDE].flatten().to(peft.A) / norms_in_peft(module, peft, scale)
         lengths = row_norms(base_weight_of(module).to(up), up, down)
-        out["m"] = (gain * lengths).view(slots["m"].shape)
-    out["A"] = down.view(len(down), -1, *module.kernel_size)
-    out["B"] = up.view(*up.shape, *(1 for _ in module.kernel_size))
-    return out
+        shaped[MAGNITUDE] = (gain * lengths).view(slots[MAGNITUDE].shape)
+    shaped[DOWN] = down.view(len(down), -1, *module.kernel_size)
+    shaped[UP] = up.view(*up.shape, *(1 for _ in module.kernel_size))
+    return shaped

@@ -1,7 +1,7 @@
 """PEFT's `target_parameters` where they name the weights of layers.
 
-Such a file adapts the layers, under the same keys. PEFT's pair is over the parameter as it is
-stored, so the pair of an embedding or a Conv1D is lorakin's, transposed.
+Such a file adapts the layers, under the same keys. PEFT's pair changes the parameter as it is
+stored, so for an embedding or a Conv1D it is lorakin's pair transposed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from lorakin.inject import layer_kinds
 from lorakin.inject.experts import ExpertMatrix
 from lorakin.inject.layer_kinds import ConvolutionLayer, EmbeddingLayer, TransposedLayer
 from lorakin.inject.patterns import PatternValues
-from lorakin.storage.peft.forms import LORA, NAMES, PREFIX, TARGET_PARAMETERS, names
+from lorakin.storage.peft.formats import (
+    DOWN,
+    LORA,
+    LORA_TENSOR_NAMES,
+    PREFIX,
+    TARGET_PARAMETERS,
+    UP,
+    names,
+)
 from lorakin.storage.peft.scales import PATTERNS
 
 
 def as_layers(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, where: str
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """The config and tensors with these layers among `target_modules`.
+    """Returns the config and tensors with layers in `target_modules` instead of their weights.
 
     Raises:
         AdapterError: a convolution's weight, which PEFT takes for a stack of matrices.
@@ -32,7 +40,7 @@ def as_layers(
     targets = config.get(TARGET_PARAMETERS)
     if not targets:
         return config, tensors
-    out, found, others = dict(tensors), list[str](), set[str]()
+    changed_tensors, found, others = dict(tensors), list[str](), set[str]()
     for path, module in model.named_modules():
         hits = {t for name in module._parameters for t in targets if _names(t, path, name)}
         kind = layer_kinds.kind_of(module)
@@ -46,12 +54,17 @@ def as_layers(
                 "convolution"
             )
         found.append(path)
-        A, B = (out.pop(f"{PREFIX}{path}.{NAMES[slot]}", None) for slot in ("A", "B"))
+        A, B = (
+            changed_tensors.pop(f"{PREFIX}{path}.{LORA_TENSOR_NAMES[slot]}", None)
+            for slot in (DOWN, UP)
+        )
         if A is None or B is None:
-            raise AdapterError(f"{where}: {path} lacks {NAMES['A']} or {NAMES['B']}")
+            raise AdapterError(
+                f"{where}: {path} lacks {LORA_TENSOR_NAMES[DOWN]} or {LORA_TENSOR_NAMES[UP]}"
+            )
         pair = (B.T, A.T) if kind in (EmbeddingLayer, TransposedLayer) else (A, B)
-        for slot, tensor in zip(("A", "B"), pair, strict=True):
-            out[f"{PREFIX}{path}.{names(LORA, kind)[slot]}"] = tensor.contiguous()
+        for slot, tensor in zip((DOWN, UP), pair, strict=True):
+            changed_tensors[f"{PREFIX}{path}.{names(LORA, kind)[slot]}"] = tensor.contiguous()
     if not found:
         return config, tensors
     modules = config.get("target_modules") or []
@@ -60,25 +73,25 @@ def as_layers(
     done = {t for t in targets if any(_names(t, path, "weight") for path in found)} - others
     rest = [target for target in targets if target not in done]
     changed = {"target_modules": modules, TARGET_PARAMETERS: rest}
-    return {**config, **_patterns(config, found), **changed}, out
+    return {**config, **_patterns(config, found), **changed}, changed_tensors
 
 
 def _names(target: str, path: str, name: str) -> bool:
-    """Whether an entry of `target_parameters` means the parameter `name` of a module."""
+    """Returns whether an entry of `target_parameters` means the parameter `name` of a module."""
     return f".{path}.{name}".endswith(f".{target}")
 
 
 def _patterns(config: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """The config's patterns, which PEFT matched with the parameters' paths, for the layers'."""
+    """Returns the config's patterns for the paths of layers; PEFT matched those of parameters."""
     patterns = {}
     for field, default in PATTERNS:
-        known, usual = dict(config.get(field) or {}), config.get(default, 8)
-        values = PatternValues(known)
-        said = {path: values.of(f"{path}.weight", usual) for path in paths}
-        own = {
+        present, usual = dict(config.get(field) or {}), config.get(default, 8)
+        values = PatternValues(present)
+        wanted = {path: values.of(f"{path}.weight", usual) for path in paths}
+        changed = {
             f"^{re.escape(path)}": value
-            for path, value in said.items()
+            for path, value in wanted.items()
             if values.of(path, usual) != value
         }
-        patterns[field] = own | known
+        patterns[field] = changed | present
     return patterns

@@ -1,4 +1,4 @@
-"""A document of PEFT's two files, and of lorakin's own part where it is beside them."""
+"""Reads a document from PEFT's two files, and from lorakin's part if there is one."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from lorakin.storage.peft import (
 )
 from lorakin.storage.peft.agreement import check_agreement
 from lorakin.storage.peft.config import check_config, method_of
-from lorakin.storage.peft.forms import LORA, TARGET_PARAMETERS, TOKENS, Form
-from lorakin.storage.peft.renamed import todays
+from lorakin.storage.peft.formats import LORA, TARGET_PARAMETERS, TOKENS_ONLY, PeftFormat
+from lorakin.storage.peft.renamed import renamed_files
 from lorakin.storage.peft.targets import check_targets
 from lorakin.storage.peft.tensors import as_matrices, by_module, check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadFiles:
-    """A config and its tensors, with a pair of its own for each module that has one."""
+    """A config and its tensors, with a pair for every single module, expert and attention part."""
 
-    form: Form
+    peft_format: PeftFormat
     method: Method
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     slots: dict[str, dict[str, Tensor]]
     """Path → slot → tensor, in the file's shapes."""
     rest: dict[str, Tensor]
-    """Tensors in no slot, by key without prefix."""
+    """Tensors that belong to no slot, by key without prefix."""
     part: LorakinPart | None
     where: str
 
     @property
     def lorakin_slots(self) -> Mapping[str, Slots] | None:
-        """The modules' tensors in lorakin's part, where PEFT's file has them in another form."""
+        """The modules' tensors in lorakin's part, if PEFT's file has them as plain LoRA."""
         return None if self.part is None else self.part.tensors
 
 
@@ -63,12 +63,12 @@ def document_of(
     model: nn.Module,
     where: str,
 ) -> Document:
-    """The document of an adapter's files, for `match` with `model`.
+    """Returns the document of an adapter's files, for `match` with `model`.
 
     Args:
         config: what `adapter_config.json` says.
         tensors: the tensors by PEFT's key.
-        part: lorakin's own part, if there is one.
+        part: lorakin's part, if there is one.
         model: the base, which tells what names and shapes in the files mean.
         where: the file, for messages.
 
@@ -76,38 +76,34 @@ def document_of(
         AdapterError: something is missing, left over or unsupported, or belongs to another base;
             the files do not agree.
     """
-    read = apart(config, tensors, part, model, where)
+    read = parsed_files(config, tensors, part, model, where)
     modules = modules_for(model, {*read.slots, *(read.lorakin_slots or ())})
-    former: Mapping[str, list[str]] = {}
+    old_paths: Mapping[str, list[str]] = {}
     if read.lorakin_slots is None:
-        now = todays(model, modules, read.config, read.slots, read.rest, where)
-        read = dataclasses.replace(read, config=now.config, slots=now.slots, rest=now.rest)
-        former = now.former
+        renamed = renamed_files(model, modules, read.config, read.slots, read.rest, where)
+        read = dataclasses.replace(
+            read, config=renamed.config, slots=renamed.slots, rest=renamed.rest
+        )
+        old_paths = renamed.old_paths
     check_paths(model, modules, read.slots, where)
     check_kinds(modules, read.slots, where)
-    read, over_all = _ungrouped(read, modules)
+    read, across_groups = _with_grouped_convolutions(read, modules)
 
-    copies, own_biases, tokens = _others(read, model, modules)
-    if read.form is not TOKENS:
-        check_targets(modules, read.config, read.slots, copies, former, where)
+    trained_whole, trained_biases, tokens = _whole_modules_biases_tokens(read, model, modules)
+    if read.peft_format is not TOKENS_ONLY:
+        check_targets(modules, read.config, read.slots, trained_whole, old_paths, where)
     slots = _slots(read, model, modules)
     placement = dataclasses.replace(
-        placement_of(read, slots, list(copies)),
+        placement_of(read, slots, list(trained_whole)),
         tokens=tokens.tokens,
-        peft_grouped=over_all,
-        biases=tuple(own_biases),
+        peft_grouped=across_groups,
+        biases=tuple(trained_biases),
     )
     targets = targets_of(modules, placement)
     if read.lorakin_slots is None:
-        for path, method in placement.methods.items():
-            shape, rank = targets[path].shape, getattr(method.parametrisation, "rank", 0)
-            there = {
-                name: torch.empty(slot.sizes(rank, shape), device="meta")
-                for name, slot in method.slots_at(path, shape).items()
-            }
-            check_shapes(read.form, path, modules[path], read.slots[path], there, rank, where)
+        _check_shapes(read, placement, modules, targets)
         slots = _with_shared_pair(read, slots, targets)
-    document = Document(placement, slots, copies, tokens.values, own_biases)
+    document = Document(placement, slots, trained_whole, tokens.values, trained_biases)
     if read.part is not None:
         document = dataclasses.replace(document, buffers=read.part.buffers, state=read.part.state)
     if read.lorakin_slots is not None:
@@ -115,74 +111,101 @@ def document_of(
     return document
 
 
-def apart(
+def _check_shapes(
+    read: ReadFiles,
+    placement: Placement,
+    modules: Mapping[str, nn.Module],
+    targets: Mapping[str, UnadaptedModule],
+) -> None:
+    """Checks that PEFT's tensors have the shapes of the method's slots; raises `AdapterError`."""
+    for path, method in placement.methods.items():
+        shape, rank = targets[path].shape, getattr(method.parametrisation, "rank", 0)
+        expected = {
+            name: torch.empty(slot.sizes(rank, shape), device="meta")
+            for name, slot in method.slots_at(path, shape).items()
+        }
+        module, slots = modules[path], read.slots[path]
+        check_shapes(read.peft_format, path, module, slots, expected, rank, read.where)
+
+
+def parsed_files(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     part: LorakinPart | None,
     model: nn.Module | None,
     where: str,
 ) -> ReadFiles:
-    """The files with a pair for each module that has one, also without a model."""
-    form = check_config(config, where)
-    tensors = starts.without_training(tensors)
+    """Returns the files with a pair for every single module; `model` may be None."""
+    peft_format = check_config(config, where)
+    tensors = starts.without_training_tensors(tensors)
     known = None if part is None or part.tensors is None else part.tensors.keys()
     if config.get(TARGET_PARAMETERS) and part is not None:
-        # PEFT has no dropout there, so lorakin's own part has the adapter's.
+        # PEFT has no dropout for parameters, so the adapter's is in lorakin's part.
         dropouts = [entry.settings.get("dropout") for entry in part.members]
         config = {**config, "lora_dropout": next((dropout for dropout in dropouts if dropout), 0.0)}
     if model is not None:
         config, tensors = layer_weights.as_layers(config, tensors, model, where)
     ours = part is not None
-    config, tensors = attention.apart(config, tensors, known, where, ours=ours)
-    config, tensors = unstack_experts.unstacked(config, tensors, model, known, where, ours=ours)
-    slots, rest = by_module(form, tensors)
+    config, tensors = attention.from_peft(config, tensors, known, where, ours=ours)
+    config, tensors = unstack_experts.from_peft(config, tensors, model, known, where, ours=ours)
+    slots, rest = by_module(peft_format, tensors)
     return ReadFiles(
-        form, method_of(form, config, part, where), config, tensors, slots, rest, part, where
+        peft_format,
+        method_of(peft_format, config, part, where),
+        config,
+        tensors,
+        slots,
+        rest,
+        part,
+        where,
     )
 
 
-def _ungrouped(
+def _with_grouped_convolutions(
     read: ReadFiles, modules: Mapping[str, nn.Module]
 ) -> tuple[ReadFiles, frozenset[str]]:
-    """With lorakin's form for grouped convolutions, and the paths whose pair is over all inputs."""
-    if read.form is not LORA:
+    """Returns the files with lorakin's pairs for grouped convolutions.
+
+    Also the paths of those whose pair reads inputs across groups.
+    """
+    if read.peft_format is not LORA:
         return read, frozenset()
-    config, slots, over_all = grouped.read(modules, read.slots, read.config, read.where)
-    return dataclasses.replace(read, config=config, slots=slots), over_all
+    config, slots, across_groups = grouped.from_peft(modules, read.slots, read.config, read.where)
+    return dataclasses.replace(read, config=config, slots=slots), across_groups
 
 
-def _others(
+def _whole_modules_biases_tokens(
     read: ReadFiles, model: nn.Module, modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], token_rows.Taken]:
-    """Modules that are trained whole, biases and rows of tokens.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], token_rows.ReadTokenRows]:
+    """Returns the modules that are trained whole, the biases and the token rows.
 
     Raises:
         AdapterError: they do not fit the model, or there are other tensors.
     """
     rest = biases.without_doubles(read.config, read.rest)
-    copies, rest = whole_modules.split(modules, read.config, rest)
+    states, rest = whole_modules.from_peft(modules, read.config, rest)
     if read.part is not None and read.part.whole is not None:
-        copies = {path: state for path, state in copies.items() if path in read.part.whole}
-    own_biases, rest = biases.split(
-        model, modules, read.config, read.slots, copies, rest, read.where
+        states = {path: state for path, state in states.items() if path in read.part.whole}
+    trained_biases, rest = biases.from_peft(
+        model, modules, read.config, read.slots, states, rest, read.where
     )
     rest = whole_modules.without_head_biases(modules, rest, read.where)
-    sizes = {} if read.part is None or read.part.base is None else read.part.base["weights"]
-    tokens = token_rows.taken(
-        model, modules, read.config, rest, read.slots, copies, sizes, read.where
+    samples = {} if read.part is None or read.part.base is None else read.part.base["weights"]
+    tokens = token_rows.from_peft(
+        model, modules, read.config, rest, read.slots, states, samples, read.where
     )
     if tokens.rest:
         raise AdapterError(
             f"{read.where}: tensors that belong to nothing: {some(tokens.rest)}; the file is "
             "damaged or of another kind"
         )
-    return copies, own_biases, tokens
+    return states, trained_biases, tokens
 
 
 def _slots(
     read: ReadFiles, model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    """The slots of all modules in the model's order: lorakin's own, else those in PEFT's file."""
+    """Returns the slots of all modules in the model's order, from lorakin's part or PEFT's file."""
     if read.lorakin_slots is None:
         return {path: as_matrices(read.slots[path]) for path in modules if path in read.slots}
     check_paths(model, modules, read.lorakin_slots, read.where)
@@ -192,11 +215,11 @@ def _slots(
 
 
 def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str]) -> Placement:
-    """The placement, with the ranks and alphas that single modules have."""
+    """Returns the placement, with the ranks and alphas of single modules."""
     config = read.config
     if read.part is not None and read.lorakin_slots is not None:
         ranks, alphas = map(dict, read.part.patterns)
-    elif read.form.has_patterns:
+    elif read.peft_format.has_patterns:
         ranks = dict(config.get("rank_pattern") or {})
         alphas = dict(config.get("alpha_pattern") or {})
     else:
@@ -211,19 +234,19 @@ def placement_of(read: ReadFiles, slots: Mapping[str, Slots], copies: list[str])
 def _with_ranks_kept(
     placement: Placement, read: ReadFiles, slots: Mapping[str, Slots]
 ) -> Placement:
-    """The placement, in which modules that lost ranks in training have fewer."""
+    """Returns the placement with the ranks that modules have left if training pruned some."""
     declared = placement.method.parametrisation.slots
-    scale = rank_switch(declared)
-    if scale is None or not rank_factors(declared):
+    switch = rank_switch(declared)
+    if switch is None or not rank_factors(declared):
         return placement
-    said, name = read.config.get("rank_pattern") or {}, read.form.slots.get(scale)
+    patterns, name = read.config.get("rank_pattern") or {}, read.peft_format.slots.get(switch)
     methods = {}
     for path, method in placement.methods.items():
-        kept, there = said.get(f"{path}.{name}"), slots[path].get(scale)
+        kept, tensor = patterns.get(f"{path}.{name}"), slots[path].get(switch)
         if isinstance(kept, list):
             rank = sum(kept)
         else:
-            rank = len(there) if there is not None and there.dim() else 0
+            rank = len(tensor) if tensor is not None and tensor.dim() else 0
         initial: int = method.parametrisation.initial_rank  # type: ignore[attr-defined]
         methods[path] = method if rank == initial else method.with_settings(kept=rank)
     return dataclasses.replace(placement, methods=methods)
@@ -232,9 +255,9 @@ def _with_ranks_kept(
 def _with_shared_pair(
     read: ReadFiles, slots: Mapping[str, Slots], targets: Mapping[str, UnadaptedModule]
 ) -> dict[str, dict[str, Tensor]]:
-    """The slots, with the pair that all modules share in each of them."""
+    """Returns the slots of all modules with the pair that these share."""
     remembered = None if read.part is None else read.part.projection
     shared = shared_pair.read(
-        read.form, read.config, remembered, read.method, targets, read.tensors, read.where
+        read.peft_format, read.config, remembered, read.method, targets, read.tensors, read.where
     )
-    return {path: {**part, **shared} for path, part in slots.items()}
+    return {path: {**of_module, **shared} for path, of_module in slots.items()}

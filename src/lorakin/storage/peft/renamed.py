@@ -1,16 +1,16 @@
 """Adapters from older transformers versions, whose modules were renamed or merged since.
 
-To load older checkpoints, transformers knows how their weights became those of today's models. What
-it does with a module's weight is done here with the module's pair:
+To load older checkpoints, transformers has conversions from the old weights to those of today's
+models. What it does with a module's weight is done here with the module's pair:
 
     renamed                              the pair moves
-    several put one below another        blocks: A = [A₁; A₂; …], B = diag(B₁, B₂, …), ranks added
-    up one cut into several                 A goes to each, with its own rows of B
+    several concatenated                 blocks: A = [A₁; A₂; …], B = diag(B₁, B₂, …), ranks added
+    one cut into several                 A goes to each, with its rows of B
     one for each expert, put in a stack  the pair of that expert
 
-Blocks keep each pair's own scale: where scales differ, B is multiplied by what is missing. A
-magnitude goes with B's rows.
-Only modules that the model does not have are looked up, and transformers is not imported for it.
+Blocks keep each pair's scale: where scales differ, B is multiplied by the quotient. A magnitude is
+treated like B's rows. Only modules that the model does not have are looked up, and transformers is
+not imported for it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakin.errors import AdapterError
 from lorakin.inject import layer_kinds
+from lorakin.storage.peft.formats import DOWN, MAGNITUDE, UP
 from lorakin.storage.peft.scales import PairScale, scale_at
 
 Slots = Mapping[str, Tensor]
@@ -34,36 +35,44 @@ Slots = Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class RenamedPlace:
-    """Where a module of the file is today: all of `path`, or part `number` of the `parts` there."""
+    """Where a module of the file is today: all of `path`, or part `number` of its `parts`."""
 
     path: str
     number: int = 0
     parts: int = 1
     cut: tuple[int, int] | None = None
-    """Of a weight that was cut: which of how many pieces this is."""
+    """If the old weight was cut: which piece this is, of how many."""
+
+
+class Source(NamedTuple):
+    """A module of the file, and where it is today."""
+
+    place: RenamedPlace
+    old_path: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Todays:
-    """An adapter's files in the model's names. `former`: path → the paths in the file."""
+class RenamedFiles:
+    """An adapter's files with the model's names."""
 
     config: Mapping[str, Any]
     slots: dict[str, dict[str, Tensor]]
     rest: dict[str, Tensor]
-    former: dict[str, list[str]]
+    old_paths: dict[str, list[str]]
+    """Path → its paths in the file, where these are others."""
 
 
-def todays(
+def renamed_files(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     slots: dict[str, dict[str, Tensor]],
     rest: dict[str, Tensor],
     where: str,
-) -> Todays:
-    """The file's modules and other tensors under the names that they have in `model`.
+) -> RenamedFiles:
+    """Returns the file's modules and other tensors under the names that they have in `model`.
 
-    What has no other name there stays as it is.
+    What has no other name there is not changed.
 
     Raises:
         AdapterError: parts of one weight that do not fit together.
@@ -72,28 +81,35 @@ def todays(
     lost = [
         key for key in rest if key.rpartition(".")[0].removesuffix(".base_layer") not in modules
     ]
-    names = _Names.of(model) if unknown or lost else None
-    if names is None:
-        return Todays(config, slots, rest, {})
-    parts: dict[str, list[tuple[RenamedPlace, str]]] = {}
+    conversion = _CheckpointConversion.of(model) if unknown or lost else None
+    if conversion is None:
+        return RenamedFiles(config, slots, rest, {})
+
+    sources: dict[str, list[Source]] = {}
     for old in unknown:
-        for place in names.places(old, modules):
-            parts.setdefault(place.path, []).append((place, old))
-    moved = {old for there in parts.values() for _, old in there}
-    done = {path: own for path, own in slots.items() if path not in moved}
-    if clash := [path for path in parts if path in done]:
-        raise AdapterError(
-            f"{where}: it adapts {clash[0]} twice, as that and as {parts[clash[0]][0][1]}"
-        )
+        for place in conversion.places(old, modules):
+            sources.setdefault(place.path, []).append(Source(place, old))
+    moved = {source.old_path for of_path in sources.values() for source in of_path}
+    renamed = {path: of_path for path, of_path in slots.items() if path not in moved}
+    if clash := [path for path in sources if path in renamed]:
+        old_path = sources[clash[0]][0].old_path
+        raise AdapterError(f"{where}: it adapts {clash[0]} twice, as that and as {old_path}")
+
     scales: dict[str, PairScale] = {}
-    for path, there in parts.items():
-        done[path], scales[path] = _joined(modules[path], path, there, slots, config, where)
-    whole = config.get("modules_to_save")
-    if whole and lost:
-        config = {**config, "modules_to_save": [*whole, *(names.whole(name) for name in whole)]}
-    left = {names.key(key, modules) if key in lost else key: tensor for key, tensor in rest.items()}
-    former = {path: [old for _, old in there] for path, there in parts.items()}
-    return Todays(_with_scales(config, scales, done), done, left, former)
+    for path, of_path in sources.items():
+        of_path = sorted(of_path, key=lambda source: source.place.number)
+        old_scales = [scale_at(config, source.old_path) for source in of_path]
+        renamed[path], scales[path] = _converted(modules[path], of_path, slots, old_scales, where)
+    whole_modules = config.get("modules_to_save")
+    if whole_modules and lost:
+        todays = [conversion.todays_path(name) for name in whole_modules]
+        config = {**config, "modules_to_save": [*whole_modules, *todays]}
+    others = {
+        conversion.todays_key(key, modules) if key in lost else key: tensor
+        for key, tensor in rest.items()
+    }
+    old_paths = {path: [source.old_path for source in of] for path, of in sources.items()}
+    return RenamedFiles(_with_scales(config, scales, renamed), renamed, others, old_paths)
 
 
 def _can_adapt(modules: Mapping[str, nn.Module], path: str) -> bool:
@@ -102,7 +118,7 @@ def _can_adapt(modules: Mapping[str, nn.Module], path: str) -> bool:
     )
 
 
-class _Names:
+class _CheckpointConversion:
     """transformers' own conversion of checkpoints, asked about single names."""
 
     def __init__(
@@ -111,47 +127,41 @@ class _Names:
         self.renamings, self.converters, self.rename = renamings, converters, rename
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Names | None:
-        """Those for the model's class; None if it is not transformers', or has no conversions."""
-        if "transformers" not in sys.modules or not hasattr(
-            getattr(model, "config", None), "model_type"
-        ):
+    def of(cls, model: nn.Module) -> _CheckpointConversion | None:
+        """Returns the conversion of the model's class; None if transformers has none for it."""
+        has_type = hasattr(getattr(model, "config", None), "model_type")
+        if "transformers" not in sys.modules or not has_type:
             return None
         try:
-            mapping = importlib.import_module(
-                "transformers.conversion_mapping"
-            ).get_model_conversion_mapping
+            mapping = importlib.import_module("transformers.conversion_mapping")
             loading = importlib.import_module("transformers.core_model_loading")
-        except (ImportError, AttributeError):  # of a version without conversions
+            conversions_of = mapping.get_model_conversion_mapping
+        except (ImportError, AttributeError):  # a version without conversions
             return None
         if not isinstance(model, importlib.import_module("transformers").PreTrainedModel):
             return None
-        known = mapping(model)
-        converters = [one for one in known if isinstance(one, loading.WeightConverter)]
-        return cls(
-            [one for one in known if one not in converters], converters, loading.rename_source_key
-        )
+        steps = conversions_of(model)
+        converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
+        renamings = [step for step in steps if step not in converters]
+        return cls(renamings, converters, loading.rename_source_key)
 
-    def key(self, key: str, modules: Mapping[str, nn.Module]) -> str:
-        """A parameter's name today, if it has another one."""
+    def todays_key(self, key: str, modules: Mapping[str, nn.Module]) -> str:
+        """Returns a parameter's key today, if it has another one."""
         new, source = self.rename(key, self.renamings, self.converters)
         return new if source is None and new.rpartition(".")[0] in modules else key
 
-    def whole(self, path: str) -> str:
-        """A module's path today."""
+    def todays_path(self, path: str) -> str:
+        """Returns a module's path today."""
         new: str = self.rename(f"{path}.weight", self.renamings, [])[0]
         return new.removesuffix(".weight")
 
     def places(self, path: str, modules: Mapping[str, nn.Module]) -> list[RenamedPlace]:
-        """Where the module at `path` is today; nothing if that is not known."""
+        """Returns where the module at `path` is today; [] if that is not known."""
         new, source = self.rename(f"{path}.weight", self.renamings, self.converters)
         if source is None:
-            found = [RenamedPlace(new.removesuffix(".weight")), RenamedPlace(f"{new}.0")]
-            return [
-                place
-                for place in found
-                if place.path in modules and _can_adapt(modules, place.path)
-            ][:1]
+            # A module, or a parameter that acts as one.
+            possible = (new.removesuffix(".weight"), f"{new}.0")
+            return [RenamedPlace(one) for one in possible if _can_adapt(modules, one)][:1]
         converter = next(one for one in self.converters if source in one.source_patterns)
         sources, targets = converter.source_patterns, converter.target_patterns
         kinds = [type(operation).__name__ for operation in converter.operations]
@@ -163,7 +173,7 @@ class _Names:
             ]
             places = [RenamedPlace(one, cut=(n, len(paths))) for n, one in enumerate(paths)]
             return places if all(place.path in modules for place in places) else []
-        if not _only_puts_together(converter.operations):
+        if not _only_joins(converter.operations):
             return []
         new = new.removesuffix(".weight")
         if "MergeModulelist" in kinds:
@@ -173,8 +183,8 @@ class _Names:
         return [RenamedPlace(new, sources.index(source), len(sources))] if new in modules else []
 
 
-def _only_puts_together(operations: Iterable[Any]) -> bool:
-    """Whether these only stack weights (outputs, inputs), join their outputs or transpose them."""
+def _only_joins(operations: Iterable[Any]) -> bool:
+    """Returns whether these only stack weights, concatenate their outputs or transpose them."""
     axes = ["outputs", "inputs"]
     for operation in operations:
         kind = type(operation).__name__
@@ -188,102 +198,126 @@ def _only_puts_together(operations: Iterable[Any]) -> bool:
     return True
 
 
-def _joined(
+def _converted(
     module: nn.Module,
-    path: str,
-    there: list[tuple[RenamedPlace, str]],
+    sources: Sequence[Source],
     slots: Mapping[str, Slots],
-    config: Mapping[str, Any],
+    scales: Sequence[PairScale],
     where: str,
 ) -> tuple[dict[str, Tensor], PairScale]:
-    """The slots and the scale of today's module, of the file's modules that became part of it."""
-    there = sorted(there, key=lambda one: one[0].number)
-    place = there[0][0]
-    scales = [scale_at(config, name) for _, name in there]
-    each = [dict(slots[name]) for _, name in there]
+    """Returns the slots and the scale of today's module.
+
+    Args:
+        module: today's module.
+        sources: the file's modules that are today in `module`, in the order of its outputs.
+        slots: path → slots of the file's modules.
+        scales: the scale of each source.
+        where: the file, for messages.
+    """
+    place = sources[0].place
+    of_sources = [dict(slots[source.old_path]) for source in sources]
     if place.cut is not None:
-        rows, pieces = place.cut
-        return {
-            slot: t if slot == "A" else t.chunk(pieces)[rows] for slot, t in each[0].items()
-        }, scales[0]
+        index, pieces = place.cut
+        cut = {
+            slot: tensor if slot == DOWN else tensor.chunk(pieces)[index]
+            for slot, tensor in of_sources[0].items()
+        }
+        return cut, scales[0]
     if place.parts == 1:
-        return each[0], scales[0]
+        return of_sources[0], scales[0]
     kind = layer_kinds.kind_of(module)
     assert kind is not None
     outputs, inputs = kind.shape(module)[:2]
-    for (_, name), of_one, scale in zip(there, each, scales, strict=True):
-        pair = {"A", "B"} <= of_one.keys() <= {"A", "B", "m"} and of_one["A"].dim() == of_one[
-            "B"
-        ].dim() == 2
-        if (
-            not pair
-            or of_one["A"].shape != (scale.rank, inputs)
-            or of_one["B"].shape[1] != scale.rank
-        ):
-            shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in of_one.items())
-            raise AdapterError(
-                f"{where}: {name} has {shapes}; expected a pair of rank {scale.rank} to put into "
-                f"{path}"
-            )
-    starts = _starts(
-        [one.number for one, _ in there],
-        [len(of_one["B"]) for of_one in each],
-        place.parts,
-        outputs,
-    )
-    magnitudes = [of_one["m"] for of_one in each if "m" in of_one]
-    if starts is None or len(magnitudes) not in (0, place.parts):
+    _check_pairs(sources, of_sources, scales, inputs, where)
+    starts = _starts(sources, [len(of_source[UP]) for of_source in of_sources], outputs)
+    with_magnitude = sum(MAGNITUDE in of_source for of_source in of_sources)
+    if starts is None or with_magnitude not in (0, place.parts):
         raise AdapterError(
-            f"{where}: {', '.join(name for _, name in there)} are {place.parts} parts of {path} "
-            f"({outputs} rows) in this model, and what the file has of them does not fill it"
+            f"{where}: {', '.join(source.old_path for source in sources)} are {place.parts} parts "
+            f"of {place.path} ({outputs} rows) in this model, and what the file has of them does "
+            "not fill it"
         )
+    return _blocks(of_sources, scales, starts, outputs)
+
+
+def _check_pairs(
+    sources: Sequence[Source],
+    of_sources: Sequence[Slots],
+    scales: Sequence[PairScale],
+    inputs: int,
+    where: str,
+) -> None:
+    """Checks that the parts of one weight are pairs of their ranks; raises `AdapterError`."""
+    for source, slots, scale in zip(sources, of_sources, scales, strict=True):
+        is_pair = {DOWN, UP} <= slots.keys() <= {DOWN, UP, MAGNITUDE}
+        is_pair = is_pair and slots[DOWN].dim() == slots[UP].dim() == 2
+        is_pair = is_pair and slots[DOWN].shape == (scale.rank, inputs)
+        if not is_pair or slots[UP].shape[1] != scale.rank:
+            shapes = ", ".join(f"{slot} {tuple(tensor.shape)}" for slot, tensor in slots.items())
+            raise AdapterError(
+                f"{where}: {source.old_path} has {shapes}; expected a pair of rank {scale.rank} to "
+                f"put into {source.place.path}"
+            )
+
+
+def _blocks(
+    of_sources: Sequence[Slots],
+    scales: Sequence[PairScale],
+    starts: Sequence[int],
+    outputs: int,
+) -> tuple[dict[str, Tensor], PairScale]:
+    """Returns pairs of parts of the outputs, whose first rows are `starts`, as one pair."""
     total = PairScale(sum(scale.rank for scale in scales), 1.0, scales[0].rslora)
     total = total._replace(alpha=scales[0].value / total.value)
-    up = each[0]["B"].new_zeros(outputs, total.rank)
+    up = of_sources[0][UP].new_zeros(outputs, total.rank)
     column = 0
-    for start, of_one, scale in zip(starts, each, scales, strict=True):
-        B, factor = of_one["B"], 1.0 if scale == scales[0] else scale.value / scales[0].value
+    for start, slots, scale in zip(starts, of_sources, scales, strict=True):
+        B, factor = slots[UP], 1.0 if scale == scales[0] else scale.value / scales[0].value
         up[start : start + len(B), column : column + B.shape[1]] = B if factor == 1 else factor * B
         column += B.shape[1]
-    joined = {"A": torch.cat([of_one["A"] for of_one in each]), "B": up}
-    return (joined | {"m": torch.cat(magnitudes)} if magnitudes else joined), total
+    joined = {DOWN: torch.cat([slots[DOWN] for slots in of_sources]), UP: up}
+    magnitudes = [slots[MAGNITUDE] for slots in of_sources if MAGNITUDE in slots]
+    return (joined | {MAGNITUDE: torch.cat(magnitudes)} if magnitudes else joined), total
 
 
-def _starts(numbers: list[int], rows: list[int], parts: int, outputs: int) -> list[int] | None:
-    """The first row of each part in the file; None if a size is unknown or they do not fit."""
-    if len(numbers) == parts:
+def _starts(sources: Sequence[Source], rows: Sequence[int], outputs: int) -> list[int] | None:
+    """Returns each source's first row; None if a size is unknown or they do not fit.
+
+    `rows`: the number of rows of each source.
+    """
+    parts = sources[0].place.parts
+    if len(sources) == parts:
         return [sum(rows[:n]) for n in range(parts)] if sum(rows) == outputs else None
-    return [number * rows[0] for number in numbers] if set(rows) == {outputs / parts} else None
+    # Some parts are not in the file, so all must be of one size.
+    if set(rows) != {outputs / parts}:
+        return None
+    return [source.place.number * rows[0] for source in sources]
 
 
 def _with_scales(
     config: Mapping[str, Any], scales: Mapping[str, PairScale], paths: Iterable[str]
 ) -> Mapping[str, Any]:
-    """The config that says these ranks and alphas, in as few patterns as can be."""
-    ends: dict[str, set[PairScale]] = {}
+    """Returns the config with these ranks and alphas, in as few patterns as possible."""
+    scales_by_end: dict[str, set[PairScale]] = {}
     for path, scale in scales.items():
-        ends.setdefault(_end(path), set()).add(scale)
-    mixed = {_end(path) for path in paths if path not in scales} | {
-        end for end, those in ends.items() if len(those) > 1
-    }
-    for field, of in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-        said = {}
+        scales_by_end.setdefault(_end(path), set()).add(scale)
+    # Names of which not all modules have the same scale; these need a pattern for each path.
+    mixed = {_end(path) for path in paths if path not in scales}
+    mixed |= {end for end, of_end in scales_by_end.items() if len(of_end) > 1}
+    for field, name in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        patterns = {}
         for path, scale in scales.items():
-            value = getattr(scale, of)
-            if getattr(scale_at(config, path), of) != value:
-                key = (
-                    re.escape(path)
-                    if _end(path) in mixed
-                    else rf"(?:{re.escape(_end(path))})(?:\.\d+)?"
-                )
-                said[f"^{key}" if _end(path) in mixed else key] = (
-                    int(value) if float(value).is_integer() else value
-                )
-        if said:
-            config = {**config, field: said | dict(config.get(field) or {})}
+            value, end = getattr(scale, name), _end(path)
+            if getattr(scale_at(config, path), name) == value:
+                continue
+            by_end = rf"(?:{re.escape(end)})(?:\.\d+)?"
+            key = f"^{re.escape(path)}" if end in mixed else by_end
+            patterns[key] = int(value) if float(value).is_integer() else value
+        if patterns:
+            config = {**config, field: patterns | dict(config.get(field) or {})}
     return config
 
 
 def _end(path: str) -> str:
-    """The last name of a path, an expert's number aside."""
+    """Returns the last name of a path without an expert's index."""
     return re.sub(r"\.\d+$", "", path).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The rank and alpha of single modules in a config: reading them, setting them, taking them out."""
+"""The rank and alpha of single modules in a config: reads, sets and removes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PairScale(NamedTuple):
 
 
 def scale_of(method: Method) -> PairScale:
-    """The rank and alpha of a method; zeros where its pair has no such settings."""
+    """Returns the rank and alpha of a method; zeros if its pair has no such settings."""
     pair = method.parametrisation
     return PairScale(
         getattr(pair, "rank", 0), getattr(pair, "alpha", 0.0), getattr(pair, "rslora", False)
@@ -35,7 +35,7 @@ def scale_of(method: Method) -> PairScale:
 
 
 def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
-    """The rank and alpha that a config gives the pair at `path`.
+    """Returns the rank and alpha that a config gives the pair at `path`.
 
     >>> config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}}
     >>> scale_at(config, "layers.0.q_proj").value, scale_at(config, "layers.0.v_proj").value
@@ -47,15 +47,15 @@ def scale_at(config: Mapping[str, Any], path: str) -> PairScale:
 
 
 def set_scale(config: dict[str, Any], path: str, scale: PairScale) -> None:
-    """Change `config` so that it gives the module or stack at `path` this rank and alpha."""
+    """Changes `config` in place so that the module or stack at `path` has this rank and alpha."""
     for (field, usual), value in zip(PATTERNS, (scale.rank, scale.alpha), strict=True):
         patterns = config.get(field, {})
         if resolve(patterns, path, config[usual]) != value:
-            config[field] = {f"^{re.escape(path)}": whole(value)} | patterns
+            config[field] = {f"^{re.escape(path)}": int_if_whole(value)} | patterns
 
 
-def without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
-    """The config without its targets and patterns for these modules alone."""
+def without_modules(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Returns the config without the targets and patterns that name exactly these modules."""
     single = {f"^{re.escape(path)}" for path in paths}
     targets = [path for path in config["target_modules"] if path not in paths]
     rest = {**config, "target_modules": targets}
@@ -66,7 +66,7 @@ def without(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]
     return rest
 
 
-def whole(value: Any) -> Any:
-    """A whole float as an int, since other readers insist on an int for alpha."""
+def int_if_whole(value: Any) -> Any:
+    """Returns a float such as 2.0 as an int, since other readers insist on an int for alpha."""
     is_whole = isinstance(value, float) and value.is_integer() and value != 0
     return int(value) if is_whole else value

@@ -1,4 +1,4 @@
-"""VeRA's projections: the pair that all modules share, which is in the file once or drawn again.
+"""VeRA's projections: the pair that all modules share, which is stored once or drawn again.
 
 PEFT draws it from the config's seed, and `save_projection` says whether the file holds it.
 """
@@ -16,30 +16,30 @@ import torch
 from torch import Tensor
 
 from lorakin.errors import AdapterError, LorakinWarning
-from lorakin.family import Method, UnadaptedModule
+from lorakin.family import Method, Shape, UnadaptedModule
 from lorakin.storage.document import Document
-from lorakin.storage.peft.forms import Form
+from lorakin.storage.peft.formats import PeftFormat
 
 MOST_DRAWN = 1 << 28
-"""Numbers of a pair that is drawn again, a gibibyte, unless the base itself has more."""
+"""The most parameters of a pair that is drawn again (one GiB), unless the base itself has more."""
 
 
-def shared_by_all(document: Document, form: Form) -> dict[str, Tensor]:
-    """The tensors that all modules of an adapter of this form share, by slot."""
+def shared_by_all(document: Document, peft_format: PeftFormat) -> dict[str, Tensor]:
+    """Returns the tensors that all modules of an adapter of this form share, by slot."""
     if not document.slots:
         return {}
     slots = next(iter(document.slots.values()))
-    return {slot: slots[slot] for slot in form.shared}
+    return {slot: slots[slot] for slot in peft_format.shared}
 
 
 def checksum(shared: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the shared tensors' float32 values."""
+    """Returns the SHA-256 of the shared tensors' float32 values."""
     plain = {slot: t.detach().cpu().to(torch.float32).contiguous() for slot, t in shared.items()}
     return hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
 
 
 def read(
-    form: Form,
+    peft_format: PeftFormat,
     config: Mapping[str, Any],
     remembered: str | None,
     method: Method,
@@ -47,10 +47,10 @@ def read(
     tensors: Mapping[str, Tensor],
     where: str,
 ) -> dict[str, Tensor]:
-    """The pair that all modules share, by slot: the one in the file, or one drawn again.
+    """Returns the pair that all modules share, by slot: the one in the file, or one drawn again.
 
     Args:
-        form: the form of the file.
+        peft_format: the form of the file.
         config: PEFT's config.
         remembered: the checksum in lorakin.json, if there is one.
         method: the method, which knows the rank and the seed.
@@ -62,13 +62,13 @@ def read(
         AdapterError: the file lacks it, it does not fit the base, or it is another pair than the
             adapter was trained with.
     """
-    if not form.shared or not targets:
+    if not peft_format.shared or not targets:
         return {}
-    found = {slot: tensors[key] for slot, key in form.shared.items() if key in tensors}
-    found = found if len(found) == len(form.shared) else {}
-    is_saved = config.get("save_projection", form.defaults["save_projection"])
+    found = {slot: tensors[key] for slot, key in peft_format.shared.items() if key in tensors}
+    found = found if len(found) == len(peft_format.shared) else {}
+    is_saved = config.get("save_projection", peft_format.defaults["save_projection"])
     if found:
-        _check_shapes(form, method, targets, found, where)
+        _check_shapes(peft_format, method, targets, found, where)
         if remembered is not None and remembered != checksum(found):
             raise AdapterError(
                 f"{where}: its shared pair is not the one that it was trained with: lorakin.json "
@@ -76,12 +76,12 @@ def read(
             )
     elif is_saved:
         raise AdapterError(
-            f"{where}: it lacks {' and '.join(form.shared.values())}, which the config says it "
-            "holds"
+            f"{where}: it lacks {' and '.join(peft_format.shared.values())}, which the config says "
+            "it holds"
         )
     if is_saved:
         return found
-    drawn = _drawn(form, method, targets, where)
+    drawn = _drawn(peft_format, method, targets, where)
     if not found:
         _check_drawn(drawn, remembered, method, targets, where)
         return drawn
@@ -95,47 +95,48 @@ def read(
     return found
 
 
-def _sides(targets: Mapping[str, UnadaptedModule]) -> tuple[int, int]:
-    """The most inputs and the most outputs of the modules."""
+def _largest_sides(targets: Mapping[str, UnadaptedModule]) -> tuple[int, int]:
+    """Returns the largest number of inputs and of outputs of the modules."""
     shapes = [target.shape for target in targets.values()]
     return max(shape.inputs for shape in shapes), max(shape.outputs for shape in shapes)
 
 
 def _check_shapes(
-    form: Form,
+    peft_format: PeftFormat,
     method: Method,
     targets: Mapping[str, UnadaptedModule],
     found: Mapping[str, Tensor],
     where: str,
 ) -> None:
-    rank, (inputs, outputs) = method.setting("rank"), _sides(targets)
-    for slot, wanted in (("A", (rank, inputs)), ("B", (outputs, rank))):
-        have = tuple(found[slot].shape)
+    rank, (inputs, outputs) = method.setting("rank"), _largest_sides(targets)
+    for slot, tensor in found.items():
+        wanted = peft_format.pair_slots[slot].sizes(rank, Shape(outputs, inputs))
+        have = tuple(tensor.shape)
         is_wide = len(have) == 2 and all(h >= w for h, w in zip(have, wanted, strict=True))
         if not is_wide or rank not in have:
             raise AdapterError(
-                f"{where}: {form.shared[slot]} has shape {have}, expected {wanted} for rank {rank} "
-                "on this base"
+                f"{where}: {peft_format.shared[slot]} has shape {have}, expected {wanted} for rank "
+                f"{rank} on this base"
             )
 
 
 def _drawn(
-    form: Form, method: Method, targets: Mapping[str, UnadaptedModule], where: str
+    peft_format: PeftFormat, method: Method, targets: Mapping[str, UnadaptedModule], where: str
 ) -> dict[str, Tensor]:
-    """The pair drawn again from its seed."""
-    rank, (inputs, outputs) = method.setting("rank"), _sides(targets)
-    numbers = rank * (inputs + outputs)
-    there = sum(math.prod(target.shape[:2]) for target in targets.values())
-    if numbers > max(MOST_DRAWN, there):
+    """Returns the pair drawn again from its seed."""
+    rank, (inputs, outputs) = method.setting("rank"), _largest_sides(targets)
+    size = rank * (inputs + outputs)
+    adapted = sum(math.prod(target.shape[:2]) for target in targets.values())
+    if size > max(MOST_DRAWN, adapted):
         raise AdapterError(
             f"{where}: its shared pair of rank {rank:,} is not in the file. Drawn again, it would "
-            f"have {numbers:,} numbers, and the weights that it adapts have {there:,}; the file "
+            f"have {size:,} parameters, and the weights that it adapts have {adapted:,}; the file "
             "is damaged or hostile"
         )
     pair = method.parametrisation
     fresh = pair.start_all(targets, dict.fromkeys(targets, pair), None, torch.device("cpu"))
     slots = next(iter(fresh.values()))
-    return {slot: slots[slot] for slot in form.shared}
+    return {slot: slots[slot] for slot in peft_format.shared}
 
 
 def _check_drawn(

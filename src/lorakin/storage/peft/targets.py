@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts for a config, and the check that a file has tensors for just those."""
+"""Checks that a file has tensors for exactly the modules that PEFT adapts for its config."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lorakin.inject.layer_kinds import ExpertLayer
 from lorakin.inject.patterns import matches
 
 FIRST, LAST = 1, -1
-"""Of several numbers in a path PEFT takes the first as the layer's, up to 0.19 it took the last."""
+"""Of several numbers in a path PEFT takes the first as the layer's; up to 0.19 it took the last."""
 
 
 def check_targets(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     slots: Collection[str],
-    copies: Iterable[str],
-    former: Mapping[str, list[str]],
+    whole_modules: Iterable[str],
+    old_paths: Mapping[str, list[str]],
     where: str,
 ) -> None:
     """Checks that every module that the config targets has its tensors, and the other way round.
@@ -33,10 +33,10 @@ def check_targets(
         modules: the model's modules by path.
         config: PEFT's config.
         slots: paths of the modules with tensors.
-        copies: paths of the modules that are trained whole.
-        former: path → its names in the file, which the config targets, where they are others. Such
-            a config may mean fewer modules than it names in this model, so that missing ones are a
-            warning; but all experts of a stack must be there.
+        whole_modules: paths of the modules that are trained whole.
+        old_paths: path → its names in the file, which the config targets, if these are others. The
+            config was then meant for fewer modules than it names in this model, so missing ones
+            are only a warning; but all experts of a stack must be in the file.
         where: the file, for messages.
 
     Raises:
@@ -47,53 +47,58 @@ def check_targets(
         return
     experts = {path for path, m in modules.items() if layer_kinds.kind_of(m) is ExpertLayer}
     # Experts are not targeted as modules.
-    there = set(slots) - (experts - former.keys())
-    whole = tuple(f"{path}." for path in copies)
+    in_file = set(slots) - (experts - old_paths.keys())
+    inside_whole_modules = tuple(f"{path}." for path in whole_modules)
     targetable = [
         path
         for path, module in modules.items()
-        if path not in experts | former.keys()
+        if path not in experts | old_paths.keys()
         and layer_kinds.kind_of(module)
-        and not f"{path}.".startswith(whole)
+        and not f"{path}.".startswith(inside_whole_modules)
     ]
-    meanings = []
-    for meant in _readings(targets, config, modules.keys() - experts):
-        paths = {path for path in targetable if meant.takes(path)}
-        paths |= {path for path, names in former.items() if all(map(meant.takes, names))}
-        absent = _absent_experts(modules, former, meant)
-        if paths == there and not absent:
+    results = []
+    for interpretation in _interpretations(targets, config, modules.keys() - experts):
+        paths = {path for path in targetable if interpretation.takes(path)}
+        paths |= {
+            path for path, names in old_paths.items() if all(map(interpretation.takes, names))
+        }
+        absent = _absent_experts(modules, old_paths, interpretation)
+        if paths == in_file and not absent:
             return
-        meanings.append((paths, absent))
-    wanted, lacking = meanings[0]
+        results.append((paths, absent))
+    # The error is about the likeliest interpretation.
+    wanted, lacking = results[0]
     missing = lacking or sorted(wanted - set(slots))
-    if lacking or (missing and not former):
+    if lacking or (missing and not old_paths):
         raise AdapterError(
             f"{where}: the config targets {some(missing)}, but the file has no tensors for it"
         )
     if missing:
         warnings.warn(
-            f"{where}: it was made under another transformers, which named modules otherwise. By "
-            f"today's names its config targets {some(missing)} too; these have no tensors in it "
-            "and stay as they are",
+            f"{where}: it was made with another version of transformers, in which modules had "
+            f"other names. By today's names its config also targets {some(missing)}; these have no "
+            "tensors in the file and are not adapted",
             LorakinWarning,
             stacklevel=2,
         )
-    if extra := sorted(there - wanted):
+    if extra := sorted(in_file - wanted):
         raise AdapterError(
             f"{where}: the file has tensors for {some(extra)}, which the config does not target"
         )
 
 
 def _absent_experts(
-    modules: Mapping[str, nn.Module], former: Mapping[str, list[str]], meant: Reading
+    modules: Mapping[str, nn.Module],
+    old_paths: Mapping[str, list[str]],
+    interpretation: Interpretation,
 ) -> list[str]:
-    """Names of experts that the config targets, and others of whose stack the file has."""
-    there, wanted, seen = (
-        {name for names in former.values() for name in names},
-        set[str](),
-        set[tuple[str, str, str]](),
-    )
-    for path, names in former.items():
+    """Returns experts that the config targets and the file lacks, though it has their stack.
+
+    They are named as in the file.
+    """
+    in_file = {name for names in old_paths.values() for name in names}
+    wanted, seen = set[str](), set[tuple[str, str, str]]()
+    for path, names in old_paths.items():
         stack, _, number = path.rpartition(".")
         if layer_kinds.kind_of(modules[path]) is not ExpertLayer:
             continue
@@ -106,14 +111,14 @@ def _absent_experts(
                     itertools.count(),
                 )
                 wanted |= {f"{start}.{n}.{end}" for n in numbers}
-    return sorted(name for name in wanted - there if meant.takes(name))
+    return sorted(name for name in wanted - in_file if interpretation.takes(name))
 
 
-class Reading:
-    """One way to understand a config's targets.
+class Interpretation:
+    """One way to interpret a config's targets.
 
-    A string is a regular expression for the whole path; a list holds paths and ends of paths.
-    Layers narrow what is found by the end of its path, not what is named whole.
+    A string is a regular expression for the whole path; a list holds paths and ends of paths. The
+    layers (`layers_to_transform`) restrict what an end of a path selects, not what a path selects.
     """
 
     def __init__(
@@ -123,7 +128,14 @@ class Reading:
         known: Collection[str],
         which: int,
     ) -> None:
-        """An entry among the paths `known` means that path alone. `which`: `FIRST` or `LAST`."""
+        """Makes an interpretation.
+
+        Args:
+            targets: the config's targets.
+            config: the config.
+            known: paths; an entry that is one of them selects that path alone.
+            which: `FIRST` or `LAST`.
+        """
         self.targets = targets if isinstance(targets, str) else frozenset(targets)
         self.excluded = config.get("exclude_modules") or ()
         self.known = known
@@ -135,7 +147,7 @@ class Reading:
         self.which = which
 
     def takes(self, path: str) -> bool:
-        """Whether the module at this path is adapted."""
+        """Returns whether the module at this path is adapted."""
         if self.excluded and _matches(self.excluded, path):
             return False
         if isinstance(self.targets, str) or path in self.targets:
@@ -154,19 +166,19 @@ class Reading:
         return None
 
 
-def _readings(
+def _interpretations(
     targets: str | list[str], config: Mapping[str, Any], known: Collection[str]
-) -> Iterator[Reading]:
-    """The ways in which a config may be meant, the likeliest first.
+) -> Iterator[Interpretation]:
+    """Yields the ways to interpret a config, the likeliest first.
 
-    In lorakin's files an entry that is a module's whole path means that module alone. To PEFT it is
-    the end of other modules' paths too.
+    In lorakin's files an entry that is a module's whole path means that module alone. For PEFT it
+    is also the end of other modules' paths.
     """
-    yield Reading(targets, config, known, FIRST)
+    yield Interpretation(targets, config, known, FIRST)
     if not isinstance(targets, str):
-        yield Reading(targets, config, (), FIRST)
+        yield Interpretation(targets, config, (), FIRST)
         if config.get("layers_to_transform"):
-            yield Reading(targets, config, (), LAST)
+            yield Interpretation(targets, config, (), LAST)
 
 
 def _matches(targets: str | Collection[str], path: str) -> bool:

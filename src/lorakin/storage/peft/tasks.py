@@ -54,7 +54,7 @@ def task_of(model: nn.Module, whole: Collection[str]) -> str | None:
 
 
 def is_classifiers(config: Mapping[str, Any], base_class: str | None) -> bool:
-    """Whether an adapter's files hold a classifier's head, by the config and the base's class.
+    """Returns whether an adapter holds a classifier's head, by its config and its base's class.
 
     >>> is_classifiers({"modules_to_save": ["score"]}, "LlamaForSequenceClassification")
     True
@@ -69,7 +69,7 @@ def is_classifiers(config: Mapping[str, Any], base_class: str | None) -> bool:
 
 
 def _holds_heads(model: nn.Module, heads: tuple[str, ...], whole: Collection[str]) -> bool:
-    """Whether the file has every module that PEFT takes for the head, and there is one."""
+    """Returns whether the file has every module that PEFT takes for the head, and there is one."""
     wanted = [
         path
         for path, module in model.named_modules()
@@ -79,7 +79,7 @@ def _holds_heads(model: nn.Module, heads: tuple[str, ...], whole: Collection[str
 
 
 def _takes(model: nn.Module, more: Iterable[str], kept_back: Iterable[str] = ()) -> bool:
-    """Whether the model's forward takes these arguments, and none of those that PEFT keeps back."""
+    """Returns whether the model's forward takes these arguments, and none that PEFT keeps back."""
     parameters = inspect.signature(model.forward).parameters
     anything = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()

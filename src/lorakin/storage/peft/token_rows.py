@@ -17,41 +17,42 @@ from torch import Tensor, nn
 from lorakin.errors import AdapterError, SettingError, TargetError, some
 from lorakin.family import all_finite
 from lorakin.inject.trainable_tokens import TokenRows, base_table, check_free, tied_rows
-from lorakin.storage.peft.forms import PREFIX, TOKENS
+from lorakin.storage.peft.formats import PREFIX, TOKENS_ONLY
 
 FIELD = "trainable_token_indices"
 """The field of an adapter that has pairs too."""
 IDS = "token_indices"
 """The field of an adapter that is rows alone."""
 DELTA, WRAPPER = ".trainable_tokens_delta", ".token_adapter"
-OTHER_BASE = 0.25
-"""If more of a table's rows differ than this share, it is that of another base."""
+MOST_NEW_ROWS = 0.25
+"""The largest share of rows by which a table may differ; above, it is that of another base."""
 
 
-def to_files(
+def to_peft(
     model: nn.Module, tokens: Mapping[str, TokenRows], values: Mapping[str, Tensor], alone: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields, and tensors by key without PEFT's prefix, of these rows.
+    """Returns the config fields of these rows, and their tensors by key without PEFT's prefix.
 
     Args:
         model: the base. Where its config says that embeddings are tied, PEFT ties the rows itself.
         tokens: path → ids.
         values: path → rows (k, dim).
-        alone: write PEFT's type of an adapter that has nothing else; one list of ids for all.
+        alone: whether to write PEFT's type for token rows alone, with one list of ids for all.
     """
     if not tokens:
         return {}, {}
     ids, tensors = {}, {}
     for path, rows in tokens.items():
-        for place in (path,) if _peft_ties(model, path) else (path, *rows.tied):
-            ids[place] = list(rows.ids)
-            tensors[place] = values[path]
+        for table in (path,) if _peft_ties(model, path) else (path, *rows.tied):
+            ids[table] = list(rows.ids)
+            tensors[table] = values[path]
     wrapper = "" if alone else WRAPPER
     keyed = {f"{path}{wrapper}{DELTA}": tensor for path, tensor in tensors.items()}
     if alone:
         return {IDS: next(iter(ids.values())), "target_modules": sorted(ids)}, keyed
-    only = len(ids) == 1 and _is_input(model, next(iter(ids)))
-    return {FIELD: next(iter(ids.values())) if only else ids}, keyed
+    # PEFT takes a list without a path for the input embedding.
+    is_input_alone = len(ids) == 1 and _is_input(model, next(iter(ids)))
+    return {FIELD: next(iter(ids.values())) if is_input_alone else ids}, keyed
 
 
 def _is_input(model: nn.Module, path: str) -> bool:
@@ -63,24 +64,24 @@ def _is_input(model: nn.Module, path: str) -> bool:
 
 
 def _peft_ties(model: nn.Module, path: str) -> bool:
-    """Whether PEFT has the rows of the embedding at `path` count in what is tied to it."""
+    """Returns whether PEFT itself applies the rows of the embedding at `path` to the tied head."""
     return _is_input(model, path) and bool(
         getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     )
 
 
 def stand_alone(tokens: Mapping[str, TokenRows]) -> bool:
-    """Whether PEFT's type for rows alone can hold these: the ids are the same everywhere."""
+    """Returns whether PEFT's type for token rows alone can hold these: all have the same ids."""
     return len({rows.ids for rows in tokens.values()}) == 1
 
 
 def says_all_of_ties(config: Mapping[str, Any]) -> bool:
-    """Whether `ensure_weight_tying` asks only that tied tables share their rows, as they do."""
+    """Returns whether `ensure_weight_tying` asks only for tied tables to share rows, as they do."""
     return bool(_field(config)) and not config.get("modules_to_save")
 
 
 def counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Path → how many rows an adapter's file holds."""
+    """Returns path → number of rows in an adapter's file."""
     found = {
         key.removeprefix(PREFIX): len(rows) for key, rows in tensors.items() if key.endswith(DELTA)
     }
@@ -88,28 +89,28 @@ def counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
-    """Rows read from files and matched with a model, and the tensors of the file that are none."""
+class ReadTokenRows:
+    """Token rows read from files and matched with a model, and the file's other tensors."""
 
     tokens: Mapping[str, TokenRows]
     values: Mapping[str, Tensor]
     rest: Mapping[str, Tensor]
 
 
-def taken(
+def from_peft(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     slots: Collection[str],
-    copies: Collection[str],
-    vocabulary: Mapping[str, str],
+    whole_modules: Collection[str],
+    samples: Mapping[str, str],
     where: str,
-) -> Taken:
-    """Matches token rows, and tables of the base that PEFT has added, with `model`.
+) -> ReadTokenRows:
+    """Reads token rows, and tables of the base that PEFT added to the file.
 
-    PEFT adds its base's embedding and head when the vocabulary was resized. The rows there that
-    this base does not have become the adapter's: a resize fills new rows at random.
+    PEFT adds its base's embedding and head if the vocabulary was resized. Rows of them that this
+    base does not have become the adapter's, since a resize fills new rows at random.
 
     Args:
         model: the base.
@@ -117,41 +118,43 @@ def taken(
         config: PEFT's.
         tensors: by key without PEFT's prefix.
         slots: paths of modules that have pairs; they cannot have token rows.
-        copies: paths of modules that are trained whole; they cannot have token rows either.
-        vocabulary: parameter's name → its sample in the base's fingerprint, where one is known.
-        where: for errors.
+        whole_modules: paths of modules that are trained whole; they cannot have token rows either.
+        samples: parameter's name → its sample in the base's fingerprint, if there is one.
+        where: the file, for messages.
 
     Raises:
         AdapterError: rows that do not fit the config or the model, or a table of another base.
     """
-    rows, tables, rest = _sorted(modules, tensors)
+    rows, tables, rest = _by_kind(modules, tensors)
     if not rows and not tables and not _field(config):
-        return Taken({}, {}, rest)
+        return ReadTokenRows({}, {}, rest)
     ids = _ids(modules, config, rows, where)
     values: dict[str, dict[int, Tensor]] = {}
-    for path, own in ids.items():
-        size = len(tables[path]) if path in tables else _size(vocabulary, path)
-        _check_rows(path, modules[path], own, rows[path], size, where)
-        values[path] = dict(zip(own, rows[path], strict=True))
+    for path, of_path in ids.items():
+        size = len(tables[path]) if path in tables else _size(samples, path)
+        _check_rows(path, modules[path], of_path, rows[path], size, where)
+        values[path] = dict(zip(of_path, rows[path], strict=True))
     for path, table in tables.items():
         new = _new_rows(path, modules[path], table, values.get(path, {}), where)
-        if new and (path in slots or path in copies):
-            raise _another(path, table, modules[path], where)
+        if new and (path in slots or path in whole_modules):
+            raise _other_table_error(path, table, modules[path], where)
         values.setdefault(path, {}).update(new)
     try:
-        named = {path: tuple(sorted(own)) for path, own in values.items() if own}
+        named = {path: tuple(sorted(rows)) for path, rows in values.items() if rows}
         tokens = tied_rows(
             model,
             named,
-            copies,
+            whole_modules,
             lambda one, other: (
-                _same(values[one], values[other]) if other in named else _peft_ties(model, one)
+                _equal_rows(values[one], values[other])
+                if other in named
+                else _peft_ties(model, one)
             ),
         )
         check_free(tokens, slots)
     except (SettingError, TargetError) as error:
         raise AdapterError(f"{where}: {error}") from None
-    return Taken(
+    return ReadTokenRows(
         tokens,
         {path: torch.stack([values[path][n] for n in tokens[path].ids]) for path in tokens},
         rest,
@@ -159,13 +162,13 @@ def taken(
 
 
 def _field(config: Mapping[str, Any]) -> Any:
-    return config.get(IDS if config.get("peft_type") == TOKENS.peft_type else FIELD)
+    return config.get(IDS if config.get("peft_type") == TOKENS_ONLY.peft_type else FIELD)
 
 
-def _sorted(
+def _by_kind(
     modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Rows by path, tables by path, and the rest."""
+    """Returns rows by path, tables by path, and the other tensors by key."""
     rows, tables, rest = {}, {}, {}
     for key, tensor in tensors.items():
         table = key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(WRAPPER)
@@ -191,7 +194,7 @@ def _ids(
     rows: Mapping[str, Tensor],
     where: str,
 ) -> dict[str, list[int]]:
-    """Path → ids in the order of the file's rows."""
+    """Returns path → ids in the order of the file's rows."""
     field = _field(config)
     if unknown := sorted(set(rows) - set(modules)):
         raise AdapterError(
@@ -199,42 +202,45 @@ def _ids(
             "model does not have"
         )
     named = field if isinstance(field, Mapping) else {"": field} if field else {}
-    found: dict[str, list[int]] = {}
-    for path in rows:  # PEFT takes every module whose path ends in the name
-        fitting = [name for name in named if path.endswith(name)]
-        if fitting:
-            found[path] = list(named[max(fitting, key=len)])
+    ids = {path: list(named[name]) for path in rows if (name := _name_of(path, named)) is not None}
+
     # A head that is tied to one of them may have rows without being named.
-    for path in rows.keys() - found.keys():
-        weight = modules[path]._parameters.get("weight")
-        leader = next(
-            (one for one in found if modules[one]._parameters.get("weight") is weight), None
+    for path in rows.keys() - ids.keys():
+        tied = next(
+            (other for other in ids if _weight(modules, other) is _weight(modules, path)), None
         )
-        if leader is None:
+        if tied is None:
             raise AdapterError(f"{where}: it has rows of {path}, which {FIELD} does not name")
-        found[path] = found[leader]
+        ids[path] = ids[tied]
+
+    weights = [_weight(modules, path) for path in ids]
     for name in named:
-        ended = [path for path in modules if path and path.endswith(name)] if name else list(rows)
-        weights = [modules[path]._parameters.get("weight") for path in found]
-        if not any(
-            path in found or _is_one_of(modules[path]._parameters.get("weight"), weights)
-            for path in ended
-        ):
+        tables = [path for path in modules if path and path.endswith(name)] if name else list(rows)
+        if not any(path in ids or _is_one_of(_weight(modules, path), weights) for path in tables):
             raise AdapterError(
                 f"{where}: {FIELD} names tokens{f' of {name}' * bool(name)}, but the file has no "
                 "rows of them"
             )
-    return found
+    return ids
+
+
+def _name_of(path: str, names: Iterable[str]) -> str | None:
+    """Returns the longest name that `path` ends in, as PEFT chooses modules; None without one."""
+    return max((name for name in names if path.endswith(name)), key=len, default=None)
+
+
+def _weight(modules: Mapping[str, nn.Module], path: str) -> Tensor | None:
+    return modules[path]._parameters.get("weight")
 
 
 def _is_one_of(weight: Tensor | None, weights: Iterable[Tensor | None]) -> bool:
     return weight is not None and any(weight is other for other in weights)
 
 
-def _size(vocabulary: Mapping[str, str], path: str) -> int:
-    """How many rows the table had where the adapter was trained, 0 if that is not known."""
-    known = vocabulary.get(f"{path}.weight", "").split()
-    return int(known[1].split("x")[0]) if len(known) > 1 else 0
+def _size(samples: Mapping[str, str], path: str) -> int:
+    """Returns the number of rows of the table in training; 0 if that is not known."""
+    sample = samples.get(f"{path}.weight", "").split()
+    return int(sample[1].split("x")[0]) if len(sample) > 1 else 0
 
 
 def _check_rows(
@@ -252,7 +258,7 @@ def _check_rows(
         )
     if not rows.is_floating_point() or rows.element_size() < 2 or not all_finite(rows):
         raise AdapterError(
-            f"{where}: the trained rows of {path} are no finite floating numbers ({rows.dtype})"
+            f"{where}: the trained rows of {path} are not finite floating numbers ({rows.dtype})"
         )
     if max(ids, default=0) >= len(weight):
         size = max(size, max(ids) + 1)
@@ -267,34 +273,34 @@ def _check_rows(
 def _new_rows(
     path: str, module: nn.Module, table: Tensor, trained: Mapping[int, Tensor], where: str
 ) -> dict[int, Tensor]:
-    """The rows of a table that differ from this base's, without those that are trained anyway."""
-    here = base_table(module)
-    if table.shape != here.shape:
-        raise _another(path, table, module, where)
-    if here.is_meta:
+    """Returns the rows of a table that differ from this base's, without the trained ones."""
+    base = base_table(module)
+    if table.shape != base.shape:
+        raise _other_table_error(path, table, module, where)
+    if base.is_meta:
         return {}
-    close = torch.isclose(table.float(), here.cpu().float(), rtol=1e-2, atol=1e-3).all(1)
+    close = torch.isclose(table.float(), base.cpu().float(), rtol=1e-2, atol=1e-3).all(1)
     differ = [row for row in (~close).nonzero()[:, 0].tolist() if row not in trained]
-    if len(differ) > max(1, math.floor(OTHER_BASE * len(table))):
-        raise _another(path, table, module, where)
+    if len(differ) > max(1, math.floor(MOST_NEW_ROWS * len(table))):
+        raise _other_table_error(path, table, module, where)
     return {row: table[row].clone() for row in differ}
 
 
-def _another(path: str, table: Tensor, module: nn.Module, where: str) -> AdapterError:
-    here: Any = module._parameters["weight"]
-    resized = table.dim() == 2 and table.shape[1:] == here.shape[1:] and len(table) != len(here)
-    advice = (
-        "if its vocabulary was resized, resize this one first: "
-        f"model.resize_token_embeddings({len(table)})"
-        if resized
-        else "load that weight first"
-    )
+def _other_table_error(path: str, table: Tensor, module: nn.Module, where: str) -> AdapterError:
+    base: Any = module._parameters["weight"]
+    is_table = table.dim() == 2 and table.shape[1:] == base.shape[1:]
+    advice = "load that weight first"
+    if is_table and len(table) != len(base):
+        advice = (
+            "if its vocabulary was resized, resize this one first: "
+            f"model.resize_token_embeddings({len(table)})"
+        )
     return AdapterError(
         f"{where}: it is for another base model: {path} had another weight there, "
         f"{tuple(table.shape)}, perhaps because its vocabulary was resized or trained; this "
-        f"model's is {tuple(here.shape)}; {advice}"
+        f"model's is {tuple(base.shape)}; {advice}"
     )
 
 
-def _same(one: Mapping[int, Tensor], two: Mapping[int, Tensor]) -> bool:
+def _equal_rows(one: Mapping[int, Tensor], two: Mapping[int, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)

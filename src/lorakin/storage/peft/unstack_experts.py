@@ -1,4 +1,4 @@
-"""Reading experts that a model keeps in one parameter; `stack_experts` has the form."""
+"""Reads experts that a model keeps in one parameter; `stack_experts` describes the format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,35 @@ from lorakin.inject import parameters
 from lorakin.inject.experts import stack_names
 from lorakin.inject.patterns import resolve
 from lorakin.inject.targets import for_stacks
-from lorakin.storage.peft.expert_keys import NESTED, experts_in, keyed, take, turned, unwrapped
-from lorakin.storage.peft.expert_layout import VERSION, WRITTEN, layout, turns
-from lorakin.storage.peft.forms import NAMES, PREFIX, TARGET_PARAMETERS
+from lorakin.storage.peft.expert_keys import (
+    BASE_LAYER_PREFIX,
+    experts_in,
+    keyed,
+    take,
+    transposed,
+    unwrapped,
+)
+from lorakin.storage.peft.expert_layout import (
+    VERSION,
+    WRITTEN_AS_PEFT,
+    read_transposed_in_file,
+    takes_last_by_owner,
+)
+from lorakin.storage.peft.formats import (
+    DOWN,
+    LORA_TENSOR_NAMES,
+    MAGNITUDE,
+    PREFIX,
+    TARGET_PARAMETERS,
+    UP,
+)
 from lorakin.storage.peft.scales import PATTERNS, scale_at
 
 Owners = dict[str, list[str]]
 """Path of a module → names of its stacks, in the order in which PEFT wraps them."""
 
 
-def unstacked(
+def from_peft(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     model: nn.Module | None,
@@ -32,21 +51,21 @@ def unstacked(
     *,
     ours: bool = False,
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """The config and tensors with a pair for each expert again, without `target_parameters`.
+    """Returns the config and tensors with a pair for each expert, without `target_parameters`.
 
     Args:
         config: PEFT's config.
         tensors: tensors by PEFT's key.
         model: the base. Without one, a module's stacks are taken to be in the order that all
             models of transformers have: down_proj is the last.
-        known: the paths for which lorakin.json has tensors, if it has any. An expert beside them
-            whose pair is zero is not adapted.
+        known: the paths for which lorakin.json has tensors, if it has any. An expert that is not
+            among them and whose pair is zero is not adapted.
         where: the file, for messages.
-        ours: lorakin wrote the files.
+        ours: whether lorakin wrote the files.
 
     Raises:
-        AdapterError: the parameters are no stacks of experts in `model`; the tensors do not fit
-            together; the files leave open which side of a stack is the inputs.
+        AdapterError: the parameters are not stacks of experts in `model`; the tensors do not fit
+            together; the files do not tell which side of a stack is the inputs.
     """
     targets = config.get(TARGET_PARAMETERS)
     if not targets:
@@ -59,69 +78,81 @@ def unstacked(
     depths = {owner: len(names) for owner, names in owners.items()}
     left = {unwrapped(key, depths): tensor for key, tensor in tensors.items()}
     version = config.get(VERSION)
-    last = {} if model is None else layout(model, owners, left, WRITTEN if ours else version)
-    apart: dict[str, Tensor] = {}
+    takes_last: Mapping[str, bool | None] = {}
+    if model is not None:
+        takes_last = takes_last_by_owner(model, owners, left, WRITTEN_AS_PEFT if ours else version)
+    per_expert: dict[str, Tensor] = {}
     stacks = [f"{owner}.{name}" for owner, names in owners.items() for name in reversed(names)]
     for owner, names in owners.items():
         for depth, name in enumerate(reversed(names)):
-            slots, stack = take(left, f"{PREFIX}{owner}.{NESTED * depth}"), f"{owner}.{name}"
-            if not slots and (elsewhere := _elsewhere(left, owner)):
-                raise _otherwise_named(model, elsewhere, owner, where)
+            stack = f"{owner}.{name}"
+            slots = take(left, f"{PREFIX}{owner}.{BASE_LAYER_PREFIX * depth}")
+            if not slots and (in_file := _path_in_file(left, owner)):
+                raise _other_name_error(model, in_file, owner, where)
             experts = None if model is None else experts_in(model, stack)
-            is_turned = model is not None and turns(model, owner, name, last[owner], version, where)
+            is_transposed = model is not None and read_transposed_in_file(
+                model, owner, name, takes_last[owner], version, where
+            )
             rank = scale_at(config, stack).rank
-            for number, own in enumerate(_apart(slots, rank, experts, f"{where}: {stack}")):
-                path = f"{stack}.{number}"
-                if known is None or path in known or own["A" if is_turned else "B"].any():
-                    apart |= keyed(f"{PREFIX}{path}.", turned(own) if is_turned else own)
-    return _for_experts(config, stacks, apart), left | apart
+            split = _split_experts(slots, rank, experts, f"{where}: {stack}")
+            for index, of_expert in enumerate(split):
+                if is_transposed:
+                    of_expert = transposed(of_expert)
+                path = f"{stack}.{index}"
+                if known is None or path in known or of_expert[UP].any():
+                    per_expert |= keyed(f"{PREFIX}{path}.", of_expert)
+    return _for_experts(config, stacks, per_expert), left | per_expert
 
 
 def _for_experts(
-    config: Mapping[str, Any], stacks: Collection[str], apart: Iterable[str]
+    config: Mapping[str, Any], stacks: Collection[str], per_expert: Iterable[str]
 ) -> dict[str, Any]:
-    """The config, whose patterns now give each expert the rank and alpha of its stack."""
-    paths = (key.removeprefix(PREFIX) for key in apart if key.endswith(NAMES["A"]))
+    """Returns the config, whose patterns now give each expert the rank and alpha of its stack."""
+    paths = (
+        key.removeprefix(PREFIX) for key in per_expert if key.endswith(LORA_TENSOR_NAMES[DOWN])
+    )
     counts = Counter(path.rsplit(".", 3)[0] for path in paths)
     changed = {}
     for field, _ in PATTERNS:
-        said = (config.get(field) or {}).items()
-        meant = {key: value for key, value in said if not _is_of_one(key, stacks, counts)}
-        changed[field] = for_stacks(meant, stacks)
+        patterns = (config.get(field) or {}).items()
+        used = {key: v for key, v in patterns if not _is_ignored_by_peft(key, stacks, counts)}
+        changed[field] = for_stacks(used, stacks)
     return {**config, TARGET_PARAMETERS: None, **changed}
 
 
-def _is_of_one(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bool:
-    """Whether a pattern matches single experts but not their stack, so that PEFT ignores it."""
-    one = {key: 1.0}
+def _is_ignored_by_peft(key: str, stacks: Iterable[str], counts: Mapping[str, int]) -> bool:
+    """Returns whether a pattern matches single experts but not their stack."""
+    pattern = {key: 1.0}
     return any(
-        not resolve(one, stack, 0.0)
-        and any(resolve(one, f"{stack}.{n}", 0.0) for n in range(counts[stack]))
+        not resolve(pattern, stack, 0.0)
+        and any(resolve(pattern, f"{stack}.{n}", 0.0) for n in range(counts[stack]))
         for stack in stacks
     )
 
 
-def _elsewhere(tensors: Iterable[str], owner: str) -> str | None:
-    """The path of the same experts in the file, if it begins otherwise than `owner`."""
+def _path_in_file(tensors: Iterable[str], owner: str) -> str | None:
+    """Returns the path of the same experts in the file, if it has another prefix than `owner`."""
     for key in tensors:
-        path = key.removeprefix(PREFIX).removesuffix(f".{NAMES['A']}")
-        path = path.replace(f".{NESTED.rstrip('.')}", "")
+        path = key.removeprefix(PREFIX).removesuffix(f".{LORA_TENSOR_NAMES[DOWN]}")
+        path = path.replace(f".{BASE_LAYER_PREFIX.rstrip('.')}", "")
         is_end = f".{path}".endswith(f".{owner}") or f".{owner}".endswith(f".{path}")
-        if key.endswith(NAMES["A"]) and path != owner and is_end:
+        if key.endswith(LORA_TENSOR_NAMES[DOWN]) and path != owner and is_end:
             return path
     return None
 
 
-def _otherwise_named(model: nn.Module | None, there: str, here: str, where: str) -> AdapterError:
+def _other_name_error(
+    model: nn.Module | None, in_file: str, in_model: str, where: str
+) -> AdapterError:
     return AdapterError(
         f"{where}: this {type(model).__name__} has the experts that the file adapts, but under "
-        f"another name: {there} in the file is {here} here. Load the file into a model of the "
-        "class that it was made for"
+        f"another name: {in_file} in the file is {in_model} here. Load the file into a model of "
+        "the class that it was made for"
     )
 
 
 def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Owners:
-    """The modules of `model` that own the parameters."""
+    """Returns the modules of `model` that own the parameters."""
     owners: Owners = {}
     taken: set[str] = set()
     for path, module in model.named_modules():
@@ -129,7 +160,7 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Owners
             name: {t for t in targets if f".{path}.{name}".endswith(f".{t}")}
             for name in module._parameters
         }
-        hits = {name: by for name, by in hits.items() if by}
+        hits = {name: matching for name, matching in hits.items() if matching}
         names = [name for name in parameters.names(module) if name in hits]
         if wrong := sorted(hits.keys() - set(names)):
             raise AdapterError(
@@ -140,15 +171,15 @@ def _owners_in(model: nn.Module, targets: Collection[str], where: str) -> Owners
         if names:
             owners[path] = names
     if missing := sorted(set(targets) - taken):
-        raise _missing(model, missing, where)
+        raise _missing_error(model, missing, where)
     return owners
 
 
-def _missing(model: nn.Module, missing: list[str], where: str) -> AdapterError:
-    there = missing[0].rpartition(".")[0]
+def _missing_error(model: nn.Module, missing: list[str], where: str) -> AdapterError:
+    in_file = missing[0].rpartition(".")[0]
     for path, module in model.named_modules():
-        if path and stack_names(module) and there.endswith(f".{path}"):
-            return _otherwise_named(model, there, path, where)
+        if path and stack_names(module) and in_file.endswith(f".{path}"):
+            return _other_name_error(model, in_file, path, where)
     return AdapterError(
         f"{where}: it is for another base model: it adapts the parameters {some(missing)}, which "
         f"this {type(model).__name__} does not have"
@@ -158,7 +189,7 @@ def _missing(model: nn.Module, missing: list[str], where: str) -> AdapterError:
 def _owners_by_keys(
     tensors: Iterable[str], targets: Collection[str], modules: Collection[str], where: str
 ) -> Owners:
-    """The same from the keys of the tensors alone.
+    """Returns the modules that own the parameters, from the keys of the tensors alone.
 
     Stacks are in the order of `targets`, which in lorakin's files is that of the module, with
     down_proj last.
@@ -176,30 +207,31 @@ def _owners_by_keys(
             names |= {name for owner, name in named if not owner}
         if names and len(names) != depth:
             raise AdapterError(
-                f"{where}: it cannot be told without the base which parameters of {holder} "
-                "it adapts"
+                f"{where}: without the base it is not known which parameters of {holder} it adapts"
             )
         if names:
             owners[holder] = sorted(names, key=lambda name: (name.startswith("down"), order[name]))
     return owners
 
 
-def _apart(
+def _split_experts(
     slots: Mapping[str, Tensor], rank: int, experts: int | None, where: str
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each expert of one stack; `experts` is None if their number is not known."""
-    if missing := [NAMES[slot] for slot in ("A", "B") if slot not in slots]:
+    """Yields the tensors of each expert of one stack; `experts` is their number, if known."""
+    if missing := [LORA_TENSOR_NAMES[slot] for slot in (DOWN, UP) if slot not in slots]:
         raise AdapterError(f"{where} lacks {', '.join(missing)}")
-    A, B, m = slots["A"], slots["B"], slots.get("m")
-    there = len(A) // max(rank, 1) if experts is None else experts
-    fits = A.dim() == B.dim() == 2 and rank > 0 and len(A) == B.shape[1] == rank * there
-    if not fits or (m is not None and m.shape != (there, len(B))):
-        shapes = ", ".join(f"{NAMES[slot]} {tuple(t.shape)}" for slot, t in slots.items())
+    A, B, m = slots[DOWN], slots[UP], slots.get(MAGNITUDE)
+    count = len(A) // max(rank, 1) if experts is None else experts
+    fits = A.dim() == B.dim() == 2 and rank > 0 and len(A) == B.shape[1] == rank * count
+    if not fits or (m is not None and m.shape != (count, len(B))):
+        shapes = ", ".join(
+            f"{LORA_TENSOR_NAMES[slot]} {tuple(t.shape)}" for slot, t in slots.items()
+        )
         raise AdapterError(
-            f"{where}: {shapes} are no pairs of rank {rank} for {experts or 'any number of'} "
+            f"{where}: {shapes} are not pairs of rank {rank} for {experts or 'any number of'} "
             "experts"
         )
-    downs, ups = A.view(there, rank, -1), B.view(len(B), rank, there)
-    for number in range(there):
-        own = {"A": downs[number], "B": ups[..., number]}
-        yield own if m is None else {**own, "m": m[number]}
+    downs, ups = A.view(count, rank, -1), B.view(len(B), rank, count)
+    for index in range(count):
+        pair = {DOWN: downs[index], UP: ups[..., index]}
+        yield pair if m is None else {**pair, MAGNITUDE: m[index]}

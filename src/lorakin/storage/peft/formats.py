@@ -1,8 +1,7 @@
-"""PEFT's words for what members decide, in one table: types, config fields and their defaults.
+"""PEFT's file formats in one table: `peft_type`, config fields and their defaults.
 
-The names of tensors stand with the slots that the members declare.
-
-This is the one file outside `family/` that knows members by name, since PEFT's files do.
+The names of tensors come from the slots that the members declare (`Slot.peft`). This is the one
+file outside `family/` that knows members by name, since PEFT's files do.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lorakin.family import (
     members,
 )
 from lorakin.family.adalora import Triplets
-from lorakin.family.slots import Slot, Slots
+from lorakin.family.slots import Slot, Slots, factors_of
 from lorakin.family.start import Start
 from lorakin.inject.layer_kinds import (
     ConvolutionLayer,
@@ -45,34 +44,34 @@ MATRICES: tuple[type[LayerKind], ...] = (LinearLayer, QuantisedLayer, Transposed
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """How PEFT writes one type of adapter."""
+class PeftFormat:
+    """One of PEFT's file formats: how it writes one `peft_type` of adapter."""
 
     peft_type: str
     pair: type[Parametrisation] | None
     """The parametrisation whose tensors such a file holds; its slots have PEFT's names."""
     member: type[Member]
-    """What such a file is read as, where nothing else says more."""
+    """The member as which such a file is read, if lorakin's part does not name the members."""
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Setting of a member → field of the config."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Field → what PEFT takes where the file does not say it."""
-    always: tuple[str, ...] = ()
-    """Fields that are written even where they have PEFT's default."""
+    """Field → PEFT's default."""
+    always_written: tuple[str, ...] = ()
+    """Fields that are written even if they have PEFT's default."""
     ignored: tuple[str, ...] = ()
     """Fields that PEFT writes and does not read."""
     layers: tuple[type[LayerKind], ...] = MATRICES
-    """The kinds of layer that PEFT adapts so."""
+    """The kinds of layer that PEFT can adapt with it."""
     has_patterns: bool = False
-    """`rank_pattern` and `alpha_pattern` give modules a rank and an alpha of their own."""
-    alpha_without: str | None = None
-    """The setting that stands for alpha where alpha is 0 or less."""
+    """Whether `rank_pattern` and `alpha_pattern` give single modules another rank and alpha."""
+    alpha_fallback: str | None = None
+    """The setting that is used for alpha if alpha is 0 or less."""
     bias: str = "lora_only"
-    """The word for "the biases of adapted modules"."""
+    """The value of `bias` for "the biases of adapted modules"."""
     takes_tokens: bool = True
-    """PEFT trains rows of tokens beside it."""
+    """Whether PEFT can train token rows in the same adapter."""
     flags: Mapping[str, type[Modifier]] = dataclasses.field(default_factory=dict)
-    """Field of the config → the member that it adds where it is true."""
+    """Field of the config → the member that it adds if it is true."""
 
     @cached_property
     def pair_slots(self) -> Slots:
@@ -86,36 +85,37 @@ class Form:
 
     @cached_property
     def lookup_slots(self) -> dict[str, str]:
-        """The same for an embedding."""
-        own = None if self.pair is None else self.pair.lookup_slots
-        return _names(self._declared(own or {}), shared=False)
+        """`slots` for an embedding."""
+        slots = None if self.pair is None else self.pair.lookup_slots
+        return _names(self._declared(slots or {}), shared=False)
 
     @cached_property
     def shared(self) -> dict[str, str]:
         """Slot that all modules share → the tensor's whole key."""
         return _names(self.pair_slots, shared=True)
 
-    def _declared(self, own: Slots) -> dict[str, Slot]:
-        more = (member.slots for member in self.flags.values())
-        return {name: slot for slots in (own, *more) for name, slot in slots.items()}
+    def _declared(self, pair_slots: Slots) -> dict[str, Slot]:
+        """Returns the slots of the pair and of the members that flags add."""
+        of_flags = (member.slots for member in self.flags.values())
+        return {name: slot for slots in (pair_slots, *of_flags) for name, slot in slots.items()}
 
 
 def _names(slots: Slots, *, shared: bool) -> dict[str, str]:
     return {name: slot.peft for name, slot in slots.items() if slot.peft and slot.shared == shared}
 
 
-LORA = Form(
+LORA = PeftFormat(
     peft_type="LORA",
     pair=LoRA,
     member=LoRA,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
     defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
-    always=("r", "lora_alpha", "lora_dropout"),
+    always_written=("r", "lora_alpha", "lora_dropout"),
     layers=(*MATRICES, EmbeddingLayer, ConvolutionLayer, ExpertLayer),
     has_patterns=True,
     flags={"use_dora": DoRA},
 )
-VERA = Form(
+VERA = PeftFormat(
     peft_type="VERA",
     pair=VeRA,
     member=VeRA,
@@ -133,11 +133,11 @@ VERA = Form(
         "d_initial": 0.1,
         "save_projection": True,
     },
-    always=("r", "projection_prng_key", "save_projection"),
+    always_written=("r", "projection_prng_key", "save_projection"),
     bias="vera_only",
     takes_tokens=False,
 )
-ADALORA = Form(
+ADALORA = PeftFormat(
     peft_type="ADALORA",
     pair=Triplets,
     member=AdaLoRA,
@@ -167,7 +167,7 @@ ADALORA = Form(
         "beta2": 0.85,
         "orth_reg_weight": 0.5,
     },
-    always=(
+    always_written=(
         "init_r",
         "lora_alpha",
         "lora_dropout",
@@ -178,56 +178,73 @@ ADALORA = Form(
         "orth_reg_weight",
     ),
     ignored=("r",),
-    alpha_without="initial_rank",
+    alpha_fallback="initial_rank",
 )
-TOKENS = Form(peft_type="TRAINABLE_TOKENS", pair=None, member=LoRA, ignored=("token_indices",))
-"""Rows of tokens and nothing else."""
+TOKENS_ONLY = PeftFormat(
+    peft_type="TRAINABLE_TOKENS", pair=None, member=LoRA, ignored=("token_indices",)
+)
+"""Token rows and nothing else."""
 
-FORMS = {form.peft_type: form for form in (LORA, VERA, ADALORA, TOKENS)}
-FORM_OF = {form.pair.word: form for form in FORMS.values() if form.pair is not None}
+FORMATS_BY_TYPE = {
+    peft_format.peft_type: peft_format for peft_format in (LORA, VERA, ADALORA, TOKENS_ONLY)
+}
+FORMAT_OF = {
+    peft_format.pair.word: peft_format
+    for peft_format in FORMATS_BY_TYPE.values()
+    if peft_format.pair is not None
+}
 """Word of a parametrisation → its form."""
 FLAGS = LORA.flags
 
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica", "lora_fa")
-"""Words of `init_lora_weights` whose file is a plain pair for the plain base."""
+"""PatternValues of `init_lora_weights` with which the file is a plain pair for the plain base."""
 
 SCHEDULE = ("total_steps", "start", "finish", "interval")
 """Settings that belong to one run, which is over when a file is read."""
 NO_SCHEDULE = {"total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
-"""What is written for an adapter that no run has decided for: PEFT reads no config without them."""
+"""PatternValues for an adapter without a run's schedule: PEFT cannot read a config without them."""
 
-NAMES = LORA.slots
+_FACTORS = factors_of(LoRA.slots)
+assert _FACTORS is not None
+UP, DOWN = _FACTORS
+(MAGNITUDE,) = DoRA.slots
+"""The slots of plain LoRA's B and A and of DoRA's m, by the names that the members declare."""
+LORA_TENSOR_NAMES = LORA.slots
+"""Slot of plain LoRA or DoRA → the name of its tensor in PEFT's files, after the module's path."""
 
 
-def names(form: Form, layer: type[LayerKind]) -> Mapping[str, str]:
-    """Slot → name of the tensor, for a layer of this kind.
+def names(peft_format: PeftFormat, layer: type[LayerKind]) -> Mapping[str, str]:
+    """Returns the name of each slot's tensor, for a layer of this kind.
 
-    >>> names(LORA, EmbeddingLayer)["A"]
+    >>> names(LORA, EmbeddingLayer)[DOWN]
     'lora_embedding_A'
     """
-    return form.lookup_slots if layer is EmbeddingLayer else form.slots
+    return peft_format.lookup_slots if layer is EmbeddingLayer else peft_format.slots
 
 
 def plain_method(rank: int, alpha: float, dropout: float = 0.0, *, with_gain: bool) -> Method:
-    """The method of plain LoRA, with DoRA's magnitudes or without."""
+    """Returns the method of plain LoRA, with DoRA's magnitudes or without."""
     pair = LoRA(rank=rank, alpha=alpha, dropout=dropout)
     return Method.of([pair, *(kind() for kind in FLAGS.values())] if with_gain else [pair])
 
 
-def members_of(form: Form, config: Mapping[str, Any]) -> Sequence[type[Member]]:
-    """The members that a config of PEFT's stands for."""
-    flags = [kind for flag, kind in form.flags.items() if config.get(flag)]
-    start = made_again().get(start_word(config)) if form is LORA else None
-    return (form.member, *flags, *([start] if start else []))
+def members_of(peft_format: PeftFormat, config: Mapping[str, Any]) -> Sequence[type[Member]]:
+    """Returns the members that a config of PEFT's names."""
+    flags = [kind for flag, kind in peft_format.flags.items() if config.get(flag)]
+    start = starts_repeated_at_load().get(start_word(config)) if peft_format is LORA else None
+    return (peft_format.member, *flags, *([start] if start else []))
 
 
-def made_again() -> dict[str, type[Start]]:
-    """Word of `init_lora_weights` → the member that makes its start of the base weight again."""
+def starts_repeated_at_load() -> dict[str, type[Start]]:
+    """Returns the starts that loading computes again from the base weight.
+
+    By the value of `init_lora_weights`; the members that choose these starts.
+    """
     starts = [m for m in members() if issubclass(m, Start) and m.peft_start]
     return {start.peft_start: start for start in starts if start.needs == {WEIGHT}}
 
 
 def start_word(config: Mapping[str, Any]) -> str:
-    """The word of `init_lora_weights`, in small letters; "" where it is true, false or null."""
+    """Returns `init_lora_weights` in lower case; "" if it is true, false or null."""
     start = config.get("init_lora_weights")
     return start.lower() if isinstance(start, str) else ""

@@ -88,8 +88,8 @@ def _check_supported(peft_format: PeftFormat, config: Mapping[str, Any], where: 
     for flag, member in FLAGS.items():
         if config.get(flag) and peft_format is not LORA:
             raise AdapterError(
-                f"{where}: it uses {member.__name__} on {peft_format.peft_type}, which PEFT itself does "
-                "not define"
+                f"{where}: it uses {member.__name__} on {peft_format.peft_type}, which PEFT itself "
+                "does not define"
             )
     if peft_format is LORA and (reason := starts.refusal(config)):
         raise AdapterError(f"{where}: it {reason}")

@@ -43,7 +43,7 @@ class PeftFiles:
     tensors: dict[str, Tensor]
     """By key; contiguous, on the CPU."""
     peft_format: PeftFormat | None = None
-    """The format that holds exactly the adapter's tensors; None if they are written as plain LoRA."""
+    """The format that holds exactly the adapter's tensors; None if plain LoRA is written."""
 
 
 def peft_files_of(document: Document, model: nn.Module) -> PeftFiles:

@@ -160,8 +160,10 @@ def _measured(
     narrow, dtype = getattr(torch, dtypes[-1]), dtypes[-1]
     layers = 1 if quick else 12
     if "whole" in parts:
-        yield ("whole", dtype), whole.measure("S", layers if quick else 6, narrow, rounds, device)
-        yield ("peak", dtype), whole.peaks("S", layers, dtype, device=device)
+        depth = 1 if quick else 6
+        yield ("whole", dtype), whole.measure("S", depth, narrow, rounds, device, **size)
+        variants = ("lorakin", "peft") if quick else whole.VARIANTS
+        yield ("peak", dtype), whole.peaks("S", layers, dtype, variants, device)
     if "chores" in parts:
         yield ("chores",), chores.measure(SHAPES["S"], 2 if quick else 30, narrow, rounds, device)
     if "serving" in parts:

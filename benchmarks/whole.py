@@ -60,11 +60,18 @@ def step(changed: Any, rows: int = 4, length: int = 256) -> Callable[[], None]:
 
 
 def measure(
-    shape: str, layers: int, dtype: torch.dtype, rounds: int, device: str = "cpu"
+    shape: str,
+    layers: int,
+    dtype: torch.dtype,
+    rounds: int,
+    device: str = "cpu",
+    rows: int = 4,
+    length: int = 256,
 ) -> list[dict[str, Any]]:
     """Returns a row for each variant: time over the frozen model's, by clock."""
     base = model(shape, layers, dtype, device)
-    seconds = interleaved({name: step(variant(base, name)) for name in VARIANTS}, rounds, device)
+    steps = {name: step(variant(base, name), rows, length) for name in VARIANTS}
+    seconds = interleaved(steps, rounds, device)
     table = []
     for name in VARIANTS[1:]:
         table.append(

@@ -6,15 +6,12 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-import lorakin as lk
 from conftest import tiny_llama
 from lorakin.cli.app import run
 from lorakin.family import FAMILY
@@ -91,28 +88,3 @@ def test_the_table_of_members_is_the_family() -> None:
     assert re.findall(r"^\| .*? \| `([a-z+-]+)` \| \[.* \|$", README, re.MULTILINE) == [
         member.word for member in FAMILY
     ]
-
-
-def test_the_example_of_a_member_is_one(ids: torch.Tensor) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    from lorakin.family import Pair, Parametrisation
-
-    names: dict[str, Any] = {
-        "dataclass": dataclass,
-        "ClassVar": ClassVar,
-        "Parametrisation": Parametrisation,
-        "Pair": Pair,
-        "torch": torch,
-    }
-    names["__name__"] = "example"
-    sys.modules["example"] = SimpleNamespace(**names)  # type: ignore[assignment]
-    exec(code, names)
-    model = tiny_llama()
-    before = model(ids).logits
-    adapter = lk.adapt(model, names["Gained"]())
-    assert torch.equal(model(ids).logits, before)
-    assert adapter.trainable_parameters > 0

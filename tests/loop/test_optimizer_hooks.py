@@ -150,7 +150,7 @@ def test_a_model_that_is_gone_is_let_go() -> None:
     del model, adapter, optimizer
     gc.collect()
     assert gone() is None
-    assert all(adapter is not None for adapter in optimizer_hooks._GRAFTS)
+    assert all(adapter is not None for adapter in optimizer_hooks._ADAPTERS)
 
 
 def test_a_second_run_begins_anew() -> None:

@@ -90,13 +90,18 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
 )
 def test_the_choice(settings: dict[str, float]) -> None:
     paths, values = list(IMPORTANCE), np.array(list(IMPORTANCE.values()))
-    chosen = lk.LoRADrop(**settings, importance=IMPORTANCE).chosen()  # type: ignore[arg-type]
+    chosen = lk.LoRADrop(**settings, importance=IMPORTANCE).most_important()  # type: ignore[arg-type]
     assert chosen == [paths[n] for n in reference.choose(values, **settings)]  # type: ignore[arg-type]
 
 
 def test_ties_fall_to_the_first() -> None:
-    assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).chosen() == ["a", "b"]
-    assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == [
+    assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).most_important() == [
+        "a",
+        "b",
+    ]
+    assert lk.LoRADrop(
+        threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}
+    ).most_important() == [
         "a",
         "b",
     ], "0.6 + 0.3 is 0.9"

@@ -73,17 +73,19 @@ def test_a_vote_that_is_tied_is_won_by_plus_and_who_has_nothing_does_not_count()
 
 @pytest.mark.parametrize(("how", "density"), ALL)
 def test_on_factors(how: str, density: float | None) -> None:
-    there, scales = pairs((3, 3, 3)), [2.0, 0.5, 1.0]
+    factors, scales = pairs((3, 3, 3)), [2.0, 0.5, 1.0]
     rule = Combination(how, on="factors", density=density)
-    got = rule.of_factors(there, scales, WEIGHTS, rule.generator())
+    got = rule.of_factors(factors, scales, WEIGHTS, rule.generator())
     roots = [abs(w * s) ** 0.5 for w, s in zip(WEIGHTS, scales, strict=True)]
     signed = [np.sign(w) * root for w, root in zip(WEIGHTS, roots, strict=True)]
     close(
-        got.up, reference.combined([array(p.up) for p in there], roots, how, density or 1.0), 1e-12
+        got.up,
+        reference.combined([array(p.up) for p in factors], roots, how, density or 1.0),
+        1e-12,
     )
     close(
         got.down,
-        reference.combined([array(p.down) for p in there], signed, how, density or 1.0),
+        reference.combined([array(p.down) for p in factors], signed, how, density or 1.0),
         1e-12,
     )
 
@@ -166,11 +168,11 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 
 
 def test_every_way_is_in_one_block_what_it_is_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = pairs((4, 4), 33, 20)
+    changes = pairs((4, 4), 33, 20)
 
     def all_ways() -> list[Tensor]:
         rules = [Combination(how, density=None if how == "sum" else 0.4) for how in combining.KINDS]
-        return [rule.of_pairs(there, [1.0, 2.0], rule.generator()) for rule in rules]
+        return [rule.of_pairs(changes, [1.0, 2.0], rule.generator()) for rule in rules]
 
     whole = all_ways()
     monkeypatch.setattr(combining, "BLOCK", 20)

@@ -56,9 +56,9 @@ LEGAL = [(word,) for word in WORDS] + [pair for pair in PAIRS if pair not in REF
 
 def members(words: tuple[str, ...]) -> list[Any]:
     kinds = {member.word: member for member in FAMILY}
-    apart = {"rest": "frozen"} if set(words) & set(STARTS) else {}
+    rest = {"rest": "frozen"} if set(words) & set(STARTS) else {}
     return [
-        kinds[word](**kinds[word].test_settings, **(apart if word == "lora-drop" else {}))
+        kinds[word](**kinds[word].test_settings, **(rest if word == "lora-drop" else {}))
         for word in words
     ]
 

@@ -59,8 +59,8 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
         ratios = []
         for path, given in zip(adapter.placement.methods, inputs, strict=True):
             pair = adapter.tensors.pair_now(path)
-            own = (given @ model.get_submodule(path).weight.T).square().sum()
-            ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / own))
+            base_energy = (given @ model.get_submodule(path).weight.T).square().sum()
+            ratios.append(float((given @ pair.down.T @ pair.up.T).square().sum() / base_energy))
 
     class Called(nn.Module):
         def __init__(self) -> None:
@@ -90,13 +90,18 @@ def test_normalised_importance_is_relative_to_the_modules_own_output() -> None:
 )
 def test_the_choice(settings: dict[str, float]) -> None:
     paths, values = list(IMPORTANCE), np.array(list(IMPORTANCE.values()))
-    chosen = lk.LoRADrop(**settings, importance=IMPORTANCE).chosen()  # type: ignore[arg-type]
+    chosen = lk.LoRADrop(**settings, importance=IMPORTANCE).most_important()  # type: ignore[arg-type]
     assert chosen == [paths[n] for n in reference.choose(values, **settings)]  # type: ignore[arg-type]
 
 
 def test_ties_fall_to_the_first() -> None:
-    assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).chosen() == ["a", "b"]
-    assert lk.LoRADrop(threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}).chosen() == [
+    assert lk.LoRADrop(keep=2, importance=dict.fromkeys("abc", 1 / 3)).most_important() == [
+        "a",
+        "b",
+    ]
+    assert lk.LoRADrop(
+        threshold=0.9, importance={"a": 0.6, "b": 0.3, "c": 0.1}
+    ).most_important() == [
         "a",
         "b",
     ], "0.6 + 0.3 is 0.9"
@@ -108,11 +113,11 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
     raw = {"3": 100.0, "0": 10.0, "1": 50.0, "2": 15.0}
     adapter = lk.adapt(model, lk.LoRADrop(threshold=0.6, importance=raw, rank=2))
     shares = np.array([raw[path] for path in adapter.placement.methods]) / sum(raw.values())
-    known = adapter.method.setting("importance")
-    assert list(known) == list(adapter.placement.methods), (
+    importance = adapter.method.setting("importance")
+    assert list(importance) == list(adapter.placement.methods), (
         "in the model's order, by which ties are settled"
     )
-    close(list(known.values()), shares, 1e-15)
+    close(list(importance.values()), shares, 1e-15)
     assert adapter.method.with_own_pair(list("0123")) == [
         str(n) for n in sorted(reference.choose(shares, 0.6))
     ]
@@ -129,11 +134,11 @@ def test_importance_becomes_shares_of_the_modules_that_are_adapted() -> None:
 
 
 def test_a_probes_shares_keep_their_bits() -> None:
-    found = {"0": 0.7 + 1e-12, "1": 0.3}
+    importance = {"0": 0.7 + 1e-12, "1": 0.3}
     adapter = lk.adapt(
-        linear(torch.float64, 6, 6, 6), lk.LoRADrop(keep=1, importance=found, rank=2)
+        linear(torch.float64, 6, 6, 6), lk.LoRADrop(keep=1, importance=importance, rank=2)
     )
-    assert adapter.method.setting("importance") == found
+    assert adapter.method.setting("importance") == importance
 
 
 def test_the_others_share_by_name_and_shape() -> None:
@@ -142,15 +147,15 @@ def test_the_others_share_by_name_and_shape() -> None:
     kept = [path for path in paths if path.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))]
     share = {path: (10.0 if path in kept else 1.0) for path in paths}
     adapter = lk.adapt(tiny_llama(), lk.LoRADrop(keep=2, importance=share, rank=2))
-    found: dict[int, list[str]] = {}
+    paths_of_tensor: dict[int, list[str]] = {}
     for path in paths:
-        found.setdefault(id(adapter.tensors.branch(path).B), []).append(path)
+        paths_of_tensor.setdefault(id(adapter.tensors.branch(path).B), []).append(path)
     keys = [(path.rpartition(".")[2],) for path in paths]
     groups = reference.groups(keys, [paths.index(path) for path in kept])
     expected = sorted(
         [[paths[n] for n in members] for members in groups.values()] + [[path] for path in kept]
     )
-    assert sorted(found.values()) == expected
+    assert sorted(paths_of_tensor.values()) == expected
 
 
 def test_the_papers_count() -> None:
@@ -208,12 +213,12 @@ def test_both_stages_in_one_call(rest: str, ids: Tensor, tmp_path: Path) -> None
     assert all(
         torch.equal(t, before[key]) for key, t in model.state_dict().items() if key in before
     ), "the base is untouched"
-    assert torch.equal(model(ids).logits, logits), "everything starts anew"
+    assert torch.equal(model(ids).logits, logits), "everything starts again"
     assert len(adapter.placement.methods) == (5 if rest == "none" else 14)
     groups = {id(t) for t in adapter.parameters() if t.requires_grad}
-    own = set(adapter.method.with_own_pair(list(adapter.placement.methods)))
-    assert len(own) == 5
-    kinds = {path.rpartition(".")[2] for path in adapter.placement.methods if path not in own}
+    unshared = set(adapter.method.with_own_pair(list(adapter.placement.methods)))
+    assert len(unshared) == 5
+    kinds = {path.rpartition(".")[2] for path in adapter.placement.methods if path not in unshared}
     assert len(groups) == 2 * (5 + (len(kinds) if rest == "shared" else 0))
     optimizer = adapter.optimizer(lr=1e-2)
     losses = []
@@ -238,18 +243,18 @@ def test_the_probe_leaves_no_trace(ids: Tensor) -> None:
     model = tiny_llama()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     keys = set(model.state_dict())
-    found = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
-    assert list(found) == [
+    importance = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
+    assert list(importance) == [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path != "lm_head"
     ]
-    assert sum(found.values()) == pytest.approx(1)
+    assert sum(importance.values()) == pytest.approx(1)
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
     assert set(model.state_dict()) == keys
     assert not lk.adapters(model)
     again = lk.importance(model, lk.LoRADrop(), batches(ids), seed=0, lr=1e-2)
-    assert again == found
+    assert again == importance
 
 
 def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
@@ -261,11 +266,11 @@ def test_a_shared_pair_that_was_changed_in_one_place_is_shared_no_more(
     adapter = lk.adapt(model, lk.LoRADrop(keep=2, rank=2), probe=batches(ids), seed=0)
     randomise(adapter).save(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    own = adapter.method.with_own_pair(list(adapter.placement.methods))
+    unshared = adapter.method.with_own_pair(list(adapter.placement.methods))
     path = next(
         p
         for p in adapter.placement.methods
-        if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(own)
+        if "layers.1" in p and not {p, p.replace("layers.1", "layers.0")} & set(unshared)
     )
     tensors[f"base_model.model.{path}.lora_B.weight"] += 1
     safetensors.torch.save_file(

@@ -114,7 +114,7 @@ def test_the_examples_do_what_they_say(examples: Any, ids: Tensor) -> None:
 
     def tensors(member: Any) -> dict[str, Tensor]:
         _, adapter = trained(member, ids)
-        return adapter.tensors.at(next(iter(adapter.placement.methods)))
+        return adapter.tensors.branch(next(iter(adapter.placement.methods)))
 
     assert tensors(examples.Strength(rank=2))["c"] != 1
     clamped = tensors(examples.Clamped(rank=2, largest=0.01))
@@ -169,8 +169,8 @@ def test_a_member_says_what_it_decides() -> None:
 
 
 def test_tensors_that_no_slot_declares_are_refused(gained: Any) -> None:
-    started = gained.start
-    gained.start = lambda *given: {**started(*given), "more": torch.zeros(1)}
+    start = gained.start
+    gained.start = lambda *given: {**start(*given), "more": torch.zeros(1)}
     with pytest.raises(lk.SettingError, match="'more'"):
         lk.adapt(tiny_llama(), gained())
 
@@ -255,37 +255,25 @@ def test_a_broken_package_troubles_nobody_else(
         assert member_named("lora") is lk.LoRA
 
 
-def test_a_modifier_on_an_axis_of_its_own_acts_before_a_gain(gained: Any, ids: Tensor) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Scaled(Modifier):
-        word: ClassVar[str] = "scaled"
-        decides: ClassVar[Any] = {"strength": "a trained factor"}
-        slots: ClassVar[Any] = {"s": Slot((1,))}
-
-        def amend_start(self, tensors: Any, targets: Any, methods: Any) -> Any:
-            return {path: {**there, "s": torch.ones(1)} for path, there in tensors.items()}
-
-        def amend_pair(self, pair: Any, tensors: Any) -> Any:
-            return pair._replace(up=tensors["s"] * pair.up)
-
+def test_a_modifier_on_an_axis_of_its_own_acts_before_a_gain(examples: Any, ids: Tensor) -> None:
     model = tiny_llama()
     before = model(ids).logits
-    adapter = lk.adapt(model, [lk.DoRA(rank=2), Scaled()])
-    assert adapter.method.words == "scaled,dora"
+    adapter = lk.adapt(model, [lk.DoRA(rank=2), examples.Strength()])
+    assert adapter.method.words == "strength,dora"
     assert torch.equal(model(ids).logits, before)
 
 
 def test_a_start_that_is_not_as_declared_is_refused(gained: Any) -> None:
-    started = gained.start
-    gained.start = lambda *given: {k: t + 1 for k, t in started(*given).items()}
+    start = gained.start
+    gained.start = lambda *given: {slot: t + 1 for slot, t in start(*given).items()}
     with pytest.raises(lk.SettingError, match="'B'"):
         lk.adapt(tiny_llama(), gained())
 
 
 def test_a_trained_slot_that_no_change_uses_is_named(gained: Any, ids: Tensor) -> None:
     gained.slots = {**gained.slots, "idle": Slot((1,))}
-    started = gained.start
-    gained.start = lambda *given: {**started(*given), "idle": torch.ones(1)}
+    start = gained.start
+    gained.start = lambda *given: {**start(*given), "idle": torch.ones(1)}
     with pytest.warns(lk.LorakinWarning, match="idle"):
         trained(gained(), ids)
 

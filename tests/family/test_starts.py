@@ -27,8 +27,8 @@ def layer(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0])).double()
 
 
-def started(member: Any, model: nn.Module, **more: Any) -> dict[str, np.ndarray]:
-    adapter = lk.adapt(model, member, targets="0", seed=0, **more)
+def initial_tensors(member: Any, model: nn.Module, **options: Any) -> dict[str, np.ndarray]:
+    adapter = lk.adapt(model, member, targets="0", seed=0, **options)
     return {slot: t.detach().numpy() for slot, t in adapter.tensors.branch("0").tensors().items()}
 
 
@@ -58,14 +58,14 @@ def close(one: Any, other: Any, rtol: float = 1e-9) -> None:
 
 def test_pissa_begins_with_the_principal_triplets() -> None:
     model = layer()
-    found = started(lk.PiSSA(rank=4, alpha=6), model)
+    initial = initial_tensors(lk.PiSSA(rank=4, alpha=6), model)
     W, (A, B) = (
         model[0].weight.detach().numpy(),
         pissa.start(model[0].weight.detach().numpy(), 4, 1.5),
     )
-    close(found["B"] @ found["A"], B @ A)
-    close(np.linalg.norm(found["A"], axis=1), np.linalg.norm(A, axis=1))
-    close(found["up_0"] @ found["down_0"], 1.5 * B @ A)
+    close(initial["B"] @ initial["A"], B @ A)
+    close(np.linalg.norm(initial["A"], axis=1), np.linalg.norm(A, axis=1))
+    close(initial["up_0"] @ initial["down_0"], 1.5 * B @ A)
     assert np.linalg.norm(W - 1.5 * B @ A) < np.linalg.norm(W)
 
 
@@ -76,18 +76,18 @@ def test_pissa_with_a_randomised_svd() -> None:
         U, _, Vt = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
         model[0].weight.data = U * 0.5 ** torch.arange(12.0, dtype=torch.float64) @ Vt
     members = [lk.PiSSA(rank=3), lk.PiSSA(rank=3, iterations=4), lk.PiSSA(rank=3, iterations=4)]
-    exact, near, again = (started(*each) for each in zip(members, models, strict=True))
+    exact, near, again = (initial_tensors(*each) for each in zip(members, models, strict=True))
     close(near["up_0"] @ near["down_0"], exact["up_0"] @ exact["down_0"], 1e-6)
     assert np.array_equal(near["A"], again["A"])
 
 
 def test_olora_begins_with_the_qr() -> None:
     model = layer()
-    found = started(lk.OLoRA(rank=4, alpha=6), model)
+    initial = initial_tensors(lk.OLoRA(rank=4, alpha=6), model)
     A, B = olora.start(model[0].weight.detach().numpy(), 4)
-    close(found["B"] @ found["A"], B @ A)
-    close(found["B"].T @ found["B"], np.eye(4))
-    close(found["up_0"] @ found["down_0"], 1.5 * B @ A)
+    close(initial["B"] @ initial["A"], B @ A)
+    close(initial["B"].T @ initial["B"], np.eye(4))
+    close(initial["up_0"] @ initial["down_0"], 1.5 * B @ A)
 
 
 def test_lora_xs_freezes_the_weights_singular_vectors() -> None:
@@ -111,21 +111,21 @@ def test_lora_ga_begins_with_the_mean_gradients_triplets() -> None:
         squared(model, batch).backward()
         gradients.append(model[0].weight.grad.numpy().copy())
     model.zero_grad()
-    found = started(lk.LoRAGA(rank=4, alpha=6), model, probe=data, loss=squared)
+    initial = initial_tensors(lk.LoRAGA(rank=4, alpha=6), model, probe=data, loss=squared)
     A, B = lora_ga.start(lora_ga.triplets(lora_ga.mean_gradient(gradients), 4))
-    close(np.abs(np.sum(found["A"] * A, 1)), np.sum(A * A, 1))  # up to the sign of each triplet
-    close(np.abs(np.sum(found["B"] * B, 0)), np.sum(B * B, 0))
+    close(np.abs(np.sum(initial["A"] * A, 1)), np.sum(A * A, 1))  # up to the sign of each triplet
+    close(np.abs(np.sum(initial["B"] * B, 0)), np.sum(B * B, 0))
 
 
 def test_lora_ga_looks_at_its_first_batches_alone_and_leaves_no_gradient() -> None:
     data = batches(4)
     some, all_of_it = (
-        started(lk.LoRAGA(rank=2, first_batches=2), model, probe=probe, loss=squared)
+        initial_tensors(lk.LoRAGA(rank=2, first_batches=2), model, probe=probe, loss=squared)
         for model, probe in ((layer(), data), (layer(), data[:2]))
     )
     assert np.array_equal(some["A"], all_of_it["A"])
     model = layer()
-    started(lk.LoRAGA(rank=2), model, probe=data, loss=squared)
+    initial_tensors(lk.LoRAGA(rank=2), model, probe=data, loss=squared)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -169,7 +169,7 @@ def test_an_anchored_start_is_the_base_and_trains_as_the_paper(member: Any) -> N
     given = {"probe": data, "loss": squared} if member.needs & {"gradients"} else {}
     adapter = lk.adapt(model, member, targets="0", seed=0, **given)
     assert torch.equal(model(x), before)
-    begun = {
+    initial = {
         slot: t.detach().clone().numpy()
         for slot, t in adapter.tensors.branch("0").tensors().items()
     }
@@ -184,13 +184,13 @@ def test_an_anchored_start_is_the_base_and_trains_as_the_paper(member: Any) -> N
         optimizer.zero_grad()
     W0, bias = (t.detach().numpy() for t in (layer()[0].weight, layer()[0].bias))
     A, B, wanted = anchored.train_anchored(
-        x.numpy(), y.numpy(), W0, bias, begun["A"], begun["B"], 1.5, 20, 1e-2
+        x.numpy(), y.numpy(), W0, bias, initial["A"], initial["B"], 1.5, 20, 1e-2
     )
     close(losses, wanted)
     pair = adapter.tensors.pair_now("0")
     close(
         W0 + (pair.up @ pair.down).detach().numpy(),
-        anchored.weight(W0, A, B, 1.5, begun["A"], begun["B"]),
+        anchored.weight(W0, A, B, 1.5, initial["A"], initial["B"]),
     )
 
 
@@ -307,8 +307,8 @@ def test_other_adapters_are_not_measured_along() -> None:
     plain, busy = layer(), layer()
     other = lk.adapt(busy, lk.LoRA(rank=2), "0", name="other")
     other.tensors.branch("0").B.data.fill_(1.0)
-    begun = [
-        started(lk.LoRAGA(rank=2), model, probe=batches(), loss=squared, name="new")["A"]
+    initial = [
+        initial_tensors(lk.LoRAGA(rank=2), model, probe=batches(), loss=squared, name="new")["A"]
         for model in (plain, busy)
     ]
-    close(begun[1], begun[0])
+    close(initial[1], initial[0])

@@ -36,10 +36,10 @@ class Method:
 
     | method | returns | gain | scale | for |
     |---|---|---|---|---|
-    | `low_rank` | `Pair` | left out | in `up` | layers that add the gain themselves, starts |
-    | `pair` | `Pair` | over the weight given | in `up` | merging, files, other layers |
-    | `scaled_pair` | `ScaledPair` | over the weight given | beside it | the kernel of nn.Linear |
-    | `chain` | `Chain` or None | never has one | – | the kernel of nn.Linear, for VeRA |
+    | `low_rank` | `Pair` | left out | in `up` | PEFT's files, importance, DoRA's start |
+    | `pair` | `Pair` | over the given weight | in `up` | merging, mixed batches, other layers |
+    | `scaled_pair` | `ScaledPair` | over the given weight | beside `up` | nn.Linear, experts |
+    | `chain` | `Chain` or None | cannot have one | – | nn.Linear with VeRA |
     """
 
     members: tuple[Member, ...]
